@@ -1,0 +1,1 @@
+"""Residual networks as explicit Runge-Kutta integrators over learned velocity fields."""

@@ -1,0 +1,32 @@
+"""Explicit Runge-Kutta methods on tensors: tableau, step, controllers, integrate."""
+
+from solvers.controllers import PI, PID, Controller, ControllerState, Fixed, HalveDouble, I
+from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
+from solvers.integrate import Solution, Statistics, Tolerance, integrate
+from solvers.step import Field, Step, combine, rk_step
+from solvers.tableaus import ButcherTableau, Embedded, get_tableau
+
+__all__ = [
+    "PI",
+    "PID",
+    "ButcherTableau",
+    "Controller",
+    "ControllerState",
+    "Embedded",
+    "Field",
+    "Fixed",
+    "HalveDouble",
+    "I",
+    "MaxStepsError",
+    "NonFiniteError",
+    "Solution",
+    "SolverError",
+    "Statistics",
+    "Step",
+    "StepUnderflowError",
+    "Tolerance",
+    "combine",
+    "get_tableau",
+    "integrate",
+    "rk_step",
+]

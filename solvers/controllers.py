@@ -1,0 +1,123 @@
+"""Step-size controllers: pure rules from a state and an error to the next state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+__all__ = ["PI", "PID", "Controller", "ControllerState", "Fixed", "HalveDouble", "I"]
+
+
+class ControllerState(NamedTuple):
+    """What a controller remembers between attempted steps.
+
+    Attributes:
+        h: size (a magnitude) of the next step to attempt.
+        accepted: whether the last attempted step was accepted.
+        errors: error ratios of the last two accepted steps, newest first.
+    """
+
+    h: float
+    accepted: bool = True
+    errors: tuple[float, float] = (1.0, 1.0)
+
+
+class Controller(Protocol):
+    """A step-size rule."""
+
+    def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        """The state after a step of size ``state.h``.
+
+        Args:
+            state: the state before.
+            error: embedded error over its tolerance; the step is good if it is at most 1, NaN counts as too large.
+            order: order q of the lower solution.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Accept every step and keep its size."""
+
+    def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        return state._replace(accepted=True)
+
+
+@dataclass(frozen=True)
+class HalveDouble:
+    """Halve h if the error exceeds 1, double it if the error is below 1/K (appendix A.3; Quarteroni et al. 2007).
+
+    Attributes:
+        K: 8 for BS23, since doubling h multiplies its error by 8: a smaller K oscillates.
+    """
+
+    K: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not self.K > 1:
+            raise ValueError(f"K must be greater than 1, got {self.K}")
+
+    def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        if not error <= 1:
+            return state._replace(h=state.h / 2, accepted=False)
+        h = 2 * state.h if error < 1 / self.K else state.h
+        return ControllerState(h, True, (error, state.errors[0]))
+
+
+@dataclass(frozen=True)
+class PID:
+    """``h *= safety * e_n^(-b1/k) e_{n-1}^(-b2/k) e_{n-2}^(-b3/k)`` with ``k = q + 1``, within limits.
+
+    Reference: Soderlind, Digital filters in adaptive time-stepping, ACM TOMS 29 (2003); the default coefficients are
+    those of Kennedy and Carpenter (2003) as used in ARKODE.
+
+    Attributes:
+        beta: the coefficients (b1, b2, b3).
+        safety: factor below 1.
+        facmin: smallest factor.
+        facmax: largest factor; 1 right after a rejection.
+    """
+
+    beta: tuple[float, float, float] = (0.58, -0.21, 0.10)
+    safety: float = 0.9
+    facmin: float = 0.2
+    facmax: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.safety <= 1:
+            raise ValueError(f"safety must be in (0, 1], got {self.safety}")
+        if not 0 < self.facmin < 1 <= self.facmax:
+            raise ValueError(f"need 0 < facmin < 1 <= facmax, got facmin {self.facmin}, facmax {self.facmax}")
+
+    def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        if not math.isfinite(error):
+            return state._replace(h=state.h * self.facmin, accepted=False)
+        k = order + 1
+        if error > 1:  # a rejected step is redone with the elementary rule
+            factor = max(self.facmin, self.safety * error ** (-1 / k))
+            return state._replace(h=state.h * min(factor, self.safety), accepted=False)
+        facmax = self.facmax if state.accepted else 1.0
+        if error == 0:
+            factor = facmax
+        else:
+            factor = self.safety
+            for beta, e in zip(self.beta, (error, *state.errors), strict=True):
+                factor *= max(e, 1e-10) ** (-beta / k) if beta else 1.0
+            factor = min(facmax, max(self.facmin, factor))
+        return ControllerState(state.h * factor, True, (error, state.errors[0]))
+
+
+@dataclass(frozen=True)
+class I(PID):  # noqa: E742 - the field's own name
+    """The elementary controller ``h *= safety * e^(-1/(q+1))`` (Hairer, Norsett, Wanner, II.4; SciPy's rule)."""
+
+    beta: tuple[float, float, float] = (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class PI(PID):
+    """PI.4.2 of Soderlind (2003): smoother step sizes where stability limits them."""
+
+    beta: tuple[float, float, float] = (3 / 5, -1 / 5, 0.0)

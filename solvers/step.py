@@ -1,0 +1,157 @@
+"""One explicit Runge-Kutta step: the object that every measure looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from solvers.tableaus import ButcherTableau
+
+__all__ = ["Field", "Step", "combine", "rk_step"]
+
+Field = Callable[[float | Tensor, Tensor], Tensor]
+
+
+def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+    """``x + h * sum_i w_i p_i``: one tensor operation per non-zero weight.
+
+    Args:
+        x: state, ``(B, *S)``.
+        stages: velocities, each ``(B, *S)``; as many as the non-zero weights need.
+        weights: one per stage.
+        h: step size, a number or a tensor that broadcasts against ``x``.
+    """
+    for p, weight in zip(stages, weights, strict=False):
+        if weight != 0:
+            x = torch.addcmul(x, p, h, value=weight) if isinstance(h, Tensor) else torch.add(x, p, alpha=h * weight)
+    return x
+
+
+def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+    """``h * sum_i w_i p_i``: as many tensor operations as non-zero weights."""
+    (p, weight), *rest = [(p, w) for p, w in zip(stages, weights, strict=False) if w != 0]
+    return combine(p * (h * weight), [p for p, _ in rest], [w for _, w in rest], h)
+
+
+class Step(NamedTuple):
+    """A step of an explicit Runge-Kutta method on ``[t, t + h]``.
+
+    Attributes:
+        t: time at the start, a number.
+        h: step size, a number or a tensor that broadcasts against the state.
+        x0: state at the start, ``(B, *S)``.
+        x1: state at the end, ``(B, *S)``.
+        stages: velocities ``p_i``, each ``(B, *S)``. The closing stage of an FSAL method is absent if it was
+            not asked for: ``x1`` does not depend on it.
+        tableau: the method.
+    """
+
+    t: float | Tensor
+    h: float | Tensor
+    x0: Tensor
+    x1: Tensor
+    stages: tuple[Tensor, ...]
+    tableau: ButcherTableau
+
+    @property
+    def residue(self) -> Tensor:
+        """``(x1 - x0) / h = sum_i b_i p_i``, from the stages, ``(B, *S)``."""
+        return _weighted_sum(self.stages, self.tableau.b, 1.0)
+
+    def error(self) -> Tensor:
+        """Embedded error ``h * sum_i (b_i - b_low_i) p_i``, ``(B, *S)``.
+
+        With one field for all stages (tied) it is ``O(h^(q+1))`` for the lower order q: halving h divides BS23's
+        by 8. With a field per stage (untied) the stages are not samples of one velocity, their differences do not
+        vanish with h, and halving h only halves it.
+
+        Raises:
+            ValueError: the method has no embedded lower order, or the closing stage was not evaluated.
+        """
+        weights = self.tableau.error_weights
+        if weights is None:
+            raise ValueError(f"{self.tableau.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
+        self._needs_stages(weights, "error()")
+        return _weighted_sum(self.stages, weights, self.h)
+
+    def output(self, name: str) -> Tensor:
+        """The embedded output ``name`` of the method, ``(B, *S)``: ``x0 + h * sum_i b_i p_i`` with its weights.
+
+        Raises:
+            ValueError: no such output, or it needs the closing stage and that was not evaluated.
+        """
+        weights = self.tableau.solution(name).b
+        if weights == self.tableau.b:
+            return self.x1
+        self._needs_stages(weights, f"output({name!r})")
+        return combine(self.x0, self.stages, weights, self.h)
+
+    def _needs_stages(self, weights: Sequence[float], what: str) -> None:
+        if any(weights[len(self.stages) :]):
+            raise ValueError(f"{what} needs the closing stage of {self.tableau.name}: take the step with closing=True")
+
+
+def _check_stage(p: Tensor, x: Tensor, stage: int) -> None:
+    if not isinstance(p, Tensor):
+        raise TypeError(f"field must return a tensor, got {type(p).__name__} at stage {stage}")
+    if p.shape != x.shape:
+        raise ValueError(
+            f"field must keep the shape of x: stage {stage} has shape {tuple(p.shape)}, x has {tuple(x.shape)}"
+        )
+    if p.device != x.device:
+        raise ValueError(f"field must keep the device of x: stage {stage} is on {p.device}, x on {x.device}")
+    if p.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"field must keep the dtype of x: stage {stage} is {p.dtype}, x is {x.dtype}")
+
+
+def rk_step(
+    field: Field | Sequence[Field],
+    t: float | Tensor,
+    x: Tensor,
+    h: float | Tensor,
+    tableau: ButcherTableau,
+    first: Tensor | None = None,
+    *,
+    closing: bool = True,
+) -> Step:
+    """One step from ``x`` at ``t``.
+
+    Args:
+        field: the velocity ``v(t, x)``, or one callable per stage.
+        t: time at the start.
+        x: state, ``(B, *S)``, floating.
+        h: step size: a number, or a tensor that broadcasts against ``x``.
+        tableau: the method.
+        first: the first stage, when it is known already (FSAL), ``(B, *S)``.
+        closing: evaluate the last stage of an FSAL method, which the error needs and ``x1`` does not.
+
+    Raises:
+        ValueError, TypeError: the field changes shape, device or (outside autocast) dtype.
+
+    >>> import torch
+    >>> from solvers import get_tableau
+    >>> step = rk_step(lambda t, x: -x, 0.0, torch.ones(1, 1), 0.1, get_tableau("bs23"))
+    >>> round(step.x1.item(), 5)
+    0.90483
+    """
+    fields = field if isinstance(field, Sequence) else None
+    if fields is not None and len(fields) != tableau.stages:
+        raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
+    interior = tableau.interior
+    stages: tuple[Tensor, ...] = ()
+    x1 = None
+    for i in range(tableau.stages if closing else interior):
+        if i == interior:
+            x1 = combine(x, stages, tableau.b, h)
+        if i == 0 and first is not None:
+            stages = (first,)
+            continue
+        v = field if fields is None else fields[i]
+        point = x1 if x1 is not None else combine(x, stages, tableau.a[i], h)
+        p = v(t + tableau.c[i] * h if tableau.c[i] else t, point)  # type: ignore[operator]
+        _check_stage(p, x, i)
+        stages = (*stages, p)
+    return Step(t, h, x, combine(x, stages, tableau.b, h) if x1 is None else x1, stages, tableau)

@@ -1,0 +1,219 @@
+"""Butcher tableaus of explicit Runge-Kutta methods: frozen, self-validating constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["BS23", "DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "ButcherTableau", "Embedded", "get_tableau"]
+
+Row = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A solution of a given order obtained from the stages of a step by other weights.
+
+    Attributes:
+        order: order of convergence when this solution is the one carried on.
+        b: one weight per stage; they sum to 1.
+    """
+
+    order: int
+    b: Row
+
+
+@dataclass(frozen=True)
+class ButcherTableau:
+    """Coefficients of an explicit Runge-Kutta method.
+
+    ``p_i = v(t + c_i h, x + h sum_j a_ij p_j)`` and ``x1 = x + h sum_i b_i p_i``.
+    Reference: Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, II.1.
+
+    Attributes:
+        name: the name under which :func:`get_tableau` finds it.
+        order: order of the solution that is carried on.
+        c: node of each stage, as a fraction of the step; ``c[0] = 0``.
+        a: row ``i`` holds the ``i`` weights of the earlier stages; each row sums to its ``c``.
+        b: weights of the solution; they sum to 1.
+        embedded: the solutions that the stages carry, by name; one of them has the weights ``b``.
+        low: name of the embedded solution that the error is measured against, or None.
+
+    Raises:
+        ValueError: the coefficients are not those of a consistent explicit method.
+    """
+
+    name: str
+    order: int
+    c: Row
+    a: tuple[Row, ...]
+    b: Row
+    embedded: tuple[tuple[str, Embedded], ...] = ()
+    low: str | None = None
+
+    def __post_init__(self) -> None:
+        stages = len(self.c)
+        if self.order < 1:
+            raise ValueError(f"{self.name}: order must be at least 1, got {self.order}")
+        if stages == 0 or len(self.a) != stages or len(self.b) != stages:
+            raise ValueError(
+                f"{self.name}: c, a and b must have one entry per stage, "
+                f"got {len(self.c)}, {len(self.a)} and {len(self.b)}"
+            )
+        for i, (node, row) in enumerate(zip(self.c, self.a, strict=True)):
+            if len(row) != i:
+                raise ValueError(f"{self.name}: row {i} of a must have {i} entries, got {len(row)}")
+            if abs(sum(row) - node) > 1e-12:
+                raise ValueError(f"{self.name}: row {i} of a sums to {sum(row)!r}, but c[{i}] is {node!r}")
+        if abs(sum(self.b) - 1) > 1e-12:
+            raise ValueError(f"{self.name}: b must sum to 1, got {sum(self.b)!r}")
+        for name, solution in self.embedded:
+            if len(solution.b) != stages:
+                raise ValueError(f"{self.name}: embedded {name!r} must have {stages} weights, got {len(solution.b)}")
+            if abs(sum(solution.b) - 1) > 1e-12:
+                raise ValueError(f"{self.name}: weights of embedded {name!r} must sum to 1, got {sum(solution.b)!r}")
+        if self.low is not None and self.low not in dict(self.embedded):
+            raise ValueError(f"{self.name}: low must name an embedded solution {self.outputs}, got {self.low!r}")
+
+    def __reduce__(self):
+        return (type(self), (self.name, self.order, self.c, self.a, self.b, self.embedded, self.low))
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.c)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the embedded outputs."""
+        return tuple(name for name, _ in self.embedded)
+
+    @cached_property
+    def fsal(self) -> bool:
+        """First same as last: the last stage is the velocity at the solution itself."""
+        return self.stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
+
+    @property
+    def interior(self) -> int:
+        """Number of stages that the solution ``x1`` needs: all, or all but the last when ``fsal``."""
+        return self.stages - 1 if self.fsal else self.stages
+
+    @cached_property
+    def error_weights(self) -> Row | None:
+        """``b - b_low``, exact to rounding; None without an embedded lower-order solution."""
+        if self.low is None:
+            return None
+        return tuple(b - low for b, low in zip(self.b, self.solution(self.low).b, strict=True))
+
+    @property
+    def error_order(self) -> int:
+        """Order q of the lower solution: the embedded error of one step is ``O(h^(q+1))``."""
+        if self.low is None:
+            raise ValueError(f"{self.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
+        return min(self.order, self.solution(self.low).order)
+
+    def solution(self, name: str) -> Embedded:
+        """The embedded solution called ``name``; ValueError with the known names otherwise."""
+        for known, solution in self.embedded:
+            if known == name:
+                return solution
+        raise ValueError(f"{self.name} has no output {name!r}; it has {', '.join(self.outputs)}")
+
+
+EULER = ButcherTableau("euler", 1, (0.0,), ((),), (1.0,), (("euler", Embedded(1, (1.0,))),))
+
+MIDPOINT = ButcherTableau(
+    "midpoint",
+    2,
+    (0.0, 1 / 2),
+    ((), (1 / 2,)),
+    (0.0, 1.0),
+    (("euler", Embedded(1, (1.0, 0.0))), ("midpoint", Embedded(2, (0.0, 1.0)))),
+    low="euler",
+)
+
+HEUN = ButcherTableau(
+    "heun",
+    2,
+    (0.0, 1.0),
+    ((), (1.0,)),
+    (1 / 2, 1 / 2),
+    (("euler", Embedded(1, (1.0, 0.0))), ("heun", Embedded(2, (1 / 2, 1 / 2)))),
+    low="euler",
+)
+
+# The classic method of Kutta (1901), not the 3/8 rule.
+RK4 = ButcherTableau(
+    "rk4",
+    4,
+    (0.0, 1 / 2, 1 / 2, 1.0),
+    ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
+    (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+    (
+        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0))),
+        ("midpoint", Embedded(2, (0.0, 1.0, 0.0, 0.0))),
+        ("order4", Embedded(4, (1 / 6, 1 / 3, 1 / 3, 1 / 6))),
+    ),
+)
+
+# Bogacki and Shampine (1989), A 3(2) pair of Runge-Kutta formulas; equations (46) and (47) of the thesis.
+BS23 = ButcherTableau(
+    "bs23",
+    3,
+    (0.0, 1 / 2, 3 / 4, 1.0),
+    ((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+    (2 / 9, 1 / 3, 4 / 9, 0.0),
+    (
+        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0))),
+        ("midpoint", Embedded(2, (0.0, 1.0, 0.0, 0.0))),
+        ("order2", Embedded(2, (7 / 24, 1 / 4, 1 / 3, 1 / 8))),
+        ("order3", Embedded(3, (2 / 9, 1 / 3, 4 / 9, 0.0))),
+    ),
+    low="order2",
+)
+
+# Dormand and Prince (1980), A family of embedded Runge-Kutta formulae.
+DOPRI5 = ButcherTableau(
+    "dopri5",
+    5,
+    (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+    (
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
+    (
+        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
+        (
+            "order4",
+            Embedded(4, (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)),
+        ),
+        ("order5", Embedded(5, (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0))),
+    ),
+    low="order4",
+)
+
+_TABLEAUS = {tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, RK4, BS23, DOPRI5)}
+_ALIASES = {"bosh3": "bs23"}
+
+
+def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
+    """The tableau called ``name``; a tableau is returned as it is.
+
+    >>> get_tableau("bosh3").name
+    'bs23'
+
+    Raises:
+        ValueError: the name is not known; the message lists those that are.
+    """
+    if isinstance(name, ButcherTableau):
+        return name
+    found = _TABLEAUS.get(_ALIASES.get(name, name))
+    if found is None:
+        raise ValueError(f"unknown solver {name!r}; known are {', '.join([*_TABLEAUS, *_ALIASES])}")
+    return found

@@ -1,0 +1,41 @@
+"""Counts what a piece of code does: tensor operations, host synchronisations, field evaluations."""
+
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default}
+SYNCHRONISATIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+class Operations(TorchDispatchMode):
+    """Counts dispatched operations, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in VIEWS:
+            self.counts[func] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self):
+        return sum(self.counts.values())
+
+    @property
+    def synchronisations(self):
+        return sum(self.counts[func] for func in SYNCHRONISATIONS)
+
+
+class Counted:
+    """A velocity field that counts its calls."""
+
+    def __init__(self, field):
+        self.field, self.calls = field, 0
+
+    def __call__(self, t, x):
+        self.calls += 1
+        return self.field(t, x)

@@ -1,0 +1,236 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import RK23, solve_ivp
+
+from solvers import (
+    PI,
+    PID,
+    HalveDouble,
+    I,
+    MaxStepsError,
+    NonFiniteError,
+    StepUnderflowError,
+    Tolerance,
+    integrate,
+)
+from tests.counting import Counted, Operations
+
+
+def decay(t, x):
+    return -x + math.cos(3 * t)
+
+
+def lotka_volterra(t, x):
+    a, b = x[:, :1], x[:, 1:]
+    return torch.cat([1.5 * a - a * b, a * b - 3 * b], 1)
+
+
+def van_der_pol(t, x):
+    a, b = x[:, :1], x[:, 1:]
+    return torch.cat([b, 5 * (1 - a**2) * b - a], 1)
+
+
+PROBLEMS = [(decay, [1.0], 5.0), (lotka_volterra, [1.0, 1.0], 8.0), (van_der_pol, [2.0, 0.0], 12.0)]
+
+
+@pytest.mark.parametrize(("field", "start", "end"), PROBLEMS)
+@pytest.mark.parametrize("first_step", [None, 0.01])
+def test_i_controller_takes_the_steps_of_scipy(field, start, end, first_step):
+    x0 = torch.tensor([start], dtype=torch.float64)
+    numpy_field = lambda t, y: field(t, torch.from_numpy(y)[None])[0].numpy()  # noqa: E731
+    scipy = RK23(numpy_field, 0.0, np.array(start), end, rtol=1e-4, atol=1e-7, first_step=first_step)
+    times = [0.0]
+    while scipy.status == "running":
+        scipy.step()
+        times.append(scipy.t)
+    tolerance = Tolerance(rtol=1e-4, atol=1e-7, first_step=first_step)
+    ours = integrate(field, x0, 0.0, end, tolerance=tolerance, controller=I(facmax=10.0))
+    assert len(times) == len(ours.times)
+    assert np.abs(np.array(times) - np.array(ours.times)).max() < 1e-10
+    np.testing.assert_allclose(ours.x1[0].numpy(), scipy.y, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+@pytest.mark.parametrize(("field", "start", "end"), PROBLEMS)
+def test_fixed_steps_equal_torchdiffeq(method, field, start, end):
+    x0 = torch.tensor([start], dtype=torch.float64)
+    theirs = torchdiffeq.odeint(
+        lambda t, x: field(t.item(), x),
+        x0,
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+        method=method,
+        options={"step_size": 1 / 64},
+    )
+    ours = integrate(field, x0, 0.0, 1.0, solver=method, steps=64)
+    torch.testing.assert_close(ours.x1, theirs[-1], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("controller", [I(), PI(), PID(), HalveDouble()])
+@pytest.mark.parametrize("solver", ["heun", "midpoint", "bs23", "dopri5"])
+def test_adaptive_solves_agree_with_scipy(solver, controller):
+    x0 = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    exact = solve_ivp(
+        lambda t, y: lotka_volterra(t, torch.from_numpy(y)[None])[0].numpy(),
+        (0, 3),
+        [1, 1],
+        rtol=1e-11,
+        atol=1e-12,
+    )
+    tolerance = Tolerance(rtol=1e-6, atol=1e-8)
+    ours = integrate(lotka_volterra, x0, 0.0, 3.0, solver=solver, tolerance=tolerance, controller=controller)
+    np.testing.assert_allclose(ours.x1[0].numpy(), exact.y[:, -1], rtol=1e-3)
+    assert ours.times[-1] == 3.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    t0=st.floats(-2, 2),
+    length=st.floats(0.01, 3),
+    backwards=st.booleans(),
+    rtol=st.floats(1e-8, 1e-2),
+    batch=st.integers(1, 4),
+    features=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+)
+def test_there_and_back(t0, length, backwards, rtol, batch, features):
+    x0 = torch.linspace(-1, 1, batch * math.prod(features), dtype=torch.float64).reshape(batch, *features)
+    t1 = t0 - length if backwards else t0 + length
+    tolerance = Tolerance(rtol=rtol, atol=rtol)
+    there = integrate(lambda t, x: torch.sin(x + t), x0, t0, t1, tolerance=tolerance)
+    back = integrate(lambda t, x: torch.sin(x + t), there.x1, t1, t0, tolerance=tolerance)
+    assert there.times[0] == t0
+    assert there.times[-1] == t1
+    assert all((b - a) * (t1 - t0) > 0 for a, b in zip(there.times, there.times[1:], strict=False))
+    assert (back.x1 - x0).abs().max() < 500 * rtol
+
+
+@pytest.mark.parametrize("keep", ["last", "states", "steps"])
+def test_evaluations_are_counted_and_the_closing_stage_reused(keep):
+    x0 = torch.randn(3, 2, dtype=torch.float64)
+    field = Counted(decay)
+    fixed = integrate(field, x0, 0.0, 1.0, steps=10, keep=keep)
+    assert fixed.stats.evaluations == field.calls == (31 if keep == "steps" else 30)
+    field = Counted(decay)
+    adaptive = integrate(field, x0, 0.0, 5.0, tolerance=Tolerance(first_step=1.0), keep=keep)
+    stats = adaptive.stats
+    assert stats.rejected > 0
+    assert stats.evaluations == field.calls == 1 + 3 * (stats.accepted + stats.rejected)
+    assert len(adaptive.steps) == (stats.accepted if keep == "steps" else 0)
+    assert len(adaptive.states) == (1 if keep == "last" else 1 + stats.accepted)
+
+
+def test_synchronisations():
+    x0 = torch.randn(3, 2)
+    with Operations() as operations:
+        integrate(decay, x0, 0.0, 1.0, steps=10)
+    assert operations.synchronisations == 0
+    with Operations() as operations:
+        solution = integrate(decay, x0, 0.0, 5.0, tolerance=Tolerance(first_step=0.1))
+    attempts = solution.stats.accepted + solution.stats.rejected
+    assert operations.synchronisations == attempts
+
+
+def test_operations_per_attempted_adaptive_step():
+    p = torch.randn(4, 3)
+    field, ends, totals, attempts = (lambda t, x: p), (1.0, 2.0), [], []
+    for end in ends:
+        with Operations() as operations:
+            solution = integrate(
+                field,
+                torch.ones(4, 3),
+                0.0,
+                end,
+                tolerance=Tolerance(first_step=0.1, max_step=0.1),
+                keep="last",
+            )
+        totals.append(operations.total)
+        attempts.append(solution.stats.accepted + solution.stats.rejected)
+    assert (totals[1] - totals[0]) / (attempts[1] - attempts[0]) <= 17
+
+
+def test_gradients_flow_through_accepted_steps():
+    x0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    flow = lambda x, **options: integrate(lambda t, x: torch.sin(x), x, 0.0, 1.0, **options).x1  # noqa: E731
+    torch.autograd.gradcheck(lambda x: flow(x, steps=4), x0)
+    (exact,) = torch.autograd.grad(flow(x0, steps=100, solver="rk4").square().sum(), x0)
+    (adaptive,) = torch.autograd.grad(flow(x0, tolerance=Tolerance(1e-7, 1e-7)).square().sum(), x0)
+    torch.testing.assert_close(adaptive, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_step_underflow_says_where_and_keeps_the_rest():
+    blow_up = lambda t, x: x**2  # noqa: E731
+    with pytest.raises(StepUnderflowError, match=r"last error ratio.*stiff.*t = 1.*, h = ") as caught:
+        integrate(blow_up, torch.ones(1, 1, dtype=torch.float64), 0.0, 2.0)
+    assert caught.value.t == pytest.approx(1.0, abs=1e-2)
+    assert caught.value.solution.times[-1] == caught.value.t
+    assert caught.value.solution.stats.accepted == len(caught.value.solution.states) - 1
+
+
+def test_too_many_steps():
+    with pytest.raises(MaxStepsError, match="5 attempted steps did not reach t1 = 10") as caught:
+        integrate(decay, torch.ones(1, 1), 0.0, 10.0, tolerance=Tolerance(max_steps=5))
+    assert caught.value.stage is None
+    assert caught.value.solution.stats.accepted + caught.value.solution.stats.rejected == 5
+
+
+def test_non_finite_field_names_the_stage():
+    wall = lambda t, x: torch.where(x > 2, torch.nan, torch.ones_like(x))  # noqa: E731
+    with pytest.raises(NonFiniteError, match="NaN or infinity, and no smaller step avoids it") as caught:
+        integrate(wall, torch.ones(1, 1, dtype=torch.float64), 0.0, 2.0, tolerance=Tolerance(max_step=0.3))
+    assert caught.value.stage in (1, 2, 3)
+    assert caught.value.t == pytest.approx(1.0, abs=1e-6)
+    with pytest.raises(NonFiniteError, match="stage 0"):
+        integrate(lambda t, x: x * math.nan, torch.ones(1, 1), 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"x0": torch.ones(2, 2, dtype=torch.long)},
+            TypeError,
+            "x0 must be of a floating dtype, got torch.int64",
+        ),
+        ({"x0": torch.ones(0, 2)}, ValueError, "x0 must hold at least one sample"),
+        ({"x0": torch.ones(2)}, ValueError, "at least one feature dimension"),
+        ({"x0": [1.0]}, TypeError, "x0 must be a tensor"),
+        ({"x0": torch.tensor([[1.0], [math.nan]])}, ValueError, r"x0 must be finite.*sample\(s\) \[1\]"),
+        ({"t1": math.inf}, ValueError, "t1 must be finite"),
+        ({"solver": "rk5"}, ValueError, "unknown solver"),
+        ({"solver": "euler"}, ValueError, "euler carries no embedded error"),
+        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"steps": 2, "controller": I()}, ValueError, "steps excludes tolerance and controller"),
+        ({"keep": "all"}, ValueError, "keep must be"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = {"field": decay, "x0": torch.ones(2, 2), "t0": 0.0, "t1": 1.0} | change
+    with pytest.raises(error, match=message):
+        integrate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rtol": -1.0}, "rtol must be finite and not negative, got -1.0"),
+        ({"atol": math.nan}, "atol must be finite"),
+        ({"rtol": 0.0, "atol": 0.0}, "must not both be 0"),
+        ({"first_step": 0.0}, "first_step must be positive"),
+        ({"max_step": 0.0}, "max_step must be positive"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+    ],
+)
+def test_tolerances_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        Tolerance(**change)
+
+
+def test_nothing_to_do():
+    solution = integrate(decay, torch.ones(1, 1), 1.0, 1.0)
+    assert solution.stats.accepted == 0
+    assert solution.times == (1.0,)

@@ -1,0 +1,144 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from solvers import ButcherTableau, get_tableau, rk_step
+from tests.counting import Operations
+
+NAMES = ["euler", "midpoint", "heun", "rk4", "bs23", "dopri5"]
+
+
+def field(t, x):
+    return -x + math.cos(3 * t)
+
+
+def slope(sizes, errors):
+    return np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+
+
+def carried_on(tableau, name):
+    """The method whose solution is the embedded output ``name``."""
+    solution = tableau.solution(name)
+    return ButcherTableau(name, solution.order, tableau.c, tableau.a, solution.b)
+
+
+@pytest.mark.parametrize(
+    ("method", "output"), [(name, output) for name in NAMES for output in get_tableau(name).outputs]
+)
+def test_every_output_converges_at_its_order(method, output):
+    """On a non-autonomous problem, where a tableau with shifted stage times is of order 1."""
+    tableau = carried_on(get_tableau(method), output)
+    counts, errors = [128, 256, 512], []
+    for n in counts:
+        x, worst = torch.ones(1, 1, dtype=torch.float64), 0.0
+        for i in range(n):
+            x = rk_step(lambda t, x: -3 * math.cos(3 * t) * x, 2 * i / n, x, 2 / n, tableau).x1
+            worst = max(worst, abs(x.item() - math.exp(-math.sin(6 * (i + 1) / n))))
+        errors.append(worst)
+    assert slope([1 / n for n in counts], errors) == pytest.approx(tableau.order, abs=0.1)
+
+
+def test_bs23_error_falls_with_h_cubed_when_tied_and_with_h_when_untied():
+    x = torch.randn(8, 3, dtype=torch.float64)
+    matrices = [torch.randn(3, 3, dtype=torch.float64) for _ in range(4)]
+    untied = [lambda t, x, a=a: torch.sin(x @ a) for a in matrices]
+    bs23 = get_tableau("bs23")
+    for fields, ratio, tolerance in ((untied[0], 8, 1), (untied, 2, 0.1)):
+        coarse, fine = (rk_step(fields, 0.0, x, h, bs23).error().norm() for h in (0.02, 0.01))
+        assert coarse / fine == pytest.approx(ratio, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_error_is_the_difference_of_the_outputs(name):
+    tableau = get_tableau(name)
+    step = rk_step(field, 0.3, torch.randn(4, 2, dtype=torch.float64), 0.1, tableau)
+    torch.testing.assert_close(step.residue, (step.x1 - step.x0) / 0.1)
+    if tableau.low is None:
+        with pytest.raises(ValueError, match="carries no embedded error"):
+            step.error()
+    else:
+        torch.testing.assert_close(step.error(), step.x1 - step.output(tableau.low))
+
+
+@pytest.mark.parametrize(
+    ("name", "with_error", "most"),
+    [("euler", False, 1), ("midpoint", False, 2), ("rk4", False, 7), ("bs23", False, 5), ("bs23", True, 9)],
+)
+def test_operations_per_step_outside_the_field(name, with_error, most):
+    x, p = torch.randn(4, 3), torch.randn(4, 3)
+    with Operations() as operations:
+        step = rk_step(lambda t, x: p, 0.0, x, 0.1, get_tableau(name), closing=with_error)
+        if with_error:
+            step.error()
+    assert operations.total <= most
+
+
+def test_closing_stage_is_optional_and_reused():
+    bs23 = get_tableau("bs23")
+    x = torch.randn(2, 2)
+    short, full = (rk_step(field, 0.0, x, 0.1, bs23, closing=closing) for closing in (False, True))
+    assert (len(short.stages), len(full.stages)) == (3, 4)
+    torch.testing.assert_close(short.x1, full.x1, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="needs the closing stage"):
+        short.error()
+    with pytest.raises(ValueError, match="needs the closing stage"):
+        short.output("order2")
+    again = rk_step(field, 0.1, full.x1, 0.1, bs23, full.stages[-1])
+    assert again.stages[0] is full.stages[-1]
+    torch.testing.assert_close(again.x1, rk_step(field, 0.1, full.x1, 0.1, bs23).x1)
+
+
+def test_step_size_may_be_a_tensor_per_sample():
+    x = torch.randn(5, 3, dtype=torch.float64)
+    sizes = torch.rand(5, 1, dtype=torch.float64)
+    together = rk_step(lambda t, x: torch.sin(x), 0.0, x, sizes, get_tableau("bs23"))
+    for i in range(5):
+        alone = rk_step(lambda t, x: torch.sin(x), 0.0, x[i : i + 1], sizes[i].item(), get_tableau("bs23"))
+        torch.testing.assert_close(together.x1[i : i + 1], alone.x1)
+        torch.testing.assert_close(together.error()[i : i + 1], alone.error())
+
+
+def test_step_is_immutable():
+    step = rk_step(field, 0.0, torch.randn(2, 2), 0.1, get_tableau("euler"))
+    with pytest.raises(AttributeError):
+        step.h = 1.0
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (lambda t, x: x[:1], ValueError, r"keep the shape of x: stage 0 has shape \(1, 2\), x has \(3, 2\)"),
+        (lambda t, x: x.double(), TypeError, r"keep the dtype of x: stage 0 is torch.float64"),
+        (lambda t, x: x.to("meta"), ValueError, r"keep the device of x: stage 0 is on meta"),
+        (lambda t, x: [x], TypeError, r"must return a tensor, got list"),
+    ],
+)
+def test_a_field_that_changes_its_input_is_named(bad, error, message):
+    with pytest.raises(error, match=message):
+        rk_step(bad, 0.0, torch.randn(3, 2), 0.1, get_tableau("bs23"))
+
+
+def test_one_field_per_stage_must_fit_the_tableau():
+    with pytest.raises(ValueError, match="one callable or one per stage of bs23, got 2"):
+        rk_step([field, field], 0.0, torch.randn(3, 2), 0.1, get_tableau("bs23"))
+
+
+def test_compiles_without_graph_break():
+    bs23 = get_tableau("bs23")
+
+    def step(x):
+        made = rk_step(lambda t, x: torch.sin(x), 0.0, x, 0.1, bs23)
+        return made.x1, made.error(), made.residue
+
+    x = torch.randn(3, 2)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), step(x))
+
+
+def test_runs_under_autocast():
+    linear = torch.nn.Linear(3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = rk_step(lambda t, x: linear(x), 0.0, torch.randn(2, 3), 0.1, get_tableau("bs23"))
+    assert step.x1.dtype == torch.float32

@@ -1,0 +1,60 @@
+import pickle
+
+import pytest
+
+from solvers import ButcherTableau, Embedded, get_tableau
+
+NAMES = ["euler", "midpoint", "heun", "rk4", "bs23", "dopri5"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solution_weights_are_among_the_outputs(name):
+    tableau = get_tableau(name)
+    assert tableau.b in [solution.b for _, solution in tableau.embedded]
+    assert pickle.loads(pickle.dumps(tableau)) == tableau
+
+
+def test_bs23_is_the_published_pair():
+    bs23 = get_tableau("bs23")
+    assert bs23.outputs == ("euler", "midpoint", "order2", "order3")
+    assert bs23.error_weights == pytest.approx((-5 / 72, 1 / 12, 1 / 9, -1 / 8), abs=1e-16)
+    assert (bs23.order, bs23.error_order, bs23.interior) == (3, 2, 3)
+
+
+@pytest.mark.parametrize(("name", "fsal"), [("euler", False), ("rk4", False), ("bs23", True), ("dopri5", True)])
+def test_fsal_is_derived(name, fsal):
+    assert get_tableau(name).fsal is fsal
+
+
+def test_names():
+    assert get_tableau("bosh3") is get_tableau("bs23")
+    assert get_tableau(get_tableau("heun")) is get_tableau("heun")
+    with pytest.raises(ValueError, match=r"unknown solver 'rk5'.*euler.*dopri5.*bosh3"):
+        get_tableau("rk5")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": 0}, "order must be at least 1"),
+        ({"c": (0.0,)}, "one entry per stage"),
+        ({"c": (0.0, 0.4)}, r"row 1 of a sums to 0.5, but c\[1\] is 0.4"),
+        ({"a": ((), (0.25, 0.25))}, "row 1 of a must have 1 entries"),
+        ({"b": (0.5, 0.4)}, "b must sum to 1"),
+        ({"embedded": (("low", Embedded(1, (1.0,))),)}, "must have 2 weights"),
+        ({"embedded": (("low", Embedded(1, (1.0, 1.0))),)}, "weights of embedded 'low' must sum to 1"),
+        ({"low": "missing"}, "low must name an embedded solution"),
+    ],
+)
+def test_inconsistent_coefficients_are_rejected(change, message):
+    good = {"name": "mine", "order": 2, "c": (0.0, 0.5), "a": ((), (0.5,)), "b": (0.0, 1.0)}
+    ButcherTableau(**good)
+    with pytest.raises(ValueError, match=message):
+        ButcherTableau(**(good | change))
+
+
+def test_unknown_output():
+    with pytest.raises(ValueError, match="bs23 has no output 'order4'; it has euler, midpoint, order2, order3"):
+        get_tableau("bs23").solution("order4")
+    with pytest.raises(ValueError, match="euler carries no embedded error"):
+        _ = get_tableau("euler").error_order
