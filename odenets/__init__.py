@@ -1,1 +1,20 @@
 """Residual networks as explicit Runge-Kutta integrators over learned velocity fields."""
+
+from odenets import fields, measures, models
+from odenets.fields import ConvField, MLPField
+from odenets.flow import Block, Flow, Records
+from odenets.network import Network
+from odenets.normalization import recalibrate
+
+__all__ = [
+    "Block",
+    "ConvField",
+    "Flow",
+    "MLPField",
+    "Network",
+    "Records",
+    "fields",
+    "measures",
+    "models",
+    "recalibrate",
+]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 __all__ = ["BS23", "DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "ButcherTableau", "Embedded", "get_tableau"]
 
@@ -38,6 +37,8 @@ class ButcherTableau:
         b: weights of the solution; they sum to 1.
         embedded: the solutions that the stages carry, by name; one of them has the weights ``b``.
         low: name of the embedded solution that the error is measured against, or None.
+        fsal: derived; first same as last, the last stage is the velocity at the solution itself.
+        error_weights: derived; ``b - b_low``, or None without a lower solution.
 
     Raises:
         ValueError: the coefficients are not those of a consistent explicit method.
@@ -50,6 +51,8 @@ class ButcherTableau:
     b: Row
     embedded: tuple[tuple[str, Embedded], ...] = ()
     low: str | None = None
+    fsal: bool = field(init=False, default=False)
+    error_weights: Row | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         stages = len(self.c)
@@ -75,8 +78,12 @@ class ButcherTableau:
         if self.low is not None and self.low not in dict(self.embedded):
             raise ValueError(f"{self.name}: low must name an embedded solution {self.outputs}, got {self.low!r}")
 
-    def __reduce__(self):
-        return (type(self), (self.name, self.order, self.c, self.a, self.b, self.embedded, self.low))
+        # Constants from here on: plain attributes, so that torch.compile reads them without a guard on code.
+        fsal = stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
+        object.__setattr__(self, "fsal", fsal)
+        if self.low is not None:
+            low = self.solution(self.low).b
+            object.__setattr__(self, "error_weights", tuple(b - b_low for b, b_low in zip(self.b, low, strict=True)))
 
     @property
     def stages(self) -> int:
@@ -88,22 +95,10 @@ class ButcherTableau:
         """Names of the embedded outputs."""
         return tuple(name for name, _ in self.embedded)
 
-    @cached_property
-    def fsal(self) -> bool:
-        """First same as last: the last stage is the velocity at the solution itself."""
-        return self.stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
-
     @property
     def interior(self) -> int:
         """Number of stages that the solution ``x1`` needs: all, or all but the last when ``fsal``."""
         return self.stages - 1 if self.fsal else self.stages
-
-    @cached_property
-    def error_weights(self) -> Row | None:
-        """``b - b_low``, exact to rounding; None without an embedded lower-order solution."""
-        if self.low is None:
-            return None
-        return tuple(b - low for b, low in zip(self.b, self.solution(self.low).b, strict=True))
 
     @property
     def error_order(self) -> int:

@@ -1,0 +1,124 @@
+"""Velocity fields ``v(t, x)``: networks that return the shape they are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from odenets.normalization import StageBatchNorm, make_norm
+
+__all__ = ["ConvField", "MLPField", "VelocityField", "field_for"]
+
+_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]()
+
+
+class VelocityField(nn.Module):
+    """What the fields of this package share: reset, and statistics per stage where one field serves all stages."""
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+
+    def expand_stages(self, stages: int) -> None:
+        """Give every batch norm its own statistics for each of ``stages`` stages."""
+        for module in self.modules():
+            if isinstance(module, StageBatchNorm):
+                module.expand_stages(stages)
+
+
+class MLPField(VelocityField):
+    """A perceptron with one hidden layer: ``v = W2 act(W1 [x, t] + b1) + b2``.
+
+    Args:
+        features: size of the last dimension of x.
+        hidden: width of the hidden layer; ``max(64, 2 * features)`` if not given.
+        activation: "relu", "silu", "gelu" or "tanh" (ten times slower on CPUs).
+        time: whether t is an input.
+    """
+
+    def __init__(
+        self, features: int, hidden: int | None = None, *, activation: str = "silu", time: bool = False
+    ) -> None:
+        super().__init__()
+        hidden = hidden or max(64, 2 * features)
+        self.time = time
+        self.first = nn.Linear(features + time, hidden)
+        self.activation = _activation(activation)
+        self.second = nn.Linear(hidden, features)
+
+    def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
+        """Velocity at ``x`` ``(B, ..., features)``, same shape."""
+        inputs = torch.cat([x, _time_like(t, x[..., :1])], -1) if self.time else x
+        return self.second(self.activation(self.first(inputs)))
+
+
+class ConvField(VelocityField):
+    """The branch of a pre-activation residual block: norm-act-conv3x3-norm-act-conv3x3 (He et al. 2016).
+
+    Args:
+        channels: channels of x.
+        hidden: channels between the convolutions; ``channels`` if not given.
+        norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None.
+        activation: "relu", "silu", "gelu" or "tanh".
+        time: whether t is an input, as a constant channel of both convolutions.
+        kernel_size: odd size of the convolutions.
+        bias: whether the convolutions have one.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int | None = None,
+        *,
+        norm: str | None = "group",
+        activation: str = "relu",
+        time: bool = False,
+        kernel_size: int = 3,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep the shape of x, got {kernel_size}")
+        hidden = hidden or channels
+        self.time = time
+        self.norm1 = make_norm(norm, channels)
+        self.conv1 = nn.Conv2d(channels + time, hidden, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.norm2 = make_norm(norm, hidden)
+        self.conv2 = nn.Conv2d(hidden + time, channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.activation = _activation(activation)
+
+    def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
+        """Velocity at ``x`` ``(B, C, H, W)``, same shape."""
+        x = self.conv1(self._with_time(t, self.activation(self.norm1(x, stage))))
+        return self.conv2(self._with_time(t, self.activation(self.norm2(x, stage))))
+
+    def _with_time(self, t: float | Tensor, x: Tensor) -> Tensor:
+        return torch.cat([x, _time_like(t, x[:, :1])], 1) if self.time else x
+
+
+def _time_like(t: float | Tensor, x: Tensor) -> Tensor:
+    return t.to(x).expand_as(x) if isinstance(t, Tensor) else torch.full_like(x, t)
+
+
+def field_for(x: Tensor) -> VelocityField:
+    """The default field for states like ``x``: an MLP for ``(B, D)``, convolutional for ``(B, C, H, W)``.
+
+    Raises:
+        ValueError: x has another number of dimensions.
+    """
+    match x.ndim:
+        case 2:
+            field: VelocityField = MLPField(x.shape[1])
+        case 4:
+            field = ConvField(x.shape[1])
+        case _:
+            raise ValueError(f"no default field for x of shape {tuple(x.shape)}: pass Flow(field=...)")
+    return field.to(device=x.device, dtype=x.dtype)

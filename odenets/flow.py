@@ -1,0 +1,367 @@
+"""Flow: a network that is an explicit integrator over learned velocity fields."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from odenets.fields import VelocityField, field_for
+from odenets.measures import Measure, needs_closing
+from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
+from solvers.integrate import adaptive_steps, check_state
+
+__all__ = ["Block", "Flow", "Records", "StageMode"]
+
+StageMode = Literal["tied", "chained", "untied"]
+FieldSource = nn.Module | Callable[[], nn.Module]
+
+
+class Records(dict[str, Tensor]):
+    """Measures by name, each ``(blocks, B)``; ``starts`` holds the row at which each flow begins."""
+
+    def __init__(self, values: dict[str, Tensor], starts: tuple[int, ...] = (0,)) -> None:
+        super().__init__(values)
+        self.starts = starts
+
+
+class Block(nn.Module):
+    """One solver step with its own fields and its own step size h.
+
+    Attributes:
+        fields: one velocity field (tied), or one per stage.
+        h: step size.
+    """
+
+    def __init__(self, fields: Sequence[nn.Module], h: float) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(fields)
+        self.h = h
+
+    def extra_repr(self) -> str:
+        return f"h={self.h:g}"
+
+
+class Flow(nn.Module):
+    """Blocks that keep one dimension: ``x_{m+1} = x_m + h_m r_m(x_m)``, each a Runge-Kutta step with its own weights.
+
+    ``Flow(solver="bs23")`` alone works: like torch's lazy modules it makes its field from the first input, an MLP for
+    ``(B, D)``, a convolutional one for ``(B, C, H, W)``. Show it a batch before building an optimiser.
+
+    Args:
+        field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one.
+        solver: name of a method or a tableau; ``"euler"`` with h = 1 is a residual network.
+        depth: number of blocks.
+        h: step size of every block, or one per block; ``total_time / depth`` if not given.
+        total_time: the sum of all h; 1 if neither is given.
+        stages: "tied", one field per block serves all its stages, a true Runge-Kutta step; "untied", a field per
+            stage (eq. 43 of the thesis); "chained", a field per stage where the closing stage of an FSAL method uses
+            the first field of the next block, the last one its own. Only tied blocks have the method's order: see
+            :meth:`solvers.Step.error`.
+        shared: one block, used ``depth`` times.
+        tolerance: error control: a continuous flow, one shared field integrated over ``[0, h]`` with steps chosen by
+            the embedded error, a neural ODE.
+        controller: step-size rule of a continuous flow.
+
+    Raises:
+        ValueError: arguments that are out of range or exclude each other.
+
+    >>> import torch
+    >>> flow = Flow(solver="bs23", depth=3)
+    >>> flow(torch.randn(5, 2)).shape, flow.h
+    (torch.Size([5, 2]), (0.3333333333333333, 0.3333333333333333, 0.3333333333333333))
+    """
+
+    def __init__(
+        self,
+        field: FieldSource | None = None,
+        *,
+        solver: str | ButcherTableau = "bs23",
+        depth: int = 1,
+        h: float | Sequence[float] | None = None,
+        total_time: float | None = None,
+        stages: StageMode = "tied",
+        shared: bool = False,
+        tolerance: Tolerance | None = None,
+        controller: Controller | None = None,
+    ) -> None:
+        super().__init__()
+        self.tableau = get_tableau(solver)
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        if stages not in ("tied", "chained", "untied"):
+            raise ValueError(f"stages must be 'tied', 'chained' or 'untied', got {stages!r}")
+        if h is not None and total_time is not None:
+            raise ValueError("h and total_time exclude each other: total_time is the sum of all h")
+        if h is None:
+            h = (1.0 if total_time is None else total_time) / depth
+        sizes = [h] * depth if isinstance(h, int | float) else list(h)
+        if len(sizes) != depth:
+            raise ValueError(f"h must hold one step size per block, got {len(sizes)} for depth {depth}")
+        for size in sizes:
+            if not (math.isfinite(size) and size > 0):
+                raise ValueError(f"h must be positive and finite, got {size}")
+        if tolerance is not None and (depth > 1 or stages != "tied"):
+            raise ValueError(
+                "tolerance makes a continuous flow, one field with tied stages: leave out depth and stages"
+            )
+        if tolerance is not None:
+            _ = self.tableau.error_order  # raises where the method has no embedded error
+        if controller is not None and tolerance is None:
+            raise ValueError("controller chooses the steps of a continuous flow: give tolerance too")
+        if shared and stages != "tied":
+            raise ValueError("shared uses one field for all blocks: stages must be 'tied'")
+        self.mode: StageMode = stages
+        self.shared = shared
+        self.tolerance = tolerance
+        self.controller = controller or I()
+        self.statistics = Statistics()
+        self.input_shape: tuple[int, ...] | None = None
+        self._sizes = tuple(float(size) for size in sizes)
+        self.blocks = nn.ModuleList()
+        if field is None:
+            self.field_of_first_input = UninitializedParameter()
+        else:
+            self._make_blocks(field)
+
+    # -- structure ----------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self._sizes) if self.shared or not len(self.blocks) else len(self.blocks)
+
+    @property
+    def h(self) -> tuple[float, ...]:
+        """Step size of each block."""
+        if self.shared or not len(self.blocks):
+            return self._sizes
+        return tuple(cast(Block, block).h for block in self.blocks)
+
+    @property
+    def total_time(self) -> float:
+        """``T = sum_m h_m``."""
+        return math.fsum(self.h)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the steps are chosen by error control."""
+        return self.tolerance is not None
+
+    @property
+    def evaluations(self) -> int:
+        """Field evaluations of one forward pass; of a continuous flow, those of its last one."""
+        return self.statistics.evaluations if self.continuous else self.depth * self.tableau.interior
+
+    def materialise(self, x: Tensor) -> None:
+        """Make the field from the first input, if none was given; remember the shape of its samples."""
+        if self.input_shape is None:
+            self.input_shape = tuple(x.shape[1:])
+        if not len(self.blocks):
+            del self.field_of_first_input
+            self._make_blocks(field_for(x))
+            self.train(self.training)
+
+    def resize(self, sizes: Sequence[float]) -> None:
+        """Give the flow one block per step size, new ones copied from its last; used when saved weights are loaded."""
+        if self.shared or self.continuous:
+            if len(sizes) != len(self._sizes):
+                raise ValueError(f"a shared or continuous flow keeps its depth {len(self._sizes)}, got {len(sizes)}")
+            self._sizes = tuple(sizes)
+            return
+        blocks = [cast(Block, block) for block in self.blocks[: len(sizes)]]
+        blocks += [copy.deepcopy(blocks[-1]) for _ in range(len(sizes) - len(blocks))]
+        for block, size in zip(blocks, sizes, strict=True):
+            block.h = float(size)
+        self.blocks = nn.ModuleList(blocks)
+
+    def _make_blocks(self, source: FieldSource) -> None:
+        per_block = 1 if self.mode == "tied" else self.tableau.stages
+        if self.mode == "chained":
+            per_block = self.tableau.interior
+        sizes = self._sizes[:1] if self.shared or self.continuous else self._sizes
+        first = True
+        for size in sizes:
+            fields = []
+            for _ in range(per_block):
+                fields.append(_new_field(source, as_given=first))
+                first = False
+            if self.mode == "tied" and isinstance(fields[0], VelocityField):
+                fields[0].expand_stages(self.tableau.stages)
+            self.blocks.append(Block(fields, size))
+
+    def _stage_fields(self, m: int) -> Sequence[Callable[[float | Tensor, Tensor], Tensor]]:
+        """One callable per stage of block m."""
+        block = cast(Block, self.blocks[0 if self.shared else m])
+        if self.mode == "tied":
+            field = block.fields[0]
+            if isinstance(field, VelocityField):
+                return [partial(field, stage=i) for i in range(self.tableau.stages)]
+            return [field] * self.tableau.stages
+        fields = list(block.fields)
+        if len(fields) < self.tableau.stages:
+            following = self.blocks[m + 1] if m + 1 < len(self.blocks) else block
+            fields.append(cast(Block, following).fields[0])
+        return fields
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
+        """Every step from ``x`` at time 0 to the total time.
+
+        Args:
+            x: state, ``(B, *S)``, floating and finite.
+            closing: whether each step carries the closing stage of an FSAL method.
+
+        Raises:
+            TypeError, ValueError: x is no batch of finite floating states.
+        """
+        check_state(x)
+        self.materialise(x)
+        if self.tolerance is not None:
+            self.statistics = Statistics()
+            yield from adaptive_steps(
+                cast(nn.Module, self.blocks[0]).fields[0],  # type: ignore[index]
+                x,
+                0.0,
+                self.total_time,
+                self.tableau,
+                self.tolerance,
+                self.controller,
+                stats=self.statistics,
+            )
+            return
+        t, first = 0.0, None
+        for m, h in enumerate(self.h):
+            step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closing)
+            yield step
+            t, x = t + h, step.x1
+            if closing and self.tableau.fsal and (self.shared or self.mode == "chained"):
+                first = step.stages[-1]  # the first stage of the next step
+
+    def forward(self, x: Tensor, readout: str = "solution") -> Tensor:
+        """The state at the total time, ``(B, *S)``.
+
+        Args:
+            x: state at time 0, ``(B, *S)``.
+            readout: "solution", or "ensemble" for the average of the last step's embedded outputs.
+        """
+        return self.record(x, readout)[0]
+
+    def record(self, x: Tensor, readout: str = "solution", /, **measures: Measure) -> tuple[Tensor, Records]:
+        """The end state and one ``(blocks, B)`` tensor per measure.
+
+        Each step is measured as it is taken; nothing of it is kept but what gradients need.
+
+        Args:
+            x: state at time 0, ``(B, *S)``.
+            readout: "solution" or "ensemble".
+            measures: functions ``Step -> (B,)`` by name.
+
+        Raises:
+            TypeError, ValueError: x is no batch of states, or a measure does not return ``(B,)``.
+        """
+        if readout not in ("solution", "ensemble"):
+            raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+        for name, measure in measures.items():
+            if not callable(measure):
+                raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
+        closing = any(needs_closing(measure) for measure in measures.values())
+        rows: dict[str, list[Tensor]] = {name: [] for name in measures}
+        last = None
+        for last in self.steps(x, closing=closing or readout == "ensemble"):
+            for name, measure in measures.items():
+                rows[name].append(_checked(name, measure(last), x))
+        assert last is not None  # a flow has at least one step
+        end = last.x1 if readout == "solution" else _average([last.output(name) for name in self.tableau.outputs])
+        return end, Records({name: torch.stack(values) for name, values in rows.items()})
+
+    def outputs(self, x: Tensor, *, full_passes: bool = False) -> dict[str, Tensor]:
+        """The embedded outputs by name, each ``(B, *S)``.
+
+        Args:
+            x: state at time 0, ``(B, *S)``.
+            full_passes: False, those of the last block, in one pass; True, one pass per scheme in which every block
+                carries that scheme's output on (eq. 43).
+        """
+        if not full_passes or self.continuous:
+            *_, last = self.steps(x)
+            return {name: last.output(name) for name in self.tableau.outputs}
+        check_state(x)
+        self.materialise(x)
+        ends = {}
+        for name in self.tableau.outputs:
+            t, end = 0.0, x
+            for m, h in enumerate(self.h):
+                end = rk_step(self._stage_fields(m), t, end, h, self.tableau).output(name)
+                t += h
+            ends[name] = end
+        return ends
+
+    def ensemble(self, x: Tensor, *, full_passes: bool = False) -> Tensor:
+        """Average of :meth:`outputs`, ``(B, *S)`` (section 6.2.1)."""
+        return _average(list(self.outputs(x, full_passes=full_passes).values()))
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The step sizes, so that they travel with ``state_dict``, ``(depth,)`` float64."""
+        return torch.tensor(self.h, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the step sizes of a ``state_dict``."""
+        sizes = state.tolist()
+        if len(sizes) != self.depth:
+            raise ValueError(
+                f"the state holds {len(sizes)} blocks and this flow has {self.depth}: "
+                "call flow.resize(sizes) first, or load it with odenets.load_weights"
+            )
+        if len(self.blocks):
+            self.resize(sizes)
+        else:
+            self._sizes = tuple(sizes)
+
+    def extra_repr(self) -> str:
+        kind = "continuous" if self.continuous else f"depth={self.depth}, stages={self.mode}"
+        return f"solver={self.tableau.name}, {kind}, total_time={self.total_time:g}"
+
+
+def _average(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(outputs)).mean(0)
+
+
+def _new_field(source: FieldSource, *, as_given: bool) -> nn.Module:
+    """The given field itself the first time, then copies of it with parameters drawn anew."""
+    if not isinstance(source, nn.Module):
+        field = source()
+        if not isinstance(field, nn.Module):
+            raise TypeError(f"field must make a torch module, got {type(field).__name__}")
+        return field
+    if as_given:
+        return source
+    field = copy.deepcopy(source)
+    if hasattr(field, "reset_parameters"):
+        field.reset_parameters()  # type: ignore[operator]
+        return field
+    for name, module in field.named_modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise ValueError(
+                f"field: {name or type(field).__name__!r} has parameters but no reset_parameters(), so no further "
+                "field can be drawn from it: pass a function that makes one, field=lambda: MyField(...)"
+            )
+    return field
+
+
+def _checked(name: str, value: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"measure {name!r} must return one number per sample, shape ({x.shape[0]},), got {got}")
+    return value

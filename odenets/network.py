@@ -1,0 +1,121 @@
+"""Network: an encoder, flows with transitions between them, and a head (the thesis' ``F . T . E``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from odenets.flow import Flow, Records
+from odenets.measures import Measure
+from solvers import Step
+
+__all__ = ["Network"]
+
+
+class Network(nn.Module):
+    """``head . flow_n . transition_{n-1} . ... . flow_1 . encoder``.
+
+    Args:
+        encoder: maps an input to the first state.
+        flows: one flow, or several.
+        head: maps the last state to the output, logits for a classifier.
+        transitions: one module between each flow and the next.
+        readout: what the head reads: "solution", the last flow's end state, or "ensemble", the average of its last
+            step's embedded outputs. An untied or chained network trained on the ensemble trains every stage.
+
+    Raises:
+        ValueError: the number of transitions does not fit the number of flows, or the readout is unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        flows: Flow | Sequence[Flow],
+        head: nn.Module,
+        *,
+        transitions: Sequence[nn.Module] = (),
+        readout: str = "solution",
+    ) -> None:
+        super().__init__()
+        flows = [flows] if isinstance(flows, Flow) else list(flows)
+        if not flows:
+            raise ValueError("flows must hold at least one flow")
+        if len(transitions) != len(flows) - 1:
+            raise ValueError(f"{len(flows)} flows need {len(flows) - 1} transitions, got {len(transitions)}")
+        if readout not in ("solution", "ensemble"):
+            raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+        self.encoder = encoder
+        self._flows = nn.ModuleList(flows)
+        self.transitions = nn.ModuleList(transitions)
+        self.head = head
+        self.readout = readout
+
+    @property
+    def flows(self) -> list[Flow]:
+        """The flows, first to last."""
+        return [cast(Flow, flow) for flow in self._flows]
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of all flows."""
+        return sum(flow.depth for flow in self.flows)
+
+    @property
+    def evaluations(self) -> int:
+        """Field evaluations of one forward pass."""
+        return sum(flow.evaluations for flow in self.flows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The head's output for inputs ``x`` ``(B, ...)``."""
+        return self.record(x)[0]
+
+    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+        """The head's output, and the flows' records joined: per measure ``(blocks of all flows, B)``.
+
+        ``records.starts`` holds the row at which each flow begins.
+        """
+        x = self.encoder(x)
+        rows: dict[str, list[Tensor]] = {name: [] for name in measures}
+        starts, begin = [], 0
+        for i, flow in enumerate(self.flows):
+            if i:
+                x = self.transitions[i - 1](x)
+            x, records = flow.record(x, self.readout if i == len(self._flows) - 1 else "solution", **measures)
+            starts.append(begin)
+            begin += next((len(row) for row in records.values()), flow.depth)
+            for name, row in records.items():
+                rows[name].append(row)
+        return self.head(x), Records({name: torch.cat(row) for name, row in rows.items()}, tuple(starts))
+
+    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
+        """Every step of every flow for inputs ``x``."""
+        x = self.encoder(x)
+        for i, flow in enumerate(self.flows):
+            if i:
+                x = self.transitions[i - 1](x)
+            for step in flow.steps(x, closing=closing):
+                yield step
+                x = step.x1
+
+    def outputs(self, x: Tensor, *, full_passes: bool = False) -> dict[str, Tensor]:
+        """The head's output for every embedded scheme of the last flow, and for their average, "ensemble".
+
+        Args:
+            x: inputs.
+            full_passes: let every block of the last flow carry the scheme on, one pass each, instead of reading all
+                schemes off its last block.
+        """
+        *before, last = self.flows
+        x = self.encoder(x)
+        for flow, transition in zip(before, self.transitions, strict=True):
+            x = transition(flow(x))
+        states = last.outputs(x, full_passes=full_passes)
+        states["ensemble"] = torch.stack(tuple(states.values())).mean(0)
+        return {name: self.head(state) for name, state in states.items()}
+
+    def ensemble(self, x: Tensor, *, full_passes: bool = False) -> Tensor:
+        """The head's output for the average of the last flow's embedded outputs (section 6.2.1)."""
+        return self.outputs(x, full_passes=full_passes)["ensemble"]
