@@ -223,6 +223,9 @@ class Flow(nn.Module):
             TypeError, ValueError: x is no batch of finite floating states.
         """
         check_state(x)
+        yield from self._steps(x, closing)
+
+    def _steps(self, x: Tensor, closing: bool) -> Iterator[Step]:
         self.materialise(x)
         if self.tolerance is not None:
             self.statistics = Statistics()
@@ -267,15 +270,19 @@ class Flow(nn.Module):
         Raises:
             TypeError, ValueError: x is no batch of states, or a measure does not return ``(B,)``.
         """
+        check_state(x)
         if readout not in ("solution", "ensemble"):
             raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+        return self._record(x, readout, measures)
+
+    def _record(self, x: Tensor, readout: str, measures: dict[str, Measure]) -> tuple[Tensor, Records]:
         for name, measure in measures.items():
             if not callable(measure):
                 raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
         closing = any(needs_closing(measure) for measure in measures.values())
         rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         last = None
-        for last in self.steps(x, closing=closing or readout == "ensemble"):
+        for last in self._steps(x, closing or readout == "ensemble"):
             for name, measure in measures.items():
                 rows[name].append(_checked(name, measure(last), x))
         assert last is not None  # a flow has at least one step
@@ -290,10 +297,13 @@ class Flow(nn.Module):
             full_passes: False, those of the last block, in one pass; True, one pass per scheme in which every block
                 carries that scheme's output on (eq. 43).
         """
-        if not full_passes or self.continuous:
-            *_, last = self.steps(x)
-            return {name: last.output(name) for name in self.tableau.outputs}
         check_state(x)
+        return self._outputs(x, full_passes)
+
+    def _outputs(self, x: Tensor, full_passes: bool) -> dict[str, Tensor]:
+        if not full_passes or self.continuous:
+            *_, last = self._steps(x, closing=True)
+            return {name: last.output(name) for name in self.tableau.outputs}
         self.materialise(x)
         ends = {}
         for name in self.tableau.outputs:

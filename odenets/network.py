@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from odenets.flow import Flow, Records
 from odenets.measures import Measure
 from solvers import Step
+from solvers.integrate import check_state
 
 __all__ = ["Network"]
 
@@ -68,6 +69,12 @@ class Network(nn.Module):
         """Field evaluations of one forward pass."""
         return sum(flow.evaluations for flow in self.flows)
 
+    def _encode(self, x: Tensor) -> Tensor:
+        """The first state. Inputs are checked here; states are not, so that a diverging network can be measured."""
+        if isinstance(x, Tensor) and x.is_floating_point():
+            check_state(x)
+        return self.encoder(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """The head's output for inputs ``x`` ``(B, ...)``."""
         return self.record(x)[0]
@@ -77,13 +84,13 @@ class Network(nn.Module):
 
         ``records.starts`` holds the row at which each flow begins.
         """
-        x = self.encoder(x)
+        x = self._encode(x)
         rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         starts, begin = [], 0
         for i, flow in enumerate(self.flows):
             if i:
                 x = self.transitions[i - 1](x)
-            x, records = flow.record(x, self.readout if i == len(self._flows) - 1 else "solution", **measures)
+            x, records = flow._record(x, self.readout if i == len(self._flows) - 1 else "solution", measures)
             starts.append(begin)
             begin += next((len(row) for row in records.values()), flow.depth)
             for name, row in records.items():
@@ -92,11 +99,11 @@ class Network(nn.Module):
 
     def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``."""
-        x = self.encoder(x)
+        x = self._encode(x)
         for i, flow in enumerate(self.flows):
             if i:
                 x = self.transitions[i - 1](x)
-            for step in flow.steps(x, closing=closing):
+            for step in flow._steps(x, closing):
                 yield step
                 x = step.x1
 
@@ -109,10 +116,10 @@ class Network(nn.Module):
                 schemes off its last block.
         """
         *before, last = self.flows
-        x = self.encoder(x)
+        x = self._encode(x)
         for flow, transition in zip(before, self.transitions, strict=True):
-            x = transition(flow(x))
-        states = last.outputs(x, full_passes=full_passes)
+            x = transition(flow._record(x, "solution", {})[0])
+        states = last._outputs(x, full_passes)
         states["ensemble"] = torch.stack(tuple(states.values())).mean(0)
         return {name: self.head(state) for name, state in states.items()}
 

@@ -1,0 +1,87 @@
+"""Weights on disk: safetensors with the flows' structure as JSON beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+
+from odenets.flow import Flow
+
+__all__ = ["load_weights", "restore_structure", "save_weights", "structure"]
+
+
+def structure(network: nn.Module) -> dict[str, Any]:
+    """What a depth edit can change: per flow its step sizes and the shape of its samples, by module name."""
+    return {
+        name: {"h": list(flow.h), "input_shape": list(flow.input_shape) if flow.input_shape else None}
+        for name, flow in network.named_modules()
+        if isinstance(flow, Flow)
+    }
+
+
+def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
+    """Give every flow the blocks and step sizes of :func:`structure`.
+
+    Raises:
+        ValueError: the network's flows are not those of ``saved``.
+    """
+    flows = {name: flow for name, flow in network.named_modules() if isinstance(flow, Flow)}
+    if set(flows) != set(saved):
+        raise ValueError(f"network has flows {sorted(flows)}, the saved one {sorted(saved)}")
+    for name, flow in flows.items():
+        if saved[name]["input_shape"] is not None:
+            reference = next((p for p in network.parameters() if not nn.parameter.is_lazy(p)), torch.empty(0))
+            flow.materialise(reference.new_zeros(1, *saved[name]["input_shape"]))
+        flow.resize(saved[name]["h"])
+
+
+def save_weights(network: nn.Module, path: str | Path) -> Path:
+    """Write weights, buffers, blocks and step sizes to one ``.safetensors`` file, atomically.
+
+    Raises:
+        ValueError: a flow has not seen an input yet and has no field.
+    """
+    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
+        raise ValueError("network has a flow without a field: call network(x) once before saving it")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    data = save(tensors, metadata={"format": "pt", "structure": json.dumps(structure(network))})
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    return path
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Load what :func:`save_weights` wrote into a network built by the same code, whatever its depth has become.
+
+    Args:
+        network: built as the saved one was; its flows get the saved blocks and step sizes.
+        path: the file.
+
+    Returns:
+        The network.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not from this package, or the network has other flows.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "structure" not in metadata:
+            raise ValueError(f"{path} holds no flow structure: it was not written by odenets.save_weights")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    restore_structure(network, json.loads(metadata["structure"]))
+    network.load_state_dict(tensors)
+    return network

@@ -1,0 +1,264 @@
+"""Adaptive depth: the embedded error of each block adds and removes blocks while training (section 6.2.1, A.3).
+
+With ``e_m`` the embedded error of block m on validation data in eval mode, its root mean square over the features,
+averaged over the samples:
+
+- ``e_m > eps`` (or not finite): ``(theta_m, h_m)`` becomes two blocks ``(theta_m, h_m / 2)``;
+- ``e_m < eps / K``: ``h_m`` becomes ``h_m + h_{m+1}`` and block m + 1 goes, unless that one needs refining;
+- else the block is kept.
+
+Every edit keeps the total time. K = 8 for tied BS23 blocks, since doubling h multiplies their error by 8.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from odenets import measures
+from odenets.flow import Block, Flow
+from odenets.network import Network
+from odenets.normalization import recalibrate
+
+__all__ = ["DepthRule", "Edit", "adapt_depth", "block_errors", "plan"]
+
+
+class Edit(NamedTuple):
+    """One change of depth, as it happened.
+
+    Attributes:
+        kind: "duplicate", "merge" or "undo" (a merge taken back because it broke the tolerance).
+        flow: index of the flow.
+        block: index of the block, counted before this round of edits.
+        error: the error that decided.
+        h: step size of the block before and after.
+    """
+
+    kind: Literal["duplicate", "merge", "undo"]
+    flow: int
+    block: int
+    error: float
+    h: tuple[float, float]
+
+    def __str__(self) -> str:
+        h, new = self.h
+        what = {"duplicate": "duplicated", "merge": "merged with the next", "undo": "merge taken back"}[self.kind]
+        return f"flow {self.flow} block {self.block}: {what}, error {self.error:.3g}, h {h:g} -> {new:g}"
+
+
+@dataclass(frozen=True)
+class DepthRule:
+    """When to change the depth.
+
+    Attributes:
+        tolerance: eps, the largest error of a block.
+        K: merge below ``tolerance / K``; 8 suits tied BS23 blocks, 3 untied ones.
+        max_depth: largest number of blocks per flow.
+        min_h: smallest step size.
+        norm: "rms" over the features, independent of the dimension, or "raw" for the thesis' 2-norm.
+    """
+
+    tolerance: float
+    K: float = 8.0
+    max_depth: int = 32
+    min_h: float = 1e-3
+    norm: Literal["rms", "raw"] = "rms"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise ValueError(f"tolerance must be positive and finite, got {self.tolerance}")
+        if not self.K > 1:
+            raise ValueError(f"K must be greater than 1, got {self.K}")
+        if self.max_depth < 1:
+            raise ValueError(f"max_depth must be at least 1, got {self.max_depth}")
+        if not self.min_h >= 0:
+            raise ValueError(f"min_h must not be negative, got {self.min_h}")
+        if self.norm not in ("rms", "raw"):
+            raise ValueError(f"norm must be 'rms' or 'raw', got {self.norm!r}")
+
+
+@torch.no_grad()
+def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms") -> list[list[float]]:
+    """Mean embedded error of every block on ``batches``, in eval mode; the network's mode is restored.
+
+    Args:
+        network: a network of discrete flows whose method has an embedded error.
+        batches: inputs, each ``(B, ...)``.
+        norm: "rms" or "raw", over the features of a sample.
+
+    Returns:
+        One list per flow, one error per block; infinite where any sample's is not finite.
+
+    Raises:
+        ValueError: no batch, or a flow without embedded error.
+    """
+    mode = network.training
+    network.eval()
+    total: Tensor | None = None
+    samples, starts = 0, (0,)
+    scale: list[float] = []
+    try:
+        for x in batches:
+            _, records = network.record(x, error=measures.error)
+            summed = records["error"].double().sum(1)
+            total = summed if total is None else total + summed
+            samples, starts = samples + len(x), records.starts
+    finally:
+        network.train(mode)
+    if total is None:
+        raise ValueError("batches must hold at least one batch to measure the error on")
+    values = (total / samples).tolist()
+    if norm == "raw":
+        scale = [math.sqrt(math.prod(flow.input_shape or (1,))) for flow in network.flows]
+    ends = [*starts[1:], len(values)]
+    return [
+        [(e * scale[i] if scale else e) if math.isfinite(e) else math.inf for e in values[start:end]]
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]
+
+
+def plan(errors: Sequence[float], h: Sequence[float], rule: DepthRule) -> list[Literal["keep", "duplicate", "merge"]]:
+    """What becomes of each block of a flow, decided on one snapshot, left to right, each block touched once.
+
+    A block marked "merge" absorbs the next one, which is marked "keep" and not looked at again.
+    """
+    decisions: list[Literal["keep", "duplicate", "merge"]] = ["keep"] * len(errors)
+    depth = len(errors)
+    absorbed = False
+    for m, error in enumerate(errors):
+        if absorbed:
+            absorbed = False
+            continue
+        if not error <= rule.tolerance:
+            if depth < rule.max_depth and h[m] / 2 >= rule.min_h:
+                decisions[m] = "duplicate"
+                depth += 1
+        elif error < rule.tolerance / rule.K and m + 1 < len(errors) and errors[m + 1] <= rule.tolerance:
+            decisions[m] = "merge"
+            depth -= 1
+            absorbed = True
+    return decisions
+
+
+def adapt_depth(
+    network: Network,
+    batches: Callable[[], Iterable[Tensor]],
+    rule: DepthRule,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    recalibration: Callable[[], Iterable[Tensor]] | None = None,
+) -> list[Edit]:
+    """Apply the rule once to every flow of a network.
+
+    All edits are decided on one snapshot of the errors; the network is then measured again, and a merge after which
+    the block's error exceeds the tolerance is taken back (the "redo" of A.3). Merges never cross a flow.
+
+    Args:
+        network: changed in place. Its first and last blocks stay; a flow keeps at least one block and its total time.
+        batches: makes the validation inputs anew at each call.
+        rule: the rule.
+        optimizer: its state follows the blocks: a copy gets its original's momentum or moments, a block that goes
+            takes its state along, and the parameters of each group end up in the network's order.
+        recalibration: makes inputs on which batch norms are recalibrated after an edit, and before the errors are
+            measured; if not given, those of ``batches``.
+
+    Returns:
+        The edits, in order.
+
+    Raises:
+        ValueError: a flow is continuous or shared, or its method has no embedded error.
+    """
+    for i, flow in enumerate(network.flows):
+        if flow.continuous or flow.shared:
+            raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")
+        _ = flow.tableau.error_order
+    renew = recalibration or batches
+    measure_closing = lambda x: network.record(x, error=measures.error)  # noqa: E731
+    recalibrate(network, renew(), measure_closing)
+    errors = block_errors(network, batches(), rule.norm)
+    edits: list[Edit] = []
+    merged: list[tuple[Flow, Block, int, Edit, nn.ModuleList]] = []
+    before = {flow: list(flow.blocks) for flow in network.flows}
+    for i, flow in enumerate(network.flows):
+        flow_edits, undo = _apply(flow, i, errors[i], plan(errors[i], flow.h, rule), optimizer)
+        edits += flow_edits
+        merged += [(flow, block, i, edit, nn.ModuleList(old)) for block, edit, old in undo]
+    if not edits:
+        return edits
+    if merged:
+        recalibrate(network, renew(), measure_closing)
+        after = block_errors(network, batches(), rule.norm)
+        for flow, block, i, edit, old in merged:
+            m = list(flow.blocks).index(block)
+            if not after[i][m] <= rule.tolerance:
+                block.h = edit.h[0]
+                flow.blocks = nn.ModuleList([*flow.blocks[:m], *old, *flow.blocks[m + 1 :]])
+                edits.append(Edit("undo", i, edit.block, after[i][m], (edit.h[1], edit.h[0])))
+    if optimizer is not None:
+        gone = [block for flow, blocks in before.items() for block in blocks if block not in set(flow.blocks)]
+        _drop(optimizer, [p for block in gone for p in block.parameters()])
+        _reorder(optimizer, network)
+    recalibrate(network, renew(), measure_closing)
+    return edits
+
+
+def _apply(
+    flow: Flow, index: int, errors: list[float], decisions: Sequence[str], optimizer: torch.optim.Optimizer | None
+) -> tuple[list[Edit], list[tuple[Block, Edit, list[Block]]]]:
+    """Edit a flow's blocks; merges come back with what is needed to take them back."""
+    blocks, edits, merged = [], [], []
+    old = [cast(Block, block) for block in flow.blocks]
+    m = 0
+    while m < len(old):
+        block = old[m]
+        blocks.append(block)
+        if decisions[m] == "duplicate":
+            edits.append(Edit("duplicate", index, m, errors[m], (block.h, block.h / 2)))
+            block.h /= 2
+            twin = copy.deepcopy(block)
+            if optimizer is not None:
+                _adopt(optimizer, block, twin)
+            blocks.append(twin)
+        elif decisions[m] == "merge":
+            following = old[m + 1]
+            edits.append(Edit("merge", index, m, errors[m], (block.h, block.h + following.h)))
+            merged.append((block, edits[-1], [block, following]))
+            block.h += following.h
+            m += 1
+        m += 1
+    flow.blocks = nn.ModuleList(blocks)
+    return edits, merged
+
+
+def _adopt(optimizer: torch.optim.Optimizer, original: nn.Module, twin: nn.Module) -> None:
+    """Put the twin's parameters into the groups of their originals, with copies of the state."""
+    for p, q in zip(original.parameters(), twin.parameters(), strict=True):
+        q.grad = None
+        group = next((group for group in optimizer.param_groups if any(p is r for r in group["params"])), None)
+        if group is None:
+            continue  # a frozen parameter that the optimiser was never given
+        group["params"].append(q)
+        if p in optimizer.state:
+            optimizer.state[q] = copy.deepcopy(optimizer.state[p])
+
+
+def _drop(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Forget parameters and their state."""
+    gone = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for p in parameters:
+        optimizer.state.pop(p, None)
+
+
+def _reorder(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """Sort each group as the network lists its parameters, so that a saved state fits a rebuilt optimiser."""
+    position: dict[Any, int] = {p: i for i, p in enumerate(network.parameters())}
+    for group in optimizer.param_groups:
+        group["params"].sort(key=lambda p: position.get(p, -1))

@@ -1,0 +1,199 @@
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from odenets import ConvField, Flow, MLPField, Network
+from odenets.checkpoints import load_weights, save_weights
+from odenets.depth import DepthRule, adapt_depth, block_errors, plan
+
+X = torch.randn(32, 3)
+
+
+def network(depth=3, *, flows=1, stages="tied", gain=1.0):
+    made = []
+    for _ in range(flows):
+        flow = Flow(lambda: MLPField(3), depth=depth, stages=stages)
+        for block in flow.blocks:
+            for field in block.fields:
+                field.second.weight.data.mul_(gain)
+        made.append(flow)
+    return Network(nn.Identity(), made, nn.Linear(3, 2), transitions=[nn.Linear(3, 3)] * (flows - 1))
+
+
+def train(net, optimizer, steps=3):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(X).square().mean().backward()
+        optimizer.step()
+
+
+def test_plan_follows_the_rule():
+    rule = DepthRule(1.0, K=8)
+    h = [0.25] * 4
+    assert plan([2.0, 0.5, 0.1, 0.5], h, rule) == ["duplicate", "keep", "merge", "keep"]
+    assert plan([0.1, 0.1, 0.1, 0.1], h, rule) == ["merge", "keep", "merge", "keep"]
+    assert plan([0.1, 2.0, 0.1, 0.1], h, rule) == ["keep", "duplicate", "merge", "keep"]
+    assert plan([0.5, 0.5, 0.5, 0.01], h, rule) == ["keep"] * 4, "the last block has nothing to absorb"
+    assert plan([math.inf, math.nan, 0.5, 0.5], h, rule)[:2] == ["duplicate", "duplicate"]
+    assert plan([2.0] * 4, h, DepthRule(1.0, max_depth=5)) == ["duplicate", "keep", "keep", "keep"]
+    assert plan([2.0] * 4, h, DepthRule(1.0, min_h=0.2)) == ["keep"] * 4
+    assert plan([0.01], [1.0], rule) == ["keep"], "a flow keeps at least one block"
+
+
+def test_errors_of_every_block():
+    net = network(flows=2)
+    errors = block_errors(net.train(), [X[:20], X[20:]])
+    assert [len(e) for e in errors] == [3, 3]
+    assert net.training
+    step = next(iter(net.eval().steps(X)))
+    assert errors[0][0] == pytest.approx(step.error().square().mean(1).sqrt().mean().item(), rel=1e-5)
+    raw = block_errors(net, [X], norm="raw")
+    assert raw[1][2] == pytest.approx(errors[1][2] * math.sqrt(3), rel=1e-5)
+    with pytest.raises(ValueError, match="at least one batch"):
+        block_errors(net, [])
+
+
+def test_a_non_finite_error_counts_as_too_large():
+    net = network(depth=1, flows=2)
+    net.flows[0].blocks[0].fields[0].second.bias.data.fill_(1e38)
+    assert block_errors(net, [X])[0] == [math.inf]
+    edits = adapt_depth(net, lambda: [X], DepthRule(1.0))
+    assert edits[0].kind == "duplicate"
+
+
+def test_growing_and_shrinking():
+    net = network(depth=1, gain=20.0)
+    edits = adapt_depth(net, lambda: [X], DepthRule(1e-6))
+    assert [edit.kind for edit in edits] == ["duplicate"]
+    assert net.flows[0].h == (0.5, 0.5)
+    first, second = net.flows[0].blocks
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert "flow 0 block 0: duplicated, error" in str(edits[0])
+    net = network(depth=8, gain=0.1)
+    while adapt_depth(net, lambda: [X], DepthRule(0.1)):
+        pass
+    assert net.flows[0].h == (1.0,)
+
+
+def test_a_merge_that_breaks_the_tolerance_is_taken_back():
+    """Two blocks of opposite velocity: small errors apart, a large one when the first takes the time of both."""
+
+    class Stiff(MLPField):
+        def forward(self, t, x, stage=0):
+            return 3 * torch.sin(4 * x)
+
+    net = Network(nn.Identity(), Flow(lambda: Stiff(3), depth=2, h=[0.05, 0.95]), nn.Linear(3, 2))
+    small, large = block_errors(net, [X])[0]
+    rule = DepthRule(large * 1.01, K=large / small / 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    blocks = list(net.flows[0].blocks)
+    edits = adapt_depth(net, lambda: [X], DepthRule(rule.tolerance, K=rule.K), optimizer)
+    assert [edit.kind for edit in edits] == ["merge"] or [edit.kind for edit in edits] == ["merge", "undo"]
+    if len(edits) == 2:
+        assert list(net.flows[0].blocks) == blocks
+        assert net.flows[0].h == (0.05, 0.95)
+    assert net.flows[0].total_time == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_optimizer_state_follows_the_blocks(kind):
+    net = network(depth=2, gain=10.0)
+    make = {"sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, 0.01)}[kind]
+    optimizer = make(net.parameters())
+    train(net, optimizer)
+    adapt_depth(net, lambda: [X], DepthRule(1e-9), optimizer)
+    assert net.depth == 4
+    check_alignment(net, optimizer)
+    for a, b in zip(net.flows[0].blocks[0].parameters(), net.flows[0].blocks[1].parameters(), strict=True):
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimizer.state[b][key]))
+            assert not isinstance(value, torch.Tensor) or value is not optimizer.state[b][key]
+    train(net, optimizer)
+    assert not torch.equal(net.flows[0].blocks[0].fields[0].first.weight, net.flows[0].blocks[1].fields[0].first.weight)
+
+
+def check_alignment(net, optimizer):
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in held] == [id(p) for p in net.parameters()]
+    assert set(optimizer.state) <= set(held)
+    for p, state in optimizer.state.items():
+        for value in state.values():
+            assert not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape == p.shape
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tolerances=st.lists(st.sampled_from([1e-12, 1e-4, 1e-3, 1e-2, 1.0]), min_size=1, max_size=5),
+    flows=st.integers(1, 2),
+    stages=st.sampled_from(["tied", "chained", "untied"]),
+)
+def test_any_sequence_of_edits_keeps_time_depth_state_and_round_trips(tmp_path_factory, tolerances, flows, stages):
+    torch.manual_seed(0)
+    net = network(depth=2, flows=flows, stages=stages)
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for tolerance in tolerances:
+        train(net, optimizer, 1)
+        adapt_depth(net, lambda: [X], DepthRule(tolerance, max_depth=6), optimizer)
+        for flow in net.flows:
+            assert flow.total_time == pytest.approx(1.0, abs=1e-12)
+            assert 1 <= flow.depth <= 6
+        check_alignment(net, optimizer)
+    path = save_weights(net, tmp_path_factory.mktemp("weights") / "net.safetensors")
+    again = load_weights(network(depth=2, flows=flows, stages=stages), path)
+    assert [flow.h for flow in again.flows] == [flow.h for flow in net.flows]
+    assert torch.equal(again(X), net(X))
+
+
+def test_batch_norm_follows_and_is_recalibrated():
+    x = 2 + torch.randn(16, 4, 6, 6)
+    net = Network(nn.Identity(), Flow(lambda: ConvField(4, norm="batch")), nn.Flatten())
+    net(x)
+    adapt_depth(net, lambda: [x], DepthRule(1e-9))
+    first, second = (block.fields[0].norm1 for block in net.flows[0].blocks)
+    torch.testing.assert_close(first.running_mean[0], x.mean((0, 2, 3)))
+    assert not torch.equal(first.running_mean, second.running_mean)
+
+
+def test_unused_optimizer_parameters_and_frozen_ones():
+    net = network(depth=1, gain=20.0)
+    net.flows[0].blocks[0].fields[0].first.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+    adapt_depth(net, lambda: [X], DepthRule(1e-9), optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == 2 * 3 + 2
+
+
+def test_flows_without_a_field_per_block_are_refused():
+    shared = Network(nn.Identity(), Flow(MLPField(3), depth=2, shared=True), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="flow 0 has one field for all its steps"):
+        adapt_depth(shared, lambda: [X], DepthRule(0.1))
+    euler = Network(nn.Identity(), Flow(MLPField(3), solver="euler"), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="no embedded error"):
+        adapt_depth(euler, lambda: [X], DepthRule(0.1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tolerance": -1.0}, "tolerance must be positive"),
+        ({"tolerance": math.nan}, "tolerance must be positive"),
+        ({"K": 1.0}, "K must be greater than 1"),
+        ({"max_depth": 0}, "max_depth must be at least 1"),
+        ({"min_h": -1.0}, "min_h must not be negative"),
+        ({"norm": "l1"}, "norm must be 'rms' or 'raw'"),
+    ],
+)
+def test_rules_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        DepthRule(**({"tolerance": 0.1} | change))
+
+
+def test_a_deep_copy_is_independent():
+    net = network(depth=2)
+    other = copy.deepcopy(net)
+    adapt_depth(net, lambda: [X], DepthRule(1e-9))
+    assert (net.depth, other.depth) == (4, 2)
