@@ -1,0 +1,245 @@
+"""Data sets as plain tensors: pixels in [0, 1], stratified splits by seed, loaders without worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["NAMES", "Batches", "Dataset", "Split", "load", "split"]
+
+# mean and standard deviation per channel of the training images, in [0, 1]
+_STATISTICS = {
+    "digits": ([0.3053], [0.3760]),
+    "mnist": ([0.1307], [0.3081]),
+    "fashion-mnist": ([0.2860], [0.3530]),
+    "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+    "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+}
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+NAMES = ("digits", "circles", "moons", *_TORCHVISION)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs and labels.
+
+    Attributes:
+        name: what it is.
+        x: inputs, ``(N, C, H, W)`` in [0, 1] or points ``(N, D)``, float32, finite.
+        y: labels, ``(N,)`` int64 in ``[0, classes)``.
+        classes: number of classes.
+        mean, std: per channel, for normalisation inside the model.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y) or len(self.x) == 0:
+            raise ValueError(f"{self.name}: x and y must be of one length, not 0, got {len(self.x)} and {len(self.y)}")
+        if not self.x.is_floating_point() or self.y.dtype != torch.long:
+            raise TypeError(f"{self.name}: x must be floating and y int64, got {self.x.dtype} and {self.y.dtype}")
+        if not self.x.isfinite().all():
+            raise ValueError(f"{self.name}: x must be finite, got NaN or infinity")
+        if int(self.y.min()) < 0 or int(self.y.max()) >= self.classes:
+            raise ValueError(f"{self.name}: y must lie in [0, {self.classes})")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def subset(self, index: Tensor) -> Dataset:
+        """The samples at ``index``."""
+        return Dataset(self.name, self.x[index], self.y[index], self.classes, self.mean, self.std)
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same on a device."""
+        return Dataset(self.name, self.x.to(device), self.y.to(device), self.classes, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint training, validation and test parts."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of a data set; shuffled by ``(seed, epoch)`` alone, so that any epoch can be drawn again.
+
+    Attributes:
+        data: the samples.
+        size: samples per batch; the last one may be smaller.
+        seed: None keeps the order.
+        crop: pad by this many pixels and crop at random (training images).
+        flip: mirror half of the images (not digits).
+    """
+
+    data: Dataset
+    size: int
+    seed: int | None = None
+    crop: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches ``(x, y)`` of an epoch."""
+        if self.seed is None:
+            order = torch.arange(len(self.data))
+            generator = None
+        else:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self.data), generator=generator)
+        for index in order.to(self.data.x.device).split(self.size):
+            x = self.data.x[index]
+            if generator is not None and (self.crop or self.flip):
+                x = _augment(x, self.crop, self.flip, generator)
+            yield x, self.data.y[index]
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The inputs in order, without augmentation."""
+        yield from self.data.x.split(self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+
+def _augment(x: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
+    n, _, height, width = x.shape
+    if crop:
+        padded = torch.nn.functional.pad(x, (crop,) * 4)
+        top, left = torch.randint(0, 2 * crop + 1, (2, n, 1), generator=generator).to(x.device)
+        rows = top + torch.arange(height, device=x.device)
+        columns = left + torch.arange(width, device=x.device)
+        samples = torch.arange(n, device=x.device)[:, None, None]
+        x = padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if flip:
+        mirrored = torch.rand(n, generator=generator).to(x.device) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return x.contiguous()
+
+
+def load(
+    name: str, folder: str | Path | None = None, *, download: bool = True, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """A data set as ``(train, test)``.
+
+    Digits, circles and moons come with scikit-learn; a fifth of them, stratified, is the test part. The others come
+    through torchvision: with a folder from there, where nothing is downloaded; without one from
+    ``~/.cache/odenets``, where they are downloaded once.
+
+    Args:
+        name: one of :data:`NAMES`.
+        folder: where torchvision's files lie, as ``torchvision.datasets.MNIST(folder)`` expects them.
+        download: whether to download without a folder.
+        seed: of the test part of the scikit-learn sets, and of the points.
+
+    Raises:
+        ValueError: unknown name.
+        FileNotFoundError: the folder is missing or does not hold the data set.
+    """
+    if name in ("circles", "moons"):
+        data = _points(name, seed)
+    elif name == "digits":
+        data = _digits()
+    elif name in _TORCHVISION:
+        return _torchvision(name, folder, download)
+    else:
+        raise ValueError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
+    if folder is not None:
+        raise ValueError(f"folder is for torchvision's sets; {name} comes with scikit-learn")
+    rest, test = _stratified(data.y, 0.2, seed)
+    return data.subset(rest), data.subset(test)
+
+
+def split(train: Dataset, test: Dataset, *, validation: float = 0.2, size: int | None = None, seed: int = 0) -> Split:
+    """Cut a stratified validation part off the training part, by seed.
+
+    Args:
+        train, test: as :func:`load` returns them.
+        validation: fraction of ``train`` for validation.
+        size: number of training samples to keep, stratified; all if not given.
+        seed: decides which.
+    """
+    if not 0 < validation < 1:
+        raise ValueError(f"validation must be a fraction in (0, 1), got {validation}")
+    rest, held_out = _stratified(train.y, validation, seed)
+    if size is not None:
+        if not 0 < size <= len(rest):
+            raise ValueError(f"size must be in [1, {len(rest)}], got {size}")
+        if size < len(rest):
+            _, kept = _stratified(train.y[rest], size / len(rest), seed + 1)
+            rest = rest[kept]
+    return Split(train.subset(rest), train.subset(held_out), test)
+
+
+def _stratified(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the rest and of a part that holds ``fraction`` of every class."""
+    from sklearn.model_selection import train_test_split
+
+    indices = np.arange(len(y))
+    rest, part = train_test_split(indices, test_size=fraction, random_state=seed, stratify=y.cpu().numpy())
+    return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(part))
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(images / 16).float().reshape(-1, 1, 8, 8)
+    mean, std = _STATISTICS["digits"]
+    return Dataset("digits", x, torch.from_numpy(labels).long(), 10, tuple(mean), tuple(std))
+
+
+def _points(name: str, seed: int) -> Dataset:
+    from sklearn.datasets import make_circles, make_moons
+
+    if name == "circles":
+        x, y = make_circles(1000, noise=0.05, factor=0.3, random_state=seed)
+    else:
+        x, y = make_moons(1000, noise=0.05, random_state=seed)
+    return Dataset(name, torch.from_numpy(x).float(), torch.from_numpy(y).long(), 2, (0.0, 0.0), (1.0, 1.0))
+
+
+def _torchvision(name: str, folder: str | Path | None, download: bool) -> tuple[Dataset, Dataset]:
+    from torchvision import datasets
+
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"folder {str(folder)!r} does not exist; give the one that holds torchvision's {name}")
+    root = Path(folder) if folder is not None else Path.home() / ".cache" / "odenets"
+    cls = getattr(datasets, _TORCHVISION[name])
+    parts = []
+    for train in (True, False):
+        try:
+            parts.append(cls(root, train=train, download=download and folder is None))
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"folder {str(root)!r} does not hold {name} as torchvision stores it ({error}); "
+                "leave the folder out to download it"
+            ) from error
+    return _images(name, parts[0]), _images(name, parts[1])
+
+
+def _images(name: str, part) -> Dataset:
+    x = torch.as_tensor(part.data)
+    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    mean, std = _STATISTICS[name]
+    y = torch.as_tensor(part.targets).long()
+    return Dataset(name, x.float().div_(255).contiguous(), y, len(part.classes), tuple(mean), tuple(std))
