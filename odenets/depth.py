@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from odenets.flow import Block, Flow
 from odenets.network import Network
 from odenets.normalization import recalibrate
 
-__all__ = ["DepthRule", "Edit", "adapt_depth", "block_errors", "plan"]
+if TYPE_CHECKING:
+    from odenets.training import Training
+
+__all__ = ["Adapted", "AdaptiveDepth", "DepthRule", "Edit", "adapt_depth", "block_errors", "plan", "refine"]
 
 
 class Edit(NamedTuple):
@@ -50,6 +53,21 @@ class Edit(NamedTuple):
         h, new = self.h
         what = {"duplicate": "duplicated", "merge": "merged with the next", "undo": "merge taken back"}[self.kind]
         return f"flow {self.flow} block {self.block}: {what}, error {self.error:.3g}, h {h:g} -> {new:g}"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What :func:`adapt_depth` found and did.
+
+    Attributes:
+        errors: the snapshot of errors that decided, one list per flow.
+        edits: the edits, in order.
+        evaluations: field evaluations per sample, summed over all samples, spent on measuring and recalibrating.
+    """
+
+    errors: list[list[float]]
+    edits: list[Edit]
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ def adapt_depth(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     recalibration: Callable[[], Iterable[Tensor]] | None = None,
-) -> list[Edit]:
+) -> Adapted:
     """Apply the rule once to every flow of a network.
 
     All edits are decided on one snapshot of the errors; the network is then measured again, and a merge after which
@@ -169,43 +187,66 @@ def adapt_depth(
             measured; if not given, those of ``batches``.
 
     Returns:
-        The edits, in order.
+        :class:`Adapted`: errors, a readable list of edits, and what the checks cost.
 
     Raises:
         ValueError: a flow is continuous or shared, or its method has no embedded error.
     """
-    for i, flow in enumerate(network.flows):
-        if flow.continuous or flow.shared:
-            raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")
-        _ = flow.tableau.error_order
-    renew = recalibration or batches
-    measure_closing = lambda x: network.record(x, error=measures.error)  # noqa: E731
-    recalibrate(network, renew(), measure_closing)
-    errors = block_errors(network, batches(), rule.norm)
+    _check_editable(network)
+    spent = 0
+
+    def counted(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        nonlocal spent
+        for x in inputs:
+            spent += len(x) * sum(flow.evaluations_per_pass(closing=True) for flow in network.flows)
+            yield x
+
+    def renew() -> None:
+        recalibrate(network, counted((recalibration or batches)()), lambda x: network.record(x, error=measures.error))
+
+    renew()
+    errors = block_errors(network, counted(batches()), rule.norm)
     edits: list[Edit] = []
-    merged: list[tuple[Flow, Block, int, Edit, nn.ModuleList]] = []
+    merged: list[tuple[Flow, Block, int, Edit, list[Block]]] = []
     before = {flow: list(flow.blocks) for flow in network.flows}
     for i, flow in enumerate(network.flows):
         flow_edits, undo = _apply(flow, i, errors[i], plan(errors[i], flow.h, rule), optimizer)
         edits += flow_edits
-        merged += [(flow, block, i, edit, nn.ModuleList(old)) for block, edit, old in undo]
-    if not edits:
-        return edits
+        merged += [(flow, block, i, edit, old) for block, edit, old in undo]
     if merged:
-        recalibrate(network, renew(), measure_closing)
-        after = block_errors(network, batches(), rule.norm)
-        for flow, block, i, edit, old in merged:
+        renew()
+        after = block_errors(network, counted(batches()), rule.norm)
+        for flow, block, i, edit, old in reversed(merged):  # from the last on, so that positions stay valid
             m = list(flow.blocks).index(block)
             if not after[i][m] <= rule.tolerance:
                 block.h = edit.h[0]
                 flow.blocks = nn.ModuleList([*flow.blocks[:m], *old, *flow.blocks[m + 1 :]])
                 edits.append(Edit("undo", i, edit.block, after[i][m], (edit.h[1], edit.h[0])))
     if optimizer is not None:
-        gone = [block for flow, blocks in before.items() for block in blocks if block not in set(flow.blocks)]
-        _drop(optimizer, [p for block in gone for p in block.parameters()])
-        _reorder(optimizer, network)
-    recalibrate(network, renew(), measure_closing)
+        _follow(optimizer, network, before)
+    if edits:
+        renew()
+    return Adapted(errors, edits, spent)
+
+
+def refine(network: Network, rule: DepthRule, optimizer: torch.optim.Optimizer | None = None) -> list[Edit]:
+    """Duplicate every block that the caps allow, as if all errors were too large; what to do when training diverges."""
+    _check_editable(network)
+    edits: list[Edit] = []
+    before = {flow: list(flow.blocks) for flow in network.flows}
+    for i, flow in enumerate(network.flows):
+        errors = [math.inf] * flow.depth
+        edits += _apply(flow, i, errors, plan(errors, flow.h, rule), optimizer)[0]
+    if optimizer is not None:
+        _follow(optimizer, network, before)
     return edits
+
+
+def _check_editable(network: Network) -> None:
+    for i, flow in enumerate(network.flows):
+        if flow.continuous or flow.shared:
+            raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")
+        _ = flow.tableau.error_order
 
 
 def _apply(
@@ -248,17 +289,64 @@ def _adopt(optimizer: torch.optim.Optimizer, original: nn.Module, twin: nn.Modul
             optimizer.state[q] = copy.deepcopy(optimizer.state[p])
 
 
-def _drop(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Forget parameters and their state."""
-    gone = {id(p) for p in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-    for p in parameters:
+def _follow(optimizer: torch.optim.Optimizer, network: Network, before: dict[Flow, list[nn.Module]]) -> None:
+    """Forget the blocks that went, and sort each group as the network lists its parameters.
+
+    In that order a saved state fits an optimiser built anew on the edited network.
+    """
+    gone = [block for flow, blocks in before.items() for block in blocks if block not in set(flow.blocks)]
+    for p in [p for block in gone for p in block.parameters()]:
         optimizer.state.pop(p, None)
-
-
-def _reorder(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-    """Sort each group as the network lists its parameters, so that a saved state fits a rebuilt optimiser."""
+    dropped = {id(p) for block in gone for p in block.parameters()}
     position: dict[Any, int] = {p: i for i, p in enumerate(network.parameters())}
     for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in dropped]
         group["params"].sort(key=lambda p: position.get(p, -1))
+
+
+class AdaptiveDepth:
+    """A training callback: apply a :class:`DepthRule` between epochs; every edit is written into the epoch's row.
+
+    Where an epoch diverges, every block counts as too large: each is duplicated, and the epoch is trained again.
+
+    Args:
+        rule: the rule.
+        inputs: makes the validation inputs anew at each call.
+        every: epochs between two checks.
+        until: no check after this epoch, so that the last edits are trained; None checks to the end.
+        recalibration: makes inputs for batch norms, see :func:`adapt_depth`.
+    """
+
+    recovers = True
+
+    def __init__(
+        self,
+        rule: DepthRule,
+        inputs: Callable[[], Iterable[Tensor]],
+        *,
+        every: int = 1,
+        until: int | None = None,
+        recalibration: Callable[[], Iterable[Tensor]] | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        self.rule, self.inputs, self.every, self.until = rule, inputs, every, until
+        self.recalibration = recalibration
+        self._notes: list[str] = []
+
+    def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
+        """Check, edit, and note errors and edits in the row."""
+        network = training.network
+        notes, self._notes = self._notes, []
+        if training.epoch % self.every == 0 and (self.until is None or training.epoch <= self.until):
+            adapted = adapt_depth(network, self.inputs, self.rule, training.optimizer, recalibration=self.recalibration)
+            row["errors"] = " ".join(f"{e:.4g}" for flow in adapted.errors for e in flow)
+            notes += [str(edit) for edit in adapted.edits]
+            training.check_evaluations += adapted.evaluations
+        row["edits"] = "; ".join(notes)
+
+    def on_divergence(self, training: Training) -> bool:
+        """Duplicate every block that the caps allow."""
+        edits = refine(training.network, self.rule, training.optimizer)
+        self._notes += [f"epoch {training.epoch + 1} diverged, {edit}" for edit in edits]
+        return bool(edits)

@@ -157,7 +157,17 @@ class Flow(nn.Module):
     @property
     def evaluations(self) -> int:
         """Field evaluations of one forward pass; of a continuous flow, those of its last one."""
-        return self.statistics.evaluations if self.continuous else self.depth * self.tableau.interior
+        return self.evaluations_per_pass()
+
+    def evaluations_per_pass(self, *, closing: bool = False) -> int:
+        """Field evaluations of one pass, with or without the closing stages that the embedded error needs."""
+        if self.continuous:
+            return self.statistics.evaluations
+        if not (closing and self.tableau.fsal):
+            return self.depth * self.tableau.interior
+        if self.shared or self.mode == "chained":
+            return self.depth * self.tableau.interior + 1
+        return self.depth * self.tableau.stages
 
     def materialise(self, x: Tensor) -> None:
         """Make the field from the first input, if none was given; remember the shape of its samples."""

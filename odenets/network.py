@@ -67,7 +67,8 @@ class Network(nn.Module):
     @property
     def evaluations(self) -> int:
         """Field evaluations of one forward pass."""
-        return sum(flow.evaluations for flow in self.flows)
+        *before, last = self.flows
+        return sum(f.evaluations for f in before) + last.evaluations_per_pass(closing=self.readout == "ensemble")
 
     def _encode(self, x: Tensor) -> Tensor:
         """The first state. Inputs are checked here; states are not, so that a diverging network can be measured."""

@@ -62,20 +62,20 @@ def test_a_non_finite_error_counts_as_too_large():
     net = network(depth=1, flows=2)
     net.flows[0].blocks[0].fields[0].second.bias.data.fill_(1e38)
     assert block_errors(net, [X])[0] == [math.inf]
-    edits = adapt_depth(net, lambda: [X], DepthRule(1.0))
+    edits = adapt_depth(net, lambda: [X], DepthRule(1.0)).edits
     assert edits[0].kind == "duplicate"
 
 
 def test_growing_and_shrinking():
     net = network(depth=1, gain=20.0)
-    edits = adapt_depth(net, lambda: [X], DepthRule(1e-6))
+    edits = adapt_depth(net, lambda: [X], DepthRule(1e-6)).edits
     assert [edit.kind for edit in edits] == ["duplicate"]
     assert net.flows[0].h == (0.5, 0.5)
     first, second = net.flows[0].blocks
     assert all(torch.equal(a, b) and a is not b for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert "flow 0 block 0: duplicated, error" in str(edits[0])
     net = network(depth=8, gain=0.1)
-    while adapt_depth(net, lambda: [X], DepthRule(0.1)):
+    while adapt_depth(net, lambda: [X], DepthRule(0.1)).edits:
         pass
     assert net.flows[0].h == (1.0,)
 
@@ -92,7 +92,7 @@ def test_a_merge_that_breaks_the_tolerance_is_taken_back():
     rule = DepthRule(large * 1.01, K=large / small / 2)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     blocks = list(net.flows[0].blocks)
-    edits = adapt_depth(net, lambda: [X], DepthRule(rule.tolerance, K=rule.K), optimizer)
+    edits = adapt_depth(net, lambda: [X], rule, optimizer).edits
     assert [edit.kind for edit in edits] == ["merge"] or [edit.kind for edit in edits] == ["merge", "undo"]
     if len(edits) == 2:
         assert list(net.flows[0].blocks) == blocks

@@ -1,0 +1,283 @@
+"""The one training loop: an objective on a network's output and records, on Lightning Fabric."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from odenets.checkpoints import restore_structure, structure
+from odenets.data import Batches
+from odenets.flow import Records
+from odenets.measures import Measure
+from odenets.network import Network
+from odenets.runs import Run
+
+__all__ = ["Callback", "CrossEntropy", "DivergedError", "Evaluation", "Objective", "Training", "evaluate", "fit"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Objective(Protocol):
+    """What is minimised: a function of the network, a batch, and what the network recorded on it."""
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """The measures to record."""
+        ...
+
+    def __call__(self, network: Network, batch: Batch, output: Tensor, records: Records) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            network: the network.
+            batch: inputs and labels.
+            output: the network's output, ``(B, classes)``.
+            records: per measure ``(blocks, B)``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of the output."""
+
+    label_smoothing: float = 0.0
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+
+    def __call__(self, network: Network, batch: Batch, output: Tensor, records: Records) -> Tensor:
+        return F.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
+
+
+class DivergedError(RuntimeError):
+    """The training loss of an epoch is not finite and no callback could help; the last checkpoint stands."""
+
+
+@dataclass
+class Training:
+    """A training run as callbacks see it.
+
+    Attributes:
+        network, optimizer, schedule: being trained.
+        epoch: epochs completed.
+        rows: one dictionary of metrics per completed epoch.
+        evaluations: field evaluations per sample, summed over all samples of all training steps so far.
+        check_evaluations: the same for what callbacks measured besides.
+    """
+
+    network: Network
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    epoch: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: int = 0
+    check_evaluations: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs, as tensors and plain values."""
+        return {
+            "structure": structure(self.network),
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+            "epoch": self.epoch,
+            "rows": json.dumps(self.rows),
+            "evaluations": self.evaluations,
+            "check_evaluations": self.check_evaluations,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Network], Optimizer]) -> None:
+        """Take up :meth:`state_dict`: blocks first, then the optimiser on their parameters."""
+        restore_structure(self.network, state["structure"])
+        self.network.load_state_dict(state["network"])
+        held = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
+        fresh = make_optimizer(self.network)
+        if held != [[id(p) for p in group["params"]] for group in fresh.param_groups]:
+            self.optimizer.param_groups[:] = fresh.param_groups
+            self.optimizer.state.clear()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.epoch = state["epoch"]
+        self.rows = json.loads(state["rows"])
+        self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+class Callback(Protocol):
+    """Acts between epochs. What it must remember beyond a kill belongs in ``training.rows``."""
+
+    @property
+    def recovers(self) -> bool:
+        """Whether :meth:`on_divergence` may help; the loop then keeps a copy of the state at each epoch's start."""
+        ...
+
+    def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
+        """Called with the epoch's metrics, to which it may add; the network may be edited."""
+        ...
+
+    def on_divergence(self, training: Training) -> bool:
+        """Called when an epoch's loss is not finite, with the state from before it; True trains the epoch again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy on a data set."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, batches: Batches) -> Evaluation:
+    """Cross-entropy and accuracy in eval mode; the mode is restored, and the device waited for once."""
+    mode = network.training
+    network.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=batches.data.x.device)
+    for x, y in batches:
+        output = network(x)
+        totals[0] += F.cross_entropy(output, y, reduction="sum")
+        totals[1] += (output.argmax(1) == y).sum()
+    network.train(mode)
+    loss, correct = (totals / len(batches.data)).tolist()
+    return Evaluation(loss, correct)
+
+
+def fit(
+    network: Network,
+    batches: Batches,
+    *,
+    epochs: int,
+    optimizer: Callable[[Network], Optimizer],
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    objective: Objective | None = None,
+    validation: Batches | None = None,
+    callbacks: Sequence[Callback] = (),
+    run: Run | None = None,
+    checkpoint: str = "resume.pt",
+    progress: str | None = None,
+    fabric: Fabric | None = None,
+) -> Training:
+    """Train a network.
+
+    Args:
+        network: trained in place, moved to the fabric's device.
+        batches: training data; epoch e draws the same batches in every run.
+        epochs: how many.
+        optimizer: makes the optimiser from the network; its parameter groups must follow from the network alone.
+        schedule: makes a learning-rate schedule, stepped once an epoch.
+        objective: :class:`CrossEntropy` if not given.
+        validation: measured after every epoch.
+        callbacks: called between epochs.
+        run: where checkpoints are kept; if it holds one called ``checkpoint`` the training goes on from there and
+            ends, on one device, with the same weights to the last bit as if it had never stopped.
+        checkpoint: name of the resume state.
+        progress: label of a progress bar; none without it.
+        fabric: Lightning Fabric; one CPU if not given.
+
+    Returns:
+        The finished training, with one row of metrics per epoch.
+
+    Raises:
+        DivergedError: the loss is not finite, and no callback recovers.
+        ValueError: the network has a flow without a field.
+    """
+    if epochs < 0:
+        raise ValueError(f"epochs must not be negative, got {epochs}")
+    fabric = fabric or Fabric(accelerator="cpu", devices=1)
+    objective = objective or CrossEntropy()
+    network.to(fabric.device)
+    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
+        with torch.no_grad():
+            network(batches.data.x[:2].to(fabric.device))
+    made = optimizer(network)
+    training = Training(network, made, schedule(made) if schedule else None)
+    state = run.load_state(checkpoint) if run else None
+    if state is not None:
+        training.load_state_dict(state, optimizer)
+    module, wrapped = fabric.setup(network, made)
+    module.mark_forward_method("record")
+    batches = Batches(batches.data.to(fabric.device), batches.size, batches.seed, batches.crop, batches.flip)
+    if validation is not None:
+        validation = Batches(validation.data.to(fabric.device), validation.size)
+    started = time.perf_counter() - (training.rows[-1]["seconds"] if training.rows else 0.0)
+    bar = tqdm(total=epochs, initial=training.epoch, desc=progress, disable=progress is None, unit="epoch", leave=False)
+    recovering = any(callback.recovers for callback in callbacks)
+    with bar:
+        while training.epoch < epochs:
+            before = copy.deepcopy(training.state_dict()) if recovering else None
+            loss, accuracy = _train_epoch(training, module, wrapped, batches, objective, fabric)
+            if not math.isfinite(loss):
+                spent = training.evaluations
+                if before is not None:
+                    training.load_state_dict(before, optimizer)
+                    training.evaluations = spent
+                if before is None or not any(callback.on_divergence(training) for callback in callbacks):
+                    raise DivergedError(
+                        f"the training loss of epoch {training.epoch + 1} is {loss}: lower the learning rate, refine "
+                        "the steps or normalise the inputs; the last checkpoint stands"
+                    )
+                continue
+            training.epoch += 1
+            row: dict[str, Any] = {
+                "epoch": training.epoch,
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "learning_rate": training.optimizer.param_groups[0]["lr"],
+                "depth": network.depth,
+                "h": " ".join(f"{h:.6g}" for flow in network.flows for h in flow.h),
+                "parameters": sum(p.numel() for p in network.parameters()),
+            }
+            if training.schedule is not None:
+                training.schedule.step()
+            if validation is not None:
+                measured = evaluate(network, validation)
+                row |= {"validation_loss": measured.loss, "validation_accuracy": measured.accuracy}
+            for callback in callbacks:
+                callback.after_epoch(training, row)
+            row |= {"evaluations": training.evaluations, "check_evaluations": training.check_evaluations}
+            row["seconds"] = time.perf_counter() - started
+            training.rows.append(row)
+            if run is not None:
+                run.save_state(training.state_dict(), checkpoint)
+            bar.update()
+            bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
+    return training
+
+
+def _train_epoch(
+    training: Training, module: Any, optimizer: Any, batches: Batches, objective: Objective, fabric: Fabric
+) -> tuple[float, float]:
+    """Mean training loss and accuracy of an epoch; waits for the device once, at its end."""
+    network = training.network
+    network.train()
+    totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
+    for x, y in batches.epoch(training.epoch):
+        output, records = module.record(x, **objective.measures)
+        loss = objective(network, (x, y), output, records)
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+        with torch.no_grad():
+            totals[0] += loss.detach() * len(x)
+            totals[1] += (output.argmax(1) == y).sum()
+        training.evaluations += network.evaluations * len(x)
+    loss, accuracy = cast(list[float], (totals / len(batches.data)).tolist())
+    return loss, accuracy

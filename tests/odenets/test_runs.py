@@ -1,0 +1,44 @@
+import json
+
+import pytest
+import torch
+
+from odenets.runs import Run
+
+
+def test_a_run_is_kept(tmp_path):
+    run = Run(tmp_path / "run", {"epochs": 3, "seeds": (0, 1)})
+    run.log([{"epoch": 1, "h": "0.5 0.5", "loss": 0.1 + 0.2}, {"epoch": 2, "h": "1, 2", "loss": None}])
+    assert run.metrics == [
+        {"epoch": "1", "h": "0.5 0.5", "loss": "0.30000000000000004"},
+        {"epoch": "2", "h": "1, 2", "loss": ""},
+    ]
+    assert not run.finished
+    run.finish({"accuracy": 0.9}, seeds=[0, 1])
+    assert run.finished
+    assert run.summary["results"] == {"accuracy": 0.9}
+    assert run.summary["environment"]["versions"]["torch"] in torch.__version__
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seeds"] == [0, 1]
+
+
+def test_an_existing_run_is_not_touched(tmp_path):
+    Run(tmp_path / "run", {"epochs": 3})
+    with pytest.raises(FileExistsError, match=r"already holds a run: resume it \(--resume\) or choose another"):
+        Run(tmp_path / "run", {"epochs": 4})
+    with pytest.raises(ValueError, match=r"another configuration: \['epochs'\] differ"):
+        Run(tmp_path / "run", {"epochs": 4}, resume=True)
+    assert Run(tmp_path / "run", {"epochs": 3}, resume=True).metrics == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty and holds no run"):
+        Run(tmp_path / "other", {})
+
+
+def test_states_hold_no_code(tmp_path):
+    run = Run(tmp_path / "run", {})
+    assert run.load_state() is None
+    run.save_state({"x": torch.ones(2), "epoch": 3})
+    assert run.load_state()["epoch"] == 3
+    torch.save({"x": Run}, tmp_path / "run" / "resume.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        run.load_state()
