@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from einops.layers.torch import Rearrange, Reduce
+from einops.layers.torch import Rearrange
 from torch import nn
 
 from odenets.fields import ConvField, MLPField
 from odenets.flow import Flow
 from odenets.network import Network
 
-__all__ = ["Normalize", "digits_network", "points_network", "resnet9"]
+__all__ = ["Normalize", "points_network", "resnet9", "small_network"]
 
 
 class Normalize(nn.Module):
@@ -45,6 +45,7 @@ def resnet9(
     depth: int = 9,
     norm: str | None = "batch",
     normalize: Normalize | None = None,
+    readout: str = "solution",
     **flow: Any,
 ) -> Network:
     """ResNet-9 of the thesis (section 3): a stride-2 encoder, ``depth`` blocks at one resolution, a two-layer head.
@@ -56,6 +57,7 @@ def resnet9(
         depth: number of blocks.
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
         flow: arguments of :class:`~odenets.Flow`; an Euler residual network with h = 1 unless told otherwise.
     """
     if flow.get("solver", "euler") == "euler" and "total_time" not in flow:
@@ -78,44 +80,55 @@ def resnet9(
         nn.ReLU(),
         nn.Linear(10 * classes, classes),
     )
-    return Network(encoder, Flow(lambda: ConvField(features, norm=norm), depth=depth, **flow), head)
+    return Network(encoder, Flow(lambda: ConvField(features, norm=norm), depth=depth, **flow), head, readout=readout)
 
 
-def digits_network(
+def small_network(
     in_channels: int = 1,
     classes: int = 10,
     *,
     features: int = 16,
-    stride: int = 1,
+    size: int = 8,
     norm: str | None = "group",
     normalize: Normalize | None = None,
     readout: str = "solution",
     **flow: Any,
 ) -> Network:
-    """A small convolutional network of one flow: a 3x3 encoder, the flow, average pooling and a linear head.
+    """A network of one flow for images of a few pixels: a 3x3 convolution, the flow, a linear head.
 
     Args:
-        in_channels: channels of the images, of any size.
+        in_channels, size: channels and height (= width) of the images.
         classes: number of classes.
         features: channels of the state.
-        stride: of the encoder.
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
         flow: arguments of :class:`~odenets.Flow`.
     """
-    encoder = nn.Sequential(
-        normalize or nn.Identity(), nn.Conv2d(in_channels, features, 3, stride=stride, padding=1, bias=False)
-    )
-    head = nn.Sequential(
-        nn.GroupNorm(1, features), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(features, classes)
-    )
+    encoder = nn.Sequential(normalize or nn.Identity(), nn.Conv2d(in_channels, features, 3, padding=1, bias=False))
+    head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(features * size * size, classes))
     return Network(encoder, Flow(lambda: ConvField(features, norm=norm), **flow), head, readout=readout)
 
 
 def points_network(
-    dimensions: int = 2, classes: int = 2, *, hidden: int = 16, normalize: Normalize | None = None, **flow: Any
+    dimensions: int = 2,
+    classes: int = 2,
+    *,
+    hidden: int = 16,
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
 ) -> Network:
-    """A network on points: a flow in the space of the points themselves, and a linear head."""
+    """A network on points: a flow in the space of the points themselves, and a linear head.
+
+    Args:
+        dimensions: of the points.
+        classes: number of classes.
+        hidden: width of the fields' hidden layer.
+        normalize: first layer.
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of :class:`~odenets.Flow`.
+    """
     encoder = normalize or nn.Identity()
-    return Network(encoder, Flow(lambda: MLPField(dimensions, hidden), **flow), nn.Linear(dimensions, classes))
+    flow_ = Flow(lambda: MLPField(dimensions, hidden), **flow)
+    return Network(encoder, flow_, nn.Linear(dimensions, classes), readout=readout)

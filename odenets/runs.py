@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Run", "environment"]
+__all__ = ["Run", "environment", "read_config", "read_metrics", "read_summary"]
 
 
 def environment() -> dict[str, Any]:
@@ -30,7 +31,7 @@ def environment() -> dict[str, Any]:
         check=False,
     )
     versions = {}
-    for package in ("odenets", "torch", "numpy", "torchvision", "scikit-learn", "lightning"):
+    for package in ("odenets", "torch", "numpy", "torchvision", "scikit-learn", "lightning-fabric"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -41,9 +42,18 @@ def environment() -> dict[str, Any]:
         "modified": bool(dirty.stdout.strip()),
         "python": platform.python_version(),
         "versions": versions,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or "CPU"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 class Run:
@@ -61,14 +71,13 @@ class Run:
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
         self.folder = Path(folder)
-        config = json.loads(json.dumps(dict(config)))
-        existing = self.folder / "config.json"
-        if existing.exists():
+        config = json.loads(_json(dict(config)))
+        if (self.folder / "config.json").exists():
             if not resume:
                 raise FileExistsError(
                     f"run folder {str(self.folder)!r} already holds a run: resume it (--resume) or choose another"
                 )
-            before = json.loads(existing.read_text())
+            before = read_config(self.folder)
             if before != config:
                 changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
                 raise ValueError(
@@ -77,33 +86,20 @@ class Run:
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise FileExistsError(f"folder {str(self.folder)!r} is not empty and holds no run: choose another")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write("config.json", json.dumps(config, indent=1).encode())
+        self._write("config.json", _json(config))
 
     @property
     def finished(self) -> bool:
         """Whether the summary has been written."""
         return (self.folder / "summary.json").exists()
 
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What :meth:`finish` wrote."""
-        return json.loads((self.folder / "summary.json").read_text())
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The logged rows."""
-        path = self.folder / "metrics.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Write all rows logged so far, replacing the file atomically, so that it never disagrees with a checkpoint."""
         if not rows:
             return
-        lines = [",".join(rows[0])]
-        lines += [",".join(_cell(row.get(key)) for key in rows[0]) for row in rows]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines = [",".join(columns)]
+        lines += [",".join(_cell(row.get(key)) for key in columns) for row in rows]
         self._write("metrics.csv", ("\n".join(lines) + "\n").encode())
 
     def save_state(self, state: dict[str, Any], name: str = "resume.pt") -> None:
@@ -124,12 +120,57 @@ class Run:
         summary = {"results": dict(results), "seeds": seeds, "environment": environment()}
         if started is not None:
             summary["seconds"] = time.time() - started
-        self._write("summary.json", json.dumps(summary, indent=1).encode())
+        self._write("summary.json", _json(summary))
 
     def _write(self, name: str, data: bytes) -> None:
         temporary = self.folder / (name + ".partial")
         temporary.write_bytes(data)
         os.replace(temporary, self.folder / name)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """A run's ``config.json``.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"folder {str(folder)!r} holds no run: config.json is missing")
+    return json.loads(path.read_text())
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, str]]:
+    """The rows of a run's ``metrics.csv``; none if there is no such file."""
+    path = Path(folder) / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """A finished run's ``summary.json``.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+    """
+    path = Path(folder) / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError(f"folder {str(folder)!r} holds no finished run: summary.json is missing")
+    return json.loads(path.read_text())
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _cell(value: Any) -> str:

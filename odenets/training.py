@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -25,7 +25,17 @@ from odenets.measures import Measure
 from odenets.network import Network
 from odenets.runs import Run
 
-__all__ = ["Callback", "CrossEntropy", "DivergedError", "Evaluation", "Objective", "Training", "evaluate", "fit"]
+__all__ = [
+    "Callback",
+    "CrossEntropy",
+    "DivergedError",
+    "Evaluation",
+    "Objective",
+    "Training",
+    "evaluate",
+    "evaluate_schemes",
+    "fit",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,7 +72,7 @@ class CrossEntropy:
 
 
 class DivergedError(RuntimeError):
-    """The training loss of an epoch is not finite and no callback could help; the last checkpoint stands."""
+    """The training loss of an epoch is not finite or too large, and no callback helped; the last checkpoint stands."""
 
 
 @dataclass
@@ -121,20 +131,20 @@ class Training:
 
 
 class Callback(Protocol):
-    """Acts between epochs. What it must remember beyond a kill belongs in ``training.rows``."""
+    """Acts between epochs. What it must remember beyond a kill belongs in ``training.rows``.
 
-    @property
-    def recovers(self) -> bool:
-        """Whether :meth:`on_divergence` may help; the loop then keeps a copy of the state at each epoch's start."""
-        ...
+    Attributes:
+        recovers: whether :meth:`on_divergence` may help; the loop then keeps a copy of the state at each epoch's start.
+    """
+
+    recovers: bool = False
 
     def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
         """Called with the epoch's metrics, to which it may add; the network may be edited."""
-        ...
 
     def on_divergence(self, training: Training) -> bool:
-        """Called when an epoch's loss is not finite, with the state from before it; True trains the epoch again."""
-        ...
+        """Called when an epoch has diverged, with the state from before it; True trains the epoch again."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -148,16 +158,29 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(network: nn.Module, batches: Batches) -> Evaluation:
     """Cross-entropy and accuracy in eval mode; the mode is restored, and the device waited for once."""
+    return _evaluate(network, batches, lambda x: {"": network(x)})[""]
+
+
+@torch.no_grad()
+def evaluate_schemes(network: Network, batches: Batches, *, full_passes: bool = False) -> dict[str, Evaluation]:
+    """:func:`evaluate` of every output of :meth:`Network.outputs`: each embedded scheme, and "ensemble"."""
+    return _evaluate(network, batches, lambda x: network.outputs(x, full_passes=full_passes))
+
+
+def _evaluate(
+    network: nn.Module, batches: Batches, outputs: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Evaluation]:
     mode = network.training
     network.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=batches.data.x.device)
+    totals: dict[str, Tensor] = {}
     for x, y in batches:
-        output = network(x)
-        totals[0] += F.cross_entropy(output, y, reduction="sum")
-        totals[1] += (output.argmax(1) == y).sum()
+        for name, output in outputs(x).items():
+            loss = F.cross_entropy(output, y, reduction="sum").double()
+            correct = (output.argmax(1) == y).sum().double()
+            totals[name] = totals.get(name, 0) + torch.stack([loss, correct])
     network.train(mode)
-    loss, correct = (totals / len(batches.data)).tolist()
-    return Evaluation(loss, correct)
+    values = (torch.stack(list(totals.values())) / len(batches.data)).tolist()
+    return {name: Evaluation(*value) for name, value in zip(totals, values, strict=True)}
 
 
 def fit(
@@ -170,6 +193,7 @@ def fit(
     objective: Objective | None = None,
     validation: Batches | None = None,
     callbacks: Sequence[Callback] = (),
+    loss_limit: float = math.inf,
     run: Run | None = None,
     checkpoint: str = "resume.pt",
     progress: str | None = None,
@@ -186,6 +210,7 @@ def fit(
         objective: :class:`CrossEntropy` if not given.
         validation: measured after every epoch.
         callbacks: called between epochs.
+        loss_limit: an epoch whose mean training loss is above this has diverged, like one where it is not finite.
         run: where checkpoints are kept; if it holds one called ``checkpoint`` the training goes on from there and
             ends, on one device, with the same weights to the last bit as if it had never stopped.
         checkpoint: name of the resume state.
@@ -196,7 +221,7 @@ def fit(
         The finished training, with one row of metrics per epoch.
 
     Raises:
-        DivergedError: the loss is not finite, and no callback recovers.
+        DivergedError: the loss is not finite or above ``loss_limit``, and no callback recovers.
         ValueError: the network has a flow without a field.
     """
     if epochs < 0:
@@ -224,7 +249,7 @@ def fit(
         while training.epoch < epochs:
             before = copy.deepcopy(training.state_dict()) if recovering else None
             loss, accuracy = _train_epoch(training, module, wrapped, batches, objective, fabric)
-            if not math.isfinite(loss):
+            if not (math.isfinite(loss) and loss <= loss_limit):
                 spent = training.evaluations
                 if before is not None:
                     training.load_state_dict(before, optimizer)
@@ -257,6 +282,7 @@ def fit(
             training.rows.append(row)
             if run is not None:
                 run.save_state(training.state_dict(), checkpoint)
+                run.log(training.rows)
             bar.update()
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
     return training
@@ -265,11 +291,15 @@ def fit(
 def _train_epoch(
     training: Training, module: Any, optimizer: Any, batches: Batches, objective: Objective, fabric: Fabric
 ) -> tuple[float, float]:
-    """Mean training loss and accuracy of an epoch; waits for the device once, at its end."""
+    """Mean training loss and accuracy of an epoch, cut short once the loss is not finite.
+
+    That is looked at every batch on a CPU and every 32nd elsewhere, where looking means to wait for the device.
+    """
     network = training.network
     network.train()
     totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
-    for x, y in batches.epoch(training.epoch):
+    every = 1 if fabric.device.type == "cpu" else 32
+    for i, (x, y) in enumerate(batches.epoch(training.epoch), 1):
         output, records = module.record(x, **objective.measures)
         loss = objective(network, (x, y), output, records)
         optimizer.zero_grad()
@@ -279,5 +309,7 @@ def _train_epoch(
             totals[0] += loss.detach() * len(x)
             totals[1] += (output.argmax(1) == y).sum()
         training.evaluations += network.evaluations * len(x)
+        if i % every == 0 and not math.isfinite(totals[0].item()):
+            break
     loss, accuracy = cast(list[float], (totals / len(batches.data)).tolist())
     return loss, accuracy

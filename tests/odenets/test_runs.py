@@ -1,24 +1,24 @@
-import json
-
 import pytest
 import torch
 
-from odenets.runs import Run
+from odenets.runs import Run, read_config, read_metrics, read_summary
 
 
 def test_a_run_is_kept(tmp_path):
     run = Run(tmp_path / "run", {"epochs": 3, "seeds": (0, 1)})
     run.log([{"epoch": 1, "h": "0.5 0.5", "loss": 0.1 + 0.2}, {"epoch": 2, "h": "1, 2", "loss": None}])
-    assert run.metrics == [
+    assert read_metrics(run.folder) == [
         {"epoch": "1", "h": "0.5 0.5", "loss": "0.30000000000000004"},
         {"epoch": "2", "h": "1, 2", "loss": ""},
     ]
     assert not run.finished
+    with pytest.raises(FileNotFoundError, match=r"no finished run: summary.json is missing"):
+        read_summary(run.folder)
     run.finish({"accuracy": 0.9}, seeds=[0, 1])
     assert run.finished
-    assert run.summary["results"] == {"accuracy": 0.9}
-    assert run.summary["environment"]["versions"]["torch"] in torch.__version__
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["seeds"] == [0, 1]
+    assert read_summary(run.folder)["results"] == {"accuracy": 0.9}
+    assert read_summary(run.folder)["environment"]["versions"]["torch"] in torch.__version__
+    assert read_config(run.folder)["seeds"] == [0, 1]
 
 
 def test_an_existing_run_is_not_touched(tmp_path):
@@ -27,11 +27,22 @@ def test_an_existing_run_is_not_touched(tmp_path):
         Run(tmp_path / "run", {"epochs": 4})
     with pytest.raises(ValueError, match=r"another configuration: \['epochs'\] differ"):
         Run(tmp_path / "run", {"epochs": 4}, resume=True)
-    assert Run(tmp_path / "run", {"epochs": 3}, resume=True).metrics == []
+    assert read_metrics(Run(tmp_path / "run", {"epochs": 3}, resume=True).folder) == []
+    with pytest.raises(FileNotFoundError, match=r"holds no run: config.json is missing"):
+        read_config(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty and holds no run"):
         Run(tmp_path / "other", {})
+
+
+def test_rows_may_gain_columns(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.log([{"epoch": 1}, {"epoch": 2, "edits": "flow 0 block 0: merged, h 1 -> 2"}])
+    assert read_metrics(run.folder) == [
+        {"epoch": "1", "edits": ""},
+        {"epoch": "2", "edits": "flow 0 block 0: merged, h 1 -> 2"},
+    ]
 
 
 def test_states_hold_no_code(tmp_path):

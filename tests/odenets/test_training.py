@@ -20,7 +20,7 @@ def parts():
 def network(parts, depth=1, **options):
     torch.manual_seed(0)
     normalize = models.Normalize(list(parts.train.mean), list(parts.train.std))
-    return models.digits_network(features=8, stride=2, depth=depth, normalize=normalize, **options)
+    return models.small_network(features=8, depth=depth, normalize=normalize, **options)
 
 
 def settings(parts, **changes):

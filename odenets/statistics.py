@@ -1,0 +1,49 @@
+"""Statistics over seeds: means with Student-t intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Interval", "mean_interval"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the half-width of its confidence interval; NaN half-width for a single value."""
+
+    mean: float
+    half_width: float
+    n: int
+
+    def __contains__(self, value: float) -> bool:
+        return abs(value - self.mean) <= self.half_width
+
+    def meets(self, other: Interval) -> bool:
+        """Whether the two intervals have a point in common."""
+        return abs(self.mean - other.mean) <= self.half_width + other.half_width
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean and Student-t interval, ``mean +- t_{n-1} s / sqrt(n)``.
+
+    Args:
+        values: one per seed.
+        confidence: of the interval, in (0, 1).
+
+    Raises:
+        ValueError: no values, or a confidence outside (0, 1).
+    """
+    if not values:
+        raise ValueError("values must hold at least one number")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    n = len(values)
+    if n == 1:
+        return Interval(float(values[0]), math.nan, 1)
+    from scipy.stats import t
+
+    quantile = float(t.ppf((1 + confidence) / 2, n - 1))
+    return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n), n)

@@ -1,0 +1,75 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from odenets.jobs import Workers
+
+
+def work(item, report):
+    report(1)
+    if item < 0:
+        raise ArithmeticError("item below zero")
+    return item * item, os.getpid(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order_from_processes_of_so_many_threads(workers):
+    before = torch.get_num_threads()
+    with Workers(workers, threads=1) as pool:
+        first = pool.map(work, [3, 1, 2], total=3, label="first")
+        second = pool.map(work, [4], total=1, label="second")
+    assert [value for value, _, _ in first + second] == [9, 1, 4, 16]
+    assert {threads for _, _, threads in first} == {1}
+    assert all((pid == os.getpid()) == (workers == 1) for _, pid, _ in first)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_job_comes_through(workers):
+    with pytest.raises(ArithmeticError, match="item below zero"), Workers(workers) as pool:
+        pool.map(work, [1, -1, 2], total=3, label="jobs")
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="workers and threads must be at least 1, got 0 and 1"):
+        Workers(0)
+
+
+SLEEPER = """
+import os, time
+from odenets.jobs import Workers
+def work(item, report):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if __name__ == "__main__":
+    with Workers(2) as pool:
+        pool.map(work, [0], total=1, label="sleep")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while _alive(worker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert not _alive(worker)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"

@@ -1,0 +1,29 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from odenets.statistics import Interval, mean_interval
+
+
+def test_the_interval_is_scipys():
+    values = [0.91, 0.94, 0.97, 0.90]
+    found = mean_interval(values, 0.9)
+    low, high = stats.t.interval(0.9, 3, np.mean(values), stats.sem(values))
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+    assert 0.93 in found
+    assert 0.99 not in found
+
+
+def test_meeting_intervals():
+    assert Interval(0.5, 0.1, 3).meets(Interval(0.65, 0.06, 3))
+    assert not Interval(0.5, 0.1, 3).meets(Interval(0.65, 0.04, 3))
+
+
+def test_one_value_has_no_interval():
+    assert math.isnan(mean_interval([0.5]).half_width)
+    with pytest.raises(ValueError, match="at least one number"):
+        mean_interval([])
+    with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\)"):
+        mean_interval([0.5, 0.6], 95)
