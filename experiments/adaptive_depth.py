@@ -1,7 +1,7 @@
 """Networks that choose their own depth, beside fixed ones: accuracy, cost, and survival where coarse ones diverge.
 
     python experiments/adaptive_depth.py
-    python experiments/adaptive_depth.py --dataset mnist --folder data --train-size 2000
+    python experiments/adaptive_depth.py --dataset mnist --train-size 2000 --test-size 2000
 
 Bogacki-Shampine networks start at eight blocks, or at one; their embedded error merges and duplicates blocks while they
 train. Beside them, on the same split and for the same seeds, stand fixed networks at the first and at the final depth
@@ -31,6 +31,7 @@ from odenets.jobs import Report, Workers
 from odenets.runs import Run, read_metrics, read_summary
 from odenets.statistics import Interval, mean_interval
 from odenets.training import Callback, DivergedError, Training, evaluate, evaluate_schemes, fit
+from solvers import get_tableau
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Config:
     Attributes:
         dataset: digits, circles and moons come with scikit-learn, the others through torchvision.
         folder: where torchvision's files lie; without it they are downloaded once.
-        train_size: training samples, stratified; 0 takes all.
+        train_size: samples for training and validation, stratified; 0 takes all.
+        test_size: the same for the test.
         tolerance: largest embedded error of a block, root mean square over features, mean over samples.
         K: blocks are merged below ``tolerance / K``.
         check_samples: validation samples on which the errors are measured after an epoch.
-        stages: fields per block; all but "tied" are trained on the ensemble of the embedded outputs.
+        stages: fields per block; an untied one forwards its second-order output, which reads all of them, and is
+            trained on the ensemble.
         deep: blocks of the deep start.
         max_depth: largest number of blocks.
         total_time: sum of the step sizes.
@@ -54,6 +57,7 @@ class Config:
         batch_size: samples per step.
         learning_rate: at the start, for SGD with momentum 0.9; a cosine brings it to 0.
         loss_limit: an epoch whose mean training loss is above this has diverged.
+        full_passes: also test every embedded scheme by a pass of its own.
         device: "cpu" or "cuda".
         workers: trainings side by side, each on one thread; 0 takes one per core on a CPU, one on a GPU.
         output: run folder.
@@ -63,6 +67,7 @@ class Config:
     dataset: Literal["digits", "circles", "moons", "mnist", "fashion-mnist", "cifar10", "cifar100"] = "digits"
     folder: Path | None = None
     train_size: int = 0
+    test_size: int = 0
     tolerance: float = 3e-3
     K: float = 8.0
     check_samples: int = 128
@@ -76,6 +81,7 @@ class Config:
     batch_size: int = 64
     learning_rate: float = 0.02
     loss_limit: float = 20.0
+    full_passes: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     workers: int = 0
     output: Path = Path("runs/adaptive_depth")
@@ -102,14 +108,14 @@ class Job:
 def build(config: Config, dataset: data.Dataset, job: Job) -> Network:
     """The network of a job, with the seed's weights."""
     torch.manual_seed(job.seed)
-    bs23 = job.solver == "bs23"
+    untied = config.stages == "untied" and job.solver == "bs23"
     options: dict[str, Any] = {
         "normalize": models.Normalize(list(dataset.mean), list(dataset.std)),
-        "readout": "ensemble" if bs23 and config.stages != "tied" else "solution",
-        "solver": job.solver,
+        "readout": "ensemble" if untied else "solution",
+        "solver": get_tableau("bs23").forwarding("order2") if untied else job.solver,
         "depth": job.depth,
         "total_time": job.total_time,
-        "stages": config.stages if bs23 else "tied",
+        "stages": config.stages if job.solver == "bs23" else "tied",
     }
     if dataset.x.ndim == 2:
         return models.points_network(dataset.x.shape[1], dataset.classes, **options)
@@ -182,15 +188,20 @@ def train(config: Config, job: Job, report: Report) -> dict[str, Any]:
         "validation": evaluate(network, validation).accuracy,
         "solution": evaluate(network, test).accuracy,
         "schemes": {name: found.accuracy for name, found in evaluate_schemes(network, test).items()},
-        "full_passes": {n: found.accuracy for n, found in evaluate_schemes(network, test, full_passes=True).items()},
     }
+    if config.full_passes:
+        found = evaluate_schemes(network, test, full_passes=True)
+        result["full_passes"] = {name: evaluation.accuracy for name, evaluation in found.items()}
     run.finish(result, seeds=[job.seed])
     return result
 
 
 def split(config: Config) -> data.Split:
     """The data, cut the same for every job."""
-    return data.split(*data.load(config.dataset, config.folder), size=config.train_size or None)
+    train, test = data.load(config.dataset, config.folder)
+    if config.test_size:
+        test = data.subsample(test, config.test_size)
+    return data.split(train, test, size=config.train_size or None)
 
 
 def science(config: Config) -> dict[str, Any]:
@@ -226,7 +237,7 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["evaluations"] = statistics.fmean(r["training_evaluations"] + r["check_evaluations"] for r in trained)
             for name in ("validation", "solution"):
                 row[name] = mean_interval([r[name] for r in trained])
-            for kind in ("schemes", "full_passes"):
+            for kind in ("schemes", "full_passes") if "full_passes" in trained[0] else ("schemes",):
                 row[kind] = {n: mean_interval([r[kind][n] for r in trained]) for n in trained[0][kind]}
         rows.append(row)
     return rows
@@ -242,12 +253,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         if row["final_depths"]:
             cell["blocks"] = " ".join(str(depth) for depth in row["final_depths"])
             cell |= {name: interval(row["schemes"][name]) if name in row["schemes"] else "" for name in schemes}
+            if "full_passes" in row:
+                cell["ensemble of passes"] = interval(row["full_passes"]["ensemble"])
             cell["parameters"] = f"{row['parameters']:,.0f}"
             cell["evals/forward"] = f"{row['evaluations_per_forward']:.1f}"
             cell["training evals"] = f"{row['evaluations'] / 1e3:,.0f} k"
             cell["seconds"] = f"{row['seconds']:.1f}"
         cells.append(cell)
     columns = ["network", "T", "diverged", "blocks", *schemes]
+    columns += ["ensemble of passes"] * any("ensemble of passes" in cell for cell in cells)
     columns += ["parameters", "evals/forward", "training evals", "seconds"]
     grid = [[cell.get(column, "") for column in columns] for cell in cells]
     return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
@@ -297,7 +311,7 @@ def main(config: Config) -> None:
         results = train_all(config, jobs, workers, "adaptive and fixed")
         ends = [r["final_depth"] for r in results if r["network"] == f"adaptive from {deep}" and not r["diverged"]]
         final = statistics.mode(ends) if ends else deep
-        then = [("euler", "euler", final * (3 if config.stages == "tied" else 4))]
+        then = [("euler", "euler", final * (4 if config.stages == "untied" else 3))]
         then += [("fixed", "bs23", final)] * (final not in (1, deep))
         jobs = [Job(f"{name} {d}", solver, d, False, T, seed) for name, solver, d in then for seed in config.seeds]
         results += train_all(config, jobs, workers, "as deep as it ended")

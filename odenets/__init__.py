@@ -1,6 +1,7 @@
 """Residual networks as explicit Runge-Kutta integrators over learned velocity fields."""
 
 from odenets import fields, measures, models
+from odenets.checkpoints import load_weights, save_weights
 from odenets.fields import ConvField, MLPField
 from odenets.flow import Block, Flow, Records
 from odenets.network import Network
@@ -14,7 +15,9 @@ __all__ = [
     "Network",
     "Records",
     "fields",
+    "load_weights",
     "measures",
     "models",
     "recalibrate",
+    "save_weights",
 ]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 
 from odenets.flow import Flow
@@ -50,6 +48,8 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     """
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before saving it")
+    from safetensors.torch import save
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
@@ -74,6 +74,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: no such file.
         ValueError: the file is not from this package, or the network has other flows.
     """
+    from safetensors import safe_open
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")

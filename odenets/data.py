@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "Batches", "Dataset", "Split", "load", "split"]
+__all__ = ["NAMES", "Batches", "Dataset", "Split", "load", "split", "subsample"]
 
 # mean and standard deviation per channel of the training images, in [0, 1]
 _STATISTICS = {
@@ -175,28 +175,40 @@ def split(train: Dataset, test: Dataset, *, validation: float = 0.2, size: int |
     Args:
         train, test: as :func:`load` returns them.
         validation: fraction of ``train`` for validation.
-        size: number of training samples to keep, stratified; all if not given.
+        size: samples to keep for training and validation together, stratified; all if not given.
         seed: decides which.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a fraction in (0, 1), got {validation}")
-    rest, held_out = _stratified(train.y, validation, seed)
     if size is not None:
-        if not 0 < size <= len(rest):
-            raise ValueError(f"size must be in [1, {len(rest)}], got {size}")
-        if size < len(rest):
-            _, kept = _stratified(train.y[rest], size / len(rest), seed + 1)
-            rest = rest[kept]
+        train = subsample(train, size, seed=seed)
+    rest, held_out = _stratified(train.y, validation, seed)
     return Split(train.subset(rest), train.subset(held_out), test)
 
 
-def _stratified(y: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the rest and of a part that holds ``fraction`` of every class."""
+def subsample(data: Dataset, size: int, *, seed: int = 0) -> Dataset:
+    """``size`` samples of a data set, stratified, by seed.
+
+    Raises:
+        ValueError: the part or the rest would be smaller than the number of classes.
+    """
+    if size == len(data):
+        return data
+    if not data.classes <= size <= len(data) - data.classes:
+        raise ValueError(
+            f"size must be in [{data.classes}, {len(data) - data.classes}], so that every class is on both sides, or "
+            f"all {len(data)}, got {size}"
+        )
+    return data.subset(_stratified(data.y, size, seed)[1])
+
+
+def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the rest and of a part, a fraction or a number, that holds as much of every class."""
     from sklearn.model_selection import train_test_split
 
     indices = np.arange(len(y))
-    rest, part = train_test_split(indices, test_size=fraction, random_state=seed, stratify=y.cpu().numpy())
-    return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(part))
+    rest, chosen = train_test_split(indices, test_size=part, random_state=seed, stratify=y.cpu().numpy())
+    return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(chosen))
 
 
 def _digits() -> Dataset:

@@ -60,10 +60,11 @@ class Flow(nn.Module):
         depth: number of blocks.
         h: step size of every block, or one per block; ``total_time / depth`` if not given.
         total_time: the sum of all h; 1 if neither is given.
-        stages: "tied", one field per block serves all its stages, a true Runge-Kutta step; "untied", a field per
-            stage (eq. 43 of the thesis); "chained", a field per stage where the closing stage of an FSAL method uses
-            the first field of the next block, the last one its own. Only tied blocks have the method's order: see
-            :meth:`solvers.Step.error`.
+        stages: "tied", one field per block serves all its stages, a true Runge-Kutta step; "untied", a field per stage
+            (eq. 43 of the thesis), where the closing field learns only if the method carries on an output that reads
+            it, ``get_tableau("bs23").forwarding("order2")``; "chained", a field per stage where the closing stage of an
+            FSAL method uses the first field of the next block, the last one its own. Only tied blocks have the method's
+            order: see :meth:`solvers.Step.error`.
         shared: one block, used ``depth`` times.
         tolerance: error control: a continuous flow, one shared field integrated over ``[0, h]`` with steps chosen by
             the embedded error, a neural ODE.

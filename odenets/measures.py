@@ -76,7 +76,9 @@ def cosine(step: Step) -> Tensor:
     r = step.residue
     wide = torch.promote_types(r.dtype, torch.float32)
     total = r.sum(tuple(range(1, r.ndim)), dtype=wide)
-    return total / (_norm(r) * math.sqrt(_features(r))).clamp(min=torch.finfo(wide).tiny)
+    norm = _norm(r)
+    moving = norm > 0
+    return torch.where(moving, total, 0) / torch.where(moving, norm * math.sqrt(_features(r)), 1)
 
 
 def error(step: Step) -> Tensor:

@@ -25,7 +25,7 @@ class Network(nn.Module):
         head: maps the last state to the output, logits for a classifier.
         transitions: one module between each flow and the next.
         readout: what the head reads: "solution", the last flow's end state, or "ensemble", the average of its last
-            step's embedded outputs. An untied or chained network trained on the ensemble trains every stage.
+            step's embedded outputs.
 
     Raises:
         ValueError: the number of transitions does not fit the number of flows, or the readout is unknown.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["BS23", "DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "ButcherTableau", "Embedded", "get_tableau"]
 
@@ -113,6 +113,24 @@ class ButcherTableau:
             if known == name:
                 return solution
         raise ValueError(f"{self.name} has no output {name!r}; it has {', '.join(self.outputs)}")
+
+    def forwarding(self, name: str) -> ButcherTableau:
+        """The method that carries the embedded output ``name`` on instead of its own solution (eq. 43 of the thesis).
+
+        The error is then measured against the same lower solution, or, if that is the one carried on, against the
+        former solution.
+
+        Raises:
+            ValueError: no such output.
+
+        >>> get_tableau("bs23").forwarding("order2").b[-1]
+        0.125
+        """
+        low = self.low
+        if low == name:
+            low = next((other for other, solution in self.embedded if solution.b == self.b), None)
+        chosen = self.solution(name)
+        return replace(self, name=f"{self.name} forwarding {name}", order=chosen.order, b=chosen.b, low=low)
 
 
 EULER = ButcherTableau("euler", 1, (0.0,), ((),), (1.0,), (("euler", Embedded(1, (1.0,))),))

@@ -14,7 +14,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def parts():
     train, test = data.load("digits")
-    return data.split(train, test, size=200)
+    return data.split(train, test, size=250)
 
 
 def network(parts, depth=1, **options):

@@ -1,8 +1,9 @@
 import pickle
 
 import pytest
+import torch
 
-from solvers import ButcherTableau, Embedded, get_tableau
+from solvers import ButcherTableau, Embedded, get_tableau, rk_step
 
 NAMES = ["euler", "midpoint", "heun", "rk4", "bs23", "dopri5"]
 
@@ -58,3 +59,22 @@ def test_unknown_output():
         get_tableau("bs23").solution("order4")
     with pytest.raises(ValueError, match="euler carries no embedded error"):
         _ = get_tableau("euler").error_order
+
+
+def test_forwarding_carries_another_output_on():
+    bs23 = get_tableau("bs23")
+    order2 = bs23.forwarding("order2")
+    assert (order2.order, order2.fsal, order2.interior) == (2, False, 4)
+    assert order2.error_weights == tuple(-w for w in bs23.error_weights)
+    assert order2.forwarding("order3").error_weights == bs23.error_weights
+    assert order2.forwarding("order3").fsal
+    midpoint = bs23.forwarding("midpoint")
+    x = torch.randn(3, 2, dtype=torch.float64)
+
+    def field(t, x):
+        return torch.sin(x) + t
+
+    step = rk_step(field, 0.3, x, 0.1, midpoint)
+    torch.testing.assert_close(step.x1, rk_step(field, 0.3, x, 0.1, get_tableau("midpoint")).x1)
+    with pytest.raises(ValueError, match="bs23 has no output 'rk4'"):
+        bs23.forwarding("rk4")

@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from odenets import Flow, MLPField, measures
+from solvers import get_tableau, integrate, rk_step
+from tests.counting import Counted
+
+
+class Moving(nn.Module):
+    """A time-dependent field."""
+
+    def __init__(self, features=6):
+        super().__init__()
+        self.inner = MLPField(features, 32, activation="tanh", time=True)
+
+    def forward(self, t, x):
+        return 2 * self.inner(t, x)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(16, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "bs23", "dopri5"])
+def test_action_is_the_kinetic_energy_integrated_beside_the_state_at_no_extra_evaluation(solver, x):
+    field = Counted(Moving().double())
+
+    def beside(t, state):
+        v = field(t, state[:, :-1])
+        return torch.cat([v, v.square().mean(1, keepdim=True)], 1)
+
+    with torch.no_grad():
+        state = torch.cat([x, x.new_zeros(16, 1)], 1)
+        expected = integrate(beside, state, 0.0, 1.0, solver=solver, steps=8)
+        calls, field.calls = field.calls, 0
+        action = torch.zeros(16, dtype=torch.float64)
+        for m in range(8):
+            step = rk_step(field, m / 8, x, 0.125, get_tableau(solver), closing=False)
+            action, x = action + measures.action(step), step.x1
+    torch.testing.assert_close(action, expected.x1[:, -1], rtol=1e-12, atol=0)
+    assert field.calls == calls == expected.stats.evaluations
+
+
+def test_action_of_a_flow_agrees_with_the_extra_state_in_float32(x):
+    flow = Flow(lambda: MLPField(6), solver="bs23", depth=4)
+    x = x.float()
+    calls = [0]
+    for block in flow.blocks:
+        block.fields[0].register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    with torch.no_grad():
+        _, records = flow.record(x, action=measures.action)
+        assert calls[0] == flow.evaluations == 12
+        state, energy = x, torch.zeros(16, 1)
+        for block in flow.blocks:
+
+            def beside(t, y, field=block.fields[0]):
+                v = field(t, y[:, :-1])
+                return torch.cat([v, v.square().mean(1, keepdim=True)], 1)
+
+            step = rk_step(beside, 0.0, torch.cat([state, energy], 1), 0.25, get_tableau("bs23"), closing=False)
+            state, energy = step.x1.split([6, 1], 1)
+    assert ((records["action"].sum(0) - energy[:, 0]) / energy[:, 0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_measures_are_their_definitions(dtype):
+    flow = Flow(MLPField(6), depth=2, h=[0.5, 0.25]).to(dtype)
+    x = torch.randn(5, 6, dtype=dtype)
+    _, records = flow.record(x, **{name: getattr(measures, name) for name in NAMES})
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for m, step in enumerate(flow.steps(x)):
+        p = [stage.double() for stage in step.stages]
+        r = sum(b * q for b, q in zip((2 / 9, 1 / 3, 4 / 9), p, strict=False))
+        e = step.h * (-5 / 72 * p[0] + p[1] / 12 + p[2] / 9 - p[3] / 8)
+        expected = {
+            "action": step.h * sum(b * q.square().mean(1) for b, q in zip((2 / 9, 1 / 3, 4 / 9), p, strict=False)),
+            "residue": r.square().mean(1),
+            "cosine": r.sum(1) / r.norm(dim=1) / math.sqrt(6),
+            "error": e.square().mean(1).sqrt(),
+            "displacement": (step.h * r).square().mean(1).sqrt(),
+        }
+        for name in NAMES:
+            assert records[name].dtype == torch.promote_types(dtype, torch.float32)
+            found = records[name][m].double()
+            scale = 0.1 * torch.finfo(dtype).eps if name == "error" else 0.0  # it is a small difference of stages
+            torch.testing.assert_close(found, expected[name], rtol=tolerance, atol=scale, msg=name)
+
+
+NAMES = ("action", "residue", "cosine", "error", "displacement")
+
+
+def test_action_and_displacement_do_not_change_when_a_constant_step_is_cut():
+    class Constant(nn.Module):
+        def forward(self, t, x):
+            return torch.full_like(x, 3.0)
+
+    x = torch.zeros(2, 4)
+    for depth in (1, 5):
+        _, records = Flow(Constant(), depth=depth, total_time=2.0, shared=True).record(
+            x, action=measures.action, displacement=measures.displacement, residue=measures.residue
+        )
+        torch.testing.assert_close(records["action"].sum(0), torch.full((2,), 18.0))
+        torch.testing.assert_close(records["displacement"].sum(0), torch.full((2,), 6.0))
+        torch.testing.assert_close(records["residue"], torch.full((depth, 2), 9.0))
+
+
+def test_a_field_at_rest_has_a_cosine_of_zero_and_finite_gradients():
+    flow = Flow(MLPField(3))
+    nn.init.zeros_(flow.blocks[0].fields[0].second.weight)
+    nn.init.zeros_(flow.blocks[0].fields[0].second.bias)
+    _, records = flow.record(torch.randn(4, 3), cosine=measures.cosine)
+    assert records["cosine"].tolist() == [[0.0] * 4]
+    records["cosine"].sum().backward()
+    assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
+
+
+def test_error_needs_an_embedded_method():
+    with pytest.raises(ValueError, match="no embedded error"):
+        Flow(MLPField(3), solver="euler").record(torch.randn(2, 3), error=measures.error)

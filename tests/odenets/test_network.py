@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from odenets import Flow, MLPField, Network, measures
+
+
+@pytest.fixture
+def network():
+    flows = [Flow(lambda: MLPField(4), depth=2), Flow(lambda: MLPField(6), depth=3, total_time=2.0)]
+    return Network(nn.Linear(3, 4), flows, nn.Linear(6, 2), transitions=[nn.Linear(4, 6)])
+
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_one_function_through_forward_record_steps_and_by_hand(network):
+    output = network(X)
+    recorded, records = network.record(X, action=measures.action, error=measures.error)
+    assert torch.equal(output, recorded)
+    *_, last = network.steps(X)
+    torch.testing.assert_close(network.head(last.x1), output)
+    first, second = network.flows
+    torch.testing.assert_close(network.head(second(network.transitions[0](first(network.encoder(X))))), output)
+    assert records.starts == (0, 2)
+    assert records["action"].shape == records["error"].shape == (5, 5)
+    torch.testing.assert_close(records["action"], torch.stack([measures.action(step) for step in network.steps(X)]))
+
+
+def test_sizes(network):
+    assert network.depth == 5
+    assert network.evaluations == 15
+    network.readout = "ensemble"
+    assert network.evaluations == 6 + 12
+
+
+def test_outputs_of_the_last_flow(network):
+    found = network.outputs(X)
+    assert set(found) == {"euler", "midpoint", "order2", "order3", "ensemble"}
+    torch.testing.assert_close(found["order3"], network(X))
+    *_, last = network.steps(X)
+    for name in ("euler", "midpoint", "order2"):
+        torch.testing.assert_close(found[name], network.head(last.output(name)))
+    torch.testing.assert_close(network.ensemble(X), found["ensemble"])
+    network.readout = "ensemble"
+    torch.testing.assert_close(network(X), found["ensemble"])
+
+
+def test_full_passes_are_the_networks_of_the_other_methods(network):
+    found = network.outputs(X, full_passes=True)
+    for name in ("euler", "midpoint"):
+        other = Flow(lambda: MLPField(6), solver=name, depth=3, total_time=2.0)
+        other.load_state_dict(network.flows[1].state_dict())
+        state = other(network.transitions[0](network.flows[0](network.encoder(X))))
+        torch.testing.assert_close(found[name], network.head(state))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: Network(nn.Identity(), [], nn.Identity()), "at least one flow"),
+        (lambda f: Network(nn.Identity(), [f, f], nn.Identity()), "2 flows need 1 transitions, got 0"),
+        (
+            lambda f: Network(nn.Identity(), f, nn.Identity(), readout="mean"),
+            "readout must be 'solution' or 'ensemble'",
+        ),
+        (lambda f: Network(nn.Identity(), f, nn.Identity())(torch.full((2, 3), float("nan"))), "finite"),
+        (lambda f: Network(nn.Identity(), f, nn.Identity())(torch.empty(0, 3)), "at least one sample"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(Flow(MLPField(3)))

@@ -1,0 +1,65 @@
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_wheel_holds_both_packages_and_no_tests(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"odenets", "solvers"}
+    assert not [name for name in names if "test" in name or "conftest" in name]
+    for package in ("odenets", "solvers"):
+        tracked = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+        assert tracked <= set(names)
+        assert f"{package}/py.typed" in names
+
+
+def imports(path):
+    """The modules a file imports, at its top or anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_imports_run_one_way():
+    for path in (ROOT / "solvers").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= set(sys.stdlib_module_names) | {"torch", "solvers"}
+    for path in (ROOT / "odenets").glob("*.py"):
+        assert not {"experiments", "benchmarks", "tests"} & {name.split(".")[0] for name in imports(path)}
+
+
+EXTRAS = ["lightning_fabric", "matplotlib", "ot", "safetensors", "scipy", "sklearn", "tabulate", "torchdiffeq"]
+EXTRAS += ["torchvision", "tqdm", "tyro"]
+
+
+def test_the_core_needs_no_extras():
+    code = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
+    code += "import torch, odenets, solvers, odenets.depth; odenets.Flow(solver='bs23')(torch.randn(2, 3))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_only_plotting_imports_matplotlib():
+    found = [p.name for p in (ROOT / "odenets").glob("*.py") if any(n.startswith("matplotlib") for n in imports(p))]
+    assert found == ["plotting.py"]
+
+
+def test_no_folder_but_ours_at_the_root():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folders = {line.split("/")[0] for line in listed.stdout.splitlines() if "/" in line}
+    assert folders <= {"odenets", "solvers", "experiments", "tests", "benchmarks", ".ci"}
