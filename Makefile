@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: adaptive-depth test benchmarks clean
 
 adaptive-depth: .venv/installed
-	$(BIN)/python experiments/adaptive_depth.py $(ARGS)
+	$(BIN)/python experiments/adaptive_depth.py --resume $(ARGS)
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -14,7 +14,7 @@ test: .venv/installed
 	$(BIN)/pytest -q
 
 benchmarks: .venv/installed
-	$(BIN)/pytest benchmarks --benchmark-only
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -21,13 +21,13 @@ __all__ = ["accuracy_against_cost", "adaptive_depth", "block_errors", "depth_and
 _MARKERS = "os^Dv<>p*X"
 
 
-def save(figures: Mapping[str, Figure], folder: str | Path, *, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
+def save(figures: Mapping[str, Figure], folder: str | Path, *, formats: tuple[str, ...] = ("png",)) -> list[Path]:
     """Write each figure to ``folder / name.format`` and return the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for name in figures for suffix in formats]
     for path in paths:
-        figures[path.stem].savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figures[path.stem].savefig(path, dpi=100)
     return paths
 
 

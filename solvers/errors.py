@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from solvers.integrate import Solution
+from solvers.solution import Solution
 
 __all__ = ["MaxStepsError", "NonFiniteError", "SolverError", "StepUnderflowError"]
 

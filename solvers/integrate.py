@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -13,41 +13,11 @@ from torch import Tensor
 
 from solvers.controllers import Controller, ControllerState, I
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
+from solvers.solution import Solution, Statistics
 from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau, get_tableau
 
-__all__ = ["Solution", "Statistics", "Tolerance", "adaptive_steps", "check_state", "fixed_steps", "integrate"]
-
-
-@dataclass
-class Statistics:
-    """Counts of a solve: field evaluations and attempted steps."""
-
-    evaluations: int = 0
-    accepted: int = 0
-    rejected: int = 0
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Result of :func:`integrate`.
-
-    Attributes:
-        times: the time of each kept state, ``times[0] = t0``.
-        states: the kept states, each ``(B, *S)``; only the last one with ``keep="last"``.
-        steps: the accepted steps, with ``keep="steps"``.
-        stats: counts.
-    """
-
-    times: tuple[float, ...]
-    states: tuple[Tensor, ...]
-    steps: tuple[Step, ...] = ()
-    stats: Statistics = field(default_factory=Statistics)
-
-    @property
-    def x1(self) -> Tensor:
-        """The last state, ``(B, *S)``."""
-        return self.states[-1]
+__all__ = ["Tolerance", "adaptive_steps", "check_state", "fixed_steps", "integrate"]
 
 
 @dataclass(frozen=True)
