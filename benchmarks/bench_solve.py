@@ -52,7 +52,7 @@ def bench_fixed(measure, benchmark, problem, method, who):
 
 @pytest.mark.parametrize("who", ["odenets", "torchdiffeq", "field calls alone"])
 def bench_adaptive(measure, benchmark, problem, who):
-    """Error control at the same tolerance; each solver's own field calls are stored, the floor makes as many as ours."""
+    """Error control at the same tolerance; the floor makes as many field calls as ours."""
     name, field, x = problem
     benchmark.group = f"adaptive bs23, {name}"
     with torch.no_grad():
