@@ -136,12 +136,9 @@ class Progress(Callback):
         self.report(1)
 
 
-def train(config: Config, job: Job, report: Report) -> dict[str, Any]:
-    """Train and evaluate one network in a folder of its own, or read what was found there."""
+def train(config: Config, job: Job, report: Report) -> None:
+    """Train and evaluate one network in a folder of its own; what was found stands in its summary."""
     run = Run(config.output / job.name, {**asdict(job), **science(config)}, resume=True)
-    if run.finished:
-        report(config.epochs)
-        return read_summary(run.folder)["results"]
     parts = split(config)
     images = parts.train.x.shape[-1] > 8 and "mnist" not in config.dataset
     batches = data.Batches(parts.train, config.batch_size, seed=job.seed, crop=4 * images, flip=images)
@@ -174,7 +171,7 @@ def train(config: Config, job: Job, report: Report) -> dict[str, Any]:
         report(config.epochs - done)
         result |= {"diverged": True, "message": str(error), "final_depth": network.depth, "epochs": done}
         run.finish(result, seeds=[job.seed])
-        return result
+        return
     save_weights(network, run.folder / "weights.safetensors")
     test, validation = (data.Batches(part.to(config.device), 500) for part in (parts.test, parts.validation))
     result |= {
@@ -193,7 +190,6 @@ def train(config: Config, job: Job, report: Report) -> dict[str, Any]:
         found = evaluate_schemes(network, test, full_passes=True)
         result["full_passes"] = {name: evaluation.accuracy for name, evaluation in found.items()}
     run.finish(result, seeds=[job.seed])
-    return result
 
 
 def split(config: Config) -> data.Split:
@@ -213,9 +209,12 @@ def science(config: Config) -> dict[str, Any]:
 
 
 def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> list[dict[str, Any]]:
-    """Results of the jobs, the dearest begun first."""
-    jobs = sorted(jobs, key=lambda job: -job.depth * job.total_time)
-    return workers.map(partial(train, config), jobs, total=config.epochs * len(jobs), label=label)
+    """Results of the jobs, the dearest begun first; finished ones are read."""
+    todo = [job for job in jobs if not (config.output / job.name / "summary.json").exists()]
+    todo.sort(key=lambda job: -job.depth * job.total_time)
+    if todo:
+        workers.map(partial(train, config), todo, total=config.epochs * len(todo), label=label)
+    return [read_summary(config.output / job.name)["results"] for job in jobs]
 
 
 def interval(value: Interval) -> str:
