@@ -218,7 +218,9 @@ def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> 
 
 
 def interval(value: Interval) -> str:
-    """In percent."""
+    """In percent; a single seed has no interval."""
+    if value.n == 1:
+        return f"{100 * value.mean:.2f}"
     return f"{100 * value.mean:.2f} ± {100 * value.half_width:.2f}"
 
 
@@ -276,10 +278,11 @@ def verdict(config: Config, rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     if trained and deep["final_depths"]:
         best = max(trained, key=lambda row: row["validation"].mean)
-        within = "within" if deep["solution"].mean in best["solution"] else "outside"
+        where = "within the interval of" if deep["solution"].mean in best["solution"] else "outside the interval of"
+        where = "beside (one seed, no interval)" if best["solution"].n == 1 else where
         lines.append(
-            f"adaptive from {config.deep}: {interval(deep['solution'])} %, {within} the interval of the best fixed "
-            f"network on validation ({best['network']}: {interval(best['solution'])} %)"
+            f"adaptive from {config.deep}: {interval(deep['solution'])} %, {where} the best fixed network on "
+            f"validation ({best['network']}: {interval(best['solution'])} %)"
         )
         reference = found[f"fixed {config.deep}", config.total_time]
         if reference["final_depths"]:

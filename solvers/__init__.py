@@ -3,9 +3,10 @@
 from solvers.controllers import PI, PID, Controller, ControllerState, Fixed, HalveDouble, I
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.integrate import Tolerance, integrate
+from solvers.methods import get_tableau
 from solvers.solution import Solution, Statistics
 from solvers.step import Field, Step, combine, rk_step
-from solvers.tableaus import ButcherTableau, Embedded, get_tableau
+from solvers.tableaus import ButcherTableau, Embedded
 
 __all__ = [
     "PI",

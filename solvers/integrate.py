@@ -13,9 +13,10 @@ from torch import Tensor
 
 from solvers.controllers import Controller, ControllerState, I
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
+from solvers.methods import get_tableau
 from solvers.solution import Solution, Statistics
 from solvers.step import Field, Step, rk_step
-from solvers.tableaus import ButcherTableau, get_tableau
+from solvers.tableaus import ButcherTableau
 
 __all__ = ["Tolerance", "adaptive_steps", "check_state", "fixed_steps", "integrate"]
 

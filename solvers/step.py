@@ -89,6 +89,27 @@ class Step(NamedTuple):
         self._needs_stages(weights, f"output({name!r})")
         return combine(self.x0, self.stages, weights, self.h)
 
+    def at(self, theta: float | Tensor) -> Tensor:
+        """The state at ``t + theta * h`` from the method's own interpolant, ``(B, *S)``.
+
+        Args:
+            theta: in [0, 1]; a scalar tensor lets gradients through.
+
+        Raises:
+            ValueError: the method has no interpolant of its own, or it needs the closing stage and that was not
+                evaluated.
+        """
+        weights = self.tableau.weights_at(theta)
+        if not isinstance(theta, Tensor):
+            self._needs_stages(weights, "at()")
+            return combine(self.x0, self.stages, weights, self.h)
+        if len(self.stages) < len(weights):
+            raise ValueError(f"at() needs the closing stage of {self.tableau.name}: take the step with closing=True")
+        x = self.x0
+        for p, weight in zip(self.stages, weights, strict=True):
+            x = x + (weight * self.h).to(p.dtype) * p
+        return x
+
     def _needs_stages(self, weights: Sequence[float], what: str) -> None:
         if any(weights[len(self.stages) :]):
             raise ValueError(f"{what} needs the closing stage of {self.tableau.name}: take the step with closing=True")

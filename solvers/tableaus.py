@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-__all__ = ["BS23", "DOPRI5", "EULER", "HEUN", "MIDPOINT", "RK4", "ButcherTableau", "Embedded", "get_tableau"]
+__all__ = ["ButcherTableau", "Embedded"]
 
 Row = tuple[float, ...]
 
@@ -30,13 +31,15 @@ class ButcherTableau:
     Reference: Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, II.1.
 
     Attributes:
-        name: the name under which :func:`get_tableau` finds it.
+        name: the name under which :func:`~solvers.get_tableau` finds it.
         order: order of the solution that is carried on.
         c: node of each stage, as a fraction of the step; ``c[0] = 0``.
         a: row ``i`` holds the ``i`` weights of the earlier stages; each row sums to its ``c``.
         b: weights of the solution; they sum to 1.
         embedded: the solutions that the stages carry, by name; one of them has the weights ``b``.
         low: name of the embedded solution that the error is measured against, or None.
+        dense: the method's own interpolant, per stage the coefficients of ``theta, theta^2, ...`` in its weight
+            ``b_i(theta)`` on ``x(t + theta h) = x0 + h sum_i b_i(theta) p_i``; or None.
         fsal: derived; first same as last, the last stage is the velocity at the solution itself.
         error_weights: derived; ``b - b_low``, or None without a lower solution.
 
@@ -51,6 +54,7 @@ class ButcherTableau:
     b: Row
     embedded: tuple[tuple[str, Embedded], ...] = ()
     low: str | None = None
+    dense: tuple[Row, ...] | None = None
     fsal: bool = field(init=False, default=False)
     error_weights: Row | None = field(init=False, default=None)
 
@@ -77,6 +81,11 @@ class ButcherTableau:
                 raise ValueError(f"{self.name}: weights of embedded {name!r} must sum to 1, got {sum(solution.b)!r}")
         if self.low is not None and self.low not in dict(self.embedded):
             raise ValueError(f"{self.name}: low must name an embedded solution {self.outputs}, got {self.low!r}")
+
+        if self.dense is not None:
+            ends = [sum(row) for row in self.dense]
+            if len(ends) != stages or any(abs(end - b) > 1e-9 for end, b in zip(ends, self.b, strict=True)):
+                raise ValueError(f"{self.name}: dense weights at theta = 1 must be b, got {ends} for {self.b}")
 
         # Constants from here on: plain attributes, so that torch.compile reads them without a guard on code.
         fsal = stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
@@ -114,6 +123,22 @@ class ButcherTableau:
                 return solution
         raise ValueError(f"{self.name} has no output {name!r}; it has {', '.join(self.outputs)}")
 
+    def weights_at(self, theta: Any) -> tuple[Any, ...]:
+        """Weights ``b_i(theta)`` of the method's interpolant, for a number or a tensor ``theta`` in [0, 1].
+
+        Raises:
+            ValueError: the method has no interpolant of its own.
+        """
+        if self.dense is None:
+            raise ValueError(f"{self.name} has no interpolant of its own; bs23, dopri5 and tsit5 have")
+        weights = []
+        for row in self.dense:
+            value = row[-1]
+            for coefficient in reversed(row[:-1]):
+                value = value * theta + coefficient
+            weights.append(value * theta)
+        return tuple(weights)
+
     def forwarding(self, name: str) -> ButcherTableau:
         """The method that carries the embedded output ``name`` on instead of its own solution (eq. 43 of the thesis).
 
@@ -123,6 +148,7 @@ class ButcherTableau:
         Raises:
             ValueError: no such output.
 
+        >>> from solvers import get_tableau
         >>> get_tableau("bs23").forwarding("order2").b[-1]
         0.125
         """
@@ -130,103 +156,6 @@ class ButcherTableau:
         if low == name:
             low = next((other for other, solution in self.embedded if solution.b == self.b), None)
         chosen = self.solution(name)
-        return replace(self, name=f"{self.name} forwarding {name}", order=chosen.order, b=chosen.b, low=low)
-
-
-EULER = ButcherTableau("euler", 1, (0.0,), ((),), (1.0,), (("euler", Embedded(1, (1.0,))),))
-
-MIDPOINT = ButcherTableau(
-    "midpoint",
-    2,
-    (0.0, 1 / 2),
-    ((), (1 / 2,)),
-    (0.0, 1.0),
-    (("euler", Embedded(1, (1.0, 0.0))), ("midpoint", Embedded(2, (0.0, 1.0)))),
-    low="euler",
-)
-
-HEUN = ButcherTableau(
-    "heun",
-    2,
-    (0.0, 1.0),
-    ((), (1.0,)),
-    (1 / 2, 1 / 2),
-    (("euler", Embedded(1, (1.0, 0.0))), ("heun", Embedded(2, (1 / 2, 1 / 2)))),
-    low="euler",
-)
-
-# The classic method of Kutta (1901), not the 3/8 rule.
-RK4 = ButcherTableau(
-    "rk4",
-    4,
-    (0.0, 1 / 2, 1 / 2, 1.0),
-    ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
-    (1 / 6, 1 / 3, 1 / 3, 1 / 6),
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0))),
-        ("midpoint", Embedded(2, (0.0, 1.0, 0.0, 0.0))),
-        ("order4", Embedded(4, (1 / 6, 1 / 3, 1 / 3, 1 / 6))),
-    ),
-)
-
-# Bogacki and Shampine (1989), A 3(2) pair of Runge-Kutta formulas; equations (46) and (47) of the thesis.
-BS23 = ButcherTableau(
-    "bs23",
-    3,
-    (0.0, 1 / 2, 3 / 4, 1.0),
-    ((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
-    (2 / 9, 1 / 3, 4 / 9, 0.0),
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0))),
-        ("midpoint", Embedded(2, (0.0, 1.0, 0.0, 0.0))),
-        ("order2", Embedded(2, (7 / 24, 1 / 4, 1 / 3, 1 / 8))),
-        ("order3", Embedded(3, (2 / 9, 1 / 3, 4 / 9, 0.0))),
-    ),
-    low="order2",
-)
-
-# Dormand and Prince (1980), A family of embedded Runge-Kutta formulae.
-DOPRI5 = ButcherTableau(
-    "dopri5",
-    5,
-    (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-    (
-        (),
-        (1 / 5,),
-        (3 / 40, 9 / 40),
-        (44 / 45, -56 / 15, 32 / 9),
-        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-    ),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
-        (
-            "order4",
-            Embedded(4, (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)),
-        ),
-        ("order5", Embedded(5, (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0))),
-    ),
-    low="order4",
-)
-
-_TABLEAUS = {tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, RK4, BS23, DOPRI5)}
-_ALIASES = {"bosh3": "bs23"}
-
-
-def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
-    """The tableau called ``name``; a tableau is returned as it is.
-
-    >>> get_tableau("bosh3").name
-    'bs23'
-
-    Raises:
-        ValueError: the name is not known; the message lists those that are.
-    """
-    if isinstance(name, ButcherTableau):
-        return name
-    found = _TABLEAUS.get(_ALIASES.get(name, name))
-    if found is None:
-        raise ValueError(f"unknown solver {name!r}; known are {', '.join([*_TABLEAUS, *_ALIASES])}")
-    return found
+        dense = self.dense if chosen.b == self.b else None
+        name = f"{self.name} forwarding {name}"
+        return replace(self, name=name, order=chosen.order, b=chosen.b, low=low, dense=dense)

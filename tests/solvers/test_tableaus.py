@@ -5,7 +5,7 @@ import torch
 
 from solvers import ButcherTableau, Embedded, get_tableau, rk_step
 
-NAMES = ["euler", "midpoint", "heun", "rk4", "bs23", "dopri5"]
+NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
 
 
 @pytest.mark.parametrize("name", NAMES)
