@@ -47,7 +47,8 @@ class Config:
         K: blocks are merged below ``tolerance / K``.
         check_samples: validation samples on which the errors are measured after an epoch.
         stages: fields per block; an untied one forwards its second-order output, which reads all of them, and is
-            trained on the ensemble.
+            trained on the ensemble. Errors of chained and untied blocks do not vanish with h cubed: they need a larger
+            tolerance, or every block is duplicated up to the cap.
         deep: blocks of the deep start.
         max_depth: largest number of blocks.
         total_time: sum of the step sizes.

@@ -11,6 +11,9 @@ from tests.counting import Operations
 NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
 
 
+LATE = {("rk4_38", 4), ("tsit5", 4)}  # their leading error terms nearly cancel on this problem at coarser steps
+
+
 def field(t, x):
     return -x + math.cos(3 * t)
 
@@ -31,7 +34,7 @@ def carried_on(tableau, name):
 def test_every_output_converges_at_its_order(method, output):
     """On a non-autonomous problem, where a tableau with shifted stage times is of order 1."""
     tableau = carried_on(get_tableau(method), output)
-    counts, errors = [256, 512, 1024] if tableau.order == 4 else [128, 256, 512], []
+    counts, errors = [256, 512, 1024] if (method, tableau.order) in LATE else [128, 256, 512], []
     for n in counts:
         x, worst = torch.ones(1, 1, dtype=torch.float64), 0.0
         for i in range(n):
@@ -56,7 +59,7 @@ def test_the_interpolant_meets_both_ends_and_its_order_between(name, order):
     def field(t, x):
         return -3 * math.cos(3 * t) * x
 
-    sizes, errors = [0.2, 0.1, 0.05], []
+    sizes, errors = [0.1, 0.05, 0.025], []
     for h in sizes:
         step = rk_step(
             field, 0.4, torch.tensor([[math.exp(-math.sin(1.2))]], dtype=torch.float64), h, get_tableau(name)
