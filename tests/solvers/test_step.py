@@ -68,7 +68,7 @@ def test_the_interpolant_meets_both_ends_and_its_order_between(name, order):
         torch.testing.assert_close(step.at(1.0), step.x1)
         thetas = [0.15, 0.4, 0.55, 0.85]
         errors.append(max(abs(step.at(c).item() - math.exp(-math.sin(3 * (0.4 + c * h)))) for c in thetas))
-    assert slope(sizes, errors) == pytest.approx(order + 1, abs=0.35)
+    assert slope(sizes, errors) > order + 0.7
 
 
 @pytest.mark.parametrize(("name", "scipys"), [("bs23", RK23), ("dopri5", RK45)])
