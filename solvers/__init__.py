@@ -2,11 +2,12 @@
 
 from solvers.controllers import PI, PID, Controller, ControllerState, Fixed, HalveDouble, I
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
-from solvers.integrate import Tolerance, integrate
+from solvers.integrate import integrate
 from solvers.methods import get_tableau
 from solvers.solution import Solution, Statistics
 from solvers.step import Field, Step, combine, rk_step
 from solvers.tableaus import ButcherTableau, Embedded
+from solvers.tolerance import Tolerance
 
 __all__ = [
     "PI",

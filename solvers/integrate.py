@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
@@ -17,47 +17,9 @@ from solvers.methods import get_tableau
 from solvers.solution import Solution, Statistics
 from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau
+from solvers.tolerance import Tolerance
 
-__all__ = ["Tolerance", "adaptive_steps", "check_state", "fixed_steps", "integrate"]
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What an adaptive solve accepts and how far it goes.
-
-    Attributes:
-        rtol, atol: the error of each feature is divided by ``atol + rtol * max(|x0|, |x1|)``; a step is good if the
-            root mean square of these ratios, over the batch and the features, is at most 1.
-        first_step: size of the first attempted step; None derives it from two field evaluations
-            (Hairer, Norsett, Wanner, II.4).
-        max_step: largest step.
-        max_steps: largest number of attempted steps.
-    """
-
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    first_step: float | None = None
-    max_step: float = math.inf
-    max_steps: int = 10_000
-
-    def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-        if self.rtol == self.atol == 0:
-            raise ValueError("rtol and atol must not both be 0")
-        if self.first_step is not None and not (math.isfinite(self.first_step) and self.first_step > 0):
-            raise ValueError(f"first_step must be positive and finite, got {self.first_step}")
-        if not self.max_step > 0:
-            raise ValueError(f"max_step must be positive, got {self.max_step}")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-
-    def ratio(self, error: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """Root mean square of the scaled error, a scalar tensor, times ``sqrt(error.numel())``."""
-        scale = torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol)
-        return torch.linalg.vector_norm(error / scale)
+__all__ = ["adaptive_steps", "check_state", "fixed_steps", "integrate"]
 
 
 def check_state(x: object, name: str = "x") -> None:
@@ -115,21 +77,6 @@ def fixed_steps(
         yield step
 
 
-def _first_step(field: Field, t: float, x: Tensor, first: Tensor, direction: int, order: int, tol: Tolerance) -> float:
-    """Starting step of Hairer, Norsett, Wanner (II.4): one field evaluation, one wait for the device."""
-    scale = x.abs().mul(tol.rtol).add(tol.atol)
-    rms = math.sqrt(x.numel())
-    d0 = torch.linalg.vector_norm(x / scale) / rms
-    d1 = torch.linalg.vector_norm(first / scale) / rms
-    small = (d0 < 1e-5) | (d1 < 1e-5)
-    h0 = torch.where(small, torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
-    second = field(t + direction * h0, torch.addcmul(x, first, h0.to(x.dtype), value=direction))
-    d2 = torch.linalg.vector_norm((second - first) / scale) / rms / h0
-    slope = torch.maximum(d1, d2)
-    h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / slope) ** (1 / (order + 1)))
-    return torch.minimum(100 * h0, h1).item()
-
-
 def _first_bad_stage(step: Step) -> int | None:
     return next((i for i, p in enumerate(step.stages) if not p.isfinite().all()), None)
 
@@ -143,6 +90,10 @@ def adaptive_steps(
     tolerance: Tolerance,
     controller: Controller,
     *,
+    overshoot: bool = False,
+    stops: Sequence[float] = (),
+    jumps: Sequence[float] = (),
+    observe: Callable[[str, float, Tensor, float], None] | None = None,
     stats: Statistics | None = None,
 ) -> Iterator[Step]:
     """Accepted steps from t0 to t1 under error control; waits for the device once per attempted step
@@ -150,24 +101,36 @@ def adaptive_steps(
 
     The step size is chosen by the detached error: gradients flow through the accepted steps, not through the choice.
 
+    Args:
+        field: velocity ``v(t, x)``.
+        x: state at t0.
+        t0, t1: start and end.
+        tableau, tolerance, controller: the method, what it accepts, and how it chooses its steps.
+        overshoot: let the last step end where the controller wants, at t1 or past it.
+        stops: times at which a step ends.
+        jumps: stops at which the field is discontinuous: it is evaluated on either side of them, never across.
+        observe: called as ``observe(what, t, x, h)`` with what = "step", "accept" or "reject".
+        stats: counts to add to.
+
     Raises:
         StepUnderflowError, MaxStepsError, NonFiniteError: the solve cannot go on.
     """
     stats = Statistics() if stats is None else stats
     order, direction = tableau.error_order, 1 if t1 >= t0 else -1
-    root_n = math.sqrt(x.numel())
     t, first = t0, None
+    ahead = sorted({s for s in (*stops, *jumps) if direction * (s - t0) > 0}, key=lambda s: -direction * s)
+    discontinuous = set(jumps)
     h = tolerance.first_step
     if h is None and t != t1:
         first = field(t, x)
         with torch.no_grad():
-            h = _first_step(field, t, x.detach(), first.detach(), direction, order, tolerance)
+            h = tolerance.choose_first_step(field, t, x.detach(), first.detach(), direction, order)
         stats.evaluations += 2
         if not math.isfinite(h):
             raise NonFiniteError("the field is not finite at the first state", t=t, h=math.nan, stage=0)
     state = ControllerState(h if h is not None else 0.0)
     ratio, bad_stage = math.nan, None
-    while t != t1:
+    while direction * (t1 - t) > 0:
         smallest = 10 * abs(math.nextafter(t, math.inf) - t)
         if stats.accepted + stats.rejected >= tolerance.max_steps:
             raise MaxStepsError(
@@ -175,7 +138,7 @@ def adaptive_steps(
                 "raise max_steps, loosen the tolerance, or the problem is stiff",
                 t=t, h=direction * state.h, stage=None,
             )  # fmt: skip
-        size = min(state.h, tolerance.max_step)
+        size = min(max(state.h, tolerance.min_step), tolerance.max_step)
         if size < smallest and abs(t1 - t) > smallest:
             if math.isinf(ratio) or math.isnan(ratio):
                 raise NonFiniteError(
@@ -187,26 +150,48 @@ def adaptive_steps(
                 t=t, h=direction * size, stage=None,
             )  # fmt: skip
         t_next = t + direction * size
-        if direction * (t_next - t1) > 0:
+        if not overshoot and direction * (t_next - t1) > 0:
             t_next = t1
+        if ahead and direction * (t_next - ahead[-1]) > 0:
+            t_next = ahead[-1]
         h = t_next - t
-        step = rk_step(field, t, x, h, tableau, first)
+        if observe is not None:
+            observe("step", t, x, h)
+        v = _one_sided(field, t, t_next, discontinuous, x.dtype) if discontinuous else field
+        step = rk_step(v, t, x, h, tableau, first)
         stats.evaluations += len(step.stages) - (first is not None)
         with torch.no_grad():
-            ratio = tolerance.ratio(step.error(), x, step.x1).item() / root_n
+            ratio = tolerance.ratio(step.error(), x, step.x1)
         if not math.isfinite(ratio):
             bad_stage = _first_bad_stage(step)
             if bad_stage == 0:
                 raise NonFiniteError("the field is not finite at an accepted state", t=t, h=h, stage=0)
         state = controller(state._replace(h=abs(h)), ratio, order)
+        if not state.accepted and math.isfinite(ratio) and abs(h) <= tolerance.min_step:
+            state = state._replace(accepted=True)
+        if observe is not None:
+            observe("accept" if state.accepted else "reject", t, x, h)
         if not state.accepted:
             stats.rejected += 1
             first = step.stages[0]
             continue
         stats.accepted += 1
-        first = step.stages[-1] if tableau.fsal else None
+        first = step.stages[-1] if tableau.fsal and t_next not in discontinuous else None
         t, x = t_next, step.x1
+        if ahead and t == ahead[-1]:
+            ahead.pop()
         yield step
+
+
+def _one_sided(field: Field, t: float, t_next: float, jumps: set[float], dtype: torch.dtype) -> Field:
+    """The field at times strictly inside a step where the step begins or ends at a jump, in the state's precision."""
+    real = torch.promote_types(dtype.to_real(), torch.float32)
+
+    def beside(time: float, towards: float) -> float:
+        return torch.nextafter(torch.tensor(time, dtype=real), torch.tensor(towards, dtype=real)).item()
+
+    low, high = sorted((beside(t, t_next) if t in jumps else t, beside(t_next, t) if t_next in jumps else t_next))
+    return lambda s, x: field(min(max(s, low), high), x)  # type: ignore[type-var]
 
 
 def integrate(

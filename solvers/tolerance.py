@@ -1,0 +1,98 @@
+"""What an adaptive solve accepts: the error ratio of a step, the first step, the limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tolerance"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tolerance:
+    """What an adaptive solve accepts and how far it goes.
+
+    Attributes:
+        rtol, atol: the error of each feature is divided by ``atol + rtol * max(|x0|, |x1|)``; a step is good if the
+            root mean square of these ratios, over the batch and the features, is at most 1. Numbers, or tensors that
+            broadcast against the state.
+        norm: what takes the place of the root mean square, ``Tensor -> scalar``.
+        first_step: size of the first attempted step; None derives it from two field evaluations
+            (Hairer, Norsett, Wanner, II.4).
+        min_step: a step of this size is accepted whatever its error.
+        max_step: largest step.
+        max_steps: largest number of attempted steps.
+
+    Raises:
+        ValueError: a limit or tolerance is out of range.
+    """
+
+    rtol: float | Tensor = 1e-3
+    atol: float | Tensor = 1e-6
+    norm: Callable[[Tensor], Tensor] | None = None
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            tensor = isinstance(value, Tensor)
+            if tensor and value.requires_grad:
+                raise ValueError(f"{name} must not require a gradient")
+            good = bool((value.isfinite() & (value >= 0)).all()) if tensor else math.isfinite(value) and value >= 0
+            if not good:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if not any(bool(value.any()) if isinstance(value, Tensor) else value for value in (self.rtol, self.atol)):
+            raise ValueError("rtol and atol must not both be 0")
+        if self.first_step is not None and not (math.isfinite(self.first_step) and self.first_step > 0):
+            raise ValueError(f"first_step must be positive and finite, got {self.first_step}")
+        if not 0 <= self.min_step < math.inf:
+            raise ValueError(f"min_step must be finite and not negative, got {self.min_step}")
+        if not self.max_step > 0 or self.max_step < self.min_step:
+            raise ValueError(f"max_step must be positive and not below min_step, got {self.max_step}")
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+
+    def ratio(self, error: Tensor, x0: Tensor, x1: Tensor) -> float:
+        """Norm of the error over its tolerance; waits for the device, once."""
+        if error.dtype in (torch.float16, torch.bfloat16):
+            error, x0, x1 = error.float(), x0.float(), x1.float()
+        scale = torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol)
+        if self.norm is not None:
+            return abs(float(self.norm(error / scale)))
+        return torch.linalg.vector_norm(error / scale).item() / math.sqrt(error.numel())
+
+    def choose_first_step(
+        self, field: Callable[..., Tensor], t: float, x: Tensor, first: Tensor, direction: int, order: int
+    ) -> float:
+        """Starting step of Hairer, Norsett, Wanner (II.4): one field evaluation, one wait for the device.
+
+        Args:
+            field: velocity ``v(t, x)``.
+            t, x: where the solve begins.
+            first: the velocity there.
+            direction: 1 or -1, of time.
+            order: order q of the lower solution.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = x.abs().to(wide.to_real()).mul(self.rtol).add(self.atol)
+
+        def norm(v: Tensor) -> Tensor:
+            if self.norm is not None:
+                return torch.as_tensor(self.norm(v / scale), device=x.device).abs()
+            return torch.linalg.vector_norm(v / scale) / math.sqrt(x.numel())
+
+        d0, d1 = norm(x), norm(first)
+        small = (d0 < 1e-5) | (d1 < 1e-5)
+        h0 = torch.where(small, torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
+        second = field(t + direction * h0, x + direction * h0.to(x.dtype) * first)
+        d2 = norm(second - first) / h0
+        slope = torch.maximum(d1, d2)
+        h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / slope) ** (1 / (order + 1)))
+        return torch.minimum(100 * h0, h1).item()
