@@ -4,6 +4,7 @@ from solvers.controllers import PI, PID, Controller, ControllerState, Fixed, Hal
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.integrate import integrate
 from solvers.methods import get_tableau
+from solvers.odeint import odeint, odeint_event
 from solvers.solution import Solution, Statistics
 from solvers.step import Field, Step, combine, rk_step
 from solvers.tableaus import ButcherTableau, Embedded
@@ -31,5 +32,7 @@ __all__ = [
     "combine",
     "get_tableau",
     "integrate",
+    "odeint",
+    "odeint_event",
     "rk_step",
 ]

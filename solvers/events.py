@@ -1,0 +1,105 @@
+"""Events: the solve ends where a function of time and state changes sign, and gradients flow through that time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.problem import Problem, error_controlled, over_grid
+from solvers.step import Step
+
+__all__ = ["until_event"]
+
+
+def until_event(problem: Problem, event_fn: Callable[[Tensor, Any], Tensor]) -> tuple[Tensor, Any]:
+    """Solve until the event function changes sign; link the event time's gradient by the implicit function theorem."""
+    if len(problem.times) != 2:
+        raise ValueError(f"t must hold two times with event_fn, a start and a direction, got {len(problem.times)}")
+    real = problem.x0.dtype.to_real()
+
+    def entries(s: Any, x: Tensor) -> Tensor:
+        s = s if isinstance(s, Tensor) else torch.tensor(s, dtype=real, device=x.device)
+        return torch.as_tensor(event_fn(s.to(real), problem.packing.unpack(x))).reshape(-1)
+
+    with torch.no_grad():
+        signs = entries(problem.times[0], problem.x0).sign()
+
+    def event(s: Any, x: Tensor) -> Tensor:
+        return (entries(s, x) * signs).min()  # positive until the first entry changes sign
+
+    start = problem.t[0].double()
+    if bool((signs == 0).any()):
+        return problem.t[0], problem.packing.unpack(torch.stack([problem.x0, problem.x0]))
+    for step in _steps_without_end(problem):
+        with torch.no_grad():
+            if float(event(step.t + step.h, step.x1)) > 0:
+                continue
+            theta = _bisect(problem, step, event)
+        time = float(step.t + theta * step.h)
+        x = _inside(problem, step, theta)
+        # t - g(t, x(t)) / (dg/dt) has the value t and the gradient of the implicit function; x moves along with it
+        s = start + (time - problem.times[0])
+        velocity = problem.field(s, x)
+        with torch.enable_grad():
+            at, where = s.detach().requires_grad_(), x.detach().requires_grad_()
+            slopes = torch.autograd.grad(event(at, where), (at, where), allow_unused=True)
+        rate = sum(
+            (slope.conj() * rate).sum().real if rate is not None else slope
+            for slope, rate in zip(slopes, (None, velocity.detach()), strict=True)
+            if slope is not None
+        )
+        if isinstance(rate, Tensor) and (x.requires_grad or s.requires_grad):
+            value = event(s, x)
+            moved = s - ((value - value.detach()) / rate).double()
+        else:
+            moved = s
+        x = x + (moved - s).to(x.dtype) * velocity if moved is not s else x
+        states = torch.stack([problem.x0, x])
+        return moved.to(problem.t.dtype), problem.packing.unpack(states)
+    raise ValueError("no event")  # pragma: no cover - the loop ends by an event or an error
+
+
+def _steps_without_end(problem: Problem) -> Iterator[Step]:
+    if problem.adaptive:
+        open_ended = problem._replace(times=problem.times[:1] if problem.tableau.dense is None else problem.times)
+        yield from error_controlled(open_ended, problem.direction * math.inf)
+        return
+    if problem.options.get("step_size") is None:
+        raise ValueError("options: event_fn with a fixed method needs step_size")
+    h, k = problem.direction * float(problem.options["step_size"]), 0
+    x = problem.x0
+    while k < 20_000:
+        part = problem._replace(x0=x)
+        (step,) = over_grid(part, [problem.times[0] + k * h, problem.times[0] + (k + 1) * h])
+        x, k = step.x1, k + 1
+        yield step
+    raise ValueError("no event within 20000 steps: raise step_size or check event_fn")
+
+
+def _inside(problem: Problem, step: Step, theta: float) -> Tensor:
+    """The state inside a step: the method's interpolant, or linear or cubic Hermite where it has none."""
+    if problem.adaptive and problem.tableau.dense is not None:
+        return step.at(theta)
+    if not problem.adaptive and problem.options.get("interp", "linear") == "linear":
+        return step.x0 + theta * (step.x1 - step.x0)
+    last = problem.field(float(step.t + step.h), step.x1)
+    rise = step.x1 - step.x0
+    bend = step.h * ((1 - theta) * step.stages[0] - theta * last)
+    return step.x0 + theta**2 * (3 - 2 * theta) * rise + theta * (1 - theta) * bend
+
+
+def _bisect(problem: Problem, step: Step, event: Callable[[Any, Tensor], Tensor]) -> float:
+    """Where in the step the event function changes sign, to the absolute tolerance in time."""
+    low, high = 0.0, 1.0
+    width = float(torch.as_tensor(problem.tolerance.atol).min())
+    for _ in range(max(1, min(60, math.ceil(math.log2(abs(float(step.h)) / max(width, 1e-15)))))):
+        middle = (low + high) / 2
+        if float(event(step.t + middle * step.h, _inside(problem, step, middle))) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2

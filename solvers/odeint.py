@@ -1,0 +1,157 @@
+"""``odeint`` with torchdiffeq's signature and semantics, for explicit Runge-Kutta methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.events import until_event
+from solvers.problem import METHODS, Problem, error_controlled, make_problem, over_grid
+from solvers.step import Step
+
+__all__ = ["METHODS", "odeint", "odeint_event"]
+
+
+def odeint(
+    func: Callable[[Tensor, Any], Any],
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
+) -> Any:
+    """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, as ``torchdiffeq.odeint`` does.
+
+    ``rk4`` is the classic method of Kutta; torchdiffeq's ``rk4`` is the 3/8 rule and is called ``rk4_38`` here.
+    ``adaptive_heun`` and ``fehlberg2`` evaluate the field at every state they accept, where torchdiffeq takes the last
+    stage for it. Time is kept in float64.
+
+    Args:
+        func: ``(t, y)`` to the velocity, with ``t`` a scalar tensor and ``y`` as ``y0``. May have the callbacks
+            ``callback_step``, ``callback_accept_step`` and ``callback_reject_step``, called as ``(t, y, h)``.
+        y0: a tensor, or a tuple or dictionary of tensors, of any shape, floating or complex.
+        t: times ``(n,)``, strictly increasing or decreasing; gradients flow to it.
+        rtol, atol: numbers, tensors that broadcast against y0, or one of these per part of a tuple.
+        method: one of :data:`METHODS`; dopri5 if not given.
+        options: adaptive methods: norm, first_step, min_step, max_step, safety, ifactor, dfactor, max_num_steps,
+            jump_t, step_t, dtype; fixed ones: step_size, grid_constructor, perturb, interp, norm.
+        event_fn: ``(t, y)`` to a tensor; the solve ends where one of its entries changes sign. ``t`` is then the start
+            and a time that shows the direction.
+
+    Returns:
+        ``y`` at the times, with a new first dimension; with ``event_fn``, the event time and ``y`` at the start and
+        at the event, with gradients through the event time.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or not supported; the message says what is.
+        SolverError: the solve cannot go on.
+    """
+    problem = make_problem(func, y0, t, rtol, atol, method, options)
+    if event_fn is not None:
+        return until_event(problem, event_fn)
+    states = torch.stack([problem.x0, *_outputs(problem)]) if len(problem.times) > 1 else problem.x0[None]
+    return problem.packing.unpack(states)
+
+
+def odeint_event(
+    func: Callable[[Tensor, Any], Any],
+    y0: Any,
+    t0: Tensor,
+    *,
+    event_fn: Callable[[Tensor, Any], Tensor],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] = odeint,
+    **kwargs: Any,
+) -> Any:
+    """The event time and the states at the start and there, from ``t0`` on, as torchdiffeq's function of this name."""
+    t0 = t0.reshape(())
+    t = torch.stack([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
+    return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
+
+
+def _outputs(problem: Problem) -> Iterator[Tensor]:
+    """The states at ``times[1:]``."""
+    if problem.adaptive:
+        yield from _interpolated(problem)
+        return
+    grid = _grid(problem)
+    steps = zip(over_grid(problem, grid), pairwise(_numbers(grid)), strict=False)
+    wanted = list(enumerate(problem.times))[1:]
+    for step, (start, end) in steps:
+        while wanted and problem.direction * (wanted[0][1] - end) <= 0:
+            i, time = wanted.pop(0)
+            yield step.x1 if time == end else _between(problem, step, start, end, i)
+
+
+def _interpolated(problem: Problem) -> Iterator[Tensor]:
+    times, first = problem.times, problem.t[0].double()
+    i = 1
+    for step in error_controlled(problem, times[-1]):
+        while i < len(times):
+            theta: Any = (times[i] - step.t) / step.h
+            if theta > 1 + 1e-12:
+                break
+            if problem.t.requires_grad:
+                theta = (problem.t[i].double() - first - (step.t - times[0])) / step.h
+                yield step.at(theta) if problem.tableau.dense else _moved(problem, step, theta)
+            else:
+                yield step.x1 if abs(theta - 1) <= 1e-12 else step.at(theta)
+            i += 1
+
+
+def _moved(problem: Problem, step: Step, theta: Tensor) -> Tensor:
+    """The end of a step with the gradient of its time."""
+    velocity = problem.field(float(step.t + step.h), step.x1)
+    return step.x1 + ((theta - theta.detach()) * step.h).to(velocity.dtype) * velocity
+
+
+def _numbers(grid: list[Any]) -> list[float]:
+    return [float(s) for s in grid] if not isinstance(grid[0], Tensor) else torch.stack(grid).detach().tolist()
+
+
+def _grid(problem: Problem) -> list[Any]:
+    """The times of the steps: those of the output, or what the options say."""
+    options, times = problem.options, problem.times
+    step_size, constructor = options.get("step_size"), options.get("grid_constructor")
+    if step_size is not None and constructor is not None:
+        raise ValueError("options: step_size and grid_constructor exclude each other")
+    if options.get("interp", "linear") not in ("linear", "cubic"):
+        raise ValueError(f"options: interp must be 'linear' or 'cubic', got {options['interp']!r}")
+    t = problem.t.to(problem.x0.dtype.to_real())
+    if constructor is not None:
+        made = constructor(problem.field, problem.x0, t)
+        if made[0] != t[0] or made[-1] != t[-1]:
+            raise ValueError("options: the grid must begin at t[0] and end at t[-1]")
+        return list(made) if made.requires_grad else made.tolist()
+    if step_size is not None:
+        if not float(step_size) > 0:
+            raise ValueError(f"options: step_size must be positive, got {step_size}")
+        count = math.ceil(abs(times[-1] - times[0]) / float(step_size) - 1e-9)
+        grid = [times[0] + problem.direction * k * float(step_size) for k in range(count)] + [times[-1]]
+        if not t.requires_grad:
+            return grid
+        return [t[0] + (s - times[0]) for s in grid[:-1]] + [t[-1]]
+    return list(t) if t.requires_grad else times
+
+
+def _between(problem: Problem, step: Step, start: float, end: float, i: int) -> Tensor:
+    """The state at output time i inside a fixed step: linear, or cubic Hermite."""
+    time: Any = problem.t[i].to(step.x0.dtype.to_real()) if problem.t.requires_grad else problem.times[i]
+    theta = (time - step.t) / step.h
+    if problem.options.get("interp", "linear") == "linear":
+        return step.x0 + theta * (step.x1 - step.x0)
+    last = problem.field(end, step.x1)
+    rise = step.x1 - step.x0
+    return (
+        step.x0
+        + theta * theta * (3 - 2 * theta) * rise
+        + theta * (1 - theta) * step.h * ((1 - theta) * step.stages[0] - theta * last)
+    )

@@ -1,0 +1,212 @@
+"""An initial value problem as torchdiffeq's callers state it: arguments checked, and its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from solvers.controllers import ControllerState
+from solvers.integrate import adaptive_steps
+from solvers.methods import get_tableau
+from solvers.packing import Packing
+from solvers.step import Field, Step, rk_step
+from solvers.tableaus import ButcherTableau
+from solvers.tolerance import Tolerance
+
+__all__ = ["METHODS", "Problem", "error_controlled", "make_problem", "over_grid"]
+
+ADAPTIVE = {"bosh3": "bs23", "dopri5": "dopri5", "tsit5": "tsit5", "fehlberg2": "fehlberg2", "adaptive_heun": "heun"}
+FIXED = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38"}
+METHODS = (*ADAPTIVE, *FIXED)
+
+_ADAPTIVE_OPTIONS = {"norm", "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor"}
+_ADAPTIVE_OPTIONS |= {"max_num_steps", "jump_t", "step_t", "dtype"}
+_FIXED_OPTIONS = {"step_size", "grid_constructor", "perturb", "interp", "norm"}
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The step-size rule of torchdiffeq: elementary, never shrinking after an accepted step."""
+
+    safety: float
+    ifactor: float
+    dfactor: float
+
+    def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        if not math.isfinite(error):
+            return state._replace(h=state.h * self.dfactor, accepted=False)
+        if error == 0:
+            return ControllerState(state.h * self.ifactor, True)
+        factor = max(self.safety * error ** (-1 / (order + 1)), 1.0 if error < 1 else self.dfactor)
+        return ControllerState(state.h * min(self.ifactor, factor), error <= 1)
+
+
+class Problem(NamedTuple):
+    """A checked initial value problem on one tensor.
+
+    Attributes:
+        field: velocity ``v(t, x)``, for times as numbers.
+        x0: the first state.
+        times: the output times as numbers.
+        t: the output times as given, on the state's device.
+        packing: how states are laid out.
+        tableau: the method.
+        adaptive: whether it chooses its steps.
+        options: checked.
+        tolerance: of an adaptive method.
+    """
+
+    field: Field
+    x0: Tensor
+    times: list[float]
+    t: Tensor
+    packing: Packing
+    tableau: ButcherTableau
+    adaptive: bool
+    options: dict[str, Any]
+    tolerance: Tolerance
+
+    @property
+    def direction(self) -> int:
+        """1 forward in time, -1 backward."""
+        return -1 if len(self.times) > 1 and self.times[1] < self.times[0] else 1
+
+
+def make_problem(
+    func: Any, y0: Any, t: Tensor, rtol: Any, atol: Any, method: str | None, options: dict[str, Any] | None
+) -> Problem:
+    """Check the arguments of :func:`odeint`."""
+    method = method or "dopri5"
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is not supported; supported are {', '.join(METHODS)}")
+    adaptive = method in ADAPTIVE
+    options = dict(options or {})
+    known = _ADAPTIVE_OPTIONS if adaptive else _FIXED_OPTIONS
+    if unknown := set(options) - known:
+        raise ValueError(f"options {sorted(unknown)} are not supported by {method}; supported are {sorted(known)}")
+    packing = Packing(y0)
+    x0 = packing.pack(y0)
+    times = _check_times(t)
+    t = t.to(x0.device)
+    real = x0.dtype.to_real()
+    origin = t[0].double() if t.requires_grad else None
+
+    def field(s: float | Tensor, x: Tensor) -> Tensor:
+        if not isinstance(s, Tensor):
+            s = torch.tensor(s, dtype=real, device=x.device) if origin is None else (origin + (s - times[0])).to(real)
+        return packing.pack(func(s.to(real), packing.unpack(x)), "func")
+
+    dtype = options.get("dtype", torch.float64)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"options: dtype must be torch.float64 or torch.float32 (time is kept in float64), got {dtype}"
+        )
+    norm = options.get("norm")
+    if norm is None and not packing.single:
+        norm = _largest_rms
+    limits = {"max_num_steps": 2**31 - 1, "min_step": 0.0, "max_step": math.inf, "first_step": None} | options
+    tolerance = Tolerance(
+        rtol=_device(packing.expand(rtol), x0),
+        atol=_device(packing.expand(atol), x0),
+        norm=norm if norm is None or packing.single else lambda scaled: norm(packing.unpack(scaled)),
+        first_step=None if limits["first_step"] is None else float(limits["first_step"]),
+        min_step=float(limits["min_step"]),
+        max_step=float(limits["max_step"]),
+        max_steps=int(limits["max_num_steps"]),
+    )
+    tableau = get_tableau((ADAPTIVE if adaptive else FIXED)[method])
+    problem = Problem(field, x0, times, t, packing, tableau, adaptive, options, tolerance)
+    return problem._replace(options=options | {"observe": _observer(func, problem)})
+
+
+def _check_times(t: Any) -> list[float]:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t must be a tensor of times, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"t must be floating, got {t.dtype}; convert it with t.float()")
+    if t.ndim != 1 or len(t) == 0:
+        raise ValueError(f"t must have one dimension and at least one time, got shape {tuple(t.shape)}")
+    times = t.detach().double().tolist()
+    if not all(math.isfinite(time) for time in times):
+        raise ValueError(f"t must be finite, got {times}")
+    signs = {(b > a) - (b < a) for a, b in pairwise(times)}
+    if len(signs) > 1 or 0 in signs:
+        raise ValueError("t must be strictly increasing or strictly decreasing")
+    return times
+
+
+def _device(tolerance: Any, x: Tensor) -> Any:
+    return tolerance.to(x.device) if isinstance(tolerance, Tensor) else tolerance
+
+
+def _largest_rms(parts: Any) -> Tensor:
+    """torchdiffeq's norm of a tuple: the largest root mean square of its parts."""
+    values = parts.values() if isinstance(parts, dict) else parts
+    norms = [torch.linalg.vector_norm(part) / math.sqrt(part.numel()) for part in values if part.numel()]
+    return torch.stack(norms).max()
+
+
+def _observer(func: Any, problem: Problem) -> Callable[[str, float, Tensor, float], None] | None:
+    """Calls the callbacks that ``func`` has."""
+    names = {"step": "callback_step", "accept": "callback_accept_step", "reject": "callback_reject_step"}
+    callbacks = {what: getattr(func, name, None) for what, name in names.items()}
+    if not any(callbacks.values()):
+        return None
+
+    def observe(what: str, s: float, x: Tensor, h: float) -> None:
+        callback = callbacks[what]
+        if callback is not None:
+            time, size = (torch.tensor(float(v), dtype=torch.float64, device=x.device) for v in (s, abs(h)))
+            callback(time, problem.packing.unpack(x), size)
+
+    return observe
+
+
+def error_controlled(problem: Problem, end: float) -> Iterator[Step]:
+    """Accepted steps to ``end``, past it where the method has an interpolant, else with a step to each output time."""
+    options = problem.options
+    rule = _Rule(*(float(options.get(n, v)) for n, v in (("safety", 0.9), ("ifactor", 10.0), ("dfactor", 0.2))))
+    stops, jumps = ([] if (v := options.get(n)) is None else torch.as_tensor(v).tolist() for n in ("step_t", "jump_t"))
+    dense = problem.tableau.dense is not None
+    yield from adaptive_steps(
+        problem.field,
+        problem.x0,
+        problem.times[0],
+        end,
+        problem.tableau,
+        problem.tolerance,
+        rule,
+        overshoot=dense,
+        stops=stops if dense else [*stops, *problem.times[1:]],
+        jumps=jumps,
+        observe=options["observe"],
+    )
+
+
+def over_grid(problem: Problem, grid: list[Any]) -> Iterator[Step]:
+    """Steps over a grid of numbers, or of scalar tensors if gradients flow to the times."""
+    perturb, tableau, x = problem.options.get("perturb", False), problem.tableau, problem.x0
+    observe = problem.options["observe"]
+    fields: Any = problem.field
+    for s, s_next in pairwise(grid):
+        if perturb:
+            fields = [_nudged(problem.field, c, s, s_next, x.dtype.to_real()) for c in tableau.c]
+        if observe is not None:
+            observe("step", s, x, s_next - s)
+        step = rk_step(fields, s, x, s_next - s, tableau, closing=False)
+        x = step.x1
+        yield step
+
+
+def _nudged(field: Field, c: float, s: Any, s_next: Any, dtype: torch.dtype) -> Field:
+    """A stage's field just inside the step, at its first and last instant."""
+    if c not in (0.0, 1.0):
+        return field
+    at, towards = (torch.as_tensor(v, dtype=dtype) for v in ((s, s_next) if c == 0 else (s_next, s)))
+    return lambda _, x: field(at + (torch.nextafter(at, towards) - at).detach(), x)
