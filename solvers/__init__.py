@@ -1,5 +1,6 @@
 """Explicit Runge-Kutta methods on tensors: tableau, step, controllers, integrate."""
 
+from solvers.adjoint import odeint_adjoint
 from solvers.controllers import PI, PID, Controller, ControllerState, Fixed, HalveDouble, I
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.integrate import integrate
@@ -33,6 +34,7 @@ __all__ = [
     "get_tableau",
     "integrate",
     "odeint",
+    "odeint_adjoint",
     "odeint_event",
     "rk_step",
 ]

@@ -12,11 +12,18 @@ from torch import Tensor
 from solvers.problem import Problem, error_controlled, over_grid
 from solvers.step import Step
 
-__all__ = ["until_event"]
+__all__ = ["event_of", "find_event", "link_event"]
 
 
-def until_event(problem: Problem, event_fn: Callable[[Tensor, Any], Tensor]) -> tuple[Tensor, Any]:
-    """Solve until the event function changes sign; link the event time's gradient by the implicit function theorem."""
+Event = Callable[[Any, Tensor], Tensor]
+
+
+def event_of(problem: Problem, event_fn: Callable[[Tensor, Any], Tensor]) -> Event:
+    """``event_fn`` as a function of numbers and packed states, positive until its first entry changes sign.
+
+    Raises:
+        ValueError: ``t`` does not hold a start and a direction.
+    """
     if len(problem.times) != 2:
         raise ValueError(f"t must hold two times with event_fn, a start and a direction, got {len(problem.times)}")
     real = problem.x0.dtype.to_real()
@@ -27,40 +34,48 @@ def until_event(problem: Problem, event_fn: Callable[[Tensor, Any], Tensor]) -> 
 
     with torch.no_grad():
         signs = entries(problem.times[0], problem.x0).sign()
-
-    def event(s: Any, x: Tensor) -> Tensor:
-        return (entries(s, x) * signs).min()  # positive until the first entry changes sign
-
-    start = problem.t[0].double()
     if bool((signs == 0).any()):
-        return problem.t[0], problem.packing.unpack(torch.stack([problem.x0, problem.x0]))
+        return lambda s, x: entries(s, x).abs().min()  # the event is at the start
+    return lambda s, x: (entries(s, x) * signs).min()
+
+
+def find_event(problem: Problem, event: Event) -> tuple[float, Tensor]:
+    """The time of the event and the state there, to the absolute tolerance in time.
+
+    Raises:
+        ValueError: a fixed method without ``step_size``, or no event within 20000 of its steps.
+        SolverError: an adaptive solve cannot go on.
+    """
+    with torch.no_grad():
+        if float(event(problem.times[0], problem.x0)) == 0:
+            return problem.times[0], problem.x0
     for step in _steps_without_end(problem):
         with torch.no_grad():
             if float(event(step.t + step.h, step.x1)) > 0:
                 continue
             theta = _bisect(problem, step, event)
-        time = float(step.t + theta * step.h)
-        x = _inside(problem, step, theta)
-        # t - g(t, x(t)) / (dg/dt) has the value t and the gradient of the implicit function; x moves along with it
-        s = start + (time - problem.times[0])
-        velocity = problem.field(s, x)
-        with torch.enable_grad():
-            at, where = s.detach().requires_grad_(), x.detach().requires_grad_()
-            slopes = torch.autograd.grad(event(at, where), (at, where), allow_unused=True)
-        rate = sum(
-            (slope.conj() * rate).sum().real if rate is not None else slope
-            for slope, rate in zip(slopes, (None, velocity.detach()), strict=True)
-            if slope is not None
-        )
-        if isinstance(rate, Tensor) and (x.requires_grad or s.requires_grad):
-            value = event(s, x)
-            moved = s - ((value - value.detach()) / rate).double()
-        else:
-            moved = s
-        x = x + (moved - s).to(x.dtype) * velocity if moved is not s else x
-        states = torch.stack([problem.x0, x])
-        return moved.to(problem.t.dtype), problem.packing.unpack(states)
-    raise ValueError("no event")  # pragma: no cover - the loop ends by an event or an error
+        return float(step.t + theta * step.h), _inside(problem, step, theta)
+    raise ValueError("no event within 20000 steps: raise step_size or check event_fn")
+
+
+def link_event(problem: Problem, event: Event, time: float, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Event time and state with the gradient of the implicit function ``event(t, x(t)) = 0``.
+
+    ``t - event / (d event / dt)`` has the value of t, since the event function is constant there but for its gradient;
+    the state moves along with the time.
+    """
+    s = problem.t[0].double() + (time - problem.times[0])
+    if not (torch.is_grad_enabled() and (x.requires_grad or s.requires_grad)):
+        return s, x
+    velocity = problem.field(s, x)
+    at, where = s.detach().requires_grad_(), x.detach().requires_grad_()
+    slope_t, slope_x = torch.autograd.grad(event(at, where), (at, where), allow_unused=True)
+    rate = torch.zeros_like(at) if slope_t is None else slope_t
+    if slope_x is not None:
+        rate = rate + (slope_x.conj() * velocity.detach()).sum().real
+    value = event(s, x)
+    moved = s - (value - value.detach()) / rate
+    return moved, x + (moved - s).to(x.dtype) * velocity
 
 
 def _steps_without_end(problem: Problem) -> Iterator[Step]:
@@ -77,7 +92,6 @@ def _steps_without_end(problem: Problem) -> Iterator[Step]:
         (step,) = over_grid(part, [problem.times[0] + k * h, problem.times[0] + (k + 1) * h])
         x, k = step.x1, k + 1
         yield step
-    raise ValueError("no event within 20000 steps: raise step_size or check event_fn")
 
 
 def _inside(problem: Problem, step: Step, theta: float) -> Tensor:
@@ -92,7 +106,7 @@ def _inside(problem: Problem, step: Step, theta: float) -> Tensor:
     return step.x0 + theta**2 * (3 - 2 * theta) * rise + theta * (1 - theta) * bend
 
 
-def _bisect(problem: Problem, step: Step, event: Callable[[Any, Tensor], Tensor]) -> float:
+def _bisect(problem: Problem, step: Step, event: Event) -> float:
     """Where in the step the event function changes sign, to the absolute tolerance in time."""
     low, high = 0.0, 1.0
     width = float(torch.as_tensor(problem.tolerance.atol).min())

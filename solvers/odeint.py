@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.events import until_event
+from solvers.events import event_of, find_event, link_event
 from solvers.problem import METHODS, Problem, error_controlled, make_problem, over_grid
 from solvers.step import Step
 
-__all__ = ["METHODS", "odeint", "odeint_event"]
+__all__ = ["METHODS", "odeint", "odeint_event", "solve"]
 
 
 def odeint(
@@ -55,10 +55,16 @@ def odeint(
         SolverError: the solve cannot go on.
     """
     problem = make_problem(func, y0, t, rtol, atol, method, options)
-    if event_fn is not None:
-        return until_event(problem, event_fn)
-    states = torch.stack([problem.x0, *_outputs(problem)]) if len(problem.times) > 1 else problem.x0[None]
-    return problem.packing.unpack(states)
+    if event_fn is None:
+        return problem.packing.unpack(solve(problem))
+    event = event_of(problem, event_fn)
+    time, x = link_event(problem, event, *find_event(problem, event))
+    return time.to(problem.t.dtype), problem.packing.unpack(torch.stack([problem.x0, x]))
+
+
+def solve(problem: Problem) -> Tensor:
+    """The packed states at the output times, ``(n, N)``."""
+    return torch.stack([problem.x0, *_outputs(problem)])
 
 
 def odeint_event(
@@ -79,6 +85,8 @@ def odeint_event(
 
 def _outputs(problem: Problem) -> Iterator[Tensor]:
     """The states at ``times[1:]``."""
+    if len(problem.times) == 1:
+        return
     if problem.adaptive:
         yield from _interpolated(problem)
         return

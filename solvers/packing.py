@@ -76,7 +76,7 @@ class Packing:
             return packed
         lead = packed.shape[:-1]
         parts = packed.split([shape.numel() for shape in self.shapes], -1)
-        parts = tuple(part.reshape(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True))
+        parts = tuple(part.reshape((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True))
         return parts if self.keys is None else dict(zip(self.keys, parts, strict=True))
 
     def expand(self, tolerance: Any) -> Any:

@@ -19,7 +19,7 @@ from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
-__all__ = ["METHODS", "Problem", "error_controlled", "make_problem", "over_grid"]
+__all__ = ["METHODS", "Problem", "error_controlled", "largest_rms", "make_problem", "over_grid"]
 
 ADAPTIVE = {"bosh3": "bs23", "dopri5": "dopri5", "tsit5": "tsit5", "fehlberg2": "fehlberg2", "adaptive_heun": "heun"}
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38"}
@@ -109,7 +109,7 @@ def make_problem(
         )
     norm = options.get("norm")
     if norm is None and not packing.single:
-        norm = _largest_rms
+        norm = largest_rms
     limits = {"max_num_steps": 2**31 - 1, "min_step": 0.0, "max_step": math.inf, "first_step": None} | options
     tolerance = Tolerance(
         rtol=_device(packing.expand(rtol), x0),
@@ -145,7 +145,7 @@ def _device(tolerance: Any, x: Tensor) -> Any:
     return tolerance.to(x.device) if isinstance(tolerance, Tensor) else tolerance
 
 
-def _largest_rms(parts: Any) -> Tensor:
+def largest_rms(parts: Any) -> Tensor:
     """torchdiffeq's norm of a tuple: the largest root mean square of its parts."""
     values = parts.values() if isinstance(parts, dict) else parts
     norms = [torch.linalg.vector_norm(part) / math.sqrt(part.numel()) for part in values if part.numel()]

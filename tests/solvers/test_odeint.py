@@ -167,7 +167,7 @@ def test_gradients_to_state_times_and_parameters(method, options):
 
 
 def ball(t, state):
-    height, speed = state
+    _, speed = state
     return speed, torch.full_like(speed, -9.81)
 
 

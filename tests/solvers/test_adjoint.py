@@ -1,0 +1,130 @@
+import pytest
+import torch
+import torchdiffeq
+from torch import nn
+
+from solvers import odeint, odeint_adjoint, odeint_event
+
+D = torch.float64
+
+
+class Field(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.randn(3, 3, dtype=D, generator=generator) / 2)
+        self.b = nn.Parameter(torch.randn(3, dtype=D, generator=generator))
+        self.unused = nn.Parameter(torch.ones(2, dtype=D))
+
+    def forward(self, t, y):
+        return torch.tanh(y @ self.a) + self.b * torch.cos(t)
+
+
+def gradients(solve, method="dopri5", backwards=False, **options):
+    field = Field()
+    y0 = torch.linspace(-1, 1, 6, dtype=D).reshape(2, 3).requires_grad_()
+    t = torch.tensor([0.1, 0.4, 1.0], dtype=D)
+    t = (t.flip(0) if backwards else t).requires_grad_()
+    y = solve(field, y0, t, method=method, rtol=1e-9, atol=1e-10, **options)
+    loss = (y * torch.arange(y.numel(), dtype=D).reshape(y.shape)).sum()
+    return loss.detach(), *torch.autograd.grad(loss, (y0, t, field.a, field.b))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "tsit5"])
+def test_gradients_are_those_through_the_solver_and_torchdiffeqs(method, backwards):
+    found = gradients(odeint_adjoint, method, backwards)
+    through = gradients(odeint, method, backwards)
+    theirs = gradients(torchdiffeq.odeint_adjoint, "dopri5", backwards)
+    for ours, direct, reference in zip(found, through, theirs, strict=True):
+        torch.testing.assert_close(ours, direct, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_fixed_method_with_more_steps_backward():
+    found = gradients(
+        odeint_adjoint,
+        "rk4",
+        options={"step_size": 0.01},
+        adjoint_method="midpoint",
+        adjoint_options={"step_size": 0.002},
+    )
+    for ours, exact in zip(found, gradients(odeint), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_the_seminorm_saves_evaluations_and_keeps_the_gradient():
+    counts, grads = [], []
+    for norm in ({}, {"adjoint_options": {"norm": "seminorm"}}):
+        field = Field()
+        calls = [0]
+        field.register_forward_hook(lambda *_, calls=calls: calls.__setitem__(0, calls[0] + 1))
+        y0 = torch.ones(2, 3, dtype=D)
+        y = odeint_adjoint(field, y0, torch.tensor([0.0, 3.0], dtype=D), rtol=1e-6, atol=1e-8, method="bosh3", **norm)
+        forward, calls[0] = calls[0], 0
+        y[-1].square().sum().backward()
+        assert forward > 0
+        counts.append(calls[0])
+        grads.append(field.a.grad)
+    assert counts[1] < counts[0]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-4)
+
+
+def test_tuples_and_what_gets_gradients():
+    rate = torch.tensor(0.5, dtype=D, requires_grad=True)
+    state = (torch.ones(2, dtype=D, requires_grad=True), torch.ones((), dtype=D, requires_grad=True))
+
+    def field(t, y):
+        return -rate * y[0] * y[1], torch.zeros_like(y[1])
+
+    t = torch.tensor([0.0, 2.0], dtype=D)
+    for params, known in (((rate,), True), ((), False)):
+        y = odeint_adjoint(field, state, t, rtol=1e-8, atol=1e-8, adjoint_params=params)[0][-1]
+        torch.testing.assert_close(y, torch.exp(torch.tensor([-1.0, -1.0], dtype=D)), rtol=1e-6, atol=1e-6)
+        grads = torch.autograd.grad(y.sum(), (*state, rate), allow_unused=True)
+        torch.testing.assert_close(grads[0], y.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grads[1], -2 * 0.5 * y.detach().sum(), rtol=1e-5, atol=1e-6)
+        assert (grads[2] is not None) == known
+        if known:
+            torch.testing.assert_close(grads[2], -2 * y.detach().sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_event_times_have_gradients():
+    def landing(interface, x, v):
+        return odeint_event(
+            lambda t, s: (s[1], torch.full_like(s[1], -9.81)),
+            (x, v),
+            torch.zeros((), dtype=D),
+            event_fn=lambda t, s: s[0],
+            odeint_interface=interface,
+            rtol=1e-9,
+            atol=1e-10,
+            **({"adjoint_params": ()} if interface is odeint_adjoint else {}),
+        )[0]
+
+    x = torch.tensor([10.0], dtype=D, requires_grad=True)
+    v = torch.tensor([2.0], dtype=D, requires_grad=True)
+    found = torch.autograd.grad(landing(odeint_adjoint, x, v), (x, v))
+    torch.testing.assert_close(found, torch.autograd.grad(landing(odeint, x, v), (x, v)), rtol=1e-6, atol=1e-8)
+
+
+def test_memory_does_not_hold_the_steps():
+    saved = []
+    field = Field()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        odeint_adjoint(field, torch.ones(2, 3, dtype=D), torch.tensor([0.0, 5.0], dtype=D), method="bosh3")
+    assert len(saved) < 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"func": lambda t, y: -y}, "func must be a torch module"),
+        ({"options": {}, "method": "rk4", "adjoint_method": "dopri5"}, "adjoint_options must be given"),
+        ({"adjoint_options": {"norm": "max"}}, "norm must be a function or 'seminorm', got 'max'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    func = arguments.pop("func", Field())
+    with pytest.raises(ValueError, match=message):
+        odeint_adjoint(func, torch.ones(2, 3, dtype=D), torch.tensor([0.0, 1.0], dtype=D), **arguments)
