@@ -5,25 +5,19 @@ import torch
 import torchdiffeq
 from torch import nn
 
-from odenets import ConvField, MLPField
+from benchmarks.fields import FIELDS, make
 from solvers import I, Tolerance, integrate
 
 STEPS = 10
-PROBLEMS = {
-    "mlp 128 x 16": (lambda: MLPField(16, 64, activation="tanh"), (128, 16)),
-    "conv 32 x 16 x 16 x 16": (lambda: ConvField(16), (32, 16, 16, 16)),
-}
 THEIRS = {"euler": "euler", "midpoint": "midpoint", "rk4": "rk4", "bs23": "bosh3"}
 EVALUATIONS = {"euler": 1, "midpoint": 2, "rk4": 4, "bs23": 3}
 TOLERANCE = Tolerance(1e-5, 1e-5)
 
 
-@pytest.fixture(params=PROBLEMS)
+@pytest.fixture(params=FIELDS)
 def problem(request, device):
-    """A field and its initial state."""
-    make, shape = PROBLEMS[request.param]
-    torch.manual_seed(0)
-    return request.param, make().to(device), torch.randn(shape, device=device)
+    """A field and its first state."""
+    return request.param, *make(request.param, device)
 
 
 def calls(field: nn.Module, x: torch.Tensor, n: int) -> torch.Tensor:
