@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.problem import Problem, error_controlled, over_grid
+from solvers.problem import Problem, error_controlled, inside, over_grid
 from solvers.step import Step
 
 __all__ = ["event_of", "find_event", "link_event"]
@@ -54,7 +54,7 @@ def find_event(problem: Problem, event: Event) -> tuple[float, Tensor]:
             if float(event(step.t + step.h, step.x1)) > 0:
                 continue
             theta = _bisect(problem, step, event)
-        return float(step.t + theta * step.h), _inside(problem, step, theta)
+        return float(step.t + theta * step.h), inside(problem, step, theta)
     raise ValueError("no event within 20000 steps: raise step_size or check event_fn")
 
 
@@ -94,25 +94,13 @@ def _steps_without_end(problem: Problem) -> Iterator[Step]:
         yield step
 
 
-def _inside(problem: Problem, step: Step, theta: float) -> Tensor:
-    """The state inside a step: the method's interpolant, or linear or cubic Hermite where it has none."""
-    if problem.adaptive and problem.tableau.dense is not None:
-        return step.at(theta)
-    if not problem.adaptive and problem.options.get("interp", "linear") == "linear":
-        return step.x0 + theta * (step.x1 - step.x0)
-    last = problem.field(float(step.t + step.h), step.x1)
-    rise = step.x1 - step.x0
-    bend = step.h * ((1 - theta) * step.stages[0] - theta * last)
-    return step.x0 + theta**2 * (3 - 2 * theta) * rise + theta * (1 - theta) * bend
-
-
 def _bisect(problem: Problem, step: Step, event: Event) -> float:
     """Where in the step the event function changes sign, to the absolute tolerance in time."""
     low, high = 0.0, 1.0
     width = float(torch.as_tensor(problem.tolerance.atol).min())
     for _ in range(max(1, min(60, math.ceil(math.log2(abs(float(step.h)) / max(width, 1e-15)))))):
         middle = (low + high) / 2
-        if float(event(step.t + middle * step.h, _inside(problem, step, middle))) > 0:
+        if float(event(step.t + middle * step.h, inside(problem, step, middle))) > 0:
             low = middle
         else:
             high = middle

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from solvers.events import event_of, find_event, link_event
-from solvers.problem import METHODS, Problem, error_controlled, make_problem, over_grid
+from solvers.problem import METHODS, Problem, error_controlled, inside, make_problem, over_grid
 from solvers.step import Step
 
 __all__ = ["METHODS", "odeint", "odeint_event", "solve"]
@@ -93,10 +93,11 @@ def _outputs(problem: Problem) -> Iterator[Tensor]:
     grid = _grid(problem)
     steps = zip(over_grid(problem, grid), pairwise(_numbers(grid)), strict=False)
     wanted = list(enumerate(problem.times))[1:]
-    for step, (start, end) in steps:
+    for step, (_, end) in steps:
         while wanted and problem.direction * (wanted[0][1] - end) <= 0:
             i, time = wanted.pop(0)
-            yield step.x1 if time == end else _between(problem, step, start, end, i)
+            at = problem.t[i].to(step.x0.dtype.to_real()) if problem.t.requires_grad else time
+            yield step.x1 if time == end else inside(problem, step, (at - step.t) / step.h)
 
 
 def _interpolated(problem: Problem) -> Iterator[Tensor]:
@@ -148,18 +149,3 @@ def _grid(problem: Problem) -> list[Any]:
             return grid
         return [t[0] + (s - times[0]) for s in grid[:-1]] + [t[-1]]
     return list(t) if t.requires_grad else times
-
-
-def _between(problem: Problem, step: Step, start: float, end: float, i: int) -> Tensor:
-    """The state at output time i inside a fixed step: linear, or cubic Hermite."""
-    time: Any = problem.t[i].to(step.x0.dtype.to_real()) if problem.t.requires_grad else problem.times[i]
-    theta = (time - step.t) / step.h
-    if problem.options.get("interp", "linear") == "linear":
-        return step.x0 + theta * (step.x1 - step.x0)
-    last = problem.field(end, step.x1)
-    rise = step.x1 - step.x0
-    return (
-        step.x0
-        + theta * theta * (3 - 2 * theta) * rise
-        + theta * (1 - theta) * step.h * ((1 - theta) * step.stages[0] - theta * last)
-    )

@@ -19,7 +19,7 @@ from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
-__all__ = ["METHODS", "Problem", "error_controlled", "largest_rms", "make_problem", "over_grid"]
+__all__ = ["METHODS", "Problem", "error_controlled", "inside", "largest_rms", "make_problem", "over_grid"]
 
 ADAPTIVE = {"bosh3": "bs23", "dopri5": "dopri5", "tsit5": "tsit5", "fehlberg2": "fehlberg2", "adaptive_heun": "heun"}
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38"}
@@ -210,3 +210,19 @@ def _nudged(field: Field, c: float, s: Any, s_next: Any, dtype: torch.dtype) -> 
         return field
     at, towards = (torch.as_tensor(v, dtype=dtype) for v in ((s, s_next) if c == 0 else (s_next, s)))
     return lambda _, x: field(at + (torch.nextafter(at, towards) - at).detach(), x)
+
+
+def inside(problem: Problem, step: Step, theta: Any) -> Tensor:
+    """The state at a fraction ``theta``, a number or a tensor, of a step.
+
+    The method's interpolant; where it has none, cubic Hermite, at a field evaluation; of a fixed method linear, unless
+    its options say cubic.
+    """
+    if problem.adaptive and problem.tableau.dense is not None:
+        return step.at(theta)
+    rise = step.x1 - step.x0
+    if not problem.adaptive and problem.options.get("interp", "linear") == "linear":
+        return step.x0 + theta * rise
+    last = problem.field(step.t + step.h, step.x1)
+    bend = step.h * ((1 - theta) * step.stages[0] - theta * last)
+    return step.x0 + theta * theta * (3 - 2 * theta) * rise + theta * (1 - theta) * bend
