@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torchdiffeq
-from torch import nn
 
-from benchmarks.fields import FIELDS, make
+from benchmarks.fields import FIELDS, calls, make
 from solvers import I, Tolerance, integrate
 
 STEPS = 10
@@ -18,13 +17,6 @@ TOLERANCE = Tolerance(1e-5, 1e-5)
 def problem(request, device):
     """A field and its first state."""
     return request.param, *make(request.param, device)
-
-
-def calls(field: nn.Module, x: torch.Tensor, n: int) -> torch.Tensor:
-    """The floor: n field calls, each on the last one's velocity."""
-    for _ in range(n):
-        x = field(0.0, x)
-    return x
 
 
 @pytest.mark.parametrize("who", ["odenets", "torchdiffeq", "field calls alone"])

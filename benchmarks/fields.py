@@ -1,9 +1,9 @@
-"""The three fields of the solver benchmarks: small, wide, convolutional."""
+"""The three fields of the solver benchmarks, small, wide, convolutional, and their bare calls."""
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FIELDS", "Field", "make"]
+__all__ = ["FIELDS", "Field", "calls", "make"]
 
 FIELDS = ("a: MLP 2-64-2, batch 256", "b: MLP 64-128-64, batch 256", "c: conv 32 x 14 x 14, batch 32")
 
@@ -31,3 +31,10 @@ def make(name: str, device: str = "cpu") -> tuple[Field, Tensor]:
         layers = nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)
         network, shape = nn.Sequential(*layers), (32, 32, 14, 14)
     return Field(network).to(device), torch.randn(shape, device=device)
+
+
+def calls(field: Field, x: Tensor, n: int) -> Tensor:
+    """The floor: n field calls, each on the last one's velocity."""
+    for _ in range(n):
+        x = field(0.0, x)
+    return x

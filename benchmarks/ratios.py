@@ -17,18 +17,11 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.fields import FIELDS, Field, make
+from benchmarks.fields import FIELDS, Field, calls, make
 from odenets.runs import environment
 from solvers import Tolerance, integrate, odeint
 
 STEPS, RTOL, ATOL = 10, 1e-3, 1e-4
-
-
-def calls(field: Field, x: Tensor, n: int) -> Tensor:
-    """The floor: n field calls, each on the last one's velocity."""
-    for _ in range(n):
-        x = field(0.0, x)
-    return x
 
 
 def solves(field: Field, x: Tensor) -> dict[str, dict[str, Callable[[], Any]]]:

@@ -60,6 +60,7 @@ class Problem(NamedTuple):
         adaptive: whether it chooses its steps.
         options: checked.
         tolerance: of an adaptive method.
+        observe: calls the callbacks of the field, or None.
     """
 
     field: Field
@@ -71,6 +72,7 @@ class Problem(NamedTuple):
     adaptive: bool
     options: dict[str, Any]
     tolerance: Tolerance
+    observe: Callable[[str, float, Tensor, float], None] | None
 
     @property
     def direction(self) -> int:
@@ -87,9 +89,7 @@ def make_problem(
         raise ValueError(f"method {method!r} is not supported; supported are {', '.join(METHODS)}")
     adaptive = method in ADAPTIVE
     options = dict(options or {})
-    known = _ADAPTIVE_OPTIONS if adaptive else _FIXED_OPTIONS
-    if unknown := set(options) - known:
-        raise ValueError(f"options {sorted(unknown)} are not supported by {method}; supported are {sorted(known)}")
+    _check_options(method, options)
     packing = Packing(y0)
     x0 = packing.pack(y0)
     times = _check_times(t)
@@ -102,11 +102,6 @@ def make_problem(
             s = torch.tensor(s, dtype=real, device=x.device) if origin is None else (origin + (s - times[0])).to(real)
         return packing.pack(func(s.to(real), packing.unpack(x)), "func")
 
-    dtype = options.get("dtype", torch.float64)
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"options: dtype must be torch.float64 or torch.float32 (time is kept in float64), got {dtype}"
-        )
     norm = options.get("norm")
     if norm is None and not packing.single:
         norm = largest_rms
@@ -121,8 +116,22 @@ def make_problem(
         max_steps=int(limits["max_num_steps"]),
     )
     tableau = get_tableau((ADAPTIVE if adaptive else FIXED)[method])
-    problem = Problem(field, x0, times, t, packing, tableau, adaptive, options, tolerance)
-    return problem._replace(options=options | {"observe": _observer(func, problem)})
+    return Problem(field, x0, times, t, packing, tableau, adaptive, options, tolerance, _observer(func, packing))
+
+
+def _check_options(method: str, options: dict[str, Any]) -> None:
+    known = _ADAPTIVE_OPTIONS if method in ADAPTIVE else _FIXED_OPTIONS
+    if unknown := set(options) - known:
+        raise ValueError(f"options {sorted(unknown)} are not supported by {method}; supported are {sorted(known)}")
+    if options.get("dtype", torch.float64) not in (torch.float32, torch.float64):
+        raise ValueError(f"options: dtype must be torch.float64 or torch.float32, got {options['dtype']}")
+    if options.get("interp", "linear") not in ("linear", "cubic"):
+        raise ValueError(f"options: interp must be 'linear' or 'cubic', got {options['interp']!r}")
+    step_size = options.get("step_size")
+    if step_size is not None and options.get("grid_constructor") is not None:
+        raise ValueError("options: step_size and grid_constructor exclude each other")
+    if step_size is not None and not float(step_size) > 0:
+        raise ValueError(f"options: step_size must be positive, got {step_size}")
 
 
 def _check_times(t: Any) -> list[float]:
@@ -152,7 +161,7 @@ def largest_rms(parts: Any) -> Tensor:
     return torch.stack(norms).max()
 
 
-def _observer(func: Any, problem: Problem) -> Callable[[str, float, Tensor, float], None] | None:
+def _observer(func: Any, packing: Packing) -> Callable[[str, float, Tensor, float], None] | None:
     """Calls the callbacks that ``func`` has."""
     names = {"step": "callback_step", "accept": "callback_accept_step", "reject": "callback_reject_step"}
     callbacks = {what: getattr(func, name, None) for what, name in names.items()}
@@ -163,7 +172,7 @@ def _observer(func: Any, problem: Problem) -> Callable[[str, float, Tensor, floa
         callback = callbacks[what]
         if callback is not None:
             time, size = (torch.tensor(float(v), dtype=torch.float64, device=x.device) for v in (s, abs(h)))
-            callback(time, problem.packing.unpack(x), size)
+            callback(time, packing.unpack(x), size)
 
     return observe
 
@@ -185,20 +194,19 @@ def error_controlled(problem: Problem, end: float) -> Iterator[Step]:
         overshoot=dense,
         stops=stops if dense else [*stops, *problem.times[1:]],
         jumps=jumps,
-        observe=options["observe"],
+        observe=problem.observe,
     )
 
 
 def over_grid(problem: Problem, grid: list[Any]) -> Iterator[Step]:
     """Steps over a grid of numbers, or of scalar tensors if gradients flow to the times."""
     perturb, tableau, x = problem.options.get("perturb", False), problem.tableau, problem.x0
-    observe = problem.options["observe"]
     fields: Any = problem.field
     for s, s_next in pairwise(grid):
         if perturb:
             fields = [_nudged(problem.field, c, s, s_next, x.dtype.to_real()) for c in tableau.c]
-        if observe is not None:
-            observe("step", s, x, s_next - s)
+        if problem.observe is not None:
+            problem.observe("step", s, x, s_next - s)
         step = rk_step(fields, s, x, s_next - s, tableau, closing=False)
         x = step.x1
         yield step

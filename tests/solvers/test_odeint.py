@@ -283,6 +283,11 @@ T = torch.tensor([0.0, 1.0])
         ({"method": "rk4", "options": {"safety": 0.1}}, ValueError, "not supported by rk4"),
         ({"method": "rk4", "options": {"interp": "spline"}}, ValueError, "interp must be 'linear' or 'cubic'"),
         ({"method": "rk4", "options": {"step_size": -0.1}}, ValueError, "step_size must be positive"),
+        (
+            {"method": "rk4", "options": {"step_size": 0.1, "interp": "spline"}, "event_fn": lambda t, y: y - 0.5},
+            ValueError,
+            "interp must be 'linear' or 'cubic'",
+        ),
         ({"rtol": math.nan}, ValueError, "rtol must be finite"),
         ({"atol": -1.0}, ValueError, "atol must be finite and not negative"),
         ({"t": torch.tensor([0.0, 1.0, 0.5])}, ValueError, "strictly increasing or strictly decreasing"),
