@@ -15,7 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 from odenets.fields import VelocityField, field_for
 from odenets.measures import Measure, needs_closing
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
-from solvers.integrate import adaptive_steps, check_state
+from solvers.states import check_state
+from solvers.stepping import adaptive_steps
 
 __all__ = ["Block", "Flow", "Records", "StageMode"]
 

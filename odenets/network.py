@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from odenets.flow import Flow, Records
 from odenets.measures import Measure
 from solvers import Step
-from solvers.integrate import check_state
+from solvers.states import check_state
 
 __all__ = ["Network"]
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from solvers.events import event_of, find_event, link_event
+from solvers.backsolve import adjoint_rates
 from solvers.odeint import odeint, solve
+from solvers.odeint_events import event_of, find_event, link_event
 from solvers.problem import Problem, largest_rms, make_problem
 
 __all__ = ["odeint_adjoint"]
@@ -120,19 +121,9 @@ class _Augmented:
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, y, a, *_ = state
-        with torch.enable_grad():
-            t = t.detach().requires_grad_(self.needs_t)
-            y = y.detach().requires_grad_()
-            v = self.problem.field(t, y)
-            wanted = (y, *self.params, *[t] * self.needs_t)
-            if not v.requires_grad:
-                grads: Sequence[Tensor | None] = [None] * len(wanted)
-            else:
-                grads = torch.autograd.grad(v, wanted, -a, allow_unused=True)
-        filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
-        grad_y, *grad_params = filled[: 1 + len(self.params)]
-        grad_t = filled[-1] if self.needs_t else torch.zeros_like(t)
-        return (grad_t.to(a.dtype), v.detach(), grad_y, *(g.to(a.dtype) for g in grad_params))
+        v, grad_y, grad_params, grad_t = adjoint_rates(self.problem.field, t, y, a, self.params, self.needs_t)
+        grad_t = torch.zeros_like(t) if grad_t is None else grad_t
+        return (grad_t.to(a.dtype), v, grad_y, *(g.to(a.dtype) for g in grad_params))
 
 
 class _Adjoint(torch.autograd.Function):

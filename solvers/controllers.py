@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["PI", "PID", "Controller", "ControllerState", "Fixed", "HalveDouble", "I"]
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PI",
+    "PID",
+    "Controller",
+    "ControllerState",
+    "Fixed",
+    "HalveDouble",
+    "I",
+    "SampleController",
+    "SampleStates",
+]
 
 
 class ControllerState(NamedTuple):
@@ -37,12 +50,33 @@ class Controller(Protocol):
         ...
 
 
+class SampleStates(NamedTuple):
+    """:class:`ControllerState` of every sample: tensors ``(B,)``, float64, on the host."""
+
+    h: Tensor
+    accepted: Tensor
+    errors: tuple[Tensor, Tensor]
+
+
+@runtime_checkable
+class SampleController(Protocol):
+    """A step-size rule that also serves many samples at once, each as if it were alone."""
+
+    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+        """The states after a step of each sample, as ``__call__`` finds them one by one; ``error`` is ``(B,)``."""
+        ...
+
+
 @dataclass(frozen=True)
 class Fixed:
     """Accept every step and keep its size."""
 
     def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
         return state._replace(accepted=True)
+
+    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+        """The same for each sample."""
+        return states._replace(accepted=torch.ones_like(states.accepted))
 
 
 @dataclass(frozen=True)
@@ -64,6 +98,17 @@ class HalveDouble:
             return state._replace(h=state.h / 2, accepted=False)
         h = 2 * state.h if error < 1 / self.K else state.h
         return ControllerState(h, True, (error, state.errors[0]))
+
+    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+        """The same for each sample."""
+        good = error <= 1
+        h = states.h * torch.where(good, torch.where(error < 1 / self.K, 2.0, 1.0), 0.5)
+        return SampleStates(h, good, _remember(states, error, good))
+
+
+def _remember(states: SampleStates, error: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
+    last, before = states.errors
+    return torch.where(good, error, last), torch.where(good, last, before)
 
 
 @dataclass(frozen=True)
@@ -107,6 +152,18 @@ class PID:
                 factor *= max(e, 1e-10) ** (-beta / k) if beta else 1.0
             factor = min(facmax, max(self.facmin, factor))
         return ControllerState(state.h * factor, True, (error, state.errors[0]))
+
+    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+        """The same for each sample."""
+        good, k = error <= 1, order + 1
+        smaller = (self.safety * error ** (-1 / k)).clamp(min=self.facmin).clamp(max=self.safety)
+        smaller = torch.where(error.isfinite(), smaller, self.facmin)
+        factor = torch.full_like(error, self.safety)
+        for beta, e in zip(self.beta, (error, *states.errors), strict=True):
+            factor = factor * e.clamp(min=1e-10) ** (-beta / k) if beta else factor
+        largest = torch.where(states.accepted, self.facmax, 1.0)
+        factor = torch.where(error == 0, largest, torch.minimum(factor.clamp(min=self.facmin), largest))
+        return SampleStates(states.h * torch.where(good, factor, smaller), good, _remember(states, error, good))
 
 
 @dataclass(frozen=True)

@@ -1,107 +1,100 @@
-"""Events: the solve ends where a function of time and state changes sign, and gradients flow through that time."""
+"""Events: where a function of time and state changes sign, and the gradient of that time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.problem import Problem, error_controlled, inside, over_grid
-from solvers.step import Step
+from solvers.methods import get_tableau
+from solvers.step import Field, Step, rk_step
 
-__all__ = ["event_of", "find_event", "link_event"]
-
+__all__ = ["Event", "crossing", "crossings", "link", "until"]
 
 Event = Callable[[Any, Tensor], Tensor]
 
 
-def event_of(problem: Problem, event_fn: Callable[[Tensor, Any], Tensor]) -> Event:
-    """``event_fn`` as a function of numbers and packed states, positive until its first entry changes sign.
+def until(entries: Event, t: Any, x: Tensor, *, each: bool = False) -> Event:
+    """``entries`` as a function that is positive until the first of its entries changes sign.
 
-    Raises:
-        ValueError: ``t`` does not hold a start and a direction.
+    Args:
+        entries: ``(t, x)`` to a tensor.
+        t, x: where the solve begins.
+        each: the entries of each sample, ``(B, ...)``, have a sign of their own, and the function is ``(B,)``; else it
+            is a scalar. An entry that is 0 at the start has its event there.
     """
-    if len(problem.times) != 2:
-        raise ValueError(f"t must hold two times with event_fn, a start and a direction, got {len(problem.times)}")
-    real = problem.x0.dtype.to_real()
 
-    def entries(s: Any, x: Tensor) -> Tensor:
-        s = s if isinstance(s, Tensor) else torch.tensor(s, dtype=real, device=x.device)
-        return torch.as_tensor(event_fn(s.to(real), problem.packing.unpack(x))).reshape(-1)
+    def rows(s: Any, x: Tensor) -> Tensor:
+        found = torch.as_tensor(entries(s, x))
+        return found.reshape(len(x), -1) if each else found.reshape(-1)
 
     with torch.no_grad():
-        signs = entries(problem.times[0], problem.x0).sign()
-    if bool((signs == 0).any()):
-        return lambda s, x: entries(s, x).abs().min()  # the event is at the start
-    return lambda s, x: (entries(s, x) * signs).min()
+        signs = rows(t, x).sign()
+    if not each and bool((signs == 0).any()):
+        return lambda s, x: rows(s, x).abs().min()
+    return lambda s, x: (rows(s, x) * signs).amin(-1)
 
 
-def find_event(problem: Problem, event: Event) -> tuple[float, Tensor]:
-    """The time of the event and the state there, to the absolute tolerance in time.
-
-    Raises:
-        ValueError: a fixed method without ``step_size``, or no event within 20000 of its steps.
-        SolverError: an adaptive solve cannot go on.
-    """
-    with torch.no_grad():
-        if float(event(problem.times[0], problem.x0)) == 0:
-            return problem.times[0], problem.x0
-    for step in _steps_without_end(problem):
-        with torch.no_grad():
-            if float(event(step.t + step.h, step.x1)) > 0:
-                continue
-            theta = _bisect(problem, step, event)
-        return float(step.t + theta * step.h), inside(problem, step, theta)
-    raise ValueError("no event within 20000 steps: raise step_size or check event_fn")
-
-
-def link_event(problem: Problem, event: Event, time: float, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Event time and state with the gradient of the implicit function ``event(t, x(t)) = 0``.
-
-    ``t - event / (d event / dt)`` has the value of t, since the event function is constant there but for its gradient;
-    the state moves along with the time.
-    """
-    s = problem.t[0].double() + (time - problem.times[0])
-    if not (torch.is_grad_enabled() and (x.requires_grad or s.requires_grad)):
-        return s, x
-    velocity = problem.field(s, x)
-    at, where = s.detach().requires_grad_(), x.detach().requires_grad_()
-    slope_t, slope_x = torch.autograd.grad(event(at, where), (at, where), allow_unused=True)
-    rate = torch.zeros_like(at) if slope_t is None else slope_t
-    if slope_x is not None:
-        rate = rate + (slope_x.conj() * velocity.detach()).sum().real
-    value = event(s, x)
-    moved = s - (value - value.detach()) / rate
-    return moved, x + (moved - s).to(x.dtype) * velocity
-
-
-def _steps_without_end(problem: Problem) -> Iterator[Step]:
-    if problem.adaptive:
-        open_ended = problem._replace(times=problem.times[:1] if problem.tableau.dense is None else problem.times)
-        yield from error_controlled(open_ended, problem.direction * math.inf)
-        return
-    if problem.options.get("step_size") is None:
-        raise ValueError("options: event_fn with a fixed method needs step_size")
-    h, k = problem.direction * float(problem.options["step_size"]), 0
-    x = problem.x0
-    while k < 20_000:
-        part = problem._replace(x0=x)
-        (step,) = over_grid(part, [problem.times[0] + k * h, problem.times[0] + (k + 1) * h])
-        x, k = step.x1, k + 1
-        yield step
-
-
-def _bisect(problem: Problem, step: Step, event: Event) -> float:
-    """Where in the step the event function changes sign, to the absolute tolerance in time."""
+def crossing(step: Step, inside: Callable[[Any], Tensor], event: Event, width: float) -> float:
+    """Where in the step, as a fraction of it, a scalar event function leaves the positive; to ``width`` in time."""
     low, high = 0.0, 1.0
-    width = float(torch.as_tensor(problem.tolerance.atol).min())
-    for _ in range(max(1, min(60, math.ceil(math.log2(abs(float(step.h)) / max(width, 1e-15)))))):
+    for _ in range(_halvings(abs(float(step.h)), width)):
         middle = (low + high) / 2
-        if float(event(step.t + middle * step.h, inside(problem, step, middle))) > 0:
+        if float(event(step.t + middle * step.h, inside(middle))) > 0:
             low = middle
         else:
             high = middle
     return (low + high) / 2
+
+
+def crossings(step: Step, inside: Callable[[Any], Tensor], event: Event, width: float) -> Tensor:
+    """:func:`crossing` for each sample of a step with a size per sample, in the shape of ``step.h``."""
+    assert isinstance(step.h, Tensor)
+    low, high = torch.zeros_like(step.h), torch.ones_like(step.h)
+    for _ in range(_halvings(float(step.h.abs().max()), width)):
+        middle = (low + high) / 2
+        positive = (event(step.t + middle * step.h, inside(middle)) > 0).reshape(low.shape)
+        low, high = torch.where(positive, middle, low), torch.where(positive, high, middle)
+    return (low + high) / 2
+
+
+def _halvings(h: float, width: float) -> int:
+    return max(1, min(60, math.ceil(math.log2(h / max(width, 1e-15)))))
+
+
+def link(field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Time and state of the event with the gradients of the implicit function ``event(t, x(t)) = 0``.
+
+    Newton steps from the event found, which change no value: the event function is constant along the solution it
+    defines, so ``t - event / (d event / dt)`` has the derivatives of t. A second step makes those of second order
+    right.
+
+    Args:
+        field: velocity ``v(t, x)``.
+        event: ``(t, x)`` to a scalar, or ``(B,)`` where s is a time per sample.
+        s: the time, float64, of a shape that broadcasts against the state.
+        x: the state there.
+        met: the samples that met the event, ``(B,)`` on the device; the others stay as they are. All if not given.
+    """
+    if not (torch.is_grad_enabled() and (x.requires_grad or s.requires_grad)):
+        return s, x
+    for method in ("midpoint", "euler"):
+        velocity = field(s, x)
+        at = s if s.requires_grad else s.detach().requires_grad_()
+        where = x if x.requires_grad else x.detach().requires_grad_()
+        value = event(at, where)
+        slope_t, slope_x = torch.autograd.grad(value.sum(), (at, where), create_graph=True, allow_unused=True)
+        rate = torch.zeros_like(value) if slope_t is None else slope_t.reshape(value.shape).to(value.dtype)
+        if slope_x is not None:
+            product = (slope_x.conj() * velocity).real if x.is_complex() else slope_x * velocity
+            rate = rate + (product.sum() if value.ndim == 0 else product.flatten(1).sum(1))
+        fall = value.detach() - value
+        if met is not None:
+            fall, rate = fall * met, torch.where(met, rate, 1.0)
+        moved = (fall / rate).reshape(s.shape)
+        x = rk_step(field, s, x, moved.to(x.dtype.to_real()), get_tableau(method), velocity, closing=False).x1
+        s = s + moved
+    return s, x

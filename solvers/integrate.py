@@ -1,226 +1,78 @@
-"""The fixed and the adaptive loop on one Runge-Kutta step."""
+"""``integrate``: one call for every way to solve, control the error and let gradients flow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from solvers.controllers import Controller, ControllerState, I
-from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
+from solvers.backsolve import backsolved, seminorm
+from solvers.controllers import Controller, I, SampleController
 from solvers.methods import get_tableau
-from solvers.solution import Solution, Statistics
-from solvers.step import Field, Step, rk_step
+from solvers.recompute import recomputed
+from solvers.samples import align
+from solvers.solution import SampleSolution, Solution
+from solvers.solve import Task, follow
+from solvers.states import Packing
+from solvers.step import Field, beside
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
-__all__ = ["adaptive_steps", "check_state", "fixed_steps", "integrate"]
-
-
-def check_state(x: object, name: str = "x") -> None:
-    """Reject what is not a batch of finite floating states, naming the argument.
-
-    Values are looked at on the CPU only: on another device this would wait for it.
-
-    Raises:
-        TypeError: not a tensor, or not of a floating dtype.
-        ValueError: no feature dimension, no sample, or NaN or infinity.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (B, *S), got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}; convert it with {name}.float()")
-    if x.ndim < 2:
-        raise ValueError(f"{name} must have shape (B, *S) with at least one feature dimension, got {tuple(x.shape)}")
-    if x.numel() == 0:
-        raise ValueError(f"{name} must hold at least one sample and one feature, got shape {tuple(x.shape)}")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        try:
-            torch.ops.aten._assert_async.default(x.detach().isfinite().all())
-        except RuntimeError:
-            bad = (~x.detach().isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-            raise ValueError(f"{name} must be finite, got NaN or infinity in sample(s) {bad[:8]}") from None
-
-
-def fixed_steps(
-    field: Field,
-    x: Tensor,
-    times: list[float],
-    tableau: ButcherTableau,
-    *,
-    closing: bool = False,
-    stats: Statistics | None = None,
-) -> Iterator[Step]:
-    """Steps from each time to the next, reusing the closing stage of FSAL methods; never waits for the device.
-
-    Args:
-        field: velocity ``v(t, x)``.
-        x: state at ``times[0]``, ``(B, *S)``.
-        times: the grid.
-        tableau: the method.
-        closing: whether each step carries its closing stage.
-        stats: counts to add to.
-    """
-    stats = Statistics() if stats is None else stats
-    first = None
-    for t, t_next in pairwise(times):
-        step = rk_step(field, t, x, t_next - t, tableau, first, closing=closing)
-        stats.evaluations += len(step.stages) - (first is not None)
-        stats.accepted += 1
-        first = step.stages[-1] if tableau.fsal and closing else None
-        x = step.x1
-        yield step
-
-
-def _first_bad_stage(step: Step) -> int | None:
-    return next((i for i, p in enumerate(step.stages) if not p.isfinite().all()), None)
-
-
-def adaptive_steps(
-    field: Field,
-    x: Tensor,
-    t0: float,
-    t1: float,
-    tableau: ButcherTableau,
-    tolerance: Tolerance,
-    controller: Controller,
-    *,
-    overshoot: bool = False,
-    stops: Sequence[float] = (),
-    jumps: Sequence[float] = (),
-    observe: Callable[[str, float, Tensor, float], None] | None = None,
-    stats: Statistics | None = None,
-) -> Iterator[Step]:
-    """Accepted steps from t0 to t1 under error control; waits for the device once per attempted step
-    (and once to choose the first step, if it is not given).
-
-    The step size is chosen by the detached error: gradients flow through the accepted steps, not through the choice.
-
-    Args:
-        field: velocity ``v(t, x)``.
-        x: state at t0.
-        t0, t1: start and end.
-        tableau, tolerance, controller: the method, what it accepts, and how it chooses its steps.
-        overshoot: let the last step end where the controller wants, at t1 or past it.
-        stops: times at which a step ends.
-        jumps: stops at which the field is discontinuous: it is evaluated on either side of them, never across.
-        observe: called as ``observe(what, t, x, h)`` with what = "step", "accept" or "reject".
-        stats: counts to add to.
-
-    Raises:
-        StepUnderflowError, MaxStepsError, NonFiniteError: the solve cannot go on.
-    """
-    stats = Statistics() if stats is None else stats
-    order, direction = tableau.error_order, 1 if t1 >= t0 else -1
-    t, first = t0, None
-    ahead = sorted({s for s in (*stops, *jumps) if direction * (s - t0) > 0}, key=lambda s: -direction * s)
-    discontinuous = set(jumps)
-    h = tolerance.first_step
-    if h is None and t != t1:
-        first = field(t, x)
-        with torch.no_grad():
-            h = tolerance.choose_first_step(field, t, x.detach(), first.detach(), direction, order)
-        stats.evaluations += 2
-        if not math.isfinite(h):
-            raise NonFiniteError("the field is not finite at the first state", t=t, h=math.nan, stage=0)
-    state = ControllerState(h if h is not None else 0.0)
-    ratio, bad_stage = math.nan, None
-    while direction * (t1 - t) > 0:
-        smallest = 10 * abs(math.nextafter(t, math.inf) - t)
-        if stats.accepted + stats.rejected >= tolerance.max_steps:
-            raise MaxStepsError(
-                f"{tolerance.max_steps} attempted steps did not reach t1 = {t1:g}; last error ratio {ratio:.3g}: "
-                "raise max_steps, loosen the tolerance, or the problem is stiff",
-                t=t, h=direction * state.h, stage=None,
-            )  # fmt: skip
-        size = min(max(state.h, tolerance.min_step), tolerance.max_step)
-        if size < smallest and abs(t1 - t) > smallest:
-            if math.isinf(ratio) or math.isnan(ratio):
-                raise NonFiniteError(
-                    "NaN or infinity, and no smaller step avoids it", t=t, h=direction * size, stage=bad_stage
-                )
-            raise StepUnderflowError(
-                f"the error asks for a step below {smallest:.3g}; last error ratio {ratio:.3g}: "
-                "the problem is stiff or discontinuous here, or the tolerance is below rounding",
-                t=t, h=direction * size, stage=None,
-            )  # fmt: skip
-        t_next = t + direction * size
-        if not overshoot and direction * (t_next - t1) > 0:
-            t_next = t1
-        if ahead and direction * (t_next - ahead[-1]) > 0:
-            t_next = ahead[-1]
-        h = t_next - t
-        if observe is not None:
-            observe("step", t, x, h)
-        v = _one_sided(field, t, t_next, discontinuous, x.dtype) if discontinuous else field
-        step = rk_step(v, t, x, h, tableau, first)
-        stats.evaluations += len(step.stages) - (first is not None)
-        with torch.no_grad():
-            ratio = tolerance.ratio(step.error(), x, step.x1)
-        if not math.isfinite(ratio):
-            bad_stage = _first_bad_stage(step)
-            if bad_stage == 0:
-                raise NonFiniteError("the field is not finite at an accepted state", t=t, h=h, stage=0)
-        state = controller(state._replace(h=abs(h)), ratio, order)
-        if not state.accepted and math.isfinite(ratio) and abs(h) <= tolerance.min_step:
-            state = state._replace(accepted=True)
-        if observe is not None:
-            observe("accept" if state.accepted else "reject", t, x, h)
-        if not state.accepted:
-            stats.rejected += 1
-            first = step.stages[0]
-            continue
-        stats.accepted += 1
-        first = step.stages[-1] if tableau.fsal and t_next not in discontinuous else None
-        t, x = t_next, step.x1
-        if ahead and t == ahead[-1]:
-            ahead.pop()
-        yield step
-
-
-def _one_sided(field: Field, t: float, t_next: float, jumps: set[float], dtype: torch.dtype) -> Field:
-    """The field at times strictly inside a step where the step begins or ends at a jump, in the state's precision."""
-    real = torch.promote_types(dtype.to_real(), torch.float32)
-
-    def beside(time: float, towards: float) -> float:
-        return torch.nextafter(torch.tensor(time, dtype=real), torch.tensor(towards, dtype=real)).item()
-
-    low, high = sorted((beside(t, t_next) if t in jumps else t, beside(t_next, t) if t_next in jumps else t_next))
-    return lambda s, x: field(min(max(s, low), high), x)  # type: ignore[type-var]
+__all__ = ["integrate"]
 
 
 def integrate(
-    field: Field,
-    x0: Tensor,
-    t0: float,
-    t1: float,
+    field: Callable[..., Any],
+    x0: Any,
+    t0: float | Tensor,
+    t1: float | Tensor,
     *,
     solver: str | ButcherTableau = "bs23",
     steps: int | None = None,
     tolerance: Tolerance | None = None,
     controller: Controller | None = None,
+    control: Literal["batch", "sample"] = "batch",
     keep: Literal["last", "states", "steps"] = "states",
+    event: Callable[..., Tensor] | None = None,
+    on_limit: Literal["raise", "return"] = "raise",
+    gradient: Literal["direct", "checkpoint", "backsolve"] = "direct",
+    parameters: Iterable[Tensor] | None = None,
+    args: Sequence[Any] = (),
 ) -> Solution:
     """Integrate ``dx/dt = v(t, x)`` from t0 to t1, which may lie before t0.
 
     Args:
-        field: velocity ``v(t, x)``, returning the shape, dtype and device of ``x``.
-        x0: state at t0, ``(B, *S)``, floating.
-        t0, t1: start and end time.
+        field: velocity ``v(t, x, *args)``, returning the shape, dtype and device of ``x``. Its ``t`` is a number, or
+            with ``control="sample"`` a tensor ``(B, 1, ..., 1)`` that broadcasts against the state.
+        x0: state at t0: a tensor, floating or complex, or a tuple or dictionary of tensors ``(B, ...)``.
+        t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample.
         solver: name of a method or a tableau.
         steps: that many equal steps, without error control and without waiting for the device; a state that becomes
             non-finite on the way is then returned as it is.
         tolerance: error control, when ``steps`` is None; :class:`Tolerance` with its defaults if not given.
         controller: the step-size rule of error control; :class:`~solvers.controllers.I` if not given.
-        keep: only the last state, every state, or every step with its stages.
+        control: one step size for the batch, whose error is taken as a whole, or one for each sample, as if it were
+            alone; as many field calls as the sample that needs most.
+        keep: only the last state, every state, or every step with its stages, for ``solution(t)``.
+        event: ``(t, x)`` to a tensor: the solve ends where an entry changes sign; with ``control="sample"`` the entries
+            ``(B, ...)`` end their own sample. Gradients flow through the time of the event.
+        on_limit: raise where the solve cannot go on, or return what was solved, with its status.
+        gradient: "direct", through the steps; "checkpoint", the same by recomputing the steps, with the memory of the
+            square root of their number and two further evaluations of each (three if adaptive); "backsolve", those of
+            the ODE by its adjoint solved backwards, with constant memory and the error of that solve, steps chosen by
+            the seminorm. The last two keep only the last state; under "backsolve" the gradient may lose digits where
+            the ODE is unstable backwards.
+        parameters: what gets gradients by "backsolve" beside x0 and the tensors of args; the parameters of the field
+            if it is a module.
+        args: further arguments for the field.
 
     Returns:
-        A :class:`Solution`.
+        A :class:`Solution`; with ``control="sample"`` a :class:`SampleSolution`.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -232,34 +84,104 @@ def integrate(
     (0.36788, 40)
     """
     tableau = get_tableau(solver)
-    check_state(x0, "x0")
-    for name, time in (("t0", t0), ("t1", t1)):
-        if not math.isfinite(time):
-            raise ValueError(f"{name} must be finite, got {time}")
-    if keep not in ("last", "states", "steps"):
-        raise ValueError(f"keep must be 'last', 'states' or 'steps', got {keep!r}")
-    stats = Statistics()
+    _one_of("control", control, ("batch", "sample"))
+    _one_of("keep", keep, ("last", "states", "steps"))
+    _one_of("on_limit", on_limit, ("raise", "return"))
+    _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve"))
+    packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps is not None and (tolerance is not None or controller is not None):
+        raise ValueError("steps excludes tolerance and controller: a solve is fixed or adaptive")
+    if gradient != "direct" and keep == "steps":
+        raise ValueError(f"gradient={gradient!r} keeps no steps: leave out keep='steps'")
+    per_sample = control == "sample"
+    if per_sample:
+        _check_per_sample(x0, packing, steps, controller, gradient)
+    v: Field = field
+    if args or not packing.single:
+        v = lambda t, x: packing.pack(field(t, packing.unpack(x), *args), "field")  # noqa: E731
+    entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
+    x = packing.pack(x0)
+    start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
+    tolerance, controller = tolerance or Tolerance(), controller or I()
+    raises = on_limit == "raise"
+    task = Task(
+        v, x, start, end, tableau, steps, tolerance, controller, keep, entries, raises, packing.unpack, per_sample
+    )
+    if gradient == "direct" or not torch.is_grad_enabled():
+        return task.solve()
+    if gradient == "checkpoint":
+        return _by_recomputing(task)
+    return _by_backsolving(task, _parameters(field, parameters, args))
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, got {value!r}")
+
+
+def _check_per_sample(x0: Any, packing: Packing, steps: Any, controller: Any, gradient: str) -> None:
     if steps is not None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if tolerance is not None or controller is not None:
-            raise ValueError("steps excludes tolerance and controller: a solve is fixed or adaptive")
-        grid = [t0 + (t1 - t0) * i / steps for i in range(steps)] + [t1]
-        loop = fixed_steps(field, x0, grid, tableau, closing=keep == "steps", stats=stats)
+        raise ValueError("control='sample' chooses its steps by their error: leave out steps")
+    if packing.single and x0.ndim < 2:
+        raise ValueError(f"x0 must have shape (B, *S) with control='sample', got {tuple(x0.shape)}")
+    if controller is not None and not isinstance(controller, SampleController):
+        raise TypeError(f"controller must have a method each() with control='sample', got {type(controller).__name__}")
+    if gradient == "backsolve":
+        raise ValueError("gradient='backsolve' needs one time for the batch: use 'direct' or 'checkpoint' per sample")
+
+
+def _time(name: str, t: Any, samples: int | None) -> Any:
+    if samples is None:
+        if isinstance(t, Tensor) and t.ndim:
+            raise ValueError(f"{name} must be a number, got shape {tuple(t.shape)}; control='sample' takes (B,)")
+        t = float(t)
+        if not math.isfinite(t):
+            raise ValueError(f"{name} must be finite, got {t}")
+        return t
+    t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+    if t.shape not in ((), (samples,)):
+        raise ValueError(f"{name} must be a number or have shape ({samples},), got {tuple(t.shape)}")
+    if not t.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {t.tolist()}")
+    return t.expand(samples).clone()
+
+
+def _parameters(field: Any, given: Iterable[Tensor] | None, args: Sequence[Any]) -> list[Tensor]:
+    if given is None and not isinstance(field, nn.Module):
+        raise ValueError("gradient='backsolve' needs a torch module as field, or parameters to say what gets gradients")
+    found = [*(field.parameters() if given is None else given), *(a for a in args if isinstance(a, Tensor))]
+    return [p for p in found if p.requires_grad]
+
+
+def _by_recomputing(task: Task) -> Solution:
+    """Find the steps without a graph, then take them again with one that keeps little."""
+    with torch.no_grad():
+        found = replace(task, keep="states").solve()
+    steps: list[Any]
+    if isinstance(found, SampleSolution):
+        times = torch.stack(found.times)
+        starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
+        steps = [(beside(t, task.x0), beside(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
+        real = task.x0.dtype.to_real()
+        field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
     else:
-        loop = adaptive_steps(field, x0, t0, t1, tableau, tolerance or Tolerance(), controller or I(), stats=stats)
-    times, states, kept = [float(t0)], [x0], []
-    try:
-        for step in loop:
-            if keep == "last":
-                times, states = [], []
-            times.append(float(step.t + step.h))
-            states.append(step.x1)
-            if keep == "steps":
-                kept.append(step)
-    except SolverError as error:
-        error.solution = Solution(tuple(times), tuple(states), tuple(kept), replace(stats))
-        raise
-    if stats.accepted:
-        times[-1] = float(t1)
-    return Solution(tuple(times), tuple(states), tuple(kept), stats)
+        steps = [(a, b - a) for a, b in pairwise(found.times)]
+        field = task.field
+    return follow(task, found, recomputed(field, task.x0, steps, task.tableau))
+
+
+def _by_backsolving(task: Task, parameters: list[Tensor]) -> Solution:
+    """Solve without a graph, and the adjoint backwards when its gradient is asked for."""
+    with torch.no_grad():
+        found = replace(task, keep="last", unpack=lambda x: x).solve()
+    t0, t1, x1 = task.t0, found.t1, found.x1
+    tolerance = seminorm(task.tolerance, task.x0, parameters) if task.steps is None else task.tolerance
+
+    def backward(system: Field, z: Tensor) -> Tensor:
+        back = replace(task, field=system, x0=z, t0=t1, t1=t0, tolerance=tolerance, keep="last", event=None)
+        return replace(back, raises=True, unpack=lambda z: z).solve().x1
+
+    x = x1 if t0 == t1 else backsolved(task.field, task.x0, x1, parameters, backward)
+    return follow(task, found, x)

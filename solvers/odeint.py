@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.events import event_of, find_event, link_event
+from solvers.odeint_events import event_of, find_event, link_event
 from solvers.problem import METHODS, Problem, error_controlled, inside, make_problem, over_grid
 from solvers.step import Step
 
@@ -98,7 +98,7 @@ def _outputs(problem: Problem) -> Iterator[Tensor]:
         while wanted and problem.direction * (wanted[0][1] - end) <= 0:
             i, time = wanted.pop(0)
             at = problem.t[i].to(step.x0.dtype.to_real()) if problem.t.requires_grad else time
-            yield step.x1 if time == end else inside(problem, step, (at - step.t) / step.h)
+            yield step.x1 if time == end else inside(problem, step)((at - step.t) / step.h)
 
 
 def _interpolated(problem: Problem) -> Iterator[Tensor]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from solvers.controllers import ControllerState
-from solvers.integrate import adaptive_steps
+from solvers.interpolation import interpolant
 from solvers.methods import get_tableau
-from solvers.packing import Packing
+from solvers.states import Packing
 from solvers.step import Field, Step, rk_step
+from solvers.stepping import adaptive_steps
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
@@ -220,17 +221,12 @@ def _nudged(field: Field, c: float, s: Any, s_next: Any, dtype: torch.dtype) -> 
     return lambda _, x: field(at + (torch.nextafter(at, towards) - at).detach(), x)
 
 
-def inside(problem: Problem, step: Step, theta: Any) -> Tensor:
-    """The state at a fraction ``theta``, a number or a tensor, of a step.
+def inside(problem: Problem, step: Step) -> Callable[[Any], Tensor]:
+    """The state at a fraction of a step, a number or a tensor.
 
-    The method's interpolant; where it has none, cubic Hermite, at a field evaluation; of a fixed method linear, unless
-    its options say cubic.
+    The interpolant of the method; where it has none, cubic Hermite, at a field evaluation; of a fixed method linear,
+    unless its options say cubic.
     """
-    if problem.adaptive and problem.tableau.dense is not None:
-        return step.at(theta)
-    rise = step.x1 - step.x0
-    if not problem.adaptive and problem.options.get("interp", "linear") == "linear":
-        return step.x0 + theta * rise
-    last = problem.field(step.t + step.h, step.x1)
-    bend = step.h * ((1 - theta) * step.stages[0] - theta * last)
-    return step.x0 + theta * theta * (3 - 2 * theta) * rise + theta * (1 - theta) * bend
+    if problem.adaptive or problem.options.get("interp", "linear") == "cubic":
+        return interpolant(step, problem.field)
+    return lambda theta: step.x0 + theta * (step.x1 - step.x0)

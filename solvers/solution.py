@@ -1,42 +1,147 @@
-"""What a solve returns: states, times, steps and counts."""
+"""What a solve returns: states, times, steps, counts, and the state at any time between."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from solvers.step import Step
+from solvers.interpolation import interpolant
+from solvers.step import Field, Step, beside
 
-__all__ = ["Solution", "Statistics"]
+__all__ = ["SampleSolution", "SampleStatistics", "Solution", "Statistics", "Status"]
+
+Status = Literal["finished", "event", "max_steps", "underflow", "not_finite"]
 
 
 @dataclass
 class Statistics:
-    """Counts of a solve: field evaluations and attempted steps."""
+    """Counts of a solve.
+
+    Attributes:
+        evaluations: field calls.
+        accepted, rejected: attempted steps; with a step size per sample, those of all samples together.
+    """
 
     evaluations: int = 0
     accepted: int = 0
     rejected: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
-    """Result of :func:`~solvers.integrate`.
+    """Result of :func:`~solvers.integrate`; ``solution(t)`` is the state at any time solved, with ``keep="steps"``.
 
     Attributes:
         times: the time of each kept state, ``times[0] = t0``.
-        states: the kept states, each ``(B, *S)``; only the last one with ``keep="last"``.
+        states: the kept states, each as ``x0``; only the last one with ``keep="last"``.
         steps: the accepted steps, with ``keep="steps"``.
         stats: counts.
+        status: "finished", "event", or why the solve stopped before its end.
+        event_time: the time of the event, a float64 tensor that gradients flow through; None if there was none.
     """
 
-    times: tuple[float, ...]
-    states: tuple[Tensor, ...]
+    times: tuple[Any, ...]
+    states: tuple[Any, ...]
     steps: tuple[Step, ...] = ()
     stats: Statistics = field(default_factory=Statistics)
+    status: Any = "finished"
+    event_time: Tensor | None = None
+    _field: Field | None = field(default=None, repr=False)
+    _unpack: Callable[[Tensor], Any] = field(default=lambda x: x, repr=False)
 
     @property
-    def x1(self) -> Tensor:
-        """The last state, ``(B, *S)``."""
+    def x1(self) -> Any:
+        """The last state, as ``x0``."""
         return self.states[-1]
+
+    @property
+    def t1(self) -> Any:
+        """The time of the last state."""
+        return self.times[-1]
+
+    def __call__(self, t: float | Tensor) -> Any:
+        """The state at ``t``, from the interpolant of the method or, where it has none, cubic Hermite.
+
+        Nothing of it is computed during the solve. A method without interpolant costs a field evaluation a time.
+
+        Args:
+            t: a time between ``times[0]`` and ``t1``, or ``(n,)`` of them, then in a new first dimension; gradients
+                flow to it.
+
+        Raises:
+            ValueError: ``keep`` was not "steps", or t lies outside.
+        """
+        if self._field is None:
+            raise ValueError("solution(t) needs the steps: integrate with keep='steps'")
+        if isinstance(t, Tensor) and t.ndim > 1:
+            raise ValueError(f"t must be a number or have one dimension, got shape {tuple(t.shape)}")
+        if isinstance(t, Tensor) and t.ndim:
+            return self._unpack(torch.stack([self._at(time) for time in t.unbind()]))
+        return self._unpack(self._at(t))
+
+    def _at(self, t: float | Tensor) -> Tensor:
+        first, last, time = self.times[0], self.times[-1], _number(t)
+        direction = 1 if last >= first else -1
+        if not direction * first <= direction * time <= direction * last:
+            raise ValueError(f"t must lie between {first:g} and {last:g}, got {time:g}")
+        ends = [direction * float(step.t + step.h) for step in self.steps[:-1]]
+        step = self.steps[bisect_left(ends, direction * time)]
+        assert self._field is not None
+        return interpolant(step, self._field)((t - step.t) / step.h)
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """Counts of each sample, ``(B,)``: the field evaluations made for it, its accepted and its rejected steps."""
+
+    evaluations: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSolution(Solution):
+    """Result of :func:`~solvers.integrate` with ``control="sample"``.
+
+    Every entry of ``times`` is a ``(B,)`` tensor; a sample that was rejected or had finished repeats its time and
+    state. ``status`` holds one entry per sample, ``event_time`` is ``(B,)`` with NaN where there was no event,
+    ``stats`` counts field calls and the steps of all samples together.
+
+    Attributes:
+        samples: the samples that took each of ``steps``, from ``times[k]`` to ``times[k + 1]``.
+        sample_stats: the counts of each sample.
+    """
+
+    samples: tuple[Tensor, ...] = ()
+    sample_stats: SampleStatistics | None = None
+    _x0: Tensor | None = field(default=None, repr=False)
+
+    def _at(self, t: float | Tensor) -> Tensor:
+        first, last, time = self.times[0], self.times[-1], _number(t)
+        outside = (time < torch.minimum(first, last)) | (time > torch.maximum(first, last))
+        if outside.any():
+            i = int(outside.nonzero()[0])
+            raise ValueError(f"t must lie between {first[i]:g} and {last[i]:g} for sample {i}, got {time:g}")
+        assert self._x0 is not None
+        assert self._field is not None
+        waiting = first != last
+        rows, found = [self._x0[~waiting]], [(~waiting).nonzero().flatten()]
+        for step, samples, start, end in zip(self.steps, self.samples, self.times, self.times[1:], strict=False):
+            start, end = start[samples], end[samples]
+            here = waiting[samples] & ((end - time) * (end - start) >= 0)
+            if here.any():
+                part = step.of_samples(here.nonzero().flatten().to(step.x0.device))
+                start, end = (beside(s[here], step.x0) for s in (start, end))
+                rows.append(interpolant(part, self._field)((t - start) / (end - start)))
+                found.append(samples[here])
+                waiting[samples[here]] = False
+        return torch.cat(rows)[torch.cat(found).argsort()]
+
+
+def _number(t: float | Tensor) -> float:
+    return t.detach().item() if isinstance(t, Tensor) else float(t)

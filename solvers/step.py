@@ -10,7 +10,7 @@ from torch import Tensor
 
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["Field", "Step", "combine", "rk_step"]
+__all__ = ["Field", "Step", "beside", "combine", "rk_step"]
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
 
@@ -24,9 +24,14 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
         weights: one per stage.
         h: step size, a number or a tensor that broadcasts against ``x``.
     """
+    if isinstance(h, Tensor):
+        for p, weight in zip(stages, weights, strict=False):
+            if weight:
+                x = torch.addcmul(x, p, h, value=weight).to(x.dtype)
+        return x
     for p, weight in zip(stages, weights, strict=False):
-        if weight != 0:
-            x = torch.addcmul(x, p, h, value=weight) if isinstance(h, Tensor) else torch.add(x, p, alpha=h * weight)
+        if weight:
+            x = torch.add(x, p, alpha=h * weight)
     return x
 
 
@@ -110,12 +115,21 @@ class Step(NamedTuple):
             x = x + (weight * self.h).to(p.dtype) * p
         return x
 
+    def of_samples(self, samples: Tensor) -> Step:
+        """The step of the samples alone, where t and h have a row for each."""
+        t, h = (v[samples] if isinstance(v, Tensor) and v.ndim else v for v in (self.t, self.h))
+        stages = tuple(p[samples] for p in self.stages)
+        return Step(t, h, self.x0[samples], self.x1[samples], stages, self.tableau)
+
     def _needs_stages(self, weights: Sequence[float], what: str) -> None:
         if any(weights[len(self.stages) :]):
             raise ValueError(f"{what} needs the closing stage of {self.tableau.name}: take the step with closing=True")
 
 
-def _check_stage(p: Tensor, x: Tensor, stage: int) -> None:
+def _checked(p: Tensor, x: Tensor, stage: int) -> Tensor:
+    """The stage, in the dtype of x: autocast computes it in a narrower one."""
+    if isinstance(p, Tensor) and p.shape == x.shape and p.dtype == x.dtype and p.device == x.device:
+        return p
     if not isinstance(p, Tensor):
         raise TypeError(f"field must return a tensor, got {type(p).__name__} at stage {stage}")
     if p.shape != x.shape:
@@ -126,6 +140,7 @@ def _check_stage(p: Tensor, x: Tensor, stage: int) -> None:
         raise ValueError(f"field must keep the device of x: stage {stage} is on {p.device}, x on {x.device}")
     if p.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"field must keep the dtype of x: stage {stage} is {p.dtype}, x is {x.dtype}")
+    return p.to(x.dtype)
 
 
 def rk_step(
@@ -158,21 +173,27 @@ def rk_step(
     >>> round(step.x1.item(), 5)
     0.90483
     """
-    fields = field if isinstance(field, Sequence) else None
+    fields = field if isinstance(field, list | tuple) else None
     if fields is not None and len(fields) != tableau.stages:
         raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
     interior = tableau.interior
-    stages: tuple[Tensor, ...] = ()
-    x1 = None
-    for i in range(tableau.stages if closing else interior):
-        if i == interior:
-            x1 = combine(x, stages, tableau.b, h)
-        if i == 0 and first is not None:
-            stages = (first,)
-            continue
-        v = field if fields is None else fields[i]
-        point = x1 if x1 is not None else combine(x, stages, tableau.a[i], h)
-        p = v(t + tableau.c[i] * h if tableau.c[i] else t, point)  # type: ignore[operator]
-        _check_stage(p, x, i)
-        stages = (*stages, p)
-    return Step(t, h, x, combine(x, stages, tableau.b, h) if x1 is None else x1, stages, tableau)
+    stages: tuple[Tensor, ...] = () if first is None else (first,)
+    for i in range(len(stages), interior):
+        point = combine(x, stages, tableau.a[i], h) if i else x
+        p = (field if fields is None else fields[i])(t + tableau.c[i] * h if i else t, point)  # type: ignore[operator]
+        stages = (*stages, _checked(p, x, i))
+    x1 = combine(x, stages, tableau.b, h)
+    if closing and tableau.fsal:
+        p = (field if fields is None else fields[-1])(t + h, x1)  # type: ignore[operator]
+        stages = (*stages, _checked(p, x, interior))
+    return Step(t, h, x, x1, stages, tableau)
+
+
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """A value per sample, ``(B,)`` on the host, as it broadcasts against states ``(B, *S)`` on their device.
+
+    Numbers of float64 or float32 states keep that precision, narrower ones get float32.
+    """
+    if values.is_floating_point():
+        values = values.to(torch.promote_types(x.dtype.to_real(), torch.float32))
+    return values.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tolerance"]
+from solvers.states import is_mapped
+
+__all__ = ["Tolerance", "numbers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,19 +62,35 @@ class Tolerance:
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
 
-    def ratio(self, error: Tensor, x0: Tensor, x1: Tensor) -> float:
-        """Norm of the error over its tolerance; waits for the device, once."""
+    def scaled(self, error: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """The error over its tolerance, ``error / (atol + rtol * max(|x0|, |x1|))``, in float32 or wider."""
         if error.dtype in (torch.float16, torch.bfloat16):
             error, x0, x1 = error.float(), x0.float(), x1.float()
-        scale = torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol)
+        return error / torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol)
+
+    def size(self, scaled: Tensor) -> Tensor:
+        """The norm of :meth:`scaled`, a scalar tensor; nothing here waits for the device."""
         if self.norm is not None:
-            return abs(float(self.norm(error / scale)))
-        return torch.linalg.vector_norm(error / scale).item() / math.sqrt(error.numel())
+            return torch.as_tensor(self.norm(scaled), device=scaled.device).abs()
+        return torch.linalg.vector_norm(scaled) / math.sqrt(scaled.numel())
+
+    def sizes(self, scaled: Tensor) -> Tensor:
+        """The norm of each sample, ``(B,)``."""
+        if self.norm is not None:
+            return torch.vmap(self.norm)(scaled).abs()
+        return torch.linalg.vector_norm(scaled.flatten(1), dim=1) / math.sqrt(scaled[0].numel())
+
+    def ratio(self, error: Tensor, x0: Tensor, x1: Tensor) -> float:
+        """Norm of the error over its tolerance; waits for the device, once."""
+        scaled = self.scaled(error, x0, x1)
+        if self.norm is None:  # the root of the count as a number: a tensor operation less
+            return numbers(torch.linalg.vector_norm(scaled)) / math.sqrt(scaled.numel())
+        return numbers(self.size(scaled))
 
     def choose_first_step(
         self, field: Callable[..., Tensor], t: float, x: Tensor, first: Tensor, direction: int, order: int
     ) -> float:
-        """Starting step of Hairer, Norsett, Wanner (II.4): one field evaluation, one wait for the device.
+        """Starting step of Hairer, Norsett, Wanner (II.4): one field evaluation, two waits for the device.
 
         Args:
             field: velocity ``v(t, x)``.
@@ -80,19 +99,44 @@ class Tolerance:
             direction: 1 or -1, of time.
             order: order q of the lower solution.
         """
-        wide = torch.promote_types(x.dtype, torch.float32)
-        scale = x.abs().to(wide.to_real()).mul(self.rtol).add(self.atol)
+        scale = self._scale(x)
+        d0, d1 = numbers(self.size(x / scale)), numbers(self.size(first / scale))
+        if not math.isfinite(d0 + d1):
+            return math.nan
+        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        second = field(t + direction * h0, torch.add(x, first, alpha=direction * h0))
+        slope = max(d1, numbers(self.size((second - first) / scale)) / h0)
+        if not math.isfinite(slope):
+            return math.nan
+        return min(100 * h0, max(1e-6, h0 * 1e-3) if slope <= 1e-15 else (0.01 / slope) ** (1 / (order + 1)))
 
-        def norm(v: Tensor) -> Tensor:
-            if self.norm is not None:
-                return torch.as_tensor(self.norm(v / scale), device=x.device).abs()
-            return torch.linalg.vector_norm(v / scale) / math.sqrt(x.numel())
-
-        d0, d1 = norm(x), norm(first)
-        small = (d0 < 1e-5) | (d1 < 1e-5)
-        h0 = torch.where(small, torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
-        second = field(t + direction * h0, x + direction * h0.to(x.dtype) * first)
-        d2 = norm(second - first) / h0
-        slope = torch.maximum(d1, d2)
+    def choose_first_steps(
+        self, field: Callable[..., Tensor], t: Tensor, x: Tensor, first: Tensor, direction: Tensor, order: int
+    ) -> Tensor:
+        """:meth:`choose_first_step` for each sample, ``(B,)``; ``t`` and ``direction`` broadcast against the state."""
+        scale = self._scale(x)
+        d0, d1 = self.sizes(x / scale), self.sizes(first / scale)
+        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        h = direction * h0.reshape(direction.shape).to(direction.dtype)
+        second = field(t + h, torch.addcmul(x, first, h).to(x.dtype))
+        slope = torch.maximum(d1, self.sizes((second - first) / scale) / h0)
         h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / slope) ** (1 / (order + 1)))
-        return torch.minimum(100 * h0, h1).item()
+        return torch.minimum(100 * h0, h1)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        real = torch.promote_types(x.dtype, torch.float32).to_real()
+        return x.abs().to(real).mul_(self.rtol).add_(self.atol)
+
+
+def numbers(x: Tensor) -> Any:
+    """The values of a tensor, as a number or a list; waits for the device.
+
+    Raises:
+        RuntimeError: under ``torch.vmap``, where a tensor has no values.
+    """
+    if is_mapped(x):
+        raise RuntimeError(
+            "an adaptive solve chooses its steps by numbers and cannot be mapped by torch.vmap: give the samples as "
+            "one batch to integrate(..., control='sample'), where each has its own steps, or take fixed steps"
+        )
+    return x.tolist() if x.ndim else x.item()

@@ -1,4 +1,4 @@
-"""Tuples and dictionaries of tensors as one vector, for solvers that know one tensor."""
+"""States at the door: what a solver takes, and tuples and dictionaries of tensors as one tensor."""
 
 from __future__ import annotations
 
@@ -8,22 +8,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Packing"]
+__all__ = ["Packing", "check_state", "is_mapped"]
+
+
+def check_state(x: object, name: str = "x") -> None:
+    """Reject what is not a batch of finite floating states, naming the argument.
+
+    Values are looked at on the CPU only: on another device this would wait for it.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating dtype.
+        ValueError: no feature dimension, no sample, or NaN or infinity.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (B, *S), got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}; convert it with {name}.float()")
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have shape (B, *S) with at least one feature dimension, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must hold at least one sample and one feature, got shape {tuple(x.shape)}")
+    _check_finite(x, name)
+
+
+def _check_finite(x: Tensor, name: str) -> None:
+    """Looks for NaN and infinity on CPUs only: elsewhere it would wait for the device."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_mapped(x):
+        return
+    try:  # the sum of finite numbers takes one pass; where it overflows every number is looked at
+        total = x.detach().sum()
+        torch.ops.aten._assert_async.default(total - total == 0)
+    except RuntimeError:
+        bad = ~x.detach().isfinite()
+        samples = bad.flatten(1).any(1).nonzero().flatten().tolist() if x.ndim > 1 else []
+        if bad.any():
+            where = f" in sample(s) {samples[:8]}" if samples else ""
+            raise ValueError(f"{name} must be finite, got NaN or infinity{where}") from None
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether the tensor stands for many under ``torch.vmap``, and so has no values of its own."""
+    return torch._C._functorch.is_batchedtensor(x)  # type: ignore[attr-defined]
 
 
 class Packing:
-    """How a state is laid out: a tensor stays as it is, a tuple or dictionary of tensors becomes one vector.
+    """How a state is laid out: a tensor stays as it is, a tuple or dictionary of tensors becomes one.
 
     Args:
         state: a tensor, or a tuple or dictionary of tensors of one dtype and device.
         name: of the argument, for errors.
+        batched: the first dimension of all parts is the batch ``B``: they become one ``(B, N)``, not one vector.
 
     Raises:
         TypeError: something else, or an integer tensor.
-        ValueError: nothing in it, dtypes or devices that differ, or NaN or infinity (looked for on CPUs only).
+        ValueError: nothing in it, dtypes, devices or batches that differ, or NaN or infinity (looked for on CPUs only).
     """
 
-    def __init__(self, state: Any, name: str = "y0") -> None:
+    def __init__(self, state: Any, name: str = "y0", *, batched: bool = False) -> None:
         self.keys = tuple(state) if isinstance(state, Mapping) else None
         self.single = isinstance(state, Tensor)
         if not self.single and not isinstance(state, tuple | Mapping):
@@ -40,11 +81,12 @@ class Packing:
         first = parts[0]
         if not (first.is_floating_point() or first.is_complex()):
             raise TypeError(f"{name} must be floating or complex, got {first.dtype}; convert it with .float()")
-        if first.device.type == "cpu" and not torch.compiler.is_compiling():
-            for part in parts:
-                if not bool(part.detach().isfinite().all()):
-                    raise ValueError(f"{name} must be finite, got NaN or infinity")
-        self.shapes = [part.shape for part in parts]
+        if (batched and len({part.shape[:1] for part in parts}) > 1) or (batched and not first.ndim):
+            raise ValueError(f"{name} must have one batch size, got shapes {[tuple(p.shape) for p in parts]}")
+        for part in parts:
+            _check_finite(part, name)
+        self.batched = batched
+        self.shapes = [part.shape[batched:] for part in parts]
 
     def _parts(self, state: Any) -> tuple[Any, ...]:
         if self.single:
@@ -64,10 +106,13 @@ class Packing:
         if self.keys is None and not (isinstance(state, tuple | list) and len(state) == len(self.shapes)):
             raise ValueError(f"{name} must be a tuple of {len(self.shapes)} tensors, got {type(state).__name__}")
         parts = self._parts(state)
-        if [part.shape for part in parts] != self.shapes:
+        shapes = [part.shape[self.batched :] for part in parts]
+        if shapes != self.shapes:
             raise ValueError(
-                f"{name} must keep the shapes {[tuple(s) for s in self.shapes]}, got {[tuple(p.shape) for p in parts]}"
+                f"{name} must keep the shapes {[tuple(s) for s in self.shapes]}, got {[tuple(s) for s in shapes]}"
             )
+        if self.batched:
+            return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
         return torch.cat([part.reshape(-1) for part in parts])
 
     def unpack(self, packed: Tensor) -> Any:

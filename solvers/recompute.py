@@ -1,0 +1,45 @@
+"""Gradients by recomputing: the memory of a square root of the steps, and of one step's stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from solvers.step import Field, rk_step
+from solvers.tableaus import ButcherTableau
+
+__all__ = ["recomputed"]
+
+Time = float | Tensor
+
+
+def recomputed(field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau) -> Tensor:
+    """The state after steps ``(t, h)``, whose gradient keeps ``2 sqrt(n)`` states and the stages of one step.
+
+    The n steps are cut into sqrt(n) runs. Of the forward pass the first state of each run is kept; the backward pass
+    goes through a run again to find the first states of its steps, and through each of these again with its stages
+    (Griewank and Walther, Evaluating derivatives, chapter 12; Chen et al., 2016). Field evaluations: those of the
+    steps, three times.
+
+    Args:
+        field: velocity ``v(t, x)``; gradients flow to whatever it reads.
+        x: state at the start, ``(B, *S)``.
+        steps: start and size of each.
+        tableau: the method.
+    """
+
+    def one(x: Tensor, t: Time, h: Time) -> Tensor:
+        return rk_step(field, t, x, h, tableau, closing=False).x1
+
+    def several(x: Tensor, run: Sequence[tuple[Time, Time]]) -> Tensor:
+        for t, h in run:
+            x = checkpoint(one, x, t, h, use_reentrant=False)  # type: ignore[assignment]
+        return x
+
+    length = math.isqrt(max(len(steps) - 1, 0)) + 1
+    for i in range(0, len(steps), length):
+        x = checkpoint(several, x, steps[i : i + length], use_reentrant=False)  # type: ignore[assignment]
+    return x
