@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from odenets.memory import peak_memory
+
+KB = 4 * 256  # bytes of 256 floats
+
+
+@pytest.fixture
+def x():
+    return torch.zeros(256)
+
+
+def test_what_is_freed_no_longer_counts(x):
+    def chain():
+        y = x
+        for _ in range(5):
+            y = y + 1
+        return y
+
+    assert peak_memory(chain) == 2 * KB
+
+
+def test_what_is_kept_counts(x):
+    assert peak_memory(lambda: [x + i for i in range(5)]) == 5 * KB
+
+
+def test_views_work_in_place_and_what_was_there_before_cost_nothing(x):
+    assert peak_memory(lambda: (x.reshape(16, 16).T, x.add_(1), x[:5])) == 0
+
+
+def test_a_tensor_is_counted_once_by_its_storage(x):
+    def views():
+        y = x + 1
+        return [y[i:].reshape(-1, 1) for i in range(5)]
+
+    assert peak_memory(views) == KB
+
+
+def test_a_graph_keeps_what_backward_needs_and_gradients_count():
+    layers = nn.Sequential(*[nn.Sigmoid() for _ in range(10)])
+    x = torch.zeros(256, requires_grad=True)
+    with torch.no_grad():
+        assert peak_memory(lambda: layers(x)) == 2 * KB
+    assert peak_memory(lambda: layers(x)) == 10 * KB
+
+    def step():
+        layers(x).sum().backward()
+
+    assert 11 * KB <= peak_memory(step) <= 13 * KB
+    assert x.grad is not None
+
+
+def test_each_measurement_begins_at_nothing(x):
+    kept = []
+    first = peak_memory(lambda: kept.append(x + 1))
+    assert peak_memory(lambda: kept.append(x + 1)) == first == KB
+    kept.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_allocator_tells():
+    x = torch.zeros(256, device="cuda")
+    kept = []
+    assert peak_memory(lambda: kept.extend(x + i for i in range(5)), "cuda") == 5 * KB
