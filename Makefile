@@ -1,11 +1,14 @@
-# `make test` and `make adaptive-depth` need Python 3.11 or newer and make, nothing else.
+# `make test`, `make adaptive-depth` and `make neural-ode` need Python 3.11 or newer and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: adaptive-depth test benchmarks clean
+.PHONY: adaptive-depth neural-ode test benchmarks clean
 
 adaptive-depth: .venv/installed
 	$(BIN)/python experiments/adaptive_depth.py --resume $(ARGS)
+
+neural-ode: .venv/installed
+	$(BIN)/python experiments/neural_ode.py --resume $(ARGS)
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -14,7 +17,9 @@ test: .venv/installed
 	$(BIN)/pytest -q
 
 benchmarks: .venv/installed
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr
+	$(BIN)/pip install --quiet --no-deps torchode torchtyping
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-min-rounds=3 --benchmark-json=benchmarks.json --benchmark-quiet
+	$(BIN)/python -m benchmarks.table benchmarks.json
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -16,7 +16,16 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from odenets.runs import read_config, read_metrics, read_summary
 
-__all__ = ["accuracy_against_cost", "adaptive_depth", "block_errors", "depth_and_steps", "save"]
+__all__ = [
+    "accuracy_against_cost",
+    "adaptive_depth",
+    "block_errors",
+    "cost_of_solves",
+    "depth_and_steps",
+    "neural_ode",
+    "save",
+    "solves_while_training",
+]
 
 _MARKERS = "os^Dv<>p*X"
 
@@ -129,14 +138,95 @@ def accuracy_against_cost(folders: list[Path]) -> Figure:
         axis.plot(cost, accuracy, alpha=0.35, **style)
         axis.plot(cost.mean(), accuracy.mean(), markersize=10, **style)
         handles.append(Line2D([], [], label=title, **style))
-    axis.set(xscale="log", xlabel="field evaluations in training, checks included (thousands)")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(xlabel="field evaluations in training, checks included (thousands)")
+    _log_x(axis)
     axis.set(ylabel="test accuracy (%)")
     axis.grid(alpha=0.3)
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
     return figure
+
+
+def neural_ode(folder: str | Path) -> dict[str, Figure]:
+    """All figures of a run of ``experiments/neural_ode.py``, by name.
+
+    Args:
+        folder: the run folder, with a folder in it for every training.
+
+    Raises:
+        FileNotFoundError: there is no finished training in it.
+    """
+    trainings = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
+    if not trainings:
+        raise FileNotFoundError(f"folder {str(folder)!r} holds no finished training")
+    return {"cost": cost_of_solves(trainings), "training": solves_while_training(trainings)}
+
+
+def cost_of_solves(folders: list[Path]) -> Figure:
+    """Bars per way of solving: evaluations, time of an epoch, peak memory; with the action and without.
+
+    Args:
+        folders: run folders of trainings; bars are means over their seeds, medians for the time.
+    """
+    groups = _by_way(folders)
+    ways = sorted({way for way, _ in groups}, reverse=True)
+    figure, axes = _figure(1, 3)
+    evaluations, seconds, memory = axes[0]
+    for (way, action), paths in groups.items():
+        results: list[dict[str, Any]] = [read_summary(path)["results"] for path in paths]
+        found = {k: np.array([r[k] for r in results]) for k in ("forward", "backward", "epoch_seconds", "peak_memory")}
+        style: dict[str, Any] = {"y": ways.index(way) + (-0.2 if action else 0.2), "height": 0.36}
+        style |= {"color": "C1" if action else "C0"}
+        forward = found["forward"].mean()
+        evaluations.barh(width=forward, **style)
+        evaluations.barh(width=found["backward"].mean(), left=forward, alpha=0.45, **style)
+        seconds.barh(width=np.median(found["epoch_seconds"]), **style)
+        memory.barh(width=found["peak_memory"].mean() / 1e6, **style)
+    evaluations.set(xlabel="field evaluations per batch (pale: in backward)", yticks=range(len(ways)), yticklabels=ways)
+    seconds.set(xlabel="seconds per epoch", yticks=[])
+    memory.set(xlabel="peak memory of a training step (MB)", yticks=[])
+    handles = [
+        Line2D([], [], color=f"C{i}", linewidth=6, label=f"{w} the action") for i, w in ((0, "without"), (1, "with"))
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize="small")
+    return figure
+
+
+def solves_while_training(folders: list[Path]) -> Figure:
+    """Evaluations per batch over epochs, and validation accuracy over the time of training; means over the seeds.
+
+    Args:
+        folders: run folders of trainings; dashed lines are those with the action.
+    """
+    groups = _by_way(folders)
+    ways = sorted({way for way, _ in groups})
+    figure, axes = _figure(1, 2)
+    left, right = axes[0]
+    for (way, action), paths in groups.items():
+        tables = [read_metrics(path) for path in paths]
+
+        def mean(name: str, tables: list[list[dict[str, str]]] = tables) -> np.ndarray:
+            return np.array([[float(row[name]) for row in rows] for rows in tables]).mean(0)
+
+        style: dict[str, Any] = {"color": f"C{ways.index(way)}", "linestyle": "--" if action else "-"}
+        style |= {"marker": _MARKERS[ways.index(way)], "markersize": 4, "label": f"{way}{', action' * action}"}
+        left.plot(mean("epoch"), mean("forward") + mean("backward"), **style)
+        right.plot(np.cumsum(mean("epoch_seconds")), 100 * mean("validation_accuracy"), **style)
+    left.set(xlabel="epoch", ylabel="field evaluations per batch")
+    right.set(xlabel="seconds of training", ylabel="validation accuracy (%)")
+    _log_x(right)
+    right.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def _by_way(folders: list[Path]) -> dict[tuple[str, bool], list[Path]]:
+    """Run folders by way of solving and whether the action is in the objective."""
+    groups: dict[tuple[str, bool], list[Path]] = {}
+    for path in folders:
+        config = read_config(path)
+        groups.setdefault((config["way"], config["action"]), []).append(path)
+    return groups
 
 
 def _by_kind(folders: list[Path]) -> dict[str, list[Path]]:
@@ -150,6 +240,13 @@ def _by_kind(folders: list[Path]) -> dict[str, list[Path]]:
 
 def _seed(folder: Path) -> int:
     return read_config(folder)["seed"]
+
+
+def _log_x(axis: Axes) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:

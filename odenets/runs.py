@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
         check=False,
     )
     versions = {}
-    for package in ("odenets", "torch", "numpy", "torchvision", "scikit-learn", "lightning-fabric"):
+    for package in ("odenets", "torch", "numpy", "torchvision", "scikit-learn", "lightning-fabric", "torchdiffeq"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

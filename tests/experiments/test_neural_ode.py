@@ -1,0 +1,201 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import neural_ode
+import pytest
+import torch
+from matplotlib.figure import Figure
+from neural_ode import Config, LeastAction, Meter, build, cost_of_action, memory, step
+from safetensors.torch import load_file
+
+from odenets import data, measures, plotting
+from odenets.runs import read_metrics, read_summary
+from odenets.training import CrossEntropy
+
+WAYS = ("odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5")
+TINY = {"seeds": (0,), "epochs": 2, "train_size": 100, "test_size": 50, "features": 4, "workers": 1, "probes": 1}
+TINY_WAYS = ("odeint bosh3", "adjoint bosh3", "flow bs23")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    neural_ode.main(Config(**TINY, ways=TINY_WAYS, output=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return neural_ode.split(Config(train_size=100))
+
+
+@pytest.fixture
+def batch(parts):
+    return parts.train.x[:8], parts.train.y[:8]
+
+
+def network(parts, way, tolerance=1e-6):
+    return build(Config(features=4, rtol=tolerance, atol=tolerance), parts.train, way, seed=0)
+
+
+def test_the_run_folder_holds_everything(folder):
+    rows = read_summary(folder)["results"]["rows"]
+    assert [(row["way"], row["action"]) for row in rows] == [(w, a) for a in (False, True) for w in TINY_WAYS]
+    text = (folder / "table.md").read_text()
+    assert all(text.count(f"| {way} ") == 2 for way in TINY_WAYS)
+    assert "flow bs23 beside odeint bosh3" in text
+    assert len(read_metrics(folder)) == 2 * 2 * 3
+    assert {path.name for path in (folder / "figures").iterdir()} == {"cost.png", "training.png"}
+    for row in rows:
+        assert row["peak_memory"] > 0
+        assert row["epoch_seconds"] > 0
+        assert row["action_error"] < 0.05
+        assert (row["backward"] > 0) == row["way"].startswith("adjoint")
+        if row["way"].startswith("flow"):
+            assert row["cost"]["evaluations"] == 0
+
+
+def test_the_loop_counts_the_same_evaluations(folder):
+    """Those of the flow, per sample, and the meter's, per batch of 64 and of 16."""
+    for row in read_metrics(folder):
+        mean = float(row["evaluations"]) / 80 / int(row["epoch"])
+        assert abs(mean - float(row["forward"])) < 4
+
+
+def test_a_finished_run_is_read_and_not_trained_again(folder, capsys):
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")}
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        neural_ode.main(Config(**TINY, ways=TINY_WAYS, output=folder))
+    neural_ode.main(Config(**TINY, ways=TINY_WAYS, output=folder, resume=True))
+    assert (folder / "table.md").read_text().strip() in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")} == before
+
+
+def test_figures_show_the_run(folder, tmp_path):
+    figures = plotting.neural_ode(folder)
+    assert all(isinstance(figure, Figure) for figure in figures.values())
+    seconds = sorted(row["epoch_seconds"] for row in read_summary(folder)["results"]["rows"])
+    assert sorted(bar.get_width() for bar in figures["cost"].axes[1].patches) == pytest.approx(seconds)
+    assert len(figures["training"].axes[0].lines) == 6
+    with pytest.raises(FileNotFoundError, match="holds no finished training"):
+        plotting.neural_ode(tmp_path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_is_the_same_network(parts, batch, way):
+    reference = network(parts, "flow dopri5", 1e-7)
+    found = network(parts, way)
+    assert {k: v.shape for k, v in found.state_dict().items()} == {
+        k: v.shape for k, v in reference.state_dict().items()
+    }
+    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), reference.parameters(), strict=True))
+    output, records = found.record(batch[0], action=measures.action)
+    expected, expected_records = reference.record(batch[0], action=measures.action)
+    torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(records["action"].sum(0), expected_records["action"].sum(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["odeint dopri5", "adjoint dopri5"])
+def test_gradients_of_the_action_agree(parts, batch, way):
+    """Those of the quadrature by stages are those of the extra state."""
+    gradients = []
+    for net in (network(parts, "flow dopri5"), network(parts, way)):
+        step(net, batch, LeastAction(1.0))
+        gradients.append([p.grad for p in net.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+def test_the_objective_adds_the_mean_action(parts, batch):
+    net = network(parts, "flow bs23")
+    objective = LeastAction(0.5)
+    output, records = net.record(batch[0], **objective.measures)
+    difference = objective(net, batch, output, records) - CrossEntropy()(net, batch, output, records)
+    torch.testing.assert_close(difference, 0.5 * records["action"].sum(0).mean())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_meter_counts_calls_forward_and_in_backward(parts, batch, way):
+    net = network(parts, way, 1e-4)
+    calls = []
+    with Meter(net, "cpu") as meter:
+        hook = neural_ode.field_of(net.flows[0]).register_forward_hook(lambda *_: calls.append(1))
+        for _ in range(2):
+            net(batch[0]).sum().backward()
+        found = meter.take()
+        hook.remove()
+        assert found["forward"] == net.evaluations
+        assert found["forward"] + found["backward"] == len(calls) / 2
+        assert (found["backward"] > 0) == way.startswith("adjoint")
+        net.eval()(batch[0])
+        net.train()(batch[0])
+        assert meter.take()["forward"] == found["forward"]
+    net(batch[0])
+    assert meter.calls == {"forward": 0, "backward": 0}
+
+
+def test_the_action_costs_evaluations_only_as_an_extra_state(parts):
+    """At an absolute tolerance well below the relative one: the extra state begins at 0."""
+    config = Config(features=4)
+    batches = list(islice(data.Batches(parts.train, 32).epoch(0), 1))
+    cost = {way: cost_of_action(build(config, parts.train, way, 0), batches) for way in ("odeint dopri5", "flow bs23")}
+    assert cost["flow bs23"]["evaluations"] == 0
+    assert cost["odeint dopri5"]["evaluations"] > 0.1
+
+
+def test_the_adjoint_needs_the_least_memory(parts, batch):
+    peak = {way: memory(network(parts, way, 1e-4), batch, CrossEntropy()) for way in WAYS}
+    assert peak["adjoint bosh3"] < peak["flow bs23"] < peak["odeint bosh3"]
+
+
+def test_torchdiffeq_says_what_it_cannot_do(parts, batch):
+    net = network(parts, "odeint bosh3")
+    with pytest.raises(ValueError, match="gives the solution and the action, not 'solution' and \\['error'\\]"):
+        net.record(batch[0], error=measures.error)
+    with pytest.raises(NotImplementedError, match="does not show its steps"):
+        list(net.steps(batch[0]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rtol": -1.0}, "rtol must be finite and not negative, got -1.0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"weight": -0.1}, "weight must not be negative, got -0.1"),
+        ({"ways": ()}, "ways must hold at least one"),
+        ({"ways": ("odeint rk4",)}, "unknown way 'odeint rk4'; known are odeint bosh3, "),
+    ],
+)
+def test_a_wrong_argument_is_rejected(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**wrong)
+
+
+def test_a_missing_data_folder_leaves_nothing_behind(tmp_path):
+    config = Config(dataset="mnist", folder=tmp_path / "nowhere", output=tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
+        neural_ode.main(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_killed_and_resumed_it_ends_with_the_same_weights(folder, tmp_path):
+    options = {f"--{name.replace('_', '-')}": str(value) for name, value in TINY.items()} | {"--seeds": "0"}
+    command = [sys.executable, neural_ode.__file__, *[word for pair in options.items() for word in pair]]
+    command += ["--ways", "flow bs23", "--output", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "run").glob("*/metrics.csv")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    neural_ode.main(Config(**TINY, ways=("flow bs23",), output=tmp_path / "run", resume=True))
+    found = {path.parent.name: load_file(path) for path in (tmp_path / "run").glob("*/weights.safetensors")}
+    assert found.keys() == {"flow-bs23-seed0", "flow-bs23-action-seed0"}
+    for name, weights in found.items():
+        expected = load_file(folder / name / "weights.safetensors")
+        assert all(tensor.equal(expected[key]) for key, tensor in weights.items()), name
