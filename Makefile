@@ -17,9 +17,10 @@ test: .venv/installed
 	$(BIN)/pytest -q
 
 benchmarks: .venv/installed
+	mkdir -p .benchmarks
 	$(BIN)/pip install --quiet --no-deps torchode torchtyping
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-min-rounds=3 --benchmark-json=benchmarks.json --benchmark-quiet
-	$(BIN)/python -m benchmarks.table benchmarks.json
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-min-rounds=3 --benchmark-json=.benchmarks/run.json --benchmark-quiet
+	$(BIN)/python -m benchmarks.table .benchmarks/run.json
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

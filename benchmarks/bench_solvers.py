@@ -1,65 +1,112 @@
-"""Solves beside torchdiffeq's, and beside their floor: the same number of bare field calls."""
+"""Solves beside their floor, as many bare field calls: this package, loops by hand, torchdiffeq and torchode.
+
+    pytest benchmarks --benchmark-only --benchmark-json=FILE.json
+    python -m benchmarks.table FILE.json
+
+torchdiffeq's rk4 is the 3/8 rule. torchode has dopri5 alone of these, and a step size for each sample; it needs
+``pip install --no-deps torchode torchtyping`` (torchtyping asks for an old typeguard that others cannot use, and works
+without it).
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torchdiffeq
+from torch import Tensor
 
-from benchmarks.fields import FIELDS, calls, make
-from solvers import I, Tolerance, integrate
+from benchmarks.fields import FIELDS, Field, calls, make
+from benchmarks.memory import allocated
+from benchmarks.solves import ROWS, STEPS, prepare
+from solvers import integrate
 
-STEPS = 10
-THEIRS = {"euler": "euler", "midpoint": "midpoint", "rk4": "rk4", "bs23": "bosh3"}
-EVALUATIONS = {"euler": 1, "midpoint": 2, "rk4": 4, "bs23": 3}
-TOLERANCE = Tolerance(1e-5, 1e-5)
+Measure = Callable[..., None]
 
 
 @pytest.fixture(params=FIELDS)
-def problem(request, device):
-    """A field and its first state."""
-    return request.param, *make(request.param, device)
+def name(request: pytest.FixtureRequest) -> str:
+    """A field's name."""
+    return request.param
 
 
-@pytest.mark.parametrize("who", ["odenets", "torchdiffeq", "field calls alone"])
-@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
-def bench_fixed(measure, benchmark, problem, method, who):
-    """Ten steps without error control."""
-    name, field, x = problem
-    benchmark.group = f"fixed {method}, {name}"
-    n = STEPS * EVALUATIONS[method]
-    times = torch.linspace(0.0, 1.0, STEPS + 1, device=x.device)
-    run = {
-        "odenets": lambda: integrate(field, x, 0.0, 1.0, solver=method, steps=STEPS, keep="last"),
-        "torchdiffeq": lambda: torchdiffeq.odeint(field, x, times, method=THEIRS[method]),
-        "field calls alone": lambda: calls(field, x, n),
-    }[who]
+def passes(run: Callable[[], Tensor], backward: bool) -> Callable[[], None]:
+    """Forward alone, or forward and backward."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def both() -> None:
+        with torch.enable_grad():
+            run().sum().backward()
+
+    return both if backward else forward
+
+
+def evaluations(field: Field, run: Callable[[], Tensor]) -> int:
+    """The field calls of a solve."""
+    count = [0]
+    handle = field.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     with torch.no_grad():
-        measure(run, who=who, steps=STEPS, evaluations=n)
+        run()
+    handle.remove()
+    return count[0]
 
 
-@pytest.mark.parametrize("who", ["odenets", "torchdiffeq", "field calls alone"])
-def bench_adaptive(measure, benchmark, problem, who):
-    """Error control at the same tolerance; the floor makes as many field calls as ours."""
-    name, field, x = problem
-    benchmark.group = f"adaptive bs23, {name}"
-    with torch.no_grad():
-        ours = integrate(field, x, 0.0, 1.0, tolerance=TOLERANCE, controller=I(), keep="last").stats
-        theirs = [0]
+@pytest.mark.parametrize(("method", "who"), [(method, who) for method, all_ in ROWS.items() for who in all_])
+@pytest.mark.parametrize("backward", [False, True])
+def bench_solve(
+    measure: Measure, benchmark: Any, device: str, name: str, backward: bool, method: str, who: str
+) -> None:
+    """One solve, eager."""
+    if who == "torchode" and importlib.util.find_spec("torchode") is None:
+        pytest.skip("pip install --no-deps torchode torchtyping")
+    benchmark.group = f"{method}, {name}, {'forward + backward' if backward else 'forward'}, {device}"
+    field, x = make(name, device)
+    x.requires_grad_(backward)
+    run = prepare(method, who, field, x)
+    n = evaluations(field, run)
+    floor = passes(lambda: calls(field, x, n), backward)
+    measure(passes(run, backward), floor, field=name, backward=backward, method=method, who=who, evaluations=n)
 
-        def counted(t, x):
-            theirs[0] += 1
-            return field(t, x)
 
-        times = torch.tensor([0.0, 1.0], device=x.device)
-        torchdiffeq.odeint(counted, x, times, method="bosh3", rtol=1e-5, atol=1e-5)
-        run, evaluations = {
-            "odenets": (
-                lambda: integrate(field, x, 0.0, 1.0, tolerance=TOLERANCE, controller=I(), keep="last"),
-                ours.evaluations,
-            ),
-            "torchdiffeq": (
-                lambda: torchdiffeq.odeint(field, x, times, method="bosh3", rtol=1e-5, atol=1e-5),
-                theirs[0],
-            ),
-            "field calls alone": (lambda: calls(field, x, ours.evaluations), ours.evaluations),
-        }[who]
-        measure(run, who=who, evaluations=evaluations, accepted=ours.accepted, rejected=ours.rejected)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("name", "backward"), [(FIELDS[0], False), (FIELDS[0], True), (FIELDS[2], False)])
+def bench_compiled(measure: Measure, benchmark: Any, device: str, name: str, backward: bool) -> None:
+    """Ten steps of bs23 as one graph, beside as many field calls as one graph; compiling them takes a minute or two."""
+    benchmark.group = f"bs23 compiled, {name}, {'forward + backward' if backward else 'forward'}, {device}"
+    field, x = make(name, device)
+    x.requires_grad_(backward)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True)
+    def solve(x: Tensor) -> Tensor:
+        return integrate(field, x, 0.0, 1.0, solver="bs23", steps=STEPS, keep="last").x1
+
+    @torch.compile(fullgraph=True)
+    def bare(x: Tensor) -> Tensor:
+        return calls(field, x, 3 * STEPS)
+
+    run, floor = passes(lambda: solve(x), backward), passes(lambda: bare(x), backward)
+    run()  # compiles
+    floor()
+    info = {"field": name, "backward": backward, "method": "bs23 compiled", "who": "integrate"}
+    measure(run, floor, evaluations=3 * STEPS, **info)
+
+
+@pytest.mark.parametrize("who", ["by hand", "integrate"])
+def bench_memory(benchmark: Any, device: str, machine: dict[str, Any], name: str, who: str) -> None:
+    """Bytes that ten steps of bs23 leave for the backward pass, and their peak with it, over those of field calls."""
+    benchmark.group = f"memory of bs23, {name}, {device}"
+    field, x = make(name, device)
+    x.requires_grad_()
+    run = prepare("bs23", who, field, x)
+    passes(run, backward=True)()  # gradients stand before
+    found = {}
+    for part, work in (("solve", run), ("calls", lambda: calls(field, x, 3 * STEPS))):
+        found[f"{part} left"] = allocated(work, device).left
+        found[f"{part} peak"] = allocated(passes(work, backward=True), device).peak
+    benchmark.pedantic(passes(run, backward=True), rounds=1)
+    benchmark.extra_info.update(found, memory=True, field=name, who=who, device=device, machine=machine)

@@ -1,6 +1,9 @@
-"""What every benchmark shares: one thread, warm-up, synchronisation, and what was measured where."""
+"""What every benchmark shares: one thread, warm-up, synchronisation, the floor, and what was measured where."""
 
+import statistics
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,24 +13,61 @@ from odenets.runs import environment
 
 
 @pytest.fixture(params=["cpu", *["cuda"] * torch.cuda.is_available()])
-def device(request) -> str:
+def device(request: pytest.FixtureRequest) -> str:
     """The devices at hand."""
     return request.param
 
 
-@pytest.fixture
-def measure(benchmark, device):
-    """``measure(run, evaluations=n, **info)``: times ``run`` and stores its problem and the field calls it makes."""
+@pytest.fixture(scope="session")
+def machine() -> dict[str, Any]:
+    """Versions, commit and processor, on one thread."""
     torch.set_num_threads(1)
+    made = environment()
+    made["versions"]["torchdiffeq"] = torchdiffeq.__version__
+    return made
 
-    def timed(run: Callable[[], object], **info: object) -> None:
+
+@pytest.fixture
+def measure(
+    benchmark: Any, request: pytest.FixtureRequest, device: str, machine: dict[str, Any]
+) -> Callable[..., None]:
+    """``measure(run, floor, **info)``: times ``run`` and ``floor`` in turns, and stores the ratio of their medians.
+
+    pytest-benchmark's own figures are those of ``run``. There are as many rounds as ``--benchmark-max-time`` allows.
+    """
+    options: Any = request.config.option
+    fewest, limit = int(options.benchmark_min_rounds), float(options.benchmark_max_time)
+
+    def timed(run: Callable[[], object], floor: Callable[[], object], **info: object) -> None:
+        floors = []
+
         def synchronised() -> None:
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
 
-        versions = environment()["versions"] | {"torchdiffeq": torchdiffeq.__version__}
-        benchmark.extra_info.update(info, device=device, versions=versions, threads=torch.get_num_threads())
-        benchmark.pedantic(synchronised, rounds=20, iterations=3, warmup_rounds=3)
+        def before_each_round() -> None:
+            started = time.perf_counter()
+            floor()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            floors.append(time.perf_counter() - started)
+
+        seconds = 0.0
+        for _ in range(3):  # warm-up
+            started = time.perf_counter()
+            before_each_round()
+            synchronised()
+            seconds = time.perf_counter() - started
+            if seconds > 0.3:
+                break
+        floors.clear()
+        rounds = max(fewest, min(200, int(limit / seconds)))
+        benchmark.pedantic(synchronised, setup=before_each_round, rounds=rounds)
+        benchmark.extra_info.update(
+            info, device=device, machine=machine, rounds=rounds, floor=statistics.median(floors)
+        )
+        if benchmark.stats is not None:
+            benchmark.extra_info["ratio"] = benchmark.stats.stats.median / benchmark.extra_info["floor"]
 
     return timed
