@@ -121,9 +121,9 @@ class _Augmented:
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, y, a, *_ = state
-        v, grad_y, grad_params, grad_t = adjoint_rates(self.problem.field, t, y, a, self.params, self.needs_t)
-        grad_t = torch.zeros_like(t) if grad_t is None else grad_t
-        return (grad_t.to(a.dtype), v, grad_y, *(g.to(a.dtype) for g in grad_params))
+        v, *rates = adjoint_rates(self.problem.field, t, y, a, self.params, needs_t=self.needs_t)
+        grad_t = rates.pop() if self.needs_t else torch.zeros_like(t)
+        return (grad_t.to(a.dtype), v, *(rate.to(a.dtype) for rate in rates))
 
 
 class _Adjoint(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from solvers.states import Packing
 from solvers.step import Field
@@ -18,26 +19,49 @@ Solve = Callable[[Field, Tensor], Tensor]
 
 
 def adjoint_rates(
-    field: Field, t: Any, y: Tensor, a: Tensor, params: Sequence[Tensor], needs_t: bool = False
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    field: Field, t: Any, y: Tensor, a: Tensor, params: Sequence[Tensor], *, needs_t: bool = False, graph: bool = False
+) -> tuple[Tensor, ...]:
     """Velocity at y and the rates of the adjoint, ``-a^T dv/dy``, ``-a^T dv/dparams`` and, if needed, ``-a^T dv/dt``.
 
-    They carry a graph where gradients are enabled, that is where the gradient is to be differentiated itself.
+    Args:
+        field: velocity ``v(t, y)``.
+        t, y, a: time, state and adjoint, whose own history is left out.
+        params: what else gets a rate, zero where the field does not read it.
+        needs_t: whether t, a tensor, gets one.
+        graph: whether what is returned depends on y, on a and on the params.
     """
-    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = y if again and y.requires_grad else y.detach().requires_grad_()
+        y = y.requires_grad_() if graph else y.detach().requires_grad_()
+        wanted = [y, *params]
         if needs_t:
             t = t.detach().requires_grad_()
+            wanted.append(t)
         v = field(t, y)
-        wanted = (y, *params, *[t] * needs_t)
+        grads: Sequence[Tensor | None] = [None] * len(wanted)
         if v.requires_grad:
-            grads = torch.autograd.grad(v, wanted, -a, allow_unused=True, create_graph=again)
-        else:
-            grads = (None,) * len(wanted)
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
-    rate_t = filled.pop() if needs_t else None
-    return (v if again else v.detach()), filled[0], filled[1:], rate_t
+            grads = torch.autograd.grad(v, wanted, -a, allow_unused=True, create_graph=graph)
+    rates = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True))
+    return (v if graph else v.detach(), *rates)
+
+
+class _Rates(torch.autograd.Function):
+    """:func:`adjoint_rates` that can be differentiated once: for the gradient of a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, field: Field, t: Any, y: Tensor, a: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.field, ctx.t = field, t
+        ctx.save_for_backward(y, a, *params)
+        return adjoint_rates(field, t, y, a, params)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        y, a, *params = ctx.saved_tensors
+        y, a = y.detach(), a.detach().requires_grad_()
+        rates = adjoint_rates(ctx.field, ctx.t, y, a, params, graph=True)
+        moved, pulls = zip(*((r, g) for r, g in zip(rates, grads, strict=True) if r.requires_grad), strict=True)
+        found = torch.autograd.grad(moved, (y, a, *params), pulls, allow_unused=True)
+        return (None, None, *found)
 
 
 def backsolved(field: Field, x0: Tensor, x1: Tensor, params: Sequence[Tensor], backward: Solve) -> Tensor:
@@ -95,8 +119,8 @@ class _Backsolve(torch.autograd.Function):
 
         def system(t: Any, z: Tensor) -> Tensor:
             y, a, *_ = packing.unpack(z)
-            v, rate, rates, _ = adjoint_rates(ctx.field, t, y, a, params)
-            return packing.pack((v, rate, *(r.to(a.dtype) for r in rates)), "field")
+            rates = _Rates.apply if torch.is_grad_enabled() else lambda *x: adjoint_rates(*x[:4], x[4:])
+            return packing.pack(tuple(r.to(a.dtype) for r in rates(ctx.field, t, y, a, *params)), "field")
 
         _, a, *sums = packing.unpack(ctx.solve(system, packing.pack(start)))
         return (None, None, None, a, *(s.to(p.dtype) for s, p in zip(sums, params, strict=True)))

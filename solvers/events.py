@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from solvers.methods import get_tableau
+from solvers.states import real_dtype
 from solvers.step import Field, Step, rk_step
 
 __all__ = ["Event", "crossing", "crossings", "link", "until"]
@@ -95,6 +96,6 @@ def link(field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = 
         if met is not None:
             fall, rate = fall * met, torch.where(met, rate, 1.0)
         moved = (fall / rate).reshape(s.shape)
-        x = rk_step(field, s, x, moved.to(x.dtype.to_real()), get_tableau(method), velocity, closing=False).x1
+        x = rk_step(field, s, x, moved.to(real_dtype(x)), get_tableau(method), velocity, closing=False).x1
         s = s + moved
     return s, x

@@ -18,7 +18,7 @@ from solvers.recompute import recomputed
 from solvers.samples import align
 from solvers.solution import SampleSolution, Solution
 from solvers.solve import Task, follow
-from solvers.states import Packing
+from solvers.states import Packing, real_dtype
 from solvers.step import Field, beside
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
@@ -164,7 +164,7 @@ def _by_recomputing(task: Task) -> Solution:
         times = torch.stack(found.times)
         starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
         steps = [(beside(t, task.x0), beside(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
-        real = task.x0.dtype.to_real()
+        real = real_dtype(task.x0)
         field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
     else:
         steps = [(a, b - a) for a, b in pairwise(found.times)]

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from solvers.odeint_events import event_of, find_event, link_event
-from solvers.problem import METHODS, Problem, error_controlled, inside, make_problem, over_grid
+from solvers.problem import (
+    METHODS,
+    Problem,
+    error_controlled,
+    inside,
+    make_problem,
+    output_times_are_the_grid,
+    over_grid,
+)
+from solvers.states import real_dtype
 from solvers.step import Step
 
 __all__ = ["METHODS", "odeint", "odeint_event", "solve"]
@@ -92,12 +101,15 @@ def _outputs(problem: Problem) -> Iterator[Tensor]:
         yield from _interpolated(problem)
         return
     grid = _grid(problem)
+    if output_times_are_the_grid(problem.options):
+        yield from (step.x1 for step in over_grid(problem, grid))
+        return
     steps = zip(over_grid(problem, grid), pairwise(_numbers(grid)), strict=False)
     wanted = list(enumerate(problem.times))[1:]
     for step, (_, end) in steps:
         while wanted and problem.direction * (wanted[0][1] - end) <= 0:
             i, time = wanted.pop(0)
-            at = problem.t[i].to(step.x0.dtype.to_real()) if problem.t.requires_grad else time
+            at = problem.t[i].to(real_dtype(step.x0)) if problem.t.requires_grad else time
             yield step.x1 if time == end else inside(problem, step)((at - step.t) / step.h)
 
 
@@ -131,7 +143,7 @@ def _grid(problem: Problem) -> list[Any]:
     """The times of the steps: those of the output, or what the options say."""
     options, times = problem.options, problem.times
     step_size, constructor = options.get("step_size"), options.get("grid_constructor")
-    t = problem.t.to(problem.x0.dtype.to_real())
+    t = problem.t.to(real_dtype(problem.x0))
     if constructor is not None:
         made = constructor(problem.field, problem.x0, t)
         if made[0] != t[0] or made[-1] != t[-1]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from solvers.events import Event, crossing, link, until
 from solvers.problem import Problem, error_controlled, inside, over_grid
+from solvers.states import real_dtype
 from solvers.step import Step
 
 __all__ = ["event_of", "find_event", "link_event"]
@@ -24,7 +25,7 @@ def event_of(problem: Problem, event_fn: Callable[[Tensor, Any], Tensor]) -> Eve
     """
     if len(problem.times) != 2:
         raise ValueError(f"t must hold two times with event_fn, a start and a direction, got {len(problem.times)}")
-    real = problem.x0.dtype.to_real()
+    real = real_dtype(problem.x0)
 
     def entries(s: Any, x: Tensor) -> Tensor:
         s = s if isinstance(s, Tensor) else torch.tensor(s, dtype=real, device=x.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from solvers.controllers import ControllerState
 from solvers.interpolation import interpolant
 from solvers.methods import get_tableau
-from solvers.states import Packing
+from solvers.states import Packing, real_dtype
 from solvers.step import Field, Step, rk_step
 from solvers.stepping import adaptive_steps
 from solvers.tableaus import ButcherTableau
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
     Attributes:
         field: velocity ``v(t, x)``, for times as numbers.
         x0: the first state.
-        times: the output times as numbers.
+        times: the output times as numbers; in a graph of torch.compile as tensors.
         t: the output times as given, on the state's device.
         packing: how states are laid out.
         tableau: the method.
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
 
     field: Field
     x0: Tensor
-    times: list[float]
+    times: list[Any]
     t: Tensor
     packing: Packing
     tableau: ButcherTableau
@@ -93,9 +93,9 @@ def make_problem(
     _check_options(method, options)
     packing = Packing(y0)
     x0 = packing.pack(y0)
-    times = _check_times(t)
+    times = _check_times(t, numbers=adaptive or not output_times_are_the_grid(options))
     t = t.to(x0.device)
-    real = x0.dtype.to_real()
+    real = real_dtype(x0)
     origin = t[0].double() if t.requires_grad else None
 
     def field(s: float | Tensor, x: Tensor) -> Tensor:
@@ -135,13 +135,20 @@ def _check_options(method: str, options: dict[str, Any]) -> None:
         raise ValueError(f"options: step_size must be positive, got {step_size}")
 
 
-def _check_times(t: Any) -> list[float]:
+def output_times_are_the_grid(options: dict[str, Any]) -> bool:
+    """Whether a fixed method steps from each output time to the next."""
+    return options.get("step_size") is None and options.get("grid_constructor") is None
+
+
+def _check_times(t: Any, numbers: bool) -> list[Any]:
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor of times, got {type(t).__name__}")
     if not t.is_floating_point():
         raise TypeError(f"t must be floating, got {t.dtype}; convert it with t.float()")
     if t.ndim != 1 or len(t) == 0:
         raise ValueError(f"t must have one dimension and at least one time, got shape {tuple(t.shape)}")
+    if torch.compiler.is_compiling() and not numbers:
+        return list(t.detach().unbind())  # a graph knows no values
     times = t.detach().double().tolist()
     if not all(math.isfinite(time) for time in times):
         raise ValueError(f"t must be finite, got {times}")
@@ -205,7 +212,7 @@ def over_grid(problem: Problem, grid: list[Any]) -> Iterator[Step]:
     fields: Any = problem.field
     for s, s_next in pairwise(grid):
         if perturb:
-            fields = [_nudged(problem.field, c, s, s_next, x.dtype.to_real()) for c in tableau.c]
+            fields = [_nudged(problem.field, c, s, s_next, real_dtype(x)) for c in tableau.c]
         if problem.observe is not None:
             problem.observe("step", s, x, s_next - s)
         step = rk_step(fields, s, x, s_next - s, tableau, closing=False)

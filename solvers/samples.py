@@ -11,6 +11,7 @@ from torch import Tensor
 from solvers.controllers import SampleController, SampleStates
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.solution import SampleStatistics
+from solvers.states import real_dtype
 from solvers.step import Field, Step, beside, rk_step
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, numbers
@@ -61,7 +62,7 @@ class SampleLoop:
         *,
         raises: bool = True,
     ) -> None:
-        real = x.dtype.to_real()
+        real = real_dtype(x)
         self.field: Field = lambda t, x: field(t.to(real), x)  # type: ignore[union-attr]
         self.x, self.t, self.t1 = x, t0.clone(), t1
         self.tableau, self.tolerance, self.controller, self.raises = tableau, tolerance, controller, raises

@@ -14,6 +14,7 @@ from solvers.events import Event, crossing, crossings, link, until
 from solvers.interpolation import interpolant
 from solvers.samples import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics, Status
+from solvers.states import real_dtype
 from solvers.step import Field, Step, beside
 from solvers.stepping import adaptive_steps, fixed_steps
 from solvers.tableaus import ButcherTableau
@@ -223,7 +224,7 @@ def follow(task: Task, found: Solution, x: Tensor) -> Solution:
             event = until(task.event, beside(task.t0, task.x0), task.x0, each=True)
             moved = ~time.isnan() & (found.times[-1] != task.t0).to(time.device)
             s = beside(found.times[-1], x).double()
-            field: Field = lambda t, x: task.field(t.to(x.dtype.to_real()), x)  # type: ignore[union-attr]  # noqa: E731
+            field: Field = lambda t, x: task.field(t.to(real_dtype(x)), x)  # type: ignore[union-attr]  # noqa: E731
             s, x = link(field, event, s, x, moved)
             time = torch.where(moved, s.flatten(), time)
         elif found.times[-1] != task.t0:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Packing", "check_state", "is_mapped"]
+__all__ = ["Packing", "check_state", "is_mapped", "real_dtype"]
 
 
 def check_state(x: object, name: str = "x") -> None:
@@ -44,6 +44,11 @@ def _check_finite(x: Tensor, name: str) -> None:
         if bad.any():
             where = f" in sample(s) {samples[:8]}" if samples else ""
             raise ValueError(f"{name} must be finite, got NaN or infinity{where}") from None
+
+
+def real_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the numbers of a floating or complex tensor, which is that of its times and step sizes."""
+    return x.dtype.to_real() if x.is_complex() else x.dtype
 
 
 def is_mapped(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from solvers.states import real_dtype
 from solvers.tableaus import ButcherTableau
 
 __all__ = ["Field", "Step", "beside", "combine", "rk_step"]
@@ -195,5 +196,5 @@ def beside(values: Tensor, x: Tensor) -> Tensor:
     Numbers of float64 or float32 states keep that precision, narrower ones get float32.
     """
     if values.is_floating_point():
-        values = values.to(torch.promote_types(x.dtype.to_real(), torch.float32))
+        values = values.to(torch.promote_types(real_dtype(x), torch.float32))
     return values.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
