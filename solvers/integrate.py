@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -24,6 +23,8 @@ from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
 __all__ = ["integrate"]
+
+_TOLERANCE, _CONTROLLER = Tolerance(), I()
 
 
 def integrate(
@@ -104,7 +105,7 @@ def integrate(
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     x = packing.pack(x0)
     start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
-    tolerance, controller = tolerance or Tolerance(), controller or I()
+    tolerance, controller = tolerance or _TOLERANCE, controller or _CONTROLLER
     raises = on_limit == "raise"
     task = Task(
         v, x, start, end, tableau, steps, tolerance, controller, keep, entries, raises, packing.unpack, per_sample
@@ -158,7 +159,7 @@ def _parameters(field: Any, given: Iterable[Tensor] | None, args: Sequence[Any])
 def _by_recomputing(task: Task) -> Solution:
     """Find the steps without a graph, then take them again with one that keeps little."""
     with torch.no_grad():
-        found = replace(task, keep="states").solve()
+        found = task._replace(keep="states").solve()
     steps: list[Any]
     if isinstance(found, SampleSolution):
         times = torch.stack(found.times)
@@ -175,13 +176,13 @@ def _by_recomputing(task: Task) -> Solution:
 def _by_backsolving(task: Task, parameters: list[Tensor]) -> Solution:
     """Solve without a graph, and the adjoint backwards when its gradient is asked for."""
     with torch.no_grad():
-        found = replace(task, keep="last", unpack=lambda x: x).solve()
+        found = task._replace(keep="last", unpack=lambda x: x).solve()
     t0, t1, x1 = task.t0, found.t1, found.x1
     tolerance = seminorm(task.tolerance, task.x0, parameters) if task.steps is None else task.tolerance
 
     def backward(system: Field, z: Tensor) -> Tensor:
-        back = replace(task, field=system, x0=z, t0=t1, t1=t0, tolerance=tolerance, keep="last", event=None)
-        return replace(back, raises=True, unpack=lambda z: z).solve().x1
+        back = task._replace(field=system, x0=z, t0=t1, t1=t0, tolerance=tolerance, keep="last", event=None)
+        return back._replace(raises=True, unpack=lambda z: z).solve().x1
 
     x = x1 if t0 == t1 else backsolved(task.field, task.x0, x1, parameters, backward)
     return follow(task, found, x)

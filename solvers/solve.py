@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from solvers.interpolation import interpolant
 from solvers.samples import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics, Status
 from solvers.states import real_dtype
-from solvers.step import Field, Step, beside
+from solvers.step import Field, Step, advance, beside
 from solvers.stepping import adaptive_steps, fixed_steps
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
@@ -23,8 +24,7 @@ from solvers.tolerance import Tolerance
 __all__ = ["Task", "follow"]
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
+class Task(NamedTuple):
     """What is to be solved, checked.
 
     Attributes:
@@ -65,25 +65,21 @@ class Task:
         span = max(float(torch.as_tensor(t).abs().max()) for t in (self.t0, self.t1))
         return torch.finfo(self.x0.dtype).eps * max(span, 1e-30)
 
-    def fixed(self, x: Tensor, t0: float, t1: float, *, closing: bool, stats: Statistics) -> Iterator[Step]:
-        """Equal steps from t0 to t1."""
-        assert self.steps is not None
-        grid = [t0 + (t1 - t0) * i / self.steps for i in range(self.steps)] + [t1]
-        return fixed_steps(self.field, x, grid, self.tableau, closing=closing, stats=stats)
-
 
 def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
     stats, x, t = Statistics(), task.x0, task.t0
     watched = task.event is not None
     if task.steps is not None:
-        loop = task.fixed(x, t, task.t1, closing=watched or task.keep == "steps", stats=stats)
+        grid = [t + (task.t1 - t) * i / task.steps for i in range(task.steps)] + [task.t1]
+        if task.keep == "last" and not watched:
+            for start, end in pairwise(grid):
+                x = advance(task.field, start, x, end - start, task.tableau)[0]
+            stats = Statistics(task.steps * task.tableau.interior, task.steps)
+            return Solution((task.t1,), (task.unpack(x),), (), stats)
+        loop = fixed_steps(task.field, x, grid, task.tableau, closing=watched or task.keep == "steps", stats=stats)
     else:
         loop = adaptive_steps(task.field, x, t, task.t1, task.tableau, task.tolerance, task.controller, stats=stats)
-    if task.keep == "last" and task.steps is not None and not watched:
-        for step in loop:
-            x = step.x1
-        return Solution((task.t1,), (task.unpack(x),), (), stats)
     kept = _Kept(task, [t], [x])
     try:
         event = until(task.event, t, x) if task.event is not None else None

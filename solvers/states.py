@@ -37,7 +37,7 @@ def _check_finite(x: Tensor, name: str) -> None:
         return
     try:  # the sum of finite numbers takes one pass; where it overflows every number is looked at
         total = x.detach().sum()
-        torch.ops.aten._assert_async.default(total - total == 0)
+        torch._assert_async(total - total == 0)  # type: ignore[attr-defined]
     except RuntimeError:
         bad = ~x.detach().isfinite()
         samples = bad.flatten(1).any(1).nonzero().flatten().tolist() if x.ndim > 1 else []

@@ -11,7 +11,7 @@ from torch import Tensor
 from solvers.states import real_dtype
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["Field", "Step", "beside", "combine", "rk_step"]
+__all__ = ["Field", "Step", "advance", "beside", "combine", "rk_step"]
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
 
@@ -177,17 +177,29 @@ def rk_step(
     fields = field if isinstance(field, list | tuple) else None
     if fields is not None and len(fields) != tableau.stages:
         raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
-    interior = tableau.interior
-    stages: tuple[Tensor, ...] = () if first is None else (first,)
-    for i in range(len(stages), interior):
-        point = combine(x, stages, tableau.a[i], h) if i else x
-        p = (field if fields is None else fields[i])(t + tableau.c[i] * h if i else t, point)  # type: ignore[operator]
-        stages = (*stages, _checked(p, x, i))
-    x1 = combine(x, stages, tableau.b, h)
+    x1, stages = advance(field, t, x, h, tableau, () if first is None else (first,))
     if closing and tableau.fsal:
         p = (field if fields is None else fields[-1])(t + h, x1)  # type: ignore[operator]
-        stages = (*stages, _checked(p, x, interior))
+        stages = (*stages, _checked(p, x, tableau.interior))
     return Step(t, h, x, x1, stages, tableau)
+
+
+def advance(
+    field: Field | Sequence[Field],
+    t: float | Tensor,
+    x: Tensor,
+    h: float | Tensor,
+    tableau: ButcherTableau,
+    stages: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The state at the end of a step and the stages it needs, those given first; :func:`rk_step` says more."""
+    one = not isinstance(field, list | tuple)
+    for i in range(len(stages), tableau.interior):
+        v = field if one else field[i]  # type: ignore[index]
+        point = combine(x, stages, tableau.a[i], h) if i else x
+        p = v(t + tableau.c[i] * h if i else t, point)  # type: ignore[operator]
+        stages = (*stages, _checked(p, x, i))
+    return combine(x, stages, tableau.b, h), stages
 
 
 def beside(values: Tensor, x: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class ButcherTableau:
             ``b_i(theta)`` on ``x(t + theta h) = x0 + h sum_i b_i(theta) p_i``; or None.
         fsal: derived; first same as last, the last stage is the velocity at the solution itself.
         error_weights: derived; ``b - b_low``, or None without a lower solution.
+        stages: derived; number of stages.
+        interior: derived; number of stages that the solution ``x1`` needs: all, or all but the last when ``fsal``.
 
     Raises:
         ValueError: the coefficients are not those of a consistent explicit method.
@@ -57,6 +59,8 @@ class ButcherTableau:
     dense: tuple[Row, ...] | None = None
     fsal: bool = field(init=False, default=False)
     error_weights: Row | None = field(init=False, default=None)
+    stages: int = field(init=False, default=0)
+    interior: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         stages = len(self.c)
@@ -90,24 +94,16 @@ class ButcherTableau:
         # Constants from here on: plain attributes, so that torch.compile reads them without a guard on code.
         fsal = stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
         object.__setattr__(self, "fsal", fsal)
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "interior", stages - fsal)
         if self.low is not None:
             low = self.solution(self.low).b
             object.__setattr__(self, "error_weights", tuple(b - b_low for b, b_low in zip(self.b, low, strict=True)))
 
     @property
-    def stages(self) -> int:
-        """Number of stages."""
-        return len(self.c)
-
-    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the embedded outputs."""
         return tuple(name for name, _ in self.embedded)
-
-    @property
-    def interior(self) -> int:
-        """Number of stages that the solution ``x1`` needs: all, or all but the last when ``fsal``."""
-        return self.stages - 1 if self.fsal else self.stages
 
     @property
     def error_order(self) -> int:
