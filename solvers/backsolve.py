@@ -119,8 +119,11 @@ class _Backsolve(torch.autograd.Function):
 
         def system(t: Any, z: Tensor) -> Tensor:
             y, a, *_ = packing.unpack(z)
-            rates = _Rates.apply if torch.is_grad_enabled() else lambda *x: adjoint_rates(*x[:4], x[4:])
-            return packing.pack(tuple(r.to(a.dtype) for r in rates(ctx.field, t, y, a, *params)), "field")
+            if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+                rates: tuple[Tensor, ...] = _Rates.apply(ctx.field, t, y, a, *params)  # type: ignore[assignment]
+            else:
+                rates = adjoint_rates(ctx.field, t, y, a, params)
+            return packing.pack(tuple(rate.to(a.dtype) for rate in rates), "field")
 
         _, a, *sums = packing.unpack(ctx.solve(system, packing.pack(start)))
         return (None, None, None, a, *(s.to(p.dtype) for s, p in zip(sums, params, strict=True)))

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+import numpy as np
 
 __all__ = [
     "PI",
@@ -20,6 +19,8 @@ __all__ = [
     "SampleController",
     "SampleStates",
 ]
+
+Array = np.ndarray
 
 
 class ControllerState(NamedTuple):
@@ -51,18 +52,18 @@ class Controller(Protocol):
 
 
 class SampleStates(NamedTuple):
-    """:class:`ControllerState` of every sample: tensors ``(B,)``, float64, on the host."""
+    """:class:`ControllerState` of every sample: arrays ``(B,)``."""
 
-    h: Tensor
-    accepted: Tensor
-    errors: tuple[Tensor, Tensor]
+    h: Array
+    accepted: Array
+    errors: tuple[Array, Array]
 
 
 @runtime_checkable
 class SampleController(Protocol):
     """A step-size rule that also serves many samples at once, each as if it were alone."""
 
-    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+    def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The states after a step of each sample, as ``__call__`` finds them one by one; ``error`` is ``(B,)``."""
         ...
 
@@ -74,9 +75,9 @@ class Fixed:
     def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
         return state._replace(accepted=True)
 
-    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+    def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The same for each sample."""
-        return states._replace(accepted=torch.ones_like(states.accepted))
+        return states._replace(accepted=np.ones_like(states.accepted))
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,16 @@ class HalveDouble:
         h = 2 * state.h if error < 1 / self.K else state.h
         return ControllerState(h, True, (error, state.errors[0]))
 
-    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+    def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The same for each sample."""
         good = error <= 1
-        h = states.h * torch.where(good, torch.where(error < 1 / self.K, 2.0, 1.0), 0.5)
+        h = states.h * np.where(good, np.where(error < 1 / self.K, 2.0, 1.0), 0.5)
         return SampleStates(h, good, _remember(states, error, good))
 
 
-def _remember(states: SampleStates, error: Tensor, good: Tensor) -> tuple[Tensor, Tensor]:
+def _remember(states: SampleStates, error: Array, good: Array) -> tuple[Array, Array]:
     last, before = states.errors
-    return torch.where(good, error, last), torch.where(good, last, before)
+    return np.where(good, error, last), np.where(good, last, before)
 
 
 @dataclass(frozen=True)
@@ -153,17 +154,18 @@ class PID:
             factor = min(facmax, max(self.facmin, factor))
         return ControllerState(state.h * factor, True, (error, state.errors[0]))
 
-    def each(self, states: SampleStates, error: Tensor, order: int) -> SampleStates:
+    def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The same for each sample."""
         good, k = error <= 1, order + 1
-        smaller = (self.safety * error ** (-1 / k)).clamp(min=self.facmin).clamp(max=self.safety)
-        smaller = torch.where(error.isfinite(), smaller, self.facmin)
-        factor = torch.full_like(error, self.safety)
+        smaller = np.minimum(np.maximum(self.safety * np.maximum(error, 1e-10) ** (-1 / k), self.facmin), self.safety)
+        smaller = np.where(np.isfinite(error), smaller, self.facmin)
+        factor = np.full_like(error, self.safety)
         for beta, e in zip(self.beta, (error, *states.errors), strict=True):
-            factor = factor * e.clamp(min=1e-10) ** (-beta / k) if beta else factor
-        largest = torch.where(states.accepted, self.facmax, 1.0)
-        factor = torch.where(error == 0, largest, torch.minimum(factor.clamp(min=self.facmin), largest))
-        return SampleStates(states.h * torch.where(good, factor, smaller), good, _remember(states, error, good))
+            if beta:
+                factor *= np.maximum(e, 1e-10) ** (-beta / k)
+        largest = np.where(states.accepted, self.facmax, 1.0)
+        factor = np.where(error == 0, largest, np.minimum(np.maximum(factor, self.facmin), largest))
+        return SampleStates(states.h * np.where(good, factor, smaller), good, _remember(states, error, good))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -141,12 +142,12 @@ def _time(name: str, t: Any, samples: int | None) -> Any:
         if not math.isfinite(t):
             raise ValueError(f"{name} must be finite, got {t}")
         return t
-    t = torch.as_tensor(t, dtype=torch.float64).detach().cpu()
+    t = np.array(t.tolist() if isinstance(t, Tensor) else t, dtype=np.float64)
     if t.shape not in ((), (samples,)):
         raise ValueError(f"{name} must be a number or have shape ({samples},), got {tuple(t.shape)}")
-    if not t.isfinite().all():
+    if not np.isfinite(t).all():
         raise ValueError(f"{name} must be finite, got {t.tolist()}")
-    return t.expand(samples).clone()
+    return np.broadcast_to(t, samples).copy()
 
 
 def _parameters(field: Any, given: Iterable[Tensor] | None, args: Sequence[Any]) -> list[Tensor]:
@@ -162,7 +163,7 @@ def _by_recomputing(task: Task) -> Solution:
         found = task._replace(keep="states").solve()
     steps: list[Any]
     if isinstance(found, SampleSolution):
-        times = torch.stack(found.times)
+        times = torch.stack(found.times).numpy()
         starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
         steps = [(beside(t, task.x0), beside(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
         real = real_dtype(task.x0)

@@ -101,7 +101,7 @@ def make_problem(
     def field(s: float | Tensor, x: Tensor) -> Tensor:
         if not isinstance(s, Tensor):
             s = torch.tensor(s, dtype=real, device=x.device) if origin is None else (origin + (s - times[0])).to(real)
-        return packing.pack(func(s.to(real), packing.unpack(x)), "func")
+        return packing.pack(func(s.to(real), packing.unpack(x)), "func")  # type: ignore[union-attr]
 
     norm = options.get("norm")
     if norm is None and not packing.single:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,34 +19,36 @@ from solvers.tolerance import Tolerance, numbers
 
 __all__ = ["Round", "SampleLoop", "align"]
 
+Array = np.ndarray
+
 
 class Round(NamedTuple):
     """One attempted step of every sample.
 
     Attributes:
         step: the step, with ``t`` and ``h`` of shape ``(B, 1, ..., 1)``; of no meaning for samples that finished.
-        accepted: the samples that took it, ``(B,)`` on the host.
-        t: time of each sample after it, ``(B,)`` float64 on the host.
+        accepted: the samples that took it, ``(B,)``.
+        t: time of each sample after it, ``(B,)`` float64.
         x: state of each sample after it, ``(B, *S)``.
     """
 
     step: Step
-    accepted: Tensor
-    t: Tensor
+    accepted: Array
+    t: Array
     x: Tensor
 
 
 class SampleLoop:
     """The adaptive loop with a time and a step size per sample.
 
-    Times and step sizes are float64 on the host, where the controller works on all of them at once; the device is
-    waited for once per attempt. A finished sample stays in the batch and takes steps of size 0 until the last has
+    Times and step sizes are float64 arrays on the host, where the controller works on all of them at once; the device
+    is waited for once per attempt. A finished sample stays in the batch and takes steps of size 0 until the last has
     finished, so that whatever the field knows of its samples, by position, stays true.
 
     Args:
         field: velocity ``v(t, x)``, with ``t`` of shape ``(B, 1, ..., 1)``.
         x: states at the start, ``(B, *S)``.
-        t0, t1: start and end of each sample, ``(B,)`` float64 on the host.
+        t0, t1: start and end of each sample, ``(B,)`` float64.
         tableau, tolerance, controller: the method, what it accepts, how it chooses its steps.
         raises: whether a sample that cannot go on ends the solve; else it stays where it is and the others go on.
     """
@@ -54,8 +57,8 @@ class SampleLoop:
         self,
         field: Field,
         x: Tensor,
-        t0: Tensor,
-        t1: Tensor,
+        t0: Array,
+        t1: Array,
         tableau: ButcherTableau,
         tolerance: Tolerance,
         controller: SampleController,
@@ -64,16 +67,20 @@ class SampleLoop:
     ) -> None:
         real = real_dtype(x)
         self.field: Field = lambda t, x: field(t.to(real), x)  # type: ignore[union-attr]
-        self.x, self.t, self.t1 = x, t0.clone(), t1
+        self.x, self.t, self.t1 = x, t0, t1
         self.tableau, self.tolerance, self.controller, self.raises = tableau, tolerance, controller, raises
-        self.direction = torch.where(t1 >= t0, 1.0, -1.0).double()
+        self.direction = np.where(t1 >= t0, 1.0, -1.0)
         self.moving = t0 != t1
         self.calls = 0
-        zeros = torch.zeros(len(x), dtype=torch.long)
-        self.stats = SampleStatistics(zeros.clone(), zeros.clone(), zeros.clone())
+        self.counts = np.zeros((3, len(x)), dtype=np.int64)
         self.failures: dict[int, SolverError] = {}
         self._parked: list[tuple[Tensor, Tensor]] = []
         self._t = self.t
+
+    @property
+    def stats(self) -> SampleStatistics:
+        """The counts of each sample."""
+        return SampleStatistics(*torch.from_numpy(self.counts.copy()))
 
     @property
     def states(self) -> Tensor:
@@ -93,33 +100,33 @@ class SampleLoop:
         first = self.field(beside(self.t, self.x), self.x)
         self._count(1)
         states = self._first_states(first, order)
-        ratio, bad_stage = torch.full_like(self.t, torch.nan), torch.where(states.h.isfinite(), -1, 0)
+        ratio, bad_stage = np.full_like(self.t, np.nan), np.where(np.isfinite(states.h), -1, 0)
         attempts = 0
         while self.moving.any():
-            size = states.h.clamp(self.tolerance.min_step, self.tolerance.max_step)
-            left = (self.t1 - self.t).abs()
+            size = np.clip(states.h, self.tolerance.min_step, self.tolerance.max_step)
+            left = np.abs(self.t1 - self.t)
             self._fail_where_stuck(size, left, ratio, bad_stage, attempts)
             if not self.moving.any():
                 return
             last = size >= left
-            h = self.direction * torch.where(self.moving, torch.where(last, left, size), 0.0)
+            h = self.direction * np.where(self.moving, np.where(last, left, size), 0.0)
             step = rk_step(self.field, beside(self._t, self.x), self.x, beside(h, self.x), self.tableau, first)
             self._count(len(step.stages) - (first is not None))
             attempts += 1
             with torch.no_grad():
                 found = self.tolerance.sizes(self.tolerance.scaled(step.error(), self.x, step.x1))
-                ratio = torch.tensor(numbers(found), dtype=torch.float64)
-            finite = ratio.isfinite() | ~self.moving
+                ratio = np.array(numbers(found))
+            finite = np.isfinite(ratio) | ~self.moving
             before = states.errors
-            states = self.controller.each(states._replace(h=h.abs()), ratio, order)
+            states = self.controller.each(states._replace(h=np.abs(h)), ratio, order)
             accepted = self.moving & (states.accepted | (finite & (size <= self.tolerance.min_step)))
             if not finite.all():
-                bad_stage = torch.where(finite, bad_stage, _first_not_finite(step))
+                bad_stage = np.where(finite, bad_stage, _first_not_finite(step))
                 if torch.is_grad_enabled():  # a NaN beside good samples would reach their gradients: all try again
-                    states = states._replace(h=torch.where(accepted, h.abs(), states.h), errors=before)
-                    accepted = torch.zeros_like(accepted)
-            self.stats.accepted.add_(accepted)
-            self.stats.rejected.add_(self.moving & ~accepted)
+                    states = states._replace(h=np.where(accepted, np.abs(h), states.h), errors=before)
+                    accepted = np.zeros_like(accepted)
+            self.counts[1] += accepted
+            self.counts[2] += self.moving & ~accepted
             if not accepted.any():
                 first = step.stages[0]
                 continue
@@ -129,16 +136,16 @@ class SampleLoop:
             first = step.stages[-1] if self.tableau.fsal else None
             if first is not None and not everyone:
                 first = torch.where(took, first, step.stages[0])
-            self.t = torch.where(accepted, torch.where(last, self.t1, self.t + h), self.t)
-            self._t = torch.where(accepted, self.t, self._t)
+            self.t = np.where(accepted, np.where(last, self.t1, self.t + h), self.t)
+            self._t = np.where(accepted, self.t, self._t) if self._parked else self.t
             self.moving = self.moving & (self.t != self.t1)
             yield Round(step, accepted, self.t, self.states)
 
-    def stop(self, samples: Tensor) -> None:
+    def stop(self, samples: Array) -> None:
         """Let the samples of a mask ``(B,)`` go no further."""
         self.moving = self.moving & ~samples
 
-    def move(self, samples: Tensor, t: Tensor, x: Tensor) -> None:
+    def move(self, samples: Array, t: Array, x: Tensor) -> None:
         """Let the samples of a mask end at the times and states given for them."""
         self.t = self._t = t
         self.x = torch.where(beside(samples, x), x, self.x)
@@ -146,7 +153,7 @@ class SampleLoop:
 
     def _count(self, calls: int) -> None:
         self.calls += calls
-        self.stats.evaluations.add_(self.moving, alpha=calls)
+        self.counts[0] += calls * self.moving
 
     def _first_states(self, first: Tensor, order: int) -> SampleStates:
         size = self.tolerance.first_step
@@ -155,19 +162,19 @@ class SampleLoop:
                 t, direction = (beside(v, self.x) for v in (self.t, self.direction))
                 x, p = self.x.detach(), first.detach()
                 found = self.tolerance.choose_first_steps(self.field, t, x, p, direction, order)
-                h = torch.tensor(numbers(found), dtype=torch.float64)
+                h = np.array(numbers(found))
             self._count(1)
         else:
-            h = torch.full_like(self.t, size)
-        ones = torch.ones_like(self.t)
-        return SampleStates(h, torch.ones_like(self.moving), (ones, ones))
+            h = np.full_like(self.t, size)
+        ones = np.ones_like(self.t)
+        return SampleStates(h, np.ones_like(self.moving), (ones, ones))
 
-    def _fail_where_stuck(self, size: Tensor, left: Tensor, ratio: Tensor, bad_stage: Tensor, attempts: int) -> None:
-        smallest = 10 * (torch.nextafter(self.t, torch.full_like(self.t, torch.inf)) - self.t)
+    def _fail_where_stuck(self, size: Array, left: Array, ratio: Array, bad_stage: Array, attempts: int) -> None:
+        smallest = 10 * np.spacing(np.abs(self.t))
         stuck = self.moving & ~(size >= smallest) & (left > smallest)
         if attempts >= self.tolerance.max_steps:
-            stuck = self.moving.clone()
-        for i in stuck.nonzero().flatten().tolist():
+            stuck = self.moving.copy()
+        for i in map(int, stuck.nonzero()[0]):
             where: dict[str, Any] = {"t": float(self.t[i]), "h": float(self.direction[i] * size[i]), "sample": i}
             last = f"last error ratio {ratio[i]:.3g}"
             if attempts >= self.tolerance.max_steps:
@@ -176,7 +183,7 @@ class SampleLoop:
                     "raise max_steps, loosen the tolerance, or the problem is stiff",
                     stage=None, **where,
                 )  # fmt: skip
-            elif not ratio[i].isfinite():
+            elif not np.isfinite(ratio[i]):
                 stage = int(bad_stage[i])
                 error = NonFiniteError(
                     "NaN or infinity, and no smaller step avoids it", stage=stage if stage >= 0 else None, **where
@@ -194,31 +201,31 @@ class SampleLoop:
         if stuck.any() and self.moving.any():
             self._park(stuck)
 
-    def _park(self, samples: Tensor) -> None:
+    def _park(self, samples: Array) -> None:
         """Put samples beside one that goes on, so that no NaN of theirs reaches a gradient; keep their states."""
-        other = int(self.moving.nonzero()[0])
+        other = int(self.moving.nonzero()[0][0])
         mask = beside(samples, self.x)
         self._parked.append((mask, self.x))
         self.x = torch.where(mask, self.x[other].detach(), self.x)
-        self._t = torch.where(samples, self.t[other], self._t)
+        self._t = np.where(samples, self.t[other], self._t)
 
 
-def align(accepted: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+def align(accepted: Array, start: Array, end: Array) -> tuple[Array, Array]:
     """Starts and sizes of the accepted steps, the k-th of every sample in row k; behind its last a sample has size 0.
 
     Args:
         accepted, start, end: of each round, ``(rounds, B)``.
 
     Returns:
-        Two tensors ``(n, B)``.
+        Two arrays ``(n, B)``.
     """
-    n = int(accepted.sum(0).max()) if len(accepted) else 0
-    order = (~accepted).to(torch.uint8).argsort(dim=0, stable=True)[:n]
-    taken, start, end = (v.gather(0, order) for v in (accepted, start, end))
-    return torch.where(taken, start, end), torch.where(taken, end - start, 0.0)
+    order = np.argsort(~accepted, axis=0, kind="stable")[: accepted.sum(0).max(initial=0)]
+    taken, start, end = (np.take_along_axis(v, order, 0) for v in (accepted, start, end))
+    return np.where(taken, start, end), np.where(taken, end - start, 0.0)
 
 
-def _first_not_finite(step: Step) -> Tensor:
-    """The first stage of each sample that holds NaN or infinity, -1 where none does, ``(B,)`` on the host."""
-    bad = torch.stack([(~p.detach().isfinite()).flatten(1).any(1) for p in step.stages]).cpu()
-    return torch.where(bad.any(0), bad.to(torch.uint8).argmax(0), -1).double()
+def _first_not_finite(step: Step) -> Array:
+    """The first stage of each sample that holds NaN or infinity, -1 where none does, ``(B,)``."""
+    bad = torch.stack([(~p.detach().isfinite()).flatten(1).any(1) for p in step.stages])
+    found = np.array(bad.tolist())
+    return np.where(found.any(0), found.argmax(0), -1)

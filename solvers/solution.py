@@ -136,7 +136,7 @@ class SampleSolution(Solution):
             here = waiting[samples] & ((end - time) * (end - start) >= 0)
             if here.any():
                 part = step.of_samples(here.nonzero().flatten().to(step.x0.device))
-                start, end = (beside(s[here], step.x0) for s in (start, end))
+                start, end = (beside(s[here].numpy(), step.x0) for s in (start, end))
                 rows.append(interpolant(part, self._field)((t - start) / (end - start)))
                 found.append(samples[here])
                 waiting[samples[here]] = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ class Task(NamedTuple):
     Attributes:
         field: velocity ``v(t, x)`` of a state that is one tensor.
         x0: the first state.
-        t0, t1: numbers, or with a step size per sample ``(B,)`` float64 on the host.
+        t0, t1: numbers, or with a step size per sample arrays ``(B,)`` float64.
         tableau: the method.
         steps: the number of equal steps, or None for error control.
         tolerance, controller: of error control.
@@ -62,7 +63,7 @@ class Task(NamedTuple):
     @property
     def width(self) -> float:
         """How close in time an event is found: the resolution of the state's precision."""
-        span = max(float(torch.as_tensor(t).abs().max()) for t in (self.t0, self.t1))
+        span = max(float(np.abs(t).max()) for t in (self.t0, self.t1))
         return torch.finfo(self.x0.dtype).eps * max(span, 1e-30)
 
 
@@ -131,8 +132,15 @@ class _Kept:
         """The same, with control per sample."""
         counts = loop.stats
         stats = Statistics(loop.calls, int(counts.accepted.sum()), int(counts.rejected.sum()))
-        common = self._common(stats, status, event_time)
-        return SampleSolution(*common, samples=tuple(self.samples), sample_stats=counts, _x0=self.task.x0)
+        _, *common = self._common(stats, status, event_time)
+        times = tuple(torch.from_numpy(t) for t in self.times)
+        return SampleSolution(
+            times,
+            *common,
+            samples=tuple(self.samples),
+            sample_stats=counts,
+            _x0=self.task.x0,
+        )
 
     def _common(self, stats: Statistics, status: Any, event_time: Tensor | None) -> tuple[Any, ...]:
         dense = self.task.field if self.task.keep == "steps" else None
@@ -160,12 +168,11 @@ def _solve_samples(task: Task) -> SampleSolution:
     )
     kept = _Kept(task, [loop.t], [loop.states])
     event, times = None, None
-    met = torch.zeros_like(loop.moving)
+    met = np.zeros_like(loop.moving)
     if task.event is not None:
         event = until(task.event, beside(loop.t, task.x0), task.x0, each=True)
-        times = torch.full_like(loop.t, torch.nan).to(task.x0.device)
         met = _met_by(event, loop.t, loop.states)
-        times = torch.where(met.to(times.device), loop.t.to(times.device), times)
+        times = torch.from_numpy(np.where(met, loop.t, np.nan)).to(task.x0.device)
         loop.stop(met)
     try:
         for step, accepted, t, x in loop.rounds():
@@ -175,8 +182,8 @@ def _solve_samples(task: Task) -> SampleSolution:
                     times, t, x = _at_events(task, loop.field, step, event, now, times, t, x)
                     loop.move(now, t, x)
                     met = met | now
-            samples = accepted.nonzero().flatten()
             if task.keep == "steps":
+                samples = torch.from_numpy(accepted).nonzero().flatten()
                 kept.samples.append(samples)
                 step = step if len(samples) == len(x) else step.of_samples(samples.to(x.device))
             kept.add(t, x, step)
@@ -186,7 +193,7 @@ def _solve_samples(task: Task) -> SampleSolution:
     return kept.sample_solution(loop, _status(loop, met), times)
 
 
-def _status(loop: SampleLoop, met: Tensor, error: SolverError | None = None) -> tuple[Status, ...]:
+def _status(loop: SampleLoop, met: np.ndarray, error: SolverError | None = None) -> tuple[Status, ...]:
     found: list[Status] = ["event" if m else "finished" for m in met.tolist()]
     for i, failure in {**loop.failures, **({error.sample: error} if error else {})}.items():
         if i is not None:
@@ -194,22 +201,23 @@ def _status(loop: SampleLoop, met: Tensor, error: SolverError | None = None) -> 
     return tuple(found)
 
 
-def _met_by(event: Event, t: Tensor, x: Tensor) -> Tensor:
+def _met_by(event: Event, t: np.ndarray, x: Tensor) -> np.ndarray:
     with torch.no_grad():
-        return (event(beside(t, x), x) <= 0).cpu()
+        return np.array((event(beside(t, x), x) <= 0).tolist())
 
 
 def _at_events(
-    task: Task, field: Field, step: Step, event: Event, now: Tensor, times: Tensor, t: Tensor, x: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    task: Task, field: Field, step: Step, event: Event, now: np.ndarray, times: Tensor, t: np.ndarray, x: Tensor
+) -> tuple[Tensor, np.ndarray, Tensor]:
     """Event times, times and states, where the samples ``now`` are moved to their event inside the step."""
     inside = interpolant(step, field)
     with torch.no_grad():
         theta = crossings(step, inside, event, task.width)
-    mask = now.to(x.device)
+    mask = torch.from_numpy(now).to(x.device)
     s, x_event = link(field, event, (step.t + theta * step.h).double(), inside(theta), mask)
     times = torch.where(mask, s.flatten(), times)
-    return times, torch.where(now, s.detach().flatten().cpu(), t), torch.where(beside(now, x), x_event, x)
+    at = np.where(now, np.array(s.detach().flatten().tolist()), t)
+    return times, at, torch.where(beside(now, x), x_event, x)
 
 
 def follow(task: Task, found: Solution, x: Tensor) -> Solution:
@@ -218,8 +226,9 @@ def follow(task: Task, found: Solution, x: Tensor) -> Solution:
     if time is not None and task.event is not None:
         if isinstance(found, SampleSolution):
             event = until(task.event, beside(task.t0, task.x0), task.x0, each=True)
-            moved = ~time.isnan() & (found.times[-1] != task.t0).to(time.device)
-            s = beside(found.times[-1], x).double()
+            ends = found.times[-1].numpy()
+            moved = ~time.isnan() & torch.from_numpy(ends != task.t0).to(time.device)
+            s = beside(ends, x).double()
             field: Field = lambda t, x: task.field(t.to(real_dtype(x)), x)  # type: ignore[union-attr]  # noqa: E731
             s, x = link(field, event, s, x, moved)
             time = torch.where(moved, s.flatten(), time)

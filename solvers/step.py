@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,11 +203,11 @@ def advance(
     return combine(x, stages, tableau.b, h), stages
 
 
-def beside(values: Tensor, x: Tensor) -> Tensor:
-    """A value per sample, ``(B,)`` on the host, as it broadcasts against states ``(B, *S)`` on their device.
+def beside(values: np.ndarray, x: Tensor) -> Tensor:
+    """A value per sample, ``(B,)``, as it broadcasts against states ``(B, *S)`` on their device.
 
     Numbers of float64 or float32 states keep that precision, narrower ones get float32.
     """
-    if values.is_floating_point():
-        values = values.to(torch.promote_types(real_dtype(x), torch.float32))
-    return values.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+    if values.dtype == np.float64 and real_dtype(x) != torch.float64:
+        values = values.astype(np.float32)
+    return torch.from_numpy(values).to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))

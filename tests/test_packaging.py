@@ -37,7 +37,11 @@ def imports(path):
 
 def test_imports_run_one_way():
     for path in (ROOT / "solvers").glob("*.py"):
-        assert {name.split(".")[0] for name in imports(path)} <= set(sys.stdlib_module_names) | {"torch", "solvers"}
+        assert {name.split(".")[0] for name in imports(path)} <= set(sys.stdlib_module_names) | {
+            "torch",
+            "numpy",
+            "solvers",
+        }
     for path in (ROOT / "odenets").glob("*.py"):
         assert not {"experiments", "benchmarks", "tests"} & {name.split(".")[0] for name in imports(path)}
 
