@@ -16,7 +16,7 @@ from solvers.controllers import Controller, I, SampleController
 from solvers.methods import get_tableau
 from solvers.recompute import recomputed
 from solvers.samples import align
-from solvers.solution import SampleSolution, Solution
+from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.solve import Task, follow
 from solvers.states import Packing, real_dtype
 from solvers.step import Field, beside
@@ -158,9 +158,13 @@ def _parameters(field: Any, given: Iterable[Tensor] | None, args: Sequence[Any])
 
 
 def _by_recomputing(task: Task) -> Solution:
-    """Find the steps without a graph, then take them again with one that keeps little."""
-    with torch.no_grad():
-        found = task._replace(keep="states").solve()
+    """Find the steps without a graph where they are not given, then take them with one that keeps little."""
+    if task.steps is not None and task.event is None:
+        stats = Statistics(task.steps * task.tableau.interior, task.steps)
+        found = Solution(tuple(task.grid), (task.x0,), stats=stats)
+    else:
+        with torch.no_grad():
+            found = task._replace(keep="states").solve()
     steps: list[Any]
     if isinstance(found, SampleSolution):
         times = torch.stack(found.times).numpy()

@@ -61,6 +61,12 @@ class Task(NamedTuple):
         return _solve_samples(self) if self.per_sample else _solve_batch(self)
 
     @property
+    def grid(self) -> list[float]:
+        """The times of equal steps."""
+        assert self.steps is not None
+        return [self.t0 + (self.t1 - self.t0) * i / self.steps for i in range(self.steps)] + [self.t1]
+
+    @property
     def width(self) -> float:
         """How close in time an event is found: the resolution of the state's precision."""
         span = max(float(np.abs(t).max()) for t in (self.t0, self.t1))
@@ -72,7 +78,7 @@ def _solve_batch(task: Task) -> Solution:
     stats, x, t = Statistics(), task.x0, task.t0
     watched = task.event is not None
     if task.steps is not None:
-        grid = [t + (task.t1 - t) * i / task.steps for i in range(task.steps)] + [task.t1]
+        grid = task.grid
         if task.keep == "last" and not watched:
             for start, end in pairwise(grid):
                 x = advance(task.field, start, x, end - start, task.tableau)[0]

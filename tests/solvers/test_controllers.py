@@ -1,8 +1,12 @@
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from solvers import PI, PID, ControllerState, Fixed, HalveDouble, I
+from solvers.controllers import SampleStates
 
 STATE = ControllerState(0.1)
 
@@ -56,3 +60,29 @@ def test_pid_reads_three_errors():
 def test_coefficients_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    controller=st.sampled_from([I(), PI(), PID(), PID(facmin=0.95), HalveDouble(), HalveDouble(3.0), Fixed()]),
+    samples=st.lists(
+        st.tuples(
+            st.floats(1e-6, 10),
+            st.booleans(),
+            st.floats(1e-12, 1),
+            st.floats(1e-12, 1),
+            st.one_of(st.floats(0, 1e6), st.just(math.nan), st.just(math.inf), st.just(0.0)),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    order=st.integers(1, 4),
+)
+def test_each_sample_is_controlled_as_if_alone(controller, samples, order):
+    h, accepted, last, before, error = (np.array(column) for column in zip(*samples, strict=True))
+    found = controller.each(SampleStates(h, accepted, (last, before)), error, order)
+    for i, (h, accepted, last, before, error) in enumerate(samples):
+        one = controller(ControllerState(h, accepted, (last, before)), error, order)
+        assert found.h[i] == pytest.approx(one.h, rel=1e-12)
+        assert found.accepted[i] == one.accepted
+        assert [e[i] for e in found.errors] == pytest.approx(one.errors)

@@ -1,0 +1,156 @@
+"""How gradients flow through a solve: directly, by recomputing, by solving backwards."""
+
+import pytest
+import torch
+from torch import nn
+
+from odenets.memory import peak_memory
+from solvers import Tolerance, integrate
+from tests.counting import Counted
+
+D = torch.float64
+MODES = [("direct", "batch"), ("checkpoint", "batch"), ("backsolve", "batch")]
+MODES += [("direct", "sample"), ("checkpoint", "sample")]
+
+
+def field(t, x, w):
+    return torch.tanh(x @ w) + t
+
+
+def fall(t, x, k):
+    """Height and speed under gravity and air."""
+    return torch.stack([x[..., 1], -9.81 - k * x[..., 1] ** 2], -1)
+
+
+@pytest.fixture
+def inputs():
+    x = torch.randn(2, 2, dtype=D, requires_grad=True)
+    return x, torch.randn(2, 2, dtype=D, requires_grad=True)
+
+
+def options(gradient, control, **others):
+    return {"gradient": gradient, "control": control, "parameters": (), **others}
+
+
+@pytest.mark.parametrize(("gradient", "control"), MODES)
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_adaptive_gradients(check, gradient, control, inputs):
+    loose = {"atol": 1e-5, "rtol": 1e-3} if gradient == "backsolve" else {}
+    tolerance = Tolerance(1e-8, 1e-8) if gradient == "backsolve" else Tolerance(1e-2, 1e-2)
+    # A sample per solve: finite differences must not meet another choice of steps.
+    x, w = (inputs[0][:1].detach().requires_grad_(), inputs[1])
+
+    def solve(x, w):
+        more = {"args": (w,), "tolerance": tolerance, "solver": "dopri5"}
+        return integrate(field, x, 0.0, 0.5, **options(gradient, control, **more)).x1
+
+    assert check(solve, (x, w), **loose)
+
+
+@pytest.mark.parametrize(("gradient", "steps"), [("direct", 3), ("checkpoint", 5), ("backsolve", 20)])
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_fixed_gradients(check, gradient, steps, inputs):
+    loose = {"atol": 1e-5, "rtol": 1e-3} if gradient == "backsolve" else {}
+    x, w = (inputs[0][:1].detach().requires_grad_(), inputs[1])
+
+    def solve(x, w):
+        return integrate(field, x, 0.0, 0.5, **options(gradient, "batch", args=(w,), steps=steps, solver="rk4")).x1
+
+    assert check(solve, (x, w), **loose)
+
+
+@pytest.mark.parametrize(("gradient", "control"), MODES)
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_event_gradients(check, gradient, control):
+    x = torch.tensor([[2.0, 0.5]], dtype=D, requires_grad=True)
+    k = torch.tensor(0.1, dtype=D, requires_grad=True)
+
+    def solve(x, k):
+        more = {"args": (k,), "tolerance": Tolerance(1e-8, 1e-8), "solver": "dopri5", "event": lambda t, x: x[..., 0]}
+        solution = integrate(fall, x, 0.0, 5.0, **options(gradient, control, **more))
+        return solution.event_time, solution.x1
+
+    assert check(solve, (x, k), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_recomputing_gives_the_same_gradients(control, inputs):
+    x, w = inputs
+    found = []
+    for gradient in ("direct", "checkpoint"):
+        solution = integrate(
+            field, x, 0.0, 2.0, **options(gradient, control, args=(w,), tolerance=Tolerance(1e-5, 1e-7))
+        )
+        found.append((solution.x1, *torch.autograd.grad(solution.x1.square().sum(), (x, w))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [None, 200])
+def test_solving_backwards_gives_the_gradients_of_the_ode(steps, inputs):
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x, _ = inputs
+    found = []
+    for gradient in ("direct", "backsolve"):
+        module = _Autonomous(net)
+        tolerance = None if steps else Tolerance(1e-9, 1e-9)
+        x1 = integrate(module, x, 0.0, 1.0, solver="dopri5", steps=steps, tolerance=tolerance, gradient=gradient).x1
+        found.append(torch.autograd.grad(x1.square().sum(), (x, *net.parameters())))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+
+
+class _Autonomous(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, t, x):
+        return self.net(x)
+
+
+def test_a_frozen_or_unused_parameter_gets_none(inputs):
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Parameter(torch.ones(2, dtype=D))
+            self.idle = nn.Parameter(torch.ones(2, dtype=D))
+            self.frozen = nn.Parameter(torch.ones(2, dtype=D), requires_grad=False)
+
+        def forward(self, t, x):
+            return x * self.used * self.frozen
+
+    module = Partly()
+    integrate(module, inputs[0], 0.0, 1.0, gradient="backsolve", steps=4).x1.sum().backward()
+    assert module.frozen.grad is None
+    assert torch.equal(module.idle.grad, torch.zeros(2, dtype=D))
+    assert module.used.grad.abs().min() > 0
+
+
+def test_evaluations_of_recomputing(inputs):
+    counted = Counted(lambda t, x: torch.sin(x))
+    x1 = integrate(counted, inputs[0], 0.0, 1.0, steps=9, solver="rk4", gradient="checkpoint").x1
+    assert counted.calls == 36
+    x1.sum().backward()
+    assert counted.calls <= 3 * 36
+
+
+def _peak(gradient, steps, solver="rk4"):
+    net = _Autonomous(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    x = torch.randn(256, 64, requires_grad=True)
+
+    def work():
+        x1 = integrate(net, x, 0.0, 1.0, steps=steps, solver=solver, gradient=gradient, keep="last").x1
+        x1.sum().backward()
+        x.grad = None
+        net.zero_grad()
+
+    return peak_memory(work, torch.device("cpu"))
+
+
+def test_peak_memory():
+    growth = {g: _peak(g, 100) / _peak(g, 25) for g in ("direct", "checkpoint", "backsolve")}
+    assert growth["direct"] > 3.5
+    assert growth["checkpoint"] < 2.2  # the square root of 4, and the stages of one step
+    assert growth["backsolve"] < 1.1
+    stages = [_peak("checkpoint", n, "dopri5") - _peak("checkpoint", n, "euler") for n in (25, 100)]
+    assert stages[1] < 1.2 * stages[0]  # those of one step, however many there are
+    assert _peak("checkpoint", 100) < 0.15 * _peak("direct", 100)

@@ -1,0 +1,206 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
+
+import solvers.samples
+from solvers import PI, MaxStepsError, NonFiniteError, StepUnderflowError, Tolerance, integrate
+from solvers.samples import align
+from tests.counting import Counted
+
+D = torch.float64
+TIGHT = Tolerance(1e-6, 1e-8)
+
+
+def swing(t, x):
+    """A pendulum with a driving force that depends on the time; every sample has its own frequency by its state."""
+    angle, speed, frequency = x.unbind(-1)
+    time = t.squeeze(-1) if isinstance(t, torch.Tensor) else t
+    return torch.stack([speed, -(frequency**2) * angle.sin() + 0.1 * np.cos(1.0) * time, 0 * frequency], -1)
+
+
+@pytest.fixture
+def pendulums():
+    frequencies = torch.tensor([0.5, 1.0, 3.0, 9.0], dtype=D)
+    return torch.stack([torch.full_like(frequencies, 1.0), torch.zeros_like(frequencies), frequencies], -1)
+
+
+@pytest.mark.parametrize("controller", [None, PI()])
+@pytest.mark.parametrize("solver", ["bs23", "dopri5", "tsit5", "heun"])
+def test_a_sample_is_solved_as_if_it_were_alone(solver, controller, pendulums):
+    tolerance = Tolerance(1e-4, 1e-5) if solver == "heun" else TIGHT
+    options = {"solver": solver, "tolerance": tolerance, "controller": controller}
+    together = integrate(swing, pendulums, 0.0, 2.0, control="sample", **options)
+    assert together.status == ("finished",) * 4
+    counts = []
+    for i in range(4):
+        alone = integrate(swing, pendulums[i : i + 1], 0.0, 2.0, **options)
+        torch.testing.assert_close(together.x1[i], alone.x1[0], rtol=1e-6, atol=1e-9)
+        counts.append((alone.stats.accepted, alone.stats.rejected))
+    found = together.sample_stats
+    assert list(zip(found.accepted.tolist(), found.rejected.tolist(), strict=True)) == counts
+    assert found.accepted[3] > 3 * found.accepted[0]
+
+
+def test_field_calls_are_those_of_the_sample_that_needs_most(pendulums):
+    field = Counted(swing)
+    solution = integrate(field, pendulums, 0.0, 2.0, control="sample", tolerance=TIGHT)
+    assert solution.stats.evaluations == field.calls == solution.sample_stats.evaluations.max()
+    assert solution.stats.accepted == solution.sample_stats.accepted.sum()
+    assert solution.sample_stats.evaluations[0] < field.calls / 3
+
+
+def test_one_wait_for_the_device_per_attempt(pendulums, monkeypatch):
+    calls = []
+    numbers = solvers.samples.numbers
+    monkeypatch.setattr(solvers.samples, "numbers", lambda x: calls.append(0) or numbers(x))
+    solution = integrate(swing, pendulums, 0.0, 2.0, control="sample", tolerance=Tolerance(1e-6, 1e-8, first_step=0.01))
+    attempts = solution.sample_stats.accepted + solution.sample_stats.rejected
+    assert len(calls) == attempts.max()
+
+
+def test_each_sample_has_its_own_times(pendulums):
+    t0, t1 = torch.tensor([0.0, 1.0, 2.0, 0.5]), torch.tensor([1.0, 1.0, -1.0, 3.0])
+    solution = integrate(swing, pendulums, t0, t1, control="sample", tolerance=TIGHT, keep="states")
+    torch.testing.assert_close(solution.t1, t1.double())
+    assert torch.equal(solution.times[0], t0.double())
+    torch.testing.assert_close(solution.x1[1], pendulums[1])
+    for i in (0, 2, 3):
+        exact = solve_ivp(
+            lambda t, y: swing(t, torch.from_numpy(y)[None])[0].numpy(),
+            (t0[i].item(), t1[i].item()), pendulums[i].numpy(), rtol=1e-10, atol=1e-12,
+        )  # fmt: skip
+        np.testing.assert_allclose(solution.x1[i].numpy(), exact.y[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    features=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.complex64, torch.complex128]),
+    rtol=st.floats(1e-5, 1e-2),
+    t1=st.floats(-1, 2),
+)
+def test_shapes_and_dtypes(batch, features, dtype, rtol, t1):
+    x0 = torch.linspace(0.1, 1, batch * int(np.prod(features))).to(dtype).reshape(batch, *features)
+    solution = integrate(lambda t, x: -x * (1 + t), x0, 0.0, t1, control="sample", tolerance=Tolerance(rtol, rtol / 10))
+    assert solution.x1.dtype == dtype
+    exact = x0 * np.exp(-(t1 + t1**2 / 2))
+    assert ((solution.x1 - exact).abs() / (1 + exact.abs())).max() < 50 * rtol
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_states(dtype):
+    x0 = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=dtype)
+    solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, control="sample", tolerance=Tolerance(3e-2, 3e-2))
+    assert solution.x1.dtype == dtype
+    torch.testing.assert_close(solution.x1.double(), x0.double() * np.exp(-1), rtol=0.05, atol=0.05)
+
+
+def test_tolerances_may_differ_by_sample(pendulums):
+    rtol = torch.tensor([[1e-2], [1e-4], [1e-6], [1e-8]], dtype=D)
+    same = pendulums[1].expand(4, 3).clone()
+    solution = integrate(swing, same, 0.0, 2.0, control="sample", tolerance=Tolerance(rtol, 0.1 * rtol))
+    accepted = solution.sample_stats.accepted.tolist()
+    assert accepted == sorted(accepted)
+    assert accepted[0] < accepted[3] / 5
+
+
+def wall(t, x):
+    """Velocity 1, and no velocity behind x = 2."""
+    return torch.where(x > 2, torch.nan, torch.ones_like(x))
+
+
+def test_a_sample_that_cannot_go_on_is_named():
+    x0 = torch.tensor([[-5.0], [1.0]], dtype=D)
+    with pytest.raises(NonFiniteError, match=r"no smaller step avoids it \(t = 1, .*stage [123], sample 1\)") as caught:
+        integrate(wall, x0, 0.0, 2.0, control="sample", tolerance=Tolerance(max_step=0.3))
+    assert caught.value.sample == 1
+    assert caught.value.solution.status == ("finished", "not_finite")
+    with pytest.raises(NonFiniteError, match="stage 0, sample 1"):
+        integrate(wall, torch.tensor([[0.0], [3.0]]), 0.0, 1.0, control="sample")
+    with pytest.raises(StepUnderflowError, match=r"last error ratio.*stiff.*sample 1"):
+        integrate(lambda t, x: x**2, torch.tensor([[0.1], [1.0]], dtype=D), 0.0, 2.0, control="sample")
+    with pytest.raises(MaxStepsError, match=r"3 attempted steps did not reach t1 = 10.*sample 0"):
+        integrate(wall, x0, 0.0, 10.0, control="sample", tolerance=Tolerance(max_steps=3, max_step=0.1))
+
+
+def test_a_sample_that_cannot_go_on_leaves_the_others_and_their_gradients_alone():
+    x0 = torch.tensor([[-5.0], [1.0], [-4.0]], dtype=D, requires_grad=True)
+    scale = torch.tensor(1.0, dtype=D, requires_grad=True)
+    solution = integrate(
+        lambda t, x: scale * wall(t, x),
+        x0, 0.0, 2.0, control="sample", tolerance=Tolerance(max_step=0.3), on_limit="return",
+    )  # fmt: skip
+    assert solution.status == ("finished", "not_finite", "finished")
+    torch.testing.assert_close(solution.t1, torch.tensor([2.0, 1.0, 2.0], dtype=D), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(solution.x1[[0, 2]], x0[[0, 2]] + 2)
+    assert solution.x1[1].item() == pytest.approx(2.0, abs=1e-5)
+    (grad,) = torch.autograd.grad(solution.x1[[0, 2]].sum(), scale)
+    assert grad.item() == pytest.approx(4.0)
+
+
+def test_no_nan_reaches_the_gradient_of_a_parameter():
+    x0 = torch.tensor([[0.25], [1.0]], dtype=D)
+    scale = torch.tensor(1.0, dtype=D, requires_grad=True)
+    solution = integrate(
+        lambda t, x: scale * x**2, x0, 0.0, 1.5, control="sample", on_limit="return", tolerance=Tolerance(max_steps=200)
+    )
+    assert solution.status[0] == "finished"
+    assert solution.status[1] in ("underflow", "not_finite", "max_steps")
+    (grad,) = torch.autograd.grad(solution.x1[0].sum(), scale)
+    exact = x0[0] ** 2 * 1.5 / (1 - 1.5 * x0[0]) ** 2  # of x0 / (1 - scale t x0)
+    assert grad.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+def fall(t, x, k):
+    """Height and speed under gravity and air."""
+    return torch.stack([x[..., 1], -9.81 - k * x[..., 1]], -1)
+
+
+def test_events_end_their_own_sample():
+    x0 = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, -1.0], [100.0, 0.0]], dtype=D)
+    solution = integrate(
+        fall, x0, 0.0, 2.0, control="sample", event=lambda t, x: x[:, 0], args=(0.0,), tolerance=TIGHT, solver="dopri5"
+    )
+    assert solution.status == ("event", "event", "event", "finished")
+    exact = (2 * x0[:2, 0] / 9.81).sqrt()
+    torch.testing.assert_close(solution.event_time[:2], exact)
+    torch.testing.assert_close(solution.t1[:2], exact)
+    assert solution.event_time[2] == 0
+    assert solution.event_time[3].isnan()
+    assert solution.t1[3] == 2.0
+    torch.testing.assert_close(solution.x1[:3, 0], torch.zeros(3, dtype=D), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["bs23", "dopri5", "tsit5", "heun"])
+def test_dense_solution(solver, pendulums):
+    tight = Tolerance(1e-5, 1e-7) if solver == "heun" else TIGHT
+    solution = integrate(swing, pendulums, 0.0, 2.0, control="sample", keep="steps", tolerance=tight, solver=solver)
+    times = torch.linspace(0, 2, 9, dtype=D)
+    found = solution(times)
+    assert found.shape == (9, 4, 3)
+    for i in range(4):
+        exact = solve_ivp(
+            lambda t, y: swing(t, torch.from_numpy(y)[None])[0].numpy(),
+            (0, 2), pendulums[i].numpy(), rtol=1e-10, atol=1e-12, t_eval=times.numpy(),
+        )  # fmt: skip
+        np.testing.assert_allclose(found[:, i].numpy(), exact.y.T, rtol=3e-3, atol=3e-3)
+    torch.testing.assert_close(solution(2.0), solution.x1, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match=r"t must lie between 0 and 2 for sample 0, got 2.1"):
+        solution(2.1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=8))
+def test_aligned_steps_are_each_samples_own_in_order(accepted):
+    accepted = np.array(accepted)
+    times = np.vstack([np.zeros(3), np.cumsum(accepted, 0)]).astype(float)
+    starts, sizes = align(accepted, times[:-1], times[1:])
+    assert len(starts) == accepted.sum(0).max()
+    for i in range(3):
+        n = accepted[:, i].sum()
+        np.testing.assert_array_equal(starts[:n, i], np.arange(n))
+        np.testing.assert_array_equal(sizes[:, i], [1.0] * n + [0.0] * (len(sizes) - n))

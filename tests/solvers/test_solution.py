@@ -1,0 +1,194 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+
+from solvers import MaxStepsError, NonFiniteError, Tolerance, integrate
+from tests.counting import Counted
+
+D = torch.float64
+
+
+def lotka(t, x):
+    """Prey and predator."""
+    u, v = x.unbind(-1)
+    return torch.stack([u * (1.5 - v), v * (u - 3)], -1)
+
+
+X0 = torch.tensor([[1.0, 1.0], [2.0, 1.0]], dtype=D)
+
+
+@pytest.mark.parametrize(("solver", "scipy"), [("bs23", "RK23"), ("dopri5", "RK45")])
+@pytest.mark.parametrize("t1", [3.0, -1.0])
+def test_dense_solution_is_that_of_scipy(solver, scipy, t1):
+    x0 = X0[:1]
+    ours = integrate(lotka, x0, 0.0, t1, solver=solver, tolerance=Tolerance(1e-5, 1e-7), keep="steps")
+    theirs = solve_ivp(
+        lambda t, y: lotka(t, torch.from_numpy(y)[None])[0].numpy(),
+        (0, t1), [1, 1], method=scipy, rtol=1e-5, atol=1e-7, dense_output=True,
+    )  # fmt: skip
+    times = np.linspace(0, t1, 17)
+    np.testing.assert_allclose(ours.times, theirs.t, rtol=1e-9)
+    np.testing.assert_allclose(ours(torch.from_numpy(times))[:, 0].numpy().T, theirs.sol(times), rtol=1e-8, atol=1e-9)
+    assert torch.equal(ours(0.0), x0)
+
+
+@pytest.mark.parametrize(
+    "solver", ["euler", "midpoint", "heun", "rk4", "rk4_38", "fehlberg2", "tsit5", "bs23", "dopri5"]
+)
+def test_dense_solution_of_fixed_steps(solver):
+    field = Counted(lambda t, x: torch.cos(t) * x if isinstance(t, torch.Tensor) else math.cos(t) * x)
+    solution = integrate(field, X0, 0.0, 2.0, solver=solver, steps=64, keep="steps")
+    calls = field.calls
+    assert solution.stats.evaluations == calls  # nothing was spent on the interpolant
+    found = solution(1.234)
+    assert field.calls == calls + (solver not in ("bs23", "dopri5", "tsit5"))
+    torch.testing.assert_close(found, X0 * math.exp(math.sin(1.234)), rtol=0.05 if solver == "euler" else 1e-3, atol=0)
+
+
+def test_gradients_flow_to_the_time():
+    solution = integrate(lotka, X0, 0.0, 1.0, solver="dopri5", tolerance=Tolerance(1e-9, 1e-9), keep="steps")
+    t = torch.tensor(0.37, dtype=D, requires_grad=True)
+    x = solution(t)
+    (slope,) = torch.autograd.grad(x[0, 0], t)
+    assert slope.item() == pytest.approx(lotka(t, x)[0, 0].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        (1.5, r"t must lie between 0 and 1, got 1\.5"),
+        (-0.1, "t must lie between"),
+        (torch.zeros(2, 2), "t must be a number or have one dimension"),
+    ],
+)
+def test_times_outside(t, message):
+    with pytest.raises(ValueError, match=message):
+        integrate(lotka, X0, 0.0, 1.0, keep="steps")(t)
+
+
+def test_a_solution_without_steps_says_what_it_needs():
+    with pytest.raises(ValueError, match="integrate with keep='steps'"):
+        integrate(lotka, X0, 0.0, 1.0)(0.5)
+
+
+def parts(t, state, scale):
+    """The same for a dictionary of states."""
+    velocity = lotka(t, state["xy"])
+    return {"xy": scale * velocity, "length": (scale * velocity).norm(dim=-1)}
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_dictionaries_tuples_and_arguments(control, gradient):
+    x0 = {"xy": X0, "length": torch.zeros(2, dtype=D)}
+    scale = torch.tensor(0.5, dtype=D, requires_grad=True)
+    options = {"tolerance": Tolerance(1e-8, 1e-8), "control": control, "gradient": gradient, "args": (scale,)}
+    found = integrate(parts, x0, 0.0, 2.0, **options)
+    assert set(found.x1) == {"xy", "length"}
+    plain = integrate(lotka, X0, 0.0, 1.0, tolerance=Tolerance(1e-9, 1e-9))
+    torch.testing.assert_close(found.x1["xy"], plain.x1, rtol=1e-6, atol=1e-6)
+    assert found.x1["length"].shape == (2,)
+    assert torch.autograd.grad(found.x1["length"].sum(), scale)[0] > 0
+    pair = integrate(
+        lambda t, s, scale: tuple(parts(t, dict(xy=s[0], length=s[1]), scale).values()),
+        (X0, x0["length"]), 0.0, 2.0, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(pair.x1[0], found.x1["xy"])
+
+
+def test_a_dictionary_has_a_dense_solution():
+    x0 = {"xy": X0, "length": torch.zeros(2, dtype=D)}
+    found = integrate(parts, x0, 0.0, 1.0, keep="steps", args=(1.0,))(torch.tensor([0.2, 0.5]))
+    assert found["xy"].shape == (2, 2, 2)
+    assert found["length"].shape == (2, 2)
+
+
+def test_a_field_that_returns_another_structure():
+    with pytest.raises(ValueError, match="field must be a dictionary with keys"):
+        integrate(lambda t, s: (s["x"],), {"x": X0}, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"field must keep the shapes \[\(2,\)\]"):
+        integrate(lambda t, s: {"x": s["x"][:, :1]}, {"x": X0}, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_states(control, dtype):
+    x0 = torch.tensor([[1.0 + 1j], [2.0]], dtype=dtype)
+    solution = integrate(lambda t, x: 1j * x, x0, 0.0, 1.0, control=control, tolerance=Tolerance(1e-5, 1e-6))
+    torch.testing.assert_close(solution.x1, x0 * np.exp(1j), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_times_are_wider_than_narrow_states(dtype):
+    seen = []
+
+    def field(t, x):
+        seen.append(t)
+        return -x
+
+    solution = integrate(field, torch.ones(2, 1, dtype=dtype), 0.0, 1.0, steps=1000, solver="euler", keep="states")
+    assert seen == pytest.approx([i / 1000 for i in range(1000)], abs=1e-12)
+    assert solution.x1.dtype == dtype
+
+
+@pytest.mark.parametrize("steps", [None, 50])
+@pytest.mark.parametrize("keep", ["last", "states", "steps"])
+@pytest.mark.parametrize("solver", ["bs23", "dopri5", "heun"])
+def test_an_event_ends_the_solve(solver, keep, steps):
+    fall = lambda t, x: torch.stack([x[:, 1], torch.full_like(x[:, 1], -9.81)], -1)  # noqa: E731
+    x0 = torch.tensor([[2.0, 0.0], [1.0, 0.0]], dtype=D)
+    tolerance = None if steps else Tolerance(1e-8, 1e-8)
+    solution = integrate(
+        fall, x0, 0.0, 3.0, event=lambda t, x: x[:, 0], solver=solver, steps=steps, tolerance=tolerance, keep=keep
+    )
+    exact = math.sqrt(2 / 9.81)
+    assert solution.status == "event"
+    assert solution.event_time.item() == pytest.approx(exact, rel=1e-6)
+    assert solution.t1 == solution.event_time.item()
+    assert solution.x1[1, 0].item() == pytest.approx(0, abs=1e-9)
+    if keep == "steps":
+        torch.testing.assert_close(solution(solution.t1), solution.x1)
+
+
+def test_no_event():
+    solution = integrate(lotka, X0, 0.0, 1.0, event=lambda t, x: x + 1)
+    assert solution.status == "finished"
+    assert solution.event_time is None
+
+
+def test_an_event_at_the_start():
+    solution = integrate(lotka, X0, 0.0, 1.0, event=lambda t, x: x - 1)
+    assert (solution.status, solution.t1, solution.stats.evaluations) == ("event", 0.0, 0)
+
+
+def test_the_limit_may_return_what_was_solved():
+    solution = integrate(lotka, X0, 0.0, 10.0, tolerance=Tolerance(max_steps=5), on_limit="return")
+    assert solution.status == "max_steps"
+    assert 0 < solution.t1 < 10
+    assert solution.t1 == solution.times[-1]
+    wall = lambda t, x: torch.where(x > 2, torch.nan, torch.ones_like(x))  # noqa: E731
+    solution = integrate(wall, X0, 0.0, 10.0, tolerance=Tolerance(max_step=0.3), on_limit="return")
+    assert solution.status == "not_finite"
+    assert solution.x1.max() == pytest.approx(2.0, abs=1e-3)
+    solution = integrate(lambda t, x: x**2, X0, 0.0, 10.0, on_limit="return")
+    assert solution.status == "underflow"
+
+
+def test_the_first_stage_and_sample_that_are_not_finite_are_named():
+    wall = lambda t, x: torch.where(x > 2, torch.nan, torch.ones_like(x))  # noqa: E731
+    x0 = torch.tensor([[-9.0], [1.0]], dtype=D)
+    with pytest.raises(NonFiniteError, match=r"stage [123], sample 1\)") as caught:
+        integrate(wall, x0, 0.0, 2.0, tolerance=Tolerance(max_step=0.3))
+    assert caught.value.sample == 1
+    with pytest.raises(NonFiniteError, match="first state.*stage 0, sample 1"):
+        integrate(wall, 3 + x0, 0.0, 2.0)
+
+
+def test_a_limit_keeps_its_solution_when_it_raises():
+    with pytest.raises(MaxStepsError) as caught:
+        integrate(lotka, X0, 0.0, 10.0, tolerance=Tolerance(max_steps=5))
+    assert caught.value.solution.status == "max_steps"
+    assert caught.value.solution.stats.accepted + caught.value.solution.stats.rejected == 5
