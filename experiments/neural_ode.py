@@ -51,7 +51,7 @@ from odenets.fields import ConvField
 from odenets.flow import Records
 from odenets.jobs import Report, Workers
 from odenets.measures import Measure
-from odenets.memory import peak_memory
+from odenets.memory import memory
 from odenets.runs import Run, read_metrics, read_summary
 from odenets.statistics import Interval, mean_interval
 from odenets.training import Callback, CrossEntropy, Objective, Training, evaluate, fit
@@ -333,7 +333,7 @@ def train(config: Config, job: Job, report: Report) -> None:
         "forward": statistics.fmean(row["forward"] for row in rows),
         "backward": statistics.fmean(row["backward"] for row in rows),
         "epoch_seconds": statistics.median(row["epoch_seconds"] for row in rows),
-        "peak_memory": memory(network, probes[0], objective),
+        "peak_memory": step_memory(network, probes[0], objective),
         "cost": cost_of_action(network, probes),
         **errors(config, network, test.data.x[:200]),
     }
@@ -346,10 +346,10 @@ def step(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -
     objective(network, batch, output, records).backward()
 
 
-def memory(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -> int:
+def step_memory(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -> int:
     """Peak memory of one training step in bytes, gradients included."""
     network.train().zero_grad()
-    return peak_memory(lambda: step(network, batch, objective), batch[0].device)
+    return memory(lambda: step(network, batch, objective), batch[0].device).peak
 
 
 def cost_of_action(network: Network, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:

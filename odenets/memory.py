@@ -1,21 +1,33 @@
-"""Peak memory of a piece of work: bytes of tensors alive at once, on any device."""
+"""Memory of a piece of work: the bytes of tensors it leaves, and the most alive at once, on any device."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["peak_memory"]
+__all__ = ["Memory", "memory"]
 
 
-def peak_memory(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most bytes that ``work`` has allocated at any one time; what was there before does not count.
+class Memory(NamedTuple):
+    """Bytes over those there before.
+
+    Attributes:
+        left: what stands when the work is done, its result and the graph behind it among it.
+        peak: the most at any one time.
+    """
+
+    left: int
+    peak: int
+
+
+def memory(work: Callable[[], object], device: torch.device | str = "cpu") -> Memory:
+    """What ``work`` allocates; what was there before does not count.
 
     On a GPU torch's allocator tells. Elsewhere the storages that operations return are followed until they are freed,
     backward passes and gradients included; what an operation allocates and frees inside itself is not seen.
@@ -25,20 +37,24 @@ def peak_memory(work: Callable[[], object], device: torch.device | str = "cpu") 
         device: where it computes.
 
     >>> x = torch.zeros(1000)
-    >>> peak_memory(lambda: ((x + 1) * 2).sum())  # both temporaries
-    8000
+    >>> memory(lambda: ((x + 1) * 2).sum())  # at most both temporaries, and in the end a number
+    Memory(left=4, peak=8000)
     """
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        work()
+        result = work()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        left = torch.cuda.memory_allocated(device) - before
+        del result
+        return Memory(left, torch.cuda.max_memory_allocated(device) - before)
     with _Live() as live:
-        work()
-    return live.peak
+        result = work()
+    left = live.now
+    del result
+    return Memory(left, live.peak)
 
 
 class _Live(TorchDispatchMode):

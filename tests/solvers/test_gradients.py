@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets.memory import peak_memory
+from odenets.memory import memory
 from solvers import Tolerance, integrate
 from tests.counting import Counted
 
@@ -143,7 +143,7 @@ def _peak(gradient, steps, solver="rk4"):
         x.grad = None
         net.zero_grad()
 
-    return peak_memory(work, torch.device("cpu"))
+    return memory(work, torch.device("cpu")).peak
 
 
 def test_peak_memory():
