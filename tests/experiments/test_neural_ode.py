@@ -9,7 +9,7 @@ import neural_ode
 import pytest
 import torch
 from matplotlib.figure import Figure
-from neural_ode import Config, LeastAction, Meter, build, cost_of_action, memory, step
+from neural_ode import Config, LeastAction, Meter, build, cost_of_action, step
 from safetensors.torch import load_file
 
 from odenets import data, measures, plotting
@@ -148,7 +148,7 @@ def test_the_action_costs_evaluations_only_as_an_extra_state(parts):
 
 
 def test_the_adjoint_needs_the_least_memory(parts, batch):
-    peak = {way: memory(network(parts, way, 1e-4), batch, CrossEntropy()) for way in WAYS}
+    peak = {way: step_memory(network(parts, way, 1e-4), batch, CrossEntropy()) for way in WAYS}
     assert peak["adjoint bosh3"] < peak["flow bs23"] < peak["odeint bosh3"]
 
 
