@@ -9,7 +9,7 @@ import neural_ode
 import pytest
 import torch
 from matplotlib.figure import Figure
-from neural_ode import Config, LeastAction, Meter, build, cost_of_action, step
+from neural_ode import Config, LeastAction, Meter, build, cost_of_action, step, step_memory
 from safetensors.torch import load_file
 
 from odenets import data, measures, plotting
