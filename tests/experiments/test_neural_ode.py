@@ -191,6 +191,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(folder, tmp_path):
         deadline = time.monotonic() + 60
         while not list((tmp_path / "run").glob("*/metrics.csv")) and time.monotonic() < deadline:
             time.sleep(0.02)
+        assert process.poll() is None  # it trains, and has not failed
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "run" / "summary.json").exists()
     neural_ode.main(Config(**TINY, ways=("flow bs23",), output=tmp_path / "run", resume=True))
