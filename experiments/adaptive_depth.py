@@ -320,15 +320,12 @@ def main(config: Config) -> None:
         results += train_all(config, jobs, workers, "as deep as it ended")
     results.sort(key=lambda r: (r["total_time"], r["network"], r["seed"]))
     rows = summarise(results)
-    lines = verdict(config, rows)
-    text = table(rows) + "\n\n" + "\n".join(lines) + "\n"
-    (run.folder / "table.md").write_text(text)
-    keys = ("network", "total_time", "seed")
-    run.log([{k: r[k] for k in keys} | row for r in results for row in read_metrics(run.folder / r["name"])])
     plotting.save(plotting.adaptive_depth(run.folder), run.folder / "figures")
-    if not run.finished:
-        run.finish({"rows": rows, "verdict": lines}, seeds=list(config.seeds), started=started)
-    print(text + f"\nrun folder: {run.folder}")
+    print(
+        run.conclude(
+            results, ("network", "total_time", "seed"), rows, table(rows), verdict(config, rows), started=started
+        )
+    )
 
 
 if __name__ == "__main__":

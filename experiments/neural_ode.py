@@ -52,7 +52,7 @@ from odenets.flow import Records
 from odenets.jobs import Report, Workers
 from odenets.measures import Measure
 from odenets.memory import memory
-from odenets.runs import Run, read_metrics, read_summary
+from odenets.runs import Run, read_summary
 from odenets.statistics import Interval, mean_interval
 from odenets.training import Callback, CrossEntropy, Objective, Training, evaluate, fit
 from solvers import Statistics, Step, Tolerance
@@ -491,15 +491,8 @@ def main(config: Config) -> None:
     results = [read_summary(config.output / job.name)["results"] for job in jobs]
     results.sort(key=lambda r: (r["action"], config.ways.index(r["way"]), r["seed"]))
     rows = summarise(results)
-    lines = verdict(rows)
-    text = table(rows) + "\n\n" + "\n".join(lines) + "\n"
-    (run.folder / "table.md").write_text(text)
-    keys = ("way", "action", "seed")
-    run.log([{k: r[k] for k in keys} | row for r in results for row in read_metrics(run.folder / r["name"])])
     plotting.save(plotting.neural_ode(run.folder), run.folder / "figures")
-    if not run.finished:
-        run.finish({"rows": rows, "verdict": lines}, seeds=list(config.seeds), started=started)
-    print(text + f"\nrun folder: {run.folder}")
+    print(run.conclude(results, ("way", "action", "seed"), rows, table(rows), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from odenets.runs import read_config, read_metrics, read_summary
+from odenets.runs import finished_trainings, read_config, read_metrics, read_summary
 
 __all__ = [
     "accuracy_against_cost",
@@ -49,9 +49,7 @@ def adaptive_depth(folder: str | Path) -> dict[str, Figure]:
     Raises:
         FileNotFoundError: there is no finished training in it.
     """
-    trainings = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
-    if not trainings:
-        raise FileNotFoundError(f"folder {str(folder)!r} holds no finished training")
+    trainings = finished_trainings(folder)
     adaptive = [path for path in trainings if read_config(path)["adaptive"]]
     return {
         "depth": depth_and_steps(adaptive),
@@ -155,9 +153,7 @@ def neural_ode(folder: str | Path) -> dict[str, Figure]:
     Raises:
         FileNotFoundError: there is no finished training in it.
     """
-    trainings = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
-    if not trainings:
-        raise FileNotFoundError(f"folder {str(folder)!r} holds no finished training")
+    trainings = finished_trainings(folder)
     return {"cost": cost_of_solves(trainings), "training": solves_while_training(trainings)}
 
 
