@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Packing", "check_state", "is_mapped", "real_dtype"]
+__all__ = ["Packing", "check_state", "is_mapped", "is_transformed", "real_dtype"]
 
 
 def check_state(x: object, name: str = "x") -> None:
@@ -49,6 +49,11 @@ def _check_finite(x: Tensor, name: str) -> None:
 def real_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the numbers of a floating or complex tensor, which is that of its times and step sizes."""
     return x.dtype.to_real() if x.is_complex() else x.dtype
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a transform of ``torch.func`` is at work on the tensor: vmap, grad, jvp and what is made of them."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
 
 
 def is_mapped(x: Tensor) -> bool:
