@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from benchmarks.solves import COLUMNS
 
-__all__ = ["memory_table", "ratio_table"]
+__all__ = ["memory_table", "ratio_table", "reduction_table"]
 
 Info = dict[str, Any]
 
@@ -45,6 +45,22 @@ def memory_table(rows: list[Info]) -> str:
     return _table(lines, ["", "field", "bs23, 10 steps", "calls (MiB)", "left by forward", "peak with backward"])
 
 
+def reduction_table(rows: list[Info]) -> str:
+    """Median time over that of plain sums of as many operands, by operation, size, passes and threads."""
+    peers = list(dict.fromkeys(row["who"] for row in rows))
+
+    def key(row: Info) -> tuple[str, str, str, str, int]:
+        passes = "forward + backward" if row["backward"] else "forward"
+        return row["device"], row["operation"], row["size"], passes, row["threads"]
+
+    lines = []
+    for (*names, threads), group in groupby(sorted(rows, key=key), key):
+        found = {row["who"]: row for row in group}
+        cells = [f"{found[who]['ratio']:.2f}" if who in found else "" for who in peers]
+        lines.append([*names, str(threads), f"{1e3 * min(row['floor'] for row in found.values()):.2f}", *cells])
+    return _table(lines, ["", "operation", "size", "", "threads", "sums (ms)", *peers])
+
+
 def _table(lines: list[list[str]], headers: list[str]) -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
@@ -52,7 +68,10 @@ def _table(lines: list[list[str]], headers: list[str]) -> str:
 def main(path: str) -> None:
     """Print the tables and where they were measured."""
     rows = [benchmark["extra_info"] for benchmark in json.loads(Path(path).read_text())["benchmarks"]]
-    if timed := [row for row in rows if "ratio" in row]:
+    if reduced := [row for row in rows if "reduction" in row]:
+        print("Time over the time of plain sums of the operands, medians of interleaved rounds.\n")
+        print(reduction_table(reduced) + "\n")
+    if timed := [row for row in rows if "ratio" in row and "reduction" not in row]:
         print("Time over the time of the field calls alone (how many), medians of interleaved rounds, one thread.\n")
         print(ratio_table(timed) + "\n")
     if remembered := [row for row in rows if "memory" in row]:
