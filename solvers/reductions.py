@@ -23,7 +23,7 @@ from solvers.states import is_transformed, real_dtype
 
 __all__ = ["mean_square", "mean_square_and_cosine", "power_mean", "root_mean_square", "weighted_action"]
 
-BLOCK = 1 << 16  # numbers: half of a core's second-level cache
+BLOCK = 1 << 20  # numbers: few enough for the last-level cache, enough to hide the cost of a call
 RUN = 1 << 12  # numbers summed one after the other: rounding grows with them, and not with the row
 
 
