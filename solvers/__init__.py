@@ -6,8 +6,9 @@ from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnder
 from solvers.integrate import integrate
 from solvers.methods import get_tableau
 from solvers.odeint import odeint, odeint_event
+from solvers.reductions import combine, finish_step
 from solvers.solution import Solution, Statistics
-from solvers.step import Field, Step, combine, rk_step
+from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau, Embedded
 from solvers.tolerance import Tolerance
 
@@ -31,6 +32,7 @@ __all__ = [
     "StepUnderflowError",
     "Tolerance",
     "combine",
+    "finish_step",
     "get_tableau",
     "integrate",
     "odeint",

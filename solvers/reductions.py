@@ -1,30 +1,44 @@
-"""Per-sample reductions of stages and residues: one number per sample, each operand read once, forward and backward.
+"""Per-sample reductions of stages and residues, and the finish of a step: each operand read once, forward and backward.
 
-Each is an operator of ``torch.library``, ``torch.ops.odenets.*``, behind a function that checks its arguments. Under
-``torch.compile``, the transforms of ``torch.func`` and forward-mode differentiation the function uses the plain
-expression instead, which a compiler fuses, and which can be transformed and has tangents. Sums are accumulated in
-float32 or wider, and come in that precision.
-
-What needs two sums of an operand walks it in blocks that stay in a CPU's cache. The backward pass is one multiplication
-or multiply-add per operand, where the chain rule through the plain expression takes several full-size temporaries.
+All are one operator of ``torch.library``, ``torch.ops.odenets.finish_step``, asked for one thing or another, behind
+functions that check their arguments. Its kernels are loops over cached blocks on CPUs (``pip install odenets[cpu]``;
+torch's own operations on blocks without it) and Triton kernels on GPUs. Under ``torch.compile``, the transforms of
+``torch.func`` and forward-mode differentiation, and for the few numbers that a call of the operator would cost more
+than it saves, the functions use the plain expression, which a compiler fuses, and which can be transformed and has
+tangents. Sums are accumulated in float32 or wider, and come in that precision; for a given shape they are the same to
+the bit whatever the number of threads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from solvers.kernels.aten import expression
+from solvers.kernels.contract import Asked, Finish
+from solvers.kernels.operator import finish
 from solvers.states import is_transformed, real_dtype
+from solvers.tableaus import ButcherTableau
 
-__all__ = ["mean_square", "mean_square_and_cosine", "power_mean", "root_mean_square", "weighted_action"]
+__all__ = [
+    "combine",
+    "finish_step",
+    "mean_square",
+    "mean_square_and_cosine",
+    "power_mean",
+    "root_mean_square",
+    "weighted_action",
+]
 
-BLOCK = 1 << 20  # numbers: few enough for the last-level cache, enough to hide the cost of a call
-RUN = 1 << 12  # numbers summed one after the other: rounding grows with them, and not with the row
+SMALL = 1 << 14  # numbers of an operand on a CPU up to which the plain expression is the faster one
+
+MEAN_SQUARE = Asked((1.0,), action=True)
+ROOT_MEAN_SQUARE = Asked((0.0,), (1.0,), error=True)
+RESIDUE = Asked((1.0,), residue=True)
 
 
 def mean_square(r: Tensor) -> Tensor:
@@ -39,19 +53,12 @@ def mean_square(r: Tensor) -> Tensor:
     >>> mean_square(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([12.5000,  0.5000])
     """
-    _check(r)
-    if _plain(r):
-        return _sums(r, 2.0) / _count(r)
-    return torch.ops.odenets.mean_square(r)
+    return _asked(_finish(None, [_checked(r)], 1.0, MEAN_SQUARE).action)
 
 
 def root_mean_square(r: Tensor) -> Tensor:
     """``sqrt(<r^2>)``, ``(B,)``; the gradient where r = 0 is 0. Arguments as for :func:`mean_square`."""
-    _check(r)
-    if _plain(r):
-        wide = torch.promote_types(r.dtype, torch.float32)
-        return torch.linalg.vector_norm(r, dim=_features(r), dtype=wide) / math.sqrt(max(_count(r), 1))
-    return torch.ops.odenets.root_mean_square(r)
+    return _asked(_finish(None, [_checked(r)], 1.0, ROOT_MEAN_SQUARE).error)
 
 
 def power_mean(r: Tensor, p: float) -> Tensor:
@@ -66,12 +73,7 @@ def power_mean(r: Tensor, p: float) -> Tensor:
     """
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be finite and at least 1, got {p}")
-    if p == 2:
-        return mean_square(r)
-    _check(r)
-    if _plain(r):
-        return _sums(r, p) / _count(r)
-    return torch.ops.odenets.power_mean(r, float(p))
+    return _asked(_finish(None, [_checked(r)], 1.0, MEAN_SQUARE._replace(power=float(p))).action)
 
 
 def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,12 +81,8 @@ def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
 
     Arguments as for :func:`mean_square`.
     """
-    _check(r)
-    if _plain(r):
-        wide = r.to(torch.promote_types(r.dtype, torch.float32))
-        norm, total = torch.linalg.vector_norm(wide, dim=_features(r)), wide.sum(_features(r))
-        return norm.square() / _count(r), _cosine(norm, total, _count(r))
-    return torch.ops.odenets.mean_square_and_cosine(r)
+    found = _finish(None, [_checked(r)], 1.0, RESIDUE)
+    return _asked(found.square), _asked(found.cosine)
 
 
 def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -98,228 +96,178 @@ def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float
     Raises:
         TypeError, ValueError: stages of several shapes, dtypes or devices, or not as many as the weights need.
     """
-    if len(stages) < len(weights) and any(weights[len(stages) :]):
-        raise ValueError(f"weights ask for {len(weights)} stages, got {len(stages)}")
-    if len(stages) > len(weights):
-        raise ValueError(f"weights must hold one per stage, got {len(weights)} for {len(stages)}")
-    pairs = [(p, float(w)) for p, w in zip(stages, weights, strict=False) if w != 0]
-    if not pairs:
+    read, used = _read(stages, weights)
+    if not read:
         raise ValueError("weights must not all be 0")
-    read, used = [p for p, _ in pairs], [w for _, w in pairs]
-    _check(read[0], "stages")
-    for p in read[1:]:
-        if (p.shape, p.dtype, p.device) != (read[0].shape, read[0].dtype, read[0].device):
+    return _asked(_finish(None, read, _per_sample(h, read[0]), Asked(used, action=True)).action)
+
+
+def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+    """``x + h sum_i w_i p_i``, ``(B, *S)``.
+
+    Args:
+        x: state, ``(B, *S)``.
+        stages: velocities, each ``(B, *S)``; as many as the non-zero weights need.
+        weights: one per stage.
+        h: step size, a number or a tensor that broadcasts against ``x``.
+    """
+    if not torch.compiler.is_compiling() and x.numel() > SMALL and not _plain([x, *stages]):
+        pairs = [(p, float(w)) for p, w in zip(stages, weights, strict=False) if w]
+        sizes = _sizes(h, x)
+        if len(pairs) > 1 and sizes is not None and all(_same(p, x) for p, _ in pairs):
+            asked = Asked(tuple(w for _, w in pairs), state=True)
+            return _asked(finish(x, [p for p, _ in pairs], sizes, asked).x1)
+    if isinstance(h, Tensor):
+        for p, weight in zip(stages, weights, strict=False):
+            if weight:
+                x = torch.addcmul(x, p, h, value=weight).to(x.dtype)
+        return x
+    for p, weight in zip(stages, weights, strict=False):
+        if weight:
+            x = torch.add(x, p, alpha=h * weight)
+    return x
+
+
+def finish_step(
+    x0: Tensor,
+    stages: Sequence[Tensor],
+    tableau: ButcherTableau,
+    h: float | Tensor,
+    *,
+    state: bool = True,
+    error: bool = False,
+    action: bool = False,
+    residue: bool = False,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The state at the end of a step, ``(B, *S)``, and what is asked of the step by name, each ``(B,)``.
+
+    Each operand is read once and the state written once; the backward pass gives the gradients of the state and of
+    every stage at once.
+
+    Args:
+        x0: state at the start, ``(B, *S)``.
+        stages: velocities, each ``(B, *S)``: all of the method's, or all but the closing one where that is not needed.
+        tableau: the method.
+        h: step size, a number or one per sample.
+        state: whether the state is asked; None comes in its place otherwise.
+        error: "error", the root mean square of the embedded error over the features; divided, if rtol or atol is
+            given, by ``atol + rtol * max(|x0|, |x1|)``.
+        action: "action", ``h sum_i b_i <p_i^2>``.
+        residue: "residue" and "cosine" of ``r = (x1 - x0) / h``: its mean square, and its cosine with the ones.
+        rtol, atol: numbers, not negative and not both 0; one alone leaves the other at 0.
+
+    Raises:
+        TypeError, ValueError: operands of several shapes, dtypes or devices, not as many stages as the method has, no
+            embedded error, or tolerances out of range.
+
+    >>> from solvers import get_tableau
+    >>> x = torch.ones(2, 3)
+    >>> x1, found = finish_step(x, [-x, -0.9 * x], get_tableau("heun"), 0.1, error=True, action=True)
+    >>> x1[0, 0].item(), found["error"], found["action"]
+    (0.9049999713897705, tensor([0.0050, 0.0050]), tensor([0.0905, 0.0905]))
+    """
+    _checked(x0, "x0")
+    if len(stages) not in (tableau.stages, tableau.interior):
+        raise ValueError(f"stages must be the {tableau.stages} of {tableau.name}, got {len(stages)}")
+    for p in stages:
+        if not isinstance(p, Tensor) or not _same(p, x0):
             raise ValueError(
-                f"stages must have one shape, dtype and device, got {tuple(p.shape)} {p.dtype} {p.device} beside "
-                f"{tuple(read[0].shape)} {read[0].dtype} {read[0].device}"
+                "stages must have the shape, dtype and device of x0, "
+                f"{_kind(x0)}, got {_kind(p) if isinstance(p, Tensor) else type(p).__name__}"
             )
-    if any(_plain(p) for p in read):
-        total = sum(w * _sums(p, 2.0) for p, w in pairs) / _count(read[0])
-    else:
-        total = torch.ops.odenets.weighted_mean_square(read, used)
-    return total * (h.reshape(-1) if isinstance(h, Tensor) and h.ndim else h)  # type: ignore[return-value]
+    weights = tableau.error_weights
+    if error and weights is None:
+        raise ValueError(f"{tableau.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
+    if error and len(stages) < tableau.stages:
+        raise ValueError(f"error needs the closing stage of {tableau.name}: give all {tableau.stages} stages")
+    scaled = rtol is not None or atol is not None
+    rtol, atol = (rtol or 0.0, atol or 0.0) if scaled else (0.0, 1.0)
+    if not (0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0):
+        raise ValueError(f"rtol and atol must be finite, not negative and not both 0, got {rtol} and {atol}")
+    asked = Asked(
+        tableau.b[: len(stages)], (weights or ())[: len(stages)], float(rtol), float(atol),
+        state=state, error=error, action=action, residue=residue,
+    )  # fmt: skip
+    if not any((state, error, action, residue)):
+        return None, {}
+    found = _finish(x0, list(stages), _per_sample(h, x0), asked)
+    values = {"error": found.error, "action": found.action, "residue": found.square, "cosine": found.cosine}
+    return found.x1, {name: value for name, value in values.items() if value is not None}
 
 
-# -- what all share -----------------------------------------------------------------------------------------------
+def _finish(x0: Tensor | None, stages: list[Tensor], h: float | Tensor, asked: Asked) -> Finish:
+    """By the operator where it serves, else by the plain expression."""
+    p = stages[0]
+    operands = stages if x0 is None else [x0, *stages]
+    if torch.compiler.is_compiling() or (p.numel() <= SMALL and p.device.type == "cpu") or _plain(operands):
+        return expression(x0, stages, h, asked)
+    return finish(x0, stages, h, asked)
 
 
-def _check(r: Tensor, name: str = "r") -> None:
+def _plain(operands: Sequence[Tensor]) -> bool:
+    """Whether only the plain expression serves: for torch.func and tangents, and for complex numbers."""
+    if operands[0].is_complex() or any(is_transformed(x) for x in operands):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in operands)
+
+
+def _asked(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _checked(r: Tensor, name: str = "r") -> Tensor:
     if not isinstance(r, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (B, *S), got {type(r).__name__}")
     if not (r.is_floating_point() or r.is_complex()):
         raise TypeError(f"{name} must be of a floating dtype, got {r.dtype}")
     if r.ndim < 2:
         raise ValueError(f"{name} must have shape (B, *S) with at least one feature dimension, got {tuple(r.shape)}")
+    return r
 
 
-def _plain(r: Tensor) -> bool:
-    """Whether the plain expression serves: for a compiler, for torch.func and tangents, for complex numbers."""
-    if torch.compiler.is_compiling() or r.is_complex() or is_transformed(r):
-        return True
-    return forward_ad.unpack_dual(r).tangent is not None
+def _read(stages: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tensor], tuple[float, ...]]:
+    """The stages whose weight is not 0, and those weights."""
+    if len(stages) < len(weights) and any(weights[len(stages) :]):
+        raise ValueError(f"weights ask for {len(weights)} stages, got {len(stages)}")
+    if len(stages) > len(weights):
+        raise ValueError(f"weights must hold one per stage, got {len(weights)} for {len(stages)}")
+    pairs = [(_checked(p, "stages"), float(w)) for p, w in zip(stages, weights, strict=False) if w != 0]
+    for p, _ in pairs[1:]:
+        if not _same(p, pairs[0][0]):
+            raise ValueError(
+                f"stages must have one shape, dtype and device, got {_kind(p)} beside {_kind(pairs[0][0])}"
+            )
+    return [p for p, _ in pairs], tuple(w for _, w in pairs)
 
 
-def _features(r: Tensor) -> tuple[int, ...]:
-    return tuple(range(1, r.ndim))
+def _same(p: Tensor, x: Tensor) -> bool:
+    return p.shape == x.shape and p.dtype == x.dtype and p.device == x.device
 
 
-def _count(r: Tensor) -> int:
-    return math.prod(r.shape[1:])
+def _kind(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} {x.device}"
 
 
-def _empty(r: Tensor) -> Tensor:
-    return r.new_empty(len(r), dtype=torch.promote_types(real_dtype(r), torch.float32))
+def _sizes(h: float | Tensor, x: Tensor) -> float | Tensor | None:
+    """The step size as a number or ``(B,)`` on the device of x, or None: a tensor of another shape."""
+    if not isinstance(h, Tensor):
+        return h
+    if h.device != x.device and h.ndim:
+        return None
+    h = h.to(x.device, torch.promote_types(real_dtype(x), torch.float32))
+    if h.numel() == 1:
+        return h.reshape(1).expand(len(x))
+    return h.reshape(-1) if h.numel() == len(x) == len(h) else None
 
 
-def _sums(r: Tensor, p: float) -> Tensor:
-    """``sum |r|^p`` over the features, with a gradient where r = 0."""
-    wide = torch.promote_types(r.dtype, torch.float32)
-    return torch.linalg.vector_norm(r, p, dim=_features(r), dtype=wide) ** p
-
-
-def _rows(r: Tensor) -> Tensor:
-    """The numbers of each sample in one row, ``(B, N)``, in whatever order they lie in memory; a copy if they must."""
-    if r.is_contiguous() or r.numel() == 0:
-        return r.reshape(len(r), _count(r))
-    order = sorted(range(1, r.ndim), key=lambda d: (r.stride(d), r.shape[d]), reverse=True)
-    return r.permute(0, *order).flatten(1)
-
-
-def _blocks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of whole rows, of about :data:`BLOCK` numbers, and where they lie."""
-    n = max(1, BLOCK // max(rows.shape[1], 1))
-    for i in range(0, len(rows), n):
-        yield slice(i, i + n), rows[i : i + n]
-
-
-def _power_sums(rows: Tensor, p: float) -> Tensor:
-    """``sum |r|^p`` of each row, in float32 or wider, by runs of :data:`RUN` numbers whose sums are then added."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-
-    def sums(part: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(part, p, dim=-1, dtype=wide)
-        return norm.square_() if p == 2 else norm.pow_(p)
-
-    runs = rows.shape[1] // RUN
-    if runs < 2:
-        return sums(rows)
-    total = sums(rows[:, : runs * RUN].unflatten(1, (runs, RUN))).sum(1)
-    return total.add_(sums(rows[:, runs * RUN :])) if rows.shape[1] % RUN else total
-
-
-def _along(values: Tensor, r: Tensor) -> Tensor:
-    """A value per sample as it broadcasts against r."""
-    return values.reshape(-1, *[1] * (r.ndim - 1))
-
-
-def _scaled(r: Tensor, factor: Tensor) -> Tensor:
-    """``r`` times a number per sample, in the dtype of r."""
-    return (r * _along(factor, r)).to(r.dtype)
-
-
-def _cosine(norm: Tensor, total: Tensor, n: int) -> Tensor:
-    rest = norm == 0
-    return torch.where(rest, 0, total) / torch.where(rest, 1, norm * math.sqrt(n))
-
-
-def _operator(
-    name: str, schema: str, fake: Callable[..., Any], setup: Callable[..., Any], back: Callable[..., Any]
-) -> Any:
-    """Decorator: register a function as the operator ``odenets::name``, with all that torch asks of one."""
-
-    def register(function: Callable[..., Any]) -> Any:
-        operator = torch.library.custom_op(f"odenets::{name}", function, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
-        operator.register_autograd(back, setup_context=setup)
-        operator.register_vmap(_mapped(operator))
-        return operator
-
-    return register
-
-
-def _mapped(operator: Any) -> Callable[..., Any]:
-    """The batching rule: the mapped dimension joins the batch."""
-
-    def rule(info: Any, in_dims: Any, operand: Any, *numbers: Any) -> Any:
-        several = isinstance(operand, list | tuple)
-        operands, dims = (operand, in_dims[0]) if several else ([operand], [in_dims[0]])
-        size = info.batch_size
-        moved = [
-            r.expand(size, *r.shape) if d is None else r.movedim(d, 0) for r, d in zip(operands, dims, strict=True)
-        ]
-        joined = [r.reshape(size * r.shape[1], *r.shape[2:]) for r in moved]
-        found = operator(joined if several else joined[0], *numbers)
-        if isinstance(found, tuple):
-            return tuple(f.reshape(size, -1) for f in found), (0,) * len(found)
-        return found.reshape(size, -1), 0
-
-    return rule
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    outputs = output if isinstance(output, tuple) else (output,)
-    operands = inputs[0] if isinstance(inputs[0], list | tuple) else [inputs[0]]
-    ctx.numbers, ctx.operands = inputs[1:], len(operands)
-    ctx.save_for_backward(*operands, *outputs)
-
-
-# -- the operators ------------------------------------------------------------------------------------------------
-
-
-def _mean_square_back(ctx: Any, grad: Tensor) -> Tensor:
-    r, _ = ctx.saved_tensors
-    return _scaled(r, grad * (2 / max(_count(r), 1)))
-
-
-@_operator("mean_square", "(Tensor r) -> Tensor", _empty, _save, _mean_square_back)
-def _mean_square(r: Tensor) -> Tensor:
-    return _power_sums(_rows(r), 2.0).div_(_count(r))
-
-
-def _root_mean_square_back(ctx: Any, grad: Tensor) -> Tensor:
-    r, rms = ctx.saved_tensors
-    rest = rms == 0
-    return _scaled(r, torch.where(rest, 0, grad) / torch.where(rest, 1, rms * max(_count(r), 1)))
-
-
-@_operator("root_mean_square", "(Tensor r) -> Tensor", _empty, _save, _root_mean_square_back)
-def _root_mean_square(r: Tensor) -> Tensor:
-    return _power_sums(_rows(r), 2.0).div_(max(_count(r), 1)).sqrt_()
-
-
-def _power_mean_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    r, _ = ctx.saved_tensors
-    (p,) = ctx.numbers
-    return _scaled(r.sign() * r.abs() ** (p - 1), grad * (p / max(_count(r), 1))), None
-
-
-@_operator("power_mean", "(Tensor r, float p) -> Tensor", lambda r, p: _empty(r), _save, _power_mean_back)
-def _power_mean(r: Tensor, p: float) -> Tensor:
-    return _power_sums(_rows(r), p).div_(_count(r))
-
-
-def _mean_square_and_cosine_back(ctx: Any, grad: Tensor, grad_cosine: Tensor) -> Tensor:
-    r, square, cosine = ctx.saved_tensors
-    n = max(_count(r), 1)
-    rest = square == 0
-    pull = torch.where(rest, 0, grad_cosine) / torch.where(rest, 1, square * n)  # over |r|^2
-    slope = 2 / n * grad - pull * cosine
-    shift = pull * torch.where(rest, 1, square).sqrt()
-    return torch.addcmul(_along(shift, r), r, _along(slope, r)).to(r.dtype)
-
-
-@_operator(
-    "mean_square_and_cosine",
-    "(Tensor r) -> (Tensor, Tensor)",
-    lambda r: (_empty(r), _empty(r)),
-    _save,
-    _mean_square_and_cosine_back,
-)
-def _mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
-    rows = _rows(r)
-    square, total = _empty(r), _empty(r)
-    for part, block in _blocks(rows):
-        square[part] = _power_sums(block, 2.0)
-        torch.sum(block, 1, dtype=total.dtype, out=total[part])
-    cosine = _cosine(square.sqrt(), total, rows.shape[1])
-    return square.div_(rows.shape[1]), cosine
-
-
-def _weighted_mean_square_back(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None]:
-    *stages, _ = ctx.saved_tensors
-    (weights,) = ctx.numbers
-    return [_scaled(p, grad * (2 * w / max(_count(p), 1))) for p, w in zip(stages, weights, strict=True)], None
-
-
-@_operator(
-    "weighted_mean_square",
-    "(Tensor[] stages, float[] weights) -> Tensor",
-    lambda stages, weights: _empty(stages[0]),
-    _save,
-    _weighted_mean_square_back,
-)
-def _weighted_mean_square(stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = _power_sums(_rows(stages[0]), 2.0).mul_(weights[0])
-    for p, w in zip(stages[1:], weights[1:], strict=True):
-        total.add_(_power_sums(_rows(p), 2.0), alpha=w)
-    return total.div_(_count(stages[0]))
+def _per_sample(h: float | Tensor, x: Tensor) -> float | Tensor:
+    sizes = _sizes(h, x)
+    if sizes is None:
+        raise ValueError(
+            f"h must be a number or one per sample on {x.device}, got shape {tuple(h.shape)} on {h.device} "  # type: ignore[union-attr]
+            f"for {len(x)} samples"
+        )
+    return sizes

@@ -9,32 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.reductions import combine
 from solvers.states import real_dtype
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["Field", "Step", "advance", "beside", "combine", "rk_step"]
+__all__ = ["Field", "Step", "advance", "beside", "rk_step"]
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
-
-
-def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
-    """``x + h * sum_i w_i p_i``: one tensor operation per non-zero weight.
-
-    Args:
-        x: state, ``(B, *S)``.
-        stages: velocities, each ``(B, *S)``; as many as the non-zero weights need.
-        weights: one per stage.
-        h: step size, a number or a tensor that broadcasts against ``x``.
-    """
-    if isinstance(h, Tensor):
-        for p, weight in zip(stages, weights, strict=False):
-            if weight:
-                x = torch.addcmul(x, p, h, value=weight).to(x.dtype)
-        return x
-    for p, weight in zip(stages, weights, strict=False):
-        if weight:
-            x = torch.add(x, p, alpha=h * weight)
-    return x
 
 
 def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:

@@ -1,12 +1,18 @@
 import math
+import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from solvers import get_tableau, reductions
+from solvers.kernels import operator
+from solvers.kernels.aten import expression
+from solvers.kernels.contract import Asked
 from solvers.reductions import (
-    BLOCK,
+    combine,
+    finish_step,
     mean_square,
     mean_square_and_cosine,
     power_mean,
@@ -47,11 +53,17 @@ NAMES = list(OURS)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that nobody wrote to holds NaN."""
+LARGE = 1 << 16  # more than a block and a segment of any kernel
+
+
+@pytest.fixture(autouse=True, params=["expression", "aten", "cpu"])
+def kernel(request, monkeypatch):
+    """Every route to a result; memory that nobody wrote to holds NaN."""
+    monkeypatch.setattr(reductions, "SMALL", sys.maxsize if request.param == "expression" else -1)
+    if request.param == "aten":
+        monkeypatch.setattr(operator, "_numba", lambda: None)
     torch.use_deterministic_algorithms(True)
-    yield
+    yield request.param
     torch.use_deterministic_algorithms(False)
 
 
@@ -68,7 +80,7 @@ def laid_out(r, layout):
     return r
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(NAMES),
     batch=st.integers(1, 5),
@@ -91,7 +103,7 @@ def test_any_shape_dtype_and_layout(name, batch, features, dtype, layout, magnit
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (1, 3 * BLOCK + 1), (7, BLOCK - 1), (2000, 3), (3, 2, 5, 7)])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (1, 3 * LARGE + 1), (7, LARGE - 1), (2000, 3), (3, 2, 5, 7)])
 def test_shapes_beside_the_block(name, shape):
     r = torch.randn(shape)
     for ours, theirs in zip(OURS[name](r), REFERENCE[name](r.double()), strict=True):
@@ -159,31 +171,32 @@ def test_transforms(name):
     )
 
 
-def operators():
-    r = torch.randn(4, 3, 5, requires_grad=True)
-    for name in ("mean_square", "root_mean_square", "mean_square_and_cosine"):
-        yield pytest.param(name, (r,), id=name)
-    yield pytest.param("power_mean", (r, 3.0), id="power_mean")
-    yield pytest.param("weighted_mean_square", ([r, 2 * r.detach()], [0.5, 0.25]), id="weighted_mean_square")
+ASKED = {
+    "state": Asked((0.5, 0.25), (0.0, 0.0), state=True),
+    "all": Asked((0.5, 0.25), (0.5, -0.5), rtol=0.1, atol=0.1, state=True, error=True, action=True, residue=True),
+    "values": Asked((0.5, 0.25), (0.5, -0.5), power=3.0, error=True, action=True),
+}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.parametrize(("name", "args"), list(operators()))
-def test_torch_accepts_the_operator(name, args):
-    operator = getattr(torch.ops.odenets, name)
-    torch.library.opcheck(operator.default, args)
-    operand, *numbers = args
-    if isinstance(operand, list):
-        operand = [r.detach() for r in operand]
-        found = torch.vmap(lambda r: operator([r, operand[1]], *numbers))(torch.stack([operand[0], operand[1]]))
-        one = operator(operand, *numbers)
-    else:
-        operand = operand.detach()
-        found = torch.vmap(lambda r: operator(r, *numbers), 1)(torch.stack([operand, operand + 1], 1))
-        one = operator(operand, *numbers)
-    torch.testing.assert_close(tuple(v[0] for v in found) if isinstance(found, tuple) else found[0], one)
+@pytest.mark.parametrize("asked", ASKED.values(), ids=list(ASKED))
+@pytest.mark.parametrize("sized", [False, True])
+def test_torch_accepts_the_operator(asked, sized, kernel):
+    if kernel == "expression":
+        pytest.skip("no operator")
+    x, p = torch.randn(2, 4, 3, 5, requires_grad=True).unbind()
+    sizes = torch.rand(4) if sized else None
+    bits = asked.state + 2 * asked.error + 4 * asked.action + 8 * asked.residue
+    numbers = (0.3, asked.b, asked.e, asked.rtol, asked.atol, asked.power, bits)
+    torch.library.opcheck(torch.ops.odenets.finish_step.default, (x, [p, p.detach() + 1], sizes, *numbers))
+    x, p = x.detach(), p.detach()
+    run = torch.ops.odenets.finish_step.default
+    mapped = torch.vmap(lambda p: run(x, [p, x], sizes, *numbers), 1)(torch.stack([p, p + 1], 1))
+    for i in range(2):
+        torch.testing.assert_close(tuple(v[i] for v in mapped), run(x, [p + i, x], sizes, *numbers))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_forward_mode_gives_tangents():
     r, direction = torch.randn(3, 4, dtype=D), torch.randn(3, 4, dtype=D)
     with torch.autograd.forward_ad.dual_level():
@@ -200,16 +213,153 @@ def test_autocast_changes_nothing():
         assert mean_square(r.bfloat16()).dtype == torch.float32
 
 
-def test_the_backward_pass_is_one_operation_over_the_operand():
+@pytest.mark.parametrize("name", NAMES)
+def test_an_evaluation_is_one_operation_forward_and_one_backward(name, kernel):
+    if kernel == "expression":
+        pytest.skip("a chain of operations")
     from tests.counting import Operations
 
     r = torch.randn(4, 100, requires_grad=True)
-    out = mean_square(r).sum()
     with Operations() as operations:
-        out.backward()
-    full = [func for func in operations.counts if func == torch.ops.aten.mul.Tensor]
-    assert full
-    assert operations.total <= 4  # of these all but one on numbers per sample
+        found = OURS[name](r)
+    made = len(stages(r)) if name == "weighted_action" else 0
+    assert operations.counts[torch.ops.odenets.finish_step.default] == 1
+    assert operations.total <= 1 + 2 * made
+    if kernel == "cpu" and not made:
+        with Operations() as operations:
+            torch.autograd.grad(found[0].sum(), r)
+        assert operations.counts[torch.ops.odenets.finish_step_backward.default] == 1
+        assert {func.name() for func in operations.counts} <= {
+            "odenets::finish_step_backward", "aten::sum", "aten::ones_like", "aten::expand"
+        }  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    solver=st.sampled_from(["euler", "heun", "bs23", "dopri5"]),
+    batch=st.integers(1, 4),
+    features=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    layout=st.sampled_from(["contiguous", "channels last", "transposed", "sliced", "expanded"]),
+    scaled=st.booleans(),
+    sized=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_the_finish_of_a_step(solver, batch, features, dtype, layout, scaled, sized, seed):
+    tableau, made = get_tableau(solver), torch.Generator().manual_seed(seed)
+    draw = lambda: laid_out(torch.randn(batch, *features, generator=made, dtype=D).to(dtype), layout)  # noqa: E731
+    x0, p = draw(), [draw() for _ in range(tableau.stages)]
+    h = torch.rand(batch, generator=made) + 0.1 if sized else 0.3
+    tolerances = {"rtol": 0.1, "atol": 0.01} if scaled else {}
+    error = tableau.error_weights is not None
+    x1, found = finish_step(x0, p, tableau, h, error=error, action=True, residue=True, **tolerances)
+    wide, size = [q.double() for q in p], h.double().reshape(-1, *[1] * len(features)) if sized else h
+    r = sum(w * q for w, q in zip(tableau.b, wide, strict=True))
+    expected = x0.double() + size * r
+    assert (x1.dtype, x1.shape) == (dtype, x0.shape)
+    near = TOLERANCE[dtype] if dtype in (torch.float64, torch.float32) else 2e-2
+    torch.testing.assert_close(x1.double(), expected, rtol=near, atol=near)
+    near = 1e-4 if dtype == torch.float32 else near
+    torch.testing.assert_close(found["residue"].double(), r.square().flatten(1).mean(1), rtol=near, atol=near)
+    action = sum(w * q.square().flatten(1).mean(1) for w, q in zip(tableau.b, wide, strict=True))
+    action = action * (h.double() if sized else h)
+    torch.testing.assert_close(found["action"].double(), action, rtol=near, atol=near)
+    if error:
+        eps = size * sum(w * q for w, q in zip(tableau.error_weights, wide, strict=True))
+        eps = eps / (0.01 + 0.1 * torch.maximum(x0.double().abs(), expected.abs())) if scaled else eps
+        torch.testing.assert_close(
+            found["error"].double(), eps.square().flatten(1).mean(1).sqrt(), rtol=near, atol=near
+        )
+
+
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_gradients_of_the_finish_of_a_step(check, scaled, sized):
+    tolerances = {"rtol": 0.1, "atol": 0.01} if scaled else {}
+
+    def finish(h, x0, *p):
+        x1, found = finish_step(x0, p, get_tableau("bs23"), h, error=True, action=True, residue=True, **tolerances)
+        return x1, *found.values()
+
+    operands = [torch.randn(2, 3, dtype=D, requires_grad=True) for _ in range(5)]
+    h = torch.rand(2, dtype=D, requires_grad=True) if sized else 0.3
+    assert check(finish, (h, *operands))
+
+
+@pytest.mark.parametrize("of", ["x1", "error", "action", "residue", "cosine"])
+@pytest.mark.parametrize("needed", [0, 1, 3, 4])
+def test_each_gradient_alone_is_that_of_the_expression(of, needed):
+    operands = [torch.randn(3, 2, 4, 4).contiguous(memory_format=torch.channels_last) for _ in range(5)]
+    operands[needed].requires_grad_()
+    tableau = get_tableau("bs23")
+    x1, found = finish_step(
+        operands[0], operands[1:], tableau, 0.4, error=True, action=True, residue=True, rtol=0.1, atol=0.1
+    )
+    found["x1"] = x1
+    asked = Asked(tableau.b, tableau.error_weights, 0.1, 0.1, state=True, error=True, action=True, residue=True)
+    names = ("x1", "error", "action", "residue", "cosine")
+    expected = dict(zip(names, expression(operands[0], operands[1:], 0.4, asked), strict=True))
+    if not expected[of].requires_grad:
+        return
+    (ours,), (theirs,) = (
+        torch.autograd.grad(values[of].sum(), operands[needed], allow_unused=True, materialize_grads=True)
+        for values in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stage_that_is_not_read_spoils_nothing():
+    x0, *p = torch.randn(4, 2, 3).requires_grad_()
+    x1, found = finish_step(
+        x0, [*p, torch.full_like(x0, math.nan)], get_tableau("bs23"), 0.1, action=True, residue=True
+    )
+    (x1.sum() + sum(v.sum() for v in found.values())).backward(inputs=[x0])
+    assert x1.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_no_numbers_no_error(shape):
+    x0 = torch.zeros(shape, requires_grad=True)
+    x1, found = finish_step(x0, [x0, x0], get_tableau("heun"), 0.1, error=True, action=True, residue=True)
+    assert x1.shape == shape
+    assert all(len(v) == len(x0) for v in found.values())
+    x1.sum().backward()
+
+
+def test_a_state_alone_keeps_nothing_for_its_gradient(kernel):
+    if kernel == "expression":
+        pytest.skip("the graph of additions keeps nothing either")
+    x, p, q = torch.randn(3, 2, 5, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x1 = combine(x, [p, q], (0.5, 0.5), 0.1)
+    assert not saved
+    (grad,) = torch.autograd.grad(x1.sum(), p)
+    torch.testing.assert_close(grad, torch.full_like(grad, 0.05))
+
+
+def test_threads_change_no_bit(kernel):
+    if kernel != "cpu":
+        pytest.skip("torch's own sums depend on them")
+    x0, *p = torch.randn(5, 3, 3 * LARGE)
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        return finish_step(x0, p, get_tableau("bs23"), 0.1, error=True, action=True, residue=True)
+
+    before = torch.get_num_threads()
+    try:
+        (one, ones), (two, twos) = run(1), run(2)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+    assert all(torch.equal(ones[name], twos[name]) for name in ones)
+
+
+def finish(solver="heun", stages=2, p=0, h=0.1, **asked):
+    x0 = torch.ones(2, 2)
+    return finish_step(x0, [x0 if isinstance(p, int) else p] * stages, get_tableau(solver), h, **asked)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +386,26 @@ def test_the_backward_pass_is_one_operation_over_the_operand():
             ValueError,
             "one shape, dtype and device",
         ),
+        (
+            lambda: weighted_action([torch.ones(2, 2), torch.ones(2, 2, device="meta")], (0.5, 0.5), 1.0),
+            ValueError,
+            r"got \(2, 2\) torch.float32 meta beside \(2, 2\) torch.float32 cpu",
+        ),
+        (
+            lambda: weighted_action([torch.ones(2, 2)], (1.0,), torch.ones(3)),
+            ValueError,
+            "h must be a number or one per",
+        ),
+        (lambda: finish(stages=3), ValueError, "stages must be the 2 of heun, got 3"),
+        (lambda: finish(solver="bs23", stages=3, error=True), ValueError, "error needs the closing stage of bs23"),
+        (lambda: finish(solver="rk4", stages=4, error=True), ValueError, "rk4 carries no embedded error"),
+        (lambda: finish(p=torch.ones(2, 3)), ValueError, r"of x0, \(2, 2\) .* got \(2, 3\)"),
+        (lambda: finish(p=torch.ones(2, 2, dtype=D)), ValueError, "shape, dtype and device of x0"),
+        (lambda: finish(p=torch.ones(2, 2, device="meta")), ValueError, "float32 meta"),
+        (lambda: finish(p=None), ValueError, "got NoneType"),
+        (lambda: finish(rtol=0.0, error=True), ValueError, "not both 0, got 0.0 and 0.0"),
+        (lambda: finish(atol=math.nan, error=True), ValueError, "must be finite"),
+        (lambda: finish(h=torch.ones(3)), ValueError, r"h must be a number or one per sample .* got shape \(3,\)"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

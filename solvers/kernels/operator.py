@@ -1,0 +1,245 @@
+"""``torch.ops.odenets.finish_step``: the finish of a step as an operator of torch.library, with a kernel per device."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solvers.kernels import aten
+from solvers.kernels.aten import expression
+from solvers.kernels.contract import Asked, Finish, wide_dtype
+
+__all__ = ["finish"]
+
+STATE, ERROR, ACTION, RESIDUE = 1, 2, 4, 8
+
+_library = torch.library.Library("odenets", "DEF")
+_ARGUMENTS = (
+    "Tensor? x0, Tensor[] stages, Tensor? sizes, float h, float[] b, float[] e, float rtol, float atol, float power, "
+    "int asked"
+)
+_library.define(
+    f"finish_step({_ARGUMENTS}) -> (Tensor x1, Tensor error, Tensor action, Tensor square, Tensor cosine)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"finish_step_backward({_ARGUMENTS}, Tensor?[] grads, Tensor[] values, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def finish(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> Finish:
+    """What is asked of a step, in one pass over memory, forward and backward.
+
+    Args:
+        x0: state ``(B, *S)``, if the state or a scaled error is asked.
+        stages: velocities ``(B, *S)``, one per weight.
+        h: step size, a number or one per sample, ``(B,)``.
+        asked: what is asked.
+    """
+    x0 = x0 if asked.state or asked.scaled else None
+    if _immediate(x0, stages, h):
+        kernels = _kernels(stages, asked)
+        return (aten if kernels is None else kernels).forward(x0, stages, h, asked)
+    sizes, number = (h, 1.0) if isinstance(h, Tensor) else (None, float(h))
+    bits = STATE * asked.state + ERROR * asked.error + ACTION * asked.action + RESIDUE * asked.residue
+    found = torch.ops.odenets.finish_step.default(
+        x0, stages, sizes, number, asked.b, asked.e or (0.0,) * len(asked.b), asked.rtol, asked.atol, asked.power, bits
+    )
+    wanted = (asked.state, asked.error, asked.action, asked.residue, asked.residue)
+    return Finish(*(value if want else None for value, want in zip(found, wanted, strict=True)))
+
+
+def _immediate(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor) -> bool:
+    """Whether nobody is to know of the call: no graph, no mode that traces or counts, no subclass of tensors."""
+    operands = [x for x in (x0, *stages, h) if isinstance(x, Tensor)]
+    if any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in operands):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in operands):
+        return False
+    return not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled(stages[0].device.type)  # type: ignore[attr-defined]
+
+
+# -- kernels ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _numba() -> ModuleType | None:
+    """The kernels for CPUs, where Numba is installed and knows this NumPy."""
+    try:
+        return importlib.import_module("solvers.kernels.cpu")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """The kernels for GPUs, where Triton is installed."""
+    try:
+        return importlib.import_module("solvers.kernels.gpu")
+    except ImportError:
+        return None
+
+
+def _kernels(stages: Sequence[Tensor], asked: Asked) -> Any:
+    """The module whose kernels serve these operands, or None: torch's own operations do."""
+    p = stages[0]
+    found = _numba() if p.device.type == "cpu" else _triton() if p.device.type == "cuda" else None
+    return found if found is not None and p.numel() and found.serves(stages, asked) else None
+
+
+def _read(b: Sequence[float], e: Sequence[float], rtol: float, atol: float, power: float, bits: int) -> Asked:
+    wants = (bool(bits & bit) for bit in (STATE, ERROR, ACTION, RESIDUE))
+    return Asked(tuple(b), tuple(e), rtol, atol, power, *wants)
+
+
+def _finish_step(
+    x0: Tensor | None, stages: Sequence[Tensor], sizes: Tensor | None, h: float, *asks: Any
+) -> tuple[Tensor, ...]:
+    asked = _read(*asks)
+    kernels = _kernels(stages, asked)
+    size = h if sizes is None else sizes
+    return _full((aten if kernels is None else kernels).forward(x0, stages, size, asked), stages[0])
+
+
+def _fake(x0: Tensor | None, stages: Sequence[Tensor], sizes: Tensor | None, h: float, *asks: Any) -> Any:
+    asked, p = _read(*asks), stages[0]
+    x1 = torch.empty_like(p) if asked.state else None
+    values = (
+        p.new_empty(len(p), dtype=wide_dtype(p)) if want else None
+        for want in (asked.error, asked.action, asked.residue, asked.residue)
+    )
+    return _full(Finish(x1, *values), p)
+
+
+def _full(found: Finish, p: Tensor) -> tuple[Tensor, ...]:
+    """An empty tensor for each value that was not asked."""
+    return tuple(p.new_empty(0) if value is None else value for value in found)
+
+
+def _finish_step_backward(
+    x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, h: float, *rest: Any
+) -> list[Tensor]:
+    *asks, grads, values, needs = rest
+    asked, size = _read(*asks), h if sizes is None else sizes
+    kernels = _kernels(stages, asked)
+    if kernels is None:
+        found = aten.backward(x0, stages, size, asked, Finish(*grads), needs)
+    else:
+        found = kernels.backward(x0, stages, size, asked, Finish(*grads), Finish(None, *values), needs)
+    return [stages[0].new_empty(0) if grad is None else grad for grad in found]
+
+
+def _fake_backward(x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, h: float, *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(stages[0]) if need else stages[0].new_empty(0) for need in rest[-1]]
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x0, stages, sizes, *ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.count = len(stages)
+    ctx.linear = ctx.numbers[-1] == STATE and (sizes is None or not sizes.requires_grad)
+    # Gradients of a state alone do not depend on what it was made of: nothing is kept.
+    ctx.save_for_backward(sizes, *(() if ctx.linear else (x0, *stages, *output[1:])))
+
+
+def _backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
+    (h, *asks), (sizes, *saved) = ctx.numbers, ctx.saved_tensors
+    asked = _read(*asks)
+    needs_x0, needs_stages, needs_sizes = ctx.needs_input_grad[:3]
+    wants = (asked.state, asked.error, asked.action, asked.residue, asked.residue)
+    grads = [grad if want else None for grad, want in zip(outer, wants, strict=True)]
+    if all(grad is None for grad in grads):
+        return (None, [None] * ctx.count, *(None,) * 8)
+    if ctx.linear:
+        saved = [grads[0]] * (1 + ctx.count)  # read for their shape
+    x0, stages, values = saved[0], saved[1 : 1 + ctx.count], saved[1 + ctx.count :]
+    if torch.is_grad_enabled() or needs_sizes:
+        found = _differentiable(x0, stages, h if sizes is None else sizes, asked, Finish(*grads))
+        return (*found, *(None,) * 7)
+    needs = [needs_x0, *needs_stages]
+    of_x0, *of_stages = (
+        grad if need else None
+        for grad, need in zip(
+            torch.ops.odenets.finish_step_backward.default(x0, stages, sizes, h, *asks, grads, values, needs),
+            needs,
+            strict=True,
+        )
+    )
+    return (of_x0, of_stages, *(None,) * 8)
+
+
+def _differentiable(
+    x0: Tensor | None, stages: list[Tensor], h: float | Tensor, asked: Asked, grads: Finish
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+    """The gradients of the state, the stages and the step sizes, by operations that can be differentiated again."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x0, h, *stages = leaves = [leaf(x) for x in (x0, h, *stages)]
+        values = expression(x0, stages, h, asked)
+    pairs = [(v, grad) for v, grad in zip(values, grads, strict=True) if v is not None and grad is not None]
+    inputs = [x for x in leaves if isinstance(x, Tensor)]
+    outs = iter(
+        torch.autograd.grad(
+            [v for v, _ in pairs], inputs, [grad for _, grad in pairs], create_graph=again, allow_unused=True
+        )
+    )
+    of_x0, of_h, *of_stages = [next(outs) if isinstance(x, Tensor) else None for x in leaves]
+    return of_x0, of_stages, of_h
+
+
+# -- what torch.library is told -----------------------------------------------------------------------------------
+
+
+def _mapped(info: Any, in_dims: Any, x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, *rest: Any) -> Any:
+    """The batching rule: the mapped dimension joins the batch."""
+    size = info.batch_size
+
+    def joined(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    of_x0, of_stages, of_sizes, *_ = in_dims
+    operands = [joined(p, dim) for p, dim in zip(stages, of_stages, strict=True)]
+    found = torch.ops.odenets.finish_step.default(joined(x0, of_x0), operands, joined(sizes, of_sizes), *rest)
+    asked = _read(*rest[1:])
+    wants = (asked.state, asked.error, asked.action, asked.residue, asked.residue)
+    return tuple(
+        value.unflatten(0, (size, -1)) if want else value.expand(size, 0)
+        for value, want in zip(found, wants, strict=True)
+    ), (0,) * len(found)
+
+
+def _autocast(x0: Tensor | None, stages: Sequence[Tensor], *rest: Any) -> Any:
+    """Under autocast the operands may be of several precisions: the state, or else the widest, says which."""
+    dtype = x0.dtype if x0 is not None else functools.reduce(torch.promote_types, [p.dtype for p in stages])
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)  # type: ignore[attr-defined]
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        return torch.ops.odenets.finish_step.default(x0, [p.to(dtype) for p in stages], *rest)
+
+
+_library.impl("finish_step", _finish_step, "CompositeExplicitAutograd")
+_library.impl("finish_step_backward", _finish_step_backward, "CompositeExplicitAutograd")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("finish_step", _autocast, _key)
+torch.library.register_fake("odenets::finish_step", _fake, lib=_library)
+torch.library.register_fake("odenets::finish_step_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("odenets::finish_step", _backward, setup_context=_setup, lib=_library)
+torch.library.register_vmap("odenets::finish_step", _mapped, lib=_library)
