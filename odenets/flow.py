@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from odenets.fields import VelocityField, field_for
-from odenets.measures import Measure, needs_closing
+from odenets.measures import Measure, finding, needs_closing
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
 from solvers.states import check_state
 from solvers.stepping import adaptive_steps
@@ -237,7 +237,7 @@ class Flow(nn.Module):
         check_state(x)
         yield from self._steps(x, closing)
 
-    def _steps(self, x: Tensor, closing: bool) -> Iterator[Step]:
+    def _steps(self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset()) -> Iterator[Step]:
         self.materialise(x)
         if self.tolerance is not None:
             self.statistics = Statistics()
@@ -254,7 +254,7 @@ class Flow(nn.Module):
             return
         t, first = 0.0, None
         for m, h in enumerate(self.h):
-            step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closing)
+            step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closing, finding=finds)
             yield step
             t, x = t + h, step.x1
             if closing and self.tableau.fsal and (self.shared or self.mode == "chained"):
@@ -294,7 +294,7 @@ class Flow(nn.Module):
         closing = any(needs_closing(measure) for measure in measures.values())
         rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         last = None
-        for last in self._steps(x, closing or readout == "ensemble"):
+        for last in self._steps(x, closing or readout == "ensemble", finding(measures.values())):
             for name, measure in measures.items():
                 rows[name].append(_checked(name, measure(last), x))
         assert last is not None  # a flow has at least one step

@@ -12,14 +12,14 @@ taken without that evaluation:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from solvers import Step
-from solvers.reductions import mean_square, mean_square_and_cosine, root_mean_square, weighted_action
+from solvers import Step, finish_step
+from solvers.reductions import weighted_action, weighted_root_mean_square
 
-__all__ = ["Measure", "action", "cosine", "displacement", "error", "interior", "needs_closing", "residue"]
+__all__ = ["Measure", "action", "cosine", "displacement", "error", "finding", "interior", "needs_closing", "residue"]
 
 Measure = Callable[[Step], Tensor]
 
@@ -35,42 +35,74 @@ def needs_closing(measure: Measure) -> bool:
     return not getattr(measure, "interior", False)
 
 
-def _per_sample(h: float | Tensor) -> float | Tensor:
-    return h.reshape(-1) if isinstance(h, Tensor) else h
+def finding(measures: Iterable[Measure]) -> frozenset[str]:
+    """What a step is to find for these measures while its state is made (``rk_step(..., finding=...)``)."""
+    return frozenset(name for measure in measures if (name := getattr(measure, "finding", None)))
+
+
+def _found_as(name: str) -> Callable[[Measure], Measure]:
+    """Mark a measure that a step may have found already."""
+
+    def mark(measure: Measure) -> Measure:
+        measure.finding = name  # type: ignore[attr-defined]
+        return measure
+
+    return mark
+
+
+def _known(step: Step, name: str) -> Tensor | None:
+    return None if step.known is None else step.known.get(name)
+
+
+def _residue(step: Step, name: str) -> Tensor:
+    known = _known(step, name)
+    if known is None:
+        _, found = finish_step(step.x0, step.stages, step.tableau, step.h, state=False, residue=True)
+        known = found[name]
+    return known
 
 
 @interior
+@_found_as("action")
 def action(step: Step) -> Tensor:
     """Kinetic action ``h sum_i b_i <p_i^2>``, ``<.>`` the mean over features, ``(B,)``.
 
     The quadrature of ``int <v^2> dt`` over the step with the tableau's own weights; for Euler with h = 1 it is the
     transport cost of the thesis, ``<r^2>`` (section 3).
     """
-    return weighted_action(step.stages, step.tableau.b, step.h)
+    known = _known(step, "action")
+    return weighted_action(step.stages, step.tableau.b, step.h) if known is None else known
 
 
 @interior
+@_found_as("residue")
 def residue(step: Step) -> Tensor:
     """Mean square of the residue, ``<r^2>`` with ``r = (x1 - x0) / h``, ``(B,)`` (first features of eq. 34)."""
-    return mean_square(step.residue)
+    return _residue(step, "residue")
 
 
 @interior
+@_found_as("residue")
 def cosine(step: Step) -> Tensor:
     """Cosine of the residue with the vector of ones, ``(B,)`` (last features of eq. 34); 0 where r = 0."""
-    return mean_square_and_cosine(step.residue)[1]
+    return _residue(step, "cosine")
 
 
+@_found_as("error")
 def error(step: Step) -> Tensor:
     """Root mean square over the features of the embedded error, ``(B,)``.
 
     Raises:
-        ValueError: the method has no embedded lower order.
+        ValueError: the method has no embedded lower order, or the closing stage was not evaluated.
     """
-    return root_mean_square(step.error())
+    known = _known(step, "error")
+    if known is None:
+        weights = step.error_weights()
+        known = weighted_root_mean_square(step.stages, weights, step.h)
+    return known
 
 
 @interior
 def displacement(step: Step) -> Tensor:
     """Root mean square over the features of the displacement ``x1 - x0 = h r``, ``(B,)``."""
-    return root_mean_square(step.residue) * abs(_per_sample(step.h))
+    return weighted_root_mean_square(step.stages, step.tableau.b, step.h)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from solvers.kernels.aten import expression
+from solvers.kernels.aten import combination, expression
 from solvers.kernels.contract import Asked, Finish
 from solvers.kernels.operator import finish
 from solvers.states import is_transformed, real_dtype
@@ -32,6 +32,7 @@ __all__ = [
     "power_mean",
     "root_mean_square",
     "weighted_action",
+    "weighted_root_mean_square",
 ]
 
 SMALL = 1 << 14  # numbers of an operand on a CPU up to which the plain expression is the faster one
@@ -102,6 +103,17 @@ def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float
     return _asked(_finish(None, read, _per_sample(h, read[0]), Asked(used, action=True)).action)
 
 
+def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+    """``sqrt(<(h sum_i w_i p_i)^2>)``, ``(B,)``: of the displacement with the weights b, of the embedded error with its
+    own; the gradient where it is 0 is 0. Arguments as for :func:`weighted_action`.
+    """
+    read, used = _read(stages, weights)
+    if not read:
+        raise ValueError("weights must not all be 0")
+    asked = Asked((0.0,) * len(used), used, error=True)
+    return _asked(_finish(None, read, _per_sample(h, read[0]), asked).error)
+
+
 def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
     """``x + h sum_i w_i p_i``, ``(B, *S)``.
 
@@ -111,21 +123,13 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
         weights: one per stage.
         h: step size, a number or a tensor that broadcasts against ``x``.
     """
-    if not torch.compiler.is_compiling() and x.numel() > SMALL and not _plain([x, *stages]):
+    if not torch.compiler.is_compiling() and x.numel() > SMALL and x.ndim > 1 and not _plain([x, *stages]):
         pairs = [(p, float(w)) for p, w in zip(stages, weights, strict=False) if w]
         sizes = _sizes(h, x)
         if len(pairs) > 1 and sizes is not None and all(_same(p, x) for p, _ in pairs):
             asked = Asked(tuple(w for _, w in pairs), state=True)
             return _asked(finish(x, [p for p, _ in pairs], sizes, asked).x1)
-    if isinstance(h, Tensor):
-        for p, weight in zip(stages, weights, strict=False):
-            if weight:
-                x = torch.addcmul(x, p, h, value=weight).to(x.dtype)
-        return x
-    for p, weight in zip(stages, weights, strict=False):
-        if weight:
-            x = torch.add(x, p, alpha=h * weight)
-    return x
+    return combination(x, stages, weights, h)
 
 
 def finish_step(

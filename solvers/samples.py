@@ -114,8 +114,7 @@ class SampleLoop:
             self._count(len(step.stages) - (first is not None))
             attempts += 1
             with torch.no_grad():
-                found = self.tolerance.sizes(self.tolerance.scaled(step.error(), self.x, step.x1))
-                ratio = np.array(numbers(found))
+                ratio = self.tolerance.ratios(step)
             finite = np.isfinite(ratio) | ~self.moving
             before = states.errors
             states = self.controller.each(states._replace(h=np.abs(h)), ratio, order)

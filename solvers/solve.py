@@ -81,7 +81,7 @@ def _solve_batch(task: Task) -> Solution:
         grid = task.grid
         if task.keep == "last" and not watched:
             for start, end in pairwise(grid):
-                x = advance(task.field, start, x, end - start, task.tableau)[0]
+                x = advance(task.field, start, x, end - start, task.tableau)
             stats = Statistics(task.steps * task.tableau.interior, task.steps)
             return Solution((task.t1,), (task.unpack(x),), (), stats)
         loop = fixed_steps(task.field, x, grid, task.tableau, closing=watched or task.keep == "steps", stats=stats)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.reductions import combine
+from solvers.reductions import combine, finish_step
 from solvers.states import real_dtype
 from solvers.tableaus import ButcherTableau
 
@@ -35,6 +35,7 @@ class Step(NamedTuple):
         stages: velocities ``p_i``, each ``(B, *S)``. The closing stage of an FSAL method is absent if it was
             not asked for: ``x1`` does not depend on it.
         tableau: the method.
+        known: what was found when the step was finished, by the names of :func:`solvers.finish_step`, or None.
     """
 
     t: float | Tensor
@@ -43,6 +44,7 @@ class Step(NamedTuple):
     x1: Tensor
     stages: tuple[Tensor, ...]
     tableau: ButcherTableau
+    known: dict[str, Tensor] | None = None
 
     @property
     def residue(self) -> Tensor:
@@ -59,11 +61,19 @@ class Step(NamedTuple):
         Raises:
             ValueError: the method has no embedded lower order, or the closing stage was not evaluated.
         """
+        return _weighted_sum(self.stages, self.error_weights(), self.h)
+
+    def error_weights(self) -> tuple[float, ...]:
+        """The weights of the stages in :meth:`error`.
+
+        Raises:
+            ValueError: as there.
+        """
         weights = self.tableau.error_weights
         if weights is None:
             raise ValueError(f"{self.tableau.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
         self._needs_stages(weights, "error()")
-        return _weighted_sum(self.stages, weights, self.h)
+        return weights
 
     def output(self, name: str) -> Tensor:
         """The embedded output ``name`` of the method, ``(B, *S)``: ``x0 + h * sum_i b_i p_i`` with its weights.
@@ -135,6 +145,7 @@ def rk_step(
     first: Tensor | None = None,
     *,
     closing: bool = True,
+    finding: Collection[str] = (),
 ) -> Step:
     """One step from ``x`` at ``t``.
 
@@ -146,6 +157,8 @@ def rk_step(
         tableau: the method.
         first: the first stage, when it is known already (FSAL), ``(B, *S)``.
         closing: evaluate the last stage of an FSAL method, which the error needs and ``x1`` does not.
+        finding: what to find in the same pass over memory as ``x1``, for ``known``: "error" (of methods without closing
+            stage), "action", "residue".
 
     Raises:
         ValueError, TypeError: the field changes shape, device or (outside autocast) dtype.
@@ -159,24 +172,40 @@ def rk_step(
     fields = field if isinstance(field, list | tuple) else None
     if fields is not None and len(fields) != tableau.stages:
         raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
-    x1, stages = advance(field, t, x, h, tableau, () if first is None else (first,))
+    stages, known = _evaluate(field, t, x, h, tableau, () if first is None else (first,)), None
+    if finding and (not isinstance(h, Tensor) or h.numel() in (1, len(x))):
+        end, known = finish_step(
+            x, stages, tableau, h,
+            error="error" in finding and not tableau.fsal, action="action" in finding, residue="residue" in finding,
+        )  # fmt: skip
+        assert end is not None  # for it was asked
+        x1 = end
+    else:
+        x1 = combine(x, stages, tableau.b, h)
     if closing and tableau.fsal:
         p = (field if fields is None else fields[-1])(t + h, x1)  # type: ignore[operator]
         stages = (*stages, _checked(p, x, tableau.interior))
-    return Step(t, h, x, x1, stages, tableau)
+    return Step(t, h, x, x1, stages, tableau, known)
 
 
 def advance(
+    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
+) -> Tensor:
+    """The state at the end of a step; :func:`rk_step` says more."""
+    return combine(x, _evaluate(field, t, x, h, tableau), tableau.b, h)
+
+
+def _evaluate(
     field: Field | Sequence[Field],
     t: float | Tensor,
     x: Tensor,
     h: float | Tensor,
     tableau: ButcherTableau,
     stages: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The state at the end of a step and the stages it needs, those given first; :func:`rk_step` says more.
+) -> tuple[Tensor, ...]:
+    """The stages that the end of a step needs, those given first.
 
-    One function without calls of ours, since a small field takes no longer than a few of them.
+    One function without calls of ours but :func:`combine`, since a small field takes no longer than a few of them.
     """
     one = not isinstance(field, list | tuple)
     shape, dtype, device = x.shape, x.dtype, x.device
@@ -186,7 +215,7 @@ def advance(
         if type(p) is not Tensor or p.dtype != dtype or p.device != device or p.shape != shape:
             p = _checked(p, x, i)
         stages = (*stages, p)
-    return combine(x, stages, tableau.b, h), stages
+    return stages
 
 
 def beside(values: np.ndarray, x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def adaptive_steps(
         step = rk_step(v, t, x, h, tableau, first)
         stats.evaluations += len(step.stages) - (first is not None)
         with torch.no_grad():
-            ratio = tolerance.ratio(step.error(), x, step.x1)
+            ratio = tolerance.ratio(step)
         if not math.isfinite(ratio):
             bad_stage, bad_sample = _first_not_finite(step)
             if bad_stage == 0:

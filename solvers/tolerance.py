@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.reductions import SMALL, finish_step
 from solvers.states import is_mapped
+from solvers.step import Step
 
 __all__ = ["Tolerance", "numbers"]
 
@@ -80,12 +83,32 @@ class Tolerance:
             return torch.vmap(self.norm)(scaled).abs()
         return torch.linalg.vector_norm(scaled.flatten(1), dim=1) / math.sqrt(scaled[0].numel())
 
-    def ratio(self, error: Tensor, x0: Tensor, x1: Tensor) -> float:
-        """Norm of the error over its tolerance; waits for the device, once."""
-        scaled = self.scaled(error, x0, x1)
+    def ratio(self, step: Step) -> float:
+        """Norm of the embedded error of a step over its tolerance; waits for the device, once."""
+        if (each := self._in_one_pass(step)) is not None:
+            return numbers(torch.linalg.vector_norm(each)) / math.sqrt(len(each))
+        scaled = self.scaled(step.error(), step.x0, step.x1)
         if self.norm is None:  # the root of the count as a number: a tensor operation less
             return numbers(torch.linalg.vector_norm(scaled)) / math.sqrt(scaled.numel())
         return numbers(self.size(scaled))
+
+    def ratios(self, step: Step) -> np.ndarray:
+        """:meth:`ratio` for each sample, ``(B,)``."""
+        if (each := self._in_one_pass(step)) is None:
+            each = self.sizes(self.scaled(step.error(), step.x0, step.x1))
+        return np.array(numbers(each))
+
+    def _in_one_pass(self, step: Step) -> Tensor | None:
+        """:meth:`ratios` of large states, if tolerances and norm are the usual ones."""
+        x = step.x0
+        if x.numel() <= SMALL or x.ndim < 2 or self.norm is not None:
+            return None
+        if isinstance(self.rtol, Tensor) or isinstance(self.atol, Tensor):
+            return None
+        _, found = finish_step(
+            x, step.stages, step.tableau, step.h, state=False, error=True, rtol=self.rtol, atol=self.atol
+        )
+        return found["error"]
 
     def choose_first_step(
         self, field: Callable[..., Tensor], t: float, x: Tensor, first: Tensor, direction: int, order: int

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from solvers.kernels.contract import Asked, Finish, wide_dtype
 
-__all__ = ["backward", "expression", "forward"]
+__all__ = ["backward", "combination", "expression", "forward"]
 
+HALF = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 16  # numbers of one operand: several operands and temporaries of a block fit the second-level cache
 
 
@@ -33,11 +34,11 @@ def expression(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, a
     wide, n, features = wide_dtype(p), math.prod(p.shape[1:]), tuple(range(1, p.ndim))
     size = h.reshape(-1, *[1] * (p.ndim - 1)) if isinstance(h, Tensor) else h
     r = x1 = error = action = square = cosine = None
-    if asked.state or asked.scaled or asked.residue:
+    if asked.residue:
         r = _weighted(stages, asked.b)
     if asked.state or asked.scaled:
         assert x0 is not None
-        x1 = (x0 + r * size).to(p.dtype)
+        x1 = combination(x0, stages, asked.b, size)
     if asked.error:
         scaled = _weighted(stages, asked.e) * size
         if asked.scaled:
@@ -56,6 +57,26 @@ def expression(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, a
         square = squares / n
         cosine = r.sum(features) / torch.where(squares == 0, 1, _root(squares) * math.sqrt(n))
     return Finish(x1 if asked.state else None, error, action, square, cosine)  # type: ignore[arg-type]
+
+
+def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+    """``x + h sum_i w_i p_i`` in the dtype of x, one operation per weight that is not 0, in float32 or wider.
+
+    Args:
+        x, stages: ``(B, *S)``.
+        weights: one per stage; more of either are not read.
+        h: a number, or a tensor that broadcasts against x.
+    """
+    if x.dtype in HALF:
+        h = h.float() if isinstance(h, Tensor) else h
+        return combination(x.float(), [p.float() for p in stages], weights, h).to(x.dtype)
+    for p, weight in zip(stages, weights, strict=False):
+        if weight:
+            if isinstance(h, Tensor):
+                x = torch.addcmul(x, p, h, value=weight).to(p.dtype)
+            else:
+                x = torch.add(x, p, alpha=h * weight)
+    return x
 
 
 def forward(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> Finish:

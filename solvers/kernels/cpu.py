@@ -28,12 +28,23 @@ __all__ = ["backward", "forward", "serves"]
 BLOCK = 1 << 7  # numbers at a time: blocks of all operands and temporaries share the first-level cache, few to a set
 ALONE = 1 << 11  # and where nothing but sums of powers is asked, which have no temporaries
 SEGMENT = 1 << 15  # numbers per task
+SHORT = 1 << 6  # numbers of a row below which torch's own operations are faster
 PARALLEL = 1 << 18  # numbers from which threads pay
 
 
-def serves(stages: Sequence[Tensor], asked: Asked) -> bool:
-    """Whether these kernels know the dtype and the power."""
-    return stages[0].dtype in (torch.float32, torch.float64) and asked.power in (1, 2, 3)
+def serves(stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> bool:
+    """Whether these kernels know the dtype and the power, and rows are long enough for loops over them.
+
+    Where nothing is summed and all have one step size, everything is one row.
+    """
+    p = stages[0]
+    if p.dtype not in (torch.float32, torch.float64) or asked.power not in (1, 2, 3):
+        return False
+    return p[0].numel() >= SHORT or _one_row(h, asked)
+
+
+def _one_row(h: float | Tensor, asked: Asked) -> bool:
+    return not (isinstance(h, Tensor) or asked.error or asked.action or asked.residue)
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -291,7 +302,7 @@ def forward(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, aske
     """What :func:`solvers.kernels.aten.expression` finds."""
     operands = rows_of([*stages, *([] if x0 is None else [x0])])  # kept until all is done: kernels see addresses
     first, addresses = operands[0], _addresses(operands)
-    batch, n = len(first), first[0].numel()
+    batch, n = (1, first.numel()) if _one_row(h, asked) else (len(first), first[0].numel())
     x1 = torch.empty_like(first) if asked.state else None
     start, read = 0 if x0 is None else addresses[-1], addresses[: len(stages)]
     sizes, number = _steps(h, first)
@@ -328,7 +339,7 @@ def backward(
     given = [x for x in (x0 if scaled else None, grads.x1) if x is not None]
     operands = rows_of([*stages, *given])  # kept until all is done: kernels see addresses
     first, addresses = operands[0], _addresses(operands)
-    batch, n = len(first), first[0].numel()
+    batch, n = (1, first.numel()) if _one_row(h, asked) else (len(first), first[0].numel())
     start, grad = addresses[len(stages)] if scaled else 0, addresses[-1] if grads.x1 is not None else 0
     sizes, number = _steps(h, first)
     pulls = _pulls(batch, n, number if sizes is None else sizes, asked, grads, values).astype(_kind(first.dtype))

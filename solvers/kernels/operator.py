@@ -45,7 +45,7 @@ def finish(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked
     """
     x0 = x0 if asked.state or asked.scaled else None
     if _immediate(x0, stages, h):
-        kernels = _kernels(stages, asked)
+        kernels = _kernels(stages, h, asked)
         return (aten if kernels is None else kernels).forward(x0, stages, h, asked)
     sizes, number = (h, 1.0) if isinstance(h, Tensor) else (None, float(h))
     bits = STATE * asked.state + ERROR * asked.error + ACTION * asked.action + RESIDUE * asked.residue
@@ -87,11 +87,11 @@ def _triton() -> ModuleType | None:
         return None
 
 
-def _kernels(stages: Sequence[Tensor], asked: Asked) -> Any:
+def _kernels(stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> Any:
     """The module whose kernels serve these operands, or None: torch's own operations do."""
     p = stages[0]
     found = _numba() if p.device.type == "cpu" else _triton() if p.device.type == "cuda" else None
-    return found if found is not None and p.numel() and found.serves(stages, asked) else None
+    return found if found is not None and p.numel() and found.serves(stages, h, asked) else None
 
 
 def _read(b: Sequence[float], e: Sequence[float], rtol: float, atol: float, power: float, bits: int) -> Asked:
@@ -103,8 +103,8 @@ def _finish_step(
     x0: Tensor | None, stages: Sequence[Tensor], sizes: Tensor | None, h: float, *asks: Any
 ) -> tuple[Tensor, ...]:
     asked = _read(*asks)
-    kernels = _kernels(stages, asked)
     size = h if sizes is None else sizes
+    kernels = _kernels(stages, size, asked)
     return _full((aten if kernels is None else kernels).forward(x0, stages, size, asked), stages[0])
 
 
@@ -128,7 +128,7 @@ def _finish_step_backward(
 ) -> list[Tensor]:
     *asks, grads, values, needs = rest
     asked, size = _read(*asks), h if sizes is None else sizes
-    kernels = _kernels(stages, asked)
+    kernels = _kernels(stages, size, asked)
     if kernels is None:
         found = aten.backward(x0, stages, size, asked, Finish(*grads), needs)
     else:

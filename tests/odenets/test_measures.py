@@ -6,7 +6,7 @@ from torch import nn
 
 from odenets import Flow, MLPField, measures
 from solvers import get_tableau, integrate, rk_step
-from tests.counting import Counted
+from tests.counting import Counted, Operations
 
 
 class Moving(nn.Module):
@@ -121,3 +121,32 @@ def test_a_field_at_rest_has_a_cosine_of_zero_and_finite_gradients():
 def test_error_needs_an_embedded_method():
     with pytest.raises(ValueError, match="no embedded error"):
         Flow(MLPField(3), solver="euler").record(torch.randn(2, 3), error=measures.error)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "bs23"])
+@pytest.mark.parametrize("features", [6, 6000])
+def test_what_a_step_finds_while_its_state_is_made_is_what_is_measured_after(solver, features):
+    x = torch.randn(16, features, requires_grad=True)
+    flow = Flow(solver=solver, depth=2)
+    named = {"action": measures.action, "residue": measures.residue, "cosine": measures.cosine}
+    if get_tableau(solver).error_weights is not None:
+        named["error"] = measures.error
+    end, records = flow.record(x, **named)
+    steps = list(flow.steps(x))
+    assert all(step.known is None for step in steps)
+    torch.testing.assert_close(end, steps[-1].x1)
+    for name, measure in named.items():
+        after = torch.stack([measure(step) for step in steps])
+        torch.testing.assert_close(records[name], after)
+        (ours,) = torch.autograd.grad(records[name].sum(), x, retain_graph=True)
+        (theirs,) = torch.autograd.grad(after.sum(), x, retain_graph=True)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_a_recorded_block_is_finished_in_one_operation():
+    x, flow = torch.randn(16, 6000), Flow(solver="bs23", depth=1)
+    flow(x)
+    named = {"action": measures.action, "residue": measures.residue, "cosine": measures.cosine}
+    with Operations() as operations:
+        flow.record(x, **named)
+    assert operations.counts[torch.ops.odenets.finish_step.default] == 1

@@ -245,3 +245,19 @@ def test_nothing_to_do():
     solution = integrate(decay, torch.ones(1, 1), 1.0, 1.0)
     assert solution.stats.accepted == 0
     assert solution.times == (1.0,)
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_large_states_take_the_steps_of_small_ones(control):
+    small = torch.tensor([[1.0, 0.5], [0.3, -0.2]], dtype=torch.float64)
+    large = small.repeat(1, 20_000)
+
+    def swing(t, x):
+        return torch.stack([x[:, 1::2], -x[:, ::2].sin()], -1).flatten(1)
+
+    tolerance = Tolerance(rtol=1e-6, atol=1e-8)
+    one, many = (
+        integrate(swing, x, 0.0, 3.0, solver="bs23", control=control, tolerance=tolerance) for x in (small, large)
+    )
+    assert one.stats.evaluations == many.stats.evaluations
+    torch.testing.assert_close(many.x1[:, :2], one.x1, rtol=1e-9, atol=1e-9)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-import solvers.samples
+import solvers.tolerance
 from solvers import PI, MaxStepsError, NonFiniteError, StepUnderflowError, Tolerance, integrate
 from solvers.samples import align
 from tests.counting import Counted
@@ -54,8 +54,8 @@ def test_field_calls_are_those_of_the_sample_that_needs_most(pendulums):
 
 def test_one_wait_for_the_device_per_attempt(pendulums, monkeypatch):
     calls = []
-    numbers = solvers.samples.numbers
-    monkeypatch.setattr(solvers.samples, "numbers", lambda x: calls.append(0) or numbers(x))
+    numbers = solvers.tolerance.numbers
+    monkeypatch.setattr(solvers.tolerance, "numbers", lambda x: calls.append(0) or numbers(x))
     solution = integrate(swing, pendulums, 0.0, 2.0, control="sample", tolerance=Tolerance(1e-6, 1e-8, first_step=0.01))
     attempts = solution.sample_stats.accepted + solution.sample_stats.rejected
     assert len(calls) == attempts.max()
