@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from solvers.kernels.contract import Asked, Finish, wide_dtype
+from solvers.kernels.contract import Asked, Finish
 
 __all__ = ["backward", "combination", "expression", "forward"]
 
@@ -31,20 +31,22 @@ def expression(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, a
         asked: what is asked.
     """
     p = stages[0]
-    wide, n, features = wide_dtype(p), math.prod(p.shape[1:]), tuple(range(1, p.ndim))
+    n, features = math.prod(p.shape[1:]), tuple(range(1, p.ndim))
     size = h.reshape(-1, *[1] * (p.ndim - 1)) if isinstance(h, Tensor) else h
-    r = x1 = error = action = square = cosine = None
+    r = x1 = error = action = square = cosine = wide_x0 = wide_x1 = None
     if asked.residue:
         r = _weighted(stages, asked.b)
     if asked.state or asked.scaled:
         assert x0 is not None
-        x1 = combination(x0, stages, asked.b, size)
+        wide_x0 = x0.float() if x0.dtype in HALF else x0
+        wide_x1 = combination(wide_x0, stages, asked.b, size)
+        x1 = wide_x1.to(p.dtype) if x0.dtype in HALF else wide_x1
     if asked.error:
         scaled = _weighted(stages, asked.e) * size
         if asked.scaled:
-            assert x0 is not None
-            assert x1 is not None
-            scaled = scaled / (asked.atol + asked.rtol * torch.maximum(x0.abs(), x1.abs()).to(wide))
+            assert wide_x0 is not None
+            assert wide_x1 is not None
+            scaled = scaled / (asked.atol + asked.rtol * torch.maximum(wide_x0.abs(), wide_x1.abs()))
         elif asked.atol != 1:
             scaled = scaled / asked.atol
         error = _root(_squares(scaled).sum(features) / n)
@@ -55,7 +57,8 @@ def expression(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, a
         assert r is not None
         squares = _squares(r).sum(features)
         square = squares / n
-        cosine = r.sum(features) / torch.where(squares == 0, 1, _root(squares) * math.sqrt(n))
+        rest = squares == 0
+        cosine = torch.where(rest, 0, r.sum(features)) / torch.where(rest, 1, _root(squares) * math.sqrt(n))
     return Finish(x1 if asked.state else None, error, action, square, cosine)  # type: ignore[arg-type]
 
 
@@ -68,12 +71,11 @@ def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h
         h: a number, or a tensor that broadcasts against x.
     """
     if x.dtype in HALF:
-        h = h.float() if isinstance(h, Tensor) else h
-        return combination(x.float(), [p.float() for p in stages], weights, h).to(x.dtype)
+        return combination(x.float(), stages, weights, h).to(x.dtype)
     for p, weight in zip(stages, weights, strict=False):
         if weight:
             if isinstance(h, Tensor):
-                x = torch.addcmul(x, p, h, value=weight).to(p.dtype)
+                x = torch.addcmul(x, p.float() if p.dtype in HALF else p, h, value=weight).to(x.dtype)
             else:
                 x = torch.add(x, p, alpha=h * weight)
     return x

@@ -1,0 +1,315 @@
+"""The finish of a step on a GPU: one Triton kernel forward, one backward.
+
+A program takes a tile: several rows where they are short, one row or a part of a long one. Parts of a row leave their
+sums to a second kernel, which adds them in order: nothing depends on what runs first, or on the size of the device.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportInvalidTypeForm=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from solvers.kernels.contract import Asked, Finish, rows_of, wide_dtype
+
+__all__ = ["backward", "forward", "serves"]
+
+TILE = 1 << 10  # numbers of an operand that a program holds at a time
+PART = 1 << 13  # numbers of a row from which it may be cut
+PROGRAMS = 1 << 11  # programs wanted of a launch
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def serves(stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> bool:
+    """Whether these kernels know the dtype."""
+    return stages[0].dtype in DTYPES
+
+
+@triton.jit
+def _power(p, power: tl.constexpr):
+    if power == 2:
+        return p * p
+    if power == 1:
+        return tl.abs(p)
+    return tl.where(p == 0, 0, tl.exp2(power * tl.log2(tl.where(p == 0, 1, tl.abs(p)))))
+
+
+@triton.jit
+def _sizes(sizes, h, rows, inside, sized: tl.constexpr, wide: tl.constexpr, ROWS: tl.constexpr):
+    """The step size of each row."""
+    if sized:
+        return tl.load(sizes + rows, inside, 0).to(wide)
+    return (tl.zeros((ROWS,), tl.float64) + h).to(wide)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def _store_values(
+    e, a, s, t, size, rows, inside, n, error, action, square, cosine,
+    has_error: tl.constexpr, has_action: tl.constexpr, has_residue: tl.constexpr,
+):  # fmt: skip
+    """The values of each row from its sums."""
+    count = tl.full(e.shape, 0, e.dtype) + n
+    if has_error:
+        tl.store(error + rows, tl.sqrt(e / count), inside)
+    if has_action:
+        tl.store(action + rows, a / count * size, inside)
+    if has_residue:
+        tl.store(square + rows, s / count, inside)
+        tl.store(cosine + rows, tl.where(s == 0, 0, t / tl.where(s == 0, 1, tl.sqrt(s) * tl.sqrt(count))), inside)
+
+
+@triton.jit
+def _finish(
+    x0, stages, sizes, h: tl.float64, x1, error, action, square, cosine, sums, batch, n,
+    b: tl.constexpr, e: tl.constexpr, rtol: tl.constexpr, atol: tl.constexpr, power: tl.constexpr,
+    has_state: tl.constexpr, has_error: tl.constexpr, has_action: tl.constexpr, has_residue: tl.constexpr,
+    sized: tl.constexpr, parts: tl.constexpr, span: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    wide: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < batch
+    begin = tl.program_id(1) * span
+    end = min(begin + span, n)
+    size = _sizes(sizes, h, rows, inside, sized, wide, ROWS)
+    sum_e = tl.zeros((ROWS, COLS), wide)
+    sum_a = tl.zeros((ROWS, COLS), wide)
+    sum_s = tl.zeros((ROWS, COLS), wide)
+    sum_t = tl.zeros((ROWS, COLS), wide)
+    for start in range(begin, end, COLS):
+        cols = start + tl.arange(0, COLS)
+        where = rows[:, None] * n + cols[None, :]
+        mask = inside[:, None] & (cols < end)[None, :]
+        r = tl.zeros((ROWS, COLS), wide)
+        d = tl.zeros((ROWS, COLS), wide)
+        for k in tl.static_range(len(b)):
+            if b[k] != 0 or (has_error and e[k] != 0):
+                p = tl.load(stages[k] + where, mask, 0).to(wide)
+                if b[k] != 0:
+                    r += b[k] * p
+                    if has_action:
+                        sum_a += b[k] * _power(p, power)
+                if has_error and e[k] != 0:
+                    d += e[k] * p
+        if has_residue:
+            sum_s += r * r
+            sum_t += r
+        if has_state or (has_error and rtol != 0):
+            x = tl.load(x0 + where, mask, 0).to(wide)
+            end_state = x + size[:, None] * r
+            if has_state:
+                tl.store(x1 + where, end_state.to(x1.dtype.element_ty), mask)
+            if has_error and rtol != 0:
+                low, high = tl.abs(x), tl.abs(end_state)
+                d /= atol + rtol * tl.where(low > high, low, high)
+        if has_error:
+            if rtol == 0:
+                d /= atol
+            d *= size[:, None]
+            sum_e += tl.where(mask, d * d, 0)
+    total_e, total_a = tl.sum(sum_e, 1), tl.sum(sum_a, 1)
+    total_s, total_t = tl.sum(sum_s, 1), tl.sum(sum_t, 1)
+    if parts == 1:
+        _store_values(
+            total_e, total_a, total_s, total_t, size, rows, inside, n, error, action, square, cosine,
+            has_error, has_action, has_residue,
+        )  # fmt: skip
+    elif has_error or has_action or has_residue:
+        to = sums + tl.program_id(1) * 4 * batch + rows
+        tl.store(to, total_e, inside)
+        tl.store(to + batch, total_a, inside)
+        tl.store(to + 2 * batch, total_s, inside)
+        tl.store(to + 3 * batch, total_t, inside)
+
+
+@triton.jit
+def _add_parts(
+    sums, sizes, h: tl.float64, error, action, square, cosine, batch, n,
+    has_error: tl.constexpr, has_action: tl.constexpr, has_residue: tl.constexpr,
+    sized: tl.constexpr, parts: tl.constexpr, ROWS: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """The values of rows that were cut into parts."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < batch
+    size = _sizes(sizes, h, rows, inside, sized, wide, ROWS)
+    e = tl.zeros((ROWS,), wide)
+    a = tl.zeros((ROWS,), wide)
+    s = tl.zeros((ROWS,), wide)
+    t = tl.zeros((ROWS,), wide)
+    for part in range(parts):
+        source = sums + part * 4 * batch + rows
+        e += tl.load(source, inside, 0)
+        a += tl.load(source + batch, inside, 0)
+        s += tl.load(source + 2 * batch, inside, 0)
+        t += tl.load(source + 3 * batch, inside, 0)
+    _store_values(e, a, s, t, size, rows, inside, n, error, action, square, cosine, has_error, has_action, has_residue)
+
+
+@triton.jit
+def _finish_backward(
+    x0, stages, sizes, h: tl.float64, grad, g_error, g_action, g_square, g_cosine, error, square, cosine,
+    grad_x0, grads, batch, n, tiles,
+    b: tl.constexpr, e: tl.constexpr, rtol: tl.constexpr, atol: tl.constexpr, power: tl.constexpr,
+    has_grad: tl.constexpr, has_error: tl.constexpr, has_action: tl.constexpr, has_square: tl.constexpr,
+    has_cosine: tl.constexpr, needs_x0: tl.constexpr, needs: tl.constexpr, sized: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """Gradients as :func:`solvers.kernels.cpu._backward` writes them down."""
+    scaled: tl.constexpr = has_error and rtol != 0
+    needs_r: tl.constexpr = has_square or has_cosine or scaled
+    rows = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    cols = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
+    inside = rows < batch
+    where = rows[:, None] * n + cols[None, :]
+    mask = inside[:, None] & (cols < n)[None, :]
+    size = _sizes(sizes, h, rows, inside, sized, wide, ROWS)
+    count = tl.full((ROWS,), 0, wide) + n
+    step = size[:, None]
+    r = tl.zeros((ROWS, COLS), wide)
+    d = tl.zeros((ROWS, COLS), wide)
+    u = tl.zeros((ROWS, COLS), wide)
+    if has_square or has_cosine or has_error:
+        for k in tl.static_range(len(b)):
+            if (needs_r and b[k] != 0) or (has_error and e[k] != 0):
+                p = tl.load(stages[k] + where, mask, 0).to(wide)
+                if needs_r and b[k] != 0:
+                    r += b[k] * p
+                if has_error and e[k] != 0:
+                    d += e[k] * p
+    if has_grad:
+        u += tl.load(grad + where, mask, 0).to(wide)
+    on_x0 = u
+    if has_error:
+        rms = tl.load(error + rows, inside, 0)
+        pull = tl.load(g_error + rows, inside, 0)
+        pull = tl.where(rms == 0, 0, pull) / tl.where(rms == 0, 1, rms * count)
+        if scaled:
+            x = tl.load(x0 + where, mask, 0).to(wide)
+            end_state = x + step * r
+            low, high = tl.abs(x), tl.abs(end_state)
+            share = tl.where(high > low, 1.0, tl.where(high == low, 0.5, 0.0)).to(wide)
+            s = atol + rtol * tl.where(low > high, low, high)
+            q = step * d / s
+            back = pull[:, None] * rtol * q * q / s
+            on_x0 = u - back * (share * _sign(end_state) + (1 - share) * _sign(x))
+            u -= back * share * _sign(end_state)
+            d = pull[:, None] * q * step / s
+        else:
+            d *= pull[:, None] * (step / atol) * (step / atol)
+    if needs_x0:
+        tl.store(grad_x0 + where, on_x0.to(grad_x0.dtype.element_ty), mask)
+    u *= step
+    if has_square:
+        u += (2 * tl.load(g_square + rows, inside, 0) / count)[:, None] * r
+    if has_cosine:
+        mean = tl.load(square + rows, inside, 0)
+        slope = tl.where(mean == 0, 0, tl.load(g_cosine + rows, inside, 0)) / tl.where(mean == 0, 1, mean * count)
+        u += (slope * tl.sqrt(mean))[:, None] - (slope * tl.load(cosine + rows, inside, 0))[:, None] * r
+    if has_action:
+        slope_a = (tl.load(g_action + rows, inside, 0) * size * power / count)[:, None]
+    for k in tl.static_range(len(b)):
+        if needs[k]:
+            out = b[k] * u
+            if b[k] == 0:
+                out = tl.zeros((ROWS, COLS), wide)
+            if has_action and b[k] != 0:
+                p = tl.load(stages[k] + where, mask, 0).to(wide)
+                if power == 2:
+                    out += b[k] * slope_a * p
+                elif power == 1:
+                    out += b[k] * slope_a * _sign(p)
+                else:
+                    out += b[k] * slope_a * _sign(p) * _power(p, power - 1)
+            if has_error and e[k] != 0:
+                out += e[k] * d
+            tl.store(grads[k] + where, out.to(grads[k].dtype.element_ty), mask)
+
+
+def forward(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> Finish:
+    """What :func:`solvers.kernels.aten.expression` finds."""
+    operands = rows_of([*stages, *([] if x0 is None else [x0])])
+    first, batch = operands[0], len(operands[0])
+    n, wide = first[0].numel(), wide_dtype(first)
+    rows, cols, parts = _tiling(batch, n)
+    span = triton.cdiv(triton.cdiv(n, parts), cols) * cols
+    x1 = torch.empty_like(first) if asked.state else None
+    wants = (asked.error, asked.action, asked.residue, asked.residue)
+    values = [first.new_empty(batch, dtype=wide) if want else None for want in wants]
+    given = [first if v is None else v for v in values]  # a pointer that is not followed
+    sums = first.new_empty((parts, 4, batch), dtype=wide) if parts > 1 and any(wants) else first
+    size, number = (h, 0.0) if isinstance(h, Tensor) else (first, h)
+    shape: dict[str, Any] = {"sized": isinstance(h, Tensor), "parts": parts, "wide": WIDE[wide]}
+    flags = {"has_error": asked.error, "has_action": asked.action, "has_residue": asked.residue}
+    with _on(first):
+        _finish[(triton.cdiv(batch, rows), parts)](
+            operands[-1], tuple(operands[: len(stages)]), size, number, first if x1 is None else x1, *given, sums,
+            batch, n, asked.b, _error_weights(asked), asked.rtol, asked.atol, asked.power, has_state=asked.state,
+            span=span, ROWS=rows, COLS=cols, **flags, **shape,
+        )  # fmt: skip
+        if parts > 1 and any(wants):
+            _add_parts[(triton.cdiv(batch, 128),)](sums, size, number, *given, batch, n, ROWS=128, **flags, **shape)
+    return Finish(x1, *values)
+
+
+def backward(
+    x0: Tensor | None,
+    stages: Sequence[Tensor],
+    h: float | Tensor,
+    asked: Asked,
+    grads: Finish,
+    values: Finish,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients as :func:`solvers.kernels.aten.backward` finds them, from the values found by :func:`forward` too."""
+    operands = rows_of([*stages, *(x for x in (x0, grads.x1) if x is not None)])
+    first, batch = operands[0], len(operands[0])
+    n, wide = first[0].numel(), wide_dtype(first)
+    rows, cols, _ = _tiling(batch, n)
+    tiles = triton.cdiv(n, cols)
+    found = [torch.empty_like(first) if need else None for need in needs]
+    to = [first if grad is None else grad for grad in found]
+    size, number = (h, 0.0) if isinstance(h, Tensor) else (first, h)
+    pulls = [first if g is None else g.contiguous() for g in grads[1:]]
+    kept = [first if v is None else v for v in (values.error, values.square, values.cosine)]
+    with _on(first):
+        _finish_backward[(triton.cdiv(batch, rows) * tiles,)](
+            first if x0 is None else operands[len(stages)], tuple(operands[: len(stages)]), size, number,
+            operands[-1], *pulls, *kept, to[0], tuple(to[1:]), batch, n, tiles,
+            asked.b, _error_weights(asked), asked.rtol, asked.atol, asked.power,
+            has_grad=grads.x1 is not None, has_error=grads.error is not None, has_action=grads.action is not None,
+            has_square=grads.square is not None, has_cosine=grads.cosine is not None,
+            needs_x0=bool(needs[0]), needs=tuple(bool(need) for need in needs[1:]), sized=isinstance(h, Tensor),
+            ROWS=rows, COLS=cols, wide=WIDE[wide],
+        )  # fmt: skip
+    return found
+
+
+def _tiling(batch: int, n: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and the parts of a row, from the shape alone."""
+    cols = min(triton.next_power_of_2(n), TILE)
+    rows = max(1, TILE // cols) if batch > 1 else 1
+    parts = max(1, min(n // PART, PROGRAMS // batch)) if n >= 2 * PART else 1
+    return rows, cols, parts
+
+
+def _error_weights(asked: Asked) -> tuple[float, ...]:
+    return tuple(asked.e) if asked.error else (0.0,) * len(asked.b)
+
+
+def _on(x: Tensor) -> Any:
+    """The device of x as the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,83 @@
+"""The Triton kernels where there is no GPU: interpreted, and compiled for one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+COMPILE = """
+import re
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import torch
+from solvers.kernels import gpu
+from triton import language as tl
+
+dtype, stages, sized, parts = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True", int(sys.argv[4])
+wide = "fp64" if dtype == "fp64" else "fp32"
+one, value = "*" + dtype, "*" + wide
+b, e = (0.5,) * stages, (0.25,) * stages
+accumulator = tl.float64 if wide == "fp64" else tl.float32
+rows = {"sized": sized, "ROWS": 4 if parts == 1 else 1, "COLS": 256, "wide": accumulator}
+numbers = {"b": b, "e": e, "rtol": 0.1, "atol": 0.01, "power": 2.0}
+has = {"has_error": True, "has_action": True, "has_residue": True}
+
+
+def build(kernel, types, constants):
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in constants.items()}
+    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert made.asm["cubin"]
+    assert not re.search(r"\\b(atom|red)\\.", made.asm["ptx"])
+
+
+types = {"x0": one, "stages": (one,) * stages, "sizes": value, "h": "fp64", "batch": "i32", "n": "i32"}
+values = {name: value for name in ("error", "action", "square", "cosine")}
+build(
+    gpu._finish,
+    types | values | {"x1": one, "sums": value},
+    numbers | has | rows | {"has_state": True, "parts": parts, "span": 512},
+)
+build(
+    gpu._finish_backward,
+    types | {k: v for k, v in values.items() if k != "action"}
+    | {"grad": one, "g_error": value, "g_action": value, "g_square": value, "g_cosine": value}
+    | {"grad_x0": one, "grads": (one,) * stages, "tiles": "i32"},
+    numbers | rows | {"has_grad": True, "has_error": True, "has_action": True, "has_square": True, "has_cosine": True}
+    | {"needs_x0": True, "needs": (True,) * stages},
+)
+if parts > 1:
+    types = {"sums": value, "sizes": value, "h": "fp64", "batch": "i32", "n": "i32"} | values
+    del rows["COLS"]
+    build(gpu._add_parts, types, has | rows | {"parts": parts, "ROWS": 128})
+"""
+
+
+def run(*command, **environment):
+    made = subprocess.run(
+        [sys.executable, *command], cwd=HERE.parents[1], text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), **environment},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
+    return made.stdout
+
+
+def test_interpreted():
+    case = str(HERE / "interpreted_kernels.py")
+    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", case, TRITON_INTERPRET="1")
+    assert " passed" in out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stages", "sized", "parts"), [("fp32", 4, False, 4), ("bf16", 1, True, 1), ("fp64", 4, True, 1)]
+)
+def test_compiled_for_a_gpu_without_atomics(dtype, stages, sized, parts):
+    run("-c", COMPILE, dtype, str(stages), str(sized), str(parts), TRITON_INTERPRET="0")
