@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from benchmarks.solves import COLUMNS
 
-__all__ = ["memory_table", "ratio_table", "reduction_table"]
+__all__ = ["memory_table", "network_table", "ratio_table", "reduction_table"]
 
 Info = dict[str, Any]
 
@@ -46,19 +46,34 @@ def memory_table(rows: list[Info]) -> str:
 
 
 def reduction_table(rows: list[Info]) -> str:
-    """Median time over that of plain sums of as many operands, by operation, size, passes and threads."""
+    """Median milliseconds of each operation, and its bandwidth over that of its floor, a plain sum or a copy."""
     peers = list(dict.fromkeys(row["who"] for row in rows))
 
     def key(row: Info) -> tuple[str, str, str, str, int]:
         passes = "forward + backward" if row["backward"] else "forward"
         return row["device"], row["operation"], row["size"], passes, row["threads"]
 
+    def cell(row: Info) -> str:
+        fraction = row["bytes"] / row["floor_bytes"] / row["ratio"]
+        return f"{1e3 * row['ratio'] * row['floor']:.2f} ({fraction:.2f})"
+
     lines = []
     for (*names, threads), group in groupby(sorted(rows, key=key), key):
         found = {row["who"]: row for row in group}
-        cells = [f"{found[who]['ratio']:.2f}" if who in found else "" for who in peers]
-        lines.append([*names, str(threads), f"{1e3 * min(row['floor'] for row in found.values()):.2f}", *cells])
-    return _table(lines, ["", "operation", "size", "", "threads", "sums (ms)", *peers])
+        one = min(found.values(), key=lambda row: row["floor"])
+        speed = f"{one['floor_bytes'] / one['floor'] / 1e9:.0f}"
+        cells = [cell(found[who]) if who in found else "" for who in peers]
+        lines.append([*names, str(threads), f"{one['bytes'] / 1e6:.0f}", speed, *cells])
+    return _table(lines, ["", "operation", "size", "", "threads", "MB moved", "floor (GB/s)", *peers])
+
+
+def network_table(rows: list[Info]) -> str:
+    """Time of a network with a measure over the time of the same without."""
+    lines = [
+        [row["device"], row["operation"], row["size"], f"{1e3 * row['floor']:.1f}", f"{row['ratio']:.3f}"]
+        for row in rows
+    ]
+    return _table(lines, ["", "ResNet-9", "", "without (ms)", "with / without"])
 
 
 def _table(lines: list[list[str]], headers: list[str]) -> str:
@@ -69,9 +84,14 @@ def main(path: str) -> None:
     """Print the tables and where they were measured."""
     rows = [benchmark["extra_info"] for benchmark in json.loads(Path(path).read_text())["benchmarks"]]
     if reduced := [row for row in rows if "reduction" in row]:
-        print("Time over the time of plain sums of the operands, medians of interleaved rounds.\n")
+        print(
+            "Milliseconds, and in brackets bandwidth over that of the floor, medians of interleaved rounds. "
+            "The floor is a plain sum of the operands for a reduction on a CPU, a copy of the bytes for all else.\n"
+        )
         print(reduction_table(reduced) + "\n")
-    if timed := [row for row in rows if "ratio" in row and "reduction" not in row]:
+    if measured := [row for row in rows if "measured_network" in row]:
+        print(network_table(measured) + "\n")
+    if timed := [row for row in rows if "ratio" in row and not {"reduction", "measured_network"} & set(row)]:
         print("Time over the time of the field calls alone (how many), medians of interleaved rounds, one thread.\n")
         print(ratio_table(timed) + "\n")
     if remembered := [row for row in rows if "memory" in row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +31,7 @@ ALONE = 1 << 11  # and where nothing but sums of powers is asked, which have no 
 SEGMENT = 1 << 15  # numbers per task
 SHORT = 1 << 6  # numbers of a row below which torch's own operations are faster
 PARALLEL = 1 << 18  # numbers from which threads pay
+SHARES = 8  # shares of the tasks per thread
 
 
 def serves(stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> bool:
@@ -209,7 +211,7 @@ def _backward(x0, stages, b, e, scale, asked, h, h_number, grad, pulls, grad_x0,
                 r[:m] = zero
             if wants_error:
                 d[:m] = zero
-            for k in range(len(stages)):
+            for k in range(len(stages) if wants_r or wants_error else 0):
                 if wants_r and b[k] != 0:
                     p = _view(stages[k] + offset, b, m)
                     for j in range(m):
@@ -218,64 +220,63 @@ def _backward(x0, stages, b, e, scale, asked, h, h_number, grad, pulls, grad_x0,
                     p = _view(stages[k] + offset, b, m)
                     for j in range(m):
                         d[j] += e[k] * p[j]
-            if grad != 0:
-                g = _view(grad + offset, b, m)
-                for j in range(m):
-                    u[j] = g[j]
+            if not scaled and not wants_residue and grad_x0 == 0:  # most often: one loop
+                if grad != 0:
+                    g = _view(grad + offset, b, m)
+                    for j in range(m):
+                        u[j] = size * g[j]
             else:
-                u[:m] = zero
-            if scaled:
-                x = _view(x0 + offset, b, m)
-                for j in range(m):
-                    x1 = x[j] + size * r[j]
-                    high, low = abs(x1), abs(x[j])
-                    share = one if high > low else (half if high == low else zero)
-                    s = atol + rtol * (low if low > high else high)
-                    q = size * d[j] / s
-                    back = pull_e * rtol * q * q / s
-                    u[j] -= back * share * _sign(x1, zero, one)
-                    d[j] = pull_e * q * size / s
-                    f[j] = u[j] - back * (one - share) * _sign(x[j], zero, one)
-            elif wants_error:
-                factor = pull_e * (size / atol) * (size / atol)
-                for j in range(m):
-                    d[j] *= factor
-            if grad_x0 != 0:
-                out, source = _view(grad_x0 + offset, b, m), f if scaled else u
-                for j in range(m):
-                    out[j] = source[j]
-            if wants_residue:
-                for j in range(m):
-                    u[j] = size * u[j] + pull_r * r[j] + pull_t
-            else:
-                for j in range(m):
-                    u[j] *= size
+                if grad != 0:
+                    g = _view(grad + offset, b, m)
+                    for j in range(m):
+                        u[j] = g[j]
+                else:
+                    u[:m] = zero
+                if scaled:
+                    x = _view(x0 + offset, b, m)
+                    for j in range(m):
+                        x1 = x[j] + size * r[j]
+                        high, low = abs(x1), abs(x[j])
+                        share = one if high > low else (half if high == low else zero)
+                        s = atol + rtol * (low if low > high else high)
+                        q = size * d[j] / s
+                        back = pull_e * rtol * q * q / s
+                        u[j] -= back * share * _sign(x1, zero, one)
+                        d[j] = pull_e * q * size / s
+                        f[j] = u[j] - back * (one - share) * _sign(x[j], zero, one)
+                if grad_x0 != 0:
+                    out, source = _view(grad_x0 + offset, b, m), f if scaled else u
+                    for j in range(m):
+                        out[j] = source[j]
+                if wants_residue:
+                    for j in range(m):
+                        u[j] = size * u[j] + pull_r * r[j] + pull_t
+                else:
+                    for j in range(m):
+                        u[j] *= size
+            factor = one if scaled else pull_e * (size / atol) * (size / atol)
             for k in range(len(stages)):
                 if grads[k] == 0:
                     continue
                 out = _view(grads[k] + offset, b, m)
-                w, v = b[k], e[k]
+                p = _view(stages[k] + offset, b, m)
+                w, v = b[k], (factor * e[k] if wants_error else zero)
+                slope = pull_a * w
                 if w == 0:
                     for j in range(m):
-                        out[j] = zero
-                elif wants_action:
-                    p = _view(stages[k] + offset, b, m)
-                    slope = pull_a * w
-                    if power == 2:
-                        for j in range(m):
-                            out[j] = w * u[j] + slope * p[j]
-                    elif power == 1:
-                        for j in range(m):
-                            out[j] = w * u[j] + slope * _sign(p[j], zero, one)
-                    else:
-                        for j in range(m):
-                            out[j] = w * u[j] + slope * p[j] * abs(p[j])
+                        out[j] = v * d[j]
+                elif not wants_action:
+                    for j in range(m):
+                        out[j] = w * u[j] + v * d[j]
+                elif power == 2:
+                    for j in range(m):
+                        out[j] = w * u[j] + v * d[j] + slope * p[j]
+                elif power == 1:
+                    for j in range(m):
+                        out[j] = w * u[j] + v * d[j] + slope * _sign(p[j], zero, one)
                 else:
                     for j in range(m):
-                        out[j] = w * u[j]
-                if wants_error and v != 0:
-                    for j in range(m):
-                        out[j] += v * d[j]
+                        out[j] = w * u[j] + v * d[j] + slope * p[j] * abs(p[j])
 
 
 @_compiled
@@ -410,14 +411,24 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 def _share(run: Callable[[np.ndarray], None], tasks: int, numel: int) -> None:
-    """Run the tasks on as many threads as torch uses, if they are worth it."""
+    """Run the tasks on as many threads as torch uses, if they are worth it; one that is late takes fewer of them."""
     threads = min(torch.get_num_threads(), tasks) if numel >= PARALLEL else 1
     if threads == 1:
         run(np.array((0, tasks)))
         return
-    bounds = np.linspace(0, tasks, threads + 1).astype(np.int64)
-    pool = _pool(os.getpid(), threads - 1)
-    others = [pool.submit(run, bounds[i : i + 2]) for i in range(1, threads)]
-    run(bounds[:2])
+    bounds = np.linspace(0, tasks, min(tasks, SHARES * threads) + 1).astype(np.int64)
+    shares = deque(bounds[i : i + 2] for i in range(len(bounds) - 1))
+
+    def work() -> None:
+        while True:
+            try:
+                share = shares.popleft()
+            except IndexError:
+                return
+            run(share)
+
+    others = [_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
     for other in others:
-        other.result()
+        if not other.cancel():
+            other.result()

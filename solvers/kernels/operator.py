@@ -166,15 +166,13 @@ def _backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled() or needs_sizes:
         found = _differentiable(x0, stages, h if sizes is None else sizes, asked, Finish(*grads))
         return (*found, *(None,) * 7)
-    needs = [needs_x0, *needs_stages]
-    of_x0, *of_stages = (
-        grad if need else None
-        for grad, need in zip(
-            torch.ops.odenets.finish_step_backward.default(x0, stages, sizes, h, *asks, grads, values, needs),
-            needs,
-            strict=True,
-        )
-    )
+    passed_on = grads[1] is None or not asked.scaled  # the gradient of x0 is then that of x1, as it is
+    needs = [needs_x0 and not passed_on, *needs_stages]
+    of_x0, of_stages = (grads[0] if needs_x0 else None), [None] * ctx.count
+    if any(needs):
+        found = torch.ops.odenets.finish_step_backward.default(x0, stages, sizes, h, *asks, grads, values, needs)
+        changed, *of_stages = (grad if need else None for grad, need in zip(found, needs, strict=True))
+        of_x0 = of_x0 if passed_on else changed
     return (of_x0, of_stages, *(None,) * 8)
 
 
