@@ -1,8 +1,8 @@
 """The finish of a step on a CPU: loops over blocks that stay in the first-level cache, compiled by Numba.
 
 Loaded only where Numba is installed (``pip install odenets[cpu]``); it brings its own code generator, and what it has
-compiled is kept on disk. A row is cut into segments of a fixed size, whose sums are added in order: results do not
-depend on the number of threads.
+compiled is kept on disk. A row is cut into segments of a fixed size, whose sums are added in order: the result is the
+same however many threads share them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numba import carray, types  # pyright: ignore[reportPrivateImportUsage]
 from numba.extending import intrinsic
 from torch import Tensor
 
+from solvers.kernels import aten
 from solvers.kernels.contract import Asked, Finish, rows_of
 
 __all__ = ["backward", "forward", "serves"]
@@ -30,7 +31,7 @@ BLOCK = 1 << 7  # numbers at a time: blocks of all operands and temporaries shar
 ALONE = 1 << 11  # and where nothing but sums of powers is asked, which have no temporaries
 SEGMENT = 1 << 15  # numbers per task
 SHORT = 1 << 6  # numbers of a row below which torch's own operations are faster
-PARALLEL = 1 << 18  # numbers from which threads pay
+PARALLEL = 1 << 27  # bytes read from which threads pay: they share the cores with torch's own, which wait by spinning
 SHARES = 8  # shares of the tasks per thread
 
 
@@ -301,6 +302,8 @@ def _values(sums, h, h_number, features, wanted, like):
 
 def forward(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> Finish:
     """What :func:`solvers.kernels.aten.expression` finds."""
+    if asked == Asked(asked.b, asked.e, action=True) and torch.get_num_threads() > 1:
+        return aten.sums_of_squares(stages, h, asked.b)  # what torch's own threads do as well
     operands = rows_of([*stages, *([] if x0 is None else [x0])])  # kept until all is done: kernels see addresses
     first, addresses = operands[0], _addresses(operands)
     batch, n = (1, first.numel()) if _one_row(h, asked) else (len(first), first[0].numel())
@@ -313,7 +316,7 @@ def forward(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, aske
     def run(tasks: np.ndarray) -> None:
         _forward(start, read, *numbers, _address(sizes), number, to, n, tasks, sums, power)
 
-    _share(run, len(sums), first.numel())
+    _share(run, len(sums), len(operands) * first.nbytes)
     wants = (asked.error, asked.action, asked.residue, asked.residue)
     values = [first.new_empty(batch) if want else None for want in wants]
     if any(wants):
@@ -352,7 +355,7 @@ def backward(
     def run(tasks: np.ndarray) -> None:
         _backward(start, read, *numbers, _address(sizes), number, grad, pulls, to_x0, to, n, tasks, power)
 
-    _share(run, batch * -(-n // SEGMENT), first.numel())
+    _share(run, batch * -(-n // SEGMENT), len(operands) * first.nbytes)
     return [grad_x0, *found]
 
 
@@ -410,9 +413,9 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="odenets")
 
 
-def _share(run: Callable[[np.ndarray], None], tasks: int, numel: int) -> None:
+def _share(run: Callable[[np.ndarray], None], tasks: int, read: int) -> None:
     """Run the tasks on as many threads as torch uses, if they are worth it; one that is late takes fewer of them."""
-    threads = min(torch.get_num_threads(), tasks) if numel >= PARALLEL else 1
+    threads = min(torch.get_num_threads(), tasks) if read >= PARALLEL else 1
     if threads == 1:
         run(np.array((0, tasks)))
         return

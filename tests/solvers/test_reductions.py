@@ -339,10 +339,22 @@ def test_a_state_alone_keeps_nothing_for_its_gradient(kernel):
     torch.testing.assert_close(grad, torch.full_like(grad, 0.05))
 
 
+@pytest.mark.parametrize("name", ["mean_square", "weighted_action"])
+@pytest.mark.parametrize("shape", [(3, 100), (2, 5, 3 * LARGE + 1), (4, 3, 50, 50)])
+def test_sums_of_squares_by_several_threads(name, shape):
+    r, before = laid_out(torch.randn(shape), "channels last"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = OURS[name](r)[0]
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found.double(), REFERENCE[name](r.double())[0], rtol=1e-6, atol=0)
+
+
 def test_threads_change_no_bit(kernel):
     if kernel != "cpu":
         pytest.skip("torch's own sums depend on them")
-    x0, *p = torch.randn(5, 3, 3 * LARGE)
+    x0, *p = torch.randn(5, 3, 33 * LARGE)
 
     def run(threads):
         torch.set_num_threads(threads)
