@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
 
 @pytest.fixture
 def measure(
-    benchmark: Any, request: pytest.FixtureRequest, device: str, machine: dict[str, Any]
+    device: str, benchmark: Any, request: pytest.FixtureRequest, machine: dict[str, Any]
 ) -> Callable[..., None]:
     """``measure(run, floor, **info)``: times ``run`` and ``floor`` in turns, and stores the ratio of their medians.
 
