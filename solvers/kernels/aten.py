@@ -15,10 +15,9 @@ from torch import Tensor
 
 from solvers.kernels.contract import Asked, Finish
 
-__all__ = ["backward", "combination", "expression", "forward", "sums_of_squares"]
+__all__ = ["backward", "combination", "expression", "forward"]
 
 HALF = (torch.float16, torch.bfloat16)
-RUN = 1 << 16  # numbers summed one after the other, in several lanes
 BLOCK = 1 << 16  # numbers of one operand: several operands and temporaries of a block fit the second-level cache
 
 
@@ -80,26 +79,6 @@ def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h
             else:
                 x = torch.add(x, p, alpha=h * weight)
     return x
-
-
-def sums_of_squares(stages: Sequence[Tensor], h: float | Tensor, b: Sequence[float]) -> Finish:
-    """The action alone, ``h sum_i b_i <p_i^2>``, of real stages without a graph: as norms, which have no temporaries.
-
-    Runs of :data:`RUN` numbers are summed apart, so that rounding does not grow with the row.
-    """
-    n, total = math.prod(stages[0].shape[1:]), None
-    wide, rest = torch.promote_types(stages[0].dtype, torch.float32), n % RUN if n >= 2 * RUN else n
-    for p, weight in zip(stages, b, strict=True):
-        if weight == 0:
-            continue
-        rows = (p if p.is_contiguous() or p.ndim < 3 else p.movedim(1, -1)).flatten(1)
-        squares = torch.linalg.vector_norm(rows[:, n - rest :], dim=1, dtype=wide).square_()
-        if rest < n:
-            runs = rows[:, : n - rest].unflatten(1, (-1, RUN))
-            squares += torch.linalg.vector_norm(runs, dim=2, dtype=wide).square_().sum(1)
-        total = squares.mul_(weight) if total is None else total.add_(squares, alpha=weight)
-    assert total is not None
-    return Finish(action=total.div_(n).mul_(h))
 
 
 def forward(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> Finish:

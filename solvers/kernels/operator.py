@@ -58,11 +58,10 @@ def finish(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked
 
 def _immediate(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor) -> bool:
     """Whether nobody is to know of the call: no graph, no mode that traces or counts, no subclass of tensors."""
-    operands = [x for x in (x0, *stages, h) if isinstance(x, Tensor)]
-    if any(type(x) is not Tensor and type(x) is not torch.nn.Parameter for x in operands):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in operands):
-        return False
+    graph = torch.is_grad_enabled()
+    for x in (x0, *stages, h):
+        if isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or (graph and x.requires_grad)):
+            return False
     return not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled(stages[0].device.type)  # type: ignore[attr-defined]
 
 
