@@ -30,7 +30,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,18 +43,19 @@ from einops.layers.torch import Rearrange
 from lightning_fabric import Fabric
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from odenets import Flow, Network, data, measures, models, plotting
 from odenets.checkpoints import save_weights
 from odenets.fields import ConvField
 from odenets.flow import Records
 from odenets.jobs import Report, Workers
+from odenets.least_action import ActionPenalty
 from odenets.measures import Measure
 from odenets.memory import memory
+from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run, read_summary
 from odenets.statistics import Interval, mean_interval
-from odenets.training import Callback, CrossEntropy, Objective, Training, evaluate, fit
+from odenets.training import Callback, Training, evaluate, fit
 from solvers import Statistics, Step, Tolerance
 
 Way = Literal["odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5"]
@@ -202,17 +203,6 @@ class TorchdiffeqFlow(Flow):
         self.statistics.evaluations += 1
 
 
-@dataclass(frozen=True)
-class LeastAction:
-    """Cross-entropy plus ``weight`` times the action of the flow, mean over samples (section 3)."""
-
-    weight: float
-    measures: Mapping[str, Measure] = field(default_factory=lambda: {"action": measures.action})
-
-    def __call__(self, network: Network, batch: tuple[Tensor, Tensor], output: Tensor, records: Records) -> Tensor:
-        return F.cross_entropy(output, batch[1]) + self.weight * records["action"].sum(0).mean()
-
-
 def build(config: Config, dataset: data.Dataset, way: Way, seed: int) -> Network:
     """The classifier with the seed's weights, whoever solves its flow."""
     torch.manual_seed(seed)
@@ -309,7 +299,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     before = run.load_state()
     report(before["epoch"] if before else 0)
     network = build(config, parts.train, job.way, job.seed)
-    objective = LeastAction(config.weight) if job.action else CrossEntropy()
+    objective = ActionPenalty(config.weight) if job.action else CrossEntropy()
     with Meter(network, config.device) as meter:
         training = fit(
             network,
@@ -358,7 +348,7 @@ def cost_of_action(network: Network, batches: list[tuple[Tensor, Tensor]]) -> di
     network.train()
     with Meter(network, batches[0][0].device.type) as meter:
         for batch in (batches[0], *batches):  # the first one twice: to warm up
-            for objective, found in ((CrossEntropy(), plain), (LeastAction(1.0), acting)):
+            for objective, found in ((CrossEntropy(), plain), (ActionPenalty(1.0), acting)):
                 network.zero_grad()
                 step(network, batch, objective)
                 found.append(meter.take())

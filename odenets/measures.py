@@ -12,19 +12,33 @@ taken without that evaluation:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from torch import Tensor
 
 from solvers import Step, finish_step
-from solvers.reductions import weighted_action, weighted_root_mean_square
+from solvers.reductions import power_mean, weighted_action, weighted_root_mean_square
 
-__all__ = ["Measure", "action", "cosine", "displacement", "error", "finding", "interior", "needs_closing", "residue"]
+__all__ = [
+    "Measure",
+    "action",
+    "cosine",
+    "displacement",
+    "error",
+    "finding",
+    "interior",
+    "needs_closing",
+    "residue",
+    "square_norm",
+]
 
 Measure = Callable[[Step], Tensor]
+M = TypeVar("M", bound=Callable[..., Tensor])
 
 
-def interior(measure: Measure) -> Measure:
+def interior(measure: M) -> M:
     """Mark a measure that never reads the closing stage of an FSAL method, so that none is evaluated for it."""
     measure.interior = True  # type: ignore[attr-defined]
     return measure
@@ -40,10 +54,10 @@ def finding(measures: Iterable[Measure]) -> frozenset[str]:
     return frozenset(name for measure in measures if (name := getattr(measure, "finding", None)))
 
 
-def _found_as(name: str) -> Callable[[Measure], Measure]:
+def _found_as(name: str) -> Callable[[M], M]:
     """Mark a measure that a step may have found already."""
 
-    def mark(measure: Measure) -> Measure:
+    def mark(measure: M) -> M:
         measure.finding = name  # type: ignore[attr-defined]
         return measure
 
@@ -64,21 +78,33 @@ def _residue(step: Step, name: str) -> Tensor:
 
 @interior
 @_found_as("action")
-def action(step: Step) -> Tensor:
-    """Kinetic action ``h sum_i b_i <p_i^2>``, ``<.>`` the mean over features, ``(B,)``.
+def action(step: Step, p: float = 2.0) -> Tensor:
+    """Kinetic action ``h sum_i b_i <|p_i|^p>``, ``<.>`` the mean over features, ``(B,)``.
 
-    The quadrature of ``int <v^2> dt`` over the step with the tableau's own weights; for Euler with h = 1 it is the
-    transport cost of the thesis, ``<r^2>`` (section 3).
+    With p = 2, the energy, it is the quadrature of ``int <v^2> dt`` over the step with the tableau's own weights; for
+    Euler with h = 1 it is the transport cost of the thesis, ``<r^2>`` (section 3). For another exponent record
+    ``interior(functools.partial(action, p=...))``.
     """
+    if p != 2:
+        pairs = zip(step.tableau.b, step.stages, strict=False)
+        found: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]
+        return step.h * found
     known = _known(step, "action")
     return weighted_action(step.stages, step.tableau.b, step.h) if known is None else known
 
 
 @interior
 @_found_as("residue")
-def residue(step: Step) -> Tensor:
-    """Mean square of the residue, ``<r^2>`` with ``r = (x1 - x0) / h``, ``(B,)`` (first features of eq. 34)."""
-    return _residue(step, "residue")
+def residue(step: Step, p: float = 2.0) -> Tensor:
+    """Mean of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``; its mean square with p = 2 (eq. 34)."""
+    return _residue(step, "residue") if p == 2 else power_mean(step.residue, p)
+
+
+@interior
+@_found_as("residue")
+def square_norm(step: Step) -> Tensor:
+    """Sum of the squares of the residue over the features, ``(B,)``."""
+    return _residue(step, "residue") * math.prod(step.x0.shape[1:])
 
 
 @interior

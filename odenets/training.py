@@ -6,8 +6,10 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,55 +22,19 @@ from tqdm import tqdm
 
 from odenets.checkpoints import restore_structure, structure
 from odenets.data import Batches
-from odenets.flow import Records
-from odenets.measures import Measure
 from odenets.network import Network
+from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
 
 __all__ = [
     "Callback",
-    "CrossEntropy",
     "DivergedError",
     "Evaluation",
-    "Objective",
     "Training",
     "evaluate",
     "evaluate_schemes",
     "fit",
 ]
-
-Batch = tuple[Tensor, Tensor]
-
-
-class Objective(Protocol):
-    """What is minimised: a function of the network, a batch, and what the network recorded on it."""
-
-    @property
-    def measures(self) -> Mapping[str, Measure]:
-        """The measures to record."""
-        ...
-
-    def __call__(self, network: Network, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        """The loss, a scalar.
-
-        Args:
-            network: the network.
-            batch: inputs and labels.
-            output: the network's output, ``(B, classes)``.
-            records: per measure ``(blocks, B)``.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Cross-entropy of the output."""
-
-    label_smoothing: float = 0.0
-    measures: Mapping[str, Measure] = field(default_factory=dict)
-
-    def __call__(self, network: Network, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        return F.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
 
 
 class DivergedError(RuntimeError):
@@ -81,6 +47,7 @@ class Training:
 
     Attributes:
         network, optimizer, schedule: being trained.
+        objective: what is minimised.
         epoch: epochs completed.
         rows: one dictionary of metrics per completed epoch.
         evaluations: field evaluations per sample, summed over all samples of all training steps so far.
@@ -90,6 +57,7 @@ class Training:
     network: Network
     optimizer: Optimizer
     schedule: LRScheduler | None
+    objective: Objective = field(default_factory=CrossEntropy)
     epoch: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 0
@@ -102,6 +70,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule else None,
+            "objective": self.objective.state_dict(),
             "epoch": self.epoch,
             "rows": json.dumps(self.rows),
             "evaluations": self.evaluations,
@@ -122,6 +91,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+        self.objective.load_state_dict(state["objective"])
         self.epoch = state["epoch"]
         self.rows = json.loads(state["rows"])
         self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
@@ -196,6 +166,9 @@ def fit(
     loss_limit: float = math.inf,
     run: Run | None = None,
     checkpoint: str = "resume.pt",
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    compile: bool = False,
     progress: str | None = None,
     fabric: Fabric | None = None,
 ) -> Training:
@@ -214,31 +187,49 @@ def fit(
         run: where checkpoints are kept; if it holds one called ``checkpoint`` the training goes on from there and
             ends, on one device, with the same weights to the last bit as if it had never stopped.
         checkpoint: name of the resume state.
+        clip_norm: largest norm of the gradient of all parameters together; it is scaled down to this.
+        accumulate: parts in which a batch comes, one after the other, for less memory: the gradient is that of the
+            whole batch, but for batch norms, which see a part at a time.
+        compile: record the network through ``torch.compile``.
         progress: label of a progress bar; none without it.
-        fabric: Lightning Fabric; one CPU if not given.
+        fabric: Lightning Fabric; one CPU if not given. Its ``precision="bf16-mixed"`` is automatic mixed precision, in
+            which measures stay in float32. Launched on several processes (``torchrun``), each takes its share of every
+            batch, and their gradients are averaged: what comes out is what one process finds, but for batch norms,
+            which see a share at a time, and for a cost that is no mean over samples.
 
     Returns:
         The finished training, with one row of metrics per epoch.
 
     Raises:
         DivergedError: the loss is not finite or above ``loss_limit``, and no callback recovers.
-        ValueError: the network has a flow without a field.
+        ValueError: arguments out of range, or a batch with fewer samples than there are processes.
     """
     if epochs < 0:
         raise ValueError(f"epochs must not be negative, got {epochs}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
     fabric = fabric or Fabric(accelerator="cpu", devices=1)
-    objective = objective or CrossEntropy()
+    smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
+    if smallest < fabric.world_size:
+        raise ValueError(
+            f"batches must hold a sample for each of {fabric.world_size} processes, got one of {smallest}: "
+            "choose another batch size"
+        )
+    objective = (objective or CrossEntropy()).to(fabric.device)
     network.to(fabric.device)
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         with torch.no_grad():
             network(batches.data.x[:2].to(fabric.device))
     made = optimizer(network)
-    training = Training(network, made, schedule(made) if schedule else None)
+    training = Training(network, made, schedule(made) if schedule else None, objective)
     state = run.load_state(checkpoint) if run else None
     if state is not None:
         training.load_state_dict(state, optimizer)
     module, wrapped = fabric.setup(network, made)
     module.mark_forward_method("record")
+    step = partial(_step, module, wrapped, objective, fabric, clip_norm, accumulate)
     batches = Batches(batches.data.to(fabric.device), batches.size, batches.seed, batches.crop, batches.flip)
     if validation is not None:
         validation = Batches(validation.data.to(fabric.device), validation.size)
@@ -248,7 +239,8 @@ def fit(
     with bar:
         while training.epoch < epochs:
             before = copy.deepcopy(training.state_dict()) if recovering else None
-            loss, accuracy = _train_epoch(training, module, wrapped, batches, objective, fabric)
+            with _compiled(network) if compile else nullcontext():
+                loss, accuracy = _train_epoch(training, step, batches, fabric)
             if not (math.isfinite(loss) and loss <= loss_limit):
                 spent = training.evaluations
                 if before is not None:
@@ -280,7 +272,7 @@ def fit(
             row |= {"evaluations": training.evaluations, "check_evaluations": training.check_evaluations}
             row["seconds"] = time.perf_counter() - started
             training.rows.append(row)
-            if run is not None:
+            if run is not None and fabric.is_global_zero:
                 run.save_state(training.state_dict(), checkpoint)
                 run.log(training.rows)
             bar.update()
@@ -288,28 +280,64 @@ def fit(
     return training
 
 
+@contextmanager
+def _compiled(network: Network) -> Iterator[None]:
+    """The network with its ``record`` compiled."""
+    network.record = torch.compile(network.record)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del network.record
+
+
 def _train_epoch(
-    training: Training, module: Any, optimizer: Any, batches: Batches, objective: Objective, fabric: Fabric
+    training: Training, step: Callable[[Tensor, Tensor], Tensor], batches: Batches, fabric: Fabric
 ) -> tuple[float, float]:
     """Mean training loss and accuracy of an epoch, cut short once the loss is not finite.
 
-    That is looked at every batch on a CPU and every 32nd elsewhere, where looking means to wait for the device.
+    That is looked at every batch on a CPU and every 32nd elsewhere, where looking means to wait for the device; not
+    where several processes train, which must all take the same steps.
     """
     network = training.network
     network.train()
     totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
     every = 1 if fabric.device.type == "cpu" else 32
     for i, (x, y) in enumerate(batches.epoch(training.epoch), 1):
-        output, records = module.record(x, **objective.measures)
-        loss = objective(network, (x, y), output, records)
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        with torch.no_grad():
-            totals[0] += loss.detach() * len(x)
-            totals[1] += (output.argmax(1) == y).sum()
+        totals += step(x, y)
         training.evaluations += network.evaluations * len(x)
-        if i % every == 0 and not math.isfinite(totals[0].item()):
+        if i % every == 0 and fabric.world_size == 1 and not math.isfinite(totals[0].item()):
             break
-    loss, accuracy = cast(list[float], (totals / len(batches.data)).tolist())
+    totals = cast(Tensor, fabric.all_reduce(totals, reduce_op="sum"))
+    loss, accuracy = (totals / len(batches.data)).tolist()
     return loss, accuracy
+
+
+def _step(
+    module: Any,
+    optimizer: Any,
+    objective: Objective,
+    fabric: Fabric,
+    clip_norm: float | None,
+    accumulate: int,
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """One step of the optimiser with this process' share of a batch: its summed loss, and how many are right."""
+    whole, shares = len(x), fabric.world_size
+    x, y = x[fabric.global_rank :: shares], y[fabric.global_rank :: shares]
+    totals = torch.zeros(2, dtype=torch.float64, device=x.device)
+    optimizer.zero_grad()
+    size = -(-len(x) // accumulate)
+    parts = list(zip(x.split(size), y.split(size), strict=True))
+    for i, part in enumerate(parts, 1):
+        with fabric.no_backward_sync(module, enabled=i < len(parts)):
+            output, records = module.record(part[0], **objective.measures)
+            loss = objective(module.module, part, output, records)
+            fabric.backward(loss * (len(part[0]) * shares / whole))
+        with torch.no_grad():
+            totals += torch.stack([loss.detach() * len(part[0]), (output.argmax(1) == part[1]).sum()])
+    if clip_norm is not None:
+        fabric.clip_gradients(module, optimizer, max_norm=clip_norm, error_if_nonfinite=False)
+    optimizer.step()
+    objective.after_step(module.module, parts[-1])
+    return totals

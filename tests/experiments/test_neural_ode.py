@@ -9,12 +9,13 @@ import neural_ode
 import pytest
 import torch
 from matplotlib.figure import Figure
-from neural_ode import Config, LeastAction, Meter, build, cost_of_action, step, step_memory
+from neural_ode import Config, Meter, build, cost_of_action, step, step_memory
 from safetensors.torch import load_file
 
 from odenets import data, measures, plotting
 from odenets.runs import read_metrics, read_summary
-from odenets.training import CrossEntropy
+from odenets.least_action import ActionPenalty
+from odenets.objectives import CrossEntropy
 
 WAYS = ("odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5")
 TINY = {"seeds": (0,), "epochs": 2, "train_size": 100, "test_size": 50, "features": 4, "workers": 1, "probes": 1}
@@ -104,7 +105,7 @@ def test_gradients_of_the_action_agree(parts, batch, way):
     """Those of the quadrature by stages are those of the extra state."""
     gradients = []
     for net in (network(parts, "flow dopri5"), network(parts, way)):
-        step(net, batch, LeastAction(1.0))
+        step(net, batch, ActionPenalty(1.0))
         gradients.append([p.grad for p in net.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
@@ -112,7 +113,7 @@ def test_gradients_of_the_action_agree(parts, batch, way):
 
 def test_the_objective_adds_the_mean_action(parts, batch):
     net = network(parts, "flow bs23")
-    objective = LeastAction(0.5)
+    objective = ActionPenalty(0.5)
     output, records = net.record(batch[0], **objective.measures)
     difference = objective(net, batch, output, records) - CrossEntropy()(net, batch, output, records)
     torch.testing.assert_close(difference, 0.5 * records["action"].sum(0).mean())

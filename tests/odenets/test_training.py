@@ -1,10 +1,19 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from lightning_fabric import Fabric
 
-from odenets import data, models
+from odenets import data, load_weights, models
 from odenets.depth import AdaptiveDepth, DepthRule
+from odenets.flow import Records
+from odenets.least_action import LeastAction
+from odenets.objectives import CrossEntropy
 from odenets.runs import Run
 from odenets.training import DivergedError, evaluate, fit
+from tests.odenets import train_in_processes
 
 
 class Killed(Exception):
@@ -108,3 +117,91 @@ def test_a_lazy_network_is_made_before_its_optimiser(parts):
     net = Network(nn.Flatten(), Flow(), nn.Linear(64, 10))
     training = fit(net, **settings(parts, epochs=1))
     assert len(training.optimizer.param_groups[0]["params"]) == 6
+
+
+def trained(parts, epochs=2, **changes):
+    net = network(parts, depth=2, solver="euler", h=1.0)
+    sgd = {"optimizer": lambda net: torch.optim.SGD(net.parameters(), 0.02), "schedule": None}
+    return fit(net, **settings(parts, epochs=epochs, **sgd | changes))
+
+
+def assert_same_weights(one, two, tolerance=1e-4):
+    for p, q in zip(one.network.parameters(), two.network.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("accumulate", [2, 5, 1000])
+def test_batches_in_parts_give_the_same_weights(parts, accumulate):
+    whole, in_parts = trained(parts), trained(parts, accumulate=accumulate)
+    assert_same_weights(whole, in_parts)
+    assert in_parts.rows[-1]["train_loss"] == pytest.approx(whole.rows[-1]["train_loss"], rel=1e-4)
+    assert in_parts.evaluations == whole.evaluations
+
+
+def test_gradients_are_clipped_to_the_norm(parts):
+    batches = data.Batches(parts.train, len(parts.train))
+    start = torch.nn.utils.parameters_to_vector(network(parts, depth=2, solver="euler", h=1.0).parameters())
+    clipped = trained(parts, 1, batches=batches, clip_norm=0.01)
+    moved = torch.nn.utils.parameters_to_vector(clipped.network.parameters()) - start
+    assert moved.norm().item() == pytest.approx(0.02 * 0.01, rel=1e-2)
+    assert_same_weights(trained(parts, 1), trained(parts, 1, clip_norm=1e9), 1e-6)
+
+
+def test_compiled_training_is_what_eager_is(parts):
+    compiled = trained(parts, compile=True)
+    assert_same_weights(trained(parts), compiled)
+    assert "record" not in vars(compiled.network)
+
+
+def test_mixed_precision_trains_with_measures_in_float32(parts):
+    seen = []
+
+    class Seeing(LeastAction):
+        def forward(self, network, batch, output, records):
+            seen.append({records["action"].dtype, output.dtype})
+            return super().forward(network, batch, output, records)
+
+    half = trained(parts, 8, objective=Seeing(), fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"))
+    full = trained(parts, 8, objective=LeastAction())
+    assert seen[0] == {torch.float32}
+    assert all(p.dtype == torch.float32 for p in half.network.parameters())
+    assert half.rows[-1]["train_loss"] == pytest.approx(full.rows[-1]["train_loss"], rel=0.05)
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    """Shares of a batch and the last batch of an epoch are of several sizes."""
+    folders = [tmp_path / "two", tmp_path / "one"]
+    for folder in folders:
+        folder.mkdir()
+    script = Path(__file__).with_name("train_in_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folders[0]]
+    subprocess.run(launch, check=True, capture_output=True, timeout=240)
+    train_in_processes.main(folders[1], devices=1)
+    networks = []
+    for folder in folders:
+        net = models.small_network(features=8, solver="euler", h=1.0, depth=2)
+        networks.append(load_weights(net, folder / "weights.safetensors"))
+    for p, q in zip(*(net.parameters() for net in networks), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+    two, one = ([float(v) for v in (folder / "found.txt").read_text().split()] for folder in folders)
+    assert two[:3] == pytest.approx(one[:3], rel=1e-3)
+    assert two[3] == one[3]
+
+
+def test_label_smoothing_is_torch_s(parts):
+    output, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    found = CrossEntropy(0.1)(torch.nn.Identity(), (output, y), output, Records({}))
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(output, y, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip_norm": 0}, "clip_norm must be positive"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"epochs": -1}, "epochs must not be negative"),
+    ],
+)
+def test_errors(parts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit(network(parts), **settings(parts, **changes))

@@ -1,0 +1,193 @@
+"""Least action: train the network that solves the task while moving its data least (section 3.4).
+
+The problem ``min C subject to L = 0``, with L the loss of the task and C the cost of moving the data, is solved by the
+method of multipliers: ``L + C / lambda`` is minimised while lambda grows with the loss that is left. A fixed weight is
+its relaxation.
+
+>>> import odenets
+>>> objective = LeastAction(lambda0=1.0, tau=0.1, every=5)
+>>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+>>> network = odenets.models.small_network(solver="euler", h=1.0, depth=2)
+>>> output, records = network.record(x, **objective.measures)
+>>> loss = objective(network, (x, y), output, records)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from odenets import measures
+from odenets.flow import Records
+from odenets.measures import Measure
+from odenets.objectives import Batch, CrossEntropy, Objective
+
+__all__ = ["ActionPenalty", "Cost", "LeastAction"]
+
+
+class Cost:
+    """What moving the data costs: a number per batch, of one measure.
+
+    Args:
+        kind: "action", the kinetic action of the steps, the mean over the samples of ``sum_m h_m sum_i b_i <|p_i|^p>``,
+            which halving a block does not change; "residue", the thesis' sum over blocks of the mean of ``|r|^p``, h
+            left out, the same for Euler steps of size 1; "norm", the sum over blocks of the Frobenius norm, not
+            squared, of the batch's residues, as in its experiments in two dimensions.
+        p: the exponent, 2 for the energy; "norm" knows no other.
+
+    Raises:
+        ValueError: an unknown kind, or p below 1.
+    """
+
+    def __init__(self, kind: Literal["action", "residue", "norm"] = "action", p: float = 2.0) -> None:
+        if kind not in ("action", "residue", "norm"):
+            raise ValueError(f"cost must be 'action', 'residue' or 'norm', got {kind!r}")
+        if not (math.isfinite(p) and p >= 1) or (kind == "norm" and p != 2):
+            raise ValueError(f"p must be at least 1, and 2 for the cost 'norm', got {p}")
+        self.kind = kind
+        self.measure: Measure = {
+            "action": measures.action if p == 2 else measures.interior(partial(measures.action, p=p)),
+            "residue": measures.residue if p == 2 else measures.interior(partial(measures.residue, p=p)),
+            "norm": measures.square_norm,
+        }[kind]
+
+    def __call__(self, records: Mapping[str, Tensor]) -> Tensor:
+        """The cost of a batch from its records, a scalar; the measure ``(blocks, B)`` has the kind's name."""
+        values = records[self.kind]
+        if self.kind != "norm":
+            return values.sum(0).mean()
+        squares = values.sum(1)
+        moved = squares > 0
+        return (torch.where(moved, squares, 1).sqrt() * moved).sum()  # where nothing moves the gradient is 0
+
+
+class _WithCost(Objective):
+    """The loss of a task and the cost of moving the data."""
+
+    def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
+        task = task or CrossEntropy()
+        cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]
+        if task.measures.get(cost.kind, cost.measure) is not cost.measure:
+            raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
+        super().__init__({**task.measures, cost.kind: cost.measure})
+        self.task, self.cost = task, cost
+
+
+class ActionPenalty(_WithCost):
+    """``L + weight * C``: the relaxation with a fixed weight.
+
+    Args:
+        weight: of the cost, not negative.
+        task: what is to be solved; cross-entropy if not given.
+        cost: "action", "residue" or "norm", see :class:`Cost`.
+        p: exponent of the cost.
+
+    Raises:
+        ValueError: a weight that is negative or not finite, or what :class:`Cost` raises.
+    """
+
+    def __init__(self, weight: float, task: Objective | None = None, *, cost: str = "action", p: float = 2.0) -> None:
+        super().__init__(task, cost, p)
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be finite and not negative, got {weight}")
+        self.weight = weight
+
+    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
+        return self.task(network, batch, output, records) + self.weight * self.cost(records)
+
+
+class LeastAction(_WithCost):
+    """``L + C / lambda``, where every s steps ``lambda += tau * L``: the method of multipliers (eq. 19, Algorithm 1).
+
+    Args:
+        task: what is to be solved, L; cross-entropy if not given.
+        lambda0: first lambda, positive.
+        tau: how fast lambda grows, positive.
+        every: s, steps of the optimiser between two changes of lambda.
+        cost: "action", "residue" or "norm", see :class:`Cost`.
+        p: exponent of the cost.
+        update: "before", every s-th step begins with the change, by the loss of its batch, and takes the new lambda
+            already; "after", it ends with it, by the loss of its batch with the new weights, which takes another
+            forward pass (eq. 19).
+        weigh: "divide" the cost by lambda, or "multiply" the loss by it: the same minimum, but then the loss' gradient,
+            and with it the effective learning rate, grows with lambda.
+
+    Attributes:
+        multiplier: lambda. Where several processes train it grows with the mean of their losses; where a batch comes in
+            parts, with the loss of the first part ("before") or of the last ("after").
+
+    Raises:
+        ValueError: arguments out of range.
+    """
+
+    multiplier: Tensor
+
+    def __init__(
+        self,
+        task: Objective | None = None,
+        *,
+        lambda0: float = 1.0,
+        tau: float = 1.0,
+        every: int = 1,
+        cost: str = "action",
+        p: float = 2.0,
+        update: Literal["before", "after"] = "before",
+        weigh: Literal["divide", "multiply"] = "divide",
+    ) -> None:
+        super().__init__(task, cost, p)
+        for name, value in (("lambda0", lambda0), ("tau", tau)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        if update not in ("before", "after"):
+            raise ValueError(f"update must be 'before' or 'after', got {update!r}")
+        if weigh not in ("divide", "multiply"):
+            raise ValueError(f"weigh must be 'divide' or 'multiply', got {weigh!r}")
+        self.tau, self.every, self.update, self.weigh = tau, every, update, weigh
+        self.steps = 0
+        self._changed_in = -1
+        self.register_buffer("multiplier", torch.tensor(lambda0, dtype=torch.float64))
+
+    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
+        loss, cost = self.task(network, batch, output, records), self.cost(records)
+        if self.update == "before" and self._due and self._changed_in != self.steps:
+            self._changed_in = self.steps
+            self._grow(loss, len(batch[1]))
+        weight = self.multiplier.to(loss.dtype)
+        return loss + cost / weight if self.weigh == "divide" else weight * loss + cost
+
+    def after_step(self, network: nn.Module, batch: Batch) -> None:
+        """Count the step; with ``update="after"`` let lambda grow by the loss of the new weights."""
+        if self.update == "after" and self._due:
+            with torch.no_grad():
+                output, records = network.record(batch[0], **self.task.measures)  # type: ignore[operator]
+                self._grow(self.task(network, batch, output, records), len(batch[1]))
+        self.task.after_step(network, batch)
+        self.steps += 1
+
+    @property
+    def _due(self) -> bool:
+        """Whether lambda changes in this step."""
+        return (self.steps + 1) % self.every == 0
+
+    def _grow(self, loss: Tensor, samples: int) -> None:
+        loss = loss.detach().double()
+        if distributed.is_available() and distributed.is_initialized():
+            total = torch.stack([loss * samples, loss.new_tensor(samples)])
+            distributed.all_reduce(total)
+            loss = total[0] / total[1]
+        self.multiplier += self.tau * loss
+
+    def get_extra_state(self) -> Tensor:
+        """The number of steps taken."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the number of steps."""
+        self.steps, self._changed_in = int(state), -1

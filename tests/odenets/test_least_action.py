@@ -1,0 +1,240 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from odenets import data, measures, models
+from odenets.least_action import ActionPenalty, Cost, LeastAction
+from odenets.objectives import CrossEntropy, Objective
+from odenets.runs import Run
+from odenets.training import fit
+
+
+@pytest.fixture(scope="module")
+def parts():
+    train, test = data.load("digits")
+    return data.split(train, test, size=250)
+
+
+def network(**options):
+    torch.manual_seed(0)
+    return models.small_network(features=8, **{"solver": "euler", "h": 1.0, "depth": 3} | options)
+
+
+@pytest.fixture
+def batch(parts):
+    return parts.train.x[:32], parts.train.y[:32]
+
+
+def residues(net, x):
+    return [step.x1 - step.x0 for step in net.steps(x)]
+
+
+def value(objective, net, batch):
+    output, records = net.record(batch[0], **objective.measures)
+    return objective(net, batch, output, records)
+
+
+@pytest.mark.parametrize("kind", ["action", "residue"])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_the_cost_of_euler_steps_is_the_sum_of_mean_powers(batch, kind, p):
+    net = network()
+    _, records = net.record(batch[0], **{kind: (cost := Cost(kind, p)).measure})
+    expected = sum(r.abs().pow(p).mean() for r in residues(net, batch[0]))
+    torch.testing.assert_close(cost(records), expected)
+
+
+def test_the_norm_is_that_of_the_batch(batch):
+    net = network()
+    _, records = net.record(batch[0], norm=(cost := Cost("norm")).measure)
+    torch.testing.assert_close(cost(records), sum(torch.linalg.vector_norm(r) for r in residues(net, batch[0])))
+
+
+def test_the_norm_has_a_gradient_where_nothing_moves(batch):
+    net = network()
+    for p in net.flows[0].parameters():
+        torch.nn.init.zeros_(p)
+    _, records = net.record(batch[0], norm=(cost := Cost("norm")).measure)
+    cost(records).backward()
+    assert all(p.grad.eq(0).all() for p in net.flows[0].parameters())
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "bs23"])
+def test_the_action_is_the_same_for_halved_blocks_of_a_constant_field(solver):
+    class Constant(torch.nn.Module):
+        def forward(self, t, x):
+            return torch.ones_like(x)
+
+    costs = []
+    for depth in (1, 2):
+        net = models.points_network(2, 2, solver=solver, depth=depth, total_time=1.0)
+        for block in net.flows[0].blocks:
+            block.fields[0] = Constant()
+        _, records = net.record(torch.randn(4, 2), action=(cost := Cost("action")).measure)
+        costs.append(cost(records))
+    torch.testing.assert_close(costs[0], costs[1])
+    torch.testing.assert_close(costs[0], torch.tensor(1.0))
+
+
+def by_hand(net, batches, *, lambda0, tau, every, update, weigh, steps):
+    """Algorithm 1, written out; the multipliers after each step."""
+    optimizer, multiplier, found = torch.optim.SGD(net.parameters(), 0.01), lambda0, []
+    for it in range(1, steps + 1):
+        x, y = batches[(it - 1) % len(batches)]
+        loss, cost = F.cross_entropy(net(x), y), sum(r.square().mean() for r in residues(net, x))
+        if update == "before" and it % every == 0:
+            multiplier += tau * loss.item()
+        optimizer.zero_grad()
+        (loss + cost / multiplier if weigh == "divide" else multiplier * loss + cost).backward()
+        optimizer.step()
+        if update == "after" and it % every == 0:
+            multiplier += tau * F.cross_entropy(net(x), y).item()
+        found.append(multiplier)
+    return found
+
+
+@pytest.mark.parametrize("update", ["before", "after"])
+@pytest.mark.parametrize("weigh", ["divide", "multiply"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_multipliers_and_weights_are_those_of_the_algorithm(parts, update, weigh, every):
+    options = {"lambda0": 0.5, "tau": 0.2, "every": every, "update": update, "weigh": weigh}
+    batches = data.Batches(parts.train, 32)
+    one, two = network(), network()
+    expected = by_hand(one, list(batches), steps=len(batches) * 2, **options)
+    objective = LeastAction(**options, cost="residue")
+    fit(two, batches, epochs=2, optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.01), objective=objective)
+    assert objective.multiplier.item() == pytest.approx(expected[-1], rel=1e-3)
+    assert objective.steps == len(expected)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+
+
+def test_the_new_multiplier_applies_to_the_step_that_changed_it(batch):
+    net, objective = network(), LeastAction(lambda0=0.5, tau=2.0)
+    output, records = net.record(batch[0], **objective.measures)
+    loss, cost = F.cross_entropy(output, batch[1]), records["action"].sum(0).mean()
+    torch.testing.assert_close(objective(net, batch, output, records), loss + cost / (0.5 + 2.0 * loss))
+
+
+def test_a_batch_in_parts_changes_the_multiplier_once(parts):
+    found = []
+    for accumulate in (1, 4):
+        objective = LeastAction(lambda0=1.0, tau=0.1)
+        fit(
+            network(),
+            data.Batches(parts.train.subset(torch.arange(64)), 64),
+            epochs=1,
+            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1),
+            objective=objective,
+            accumulate=accumulate,
+        )
+        found.append(objective.multiplier.item())
+    first = F.cross_entropy(network()(parts.train.x[:16]), parts.train.y[:16]).item()
+    assert found[1] == pytest.approx(1 + 0.1 * first, rel=1e-6)
+    assert found[0] != found[1]
+
+
+def test_action_falls_in_training(parts):
+    ends = {}
+    for name, objective in (("plain", CrossEntropy()), ("least action", LeastAction(lambda0=1, tau=0.1, every=5))):
+        net = network()
+        before = net.record(parts.train.x, action=measures.action)[1]["action"].sum(0).mean()
+        fit(
+            net,
+            data.Batches(parts.train, 32, seed=0),
+            epochs=15,
+            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.05, momentum=0.9),
+            objective=objective,
+        )
+        ends[name] = net.record(parts.train.x, action=measures.action)[1]["action"].sum(0).mean()
+    assert ends["least action"] < before
+    assert ends["least action"] < 0.5 * ends["plain"]
+
+
+def test_killed_and_resumed_goes_on_with_its_multiplier(parts, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Kill:
+        recovers = False
+
+        def after_epoch(self, training, row):
+            if training.epoch == 3:
+                raise Killed
+
+    settings = {
+        "batches": data.Batches(parts.train, 32, seed=0),
+        "epochs": 4,
+        "optimizer": lambda net: torch.optim.SGD(net.parameters(), 0.02, momentum=0.9),
+    }
+    whole, objective = network(), LeastAction(every=4)
+    fit(whole, **settings, objective=objective)
+    run = Run(tmp_path / "run", {})
+    with pytest.raises(Killed):
+        fit(network(), **settings, objective=LeastAction(every=4), callbacks=[Kill()], run=run)
+    again, resumed = network(), LeastAction(every=4)
+    fit(again, **settings, objective=resumed, run=run)
+    assert torch.equal(resumed.multiplier, objective.multiplier)
+    assert resumed.steps == objective.steps
+    for p, q in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_is_what_eager_is(batch, autocast):
+    found = []
+    for compiled in (False, True):
+        net, objective = network(), LeastAction()
+        record = torch.compile(net.record, fullgraph=True) if compiled else net.record
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output, records = record(batch[0], **objective.measures)
+        assert records["action"].dtype == torch.float32
+        loss = objective(net, batch, output.float(), records)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters())])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=2e-2 if autocast else 1e-4, atol=2e-2 if autocast else 1e-5)
+
+
+def test_another_task_and_its_measures(batch):
+    class Task(Objective):
+        def __init__(self):
+            super().__init__({"peak": lambda step: step.x1.flatten(1).amax(1)})
+
+        def forward(self, network, batch, output, records):
+            return records["peak"].mean()
+
+    net, objective = network(), ActionPenalty(0.5, Task())
+    _, records = net.record(batch[0], **objective.measures)
+    expected = records["peak"].mean() + 0.5 * records["action"].sum(0).mean()
+    torch.testing.assert_close(value(objective, net, batch), expected)
+
+
+def test_a_copy_keeps_its_own_multiplier():
+    objective = LeastAction()
+    twin = copy.deepcopy(objective)
+    twin.multiplier += 1
+    assert objective.multiplier == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LeastAction(lambda0=0), "lambda0 must be positive"),
+        (lambda: LeastAction(tau=-1), "tau must be positive"),
+        (lambda: LeastAction(tau=float("nan")), "tau must be positive"),
+        (lambda: LeastAction(every=0), "every must be at least 1"),
+        (lambda: LeastAction(update="later"), "update must be 'before' or 'after'"),
+        (lambda: LeastAction(weigh="add"), "weigh must be 'divide' or 'multiply'"),
+        (lambda: LeastAction(cost="energy"), "cost must be 'action', 'residue' or 'norm'"),
+        (lambda: LeastAction(p=0.5), "p must be at least 1"),
+        (lambda: LeastAction(cost="norm", p=3), "2 for the cost 'norm'"),
+        (lambda: ActionPenalty(-1), "weight must be finite and not negative"),
+        (lambda: CrossEntropy(1.0), "label_smoothing must lie in"),
+        (lambda: ActionPenalty(1, ActionPenalty(1), p=3), "another measure as 'action'"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
