@@ -101,9 +101,9 @@ def test_multipliers_and_weights_are_those_of_the_algorithm(parts, update, weigh
     options = {"lambda0": 0.5, "tau": 0.2, "every": every, "update": update, "weigh": weigh}
     batches = data.Batches(parts.train, 32)
     one, two = network(), network()
-    expected = by_hand(one, list(batches), steps=len(batches) * 2, **options)
+    expected = by_hand(one, list(batches), steps=len(batches), **options)
     objective = LeastAction(**options, cost="residue")
-    fit(two, batches, epochs=2, optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.01), objective=objective)
+    fit(two, batches, epochs=1, optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.01), objective=objective)
     assert objective.multiplier.item() == pytest.approx(expected[-1], rel=1e-3)
     assert objective.steps == len(expected)
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
