@@ -99,14 +99,19 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.data) // self.size)
 
+    def order(self, epoch: int) -> Tensor:
+        """The samples in the order of an epoch, ``(N,)``."""
+        return self._draw(epoch)[0]
+
+    def _draw(self, epoch: int) -> tuple[Tensor, torch.Generator | None]:
+        if self.seed is None:
+            return torch.arange(len(self.data)), None
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.data), generator=generator), generator
+
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches ``(x, y)`` of an epoch."""
-        if self.seed is None:
-            order = torch.arange(len(self.data))
-            generator = None
-        else:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.data), generator=generator)
+        order, generator = self._draw(epoch)
         for index in order.to(self.data.x.device).split(self.size):
             x = self.data.x[index]
             if generator is not None and (self.crop or self.flip):

@@ -35,29 +35,38 @@ class VelocityField(nn.Module):
 
 
 class MLPField(VelocityField):
-    """A perceptron with one hidden layer: ``v = W2 act(W1 [x, t] + b1) + b2``.
+    """A perceptron with one hidden layer: ``v = W2 act(norm(W1 [x, t] + b1)) + b2``.
 
     Args:
         features: size of the last dimension of x.
         hidden: width of the hidden layer; ``max(64, 2 * features)`` if not given.
         activation: "relu", "silu", "gelu" or "tanh" (ten times slower on CPUs).
         time: whether t is an input.
+        norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None; x is then
+            ``(B, features)``.
     """
 
     def __init__(
-        self, features: int, hidden: int | None = None, *, activation: str = "silu", time: bool = False
+        self,
+        features: int,
+        hidden: int | None = None,
+        *,
+        activation: str = "silu",
+        time: bool = False,
+        norm: str | None = None,
     ) -> None:
         super().__init__()
         hidden = hidden or max(64, 2 * features)
         self.time = time
         self.first = nn.Linear(features + time, hidden)
+        self.norm = make_norm(norm, hidden)
         self.activation = _activation(activation)
         self.second = nn.Linear(hidden, features)
 
     def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
         """Velocity at ``x`` ``(B, ..., features)``, same shape."""
         inputs = torch.cat([x, _time_like(t, x[..., :1])], -1) if self.time else x
-        return self.second(self.activation(self.first(inputs)))
+        return self.second(self.activation(self.norm(self.first(inputs), stage)))
 
 
 class ConvField(VelocityField):

@@ -19,7 +19,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from solvers import Step, finish_step
-from solvers.reductions import power_mean, weighted_action, weighted_root_mean_square
+from solvers.reductions import mean_square, power_mean, weighted_action, weighted_root_mean_square
 
 __all__ = [
     "Measure",
@@ -101,10 +101,9 @@ def residue(step: Step, p: float = 2.0) -> Tensor:
 
 
 @interior
-@_found_as("residue")
 def square_norm(step: Step) -> Tensor:
     """Sum of the squares of the residue over the features, ``(B,)``."""
-    return _residue(step, "residue") * math.prod(step.x0.shape[1:])
+    return mean_square(step.residue) * math.prod(step.x0.shape[1:])
 
 
 @interior

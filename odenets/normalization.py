@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from solvers.states import is_mapped
+
 __all__ = ["StageBatchNorm", "make_norm", "recalibrate"]
 
 
@@ -59,16 +61,22 @@ class StageBatchNorm(nn.Module):
             self.batches[stage] += 1
             if momentum is None:
                 momentum = 1.0 / float(self.batches[stage])
-        return F.batch_norm(
+        mean, variance = self.running_mean[stage], self.running_var[stage]
+        if is_mapped(mean):  # vmap updates a copy of what is not one run of memory
+            mean, variance = mean.clone(), variance.clone()
+        x = F.batch_norm(
             x,
-            self.running_mean[stage],
-            self.running_var[stage],
+            mean,
+            variance,
             self.weight,
             self.bias,
             self.training,
             0.0 if momentum is None else momentum,
             self.eps,
         )
+        if self.training and is_mapped(mean):
+            self.running_mean[stage], self.running_var[stage] = mean, variance
+        return x
 
 
 class _Norm(nn.Module):

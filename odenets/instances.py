@@ -1,0 +1,226 @@
+"""Many instances of a small network trained together, as one batch of networks, each as if it were alone.
+
+An average over a hundred seeds is a hundred trainings. One by one they cost a hundred times the overhead of calling
+small operations; stacked by ``torch.func``, with a dimension of instances before all parameters, they cost it once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+from torch.optim import Optimizer
+
+from odenets.data import Batches, Dataset
+from odenets.network import Network
+from odenets.objectives import Objective
+
+__all__ = ["Instances", "fit_instances"]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What became of n instances.
+
+    Attributes:
+        networks: the networks, trained.
+        objectives: their objectives, with what they remember.
+        epochs: epochs that each was trained for, ``(n,)``.
+        train_loss: mean training loss of each epoch, ``(n, epochs)``; after its last one an instance keeps its figures.
+        accuracy: per data set ``(n, epochs)``, after each epoch.
+    """
+
+    networks: list[Network]
+    objectives: list[Objective]
+    epochs: Tensor
+    train_loss: Tensor
+    accuracy: dict[str, Tensor]
+
+
+class _Instance(nn.Module):
+    """A network and its objective, so that parameters and buffers of both are stacked."""
+
+    def __init__(self, network: Network, objective: Objective) -> None:
+        super().__init__()
+        self.network, self.objective = network, objective
+
+    def forward(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
+        if what == "output":
+            return self.network(x)
+        assert y is not None
+        if what == "after step":
+            self.objective.after_step(self.network, (x, y))
+            return x.new_zeros(())
+        output, records = self.network.record(x, **self.objective.measures)
+        return self.objective(self.network, (x, y), output, records)
+
+
+class _Stack:
+    """The parameters and buffers of the instances still in training, a dimension of instances before each."""
+
+    def __init__(self, instances: list[_Instance]) -> None:
+        self.one = copy.deepcopy(instances[0])
+        self.parameters, self.buffers = stack_module_state(instances)  # type: ignore[arg-type]
+        self.parameters = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
+
+    def call(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
+        """Call every instance with its own inputs ``x`` ``(n, B, *S)`` and labels ``(n, B)``."""
+
+        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+            return functional_call(self.one, (parameters, buffers), (x, y, what))
+
+        in_dims = (0, 0, 0, None if y is None else 0)
+        return torch.vmap(run, in_dims, randomness="different")(self.parameters, self.buffers, x, y)
+
+    def write(self, instances: Sequence[_Instance], rows: Sequence[int]) -> None:
+        """Write rows of the stack into instances of their own."""
+        with torch.no_grad():
+            for instance, row in zip(instances, rows, strict=True):
+                own = {**dict(instance.named_parameters()), **dict(instance.named_buffers())}
+                for name, stacked in {**self.parameters, **self.buffers}.items():
+                    own[name].copy_(stacked[row])
+
+    def keep(self, rows: Tensor, optimizer: Optimizer) -> None:
+        """Go on with some of the rows; the optimiser's state follows."""
+        n = len(next(iter(self.parameters.values())))
+        (group,) = optimizer.param_groups
+        for name, p in self.parameters.items():
+            kept = p.detach()[rows].requires_grad_()
+            state = optimizer.state.pop(p, {})
+            if state:
+                optimizer.state[kept] = {
+                    key: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (n,) else v for key, v in state.items()
+                }
+            self.parameters[name] = kept
+        group["params"] = list(self.parameters.values())
+        self.buffers = {name: b[rows] for name, b in self.buffers.items()}
+
+
+def fit_instances(
+    networks: Sequence[Network],
+    batches: Sequence[Batches],
+    *,
+    epochs: int,
+    optimizer: Callable[[list[Tensor]], Optimizer],
+    objective: Callable[[], Objective],
+    measured: Mapping[str, Sequence[Dataset]] | None = None,
+    perfect: Sequence[str] = (),
+    patience: int = 3,
+    report: Callable[[int], object] = lambda n: None,
+) -> Instances:
+    """Train n networks of one architecture together; each ends, to rounding, as if it had been trained alone.
+
+    Args:
+        networks: of one architecture, each with its own weights; trained in place.
+        batches: training data of each, of one size, without augmentation.
+        epochs: how many.
+        optimizer: makes an optimiser of one group that treats every number alike, such as Adam or SGD, with or without
+            momentum; no norms over parameters.
+        objective: makes the objective of one instance.
+        measured: data sets of each instance, by name, on which accuracies are measured after each epoch.
+        perfect: names of data sets; an instance ends once it was right on all of them for ``patience`` epochs running.
+        patience: see there.
+        report: called with the number of epochs done, summed over the instances; one that ends early reports all.
+
+    Returns:
+        :class:`Instances`.
+
+    Raises:
+        ValueError: not as many batches or data sets as networks, data of several sizes, augmentation, an unknown name
+            in ``perfect``, an optimiser of several groups.
+    """
+    n, measured = len(networks), dict(measured or {})
+    _check(n, batches, measured, perfect)
+    instances = [_Instance(network, objective()) for network in networks]
+    for instance, batch in zip(instances, batches, strict=True):
+        instance.train()
+        if any(nn.parameter.is_lazy(p) for p in instance.parameters()):
+            instance.network(batch.data.x[:2])
+    stack = _Stack(instances)
+    made = optimizer(list(stack.parameters.values()))
+    if len(made.param_groups) != 1:
+        raise ValueError(f"optimizer must have one group of parameters, got {len(made.param_groups)}")
+    x, y = (torch.stack([getattr(b.data, name) for b in batches]) for name in ("x", "y"))
+    sets = {
+        name: (torch.stack([d.x for d in data]), torch.stack([d.y for d in data])) for name, data in measured.items()
+    }
+    size, samples = batches[0].size, len(batches[0].data)
+    training = torch.arange(n)  # which instances the rows of the stack are
+    losses, ended, streak = (
+        torch.full((n, epochs), torch.nan),
+        torch.full((n,), epochs),
+        torch.zeros(n, dtype=torch.int),
+    )
+    accuracy = {name: torch.full((n, epochs), torch.nan) for name in sets}
+    for epoch in range(epochs):
+        order = torch.stack([batches[i].order(epoch) for i in training.tolist()])
+        stack.one.train()
+        total = torch.zeros(len(training))
+        for index in order.split(size, 1):
+            part = x[training[:, None], index], y[training[:, None], index]
+            loss = stack.call(*part, "loss")
+            made.zero_grad()
+            loss.sum().backward()
+            made.step()
+            stack.call(*part, "after step")
+            total += loss.detach() * index.shape[1]
+        losses[training, epoch:] = (total / samples)[:, None]
+        for name, right in _accuracies(stack, sets, training).items():
+            accuracy[name][training, epoch:] = right[:, None]
+        faultless = torch.stack([accuracy[name][training, epoch] == 1 for name in perfect]).all(0) if perfect else None
+        report(len(training))
+        if faultless is None:
+            continue
+        streak[training] = torch.where(faultless, streak[training] + 1, 0)
+        done = streak[training] >= patience
+        if done.any():
+            rows = done.nonzero().flatten()
+            stack.write([instances[i] for i in training[rows].tolist()], rows.tolist())
+            _count(stack, [instances[i] for i in training[rows].tolist()])
+            ended[training[rows]] = epoch + 1
+            report(len(rows) * (epochs - epoch - 1))
+            training = training[~done]
+            if not len(training):
+                break
+            stack.keep((~done).nonzero().flatten(), made)
+    stack.write([instances[i] for i in training.tolist()], range(len(training)))
+    _count(stack, [instances[i] for i in training.tolist()])
+    return Instances(list(networks), [instance.objective for instance in instances], ended, losses, accuracy)
+
+
+def _count(stack: _Stack, instances: list[_Instance]) -> None:
+    """What the objectives count in Python they count together, on the one that is called."""
+    for name, state in stack.one.state_dict().items():
+        if name.endswith("_extra_state") and name.startswith("objective"):
+            for instance in instances:
+                instance.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
+
+
+@torch.no_grad()
+def _accuracies(stack: _Stack, sets: dict[str, tuple[Tensor, Tensor]], training: Tensor) -> dict[str, Tensor]:
+    """Share of right answers on each set, per row of the stack, in eval mode and one pass over all sets."""
+    if not sets:
+        return {}
+    stack.one.eval()
+    output = stack.call(torch.cat([x[training] for x, _ in sets.values()], 1), None, "output")
+    lengths = [x.shape[1] for x, _ in sets.values()]
+    right = (output.argmax(2) == torch.cat([y[training] for _, y in sets.values()], 1)).float()
+    return {name: part.mean(1) for name, part in zip(sets, right.split(lengths, 1), strict=True)}
+
+
+def _check(n: int, batches: Sequence[Batches], measured: dict[str, Sequence[Dataset]], perfect: Sequence[str]) -> None:
+    if n < 1:
+        raise ValueError("networks must hold at least one network")
+    for name, given in {"batches": [b.data for b in batches], **measured}.items():
+        if len(given) != n:
+            raise ValueError(f"{name} must hold one per network, {n}, got {len(given)}")
+        if len({d.x.shape for d in given}) > 1:
+            raise ValueError(f"{name} must be of one size, got {sorted({tuple(d.x.shape) for d in given})}")
+    if len({b.size for b in batches}) > 1 or any(b.crop or b.flip for b in batches):
+        raise ValueError("batches must be of one size and without crop and flip")
+    if unknown := set(perfect) - set(measured):
+        raise ValueError(f"perfect names {sorted(unknown)}, which is not measured; measured are {sorted(measured)}")
