@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["NAMES", "Batches", "Dataset", "Split", "load", "split", "subsample"]
+__all__ = ["NAMES", "Batches", "Dataset", "Split", "hold_out", "load", "points", "split", "subsample"]
 
 # mean and standard deviation per channel of the training images, in [0, 1]
 _STATISTICS = {
@@ -161,7 +161,7 @@ def load(
         FileNotFoundError: the folder is missing or does not hold the data set.
     """
     if name in ("circles", "moons"):
-        data = _points(name, seed)
+        data = points(name, 1000, seed)
     elif name == "digits":
         data = _digits()
     elif name in _TORCHVISION:
@@ -170,8 +170,7 @@ def load(
         raise ValueError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
     if folder is not None:
         raise ValueError(f"folder is for torchvision's sets; {name} comes with scikit-learn")
-    rest, test = _stratified(data.y, 0.2, seed)
-    return data.subset(rest), data.subset(test)
+    return hold_out(data, 0.2, seed=seed)
 
 
 def split(train: Dataset, test: Dataset, *, validation: float = 0.2, size: int | None = None, seed: int = 0) -> Split:
@@ -187,8 +186,13 @@ def split(train: Dataset, test: Dataset, *, validation: float = 0.2, size: int |
         raise ValueError(f"validation must be a fraction in (0, 1), got {validation}")
     if size is not None:
         train = subsample(train, size, seed=seed)
-    rest, held_out = _stratified(train.y, validation, seed)
-    return Split(train.subset(rest), train.subset(held_out), test)
+    return Split(*hold_out(train, validation, seed=seed), test)
+
+
+def hold_out(data: Dataset, part: float | int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """The rest of a data set, and a stratified part of it, a fraction or a number of samples, by seed."""
+    rest, held_out = _stratified(data.y, part, seed)
+    return data.subset(rest), data.subset(held_out)
 
 
 def subsample(data: Dataset, size: int, *, seed: int = 0) -> Dataset:
@@ -225,13 +229,20 @@ def _digits() -> Dataset:
     return Dataset("digits", x, torch.from_numpy(labels).long(), 10, tuple(mean), tuple(std))
 
 
-def _points(name: str, seed: int) -> Dataset:
+def points(name: str, size: int, seed: int) -> Dataset:
+    """Points of two classes in the plane, drawn by scikit-learn: "circles" (noise 0.05, factor 0.3) or "moons".
+
+    Raises:
+        ValueError: another name.
+    """
     from sklearn.datasets import make_circles, make_moons
 
     if name == "circles":
-        x, y = make_circles(1000, noise=0.05, factor=0.3, random_state=seed)
+        x, y = make_circles(size, noise=0.05, factor=0.3, random_state=seed)
+    elif name == "moons":
+        x, y = make_moons(size, noise=0.05, random_state=seed)
     else:
-        x, y = make_moons(1000, noise=0.05, random_state=seed)
+        raise ValueError(f"name must be 'circles' or 'moons', got {name!r}")
     return Dataset(name, torch.from_numpy(x).float(), torch.from_numpy(y).long(), 2, (0.0, 0.0), (1.0, 1.0))
 
 

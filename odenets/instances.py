@@ -162,11 +162,15 @@ def fit_instances(
         total = torch.zeros(len(training))
         for index in order.split(size, 1):
             part = x[training[:, None], index], y[training[:, None], index]
+            looks_again = stack.one.objective.looks_again
             loss = stack.call(*part, "loss")
             made.zero_grad()
             loss.sum().backward()
             made.step()
-            stack.call(*part, "after step")
+            if looks_again:
+                stack.call(*part, "after step")
+            else:
+                stack.one.objective.after_step(stack.one.network, part)
             total += loss.detach() * index.shape[1]
         losses[training, epoch:] = (total / samples)[:, None]
         for name, right in _accuracies(stack, sets, training).items():

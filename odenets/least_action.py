@@ -77,6 +77,15 @@ class _WithCost(Objective):
         super().__init__({**task.measures, cost.kind: cost.measure})
         self.task, self.cost = task, cost
 
+    @property
+    def looks_again(self) -> bool:
+        """Whether the task looks at the network again."""
+        return self.task.looks_again
+
+    def after_step(self, network: nn.Module, batch: Batch) -> None:
+        """Tell the task."""
+        self.task.after_step(network, batch)
+
 
 class ActionPenalty(_WithCost):
     """``L + weight * C``: the relaxation with a fixed weight.
@@ -168,8 +177,13 @@ class LeastAction(_WithCost):
             with torch.no_grad():
                 output, records = network.record(batch[0], **self.task.measures)  # type: ignore[operator]
                 self._grow(self.task(network, batch, output, records), len(batch[1]))
-        self.task.after_step(network, batch)
+        super().after_step(network, batch)
         self.steps += 1
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether lambda will grow by the loss of the weights after the coming step."""
+        return super().looks_again or (self.update == "after" and self._due)
 
     @property
     def _due(self) -> bool:

@@ -37,6 +37,11 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def looks_again(self) -> bool:
+        """Whether :meth:`after_step` will call the network after the coming step."""
+        return False
+
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Called after each step of the optimiser with the batch, or with its last part where it came in parts."""
 

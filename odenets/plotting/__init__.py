@@ -1,0 +1,19 @@
+"""Figures; the one part of the package that imports matplotlib."""
+
+from odenets.plotting.depth import accuracy_against_cost, adaptive_depth, block_errors, depth_and_steps
+from odenets.plotting.figures import save
+from odenets.plotting.solves import cost_of_solves, neural_ode, solves_while_training
+from odenets.plotting.transport import clouds, displacements
+
+__all__ = [
+    "accuracy_against_cost",
+    "adaptive_depth",
+    "block_errors",
+    "clouds",
+    "cost_of_solves",
+    "depth_and_steps",
+    "displacements",
+    "neural_ode",
+    "save",
+    "solves_while_training",
+]

@@ -1,0 +1,41 @@
+"""What all figures share: how they are made, labelled and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+__all__ = ["MARKERS", "log_x", "new_figure", "save"]
+
+MARKERS = "os^Dv<>p*X"
+
+
+def save(figures: Mapping[str, Figure], folder: str | Path, *, formats: tuple[str, ...] = ("png",)) -> list[Path]:
+    """Write each figure to ``folder / name.format`` and return the paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for name in figures for suffix in formats]
+    for path in paths:
+        figures[path.stem].savefig(path, dpi=100)
+    return paths
+
+
+def log_x(axis: Axes) -> None:
+    """A logarithmic x axis with few, plain labels."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, ``(rows, columns)``."""
+    figure = Figure(figsize=(max(4.2 * columns, 7.0 if columns == 1 else 0), 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
