@@ -18,7 +18,7 @@ from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, 
 from solvers.states import check_state
 from solvers.stepping import adaptive_steps
 
-__all__ = ["Block", "Flow", "Records", "StageMode"]
+__all__ = ["Block", "Flow", "Records", "StageMode", "check_values"]
 
 StageMode = Literal["tied", "chained", "untied"]
 FieldSource = nn.Module | Callable[[], nn.Module]
@@ -296,7 +296,7 @@ class Flow(nn.Module):
         last = None
         for last in self._steps(x, closing or readout == "ensemble", finding(measures.values())):
             for name, measure in measures.items():
-                rows[name].append(_checked(name, measure(last), x))
+                rows[name].append(check_values(name, measure(last), x))
         assert last is not None  # a flow has at least one step
         end = last.x1 if readout == "solution" else _average([last.output(name) for name in self.tableau.outputs])
         return end, Records({name: torch.stack(values) for name, values in rows.items()})
@@ -382,7 +382,12 @@ def _new_field(source: FieldSource, *, as_given: bool) -> nn.Module:
     return field
 
 
-def _checked(name: str, value: Tensor, x: Tensor) -> Tensor:
+def check_values(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """The values of a measure, one per sample.
+
+    Raises:
+        ValueError: they are not.
+    """
     if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"measure {name!r} must return one number per sample, shape ({x.shape[0]},), got {got}")

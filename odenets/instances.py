@@ -7,7 +7,7 @@ small operations; stacked by ``torch.func``, with a dimension of instances befor
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Instances:
         objectives: their objectives, with what they remember.
         epochs: epochs that each was trained for, ``(n,)``.
         train_loss: mean training loss of each epoch, ``(n, epochs)``; after its last one an instance keeps its figures.
-        accuracy: per data set ``(n, epochs)``, after each epoch.
+        accuracy: per data set ``(n, epochs)``, after each epoch, as last measured; NaN before that.
     """
 
     networks: list[Network]
@@ -108,6 +108,7 @@ def fit_instances(
     optimizer: Callable[[list[Tensor]], Optimizer],
     objective: Callable[[], Objective],
     measured: Mapping[str, Sequence[Dataset]] | None = None,
+    every: int = 1,
     perfect: Sequence[str] = (),
     patience: int = 3,
     report: Callable[[int], object] = lambda n: None,
@@ -116,12 +117,13 @@ def fit_instances(
 
     Args:
         networks: of one architecture, each with its own weights; trained in place.
-        batches: training data of each, of one size, without augmentation.
+        batches: training data of each, of one size.
         epochs: how many.
         optimizer: makes an optimiser of one group that treats every number alike, such as Adam or SGD, with or without
             momentum; no norms over parameters.
         objective: makes the objective of one instance.
-        measured: data sets of each instance, by name, on which accuracies are measured after each epoch.
+        measured: data sets of each instance, by name, on which accuracies are measured.
+        every: epochs from one measurement to the next; the last epoch is always measured.
         perfect: names of data sets; an instance ends once it was right on all of them for ``patience`` epochs running.
         patience: see there.
         report: called with the number of epochs done, summed over the instances; one that ends early reports all.
@@ -130,11 +132,11 @@ def fit_instances(
         :class:`Instances`.
 
     Raises:
-        ValueError: not as many batches or data sets as networks, data of several sizes, augmentation, an unknown name
-            in ``perfect``, an optimiser of several groups.
+        ValueError: not as many batches or data sets as networks, data of several sizes, an unknown name in
+            ``perfect``, an optimiser of several groups.
     """
     n, measured = len(networks), dict(measured or {})
-    _check(n, batches, measured, perfect)
+    _check(n, batches, measured, every, perfect)
     instances = [_Instance(network, objective()) for network in networks]
     for instance, batch in zip(instances, batches, strict=True):
         instance.train()
@@ -144,11 +146,10 @@ def fit_instances(
     made = optimizer(list(stack.parameters.values()))
     if len(made.param_groups) != 1:
         raise ValueError(f"optimizer must have one group of parameters, got {len(made.param_groups)}")
-    x, y = (torch.stack([getattr(b.data, name) for b in batches]) for name in ("x", "y"))
     sets = {
         name: (torch.stack([d.x for d in data]), torch.stack([d.y for d in data])) for name, data in measured.items()
     }
-    size, samples = batches[0].size, len(batches[0].data)
+    drawn = _drawing(batches)
     training = torch.arange(n)  # which instances the rows of the stack are
     losses, ended, streak = (
         torch.full((n, epochs), torch.nan),
@@ -157,11 +158,9 @@ def fit_instances(
     )
     accuracy = {name: torch.full((n, epochs), torch.nan) for name in sets}
     for epoch in range(epochs):
-        order = torch.stack([batches[i].order(epoch) for i in training.tolist()])
         stack.one.train()
         total = torch.zeros(len(training))
-        for index in order.split(size, 1):
-            part = x[training[:, None], index], y[training[:, None], index]
+        for part in drawn(training, epoch):
             looks_again = stack.one.objective.looks_again
             loss = stack.call(*part, "loss")
             made.zero_grad()
@@ -171,10 +170,11 @@ def fit_instances(
                 stack.call(*part, "after step")
             else:
                 stack.one.objective.after_step(stack.one.network, part)
-            total += loss.detach() * index.shape[1]
-        losses[training, epoch:] = (total / samples)[:, None]
-        for name, right in _accuracies(stack, sets, training).items():
-            accuracy[name][training, epoch:] = right[:, None]
+            total += loss.detach() * part[1].shape[1]
+        losses[training, epoch:] = (total / len(batches[0].data))[:, None]
+        if (epoch + 1) % every == 0 or epoch + 1 == epochs:
+            for name, right in _accuracies(stack, sets, training).items():
+                accuracy[name][training, epoch:] = right[:, None]
         faultless = torch.stack([accuracy[name][training, epoch] == 1 for name in perfect]).all(0) if perfect else None
         report(len(training))
         if faultless is None:
@@ -194,6 +194,26 @@ def fit_instances(
     stack.write([instances[i] for i in training.tolist()], range(len(training)))
     _count(stack, [instances[i] for i in training.tolist()])
     return Instances(list(networks), [instance.objective for instance in instances], ended, losses, accuracy)
+
+
+def _drawing(batches: Sequence[Batches]) -> Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]]:
+    """Makes the batches ``(n, B, *S)`` and ``(n, B)`` of an epoch for some of the instances."""
+    if any(b.crop or b.flip for b in batches):
+
+        def augmented(training: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for parts in zip(*(batches[i].epoch(epoch) for i in training.tolist()), strict=True):
+                x, y = zip(*parts, strict=True)
+                yield torch.stack(x), torch.stack(y)
+
+        return augmented
+    x, y = torch.stack([b.data.x for b in batches]), torch.stack([b.data.y for b in batches])
+
+    def plain(training: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order, rows = torch.stack([batches[i].order(epoch) for i in training.tolist()]), training[:, None]
+        for index in order.split(batches[0].size, 1):
+            yield x[rows, index], y[rows, index]
+
+    return plain
 
 
 def _count(stack: _Stack, instances: list[_Instance]) -> None:
@@ -216,7 +236,9 @@ def _accuracies(stack: _Stack, sets: dict[str, tuple[Tensor, Tensor]], training:
     return {name: part.mean(1) for name, part in zip(sets, right.split(lengths, 1), strict=True)}
 
 
-def _check(n: int, batches: Sequence[Batches], measured: dict[str, Sequence[Dataset]], perfect: Sequence[str]) -> None:
+def _check(
+    n: int, batches: Sequence[Batches], measured: dict[str, Sequence[Dataset]], every: int, perfect: Sequence[str]
+) -> None:
     if n < 1:
         raise ValueError("networks must hold at least one network")
     for name, given in {"batches": [b.data for b in batches], **measured}.items():
@@ -224,7 +246,9 @@ def _check(n: int, batches: Sequence[Batches], measured: dict[str, Sequence[Data
             raise ValueError(f"{name} must hold one per network, {n}, got {len(given)}")
         if len({d.x.shape for d in given}) > 1:
             raise ValueError(f"{name} must be of one size, got {sorted({tuple(d.x.shape) for d in given})}")
-    if len({b.size for b in batches}) > 1 or any(b.crop or b.flip for b in batches):
-        raise ValueError("batches must be of one size and without crop and flip")
+    if len({b.size for b in batches}) > 1:
+        raise ValueError(f"batches must be of one size, got {sorted({b.size for b in batches})}")
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
     if unknown := set(perfect) - set(measured):
         raise ValueError(f"perfect names {sorted(unknown)}, which is not measured; measured are {sorted(measured)}")

@@ -65,6 +65,11 @@ class Network(nn.Module):
         return sum(flow.depth for flow in self.flows)
 
     @property
+    def h(self) -> tuple[float, ...]:
+        """Step size of each block of all flows."""
+        return tuple(h for flow in self.flows for h in flow.h)
+
+    @property
     def evaluations(self) -> int:
         """Field evaluations of one forward pass."""
         *before, last = self.flows

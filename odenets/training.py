@@ -259,7 +259,7 @@ def fit(
                 "train_accuracy": accuracy,
                 "learning_rate": training.optimizer.param_groups[0]["lr"],
                 "depth": network.depth,
-                "h": " ".join(f"{h:.6g}" for flow in network.flows for h in flow.h),
+                "h": " ".join(f"{h:.6g}" for h in network.h),
                 "parameters": sum(p.numel() for p in network.parameters()),
             }
             if training.schedule is not None:

@@ -13,9 +13,9 @@ from neural_ode import Config, Meter, build, cost_of_action, step, step_memory
 from safetensors.torch import load_file
 
 from odenets import data, measures, plotting
-from odenets.runs import read_metrics, read_summary
 from odenets.least_action import ActionPenalty
 from odenets.objectives import CrossEntropy
+from odenets.runs import read_metrics, read_summary
 
 WAYS = ("odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5")
 TINY = {"seeds": (0,), "epochs": 2, "train_size": 100, "test_size": 50, "features": 4, "workers": 1, "probes": 1}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from odenets import data
+from odenets import data, models
 from odenets.fields import MLPField
 from odenets.flow import Flow
 from odenets.instances import fit_instances
@@ -66,11 +66,35 @@ def test_together_is_what_each_alone_is(name, norm, solver):
         torch.testing.assert_close(found.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
 
 
+def test_augmented_images_are_those_of_each_alone():
+    train, _ = data.load("digits")
+    batches = [data.Batches(data.subsample(train, 40, seed=i), 16, seed=i, crop=1, flip=True) for i in range(2)]
+
+    def images(seed):
+        torch.manual_seed(seed)
+        return models.resnet9(1, 10, features=4, size=8, depth=2)
+
+    found = fit_instances([images(i) for i in range(2)], batches, epochs=2, optimizer=sgd, objective=CrossEntropy)
+    for i, both in enumerate(found.networks):
+        alone = images(i)
+        fit(alone, batches[i], epochs=2, optimizer=lambda net: sgd(net.parameters()))
+        for p, q in zip(alone.parameters(), both.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
 def test_accuracies_are_those_of_evaluate():
     sets = [points(100 + i, 80) for i in range(N)]
     found = together(CrossEntropy, measured={"test": sets}, epochs=2)
     for net, part, accuracy in zip(found.networks, sets, found.accuracy["test"], strict=True):
         assert evaluate(net, data.Batches(part, 100)).accuracy == pytest.approx(accuracy[-1].item())
+
+
+def test_accuracies_are_measured_as_often_as_asked():
+    sets = [points(100 + i, 80) for i in range(N)]
+    each = together(CrossEntropy, measured={"test": sets}, epochs=5).accuracy["test"]
+    some = together(CrossEntropy, measured={"test": sets}, epochs=5, every=2).accuracy["test"]
+    assert some[:, 0].isnan().all()
+    assert torch.equal(some[:, 1:], each[:, [1, 1, 3, 4]])
 
 
 def test_an_instance_ends_when_it_has_been_right_long_enough():

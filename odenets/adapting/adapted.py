@@ -1,0 +1,284 @@
+"""Adapted: a network as it is, each of its residual blocks seen as an Euler step with h = 1."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from odenets.adapting.blocks import Blocks, Place, find_blocks
+from odenets.flow import Records, check_values
+from odenets.measures import Measure, finding
+from solvers import Step, finish_step, get_tableau
+from solvers.states import check_state
+
+__all__ = ["Adapted", "adapt"]
+
+EULER = get_tableau("euler")
+
+
+def adapt(model: nn.Module, blocks: Blocks | None = None) -> Adapted:
+    """A torchvision or timm classifier, or one like it, with the ``record`` of an :class:`odenets.Network`.
+
+    Every residual block is a step ``x1 = x0 + r`` of the Euler method with h = 1, where r is what the block truly adds:
+    ``x1 - x0``, after its last activation if it has one.
+
+    - A block that keeps the shape: x0 is its input, x1 its output. With a ReLU at the end, as in ResNet, ResNeXt and
+      RegNet, ``r = relu(x0 + f) - x0 = max(f, -x0)`` for a branch f. (The thesis' own ResNeXt adds ``relu(f)``, so that
+      its residues are not negative; torchvision's may be.)
+    - A block with a projection (ResNet, RegNet): x0 is the projection's output. It may be negative, and then r is not
+      zero where the branch is.
+    - A transformer block (ViT, Swin) is two steps, attention and MLP, each after its stochastic depth.
+    - A block without shortcut (MobileNet, stride 2) is no step; neither are layers between the blocks.
+    - A plain network (VGG): each convolution or linear layer that keeps the shape, with the norm and activation after
+      it, from the input x0 of the layer to the output x1 of the last of them.
+
+    Args:
+        model: used as it is, not copied. Hooks on its modules do nothing but in :meth:`Adapted.record`.
+        blocks: which modules are blocks; those that fit :data:`odenets.adapting.RULES`, or else the layers of a plain
+            network, if not given. Names, ``["layer1.0", "layer1.1"]``: what a rule that fits says of such a module, or
+            else one step from its input to its output; ``"features.2:features.4"`` is one from the input of the first
+            to the output of the last. A dictionary, ``{"layer1.0": None, "layer2.0": "layer2.0.downsample"}``: one step
+            each, from the output of the shortcut named, or from the input. Rules, ``[*RULES, Rule(...)]``.
+
+    Raises:
+        TypeError: the model is no module, or blocks are neither names nor rules.
+        ValueError: no block found, no module of such a name, or blocks within blocks.
+
+    >>> import torch
+    >>> from torchvision.models import resnet18
+    >>> from odenets import measures
+    >>> output, records = adapt(resnet18().eval()).record(torch.randn(2, 3, 32, 32), action=measures.action)
+    >>> records["action"].shape, records.starts
+    (torch.Size([8, 2]), (0, 2, 4, 6))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    return Adapted(model, find_blocks(model, blocks))
+
+
+class _Seen(NamedTuple):
+    """What is remembered of a step: its block, which step of the block it is, the shape of the state's samples."""
+
+    place: Place
+    part: int
+    shape: tuple[int, ...]
+
+
+class _Pass:
+    """The steps of one forward pass, each measured as it ends.
+
+    Args:
+        measures: functions ``Step -> (B,)`` by name.
+        x: the input.
+        keep: whether steps are kept.
+    """
+
+    def __init__(self, measures: dict[str, Measure], x: Tensor, keep: bool = False) -> None:
+        self.measures, self.finds, self.x, self.keep = measures, finding(measures.values()), x, keep
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
+        self.steps: list[Step] = []
+        self.seen: list[_Seen] = []
+        self.starting: dict[Place, tuple[Tensor, int, int]] = {}  # x0, its version, which step of the block
+
+    def start(self, place: Place, x0: Any, part: int = 0) -> None:
+        """A step of the block begins at x0."""
+        self.starting[place] = (_state(place, x0), _version(x0), part)
+
+    def middle(self, place: Place, x: Any) -> None:
+        """One step of the block ends at x, and the other begins."""
+        if place in self.starting and self.starting[place][2] == 0:
+            shape = self.starting[place][0].shape
+            x = _state(place, x)
+            x = x.reshape(shape) if x.numel() == shape.numel() else x
+            self.end(place, x)
+            self.start(place, x, 1)
+
+    def end(self, place: Place, x1: Any) -> None:
+        """A step of the block ends at x1."""
+        if place not in self.starting:
+            raise ValueError(f"block {place.name!r} ends before it starts: {place.last!r} is called first")
+        x1, (x0, version, part) = _state(place, x1), self.starting.pop(place)
+        if x0.shape != x1.shape:
+            raise ValueError(
+                f"block {place.name!r} changes the shape of the state, {tuple(x0.shape)} to {tuple(x1.shape)}: name "
+                f"the module of its shortcut, adapt(model, {{{place.name!r}: ...}}), or leave it out"
+            )
+        if isinstance(self.x, Tensor) and len(x0) != len(self.x):
+            raise ValueError(f"block {place.name!r} has states of shape {tuple(x0.shape)} for {len(self.x)} samples")
+        if version != _version(x0):
+            raise ValueError(f"block {place.name!r} changes its input in place: give its first layers inplace=False")
+        self.seen.append(_Seen(place, part, tuple(x0.shape[1:])))
+        if not self.measures and not self.keep:
+            return
+        r = x1 - x0
+        x0, x1, known = x0.to(r.dtype), x1.to(r.dtype), None
+        if self.finds:
+            _, known = finish_step(
+                x0, (r,), EULER, 1.0, state=False, action="action" in self.finds, residue="residue" in self.finds
+            )
+        step = Step(float(len(self.seen) - 1), 1.0, x0, x1, (r,), EULER, known)
+        for name, measure in self.measures.items():
+            self.rows[name].append(check_values(name, measure(step), x0))
+        if self.keep:
+            self.steps.append(step)
+
+
+class _Taps:
+    """What the hooks of a model share: the pass that is on, or None."""
+
+    def __init__(self) -> None:
+        self.on: _Pass | None = None
+
+
+def _starts(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if taps.on is not None:
+        taps.on.start(place, args[0] if args else None)
+
+
+def _starts_again(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if taps.on is not None:
+        taps.on.start(place, output)
+
+
+def _between(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if taps.on is not None:
+        taps.on.middle(place, args[0] if args else None)
+
+
+def _ends(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if taps.on is not None:
+        taps.on.end(place, output)
+
+
+class Adapted(nn.Module):
+    """A model and where the states of its blocks pass; :func:`adapt` makes it.
+
+    Its ``state_dict`` is that of the model under ``model.``: ``plain.load_state_dict(adapted.model.state_dict())``.
+    ``print(adapted)`` lists the steps, and after the first pass the shapes of their states. Activation checkpointing
+    inside the model must be off where measures are recorded with gradients.
+
+    Attributes:
+        model: the model, as it was given.
+        places: its blocks.
+    """
+
+    def __init__(self, model: nn.Module, places: tuple[Place, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.places = places
+        self.training = model.training
+        self._taps = taps = _Taps()
+        self._seen: list[_Seen] | None = None
+        for place in places:
+            model.get_submodule(place.first).register_forward_pre_hook(partial(_starts, taps, place))
+            model.get_submodule(place.last).register_forward_hook(partial(_ends, taps, place))
+            if place.shortcut is not None:
+                model.get_submodule(place.shortcut).register_forward_hook(partial(_starts_again, taps, place))
+            for name in place.between:
+                model.get_submodule(name).register_forward_pre_hook(partial(_between, taps, place))
+
+    @property
+    def depth(self) -> int:
+        """Number of steps of the blocks."""
+        return sum(place.steps for place in self.places)
+
+    @property
+    def h(self) -> tuple[float, ...]:
+        """Step size of each: 1."""
+        return (1.0,) * self.depth
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of a branch in one forward pass: one per step."""
+        return self.depth
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The module of each step; in the order of the rows of ``record`` from the first pass on."""
+        return tuple(place.name for place, *_ in self._steps_seen())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output for inputs ``x`` ``(B, ...)``."""
+        return self.record(x)[0]
+
+    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+        """The model's output, and one ``(blocks, B)`` tensor per measure, in the order in which the blocks are called.
+
+        Each step is measured as its block ends, and nothing of it is kept but what gradients need. ``records.starts``
+        holds the rows at which the shape of the state changes.
+
+        Args:
+            x: inputs, ``(B, ...)``.
+            measures: functions ``Step -> (B,)`` by name.
+
+        Raises:
+            TypeError, ValueError: x is no batch of finite inputs, a measure does not return ``(B,)``, or a block is
+                none: it takes or returns no tensor, changes the shape or its input in place, or is not called.
+        """
+        for name, measure in measures.items():
+            if not callable(measure):
+                raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
+        if not measures and self._seen is not None:
+            _check_input(x)
+            return self.model(x), Records({}, _flow_starts(self._seen))
+        output, taken = self._run(x, measures)
+        return output, Records(
+            {name: torch.stack(values) for name, values in taken.rows.items()}, _flow_starts(taken.seen)
+        )
+
+    def steps(self, x: Tensor) -> list[Step]:
+        """Every step for inputs ``x``, with its states."""
+        return self._run(x, {}, keep=True)[1].steps
+
+    def _run(self, x: Tensor, measures: dict[str, Measure], keep: bool = False) -> tuple[Tensor, _Pass]:
+        _check_input(x)
+        taken = _Pass(measures, x, keep)
+        self._taps.on = taken
+        try:
+            output = self.model(x)
+        finally:
+            self._taps.on = None
+        if not taken.seen:
+            names = [place.name for place in self.places]
+            raise ValueError(f"none of the blocks was called: {', '.join(names[:4])}{' ...' * (len(names) > 4)}")
+        if not torch.compiler.is_compiling():
+            self._seen = taken.seen
+        return output, taken
+
+    def _steps_seen(self) -> list[_Seen]:
+        return self._seen or [_Seen(place, part, ()) for place in self.places for part in range(place.steps)]
+
+    def __repr__(self) -> str:
+        rows = []
+        for m, (place, part, shape) in enumerate(self._steps_seen()):
+            kind = f"{place.kind} {part + 1} of 2" if place.between else place.kind
+            rows.append((str(m), place.name, kind, " x ".join(map(str, shape))))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [f"{m:>{widths[0] + 2}}  {a:{widths[1]}}  {b:{widths[2]}}  {c}".rstrip() for m, a, b, c in rows]
+        return "\n".join([f"Adapted({type(self.model).__name__}, {len(rows)} steps)", *lines])
+
+
+def _check_input(x: Any) -> None:
+    """Inputs are checked here; states are not, so that a diverging network can be measured."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        check_state(x)
+
+
+def _state(place: Place, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"block {place.name!r} must take and return a tensor, got {type(x).__name__}")
+    return x
+
+
+def _version(x: Any) -> int:
+    """How often the tensor has been changed in place, where that is counted."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version
+
+
+def _flow_starts(seen: list[_Seen]) -> tuple[int, ...]:
+    return tuple(m for m, step in enumerate(seen) if not m or step.shape != seen[m - 1].shape)

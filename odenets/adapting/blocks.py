@@ -1,0 +1,232 @@
+"""Where the states of a network pass: its residual blocks, recognised by the names of their parts, or named by hand."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+from torch import nn
+
+__all__ = ["RULES", "Blocks", "Place", "Rule", "find_blocks"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the states of one block pass, by dotted names of modules of the model.
+
+    Attributes:
+        first: its input is x0.
+        last: its output is x1; the same module as ``first``, but for layers that stand one after another.
+        kind: what it was taken for.
+        shortcut: its output is x0 instead, or None.
+        between: the first of these to be called is given the state between the two steps of the block; empty where the
+            block is one step.
+    """
+
+    first: str
+    last: str
+    kind: str
+    shortcut: str | None = None
+    between: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """``first``, or ``first:last``."""
+        return self.first if self.first == self.last else f"{self.first}:{self.last}"
+
+    @property
+    def steps(self) -> int:
+        """Steps of one call."""
+        return 2 if self.between else 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A kind of residual block, recognised by the names of its parts.
+
+    Attributes:
+        kind: how it is called where the blocks are listed.
+        parts: attributes, all of which the block has, be they None.
+        flag: an attribute that is true of the blocks with a shortcut; those without do not count.
+        shortcut: the part whose output is x0, where the block has it and it is a module: the projection of a block that
+            changes the shape.
+        between: parts, the first of which to be called is given the state between the block's two steps: before the
+            MLP of a transformer that is its norm, or with norms after the branches the MLP itself.
+
+    >>> Rule("mine", parts=("branch", "project"), shortcut="project").fits(nn.Linear(2, 2))
+    False
+    """
+
+    kind: str
+    parts: tuple[str, ...] = ()
+    flag: str | None = None
+    shortcut: str | None = None
+    between: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts and self.flag is None:
+            raise ValueError(f"rule {self.kind!r} needs parts or a flag to know its blocks by")
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the module is such a block."""
+        if self.flag is not None and not getattr(module, self.flag, False):
+            return False
+        return all(hasattr(module, part) for part in self.parts)
+
+    def place(self, name: str, module: nn.Module) -> Place:
+        """Where the states of the block called ``name`` pass."""
+        shortcut = None
+        if self.shortcut is not None and isinstance(getattr(module, self.shortcut, None), nn.Module):
+            shortcut = f"{name}.{self.shortcut}"
+        return Place(name, name, self.kind, shortcut, tuple(f"{name}.{part}" for part in self.between))
+
+
+RULES = (
+    Rule("ResNet", parts=("conv1", "downsample"), shortcut="downsample"),  # ResNeXt, WideResNet; timm: RegNet too
+    Rule("ResNet", parts=("conv1", "shortcut"), shortcut="shortcut"),  # as written for CIFAR
+    Rule("RegNet", parts=("proj", "f", "activation"), shortcut="proj"),
+    Rule("inverted residual", flag="use_res_connect"),  # MobileNet, EfficientNet
+    Rule("inverted residual", flag="apply_residual"),  # MNASNet
+    Rule("inverted residual", flag="has_skip"),  # timm
+    Rule("ConvNeXt", parts=("block", "layer_scale", "stochastic_depth")),
+    Rule("transformer", parts=("ln_1", "self_attention", "ln_2", "mlp"), between=("ln_2",)),  # ViT
+    Rule("transformer", parts=("norm1", "attn", "norm2", "mlp"), shortcut="shortcut", between=("norm2", "mlp")),
+    Rule("residual", parts=("drop_path",), flag="shortcut", shortcut="shortcut"),  # timm: ConvNeXt, MaxViT
+)
+"""The kinds of blocks that are known; ``adapt(model, [*RULES, Rule(...)])`` knows one more."""
+
+Blocks = Iterable[str | Rule] | Mapping[str, str | None]
+
+
+def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[Place, ...]:
+    """The blocks of a model, in the order of its modules; :func:`odenets.adapt` says more.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    modules = dict(model.named_modules())
+    if blocks is None:
+        return _by_rules(modules, RULES) or _layers(model) or _none(model, RULES)
+    wanted = [blocks] if isinstance(blocks, str | Rule) else list(blocks)
+    if not wanted:
+        raise ValueError("blocks must hold at least one name or rule")
+    for block in wanted:
+        if not isinstance(block, str | Rule):
+            raise TypeError(f"blocks must hold names of modules or rules, got {type(block).__name__}")
+    rules = [block for block in wanted if isinstance(block, Rule)]
+    shortcuts = cast(Mapping[str, str | None], blocks) if isinstance(blocks, Mapping) else None
+    named = [_by_name(modules, block, shortcuts) for block in wanted if isinstance(block, str)]
+    taken = {place.first for place in named}
+    found = [place for place in _by_rules(modules, rules) if place.first not in taken]
+    if rules and not found:
+        _none(model, rules)
+    order = {name: i for i, name in enumerate(modules)}
+    places = sorted([*named, *found], key=lambda place: order[place.first])
+    for outer, inner in pairwise(places):
+        if inner.first == outer.first or inner.first.startswith(outer.first + "."):
+            raise ValueError(f"blocks must not overlap: {inner.name!r} lies in {outer.name!r}")
+    return tuple(places)
+
+
+def _none(model: nn.Module, rules: Iterable[Rule]) -> tuple[Place, ...]:
+    looked = "; ".join(f"{rule.kind} ({', '.join((*rule.parts, *filter(None, [rule.flag])))})" for rule in rules)
+    children = ", ".join(name for name, _ in model.named_children())
+    raise ValueError(
+        f"no residual blocks found in {type(model).__name__}, which has {children or 'no parts'}. Looked for modules "
+        f"with these parts: {looked}; and for a plain chain of layers that keep the shape. Name the blocks by hand, "
+        'adapt(model, ["layer1.0", "layer1.1"]), with the module of a projection where the shape changes, '
+        'adapt(model, {"layer1.0": None, "layer2.0": "layer2.0.downsample"}), or give a Rule'
+    )
+
+
+def _by_rules(modules: Mapping[str, nn.Module], rules: Iterable[Rule]) -> tuple[Place, ...]:
+    """The outermost modules that fit a rule; the model itself is none of its blocks."""
+    places: list[Place] = []
+    for name, module in modules.items():
+        if not name or (places and name.startswith(places[-1].first + ".")):
+            continue
+        rule = next((rule for rule in rules if rule.fits(module)), None)
+        if rule is not None:
+            places.append(rule.place(name, module))
+    return tuple(places)
+
+
+def _by_name(modules: Mapping[str, nn.Module], name: str, shortcuts: Mapping[str, str | None] | None) -> Place:
+    first, _, last = name.partition(":")
+    shortcut = shortcuts[name] if shortcuts is not None else None
+    for part in filter(None, [first, last, shortcut]):
+        if part not in modules:
+            near = difflib.get_close_matches(part, modules, n=3, cutoff=0.4)
+            hint = f"; near to it are {', '.join(map(repr, near))}" if near else ""
+            raise ValueError(f"the model has no module {part!r}{hint}")
+    if not first:
+        raise ValueError(f"blocks must be names of modules within the model, got {name!r}")
+    rule = next((rule for rule in RULES if rule.fits(modules[first])), None)
+    if shortcuts is None and not last and rule is not None:
+        return rule.place(first, modules[first])
+    return Place(first, last or first, "by name", shortcut)
+
+
+# -- plain networks -----------------------------------------------------------------------------------------------
+
+
+def _layers(model: nn.Module) -> tuple[Place, ...]:
+    """The layers that keep the shape, each with the norm and activation after it, if the model is a plain network:
+    one with most of its convolutions and linear layers in Sequentials that are the model or lie directly under it.
+    """
+    chains = dict([("", model)] if isinstance(model, nn.Sequential) else model.named_children())
+    leaves = [
+        leaf for name, chain in chains.items() if isinstance(chain, nn.Sequential) for leaf in _leaves(name, chain)
+    ]
+    weights = sum(_is_weight(module) for module in model.modules())
+    if 2 * sum(_is_weight(module) for _, module in leaves) < max(weights, 1):
+        return ()
+    places = []
+    for i, (name, module) in enumerate(leaves):
+        if not _is_weight(module) or not _keeps_shape(module):
+            continue
+        last = name
+        for name_after, after in leaves[i + 1 : i + 3]:
+            if name_after.rpartition(".")[0] != name.rpartition(".")[0]:
+                break
+            if _is_of(after, "activation"):
+                last = name_after
+                break
+            if last != name or not _is_of(after, "batchnorm", "instancenorm", "normalization"):
+                break
+            last = name_after
+        places.append(Place(name, last, "layer"))
+    return tuple(places)
+
+
+def _leaves(name: str, chain: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """The modules of a Sequential and of those in it, in order, with their names in the model."""
+    found: list[tuple[str, nn.Module]] = []
+    for part, module in chain.named_children():
+        full = f"{name}.{part}" if name else part
+        found += _leaves(full, module) if isinstance(module, nn.Sequential) else [(full, module)]
+    return found
+
+
+def _is_weight(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+
+
+def _keeps_shape(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return module.in_features == module.out_features
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)  # what else _is_weight knows
+    if module.in_channels != module.out_channels or any(stride != 1 for stride in module.stride):
+        return False
+    if isinstance(module.padding, str):
+        return module.padding == "same"
+    sizes = zip(module.padding, module.kernel_size, module.dilation, strict=True)
+    return all(2 * padding == dilation * (kernel - 1) for padding, kernel, dilation in sizes)
+
+
+def _is_of(module: nn.Module, *files: str) -> bool:
+    """Whether a class of the module comes from one of these files of ``torch.nn.modules``."""
+    return any(kind.__module__ in [f"torch.nn.modules.{file}" for file in files] for kind in type(module).__mro__)

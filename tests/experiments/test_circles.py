@@ -1,0 +1,113 @@
+"""The circles experiment on a few instances."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from circles import METHODS, SETTINGS, THESIS, Boundary, Cell, Config, build, main, objective, points_of
+
+from odenets import data
+from odenets.instances import fit_instances
+from odenets.least_action import LeastAction
+from odenets.runs import read_summary
+from odenets.transport import moves
+
+TINY = Config(tables=("21", "22", "figures"), instances=3, epochs=2, workers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("circles") / "run"
+
+
+def test_a_run_prints_its_table_and_leaves_a_folder(folder, capsys):
+    main(replace(TINY, output=folder))
+    shown = capsys.readouterr().out
+    assert "95.8 ± 1.8" in shown
+    assert "way of the points over the shortest" in shown
+    results = read_summary(folder)["results"]
+    assert len(results["rows"]) == 15
+    names = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert names == {"fig_12", "fig_22", "fig_37", "fig_38", "fig_39", "fig_40", "fig_41"}
+    cell = read_summary(folder / "21_lap")["results"]
+    assert len(cell["max"]) == 3
+    assert all(a <= b + 1e-6 for a, b in zip(cell["epochs"], [2.0] * 3, strict=True))
+
+
+def test_a_second_run_goes_on_with_what_is_there(folder, capsys):
+    before = (folder / "21_lap" / "summary.json").read_bytes()
+    main(replace(TINY, output=folder, resume=True))
+    assert (folder / "21_lap" / "summary.json").read_bytes() == before
+    with pytest.raises(FileExistsError, match="--resume"):
+        main(replace(TINY, output=folder))
+
+
+def test_the_boundary_is_fourteen_units_away():
+    head = Boundary()
+    assert not list(head.parameters())
+    logits = head(torch.tensor([[-10.0, -10.0], [0.0, 0.0], [-20.0, -20.0]]))
+    torch.testing.assert_close(logits[:, 0] - logits[:, 1], torch.tensor([0.0, 20.0, -20.0]))
+
+
+@pytest.mark.parametrize(("initial", "table"), [("kaiming", "21"), ("normal", "22")])
+def test_weights_are_drawn_as_said(initial, table):
+    assert SETTINGS[table].initial == initial
+    layers = [m for m in build(replace(SETTINGS[table], blocks=300), False, 0).modules() if hasattr(m, "in_features")]
+    weights = torch.cat([layer.weight.flatten() for layer in layers])
+    biases = torch.cat([layer.bias for layer in layers])
+    assert weights.std().item() == pytest.approx(5.0 if initial == "normal" else 1.0, rel=0.05)
+    assert biases.std().item() == pytest.approx(5.0 if initial == "normal" else 0.0, rel=0.1)
+
+
+def test_the_points_of_an_instance_are_different_ones():
+    parts = points_of(Config(), SETTINGS["21"], 0)
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 40,
+        "test": 10,
+        "validation": 200,
+        "fresh": 1000,
+    }
+    everything = torch.cat([part.x for part in parts.values()])
+    assert len(everything.unique(dim=0)) == len(everything)
+
+
+def test_the_methods_are_those_of_the_thesis():
+    lap = objective("lap", SETTINGS["21"])
+    assert isinstance(lap, LeastAction)
+    assert (lap.tau, lap.every, lap.update, lap.weigh, lap.cost.kind) == (0.1, 5, "after", "multiply", "norm")
+    assert lap.multiplier.item() == pytest.approx(0.1)
+    assert set(METHODS) == set(THESIS["19"])
+
+
+def test_least_action_moves_the_points_less_and_more_directly():
+    """After some epochs on the circles: the claims of section 3.2.2 and Fig. 37, over ten instances."""
+    setting, config = replace(SETTINGS["figures"], points=200), Config()
+    found = {}
+    for method in ("resnet", "lap"):
+        parts = [points_of(config, setting, seed) for seed in range(10)]
+        trained = fit_instances(
+            [build(setting, False, seed) for seed in range(10)],
+            [data.Batches(part["train"], 10) for part in parts],
+            epochs=25,
+            optimizer=lambda parameters: torch.optim.Adam(parameters, 0.01, betas=(0.9, 0.99)),
+            objective=lambda method=method: objective(method, setting),
+        )
+        found[method] = [moves(net, part["test"].x) for net, part in zip(trained.networks, parts, strict=True)]
+        for each in found[method]:
+            assert (each.w2 <= each.root_mean_square * (1 + 1e-5) + 1e-7).all()
+            assert (each.w1 <= each.mean * (1 + 1e-5) + 1e-7).all()
+    moved = {method: sum(each.root_mean_square.sum() for each in each_of) for method, each_of in found.items()}
+    excess = {
+        method: sum((each.root_mean_square - each.w2).sum() for each in each_of) for method, each_of in found.items()
+    }
+    assert moved["lap"] < moved["resnet"]
+    assert excess["lap"] < excess["resnet"]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="tables must be among"):
+        Config(tables=("18",))
+    with pytest.raises(ValueError, match="at least 1"):
+        Config(instances=0)
+    assert Cell("19", "fixed lambda", True).name == "19_fixed_lambda_bn"
+    assert asdict(Config())["dataset"] == "circles"
