@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -365,7 +365,7 @@ def cells(config: Config) -> list[Cell]:
 def main(config: Config) -> None:
     """Train every cell, print one table, write the run folder with its figures."""
     if config.quick:
-        config = Config(**asdict(config) | {"instances": 4, "epochs": 3, "quick": False})
+        config = replace(config, instances=4, epochs=3)
     started = time.time()
     run = Run(config.output, science(config) | {"tables": config.tables}, resume=config.resume)
     todo = [cell for cell in cells(config) if not (config.output / cell.name / "summary.json").exists()]

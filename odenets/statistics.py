@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Interval", "mean_interval"]
+__all__ = ["Interval", "mean_interval", "paired_p_value"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,21 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
     quantile = float(t.ppf((1 + confidence) / 2, n - 1))
     return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n), n)
+
+
+def paired_p_value(one: Sequence[float], other: Sequence[float]) -> float:
+    """Two-sided p-value of Student's paired t-test; 1 where all pairs are equal.
+
+    Args:
+        one, other: values of the same seeds, in the same order.
+
+    Raises:
+        ValueError: fewer than two pairs, or lists of two lengths.
+    """
+    if len(one) != len(other) or len(one) < 2:
+        raise ValueError(f"one and other must hold the same seeds, at least two, got {len(one)} and {len(other)}")
+    from scipy.stats import ttest_rel
+
+    if all(a == b for a, b in zip(one, other, strict=True)):
+        return 1.0
+    return float(ttest_rel(one, other).pvalue)  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from odenets.statistics import Interval, mean_interval
+from odenets.statistics import Interval, mean_interval, paired_p_value
 
 
 def test_the_interval_is_scipys():
@@ -27,3 +27,13 @@ def test_one_value_has_no_interval():
         mean_interval([])
     with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\)"):
         mean_interval([0.5, 0.6], 95)
+
+
+def test_the_paired_test_is_scipys():
+    one, other = [1.0, 2.0, 4.0, 3.0], [1.5, 1.0, 3.0, 2.5]
+    assert paired_p_value(one, other) == pytest.approx(stats.ttest_rel(one, other).pvalue)
+    differences = mean_interval([a - b for a, b in zip(one, other, strict=True)])
+    assert (paired_p_value(one, other) < 0.05) == (0 not in differences)
+    assert paired_p_value(one, one) == 1
+    with pytest.raises(ValueError, match="at least two"):
+        paired_p_value([1.0], [2.0])

@@ -1,0 +1,368 @@
+"""What the action buys on few images (tables 1, 2 and 18), with every method at its own best learning rate.
+
+Three methods train ResNet-9 on a few labelled images: the plain network, a fixed weight of the action, and multipliers
+that grow. The thesis trained all at one learning rate, with a lambda that multiplies the loss and so the step, and
+reported the highest accuracy over epochs on test images. Here each method's learning rate and weight are chosen on
+validation images; the accuracy is that after the last epoch on all test images, over instances that share their images
+and weights at the start, so that differences are paired; and beside it stands the accuracy with batch norm's statistics
+recomputed on the training images, since after few steps the running ones lag behind the weights. The thesis' own
+protocol has rows of its own.
+
+    python experiments/small_data.py
+    python experiments/small_data.py --dataset mnist --folder DIR --sizes 100
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tabulate import tabulate
+from torch import Tensor
+
+from odenets import Network, data, measures, models, recalibrate
+from odenets.instances import fit_instances
+from odenets.jobs import Report, Workers
+from odenets.least_action import ActionPenalty, LeastAction
+from odenets.objectives import CrossEntropy, Objective
+from odenets.runs import Run, read_summary
+from odenets.statistics import Interval, mean_interval, paired_p_value
+from odenets.training import evaluate
+
+METHODS = ("vanilla", "fixed weight", "least action")
+PROTOCOL = ("thesis: vanilla", "thesis: least action")
+
+# highest test accuracy over epochs, mean and half-width of the 95 % interval: table 1 (50 runs), tables 2 and 18 (20)
+THESIS: dict[str, dict[int, dict[str, tuple[float, float]]]] = {
+    "mnist": {
+        500: {"vanilla": (90.8, 0.4), "least action": (90.9, 0.2)},
+        400: {"vanilla": (88.4, 0.5), "least action": (88.4, 0.4)},
+        300: {"vanilla": (83.5, 0.5), "least action": (86.2, 0.4)},
+        200: {"vanilla": (74.9, 1.0), "least action": (82.0, 0.5)},
+        100: {"vanilla": (56.4, 1.5), "least action": (70.0, 1.0)},
+    },
+    "cifar10": {
+        50000: {"vanilla": (91.49, 0.1), "least action": (91.94, 0.1)},
+        30000: {"vanilla": (88.61, 0.14), "least action": (89.41, 0.1)},
+        20000: {"vanilla": (85.73, 0.14), "least action": (86.74, 0.13)},
+        10000: {"vanilla": (79.25, 0.25), "least action": (80.9, 0.16)},
+        5000: {"vanilla": (70.32, 0.32), "least action": (72.58, 0.21)},
+        4000: {"vanilla": (67.8, 0.26), "least action": (70.12, 0.3)},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train.
+
+    Attributes:
+        dataset: digits, mnist or cifar10.
+        folder: where torchvision's files lie; without it they are downloaded.
+        sizes: numbers of training images.
+        instances: that are reported, per method.
+        tuning: instances, of other images and weights, on which learning rates and weights are chosen.
+        epochs: of training.
+        batch_size: of training.
+        learning_rates: tried for every method.
+        weights: tried for the fixed weight.
+        lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
+        validation_size, test_size: images to choose on; test images, all if 0.
+        together: instances that are trained as one batch of networks.
+        quick: one size, few instances and epochs: to see that it runs.
+        output: run folder.
+        resume: go on with what is there.
+        workers: processes; all cores if 0.
+    """
+
+    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
+    folder: Path | None = None
+    sizes: tuple[int, ...] = (100, 200, 500)
+    instances: int = 20
+    tuning: int = 5
+    epochs: int = 30
+    batch_size: int = 128
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    weights: tuple[float, ...] = (0.1, 1.0)
+    lambdas: tuple[float, ...] = (0.1, 1.0, 10.0)
+    validation_size: int = 300
+    test_size: int = 0
+    together: int = 10
+    quick: bool = False
+    output: Path = Path("runs/small_data")
+    resume: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.instances, self.tuning) < 2:
+            raise ValueError(f"instances and tuning must be at least 2, got {self.instances} and {self.tuning}")
+        if not self.sizes or min(self.sizes) < 10:
+            raise ValueError(f"sizes must hold numbers of at least 10 images, got {self.sizes}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some instances of one method at one learning rate and weight, trained together."""
+
+    size: int
+    method: str
+    learning_rate: float
+    weight: float
+    seeds: tuple[int, ...]
+    tuning: bool
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = self.method.replace(": ", "_").replace(" ", "_")
+        return f"{self.size}/{method}_lr{self.learning_rate:g}_w{self.weight:g}_seeds{self.seeds[0]}-{self.seeds[-1]}"
+
+
+def objective(job: Job) -> Objective:
+    """What a method minimises."""
+    match job.method:
+        case "fixed weight":
+            return ActionPenalty(job.weight)
+        case "least action":
+            return LeastAction(lambda0=job.weight, tau=1.0, every=5)
+        case "thesis: least action":  # lambda multiplies the loss, and with it the step
+            return LeastAction(lambda0=5.0, tau=1.0, every=5, weigh="multiply", update="after")
+    return CrossEntropy()
+
+
+def build(config: Config, dataset: data.Dataset, seed: int) -> Network:
+    """ResNet-9 with the seed's weights."""
+    torch.manual_seed(seed)
+    channels, size = dataset.x.shape[1], dataset.x.shape[-1]
+    features = {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
+    normalize = models.Normalize(list(dataset.mean), list(dataset.std))
+    return models.resnet9(channels, dataset.classes, features=features, size=size, normalize=normalize)
+
+
+def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
+    """Images to draw training images from, validation and test images."""
+    pool, test = data.load(config.dataset, config.folder)
+    pool, validation = data.hold_out(pool, config.validation_size, seed=0)
+    return pool, validation, data.subsample(test, config.test_size, seed=0) if config.test_size else test
+
+
+def train(config: Config, job: Job, report: Report) -> None:
+    """Train the instances of a job; what was found stands in its summary."""
+    run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
+    pool, validation, test = parts_of(config)
+    crop = 0 if config.dataset == "digits" else 4
+    batches = [
+        data.Batches(
+            data.subsample(pool, job.size, seed=seed),
+            config.batch_size,
+            seed=seed,
+            crop=crop,
+            flip=config.dataset == "cifar10",
+        )
+        for seed in job.seeds
+    ]
+    protocol = job.method in PROTOCOL
+    shown = {"test": [test] * len(job.seeds)} if protocol else {}
+    found = fit_instances(
+        [build(config, pool, seed) for seed in job.seeds],
+        batches,
+        epochs=config.epochs,
+        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
+        objective=lambda: objective(job),
+        measured=shown,
+        report=report,
+    )
+    looked = data.Batches(validation if job.tuning else test, 500)
+    results: dict[str, list[float]] = {"last": [], "recalibrated": [], "action": []}
+    for network, batch in zip(found.networks, batches, strict=True):
+        results["last"].append(evaluate(network, looked).accuracy)
+        results["action"].append(action(network.eval(), batch.data.x))
+        recalibrate(network, batch.inputs())
+        results["recalibrated"].append(evaluate(network, looked).accuracy)
+    if protocol:
+        results["max"] = found.accuracy["test"].amax(1).tolist()
+    run.finish(asdict(job) | results, seeds=list(job.seeds))
+
+
+@torch.no_grad()
+def action(network: Network, x: Tensor) -> float:
+    """Mean action of the network on training images."""
+    return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
+
+
+def science(config: Config) -> dict[str, Any]:
+    """What decides the outcome of a job beside its own settings."""
+    names = ("dataset", "epochs", "batch_size", "validation_size", "test_size")
+    return {name: getattr(config, name) for name in names}
+
+
+def candidates(config: Config, size: int) -> list[Job]:
+    """Every method at every learning rate and weight, to choose from."""
+    seeds = tuple(range(10_000, 10_000 + config.tuning))
+    weights = {"vanilla": (0.0,), "fixed weight": config.weights, "least action": config.lambdas}
+    return [
+        Job(size, method, rate, weight, seeds, tuning=True)
+        for method in METHODS
+        for rate in config.learning_rates
+        for weight in weights[method]
+    ]
+
+
+def reported(config: Config, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
+    """The jobs whose test accuracy is reported, each only once."""
+    groups = [
+        tuple(range(i, min(i + config.together, config.instances))) for i in range(0, config.instances, config.together)
+    ]
+    best = {(c["method"], c["learning_rate"], c["weight"]) for c in chosen.values()}
+    best |= {(method, 0.01, 0.0) for method in PROTOCOL}
+    return [Job(size, *each, seeds, tuning=False) for each in sorted(best) for seeds in groups]
+
+
+def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> list[dict[str, Any]]:
+    """Results of the jobs; finished ones are read."""
+    todo = [job for job in jobs if not (config.output / job.name / "summary.json").exists()]
+    todo.sort(key=lambda job: -job.size * len(job.seeds))
+    if todo:
+        total = sum(config.epochs * len(job.seeds) for job in todo)
+        workers.map(partial(train, config), todo, total=total, label=label)
+    return [read_summary(config.output / job.name)["results"] for job in jobs]
+
+
+def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Per method, and per way of taking batch norm's statistics, the settings best on validation images."""
+    return {
+        (method, way): max((r for r in tuned if r["method"] == method), key=lambda r: statistics.fmean(r[way]))
+        for method in METHODS
+        for way in ("last", "recalibrated")
+    }
+
+
+def summarise(
+    config: Config, size: int, chosen: dict[tuple[str, str], dict[str, Any]], results: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row per method and way, differences to the plain network paired over the instances."""
+
+    def values(method: str, rate: float, weight: float, name: str) -> list[float]:
+        key = (method, rate, weight)
+        jobs = [r for r in results if (r["method"], r["learning_rate"], r["weight"]) == key]
+        return [100 * v for r in sorted(jobs, key=lambda r: r["seeds"]) for v in r[name]]
+
+    rows = []
+    for way in ("last", "recalibrated"):
+        plain: list[float] = []
+        for method in METHODS:
+            best = chosen[method, way]
+            key = (method, best["learning_rate"], best["weight"])
+            found = values(*key, way)
+            plain = plain or found
+            row = {"size": size, "method": method, "statistics": "running" if way == "last" else "recomputed"}
+            row |= {"learning_rate": key[1], "weight": key[2], "accuracy": mean_interval(found)}
+            row["action"] = mean_interval([v / 100 for v in values(*key, "action")])
+            rows.append(row | _difference(found, plain if method != "vanilla" else None))
+    plain = []
+    for method in PROTOCOL:
+        found = values(method, 0.01, 0.0, "max")
+        plain = plain or found
+        row = {"size": size, "method": method, "statistics": "running, max over epochs", "learning_rate": 0.01}
+        row |= {"weight": 0.0, "accuracy": mean_interval(found)}
+        row["action"] = mean_interval([v / 100 for v in values(method, 0.01, 0.0, "action")])
+        figure = THESIS.get(config.dataset, {}).get(size, {}).get(method.removeprefix("thesis: "))
+        if figure:
+            row |= {"thesis": Interval(*figure, 20), "meets": mean_interval(found).meets(Interval(*figure, 20))}
+        rows.append(row | _difference(found, plain if method != PROTOCOL[0] else None))
+    return rows
+
+
+def _difference(found: list[float], plain: list[float] | None) -> dict[str, Any]:
+    if plain is None:
+        return {}
+    pairs = [a - b for a, b in zip(found, plain, strict=True)]
+    return {"difference": mean_interval(pairs), "p": paired_p_value(found, plain)}
+
+
+def text(value: Interval) -> str:
+    """A mean with its interval."""
+    return f"{value.mean:.2f} ± {value.half_width:.2f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    columns = [
+        "images",
+        "method",
+        "batch norm",
+        "lr",
+        "weight",
+        "test accuracy",
+        "- vanilla",
+        "p",
+        "action",
+        "thesis",
+        "meets",
+    ]
+    grid = [
+        [
+            row["size"],
+            row["method"],
+            row["statistics"],
+            f"{row['learning_rate']:g}",
+            f"{row['weight']:g}" if row["weight"] else "",
+            text(row["accuracy"]),
+            text(row["difference"]) if "difference" in row else "",
+            f"{row['p']:.2g}" if "p" in row else "",
+            f"{row['action'].mean:.3g}",
+            text(row["thesis"]) if "thesis" in row else "",
+            ("yes" if row["meets"] else "no") if "meets" in row else "",
+        ]
+        for row in rows
+    ]
+    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """What the table says, in sentences: differences are called so where their 95 % interval leaves out 0."""
+    lines = []
+    for row in rows:
+        if "difference" not in row:
+            continue
+        mean, half = row["difference"].mean, row["difference"].half_width
+        what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
+        lines.append(
+            f"{row['size']} images, {row['method']} ({row['statistics']} statistics): {what} the plain network, "
+            f"{text(row['difference'])} points, p = {row['p']:.2g}"
+        )
+    return lines
+
+
+def main(config: Config) -> None:
+    """Choose, train, print one table, write the run folder."""
+    if config.quick:
+        config = replace(
+            config, sizes=(50,), instances=2, tuning=2, epochs=2, learning_rates=(0.03,), weights=(1.0,), lambdas=(1.0,)
+        )
+    started = time.time()
+    parts_of(config)  # a wrong data folder shows here, before anything is written
+    names = ("sizes", "instances", "tuning", "learning_rates", "weights", "lambdas")
+    run = Run(config.output, science(config) | {name: getattr(config, name) for name in names}, resume=config.resume)
+    rows, jobs = [], []
+    with Workers(config.workers or os.cpu_count() or 1) as workers:
+        tuned = [candidates(config, size) for size in config.sizes]
+        found = train_all(config, [job for each in tuned for job in each], workers, "choosing")
+        chosen = {size: choose([r for r in found if r["size"] == size]) for size in config.sizes}
+        jobs = [job for size in config.sizes for job in reported(config, size, chosen[size])]
+        results = train_all(config, jobs, workers, "training")
+    for size in config.sizes:
+        rows += summarise(config, size, chosen[size], [r for r in results if r["size"] == size])
+    trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]
+    print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,66 @@
+"""The small-data experiment on a few digits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_data import METHODS, Config, Job, build, candidates, choose, main, objective, parts_of, reported
+
+from odenets.least_action import ActionPenalty, LeastAction
+from odenets.runs import read_summary
+
+TINY = Config(workers=1, quick=True)
+
+
+def test_a_run_prints_its_table_and_goes_on(tmp_path, capsys):
+    main(replace(TINY, output=tmp_path / "run"))
+    shown = capsys.readouterr().out
+    rows = read_summary(tmp_path / "run")["results"]["rows"]
+    assert [row["method"] for row in rows] == [*METHODS, *METHODS, "thesis: vanilla", "thesis: least action"]
+    assert all(0 <= row["accuracy"]["mean"] <= 100 for row in rows)
+    assert "p = " in shown
+    main(replace(TINY, output=tmp_path / "run", resume=True))
+    assert capsys.readouterr().out == shown
+
+
+def test_settings_are_chosen_on_validation_alone():
+    tuned = [
+        {"method": method, "learning_rate": rate, "weight": 0.0, "last": [value], "recalibrated": [1 - value]}
+        for method in METHODS
+        for rate, value in ((0.01, 0.2), (0.1, 0.9))
+    ]
+    chosen = choose(tuned)
+    assert chosen["vanilla", "last"]["learning_rate"] == 0.1
+    assert chosen["vanilla", "recalibrated"]["learning_rate"] == 0.01
+    jobs = candidates(Config(), 100)
+    assert all(job.tuning for job in jobs)
+    found = reported(Config(), 100, chosen)
+    assert not {seed for job in jobs for seed in job.seeds} & {seed for job in found for seed in job.seeds}
+    assert all(sum(len(job.seeds) for job in found if job.method == method) >= 20 for method in METHODS)
+
+
+def test_parts_are_disjoint():
+    pool, validation, test = parts_of(Config())
+    everything = torch.cat([part.x.flatten(1) for part in (pool, validation, test)])
+    assert len(everything) == 1797
+    assert len(validation) == 300
+
+
+def test_the_methods():
+    job = Job(100, "least action", 0.1, 10.0, (0, 1), tuning=False)
+    found = objective(job)
+    assert isinstance(found, LeastAction)
+    assert (found.multiplier.item(), found.tau, found.every, found.weigh) == (10, 1, 5, "divide")
+    theirs = objective(replace(job, method="thesis: least action"))
+    assert (theirs.multiplier.item(), theirs.weigh) == (5, "multiply")
+    assert isinstance(objective(replace(job, method="fixed weight")), ActionPenalty)
+    pool = parts_of(Config())[0]
+    same = zip(build(Config(), pool, 3).parameters(), build(Config(), pool, 3).parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in same)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="instances and tuning"):
+        Config(instances=1)
+    with pytest.raises(ValueError, match="sizes"):
+        Config(sizes=(5,))
