@@ -1,14 +1,17 @@
-# `make test`, `make adaptive-depth` and `make neural-ode` need Python 3.11 or newer and make, nothing else.
+# `make test`, `make adaptive-depth`, `make neural-ode` and `make circles` need Python 3.11 or newer and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: adaptive-depth neural-ode test benchmarks clean
+.PHONY: adaptive-depth circles neural-ode test benchmarks clean
 
 adaptive-depth: .venv/installed
 	$(BIN)/python experiments/adaptive_depth.py --resume $(ARGS)
 
 neural-ode: .venv/installed
 	$(BIN)/python experiments/neural_ode.py --resume $(ARGS)
+
+circles: .venv/installed
+	$(BIN)/python experiments/circles.py --resume $(ARGS)
 
 test: .venv/installed
 	$(BIN)/ruff check .
