@@ -28,7 +28,7 @@ from odenets import Network, data, models, plotting
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.jobs import Report, Workers
-from odenets.runs import Run, read_metrics, read_summary
+from odenets.runs import Run, read_metrics
 from odenets.statistics import Interval, mean_interval
 from odenets.training import Callback, DivergedError, Training, evaluate, evaluate_schemes, fit
 from solvers import get_tableau
@@ -211,11 +211,9 @@ def science(config: Config) -> dict[str, Any]:
 
 def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> list[dict[str, Any]]:
     """Results of the jobs, the dearest begun first; finished ones are read."""
-    todo = [job for job in jobs if not (config.output / job.name / "summary.json").exists()]
-    todo.sort(key=lambda job: -job.depth * job.total_time)
-    if todo:
-        workers.map(partial(train, config), todo, total=config.epochs * len(todo), label=label)
-    return [read_summary(config.output / job.name)["results"] for job in jobs]
+    jobs = sorted(jobs, key=lambda job: -job.depth * job.total_time)
+    folder = lambda job: config.output / job.name  # noqa: E731
+    return workers.complete(partial(train, config), jobs, folder, cost=lambda job: config.epochs, label=label)
 
 
 def interval(value: Interval) -> str:

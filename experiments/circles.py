@@ -31,7 +31,7 @@ from odenets.instances import fit_instances
 from odenets.jobs import Report, Workers
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run, read_summary
+from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval
 from odenets.transport import moves, states
 
@@ -368,16 +368,19 @@ def main(config: Config) -> None:
         config = replace(config, instances=4, epochs=3)
     started = time.time()
     run = Run(config.output, science(config) | {"tables": config.tables}, resume=config.resume)
-    todo = [cell for cell in cells(config) if not (config.output / cell.name / "summary.json").exists()]
-    todo.sort(key=lambda cell: -SETTINGS[cell.table].blocks * SETTINGS[cell.table].points)
-    total = config.instances * config.epochs * len(todo)
-    if todo:
-        with Workers(config.workers or os.cpu_count() or 1) as workers:
-            workers.map(partial(train, config), todo, total=total, label="circles")
-    results = {cell.name: read_summary(config.output / cell.name)["results"] for cell in cells(config)}
+    chosen = cells(config)
+    with Workers(config.workers or os.cpu_count() or 1) as workers:
+        found = workers.complete(
+            partial(train, config),
+            sorted(chosen, key=lambda cell: -SETTINGS[cell.table].blocks * SETTINGS[cell.table].points),
+            lambda cell: config.output / cell.name,
+            cost=lambda cell: config.instances * config.epochs,
+            label="circles",
+        )
+    results = {Cell(r["table"], r["method"], r["norm"]).name: r for r in found}
     rows = summarise(config, results)
     plotting.save(figures(config), run.folder / "figures")
-    trainings = [{"name": cell.name, "cell": cell.name, "seed": 0} for cell in cells(config)]
+    trainings = [{"name": cell.name, "cell": cell.name, "seed": 0} for cell in chosen]
     print(run.conclude(trainings, ("cell",), rows, table(rows), verdict(rows), started=started))
 
 

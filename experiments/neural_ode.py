@@ -53,7 +53,7 @@ from odenets.least_action import ActionPenalty
 from odenets.measures import Measure
 from odenets.memory import memory
 from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run, read_summary
+from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval
 from odenets.training import Callback, Training, evaluate, fit
 from solvers import Statistics, Step, Tolerance
@@ -473,12 +473,10 @@ def main(config: Config) -> None:
     whole = {"seeds": config.seeds, "ways": config.ways}
     run = Run(config.output, science(config) | whole, resume=config.resume)
     jobs = [Job(way, action, seed) for seed in config.seeds for action in (False, True) for way in config.ways]
-    todo = [job for job in jobs if not (config.output / job.name / "summary.json").exists()]
     cores = 1 if config.device == "cuda" else os.cpu_count() or 1
-    if todo:
-        with Workers(config.workers or cores) as workers:
-            workers.map(partial(train, config), todo, total=config.epochs * len(todo), label="trainings")
-    results = [read_summary(config.output / job.name)["results"] for job in jobs]
+    with Workers(config.workers or cores) as workers:
+        folder, cost = (lambda job: config.output / job.name), (lambda job: config.epochs)
+        results = workers.complete(partial(train, config), jobs, folder, cost=cost, label="trainings")
     results.sort(key=lambda r: (r["action"], config.ways.index(r["way"]), r["seed"]))
     rows = summarise(results)
     plotting.save(plotting.neural_ode(run.folder), run.folder / "figures")

@@ -32,7 +32,7 @@ from odenets.instances import fit_instances
 from odenets.jobs import Report, Workers
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run, read_summary
+from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval, paired_p_value
 from odenets.training import evaluate
 
@@ -225,16 +225,6 @@ def reported(config: Config, size: int, chosen: dict[tuple[str, str], dict[str, 
     return [Job(size, *each, seeds, tuning=False) for each in sorted(best) for seeds in groups]
 
 
-def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> list[dict[str, Any]]:
-    """Results of the jobs; finished ones are read."""
-    todo = [job for job in jobs if not (config.output / job.name / "summary.json").exists()]
-    todo.sort(key=lambda job: -job.size * len(job.seeds))
-    if todo:
-        total = sum(config.epochs * len(job.seeds) for job in todo)
-        workers.map(partial(train, config), todo, total=total, label=label)
-    return [read_summary(config.output / job.name)["results"] for job in jobs]
-
-
 def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """Per method, and per way of taking batch norm's statistics, the settings best on validation images."""
     return {
@@ -352,12 +342,20 @@ def main(config: Config) -> None:
     names = ("sizes", "instances", "tuning", "learning_rates", "weights", "lambdas")
     run = Run(config.output, science(config) | {name: getattr(config, name) for name in names}, resume=config.resume)
     rows, jobs = [], []
+
+    def folder(job: Job) -> Path:
+        return config.output / job.name
+
+    def cost(job: Job) -> int:
+        return config.epochs * len(job.seeds)
+
     with Workers(config.workers or os.cpu_count() or 1) as workers:
+        complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
         tuned = [candidates(config, size) for size in config.sizes]
-        found = train_all(config, [job for each in tuned for job in each], workers, "choosing")
+        found = complete([job for each in tuned for job in each], label="choosing")
         chosen = {size: choose([r for r in found if r["size"] == size]) for size in config.sizes}
         jobs = [job for size in config.sizes for job in reported(config, size, chosen[size])]
-        results = train_all(config, jobs, workers, "training")
+        results = complete(jobs, label="training")
     for size in config.sizes:
         rows += summarise(config, size, chosen[size], [r for r in results if r["size"] == size])
     trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]

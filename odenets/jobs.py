@@ -7,10 +7,13 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
+
+from odenets.runs import read_summary
 
 __all__ = ["Report", "Workers"]
 
@@ -82,6 +85,29 @@ class Workers:
                 for future in done:
                     future.result()
             return [future.result() for future in futures]
+
+    def complete(
+        self,
+        work: Callable[[T, Report], object],
+        jobs: Sequence[T],
+        folder: Callable[[T], Path],
+        *,
+        cost: Callable[[T], int],
+        label: str,
+    ) -> list[dict[str, Any]]:
+        """The results of jobs that each leave a finished run in a folder; those that are there are read, not run.
+
+        Args:
+            work: a function at the top of a module, as for :meth:`map`.
+            jobs: picklable arguments; the dearest are begun first.
+            folder: of a job.
+            cost: units of work of a job.
+            label: of the progress bar.
+        """
+        todo = sorted((job for job in jobs if not (folder(job) / "summary.json").exists()), key=lambda job: -cost(job))
+        if todo:
+            self.map(work, todo, total=sum(map(cost, todo)), label=label)
+        return [read_summary(folder(job))["results"] for job in jobs]
 
 
 def _start(threads: int, progress: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from odenets.jobs import Workers
+from odenets.runs import Run
 
 
 def work(item, report):
@@ -43,6 +44,7 @@ def test_arguments_are_checked():
 SLEEPER = """
 import os, time
 from odenets.jobs import Workers
+from odenets.runs import Run
 def work(item, report):
     print(os.getpid(), flush=True)
     time.sleep(60)
@@ -73,3 +75,23 @@ def _alive(pid):
         return False
     with open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def leave(folder, job, report):
+    run = Run(folder / str(job), {"job": job})
+    report(job)
+    run.finish({"square": job * job}, seeds=[0])
+
+
+def test_finished_jobs_are_read_and_the_others_run_dearest_first(tmp_path):
+    leave(tmp_path, 3, lambda n: None)
+    done = []
+
+    def work(job, report):
+        done.append(job)
+        leave(tmp_path, job, report)
+
+    with Workers(1) as workers:
+        found = workers.complete(work, [1, 3, 2], lambda job: tmp_path / str(job), cost=lambda job: job, label="jobs")
+    assert [result["square"] for result in found] == [1, 9, 4]
+    assert done == [2, 1]
