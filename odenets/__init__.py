@@ -5,6 +5,7 @@ from odenets.adapting import Adapted, adapt
 from odenets.checkpoints import load_weights, save_weights
 from odenets.fields import ConvField, MLPField
 from odenets.flow import Block, Flow, Records
+from odenets.initialization import initialize
 from odenets.network import Network
 from odenets.normalization import recalibrate
 
@@ -18,6 +19,7 @@ __all__ = [
     "Records",
     "adapt",
     "fields",
+    "initialize",
     "load_weights",
     "measures",
     "models",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from odenets.normalization import StageBatchNorm, make_norm
 
-__all__ = ["ConvField", "MLPField", "VelocityField", "field_for"]
+__all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "field_for"]
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -80,6 +80,7 @@ class ConvField(VelocityField):
         time: whether t is an input, as a constant channel of both convolutions.
         kernel_size: odd size of the convolutions.
         bias: whether the convolutions have one.
+        leading: whether the first norm and activation are there; a block right behind its encoder may do without.
     """
 
     def __init__(
@@ -92,13 +93,15 @@ class ConvField(VelocityField):
         time: bool = False,
         kernel_size: int = 3,
         bias: bool = False,
+        leading: bool = True,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the shape of x, got {kernel_size}")
         hidden = hidden or channels
         self.time = time
-        self.norm1 = make_norm(norm, channels)
+        self.leading = leading
+        self.norm1 = make_norm(norm if leading else None, channels)
         self.conv1 = nn.Conv2d(channels + time, hidden, kernel_size, padding=kernel_size // 2, bias=bias)
         self.norm2 = make_norm(norm, hidden)
         self.conv2 = nn.Conv2d(hidden + time, channels, kernel_size, padding=kernel_size // 2, bias=bias)
@@ -106,11 +109,40 @@ class ConvField(VelocityField):
 
     def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
         """Velocity at ``x`` ``(B, C, H, W)``, same shape."""
-        x = self.conv1(self._with_time(t, self.activation(self.norm1(x, stage))))
+        x = self.conv1(self._with_time(t, self.activation(self.norm1(x, stage)) if self.leading else x))
         return self.conv2(self._with_time(t, self.activation(self.norm2(x, stage))))
 
     def _with_time(self, t: float | Tensor, x: Tensor) -> Tensor:
         return torch.cat([x, _time_like(t, x[:, :1])], 1) if self.time else x
+
+
+class ResNeXtField(VelocityField):
+    """The branch of a ResNeXt block with a ReLU behind it (Xie et al. 2017; published code of the thesis).
+
+    conv1x1-norm-ReLU, grouped conv3x3-norm-ReLU, conv1x1-norm-ReLU: velocities are not negative, so that for a state
+    that is not negative ``x + r`` is what the block's last ReLU would give.
+
+    Args:
+        channels: channels of x.
+        hidden: channels of the grouped convolution.
+        groups: its groups.
+        norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None.
+    """
+
+    def __init__(self, channels: int, hidden: int, groups: int = 32, *, norm: str | None = "batch") -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.norm1 = make_norm(norm, hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=groups, bias=False)
+        self.norm2 = make_norm(norm, hidden)
+        self.conv3 = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.norm3 = make_norm(norm, channels)
+
+    def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
+        """Velocity at ``x`` ``(B, C, H, W)``, same shape, not negative."""
+        x = self.norm1(self.conv1(x), stage).relu()
+        x = self.norm2(self.conv2(x), stage).relu()
+        return self.norm3(self.conv3(x), stage).relu()
 
 
 def _time_like(t: float | Tensor, x: Tensor) -> Tensor:

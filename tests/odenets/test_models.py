@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from odenets import models
+from odenets import measures, models
 from solvers import get_tableau
 
 
@@ -58,3 +58,87 @@ def test_small_ones_train():
         unused = [name for name, p in net.named_parameters() if p.grad is None]
         assert unused == []
         assert isinstance(net.head, nn.Module)
+
+
+def count(make):
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
+
+
+def test_parameters_are_those_of_the_literature_but_for_what_changes_the_channels():
+    """Each block here keeps its channels; in the originals the first one of a stage changes them."""
+    convolutions = [9 * a * b for a, b in ((16, 16), (32, 32))]  # ours minus theirs: (c, c) for (c / 2, c), 3 x 3
+    he = 1_727_962  # Table 6 of He et al. (2016), 1.7 M: shortcuts of no weights, a norm behind every convolution
+    ours = he + sum(2 * c for c in convolutions) + 16 * 32 + 32 * 64 - 2 * 16
+    assert count(models.resnet110) == ours == 1_753_530
+
+    zagoruyko = 36_479_194  # WRN-28-10, 36.5 M; there the norm of a changing block is that of its input
+    stages = ((16, 160), (160, 320), (320, 640))
+    ours = zagoruyko + sum(9 * (b - a) * b + 2 * (b - a) for a, b in stages)
+    assert count(models.wide_resnet) == ours == 38_991_802
+
+    torchvision = pytest.importorskip("torchvision").models
+    theirs = count(torchvision.resnext50_32x4d)
+    stem = 27 * 32 + 2 * 32 + 9 * 32 * 64 + 2 * 64 - (49 * 3 * 64 + 2 * 64)
+    first = sum((b - a) * hidden for a, b, hidden in ((64, 256, 128), *((c, 2 * c, c) for c in (256, 512, 1024))))
+    assert count(lambda: models.resnext50(classes=1000)) == theirs + stem + first == 26_439_688
+
+
+@pytest.mark.parametrize(("K", "M"), [(1, 3), (2, 7), (5, 2)])
+def test_parameters_of_modules_of_blocks(K, M):
+    def blocks(c):
+        return 2 * (9 * c * c + 2 * c)
+
+    wide = K // 2 * M * blocks(512) + 256 * 512 if K > 1 else 0
+    c = 512 if K > 1 else 256
+    expected = 27 * 256 + 512 + (K + 1) // 2 * M * blocks(256) + wide + 2 * c + 10 * c + 10
+    assert count(lambda: models.resnet_km(K, M)) == expected
+    assert models.resnet_km(K, M, channels=8).depth == K * M
+
+
+BUILDERS = {
+    "resnet110": (lambda **o: models.resnet110(blocks=2, **o), 6),
+    "wide": (lambda **o: models.wide_resnet(widen=1, blocks=2, **o), 6),
+    "resnext": (lambda **o: models.resnext50(blocks=(1, 2), groups=2, **o), 3),
+    "K-M": (lambda **o: models.resnet_km(3, 2, channels=8, **o), 6),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("options", [{}, {"norm": None}, {"solver": "bs23", "total_time": 1.0, "norm": "group"}])
+def test_every_block_is_a_step_and_every_weight_learns(name, options):
+    build, depth = BUILDERS[name]
+    net = build(**options)
+    assert net.depth == depth
+    if not options:
+        assert set(net.h) == {1.0}
+    y, records = net.record(torch.rand(3, 3, 16, 16), action=measures.action)
+    assert records["action"].shape == (depth, 3)
+    assert records.starts[0] == 0
+    y.square().sum().backward()
+    dead = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert dead == []
+
+
+def test_depths():
+    with torch.device("meta"):
+        assert [net.depth for net in (models.resnet110(), models.wide_resnet(), models.resnext50())] == [54, 12, 16]
+
+
+def test_residues_and_states_of_resnext_are_not_negative():
+    net = models.resnext50(blocks=(2, 1), groups=2)
+    for step in net.steps(torch.rand(2, 3, 16, 16)):
+        assert (step.residue >= 0).all()
+        assert (step.x0 >= 0).all()
+
+
+def test_the_first_block_of_resnet110_begins_with_its_convolution():
+    first, second = (block.fields[0] for block in models.resnet110(blocks=2).flows[0].blocks)
+    x = -torch.rand(2, 16, 8, 8)
+    torch.testing.assert_close(first(0.0, x), first.conv2(first.norm2(first.conv1(x)).relu()))
+    assert len(list(second.parameters())) == len(list(first.parameters())) + 2
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="K and M must be at least 1"):
+        models.resnet_km(0, 1)

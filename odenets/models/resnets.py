@@ -1,0 +1,205 @@
+"""Residual networks of two-convolution blocks: ResNet-9, ResNet-110, wide ResNets, K modules of M blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from einops.layers.torch import Rearrange, Reduce
+from torch import nn
+
+from odenets.fields import ConvField
+from odenets.flow import Flow
+from odenets.models.normalize import Normalize
+from odenets.network import Network
+
+__all__ = ["residual", "resnet9", "resnet110", "resnet_km", "wide_resnet"]
+
+
+def residual(flow: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a flow; those of a residual network, Euler steps with h = 1, unless told otherwise."""
+    flow = {"solver": "euler", **flow}
+    if flow["solver"] == "euler" and not {"h", "total_time"} & set(flow):
+        flow["h"] = 1.0
+    return flow
+
+
+def resnet9(
+    in_channels: int = 1,
+    classes: int = 10,
+    *,
+    features: int = 32,
+    size: int = 28,
+    depth: int = 9,
+    norm: str | None = "batch",
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
+) -> Network:
+    """ResNet-9 of the thesis (section 3): a stride-2 encoder, ``depth`` blocks at one resolution, a two-layer head.
+
+    Args:
+        in_channels, size: channels and height (= width) of the images.
+        classes: number of classes.
+        features: channels of the state: 32 for MNIST, 100 for CIFAR.
+        depth: number of blocks.
+        norm: normalisation of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of :class:`~odenets.Flow`; an Euler residual network with h = 1 unless told otherwise.
+    """
+    half = (size + 1) // 2
+    encoder = nn.Sequential(
+        normalize or nn.Identity(),
+        nn.Conv2d(in_channels, features // 2, 3, padding=1, bias=False),
+        nn.BatchNorm2d(features // 2),
+        nn.ReLU(),
+        nn.Conv2d(features // 2, features, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(features),
+        nn.ReLU(),
+    )
+    head = nn.Sequential(
+        Rearrange("b c h w -> b (c h w)"),
+        nn.Linear(features * half * half, 10 * classes),
+        nn.BatchNorm1d(10 * classes),
+        nn.ReLU(),
+        nn.Linear(10 * classes, classes),
+    )
+    return Network(
+        encoder, Flow(lambda: ConvField(features, norm=norm), depth=depth, **residual(flow)), head, readout=readout
+    )
+
+
+def resnet110(
+    in_channels: int = 3,
+    classes: int = 10,
+    *,
+    blocks: int = 18,
+    channels: Sequence[int] = (16, 32, 64),
+    norm: str | None = "batch",
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
+) -> Network:
+    """The pre-activation ResNet-110 of the thesis for images of 32 x 32: three flows of 18 blocks.
+
+    The first block begins with a convolution; 1 x 1 convolutions of stride 2 lead from flow to flow, and no norm stands
+    before the head. He et al.'s (2016) has shortcuts without weights between the stages, where the first convolution
+    changes the number of channels, and 1,727,962 parameters for 1,753,530 here.
+
+    Args:
+        in_channels: channels of the images.
+        classes: number of classes.
+        blocks: of each flow; its depth is ``6 * blocks + 2``.
+        channels: of the states of each flow.
+        norm: normalisation of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+    """
+    first, *_, last = channels
+    encoder = nn.Sequential(
+        normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first)
+    )
+    flows = [_flow(c, blocks, norm, flow, leading=i > 0) for i, c in enumerate(channels)]
+    transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
+    head = nn.Sequential(Reduce("b c h w -> b c", "mean"), nn.Linear(last, classes))
+    return Network(encoder, flows, head, transitions=transitions, readout=readout)
+
+
+def wide_resnet(
+    in_channels: int = 3,
+    classes: int = 10,
+    *,
+    blocks: int = 4,
+    widen: int = 10,
+    norm: str | None = "batch",
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
+) -> Network:
+    """WideResNet-28-10 (Zagoruyko and Komodakis 2016) for images of 32 x 32: three flows of four wide blocks.
+
+    A 1 x 1 convolution leads to each flow, of stride 2 from the second on, so that every block is a step; in the
+    original the first block of a stage changes the number of channels beside such a shortcut, and there are 36,479,194
+    parameters for 38,991,802 here.
+
+    Args:
+        in_channels: channels of the images.
+        classes: number of classes.
+        blocks: of each flow; the network's depth is ``6 * blocks + 4``.
+        widen: channels of the first flow over 16.
+        norm: normalisation of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+    """
+    channels = [16 * widen, 32 * widen, 64 * widen]
+    encoder = nn.Sequential(
+        normalize or nn.Identity(),
+        nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
+        nn.Conv2d(16, channels[0], 1, bias=False),
+    )
+    flows = [_flow(c, blocks, norm, flow) for c in channels]
+    transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
+    head = nn.Sequential(
+        nn.BatchNorm2d(channels[-1]), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(channels[-1], classes)
+    )
+    return Network(encoder, flows, head, transitions=transitions, readout=readout)
+
+
+def resnet_km(
+    K: int,
+    M: int,
+    in_channels: int = 3,
+    classes: int = 10,
+    *,
+    channels: int = 256,
+    norm: str | None = "batch",
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
+) -> Network:
+    """The K-M ResNet of section 4: K modules of M blocks; the state has twice the channels in the second half.
+
+    Args:
+        K: number of modules.
+        M: blocks per module.
+        in_channels: channels of the images.
+        classes: number of classes.
+        channels: of the states in the first half of the modules (rounded up), twice as many and half the height and
+            width in the second.
+        norm: normalisation of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+
+    Raises:
+        ValueError: K or M below 1.
+    """
+    if K < 1 or M < 1:
+        raise ValueError(f"K and M must be at least 1, got {K} and {M}")
+    encoder = nn.Sequential(
+        normalize or nn.Identity(),
+        nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+    )
+    modules = [(channels, (K + 1) // 2), (2 * channels, K // 2)]
+    flows = [_flow(c, k * M, norm, flow) for c, k in modules if k]
+    transitions = [nn.Conv2d(channels, 2 * channels, 1, stride=2, bias=False)] * (K > 1)
+    width = channels * len(flows)
+    head = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(width, classes))
+    return Network(encoder, flows, head, transitions=transitions, readout=readout)
+
+
+def _flow(channels: int, depth: int, norm: str | None, flow: dict[str, Any], *, leading: bool = True) -> Flow:
+    """A flow of two-convolution blocks, the first of which may begin with its convolution."""
+    made: list[ConvField] = []
+
+    def field() -> ConvField:
+        made.append(ConvField(channels, norm=norm, leading=leading or bool(made)))
+        return made[-1]
+
+    return Flow(field, depth=depth, **residual(flow))

@@ -1,0 +1,73 @@
+"""ResNeXt: bottleneck blocks of grouped convolutions whose residues are not negative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from einops.layers.torch import Reduce
+from torch import nn
+
+from odenets.fields import ResNeXtField
+from odenets.flow import Flow
+from odenets.models.normalize import Normalize
+from odenets.models.resnets import residual
+from odenets.network import Network
+
+__all__ = ["resnext50"]
+
+
+def resnext50(
+    in_channels: int = 3,
+    classes: int = 100,
+    *,
+    blocks: Sequence[int] = (3, 4, 6, 3),
+    groups: int = 32,
+    width: int = 4,
+    norm: str | None = "batch",
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
+) -> Network:
+    """ResNeXt-50 32x4d for images of 32 x 32, as in the thesis: 16 blocks in four flows.
+
+    A projection (1 x 1 convolution, batch norm, ReLU) leads to each flow, of stride 2 from the second on, so that every
+    block is a step from a state that is not negative by a residue that is not negative. In the reference network the
+    first block of a stage reads the state before the projection: its first convolution has fewer inputs, 1,400,832
+    parameters less in all.
+
+    Args:
+        in_channels: channels of the images.
+        classes: number of classes.
+        blocks: of each flow.
+        groups: groups of the 3 x 3 convolutions.
+        width: channels per group in the first flow; twice as many in each next one.
+        norm: normalisation of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+    """
+    channels = [256 * 2**i for i in range(len(blocks))]
+    encoder = nn.Sequential(
+        normalize or nn.Identity(),
+        *_activated(in_channels, 32, 3),
+        *_activated(32, 64, 3),
+        *_activated(64, channels[0], 1),
+    )
+
+    def made(stage: int) -> Flow:
+        hidden = groups * width * 2**stage
+        return Flow(
+            lambda: ResNeXtField(channels[stage], hidden, groups, norm=norm), depth=blocks[stage], **residual(flow)
+        )
+
+    transitions = [nn.Sequential(*_activated(a, b, 1, stride=2)) for a, b in pairwise(channels)]
+    head = nn.Sequential(Reduce("b c h w -> b c", "mean"), nn.Linear(channels[-1], classes))
+    return Network(encoder, [made(i) for i in range(len(blocks))], head, transitions=transitions, readout=readout)
+
+
+def _activated(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
+    """A convolution, batch norm, ReLU."""
+    convolution = nn.Conv2d(channels, out, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(out), nn.ReLU()]

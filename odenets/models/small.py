@@ -1,0 +1,66 @@
+"""Networks of one flow for small images and for points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops.layers.torch import Rearrange
+from torch import nn
+
+from odenets.fields import ConvField, MLPField
+from odenets.flow import Flow
+from odenets.models.normalize import Normalize
+from odenets.network import Network
+
+__all__ = ["points_network", "small_network"]
+
+
+def small_network(
+    in_channels: int = 1,
+    classes: int = 10,
+    *,
+    features: int = 16,
+    size: int = 8,
+    norm: str | None = "group",
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
+) -> Network:
+    """A network of one flow for images of a few pixels: a 3x3 convolution, the flow, a linear head.
+
+    Args:
+        in_channels, size: channels and height (= width) of the images.
+        classes: number of classes.
+        features: channels of the state.
+        norm: normalisation of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of :class:`~odenets.Flow`.
+    """
+    encoder = nn.Sequential(normalize or nn.Identity(), nn.Conv2d(in_channels, features, 3, padding=1, bias=False))
+    head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(features * size * size, classes))
+    return Network(encoder, Flow(lambda: ConvField(features, norm=norm), **flow), head, readout=readout)
+
+
+def points_network(
+    dimensions: int = 2,
+    classes: int = 2,
+    *,
+    hidden: int = 16,
+    normalize: Normalize | None = None,
+    readout: str = "solution",
+    **flow: Any,
+) -> Network:
+    """A network on points: a flow in the space of the points themselves, and a linear head.
+
+    Args:
+        dimensions: of the points.
+        classes: number of classes.
+        hidden: width of the fields' hidden layer.
+        normalize: first layer.
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of :class:`~odenets.Flow`.
+    """
+    encoder = normalize or nn.Identity()
+    flow_ = Flow(lambda: MLPField(dimensions, hidden), **flow)
+    return Network(encoder, flow_, nn.Linear(dimensions, classes), readout=readout)
