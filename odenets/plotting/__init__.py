@@ -1,7 +1,7 @@
 """Figures; the one part of the package that imports matplotlib."""
 
 from odenets.plotting.depth import accuracy_against_cost, adaptive_depth, block_errors, depth_and_steps
-from odenets.plotting.figures import save
+from odenets.plotting.figures import intervals, save
 from odenets.plotting.solves import cost_of_solves, neural_ode, solves_while_training
 from odenets.plotting.transport import clouds, displacements
 
@@ -13,6 +13,7 @@ __all__ = [
     "cost_of_solves",
     "depth_and_steps",
     "displacements",
+    "intervals",
     "neural_ode",
     "save",
     "solves_while_training",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-__all__ = ["MARKERS", "log_x", "new_figure", "save"]
+from odenets.statistics import Interval
+
+__all__ = ["MARKERS", "intervals", "log_x", "new_figure", "save"]
 
 MARKERS = "os^Dv<>p*X"
 
@@ -39,3 +41,21 @@ def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(max(4.2 * columns, 7.0 if columns == 1 else 0), 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def intervals(series: Mapping[str, Sequence[tuple[float, Interval]]], *, xlabel: str, ylabel: str) -> Figure:
+    """Means over something, with their confidence intervals, a line per name.
+
+    Args:
+        series: per name pairs of x and an interval.
+        xlabel, ylabel: of the axes.
+    """
+    figure, axes = new_figure(1, 1)
+    for i, (name, pairs) in enumerate(series.items()):
+        x, found = zip(*pairs, strict=True)
+        style = {"marker": MARKERS[i % len(MARKERS)], "capsize": 3}
+        axes[0, 0].errorbar(x, [f.mean for f in found], [f.half_width for f in found], label=name, **style)
+    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
+    axes[0, 0].grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    return figure
