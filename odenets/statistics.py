@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Interval", "mean_interval", "paired_p_value"]
+__all__ = ["Interval", "correlation", "mean_interval", "paired_p_value"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,22 @@ def paired_p_value(one: Sequence[float], other: Sequence[float]) -> float:
     if all(a == b for a, b in zip(one, other, strict=True)):
         return 1.0
     return float(ttest_rel(one, other).pvalue)  # type: ignore[attr-defined]
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Pearson's correlation and its two-sided p-value; 0 and 1 where either does not vary.
+
+    Args:
+        x, y: pairs, at least three.
+
+    Raises:
+        ValueError: fewer than three pairs, or lists of two lengths.
+    """
+    if len(x) != len(y) or len(x) < 3:
+        raise ValueError(f"x and y must hold the same number of values, at least three, got {len(x)} and {len(y)}")
+    from scipy.stats import pearsonr
+
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        return 0.0, 1.0
+    found = pearsonr(x, y)
+    return float(found.statistic), float(found.pvalue)  # type: ignore[attr-defined]

@@ -3,10 +3,11 @@
 from odenets.plotting.depth import accuracy_against_cost, adaptive_depth, block_errors, depth_and_steps
 from odenets.plotting.figures import intervals, save
 from odenets.plotting.solves import cost_of_solves, neural_ode, solves_while_training
-from odenets.plotting.transport import clouds, displacements
+from odenets.plotting.transport import action_against_accuracy, clouds, displacements, refinement_by_block
 
 __all__ = [
     "accuracy_against_cost",
+    "action_against_accuracy",
     "adaptive_depth",
     "block_errors",
     "clouds",
@@ -15,6 +16,7 @@ __all__ = [
     "displacements",
     "intervals",
     "neural_ode",
+    "refinement_by_block",
     "save",
     "solves_while_training",
 ]

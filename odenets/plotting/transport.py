@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from odenets.plotting.figures import new_figure
+from odenets.plotting.figures import MARKERS, log_x, new_figure
 from odenets.transport import Moves
 
-__all__ = ["clouds", "displacements"]
+__all__ = ["action_against_accuracy", "clouds", "displacements", "refinement_by_block"]
 
 
 def clouds(states: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, after: Sequence[int]) -> Figure:
@@ -45,4 +45,34 @@ def displacements(moves: Mapping[str, Moves]) -> Figure:
             axis.plot(blocks, values, style, label=label)
         axis.set(title=name, xlabel="block", ylim=(0, None))
     axes[0, 0].legend(fontsize="small")
+    return figure
+
+
+def action_against_accuracy(points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Test accuracy against action, a mark per network, a colour per initialisation, and the regression over all."""
+    figure, axes = new_figure(1, 1)
+    axis = axes[0, 0]
+    for i, (name, (action, accuracy)) in enumerate(points.items()):
+        axis.plot(action, 100 * np.array(accuracy), MARKERS[i % len(MARKERS)], label=name)
+    x = np.log10(np.concatenate([action for action, _ in points.values()]))
+    y = 100 * np.concatenate([accuracy for _, accuracy in points.values()])
+    ends = np.array([x.min(), x.max()])
+    axis.plot(10**ends, np.polynomial.Polynomial.fit(x, y, 1)(ends), "k--", linewidth=1)
+    log_x(axis)
+    axis.set(xlabel="action on test images", ylabel="test accuracy (%)")
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+    return figure
+
+
+def refinement_by_block(blocks: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]]) -> Figure:
+    """Displacement over state, and its cosine with the loss gradient, by block; means over the networks (Fig. 6)."""
+    figure, axes = new_figure(1, 2)
+    for i, (name, pair) in enumerate(blocks.items()):
+        for axis, values in zip(axes[0], pair, strict=True):
+            means = np.mean(values, 0)
+            axis.plot(range(1, len(means) + 1), means, f"{MARKERS[i % len(MARKERS)]}-", markersize=4, label=name)
+    axes[0, 0].set(xlabel="block", ylabel="displacement over state", yscale="log")
+    axes[0, 1].set(xlabel="block", ylabel="cosine with the loss gradient")
+    axes[0, 1].axhline(0, color="black", linewidth=0.8)
+    axes[0, 1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
     return figure

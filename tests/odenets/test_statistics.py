@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from odenets.statistics import Interval, mean_interval, paired_p_value
+from odenets.statistics import Interval, correlation, mean_interval, paired_p_value
 
 
 def test_the_interval_is_scipys():
@@ -37,3 +37,13 @@ def test_the_paired_test_is_scipys():
     assert paired_p_value(one, one) == 1
     with pytest.raises(ValueError, match="at least two"):
         paired_p_value([1.0], [2.0])
+
+
+def test_correlation_is_numpys():
+    x, y = [1.0, 2.0, 4.0, 3.0], [1.5, 1.0, 3.0, 2.5]
+    r, p = correlation(x, y)
+    assert r == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert 0 < p < 1
+    assert correlation(x, [1.0] * 4) == (0, 1)
+    with pytest.raises(ValueError, match="at least three"):
+        correlation([1.0, 2.0], [1.0, 2.0])

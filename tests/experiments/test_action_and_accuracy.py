@@ -1,0 +1,60 @@
+"""The experiment on action and accuracy, on a few digits."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from action_and_accuracy import Config, Job, action, build, main, parts_of, summarise
+
+from odenets import data, measures
+from odenets.runs import read_summary
+
+
+def test_a_run_leaves_its_table_and_figures_and_goes_on(tmp_path, capsys):
+    main(replace(Config(workers=1, quick=True), output=tmp_path / "run"))
+    shown = capsys.readouterr().out
+    rows = read_summary(tmp_path / "run")["results"]["rows"]
+    assert [(row["initialiser"], row["gain"]) for row in rows] == [
+        ("orthogonal", 0.1),
+        ("orthogonal", 1.0),
+        ("normal", 0.1),
+        ("all", None),
+    ]
+    assert {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")} == {"fig_6", "fig_11"}
+    cosine = read_summary(tmp_path / "run" / "orthogonal_1")["results"]["cosine"]
+    assert np.array(cosine).shape == (3, 9)
+    assert (np.abs(cosine) <= 1).all()
+    main(replace(Config(workers=1, quick=True), output=tmp_path / "run", resume=True))
+    assert capsys.readouterr().out == shown
+
+
+def test_the_action_is_the_mean_over_all_images():
+    train, test = parts_of(Config())
+    net = build(Config(), train, Job("orthogonal", 0.5), 0)
+    whole = net.eval().record(test.x, action=measures.action)[1]["action"].sum(0).mean().item()
+    assert action(net, data.Batches(test, 100)) == pytest.approx(whole, rel=1e-5)
+
+
+def test_small_gains_move_less():
+    train, test = parts_of(Config())
+    moved = [action(build(Config(), train, Job("normal", g), 0), data.Batches(test, 500)) for g in (0.01, 0.1)]
+    assert moved[0] < moved[1]
+
+
+def test_the_correlation_within_and_over_all():
+    """Within each group accuracy rises with the action, over both it falls."""
+    results = [
+        {"initialiser": "normal", "gain": g, "action": [10.0 ** (a + g) for a in (0, 1, 2)]} | {"accuracy": acc}
+        for g, acc in ((0, [0.90, 0.91, 0.92]), (10, [0.10, 0.11, 0.12]))
+    ]
+    one, other, whole = summarise(results)
+    assert one["correlation"][0] == pytest.approx(1)
+    assert other["correlation"][0] == pytest.approx(1)
+    assert whole["correlation"][0] < -0.9
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="at least 3"):
+        Config(instances=2)
+    assert torch.is_tensor(parts_of(Config(train_size=0))[0].x)

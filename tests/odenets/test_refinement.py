@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from odenets import Flow, Network, models
+from odenets.refinement import refinement
+
+
+class DownTheLoss(nn.Module):
+    """The velocity of a gradient flow of the loss, for labels that are all 0."""
+
+    def __init__(self, head, rate):
+        super().__init__()
+        self.head, self.rate = [head], rate
+
+    def forward(self, t, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            loss = F.cross_entropy(self.head[0](x), torch.zeros(len(x), dtype=torch.long), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+        return -self.rate * gradient
+
+
+@pytest.mark.parametrize("rate", [1e-3, -1e-3])
+def test_a_step_down_the_gradient_has_cosine_minus_one(rate):
+    head = nn.Linear(3, 2)
+    network = Network(nn.Identity(), Flow(DownTheLoss(head, rate), solver="euler", h=1.0), head)
+    x = torch.randn(8, 3)
+    found = refinement(network, [(x[:5], torch.zeros(5, dtype=torch.long)), (x[5:], torch.zeros(3, dtype=torch.long))])
+    torch.testing.assert_close(found.cosine, torch.tensor([-1.0 if rate > 0 else 1.0]))
+    (step,) = network.steps(x)
+    expected = ((step.x1 - step.x0).norm(dim=1) / x.norm(dim=1)).mean()
+    torch.testing.assert_close(found.ratio, expected.reshape(1))
+
+
+@pytest.mark.parametrize("solver", ["euler", "bs23"])
+def test_blocks_of_several_flows_are_those_of_finite_differences(solver):
+    torch.manual_seed(0)
+    net = models.resnet_km(2, 1, 1, 3, channels=4, solver=solver, total_time=1.0, norm="group").double().train()
+    x, y = torch.rand(1, 1, 8, 8, dtype=torch.float64), torch.tensor([1])
+    found = refinement(net, [(x, y)])
+    assert net.training
+    assert found.ratio.shape == found.cosine.shape == (2,)
+    net.eval()
+    last = list(net.steps(x))[-1]
+    moved = (last.x1 - last.x0).detach()
+
+    def loss(eps):
+        start = last.x0.detach() + eps * moved
+        return F.cross_entropy(net.head(net.flows[1](start)), y).item()
+
+    eps = 1e-6
+    along = (loss(eps) - loss(-eps)) / (2 * eps)
+    gradient = torch.autograd.functional.jacobian(
+        lambda s: F.cross_entropy(net.head(net.flows[1](s)), y), last.x0.detach()
+    )
+    assert found.cosine[1].item() == pytest.approx(along / (gradient.norm() * moved.norm()).item(), rel=1e-4)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="at least one batch"):
+        refinement(models.points_network(), [])
+    with pytest.raises(ValueError, match="readout 'ensemble'"):
+        refinement(models.points_network(readout="ensemble"), [])
