@@ -3,7 +3,13 @@
 from odenets.plotting.depth import accuracy_against_cost, adaptive_depth, block_errors, depth_and_steps
 from odenets.plotting.figures import intervals, save
 from odenets.plotting.solves import cost_of_solves, neural_ode, solves_while_training
-from odenets.plotting.transport import action_against_accuracy, clouds, displacements, refinement_by_block
+from odenets.plotting.transport import (
+    action_against_accuracy,
+    clouds,
+    displacements,
+    pictures,
+    refinement_by_block,
+)
 
 __all__ = [
     "accuracy_against_cost",
@@ -16,6 +22,7 @@ __all__ = [
     "displacements",
     "intervals",
     "neural_ode",
+    "pictures",
     "refinement_by_block",
     "save",
     "solves_while_training",

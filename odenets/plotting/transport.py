@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from odenets.plotting.figures import MARKERS, log_x, new_figure
 from odenets.transport import Moves
 
-__all__ = ["action_against_accuracy", "clouds", "displacements", "refinement_by_block"]
+__all__ = ["action_against_accuracy", "clouds", "displacements", "pictures", "refinement_by_block"]
 
 
 def clouds(states: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, after: Sequence[int]) -> Figure:
@@ -75,4 +75,22 @@ def refinement_by_block(blocks: Mapping[str, tuple[Sequence[Sequence[float]], Se
     axes[0, 1].set(xlabel="block", ylabel="cosine with the loss gradient")
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
     axes[0, 1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+    return figure
+
+
+def pictures(images: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Images in a grid, a row per sample.
+
+    Args:
+        images: ``(samples, columns, C, H, W)`` in [0, 1], C = 1 or 3.
+        titles: of the columns.
+    """
+    figure, axes = new_figure(*images.shape[:2])
+    figure.set_size_inches(images.shape[1], images.shape[0] + 0.2)
+    for row, sample in zip(axes, images, strict=True):
+        for axis, image in zip(row, sample, strict=True):
+            axis.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
+            axis.axis("off")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize="small")
     return figure
