@@ -9,6 +9,7 @@ on the task, plainly and with least action. The decoder then turns the state aft
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,7 +172,7 @@ def main(config: Config) -> None:
         autoencoder = nn.Sequential(network.encoder, decoder)
         error = pretrain(config, autoencoder, images)
         save_weights(autoencoder, weights)
-        tqdm.write(f"autoencoder: root mean square error {error**0.5:.3f} of a pixel in [0, 1]")
+        tqdm.write(f"autoencoder: root mean square error {error**0.5:.3f} of a pixel in [0, 1]", file=sys.stderr)
     rows = []
     for method in METHODS:
         folder = config.output / method.replace(" ", "_")
