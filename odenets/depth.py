@@ -242,6 +242,12 @@ def refine(network: Network, rule: DepthRule, optimizer: torch.optim.Optimizer |
     return edits
 
 
+def _editable(network: nn.Module) -> Network:
+    if not isinstance(network, Network):
+        raise TypeError(f"network must be an odenets.Network, whose flows can be edited, got {type(network).__name__}")
+    return network
+
+
 def _check_editable(network: Network) -> None:
     for i, flow in enumerate(network.flows):
         if flow.continuous or flow.shared:
@@ -336,7 +342,7 @@ class AdaptiveDepth:
 
     def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
         """Check, edit, and note errors and edits in the row."""
-        network = training.network
+        network = _editable(training.network)
         notes, self._notes = self._notes, []
         if training.epoch % self.every == 0 and (self.until is None or training.epoch <= self.until):
             adapted = adapt_depth(network, self.inputs, self.rule, training.optimizer, recalibration=self.recalibration)
@@ -347,6 +353,6 @@ class AdaptiveDepth:
 
     def on_divergence(self, training: Training) -> bool:
         """Duplicate every block that the caps allow."""
-        edits = refine(training.network, self.rule, training.optimizer)
+        edits = refine(_editable(training.network), self.rule, training.optimizer)
         self._notes += [f"epoch {training.epoch + 1} diverged, {edit}" for edit in edits]
         return bool(edits)

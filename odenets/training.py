@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from odenets.adapting import Adapted
 from odenets.checkpoints import restore_structure, structure
 from odenets.data import Batches
 from odenets.network import Network
@@ -54,7 +55,7 @@ class Training:
         check_evaluations: the same for what callbacks measured besides.
     """
 
-    network: Network
+    network: Network | Adapted
     optimizer: Optimizer
     schedule: LRScheduler | None
     objective: Objective = field(default_factory=CrossEntropy)
@@ -79,7 +80,7 @@ class Training:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
-    def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Network], Optimizer]) -> None:
+    def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Any], Optimizer]) -> None:
         """Take up :meth:`state_dict`: blocks first, then the optimiser on their parameters."""
         restore_structure(self.network, state["structure"])
         self.network.load_state_dict(state["network"])
@@ -154,11 +155,11 @@ def _evaluate(
 
 
 def fit(
-    network: Network,
+    network: Network | Adapted,
     batches: Batches,
     *,
     epochs: int,
-    optimizer: Callable[[Network], Optimizer],
+    optimizer: Callable[[Any], Optimizer],
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
     objective: Objective | None = None,
     validation: Batches | None = None,
@@ -281,7 +282,7 @@ def fit(
 
 
 @contextmanager
-def _compiled(network: Network) -> Iterator[None]:
+def _compiled(network: Network | Adapted) -> Iterator[None]:
     """The network with its ``record`` compiled."""
     network.record = torch.compile(network.record)  # type: ignore[method-assign]
     try:

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from odenets import ConvField, Flow, MLPField, Network
+from odenets import ConvField, Flow, MLPField, Network, adapt, data
 from odenets.checkpoints import load_weights, save_weights
-from odenets.depth import DepthRule, adapt_depth, block_errors, plan
+from odenets.depth import AdaptiveDepth, DepthRule, adapt_depth, block_errors, plan
+from odenets.training import fit
 
 X = torch.randn(32, 3)
 
@@ -198,3 +199,11 @@ def test_a_deep_copy_is_independent():
     other = copy.deepcopy(net)
     adapt_depth(net, lambda: [X], DepthRule(1e-9))
     assert (net.depth, other.depth) == (4, 2)
+
+
+def test_a_network_without_flows_is_refused():
+    net = adapt(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)))
+    batches = data.Batches(data.Dataset("points", torch.rand(8, 3), torch.zeros(8).long(), 2, (0,), (1,)), 4)
+    callback = AdaptiveDepth(DepthRule(1.0), batches.inputs)
+    with pytest.raises(TypeError, match="whose flows can be edited"):
+        fit(net, batches, epochs=1, optimizer=lambda n: torch.optim.SGD(n.parameters(), 0.1), callbacks=[callback])
