@@ -6,10 +6,12 @@ reported the highest accuracy over epochs on test images. Here each method's lea
 validation images; the accuracy is that after the last epoch on all test images, over instances that share their images
 and weights at the start, so that differences are paired; and beside it stands the accuracy with batch norm's statistics
 recomputed on the training images, since after few steps the running ones lag behind the weights. The thesis' own
-protocol has rows of its own.
+protocol has rows of its own. Other conditions than its own, where the action may help: labels with noise, deeper and
+wider networks, none with batch norm in its blocks, a bad start.
 
     python experiments/small_data.py
     python experiments/small_data.py --dataset mnist --folder DIR --sizes 100
+    python experiments/small_data.py --conditions "label noise" deep wide "no batch norm" "bad start" --sizes 100
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import tyro
 from tabulate import tabulate
 from torch import Tensor
 
-from odenets import Network, data, measures, models, recalibrate
+from odenets import Network, data, initialize, measures, models, recalibrate
 from odenets.instances import fit_instances
 from odenets.jobs import Report, Workers
 from odenets.least_action import ActionPenalty, LeastAction
@@ -60,6 +62,35 @@ THESIS: dict[str, dict[int, dict[str, tuple[float, float]]]] = {
 
 
 @dataclass(frozen=True)
+class Condition:
+    """Under which the methods are compared.
+
+    Attributes:
+        label_noise: share of the training labels that are drawn anew from all classes.
+        depth: number of blocks.
+        widen: factor of the channels.
+        norm: of the blocks; encoder and head keep their batch norms.
+        deviation: of a normal start of all weights, or None for torch's own.
+    """
+
+    label_noise: float = 0.0
+    depth: int = 9
+    widen: int = 1
+    norm: str | None = "batch"
+    deviation: float | None = None
+
+
+CONDITIONS = {
+    "standard": Condition(),
+    "label noise": Condition(label_noise=0.4),
+    "deep": Condition(depth=30),
+    "wide": Condition(widen=4),
+    "no batch norm": Condition(norm=None),
+    "bad start": Condition(deviation=0.5),
+}
+
+
+@dataclass(frozen=True)
 class Config:
     """What to train.
 
@@ -67,6 +98,7 @@ class Config:
         dataset: digits, mnist or cifar10.
         folder: where torchvision's files lie; without it they are downloaded.
         sizes: numbers of training images.
+        conditions: standard, label noise, deep, wide, no batch norm, bad start.
         instances: that are reported, per method.
         tuning: instances, of other images and weights, on which learning rates and weights are chosen.
         epochs: of training.
@@ -85,6 +117,7 @@ class Config:
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
     folder: Path | None = None
     sizes: tuple[int, ...] = (100, 200, 500)
+    conditions: tuple[str, ...] = ("standard",)
     instances: int = 20
     tuning: int = 5
     epochs: int = 30
@@ -105,12 +138,15 @@ class Config:
             raise ValueError(f"instances and tuning must be at least 2, got {self.instances} and {self.tuning}")
         if not self.sizes or min(self.sizes) < 10:
             raise ValueError(f"sizes must hold numbers of at least 10 images, got {self.sizes}")
+        if unknown := set(self.conditions) - set(CONDITIONS):
+            raise ValueError(f"conditions must be among {', '.join(CONDITIONS)}, got {', '.join(sorted(unknown))}")
 
 
 @dataclass(frozen=True)
 class Job:
     """Some instances of one method at one learning rate and weight, trained together."""
 
+    condition: str
     size: int
     method: str
     learning_rate: float
@@ -122,7 +158,8 @@ class Job:
     def name(self) -> str:
         """Of its folder."""
         method = self.method.replace(": ", "_").replace(" ", "_")
-        return f"{self.size}/{method}_lr{self.learning_rate:g}_w{self.weight:g}_seeds{self.seeds[0]}-{self.seeds[-1]}"
+        folder = f"{self.condition.replace(' ', '_')}_{self.size}"
+        return f"{folder}/{method}_lr{self.learning_rate:g}_w{self.weight:g}_seeds{self.seeds[0]}-{self.seeds[-1]}"
 
 
 def objective(job: Job) -> Objective:
@@ -137,13 +174,31 @@ def objective(job: Job) -> Objective:
     return CrossEntropy()
 
 
-def build(config: Config, dataset: data.Dataset, seed: int) -> Network:
-    """ResNet-9 with the seed's weights."""
+def build(config: Config, condition: Condition, dataset: data.Dataset, seed: int) -> Network:
+    """ResNet-9, or what the condition makes of it, with the seed's weights."""
     torch.manual_seed(seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
     features = {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
     normalize = models.Normalize(list(dataset.mean), list(dataset.std))
-    return models.resnet9(channels, dataset.classes, features=features, size=size, normalize=normalize)
+    network = models.resnet9(
+        channels,
+        dataset.classes,
+        features=features * condition.widen,
+        size=size,
+        depth=condition.depth,
+        norm=condition.norm,
+        normalize=normalize,
+    )
+    return initialize(network, "normal", condition.deviation) if condition.deviation else network
+
+
+def training_images(pool: data.Dataset, job: Job, seed: int) -> data.Dataset:
+    """The training images of a seed, with the label noise of the job's condition."""
+    part = data.subsample(pool, job.size, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.rand(len(part), generator=generator) < CONDITIONS[job.condition].label_noise
+    labels = torch.where(noisy, torch.randint(part.classes, (len(part),), generator=generator), part.y)
+    return replace(part, y=labels)
 
 
 def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
@@ -160,7 +215,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     crop = 0 if config.dataset == "digits" else 4
     batches = [
         data.Batches(
-            data.subsample(pool, job.size, seed=seed),
+            training_images(pool, job, seed),
             config.batch_size,
             seed=seed,
             crop=crop,
@@ -171,7 +226,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     protocol = job.method in PROTOCOL
     shown = {"test": [test] * len(job.seeds)} if protocol else {}
     found = fit_instances(
-        [build(config, pool, seed) for seed in job.seeds],
+        [build(config, CONDITIONS[job.condition], pool, seed) for seed in job.seeds],
         batches,
         epochs=config.epochs,
         optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
@@ -203,26 +258,26 @@ def science(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def candidates(config: Config, size: int) -> list[Job]:
+def candidates(config: Config, condition: str, size: int) -> list[Job]:
     """Every method at every learning rate and weight, to choose from."""
     seeds = tuple(range(10_000, 10_000 + config.tuning))
     weights = {"vanilla": (0.0,), "fixed weight": config.weights, "least action": config.lambdas}
     return [
-        Job(size, method, rate, weight, seeds, tuning=True)
+        Job(condition, size, method, rate, weight, seeds, tuning=True)
         for method in METHODS
         for rate in config.learning_rates
         for weight in weights[method]
     ]
 
 
-def reported(config: Config, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
+def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
     """The jobs whose test accuracy is reported, each only once."""
     groups = [
         tuple(range(i, min(i + config.together, config.instances))) for i in range(0, config.instances, config.together)
     ]
     best = {(c["method"], c["learning_rate"], c["weight"]) for c in chosen.values()}
     best |= {(method, 0.01, 0.0) for method in PROTOCOL}
-    return [Job(size, *each, seeds, tuning=False) for each in sorted(best) for seeds in groups]
+    return [Job(condition, size, *each, seeds, tuning=False) for each in sorted(best) for seeds in groups]
 
 
 def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -235,7 +290,11 @@ def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]
 
 
 def summarise(
-    config: Config, size: int, chosen: dict[tuple[str, str], dict[str, Any]], results: list[dict[str, Any]]
+    config: Config,
+    condition: str,
+    size: int,
+    chosen: dict[tuple[str, str], dict[str, Any]],
+    results: list[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """One row per method and way, differences to the plain network paired over the instances."""
 
@@ -252,7 +311,12 @@ def summarise(
             key = (method, best["learning_rate"], best["weight"])
             found = values(*key, way)
             plain = plain or found
-            row = {"size": size, "method": method, "statistics": "running" if way == "last" else "recomputed"}
+            row = {
+                "condition": condition,
+                "size": size,
+                "method": method,
+                "statistics": "running" if way == "last" else "recomputed",
+            }
             row |= {"learning_rate": key[1], "weight": key[2], "accuracy": mean_interval(found)}
             row["action"] = mean_interval([v / 100 for v in values(*key, "action")])
             rows.append(row | _difference(found, plain if method != "vanilla" else None))
@@ -260,11 +324,17 @@ def summarise(
     for method in PROTOCOL:
         found = values(method, 0.01, 0.0, "max")
         plain = plain or found
-        row = {"size": size, "method": method, "statistics": "running, max over epochs", "learning_rate": 0.01}
-        row |= {"weight": 0.0, "accuracy": mean_interval(found)}
+        row = {
+            "condition": condition,
+            "size": size,
+            "method": method,
+            "statistics": "running, max over epochs",
+            "learning_rate": 0.01,
+        }
+        row |= {"statistics": "running, max over epochs", "weight": 0.0, "accuracy": mean_interval(found)}
         row["action"] = mean_interval([v / 100 for v in values(method, 0.01, 0.0, "action")])
         figure = THESIS.get(config.dataset, {}).get(size, {}).get(method.removeprefix("thesis: "))
-        if figure:
+        if figure and condition == "standard":
             row |= {"thesis": Interval(*figure, 20), "meets": mean_interval(found).meets(Interval(*figure, 20))}
         rows.append(row | _difference(found, plain if method != PROTOCOL[0] else None))
     return rows
@@ -285,6 +355,7 @@ def text(value: Interval) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     columns = [
+        "condition",
         "images",
         "method",
         "batch norm",
@@ -299,6 +370,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     grid = [
         [
+            row["condition"],
             row["size"],
             row["method"],
             row["statistics"],
@@ -325,8 +397,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         mean, half = row["difference"].mean, row["difference"].half_width
         what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
         lines.append(
-            f"{row['size']} images, {row['method']} ({row['statistics']} statistics): {what} the plain network, "
-            f"{text(row['difference'])} points, p = {row['p']:.2g}"
+            f"{row['condition']}, {row['size']} images, {row['method']} ({row['statistics']} statistics): {what} the "
+            f"plain network, {text(row['difference'])} points, p = {row['p']:.2g}"
         )
     return lines
 
@@ -339,9 +411,12 @@ def main(config: Config) -> None:
         )
     started = time.time()
     parts_of(config)  # a wrong data folder shows here, before anything is written
-    names = ("sizes", "instances", "tuning", "learning_rates", "weights", "lambdas")
+    names = ("sizes", "conditions", "instances", "tuning", "learning_rates", "weights", "lambdas")
     run = Run(config.output, science(config) | {name: getattr(config, name) for name in names}, resume=config.resume)
-    rows, jobs = [], []
+    places = [(condition, size) for condition in config.conditions for size in config.sizes]
+
+    def at(where: tuple[str, int], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [r for r in found if (r["condition"], r["size"]) == where]
 
     def folder(job: Job) -> Path:
         return config.output / job.name
@@ -351,13 +426,11 @@ def main(config: Config) -> None:
 
     with Workers(config.workers or os.cpu_count() or 1) as workers:
         complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
-        tuned = [candidates(config, size) for size in config.sizes]
-        found = complete([job for each in tuned for job in each], label="choosing")
-        chosen = {size: choose([r for r in found if r["size"] == size]) for size in config.sizes}
-        jobs = [job for size in config.sizes for job in reported(config, size, chosen[size])]
+        found = complete([job for where in places for job in candidates(config, *where)], label="choosing")
+        chosen = {where: choose(at(where, found)) for where in places}
+        jobs = [job for where in places for job in reported(config, *where, chosen[where])]
         results = complete(jobs, label="training")
-    for size in config.sizes:
-        rows += summarise(config, size, chosen[size], [r for r in results if r["size"] == size])
+    rows = [row for where in places for row in summarise(config, *where, chosen[where], at(where, results))]
     trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]
     print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
 

@@ -4,9 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_data import METHODS, Config, Job, build, candidates, choose, main, objective, parts_of, reported
+from small_data import (
+    CONDITIONS,
+    METHODS,
+    Config,
+    Job,
+    build,
+    candidates,
+    choose,
+    main,
+    objective,
+    parts_of,
+    reported,
+    training_images,
+)
 
 from odenets.least_action import ActionPenalty, LeastAction
+from odenets.normalization import StageBatchNorm
 from odenets.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
@@ -32,9 +46,9 @@ def test_settings_are_chosen_on_validation_alone():
     chosen = choose(tuned)
     assert chosen["vanilla", "last"]["learning_rate"] == 0.1
     assert chosen["vanilla", "recalibrated"]["learning_rate"] == 0.01
-    jobs = candidates(Config(), 100)
+    jobs = candidates(Config(), "standard", 100)
     assert all(job.tuning for job in jobs)
-    found = reported(Config(), 100, chosen)
+    found = reported(Config(), "standard", 100, chosen)
     assert not {seed for job in jobs for seed in job.seeds} & {seed for job in found for seed in job.seeds}
     assert all(sum(len(job.seeds) for job in found if job.method == method) >= 20 for method in METHODS)
 
@@ -47,7 +61,7 @@ def test_parts_are_disjoint():
 
 
 def test_the_methods():
-    job = Job(100, "least action", 0.1, 10.0, (0, 1), tuning=False)
+    job = Job("standard", 100, "least action", 0.1, 10.0, (0, 1), tuning=False)
     found = objective(job)
     assert isinstance(found, LeastAction)
     assert (found.multiplier.item(), found.tau, found.every, found.weigh) == (10, 1, 5, "divide")
@@ -55,11 +69,31 @@ def test_the_methods():
     assert (theirs.multiplier.item(), theirs.weigh) == (5, "multiply")
     assert isinstance(objective(replace(job, method="fixed weight")), ActionPenalty)
     pool = parts_of(Config())[0]
-    same = zip(build(Config(), pool, 3).parameters(), build(Config(), pool, 3).parameters(), strict=True)
+    same = zip(
+        build(Config(), CONDITIONS["standard"], pool, 3).parameters(),
+        build(Config(), CONDITIONS["standard"], pool, 3).parameters(),
+        strict=True,
+    )
     assert all(torch.equal(p, q) for p, q in same)
 
 
+def test_the_conditions():
+    pool = parts_of(Config())[0]
+    job = Job("label noise", 500, "vanilla", 0.1, 0.0, (0,), tuning=False)
+    clean, noisy = (training_images(pool, j, 3) for j in (replace(job, condition="standard"), job))
+    assert torch.equal(clean.x, noisy.x)
+    assert 0.25 < (clean.y != noisy.y).float().mean() < 0.47  # 0.4 drawn anew, a tenth of which hit the same class
+    built = {name: build(Config(), condition, pool, 0) for name, condition in CONDITIONS.items()}
+    assert built["deep"].depth == 30
+    assert built["wide"].flows[0](torch.rand(1, 64, 4, 4)).shape == (1, 64, 4, 4)
+    assert any(isinstance(m, StageBatchNorm) for m in built["standard"].modules())
+    assert not any(isinstance(m, StageBatchNorm) for m in built["no batch norm"].modules())
+    assert built["bad start"].flows[0].blocks[0].fields[0].conv1.weight.std() > 0.4  # type: ignore[union-attr]
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="conditions must be among standard, label noise"):
+        Config(conditions=("noise",))
     with pytest.raises(ValueError, match="instances and tuning"):
         Config(instances=1)
     with pytest.raises(ValueError, match="sizes"):
