@@ -125,6 +125,7 @@ class Flow(nn.Module):
         self.controller = controller or I()
         self.statistics = Statistics()
         self.input_shape: tuple[int, ...] | None = None
+        self.start = 0.0  # the time of its first state; that of a part of a flow lies later
         self._sizes = tuple(float(size) for size in sizes)
         self.blocks = nn.ModuleList()
         if field is None:
@@ -193,6 +194,28 @@ class Flow(nn.Module):
             block.h = float(size)
         self.blocks = nn.ModuleList(blocks)
 
+    def part(self, first: int, last: int) -> Flow:
+        """The blocks from ``first`` to before ``last`` as a flow of its own, which shares them and keeps their times.
+
+        Raises:
+            ValueError: no such blocks, no field yet, or blocks that share fields: of a continuous or shared flow, or
+                one with chained stages.
+        """
+        if not 0 <= first < last <= self.depth:
+            raise ValueError(f"a flow of {self.depth} blocks has no part from {first} to {last}")
+        if (first, last) == (0, self.depth):
+            return self
+        if self.shared or self.continuous or self.mode == "chained":
+            raise ValueError("a shared, continuous or chained flow has no parts: its blocks share fields")
+        if not len(self.blocks):
+            raise ValueError("the flow has no field yet: call it once before it is cut")
+        part = copy.copy(self)
+        part._modules = {"blocks": nn.ModuleList(self.blocks[first:last])}
+        part.statistics, part.input_shape = Statistics(), self.input_shape
+        part.start = self.start + math.fsum(self.h[:first])
+        part._sizes = self.h[first:last]
+        return part
+
     def _make_blocks(self, source: FieldSource) -> None:
         per_block = 1 if self.mode == "tied" else self.tableau.stages
         if self.mode == "chained":
@@ -252,7 +275,7 @@ class Flow(nn.Module):
                 stats=self.statistics,
             )
             return
-        t, first = 0.0, None
+        t, first = self.start, None
         for m, h in enumerate(self.h):
             step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closing, finding=finds)
             yield step
@@ -319,7 +342,7 @@ class Flow(nn.Module):
         self.materialise(x)
         ends = {}
         for name in self.tableau.outputs:
-            t, end = 0.0, x
+            t, end = self.start, x
             for m, h in enumerate(self.h):
                 end = rk_step(self._stage_fields(m), t, end, h, self.tableau).output(name)
                 t += h

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,13 @@ __all__ = ["Adapted", "adapt"]
 EULER = get_tableau("euler")
 
 
-def adapt(model: nn.Module, blocks: Blocks | None = None) -> Adapted:
+def adapt(
+    model: nn.Module, blocks: Blocks | None = None, *, residue: Literal["displacement", "branch"] = "displacement"
+) -> Adapted:
     """A torchvision or timm classifier, or one like it, with the ``record`` of an :class:`odenets.Network`.
 
     Every residual block is a step ``x1 = x0 + r`` of the Euler method with h = 1, where r is what the block truly adds:
-    ``x1 - x0``, after its last activation if it has one.
+    ``x1 - x0``, after its last activation if it has one, or else what its branch gives before that.
 
     - A block that keeps the shape: x0 is its input, x1 its output. With a ReLU at the end, as in ResNet, ResNeXt and
       RegNet, ``r = relu(x0 + f) - x0 = max(f, -x0)`` for a branch f. (The thesis' own ResNeXt adds ``relu(f)``, so that
@@ -42,10 +46,14 @@ def adapt(model: nn.Module, blocks: Blocks | None = None) -> Adapted:
             else one step from its input to its output; ``"features.2:features.4"`` is one from the input of the first
             to the output of the last. A dictionary, ``{"layer1.0": None, "layer2.0": "layer2.0.downsample"}``: one step
             each, from the output of the shortcut named, or from the input. Rules, ``[*RULES, Rule(...)]``.
+        residue: "displacement", ``x1 - x0``; or "branch", of blocks with an activation behind the addition (ResNet,
+            RegNet) the output of their branch instead, as the published code of the thesis has it. A branch that ends
+            in a batch norm has, in training, the mean square ``gamma^2 + beta^2`` per channel whatever goes into it: a
+            penalty on it acts on these two vectors alone, and a warning says so.
 
     Raises:
         TypeError: the model is no module, or blocks are neither names nor rules.
-        ValueError: no block found, no module of such a name, or blocks within blocks.
+        ValueError: no block found, no module of such a name, blocks within blocks, or another residue.
 
     >>> import torch
     >>> from torchvision.models import resnet18
@@ -56,7 +64,24 @@ def adapt(model: nn.Module, blocks: Blocks | None = None) -> Adapted:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    return Adapted(model, find_blocks(model, blocks))
+    if residue not in ("displacement", "branch"):
+        raise ValueError(f"residue must be 'displacement' or 'branch', got {residue!r}")
+    places = find_blocks(model, blocks)
+    if residue == "displacement":
+        places = tuple(replace(place, branch=None) for place in places)
+    if normed := [p.name for p in places if p.branch and _ends_in_batch_norm(model.get_submodule(p.branch))]:
+        warnings.warn(
+            f"the branches of {len(normed)} blocks ({normed[0]}, ...) end in a batch norm: in training the mean square "
+            "of their residues is gamma^2 + beta^2 of that layer, and a penalty on it moves nothing else; "
+            'adapt(model, residue="displacement") takes what the block truly adds',
+            stacklevel=2,
+        )
+    return Adapted(model, places)
+
+
+def _ends_in_batch_norm(module: nn.Module) -> bool:
+    last = [m for m in module.modules() if not any(m.children())][-1]
+    return isinstance(last, nn.modules.batchnorm._BatchNorm)
 
 
 class _Seen(NamedTuple):
@@ -82,6 +107,7 @@ class _Pass:
         self.steps: list[Step] = []
         self.seen: list[_Seen] = []
         self.starting: dict[Place, tuple[Tensor, int, int]] = {}  # x0, its version, which step of the block
+        self.branches: dict[Place, Tensor] = {}
 
     def start(self, place: Place, x0: Any, part: int = 0) -> None:
         """A step of the block begins at x0."""
@@ -95,6 +121,11 @@ class _Pass:
             x = x.reshape(shape) if x.numel() == shape.numel() else x
             self.end(place, x)
             self.start(place, x, 1)
+
+    def branch(self, place: Place, r: Any) -> None:
+        """The branch of the block gives r."""
+        if self.measures or self.keep:
+            self.branches[place] = _state(place, r).clone()  # torchvision's blocks add to it in place
 
     def end(self, place: Place, x1: Any) -> None:
         """A step of the block ends at x1."""
@@ -113,7 +144,7 @@ class _Pass:
         self.seen.append(_Seen(place, part, tuple(x0.shape[1:])))
         if not self.measures and not self.keep:
             return
-        r = x1 - x0
+        r = self.branches.pop(place) if place.branch else x1 - x0
         x0, x1, known = x0.to(r.dtype), x1.to(r.dtype), None
         if self.finds:
             _, known = finish_step(
@@ -153,6 +184,11 @@ def _ends(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], o
         taps.on.end(place, output)
 
 
+def _branches(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if taps.on is not None:
+        taps.on.branch(place, output)
+
+
 class Adapted(nn.Module):
     """A model and where the states of its blocks pass; :func:`adapt` makes it.
 
@@ -163,20 +199,29 @@ class Adapted(nn.Module):
     Attributes:
         model: the model, as it was given.
         places: its blocks.
+
+    Args:
+        part_of: the whole of which this is a part; inputs of a part are states, which are not checked.
     """
 
-    def __init__(self, model: nn.Module, places: tuple[Place, ...]) -> None:
+    def __init__(self, model: nn.Module, places: tuple[Place, ...], *, part_of: Adapted | None = None) -> None:
         super().__init__()
         self.model = model
         self.places = places
         self.training = model.training
-        self._taps = taps = _Taps()
         self._seen: list[_Seen] | None = None
+        self._whole = part_of is None
+        if part_of is not None:  # its modules have the hooks of the whole
+            self._taps = part_of._taps
+            return
+        self._taps = taps = _Taps()
         for place in places:
             model.get_submodule(place.first).register_forward_pre_hook(partial(_starts, taps, place))
             model.get_submodule(place.last).register_forward_hook(partial(_ends, taps, place))
             if place.shortcut is not None:
                 model.get_submodule(place.shortcut).register_forward_hook(partial(_starts_again, taps, place))
+            if place.branch is not None:
+                model.get_submodule(place.branch).register_forward_hook(partial(_branches, taps, place))
             for name in place.between:
                 model.get_submodule(name).register_forward_pre_hook(partial(_between, taps, place))
 
@@ -222,7 +267,8 @@ class Adapted(nn.Module):
             if not callable(measure):
                 raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
         if not measures and self._seen is not None:
-            _check_input(x)
+            if self._whole:
+                _check_input(x)
             return self.model(x), Records({}, _flow_starts(self._seen))
         output, taken = self._run(x, measures)
         return output, Records(
@@ -234,7 +280,8 @@ class Adapted(nn.Module):
         return self._run(x, {}, keep=True)[1].steps
 
     def _run(self, x: Tensor, measures: dict[str, Measure], keep: bool = False) -> tuple[Tensor, _Pass]:
-        _check_input(x)
+        if self._whole:
+            _check_input(x)
         taken = _Pass(measures, x, keep)
         self._taps.on = taken
         try:

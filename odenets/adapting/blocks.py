@@ -24,6 +24,7 @@ class Place:
         shortcut: its output is x0 instead, or None.
         between: the first of these to be called is given the state between the two steps of the block; empty where the
             block is one step.
+        branch: its output is what the block adds before its last activation, or None.
     """
 
     first: str
@@ -31,6 +32,7 @@ class Place:
     kind: str
     shortcut: str | None = None
     between: tuple[str, ...] = ()
+    branch: str | None = None
 
     @property
     def name(self) -> str:
@@ -55,6 +57,7 @@ class Rule:
             changes the shape.
         between: parts, the first of which to be called is given the state between the block's two steps: before the
             MLP of a transformer that is its norm, or with norms after the branches the MLP itself.
+        branch: parts, the first of which that the block has ends its branch, where an activation follows the addition.
 
     >>> Rule("mine", parts=("branch", "project"), shortcut="project").fits(nn.Linear(2, 2))
     False
@@ -65,6 +68,7 @@ class Rule:
     flag: str | None = None
     shortcut: str | None = None
     between: tuple[str, ...] = ()
+    branch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts and self.flag is None:
@@ -81,13 +85,16 @@ class Rule:
         shortcut = None
         if self.shortcut is not None and isinstance(getattr(module, self.shortcut, None), nn.Module):
             shortcut = f"{name}.{self.shortcut}"
-        return Place(name, name, self.kind, shortcut, tuple(f"{name}.{part}" for part in self.between))
+        branch = next((f"{name}.{b}" for b in self.branch if isinstance(getattr(module, b, None), nn.Module)), None)
+        return Place(name, name, self.kind, shortcut, tuple(f"{name}.{part}" for part in self.between), branch)
 
 
 RULES = (
-    Rule("ResNet", parts=("conv1", "downsample"), shortcut="downsample"),  # ResNeXt, WideResNet; timm: RegNet too
-    Rule("ResNet", parts=("conv1", "shortcut"), shortcut="shortcut"),  # as written for CIFAR
-    Rule("RegNet", parts=("proj", "f", "activation"), shortcut="proj"),
+    Rule(
+        "ResNet", parts=("conv1", "downsample"), shortcut="downsample", branch=("bn3", "conv3", "bn2")
+    ),  # timm: RegNet
+    Rule("ResNet", parts=("conv1", "shortcut"), shortcut="shortcut", branch=("bn3", "bn2")),  # as written for CIFAR
+    Rule("RegNet", parts=("proj", "f", "activation"), shortcut="proj", branch=("f",)),
     Rule("inverted residual", flag="use_res_connect"),  # MobileNet, EfficientNet
     Rule("inverted residual", flag="apply_residual"),  # MNASNet
     Rule("inverted residual", flag="has_skip"),  # timm

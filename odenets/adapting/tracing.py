@@ -1,0 +1,133 @@
+"""An adapted network as consecutive parts, cut by torch.fx where one block ends or the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, fx, nn
+
+from odenets.adapting.adapted import Adapted
+
+__all__ = ["cut_adapted"]
+
+
+def cut_adapted(network: Adapted, ends: Sequence[int], at: Literal["end", "start"] = "end") -> list[nn.Module]:
+    """The parts of an adapted network, which share its modules; the last holds what comes after all blocks.
+
+    Args:
+        network: to be cut; its forward pass must be one that torch.fx can trace.
+        ends: after how many of its blocks each part ends, rising; the last is the number of blocks.
+        at: whether what stands between two blocks belongs to the later part ("end", the cut is at the end of the
+            earlier block) or to the earlier ("start").
+
+    Returns:
+        One :class:`Adapted` per part, and the module after the last block.
+
+    Raises:
+        ValueError: the model cannot be traced, calls its blocks in another order or not once, or more than one tensor
+            crosses a cut.
+    """
+    traced = {mode: _trace(network, mode) for mode in (True, False)}
+    parts = {mode: _split(network, graph, ends, at) for mode, graph in traced.items()}
+    found: list[nn.Module] = []
+    begin = 0
+    for k, end in enumerate([*ends, None]):
+        train, evaluate = parts[True][k], parts[False][k]
+        part = train if train.code == evaluate.code else _ByMode(train, evaluate)
+        part.train(network.training)
+        found.append(part if end is None else Adapted(part, network.places[begin:end], part_of=network))
+        begin = end or begin
+    return found
+
+
+class _ByMode(nn.Module):
+    """Two graphs of the same modules: what is computed in training mode, and what in eval mode."""
+
+    def __init__(self, train: fx.GraphModule, evaluate: fx.GraphModule) -> None:
+        super().__init__()
+        self.in_training, self.in_eval = train, evaluate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output of the graph of the mode."""
+        return self.in_training(x) if self.training else self.in_eval(x)
+
+
+class _Tracer(fx.Tracer):
+    """Steps into modules, but not into blocks."""
+
+    def __init__(self, blocks: frozenset[str]) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.blocks or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(network: Adapted, training: bool) -> fx.GraphModule:
+    model = network.model
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    blocks = frozenset(name for place in network.places for name in (place.first, place.last))
+    try:
+        tracer = _Tracer(blocks)
+        return fx.GraphModule(model, tracer.trace(model))
+    except Exception as error:  # whatever a model does that tracing cannot follow
+        raise ValueError(
+            f"{type(model).__name__} cannot be cut: torch.fx cannot trace its forward pass ({error})"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _split(network: Adapted, traced: fx.GraphModule, ends: Sequence[int], at: str) -> list[fx.GraphModule]:
+    """The graph in as many parts as there are ends, and the rest."""
+    nodes = list(traced.graph.nodes)
+    called = {node.target: i for i, node in reversed(list(enumerate(nodes))) if node.op == "call_module"}
+    first = [called.get(place.first, -1) for place in network.places]
+    last = [called.get(place.last, -1) for place in network.places]
+    if -1 in first or first != sorted(first):
+        raise ValueError("the model cannot be cut: it does not call its blocks once each, in the order of its modules")
+    borders = [last[end - 1] if at == "end" or end == len(first) else first[end] - 1 for end in ends]
+    order = {node: i for i, node in enumerate(nodes)}
+    parts: list[fx.GraphModule] = []
+    entering: fx.Node | None = None
+    for begin, border in pairwise([-1, *borders, len(nodes) - 1]):
+        leaving = [
+            node
+            for node in nodes[: border + 1]
+            if node.op != "get_attr" and any(order[user] > border for user in node.users)
+        ]
+        if len(leaving) > 1:
+            names = ", ".join(str(node) for node in leaving)
+            raise ValueError(
+                f"the model cannot be cut after block {ends[len(parts)]}: {names} would cross the cut, and only one "
+                "tensor may"
+            )
+        parts.append(_part(network.model, nodes[begin + 1 : border + 1], entering, leaving[0] if leaving else None))
+        entering = leaving[0] if leaving else None
+    return parts
+
+
+def _part(
+    model: nn.Module, nodes: Sequence[fx.Node], entering: fx.Node | None, leaving: fx.Node | None
+) -> fx.GraphModule:
+    """Some nodes of a graph, from the value that enters to the one that leaves, or to the output."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    if entering is not None:
+        copies[entering] = graph.placeholder("x")
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        if node not in copies:  # a parameter, which every part takes from the model by itself
+            copies[node] = graph.node_copy(node, copy_of)
+        return copies[node]
+
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copy_of)
+    if leaving is not None:
+        graph.output(copies[leaving])
+    graph.lint()
+    return fx.GraphModule(model, graph)

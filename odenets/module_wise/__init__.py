@@ -1,0 +1,31 @@
+"""Module-wise training: a network in modules, each trained by its own loss, none by another's gradient (section 4)."""
+
+from odenets.module_wise.cutting import blocks_of, cut
+from odenets.module_wise.heads import conv_head, linear_head, token_head
+from odenets.module_wise.modules import Module, ModuleWise, module_wise
+from odenets.module_wise.objectives import ModuleObjective, greedy, trgl, trgl_multipliers
+from odenets.module_wise.schedules import ModuleTraining, fit_modules
+from odenets.module_wise.splitting import balanced, even
+from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
+
+__all__ = [
+    "Module",
+    "ModuleObjective",
+    "ModuleTraining",
+    "ModuleWise",
+    "balanced",
+    "blocks_of",
+    "conv_head",
+    "cut",
+    "end_to_end_step",
+    "even",
+    "fit_modules",
+    "greedy",
+    "linear_head",
+    "local_step",
+    "module_wise",
+    "parallel_step",
+    "token_head",
+    "trgl",
+    "trgl_multipliers",
+]

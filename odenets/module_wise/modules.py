@@ -1,0 +1,258 @@
+"""Modules: the parts of a network, each with a head of its own, so that each can be trained by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from odenets.adapting import Adapted
+from odenets.data import Batches
+from odenets.flow import Flow, Records
+from odenets.measures import Measure
+from odenets.module_wise.cutting import At, blocks_of, cut
+from odenets.module_wise.heads import HEADS, Head, head_for
+from odenets.module_wise.splitting import balanced, even
+from odenets.network import Network
+
+__all__ = ["LocalLoss", "Module", "ModuleWise", "module_wise"]
+
+LocalLoss = Callable[[int, int, Tensor, Tensor], nn.Module]
+"""Makes what a module minimises besides, from its number, how many there are, its state and the images: a layer called
+with ``(state, images, labels)`` that returns a scalar."""
+
+
+class Module(nn.Module):
+    """Consecutive blocks with a head: ``F_k`` on ``T_k``.
+
+    Attributes:
+        part: the blocks, with ``record``.
+        head: maps the state after them to logits.
+        local_loss: a term of its loss besides, with weights of its own, or None.
+    """
+
+    def __init__(self, part: nn.Module, head: nn.Module, local_loss: nn.Module | None = None) -> None:
+        super().__init__()
+        self.part, self.head, self.local_loss = part, head, local_loss
+
+    @property
+    def depth(self) -> int:
+        """Steps of its blocks."""
+        return cast(int, self.part.depth)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and state for the state before."""
+        state = self.part(x)
+        return self.head(state), state
+
+    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+        """The logits, and per measure ``(blocks, B)``."""
+        output, _, records = self.look(x, measures)
+        return output, records
+
+    def look(self, x: Tensor, measures: dict[str, Measure]) -> tuple[Tensor, Tensor, Records]:
+        """Logits, state and records."""
+        state, records = cast(Network, self.part).record(x, **measures)
+        return self.head(state), state, records
+
+
+class ModuleWise(nn.Module):
+    """K modules one after another; :func:`module_wise` makes it from a network, whose weights it shares.
+
+    Attributes:
+        parts: the modules.
+        ends: after how many blocks of the network each ends.
+    """
+
+    def __init__(self, parts: Sequence[Module], ends: Sequence[int]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.ends = tuple(ends)
+
+    @property
+    def K(self) -> int:
+        """Number of modules."""
+        return len(self.parts)
+
+    @property
+    def modules_in_order(self) -> list[Module]:
+        """The modules, first to last."""
+        return [cast(Module, part) for part in self.parts]
+
+    def forward(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """Logits after ``depth`` modules, the last if not given, ``(B, classes)``.
+
+        Raises:
+            ValueError: no such depth.
+        """
+        depth = self.K if depth is None else depth
+        if not 1 <= depth <= self.K:
+            raise ValueError(f"depth must be between 1 and the number of modules, {self.K}, got {depth}")
+        *before, last = self.modules_in_order[:depth]
+        for module in before:
+            x = module.part(x)
+        return last(x)[0]
+
+    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+        """Logits after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows."""
+        rows: dict[str, list[Tensor]] = {name: [] for name in measures}
+        starts, begin = [], 0
+        for module in self.modules_in_order:
+            x, records = cast(Network, module.part).record(x, **measures)
+            starts.append(begin)
+            begin += module.depth
+            for name, row in records.items():
+                rows[name].append(row)
+        joined = Records({name: torch.cat(row) for name, row in rows.items()}, tuple(starts))
+        return self.modules_in_order[-1].head(x), joined
+
+    def outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Logits after each module, one after the other, in one pass."""
+        for module in self.modules_in_order:
+            output, x = module(x)
+            yield output
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """Labels after ``depth`` modules, ``(B,)``, in eval mode: an early exit, which the later modules cost nothing.
+
+        Raises:
+            ValueError: no such depth.
+        """
+        mode = self.training
+        self.eval()
+        try:
+            return self(x, depth).argmax(1)
+        finally:
+            self.train(mode)
+
+    @torch.no_grad()
+    def accuracies(self, batches: Batches) -> list[float]:
+        """Accuracy after each module, in eval mode."""
+        mode = self.training
+        self.eval()
+        right = torch.zeros(self.K, dtype=torch.long, device=batches.data.x.device)
+        for x, y in batches:
+            for k, output in enumerate(self.outputs(x)):
+                right[k] += (output.argmax(1) == y).sum()
+        self.train(mode)
+        return [n / len(batches.data) for n in right.tolist()]
+
+    def best(self, validation: Batches) -> int:
+        """The depth of the most accurate module, the first of equals."""
+        found = self.accuracies(validation)
+        return found.index(max(found)) + 1
+
+    def extra_repr(self) -> str:
+        return f"K={self.K}, ends={list(self.ends)}"
+
+
+def module_wise(
+    network: Flow | Network | Adapted,
+    split: int | Sequence[int],
+    x: Tensor,
+    *,
+    classes: int | None = None,
+    balance: Literal["blocks", "memory"] = "blocks",
+    at: At = "end",
+    head: str | Head | nn.Module = "auto",
+    last_head: Literal["own", "auxiliary"] = "own",
+    local_loss: LocalLoss | None = None,
+) -> ModuleWise:
+    """A network in K modules, each with a head, to be trained without a gradient that crosses from one to another.
+
+    Args:
+        network: a flow, a network or an adapted model; its weights are shared, not copied.
+        split: the number of modules K, or after how many blocks each ends, rising, the last with or without.
+        x: a batch of inputs, of two samples or more, by which shapes are found.
+        classes: number of classes; that of the network's own output if not given.
+        balance: what is shared out equally among K modules: "blocks", or the "memory" that their backward passes need,
+            measured on ``x``.
+        at: "end", a transition belongs to the module after it, or "start", to the one before.
+        head: "conv", "token" or "linear"; "auto" by the shape of the state; a function of a state and the number of
+            classes; or one module for all ("same classifier").
+        last_head: whether the last module keeps the network's own head or has an auxiliary one like the others.
+        local_loss: makes what each module minimises besides.
+
+    Raises:
+        TypeError, ValueError: as :func:`~odenets.module_wise.cutting.cut` and the heads raise, K out of range, or a
+            head that does not return ``(B, classes)``.
+
+    >>> import odenets
+    >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
+    >>> modules = module_wise(network, 2, torch.rand(2, 1, 8, 8))
+    >>> [output.shape for output in modules.outputs(torch.rand(5, 1, 8, 8))]
+    [torch.Size([5, 10]), torch.Size([5, 10])]
+    """
+    if not isinstance(network, Flow | Network | Adapted):
+        raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
+    if not isinstance(x, Tensor) or len(x) < 2:
+        raise ValueError("x must be a batch of at least two inputs, which batch norms need")
+    if balance not in ("blocks", "memory") or last_head not in ("own", "auxiliary"):
+        raise ValueError(
+            "balance must be 'blocks' or 'memory' and last_head 'own' or 'auxiliary', "
+            f"got {balance!r} and {last_head!r}"
+        )
+    mode = network.training
+    network.eval()
+    with torch.no_grad():
+        output = network(x)  # a flow without a field makes it here
+    network.train(mode)
+    ends = _ends(network, split, balance, x, at)
+    parts, own = cut(network, ends, at)
+    if classes is None:
+        if isinstance(network, Flow) or output.ndim != 2:
+            raise ValueError(f"classes must be given: the network's output has shape {tuple(output.shape)}")
+        classes = int(output.shape[1])
+    modules, state = [], x
+    for k, part in enumerate(parts):
+        mode = part.training
+        part.eval()
+        with torch.no_grad():
+            state = part(state)
+        part.train(mode)
+        keeps = k == len(parts) - 1 and last_head == "own" and not isinstance(network, Flow)
+        made = (own if keeps else _head(head, state, classes)).to(x.device)
+        _check_head(made, state, classes, k)
+        extra = None if local_loss is None else local_loss(k, len(parts), state, x).to(x.device)
+        modules.append(Module(part, made, extra))
+    return ModuleWise(modules, ends)
+
+
+def _ends(network: Flow | Network | Adapted, split: int | Sequence[int], balance: str, x: Tensor, at: At) -> list[int]:
+    blocks = blocks_of(network)
+    if isinstance(split, int):
+        return even(blocks, split) if balance == "blocks" else balanced(network, split, x, at)
+    ends = list(split)
+    return ends if ends and ends[-1] == blocks else [*ends, blocks]
+
+
+def _head(head: str | Head | nn.Module, state: Tensor, classes: int) -> nn.Module:
+    if isinstance(head, nn.Module):
+        return head
+    if callable(head):
+        return head(state, classes)
+    if head == "auto":
+        return head_for(state, classes)
+    if head not in HEADS:
+        raise ValueError(f"head must be 'auto', {', '.join(map(repr, HEADS))}, a module or a function, got {head!r}")
+    return HEADS[head](state, classes)
+
+
+def _check_head(head: nn.Module, state: Tensor, classes: int, k: int) -> None:
+    mode = head.training
+    head.eval()
+    try:
+        with torch.no_grad():
+            output = head(state)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the head of module {k + 1} does not fit states {tuple(state.shape)}: {error}") from error
+    finally:
+        head.train(mode)
+    if output.shape != (len(state), classes):
+        raise ValueError(
+            f"the head of module {k + 1} must return {(len(state), classes)} for states {tuple(state.shape)}, got "
+            f"{tuple(output.shape)}"
+        )

@@ -1,0 +1,80 @@
+"""What each module minimises: its loss and the action of its blocks, a proximal step in Wasserstein space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from odenets.least_action import ActionPenalty, LeastAction
+from odenets.objectives import CrossEntropy, Objective
+
+__all__ = ["ModuleObjective", "greedy", "trgl", "trgl_multipliers"]
+
+ModuleObjective = Callable[[int, int], Objective]
+"""Makes the objective of a module from its number, from 0, and how many there are."""
+
+
+def greedy(task: Callable[[], Objective] = CrossEntropy) -> ModuleObjective:
+    """The task alone: vanilla greedy learning (VanGL)."""
+    return lambda k, K: task()
+
+
+def trgl(
+    tau: float, task: Callable[[], Objective] = CrossEntropy, *, doubled: bool = True, cost: str = "action"
+) -> ModuleObjective:
+    """``L + C / (2 tau_k)``, the proximal step of module k (eq. 31), with the same tau for all or twice it for the
+    second half of the modules.
+
+    Args:
+        tau: of the first modules, positive; the smaller, the shorter the step.
+        task: makes the loss L; cross-entropy if not given, ``partial(CrossEntropy, 0.1)`` as in the thesis' experiments
+            on larger images.
+        doubled: whether the modules of the second half have 2 tau.
+        cost: "action", "residue" or "norm", see :class:`~odenets.least_action.Cost`.
+
+    Raises:
+        ValueError: tau is not positive and finite.
+    """
+    if not (math.isfinite(tau) and tau > 0):
+        raise ValueError(f"tau must be positive and finite, got {tau}")
+
+    def make(k: int, K: int) -> Objective:
+        return ActionPenalty(1 / (2 * tau * (1 + (doubled and 2 * k >= K))), task(), cost=cost)
+
+    return make
+
+
+def trgl_multipliers(
+    lambda0: float = 1.0,
+    h: float = 1.0,
+    every: int = 50,
+    task: Callable[[], Objective] = CrossEntropy,
+    *,
+    growth: float = 0.0,
+    weigh: Literal["divide", "multiply"] = "divide",
+    cost: str = "action",
+) -> ModuleObjective:
+    """Weights that grow with the loss that is left, ``lambda_k += h L`` every s steps (eq. 33); ``lambda = 2 tau``.
+
+    With label smoothing L never reaches 0, and lambda grows without bound.
+
+    Args:
+        lambda0: first lambda of the first module, positive.
+        h: how fast lambda grows, positive.
+        every: s, steps between two changes.
+        task: makes the loss L.
+        growth: module k, from 1, begins with ``lambda0 k^growth``.
+        weigh: "divide" the cost, or "multiply" the loss, and with it the step, as eq. (33) is written.
+        cost: "action", "residue" or "norm".
+
+    Raises:
+        ValueError: arguments out of range.
+    """
+    LeastAction(lambda0=lambda0, tau=h, every=every, weigh=weigh)  # raises here what it would raise later
+
+    def make(k: int, K: int) -> Objective:
+        first = lambda0 * (k + 1) ** growth
+        return LeastAction(task(), lambda0=first, tau=h, every=every, cost=cost, weigh=weigh)
+
+    return make

@@ -1,0 +1,155 @@
+"""Training steps on one batch: modules one after the other, each with its own backward pass, or all end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from odenets.flow import Records
+from odenets.module_wise.modules import Module, ModuleWise
+from odenets.network import Network
+from odenets.normalization import StageBatchNorm
+from odenets.objectives import Objective
+
+__all__ = ["end_to_end_step", "local_step", "parallel_step"]
+
+
+def local_step(
+    module: Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    x: Tensor,
+    images: Tensor,
+    y: Tensor,
+    *,
+    clip_norm: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of one module on a batch; when it returns, nothing is kept of its backward pass, nor its gradients.
+
+    Args:
+        module: in training mode.
+        objective: of the module.
+        optimizer: of the module's parameters.
+        x: the state before, or the images; no gradient reaches it.
+        images: what the network was given.
+        y: labels.
+        clip_norm: largest norm of the gradient.
+
+    Returns:
+        The state after the module, before the step, and the summed loss and the number of right answers, ``(2,)``.
+    """
+    x = x.detach()
+    output, state, records = module.look(x, objective.measures)
+    loss = objective(module, (x, y), output, records)
+    if module.local_loss is not None:
+        loss = loss + module.local_loss(state, images, y)
+    with torch.no_grad():
+        found = torch.stack([loss.detach().double() * len(y), (output.argmax(1) == y).sum().double()])
+    loss.backward()
+    state = state.detach()
+    del output, records, loss  # and with them what the backward pass needed
+    _apply(module, optimizer, clip_norm)
+    objective.after_step(module, (x, y))
+    return state, found
+
+
+def parallel_step(
+    network: ModuleWise,
+    objectives: Sequence[Objective],
+    optimizers: Sequence[Optimizer],
+    x: Tensor,
+    y: Tensor,
+    *,
+    clip_norm: float | None = None,
+) -> Tensor:
+    """A step of every module on a batch, first to last, each on the state that the one before has made of it.
+
+    Returns:
+        Summed loss and number of right answers of each module, ``(K, 2)``.
+    """
+    state, found = x, []
+    for module, objective, optimizer in zip(network.modules_in_order, objectives, optimizers, strict=True):
+        state, values = local_step(module, objective, optimizer, state, x, y, clip_norm=clip_norm)
+        found.append(values)
+    return torch.stack(found)
+
+
+def end_to_end_step(
+    network: ModuleWise,
+    objective: Objective,
+    optimizer: Optimizer,
+    x: Tensor,
+    y: Tensor,
+    *,
+    checkpointed: bool = False,
+    clip_norm: float | None = None,
+) -> Tensor:
+    """A step of the whole network on a batch by backpropagation from the last head, for comparison.
+
+    Args:
+        network, objective, optimizer, x, y, clip_norm: as in :func:`local_step`.
+        checkpointed: keep the states between modules only, and compute each module again in the backward pass; its
+            batch norms count the batch once.
+
+    Returns:
+        Summed loss and number of right answers, ``(1, 2)``.
+    """
+    state, rows, names = x, [], list(objective.measures)
+    for module in network.modules_in_order:
+
+        def run(state: Tensor, part: nn.Module = module.part) -> tuple[Tensor, ...]:
+            state, records = cast(Network, part).record(state, **objective.measures)
+            return state, *(records[name] for name in names)
+
+        if checkpointed:
+            part = module.part
+            found = checkpoint(
+                run,
+                state,
+                use_reentrant=False,
+                context_fn=lambda part=part: (nullcontext(), _without_statistics(part)),
+            )
+            state, *recorded = cast(tuple[Tensor, ...], found)
+        else:
+            state, *recorded = run(state)
+        rows.append(recorded)
+    head = network.modules_in_order[-1].head
+    output = head(state)
+    records = Records({name: torch.cat([row[i] for row in rows]) for i, name in enumerate(names)})
+    loss = objective(network, (x, y), output, records)
+    with torch.no_grad():
+        values = torch.stack([loss.detach().double() * len(y), (output.argmax(1) == y).sum().double()])
+    loss.backward()
+    del output, records, loss, state, rows
+    _apply(network, optimizer, clip_norm)
+    objective.after_step(network, (x, y))
+    return values[None]
+
+
+def _apply(module: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> None:
+    """Clip, step, and let go of the gradients."""
+    if clip_norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def _without_statistics(part: nn.Module) -> Iterator[None]:
+    """Batch norms leave their running statistics as they are."""
+    norms = [m for m in part.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,152 @@
+import pytest
+import torch
+from torch import nn
+
+from odenets import Flow, MLPField, adapt, measures, models
+from odenets.module_wise import blocks_of, cut
+
+tv = pytest.importorskip("torchvision.models")
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def resnet110():
+    return models.resnet110(blocks=3, channels=(4, 8, 16))
+
+
+def resnet():
+    return adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5))
+
+
+def vgg():
+    return adapt(tv.vgg11_bn(num_classes=5))
+
+
+def swin():
+    return adapt(tv.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5))
+
+
+def vit():
+    return adapt(tv.VisionTransformer(32, 16, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5))
+
+
+def timm_resnet():
+    timm = pytest.importorskip("timm")
+    return adapt(timm.create_model("resnet10t", num_classes=5))
+
+
+NETWORKS = [resnet110, resnet, vgg, swin, vit, timm_resnet]
+
+
+@pytest.mark.parametrize("at", ["end", "start"])
+@pytest.mark.parametrize("make", NETWORKS)
+def test_the_parts_of_a_network_are_the_network(make, at):
+    network = make().eval()
+    expected, records = network.record(IMAGES, action=measures.action)
+    depth = blocks_of(network)
+    for ends in ([depth], list(range(1, depth + 1)), [1, depth], [depth - 1, depth]):
+        parts, head = cut(network, ends, at)
+        x, rows = IMAGES, []
+        for part in parts:
+            part.eval()
+            x, found = part.record(x, action=measures.action)
+            rows.append(found["action"])
+        torch.testing.assert_close(head.eval()(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(torch.cat(rows), records["action"], rtol=0, atol=0)
+        inside = {id(p) for module in [*parts, head] for p in module.parameters()}
+        assert inside == {id(p) for p in network.parameters()}
+
+
+def test_a_transition_belongs_to_either_side():
+    shapes = {}
+    for at in ("end", "start"):
+        (part, *_), _ = cut(resnet110(), [3, 9], at)
+        shapes[at] = part(IMAGES).shape[1]
+    assert shapes == {"end": 4, "start": 8}
+
+
+class Clock(nn.Module):
+    def forward(self, t, x):
+        return torch.full_like(x, t)
+
+
+def test_a_part_of_a_flow_keeps_its_times():
+    flow = Flow(Clock, solver="euler", h=[1.0, 2.0, 3.0], depth=3)
+    x = torch.zeros(2, 1)
+    (one, two, three), _ = cut(flow, [1, 2, 3])
+    assert [step.t for step in flow.part(1, 3).steps(x)] == [1.0, 3.0]
+    torch.testing.assert_close(three(two(one(x))), flow(x), rtol=0, atol=0)
+
+
+def test_training_mode_decides_what_a_traced_part_computes():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (tv.resnet.BasicBlock(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            x = nn.functional.dropout(self.first(x), 0.5, training=self.training)
+            return self.second(x).mean((2, 3))
+
+    network = adapt(Dropping())
+    (one, two), _ = cut(network, [1, 2])
+    x = torch.rand(2, 4, 8, 8)
+    two.train()
+    assert not torch.equal(two(one(x)), two(one(x)))
+    two.eval(), one.eval(), network.eval()
+    torch.testing.assert_close(two(one(x)).mean((2, 3)), network(x))
+
+
+def test_residues_of_the_branch_end_in_a_batch_norm_which_is_said():
+    model = tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    with pytest.warns(UserWarning, match=r"4 blocks \(layer1.0, ...\) end in a batch norm"):
+        network = adapt(model, residue="branch")
+    _, records = network.record(IMAGES, r=measures.residue)
+    for m, layer in enumerate([model.layer1, model.layer2, model.layer3]):
+        norm = layer[0].bn2  # type: ignore[union-attr]
+        with torch.no_grad():
+            expected = (norm.weight.square() + norm.bias.square()).mean()
+        torch.testing.assert_close(records["r"][m].mean(), expected, rtol=1e-2, atol=0)  # but for eps
+    with pytest.raises(ValueError, match="residue must be 'displacement' or 'branch', got 'shortcut'"):
+        adapt(model, residue="shortcut")  # type: ignore[arg-type]
+
+
+def test_errors():
+    network = resnet110()
+    for ends in ([], [9, 3], [3, 3, 9], [0, 9], [3, 8], [3, 10]):
+        with pytest.raises(ValueError, match="ends must rise from at least 1 to the number of blocks, 9, got"):
+            cut(network, ends)
+    with pytest.raises(ValueError, match="at must be"):
+        cut(network, [9], "middle")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="network must be a Flow"):
+        cut(nn.Linear(2, 2), [1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="share fields"):
+        cut(Flow(lambda: MLPField(2), depth=4, shared=True), [2, 4])
+    with pytest.raises(ValueError, match="reads out 'ensemble'"):
+        cut(models.resnet9(readout="ensemble", solver="bs23"), [3, 9])
+
+
+def test_only_one_tensor_may_cross_a_cut():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (tv.resnet.BasicBlock(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            return self.second(self.first(x)) + x
+
+    with pytest.raises(ValueError, match="cannot be cut after block 1: x, first would cross"):
+        cut(adapt(Skipping()), [1, 2])
+
+
+def test_a_model_that_cannot_be_traced_says_so():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = tv.resnet.BasicBlock(4, 4)
+
+        def forward(self, x):
+            return self.block(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match=r"Branching cannot be cut: torch\.fx cannot trace"):
+        cut(adapt(Branching()), [1])

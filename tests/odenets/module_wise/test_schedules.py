@@ -1,0 +1,150 @@
+from functools import partial
+
+import pytest
+import torch
+
+from odenets import data, models
+from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
+from odenets.objectives import CrossEntropy
+from odenets.runs import Run
+from odenets.training import DivergedError
+
+DIGITS = data.subsample(data.load("digits")[0], 120)
+BATCHES = data.Batches(DIGITS, 40, seed=0)
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+def modules_of(K=3, seed=0):
+    torch.manual_seed(seed)
+    return module_wise(models.resnet9(1, 10, features=8, size=8, depth=K), K, DIGITS.x[:4])
+
+
+def weights(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_equal(one, other):
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 3},
+        {"epochs": 2, "schedule": "sequential"},
+        {"epochs": [1, 2, 1], "schedule": "sequential", "laps": 2},
+        {"epochs": 2, "schedule": "sequential", "cache": "memory"},
+        {"epochs": 3, "schedule": "checkpointed"},
+    ],
+)
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, options):
+    arguments = {"optimizer": SGD, "objective": trgl_multipliers(every=2), **options}
+    whole = fit_modules(modules_of(), BATCHES, **arguments)
+    assert all(row["train_loss"] > 0 for row in whole.rows)
+
+    class Killed(Exception):
+        pass
+
+    left = [1, 1, 0]
+
+    def kill(n):
+        if not left.pop(0):
+            raise Killed
+
+    run = Run(tmp_path / "run", {})
+    with pytest.raises(Killed):
+        fit_modules(modules_of(), BATCHES, **arguments, run=run, report=kill)
+    resumed = fit_modules(modules_of(seed=1), BATCHES, **arguments, run=run)
+    assert resumed.done == whole.done > 2
+    assert_equal(resumed.network, whole.network)
+    assert resumed.objectives.state_dict() == whole.objectives.state_dict()
+
+
+def test_modules_train_one_after_another_and_those_before_stand_still():
+    network = modules_of()
+    seen = []
+
+    def look(n):
+        seen.append(weights(network))
+
+    fit_modules(network, BATCHES, epochs=[1, 2, 1], optimizer=SGD, schedule="sequential", report=look)
+    before = weights(modules_of())
+    for k, found in zip([0, 1, 1, 2], seen, strict=True):
+        changed = {int(name.split(".")[1]) for name in found if not torch.equal(found[name], before[name])}
+        assert changed == {k}  # buffers of batch norms included
+        before = found
+
+
+def test_optimisers_and_multipliers_go_on_from_lap_to_lap():
+    training = fit_modules(
+        modules_of(),
+        BATCHES,
+        epochs=1,
+        optimizer=SGD,
+        schedule="sequential",
+        laps=3,
+        objective=trgl_multipliers(every=1),
+    )
+    assert [row["module"] for row in training.rows] == [1, 2, 3] * 3
+    assert [row["epoch"] for row in training.rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [objective.steps for objective in training.objectives] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("batches", [BATCHES, data.Batches(DIGITS, 40, seed=0, crop=1)], ids=["plain", "augmented"])
+def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
+    arguments = {"epochs": 2, "optimizer": SGD, "schedule": "sequential", "laps": 2, "objective": trgl(1.0)}
+    found = []
+    for cache in (None, "memory", tmp_path / "states"):
+        network = modules_of()
+        fit_modules(network, batches, **arguments, cache=cache, views=4, offload=cache is not None)
+        found.append(network)
+    assert_equal(found[1], found[2])
+    for name, value in found[0].state_dict().items():  # four views are those of the four epochs; batches differ
+        torch.testing.assert_close(value, found[1].state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert list((tmp_path / "states").iterdir())
+
+
+def test_every_module_learns_in_every_schedule():
+    validation = data.Batches(data.load("digits")[1], 500)
+    for options in ({}, {"schedule": "sequential"}, {"schedule": "sequential", "laps": 2}):
+        training = fit_modules(
+            modules_of(), BATCHES, epochs=4, optimizer=SGD, objective=trgl(1.0), validation=validation, **options
+        )
+        found = training.network.accuracies(validation)
+        assert min(found) > 0.6
+        last = {row["module"]: row["validation_accuracy"] for row in training.rows}
+        if options.get("laps", 1) == 1:
+            assert list(last.values()) == pytest.approx(found)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="schedule must be"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="random")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="laps must be"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, laps=2)
+    with pytest.raises(ValueError, match="cache is for the sequential schedule"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, cache="memory")
+    with pytest.raises(ValueError, match="offload needs a cache"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", offload=True)
+    with pytest.raises(ValueError, match=r"one per module \(3\), got \[1, 2\]"):
+        fit_modules(modules_of(), BATCHES, epochs=[1, 2], optimizer=SGD, schedule="sequential")
+    with pytest.raises(ValueError, match="at least 2 samples for batch norm, the last one holds 1"):
+        fit_modules(modules_of(), data.Batches(data.subsample(DIGITS, 81), 40), epochs=1, optimizer=SGD)
+    with pytest.raises(ValueError, match="views must be at least 1"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory", views=0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, run=run)
+    with pytest.raises(DivergedError, match=r"the training loss of epoch 2 is \[nan, nan, nan\]"):
+        fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, run=run, objective=lambda k, K: NotFinite())
+    state = run.load_state()
+    assert state is not None
+    assert state["done"] == 1
+
+
+class NotFinite(CrossEntropy):
+    def forward(self, network, batch, output, records):
+        return super().forward(network, batch, output, records) * torch.nan

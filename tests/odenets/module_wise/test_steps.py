@@ -1,0 +1,131 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from odenets import data, measures, models
+from odenets.least_action import ActionPenalty
+from odenets.memory import memory
+from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_step, trgl, trgl_multipliers
+from odenets.training import fit
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.rand(6, 1, 8, 8, generator=GENERATOR), torch.randint(10, (6,), generator=GENERATOR)
+
+
+def modules_of(seed=0, K=3, **options):
+    torch.manual_seed(seed)
+    return module_wise(models.resnet9(1, 10, features=8, size=8, depth=2 * K), K, X, **options).train()
+
+
+class Keeping(torch.optim.SGD):
+    """Keeps a copy of the gradients."""
+
+    def step(self, closure=None):  # type: ignore[override]
+        self.seen = [None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", [greedy(), trgl(0.5), trgl_multipliers(every=1)])
+def test_gradients_of_a_parallel_step_are_those_of_each_module_alone(make):
+    network = modules_of()
+    alone = copy.deepcopy(network)
+    objectives = [make(k, 3) for k in range(3)]
+    optimizers = [Keeping(module.parameters(), lr=0.1) for module in network.parts]
+    parallel_step(network, objectives, optimizers, X, Y)
+    x = X
+    for k, module in enumerate(alone.modules_in_order):
+        objective = make(k, 3)
+        output, state, records = module.look(x.detach(), objective.measures)
+        objective(module, (x, Y), output, records).backward()
+        for seen, p in zip(optimizers[k].seen, module.parameters(), strict=True):
+            torch.testing.assert_close(seen, p.grad)
+        x = state
+
+
+def test_nothing_reaches_another_module():
+    network = modules_of()
+    objectives = [greedy()(k, 3) for k in range(3)]
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in network.parts]
+    clean = copy.deepcopy(network)
+    for p in network.modules_in_order[1].parameters():
+        p.register_hook(lambda g: torch.full_like(g, torch.nan))  # the gradients of the second module are poisoned
+    parallel_step(network, objectives, optimizers, X, Y)
+    clean_optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in clean.parts]
+    parallel_step(clean, objectives, clean_optimizers, X, Y)
+    for k, (poisoned, module) in enumerate(zip(network.parts, clean.parts, strict=True)):
+        for p, q in zip(poisoned.parameters(), module.parameters(), strict=True):
+            assert p.isnan().all() if k == 1 else torch.equal(p, q)
+
+
+def test_trgl_weighs_the_action_of_the_second_half_with_twice_tau():
+    weights = [trgl(0.5)(k, 4).weight for k in range(4)]  # type: ignore[union-attr]
+    assert weights == [1.0, 1.0, 0.5, 0.5]
+    assert [trgl(0.5, doubled=False)(k, 3).weight for k in range(3)] == [1.0, 1.0, 1.0]  # type: ignore[union-attr]
+    first = [trgl_multipliers(2.0, growth=1.0)(k, 3).multiplier.item() for k in range(3)]  # type: ignore[union-attr]
+    assert first == [2.0, 4.0, 6.0]
+    for tau in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="tau must be positive"):
+            trgl(tau)
+    with pytest.raises(ValueError, match="lambda0 must be positive"):
+        trgl_multipliers(0.0)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
+    torch.manual_seed(1)
+    network = models.resnet9(1, 10, features=8, size=8, depth=4)
+    plain = copy.deepcopy(network)
+    modules = module_wise(network, 2, X).train()
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    objective = ActionPenalty(0.5)
+    for _ in range(2):
+        end_to_end_step(modules, objective, sgd(network.parameters()), X, Y, checkpointed=checkpointed)
+    batches = data.Batches(data.Dataset("x", X, Y, 10, (0.0,), (1.0,)), 6)
+    fit(plain, batches, epochs=2, optimizer=lambda n: sgd(n.parameters()), objective=ActionPenalty(0.5))
+    for (name, p), (_, q) in zip(network.state_dict().items(), plain.state_dict().items(), strict=True):
+        if "batches" not in name:  # how many were seen; running averages do not depend on it
+            torch.testing.assert_close(p, q, msg=name)
+
+
+def test_peak_memory_falls_with_the_number_of_modules():
+    peaks = {}
+    x, y = torch.rand(16, 1, 16, 16), torch.randint(10, (16,))
+    for K in (1, 2, 4):
+        torch.manual_seed(0)
+        network = module_wise(models.resnet9(1, 10, features=8, size=16, depth=8), K, x).train()
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in network.parts]
+        step = partial(parallel_step, network, [trgl(1.0)(k, K) for k in range(K)], optimizers, x, y)
+        step()
+        peaks[K] = memory(step).peak
+    assert peaks[2] < 0.75 * peaks[1]
+    assert peaks[4] < 0.75 * peaks[2]
+
+
+def test_a_local_loss_trains_with_its_module():
+    class Pull(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, state, images, y):
+            assert images.shape == X.shape
+            return self.scale * state.square().mean()
+
+    network = modules_of(local_loss=lambda k, K, state, images: Pull())
+    assert all(module.local_loss.scale.item() == 1 for module in network.modules_in_order)  # type: ignore[union-attr]
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in network.parts]
+    parallel_step(network, [greedy()(k, 3) for k in range(3)], optimizers, X, Y)
+    assert all(module.local_loss.scale.item() < 1 for module in network.modules_in_order)  # type: ignore[union-attr]
+
+
+def test_records_of_the_modules_are_those_of_the_network():
+    torch.manual_seed(0)
+    network = models.resnet9(1, 10, features=8, size=8, depth=4).eval()
+    modules = module_wise(network, 2, X)
+    expected, found = network.record(X, action=measures.action), modules.record(X, action=measures.action)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[1]["action"], expected[1]["action"], rtol=0, atol=0)
+    assert found[1].starts == (0, 2)
