@@ -21,6 +21,9 @@ from odenets.objectives import Objective
 
 __all__ = ["Instances", "fit_instances"]
 
+AT_ONCE = 2**22
+"""Most numbers that all instances together are shown at once where accuracies are measured."""
+
 
 @dataclass(frozen=True)
 class Instances:
@@ -230,9 +233,11 @@ def _accuracies(stack: _Stack, sets: dict[str, tuple[Tensor, Tensor]], training:
     if not sets:
         return {}
     stack.one.eval()
-    output = stack.call(torch.cat([x[training] for x, _ in sets.values()], 1), None, "output")
+    x, y = (torch.cat([part[training] for part in parts], 1) for parts in zip(*sets.values(), strict=True))
+    at_once = max(1, AT_ONCE // (len(training) * x[0, 0].numel()))
+    answers = [stack.call(part, None, "output").argmax(2) for part in x.split(at_once, 1)]
     lengths = [x.shape[1] for x, _ in sets.values()]
-    right = (output.argmax(2) == torch.cat([y[training] for _, y in sets.values()], 1)).float()
+    right = (torch.cat(answers, 1) == y).float()
     return {name: part.mean(1) for name, part in zip(sets, right.split(lengths, 1), strict=True)}
 
 
