@@ -26,6 +26,7 @@ from solvers.tableaus import ButcherTableau
 
 __all__ = [
     "combine",
+    "displaced",
     "finish_step",
     "mean_square",
     "mean_square_and_cosine",
@@ -40,6 +41,7 @@ SMALL = 1 << 14  # numbers of an operand on a CPU up to which the plain expressi
 MEAN_SQUARE = Asked((1.0,), action=True)
 ROOT_MEAN_SQUARE = Asked((0.0,), (1.0,), error=True)
 RESIDUE = Asked((1.0,), residue=True)
+DISPLACEMENT = Asked((1.0, -1.0), residue=True)
 
 
 def mean_square(r: Tensor) -> Tensor:
@@ -83,6 +85,21 @@ def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
     Arguments as for :func:`mean_square`.
     """
     found = _finish(None, [_checked(r)], 1.0, RESIDUE)
+    return _asked(found.square), _asked(found.cosine)
+
+
+def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`mean_square_and_cosine` of ``x1 - x0``, which is not formed, nor kept for gradients.
+
+    Args:
+        x0, x1: ``(B, *S)``, floating, of one shape, dtype and device.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not _same(_checked(x1, "x1"), _checked(x0, "x0")):
+        raise ValueError(f"x0 and x1 must have one shape, dtype and device, got {_kind(x0)} and {_kind(x1)}")
+    found = _finish(None, [x1, x0], 1.0, DISPLACEMENT)
     return _asked(found.square), _asked(found.cosine)
 
 

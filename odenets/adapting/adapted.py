@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from odenets.adapting.blocks import Blocks, Place, find_blocks
 from odenets.flow import Records, check_values
 from odenets.measures import Measure, finding
-from solvers import Step, finish_step, get_tableau
+from solvers import Step, get_tableau
+from solvers.reductions import displaced, mean_square_and_cosine
 from solvers.states import check_state
 
 __all__ = ["Adapted", "adapt"]
@@ -103,6 +104,9 @@ class _Pass:
 
     def __init__(self, measures: dict[str, Measure], x: Tensor, keep: bool = False) -> None:
         self.measures, self.finds, self.x, self.keep = measures, finding(measures.values()), x, keep
+        self.all_found = all(
+            getattr(measure, "finding", None) in ("action", "residue") for measure in measures.values()
+        )
         self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         self.steps: list[Step] = []
         self.seen: list[_Seen] = []
@@ -144,13 +148,15 @@ class _Pass:
         self.seen.append(_Seen(place, part, tuple(x0.shape[1:])))
         if not self.measures and not self.keep:
             return
-        r = self.branches.pop(place) if place.branch else x1 - x0
-        x0, x1, known = x0.to(r.dtype), x1.to(r.dtype), None
+        r, known = self.branches.pop(place) if place.branch else None, None
+        dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
+        x0, x1 = x0.to(dtype), x1.to(dtype)
         if self.finds:
-            _, known = finish_step(
-                x0, (r,), EULER, 1.0, state=False, action="action" in self.finds, residue="residue" in self.finds
-            )
-        step = Step(float(len(self.seen) - 1), 1.0, x0, x1, (r,), EULER, known)
+            square, cosine = displaced(x0, x1) if r is None else mean_square_and_cosine(r)
+            known = {"action": square, "residue": square, "cosine": cosine}  # an Euler step's action with h = 1
+        if r is None and (self.keep or not self.all_found):
+            r = x1 - x0
+        step = Step(float(len(self.seen) - 1), 1.0, x0, x1, () if r is None else (r,), EULER, known)
         for name, measure in self.measures.items():
             self.rows[name].append(check_values(name, measure(step), x0))
         if self.keep:

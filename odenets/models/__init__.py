@@ -5,6 +5,7 @@ from odenets.models.normalize import Normalize
 from odenets.models.resnets import resnet9, resnet110, resnet_km, wide_resnet
 from odenets.models.resnext import resnext50
 from odenets.models.small import points_network, small_network
+from odenets.models.vision import vision
 
 __all__ = [
     "Normalize",
@@ -15,5 +16,6 @@ __all__ = [
     "resnet_km",
     "resnext50",
     "small_network",
+    "vision",
     "wide_resnet",
 ]

@@ -4,6 +4,7 @@ from odenets.module_wise.cutting import blocks_of, cut
 from odenets.module_wise.heads import conv_head, linear_head, token_head
 from odenets.module_wise.modules import Module, ModuleWise, module_wise
 from odenets.module_wise.objectives import ModuleObjective, greedy, trgl, trgl_multipliers
+from odenets.module_wise.rivals import auglocal, infopro, predsim
 from odenets.module_wise.schedules import ModuleTraining, fit_modules
 from odenets.module_wise.splitting import balanced, even
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
@@ -13,6 +14,7 @@ __all__ = [
     "ModuleObjective",
     "ModuleTraining",
     "ModuleWise",
+    "auglocal",
     "balanced",
     "blocks_of",
     "conv_head",
@@ -21,10 +23,12 @@ __all__ = [
     "even",
     "fit_modules",
     "greedy",
+    "infopro",
     "linear_head",
     "local_step",
     "module_wise",
     "parallel_step",
+    "predsim",
     "token_head",
     "trgl",
     "trgl_multipliers",

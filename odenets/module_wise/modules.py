@@ -157,7 +157,7 @@ def module_wise(
     classes: int | None = None,
     balance: Literal["blocks", "memory"] = "blocks",
     at: At = "end",
-    head: str | Head | nn.Module = "auto",
+    head: str | Head | nn.Module | Sequence[nn.Module] = "auto",
     last_head: Literal["own", "auxiliary"] = "own",
     local_loss: LocalLoss | None = None,
 ) -> ModuleWise:
@@ -172,7 +172,8 @@ def module_wise(
             measured on ``x``.
         at: "end", a transition belongs to the module after it, or "start", to the one before.
         head: "conv", "token" or "linear"; "auto" by the shape of the state; a function of a state and the number of
-            classes; or one module for all ("same classifier").
+            classes; one layer for all modules ("same classifier"); or a list of one for each, but for a last that keeps
+            the network's.
         last_head: whether the last module keeps the network's own head or has an auxiliary one like the others.
         local_loss: makes what each module minimises besides.
 
@@ -214,9 +215,10 @@ def module_wise(
             state = part(state)
         part.train(mode)
         keeps = k == len(parts) - 1 and last_head == "own" and not isinstance(network, Flow)
-        made = (own if keeps else _head(head, state, classes)).to(x.device)
+        with x.device:  # where new layers are made
+            made = own if keeps else _head(head, k, state, classes)
+            extra = None if local_loss is None else local_loss(k, len(parts), state, x)
         _check_head(made, state, classes, k)
-        extra = None if local_loss is None else local_loss(k, len(parts), state, x).to(x.device)
         modules.append(Module(part, made, extra))
     return ModuleWise(modules, ends)
 
@@ -229,9 +231,13 @@ def _ends(network: Flow | Network | Adapted, split: int | Sequence[int], balance
     return ends if ends and ends[-1] == blocks else [*ends, blocks]
 
 
-def _head(head: str | Head | nn.Module, state: Tensor, classes: int) -> nn.Module:
+def _head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state: Tensor, classes: int) -> nn.Module:
     if isinstance(head, nn.Module):
         return head
+    if isinstance(head, Sequence) and not isinstance(head, str):
+        if k >= len(head):
+            raise ValueError(f"head must hold one for each module, got {len(head)}")
+        return head[k]
     if callable(head):
         return head(state, classes)
     if head == "auto":

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from odenets import data, models
+from odenets import data, instances, models
 from odenets.fields import MLPField
 from odenets.flow import Flow
 from odenets.instances import fit_instances
@@ -175,3 +175,12 @@ def test_errors(changes, message):
             | {"batches": [data.Batches(points(0, size), 8) for size in (50, 60)]}
             | {"networks": [network(0), network(1)]}
         )
+
+
+def test_accuracies_do_not_depend_on_how_many_samples_are_shown_at_once(monkeypatch):
+    found = []
+    for at_once in (1, 7, instances.AT_ONCE):
+        monkeypatch.setattr(instances, "AT_ONCE", at_once)
+        found.append(together(CrossEntropy, measured={"train": [points(i) for i in range(N)]}).accuracy["train"])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])

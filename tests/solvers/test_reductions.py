@@ -12,6 +12,7 @@ from solvers.kernels.aten import expression
 from solvers.kernels.contract import Asked
 from solvers.reductions import (
     combine,
+    displaced,
     finish_step,
     mean_square,
     mean_square_and_cosine,
@@ -418,3 +419,42 @@ def finish(solver="heun", stages=2, p=0, h=0.1, **asked):
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_displacement_between_two_states_is_not_kept():
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = (torch.randn(4, 20000, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    found = displaced(x0, x1)
+    torch.testing.assert_close(found, mean_square_and_cosine(x1 - x0))
+    ours = torch.autograd.grad([v.sum() for v in found], [x0, x1])
+    plain = torch.autograd.grad([v.sum() for v in mean_square_and_cosine(x1 - x0)], [x0, x1])
+    torch.testing.assert_close(ours, plain)
+    with pytest.raises(ValueError, match="x0 and x1 must have one shape"):
+        displaced(x0, x1[:2])
+
+
+def test_a_single_stage_is_found_again_from_the_states(kernel):
+    x0, p = (torch.randn(3, 20000, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    euler = get_tableau("euler")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        x1, found = finish_step(x0, (p,), euler, 0.5, action=True, residue=True)
+    assert x1 is not None
+    if kernel != "expression":
+        assert {x0.data_ptr(), x1.data_ptr()} <= set(kept)
+        assert p.data_ptr() not in kept
+
+    def loss(x1, found):
+        return x1.square().sum() + found["action"].sum() + (found["residue"] * found["cosine"]).sum()
+
+    ours = torch.autograd.grad(loss(x1, found), [x0, p], create_graph=True)
+    plain_x1 = x0 + 0.5 * p
+    plain = {
+        "action": 0.5 * p.square().mean(1),
+        "residue": p.square().mean(1),
+        "cosine": p.mean(1) / p.square().mean(1).sqrt(),
+    }
+    theirs = torch.autograd.grad(loss(plain_x1, plain), [x0, p], create_graph=True)
+    torch.testing.assert_close(ours, theirs)
+    again = [torch.autograd.grad(sum((g * g).sum() for g in grads), [x0, p]) for grads in (ours, theirs)]
+    torch.testing.assert_close(*again)

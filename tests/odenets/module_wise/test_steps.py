@@ -4,8 +4,9 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from odenets import data, measures, models
+from odenets import adapt, data, measures, models
 from odenets.least_action import ActionPenalty
 from odenets.memory import memory
 from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_step, trgl, trgl_multipliers
@@ -129,3 +130,33 @@ def test_records_of_the_modules_are_those_of_the_network():
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
     torch.testing.assert_close(found[1]["action"], expected[1]["action"], rtol=0, atol=0)
     assert found[1].starts == (0, 2)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["native", "adapted"])
+def test_the_action_keeps_nothing_that_is_not_kept_anyway(adapted):
+    x, y = torch.rand(8, 3, 32, 32), torch.randint(10, (8,))
+    peaks = []
+    for make in (greedy(), trgl(1.0)):
+        torch.manual_seed(0)
+        network = adapt(models.vision("resnet18", 10, stem="cifar")) if adapted else models.resnet110(blocks=2)
+        modules = module_wise(network, 2, x[:2]).train()
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
+        step = partial(parallel_step, modules, [make(k, 2) for k in range(2)], optimizers, x, y)
+        step()
+        peaks.append(memory(step).peak)
+    assert peaks[1] < 1.01 * peaks[0]
+
+
+def test_shapes_alone_tell_the_same_memory():
+    def peak():
+        torch.manual_seed(0)
+        modules = module_wise(models.resnet110(blocks=2), 2, torch.rand(2, 3, 32, 32)).train()
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
+        x, y = torch.rand(8, 3, 32, 32), torch.randint(10, (8,))
+        step = partial(parallel_step, modules, [trgl(1.0)(k, 2) for k in range(2)], optimizers, x, y)
+        step()
+        return memory(step).peak
+
+    real = peak()
+    with FakeTensorMode():
+        assert peak() == real
