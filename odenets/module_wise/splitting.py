@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +33,8 @@ def even(blocks: int, modules: int) -> list[int]:
 
 def activation_memory(network: Flow | Network | Adapted, x: Tensor, at: At = "end") -> list[int]:
     """Bytes that each block keeps for its backward pass with inputs ``x``, measured; the first with the encoder's."""
-    network = copy.deepcopy(network)  # whose batch norms may see x
+    before = [(buffer, buffer.clone()) for buffer in network.buffers()]  # batch norms see x
+    modes = [(module, module.training) for module in network.modules()]
     parts, _ = cut(network, range(1, blocks_of(network) + 1), at)
     kept = []
     for part in parts:
@@ -43,6 +43,10 @@ def activation_memory(network: Flow | Network | Adapted, x: Tensor, at: At = "en
         kept.append(memory(lambda: part(state), x.device).left)  # noqa: B023 - called here
         with torch.no_grad():
             x = part(state)
+    for module, mode in modes:
+        module.training = mode
+    for buffer, value in before:
+        buffer.copy_(value)
     return kept
 
 

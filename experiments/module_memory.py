@@ -1,0 +1,262 @@
+"""Memory of module-wise training (tables 9 and 31): peaks of a training step against backpropagation end to end.
+
+A training step is taken on tensors of the right shape and without numbers (torch's fake tensors), and the bytes of all
+tensors that live at once are counted: activations, gradients and temporaries, with the weights and the optimiser's
+state. On small networks the count is that of a real step to the byte. On a GPU the step is taken, and torch's allocator
+tells. Beside the thesis' figures stand those of backpropagation that computes every module again (checkpointing).
+
+    python experiments/module_memory.py
+    python experiments/module_memory.py --networks resnet50 swin_t
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import tyro
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+from odenets import Adapted, Network, adapt, models
+from odenets.memory import memory
+from odenets.module_wise import ModuleWise, end_to_end_step, greedy, module_wise, parallel_step, trgl
+from odenets.runs import Run
+
+METHODS = ("end-to-end", "checkpointed", "VanGL", "TRGL", "VanGL*", "TRGL*")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network, its images and its batches.
+
+    Attributes:
+        build: makes the network.
+        size: height and width of the images.
+        batch_size: of training.
+        modules: numbers of modules.
+        head: of the modules.
+        at: what transitions belong to.
+        thesis: memory saved (%) by method and number of modules.
+    """
+
+    build: Callable[[], Network | Adapted]
+    size: int
+    batch_size: int
+    modules: tuple[int, ...] = (4,)
+    head: str = "conv"
+    at: Literal["end", "start"] = "end"
+    thesis: tuple[tuple[str, int, float], ...] = ()
+
+
+def _vision(name: str, classes: int, stem: str, size: int) -> Adapted:
+    return adapt(models.vision(name, classes, stem=stem, size=size))  # type: ignore[arg-type]
+
+
+SETTINGS = {
+    "resnet110": Setting(
+        partial(models.resnet110, classes=10),
+        96,
+        64,
+        (2, 4, 8, 16),
+        thesis=(
+            *(("VanGL", 4, 27), ("VanGL", 8, 50), ("VanGL", 16, 61), ("VanGL*", 4, 41)),
+            *(("TRGL", 4, 24), ("TRGL", 8, 48), ("TRGL", 16, 58), ("TRGL*", 4, 39)),
+        ),
+    ),
+    "vgg19": Setting(
+        partial(_vision, "vgg19", 200, "imagenet", 64), 64, 256, thesis=(("VanGL", 4, 27), ("TRGL", 4, 21))
+    ),
+    "resnet50": Setting(
+        partial(_vision, "resnet50", 200, "tinyimagenet", 64), 64, 256, thesis=(("VanGL", 4, 26), ("TRGL", 4, 20))
+    ),
+    "resnet101": Setting(
+        partial(_vision, "resnet101", 200, "tinyimagenet", 64), 64, 256, thesis=(("VanGL", 4, 24), ("TRGL", 4, 11))
+    ),
+    "resnet152": Setting(
+        partial(_vision, "resnet152", 200, "tinyimagenet", 64), 64, 256, thesis=(("VanGL", 4, 21), ("TRGL", 4, 8))
+    ),
+    "swin_t": Setting(
+        partial(_vision, "swin_t", 10, "cifar", 32),
+        32,
+        1024,
+        head="token",
+        at="start",
+        thesis=(("VanGL", 4, 32), ("TRGL", 4, 30)),
+    ),
+}
+SPLITS = {
+    "resnet50": (3, 7, 13, 16),
+    "resnet101": (7, 16, 25, 33),
+    "resnet152": (11, 24, 37, 50),
+    "swin_t": (2, 4, 10, 12),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure.
+
+    Attributes:
+        networks: resnet110 (table 9), vgg19, resnet50, resnet101, resnet152, swin_t (table 31).
+        methods: end-to-end, checkpointed, VanGL, TRGL; with a star, of equally heavy modules.
+        batch_size: samples in a batch; the thesis' if 0.
+        device: "cpu" counts on shapes alone; "cuda" takes the steps.
+        quick: one network, one number of modules, a small batch: to see that it runs.
+        output: run folder.
+    """
+
+    networks: tuple[str, ...] = tuple(SETTINGS)
+    methods: tuple[str, ...] = METHODS
+    batch_size: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+    quick: bool = False
+    output: Path = Path("runs/module_memory")
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("networks", self.networks, SETTINGS), ("methods", self.methods, METHODS)):
+            if unknown := set(given) - set(known):
+                raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        if self.batch_size < 0 or self.batch_size == 1:
+            raise ValueError(f"batch_size must be at least 2, or 0 for the thesis', got {self.batch_size}")
+
+
+def split(name: str, K: int) -> int | tuple[int, ...]:
+    """The thesis' split where it names one."""
+    return SPLITS[name] if K == 4 and name in SPLITS else K
+
+
+def modules_of(name: str, method: str, K: int, x: Tensor) -> ModuleWise:
+    """The network of a setting in modules."""
+    setting = SETTINGS[name]
+    heavy = method.endswith("*")
+    return module_wise(
+        setting.build(),
+        K if heavy else split(name, K),
+        x[:2],
+        balance="memory" if heavy else "blocks",
+        head=setting.head,
+        at=setting.at,
+    ).train()
+
+
+def step_of(network: ModuleWise, method: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A training step by a method; SGD with momentum, as in the thesis."""
+    sgd = partial(torch.optim.SGD, lr=0.003, momentum=0.9, weight_decay=2e-4)
+    if method in ("end-to-end", "checkpointed"):
+        parts = [p for module in network.modules_in_order for p in module.part.parameters()]
+        optimizer = sgd([*parts, *network.modules_in_order[-1].head.parameters()])
+        kept = method == "checkpointed"
+        return partial(end_to_end_step, network, greedy()(0, 1), optimizer, checkpointed=kept)
+    make = trgl(0.5) if method.startswith("TRGL") else greedy()
+    optimizers = [sgd(module.parameters()) for module in network.modules_in_order]
+    return partial(parallel_step, network, [make(k, network.K) for k in range(network.K)], optimizers)
+
+
+def peak(name: str, method: str, K: int, batch_size: int, device: str) -> dict[str, Any]:
+    """The most bytes that live at once in a training step, weights and optimiser included."""
+    setting = SETTINGS[name]
+    with ExitStack() as shapes:
+        if device == "cpu":
+            shapes.enter_context(FakeTensorMode())
+            shapes.enter_context(patch.object(nn.init, "trunc_normal_", lambda x, **_: x))  # which looks at numbers
+        shapes.enter_context(torch.device(device))
+        x, y = torch.rand(batch_size, 3, setting.size, setting.size), torch.randint(10, (batch_size,))
+        network = modules_of(name, method, K, x)
+        step = step_of(network, method)
+        step(x, y)  # momentum is made in the first step
+        found = memory(lambda: step(x, y), device).peak
+        standing = sum(p.numel() * p.element_size() for p in {*_trained(network, method)})
+    return {"bytes": found + 2 * standing, "ends": network.ends}
+
+
+def _trained(network: ModuleWise, method: str) -> list[nn.Parameter]:
+    if method in ("end-to-end", "checkpointed"):
+        parts = [p for module in network.modules_in_order for p in module.part.parameters()]
+        return [*parts, *network.modules_in_order[-1].head.parameters()]
+    return list(network.parameters())
+
+
+def measure(config: Config) -> list[dict[str, Any]]:
+    """One row per network, method and number of modules."""
+    jobs: list[tuple[str, str, int]] = []
+    for name in config.networks:
+        for method in config.methods:
+            counts = (1,) if method == "end-to-end" else SETTINGS[name].modules
+            jobs += [(name, method, K) for K in counts if not (config.quick and K > 4)]
+    rows: list[dict[str, Any]] = []
+    for name, method, K in tqdm(jobs, desc="memory", unit="step"):
+        batch_size = config.batch_size or SETTINGS[name].batch_size
+        found = peak(name, method, K, batch_size, config.device)
+        rows.append({"network": name, "method": method, "K": K, "batch_size": batch_size, **found})
+    whole = {row["network"]: row["bytes"] for row in rows if row["method"] == "end-to-end"}
+    for row in rows:
+        if row["network"] in whole:
+            row["saved"] = 100 * (1 - row["bytes"] / whole[row["network"]])
+        theirs = {(method, K): saved for method, K, saved in SETTINGS[row["network"]].thesis}
+        row["thesis"] = theirs.get((row["method"], row["K"]))
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    columns = ["network", "method", "K", "blocks per module", "batch", "MiB", "saved (%)", "thesis (%)"]
+    grid = []
+    for row in rows:
+        sizes = [b - a for a, b in zip((0, *row["ends"]), row["ends"], strict=False)]
+        grid.append(
+            [
+                row["network"],
+                row["method"],
+                row["K"],
+                " ".join(map(str, sizes)) if row["K"] > 1 else "",
+                row["batch_size"],
+                f"{row['bytes'] / 2**20:.0f}",
+                f"{row['saved']:.0f}" if "saved" in row and row["K"] > 1 else "",
+                f"{row['thesis']:g}" if row["thesis"] is not None else "",
+            ]
+        )
+    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """What the table says, in sentences."""
+    of = {(row["network"], row["method"], row["K"]): row for row in rows}
+    lines = []
+    for (name, method, K), row in of.items():
+        plain = of.get((name, method.replace("TRGL", "VanGL"), K))
+        if method.startswith("TRGL") and plain is not None:
+            more = 100 * (row["bytes"] / plain["bytes"] - 1)
+            kept = of.get((name, "checkpointed", K))
+            text = f"{name}, K = {K}: {method} takes {more:.2f} % more than {plain['method']}"
+            if kept is not None:
+                text += f", and {row['bytes'] / kept['bytes']:.2f} of checkpointed backpropagation"
+            lines.append(text)
+    return lines
+
+
+def main(config: Config) -> None:
+    """Measure, print one table, write the run folder."""
+    if config.quick:
+        config = replace(config, networks=("resnet110",), batch_size=8)
+    started = time.time()
+    run = Run(config.output, {"networks": config.networks, "methods": config.methods, "batch_size": config.batch_size})
+    rows = measure(config)
+    run.log([{key: value for key, value in row.items() if key != "ends"} for row in rows])
+    run.finish({"rows": rows}, seeds=[], started=started)
+    text = table(rows) + "\n\n" + "\n".join(verdict(rows)) + "\n"
+    (run.folder / "table.md").write_text(text)
+    print(f"{text}\nrun folder: {run.folder}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
