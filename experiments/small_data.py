@@ -107,6 +107,8 @@ class Config:
         weights: tried for the fixed weight.
         lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
         validation_size, test_size: images to choose on; test images, all if 0.
+        protocol_size: at most so many of the test images are those of the thesis' protocol, which looks at them after
+            every epoch (the thesis took a random half).
         together: instances that are trained as one batch of networks.
         quick: one size, few instances and epochs: to see that it runs.
         output: run folder.
@@ -127,6 +129,7 @@ class Config:
     lambdas: tuple[float, ...] = (0.1, 1.0, 10.0)
     validation_size: int = 300
     test_size: int = 0
+    protocol_size: int = 1000
     together: int = 10
     quick: bool = False
     output: Path = Path("runs/small_data")
@@ -224,7 +227,8 @@ def train(config: Config, job: Job, report: Report) -> None:
         for seed in job.seeds
     ]
     protocol = job.method in PROTOCOL
-    shown = {"test": [test] * len(job.seeds)} if protocol else {}
+    seen = data.subsample(test, config.protocol_size, seed=0) if len(test) > config.protocol_size else test
+    shown = {"test": [seen] * len(job.seeds)} if protocol else {}
     found = fit_instances(
         [build(config, CONDITIONS[job.condition], pool, seed) for seed in job.seeds],
         batches,
