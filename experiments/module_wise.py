@@ -1,0 +1,587 @@
+"""Module-wise training: greedy modules with and without the action, in sequence, in laps, in parallel (section 4).
+
+Modules of a residual network are trained each by its own loss, with (TRGL) or without (VanGL) the action of its blocks,
+beside the network end to end. Every method's learning rate and tau are chosen on validation images, by the last module;
+what is reported is the accuracy on test images after the last epoch, after the last module and after the one that is
+best on validation images, over seeds that share images and weights at the start, so that differences are paired; and
+that of the last module with batch norm's statistics recomputed.
+
+    python experiments/module_wise.py
+    python experiments/module_wise.py --list
+    python experiments/module_wise.py --setting mnist-20-1 --folder DIR --sizes 150
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tabulate import tabulate
+
+from odenets import Adapted, Network, adapt, data, initialize, models, plotting, recalibrate
+from odenets.jobs import Report, Workers
+from odenets.module_wise import ModuleObjective, ModuleWise, conv_head, fit_modules, greedy, module_wise, trgl
+from odenets.objectives import CrossEntropy
+from odenets.runs import Run
+from odenets.statistics import Interval, mean_interval, paired_p_value
+
+SCHEDULES = ("sequential", "laps", "parallel")
+METHODS = ("VanGL", "TRGL")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A table of the thesis, or one that runs anywhere.
+
+    Attributes:
+        table: which.
+        dataset: name of the data set.
+        build: makes the network from channels, size and classes.
+        sizes: numbers of training images, validation images not among them.
+        modules: K.
+        split: after how many blocks each module ends; evenly if not given.
+        schedules: of the table.
+        epochs: of a parallel or end-to-end training; of the first module of a sequential one; of that in a lap.
+        more: by how many the epochs of a module exceed those of the module before, in sequence and in a lap.
+        laps: how many.
+        batch_size: of training.
+        learning_rates, taus: tried for every method.
+        end_to_end_rates: tried end to end.
+        label_smoothing: share of the target spread over all classes.
+        gain: of the orthogonal initialisation.
+        same_head: one classifier for all modules.
+        thesis: accuracy (%) of the last module, or as ``best`` says of the best, and the half-width of its interval, by
+            size, schedule and method.
+        best: whether the thesis reports the best module.
+    """
+
+    table: str
+    dataset: str
+    build: Callable[[int, int, int, models.Normalize], Network | Adapted]
+    sizes: tuple[int, ...]
+    modules: int
+    split: tuple[int, ...] = ()
+    schedules: tuple[str, ...] = SCHEDULES
+    epochs: tuple[int, int, int] = (300, 50, 10)
+    more: tuple[int, int] = (10, 2)
+    laps: int = 5
+    batch_size: int = 128
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
+    taus: tuple[float, ...] = (0.1, 1.0)
+    end_to_end_rates: tuple[float, ...] = (0.03, 0.1)
+    label_smoothing: float = 0.0
+    gain: float = 0.05
+    same_head: bool = False
+    thesis: dict[tuple[int, str, str], tuple[float, float]] = field(default_factory=dict)
+    best: bool = False
+
+
+def _resnet9(features: int, depth: int, channels: int, size: int, classes: int, normalize: models.Normalize) -> Network:
+    return models.resnet9(channels, classes, features=features, size=size, depth=depth, normalize=normalize)
+
+
+def _resnet_km(K: int, M: int, channels: int, size: int, classes: int, normalize: models.Normalize) -> Network:
+    return models.resnet_km(K, M, channels, classes, normalize=normalize)
+
+
+def _resnet110(channels: int, size: int, classes: int, normalize: models.Normalize) -> Network:
+    return models.resnet110(channels, classes, normalize=normalize)
+
+
+def _vision(name: str, stem: str, channels: int, size: int, classes: int, normalize: models.Normalize) -> Adapted:
+    model = models.vision(name, classes, stem=stem, size=size)  # type: ignore[arg-type]
+    model.register_forward_pre_hook(lambda module, args: (normalize(args[0]), *args[1:]))
+    return adapt(model)
+
+
+def _rows(schedule: str, rows: dict[int, tuple[float, float, float, float]]) -> dict[tuple[int, str, str], Any]:
+    """VanGL and TRGL of a schedule with their half-widths, by size."""
+    return {
+        (size, schedule, method): values
+        for size, (a, da, b, db) in rows.items()
+        for method, values in (("VanGL", (a, da)), ("TRGL", (b, db)))
+    }
+
+
+MNIST_20_1 = {
+    60000: (99.07, 0.04, 99.08, 0.04),
+    6000: (98.05, 0.09, 98.16, 0.07),
+    1500: (96.34, 0.12, 96.91, 0.07),
+    600: (91.35, 0.99, 95.16, 0.15),
+    300: (89.81, 0.73, 92.86, 0.24),
+    150: (81.84, 1.22, 87.48, 0.42),
+}
+MNIST_20_1_END_TO_END = {150: (87.82, 0.59), 300: (92.87, 0.28), 600: (95.3, 0.17), 1500: (97.19, 0.08)}
+CIFAR10_10_1 = {
+    50000: (88.02, 0.18, 88.20, 0.24),
+    10000: (76.0, 0.39, 77.18, 0.34),
+    5000: (67.74, 0.49, 69.67, 0.44),
+    1000: (45.67, 0.88, 51.34, 0.9),
+}
+CIFAR10_10_1_END_TO_END = {1000: (50.63, 0.98), 5000: (73.93, 0.67), 10000: (82.61, 0.35), 50000: (91.88, 0.18)}
+
+
+def _end_to_end(rows: dict[int, tuple[float, float]]) -> dict[tuple[int, str, str], tuple[float, float]]:
+    return {(size, "end-to-end", "end-to-end"): values for size, values in rows.items()}
+
+
+SETTINGS = {
+    "digits": Setting(
+        "none: runs anywhere",
+        "digits",
+        partial(_resnet9, 16, 10),
+        sizes=(200,),
+        modules=10,
+        epochs=(20, 10, 4),
+        more=(1, 0),
+        laps=4,
+        batch_size=50,
+        learning_rates=(0.01, 0.05),
+        taus=(0.05, 0.5, 5.0),
+        end_to_end_rates=(0.01, 0.05),
+        gain=0.1,
+    ),
+    "mnist-20-1": Setting(
+        "25",
+        "mnist",
+        partial(_resnet9, 32, 20),
+        sizes=(150, 300),
+        modules=20,
+        schedules=("parallel",),
+        epochs=(60, 0, 0),
+        batch_size=64,
+        same_head=True,
+        thesis=_rows("parallel", MNIST_20_1) | _end_to_end(MNIST_20_1_END_TO_END),
+    ),
+    "cifar10-20-1": Setting(
+        "26",
+        "cifar10",
+        partial(_resnet9, 100, 20),
+        sizes=(500, 5000),
+        modules=20,
+        schedules=("parallel",),
+        same_head=True,
+        thesis=_rows("parallel", {500: (38.61, 0.47, 41.44, 0.44), 5000: (62.31, 0.54, 64.06, 0.57)})
+        | _end_to_end({500: (40.4, 0.6), 5000: (69.44, 0.88)}),
+    ),
+    "cifar10-10-1": Setting(
+        "11",
+        "cifar10",
+        partial(_resnet_km, 10, 1),
+        sizes=(1000, 5000),
+        modules=10,
+        schedules=("sequential",),
+        learning_rates=(0.003, 0.007, 0.02),
+        thesis=_rows("sequential", CIFAR10_10_1) | _end_to_end(CIFAR10_10_1_END_TO_END),
+    ),
+    "cifar100-10-1": Setting(
+        "10",
+        "cifar100",
+        partial(_resnet_km, 10, 1),
+        sizes=(5000, 12500),
+        modules=10,
+        learning_rates=(0.003, 0.007, 0.02),
+        best=True,
+        thesis=_rows("sequential", {5000: (36.37, 0.33, 36.40, 0.40), 12500: (51.64, 0.33, 51.74, 0.26)})
+        | _rows("laps", {5000: (33.68, 0.48, 34.61, 0.59), 12500: (51.30, 0.22, 51.89, 0.30)})
+        | _rows("parallel", {5000: (39.45, 0.23, 40.36, 0.23), 12500: (55.13, 0.24, 55.40, 0.35)})
+        | _end_to_end({5000: (36.38, 0.31), 12500: (52.39, 0.97)}),
+    ),
+    "cifar100-50-1": Setting(
+        "28",
+        "cifar100",
+        partial(_resnet_km, 50, 1),
+        sizes=(50000,),
+        modules=50,
+        schedules=("sequential", "laps"),
+        epochs=(300, 10, 2),
+        more=(0, 0),
+        thesis=_rows("sequential", {50000: (63.40, 0.46, 63.86, 0.56)})
+        | _rows("laps", {50000: (62.59, 0.64, 63.24, 0.50)})
+        | _end_to_end({50000: (63.34, 2.41)}),
+    ),
+    "cifar100-2-7": Setting(
+        "23",
+        "cifar100",
+        partial(_resnet_km, 2, 7),
+        sizes=(50000,),
+        modules=2,
+        schedules=("parallel",),
+        batch_size=256,
+        label_smoothing=0.1,
+    ),
+    "cifar10-resnet110": Setting(
+        "24",
+        "cifar10",
+        _resnet110,
+        sizes=(50000,),
+        modules=2,
+        schedules=("parallel",),
+        batch_size=256,
+        label_smoothing=0.1,
+        gain=0.1,
+        thesis=_rows("parallel", {50000: (94.01, 0.17, 94.05, 0.18)}),
+    ),
+    "cifar100-resnet101": Setting(
+        "5 and 8",
+        "cifar100",
+        partial(_vision, "resnet101", "cifar"),
+        sizes=(50000,),
+        modules=2,
+        split=(17, 33),
+        batch_size=256,
+        label_smoothing=0.1,
+        gain=0.1,
+        thesis=_rows("parallel", {50000: (77.31, 0.27, 77.87, 0.44)}),
+    ),
+    "cifar100-resnet152": Setting(
+        "5",
+        "cifar100",
+        partial(_vision, "resnet152", "cifar"),
+        sizes=(50000,),
+        modules=2,
+        split=(25, 50),
+        schedules=("parallel",),
+        batch_size=256,
+        label_smoothing=0.1,
+        gain=0.1,
+        thesis=_rows("parallel", {50000: (75.40, 0.75, 76.55, 1.90)}),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train.
+
+    Attributes:
+        setting: a table's configuration by name, or digits.
+        list: show the names and end.
+        folder: where torchvision's files lie; without it they are downloaded.
+        sizes: numbers of training images; the setting's if not given.
+        schedules: sequential, laps, parallel; the setting's if not given.
+        seeds: that are reported, per method.
+        tuning: seeds, of other images and weights, on which learning rates and taus are chosen.
+        epochs: of a parallel or end-to-end training; the setting's if 0.
+        validation_size, test_size: images to choose on; test images, all if 0.
+        quick: few images, blocks and epochs: to see that it runs.
+        output: run folder.
+        resume: go on with what is there.
+        workers: processes; all cores if 0.
+    """
+
+    setting: str = "digits"
+    list: bool = False
+    folder: Path | None = None
+    sizes: tuple[int, ...] = ()
+    schedules: tuple[str, ...] = ()
+    seeds: int = 5
+    tuning: int = 2
+    epochs: int = 0
+    validation_size: int = 300
+    test_size: int = 0
+    quick: bool = False
+    output: Path = Path("runs/module_wise")
+    resume: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.setting not in SETTINGS:
+            raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {self.setting!r}")
+        if min(self.seeds, self.tuning) < 2:
+            raise ValueError(f"seeds and tuning must be at least 2, got {self.seeds} and {self.tuning}")
+        if unknown := set(self.schedules) - set(SCHEDULES):
+            raise ValueError(f"schedules must be among {', '.join(SCHEDULES)}, got {', '.join(sorted(unknown))}")
+
+    @property
+    def table(self) -> Setting:
+        """The setting, with what is asked otherwise."""
+        found = SETTINGS[self.setting]
+        if self.sizes:
+            found = replace(found, sizes=self.sizes)
+        if self.schedules:
+            found = replace(found, schedules=self.schedules)
+        if self.epochs:
+            found = replace(found, epochs=(self.epochs, *found.epochs[1:]))
+        if self.quick:
+            found = replace(found, sizes=(60,), epochs=(1, 1, 1), more=(0, 0), laps=2, learning_rates=(0.05,))
+            found = replace(found, taus=(0.5,), end_to_end_rates=(0.05,))
+        return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training; its name is that of its folder."""
+
+    size: int
+    schedule: str
+    method: str
+    learning_rate: float
+    tau: float
+    seed: int
+    tuning: bool
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.size}/{self.schedule}_{self.method}_lr{self.learning_rate:g}_tau{self.tau:g}_seed{self.seed}"
+
+
+def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
+    """Images to draw training images from, validation and test images."""
+    pool, test = data.load(config.table.dataset, config.folder)
+    pool, validation = data.hold_out(pool, config.validation_size, seed=0)
+    return pool, validation, data.subsample(test, config.test_size, seed=0) if config.test_size else test
+
+
+def build(setting: Setting, dataset: data.Dataset, seed: int) -> ModuleWise:
+    """The network of a setting with the seed's weights, in modules."""
+    torch.manual_seed(seed)
+    normalize = models.Normalize([*dataset.mean], [*dataset.std])
+    network = setting.build(dataset.x.shape[1], dataset.x.shape[-1], dataset.classes, normalize)
+    head: Any = "auto"
+    if setting.same_head:
+        assert isinstance(network, Network)
+        with torch.no_grad():
+            state = network.eval().encoder(dataset.x[:2])
+        head = conv_head(state, dataset.classes)
+    split = setting.split or setting.modules
+    modules = module_wise(network, split, dataset.x[:2], head=head, last_head="auxiliary")
+    return initialize(modules, "orthogonal", setting.gain)
+
+
+def objective(setting: Setting, job: Job) -> ModuleObjective:
+    """What the modules minimise."""
+    task = partial(CrossEntropy, setting.label_smoothing)
+    return trgl(job.tau, task) if job.method == "TRGL" else greedy(task)
+
+
+def lengths(setting: Setting, schedule: str) -> list[int]:
+    """Epochs of each module in a visit, or of all."""
+    every, first, lap = setting.epochs
+    if schedule == "sequential":
+        return [first + setting.more[0] * k for k in range(setting.modules)]
+    if schedule == "laps":
+        return [lap + setting.more[1] * k for k in range(setting.modules)]
+    return [every]
+
+
+def train(config: Config, job: Job, report: Report) -> None:
+    """Train the modules of a job; what was found stands in its summary."""
+    setting = config.table
+    run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
+    pool, validation, test = parts_of(config)
+    batches = data.Batches(
+        data.subsample(pool, job.size, seed=job.seed),
+        setting.batch_size,
+        seed=job.seed,
+        crop=0 if setting.dataset == "digits" else 4,
+        flip=setting.dataset.startswith("cifar"),
+    )
+    sequential = job.schedule in ("sequential", "laps")
+    network = build(setting, pool, job.seed)
+    fit_modules(
+        network,
+        batches,
+        epochs=lengths(setting, job.schedule),
+        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
+        objective=objective(setting, job),
+        schedule="sequential" if sequential else job.schedule,  # type: ignore[arg-type]
+        laps=setting.laps if job.schedule == "laps" else 1,
+        cache="memory" if sequential else None,
+        views=4,
+        report=report,
+    )
+    found = {"validation": network.accuracies(data.Batches(validation, 500))}
+    if not job.tuning:
+        found["test"] = network.accuracies(data.Batches(test, 500))
+        recalibrate(network, batches.inputs(), run=lambda x: list(network.outputs(x)))
+        found["recalibrated"] = network.accuracies(data.Batches(test, 500))
+    run.finish(asdict(job) | found, seeds=[job.seed])
+
+
+def science(config: Config) -> dict[str, Any]:
+    """What decides the outcome of a job beside its own settings."""
+    setting = {key: value for key, value in vars(config.table).items() if key not in ("build", "thesis")}
+    return {"setting": config.setting, "validation_size": config.validation_size, "test_size": config.test_size} | {
+        key: list(value) if isinstance(value, tuple) else value for key, value in setting.items()
+    }
+
+
+def ways(setting: Setting) -> list[tuple[str, str]]:
+    """Schedules with their methods."""
+    return [(s, m) for s in setting.schedules for m in METHODS] + [("end-to-end", "end-to-end")]
+
+
+def candidates(config: Config) -> list[Job]:
+    """Every method at every learning rate and tau, to choose from."""
+    setting = config.table
+    return [
+        Job(size, schedule, method, rate, tau, 10_000 + seed, tuning=True)
+        for size in setting.sizes
+        for schedule, method in ways(setting)
+        for rate in (setting.end_to_end_rates if method == "end-to-end" else setting.learning_rates)
+        for tau in (setting.taus if method == "TRGL" else (0.0,))
+        for seed in range(config.tuning)
+    ]
+
+
+def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
+    """Per size, schedule and method the jobs to report, with what served the last module best on validation images."""
+    chosen = []
+    for size in config.table.sizes:
+        for way in ways(config.table):
+            scores: dict[tuple[float, float], list[float]] = {}
+            for r in tuned:
+                if (r["size"], r["schedule"], r["method"]) == (size, *way):
+                    scores.setdefault((r["learning_rate"], r["tau"]), []).append(r["validation"][-1])
+            rate, tau = max(scores, key=lambda key: statistics.fmean(scores[key]))
+            chosen += [Job(size, *way, rate, tau, seed, tuning=False) for seed in range(config.seeds)]
+    return chosen
+
+
+def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per size, schedule and method; differences to VanGL in the same schedule paired over the seeds."""
+    rows = []
+    for size in config.table.sizes:
+        for schedule, method in ways(config.table):
+            found = of(results, size, schedule, method)
+            last = [100 * r["test"][-1] for r in found]
+            best = [100 * r["test"][r["validation"].index(max(r["validation"]))] for r in found]
+            row: dict[str, Any] = {"size": size, "schedule": schedule, "method": method}
+            row |= {"learning_rate": found[0]["learning_rate"], "tau": found[0]["tau"]}
+            row |= {"last": mean_interval(last), "best": mean_interval(best)}
+            row["first"] = mean_interval([100 * r["test"][0] for r in found])
+            row["recalibrated"] = mean_interval([100 * r["recalibrated"][-1] for r in found])
+            row["modules"] = [mean_interval([100 * r["test"][k] for r in found]) for k in range(len(found[0]["test"]))]
+            if method == "TRGL":
+                plain = of(results, size, schedule, "VanGL")
+                for name, key in (("difference", "test"), ("recalibrated_difference", "recalibrated")):
+                    a, b = ([100 * r[key][-1] for r in rs] for rs in (found, plain))
+                    row[name] = mean_interval([x - y for x, y in zip(a, b, strict=True)])
+                    row[name + "_p"] = paired_p_value(a, b)
+            figure = config.table.thesis.get((size, schedule, method))
+            if figure is not None:
+                ours = row["best" if config.table.best else "last"]
+                row |= {"thesis": Interval(*figure, 10), "meets": ours.meets(Interval(*figure, 10))}
+            rows.append(row)
+    return rows
+
+
+def of(results: list[dict[str, Any]], size: int, schedule: str, method: str) -> list[dict[str, Any]]:
+    """The results of a method, by seed."""
+    found = [r for r in results if (r["size"], r["schedule"], r["method"]) == (size, schedule, method)]
+    return sorted(found, key=lambda r: r["seed"])
+
+
+def text(value: Interval) -> str:
+    """A mean with its interval."""
+    return f"{value.mean:.2f} ± {value.half_width:.2f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    columns = ["images", "schedule", "method", "lr", "tau", "first module", "last module", "- VanGL", "p"]
+    columns += ["best on validation", "last, recomputed statistics", "- VanGL", "thesis", "meets"]
+    grid = [
+        [
+            row["size"],
+            row["schedule"],
+            row["method"] if row["method"] != row["schedule"] else "",
+            f"{row['learning_rate']:g}",
+            f"{row['tau']:g}" if row["tau"] else "",
+            text(row["first"]) if row["method"] != "end-to-end" else "",
+            text(row["last"]),
+            text(row["difference"]) if "difference" in row else "",
+            f"{row['difference_p']:.2g}" if "difference" in row else "",
+            text(row["best"]) if row["method"] != "end-to-end" else "",
+            text(row["recalibrated"]),
+            text(row["recalibrated_difference"]) if "difference" in row else "",
+            text(row["thesis"]) if "thesis" in row else "",
+            ("yes" if row["meets"] else "no") if "meets" in row else "",
+        ]
+        for row in rows
+    ]
+    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """What the table says, in sentences: differences are called so where their 95 % interval leaves out 0."""
+    lines = []
+    for row in rows:
+        if "difference" in row:
+            mean, half = row["difference"].mean, row["difference"].half_width
+            what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
+            lines.append(
+                f"{row['size']} images, {row['schedule']}, last module: TRGL {what} VanGL, {text(row['difference'])} "
+                f"points, p = {row['difference_p']:.2g}"
+            )
+        if row["method"] == "VanGL":
+            gain = row["last"].mean - row["first"].mean
+            lines.append(
+                f"{row['size']} images, {row['schedule']}, VanGL: {gain:+.2f} points from the first module to the last"
+            )
+    return lines
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy after each module, a figure per size and schedule (Figs 18 and 42)."""
+    found = {}
+    for row in rows:
+        if row["method"] != "VanGL":
+            continue
+        both = [r for r in rows if (r["size"], r["schedule"]) == (row["size"], row["schedule"])]
+        series = {r["method"]: list(enumerate(r["modules"], 1)) for r in both}
+        name = f"modules_{row['size']}_{row['schedule']}"
+        found[name] = plotting.intervals(series, xlabel="module", ylabel="test accuracy (%)")
+    return found
+
+
+def listing() -> str:
+    """The settings by name."""
+    grid = [
+        [name, s.table, s.dataset, " ".join(map(str, s.sizes)), s.modules, ", ".join(s.schedules)]
+        for name, s in SETTINGS.items()
+    ]
+    return tabulate(grid, ["setting", "table", "data", "images", "K", "schedules"], tablefmt="github")
+
+
+def main(config: Config) -> None:
+    """Choose, train, print one table, write the run folder with its figures."""
+    if config.list:
+        print(listing())
+        return
+    if config.quick:
+        config = replace(config, seeds=2, tuning=2)
+    started = time.time()
+    parts_of(config)  # a wrong data folder shows here, before anything is written
+    names = {name: getattr(config, name) for name in ("seeds", "tuning")}
+    run = Run(config.output, science(config) | names, resume=config.resume)
+    setting = config.table
+
+    def folder(job: Job) -> Path:
+        return config.output / job.name
+
+    def cost(job: Job) -> int:
+        return sum(lengths(setting, job.schedule)) * (setting.laps if job.schedule == "laps" else 1)
+
+    with Workers(config.workers or os.cpu_count() or 1) as workers:
+        complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
+        jobs = choose(config, complete(candidates(config), label="choosing"))
+        results = complete(jobs, label="training")
+    rows = summarise(config, results)
+    plotting.save(figures(rows), run.folder / "figures")
+    trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
+    print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
