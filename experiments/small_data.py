@@ -107,8 +107,8 @@ class Config:
         weights: tried for the fixed weight.
         lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
         validation_size, test_size: images to choose on; test images, all if 0.
-        protocol_size: at most so many of the test images are those of the thesis' protocol, which looks at them after
-            every epoch (the thesis took a random half).
+        protocol_size, protocol_every: test images, at most, of the thesis' protocol, which looks at them while it trains
+            (the thesis at a random half, after every epoch), and epochs from one look to the next.
         together: instances that are trained as one batch of networks.
         quick: one size, few instances and epochs: to see that it runs.
         output: run folder.
@@ -130,6 +130,7 @@ class Config:
     validation_size: int = 300
     test_size: int = 0
     protocol_size: int = 1000
+    protocol_every: int = 1
     together: int = 10
     quick: bool = False
     output: Path = Path("runs/small_data")
@@ -236,6 +237,7 @@ def train(config: Config, job: Job, report: Report) -> None:
         optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
         objective=lambda: objective(job),
         measured=shown,
+        every=config.protocol_every,
         report=report,
     )
     looked = data.Batches(validation if job.tuning else test, 500)
@@ -246,7 +248,7 @@ def train(config: Config, job: Job, report: Report) -> None:
         recalibrate(network, batch.inputs())
         results["recalibrated"].append(evaluate(network, looked).accuracy)
     if protocol:
-        results["max"] = found.accuracy["test"].amax(1).tolist()
+        results["max"] = found.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
     run.finish(asdict(job) | results, seeds=list(job.seeds))
 
 
