@@ -107,8 +107,8 @@ class Config:
         weights: tried for the fixed weight.
         lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
         validation_size, test_size: images to choose on; test images, all if 0.
-        protocol_size, protocol_every: test images, at most, of the thesis' protocol, which looks at them while it trains
-            (the thesis at a random half, after every epoch), and epochs from one look to the next.
+        protocol_size, protocol_every: test images, at most, at which the thesis' protocol looks while it trains (the
+            thesis at a random half, after every epoch), and epochs from one look to the next.
         together: instances that are trained as one batch of networks.
         quick: one size, few instances and epochs: to see that it runs.
         output: run folder.

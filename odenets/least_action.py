@@ -194,7 +194,7 @@ class LeastAction(_WithCost):
         loss = loss.detach().double()
         if distributed.is_available() and distributed.is_initialized():
             total = torch.stack([loss * samples, loss.new_tensor(samples)])
-            distributed.all_reduce(total)
+            distributed.all_reduce(total, group=self.group)
             loss = total[0] / total[1]
         self.multiplier += self.tau * loss
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,10 @@ class Objective(nn.Module):
 
     Attributes:
         measures: the measures that the network is to record, by name.
+        group: the processes that share its batches; all of them if None.
     """
+
+    group: Any = None
 
     def __init__(self, measures: Mapping[str, Measure] | None = None) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from odenets.module_wise.cutting import blocks_of, cut
 from odenets.module_wise.heads import conv_head, linear_head, token_head
 from odenets.module_wise.modules import Module, ModuleWise, module_wise
 from odenets.module_wise.objectives import ModuleObjective, greedy, trgl, trgl_multipliers
+from odenets.module_wise.processes import WorkerLostError, fit_in_processes
 from odenets.module_wise.rivals import auglocal, infopro, predsim
 from odenets.module_wise.schedules import ModuleTraining, fit_modules
 from odenets.module_wise.splitting import balanced, even
@@ -14,6 +15,7 @@ __all__ = [
     "ModuleObjective",
     "ModuleTraining",
     "ModuleWise",
+    "WorkerLostError",
     "auglocal",
     "balanced",
     "blocks_of",
@@ -21,6 +23,7 @@ __all__ = [
     "cut",
     "end_to_end_step",
     "even",
+    "fit_in_processes",
     "fit_modules",
     "greedy",
     "infopro",

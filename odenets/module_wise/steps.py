@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import cast
 
@@ -29,6 +29,7 @@ def local_step(
     y: Tensor,
     *,
     clip_norm: float | None = None,
+    share: Callable[[Optimizer], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of one module on a batch; when it returns, nothing is kept of its backward pass, nor its gradients.
 
@@ -40,6 +41,7 @@ def local_step(
         images: what the network was given.
         y: labels.
         clip_norm: largest norm of the gradient.
+        share: called between the backward pass and the step, to average gradients with other processes.
 
     Returns:
         The state after the module, before the step, and the summed loss and the number of right answers, ``(2,)``.
@@ -54,6 +56,8 @@ def local_step(
     loss.backward()
     state = state.detach()
     del output, records, loss  # and with them what the backward pass needed
+    if share is not None:
+        share(optimizer)
     _apply(module, optimizer, clip_norm)
     objective.after_step(module, (x, y))
     return state, found

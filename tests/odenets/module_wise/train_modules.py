@@ -1,0 +1,69 @@
+"""Train modules in as many processes as ``torchrun`` starts, as told on the command line; each writes what it found."""
+
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from odenets import data, models, save_weights
+from odenets.module_wise import fit_in_processes, module_wise, trgl_multipliers
+from odenets.runs import Run
+
+DIGITS = data.subsample(data.load("digits")[0], 120)
+BATCHES = data.Batches(DIGITS, 40, seed=0)
+EPOCHS = 4
+OBJECTIVE = trgl_multipliers(every=2)
+
+
+def network():
+    torch.manual_seed(0)
+    return module_wise(models.resnet9(1, 10, features=8, size=8, depth=4, norm="group"), 4, DIGITS.x[:4])
+
+
+class Troubled(torch.optim.SGD):
+    """SGD that is slow, or kills its process at some step."""
+
+    steps = 0
+
+    def __init__(self, parameters, slow=0.0, kill=0):
+        super().__init__(parameters, lr=0.05, momentum=0.9)
+        self.slow, self.kill = slow, kill
+
+    def step(self, closure=None):  # type: ignore[override]
+        Troubled.steps += 1
+        time.sleep(self.slow)
+        if Troubled.steps == self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(closure)
+
+
+def main(folder: Path, trouble: dict, options: dict) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    modules = network()
+    run = Run(folder, {}, resume=True)
+    mine = trouble.get(str(rank), {})
+    rows = fit_in_processes(
+        modules,
+        BATCHES,
+        epochs=EPOCHS,
+        optimizer=partial(Troubled, **mine),
+        objective=OBJECTIVE,
+        run=run,
+        timeout=60,
+        **options,
+    )
+    save_weights(modules, folder / f"weights{rank}.safetensors")
+    (folder / f"rows{rank}.json").write_text(json.dumps(rows))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]))
