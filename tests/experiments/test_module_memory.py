@@ -1,0 +1,49 @@
+"""Memory of module-wise training, on a small batch."""
+
+from dataclasses import replace
+
+import pytest
+from module_memory import SETTINGS, Config, main, measure, peak, split, table, verdict
+
+from odenets.runs import read_summary
+
+
+def test_a_run_prints_its_table(tmp_path, capsys):
+    main(Config(quick=True, output=tmp_path / "run", methods=("end-to-end", "TRGL")))
+    shown = capsys.readouterr().out
+    rows = read_summary(tmp_path / "run")["results"]["rows"]
+    assert [(row["method"], row["K"]) for row in rows] == [("end-to-end", 1), ("TRGL", 2), ("TRGL", 4)]
+    assert rows[2]["thesis"] == 24
+    assert rows[2]["saved"] > rows[1]["saved"] > 0
+    assert "| resnet110 | TRGL" in shown
+
+
+def test_memory_saved_on_resnet110_is_at_least_the_thesis():
+    """Table 9, at the thesis' size: 96 x 96 in batches of 64."""
+    whole = peak("resnet110", "end-to-end", 1, 64, "cpu")["bytes"]
+    for method, K, theirs in (("TRGL", 4, 24), ("TRGL", 8, 48), ("TRGL", 16, 58)):
+        found = peak("resnet110", method, K, 64, "cpu")["bytes"]
+        assert 100 * (1 - found / whole) >= theirs
+        if K == 4:
+            assert found <= 1.03 * peak("resnet110", "VanGL", K, 64, "cpu")["bytes"]
+
+
+def test_splits_of_the_thesis():
+    assert split("resnet110", 4) == 4
+    assert split("resnet101", 4) == (7, 16, 25, 33)
+    assert set(SETTINGS) >= {"resnet50", "vgg19", "swin_t"}
+
+
+def test_networks_of_table_31_are_measured(tmp_path):
+    config = replace(Config(), networks=("vgg19", "swin_t"), methods=("end-to-end", "VanGL", "TRGL"), batch_size=64)
+    rows = measure(config)
+    assert all(row["saved"] > 0 for row in rows if row["K"] > 1)
+    assert "TRGL takes" in verdict(rows)[0]
+    assert len(table(rows).splitlines()) == 2 + 6
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="networks must be among resnet110"):
+        Config(networks=("resnet9",))
+    with pytest.raises(ValueError, match="batch_size"):
+        Config(batch_size=1)
