@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from benchmarks.solves import COLUMNS
 
-__all__ = ["memory_table", "network_table", "ratio_table", "reduction_table"]
+__all__ = ["memory_table", "network_table", "ratio_table", "reduction_table", "step_table"]
 
 Info = dict[str, Any]
 
@@ -76,6 +76,20 @@ def network_table(rows: list[Info]) -> str:
     return _table(lines, ["", "ResNet-9", "", "without (ms)", "with / without"])
 
 
+def step_table(rows: list[Info]) -> str:
+    """Time of a training step in modules over that of another way to take it, by the number of modules."""
+
+    def key(row: Info) -> tuple[str, str, str, str]:
+        return row["device"], row["step"], row["who"], row["over"]
+
+    counts = sorted({row["K"] for row in rows})
+    lines = []
+    for (device, network, who, over), group in groupby(sorted(rows, key=key), key):
+        found = {row["K"]: f"{row['ratio']:.3f}" for row in group}
+        lines.append([device, network, f"{who} / {over}", *(found.get(K, "") for K in counts)])
+    return _table(lines, ["", "", "time", *(f"K = {K}" for K in counts)])
+
+
 def _table(lines: list[list[str]], headers: list[str]) -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
@@ -91,7 +105,10 @@ def main(path: str) -> None:
         print(reduction_table(reduced) + "\n")
     if measured := [row for row in rows if "measured_network" in row]:
         print(network_table(measured) + "\n")
-    if timed := [row for row in rows if "ratio" in row and not {"reduction", "measured_network"} & set(row)]:
+    if steps := [row for row in rows if "step" in row]:
+        print(step_table(steps) + "\n")
+    others = {"reduction", "measured_network", "step"}
+    if timed := [row for row in rows if "ratio" in row and not others & set(row)]:
         print("Time over the time of the field calls alone (how many), medians of interleaved rounds, one thread.\n")
         print(ratio_table(timed) + "\n")
     if remembered := [row for row in rows if "memory" in row]:

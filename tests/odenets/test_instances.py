@@ -177,10 +177,11 @@ def test_errors(changes, message):
         )
 
 
-def test_accuracies_do_not_depend_on_how_many_samples_are_shown_at_once(monkeypatch):
+def test_accuracies_one_by_one_are_those_together(monkeypatch):
     found = []
-    for at_once in (1, 7, instances.AT_ONCE):
-        monkeypatch.setattr(instances, "AT_ONCE", at_once)
-        found.append(together(CrossEntropy, measured={"train": [points(i) for i in range(N)]}).accuracy["train"])
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[2])
+    for together_up_to in (0, instances.TOGETHER):
+        monkeypatch.setattr(instances, "TOGETHER", together_up_to)
+        networks = [network(i, "batch") for i in range(N)]
+        sets = {"train": [points(i) for i in range(N)]}
+        found.append(together(CrossEntropy, networks=networks, optimizer=sgd, measured=sets).accuracy["train"])
+    assert torch.equal(*found)

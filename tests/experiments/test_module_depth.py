@@ -1,0 +1,54 @@
+"""The experiment on accuracy after each module, on a few digits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from module_depth import CONDITIONS, Config, best, build, candidates, choose, main, parts_of, training_images
+
+from odenets.runs import read_summary
+
+TINY = Config(workers=1, quick=True)
+
+
+def test_a_run_leaves_its_table_and_figures_and_goes_on(tmp_path, capsys):
+    main(replace(TINY, output=tmp_path / "run"))
+    shown = capsys.readouterr().out
+    rows = read_summary(tmp_path / "run")["results"]["rows"]
+    assert [(row["condition"], row["method"]) for row in rows] == [("few images", "VanGL"), ("few images", "TRGL")]
+    for name in ("fig_18_few_images", "fig_43"):
+        assert (tmp_path / "run" / "figures" / f"{name}.png").exists()
+    main(replace(TINY, output=tmp_path / "run", resume=True))
+    assert capsys.readouterr().out == shown
+
+
+def test_every_tau_is_reported_under_the_first_condition():
+    config = Config(conditions=("standard", "label noise"), taus=(0.1, 1.0), learning_rates=(0.05,))
+    tuned = [{**vars(job), "validation": [job.tau if job.tau < 1 else 0.05]} for job in candidates(config)]
+    assert best(config, tuned, "standard", config.taus) == (0.05, 0.1)
+    found = {(job.condition, job.tau) for job in choose(config, tuned)}
+    assert found == {
+        ("standard", 0.0),
+        ("standard", 0.1),
+        ("standard", 1.0),
+        ("label noise", 0.0),
+        ("label noise", 0.1),
+    }
+    assert not {job.seed for job in choose(config, tuned)} & {job.seed for job in candidates(config)}
+
+
+def test_conditions_are_as_said():
+    pool, *_ = parts_of(Config())
+    clean, noisy = (training_images(pool, CONDITIONS[name], 3) for name in ("standard", "label noise"))
+    assert torch.equal(clean.x, noisy.x)
+    assert 0.2 < (clean.y != noisy.y).float().mean() < 0.5
+    shared = build(Config(), CONDITIONS["same head"], pool, 0)
+    assert len({id(module.head) for module in shared.modules_in_order}) == 1
+    assert build(Config(), CONDITIONS["20 modules"], pool, 0).K == 20
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="conditions must be among standard; sequential"):
+        Config(conditions=("deep",))
+    with pytest.raises(ValueError, match="seeds and tuning"):
+        Config(tuning=1)
