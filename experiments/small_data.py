@@ -109,7 +109,9 @@ class Config:
         validation_size, test_size: images to choose on; test images, all if 0.
         protocol_size, protocol_every: test images, at most, at which the thesis' protocol looks while it trains (the
             thesis at a random half, after every epoch), and epochs from one look to the next.
-        together: instances that are trained as one batch of networks.
+        together: instances that are trained as one batch of networks: many where they are small, 1 where a network
+            alone keeps the processor busy.
+        features: channels; the thesis' (MNIST 32, CIFAR-10 100), 16 for digits, if 0.
         quick: one size, few instances and epochs: to see that it runs.
         output: run folder.
         resume: go on with what is there.
@@ -132,6 +134,7 @@ class Config:
     protocol_size: int = 1000
     protocol_every: int = 1
     together: int = 10
+    features: int = 0
     quick: bool = False
     output: Path = Path("runs/small_data")
     resume: bool = False
@@ -140,6 +143,10 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.instances, self.tuning) < 2:
             raise ValueError(f"instances and tuning must be at least 2, got {self.instances} and {self.tuning}")
+        if self.together < 1 or self.features < 0:
+            raise ValueError(
+                f"together must be at least 1 and features not negative, got {self.together} and {self.features}"
+            )
         if not self.sizes or min(self.sizes) < 10:
             raise ValueError(f"sizes must hold numbers of at least 10 images, got {self.sizes}")
         if unknown := set(self.conditions) - set(CONDITIONS):
@@ -182,7 +189,7 @@ def build(config: Config, condition: Condition, dataset: data.Dataset, seed: int
     """ResNet-9, or what the condition makes of it, with the seed's weights."""
     torch.manual_seed(seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
-    features = {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
+    features = config.features or {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
     normalize = models.Normalize(list(dataset.mean), list(dataset.std))
     network = models.resnet9(
         channels,
@@ -240,7 +247,7 @@ def train(config: Config, job: Job, report: Report) -> None:
         every=config.protocol_every,
         report=report,
     )
-    looked = data.Batches(validation if job.tuning else test, 500)
+    looked = data.Batches(validation if job.tuning else test, 100)
     results: dict[str, list[float]] = {"last": [], "recalibrated": [], "action": []}
     for network, batch in zip(found.networks, batches, strict=True):
         results["last"].append(evaluate(network, looked).accuracy)
@@ -260,39 +267,51 @@ def action(network: Network, x: Tensor) -> float:
 
 def science(config: Config) -> dict[str, Any]:
     """What decides the outcome of a job beside its own settings."""
-    names = ("dataset", "epochs", "batch_size", "validation_size", "test_size")
+    names = ("dataset", "epochs", "batch_size", "validation_size", "test_size", "features")
     return {name: getattr(config, name) for name in names}
+
+
+def groups(config: Config, first: int, number: int) -> list[tuple[int, ...]]:
+    """Seeds from the first on, in groups that are trained together."""
+    seeds = range(first, first + number)
+    return [tuple(seeds[i : i + config.together]) for i in range(0, number, config.together)]
 
 
 def candidates(config: Config, condition: str, size: int) -> list[Job]:
     """Every method at every learning rate and weight, to choose from."""
-    seeds = tuple(range(10_000, 10_000 + config.tuning))
     weights = {"vanilla": (0.0,), "fixed weight": config.weights, "least action": config.lambdas}
     return [
         Job(condition, size, method, rate, weight, seeds, tuning=True)
         for method in METHODS
         for rate in config.learning_rates
         for weight in weights[method]
+        for seeds in groups(config, 10_000, config.tuning)
     ]
 
 
 def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
     """The jobs whose test accuracy is reported, each only once."""
-    groups = [
-        tuple(range(i, min(i + config.together, config.instances))) for i in range(0, config.instances, config.together)
-    ]
     best = {(c["method"], c["learning_rate"], c["weight"]) for c in chosen.values()}
     best |= {(method, 0.01, 0.0) for method in PROTOCOL}
-    return [Job(condition, size, *each, seeds, tuning=False) for each in sorted(best) for seeds in groups]
+    return [
+        Job(condition, size, *each, seeds, tuning=False)
+        for each in sorted(best)
+        for seeds in groups(config, 0, config.instances)
+    ]
 
 
 def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """Per method, and per way of taking batch norm's statistics, the settings best on validation images."""
-    return {
-        (method, way): max((r for r in tuned if r["method"] == method), key=lambda r: statistics.fmean(r[way]))
-        for method in METHODS
-        for way in ("last", "recalibrated")
-    }
+    names = ("method", "learning_rate", "weight")
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
+    for way in ("last", "recalibrated"):
+        scores: dict[tuple[Any, ...], list[float]] = {}
+        for r in tuned:
+            scores.setdefault(tuple(r[name] for name in names), []).extend(r[way])
+        for method in METHODS:
+            best = max((key for key in scores if key[0] == method), key=lambda key: statistics.fmean(scores[key]))
+            chosen[method, way] = dict(zip(names, best, strict=True))
+    return chosen
 
 
 def summarise(

@@ -98,3 +98,20 @@ def test_errors():
         Config(instances=1)
     with pytest.raises(ValueError, match="sizes"):
         Config(sizes=(5,))
+    with pytest.raises(ValueError, match="together must be at least 1"):
+        Config(together=0)
+
+
+def test_settings_are_chosen_on_the_mean_over_all_groups_of_tuning_seeds():
+    config = Config(tuning=5, together=2, learning_rates=(0.1,), weights=(1.0,), lambdas=(1.0,))
+    assert [job.seeds for job in candidates(config, "standard", 100) if job.method == "vanilla"] == [
+        (10_000, 10_001),
+        (10_002, 10_003),
+        (10_004,),
+    ]
+    tuned = [
+        {"method": method, "learning_rate": rate, "weight": 0.0, "last": last, "recalibrated": last[::-1]}
+        for method in METHODS
+        for rate, last in ((0.1, [0.9, 0.9]), (0.1, [0.0]), (0.3, [0.7, 0.7]), (0.3, [0.7]))
+    ]
+    assert {setting["learning_rate"] for setting in choose(tuned).values()} == {0.3}
