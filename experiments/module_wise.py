@@ -1,13 +1,15 @@
 """Module-wise training: greedy modules with and without the action, in sequence, in laps, in parallel (section 4).
 
 Modules of a residual network are trained each by its own loss, with (TRGL) or without (VanGL) the action of its blocks,
-beside the network end to end. Every method's learning rate and tau are chosen on validation images, by the last module;
-what is reported is the accuracy on test images after the last epoch, after the last module and after the one that is
-best on validation images, over seeds that share images and weights at the start, so that differences are paired; and
-that of the last module with batch norm's statistics recomputed.
+beside the network end to end and, where asked, three rivals: InfoPro, PredSim and AugLocal. Every method's learning
+rate and tau are chosen on validation images, by the last module; what is reported is the accuracy on test images after
+the last epoch, after the last module and after the one that is best on validation images, over seeds that share images
+and weights at the start, so that differences are paired; and that of the last module with batch norm's statistics
+recomputed.
 
     python experiments/module_wise.py
     python experiments/module_wise.py --list
+    python experiments/module_wise.py --rivals InfoPro PredSim AugLocal
     python experiments/module_wise.py --setting mnist-20-1 --folder DIR --sizes 150
 """
 
@@ -28,13 +30,27 @@ from tabulate import tabulate
 
 from odenets import Adapted, Network, adapt, data, initialize, models, plotting, recalibrate
 from odenets.jobs import Report, Workers
-from odenets.module_wise import ModuleObjective, ModuleWise, conv_head, fit_modules, greedy, module_wise, trgl
+from odenets.module_wise import (
+    ModuleObjective,
+    ModuleWise,
+    auglocal,
+    blocks_of,
+    conv_head,
+    even,
+    fit_modules,
+    greedy,
+    infopro,
+    module_wise,
+    predsim,
+    trgl,
+)
 from odenets.objectives import CrossEntropy
 from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval, paired_p_value
 
 SCHEDULES = ("sequential", "laps", "parallel")
 METHODS = ("VanGL", "TRGL")
+RIVALS = ("InfoPro", "PredSim", "AugLocal")
 
 
 @dataclass(frozen=True)
@@ -268,6 +284,8 @@ class Config:
         folder: where torchvision's files lie; without it they are downloaded.
         sizes: numbers of training images; the setting's if not given.
         schedules: sequential, laps, parallel; the setting's if not given.
+        rivals: InfoPro (its weight falls from 1 to 0 over the modules), PredSim (weight 1), AugLocal (heads of at most
+            four later blocks), in the parallel schedule.
         seeds: that are reported, per method.
         tuning: seeds, of other images and weights, on which learning rates and taus are chosen.
         epochs: of a parallel or end-to-end training; the setting's if 0.
@@ -283,6 +301,7 @@ class Config:
     folder: Path | None = None
     sizes: tuple[int, ...] = ()
     schedules: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     seeds: int = 5
     tuning: int = 2
     epochs: int = 0
@@ -300,6 +319,8 @@ class Config:
             raise ValueError(f"seeds and tuning must be at least 2, got {self.seeds} and {self.tuning}")
         if unknown := set(self.schedules) - set(SCHEDULES):
             raise ValueError(f"schedules must be among {', '.join(SCHEDULES)}, got {', '.join(sorted(unknown))}")
+        if unknown := set(self.rivals) - set(RIVALS):
+            raise ValueError(f"rivals must be among {', '.join(RIVALS)}, got {', '.join(sorted(unknown))}")
 
     @property
     def table(self) -> Setting:
@@ -342,8 +363,8 @@ def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
     return pool, validation, data.subsample(test, config.test_size, seed=0) if config.test_size else test
 
 
-def build(setting: Setting, dataset: data.Dataset, seed: int) -> ModuleWise:
-    """The network of a setting with the seed's weights, in modules."""
+def build(setting: Setting, dataset: data.Dataset, seed: int, method: str = "VanGL") -> ModuleWise:
+    """The network of a setting with the seed's weights, in modules as the method needs them."""
     torch.manual_seed(seed)
     normalize = models.Normalize([*dataset.mean], [*dataset.std])
     network = setting.build(dataset.x.shape[1], dataset.x.shape[-1], dataset.classes, normalize)
@@ -353,8 +374,12 @@ def build(setting: Setting, dataset: data.Dataset, seed: int) -> ModuleWise:
         with torch.no_grad():
             state = network.eval().encoder(dataset.x[:2])
         head = conv_head(state, dataset.classes)
-    split = setting.split or setting.modules
-    modules = module_wise(network, split, dataset.x[:2], head=head, last_head="auxiliary")
+    split = setting.split or even(blocks_of(network), setting.modules)
+    if method == "AugLocal":
+        heads = auglocal(network, split, dataset.x[:2])
+        return initialize(module_wise(network, split, dataset.x[:2], head=heads), "orthogonal", setting.gain)
+    loss = {"InfoPro": infopro(), "PredSim": predsim(dataset.classes)}.get(method)
+    modules = module_wise(network, split, dataset.x[:2], head=head, last_head="auxiliary", local_loss=loss)
     return initialize(modules, "orthogonal", setting.gain)
 
 
@@ -387,7 +412,7 @@ def train(config: Config, job: Job, report: Report) -> None:
         flip=setting.dataset.startswith("cifar"),
     )
     sequential = job.schedule in ("sequential", "laps")
-    network = build(setting, pool, job.seed)
+    network = build(setting, pool, job.seed, job.method)
     fit_modules(
         network,
         batches,
@@ -416,9 +441,10 @@ def science(config: Config) -> dict[str, Any]:
     }
 
 
-def ways(setting: Setting) -> list[tuple[str, str]]:
+def ways(config: Config) -> list[tuple[str, str]]:
     """Schedules with their methods."""
-    return [(s, m) for s in setting.schedules for m in METHODS] + [("end-to-end", "end-to-end")]
+    greedily = [(s, m) for s in config.table.schedules for m in METHODS]
+    return [*greedily, *(("parallel", rival) for rival in config.rivals), ("end-to-end", "end-to-end")]
 
 
 def candidates(config: Config) -> list[Job]:
@@ -427,7 +453,7 @@ def candidates(config: Config) -> list[Job]:
     return [
         Job(size, schedule, method, rate, tau, 10_000 + seed, tuning=True)
         for size in setting.sizes
-        for schedule, method in ways(setting)
+        for schedule, method in ways(config)
         for rate in (setting.end_to_end_rates if method == "end-to-end" else setting.learning_rates)
         for tau in (setting.taus if method == "TRGL" else (0.0,))
         for seed in range(config.tuning)
@@ -438,7 +464,7 @@ def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
     """Per size, schedule and method the jobs to report, with what served the last module best on validation images."""
     chosen = []
     for size in config.table.sizes:
-        for way in ways(config.table):
+        for way in ways(config):
             scores: dict[tuple[float, float], list[float]] = {}
             for r in tuned:
                 if (r["size"], r["schedule"], r["method"]) == (size, *way):
@@ -452,7 +478,7 @@ def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
     """One row per size, schedule and method; differences to VanGL in the same schedule paired over the seeds."""
     rows = []
     for size in config.table.sizes:
-        for schedule, method in ways(config.table):
+        for schedule, method in ways(config):
             found = of(results, size, schedule, method)
             last = [100 * r["test"][-1] for r in found]
             best = [100 * r["test"][r["validation"].index(max(r["validation"]))] for r in found]
@@ -462,8 +488,7 @@ def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
             row["first"] = mean_interval([100 * r["test"][0] for r in found])
             row["recalibrated"] = mean_interval([100 * r["recalibrated"][-1] for r in found])
             row["modules"] = [mean_interval([100 * r["test"][k] for r in found]) for k in range(len(found[0]["test"]))]
-            if method == "TRGL":
-                plain = of(results, size, schedule, "VanGL")
+            if method != "VanGL" and (plain := of(results, size, schedule, "VanGL")):
                 for name, key in (("difference", "test"), ("recalibrated_difference", "recalibrated")):
                     a, b = ([100 * r[key][-1] for r in rs] for rs in (found, plain))
                     row[name] = mean_interval([x - y for x, y in zip(a, b, strict=True)])
@@ -521,8 +546,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             mean, half = row["difference"].mean, row["difference"].half_width
             what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
             lines.append(
-                f"{row['size']} images, {row['schedule']}, last module: TRGL {what} VanGL, {text(row['difference'])} "
-                f"points, p = {row['difference_p']:.2g}"
+                f"{row['size']} images, {row['schedule']}, last module: {row['method']} {what} VanGL, "
+                f"{text(row['difference'])} points, p = {row['difference_p']:.2g}"
             )
         if row["method"] == "VanGL":
             gain = row["last"].mean - row["first"].mean
@@ -563,7 +588,7 @@ def main(config: Config) -> None:
         config = replace(config, seeds=2, tuning=2)
     started = time.time()
     parts_of(config)  # a wrong data folder shows here, before anything is written
-    names = {name: getattr(config, name) for name in ("seeds", "tuning")}
+    names = {name: getattr(config, name) for name in ("seeds", "tuning", "rivals")}
     run = Run(config.output, science(config) | names, resume=config.resume)
     setting = config.table
 

@@ -4,7 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from module_wise import SETTINGS, Config, build, candidates, choose, lengths, main, objective, parts_of, science, ways
+from module_wise import (
+    RIVALS,
+    SETTINGS,
+    Config,
+    build,
+    candidates,
+    choose,
+    lengths,
+    main,
+    objective,
+    parts_of,
+    science,
+    ways,
+)
 
 from odenets.least_action import ActionPenalty
 from odenets.runs import read_summary
@@ -13,11 +26,11 @@ TINY = Config(workers=1, quick=True)
 
 
 def test_a_run_prints_its_table_and_goes_on(tmp_path, capsys):
-    config = replace(TINY, schedules=("parallel",), output=tmp_path / "run")
+    config = replace(TINY, schedules=("parallel",), rivals=RIVALS, output=tmp_path / "run")
     main(config)
     shown = capsys.readouterr().out
     rows = read_summary(tmp_path / "run")["results"]["rows"]
-    assert [(row["schedule"], row["method"]) for row in rows] == ways(config.table)
+    assert [(row["schedule"], row["method"]) for row in rows] == ways(config)
     assert len(rows[0]["modules"]) == 10
     assert (tmp_path / "run" / "figures" / "modules_60_parallel.png").exists()
     main(replace(config, resume=True))
@@ -85,3 +98,5 @@ def test_errors():
         Config(seeds=1)
     with pytest.raises(ValueError, match="schedules must be among"):
         Config(schedules=("random",))
+    with pytest.raises(ValueError, match="rivals must be among InfoPro"):
+        Config(rivals=("DGL",))
