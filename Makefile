@@ -27,7 +27,7 @@ benchmarks: .venv/installed
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[experiments,dev]'
+	$(BIN)/pip install --quiet --editable '.[experiments,detection,dev]'
 	touch $@
 
 clean:

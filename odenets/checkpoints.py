@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from odenets.flow import Flow
 
-__all__ = ["load_weights", "restore_structure", "save_weights", "structure"]
+__all__ = ["fingerprint", "load_weights", "restore_structure", "save_weights", "structure"]
 
 
 def structure(network: nn.Module) -> dict[str, Any]:
@@ -38,6 +39,21 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
             reference = next((p for p in network.parameters() if not nn.parameter.is_lazy(p)), torch.empty(0))
             flow.materialise(reference.new_zeros(1, *saved[name]["input_shape"]))
         flow.resize(saved[name]["h"])
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of the network's weights and buffers with their names, shapes and types: what it computes with.
+
+    >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> fingerprint(a) == fingerprint(a), fingerprint(a) == fingerprint(b)
+    (True, False)
+    """
+    found = hashlib.sha256(type(network).__name__.encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        data = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
+        found.update(data.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def save_weights(network: nn.Module, path: str | Path) -> Path:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from odenets.flow import Records
 from odenets.measures import Measure
 
-__all__ = ["Batch", "CrossEntropy", "Objective"]
+__all__ = ["Batch", "CrossEntropy", "Objective", "ReverseCrossEntropy"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -68,3 +68,17 @@ class CrossEntropy(Objective):
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
         return F.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
+
+
+class ReverseCrossEntropy(Objective):
+    """``-1/(C-1) sum over c != y of log softmax_c(-z)``: the classes that are not right are to be equally likely.
+
+    The network of Pang et al. (2018) has outputs ``-z`` while it learns and is asked with their negatives. Here z is
+    the network's output throughout, so that the most likely class is its largest, as for any other classifier, and an
+    attacker who differentiates it knows of the negation.
+    """
+
+    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
+        likely = F.log_softmax(-output, 1)
+        others = likely.scatter(1, batch[1][:, None], 0.0).sum(1)
+        return -others.mean() / (output.shape[1] - 1)

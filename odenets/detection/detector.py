@@ -1,0 +1,132 @@
+"""The detector: a classifier of features, general, by predicted class, or either of them (section 5.4.2)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+__all__ = ["Detector"]
+
+
+class Detector(ClassifierMixin, BaseEstimator):
+    """Tells adversarial features (1) from clean ones (0).
+
+    The *general* detector is one classifier for all inputs. The *conditional* one has a classifier for each class that
+    the network predicts, fitted on the inputs predicted so; a class that has not both clean and adversarial inputs
+    falls back on the general one. The *ensemble* detects what either does: its score is the larger of theirs.
+
+    Args:
+        estimator: any classifier of scikit-learn's kind with ``predict_proba``; a random forest with scikit-learn's
+            defaults if not given, as in the thesis. It is cloned, not fitted itself.
+        mode: "general", "conditional" or "ensemble"; the latter two need the predicted classes.
+        random_state: seed of the forest, where ``estimator`` is not given.
+
+    Attributes:
+        classes_: the two labels, clean first.
+        general_: the fitted general classifier.
+        conditional_: fitted classifiers by predicted class, without those that fall back.
+
+    >>> import numpy as np
+    >>> X, y = np.array([[0.0], [0.1], [1.0], [1.1]]), np.array([0, 0, 1, 1])
+    >>> Detector(random_state=0).fit(X, y).predict([[0.05], [1.05]])
+    array([0, 1])
+    """
+
+    def __init__(
+        self,
+        estimator: Any = None,
+        *,
+        mode: Literal["general", "conditional", "ensemble"] = "general",
+        random_state: int | None = None,
+    ) -> None:
+        self.estimator = estimator
+        self.mode = mode
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def fit(self, X: Any, y: Any, predicted: Any = None) -> Detector:
+        """Fit the classifiers.
+
+        Args:
+            X: features, ``(N, F)``.
+            y: labels, ``(N,)``, of two kinds; the larger is adversarial.
+            predicted: classes that the network predicts, ``(N,)``; needed unless the mode is "general".
+
+        Raises:
+            ValueError: labels of one class only or of more than two, an unknown mode, no predicted classes where they
+                are needed, or features that are not finite.
+        """
+        if self.mode not in ("general", "conditional", "ensemble"):
+            raise ValueError(f"mode must be 'general', 'conditional' or 'ensemble', got {self.mode!r}")
+        X, y = validate_data(self, X, y)
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must hold clean and adversarial samples, got one class only: {self.classes_[0]!r}")
+        if len(self.classes_) > 2:
+            raise ValueError(
+                f"Only binary classification is supported: y must be clean or adversarial, got {len(self.classes_)} "
+                "classes"
+            )
+        self.general_ = self._new().fit(X, labels)
+        self.conditional_: dict[int, Any] = {}
+        if self.mode != "general":
+            predicted = self._checked(predicted, len(X))
+            for c in np.unique(predicted).tolist():
+                of = predicted == c
+                if len(np.unique(labels[of])) == 2:
+                    self.conditional_[c] = self._new().fit(X[of], labels[of])
+        return self
+
+    def decision_function(self, X: Any, predicted: Any = None) -> np.ndarray:
+        """Probability of being adversarial less 1/2, ``(N,)``; positive where ``predict`` says adversarial.
+
+        Args:
+            X: features, ``(N, F)``.
+            predicted: predicted classes, ``(N,)``.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False)
+        general = self.general_.predict_proba(X)[:, 1]
+        if self.mode == "general":
+            return general - 0.5
+        predicted = self._checked(predicted, len(X))
+        conditional = general.copy()
+        for c, classifier in self.conditional_.items():
+            if (of := predicted == c).any():
+                conditional[of] = classifier.predict_proba(X[of])[:, 1]
+        return (conditional if self.mode == "conditional" else np.maximum(general, conditional)) - 0.5
+
+    def predict_proba(self, X: Any, predicted: Any = None) -> np.ndarray:
+        """Probabilities of clean and adversarial, ``(N, 2)``; arguments as for :meth:`decision_function`."""
+        adversarial = self.decision_function(X, predicted) + 0.5
+        return np.stack([1 - adversarial, adversarial], 1)
+
+    def predict(self, X: Any, predicted: Any = None) -> np.ndarray:
+        """Labels, ``(N,)``; arguments as for :meth:`decision_function`."""
+        found = self.decision_function(X, predicted) > 0
+        return self.classes_[found.astype(int)]
+
+    def _new(self) -> Any:
+        if self.estimator is None:
+            return RandomForestClassifier(random_state=self.random_state)
+        if not hasattr(self.estimator, "predict_proba"):
+            raise ValueError(f"estimator must have predict_proba, got {type(self.estimator).__name__}")
+        return clone(self.estimator)
+
+    def _checked(self, predicted: Any, samples: int) -> np.ndarray:
+        if predicted is None:
+            raise ValueError(f"predicted must hold the predicted class of each sample where mode is {self.mode!r}")
+        predicted = np.asarray(predicted)
+        if predicted.shape != (samples,):
+            raise ValueError(f"predicted must hold one class per sample, ({samples},), got {predicted.shape}")
+        return predicted

@@ -1,0 +1,158 @@
+"""A network, features of its inputs and a detector, as one thing that is fitted, asked, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import is_outlier_detector
+from torch import Tensor
+
+from odenets.checkpoints import fingerprint
+from odenets.detection.detector import Detector
+from odenets.detection.features import Features, Recording, Trajectory, check_images, in_batches
+from odenets.detection.files import read, write
+from odenets.detection.protocol import Scores, score
+
+__all__ = ["FEWEST", "Pipeline"]
+
+FEWEST = 10
+"""Fewest samples of either kind that a detector is fitted on."""
+
+
+class Pipeline:
+    """Detects adversarial images by features of the way they take through a network.
+
+    Args:
+        network: a flow, a network or an adapted model, trained; images have pixels in [0, 1], so that normalisation is
+            a layer of the network.
+        features: what is read off; the trajectory's of eq. 34 if not given. Those that need statistics of training
+            images have been fitted.
+        detector: a classifier of features with ``decision_function``, or an outlier detector, which needs no
+            adversarial images; a :class:`Detector` if not given.
+        batch_size: images that are looked at together.
+
+    Raises:
+        TypeError: the network does not record its steps.
+    """
+
+    def __init__(
+        self, network: Recording, features: Features | None = None, detector: Any = None, *, batch_size: int = 256
+    ) -> None:
+        if not isinstance(network, Recording):
+            raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
+        self.network = network
+        self.features = features or Trajectory()
+        self.detector = Detector() if detector is None else detector
+        self.batch_size = batch_size
+
+    def look(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Features ``(N, F)`` and predicted classes ``(N,)`` of images ``(N, C, H, W)``, in one pass."""
+
+        def both(x: Tensor) -> Tensor:
+            output, found = self.features.look(self.network, x)
+            return torch.cat([output.argmax(1, keepdim=True).double(), found.double()], 1)
+
+        found = in_batches(both, self.network, check_images(images), self.batch_size).numpy()
+        if not np.isfinite(found).all():
+            raise ValueError("features must be finite, got NaN or infinity: does the network diverge on these images?")
+        return found[:, 1:].astype(np.float32), found[:, 0].astype(np.int64)
+
+    def fit(self, clean: Tensor, adversarial: Tensor | None = None, *, noisy: Tensor | None = None) -> Pipeline:
+        """Fit the detector.
+
+        Args:
+            clean, adversarial: images ``(N, C, H, W)``; an outlier detector needs and takes no adversarial ones.
+            noisy: images that count as clean, such as copies of clean ones with noise of the attack's size.
+
+        Raises:
+            ValueError: too few images of a kind, or no adversarial ones for a classifier.
+        """
+        outliers = is_outlier_detector(self.detector)
+        if outliers != (adversarial is None):
+            what = "no adversarial images" if outliers else "adversarial images too"
+            raise ValueError(f"{type(self.detector).__name__} is fitted on {what}")
+        kinds = {"clean": clean, "adversarial": adversarial, "noisy": noisy}
+        given = {name: images for name, images in kinds.items() if images is not None}
+        for name, images in given.items():
+            if len(images) < FEWEST and name != "noisy":
+                why = ": too few attacks were successful" if name == "adversarial" else ""
+                raise ValueError(f"{name} must hold at least {FEWEST} images, got {len(images)}{why}")
+            check_images(images, name)
+        parts = {name: self.look(images) for name, images in given.items()}
+        X, predicted = (np.concatenate([part[i] for part in parts.values()]) for i in range(2))
+        y = np.concatenate([np.full(len(part[0]), int(name == "adversarial")) for name, part in parts.items()])
+        self.fit_features(X, y, predicted)
+        return self
+
+    def fit_features(self, X: np.ndarray, y: np.ndarray, predicted: np.ndarray) -> None:
+        """Fit the detector to features that :meth:`look` has found, with labels 0 (clean) and 1."""
+        if isinstance(self.detector, Detector) and self.detector.mode != "general":
+            self.detector.fit(X, y, predicted)
+        elif is_outlier_detector(self.detector):
+            self.detector.fit(X[y == 0])
+        else:
+            self.detector.fit(X, y)
+
+    def score_features(self, X: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        """Scores of features ``(N, F)``, ``(N,)``; above 0 where they are called adversarial."""
+        if isinstance(self.detector, Detector):
+            return self.detector.decision_function(X, predicted)
+        return self.detector.decision_function(X) * (-1 if is_outlier_detector(self.detector) else 1)
+
+    def scores(self, images: Tensor) -> np.ndarray:
+        """Scores of images ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial."""
+        return self.score_features(*self.look(images))
+
+    def predict(self, images: Tensor) -> np.ndarray:
+        """1 where an image is called adversarial and 0 where clean, ``(N,)``."""
+        return (self.scores(images) > 0).astype(int)
+
+    def evaluate(self, clean: Tensor, adversarial: Tensor, *, successful: Tensor | None = None) -> Scores:
+        """Score the detector on images that it was not fitted on.
+
+        Args:
+            clean, adversarial: images ``(N, C, H, W)``.
+            successful: which of the adversarial images fool the network, ``(N,)`` of bool.
+        """
+        fooled = None if successful is None else successful.numpy()
+        return score(self.scores(clean), self.scores(adversarial), successful=fooled)
+
+    # -- on disk ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write features and detector to one file, atomically, without pickle; the network stays apart.
+
+        Args:
+            path: of the file; :func:`odenets.save_weights` keeps the network.
+        """
+        path = Path(path)
+        content = {"network": fingerprint(self.network), "features": self.features, "detector": self.detector}
+        write(path, content)
+        return path
+
+    @classmethod
+    def load(
+        cls, path: str | Path, network: Recording, *, trusted: Sequence[str] = (), batch_size: int = 256
+    ) -> Pipeline:
+        """Take up what :meth:`save` wrote.
+
+        Args:
+            path: of the file.
+            network: with the weights it had.
+            trusted: dotted names of further types that the file may hold, such as another classifier's.
+            batch_size: images that are looked at together.
+
+        Raises:
+            FileNotFoundError, ModuleNotFoundError, ValueError: as :func:`odenets.detection.files.read`, or another
+                network.
+        """
+        content = read(Path(path), trusted)
+        if set(content) != {"network", "features", "detector"}:
+            raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save")
+        if content["network"] != fingerprint(network):
+            raise ValueError(f"{path} was fitted on another network, or on other weights of this one")
+        return cls(network, content["features"], content["detector"], batch_size=batch_size)

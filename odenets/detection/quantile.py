@@ -1,0 +1,78 @@
+"""A test on the action that needs no adversarial data: what lies outside the quantiles of clean inputs (Fig. 21)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+__all__ = ["QuantileTest"]
+
+
+class QuantileTest(OutlierMixin, BaseEstimator):
+    """Outliers are the samples whose sum of features lies outside quantiles of the samples it was fitted on.
+
+    With the features of ``Trajectory("action")`` the sum is the action of the whole network.
+
+    Args:
+        level: share of the fitted samples that are called outliers, in (0, 1): the false-positive rate.
+        side: "upper", sums that are too large; "lower"; or "both", half of the level on each side.
+
+    Attributes:
+        sums_: sorted sums of the samples it was fitted on.
+        offset_: score below which a sample is an outlier.
+
+    >>> import numpy as np
+    >>> QuantileTest(0.1).fit(np.arange(100.0)[:, None]).predict([[50.0], [200.0]])
+    array([ 1, -1])
+    """
+
+    def __init__(self, level: float = 0.05, *, side: Literal["upper", "lower", "both"] = "upper") -> None:
+        self.level = level
+        self.side = side
+
+    def fit(self, X: Any, y: Any = None) -> QuantileTest:
+        """Take the quantiles of clean features ``(N, F)``; labels are ignored.
+
+        Raises:
+            ValueError: level outside (0, 1), an unknown side, or features that are not finite.
+        """
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {self.level}")
+        if self.side not in ("upper", "lower", "both"):
+            raise ValueError(f"side must be 'upper', 'lower' or 'both', got {self.side!r}")
+        self.sums_ = np.sort(validate_data(self, X, dtype=np.float64).sum(1))
+        self.offset_ = float(np.quantile(self._score(self.sums_), self.level, method="lower"))
+        return self
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Share of fitted samples that are as far out or farther, ``(N,)``, less what tells ties and the far out apart.
+
+        The share alone is 0 for all beyond the last fitted sample; of these the farther has the lower, negative score.
+        """
+        check_is_fitted(self)
+        return self._score(validate_data(self, X, dtype=np.float64, reset=False).sum(1))
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """:meth:`score_samples` less the offset, ``(N,)``; negative for outliers."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> np.ndarray:
+        """1 for inliers and -1 for outliers, ``(N,)``."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def _score(self, sums: np.ndarray) -> np.ndarray:
+        if self.side == "upper":
+            return self._tail(sums, self.sums_)
+        if self.side == "lower":
+            return self._tail(-sums, -self.sums_[::-1])
+        return np.minimum(self._tail(sums, self.sums_), self._tail(-sums, -self.sums_[::-1]))
+
+    @staticmethod
+    def _tail(sums: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+        """Share of the sorted fitted sums at or above each; beyond the largest, minus the excess over their range."""
+        share = 1 - np.searchsorted(fitted, sums, side="left") / len(fitted)
+        width = max(fitted[-1] - fitted[0], np.finfo(float).tiny)
+        return share - np.maximum(sums - fitted[-1], 0) / width

@@ -1,0 +1,143 @@
+"""Features of trajectories against eq. 34 written out."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+import odenets
+from odenets import Flow, Network, measures, models
+from odenets.detection.features import Trajectory, check_images, in_batches
+
+X = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Known(nn.Module):
+    """v = a x + b."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, t, x):
+        return self.a * x + self.b
+
+
+def written_out(residues):
+    """Eq. 34: first the mean squares of all blocks, then their cosines with the ones."""
+    flat = [r.flatten(1) for r in residues]
+    squares = [r.square().mean(1) for r in flat]
+    cosines = [torch.cosine_similarity(r, torch.ones_like(r), dim=1) for r in flat]
+    return torch.stack(squares + cosines, 1)
+
+
+def test_features_of_known_residues():
+    fields = iter([Known(0.5, 0.1), Known(-1.0, 0.3)])
+    network = Network(nn.Identity(), Flow(lambda: next(fields), solver="euler", h=1.0, depth=2), nn.Flatten())
+    first = 0.5 * X + 0.1
+    second = -(X + first) + 0.3
+    torch.testing.assert_close(Trajectory()(network, X), written_out([first, second]))
+
+
+def test_features_of_a_runge_kutta_network_are_those_of_its_steps():
+    network = models.small_network(solver="bs23", depth=3).eval()
+    steps = list(network.steps(X))
+    torch.testing.assert_close(Trajectory()(network, X), written_out([s.residue for s in steps]))
+    torch.testing.assert_close(Trajectory("action")(network, X), torch.stack([measures.action(s) for s in steps], 1))
+    torch.testing.assert_close(Trajectory("error")(network, X), torch.stack([measures.error(s) for s in steps], 1))
+    stages = Trajectory("stages")(network, X).reshape(5, 6, 3)
+    for i in range(3):
+        expected = written_out([s.stages[i] for s in steps]).reshape(5, 2, 3)
+        torch.testing.assert_close(stages[:, [i, 3 + i]], expected)
+    torch.testing.assert_close(Trajectory("embedding")(network, X), written_out([s.x1 for s in steps]))
+
+
+@pytest.mark.parametrize("make", [models.resnet110, models.resnext50])
+def test_features_of_the_networks_of_the_thesis(make):
+    network = make(classes=10).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found = Trajectory()(network, x)
+        torch.testing.assert_close(found, written_out([s.residue for s in network.steps(x)]), rtol=1e-4, atol=1e-6)
+    assert found.shape == (2, {models.resnet110: 108, models.resnext50: 32}[make])
+
+
+def test_a_wide_resnet_has_24_features():
+    network = models.wide_resnet(classes=10)
+    assert len(Trajectory().names(network)) == 24
+
+
+def test_features_of_an_adapted_network():
+    network = odenets.adapt(resnet18(num_classes=10).eval())
+    x = torch.rand(2, 3, 32, 32)
+    found = Trajectory()(network, x)
+    assert found.shape == (2, 16)
+    torch.testing.assert_close(found, written_out([s.x1 - s.x0 for s in network.steps(x)]), rtol=1e-4, atol=1e-5)
+    assert Trajectory().names(network)[8] == "cosine 1"
+
+
+def test_further_vectors_are_orthogonal_to_the_ones_and_to_each_other():
+    network = models.small_network(solver="euler", h=1.0, depth=2).eval()
+    found = Trajectory(vectors=3)(network, X)
+    assert found.shape == (5, 10)
+    (r, _) = (s.residue.flatten(1) for s in network.steps(X))
+    d, k = r.shape[1], torch.arange(4.0)
+    waves = torch.cos(torch.pi * k[:, None] * (torch.arange(d) + 0.5) / d)
+    torch.testing.assert_close(waves @ waves.T, torch.diag(waves.square().sum(1)), atol=1e-2, rtol=1e-5)
+    expected = torch.cosine_similarity(r[:, None], waves[None, 1:], dim=2)
+    torch.testing.assert_close(found[:, 4::2], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_output_and_features_come_from_one_pass():
+    network = models.small_network(solver="bs23", depth=2).eval()
+    calls = []
+    network.head.register_forward_hook(lambda *_: calls.append(1))
+    output, found = Trajectory().look(network, X)
+    assert len(calls) == 1
+    assert torch.equal(output, network(X))
+    assert torch.equal(found, Trajectory()(network, X))
+
+
+def test_gradients_pass_through_features():
+    network = models.small_network(solver="bs23", depth=2).double().eval()
+    x = X[:2].double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: Trajectory("residue", "cosine", "error")(network, x).double(), x, atol=1e-3
+    )
+
+
+def test_in_batches_is_the_whole_in_eval_mode_and_restores_the_mode():
+    network = models.resnet9(1, 10, features=8, size=8, depth=2).train()
+    found = in_batches(lambda x: Trajectory()(network, x), network, X, 2)
+    assert network.training
+    torch.testing.assert_close(found, Trajectory()(network.eval(), X).detach())
+
+
+def test_errors():
+    network = models.small_network(solver="euler", h=1.0, depth=2)
+    with pytest.raises(ValueError, match="kinds must be among residue, cosine"):
+        Trajectory("norm")
+    with pytest.raises(ValueError, match="vectors must not be negative"):
+        Trajectory(vectors=-1)
+    with pytest.raises(ValueError, match="'stages' where a block has one"):
+        Trajectory("stages")(network, X)
+    with pytest.raises(ValueError, match="carries no embedded error"):
+        Trajectory("error")(network, X)
+    with pytest.raises(TypeError, match=r"must record its steps, got Linear: pass odenets.adapt"):
+        Trajectory()(nn.Linear(2, 2), X)
+    with pytest.raises(ValueError, match="batch_size be at least 1"):
+        in_batches(network, network, X, 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((2, 1, 8, 8), 1.5), r"pixels in \[0, 1\], got \[1.5, 1.5\]: normalise inside"),
+        (torch.full((2, 1, 8, 8), torch.nan), "finite"),
+        (torch.rand(8, 8), "batch"),
+        (torch.ones(2, 1, 8, 8, dtype=torch.long), "floating"),
+    ],
+)
+def test_images_are_checked(images, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_images(images)

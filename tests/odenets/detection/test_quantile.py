@@ -1,0 +1,46 @@
+"""The test on the action alone."""
+
+import numpy as np
+import pytest
+from sklearn.utils.estimator_checks import check_estimator
+
+from odenets.detection import QuantileTest
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping check:sklearn.exceptions.SkipTestWarning")  # pandas, the array API
+@pytest.mark.parametrize("side", ["upper", "lower", "both"])
+def test_check_estimator(side):
+    check_estimator(QuantileTest(side=side))
+
+
+@pytest.mark.parametrize("side", ["upper", "lower", "both"])
+@pytest.mark.parametrize("level", [0.01, 0.05, 0.2])
+def test_the_level_is_the_false_positive_rate(side, level):
+    clean, new = RNG.standard_normal((2, 20_000, 3))
+    found = QuantileTest(level, side=side).fit(clean)
+    assert (found.predict(clean) == -1).mean() <= level
+    assert (found.predict(new) == -1).mean() == pytest.approx(level, rel=0.15)
+
+
+def test_thresholds_are_quantiles_of_the_sum():
+    clean = RNG.standard_normal((999, 2))
+    found = QuantileTest(0.1).fit(clean)
+    sums = np.linspace(-3, 3, 500)
+    outlying = found.predict(np.stack([sums, np.zeros(500)], 1)) == -1
+    np.testing.assert_allclose(sums[outlying].min(), np.quantile(clean.sum(1), 0.9), atol=0.05)
+    assert np.diff(outlying.astype(int)).min() >= 0  # once outlying, always
+
+
+def test_what_is_farther_out_scores_lower():
+    found = QuantileTest().fit(np.arange(100.0)[:, None])
+    scores = found.score_samples([[98.0], [99.0], [100.0], [150.0], [1e6]])
+    assert (np.diff(scores) < 0).all()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"level must lie in \(0, 1\), got 1.5"):
+        QuantileTest(1.5).fit([[0.0], [1.0]])
+    with pytest.raises(ValueError, match="side must be"):
+        QuantileTest(side="left").fit([[0.0], [1.0]])  # type: ignore[arg-type]
