@@ -46,7 +46,7 @@ class Pipeline:
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
         self.network = network
         self.features = features or Trajectory()
-        self.detector = Detector() if detector is None else detector
+        self.detector: Any = Detector() if detector is None else detector
         self.batch_size = batch_size
 
     def look(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -90,10 +90,10 @@ class Pipeline:
 
     def fit_features(self, X: np.ndarray, y: np.ndarray, predicted: np.ndarray) -> None:
         """Fit the detector to features that :meth:`look` has found, with labels 0 (clean) and 1."""
-        if isinstance(self.detector, Detector) and self.detector.mode != "general":
-            self.detector.fit(X, y, predicted)
-        elif is_outlier_detector(self.detector):
+        if is_outlier_detector(self.detector):
             self.detector.fit(X[y == 0])
+        elif isinstance(self.detector, Detector):
+            self.detector.fit(X, y, predicted)
         else:
             self.detector.fit(X, y)
 

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Parts", "Scores", "score", "split"]
+__all__ = ["FALSE_POSITIVE_RATES", "Parts", "Scores", "detection_rates", "score", "split"]
+
+FALSE_POSITIVE_RATES = np.linspace(0, 1, 101)
+"""At which :func:`detection_rates` reads a curve."""
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,16 @@ def score(
         detected_successful=float((adversarial[fooled] > threshold).mean()) if fooled.any() else float("nan"),
         false_positives=float((clean > threshold).mean()),
     )
+
+
+def detection_rates(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
+    """The receiver operating characteristic at :data:`FALSE_POSITIVE_RATES`, ``(101,)``, for averages of curves.
+
+    Args:
+        clean, adversarial: a detector's scores, ``(N,)`` and ``(M,)``, larger for the adversarial.
+    """
+    from sklearn.metrics import roc_curve
+
+    y, scores = np.repeat([0, 1], [len(clean), len(adversarial)]), np.concatenate([clean, adversarial])
+    false, true, _ = roc_curve(y, scores)
+    return np.interp(FALSE_POSITIVE_RATES, false, true)

@@ -43,7 +43,7 @@ class QuantileTest(OutlierMixin, BaseEstimator):
             raise ValueError(f"level must lie in (0, 1), got {self.level}")
         if self.side not in ("upper", "lower", "both"):
             raise ValueError(f"side must be 'upper', 'lower' or 'both', got {self.side!r}")
-        self.sums_ = np.sort(validate_data(self, X, dtype=np.float64).sum(1))
+        self.sums_ = np.sort(self._sums(X, reset=True))
         self.offset_ = float(np.quantile(self._score(self.sums_), self.level, method="lower"))
         return self
 
@@ -53,7 +53,7 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         The share alone is 0 for all beyond the last fitted sample; of these the farther has the lower, negative score.
         """
         check_is_fitted(self)
-        return self._score(validate_data(self, X, dtype=np.float64, reset=False).sum(1))
+        return self._score(self._sums(X, reset=False))
 
     def decision_function(self, X: Any) -> np.ndarray:
         """:meth:`score_samples` less the offset, ``(N,)``; negative for outliers."""
@@ -62,6 +62,9 @@ class QuantileTest(OutlierMixin, BaseEstimator):
     def predict(self, X: Any) -> np.ndarray:
         """1 for inliers and -1 for outliers, ``(N,)``."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def _sums(self, X: Any, *, reset: bool) -> np.ndarray:
+        return np.asarray(validate_data(self, X, dtype=np.float64, reset=reset)).sum(1)
 
     def _score(self, sums: np.ndarray) -> np.ndarray:
         if self.side == "upper":

@@ -1,0 +1,126 @@
+"""Kinds of features compared: how each decides is chosen on validation samples, and scored once on test samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from odenets.detection.detector import Detector
+from odenets.detection.protocol import Parts, Scores, detection_rates, score
+
+__all__ = ["Choice", "Samples", "choose_and_score"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is known of some samples, in the order of the indices of their parts.
+
+    Attributes:
+        X: features by candidate, each ``(N, F)``: ways to see the samples among which is chosen.
+        predicted: classes that the network predicts, ``(N,)``.
+        parts: which samples serve what.
+        successful: which fool the network, ``(N,)`` of bool; all if None.
+    """
+
+    X: Mapping[str, np.ndarray]
+    predicted: np.ndarray
+    parts: Parts
+    successful: np.ndarray | None = None
+
+    def of(self, candidate: str, index: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Features and predicted classes of a part."""
+        return self.X[candidate][index.numpy()], self.predicted[index.numpy()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen and what it reaches.
+
+    Attributes:
+        candidate, mode: of features and of the detector.
+        validation: its accuracy on validation samples.
+        scores: on the test samples of each set.
+        agnostic: area under the curve of the general detector on the same features and sets, as the thesis gives it.
+        curves: detection rates by :func:`~odenets.detection.protocol.detection_rates` on the same sets.
+        noisy: share of the noisy test samples that are taken for adversarial, if there are any.
+    """
+
+    candidate: str
+    mode: str
+    validation: float
+    scores: dict[str, Scores]
+    agnostic: dict[str, float]
+    curves: dict[str, np.ndarray]
+    noisy: float | None = None
+
+
+def choose_and_score(
+    clean: Samples,
+    seen: Samples,
+    tested: Mapping[str, Samples],
+    *,
+    modes: Sequence[str] = ("general", "conditional", "ensemble"),
+    estimator: Any = None,
+    noisy: Samples | None = None,
+    seed: int = 0,
+) -> Choice:
+    """Fit a detector for every candidate and mode, keep the one that is most accurate on validation, score it on test.
+
+    Args:
+        clean: clean samples.
+        seen: those that the detector is fitted on beside them, and chosen on.
+        tested: sets that it is scored on, each beside the clean test samples.
+        modes: of the :class:`Detector`; "general" among them or not.
+        estimator: its classifier; a random forest if not given.
+        noisy: samples that count as clean where it is fitted.
+        seed: of the forest.
+
+    Raises:
+        ValueError: no modes, or sets without the candidates of the clean samples.
+    """
+    if not modes:
+        raise ValueError("modes must hold at least one of 'general', 'conditional', 'ensemble'")
+    for name, samples in {"seen": seen, **tested}.items():
+        if missing := set(clean.X) - set(samples.X):
+            raise ValueError(f"{name} must have the features of the clean samples, it lacks {', '.join(missing)}")
+    best: tuple[float, str, str, Detector] | None = None
+    general: dict[str, Detector] = {}
+    for candidate in clean.X:
+        sets = [(samples.of(candidate, samples.parts.fit), 0) for samples in (clean, noisy) if samples is not None]
+        sets.append((seen.of(candidate, seen.parts.fit), 1))
+        X, predicted = (np.concatenate([part[i] for part, _ in sets]) for i in range(2))
+        y = np.concatenate([np.full(len(part[0]), label) for part, label in sets])
+        for mode in dict.fromkeys(("general", *modes)):
+            detector = Detector(estimator, mode=mode, random_state=seed).fit(X, y, predicted)  # type: ignore[arg-type]
+            if mode == "general":
+                general[candidate] = detector
+            if mode in modes:
+                found = _score(detector, candidate, clean, seen, "validation").accuracy
+                if best is None or found > best[0]:
+                    best = (found, candidate, mode, detector)
+    assert best is not None  # there is a candidate and a mode
+    accuracy, candidate, mode, detector = best
+    (innocent,) = _said(detector, candidate, [clean], "test")
+    scores, agnostic, curves = {}, {}, {}
+    for name, samples in tested.items():
+        scores[name] = _score(detector, candidate, clean, samples, "test")
+        agnostic[name] = _score(general[candidate], candidate, clean, samples, "test").auroc
+        curves[name] = detection_rates(innocent, *_said(detector, candidate, [samples], "test"))
+    false = None if noisy is None else float((_said(detector, candidate, [noisy], "test")[0] > 0).mean())
+    return Choice(candidate, mode, accuracy, scores, agnostic, curves, false)
+
+
+def _said(detector: Detector, candidate: str, sets: Sequence[Samples], part: str) -> list[np.ndarray]:
+    """What the detector says of a part of some sets."""
+    return [detector.decision_function(*samples.of(candidate, getattr(samples.parts, part))) for samples in sets]
+
+
+def _score(detector: Detector, candidate: str, clean: Samples, other: Samples, part: str) -> Scores:
+    """How well it tells a part of one set from that of another."""
+    index = getattr(other.parts, part)
+    fooled = None if other.successful is None else other.successful[index.numpy()]
+    return score(*_said(detector, candidate, [clean, other], part), successful=fooled)

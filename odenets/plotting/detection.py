@@ -1,0 +1,54 @@
+"""Figures of detectors: how many they detect at which price, and what they go by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from odenets.plotting.figures import new_figure
+
+__all__ = ["histograms", "operating_characteristics"]
+
+
+def operating_characteristics(curves: Mapping[str, Mapping[str, np.ndarray]], false: np.ndarray) -> Figure:
+    """Detection rate over false-positive rate, a panel per set and a line per detector.
+
+    Args:
+        curves: per set and detector the detection rates at ``false``.
+        false: false-positive rates.
+    """
+    figure, axes = new_figure(1, len(curves))
+    for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
+        for name, rates in lines.items():
+            axis.plot(false, rates, label=name)
+        axis.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+        axis.set(title=title, xlabel="false-positive rate", xlim=(0, 1), ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("detection rate")
+    axes[0, -1].legend(fontsize="x-small", loc="lower right")
+    return figure
+
+
+def histograms(
+    values: Mapping[str, Mapping[str, np.ndarray]], *, xlabel: str, lines: Mapping[str, Sequence[float]] | None = None
+) -> Figure:
+    """Histograms over one another, a panel per network (Fig. 21).
+
+    Args:
+        values: per network and kind of sample the values, ``(N,)``.
+        xlabel: of the axes.
+        lines: per network, where vertical lines stand.
+    """
+    figure, axes = new_figure(1, len(values))
+    for axis, (title, kinds) in zip(axes[0], values.items(), strict=True):
+        everything = np.concatenate([*kinds.values()])
+        bins = np.linspace(np.quantile(everything, 0.001), np.quantile(everything, 0.995), 60)
+        for name, of in kinds.items():
+            axis.hist(of, bins, histtype="stepfilled", alpha=0.45, density=True, label=name)
+        for x in (lines or {}).get(title, ()):
+            axis.axvline(x, color="black", linewidth=1)
+        axis.set(title=title, xlabel=xlabel, yticks=[])
+    axes[0, 0].legend(fontsize="small")
+    return figure

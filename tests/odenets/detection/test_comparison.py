@@ -1,0 +1,69 @@
+"""Choices on validation, scores on test."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from odenets.detection import Samples, choose_and_score, split
+
+N = 300
+PARTS = split(N, test=0.3, validation=0.3)
+
+
+def samples(shift, seed, candidates=("poor", "good")):
+    rng = np.random.default_rng(seed)
+    scale = {"poor": 0.1, "good": 1.0}
+    X = {name: rng.standard_normal((N, 2)) + scale[name] * shift for name in candidates}
+    return Samples(X, rng.integers(3, size=N), PARTS, rng.random(N) < 0.5)
+
+
+def test_the_better_candidate_is_chosen_and_scored_on_test_samples_alone():
+    clean, seen, unseen = samples(0, 0), samples(3, 1), samples(1.5, 2)
+    found = choose_and_score(clean, seen, {"seen": seen, "unseen": unseen}, estimator=LogisticRegression())
+    assert found.candidate == "good"
+    assert found.scores["seen"].auroc > found.scores["unseen"].auroc > 0.8
+    assert found.curves["seen"].shape == (101,)
+    assert np.trapezoid(found.curves["unseen"], dx=0.01) == pytest.approx(found.scores["unseen"].auroc, abs=0.02)
+    changed = {name: x.copy() for name, x in seen.X.items()}
+    for x in changed.values():
+        x[PARTS.test.numpy()] = -9  # what is done to the test samples changes no choice
+    again = choose_and_score(clean, replace(seen, X=changed), {"seen": seen}, estimator=LogisticRegression())
+    assert (again.candidate, again.mode, again.validation) == (found.candidate, found.mode, found.validation)
+    assert again.scores["seen"] == found.scores["seen"]
+
+
+def test_scores_are_those_of_a_classifier_fitted_by_hand():
+    clean, seen = samples(0, 0, ("good",)), samples(1, 1, ("good",))
+    found = choose_and_score(clean, seen, {"": seen}, modes=["general"], estimator=LogisticRegression())
+    fit, test = PARTS.fit.numpy(), PARTS.test.numpy()
+    X = np.concatenate([clean.X["good"][fit], seen.X["good"][fit]])
+    y = np.repeat([0, 1], len(fit))
+    said = (
+        LogisticRegression().fit(X, y).decision_function(np.concatenate([clean.X["good"][test], seen.X["good"][test]]))
+    )
+    truth = np.repeat([0, 1], len(test))
+    assert found.scores[""].auroc == found.agnostic[""] == pytest.approx(roc_auc_score(truth, said))
+    assert found.scores[""].accuracy == pytest.approx(((said > 0) == truth).mean())
+    assert seen.successful is not None
+    on_successful = said[len(test) :][seen.successful[test]]
+    assert found.scores[""].detected_successful == pytest.approx((on_successful > 0).mean())
+
+
+def test_noisy_samples_count_as_clean():
+    clean, seen, noisy = samples(0, 0, ("good",)), samples(2, 1, ("good",)), samples(-2, 3, ("good",))
+    plain = choose_and_score(clean, seen, {"": seen})
+    told = choose_and_score(clean, seen, {"": seen}, noisy=noisy)
+    assert plain.noisy is None
+    assert told.noisy is not None
+    assert told.noisy < 0.1
+
+
+def test_errors():
+    clean = samples(0, 0)
+    with pytest.raises(ValueError, match="modes must hold"):
+        choose_and_score(clean, clean, {}, modes=())
+    with pytest.raises(ValueError, match="seen must have the features of the clean samples, it lacks poor"):
+        choose_and_score(clean, samples(1, 1, ("good",)), {})
