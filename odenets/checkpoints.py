@@ -42,16 +42,26 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 of the network's weights and buffers with their names, shapes and types: what it computes with.
+    """SHA-256 of what a network computes with, in hexadecimal; device and mode do not matter.
+
+    It covers the weights, buffers and step sizes, and what the modules print of themselves, where numbers stand that
+    are no tensors: the solver, a normalisation.
+
+    Raises:
+        ValueError: a flow has not seen an input yet and has no field.
 
     >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> fingerprint(a) == fingerprint(a), fingerprint(a) == fingerprint(b)
     (True, False)
     """
-    found = hashlib.sha256(type(network).__name__.encode())
+    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
+        raise ValueError("network has a flow without a field: call network(x) once before it is hashed")
+    found = hashlib.sha256()
+    for name, module in network.named_modules():
+        found.update(f"{name} {type(module).__name__}({module.extra_repr()})\n".encode())
     for name, tensor in sorted(network.state_dict().items()):
         data = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {tuple(data.shape)} {data.dtype}".encode())
+        found.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
         found.update(data.reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
 

@@ -1,21 +1,48 @@
 """Detection: adversarial and out-of-distribution inputs told by the path they take through a network (section 5)."""
 
+from odenets.detection.adaptive import Evasion, black_box, feature_attack, surrogate_attack
+from odenets.detection.attacks import PRESETS, Attack, Attacked, attack, preset
+from odenets.detection.comparison import Choice, Samples, choose_and_score
 from odenets.detection.detector import Detector
 from odenets.detection.features import Features, Trajectory, check_images, in_batches
+from odenets.detection.fourier import FourierSpectrum
+from odenets.detection.lid import LID
+from odenets.detection.mahalanobis import Mahalanobis
 from odenets.detection.pipeline import Pipeline
-from odenets.detection.protocol import Parts, Scores, score, split
+from odenets.detection.protocol import FALSE_POSITIVE_RATES, Parts, Scores, score, split
 from odenets.detection.quantile import QuantileTest
+from odenets.detection.scenes import SceneStatistics
+from odenets.detection.surrogate import Surrogate, distil
 
 __all__ = [
+    "FALSE_POSITIVE_RATES",
+    "LID",
+    "PRESETS",
+    "Attack",
+    "Attacked",
+    "Choice",
     "Detector",
+    "Evasion",
     "Features",
+    "FourierSpectrum",
+    "Mahalanobis",
     "Parts",
     "Pipeline",
     "QuantileTest",
+    "Samples",
+    "SceneStatistics",
     "Scores",
+    "Surrogate",
     "Trajectory",
+    "attack",
+    "black_box",
     "check_images",
+    "choose_and_score",
+    "distil",
+    "feature_attack",
     "in_batches",
+    "preset",
     "score",
     "split",
+    "surrogate_attack",
 ]

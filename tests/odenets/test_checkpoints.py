@@ -1,9 +1,13 @@
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models import resnet18
 
-from odenets import Flow, MLPField, Network, load_weights, save_weights
+from odenets import Flow, MLPField, Network, adapt, load_weights, models, save_weights
+from odenets.checkpoints import fingerprint
 
 
 def network(depth=2, **options):
@@ -32,3 +36,23 @@ def test_what_cannot_be_saved_or_loaded_is_named(tmp_path):
         load_weights(nn.Linear(3, 2), tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match="keeps its depth 3, got 2"):
         load_weights(network(3, shared=True), tmp_path / "net.safetensors")
+
+
+def test_the_fingerprint_tells_what_a_network_computes_with():
+    one = models.small_network(solver="euler", h=1.0, depth=2, normalize=models.Normalize([0.1], [0.3]))
+    twin = copy.deepcopy(one).eval()
+    assert fingerprint(one) == fingerprint(twin)
+    twin.encoder[0] = models.Normalize([0.2], [0.3])
+    assert fingerprint(one) != fingerprint(twin)
+    twin = copy.deepcopy(one)
+    twin.flows[0].resize([1.0, 0.5])
+    assert fingerprint(one) != fingerprint(twin)
+    with pytest.raises(ValueError, match=r"call network\(x\) once before it is hashed"):
+        fingerprint(nn.LazyLinear(2))
+
+
+def test_a_pass_does_not_change_the_fingerprint_of_an_adapted_network():
+    network = adapt(resnet18(num_classes=4).eval())
+    before = fingerprint(network)
+    network(torch.rand(1, 3, 32, 32))
+    assert fingerprint(network) == before

@@ -1,0 +1,275 @@
+"""What the detection experiment trains and attacks: configuration, networks, images, kinds of features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from odenets import Network, data, load_weights, models, save_weights
+from odenets.detection import (
+    LID,
+    Attack,
+    Attacked,
+    Features,
+    FourierSpectrum,
+    Mahalanobis,
+    SceneStatistics,
+    Trajectory,
+    attack,
+    preset,
+)
+from odenets.least_action import LeastAction
+from odenets.objectives import CrossEntropy, Objective, ReverseCrossEntropy
+from odenets.runs import Run
+from odenets.training import evaluate, fit
+
+METHODS: dict[str, Callable[[], Objective]] = {
+    "vanilla": CrossEntropy,
+    "least action": partial(LeastAction, lambda0=1.0, tau=1.0, every=1),  # as in all of section 5
+    "reverse cross-entropy": ReverseCrossEntropy,
+}
+TRAJECTORY, MORE = "trajectory", "trajectory and stages"
+
+# accuracy (%) of the trajectory detector of ResNet-110 on CIFAR-10: tables 12 and 13, there with attacks whose images
+# were clipped before they were normalised, parts that overlapped, and the best of several detectors chosen on test
+THESIS: dict[tuple[str, str], dict[str, float]] = {
+    ("seen", "vanilla"): {
+        "FGM": 97.1, "APGD": 94.1, "BIM": 97.5, "AA": 88.9, "DF": 99.9, "CW": 98.0, "HSJ": 99.9, "BA": 96.6
+    },
+    ("seen", "least action"): {
+        "FGM": 98.7, "APGD": 97.5, "BIM": 99.3, "AA": 94.1, "DF": 99.8, "CW": 98.0, "HSJ": 99.9, "BA": 97.0
+    },
+    ("unseen", "vanilla"): {
+        "APGD": 89.32, "BIM": 96.02, "AA": 85.1, "DF": 91.02, "CW": 93.18, "HSJ": 93.0, "BA": 90.92
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train, attack and compare.
+
+    Attributes:
+        setting: "seen", a detector for each attack, tested on it; "unseen", fitted on the first attack and tested on
+            the others; "ood", fitted on the first foreign set and on the first attack, tested on all foreign sets;
+            "adaptive", attacks that know of the detector; "timing", of features beside a forward pass.
+        dataset: digits, mnist or cifar10.
+        folder: where torchvision's files lie; without it they are downloaded.
+        methods: vanilla, least action, reverse cross-entropy.
+        network: resnet9, or resnet110 for CIFAR-10.
+        solver, depth, channels: of resnet9: blocks of the solver over total time 1, or with euler h = 1.
+        attacks: by the names of the presets, FGM, APGD, BIM, AA, DF, CW, HSJ, BA; the first is the one that is seen
+            where others are not, and is fitted on in "adaptive".
+        eps: size of the attacks in the maximum norm; 0.1 for digits and MNIST and the thesis' 0.03 for CIFAR-10 if 0.
+        iterations: at most, of iterative attacks, from one start; the thesis' if 0.
+        foreign: sets from elsewhere: "photographs", patches of scikit-learn's two; "turned", the images turned by 90
+            degrees; another data set; or a file FILE.npz with an array ``images`` (N, H, W[, 3]) of bytes.
+        modes: of the detectors among which is chosen: general, conditional, ensemble.
+        magnitudes: input steps of the Mahalanobis detectors among which is chosen.
+        noisy: count copies of the clean images with noise of size eps as clean.
+        seeds: networks per method, each with a split of its own.
+        train_size, pool_size: images that the network is trained on; images for the detectors.
+        test, validation: share of the pool for the test (B2; 0.1 in the thesis); of the rest for choosing.
+        epochs, batch_size, learning_rate: of the networks: SGD, momentum 0.9, cosine to 0.
+        starts: images that the adaptive attacks begin at, per network.
+        queries: HopSkipJump's iterations, and its questions for a direction at most; 50 and 10000 in the thesis.
+        rounds: of timing.
+        quick: one network, few images: to see that it runs.
+        output: folder of the runs; networks and attacks in it serve all settings.
+        resume: go on with what is there.
+        workers: processes; all cores if 0.
+    """
+
+    setting: Literal["seen", "unseen", "ood", "adaptive", "timing"] = "seen"
+    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
+    folder: Path | None = None
+    methods: tuple[str, ...] = ("vanilla", "least action")
+    network: Literal["resnet9", "resnet110"] = "resnet9"
+    solver: str = "bs23"
+    depth: int = 4
+    channels: int = 16
+    attacks: tuple[str, ...] = ("FGM", "BIM", "APGD", "DF")
+    eps: float = 0.0
+    iterations: int = 20
+    foreign: tuple[str, ...] = ("photographs", "turned")
+    modes: tuple[str, ...] = ("general",)
+    magnitudes: tuple[float, ...] = (0.0, 0.002, 0.01)
+    noisy: bool = False
+    seeds: int = 5
+    train_size: int = 900
+    pool_size: int = 800
+    test: float = 0.3
+    validation: float = 0.25
+    epochs: int = 20
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    starts: int = 10
+    queries: tuple[int, int] = (20, 1000)
+    rounds: int = 5
+    quick: bool = False
+    output: Path = Path("runs/detection")
+    resume: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.methods) - set(METHODS):
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
+        if self.seeds < 2:
+            raise ValueError(f"seeds must be at least 2, for intervals, got {self.seeds}")
+        if not self.attacks or (self.setting == "unseen" and len(self.attacks) < 2):
+            raise ValueError(f"attacks must name one, and for setting 'unseen' two or more, got {self.attacks}")
+        for name in self.attacks:
+            preset(name)  # raises where there is none
+
+    @property
+    def strength(self) -> float:
+        """Size of the attacks."""
+        return self.eps or (0.03 if self.dataset == "cifar10" else 0.1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network and what is asked of it."""
+
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.method.replace(' ', '_')}_seed{self.seed}"
+
+
+# -- networks and images --------------------------------------------------------------------------------------------
+
+
+def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset]:
+    """Images that networks are trained on, and those that they have not seen."""
+    train, test = data.load(config.dataset, config.folder)
+    if config.dataset == "digits":  # their test part alone is too small: all images, cut anew
+        everything = replace(train, x=torch.cat([train.x, test.x]), y=torch.cat([train.y, test.y]))
+        train, test = data.hold_out(everything, config.pool_size)
+    pool = data.subsample(test, config.pool_size) if len(test) > config.pool_size else test
+    return data.subsample(train, config.train_size) if len(train) > config.train_size else train, pool
+
+
+def build(config: Config, dataset: data.Dataset, seed: int) -> Network:
+    """The network with the seed's weights."""
+    torch.manual_seed(seed)
+    normalize = models.Normalize([*dataset.mean], [*dataset.std])
+    channels, size = dataset.x.shape[1], dataset.x.shape[-1]
+    if config.network == "resnet110":
+        return models.resnet110(channels, dataset.classes, normalize=normalize)
+    return models.resnet9(
+        channels, dataset.classes, features=config.channels, size=size, depth=config.depth, solver=config.solver,
+        norm="batch" if config.solver == "euler" else "group", normalize=normalize,
+    )  # fmt: skip
+
+
+def trained(config: Config, job: Job, train: data.Dataset) -> Network:
+    """The network of a job, trained once for all settings."""
+    network = build(config, train, job.seed)
+    folder = config.output / "networks" / job.name
+    run = Run(folder, asdict(job) | training(config), resume=True)
+    if run.finished:
+        load_weights(network, folder / "weights.safetensors")
+        return network.eval()
+    batches = data.Batches(
+        train, config.batch_size, seed=job.seed,
+        crop=0 if config.dataset == "digits" else 4, flip=config.dataset == "cifar10",
+    )  # fmt: skip
+    fit(
+        network,
+        batches,
+        epochs=config.epochs,
+        optimizer=lambda network: torch.optim.SGD(
+            network.parameters(), config.learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True
+        ),
+        schedule=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs),
+        objective=METHODS[job.method](),
+        run=run,
+        clip_norm=5.0,
+    )
+    save_weights(network, folder / "weights.safetensors")
+    run.finish({"accuracy": evaluate(network, data.Batches(train, 500)).accuracy}, seeds=[job.seed])
+    return network.eval()
+
+
+def attack_of(config: Config, name: str) -> Attack:
+    """The thesis' attack by that name, of the size and with the iterations of the configuration."""
+    chosen = preset(name)
+    settings: dict[str, Any] = {"eps": config.strength} if "eps" in dict(chosen.settings) else {}
+    if config.iterations and name in ("BIM", "APGD", "DF"):
+        settings["max_iter"] = config.iterations
+    if config.iterations and name == "APGD":
+        settings["nb_random_init"] = 1
+    if name in ("BIM", "APGD"):
+        settings["eps_step"] = config.strength / 4
+    return preset(name, **settings)
+
+
+def attacked(config: Config, network: Network, job: Job, name: str, pool: data.Dataset) -> Attacked:
+    """The pool under an attack, made once."""
+    return attack(
+        network, attack_of(config, name), pool.x, pool.y, cache=config.output / "attacks", batch_size=200, seed=job.seed
+    )
+
+
+def foreign(config: Config, name: str, like: data.Dataset) -> Tensor:
+    """Images from elsewhere, as many channels and pixels as those of a data set, at most as many images."""
+    if name == "turned":
+        return like.x.rot90(1, (2, 3))
+    if name == "photographs":
+        from sklearn.datasets import load_sample_images
+
+        patches = [
+            torch.from_numpy(image.copy()).unfold(0, 64, 32).unfold(1, 64, 32) for image in load_sample_images().images
+        ]
+        x = torch.cat([patch.reshape(-1, 3, 64, 64) for patch in patches]).float() / 255
+    elif name.endswith(".npz"):
+        with np.load(name, allow_pickle=False) as file:
+            x = torch.from_numpy(file["images"]).float() / 255
+        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+    else:
+        x = data.load(name, None if name == "digits" else config.folder)[1].x
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(like)]]
+    channels, size = like.x.shape[1], like.x.shape[-1]
+    x = x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1).contiguous()
+
+
+# -- features -------------------------------------------------------------------------------------------------------
+
+
+def kinds_of(config: Config) -> dict[str, dict[str, Features]]:
+    """Kinds of features by name, each with its variants."""
+    found: dict[str, dict[str, Features]] = {TRAJECTORY: {"": Trajectory()}}
+    if config.solver != "euler" and config.network == "resnet9":
+        found[MORE] = {"": Trajectory("residue", "cosine", "action", "stages", "error")}
+    steps = config.magnitudes
+    found["Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m) for m in steps}
+    found["relative Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m, relative=True) for m in steps}
+    found["LID"] = {"": LID()}
+    found["scenes"] = {"": SceneStatistics()}
+    found["Fourier"] = {part: FourierSpectrum(part) for part in ("magnitude", "phase")}
+    return found
+
+
+def training(config: Config) -> dict[str, Any]:
+    """What decides how a network turns out."""
+    names = ("dataset", "network", "solver", "depth", "channels", "train_size", "pool_size")
+    return {name: getattr(config, name) for name in (*names, "epochs", "batch_size", "learning_rate")}
+
+
+def science(config: Config) -> dict[str, Any]:
+    """What decides the outcome of a job."""
+    names = ("setting", "attacks", "eps", "iterations", "foreign", "modes", "magnitudes", "noisy", "test", "validation")
+    return training(config) | {name: getattr(config, name) for name in (*names, "starts", "queries", "rounds")}

@@ -1,0 +1,177 @@
+"""What the detection experiment found: rows, tables, sentences, figures."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detection_setup import THESIS, TRAJECTORY, Config
+from tabulate import tabulate
+
+from odenets import plotting
+from odenets.detection import FALSE_POSITIVE_RATES
+from odenets.statistics import Interval, mean_interval, paired_p_value
+
+
+def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method, what was seen and tested, and kind of features; means over seeds.
+
+    Differences in the area under the curve are to the trajectory of the same networks, paired.
+    """
+    rows = []
+    for method in config.methods:
+        of = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
+        keys = dict.fromkeys((s["seen"], s["tested"], s["kind"]) for s in of[0]["scores"])
+        for seen, tested, kind in keys:
+            found = [score_of(r, seen, tested, kind) for r in of]
+            row: dict[str, Any] = {"method": method, "seen": seen, "tested": tested, "kind": kind}
+            for name in ("accuracy", "auroc", "fpr95", "detected", "detected_successful", "false_positives"):
+                values = [100 * s[name] for s in found if s[name] == s[name]]
+                row[name] = mean_interval(values) if values else None
+            if config.noisy:
+                row["noisy_false_positives"] = mean_interval([100 * s["noisy_false_positives"] for s in found])
+            if kind != TRAJECTORY:
+                one, other = (
+                    [100 * s["auroc"] for s in ss]
+                    for ss in (found, [score_of(r, seen, tested, TRAJECTORY) for r in of])
+                )
+                row["difference"] = mean_interval([a - b for a, b in zip(one, other, strict=True)])
+                row["p"] = paired_p_value(one, other)
+            elif config.dataset == "cifar10" and config.network == "resnet110":
+                row["thesis"] = THESIS.get((config.setting, method), {}).get(tested)
+            rows.append(row)
+    return rows
+
+
+def score_of(result: dict[str, Any], seen: str, tested: str, kind: str) -> dict[str, Any]:
+    """The scores of a job for one comparison."""
+    return next(s for s in result["scores"] if (s["seen"], s["tested"], s["kind"]) == (seen, tested, kind))
+
+
+def text(value: Interval | None) -> str:
+    """A mean with its interval."""
+    return "" if value is None else f"{value.mean:.1f} ± {value.half_width:.1f}"
+
+
+def table(config: Config, rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    columns = ["network", "seen", "tested", "features", "AUROC", "- trajectory", "p", "accuracy"]
+    columns += ["FPR at 95 % TPR", "detected", "of successful", "false positives"]
+    columns += ["of noisy"] * config.noisy + ["thesis"] * any(row.get("thesis") for row in rows)
+    names = ("fpr95", "detected", "detected_successful", "false_positives")
+    grid = [
+        [
+            row["method"], row["seen"], row["tested"], row["kind"], text(row["auroc"]),
+            text(row.get("difference")), f"{row['p']:.2g}" if "p" in row else "", text(row["accuracy"]),
+            *(text(row[name]) for name in names),
+            *[text(row.get("noisy_false_positives"))] * config.noisy,
+            *[f"{row['thesis']:g}" if row.get("thesis") else ""] * ("thesis" in columns),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+
+
+def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[str]:
+    """What the table says, in sentences: differences are called so where their 95 % interval leaves out 0."""
+    lines = []
+    for method in config.methods:
+        of = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
+        lines.append(f"{method}: accuracy {text(mean_interval([100 * r['accuracy'] for r in of]))} % on the pool")
+        for i, made in enumerate(of[0]["attacks"]):
+            rates = [100 * r["attacks"][i]["success"] for r in of]
+            lines.append(f"{method}: {made['attack']} fools {text(mean_interval(rates))} % of what was right")
+        pairs = dict.fromkeys((s["seen"], s["tested"]) for s in of[0]["scores"])
+        for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] != TRAJECTORY):
+            per_seed = [
+                [statistics.fmean(100 * score_of(r, *pair, k)["auroc"] for pair in pairs) for r in of]
+                for k in (kind, TRAJECTORY)
+            ]
+            found = mean_interval([a - b for a, b in zip(*per_seed, strict=True)])
+            what = "as" if abs(found.mean) <= found.half_width else "better than" if found.mean > 0 else "worse than"
+            lines.append(
+                f"{method}: {kind} detect {what} the trajectory, {text(found)} points of AUROC over all comparisons, "
+                f"p = {paired_p_value(*per_seed):.2g}"
+            )
+    if len(config.methods) > 1:
+        first, *others = config.methods
+        for method in others:
+            pair = [
+                [statistics.fmean(100 * s["auroc"] for s in r["scores"] if s["kind"] == TRAJECTORY) for r in of]
+                for of in (
+                    sorted((r for r in results if r["method"] == m), key=lambda r: r["seed"]) for m in (method, first)
+                )
+            ]
+            found = mean_interval([a - b for a, b in zip(*pair, strict=True)])
+            lines.append(
+                f"trajectory: {method} over {first} {text(found)} points of AUROC over all comparisons, "
+                f"p = {paired_p_value(*pair):.2g}"
+            )
+    return lines
+
+
+def figures(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Receiver operating characteristics, a figure per method and seen set, averaged over the seeds."""
+    found = {}
+    for method in config.methods:
+        of = [r for r in results if r["method"] == method]
+        for seen in dict.fromkeys(s["seen"] for s in of[0]["scores"]):
+            curves: dict[str, dict[str, np.ndarray]] = {}
+            for s in of[0]["scores"]:
+                if s["seen"] == seen:
+                    mean = np.mean([score_of(r, seen, s["tested"], s["kind"])["curve"] for r in of], 0)
+                    curves.setdefault(s["tested"], {})[s["kind"]] = mean
+            name = f"{method}_{Path(seen).stem}".replace(" ", "_")
+            found[name] = plotting.operating_characteristics(curves, FALSE_POSITIVE_RATES)
+    return found
+
+
+def adaptive_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str, list[str]]:
+    """Of what the detector knows, the share that attacks turn into images which fool network and detector."""
+    rows: list[dict[str, Any]] = []
+    for method in config.methods:
+        of = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
+        rate = mean_interval([100 * r["detected_successful"] for r in of])
+        for way in dict.fromkeys(name for r in of for name in r["evaded"]):
+            with_starts = [r for r in of if way in r["evaded"]]
+            shares = [100 * r["evaded"][way] for r in with_starts]
+            rows.append(
+                {
+                    "method": method, "attack": way, "detected_before": rate,
+                    "starts": sum(r["starts"] for r in with_starts),
+                    "evaded": mean_interval(shares), "l2": mean_interval([r["l2"][way] for r in with_starts]),
+                }
+            )  # fmt: skip
+    columns = ["network", "attack", "detected before (%)", "starts", "evaded (%)", "L2 distance"]
+    grid = [
+        [r["method"], r["attack"], text(r["detected_before"]), r["starts"], text(r["evaded"]), f"{r['l2'].mean:.2f}"]
+        for r in rows
+    ]
+    lines = [
+        f"{r['method']}, {r['attack']}: of {r['starts']} detected successful images {text(r['evaded'])} % evade; "
+        f"{r['detected_before'].mean * (1 - r['evaded'].mean / 100):.1f} % of the successful ones are still detected"
+        for r in rows
+    ]
+    return rows, tabulate(grid, columns, tablefmt="github", disable_numparse=True), lines
+
+
+def timing_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str, list[str]]:
+    """Median milliseconds per image of each kind of features, and over those of a forward pass."""
+    names = list(results[0]["seconds"])
+    medians = {name: statistics.median(t / r["images"] for r in results for t in r["seconds"][name]) for name in names}
+    rows = [
+        {"what": name, "milliseconds": 1e3 * t, "over_forward": t / medians["forward pass"]}
+        for name, t in medians.items()
+    ]
+    grid = [[r["what"], f"{r['milliseconds']:.3f}", f"{r['over_forward']:.2f}"] for r in rows]
+    ratio = (medians["Mahalanobis"] + medians["Mahalanobis, statistics"]) / medians[TRAJECTORY]
+    lines = [
+        f"Mahalanobis with its statistics takes {ratio:.1f} times the trajectory's time (thesis: 145 s / 66 s = 2.2)"
+    ]
+    return (
+        rows,
+        tabulate(grid, ["", "ms per image", "over a forward pass"], tablefmt="github", disable_numparse=True),
+        lines,
+    )

@@ -1,0 +1,71 @@
+"""Adversarial images on disk: a folder per attack, a file per batch, so that none is made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BatchFolder", "key_of"]
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of named parts in their order, in hexadecimal; tensors by shape, dtype and bytes, the rest as JSON."""
+    digest = hashlib.sha256()
+    for name, part in parts.items():
+        tensor = isinstance(part, Tensor)
+        head = [name, list(part.shape), str(part.dtype)] if tensor else [name, part]
+        digest.update(json.dumps(head, sort_keys=True).encode())
+        if tensor:
+            data = part.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+class BatchFolder:
+    """Batches of tensors in a folder, ``batch-00000.safetensors`` and so on; with ``None`` nothing is kept.
+
+    Args:
+        folder: where, made when the first batch is written.
+        about: what the batches are, for people to read: ``attack.json``.
+    """
+
+    def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
+        self.folder, self.about = folder, about
+
+    def read(self, batches: int) -> dict[int, dict[str, Tensor]]:
+        """Those of the first ``batches`` batches that are there, by number."""
+        if self.folder is None or not self.folder.is_dir():
+            return {}
+        from safetensors.torch import load_file
+
+        paths = {i: self._path(i) for i in range(batches)}
+        return {i: load_file(path) for i, path in paths.items() if path.exists()}
+
+    def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a batch, whole or not at all: a kill leaves no half of a file under its name."""
+        if self.folder is None:
+            return
+        from safetensors.torch import save
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = self.folder / "attack.json"
+        if not about.exists():
+            _replace(about, (json.dumps(dict(self.about), indent=2) + "\n").encode())
+        _replace(self._path(i), save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    def _path(self, i: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"batch-{i:05d}.safetensors"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -1,0 +1,126 @@
+"""A differentiable stand-in for a detector that has no gradient, taught by the detector's own scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Score", "Surrogate", "agreement", "distil", "scores_of"]
+
+Score = Callable[[np.ndarray], np.ndarray]
+"""A detector: of features ``(N, F)`` scores in [0, 1], ``(N,)``, high where it sees an attack."""
+
+
+class Surrogate(nn.Module):
+    """A multilayer perceptron on standardised features, whose logit stands for a detector's score.
+
+    Args:
+        mean, std: of the features, ``(F,)``; a std of 0 counts as 1.
+        hidden: width of its two hidden layers.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, hidden: int = 64) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("std", torch.where(std > 0, std, 1).float())
+        self.layers = nn.Sequential(
+            nn.Linear(len(mean), hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Logits of features ``(B, F)``, ``(B,)``; their sigmoid is the score."""
+        return self.layers((z - self.mean) / self.std)[:, 0]
+
+
+def distil(
+    score: Score,
+    features: np.ndarray,
+    *,
+    copies: int = 8,
+    noise: float = 0.5,
+    hidden: int = 64,
+    epochs: int = 60,
+    learning_rate: float = 3e-3,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Surrogate:
+    """Teach a surrogate the scores of a detector.
+
+    It learns, by cross-entropy with the scores, from the given features and from made ones, of which half are given
+    ones with Gaussian noise and half lie between two given ones: a forest can be asked anywhere. The noise of a made
+    one is drawn from [0, ``noise``], so that both the neighbourhood of the data and the space around it are seen.
+
+    Args:
+        score: the detector.
+        features: of clean and of adversarial images, ``(N, F)``.
+        copies: made features per given one.
+        noise: largest deviation of the noise, in deviations of each feature.
+        hidden: width of the surrogate.
+        epochs, learning_rate, batch_size: of Adam, whose rate falls to 0 along a cosine.
+        seed: of draws and initial weights; the random state is left as it was.
+
+    Raises:
+        ValueError: fewer than two features, features or scores that are not finite, or scores outside [0, 1].
+
+    References:
+        Papernot, McDaniel, Goodfellow, Jha, Celik, Swami. Practical black-box attacks against machine learning.
+        AsiaCCS 2017.
+    """
+    given = np.asarray(features, dtype=np.float32)
+    if given.ndim != 2 or len(given) < 2:
+        raise ValueError(f"features must be (N, F) with N at least 2, got shape {given.shape}")
+    if not np.isfinite(given).all():
+        raise ValueError("features must be finite, got NaN or infinity")
+    draws = np.random.default_rng(seed)
+    made = [given, *(_made(given, noise, draws) for _ in range(copies))]
+    z = torch.from_numpy(np.concatenate(made))
+    target = torch.from_numpy(scores_of(score, z.numpy()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        surrogate = Surrogate(torch.from_numpy(given.mean(0)), torch.from_numpy(given.std(0)), hidden)
+        optimizer = torch.optim.Adam(surrogate.parameters(), learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        for _ in range(epochs):
+            for index in torch.randperm(len(z)).split(batch_size):
+                optimizer.zero_grad()
+                F.binary_cross_entropy_with_logits(surrogate(z[index]), target[index]).backward()
+                optimizer.step()
+            schedule.step()
+    surrogate.zero_grad()
+    return surrogate.eval().requires_grad_(False)
+
+
+def agreement(surrogate: Surrogate, score: Score, features: np.ndarray, threshold: float = 0.5) -> float:
+    """Share of features ``(N, F)`` on which surrogate and detector say the same."""
+    z = torch.from_numpy(np.asarray(features, dtype=np.float32)).to(surrogate.mean.device)
+    said = (surrogate(z).sigmoid() > threshold).cpu().numpy()
+    return float((said == (scores_of(score, z.cpu().numpy()) > threshold)).mean())
+
+
+def scores_of(score: Score, features: np.ndarray) -> np.ndarray:
+    """A detector's scores of features ``(N, F)``, ``(N,)`` float32.
+
+    Raises:
+        ValueError: they are not one finite number in [0, 1] each.
+    """
+    found = np.asarray(score(features), dtype=np.float32)
+    if found.shape != (len(features),):
+        raise ValueError(f"score must give one number for each of {len(features)} features, got shape {found.shape}")
+    if not (np.isfinite(found) & (found >= 0) & (found <= 1)).all():
+        raise ValueError(f"score must give numbers in [0, 1], got [{found.min():.3g}, {found.max():.3g}]")
+    return found
+
+
+def _made(given: np.ndarray, noise: float, draws: np.random.Generator) -> np.ndarray:
+    """As many features, half of them noisy ones and half between two."""
+    size = (len(given), 1)
+    noisy = given + draws.uniform(0, noise, size) * given.std(0) * draws.standard_normal(given.shape)
+    between = given + draws.uniform(0, 1, size) * (given[draws.permutation(len(given))] - given)
+    return np.where(draws.uniform(size=size) < 0.5, noisy, between).astype(np.float32)

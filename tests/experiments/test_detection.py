@@ -1,0 +1,97 @@
+"""The detection experiment on a few digits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from detection import comparisons, main
+from detection_setup import METHODS, Config, attack_of, build, foreign, kinds_of, parts_of
+
+from odenets.runs import read_summary
+
+TINY = Config(workers=1, quick=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all settings, so that networks and attacks are made once."""
+    return tmp_path_factory.mktemp("detection")
+
+
+@pytest.mark.parametrize("setting", ["seen", "unseen", "ood"])
+def test_a_run_prints_its_table_and_goes_on(folder, capsys, setting):
+    config = replace(TINY, setting=setting, output=folder, noisy=setting == "seen")
+    main(config)
+    shown = capsys.readouterr().out
+    summary = read_summary(folder / setting)["results"]
+    rows = summary["rows"]
+    expected = {"seen": 2, "unseen": 1, "ood": 4}[setting] * len(kinds_of(config))
+    assert len(rows) == expected
+    assert {row["kind"] for row in rows} == set(kinds_of(config))
+    assert all(0 <= row["auroc"]["mean"] <= 100 for row in rows)
+    assert all("noisy_false_positives" in row for row in rows) == (setting == "seen")
+    assert list((folder / setting / "figures").glob("*.png"))
+    main(replace(config, resume=True))
+    assert capsys.readouterr().out == shown
+
+
+def test_attacks_that_know_of_the_detector(folder, capsys):
+    main(replace(TINY, setting="adaptive", output=folder))
+    rows = read_summary(folder / "adaptive")["results"]["rows"]
+    assert {row["attack"] for row in rows} <= {"black box", "features", "surrogate"}
+    assert all(0 <= row["evaded"]["mean"] <= 100 for row in rows)
+
+
+def test_time(folder, capsys):
+    main(replace(TINY, setting="timing", output=folder))
+    rows = {row["what"]: row for row in read_summary(folder / "timing")["results"]["rows"]}
+    assert rows["forward pass"]["over_forward"] == 1
+    assert "Mahalanobis with its statistics takes" in capsys.readouterr().out
+
+
+def test_what_is_fitted_on_and_tested():
+    config = Config(attacks=("FGM", "BIM", "DF"), foreign=("photographs", "turned"))
+    assert comparisons(config) == [("FGM", ("FGM",)), ("BIM", ("BIM",)), ("DF", ("DF",))]
+    assert comparisons(replace(config, setting="unseen")) == [("FGM", ("BIM", "DF"))]
+    both = ("photographs", "turned")
+    assert comparisons(replace(config, setting="ood")) == [("photographs", both), ("FGM", both)]
+
+
+def test_networks_and_detectors_have_images_of_their_own():
+    train, pool = parts_of(Config())
+    assert (len(train), len(pool)) == (900, 800)
+    seen = {image.numpy().tobytes() for image in train.x}
+    assert sum(image.numpy().tobytes() in seen for image in pool.x) == 0
+
+
+def test_attacks_have_the_size_and_the_iterations_asked_for():
+    assert dict(attack_of(Config(eps=0.2, iterations=7), "BIM").settings)["max_iter"] == 7
+    assert dict(attack_of(Config(eps=0.2), "FGM").settings)["eps"] == 0.2
+    assert dict(attack_of(Config(dataset="cifar10", iterations=0), "APGD").settings)["max_iter"] == 100
+
+
+@pytest.mark.parametrize("name", ["photographs", "turned"])
+def test_foreign_images_are_like_the_others_in_shape_and_range(name, tmp_path):
+    pool = parts_of(Config())[1]
+    found = foreign(Config(), name, pool)
+    assert found.shape[1:] == pool.x.shape[1:]
+    assert 0 <= found.min() < found.max() <= 1
+
+
+def test_networks_of_the_methods():
+    pool = parts_of(Config())[1]
+    one, other = (build(Config(), pool, 3) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    assert set(METHODS) == {"vanilla", "least action", "reverse cross-entropy"}
+    assert "trajectory and stages" not in kinds_of(Config(solver="euler"))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="methods must be among vanilla"):
+        Config(methods=("plain",))
+    with pytest.raises(ValueError, match="seeds must be at least 2"):
+        Config(seeds=1)
+    with pytest.raises(ValueError, match="for setting 'unseen' two or more"):
+        Config(setting="unseen", attacks=("FGM",))
+    with pytest.raises(ValueError, match="PGD"):
+        Config(attacks=("PGD",))

@@ -1,0 +1,273 @@
+import copy
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from odenets.checkpoints import fingerprint
+from odenets.detection import attacks, toolbox
+from odenets.detection.attacks import PRESETS, Attack, Attacked, attack, preset
+from tests.odenets.detection.victims import digits, victim
+
+CUT = {
+    "FGM": {},
+    "BIM": {"max_iter": 5},
+    "APGD": {"max_iter": 5, "nb_random_init": 1},
+    "AA": {"apgd_iter": 5, "apgd_restarts": 1, "deepfool_iter": 5, "square_iter": 5, "square_restarts": 1},
+    "DF": {"max_iter": 30},
+    "CW": {"learning_rate": 0.1, "initial_const": 10.0, "binary_search_steps": 2},
+    "HSJ": {"max_iter": 2, "max_eval": 50, "init_eval": 10},
+    "BA": {"max_iter": 5},
+}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def batch():
+    _, test = digits()
+    return test.x[:12], test.y[:12]
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Attacked.__slots__)
+
+
+def counted(network):
+    """The network, counting its calls."""
+    network = copy.deepcopy(network)
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    return network, calls
+
+
+@pytest.mark.parametrize("eps", [0.03, 0.2])
+def test_fgm_is_one_step_along_the_sign_of_the_gradient(batch, eps):
+    x, y = batch
+    found = attack(victim(), preset("FGM", eps=eps), x, y, batch_size=5)
+    moving = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(victim()(moving), y, reduction="sum"), moving)
+    torch.testing.assert_close(found.images, (x + eps * gradient.sign()).clamp(0, 1))
+    assert torch.equal(found.predicted, victim()(found.images).argmax(1))
+    assert torch.equal(found.clean, victim()(x).argmax(1))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_images(batch, name):
+    x, y = batch
+    found = attack(victim(), preset(name, **CUT[name]), x[:8], y[:8], batch_size=8)
+    assert found.images.shape == x[:8].shape
+    assert found.images.dtype == torch.float32
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    torch.testing.assert_close(found.linf, (found.images - x[:8]).abs().flatten(1).max(1).values)
+    torch.testing.assert_close(found.l2, (found.images - x[:8]).square().sum((1, 2, 3)).sqrt())
+    if name in ("FGM", "BIM", "APGD", "AA"):
+        assert found.linf.max() <= 0.03 + 1e-6
+    else:
+        assert found.success_rate > 0.5
+
+
+def test_the_presets_are_the_settings_of_the_thesis():
+    assert set(PRESETS) == {"FGM", "APGD", "BIM", "AA", "DF", "CW", "HSJ", "BA"}
+    assert {dict(PRESETS[name].settings)["eps"] for name in ("FGM", "APGD", "BIM", "AA")} == {0.03}
+    assert dict(PRESETS["HSJ"].settings) == {"norm": 2, "max_iter": 50, "max_eval": 10000, "init_eval": 100}
+    assert dict(preset("FGM", eps=0.1).settings) == {"norm": "inf", "eps": 0.1}
+
+
+def test_only_a_right_prediction_that_became_wrong_is_a_success():
+    y = torch.tensor([0, 0, 0, 0])
+    clean, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 2])
+    found = Attacked(torch.zeros(4, 1, 8, 8), y, clean, predicted, torch.zeros(4), torch.arange(4.0))
+    assert found.clean_accuracy == 0.5
+    assert found.success.tolist() == [False, True, False, False]
+    assert found.success_rate == 0.5
+    fooled = found.subset(found.success)
+    assert (len(fooled), fooled.l2.tolist(), fooled.success_rate) == (1, [1.0], 1.0)
+    assert np.isnan(found.subset(torch.tensor([2, 3])).success_rate)
+
+
+def test_autoattack_leaves_misclassified_images_and_they_are_no_success(batch):
+    x, y = batch
+    wrong = (y + 1) % 10
+    labels = torch.where(torch.arange(len(y)) < 6, wrong, y)
+    found = attack(victim(), preset("AA", eps=0.2, **CUT["AA"]), x, labels, batch_size=12)
+    assert torch.equal(found.images[:6], x[:6])
+    assert not found.success[:6].any()
+    assert (found.predicted != labels)[:6].all()
+    right = found.clean == labels
+    assert not right[:6].any()
+    assert found.success_rate == pytest.approx(found.success[right].double().mean().item())
+    assert found.success_rate > 0.5
+
+
+@pytest.mark.parametrize("name", ["APGD", "HSJ", "BA"])
+def test_interrupted_and_resumed_is_the_same_to_the_last_bit(batch, name, tmp_path, monkeypatch):
+    x, y = batch
+    chosen = preset(name, **CUT[name])
+    whole = attack(victim(), chosen, x, y, batch_size=5)
+    assert same(whole, attack(victim(), chosen, x, y, batch_size=5))
+
+    right = attacks._attack_batch
+    done = []
+
+    def killed(*arguments):
+        if len(done) == 1:
+            raise Killed
+        done.append(1)
+        return right(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "_attack_batch", killed)
+        with pytest.raises(Killed):
+            attack(victim(), chosen, x, y, batch_size=5, cache=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["attack.json", "batch-00000.safetensors"]
+    first = (folder / "batch-00000.safetensors").stat().st_mtime_ns
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002 - the state that ART draws from
+    assert same(attack(victim(), chosen, x, y, batch_size=5, cache=tmp_path), whole)
+    assert (folder / "batch-00000.safetensors").stat().st_mtime_ns == first
+
+
+def test_nothing_is_attacked_twice(batch, tmp_path):
+    x, y = batch
+    network, calls = counted(victim())
+    whole = attack(network, "FGM", x, y, batch_size=5, cache=tmp_path)
+    assert calls
+    calls.clear()
+    assert same(attack(network, "FGM", x, y, batch_size=5, cache=str(tmp_path)), whole)
+    assert not calls
+    (folder,) = tmp_path.iterdir()
+    about = json.loads((folder / "attack.json").read_text())
+    assert folder.name == f"FGM-{about['key'][:24]}"
+    assert about["settings"] == {"norm": "inf", "eps": 0.03}
+    assert (about["class"], about["network"]) == ("FastGradientMethod", "Network")
+    assert about["weights"] == fingerprint(network)
+
+
+@pytest.mark.parametrize("change", ["seed", "settings", "images", "labels", "weights"])
+def test_another_attack_has_a_folder_of_its_own(batch, change, tmp_path):
+    x, y = batch
+    attack(victim(), "FGM", x, y, cache=tmp_path)
+    network, chosen = copy.deepcopy(victim()), preset("FGM", **({"eps": 0.1} if change == "settings" else {}))
+    if change == "weights":
+        with torch.no_grad():
+            network.head[1].bias[0] += 1e-3
+    if change == "images":
+        x = torch.cat([x[:-1], x[-1:].flip(2)])
+    if change == "labels":
+        y = y.flip(0)
+    attack(network, chosen, x, y, cache=tmp_path, seed=int(change == "seed"))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["FGM", "CW", "HSJ"])
+def test_an_attack_leaves_no_trace(batch, name):
+    x, y = batch
+    network = copy.deepcopy(victim()).train()
+    network.head.eval()
+    network.head[1].weight.requires_grad_(False)
+    F.cross_entropy(network(x), y).backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in network.parameters()]
+    modes, asked = [m.training for m in network.modules()], [p.requires_grad for p in network.parameters()]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    images = x.clone()
+    attack(network, preset(name, **CUT[name]), x, y)
+    assert [m.training for m in network.modules()] == modes
+    assert [p.requires_grad for p in network.parameters()] == asked
+    for p, gradient in zip(network.parameters(), gradients, strict=True):
+        assert (p.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(p.grad, gradient)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert random.getstate() == before[2]
+    assert torch.equal(x, images)
+
+
+def test_draws_follow_the_seed(batch):
+    x, y = batch[0][:3], batch[1][:3]
+    chosen = preset("HSJ", **CUT["HSJ"])
+    assert not torch.equal(attack(victim(), chosen, x, y).images, attack(victim(), chosen, x, y, seed=1).images)
+
+
+def test_hop_skip_jump_ends_where_rounding_lets_no_step_succeed():
+    """The first point is adversarial until ART has taken it, and then nothing is: ART would halve without end."""
+    first = np.ones((1, 2, 2), dtype=np.float32)
+    asked = []
+
+    def adversarial(points):
+        asked.append(1)
+        return np.full(len(points), len(asked) <= 3 and np.array_equal(points[0], first))
+
+    settings = {"max_iter": 2, "max_eval": 10, "init_eval": 10}
+    found = toolbox.decision_attack("HSJ", settings, adversarial, np.zeros_like(first), [first])
+    assert np.array_equal(found, first)
+
+
+def test_without_a_first_adversarial_point_nothing_is_found():
+    def never(points):
+        return np.zeros(len(points), dtype=bool)
+
+    assert toolbox.decision_attack("BA", {}, never, np.zeros((1, 2, 2)), [np.ones((1, 2, 2))]) is None
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "match"),
+    [
+        (torch.full((2, 1, 8, 8), 1.5), [0, 1], ValueError, r"images must have pixels in \[0, 1\], got \[1.5, 1.5\]"),
+        (torch.full((2, 1, 8, 8), torch.nan), [0, 1], ValueError, "images must be finite, got NaN or infinity"),
+        (torch.zeros(2, 64), [0, 1], ValueError, r"images must be a batch \(N, C, H, W\)"),
+        (torch.zeros(2, 1, 8, 8), [0, 10], ValueError, r"labels must lie in \[0, classes\).*got 10.*\(1, 10\)"),
+        (torch.zeros(2, 1, 8, 8), [0, -1], ValueError, "labels must not be negative, got -1"),
+        (torch.zeros(2, 1, 8, 8), [0], ValueError, r"one entry for each of 2 images, got shape \(1,\)"),
+        (torch.zeros(2, 1, 8, 8), [0.0, 1.0], TypeError, "labels must be an int64 tensor, got torch.float32"),
+    ],
+)
+def test_images_and_labels_are_looked_at(images, labels, error, match):
+    with pytest.raises(error, match=match):
+        attack(victim(), "FGM", images, torch.tensor(labels))
+
+
+def test_attacks_and_settings_are_looked_at(batch):
+    x, y = batch
+    with pytest.raises(ValueError, match=r"unknown attack 'PGD'; known are FGM, BIM, APGD"):
+        preset("PGD")
+    with pytest.raises(ValueError, match="unknown attack 'PGD'"):
+        attack(victim(), "PGD", x, y)
+    with pytest.raises(ValueError, match=r"FGM has no setting epsilon; known are norm, eps, eps_step"):
+        preset("FGM", epsilon=0.1)
+    with pytest.raises(ValueError, match=r"BA has no setting verbose; known are delta, epsilon"):
+        attack(victim(), Attack("BA", (("verbose", True),)), x, y)
+    with pytest.raises(TypeError, match=r"eps of FGM must be a number, a bool or a string, got array"):
+        preset("FGM", eps=np.ones(2))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        attack(victim(), "FGM", x, y, batch_size=0)
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        attack(victim(), "FGM", x, y, seed=-1)
+    with pytest.raises(ValueError, match=r"AA compares three logits of a network, got one with 2"):
+        attack(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), "AA", x, y % 2)
+    with pytest.raises(ValueError, match="network has a flow without a field"):
+        attack(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2)), "FGM", x, y)
+
+
+def test_networks_of_two_classes_are_attacked(batch):
+    x, _ = batch
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    found = attack(network, preset("FGM", eps=0.5), x, network(x).argmax(1))
+    assert found.clean_accuracy == 1
+    assert found.success_rate > 0.5
+
+
+def test_missing_art_names_the_extra(batch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "art", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install odenets\[detection\]"):
+        attack(victim(), "FGM", *batch)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install odenets\[detection\]"):
+        preset("FGM", eps=0.1)
