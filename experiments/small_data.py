@@ -40,6 +40,7 @@ from odenets.training import evaluate
 
 METHODS = ("vanilla", "fixed weight", "least action")
 PROTOCOL = ("thesis: vanilla", "thesis: least action")
+WAYS = ("last", "recalibrated")  # batch norm's running statistics after the last epoch, or statistics computed anew
 
 # highest test accuracy over epochs, mean and half-width of the 95 % interval: table 1 (50 runs), tables 2 and 18 (20)
 THESIS: dict[str, dict[int, dict[str, tuple[float, float]]]] = {
@@ -155,7 +156,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Job:
-    """Some instances of one method at one learning rate and weight, trained together."""
+    """Some instances of one method at one learning rate and weight, trained together; looked at in some ways."""
 
     condition: str
     size: int
@@ -164,6 +165,7 @@ class Job:
     weight: float
     seeds: tuple[int, ...]
     tuning: bool
+    ways: tuple[str, ...] = WAYS
 
     @property
     def name(self) -> str:
@@ -250,10 +252,12 @@ def train(config: Config, job: Job, report: Report) -> None:
     looked = data.Batches(validation if job.tuning else test, 100)
     results: dict[str, list[float]] = {"last": [], "recalibrated": [], "action": []}
     for network, batch in zip(found.networks, batches, strict=True):
-        results["last"].append(evaluate(network, looked).accuracy)
         results["action"].append(action(network.eval(), batch.data.x))
-        recalibrate(network, batch.inputs())
-        results["recalibrated"].append(evaluate(network, looked).accuracy)
+        if "last" in job.ways:
+            results["last"].append(evaluate(network, looked).accuracy)
+        if "recalibrated" in job.ways:
+            recalibrate(network, batch.inputs())
+            results["recalibrated"].append(evaluate(network, looked).accuracy)
     if protocol:
         results["max"] = found.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
     run.finish(asdict(job) | results, seeds=list(job.seeds))
@@ -291,11 +295,13 @@ def candidates(config: Config, condition: str, size: int) -> list[Job]:
 
 def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
     """The jobs whose test accuracy is reported, each only once."""
-    best = {(c["method"], c["learning_rate"], c["weight"]) for c in chosen.values()}
-    best |= {(method, 0.01, 0.0) for method in PROTOCOL}
+    ways: dict[tuple[str, float, float], tuple[str, ...]] = {(method, 0.01, 0.0): () for method in PROTOCOL}
+    for (_, way), c in chosen.items():
+        key = (c["method"], c["learning_rate"], c["weight"])
+        ways[key] = (*ways.get(key, ()), way)
     return [
-        Job(condition, size, *each, seeds, tuning=False)
-        for each in sorted(best)
+        Job(condition, size, *each, seeds, tuning=False, ways=ways[each])
+        for each in sorted(ways)
         for seeds in groups(config, 0, config.instances)
     ]
 
@@ -304,7 +310,7 @@ def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]
     """Per method, and per way of taking batch norm's statistics, the settings best on validation images."""
     names = ("method", "learning_rate", "weight")
     chosen: dict[tuple[str, str], dict[str, Any]] = {}
-    for way in ("last", "recalibrated"):
+    for way in WAYS:
         scores: dict[tuple[Any, ...], list[float]] = {}
         for r in tuned:
             scores.setdefault(tuple(r[name] for name in names), []).extend(r[way])
@@ -329,7 +335,7 @@ def summarise(
         return [100 * v for r in sorted(jobs, key=lambda r: r["seeds"]) for v in r[name]]
 
     rows = []
-    for way in ("last", "recalibrated"):
+    for way in WAYS:
         plain: list[float] = []
         for method in METHODS:
             best = chosen[method, way]

@@ -82,7 +82,7 @@ class _Stack:
     def answers(self, row: int, x: Tensor) -> Tensor:
         """The classes that one of them finds most likely for inputs ``(N, *S)``."""
         own = tuple({name: value[row] for name, value in values.items()} for values in (self.parameters, self.buffers))
-        return torch.cat([functional_call(self.one, own, (part, None, "output")).argmax(1) for part in x.split(500)])
+        return torch.cat([functional_call(self.one, own, (part, None, "output")).argmax(1) for part in x.split(100)])
 
     def write(self, instances: Sequence[_Instance], rows: Sequence[int]) -> None:
         """Write rows of the stack into instances of their own."""
