@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def backward(
     ]
     for samples, x0_part, stage_parts, size in _blocks(x0, stages, h):
         leaves = [None if x is None else x.detach().requires_grad_() for x in (x0_part, *stage_parts)]
-        with torch.enable_grad():
+        with torch.enable_grad(), _autograd():
             values = expression(leaves[0], leaves[1:], size, asked)  # type: ignore[arg-type]
         pairs = [(v, g[samples]) for v, g in zip(values, grads, strict=True) if v is not None and g is not None]
         inputs = [(i, leaf) for i, leaf in enumerate(leaves) if leaf is not None and found[i] is not None]
@@ -119,6 +120,14 @@ def backward(
         for (i, _), grad in zip(inputs, outs, strict=True):
             found[i][samples] = grad  # type: ignore[index]
     return found
+
+
+def _autograd() -> AbstractContextManager[None]:
+    """Lets a graph be made below autograd too, where an operator runs that a dispatch mode has let through."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def _blocks(

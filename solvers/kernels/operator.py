@@ -44,25 +44,30 @@ def finish(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked
         asked: what is asked.
     """
     x0 = x0 if asked.state or asked.scaled else None
-    if _immediate(x0, stages, h):
+    unseen = _unseen((x0, *stages, h), stages[0].device.type)
+    if unseen and not _in_graph((x0, *stages, h)):
         kernels = _kernels(stages, h, asked)
         return (aten if kernels is None else kernels).forward(x0, stages, h, asked)
     sizes, number = (h, 1.0) if isinstance(h, Tensor) else (None, float(h))
     bits = STATE * asked.state + ERROR * asked.error + ACTION * asked.action + RESIDUE * asked.residue
-    found = torch.ops.odenets.finish_step.default(
-        x0, stages, sizes, number, asked.b, asked.e or (0.0,) * len(asked.b), asked.rtol, asked.atol, asked.power, bits
-    )
+    rest = (number, asked.b, asked.e or (0.0,) * len(asked.b), asked.rtol, asked.atol, asked.power, bits)
+    if unseen:
+        found = _Eager.apply(rest, x0, sizes, *stages)
+    else:
+        found = torch.ops.odenets.finish_step.default(x0, stages, sizes, *rest)
     wanted = (asked.state, asked.error, asked.action, asked.residue, asked.residue)
     return Finish(*(value if want else None for value, want in zip(found, wanted, strict=True)))
 
 
-def _immediate(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor) -> bool:
-    """Whether nobody is to know of the call: no graph, no mode that traces or counts, no subclass of tensors."""
-    graph = torch.is_grad_enabled()
-    for x in (x0, *stages, h):
-        if isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or (graph and x.requires_grad)):
-            return False
-    return not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled(stages[0].device.type)  # type: ignore[attr-defined]
+def _unseen(operands: Sequence[Any], device: str) -> bool:
+    """Whether nobody is to know of a call: no mode that traces or counts, no autocast, no subclass of tensors."""
+    if any(isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter) for x in operands):
+        return False
+    return not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled(device)  # type: ignore[attr-defined]
+
+
+def _in_graph(operands: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in operands)
 
 
 # -- kernels ------------------------------------------------------------------------------------------------------
@@ -142,12 +147,47 @@ def _fake_backward(x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None
 # -- gradients ----------------------------------------------------------------------------------------------------
 
 
+class _Eager(torch.autograd.Function):
+    """The operator where nobody is to know of the call: the same, without the way through torch.library."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, rest: tuple[Any, ...], x0: Tensor | None, sizes: Tensor | None, *stages: Tensor
+    ) -> tuple[Tensor, ...]:
+        found = _finish_step(x0, stages, sizes, *rest)
+        _remember(ctx, x0, stages, sizes, rest, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        _, needs_x0, needs_sizes, *needs_stages = ctx.needs_input_grad
+        of_x0, of_stages, of_sizes = _gradients(ctx, outer, needs_x0, needs_stages, needs_sizes)
+        return (None, of_x0, of_sizes, *of_stages)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x0, stages, sizes, *ctx.numbers = inputs
+    x0, stages, sizes, *rest = inputs
+    _remember(ctx, x0, stages, sizes, rest, output)
+
+
+def _backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
+    of_x0, of_stages, of_sizes = _gradients(ctx, outer, *ctx.needs_input_grad[:3])
+    return (of_x0, of_stages, of_sizes, *(None,) * 7)
+
+
+def _remember(
+    ctx: Any,
+    x0: Tensor | None,
+    stages: Sequence[Tensor],
+    sizes: Tensor | None,
+    rest: Sequence[Any],
+    output: tuple[Tensor, ...],
+) -> None:
+    """Keep what the gradients need."""
     ctx.set_materialize_grads(False)
-    ctx.count = len(stages)
-    ctx.linear = ctx.numbers[-1] == STATE and (sizes is None or not sizes.requires_grad)
-    ctx.ends = _of_its_ends(x0, stages, sizes, ctx.numbers)
+    ctx.numbers, ctx.count = rest, len(stages)
+    ctx.linear = rest[-1] == STATE and (sizes is None or not sizes.requires_grad)
+    ctx.ends = _of_its_ends(x0, stages, sizes, rest)
     # Gradients of a state alone do not depend on what it was made of: nothing is kept. The velocity of a single stage
     # is what lies between the states, which the layers before and after the step keep anyway.
     kept = [x0, output[0]] if ctx.ends else [x0, *stages]
@@ -161,30 +201,34 @@ def _of_its_ends(x0: Tensor | None, stages: Sequence[Tensor], sizes: Tensor | No
     return exact and bool(bits & STATE) and x0 is not None and sizes is None and h * b[0] != 0
 
 
-def _backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, outer: tuple[Tensor | None, ...], needs_x0: bool, needs_stages: Sequence[bool], needs_sizes: bool
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+    """The gradients of the state, the stages and the step sizes."""
     (h, *asks), (sizes, *saved) = ctx.numbers, ctx.saved_tensors
     asked = _read(*asks)
-    needs_x0, needs_stages, needs_sizes = ctx.needs_input_grad[:3]
     wants = (asked.state, asked.error, asked.action, asked.residue, asked.residue)
     grads = [grad if want else None for grad, want in zip(outer, wants, strict=True)]
     if all(grad is None for grad in grads):
-        return (None, [None] * ctx.count, *(None,) * 8)
+        return None, [None] * ctx.count, None
     if ctx.linear:
         saved = [grads[0]] * (1 + ctx.count)  # read for their shape
     x0, stages, values = saved[0], saved[1 : 1 + ctx.count], saved[1 + ctx.count :]
     if ctx.ends and not ctx.linear:
-        stages = [(stages[0] - x0) / (h * asked.b[0])]
+        length = h * asked.b[0]
+        stages = [stages[0] - x0 if length == 1 else (stages[0] - x0) / length]
     if torch.is_grad_enabled() or needs_sizes:
-        found = _differentiable(x0, stages, h if sizes is None else sizes, asked, Finish(*grads))
-        return (*found, *(None,) * 7)
+        return _differentiable(x0, stages, h if sizes is None else sizes, asked, Finish(*grads))
     passed_on = grads[1] is None or not asked.scaled  # the gradient of x0 is then that of x1, as it is
     needs = [needs_x0 and not passed_on, *needs_stages]
     of_x0, of_stages = (grads[0] if needs_x0 else None), [None] * ctx.count
     if any(needs):
-        found = torch.ops.odenets.finish_step_backward.default(x0, stages, sizes, h, *asks, grads, values, needs)
+        unseen = _unseen((x0, *stages, *grads), stages[0].device.type)
+        backward = _finish_step_backward if unseen else torch.ops.odenets.finish_step_backward.default
+        found = backward(x0, stages, sizes, h, *asks, grads, values, needs)
         changed, *of_stages = (grad if need else None for grad, need in zip(found, needs, strict=True))
         of_x0 = of_x0 if passed_on else changed
-    return (of_x0, of_stages, *(None,) * 8)
+    return of_x0, of_stages, None
 
 
 def _differentiable(
