@@ -78,12 +78,18 @@ def comparisons(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     return [(config.foreign[0], config.foreign), (config.attacks[0], config.foreign)]
 
 
-def compare(config: Config, job: Job, report: Report) -> None:
-    """Train, attack, and compare all kinds of features; what was found stands in the job's summary."""
+def begin(config: Config, job: Job, report: Report) -> tuple[Run, data.Dataset, data.Dataset, Network]:
+    """The run of a job, the images of its network and those for its detectors, and the network, trained."""
     run = Run(config.output / config.setting / job.name, asdict(job) | science(config), resume=True)
     train, pool = parts_of(config)
     network = trained(config, job, train)
     report(1)
+    return run, train, pool, network
+
+
+def compare(config: Config, job: Job, report: Report) -> None:
+    """Train, attack, and compare all kinds of features; what was found stands in the job's summary."""
+    run, train, pool, network = begin(config, job, report)
     parts = split(len(pool), test=config.test, validation=config.validation, seed=job.seed)
     attacks = {name for pair in comparisons(config) for name in (pair[0], *pair[1])} & set(config.attacks)
     images, successes, rows = {"": pool.x}, {}, []
@@ -140,10 +146,7 @@ def compare(config: Config, job: Job, report: Report) -> None:
 
 def adapt_attacks(config: Config, job: Job, report: Report) -> None:
     """Attacks that know of the detector, from successful images that it detects; what evades stands in the summary."""
-    run = Run(config.output / config.setting / job.name, asdict(job) | science(config), resume=True)
-    train, pool = parts_of(config)
-    network = trained(config, job, train)
-    report(1)
+    run, _, pool, network = begin(config, job, report)
     parts = split(len(pool), test=config.test, validation=config.validation, seed=job.seed)
     found = attacked(config, network, job, config.attacks[0], pool)
     features = Trajectory()
@@ -192,10 +195,7 @@ def adapt_attacks(config: Config, job: Job, report: Report) -> None:
 
 def clock(config: Config, job: Job, report: Report) -> None:
     """Seconds for features of the pool in interleaved rounds, beside a plain forward pass, and to fit the forests."""
-    run = Run(config.output / config.setting / job.name, asdict(job) | science(config), resume=True)
-    train, pool = parts_of(config)
-    network = trained(config, job, train)
-    report(1)
+    run, train, pool, network = begin(config, job, report)
     step = max(config.magnitudes)
     kinds: dict[str, Features] = {TRAJECTORY: Trajectory(), "Mahalanobis": Mahalanobis(magnitude=step)}
     kinds |= {"Mahalanobis, no input step": Mahalanobis(), "LID": LID(), "scenes": SceneStatistics()}

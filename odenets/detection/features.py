@@ -138,7 +138,7 @@ def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, 
 
     Args:
         call: function of a batch.
-        network: whose mode is restored.
+        network: the modes of its modules are restored.
         x: inputs, ``(N, ...)``.
         batch_size: of a batch.
 
@@ -148,12 +148,13 @@ def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, 
     if len(x) == 0 or batch_size < 1:
         raise ValueError(f"x must hold inputs and batch_size be at least 1, got {len(x)} and {batch_size}")
     device = next((p.device for p in network.parameters()), x.device)
-    mode = network.training
+    modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         return torch.cat([call(part.to(device)).cpu() for part in x.split(batch_size)])
     finally:
-        network.train(mode)
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_images(x: Tensor, name: str = "images") -> Tensor:

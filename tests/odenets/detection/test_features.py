@@ -106,10 +106,13 @@ def test_gradients_pass_through_features():
     )
 
 
-def test_in_batches_is_the_whole_in_eval_mode_and_restores_the_mode():
+def test_in_batches_is_the_whole_in_eval_mode_and_restores_the_modes():
     network = models.resnet9(1, 10, features=8, size=8, depth=2).train()
+    network.encoder.eval()  # a part that is frozen stays so
     found = in_batches(lambda x: Trajectory()(network, x), network, X, 2)
     assert network.training
+    assert network.head.training
+    assert not network.encoder.training
     torch.testing.assert_close(found, Trajectory()(network.eval(), X).detach())
 
 
