@@ -113,18 +113,17 @@ def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
 
 
 def figures(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Receiver operating characteristics, a figure per method and seen set, averaged over the seeds."""
+    """Receiver operating characteristics, a figure per method and a panel per comparison, averaged over the seeds."""
     found = {}
     for method in config.methods:
         of = [r for r in results if r["method"] == method]
-        for seen in dict.fromkeys(s["seen"] for s in of[0]["scores"]):
-            curves: dict[str, dict[str, np.ndarray]] = {}
-            for s in of[0]["scores"]:
-                if s["seen"] == seen:
-                    mean = np.mean([score_of(r, seen, s["tested"], s["kind"])["curve"] for r in of], 0)
-                    curves.setdefault(s["tested"], {})[s["kind"]] = mean
-            name = f"{method}_{Path(seen).stem}".replace(" ", "_")
-            found[name] = plotting.operating_characteristics(curves, FALSE_POSITIVE_RATES)
+        curves: dict[str, dict[str, np.ndarray]] = {}
+        for s in of[0]["scores"]:
+            seen, tested = (Path(name).stem for name in (s["seen"], s["tested"]))
+            mean = np.mean([score_of(r, s["seen"], s["tested"], s["kind"])["curve"] for r in of], 0)
+            title = tested if seen == tested else f"{tested}, fitted on {seen}"
+            curves.setdefault(title, {})[s["kind"]] = mean
+        found[method.replace(" ", "_")] = plotting.operating_characteristics(curves, FALSE_POSITIVE_RATES)
     return found
 
 
