@@ -214,21 +214,33 @@ def _gradients(
     if ctx.linear:
         saved = [grads[0]] * (1 + ctx.count)  # read for their shape
     x0, stages, values = saved[0], saved[1 : 1 + ctx.count], saved[1 + ctx.count :]
-    if ctx.ends and not ctx.linear:
-        length = h * asked.b[0]
-        stages = [stages[0] - x0 if length == 1 else (stages[0] - x0) / length]
+    by_ends = ctx.ends and not ctx.linear  # stages holds the state at the end instead
+    length = h * asked.b[0]
     if torch.is_grad_enabled() or needs_sizes:
+        stages = [(stages[0] - x0) / length] if by_ends else stages
         return _differentiable(x0, stages, h if sizes is None else sizes, asked, Finish(*grads))
     passed_on = grads[1] is None or not asked.scaled  # the gradient of x0 is then that of x1, as it is
     needs = [needs_x0 and not passed_on, *needs_stages]
     of_x0, of_stages = (grads[0] if needs_x0 else None), [None] * ctx.count
-    if any(needs):
-        unseen = _unseen((x0, *stages, *grads), stages[0].device.type)
-        backward = _finish_step_backward if unseen else torch.ops.odenets.finish_step_backward.default
-        found = backward(x0, stages, sizes, h, *asks, grads, values, needs)
-        changed, *of_stages = (grad if need else None for grad, need in zip(found, needs, strict=True))
-        of_x0 = of_x0 if passed_on else changed
-    return of_x0, of_stages, None
+    if not any(needs):
+        return of_x0, of_stages, None
+    if by_ends and length == 1 and asked.power == 2 and grads[1] is None:
+        # of r = x1 - x0, which is not formed: its action is its mean square, and it adds to x1 as x1 would
+        _, _, of_action, of_square, of_cosine = grads
+        of_square = of_square if of_action is None else of_action if of_square is None else of_action + of_square
+        grads, stages, needs = (
+            [grads[0], None, None, of_square, of_cosine],
+            [stages[0], x0],
+            [False, *needs_stages, False],
+        )
+        h, asks = 1.0, [(1.0, -1.0), (0.0, 0.0), 0.0, 1.0, 2.0, STATE | RESIDUE]
+    elif by_ends:
+        stages = [(stages[0] - x0) / length]
+    unseen = _unseen((x0, *stages, *grads), stages[0].device.type)
+    backward = _finish_step_backward if unseen else torch.ops.odenets.finish_step_backward.default
+    found = backward(x0, stages, sizes, h, *asks, grads, values, needs)
+    changed, *of_stages = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return (of_x0 if passed_on else changed), of_stages[: ctx.count], None
 
 
 def _differentiable(

@@ -434,29 +434,34 @@ def test_the_displacement_between_two_states_is_not_kept():
         displaced(x0, x1[:2])
 
 
-def test_a_single_stage_is_found_again_from_the_states(kernel):
+@pytest.mark.parametrize("h", [0.5, 1.0])
+@pytest.mark.parametrize("without", ["action", "residue", "nothing"])
+def test_a_single_stage_is_found_again_from_the_states(kernel, h, without):
     x0, p = (torch.randn(3, 20000, dtype=torch.float64, requires_grad=True) for _ in range(2))
     euler = get_tableau("euler")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
-        x1, found = finish_step(x0, (p,), euler, 0.5, action=True, residue=True)
+        x1, found = finish_step(x0, (p,), euler, h, action=True, residue=True)
     assert x1 is not None
     if kernel != "expression":
         assert {x0.data_ptr(), x1.data_ptr()} <= set(kept)
         assert p.data_ptr() not in kept
 
     def loss(x1, found):
-        return x1.square().sum() + found["action"].sum() + (found["residue"] * found["cosine"]).sum()
+        of_action = 0 if without == "action" else found["action"].sum()
+        return x1.square().sum() + of_action + (without != "residue") * (found["residue"] * found["cosine"]).sum()
 
+    once = torch.autograd.grad(loss(x1, found), [x0, p], retain_graph=True)
     ours = torch.autograd.grad(loss(x1, found), [x0, p], create_graph=True)
-    plain_x1 = x0 + 0.5 * p
+    plain_x1 = x0 + h * p
     plain = {
-        "action": 0.5 * p.square().mean(1),
+        "action": h * p.square().mean(1),
         "residue": p.square().mean(1),
         "cosine": p.mean(1) / p.square().mean(1).sqrt(),
     }
     theirs = torch.autograd.grad(loss(plain_x1, plain), [x0, p], create_graph=True)
     torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(once, theirs)
     again = [torch.autograd.grad(sum((g * g).sum() for g in grads), [x0, p]) for grads in (ours, theirs)]
     torch.testing.assert_close(*again)
 
