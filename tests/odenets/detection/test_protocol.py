@@ -15,8 +15,8 @@ RNG = np.random.default_rng(0)
 @given(
     samples=st.integers(60, 400),
     train=st.integers(0, 20),
-    test=st.floats(0.1, 0.9),
-    validation=st.floats(0.1, 0.9),
+    test=st.floats(0.1, 0.8),
+    validation=st.floats(0.1, 0.8),
     seed=st.integers(0, 5),
 )
 def test_parts_are_disjoint_and_all_there(samples, train, test, validation, seed):
@@ -37,6 +37,8 @@ def test_parts_that_overlap_are_refused():
         split(10, test=1.0)
     with pytest.raises(ValueError, match="train must be between"):
         split(10, train=10)
+    with pytest.raises(ValueError, match="fit must hold at least one"):
+        split(40, test=0.9, validation=0.9)
 
 
 def test_scores():
