@@ -95,6 +95,8 @@ MNIST_20_1 = {
     150: (81.84, 1.22, 87.48, 0.42),
 }
 MNIST_20_1_END_TO_END = {150: (87.82, 0.59), 300: (92.87, 0.28), 600: (95.3, 0.17), 1500: (97.19, 0.08)}
+CIFAR10_20_1 = {500: (38.61, 0.47, 41.44, 0.44), 5000: (62.31, 0.54, 64.06, 0.57)}
+CIFAR10_20_1_END_TO_END = {500: (40.4, 0.6), 5000: (69.44, 0.88)}
 CIFAR10_10_1 = {
     50000: (88.02, 0.18, 88.20, 0.24),
     10000: (76.0, 0.39, 77.18, 0.34),
@@ -144,8 +146,19 @@ SETTINGS = {
         modules=20,
         schedules=("parallel",),
         same_head=True,
-        thesis=_rows("parallel", {500: (38.61, 0.47, 41.44, 0.44), 5000: (62.31, 0.54, 64.06, 0.57)})
-        | _end_to_end({500: (40.4, 0.6), 5000: (69.44, 0.88)}),
+        thesis=_rows("parallel", CIFAR10_20_1) | _end_to_end(CIFAR10_20_1_END_TO_END),
+    ),
+    "cifar10-20-1-narrow": Setting(
+        "26, with 16 channels instead of 100",
+        "cifar10",
+        partial(_resnet9, 16, 20),
+        sizes=(500,),
+        modules=20,
+        schedules=("parallel",),
+        epochs=(40, 0, 0),
+        batch_size=64,
+        same_head=True,
+        thesis=_rows("parallel", CIFAR10_20_1) | _end_to_end(CIFAR10_20_1_END_TO_END),
     ),
     "cifar10-10-1": Setting(
         "11",
