@@ -98,10 +98,10 @@ class Config:
     channels: int = 16
     attacks: tuple[str, ...] = ("FGM", "BIM", "APGD", "DF")
     eps: float = 0.0
-    iterations: int = 20
+    iterations: int = 10
     foreign: tuple[str, ...] = ("photographs", "turned")
     modes: tuple[str, ...] = ("general",)
-    magnitudes: tuple[float, ...] = (0.0, 0.002, 0.01)
+    magnitudes: tuple[float, ...] = (0.0, 0.005)
     noisy: bool = False
     seeds: int = 5
     train_size: int = 900
