@@ -30,7 +30,7 @@ from odenets.jobs import Report, Workers
 from odenets.objectives import CrossEntropy
 from odenets.refinement import refinement
 from odenets.runs import Run
-from odenets.statistics import Interval, correlation, mean_interval
+from odenets.statistics import correlation, mean_interval
 from odenets.training import evaluate
 
 
@@ -155,19 +155,14 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*rows, row | {"log10_action": mean_interval(logs), "correlation": correlation(logs, accuracy)}]
 
 
-def text(value: Interval) -> str:
-    """A mean with its interval."""
-    return f"{value.mean:.2f} ± {value.half_width:.2f}"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     grid = [
         [
             row["initialiser"],
             f"{row['gain']:g}" if row["gain"] else "",
-            text(row["accuracy"]),
-            text(row["log10_action"]),
+            f"{row['accuracy']:.2f}",
+            f"{row['log10_action']:.2f}",
             f"{row['correlation'][0]:.2f}",
             f"{row['correlation'][1]:.2g}",
         ]

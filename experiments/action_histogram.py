@@ -141,7 +141,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
 
     def text(value: Any) -> str:
-        return "" if value is None else f"{value.mean:.1f} ± {value.half_width:.1f}"
+        return "" if value is None else f"{value:.1f}"
 
     columns = ["network", "images", "rejected (%)", "of successful (%)", "AUROC"]
     grid = [[r["method"], r["images"], *(text(r.get(k)) for k in ("rejected", "successful", "auroc"))] for r in rows]
@@ -158,7 +158,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             what = "does not differ" if own.meets(other) else "is larger" if own.mean > other.mean else "is smaller"
             lines.append(
                 f"{row['images']}: the area under the curve of the action alone {what} with least action, "
-                f"{own.mean:.1f} ± {own.half_width:.1f} against {other.mean:.1f} ± {other.half_width:.1f}"
+                f"{own:.1f} against {other:.1f}"
             )
     return lines
 

@@ -217,10 +217,8 @@ def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> 
 
 
 def interval(value: Interval) -> str:
-    """In percent; a single seed has no interval."""
-    if value.n == 1:
-        return f"{100 * value.mean:.2f}"
-    return f"{100 * value.mean:.2f} ± {100 * value.half_width:.2f}"
+    """In percent."""
+    return f"{100 * value:.2f}"
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

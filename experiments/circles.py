@@ -217,11 +217,6 @@ def percent(values: list[float]) -> Interval:
     return mean_interval([100 * v for v in values])
 
 
-def text(value: Interval) -> str:
-    """A mean with its interval."""
-    return f"{value.mean:.1f} ± {value.half_width:.1f}" if value.n > 1 else f"{value.mean:.1f}"
-
-
 def summarise(config: Config, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per cell, the thesis' figures and the paired difference to the plain network beside ours."""
     rows = []
@@ -263,14 +258,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["table"],
             row["method"],
             "yes" if row["norm"] else "no",
-            text(row["thesis"]) if "thesis" in row else "",
-            text(row["maximum"]),
+            f"{row['thesis']:.1f}" if "thesis" in row else "",
+            f"{row['maximum']:.1f}",
             ("yes" if row["meets"] else "no") if "meets" in row else "",
-            text(row["max_difference"]) if "max_difference" in row else "",
-            text(row["last"]),
-            text(row["chosen"]),
-            text(row["chosen_difference"]) if "chosen_difference" in row else "",
-            text(row["epochs"]),
+            f"{row['max_difference']:.1f}" if "max_difference" in row else "",
+            f"{row['last']:.1f}",
+            f"{row['chosen']:.1f}",
+            f"{row['chosen_difference']:.1f}" if "chosen_difference" in row else "",
+            f"{row['epochs']:.1f}",
         ]
         for row in rows
     ]
@@ -289,21 +284,21 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         if key in found:
             row = found[key]
             lines.append(
-                f"{claim}: {text(row['max_difference'])} points at the maximum over epochs, "
-                f"{text(row['chosen_difference'])} at the epoch chosen on validation (paired)"
+                f"{claim}: {row['max_difference']:.1f} points at the maximum over epochs, "
+                f"{row['chosen_difference']:.1f} at the epoch chosen on validation (paired)"
             )
     for (method, norm), epochs in THESIS_EPOCHS.items():
         if ("epochs", method, norm) in found:
             row = found["epochs", method, norm]
             lines.append(
-                f"two blocks, {method}{', batch norm' * norm}: {text(row['epochs'])} epochs to three without a fault "
+                f"two blocks, {method}{', batch norm' * norm}: {row['epochs']:.1f} epochs to three without a fault "
                 f"(thesis {epochs})"
             )
     gaps = {method: found["figures", method, False]["gap"] for method in METHODS if ("figures", method, False) in found}
     if gaps:
         lines.append(
             "way of the points over the shortest (root mean square displacement over W2, minus 1): "
-            + ", ".join(f"{method} {gap.mean:.3f} ± {gap.half_width:.3f}" for method, gap in gaps.items())
+            + ", ".join(f"{method} {gap:.3f}" for method, gap in gaps.items())
         )
     return lines
 

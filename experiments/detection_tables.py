@@ -52,7 +52,7 @@ def score_of(result: dict[str, Any], seen: str, tested: str, kind: str) -> dict[
 
 def text(value: Interval | None) -> str:
     """A mean with its interval."""
-    return "" if value is None else f"{value.mean:.1f} ± {value.half_width:.1f}"
+    return "" if value is None else f"{value:.1f}"
 
 
 def table(config: Config, rows: list[dict[str, Any]]) -> str:
@@ -92,7 +92,7 @@ def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
             found = mean_interval([a - b for a, b in zip(*per_seed, strict=True)])
             what = "as" if abs(found.mean) <= found.half_width else "better than" if found.mean > 0 else "worse than"
             lines.append(
-                f"{method}: {kind} detect {what} the trajectory, {text(found)} points of AUROC over all comparisons, "
+                f"{method}: {kind} detect {what} the trajectory, {found:.1f} points of AUROC over all comparisons, "
                 f"p = {paired_p_value(*per_seed):.2g}"
             )
     if len(config.methods) > 1:
@@ -106,7 +106,7 @@ def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
             ]
             found = mean_interval([a - b for a, b in zip(*pair, strict=True)])
             lines.append(
-                f"trajectory: {method} over {first} {text(found)} points of AUROC over all comparisons, "
+                f"trajectory: {method} over {first} {found:.1f} points of AUROC over all comparisons, "
                 f"p = {paired_p_value(*pair):.2g}"
             )
     return lines
@@ -149,7 +149,7 @@ def adaptive_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[d
         for r in rows
     ]
     lines = [
-        f"{r['method']}, {r['attack']}: of {r['starts']} detected successful images {text(r['evaded'])} % evade; "
+        f"{r['method']}, {r['attack']}: of {r['starts']} detected successful images {r['evaded']:.1f} % evade; "
         f"{r['detected_before'].mean * (1 - r['evaded'].mean / 100):.1f} % of the successful ones are still detected"
         for r in rows
     ]

@@ -256,11 +256,6 @@ def over_modules(found: list[dict[str, Any]], key: str) -> list[Interval]:
     return [mean_interval([100 * r[key][k] for r in found]) for k in range(len(found[0][key]))]
 
 
-def text(value: Interval) -> str:
-    """A mean with its interval."""
-    return f"{value.mean:.2f} ± {value.half_width:.2f}"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     columns = ["condition", "method", "lr", "tau", "first module", "- VanGL", "last module", "- VanGL", "p"]
@@ -271,14 +266,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["method"],
             f"{row['learning_rate']:g}",
             f"{row['tau']:g}" if row["tau"] else "",
-            text(row["first"]),
-            text(row["first_difference"]) if "first_difference" in row else "",
-            text(row["last"]),
-            text(row["last_difference"]) if "last_difference" in row else "",
+            f"{row['first']:.2f}",
+            f"{row['first_difference']:.2f}" if "first_difference" in row else "",
+            f"{row['last']:.2f}",
+            f"{row['last_difference']:.2f}" if "last_difference" in row else "",
             f"{row['last_p']:.2g}" if "last_p" in row else "",
-            text(row["stagnation"]),
-            text(row["recalibrated"]),
-            text(row["recalibrated_difference"]) if "recalibrated_difference" in row else "",
+            f"{row['stagnation']:.2f}",
+            f"{row['recalibrated']:.2f}",
+            f"{row['recalibrated_difference']:.2f}" if "recalibrated_difference" in row else "",
         ]
         for row in rows
     ]
@@ -296,7 +291,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         for name in ("first", "last"):
             found = row[f"{name}_difference"]
             what = "as good as" if abs(found.mean) <= found.half_width else "above" if found.mean > 0 else "below"
-            lines.append(f"{row['condition']}: the {name} module of TRGL is {what} VanGL's, {text(found)} points")
+            lines.append(f"{row['condition']}: the {name} module of TRGL is {what} VanGL's, {found:.2f} points")
     return lines
 
 

@@ -286,11 +286,6 @@ def of(results: list[dict[str, Any]], size: int, schedule: str, method: str) -> 
     return sorted(found, key=lambda r: r["seed"])
 
 
-def text(value: Interval) -> str:
-    """A mean with its interval."""
-    return f"{value.mean:.2f} ± {value.half_width:.2f}"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     columns = ["images", "schedule", "method", "lr", "tau", "first module", "last module", "- VanGL", "p"]
@@ -302,14 +297,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["method"] if row["method"] != row["schedule"] else "",
             f"{row['learning_rate']:g}",
             f"{row['tau']:g}" if row["tau"] else "",
-            text(row["first"]) if row["method"] != "end-to-end" else "",
-            text(row["last"]),
-            text(row["difference"]) if "difference" in row else "",
+            f"{row['first']:.2f}" if row["method"] != "end-to-end" else "",
+            f"{row['last']:.2f}",
+            f"{row['difference']:.2f}" if "difference" in row else "",
             f"{row['difference_p']:.2g}" if "difference" in row else "",
-            text(row["best"]) if row["method"] != "end-to-end" else "",
-            text(row["recalibrated"]),
-            text(row["recalibrated_difference"]) if "difference" in row else "",
-            text(row["thesis"]) if "thesis" in row else "",
+            f"{row['best']:.2f}" if row["method"] != "end-to-end" else "",
+            f"{row['recalibrated']:.2f}",
+            f"{row['recalibrated_difference']:.2f}" if "difference" in row else "",
+            f"{row['thesis']:.2f}" if "thesis" in row else "",
             ("yes" if row["meets"] else "no") if "meets" in row else "",
         ]
         for row in rows
@@ -326,7 +321,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
             lines.append(
                 f"{row['size']} images, {row['schedule']}, last module: {row['method']} {what} VanGL, "
-                f"{text(row['difference'])} points, p = {row['difference_p']:.2g}"
+                f"{row['difference']:.2f} points, p = {row['difference_p']:.2g}"
             )
         if row["method"] == "VanGL":
             gain = row["last"].mean - row["first"].mean

@@ -30,7 +30,7 @@ from odenets.jobs import Report, Workers
 from odenets.least_action import LeastAction
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
-from odenets.statistics import Interval, mean_interval
+from odenets.statistics import mean_interval
 from odenets.training import evaluate
 
 METHODS = ("vanilla", "least action", "h = 0.1", "batch norm")
@@ -201,11 +201,6 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def text(value: Interval) -> str:
-    """A mean with its interval."""
-    return f"{value.mean:.2f} ± {value.half_width:.2f}"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     columns = ["blocks", "method", "lr", "first lambda", "failed", "test accuracy", "- vanilla"]
@@ -216,8 +211,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['learning_rate']:g}",
             f"{row['first_lambda']:g}" if row["first_lambda"] else "",
             f"{row['failed']} of {row['instances']}",
-            text(row["accuracy"]),
-            text(row["difference"]) if "difference" in row else "",
+            f"{row['accuracy']:.2f}",
+            f"{row['difference']:.2f}" if "difference" in row else "",
         ]
         for row in rows
     ]
@@ -231,7 +226,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         if "difference" in row:
             mean, half = row["difference"].mean, row["difference"].half_width
             what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
-            lines.append(f"{row['depth']} blocks, {row['method']}: {what} the plain network, {text(row['difference'])}")
+            lines.append(f"{row['depth']} blocks, {row['method']}: {what} the plain network, {row['difference']:.2f}")
     return lines
 
 

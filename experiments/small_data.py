@@ -378,11 +378,6 @@ def _difference(found: list[float], plain: list[float] | None) -> dict[str, Any]
     return {"difference": mean_interval(pairs), "p": paired_p_value(found, plain)}
 
 
-def text(value: Interval) -> str:
-    """A mean with its interval."""
-    return f"{value.mean:.2f} ± {value.half_width:.2f}"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
     columns = [
@@ -407,11 +402,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["statistics"],
             f"{row['learning_rate']:g}",
             f"{row['weight']:g}" if row["weight"] else "",
-            text(row["accuracy"]),
-            text(row["difference"]) if "difference" in row else "",
+            f"{row['accuracy']:.2f}",
+            f"{row['difference']:.2f}" if "difference" in row else "",
             f"{row['p']:.2g}" if "p" in row else "",
             f"{row['action'].mean:.3g}",
-            text(row["thesis"]) if "thesis" in row else "",
+            f"{row['thesis']:.2f}" if "thesis" in row else "",
             ("yes" if row["meets"] else "no") if "meets" in row else "",
         ]
         for row in rows
@@ -429,7 +424,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
         lines.append(
             f"{row['condition']}, {row['size']} images, {row['method']} ({row['statistics']} statistics): {what} the "
-            f"plain network, {text(row['difference'])} points, p = {row['p']:.2g}"
+            f"plain network, {row['difference']:.2f} points, p = {row['p']:.2g}"
         )
     return lines
 

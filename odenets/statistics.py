@@ -12,11 +12,22 @@ __all__ = ["Interval", "correlation", "mean_interval", "paired_p_value"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half-width of its confidence interval; NaN half-width for a single value."""
+    """A mean and the half-width of its confidence interval; NaN half-width for a single value.
+
+    >>> f"{Interval(0.5, 0.25, 3):.2f}", f"{100 * Interval(0.5, 0.25, 3):.0f}"
+    ('0.50 ± 0.25', '50 ± 25')
+    """
 
     mean: float
     half_width: float
     n: int
+
+    def __format__(self, spec: str) -> str:
+        """The mean and the half-width; the mean alone where there is one value."""
+        return f"{self.mean:{spec}}" + (f" ± {self.half_width:{spec}}" if self.n > 1 else "")
+
+    def __rmul__(self, factor: float) -> Interval:
+        return Interval(factor * self.mean, abs(factor) * self.half_width, self.n)
 
     def __contains__(self, value: float) -> bool:
         return abs(value - self.mean) <= self.half_width
