@@ -179,7 +179,8 @@ def adapt_attacks(config: Config, job: Job, report: Report) -> None:
                 seed=job.seed, max_iter=config.queries[0], max_eval=config.queries[1],
             ),
             "surrogate": lambda: surrogate_attack(
-                network, features, score, distil(score, known, seed=job.seed), start, clean, eps=2 * config.strength
+                network, features, score, distil(score, known, seed=job.seed), start, clean, eps=2 * config.strength,
+                steps=config.steps,
             ),
         }  # fmt: skip
         for name, way in ways.items():
@@ -220,7 +221,7 @@ def main(config: Config) -> None:
     if config.quick:
         config = replace(
             config, seeds=2, methods=config.methods[:1], attacks=config.attacks[:2], train_size=200, pool_size=200,
-            epochs=3, iterations=2, magnitudes=(0.0,), starts=2, rounds=1, queries=(2, 100),
+            epochs=3, iterations=2, magnitudes=(0.0,), starts=2, rounds=1, queries=(2, 100), steps=10,
         )  # fmt: skip
     started = time.time()
     parts_of(config)  # a wrong data folder shows here, before anything is written

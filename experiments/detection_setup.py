@@ -81,6 +81,7 @@ class Config:
         epochs, batch_size, learning_rate: of the networks: SGD, momentum 0.9, cosine to 0.
         starts: images that the adaptive attacks begin at, per network.
         queries: HopSkipJump's iterations, and its questions for a direction at most; 50 and 10000 in the thesis.
+        steps: of the attack through a surrogate, for each of its weights.
         rounds: of timing.
         quick: one network, few images: to see that it runs.
         output: folder of the runs; networks and attacks in it serve all settings.
@@ -111,8 +112,9 @@ class Config:
     epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 0.05
-    starts: int = 10
-    queries: tuple[int, int] = (20, 1000)
+    starts: int = 6
+    queries: tuple[int, int] = (10, 500)
+    steps: int = 100
     rounds: int = 5
     quick: bool = False
     output: Path = Path("runs/detection")
@@ -272,4 +274,4 @@ def training(config: Config) -> dict[str, Any]:
 def science(config: Config) -> dict[str, Any]:
     """What decides the outcome of a job."""
     names = ("setting", "attacks", "eps", "iterations", "foreign", "modes", "magnitudes", "noisy", "test", "validation")
-    return training(config) | {name: getattr(config, name) for name in (*names, "starts", "queries", "rounds")}
+    return training(config) | {name: getattr(config, name) for name in (*names, "starts", "queries", "steps", "rounds")}
