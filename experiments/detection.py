@@ -221,7 +221,7 @@ def main(config: Config) -> None:
     if config.quick:
         config = replace(
             config, seeds=2, methods=config.methods[:1], attacks=config.attacks[:2], train_size=200, pool_size=200,
-            epochs=3, iterations=2, magnitudes=(0.0,), starts=2, rounds=1, queries=(2, 100), steps=10,
+            epochs=3, iterations=2, magnitudes=(0.0,), starts=1, rounds=1, queries=(2, 100), steps=10,
         )  # fmt: skip
     started = time.time()
     parts_of(config)  # a wrong data folder shows here, before anything is written
