@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from tabulate import tabulate
 
 from odenets import Network, data, initialize, measures, models, plotting
 from odenets.instances import fit_instances
@@ -31,6 +30,7 @@ from odenets.objectives import CrossEntropy
 from odenets.refinement import refinement
 from odenets.runs import Run
 from odenets.statistics import correlation, mean_interval
+from odenets.tables import table
 from odenets.training import evaluate
 
 
@@ -155,21 +155,14 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*rows, row | {"log10_action": mean_interval(logs), "correlation": correlation(logs, accuracy)}]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    grid = [
-        [
-            row["initialiser"],
-            f"{row['gain']:g}" if row["gain"] else "",
-            f"{row['accuracy']:.2f}",
-            f"{row['log10_action']:.2f}",
-            f"{row['correlation'][0]:.2f}",
-            f"{row['correlation'][1]:.2g}",
-        ]
-        for row in rows
-    ]
-    columns = ["initialisation", "gain", "test accuracy", "log10 action on test", "correlation", "p"]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS = {
+    "initialisation": "{initialiser}",
+    "gain": "{gain:g}",
+    "test accuracy": "{accuracy:.2f}",
+    "log10 action on test": "{log10_action:.2f}",
+    "correlation": "{correlation[0]:.2f}",
+    "p": "{correlation[1]:.2g}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -206,7 +199,7 @@ def main(config: Config) -> None:
     figures = {"fig_11": plotting.action_against_accuracy(points), "fig_6": plotting.refinement_by_block(blocks)}
     plotting.save(figures, run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": 0} for job in jobs]
-    print(run.conclude(trainings, ("job",), rows, table(rows), verdict(rows), started=started))
+    print(run.conclude(trainings, ("job",), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ import tyro
 from detection_setup import Config as Networks
 from detection_setup import Job, parts_of, trained, training
 from safetensors.numpy import load_file, save_file
-from tabulate import tabulate
 
 from odenets import plotting
 from odenets.detection import QuantileTest, Trajectory, attack, in_batches, preset, score, split
 from odenets.jobs import Report, Workers
 from odenets.runs import Run
 from odenets.statistics import mean_interval
+from odenets.tables import table
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,13 @@ def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-
-    def text(value: Any) -> str:
-        return "" if value is None else f"{value:.1f}"
-
-    columns = ["network", "images", "rejected (%)", "of successful (%)", "AUROC"]
-    grid = [[r["method"], r["images"], *(text(r.get(k)) for k in ("rejected", "successful", "auroc"))] for r in rows]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS = {
+    "network": "{method}",
+    "images": "{images}",
+    "rejected (%)": "{rejected:.1f}",
+    "of successful (%)": "{successful:.1f}",
+    "AUROC": "{auroc:.1f}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -181,7 +179,7 @@ def main(config: Config) -> None:
     figure = plotting.histograms(shown, xlabel="action", lines=lines)
     plotting.save({"fig_21": figure}, run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
+    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

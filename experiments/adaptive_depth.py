@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,14 @@ from typing import Any, Literal
 import torch
 import tyro
 from lightning_fabric import Fabric
-from tabulate import tabulate
 
 from odenets import Network, data, models, plotting
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.jobs import Report, Workers
 from odenets.runs import Run, read_metrics
-from odenets.statistics import Interval, mean_interval
+from odenets.statistics import mean_interval
+from odenets.tables import table
 from odenets.training import Callback, DivergedError, Training, evaluate, evaluate_schemes, fit
 from solvers import get_tableau
 
@@ -216,11 +217,6 @@ def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> 
     return workers.complete(partial(train, config), jobs, folder, cost=lambda job: config.epochs, label=label)
 
 
-def interval(value: Interval) -> str:
-    """In percent."""
-    return f"{100 * value:.2f}"
-
-
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per network and total time: means over the seeds with their 95 % intervals."""
     rows = []
@@ -241,28 +237,23 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table: test accuracy in percent of every embedded scheme and of their average."""
-    schemes = ("order3", "order2", "midpoint", "euler", "ensemble")
-    cells = []
-    for row in rows:
-        cell = {"network": row["network"], "T": row["total_time"]}
-        cell["diverged"] = f"{row['diverged']} of {row['seeds']}"
-        if row["final_depths"]:
-            cell["blocks"] = " ".join(str(depth) for depth in row["final_depths"])
-            cell |= {name: interval(row["schemes"][name]) if name in row["schemes"] else "" for name in schemes}
-            if "full_passes" in row:
-                cell["ensemble of passes"] = interval(row["full_passes"]["ensemble"])
-            cell["parameters"] = f"{row['parameters']:,.0f}"
-            cell["evals/forward"] = f"{row['evaluations_per_forward']:.1f}"
-            cell["training evals"] = f"{row['evaluations'] / 1e3:,.0f} k"
-            cell["seconds"] = f"{row['seconds']:.1f}"
-        cells.append(cell)
-    columns = ["network", "T", "diverged", "blocks", *schemes]
-    columns += ["ensemble of passes"] * any("ensemble of passes" in cell for cell in cells)
-    columns += ["parameters", "evals/forward", "training evals", "seconds"]
-    grid = [[cell.get(column, "") for column in columns] for cell in cells]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+def _scheme(name: str) -> Callable[[Mapping[str, Any]], str]:
+    """The test accuracy of an embedded scheme, in percent."""
+    return lambda row: f"{100 * row['schemes'][name]:.2f}"
+
+
+COLUMNS: dict[str, Any] = {
+    "network": "{network}",
+    "T": "{total_time}",
+    "diverged": "{diverged} of {seeds}",
+    "blocks": lambda row: " ".join(map(str, row["final_depths"])),
+    **{name: _scheme(name) for name in ("order3", "order2", "midpoint", "euler", "ensemble")},
+    "ensemble of passes": lambda row: f"{100 * row['full_passes']['ensemble']:.2f}",
+    "parameters": "{parameters:,.0f}",
+    "evals/forward": "{evaluations_per_forward:.1f}",
+    "training evals": lambda row: f"{row['evaluations'] / 1e3:,.0f} k",
+    "seconds": "{seconds:.1f}",
+}
 
 
 def verdict(config: Config, rows: list[dict[str, Any]]) -> list[str]:
@@ -278,8 +269,8 @@ def verdict(config: Config, rows: list[dict[str, Any]]) -> list[str]:
         where = "within the interval of" if deep["solution"].mean in best["solution"] else "outside the interval of"
         where = "beside (one seed, no interval)" if best["solution"].n == 1 else where
         lines.append(
-            f"adaptive from {config.deep}: {interval(deep['solution'])} %, {where} the best fixed network on "
-            f"validation ({best['network']}: {interval(best['solution'])} %)"
+            f"adaptive from {config.deep}: {100 * deep['solution']:.2f} %, {where} the best fixed network on "
+            f"validation ({best['network']}: {100 * best['solution']:.2f} %)"
         )
         reference = found[f"fixed {config.deep}", config.total_time]
         if reference["final_depths"]:
@@ -317,11 +308,8 @@ def main(config: Config) -> None:
     results.sort(key=lambda r: (r["total_time"], r["network"], r["seed"]))
     rows = summarise(results)
     plotting.save(plotting.adaptive_depth(run.folder), run.folder / "figures")
-    print(
-        run.conclude(
-            results, ("network", "total_time", "seed"), rows, table(rows), verdict(config, rows), started=started
-        )
-    )
+    keys = ("network", "total_time", "seed")
+    print(run.conclude(results, keys, rows, table(rows, COLUMNS), verdict(config, rows), started=started))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from odenets import Flow, MLPField, Network, data, plotting
@@ -33,6 +32,7 @@ from odenets.least_action import ActionPenalty, LeastAction
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval
+from odenets.tables import table
 from odenets.transport import moves, states
 
 METHODS = ("resnet", "fixed lambda", "lap")
@@ -238,38 +238,19 @@ def summarise(config: Config, results: dict[str, dict[str, Any]]) -> list[dict[s
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    columns = [
-        "table",
-        "network",
-        "bn",
-        "thesis: max",
-        "max",
-        "meets",
-        "max - resnet",
-        "last",
-        "chosen",
-        "chosen - resnet",
-    ]
-    columns += ["epochs"]
-    grid = [
-        [
-            row["table"],
-            row["method"],
-            "yes" if row["norm"] else "no",
-            f"{row['thesis']:.1f}" if "thesis" in row else "",
-            f"{row['maximum']:.1f}",
-            ("yes" if row["meets"] else "no") if "meets" in row else "",
-            f"{row['max_difference']:.1f}" if "max_difference" in row else "",
-            f"{row['last']:.1f}",
-            f"{row['chosen']:.1f}",
-            f"{row['chosen_difference']:.1f}" if "chosen_difference" in row else "",
-            f"{row['epochs']:.1f}",
-        ]
-        for row in rows
-    ]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS = {
+    "table": "{table}",
+    "network": "{method}",
+    "bn": "{norm}",
+    "thesis: max": "{thesis:.1f}",
+    "max": "{maximum:.1f}",
+    "meets": "{meets}",
+    "max - resnet": "{max_difference:.1f}",
+    "last": "{last:.1f}",
+    "chosen": "{chosen:.1f}",
+    "chosen - resnet": "{chosen_difference:.1f}",
+    "epochs": "{epochs:.1f}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -376,7 +357,7 @@ def main(config: Config) -> None:
     rows = summarise(config, results)
     plotting.save(figures(config), run.folder / "figures")
     trainings = [{"name": cell.name, "cell": cell.name, "seed": 0} for cell in chosen]
-    print(run.conclude(trainings, ("cell",), rows, table(rows), verdict(rows), started=started))
+    print(run.conclude(trainings, ("cell",), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

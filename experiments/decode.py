@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from odenets import Network, data, load_weights, measures, models, plotting, sav
 from odenets.least_action import LeastAction
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run, read_summary
+from odenets.tables import table
 from odenets.training import evaluate, fit
 from odenets.transport import states
 
@@ -184,19 +184,19 @@ def main(config: Config) -> None:
         pictures = torch.cat([test.x[None, : config.shown], decoded]).transpose(0, 1).numpy()
         figure = plotting.pictures(pictures, titles)
         plotting.save({folder.name: figure}, run.folder / "figures")
-    grid = [
-        [row["method"], f"{100 * row['accuracy']:.2f}", f"{row['action']:.3g}", f"{row['change'][-1]:.3f}"]
-        for row in rows
-    ]
-    columns = ["method", "test accuracy", "action", "change of the decoded image (RMS of a pixel)"]
+    columns: dict[str, Any] = {
+        "method": "{method}",
+        "test accuracy": lambda row: f"{100 * row['accuracy']:.2f}",
+        "action": "{action:.3g}",
+        "change of the decoded image (RMS of a pixel)": lambda row: f"{row['change'][-1]:.3f}",
+    }
     vanilla, least = rows
     lines = [
         f"after the last block the decoded image has changed by {least['change'][-1]:.3f} with least action, "
         f"{vanilla['change'][-1]:.3f} without (root mean square of a pixel in [0, 1]; one seed)"
     ]
     trainings = [row | {"name": row["method"].replace(" ", "_"), "seed": config.seed} for row in rows]
-    text = tabulate(grid, columns, tablefmt="github", disable_numparse=True)
-    print(run.conclude(trainings, ("method",), rows, text, lines, started=started))
+    print(run.conclude(trainings, ("method",), rows, table(rows, columns), lines, started=started))
 
 
 if __name__ == "__main__":

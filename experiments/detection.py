@@ -38,7 +38,7 @@ from detection_setup import (
     science,
     trained,
 )
-from detection_tables import adaptive_rows, figures, summarise, table, timing_rows, verdict
+from detection_tables import COLUMNS, adaptive_rows, figures, summarise, timing_rows, verdict
 from torch import Tensor
 
 from odenets import Network, data, plotting
@@ -61,6 +61,7 @@ from odenets.detection import (
 )
 from odenets.jobs import Report, Workers
 from odenets.runs import Run
+from odenets.tables import table
 from odenets.training import evaluate
 
 
@@ -241,7 +242,7 @@ def main(config: Config) -> None:
         rows, shown, lines = (adaptive_rows if config.setting == "adaptive" else timing_rows)(config, results)
     else:
         rows = summarise(config, results)
-        shown, lines = table(config, rows), verdict(config, rows, results)
+        shown, lines = table(rows, COLUMNS), verdict(config, rows, results)
         plotting.save(figures(config, results), run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
     print(run.conclude(trainings, ("job", "seed"), rows, shown, lines, started=started))

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from detection_setup import THESIS, TRAJECTORY, Config
-from tabulate import tabulate
 
 from odenets import plotting
 from odenets.detection import FALSE_POSITIVE_RATES
-from odenets.statistics import Interval, mean_interval, paired_p_value
+from odenets.statistics import mean_interval, paired_p_value
+from odenets.tables import table
 
 
 def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -50,28 +50,22 @@ def score_of(result: dict[str, Any], seen: str, tested: str, kind: str) -> dict[
     return next(s for s in result["scores"] if (s["seen"], s["tested"], s["kind"]) == (seen, tested, kind))
 
 
-def text(value: Interval | None) -> str:
-    """A mean with its interval."""
-    return "" if value is None else f"{value:.1f}"
-
-
-def table(config: Config, rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    columns = ["network", "seen", "tested", "features", "AUROC", "- trajectory", "p", "accuracy"]
-    columns += ["FPR at 95 % TPR", "detected", "of successful", "false positives"]
-    columns += ["of noisy"] * config.noisy + ["thesis"] * any(row.get("thesis") for row in rows)
-    names = ("fpr95", "detected", "detected_successful", "false_positives")
-    grid = [
-        [
-            row["method"], row["seen"], row["tested"], row["kind"], text(row["auroc"]),
-            text(row.get("difference")), f"{row['p']:.2g}" if "p" in row else "", text(row["accuracy"]),
-            *(text(row[name]) for name in names),
-            *[text(row.get("noisy_false_positives"))] * config.noisy,
-            *[f"{row['thesis']:g}" if row.get("thesis") else ""] * ("thesis" in columns),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS = {
+    "network": "{method}",
+    "seen": "{seen}",
+    "tested": "{tested}",
+    "features": "{kind}",
+    "AUROC": "{auroc:.1f}",
+    "- trajectory": "{difference:.1f}",
+    "p": "{p:.2g}",
+    "accuracy": "{accuracy:.1f}",
+    "FPR at 95 % TPR": "{fpr95:.1f}",
+    "detected": "{detected:.1f}",
+    "of successful": "{detected_successful:.1f}",
+    "false positives": "{false_positives:.1f}",
+    "of noisy": "{noisy_false_positives:.1f}",
+    "thesis": "{thesis:g}",
+}
 
 
 def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[str]:
@@ -79,10 +73,10 @@ def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
     lines = []
     for method in config.methods:
         of = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
-        lines.append(f"{method}: accuracy {text(mean_interval([100 * r['accuracy'] for r in of]))} % on the pool")
+        lines.append(f"{method}: accuracy {mean_interval([100 * r['accuracy'] for r in of]):.1f} % on the pool")
         for i, made in enumerate(of[0]["attacks"]):
             rates = [100 * r["attacks"][i]["success"] for r in of]
-            lines.append(f"{method}: {made['attack']} fools {text(mean_interval(rates))} % of what was right")
+            lines.append(f"{method}: {made['attack']} fools {mean_interval(rates):.1f} % of what was right")
         pairs = dict.fromkeys((s["seen"], s["tested"]) for s in of[0]["scores"])
         for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] != TRAJECTORY):
             per_seed = [
@@ -143,17 +137,20 @@ def adaptive_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[d
                     "evaded": mean_interval(shares), "l2": mean_interval([r["l2"][way] for r in with_starts]),
                 }
             )  # fmt: skip
-    columns = ["network", "attack", "detected before (%)", "starts", "evaded (%)", "L2 distance"]
-    grid = [
-        [r["method"], r["attack"], text(r["detected_before"]), r["starts"], text(r["evaded"]), f"{r['l2'].mean:.2f}"]
-        for r in rows
-    ]
+    columns = {
+        "network": "{method}",
+        "attack": "{attack}",
+        "detected before (%)": "{detected_before:.1f}",
+        "starts": "{starts}",
+        "evaded (%)": "{evaded:.1f}",
+        "L2 distance": "{l2.mean:.2f}",
+    }
     lines = [
         f"{r['method']}, {r['attack']}: of {r['starts']} detected successful images {r['evaded']:.1f} % evade; "
         f"{r['detected_before'].mean * (1 - r['evaded'].mean / 100):.1f} % of the successful ones are still detected"
         for r in rows
     ]
-    return rows, tabulate(grid, columns, tablefmt="github", disable_numparse=True), lines
+    return rows, table(rows, columns), lines
 
 
 def timing_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str, list[str]]:
@@ -164,13 +161,9 @@ def timing_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[dic
         {"what": name, "milliseconds": 1e3 * t, "over_forward": t / medians["forward pass"]}
         for name, t in medians.items()
     ]
-    grid = [[r["what"], f"{r['milliseconds']:.3f}", f"{r['over_forward']:.2f}"] for r in rows]
+    columns = {"": "{what}", "ms per image": "{milliseconds:.3f}", "over a forward pass": "{over_forward:.2f}"}
     ratio = (medians["Mahalanobis"] + medians["Mahalanobis, statistics"]) / medians[TRAJECTORY]
     lines = [
         f"Mahalanobis with its statistics takes {ratio:.1f} times the trajectory's time (thesis: 145 s / 66 s = 2.2)"
     ]
-    return (
-        rows,
-        tabulate(grid, ["", "ms per image", "over a forward pass"], tablefmt="github", disable_numparse=True),
-        lines,
-    )
+    return rows, table(rows, columns), lines

@@ -21,13 +21,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from tabulate import tabulate
 
 from odenets import Network, data, initialize, models, plotting, recalibrate
 from odenets.jobs import Report, Workers
 from odenets.module_wise import ModuleWise, conv_head, fit_modules, greedy, module_wise, trgl
 from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval, paired_p_value
+from odenets.tables import table
 
 
 @dataclass(frozen=True)
@@ -256,28 +256,20 @@ def over_modules(found: list[dict[str, Any]], key: str) -> list[Interval]:
     return [mean_interval([100 * r[key][k] for r in found]) for k in range(len(found[0][key]))]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    columns = ["condition", "method", "lr", "tau", "first module", "- VanGL", "last module", "- VanGL", "p"]
-    columns += ["last - best module", "last, recomputed statistics", "- VanGL"]
-    grid = [
-        [
-            row["condition"],
-            row["method"],
-            f"{row['learning_rate']:g}",
-            f"{row['tau']:g}" if row["tau"] else "",
-            f"{row['first']:.2f}",
-            f"{row['first_difference']:.2f}" if "first_difference" in row else "",
-            f"{row['last']:.2f}",
-            f"{row['last_difference']:.2f}" if "last_difference" in row else "",
-            f"{row['last_p']:.2g}" if "last_p" in row else "",
-            f"{row['stagnation']:.2f}",
-            f"{row['recalibrated']:.2f}",
-            f"{row['recalibrated_difference']:.2f}" if "recalibrated_difference" in row else "",
-        ]
-        for row in rows
-    ]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS: dict[str, Any] = {
+    "condition": "{condition}",
+    "method": "{method}",
+    "lr": "{learning_rate:g}",
+    "tau": lambda row: f"{row['tau']:g}" if row["tau"] else "",
+    "first module": "{first:.2f}",
+    "first - VanGL": "{first_difference:.2f}",
+    "last module": "{last:.2f}",
+    "last - VanGL": "{last_difference:.2f}",
+    "p": "{last_p:.2g}",
+    "last - best module": "{stagnation:.2f}",
+    "last, recomputed statistics": "{recalibrated:.2f}",
+    "recomputed - VanGL": "{recalibrated_difference:.2f}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -338,7 +330,7 @@ def main(config: Config) -> None:
     rows = summarise(config, tuned, results)
     plotting.save(figures(config, rows, results), run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
+    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

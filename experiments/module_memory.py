@@ -12,7 +12,7 @@ tells. Beside the thesis' figures stand those of backpropagation that computes e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,6 @@ from unittest.mock import patch
 
 import torch
 import tyro
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from odenets import Adapted, Network, adapt, models
 from odenets.memory import memory
 from odenets.module_wise import ModuleWise, end_to_end_step, greedy, module_wise, parallel_step, trgl
 from odenets.runs import Run
+from odenets.tables import table
 
 METHODS = ("end-to-end", "checkpointed", "VanGL", "TRGL", "VanGL*", "TRGL*")
 
@@ -207,25 +207,22 @@ def measure(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    columns = ["network", "method", "K", "blocks per module", "batch", "MiB", "saved (%)", "thesis (%)"]
-    grid = []
-    for row in rows:
-        sizes = [b - a for a, b in zip((0, *row["ends"]), row["ends"], strict=False)]
-        grid.append(
-            [
-                row["network"],
-                row["method"],
-                row["K"],
-                " ".join(map(str, sizes)) if row["K"] > 1 else "",
-                row["batch_size"],
-                f"{row['bytes'] / 2**20:.0f}",
-                f"{row['saved']:.0f}" if "saved" in row and row["K"] > 1 else "",
-                f"{row['thesis']:g}" if row["thesis"] is not None else "",
-            ]
-        )
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+def _sizes(row: Mapping[str, Any]) -> str:
+    """Of the modules, in blocks."""
+    ends = row["ends"]
+    return " ".join(str(b - a) for a, b in zip((0, *ends), ends, strict=False)) if row["K"] > 1 else ""
+
+
+COLUMNS: dict[str, Any] = {
+    "network": "{network}",
+    "method": "{method}",
+    "K": "{K}",
+    "blocks per module": _sizes,
+    "batch": "{batch_size}",
+    "MiB": lambda row: f"{row['bytes'] / 2**20:.0f}",
+    "saved (%)": lambda row: f"{row['saved']:.0f}" if row["K"] > 1 else "",
+    "thesis (%)": "{thesis:g}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -253,7 +250,7 @@ def main(config: Config) -> None:
     rows = measure(config)
     run.log([{key: value for key, value in row.items() if key != "ends"} for row in rows])
     run.finish({"rows": rows}, seeds=[], started=started)
-    text = table(rows) + "\n\n" + "\n".join(verdict(rows)) + "\n"
+    text = table(rows, COLUMNS) + "\n\n" + "\n".join(verdict(rows)) + "\n"
     (run.folder / "table.md").write_text(text)
     print(f"{text}\nrun folder: {run.folder}")
 

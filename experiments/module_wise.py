@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import tyro
 from module_settings import SCHEDULES, SETTINGS, Setting
-from tabulate import tabulate
 
 from odenets import Network, data, initialize, models, plotting, recalibrate
 from odenets.jobs import Report, Workers
@@ -48,6 +47,7 @@ from odenets.module_wise import (
 from odenets.objectives import CrossEntropy
 from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval, paired_p_value
+from odenets.tables import table
 
 METHODS = ("VanGL", "TRGL")
 RIVALS = ("InfoPro", "PredSim", "AugLocal")
@@ -286,30 +286,22 @@ def of(results: list[dict[str, Any]], size: int, schedule: str, method: str) -> 
     return sorted(found, key=lambda r: r["seed"])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    columns = ["images", "schedule", "method", "lr", "tau", "first module", "last module", "- VanGL", "p"]
-    columns += ["best on validation", "last, recomputed statistics", "- VanGL", "thesis", "meets"]
-    grid = [
-        [
-            row["size"],
-            row["schedule"],
-            row["method"] if row["method"] != row["schedule"] else "",
-            f"{row['learning_rate']:g}",
-            f"{row['tau']:g}" if row["tau"] else "",
-            f"{row['first']:.2f}" if row["method"] != "end-to-end" else "",
-            f"{row['last']:.2f}",
-            f"{row['difference']:.2f}" if "difference" in row else "",
-            f"{row['difference_p']:.2g}" if "difference" in row else "",
-            f"{row['best']:.2f}" if row["method"] != "end-to-end" else "",
-            f"{row['recalibrated']:.2f}",
-            f"{row['recalibrated_difference']:.2f}" if "difference" in row else "",
-            f"{row['thesis']:.2f}" if "thesis" in row else "",
-            ("yes" if row["meets"] else "no") if "meets" in row else "",
-        ]
-        for row in rows
-    ]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS: dict[str, Any] = {
+    "images": "{size}",
+    "schedule": "{schedule}",
+    "method": lambda row: row["method"] if row["method"] != row["schedule"] else "",
+    "lr": "{learning_rate:g}",
+    "tau": lambda row: f"{row['tau']:g}" if row["tau"] else "",
+    "first module": lambda row: f"{row['first']:.2f}" if len(row["modules"]) > 1 else "",
+    "last module": "{last:.2f}",
+    "last - VanGL": "{difference:.2f}",
+    "p": "{difference_p:.2g}",
+    "best on validation": lambda row: f"{row['best']:.2f}" if len(row["modules"]) > 1 else "",
+    "last, recomputed statistics": "{recalibrated:.2f}",
+    "recomputed - VanGL": "{recalibrated_difference:.2f}",
+    "thesis": "{thesis:.2f}",
+    "meets": "{meets}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -346,11 +338,10 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def listing() -> str:
     """The settings by name."""
-    grid = [
-        [name, s.table, s.dataset, " ".join(map(str, s.sizes)), s.modules, ", ".join(s.schedules)]
-        for name, s in SETTINGS.items()
-    ]
-    return tabulate(grid, ["setting", "table", "data", "images", "K", "schedules"], tablefmt="github")
+    columns: dict[str, Any] = {"setting": "{name}", "table": "{table}", "data": "{dataset}"}
+    columns["images"] = lambda row: " ".join(map(str, row["sizes"]))
+    columns |= {"K": "{modules}", "schedules": lambda row: ", ".join(row["schedules"])}
+    return table(({"name": name} | vars(setting) for name, setting in SETTINGS.items()), columns)
 
 
 def main(config: Config) -> None:
@@ -379,7 +370,7 @@ def main(config: Config) -> None:
     rows = summarise(config, results)
     plotting.save(figures(rows), run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
+    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from tabulate import tabulate
 
 from odenets import Network, data, initialize, models, plotting
 from odenets.instances import fit_instances
@@ -31,6 +30,7 @@ from odenets.least_action import LeastAction
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
 from odenets.statistics import mean_interval
+from odenets.tables import table
 from odenets.training import evaluate
 
 METHODS = ("vanilla", "least action", "h = 0.1", "batch norm")
@@ -201,22 +201,15 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    columns = ["blocks", "method", "lr", "first lambda", "failed", "test accuracy", "- vanilla"]
-    grid = [
-        [
-            row["depth"],
-            row["method"],
-            f"{row['learning_rate']:g}",
-            f"{row['first_lambda']:g}" if row["first_lambda"] else "",
-            f"{row['failed']} of {row['instances']}",
-            f"{row['accuracy']:.2f}",
-            f"{row['difference']:.2f}" if "difference" in row else "",
-        ]
-        for row in rows
-    ]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS: dict[str, Any] = {
+    "blocks": "{depth}",
+    "method": "{method}",
+    "lr": "{learning_rate:g}",
+    "first lambda": lambda row: f"{row['first_lambda']:g}" if row["first_lambda"] else "",
+    "failed": "{failed} of {instances}",
+    "test accuracy": "{accuracy:.2f}",
+    "- vanilla": "{difference:.2f}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -254,7 +247,7 @@ def main(config: Config) -> None:
     figure = plotting.intervals(series, xlabel="blocks", ylabel="test accuracy (%)")
     plotting.save({"fig_14": figure}, run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
+    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from tabulate import tabulate
 from torch import Tensor
 
 from odenets import Network, data, initialize, measures, models, recalibrate
@@ -36,6 +35,7 @@ from odenets.least_action import ActionPenalty, LeastAction
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
 from odenets.statistics import Interval, mean_interval, paired_p_value
+from odenets.tables import table
 from odenets.training import evaluate
 
 METHODS = ("vanilla", "fixed weight", "least action")
@@ -378,40 +378,20 @@ def _difference(found: list[float], plain: list[float] | None) -> dict[str, Any]
     return {"difference": mean_interval(pairs), "p": paired_p_value(found, plain)}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    columns = [
-        "condition",
-        "images",
-        "method",
-        "batch norm",
-        "lr",
-        "weight",
-        "test accuracy",
-        "- vanilla",
-        "p",
-        "action",
-        "thesis",
-        "meets",
-    ]
-    grid = [
-        [
-            row["condition"],
-            row["size"],
-            row["method"],
-            row["statistics"],
-            f"{row['learning_rate']:g}",
-            f"{row['weight']:g}" if row["weight"] else "",
-            f"{row['accuracy']:.2f}",
-            f"{row['difference']:.2f}" if "difference" in row else "",
-            f"{row['p']:.2g}" if "p" in row else "",
-            f"{row['action'].mean:.3g}",
-            f"{row['thesis']:.2f}" if "thesis" in row else "",
-            ("yes" if row["meets"] else "no") if "meets" in row else "",
-        ]
-        for row in rows
-    ]
-    return tabulate(grid, columns, tablefmt="github", disable_numparse=True)
+COLUMNS: dict[str, Any] = {
+    "condition": "{condition}",
+    "images": "{size}",
+    "method": "{method}",
+    "batch norm": "{statistics}",
+    "lr": "{learning_rate:g}",
+    "weight": lambda row: f"{row['weight']:g}" if row["weight"] else "",
+    "test accuracy": "{accuracy:.2f}",
+    "- vanilla": "{difference:.2f}",
+    "p": "{p:.2g}",
+    "action": "{action.mean:.3g}",
+    "thesis": "{thesis:.2f}",
+    "meets": "{meets}",
+}
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
@@ -458,7 +438,7 @@ def main(config: Config) -> None:
         results = complete(jobs, label="training")
     rows = [row for where in places for row in summarise(config, *where, chosen[where], at(where, results))]
     trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows), verdict(rows), started=started))
+    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from module_memory import SETTINGS, Config, main, measure, peak, split, table, verdict
+from module_memory import COLUMNS, SETTINGS, Config, main, measure, peak, split, verdict
 
 from odenets.runs import read_summary
+from odenets.tables import table
 
 
 def test_a_run_prints_its_table(tmp_path, capsys):
@@ -39,7 +40,7 @@ def test_networks_of_table_31_are_measured(tmp_path):
     rows = measure(config)
     assert all(row["saved"] > 0 for row in rows if row["K"] > 1)
     assert "TRGL takes" in verdict(rows)[0]
-    assert len(table(rows).splitlines()) == 2 + 6
+    assert len(table(rows, COLUMNS).splitlines()) == 2 + 6
 
 
 def test_errors():

@@ -1,0 +1,41 @@
+"""Rows of an experiment as a table to look at, a format for each column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+__all__ = ["table"]
+
+Row = Mapping[str, Any]
+
+
+def table(rows: Iterable[Row], columns: Mapping[str, str | Callable[[Row], object]]) -> str:
+    """A Markdown table.
+
+    Args:
+        rows: values by name.
+        columns: for each heading a format of those values, or a function of the row. A cell whose values are missing or
+            None stays empty, a truth value is yes or no, and a column without any cell is left out.
+
+    >>> print(table([{"n": 1, "x": 0.5}, {"n": 2, "ok": True}], {"n": "{n}", "x": "{x:.2f}", "ok": "{ok}", "y": "{y}"}))
+    | n   | x    | ok   |
+    |-----|------|------|
+    | 1   | 0.50 |      |
+    | 2   |      | yes  |
+    """
+    from tabulate import tabulate
+
+    cells = [[_cell(row, format) for format in columns.values()] for row in rows]
+    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
+    headings = [heading for i, heading in enumerate(columns) if i in kept]
+    return tabulate([[line[i] for i in kept] for line in cells], headings, tablefmt="github", disable_numparse=True)
+
+
+def _cell(row: Row, format: str | Callable[[Row], object]) -> str:
+    known = {name: ("no", "yes")[value] if isinstance(value, bool) else value for name, value in row.items()}
+    known = {name: value for name, value in known.items() if value is not None}
+    try:
+        return str(format(known)) if callable(format) else format.format_map(known)
+    except KeyError:
+        return ""
