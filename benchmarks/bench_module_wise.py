@@ -19,10 +19,11 @@ from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_s
 SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 
 
-def step_of(who: str, K: int, device: str) -> Callable[[], object]:
-    """A training step on a batch."""
+def step_of(who: str, K: int, device: str, batch_size: int = 16, size: int = 32) -> Callable[[], object]:
+    """A training step on a batch of square images."""
     torch.manual_seed(0)
-    x, y = torch.rand(16, 3, 32, 32, device=device), torch.randint(10, (16,), device=device)
+    x = torch.rand(batch_size, 3, size, size, device=device)
+    y = torch.randint(10, (batch_size,), device=device)
     network = module_wise(models.resnet110().to(device), K, x[:2]).train()
     if who in ("end-to-end", "checkpointed"):
         optimizer = SGD(network.parameters())
@@ -41,3 +42,11 @@ def bench_module_wise(benchmark: Any, device: str, measure: Callable[..., None],
     """Time of a step over that of another."""
     benchmark.group = f"ResNet-110, K = {K}, {device}"
     measure(step_of(who, K, device), step_of(over, K, device), who=who, over=over, K=K, step="ResNet-110")
+
+
+@pytest.mark.parametrize("K", [4, 16])
+def bench_action_on_large_images(benchmark: Any, device: str, measure: Callable[..., None], K: int) -> None:
+    """Time of a step with the action over one without, on images of 96 x 96, where Python weighs less."""
+    benchmark.group = f"ResNet-110 on 96 x 96, K = {K}, {device}"
+    step = partial(step_of, K=K, device=device, batch_size=8, size=96)
+    measure(step("TRGL"), step("VanGL"), who="TRGL", over="VanGL", K=K, step="ResNet-110, 96 x 96")
