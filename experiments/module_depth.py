@@ -178,9 +178,9 @@ def train(config: Config, job: Job, report: Report) -> None:
     last = {row["module"]: row["train_accuracy"] for row in training.rows}
     found["train"] = [last[k + 1] for k in range(network.K)]
     if not job.tuning:
-        found["test"] = network.accuracies(data.Batches(test, 500))
+        found["test"] = network.accuracies(data.Batches(test, 100))
         recalibrate(network, batches.inputs(), run=lambda x: list(network.outputs(x)))
-        found["recalibrated"] = network.accuracies(data.Batches(test, 500))
+        found["recalibrated"] = network.accuracies(data.Batches(test, 100))
     run.finish(asdict(job) | found, seeds=[job.seed])
 
 

@@ -206,9 +206,9 @@ def train(config: Config, job: Job, report: Report) -> None:
     )
     found = {"validation": network.accuracies(data.Batches(validation, 500))}
     if not job.tuning:
-        found["test"] = network.accuracies(data.Batches(test, 500))
+        found["test"] = network.accuracies(data.Batches(test, 100))
         recalibrate(network, batches.inputs(), run=lambda x: list(network.outputs(x)))
-        found["recalibrated"] = network.accuracies(data.Batches(test, 500))
+        found["recalibrated"] = network.accuracies(data.Batches(test, 100))
     run.finish(asdict(job) | found, seeds=[job.seed])
 
 
