@@ -106,7 +106,7 @@ class Config:
     noisy: bool = False
     seeds: int = 5
     train_size: int = 900
-    pool_size: int = 800
+    pool_size: int = 600
     test: float = 0.3
     validation: float = 0.25
     epochs: int = 20

@@ -99,19 +99,23 @@ def choose_and_score(
             if mode == "general":
                 general[candidate] = detector
             if mode in modes:
-                found = _score(detector, candidate, clean, seen, "validation").accuracy
+                found = _score(*_said(detector, candidate, [clean, seen], "validation"), seen, "validation").accuracy
                 if best is None or found > best[0]:
                     best = (found, candidate, mode, detector)
     assert best is not None  # there is a candidate and a mode
     accuracy, candidate, mode, detector = best
-    (innocent,) = _said(detector, candidate, [clean], "test")
-    scores, agnostic, curves = {}, {}, {}
-    for name, samples in tested.items():
-        scores[name] = _score(detector, candidate, clean, samples, "test")
-        agnostic[name] = _score(general[candidate], candidate, clean, samples, "test").auroc
-        curves[name] = detection_rates(innocent, *_said(detector, candidate, [samples], "test"))
-    false = None if noisy is None else float((_said(detector, candidate, [noisy], "test")[0] > 0).mean())
-    return Choice(candidate, mode, accuracy, scores, agnostic, curves, false)
+    names, sets = list(tested), [clean, *tested.values()]
+    innocent, *others = _said(detector, candidate, sets, "test")
+    of_general = [innocent, *others] if mode == "general" else _said(general[candidate], candidate, sets, "test")
+    return Choice(
+        candidate,
+        mode,
+        accuracy,
+        scores={n: _score(innocent, x, tested[n], "test") for n, x in zip(names, others, strict=True)},
+        agnostic={n: score(of_general[0], x).auroc for n, x in zip(names, of_general[1:], strict=True)},
+        curves={n: detection_rates(innocent, x) for n, x in zip(names, others, strict=True)},
+        noisy=None if noisy is None else float((_said(detector, candidate, [noisy], "test")[0] > 0).mean()),
+    )
 
 
 def _said(detector: Detector, candidate: str, sets: Sequence[Samples], part: str) -> list[np.ndarray]:
@@ -119,8 +123,8 @@ def _said(detector: Detector, candidate: str, sets: Sequence[Samples], part: str
     return [detector.decision_function(*samples.of(candidate, getattr(samples.parts, part))) for samples in sets]
 
 
-def _score(detector: Detector, candidate: str, clean: Samples, other: Samples, part: str) -> Scores:
-    """How well it tells a part of one set from that of another."""
-    index = getattr(other.parts, part)
-    fooled = None if other.successful is None else other.successful[index.numpy()]
-    return score(*_said(detector, candidate, [clean, other], part), successful=fooled)
+def _score(clean: np.ndarray, other: np.ndarray, samples: Samples, part: str) -> Scores:
+    """How well what was said of a part of some samples tells it from what was said of clean ones."""
+    index = getattr(samples.parts, part)
+    fooled = None if samples.successful is None else samples.successful[index.numpy()]
+    return score(clean, other, successful=fooled)

@@ -59,7 +59,7 @@ def test_what_is_fitted_on_and_tested():
 
 def test_networks_and_detectors_have_images_of_their_own():
     train, pool = parts_of(Config())
-    assert (len(train), len(pool)) == (900, 800)
+    assert (len(train), len(pool)) == (900, 600)
     seen = {image.numpy().tobytes() for image in train.x}
     assert sum(image.numpy().tobytes() in seen for image in pool.x) == 0
 
