@@ -109,7 +109,7 @@ class Config:
     pool_size: int = 600
     test: float = 0.3
     validation: float = 0.25
-    epochs: int = 20
+    epochs: int = 12
     batch_size: int = 64
     learning_rate: float = 0.05
     starts: int = 6
