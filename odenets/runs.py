@@ -72,6 +72,8 @@ class Run:
     def __init__(self, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
         self.folder = Path(folder)
         config = json.loads(_json(dict(config)))
+        # looked at first: where another process of a group begins the same run now, its config.json is there afterwards
+        filled = self.folder.exists() and any(path.suffix != ".partial" for path in self.folder.iterdir())
         if (self.folder / "config.json").exists():
             if not resume:
                 raise FileExistsError(
@@ -83,7 +85,7 @@ class Run:
                 raise ValueError(
                     f"run folder {str(self.folder)!r} was made with another configuration: {changed} differ"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif filled:
             raise FileExistsError(f"folder {str(self.folder)!r} is not empty and holds no run: choose another")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write("config.json", _json(config))
@@ -153,7 +155,7 @@ class Run:
         return f"{text}\nrun folder: {self.folder}"
 
     def _write(self, name: str, data: bytes) -> None:
-        temporary = self.folder / (name + ".partial")
+        temporary = self.folder / f"{name}.{os.getpid()}.partial"  # processes of a group may write the same file
         temporary.write_bytes(data)
         os.replace(temporary, self.folder / name)
 

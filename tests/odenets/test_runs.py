@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,6 +21,23 @@ def test_a_run_is_kept(tmp_path):
     assert read_summary(run.folder)["results"] == {"accuracy": 0.9}
     assert read_summary(run.folder)["environment"]["versions"]["torch"] in torch.__version__
     assert read_config(run.folder)["seeds"] == [0, 1]
+
+
+def test_processes_of_a_group_may_begin_a_run_together(tmp_path, monkeypatch):
+    (tmp_path / "config.json.7.partial").touch()  # another has begun to write
+    assert Run(tmp_path, {"epochs": 3}, resume=True).folder == tmp_path
+    look = Path.iterdir
+
+    def meanwhile(path):
+        before = [*look(path)]
+        other._write("config.json", b'{"epochs": 3}')  # another is done right after we have looked
+        (path / "module1.pt").touch()
+        return iter(before)
+
+    other = Run(tmp_path / "run", {"epochs": 3})
+    (other.folder / "config.json").rename(other.folder / "config.json.7.partial")
+    monkeypatch.setattr(Path, "iterdir", meanwhile)
+    assert read_config(Run(tmp_path / "run", {"epochs": 3}, resume=True).folder) == {"epochs": 3}
 
 
 def test_an_existing_run_is_not_touched(tmp_path):
