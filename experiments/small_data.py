@@ -202,7 +202,11 @@ def build(config: Config, condition: Condition, dataset: data.Dataset, seed: int
         norm=condition.norm,
         normalize=normalize,
     )
-    return initialize(network, "normal", condition.deviation) if condition.deviation else network
+    if condition.deviation:
+        network = initialize(network, "normal", condition.deviation)
+    if config.together == 1:  # convolutions of one network are faster so, of many networks as one they are not
+        network = network.to(memory_format=torch.channels_last)
+    return network
 
 
 def training_images(pool: data.Dataset, job: Job, seed: int) -> data.Dataset:
