@@ -29,197 +29,28 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-import torchdiffeq
 import tyro
-from einops.layers.torch import Rearrange
 from lightning_fabric import Fabric
+from neural_ode_setup import Config, Job, build, field_of, science, split
+from neural_ode_tables import COLUMNS, summarise, verdict
 from torch import Tensor, nn
 
-from odenets import Flow, Network, data, measures, models, plotting
+from odenets import Flow, Network, data, measures, plotting
 from odenets.checkpoints import save_weights
-from odenets.fields import ConvField
-from odenets.flow import Records
 from odenets.jobs import Report, Workers
 from odenets.least_action import ActionPenalty
-from odenets.measures import Measure
 from odenets.memory import memory
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
-from odenets.statistics import mean_interval
 from odenets.tables import table
 from odenets.training import Callback, Training, evaluate, fit
-from solvers import Statistics, Step, Tolerance
-
-Way = Literal["odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """What is trained.
-
-    Attributes:
-        dataset: digits come with scikit-learn, MNIST through torchvision.
-        folder: where torchvision's files lie; without it they are downloaded once.
-        train_size: samples for training and validation, stratified; 0 takes all.
-        test_size: the same for the test.
-        ways: who solves the flow, by which method.
-        rtol, atol: of every solve.
-        weight: of the mean action in the objective that has it.
-        total_time: the flow runs over ``[0, total_time]``.
-        features: channels of the state.
-        time: whether the field reads t.
-        seeds: of weights and batch order.
-        epochs: of every training.
-        batch_size: samples per step.
-        learning_rate: at the start, for SGD with momentum 0.9; a cosine brings it to 0.
-        probes: batches on which a trained network is measured.
-        device: "cpu" or "cuda".
-        workers: trainings side by side, each on one thread; 0 takes one per core on a CPU, one on a GPU.
-        output: run folder.
-        resume: go on with the run in the folder.
-
-    Raises:
-        ValueError: a number is out of range, or a way unknown.
-    """
-
-    dataset: Literal["digits", "mnist"] = "digits"
-    folder: Path | None = None
-    train_size: int = 0
-    test_size: int = 0
-    ways: tuple[Way, ...] = (
-        "odeint bosh3",
-        "odeint dopri5",
-        "adjoint dopri5",
-        "flow bs23",
-        "flow dopri5",
-    )
-    rtol: float = 1e-3
-    atol: float = 1e-6
-    weight: float = 0.1
-    total_time: float = 1.0
-    features: int = 16
-    time: bool = True
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 3
-    batch_size: int = 64
-    learning_rate: float = 0.05
-    probes: int = 5
-    device: Literal["cpu", "cuda"] = "cpu"
-    workers: int = 0
-    output: Path = Path("runs/neural_ode")
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        Tolerance(self.rtol, self.atol)
-        for name in ("features", "epochs", "batch_size", "probes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("ways", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must hold at least one")
-        for way in self.ways:
-            if way not in get_args(Way):
-                raise ValueError(f"unknown way {way!r}; known are {', '.join(get_args(Way))}")
-        if self.weight < 0:
-            raise ValueError(f"weight must not be negative, got {self.weight}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training."""
-
-    way: Way
-    action: bool
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of the job's folder."""
-        return f"{self.way.replace(' ', '-')}{'-action' * self.action}-seed{self.seed}"
-
-
-class WithAction(nn.Module):
-    """Velocity of the state ``(x, z)``, ``dz/dt = <v^2>``: z is the action of each sample, ``(B,)``."""
-
-    def __init__(self, field: nn.Module) -> None:
-        super().__init__()
-        self.field = field
-
-    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Velocities of x and z."""
-        v = self.field(t, state[0])
-        return v, v.square().flatten(1).mean(1)
-
-
-def field_of(flow: Flow) -> nn.Module:
-    """The velocity field of a continuous flow."""
-    return flow.blocks[0].fields[0]  # type: ignore[index,return-value]
-
-
-class TorchdiffeqFlow(Flow):
-    """A continuous flow that torchdiffeq solves; of the measures it knows the action, as an extra state.
-
-    Args:
-        field: velocity field.
-        solver: "bosh3" or "dopri5".
-        adjoint: ``odeint_adjoint`` instead of ``odeint``.
-        tolerance: rtol and atol.
-        total_time: end time.
-    """
-
-    def __init__(
-        self, field: nn.Module, *, solver: str, adjoint: bool, tolerance: Tolerance, total_time: float = 1.0
-    ) -> None:
-        super().__init__(field, solver=solver, tolerance=tolerance, total_time=total_time)
-        solve: Callable[..., Any] = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
-        self.odeint = partial(solve, method=solver, rtol=tolerance.rtol, atol=tolerance.atol)
-
-    def _steps(self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset()) -> Iterator[Step]:
-        raise NotImplementedError("torchdiffeq does not show its steps")
-
-    def _record(self, x: Tensor, readout: str, measures: Mapping[str, Measure]) -> tuple[Tensor, Records]:
-        if readout != "solution" or set(measures) - {"action"}:
-            raise ValueError(f"torchdiffeq gives the solution and the action, not {readout!r} and {sorted(measures)}")
-        field, times = field_of(self), x.new_tensor([0.0, self.total_time])
-        self.statistics = Statistics()
-        counting = field.register_forward_hook(self._count)
-        try:
-            if not measures:
-                return self.odeint(field, x, times)[-1], Records({})
-            states, action = self.odeint(WithAction(field), (x, x.new_zeros(len(x))), times)
-            return states[-1], Records({"action": action[-1:]})
-        finally:
-            counting.remove()
-
-    def _count(self, *_: object) -> None:
-        self.statistics.evaluations += 1
-
-
-def build(config: Config, dataset: data.Dataset, way: Way, seed: int) -> Network:
-    """The classifier with the seed's weights, whoever solves its flow."""
-    torch.manual_seed(seed)
-    channels, size = dataset.x.shape[1], dataset.x.shape[-1]
-    stride = max(2, size // 8)
-    encoder = nn.Sequential(
-        models.Normalize(list(dataset.mean), list(dataset.std)),
-        nn.Conv2d(channels, config.features, stride + 2, stride=stride, padding=(stride + 1) // 2, bias=False),
-    )
-    field = ConvField(config.features, activation="silu", time=config.time)
-    cells = encoder(dataset.x[:1]).numel()
-    head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(cells, dataset.classes))
-    who, solver = way.split()
-    options: dict[str, Any] = {"solver": solver, "total_time": config.total_time}
-    options["tolerance"] = Tolerance(config.rtol, config.atol)
-    flow = Flow(field, **options) if who == "flow" else TorchdiffeqFlow(field, adjoint=who == "adjoint", **options)
-    return Network(encoder, flow, head)
+from solvers import Tolerance
 
 
 class Meter:
@@ -374,83 +205,6 @@ def errors(config: Config, network: Network, x: Tensor) -> dict[str, float]:
         "action_error": difference.item(),
         "action_value": action.mean().item(),
     }
-
-
-def split(config: Config) -> data.Split:
-    """The data, cut the same for every job."""
-    train, test = data.load(config.dataset, config.folder)
-    if config.test_size:
-        test = data.subsample(test, config.test_size)
-    return data.split(train, test, size=config.train_size or None)
-
-
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a job, and not where, beside what, or for which other seeds it runs."""
-    settings = asdict(config)
-    for name in ("output", "resume", "workers", "folder", "seeds", "ways"):
-        settings.pop(name)
-    return settings
-
-
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per way and objective: means over the seeds, accuracy with its 95 % interval, median time of epochs."""
-    rows = []
-    for way, action in dict.fromkeys((r["way"], r["action"]) for r in results):
-        group = [r for r in results if (r["way"], r["action"]) == (way, action)]
-        row: dict[str, Any] = {"way": way, "action": action, "parameters": group[0]["parameters"]}
-        row["test"] = mean_interval([r["test"] for r in group])
-        for name in ("forward", "backward", "peak_memory", "state_error", "action_error", "action_value"):
-            row[name] = statistics.fmean(r[name] for r in group)
-        row["epoch_seconds"] = statistics.median(r["epoch_seconds"] for r in group)
-        row["cost"] = {name: statistics.fmean(r["cost"][name] for r in group) for name in group[0]["cost"]}
-        rows.append(row)
-    return rows
-
-
-COLUMNS: dict[str, Any] = {
-    "solved by": "{way}",
-    "objective": lambda row: "+ action" if row["action"] else "",
-    "test accuracy (%)": lambda row: f"{100 * row['test']:.2f}",
-    "evals forward": "{forward:.1f}",
-    "evals backward": "{backward:.1f}",
-    "s/epoch": "{epoch_seconds:.2f}",
-    "peak MB": lambda row: f"{row['peak_memory'] / 1e6:.1f}",
-    "action costs evals": lambda row: f"{100 * row['cost']['evaluations']:+.0f} %",
-    "and time": lambda row: f"{100 * row['cost']['seconds']:+.0f} %",
-    "action": "{action_value:.3f}",
-    "its error": lambda row: f"{100 * row['action_error']:.1g} %",
-    "state error (tolerances)": "{state_error:.2f}",
-}
-
-
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """What the table says, in sentences: flows beside torchdiffeq with the same method, and what the action costs."""
-    found = {(row["way"], row["action"]): row for row in rows}
-    names = {"bosh3": "bs23", "dopri5": "dopri5"}
-    lines = []
-    for (way, action), theirs in found.items():
-        who, method = way.split()
-        ours = found.get((f"flow {names.get(method)}", action))
-        if who == "flow" or ours is None:
-            continue
-        share = {name: 100 * ours[name] / theirs[name] for name in ("epoch_seconds", "peak_memory")}
-        calls = [row["forward"] + row["backward"] for row in (ours, theirs)]
-        meet = "the intervals meet" if ours["test"].meets(theirs["test"]) else "the intervals do not meet"
-        meet = "one seed, no interval" if ours["test"].n == 1 else meet
-        lines.append(
-            f"{ours['way']} beside {way}{', with the action' * action}: {100 * calls[0] / calls[1]:.0f} % of its "
-            f"evaluations, {share['epoch_seconds']:.0f} % of its time, {share['peak_memory']:.0f} % of its memory; "
-            f"accuracy {100 * ours['test']:.2f} beside {100 * theirs['test']:.2f} %, {meet}"
-        )
-    for way in dict.fromkeys(row["way"] for row in rows):
-        costs = [row["cost"] for row in rows if row["way"] == way]
-        evaluations = [f"{100 * cost['evaluations']:+.0f} %" for cost in costs]
-        seconds = [f"{100 * cost['seconds']:+.0f} %" for cost in costs]
-        lines.append(
-            f"the action costs {way} {' and '.join(evaluations)} evaluations, {' and '.join(seconds)} time "
-            "(on networks trained without and with it)"
-        )
-    return lines
 
 
 def main(config: Config) -> None:

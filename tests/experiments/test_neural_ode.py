@@ -9,7 +9,8 @@ import neural_ode
 import pytest
 import torch
 from matplotlib.figure import Figure
-from neural_ode import Config, Meter, build, cost_of_action, step, step_memory
+from neural_ode import Meter, cost_of_action, step, step_memory
+from neural_ode_setup import Config, build, field_of, split
 from safetensors.torch import load_file
 
 from odenets import data, measures, plotting
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts():
-    return neural_ode.split(Config(train_size=100))
+    return split(Config(train_size=100))
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_the_meter_counts_calls_forward_and_in_backward(parts, batch, way):
     net = network(parts, way, 1e-4)
     calls = []
     with Meter(net, "cpu") as meter:
-        hook = neural_ode.field_of(net.flows[0]).register_forward_hook(lambda *_: calls.append(1))
+        hook = field_of(net.flows[0]).register_forward_hook(lambda *_: calls.append(1))
         for _ in range(2):
             net(batch[0]).sum().backward()
         found = meter.take()

@@ -4,20 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_data import (
-    CONDITIONS,
-    METHODS,
-    Config,
-    Job,
-    build,
-    candidates,
-    choose,
-    main,
-    objective,
-    parts_of,
-    reported,
-    training_images,
-)
+from small_data import candidates, choose, main, reported
+from small_data_setup import CONDITIONS, METHODS, Config, Job, build, objective, parts_of, training_images
 
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.normalization import StageBatchNorm

@@ -1,0 +1,199 @@
+"""What the neural-ODE experiment trains: configuration, data, and the networks that torchdiffeq and flows solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torchdiffeq
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+
+from odenets import Flow, Network, data, models
+from odenets.fields import ConvField
+from odenets.flow import Records
+from odenets.measures import Measure
+from solvers import Statistics, Step, Tolerance
+
+Way = Literal["odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained.
+
+    Attributes:
+        dataset: digits come with scikit-learn, MNIST through torchvision.
+        folder: where torchvision's files lie; without it they are downloaded once.
+        train_size: samples for training and validation, stratified; 0 takes all.
+        test_size: the same for the test.
+        ways: who solves the flow, by which method.
+        rtol, atol: of every solve.
+        weight: of the mean action in the objective that has it.
+        total_time: the flow runs over ``[0, total_time]``.
+        features: channels of the state.
+        time: whether the field reads t.
+        seeds: of weights and batch order.
+        epochs: of every training.
+        batch_size: samples per step.
+        learning_rate: at the start, for SGD with momentum 0.9; a cosine brings it to 0.
+        probes: batches on which a trained network is measured.
+        device: "cpu" or "cuda".
+        workers: trainings side by side, each on one thread; 0 takes one per core on a CPU, one on a GPU.
+        output: run folder.
+        resume: go on with the run in the folder.
+
+    Raises:
+        ValueError: a number is out of range, or a way unknown.
+    """
+
+    dataset: Literal["digits", "mnist"] = "digits"
+    folder: Path | None = None
+    train_size: int = 0
+    test_size: int = 0
+    ways: tuple[Way, ...] = (
+        "odeint bosh3",
+        "odeint dopri5",
+        "adjoint dopri5",
+        "flow bs23",
+        "flow dopri5",
+    )
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    weight: float = 0.1
+    total_time: float = 1.0
+    features: int = 16
+    time: bool = True
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 3
+    batch_size: int = 64
+    learning_rate: float = 0.05
+    probes: int = 5
+    device: Literal["cpu", "cuda"] = "cpu"
+    workers: int = 0
+    output: Path = Path("runs/neural_ode")
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        Tolerance(self.rtol, self.atol)
+        for name in ("features", "epochs", "batch_size", "probes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("ways", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must hold at least one")
+        for way in self.ways:
+            if way not in get_args(Way):
+                raise ValueError(f"unknown way {way!r}; known are {', '.join(get_args(Way))}")
+        if self.weight < 0:
+            raise ValueError(f"weight must not be negative, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    way: Way
+    action: bool
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of the job's folder."""
+        return f"{self.way.replace(' ', '-')}{'-action' * self.action}-seed{self.seed}"
+
+
+class WithAction(nn.Module):
+    """Velocity of the state ``(x, z)``, ``dz/dt = <v^2>``: z is the action of each sample, ``(B,)``."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Velocities of x and z."""
+        v = self.field(t, state[0])
+        return v, v.square().flatten(1).mean(1)
+
+
+def field_of(flow: Flow) -> nn.Module:
+    """The velocity field of a continuous flow."""
+    return flow.blocks[0].fields[0]  # type: ignore[index,return-value]
+
+
+class TorchdiffeqFlow(Flow):
+    """A continuous flow that torchdiffeq solves; of the measures it knows the action, as an extra state.
+
+    Args:
+        field: velocity field.
+        solver: "bosh3" or "dopri5".
+        adjoint: ``odeint_adjoint`` instead of ``odeint``.
+        tolerance: rtol and atol.
+        total_time: end time.
+    """
+
+    def __init__(
+        self, field: nn.Module, *, solver: str, adjoint: bool, tolerance: Tolerance, total_time: float = 1.0
+    ) -> None:
+        super().__init__(field, solver=solver, tolerance=tolerance, total_time=total_time)
+        solve: Callable[..., Any] = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
+        self.odeint = partial(solve, method=solver, rtol=tolerance.rtol, atol=tolerance.atol)
+
+    def _steps(self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset()) -> Iterator[Step]:
+        raise NotImplementedError("torchdiffeq does not show its steps")
+
+    def _record(self, x: Tensor, readout: str, measures: Mapping[str, Measure]) -> tuple[Tensor, Records]:
+        if readout != "solution" or set(measures) - {"action"}:
+            raise ValueError(f"torchdiffeq gives the solution and the action, not {readout!r} and {sorted(measures)}")
+        field, times = field_of(self), x.new_tensor([0.0, self.total_time])
+        self.statistics = Statistics()
+        counting = field.register_forward_hook(self._count)
+        try:
+            if not measures:
+                return self.odeint(field, x, times)[-1], Records({})
+            states, action = self.odeint(WithAction(field), (x, x.new_zeros(len(x))), times)
+            return states[-1], Records({"action": action[-1:]})
+        finally:
+            counting.remove()
+
+    def _count(self, *_: object) -> None:
+        self.statistics.evaluations += 1
+
+
+def build(config: Config, dataset: data.Dataset, way: Way, seed: int) -> Network:
+    """The classifier with the seed's weights, whoever solves its flow."""
+    torch.manual_seed(seed)
+    channels, size = dataset.x.shape[1], dataset.x.shape[-1]
+    stride = max(2, size // 8)
+    encoder = nn.Sequential(
+        models.Normalize(list(dataset.mean), list(dataset.std)),
+        nn.Conv2d(channels, config.features, stride + 2, stride=stride, padding=(stride + 1) // 2, bias=False),
+    )
+    field = ConvField(config.features, activation="silu", time=config.time)
+    cells = encoder(dataset.x[:1]).numel()
+    head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(cells, dataset.classes))
+    who, solver = way.split()
+    options: dict[str, Any] = {"solver": solver, "total_time": config.total_time}
+    options["tolerance"] = Tolerance(config.rtol, config.atol)
+    flow = Flow(field, **options) if who == "flow" else TorchdiffeqFlow(field, adjoint=who == "adjoint", **options)
+    return Network(encoder, flow, head)
+
+
+def split(config: Config) -> data.Split:
+    """The data, cut the same for every job."""
+    train, test = data.load(config.dataset, config.folder)
+    if config.test_size:
+        test = data.subsample(test, config.test_size)
+    return data.split(train, test, size=config.train_size or None)
+
+
+def science(config: Config) -> dict[str, Any]:
+    """What decides the outcome of a job, and not where, beside what, or for which other seeds it runs."""
+    settings = asdict(config)
+    for name in ("output", "resume", "workers", "folder", "seeds", "ways"):
+        settings.pop(name)
+    return settings

@@ -1,0 +1,186 @@
+"""What the small-data experiment trains: configuration, conditions, methods, networks, images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from odenets import Network, data, initialize, models
+from odenets.least_action import ActionPenalty, LeastAction
+from odenets.objectives import CrossEntropy, Objective
+
+METHODS = ("vanilla", "fixed weight", "least action")
+PROTOCOL = ("thesis: vanilla", "thesis: least action")
+WAYS = ("last", "recalibrated")  # batch norm's running statistics after the last epoch, or statistics computed anew
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Under which the methods are compared.
+
+    Attributes:
+        label_noise: share of the training labels that are drawn anew from all classes.
+        depth: number of blocks.
+        widen: factor of the channels.
+        norm: of the blocks; encoder and head keep their batch norms.
+        deviation: of a normal start of all weights, or None for torch's own.
+    """
+
+    label_noise: float = 0.0
+    depth: int = 9
+    widen: int = 1
+    norm: str | None = "batch"
+    deviation: float | None = None
+
+
+CONDITIONS = {
+    "standard": Condition(),
+    "label noise": Condition(label_noise=0.4),
+    "deep": Condition(depth=30),
+    "wide": Condition(widen=4),
+    "no batch norm": Condition(norm=None),
+    "bad start": Condition(deviation=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train.
+
+    Attributes:
+        dataset: digits, mnist or cifar10.
+        folder: where torchvision's files lie; without it they are downloaded.
+        sizes: numbers of training images.
+        conditions: standard, label noise, deep, wide, no batch norm, bad start.
+        instances: that are reported, per method.
+        tuning: instances, of other images and weights, on which learning rates and weights are chosen.
+        epochs: of training.
+        batch_size: of training.
+        learning_rates: tried for every method.
+        weights: tried for the fixed weight.
+        lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
+        validation_size, test_size: images to choose on; test images, all if 0.
+        protocol_size, protocol_every: test images, at most, at which the thesis' protocol looks while it trains (the
+            thesis at a random half, after every epoch), and epochs from one look to the next.
+        together: instances that are trained as one batch of networks: many where they are small, 1 where a network
+            alone keeps the processor busy.
+        features: channels; the thesis' (MNIST 32, CIFAR-10 100), 16 for digits, if 0.
+        quick: one size, few instances and epochs: to see that it runs.
+        output: run folder.
+        resume: go on with what is there.
+        workers: processes; all cores if 0.
+    """
+
+    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
+    folder: Path | None = None
+    sizes: tuple[int, ...] = (100, 200, 500)
+    conditions: tuple[str, ...] = ("standard",)
+    instances: int = 20
+    tuning: int = 5
+    epochs: int = 30
+    batch_size: int = 128
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    weights: tuple[float, ...] = (0.1, 1.0)
+    lambdas: tuple[float, ...] = (0.1, 1.0, 10.0)
+    validation_size: int = 300
+    test_size: int = 0
+    protocol_size: int = 1000
+    protocol_every: int = 1
+    together: int = 10
+    features: int = 0
+    quick: bool = False
+    output: Path = Path("runs/small_data")
+    resume: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.instances, self.tuning) < 2:
+            raise ValueError(f"instances and tuning must be at least 2, got {self.instances} and {self.tuning}")
+        if self.together < 1 or self.features < 0:
+            raise ValueError(
+                f"together must be at least 1 and features not negative, got {self.together} and {self.features}"
+            )
+        if not self.sizes or min(self.sizes) < 10:
+            raise ValueError(f"sizes must hold numbers of at least 10 images, got {self.sizes}")
+        if unknown := set(self.conditions) - set(CONDITIONS):
+            raise ValueError(f"conditions must be among {', '.join(CONDITIONS)}, got {', '.join(sorted(unknown))}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some instances of one method at one learning rate and weight, trained together; looked at in some ways."""
+
+    condition: str
+    size: int
+    method: str
+    learning_rate: float
+    weight: float
+    seeds: tuple[int, ...]
+    tuning: bool
+    ways: tuple[str, ...] = WAYS
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = self.method.replace(": ", "_").replace(" ", "_")
+        folder = f"{self.condition.replace(' ', '_')}_{self.size}"
+        return f"{folder}/{method}_lr{self.learning_rate:g}_w{self.weight:g}_seeds{self.seeds[0]}-{self.seeds[-1]}"
+
+
+def objective(job: Job) -> Objective:
+    """What a method minimises."""
+    match job.method:
+        case "fixed weight":
+            return ActionPenalty(job.weight)
+        case "least action":
+            return LeastAction(lambda0=job.weight, tau=1.0, every=5)
+        case "thesis: least action":  # lambda multiplies the loss, and with it the step
+            return LeastAction(lambda0=5.0, tau=1.0, every=5, weigh="multiply", update="after")
+    return CrossEntropy()
+
+
+def build(config: Config, condition: Condition, dataset: data.Dataset, seed: int) -> Network:
+    """ResNet-9, or what the condition makes of it, with the seed's weights."""
+    torch.manual_seed(seed)
+    channels, size = dataset.x.shape[1], dataset.x.shape[-1]
+    features = config.features or {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
+    normalize = models.Normalize(list(dataset.mean), list(dataset.std))
+    network = models.resnet9(
+        channels,
+        dataset.classes,
+        features=features * condition.widen,
+        size=size,
+        depth=condition.depth,
+        norm=condition.norm,
+        normalize=normalize,
+    )
+    if condition.deviation:
+        network = initialize(network, "normal", condition.deviation)
+    if config.together == 1:  # convolutions of one network are faster so, of many networks as one they are not
+        network = network.to(memory_format=torch.channels_last)
+    return network
+
+
+def training_images(pool: data.Dataset, job: Job, seed: int) -> data.Dataset:
+    """The training images of a seed, with the label noise of the job's condition."""
+    part = data.subsample(pool, job.size, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.rand(len(part), generator=generator) < CONDITIONS[job.condition].label_noise
+    labels = torch.where(noisy, torch.randint(part.classes, (len(part),), generator=generator), part.y)
+    return replace(part, y=labels)
+
+
+def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
+    """Images to draw training images from, validation and test images."""
+    pool, test = data.load(config.dataset, config.folder)
+    pool, validation = data.hold_out(pool, config.validation_size, seed=0)
+    return pool, validation, data.subsample(test, config.test_size, seed=0) if config.test_size else test
+
+
+def science(config: Config) -> dict[str, Any]:
+    """What decides the outcome of a job beside its own settings."""
+    names = ("dataset", "epochs", "batch_size", "validation_size", "test_size", "features")
+    return {name: getattr(config, name) for name in names}
