@@ -38,20 +38,6 @@ METHODS: dict[str, Callable[[], Objective]] = {
 }
 TRAJECTORY, MORE = "trajectory", "trajectory and stages"
 
-# accuracy (%) of the trajectory detector of ResNet-110 on CIFAR-10: tables 12 and 13, there with attacks whose images
-# were clipped before they were normalised, parts that overlapped, and the best of several detectors chosen on test
-THESIS: dict[tuple[str, str], dict[str, float]] = {
-    ("seen", "vanilla"): {
-        "FGM": 97.1, "APGD": 94.1, "BIM": 97.5, "AA": 88.9, "DF": 99.9, "CW": 98.0, "HSJ": 99.9, "BA": 96.6
-    },
-    ("seen", "least action"): {
-        "FGM": 98.7, "APGD": 97.5, "BIM": 99.3, "AA": 94.1, "DF": 99.8, "CW": 98.0, "HSJ": 99.9, "BA": 97.0
-    },
-    ("unseen", "vanilla"): {
-        "APGD": 89.32, "BIM": 96.02, "AA": 85.1, "DF": 91.02, "CW": 93.18, "HSJ": 93.0, "BA": 90.92
-    },
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Config:

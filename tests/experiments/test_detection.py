@@ -6,8 +6,10 @@ import pytest
 import torch
 from detection import comparisons, main
 from detection_setup import METHODS, Config, attack_of, build, foreign, kinds_of, parts_of
+from detection_tables import COLUMNS, THESIS, summarise
 
 from odenets.runs import read_summary
+from odenets.tables import table
 
 TINY = Config(workers=1, quick=True)
 
@@ -84,6 +86,32 @@ def test_networks_of_the_methods():
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     assert set(METHODS) == {"vanilla", "least action", "reverse cross-entropy"}
     assert "trajectory and stages" not in kinds_of(Config(solver="euler"))
+
+
+def test_the_figures_of_the_thesis_stand_beside_those_on_cifar10_alone():
+    assert THESIS["unseen", "vanilla", "trajectory"]["APGD"] == 89.32
+    measured = ("accuracy", "auroc", "fpr95", "detected", "detected_successful", "false_positives")
+    results = [
+        {
+            "method": "vanilla",
+            "seed": seed,
+            "scores": [
+                {"seen": seen, "tested": tested, "kind": kind} | dict.fromkeys(measured, 0.5)
+                for seen, tested in (("FGM", "FGM"), ("data/cifar100.npz", "data/cifar100.npz"))
+                for kind in ("trajectory", "scenes")
+            ],
+        }
+        for seed in range(2)
+    ]
+    config = Config(methods=("vanilla",), dataset="cifar10")
+    rows = summarise(config, results)
+    assert [row["thesis"] for row in rows] == [97.1, 94.6, None, None]
+    assert [row.get("thesis_successful") for row in rows] == [97.7, None, None, None]
+    assert [row["thesis"] for row in summarise(replace(config, setting="ood"), results)] == [None, None, 98.3, None]
+    assert all("thesis" not in row for row in summarise(replace(config, dataset="mnist"), results))
+    shown = table(rows, COLUMNS)
+    assert "| cifar100 |" in shown
+    assert "thesis (ResNet-110)" in shown
 
 
 def test_errors():
