@@ -41,6 +41,7 @@ def test_attacks_that_know_of_the_detector(folder, capsys):
     main(replace(TINY, setting="adaptive", output=folder))
     rows = read_summary(folder / "adaptive")["results"]["rows"]
     assert {row["attack"] for row in rows} <= {"black box", "features", "surrogate"}
+    assert all(0 <= row["evading"] <= row["starts"] for row in rows)
     assert all(0 <= row["evaded"]["mean"] <= 100 for row in rows)
 
 
