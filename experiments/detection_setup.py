@@ -155,11 +155,13 @@ def build(config: Config, dataset: data.Dataset, seed: int) -> Network:
     normalize = models.Normalize([*dataset.mean], [*dataset.std])
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
     if config.network == "resnet110":
-        return models.resnet110(channels, dataset.classes, normalize=normalize)
-    return models.resnet9(
-        channels, dataset.classes, features=config.channels, size=size, depth=config.depth, solver=config.solver,
-        norm="batch" if config.solver == "euler" else "group", normalize=normalize,
-    )  # fmt: skip
+        network = models.resnet110(channels, dataset.classes, normalize=normalize)
+    else:
+        network = models.resnet9(
+            channels, dataset.classes, features=config.channels, size=size, depth=config.depth, solver=config.solver,
+            norm="batch" if config.solver == "euler" else "group", normalize=normalize,
+        )  # fmt: skip
+    return network.to(memory_format=torch.channels_last)  # convolutions are faster so
 
 
 def trained(config: Config, job: Job, train: data.Dataset) -> Network:
