@@ -132,7 +132,7 @@ def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
                 for k in (kind, TRAJECTORY)
             ]
             found = mean_interval([a - b for a, b in zip(*per_seed, strict=True)])
-            what = "as" if abs(found.mean) <= found.half_width else "better than" if found.mean > 0 else "worse than"
+            what = ("as", "better than", "worse than")[found.sign]
             lines.append(
                 f"{method}: {kind} detect {what} the trajectory, {found:.1f} points of AUROC over all comparisons, "
                 f"p = {paired_p_value(*per_seed):.2g}"

@@ -282,7 +282,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             continue
         for name in ("first", "last"):
             found = row[f"{name}_difference"]
-            what = "as good as" if abs(found.mean) <= found.half_width else "above" if found.mean > 0 else "below"
+            what = ("as good as", "above", "below")[found.sign]
             lines.append(f"{row['condition']}: the {name} module of TRGL is {what} VanGL's, {found:.2f} points")
     return lines
 

@@ -217,8 +217,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for row in rows:
         if "difference" in row:
-            mean, half = row["difference"].mean, row["difference"].half_width
-            what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
+            what = ("no difference to", "better than", "worse than")[row["difference"].sign]
             lines.append(f"{row['depth']} blocks, {row['method']}: {what} the plain network, {row['difference']:.2f}")
     return lines
 

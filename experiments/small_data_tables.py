@@ -108,8 +108,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if "difference" not in row:
             continue
-        mean, half = row["difference"].mean, row["difference"].half_width
-        what = "no difference to" if abs(mean) <= half else "better than" if mean > 0 else "worse than"
+        what = ("no difference to", "better than", "worse than")[row["difference"].sign]
         lines.append(
             f"{row['condition']}, {row['size']} images, {row['method']} ({row['statistics']} statistics): {what} the "
             f"plain network, {row['difference']:.2f} points, p = {row['p']:.2g}"

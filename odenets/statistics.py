@@ -32,6 +32,15 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         return abs(value - self.mean) <= self.half_width
 
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval lies above or below 0; 0 where it holds 0, or where one value has none.
+
+        >>> [Interval(mean, 1.0, 3).sign for mean in (-2, 0.5, 2)], Interval(2, math.nan, 1).sign
+        ([-1, 0, 1], 0)
+        """
+        return (self.mean > self.half_width) - (self.mean < -self.half_width)
+
     def meets(self, other: Interval) -> bool:
         """Whether the two intervals have a point in common."""
         return abs(self.mean - other.mean) <= self.half_width + other.half_width
