@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from odenets.detection.detector import Detector
+from odenets.detection.detector import MODES, Detector
 from odenets.detection.protocol import Parts, Scores, detection_rates, score
 
 __all__ = ["Choice", "Samples", "choose_and_score"]
@@ -80,13 +81,14 @@ def choose_and_score(
         seed: of the forest.
 
     Raises:
-        ValueError: no modes, or sets without the candidates of the clean samples.
+        ValueError: no modes or unknown ones, or sets without the candidates of the clean samples.
     """
-    if not modes:
-        raise ValueError("modes must hold at least one of 'general', 'conditional', 'ensemble'")
+    if not modes or set(modes) - set(MODES):
+        raise ValueError(f"modes must hold at least one of {', '.join(MODES)} and no others, got {tuple(modes)}")
     for name, samples in {"seen": seen, **tested}.items():
         if missing := set(clean.X) - set(samples.X):
             raise ValueError(f"{name} must have the features of the clean samples, it lacks {', '.join(missing)}")
+    richest = "general" if set(modes) == {"general"} else "ensemble"  # whose classifiers are those of all modes
     best: tuple[float, str, str, Detector] | None = None
     general: dict[str, Detector] = {}
     for candidate in clean.X:
@@ -94,8 +96,9 @@ def choose_and_score(
         sets.append((seen.of(candidate, seen.parts.fit), 1))
         X, predicted = (np.concatenate([part[i] for part, _ in sets]) for i in range(2))
         y = np.concatenate([np.full(len(part[0]), label) for part, label in sets])
+        fitted = Detector(estimator, mode=richest, random_state=seed).fit(X, y, predicted)
         for mode in dict.fromkeys(("general", *modes)):
-            detector = Detector(estimator, mode=mode, random_state=seed).fit(X, y, predicted)  # type: ignore[arg-type]
+            detector = copy.copy(fitted).set_params(mode=mode)
             if mode == "general":
                 general[candidate] = detector
             if mode in modes:

@@ -10,7 +10,9 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-__all__ = ["Detector"]
+__all__ = ["MODES", "Detector"]
+
+MODES = ("general", "conditional", "ensemble")
 
 
 class Detector(ClassifierMixin, BaseEstimator):
@@ -65,8 +67,8 @@ class Detector(ClassifierMixin, BaseEstimator):
             ValueError: labels of one class only or of more than two, an unknown mode, no predicted classes where they
                 are needed, or features that are not finite.
         """
-        if self.mode not in ("general", "conditional", "ensemble"):
-            raise ValueError(f"mode must be 'general', 'conditional' or 'ensemble', got {self.mode!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be among {', '.join(MODES)}, got {self.mode!r}")
         X, y = validate_data(self, X, y)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)

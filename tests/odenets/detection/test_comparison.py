@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from odenets.detection import Samples, choose_and_score, split
+from odenets.detection import Detector, Samples, choose_and_score, split
 
 N = 300
 PARTS = split(N, test=0.3, validation=0.3)
@@ -61,8 +61,33 @@ def test_noisy_samples_count_as_clean():
     assert told.noisy < 0.1
 
 
+@pytest.mark.parametrize("mode", ["general", "conditional", "ensemble"])
+def test_every_mode_scores_as_a_detector_of_that_mode(mode):
+    clean, seen = samples(0, 0, ("good",)), samples(1, 1, ("good",))
+    found = choose_and_score(clean, seen, {"": seen}, modes=[mode], seed=5)
+    fit, test = ([sample.of("good", part) for sample in (clean, seen)] for part in (PARTS.fit, PARTS.test))
+    y = np.repeat([0, 1], len(PARTS.fit))
+    detector = Detector(mode=mode, random_state=5).fit(
+        np.concatenate([X for X, _ in fit]), y, np.concatenate([predicted for _, predicted in fit])
+    )
+    said = np.concatenate([detector.decision_function(*part) for part in test])
+    assert found.mode == mode
+    assert found.scores[""].auroc == roc_auc_score(np.repeat([0, 1], len(PARTS.test)), said)
+
+
+def test_the_ensemble_is_fitted_once_for_all_modes(monkeypatch):
+    clean, seen = samples(0, 0), samples(1, 1)
+    fits = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda self, *args: fits.append(1) or fit(self, *args))
+    choose_and_score(clean, seen, {"": seen}, estimator=LogisticRegression())
+    assert len(fits) == 2 * (1 + 3)  # for each candidate a general classifier, and one for each class
+
+
 def test_errors():
     clean = samples(0, 0)
+    with pytest.raises(ValueError, match=r"and no others, got \('general', 'special'\)"):
+        choose_and_score(clean, clean, {}, modes=("general", "special"))
     with pytest.raises(ValueError, match="modes must hold"):
         choose_and_score(clean, clean, {}, modes=())
     with pytest.raises(ValueError, match="seen must have the features of the clean samples, it lacks poor"):
