@@ -137,6 +137,16 @@ def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
                 f"{method}: {kind} detect {what} the trajectory, {found:.1f} points of AUROC over all comparisons, "
                 f"p = {paired_p_value(*per_seed):.2g}"
             )
+        if set(config.modes) - {"general"}:
+            for kind in dict.fromkeys(row["kind"] for row in rows):
+                gains = [
+                    statistics.fmean(100 * (s["auroc"] - s["general_auroc"]) for s in r["scores"] if s["kind"] == kind)
+                    for r in of
+                ]
+                lines.append(
+                    f"{method}: the modes chosen give {kind} {mean_interval(gains):.1f} points of AUROC over the "
+                    "general detector"
+                )
     if len(config.methods) > 1:
         first, *others = config.methods
         for method in others:

@@ -23,6 +23,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("setting", ["seen", "unseen", "ood"])
 def test_a_run_prints_its_table_and_goes_on(folder, capsys, setting):
     config = replace(TINY, setting=setting, output=folder, noisy=setting == "seen")
+    if setting == "unseen":
+        config = replace(config, modes=("general", "conditional"))
     main(config)
     shown = capsys.readouterr().out
     summary = read_summary(folder / setting)["results"]
@@ -32,6 +34,7 @@ def test_a_run_prints_its_table_and_goes_on(folder, capsys, setting):
     assert {row["kind"] for row in rows} == set(kinds_of(config))
     assert all(0 <= row["auroc"]["mean"] <= 100 for row in rows)
     assert all("noisy_false_positives" in row for row in rows) == (setting == "seen")
+    assert ("over the general detector" in shown) == (setting == "unseen")
     assert list((folder / setting / "figures").glob("*.png"))
     main(replace(config, resume=True))
     assert capsys.readouterr().out == shown
