@@ -155,7 +155,6 @@ def test_extreme_numbers_pass_as_they_do_in_torch(name, value):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 @pytest.mark.parametrize("name", NAMES)
 def test_transforms(name):
     r, direction = torch.randn(4, 3, 5, dtype=D), torch.randn(4, 3, 5, dtype=D)
@@ -201,7 +200,6 @@ def test_torch_accepts_the_operator(asked, sized, kernel):
         torch.testing.assert_close(tuple(v[i] for v in mapped), run(x, [p + i, x], sizes, *numbers))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_forward_mode_gives_tangents():
     r, direction = torch.randn(3, 4, dtype=D), torch.randn(3, 4, dtype=D)
     with torch.autograd.forward_ad.dual_level():

@@ -85,7 +85,6 @@ def test_an_adaptive_solve_says_that_it_cannot_be_mapped(solve, field, x):
 WAYS = [{"steps": 6, "solver": "rk4"}, {"tolerance": TOLERANCE}, {"tolerance": TOLERANCE, "control": "sample"}]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 @pytest.mark.parametrize("options", WAYS)
 def test_function_transforms(options, field, x):
     def solve(x):
