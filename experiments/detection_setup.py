@@ -26,6 +26,7 @@ from odenets.detection import (
     attack,
     preset,
 )
+from odenets.detection.detector import MODES
 from odenets.least_action import LeastAction
 from odenets.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 from odenets.runs import Run
@@ -110,6 +111,8 @@ class Config:
     def __post_init__(self) -> None:
         if unknown := set(self.methods) - set(METHODS):
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
+        if not self.modes or set(self.modes) - set(MODES):
+            raise ValueError(f"modes must be among {', '.join(MODES)}, got {', '.join(self.modes)}")
         if self.seeds < 2:
             raise ValueError(f"seeds must be at least 2, for intervals, got {self.seeds}")
         if not self.attacks or (self.setting == "unseen" and len(self.attacks) < 2):

@@ -121,6 +121,8 @@ def test_the_figures_of_the_thesis_stand_beside_those_on_cifar10_alone():
 def test_errors():
     with pytest.raises(ValueError, match="methods must be among vanilla"):
         Config(methods=("plain",))
+    with pytest.raises(ValueError, match="modes must be among general, conditional, ensemble, got special"):
+        Config(modes=("special",))
     with pytest.raises(ValueError, match="seeds must be at least 2"):
         Config(seeds=1)
     with pytest.raises(ValueError, match="for setting 'unseen' two or more"):
