@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import time
@@ -14,7 +15,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from odenets.adapting import Adapted
 from odenets.checkpoints import restore_structure, structure
 from odenets.data import Batches
+from odenets.flow import Records
+from odenets.measures import Measure
 from odenets.network import Network
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
@@ -39,7 +42,10 @@ __all__ = [
 
 
 class DivergedError(RuntimeError):
-    """The training loss of an epoch is not finite or too large, and no callback helped; the last checkpoint stands."""
+    """An epoch left a loss that is not finite or too large, or weights that are not finite, and no callback helped.
+
+    The last checkpoint stands: what such an epoch left is not saved.
+    """
 
 
 @dataclass
@@ -184,25 +190,29 @@ def fit(
         objective: :class:`CrossEntropy` if not given.
         validation: measured after every epoch.
         callbacks: called between epochs.
-        loss_limit: an epoch whose mean training loss is above this has diverged, like one where it is not finite.
+        loss_limit: an epoch whose mean training loss is above this has diverged, like one after which a loss, of
+            training or validation, or a weight is not finite.
         run: where checkpoints are kept; if it holds one called ``checkpoint`` the training goes on from there and
-            ends, on one device, with the same weights to the last bit as if it had never stopped.
+            ends, on one device, with the same weights to the last bit as if it had never stopped. Of several processes
+            only the first needs one: it reads for all.
         checkpoint: name of the resume state.
         clip_norm: largest norm of the gradient of all parameters together; it is scaled down to this.
         accumulate: parts in which a batch comes, one after the other, for less memory: the gradient is that of the
-            whole batch, but for batch norms, which see a part at a time.
+            whole batch, but for batch norms, which see a part at a time, and for what is no mean over samples: the cost
+            "norm", and a lambda, which grows with the loss of one part.
         compile: record the network through ``torch.compile``.
         progress: label of a progress bar; none without it.
         fabric: Lightning Fabric; one CPU if not given. Its ``precision="bf16-mixed"`` is automatic mixed precision, in
-            which measures stay in float32. Launched on several processes (``torchrun``), each takes its share of every
-            batch, and their gradients are averaged: what comes out is what one process finds, but for batch norms,
-            which see a share at a time, and for a cost that is no mean over samples.
+            which weights, outputs and measures stay in float32. Launched on several processes (``torchrun``), each
+            takes its share of every batch, and their gradients are averaged: what comes out is what one process finds,
+            but for batch norms, which see a share at a time, and for a cost that is no mean over samples. After every
+            epoch all go on with the first one's buffers.
 
     Returns:
         The finished training, with one row of metrics per epoch.
 
     Raises:
-        DivergedError: the loss is not finite or above ``loss_limit``, and no callback recovers.
+        DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
         ValueError: arguments out of range, or a batch with fewer samples than there are processes.
     """
     if epochs < 0:
@@ -225,12 +235,11 @@ def fit(
             network(batches.data.x[:2].to(fabric.device))
     made = optimizer(network)
     training = Training(network, made, schedule(made) if schedule else None, objective)
-    state = run.load_state(checkpoint) if run else None
+    state = fabric.broadcast(run.load_state(checkpoint) if run and fabric.is_global_zero else None)
     if state is not None:
         training.load_state_dict(state, optimizer)
-    module, wrapped = fabric.setup(network, made)
-    module.mark_forward_method("record")
-    step = partial(_step, module, wrapped, objective, fabric, clip_norm, accumulate)
+    step: Any = None
+    served: list[int] = []  # parameters that Fabric knows of
     batches = Batches(batches.data.to(fabric.device), batches.size, batches.seed, batches.crop, batches.flip)
     if validation is not None:
         validation = Batches(validation.data.to(fabric.device), validation.size)
@@ -240,17 +249,23 @@ def fit(
     with bar:
         while training.epoch < epochs:
             before = copy.deepcopy(training.state_dict()) if recovering else None
+            if list(map(id, network.parameters())) != served:  # at first, and after callbacks have edited blocks
+                step = None
+                gc.collect()  # so that no hooks of an earlier set-up are left
+                step = partial(_step, *_set_up(training, fabric), training, fabric, clip_norm, accumulate)
+                served = list(map(id, network.parameters()))
             with _compiled(network) if compile else nullcontext():
                 loss, accuracy = _train_epoch(training, step, batches, fabric)
-            if not (math.isfinite(loss) and loss <= loss_limit):
+            measured = evaluate(network, validation) if validation is not None and math.isfinite(loss) else None
+            if trouble := _trouble(training, loss, measured, loss_limit):
                 spent = training.evaluations
                 if before is not None:
                     training.load_state_dict(before, optimizer)
                     training.evaluations = spent
                 if before is None or not any(callback.on_divergence(training) for callback in callbacks):
                     raise DivergedError(
-                        f"the training loss of epoch {training.epoch + 1} is {loss}: lower the learning rate, refine "
-                        "the steps or normalise the inputs; the last checkpoint stands"
+                        f"epoch {training.epoch + 1} diverged, {trouble}: lower the learning rate, refine the steps or "
+                        "normalise the inputs; the last checkpoint stands"
                     )
                 continue
             training.epoch += 1
@@ -265,8 +280,7 @@ def fit(
             }
             if training.schedule is not None:
                 training.schedule.step()
-            if validation is not None:
-                measured = evaluate(network, validation)
+            if measured is not None:
                 row |= {"validation_loss": measured.loss, "validation_accuracy": measured.accuracy}
             for callback in callbacks:
                 callback.after_epoch(training, row)
@@ -279,6 +293,35 @@ def fit(
             bar.update()
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
     return training
+
+
+class _Recording(nn.Module):
+    """A network whose forward pass is :meth:`Network.record`, so that precision and processes are Fabric's matter."""
+
+    def __init__(self, network: Network | Adapted, measures: dict[str, Measure]) -> None:
+        super().__init__()
+        self.network, self.measures = network, measures
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[int, ...]]:
+        output, records = self.network.record(x, **self.measures)
+        return output, dict(records), records.starts
+
+
+def _set_up(training: Training, fabric: Fabric) -> tuple[Any, Any]:
+    """The network as Fabric calls it, and its optimiser."""
+    return fabric.setup(_Recording(training.network, training.objective.measures), training.optimizer)
+
+
+def _trouble(training: Training, loss: float, measured: Evaluation | None, loss_limit: float) -> str | None:
+    """What went wrong in an epoch, if anything did; the device is waited for once."""
+    if not (math.isfinite(loss) and loss <= loss_limit):
+        return f"its training loss is {loss}"
+    if measured is not None and not math.isfinite(measured.loss):
+        return f"its validation loss is {measured.loss}"
+    values = [*training.network.parameters(), *training.network.buffers()]
+    if not torch.stack([value.isfinite().all() for value in values]).all().item():
+        return "it left weights that are not finite"
+    return None
 
 
 @contextmanager
@@ -309,6 +352,9 @@ def _train_epoch(
         if i % every == 0 and fabric.world_size == 1 and not math.isfinite(totals[0].item()):
             break
     totals = cast(Tensor, fabric.all_reduce(totals, reduce_op="sum"))
+    if fabric.world_size > 1:  # each has seen its own shares
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, src=0)
     loss, accuracy = (totals / len(batches.data)).tolist()
     return loss, accuracy
 
@@ -316,7 +362,7 @@ def _train_epoch(
 def _step(
     module: Any,
     optimizer: Any,
-    objective: Objective,
+    training: Training,
     fabric: Fabric,
     clip_norm: float | None,
     accumulate: int,
@@ -324,6 +370,7 @@ def _step(
     y: Tensor,
 ) -> Tensor:
     """One step of the optimiser with this process' share of a batch: its summed loss, and how many are right."""
+    network, objective = training.network, training.objective
     whole, shares = len(x), fabric.world_size
     x, y = x[fabric.global_rank :: shares], y[fabric.global_rank :: shares]
     totals = torch.zeros(2, dtype=torch.float64, device=x.device)
@@ -332,13 +379,14 @@ def _step(
     parts = list(zip(x.split(size), y.split(size), strict=True))
     for i, part in enumerate(parts, 1):
         with fabric.no_backward_sync(module, enabled=i < len(parts)):
-            output, records = module.record(part[0], **objective.measures)
-            loss = objective(module.module, part, output, records)
+            output, records, starts = module(part[0])
+            loss = objective(network, part, output, Records(records, starts))
             fabric.backward(loss * (len(part[0]) * shares / whole))
         with torch.no_grad():
             totals += torch.stack([loss.detach() * len(part[0]), (output.argmax(1) == part[1]).sum()])
     if clip_norm is not None:
         fabric.clip_gradients(module, optimizer, max_norm=clip_norm, error_if_nonfinite=False)
     optimizer.step()
-    objective.after_step(module.module, parts[-1])
+    with fabric.autocast():
+        objective.after_step(network, parts[-1])
     return totals

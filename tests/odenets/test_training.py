@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,32 @@ def test_divergence_is_an_error_that_keeps_the_checkpoint(parts, tmp_path):
     assert run.load_state()["epoch"] == state["epoch"] == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "validated", "message"),
+    [(float("nan"), False, "weights that are not finite"), (3e38, True, "its validation loss is")],
+)
+def test_what_a_broken_epoch_leaves_is_not_saved(parts, tmp_path, value, validated, message):
+    """The second epoch's only step breaks the weights after its loss was finite."""
+
+    class Breaking(CrossEntropy):
+        steps = 0
+
+        def after_step(self, network, batch):
+            self.steps += 1
+            if self.steps == 2:
+                torch.nn.init.constant_(network.head[-1].weight, value)
+
+    run = Run(tmp_path / "run", {})
+    changes = {} if validated else {"validation": None}
+    whole = data.Batches(parts.train, len(parts.train))
+    with pytest.raises(DivergedError, match=message):
+        fit(network(parts), **settings(parts, batches=whole, objective=Breaking(), **changes), run=run)
+    state = run.load_state()
+    assert state["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["network"].values())
+    assert fit(network(parts), **settings(parts, batches=whole, **changes), run=run).epoch == 4
+
+
 def test_adaptive_depth_recovers_from_divergence(parts):
     net = network(parts)
     poisoned = [True]
@@ -161,31 +188,58 @@ def test_mixed_precision_trains_with_measures_in_float32(parts):
             seen.append({records["action"].dtype, output.dtype})
             return super().forward(network, batch, output, records)
 
-    half = trained(parts, 8, objective=Seeing(), fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"))
-    full = trained(parts, 8, objective=LeastAction())
+    calls = []
+
+    def optimizer(net):
+        net.flows[0].blocks[0].fields[0].conv1.register_forward_hook(lambda m, i, out: calls.append(out.dtype))
+        return torch.optim.SGD(net.parameters(), 0.02)
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    objective = Seeing(update="after")
+    half = trained(parts, 8, objective=objective, fabric=fabric, optimizer=optimizer, validation=None)
+    full = trained(parts, 8, objective=LeastAction(update="after"))
     assert seen[0] == {torch.float32}
+    assert set(calls) == {torch.bfloat16}
+    assert not torch.equal(next(half.network.parameters()), next(full.network.parameters()))
     assert all(p.dtype == torch.float32 for p in half.network.parameters())
     assert half.rows[-1]["train_loss"] == pytest.approx(full.rows[-1]["train_loss"], rel=0.05)
 
 
-def test_two_processes_find_what_one_does(tmp_path):
-    """Shares of a batch and the last batch of an epoch are of several sizes."""
-    folders = [tmp_path / "two", tmp_path / "one"]
-    for folder in folders:
-        folder.mkdir()
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder in which two processes have written what came out."""
+    folder = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("train_in_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folders[0]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
     subprocess.run(launch, check=True, capture_output=True, timeout=240)
-    train_in_processes.main(folders[1], devices=1)
+    return folder
+
+
+def test_two_processes_find_what_one_does(two_processes, tmp_path):
+    """Shares of a batch and the last batch of an epoch are of several sizes."""
+    train_in_processes.main(tmp_path, Fabric(accelerator="cpu", devices=1))
     networks = []
-    for folder in folders:
+    for folder in (two_processes, tmp_path):
         net = models.small_network(features=8, solver="euler", h=1.0, depth=2)
         networks.append(load_weights(net, folder / "weights.safetensors"))
     for p, q in zip(*(net.parameters() for net in networks), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
-    two, one = ([float(v) for v in (folder / "found.txt").read_text().split()] for folder in folders)
+    two, one = ([float(v) for v in (folder / "found.txt").read_text().split()] for folder in (two_processes, tmp_path))
     assert two[:3] == pytest.approx(one[:3], rel=1e-3)
     assert two[3] == one[3]
+
+
+def test_two_processes_edit_alike_and_go_on_from_one_checkpoint(two_processes):
+    """With batch norms, whose statistics each process takes of its own shares."""
+    found = [json.loads((two_processes / f"adaptive_{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert [depth for depth, _ in found[0]] == [2, 4, 8, 8]
+    one, two = (
+        load_weights(train_in_processes.two_flows(4), two_processes / f"adaptive_{rank}.safetensors").state_dict()
+        for rank in range(2)
+    )
+    for (name, p), q in zip(one.items(), two.values(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_label_smoothing_is_torch_s(parts):
