@@ -79,14 +79,15 @@ def train(config: Config, job: Job, report: Report) -> None:
         report=report,
     )
     looked = data.Batches(validation if job.tuning else test, 100)
-    results: dict[str, list[float]] = {"last": [], "recalibrated": [], "action": []}
+    results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
     for network, batch in zip(found.networks, batches, strict=True):
-        results["action"].append(action(network.eval(), batch.data.x))
-        if "last" in job.ways:
-            results["last"].append(evaluate(network, looked).accuracy)
-        if "recalibrated" in job.ways:
-            recalibrate(network, batch.inputs())
-            results["recalibrated"].append(evaluate(network, looked).accuracy)
+        for way in WAYS:
+            if way == "recalibrated" and way in job.ways:
+                recalibrate(network, batch.inputs())
+            if way in job.ways or (protocol and way == "last"):
+                results[f"action_{way}"].append(action(network.eval(), batch.data.x))
+            if way in job.ways:
+                results[way].append(evaluate(network, looked).accuracy)
     if protocol:
         results["max"] = found.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
     run.finish(asdict(job) | results, seeds=list(job.seeds))

@@ -183,4 +183,5 @@ def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
 def science(config: Config) -> dict[str, Any]:
     """What decides the outcome of a job beside its own settings."""
     names = ("dataset", "epochs", "batch_size", "validation_size", "test_size", "features")
+    names += ("protocol_size", "protocol_every")
     return {name: getattr(config, name) for name in names}

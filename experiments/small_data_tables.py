@@ -57,7 +57,7 @@ def summarise(
                 "statistics": "running" if way == "last" else "recomputed",
             }
             row |= {"learning_rate": key[1], "weight": key[2], "accuracy": mean_interval(found)}
-            row["action"] = mean_interval([v / 100 for v in values(*key, "action")])
+            row["action"] = mean_interval([v / 100 for v in values(*key, f"action_{way}")])
             rows.append(row | _difference(found, plain if method != "vanilla" else None))
     plain = []
     for method in PROTOCOL:
@@ -67,11 +67,10 @@ def summarise(
             "condition": condition,
             "size": size,
             "method": method,
-            "statistics": "running, max over epochs",
             "learning_rate": 0.01,
         }
         row |= {"statistics": "running, max over epochs", "weight": 0.0, "accuracy": mean_interval(found)}
-        row["action"] = mean_interval([v / 100 for v in values(method, 0.01, 0.0, "action")])
+        row["action"] = mean_interval([v / 100 for v in values(method, 0.01, 0.0, "action_last")])
         figure = THESIS.get(config.dataset, {}).get(size, {}).get(method.removeprefix("thesis: "))
         if figure and condition == "standard":
             row |= {"thesis": Interval(*figure, 20), "meets": mean_interval(found).meets(Interval(*figure, 20))}

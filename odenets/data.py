@@ -82,8 +82,11 @@ class Batches:
         data: the samples.
         size: samples per batch; the last one may be smaller.
         seed: None keeps the order.
-        crop: pad by this many pixels and crop at random (training images).
-        flip: mirror half of the images (not digits).
+        crop: pad by this many pixels and crop at random (training images); drawn by the seed.
+        flip: mirror half of the images (not digits); drawn by the seed.
+
+    Raises:
+        ValueError: no samples in a batch, or what is to be drawn at random without a seed.
     """
 
     data: Dataset
@@ -95,6 +98,11 @@ class Batches:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
+        if self.crop < 0 or ((self.crop or self.flip) and self.seed is None):
+            raise ValueError(
+                f"crop and flip must be drawn by a seed, and crop not be negative, got crop={self.crop}, "
+                f"flip={self.flip}, seed={self.seed}"
+            )
 
     def __len__(self) -> int:
         return -(-len(self.data) // self.size)

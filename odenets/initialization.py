@@ -19,7 +19,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False) -> N:
-    """Draw every convolution and linear layer of a network anew, encoder and head included.
+    """Draw every linear layer and convolution of a network anew, encoder and head included.
 
     Biases become 0, norms 1 and 0.
 
@@ -36,7 +36,7 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
 
     Raises:
         ValueError: an unknown name, a gain that is not positive and finite, biases for another initialiser, or a
-            network with a flow that has no field yet.
+            network with a flow that has no field yet, or with attention, whose projections are no layers.
     """
     if name not in INITIALISERS:
         raise ValueError(f"name must be one of {', '.join(INITIALISERS)}, got {name!r}")
@@ -46,11 +46,13 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
         raise ValueError(f"biases are drawn by 'normal' only, not by {name!r}")
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before it is initialised")
+    if any(isinstance(layer, nn.MultiheadAttention) for layer in network.modules()):
+        raise ValueError("network must not hold nn.MultiheadAttention, the weights of which are no layers of their own")
     draw = {"orthogonal": partial(nn.init.orthogonal_, gain=gain), "normal": partial(nn.init.normal_, std=gain)}
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
             if name == "kaiming":
-                mode = "fan_out" if isinstance(layer, nn.Conv2d) else "fan_in"
+                mode = "fan_in" if isinstance(layer, nn.Linear) else "fan_out"
                 nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
                 layer.weight.data *= gain
             else:
@@ -59,5 +61,6 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
                 nn.init.normal_(layer.bias, std=gain) if biases else nn.init.zeros_(layer.bias)
         elif isinstance(layer, NORMS) and layer.weight is not None:
             nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return network

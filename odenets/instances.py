@@ -132,7 +132,8 @@ def fit_instances(
         objective: makes the objective of one instance.
         measured: data sets of each instance, by name, on which accuracies are measured.
         every: epochs from one measurement to the next; the last epoch is always measured.
-        perfect: names of data sets; an instance ends once it was right on all of them for ``patience`` epochs running.
+        perfect: names of data sets; an instance ends once it was right on all of them at ``patience`` measurements
+            running.
         patience: see there.
         report: called with the number of epochs done, summed over the instances; one that ends early reports all.
 
@@ -180,13 +181,14 @@ def fit_instances(
                 stack.one.objective.after_step(stack.one.network, part)
             total += loss.detach() * part[1].shape[1]
         losses[training, epoch:] = (total / len(batches[0].data))[:, None]
-        if (epoch + 1) % every == 0 or epoch + 1 == epochs:
+        looked = (epoch + 1) % every == 0 or epoch + 1 == epochs
+        if looked:
             for name, right in _accuracies(stack, sets, training).items():
                 accuracy[name][training, epoch:] = right[:, None]
-        faultless = torch.stack([accuracy[name][training, epoch] == 1 for name in perfect]).all(0) if perfect else None
         report(len(training))
-        if faultless is None:
+        if not (looked and perfect):
             continue
+        faultless = torch.stack([accuracy[name][training, epoch] == 1 for name in perfect]).all(0)
         streak[training] = torch.where(faultless, streak[training] + 1, 0)
         done = streak[training] >= patience
         if done.any():

@@ -117,12 +117,12 @@ class LeastAction(_WithCost):
         task: what is to be solved, L; cross-entropy if not given.
         lambda0: first lambda, positive.
         tau: how fast lambda grows, positive.
-        every: s, steps of the optimiser between two changes of lambda.
+        every: s, steps of the optimiser between two changes of lambda, a whole number.
         cost: "action", "residue" or "norm", see :class:`Cost`.
         p: exponent of the cost.
         update: "before", every s-th step begins with the change, by the loss of its batch, and takes the new lambda
-            already; "after", it ends with it, by the loss of its batch with the new weights, which takes another
-            forward pass (eq. 19).
+            already (asked without gradients, the objective changes nothing); "after", it ends with it, by the loss of
+            its batch with the new weights, which takes another forward pass (eq. 19).
         weigh: "divide" the cost by lambda, or "multiply" the loss by it: the same minimum, but then the loss' gradient,
             and with it the effective learning rate, grows with lambda.
 
@@ -152,8 +152,8 @@ class LeastAction(_WithCost):
         for name, value in (("lambda0", lambda0), ("tau", tau)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1 step, got {every}")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be at least 1 step, a whole number, got {every}")
         if update not in ("before", "after"):
             raise ValueError(f"update must be 'before' or 'after', got {update!r}")
         if weigh not in ("divide", "multiply"):
@@ -165,7 +165,7 @@ class LeastAction(_WithCost):
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
         loss, cost = self.task(network, batch, output, records), self.cost(records)
-        if self.update == "before" and self._due and self._changed_in != self.steps:
+        if self.update == "before" and torch.is_grad_enabled() and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
             self._grow(loss, len(batch[1]))
         weight = self.multiplier.to(loss.dtype)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["Run", "environment", "finished_trainings", "read_config", "read_metrics", "read_summary"]
@@ -105,9 +106,12 @@ class Run:
         self._write("metrics.csv", ("\n".join(lines) + "\n").encode())
 
     def save_state(self, state: dict[str, Any], name: str = "resume.pt") -> None:
-        """Write a resume state atomically: a kill leaves either the old one or the new one."""
+        """Write a resume state atomically: a kill leaves either the old one or the new one.
+
+        NumPy's scalars, which a schedule may leave in it and which :meth:`load_state` does not trust, become Python's.
+        """
         temporary = self.folder / (name + ".partial")
-        torch.save(state, temporary)
+        torch.save(_without_numpy(state), temporary)
         os.replace(temporary, self.folder / name)
 
     def load_state(self, name: str = "resume.pt") -> dict[str, Any] | None:
@@ -207,6 +211,15 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, default=_plain).encode()
+
+
+def _without_numpy(value: Any) -> Any:
+    """A state whose NumPy scalars are Python's."""
+    if isinstance(value, dict):
+        return {_without_numpy(key): _without_numpy(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _plain(value: Any) -> Any:

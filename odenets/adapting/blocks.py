@@ -57,7 +57,8 @@ class Rule:
             changes the shape.
         between: parts, the first of which to be called is given the state between the block's two steps: before the
             MLP of a transformer that is its norm, or with norms after the branches the MLP itself.
-        branch: parts, the first of which that the block has ends its branch, where an activation follows the addition.
+        branch: parts, the first of which that the block has, and that does anything, ends its branch, where an
+            activation follows the addition.
 
     >>> Rule("mine", parts=("branch", "project"), shortcut="project").fits(nn.Linear(2, 2))
     False
@@ -85,14 +86,25 @@ class Rule:
         shortcut = None
         if self.shortcut is not None and isinstance(getattr(module, self.shortcut, None), nn.Module):
             shortcut = f"{name}.{self.shortcut}"
-        branch = next((f"{name}.{b}" for b in self.branch if isinstance(getattr(module, b, None), nn.Module)), None)
+        parts = {part: getattr(module, part, None) for part in self.branch}
+        ends = [part for part, m in parts.items() if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)]
+        branch = f"{name}.{ends[0]}" if ends else None
         return Place(name, name, self.kind, shortcut, tuple(f"{name}.{part}" for part in self.between), branch)
 
 
 RULES = (
     Rule(
-        "ResNet", parts=("conv1", "downsample"), shortcut="downsample", branch=("bn3", "conv3", "bn2")
-    ),  # timm: RegNet
+        "ResNet",
+        parts=("conv1", "bn1", "downsample"),
+        shortcut="downsample",
+        branch=("drop_path", "se", "bn3", "bn2"),  # timm: the first two
+    ),
+    Rule(
+        "RegNet",  # timm
+        parts=("conv1", "conv3", "downsample"),
+        shortcut="downsample",
+        branch=("drop_path", "conv3"),
+    ),
     Rule("ResNet", parts=("conv1", "shortcut"), shortcut="shortcut", branch=("bn3", "bn2")),  # as written for CIFAR
     Rule("RegNet", parts=("proj", "f", "activation"), shortcut="proj", branch=("f",)),
     Rule("inverted residual", flag="use_res_connect"),  # MobileNet, EfficientNet

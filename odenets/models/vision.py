@@ -26,7 +26,7 @@ def vision(
             below 224, one linear layer behind its convolutions, as is usual for them.
 
     Raises:
-        ValueError: an unknown name or stem.
+        ValueError: an unknown name or stem, or images too small for a VGG, which halves them five times.
     """
     from torchvision import models
 
@@ -35,6 +35,8 @@ def vision(
     if stem not in ("imagenet", "cifar", "tinyimagenet"):
         raise ValueError(f"stem must be 'imagenet', 'cifar' or 'tinyimagenet', got {stem!r}")
     if name == "vgg19":
+        if size < 32:
+            raise ValueError(f"size must be at least 32 for vgg19, got {size}")
         model = models.vgg19_bn(num_classes=classes)
         if size < 224:
             side = size // 32

@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import small_data
 import torch
 from small_data import candidates, choose, main, reported
 from small_data_setup import CONDITIONS, METHODS, Config, Job, build, objective, parts_of, training_images
 
+from odenets import data
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.normalization import StageBatchNorm
 from odenets.runs import read_summary
+from odenets.training import Evaluation
 
 TINY = Config(workers=1, quick=True)
 
@@ -43,9 +46,29 @@ def test_settings_are_chosen_on_validation_alone():
 
 def test_parts_are_disjoint():
     pool, validation, test = parts_of(Config())
-    everything = torch.cat([part.x.flatten(1) for part in (pool, validation, test)])
-    assert len(everything) == 1797
+    train, theirs = data.load("digits")
+    assert torch.equal(test.x, theirs.x)
+    found, whole = ([sorted(map(tuple, p.flatten(1).tolist())) for p in x] for x in ([pool.x, validation.x], [train.x]))
+    assert sorted(found[0] + found[1]) == whole[0]
     assert len(validation) == 300
+
+
+def test_rates_are_chosen_on_validation_images_and_accuracies_are_those_on_test_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(small_data, "evaluate", lambda network, batches: seen.append(batches.data) or Evaluation(0, 1))
+    _, validation, test = parts_of(TINY)
+    for tuning, images in ((True, validation), (False, test)):
+        seen.clear()
+        config = replace(TINY, epochs=1, output=tmp_path / str(tuning))
+        small_data.train(config, Job("standard", 50, "vanilla", 0.1, 0.0, (0, 1), tuning=tuning), lambda n: None)
+        assert len(seen) == 4
+        assert all(torch.equal(part.x, images.x) for part in seen)
+
+
+def test_settings_of_the_protocol_make_another_run(tmp_path):
+    main(replace(TINY, output=tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"\['protocol_every'\] differ"):
+        main(replace(TINY, output=tmp_path / "run", resume=True, protocol_every=2))
 
 
 def test_the_methods():

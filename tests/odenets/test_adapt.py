@@ -648,3 +648,20 @@ def test_timm_models(name, depth):
     for name_, step in zip(adapted.names, steps, strict=True):
         moved = step.x1 != step.x0
         assert not moved.any() or (name_ in projections and torch.equal(step.x1, step.x0.relu()))
+
+
+@pytest.mark.filterwarnings("ignore:the branches of .* end in a batch norm")
+@pytest.mark.parametrize("name", ["resnet26", "seresnet18", "regnety_002"])
+def test_branches_of_timm_models_end_where_they_are_added(name):
+    """With squeeze-excitation and stochastic depth behind the last batch norm."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, drop_path_rate=0.5)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.ones_(norm.weight)  # the last of a block begins at 0
+    adapted = adapt(model, residue="branch")
+    x = torch.randn(4, *X.shape[1:])
+    with torch.no_grad():
+        for step in adapted.train().steps(x):
+            torch.testing.assert_close(step.x1, (step.x0 + step.residue).relu())

@@ -69,6 +69,8 @@ def test_augmentation_moves_pixels_and_keeps_them():
         (lambda: data.split(*data.load("moons"), validation=1.0), ValueError, "validation must be a fraction"),
         (lambda: data.split(*data.load("moons"), size=10**6), ValueError, "size must be in"),
         (lambda: data.Batches(data.load("moons")[0], 0), ValueError, "size must be at least 1"),
+        (lambda: data.Batches(data.load("digits")[0], 9, crop=1), ValueError, "crop and flip must be drawn by a seed"),
+        (lambda: data.Batches(data.load("digits")[0], 9, 0, crop=-1), ValueError, "crop not be negative"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

@@ -38,6 +38,15 @@ def test_kaiming_keeps_the_size_of_gradients_and_states():
     assert linear.weight.std().item() == pytest.approx(0.5 * (2 / 400) ** 0.5, rel=0.05)
 
 
+def test_all_kinds_of_convolutions_and_norms_without_biases():
+    net = initialize(
+        nn.Sequential(nn.Conv1d(4, 8, 3), nn.ConvTranspose2d(4, 8, 2), nn.LayerNorm(8, bias=False)), "normal", 7.0
+    )
+    for layer in net[:2]:
+        assert layer.weight.std().item() == pytest.approx(7, rel=0.25)
+        assert not layer.bias.any()
+
+
 @pytest.mark.parametrize("name", INITIALISERS)
 def test_norms_are_reset_and_the_seed_decides(name):
     nets = []
@@ -63,6 +72,7 @@ def test_norms_are_reset_and_the_seed_decides(name):
         (lambda: initialize(network(), "normal", 0.0), "gain must be positive"),
         (lambda: initialize(network(), "normal", float("nan")), "gain must be positive"),
         (lambda: initialize(network(), "kaiming", biases=True), "biases are drawn by 'normal' only"),
+        (lambda: initialize(nn.MultiheadAttention(4, 2), "normal"), "must not hold nn.MultiheadAttention"),
         (lambda: initialize(Network(nn.Identity(), Flow(), nn.Identity()), "normal"), "flow without a field"),
     ],
 )

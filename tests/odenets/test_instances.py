@@ -97,6 +97,19 @@ def test_accuracies_are_measured_as_often_as_asked():
     assert torch.equal(some[:, 1:], each[:, [1, 1, 3, 4]])
 
 
+def test_patience_counts_measurements():
+    """An easy task, right from the first measurement on, of which there is one every fourth epoch."""
+    one = points(0)
+    easy = [data.Dataset("easy", one.x[:1].expand(50, 2), one.y[:1].expand(50), 2, (0, 0), (1, 1))] * N
+    batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(easy)]
+    found = fit_instances(
+        [network(i) for i in range(N)], batches, epochs=40, optimizer=adam, objective=CrossEntropy,
+        measured={"train": easy}, every=4, perfect=["train"], patience=2,
+    )  # fmt: skip
+    first = (found.accuracy["train"] == 1).float().argmax(1)
+    assert torch.equal(found.epochs, first + 1 + 4)
+
+
 def test_an_instance_ends_when_it_has_been_right_long_enough():
     """The others go on as if nothing had happened, and it keeps its weights and figures."""
 

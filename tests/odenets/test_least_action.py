@@ -211,6 +211,16 @@ def test_another_task_and_its_measures(batch):
     torch.testing.assert_close(value(objective, net, batch), expected)
 
 
+def test_asking_for_the_value_changes_nothing(batch):
+    net, objective = network(), LeastAction()
+    with torch.no_grad():
+        first = value(objective, net, batch)
+    assert objective.multiplier == 1
+    assert first == value(ActionPenalty(1.0), net, batch)
+    value(objective, net, batch)
+    assert objective.multiplier > 1
+
+
 def test_a_copy_keeps_its_own_multiplier():
     objective = LeastAction()
     twin = copy.deepcopy(objective)
@@ -225,6 +235,7 @@ def test_a_copy_keeps_its_own_multiplier():
         (lambda: LeastAction(tau=-1), "tau must be positive"),
         (lambda: LeastAction(tau=float("nan")), "tau must be positive"),
         (lambda: LeastAction(every=0), "every must be at least 1"),
+        (lambda: LeastAction(every=2.5), "every must be at least 1 step, a whole number"),  # type: ignore[arg-type]
         (lambda: LeastAction(update="later"), "update must be 'before' or 'after'"),
         (lambda: LeastAction(weigh="add"), "weigh must be 'divide' or 'multiply'"),
         (lambda: LeastAction(cost="energy"), "cost must be 'action', 'residue' or 'norm'"),

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +73,15 @@ def test_states_hold_no_code(tmp_path):
     torch.save({"x": Run}, tmp_path / "run" / "resume.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         run.load_state()
+
+
+def test_states_may_hold_numpy_s_scalars(tmp_path):
+    """As a schedule leaves them that calls NumPy."""
+    run = Run(tmp_path / "run", {})
+    run.save_state({"lr": np.float64(0.5), "steps": [np.int64(3), (np.float32(0.25), "a")], "rows": torch.ones(2)})
+    state = run.load_state()
+    assert state is not None
+    assert (state["lr"], state["steps"]) == (0.5, [3, (0.25, "a")])
 
 
 def test_a_run_of_trainings_is_closed_once(tmp_path):
