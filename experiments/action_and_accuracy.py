@@ -198,7 +198,8 @@ def main(config: Config) -> None:
     blocks = {job.name.replace("_", " "): (r["ratio"], r["cosine"]) for job, r in zip(jobs, results, strict=True)}
     figures = {"fig_11": plotting.action_against_accuracy(points), "fig_6": plotting.refinement_by_block(blocks)}
     plotting.save(figures, run.folder / "figures")
-    trainings = [{"name": job.name, "job": job.name, "seed": 0} for job in jobs]
+    seeds = range(config.instances)
+    trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in seeds]
     print(run.conclude(trainings, ("job",), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 

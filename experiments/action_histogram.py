@@ -133,6 +133,10 @@ def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
                 row["auroc"] = mean_interval([100 * r["auroc"][name] for r in of])
                 found = [100 * r["successful"][name] for r in of if name in r["successful"]]
                 row["successful"] = mean_interval(found) if found else None
+                plain = [r for r in results if r["method"] == METHODS[0]]
+                if method != METHODS[0]:
+                    pairs = [100 * (r["auroc"][name] - p["auroc"][name]) for r, p in zip(of, plain, strict=True)]
+                    row["difference"] = mean_interval(pairs)
             rows.append(row)
     return rows
 
@@ -143,22 +147,19 @@ COLUMNS = {
     "rejected (%)": "{rejected:.1f}",
     "of successful (%)": "{successful:.1f}",
     "AUROC": "{auroc:.1f}",
+    "- vanilla": "{difference:.1f}",
 }
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
     """What the table says, in sentences."""
-    lines = []
-    plain = {r["images"]: r for r in rows if r["method"] == "vanilla"}
-    for row in rows:
-        if row["method"] != "vanilla" and row["images"] != "clean":
-            other, own = plain[row["images"]]["auroc"], row["auroc"]
-            what = "does not differ" if own.meets(other) else "is larger" if own.mean > other.mean else "is smaller"
-            lines.append(
-                f"{row['images']}: the area under the curve of the action alone {what} with least action, "
-                f"{own:.1f} against {other:.1f}"
-            )
-    return lines
+    what = ("does not differ", "is larger", "is smaller")
+    return [
+        f"{row['images']}: the area under the curve of the action alone {what[row['difference'].sign]} with least "
+        f"action, by {row['difference']:.1f} points (paired)"
+        for row in rows
+        if "difference" in row
+    ]
 
 
 def main(config: Config) -> None:

@@ -364,7 +364,8 @@ def main(config: Config) -> None:
     results = {Cell(r["table"], r["method"], r["norm"]).name: r for r in found}
     rows = summarise(config, results)
     plotting.save(figures(config), run.folder / "figures")
-    trainings = [{"name": cell.name, "cell": cell.name, "seed": 0} for cell in chosen]
+    seeds = range(config.instances)
+    trainings = [{"name": cell.name, "cell": cell.name, "seed": seed} for cell in chosen for seed in seeds]
     print(run.conclude(trainings, ("cell",), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 

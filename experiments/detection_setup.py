@@ -25,6 +25,7 @@ from odenets.detection import (
     Trajectory,
     attack,
     preset,
+    split,
 )
 from odenets.detection.detector import MODES
 from odenets.least_action import LeastAction
@@ -56,9 +57,10 @@ class Config:
         attacks: by the names of the presets, FGM, APGD, BIM, AA, DF, CW, HSJ, BA; the first is the one that is seen
             where others are not, and is fitted on in "adaptive".
         eps: size of the attacks in the maximum norm; 0.1 for digits and MNIST and the thesis' 0.03 for CIFAR-10 if 0.
-        iterations: at most, of iterative attacks, from one start; the thesis' if 0.
-        foreign: sets from elsewhere: "photographs", patches of scikit-learn's two; "turned", the images turned by 90
-            degrees; another data set; or a file FILE.npz with an array ``images`` (N, H, W[, 3]) of bytes.
+        iterations: at most, of BIM, APGD, which then begins once, and DF; the preset's if 0, as of all others.
+        foreign: sets from elsewhere: "photographs", patches of scikit-learn's two that share no pixel; "turned", the
+            images turned by 90 degrees; another data set; or a file FILE.npz with an array ``images`` (N, H, W[, 3]) of
+            bytes.
         modes: of the detectors among which is chosen: general, conditional, ensemble.
         magnitudes: input steps of the Mahalanobis detectors among which is chosen.
         noisy: count copies of the clean images with noise of size eps as clean.
@@ -117,8 +119,22 @@ class Config:
             raise ValueError(f"seeds must be at least 2, for intervals, got {self.seeds}")
         if not self.attacks or (self.setting == "unseen" and len(self.attacks) < 2):
             raise ValueError(f"attacks must name one, and for setting 'unseen' two or more, got {self.attacks}")
+        if self.setting == "ood" and not self.foreign:
+            raise ValueError("foreign must name a set from elsewhere for setting 'ood', got none")
+        known = ("photographs", "turned", *data.NAMES)
+        for name in self.foreign if self.setting == "ood" else ():
+            if name not in known and not (name.endswith(".npz") and Path(name).is_file()):
+                raise ValueError(f"foreign must be among {', '.join(known)}, or a FILE.npz that is there, got {name!r}")
+        if not self.magnitudes:
+            raise ValueError("magnitudes must hold at least one input step, 0 for none")
+        if self.eps < 0:
+            raise ValueError(f"eps must be positive, or 0 for the data set's, got {self.eps}")
+        # what follows raises where it does not fit
         for name in self.attacks:
-            preset(name)  # raises where there is none
+            attack_of(self, name)
+        for magnitude in self.magnitudes:
+            Mahalanobis(magnitude=magnitude)
+        split(self.pool_size, test=self.test, validation=self.validation)
 
     @property
     def strength(self) -> float:
@@ -224,11 +240,13 @@ def foreign(config: Config, name: str, like: data.Dataset) -> Tensor:
         from sklearn.datasets import load_sample_images
 
         patches = [
-            torch.from_numpy(image.copy()).unfold(0, 64, 32).unfold(1, 64, 32) for image in load_sample_images().images
+            torch.from_numpy(image.copy()).unfold(0, 32, 32).unfold(1, 32, 32) for image in load_sample_images().images
         ]
-        x = torch.cat([patch.reshape(-1, 3, 64, 64) for patch in patches]).float() / 255
+        x = torch.cat([patch.reshape(-1, 3, 32, 32) for patch in patches]).float() / 255
     elif name.endswith(".npz"):
         with np.load(name, allow_pickle=False) as file:
+            if "images" not in file or file["images"].dtype != np.uint8:
+                raise ValueError(f"{name} must hold an array 'images' of bytes, (N, H, W) or (N, H, W, 3)")
             x = torch.from_numpy(file["images"]).float() / 255
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
     else:

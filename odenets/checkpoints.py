@@ -45,7 +45,7 @@ def fingerprint(network: nn.Module) -> str:
     """SHA-256 of what a network computes with, in hexadecimal; device and mode do not matter.
 
     It covers the weights, buffers and step sizes, and what the modules print of themselves, where numbers stand that
-    are no tensors: the solver, a normalisation.
+    are no tensors: the solver, a tolerance, a normalisation, a readout, the blocks of an adapted model.
 
     Raises:
         ValueError: a flow has not seen an input yet and has no field.

@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.h = h
 
     def extra_repr(self) -> str:
-        return f"h={self.h:g}"
+        return f"h={self.h:.12g}"
 
 
 class Flow(nn.Module):
@@ -373,7 +373,7 @@ class Flow(nn.Module):
             self._sizes = tuple(sizes)
 
     def extra_repr(self) -> str:
-        kind = "continuous" if self.continuous else f"depth={self.depth}, stages={self.mode}"
+        kind = f"{self.tolerance}, {self.controller}" if self.continuous else f"depth={self.depth}, stages={self.mode}"
         return f"solver={self.tableau.name}, {kind}, total_time={self.total_time:g}"
 
 

@@ -75,6 +75,9 @@ class Network(nn.Module):
         *before, last = self.flows
         return sum(f.evaluations for f in before) + last.evaluations_per_pass(closing=self.readout == "ensemble")
 
+    def extra_repr(self) -> str:
+        return "" if self.readout == "solution" else f"readout={self.readout}"
+
     def _encode(self, x: Tensor) -> Tensor:
         """The first state. Inputs are checked here; states are not, so that a diverging network can be measured."""
         if isinstance(x, Tensor) and x.is_floating_point():

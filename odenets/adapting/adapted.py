@@ -304,6 +304,9 @@ class Adapted(nn.Module):
     def _steps_seen(self) -> list[_Seen]:
         return self._seen or [_Seen(place, part, ()) for place in self.places for part in range(place.steps)]
 
+    def extra_repr(self) -> str:
+        return "; ".join(map(str, self.places))
+
     def __repr__(self) -> str:
         rows = []
         for m, (place, part, shape) in enumerate(self._steps_seen()):

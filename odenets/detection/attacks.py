@@ -92,7 +92,8 @@ def attack(
         images: clean, ``(N, C, H, W)`` in [0, 1].
         labels: ``(N,)`` int64.
         cache: folder in which batches are kept as they are done, in a folder of their own for each weights of the
-            network, attack, settings, images, labels, seed, batch size and version of ART. What is there is taken up.
+            network, attack, settings, images, labels, seed, batch size and version of ART. What is there is taken up;
+            what is damaged is made anew.
         batch_size: images at a time.
         seed: of random starts and draws.
         progress: label of a progress bar over batches; none without it.
@@ -119,7 +120,7 @@ def attack(
     said = about | {"network": type(network).__name__, "images": list(images.shape), "key": key}
     store = BatchFolder(Path(cache) / f"{chosen.name}-{key[:24]}" if cache is not None else None, said)
     parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-    done = store.read(len(parts))
+    done = {i: batch for i, batch in store.read(len(parts)).items() if _fits(batch, parts[i][0])}
     bar = tqdm(total=len(parts), initial=len(done), desc=progress, disable=progress is None, unit="batch", leave=False)
     with bar, frozen(network):
         missing = [i for i in range(len(parts)) if i not in done]
@@ -148,6 +149,16 @@ def check_labels(labels: Tensor, count: int) -> Tensor:
     if int(labels.min()) < 0:
         raise ValueError(f"labels must not be negative, got {int(labels.min())}")
     return labels.cpu()
+
+
+def _fits(batch: dict[str, Tensor], x: Tensor) -> bool:
+    """Whether a batch from the disk is one of adversarial images of these."""
+    if set(batch) != {"images", "clean", "predicted"}:
+        return False
+    found, *classes = batch["images"], batch["clean"], batch["predicted"]
+    if found.shape != x.shape or found.dtype != torch.float32 or not ((found >= 0) & (found <= 1)).all():
+        return False
+    return all(each.shape == (len(x),) and each.dtype == torch.int64 for each in classes)
 
 
 def _classes(network: nn.Module, attack: Attack, images: Tensor, labels: Tensor) -> int:

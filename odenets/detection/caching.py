@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,17 @@ class BatchFolder:
         self.folder, self.about = folder, about
 
     def read(self, batches: int) -> dict[int, dict[str, Tensor]]:
-        """Those of the first ``batches`` batches that are there, by number."""
+        """Those of the first ``batches`` batches that are there and whole, by number."""
         if self.folder is None or not self.folder.is_dir():
             return {}
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        paths = {i: self._path(i) for i in range(batches)}
-        return {i: load_file(path) for i, path in paths.items() if path.exists()}
+        found = {}
+        for i in range(batches):
+            with suppress(FileNotFoundError, SafetensorError):
+                found[i] = load_file(self._path(i))
+        return found
 
     def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep a batch, whole or not at all: a kill leaves no half of a file under its name."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from odenets.detection.detector import MODES, Detector
@@ -25,12 +26,36 @@ class Samples:
         predicted: classes that the network predicts, ``(N,)``.
         parts: which samples serve what.
         successful: which fool the network, ``(N,)`` of bool; all if None.
+
+    Raises:
+        ValueError: no candidate, or arrays and parts that are not of one number of samples.
     """
 
     X: Mapping[str, np.ndarray]
     predicted: np.ndarray
     parts: Parts
     successful: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not self.X:
+            raise ValueError("X must hold the features of at least one candidate")
+        n = len(self.predicted)
+        counts = {f"X[{name!r}]": len(x) for name, x in self.X.items()}
+        if self.successful is not None:
+            counts["successful"] = len(self.successful)
+        for name, count in counts.items():
+            if count != n:
+                raise ValueError(f"{name} must hold one row for each of {n} predicted classes, got {count}")
+        if (last := max(int(part.max()) for part in self._asked)) >= n:
+            raise ValueError(f"parts must be of the {n} samples, got index {last}")
+
+    @property
+    def _asked(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.parts.fit, self.parts.validation, self.parts.test
+
+    def shares(self, other: Samples) -> bool:
+        """Whether both are cut alike."""
+        return all(torch.equal(a, b) for a, b in zip(self._asked, other._asked, strict=True))
 
     def of(self, candidate: str, index: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Features and predicted classes of a part."""
@@ -81,11 +106,15 @@ def choose_and_score(
         seed: of the forest.
 
     Raises:
-        ValueError: no modes or unknown ones, or sets without the candidates of the clean samples.
+        ValueError: no modes or unknown ones, sets without the candidates of the clean samples, or sets as large as the
+            clean ones, such as their adversarial copies, that are cut otherwise, so that what is tested was fitted on.
     """
     if not modes or set(modes) - set(MODES):
         raise ValueError(f"modes must hold at least one of {', '.join(MODES)} and no others, got {tuple(modes)}")
-    for name, samples in {"seen": seen, **tested}.items():
+    others = {"seen": seen, **tested} | ({} if noisy is None else {"noisy": noisy})
+    for name, samples in others.items():
+        if len(samples.predicted) == len(clean.predicted) and not samples.shares(clean):
+            raise ValueError(f"{name} must have the parts of the clean samples, as many as it")
         if missing := set(clean.X) - set(samples.X):
             raise ValueError(f"{name} must have the features of the clean samples, it lacks {', '.join(missing)}")
     richest = "general" if set(modes) == {"general"} else "ensemble"  # whose classifiers are those of all modes
@@ -108,15 +137,15 @@ def choose_and_score(
     assert best is not None  # there is a candidate and a mode
     accuracy, candidate, mode, detector = best
     names, sets = list(tested), [clean, *tested.values()]
-    innocent, *others = _said(detector, candidate, sets, "test")
-    of_general = [innocent, *others] if mode == "general" else _said(general[candidate], candidate, sets, "test")
+    innocent, *said = _said(detector, candidate, sets, "test")
+    of_general = [innocent, *said] if mode == "general" else _said(general[candidate], candidate, sets, "test")
     return Choice(
         candidate,
         mode,
         accuracy,
-        scores={n: _score(innocent, x, tested[n], "test") for n, x in zip(names, others, strict=True)},
+        scores={n: _score(innocent, x, tested[n], "test") for n, x in zip(names, said, strict=True)},
         agnostic={n: score(of_general[0], x).auroc for n, x in zip(names, of_general[1:], strict=True)},
-        curves={n: detection_rates(innocent, x) for n, x in zip(names, others, strict=True)},
+        curves={n: detection_rates(innocent, x) for n, x in zip(names, said, strict=True)},
         noisy=None if noisy is None else float((_said(detector, candidate, [noisy], "test")[0] > 0).mean()),
     )
 

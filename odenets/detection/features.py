@@ -207,6 +207,7 @@ def _stage_cosine(i: int, step: Step) -> Tensor:
 def _wave_cosine(k: int, step: Step) -> Tensor:
     """Cosine of the residue with the k-th wave."""
     r = step.residue.flatten(1)
+    r = r.to(torch.promote_types(r.dtype, torch.float32))
     wave = _wave(k, r.shape[1]).to(r)
     norm = torch.where(moved := r.square().sum(1) > 0, r.square().sum(1), 1).sqrt()
     return torch.where(moved, (r @ wave) / norm, 0)
@@ -215,5 +216,6 @@ def _wave_cosine(k: int, step: Step) -> Tensor:
 @lru_cache(maxsize=64)
 def _wave(k: int, size: int) -> Tensor:
     """``cos(pi k (j + 1/2) / d)`` of unit length, orthogonal to the ones and to the waves of other k (DCT-II)."""
-    wave = torch.cos(math.pi * k / size * (torch.arange(size, dtype=torch.float64) + 0.5))
-    return cast(Tensor, wave / wave.norm())
+    with torch.inference_mode(False):  # kept: gradients may be asked for later
+        wave = torch.cos(math.pi * k / size * (torch.arange(size, dtype=torch.float64) + 0.5))
+        return cast(Tensor, wave / wave.norm())

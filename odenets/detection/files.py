@@ -66,9 +66,9 @@ def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save")
-    for tree in _trees(content):
-        if not _is_sound(tree):
-            raise ValueError(f"{path} is damaged: it holds a tree whose branches lead out of it")
+    for tree, columns in _trees(content):
+        if not _is_sound(tree, columns):
+            raise ValueError(f"{path} is damaged: it holds a tree whose branches lead out of it or of its features")
     return content
 
 
@@ -80,22 +80,26 @@ def _skops() -> Any:
     return skops.io
 
 
-def _trees(value: Any) -> Iterator[Tree]:
-    """The decision trees anywhere in it; their arrays are read without checks when they predict."""
+def _trees(value: Any, columns: Any = None) -> Iterator[tuple[Tree, Any]]:
+    """The decision trees anywhere in it, which read arrays without checks when they predict, each with the number of
+    features that its estimator asks for.
+    """
     if isinstance(value, Tree):
-        yield value
+        yield value, columns
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _trees(part)
+            yield from _trees(part, columns)
     elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
         for part in value:
-            yield from _trees(part)
+            yield from _trees(part, columns)
     elif hasattr(value, "__dict__"):
-        yield from _trees(vars(value))
+        yield from _trees(vars(value), getattr(value, "n_features_in_", None))
 
 
-def _is_sound(tree: Tree) -> bool:
+def _is_sound(tree: Tree, columns: Any) -> bool:
     """Whether every branch leads to a later node of the tree, by a feature that there is."""
+    if tree.n_features != columns:
+        return False
     nodes = np.arange(tree.node_count)
     branches = tree.children_left != -1
     for children in (tree.children_left, tree.children_right):

@@ -50,6 +50,8 @@ def frozen(network: nn.Module) -> Iterator[None]:
 def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Draws of torch, of NumPy's global state (which ART uses) and of ``random`` by a seed; restored afterwards.
 
+    Other devices' draws are left alone.
+
     Args:
         seed: non-negative integers that together are the seed.
         device: a CUDA device whose draws are seeded besides the CPU's.
@@ -63,7 +65,10 @@ def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
     before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that ART draws from
     cuda = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(word)
+        torch.default_generator.manual_seed(word)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(word)
         np.random.seed(word)  # noqa: NPY002
         random.seed(word)
         try:

@@ -106,7 +106,7 @@ class Mahalanobis(Features):
             return torch.stack(self._confidences(network, x), 1).float()
         check_images(x)
         moved = [(x + self.magnitude * way).clamp(0, 1) for way in self._directions(network, x)]
-        return torch.stack([self._confidences(network, near)[i] for i, near in enumerate(moved)], 1).float()
+        return torch.stack([self._confidences(network, near, i + 1)[i] for i, near in enumerate(moved)], 1).float()
 
     def _directions(self, network: Recording, x: Tensor) -> list[Tensor]:
         """Signs of the gradient of each state's confidence, ``(B, C, H, W)``."""
@@ -115,10 +115,10 @@ class Mahalanobis(Features):
             found = self._confidences(network, x)
             return [torch.autograd.grad(each.sum(), x, retain_graph=True)[0].sign() for each in found]
 
-    def _confidences(self, network: Recording, x: Tensor) -> list[Tensor]:
-        """Of each state, ``(B,)`` float64."""
-        states = [pooled(state) for state in stage_states(network, x)]
-        if (got := [z.shape[1] for z in states]) != (fitted := [means.shape[1] for means in self.means]):
+    def _confidences(self, network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
+        """Of each state, or of the first ``count``, ``(B,)`` float64."""
+        states = [pooled(state) for state in stage_states(network, x, count)]
+        if (got := [z.shape[1] for z in states]) != (fitted := [means.shape[1] for means in self.means[:count]]):
             raise ValueError(f"network must be the one of fit, with states of {fitted} channels, got {got}")
         found = []
         for i, z in enumerate(states):

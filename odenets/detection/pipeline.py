@@ -36,7 +36,7 @@ class Pipeline:
         batch_size: images that are looked at together.
 
     Raises:
-        TypeError: the network does not record its steps.
+        TypeError: the network does not record its steps, or the detector has no ``decision_function``.
     """
 
     def __init__(
@@ -47,6 +47,9 @@ class Pipeline:
         self.network = network
         self.features = features or Trajectory()
         self.detector: Any = Detector() if detector is None else detector
+        if not hasattr(self.detector, "decision_function"):
+            kind = type(self.detector).__name__
+            raise TypeError(f"detector must have a decision_function, got {kind}: pass Detector({kind}(...))")
         self.batch_size = batch_size
 
     def look(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:

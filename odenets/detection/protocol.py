@@ -118,7 +118,7 @@ def score(
     if fooled.shape != adversarial.shape:
         raise ValueError(f"successful must hold one per adversarial sample, {adversarial.shape}, got {fooled.shape}")
     y, scores = np.repeat([0, 1], [len(clean), len(adversarial)]), np.concatenate([clean, adversarial])
-    rates = roc_curve(y, scores)
+    rates = roc_curve(y, scores, drop_intermediate=False)
     return Scores(
         accuracy=float(((scores > threshold) == y).mean()),
         auroc=float(roc_auc_score(y, scores)),

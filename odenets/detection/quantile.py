@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,8 @@ class QuantileTest(OutlierMixin, BaseEstimator):
     def fit(self, X: Any, y: Any = None) -> QuantileTest:
         """Take the quantiles of clean features ``(N, F)``; labels are ignored.
 
+        Fewer than ``1 / level`` samples, or ``2 / level`` for both sides, have no such quantile: a warning says so.
+
         Raises:
             ValueError: level outside (0, 1), an unknown side, or features that are not finite.
         """
@@ -44,6 +47,12 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         if self.side not in ("upper", "lower", "both"):
             raise ValueError(f"side must be 'upper', 'lower' or 'both', got {self.side!r}")
         self.sums_ = np.sort(self._sums(X, reset=True))
+        if len(self.sums_) < (fewest := (1 + (self.side == "both")) / self.level):
+            warnings.warn(
+                f"X holds {len(self.sums_)} samples, fewer than the {fewest:.0f} that level {self.level} asks for: of "
+                "clean samples more will be called outliers",
+                stacklevel=2,
+            )
         self.offset_ = float(np.quantile(self._score(self.sums_), self.level, method="lower"))
         return self
 

@@ -13,7 +13,7 @@ from odenets.detection.features import Recording, in_batches
 __all__ = ["pooled", "stage_states", "stage_values"]
 
 
-def stage_states(network: Recording, x: Tensor) -> list[Tensor]:
+def stage_states(network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
     """The state after the encoder and the state after each stage, first to last.
 
     A stage is a run of consecutive blocks whose states have one shape. The states are ``x0`` of the first step, then
@@ -22,9 +22,11 @@ def stage_states(network: Recording, x: Tensor) -> list[Tensor]:
     Args:
         network: whose steps are taken.
         x: inputs, ``(B, ...)``.
+        count: how many states are wanted, all if None; a network that takes its steps one by one takes no more than it
+            needs to know them.
 
     Returns:
-        ``stages + 1`` states, each ``(B, *S)``.
+        ``stages + 1`` states, each ``(B, *S)``, or the first ``count``.
 
     Raises:
         ValueError: the network has no steps.
@@ -46,7 +48,9 @@ def stage_states(network: Recording, x: Tensor) -> list[Tensor]:
         else:
             states.append(step.x1)
         shape = step.x1.shape
-    return states
+        if count is not None and len(states) > count:
+            break
+    return states[:count]
 
 
 def pooled(state: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def distil(
     z = torch.from_numpy(np.concatenate(made))
     target = torch.from_numpy(scores_of(score, z.numpy()))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         surrogate = Surrogate(torch.from_numpy(given.mean(0)), torch.from_numpy(given.std(0)), hidden)
         optimizer = torch.optim.Adam(surrogate.parameters(), learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

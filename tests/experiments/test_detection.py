@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from detection import comparisons, main
@@ -76,6 +77,16 @@ def test_attacks_have_the_size_and_the_iterations_asked_for():
     assert dict(attack_of(Config(dataset="cifar10", iterations=0), "APGD").settings)["max_iter"] == 100
 
 
+def test_foreign_files_hold_bytes(tmp_path):
+    pool = parts_of(Config())[1]
+    images = np.random.default_rng(0).integers(256, size=(7, 9, 9, 3), dtype=np.uint8)
+    np.savez(tmp_path / "bytes.npz", images=images)
+    np.savez(tmp_path / "floats.npz", images=images / 255)
+    assert 0.5 < foreign(Config(), str(tmp_path / "bytes.npz"), pool).max() <= 1
+    with pytest.raises(ValueError, match=r"floats.npz must hold an array 'images' of bytes"):
+        foreign(Config(), str(tmp_path / "floats.npz"), pool)
+
+
 @pytest.mark.parametrize("name", ["photographs", "turned"])
 def test_foreign_images_are_like_the_others_in_shape_and_range(name, tmp_path):
     pool = parts_of(Config())[1]
@@ -129,3 +140,15 @@ def test_errors():
         Config(setting="unseen", attacks=("FGM",))
     with pytest.raises(ValueError, match="PGD"):
         Config(attacks=("PGD",))
+    with pytest.raises(ValueError, match="foreign must name a set from elsewhere for setting 'ood'"):
+        Config(setting="ood", foreign=())
+    with pytest.raises(ValueError, match=r"or a FILE.npz that is there, got 'fotos'"):
+        Config(setting="ood", foreign=("fotos",))
+    with pytest.raises(ValueError, match="magnitudes must hold"):
+        Config(magnitudes=())
+    with pytest.raises(ValueError, match="magnitude must not be negative"):
+        Config(magnitudes=(-1.0,))
+    with pytest.raises(ValueError, match="eps must be positive, or 0"):
+        Config(eps=-0.1)
+    with pytest.raises(ValueError, match="test and validation must be shares"):
+        Config(test=1.5)

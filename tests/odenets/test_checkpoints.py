@@ -8,6 +8,7 @@ from torchvision.models import resnet18
 
 from odenets import Flow, MLPField, Network, adapt, load_weights, models, save_weights
 from odenets.checkpoints import fingerprint
+from solvers import PI, I, Tolerance
 
 
 def network(depth=2, **options):
@@ -49,6 +50,29 @@ def test_the_fingerprint_tells_what_a_network_computes_with():
     assert fingerprint(one) != fingerprint(twin)
     with pytest.raises(ValueError, match=r"call network\(x\) once before it is hashed"):
         fingerprint(nn.LazyLinear(2))
+
+
+@pytest.mark.filterwarnings("ignore:the branches of .* end in a batch norm")
+def test_the_fingerprint_tells_what_no_weight_does():
+    """A readout, a tolerance, a controller, a step size in its last digits, the blocks that are recorded."""
+    torch.manual_seed(0)
+    made = models.small_network(solver="bs23", depth=2)
+    other = copy.deepcopy(made)
+    other.readout = "ensemble"
+    assert fingerprint(made) != fingerprint(other)
+    close = copy.deepcopy(made)
+    close.flows[0].resize([0.5, 0.5 + 1e-8])
+    assert fingerprint(made) != fingerprint(close)
+    flows = [
+        Flow(MLPField(2, 3), solver="bs23", tolerance=Tolerance(rtol), controller=controller)
+        for rtol, controller in ((1e-1, I()), (1e-6, I()), (1e-1, PI()))
+    ]
+    for flow in flows[1:]:
+        flow.load_state_dict(flows[0].state_dict())
+    assert len({fingerprint(flow) for flow in flows}) == 3
+    model = resnet18(num_classes=4)
+    adapted = [adapt(model), adapt(model, residue="branch"), adapt(model, ["layer1.0", "layer1.1"])]
+    assert len({fingerprint(network) for network in adapted}) == 3
 
 
 def test_a_pass_does_not_change_the_fingerprint_of_an_adapted_network():

@@ -69,6 +69,10 @@ def starting_points(
             "start.subset(start.success), and the clean images likewise"
         )
     found = judge(network, detector, start.images, start.labels, images, batch_size)
+    if not found.wrong.all():
+        raise ValueError(
+            f"start must hold images that fool this network, got {int((~found.wrong).sum())} that it has right"
+        )
     if found.evaded.any():
         raise ValueError(
             f"start must hold detected images, got {int(found.evaded.sum())} that the detector does not tell"

@@ -105,7 +105,7 @@ def feature_attack(
         for i in tqdm(range(len(start)), desc=progress, disable=progress is None, unit="image", leave=False):
             origin = ask.standardise(z_start[i]).numpy()
             first = ask.standardise(silent[(silent - z_start[i]).div(ask.scale).norm(dim=1).argsort()]).numpy()
-            with seeded(seed, i):
+            with seeded(seed, i, device=device_of(network)):
                 found = decision_attack("HSJ", chosen, ask.undetected, origin, first, clip=clip, batch_size=batch_size)
             if found is None:
                 continue

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,10 @@ def test_starts_and_detectors_are_looked_at(attacked):
         black_box(victim(), too_bright_image, start, images[:3])
     with pytest.raises(ValueError, match="start must hold detected images, got 4 that the detector does not tell"):
         black_box(victim(), lambda x: torch.zeros(len(x)), start, images)
+    other = copy.deepcopy(victim())
+    other.head[-1].bias.data[start.labels[0]] += 1e3
+    with pytest.raises(ValueError, match=r"start must hold images that fool this network, got \d that it has right"):
+        black_box(other, too_bright_image, start, images)
     with pytest.raises(ValueError, match=r"detector must say 0 or 1 of each of 4 samples, got shape \(4,\) and values"):
         black_box(victim(), lambda x: torch.full((len(x),), 0.3), start, images)
     with pytest.raises(ValueError, match=r"pool must hold images \(1, 8, 8\), got shape \(2, 1, 9, 9\)"):

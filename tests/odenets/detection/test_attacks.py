@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch.nn import functional as F
 
 from odenets.checkpoints import fingerprint
@@ -105,6 +106,22 @@ def test_autoattack_leaves_misclassified_images_and_they_are_no_success(batch):
     assert not right[:6].any()
     assert found.success_rate == pytest.approx(found.success[right].double().mean().item())
     assert found.success_rate > 0.5
+
+
+@pytest.mark.parametrize("damage", ["cut", "too few", "too bright"])
+def test_a_damaged_batch_is_made_anew(batch, tmp_path, damage):
+    x, y = batch
+    whole = attack(victim(), "FGM", x, y, batch_size=5, cache=tmp_path)
+    path = next(tmp_path.glob("*/batch-00001.safetensors"))
+    held = load(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:50])
+    elif damage == "too few":
+        path.write_bytes(save(held | {"predicted": held["predicted"][:2].clone()}))
+    else:
+        path.write_bytes(save(held | {"images": held["images"] + 2}))
+    assert same(attack(victim(), "FGM", x, y, batch_size=5, cache=tmp_path), whole)
+    assert torch.equal(load(path.read_bytes())["predicted"], held["predicted"])
 
 
 @pytest.mark.parametrize("name", ["APGD", "HSJ", "BA"])

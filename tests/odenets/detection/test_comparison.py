@@ -53,12 +53,15 @@ def test_scores_are_those_of_a_classifier_fitted_by_hand():
 
 
 def test_noisy_samples_count_as_clean():
-    clean, seen, noisy = samples(0, 0, ("good",)), samples(2, 1, ("good",)), samples(-2, 3, ("good",))
-    plain = choose_and_score(clean, seen, {"": seen})
+    """They lie where attacks would be looked for, were it not for their second feature."""
+    clean, seen, noisy = (samples(shift, i, ("good",)) for i, shift in enumerate(np.array([[0, 0], [4, 0], [4, 4]])))
     told = choose_and_score(clean, seen, {"": seen}, noisy=noisy)
+    plain = choose_and_score(clean, seen, {"noisy": noisy, "": seen})
     assert plain.noisy is None
+    assert plain.scores["noisy"].detected > 0.9
     assert told.noisy is not None
     assert told.noisy < 0.1
+    assert told.scores[""].detected > 0.9
 
 
 @pytest.mark.parametrize("mode", ["general", "conditional", "ensemble"])
@@ -92,3 +95,23 @@ def test_errors():
         choose_and_score(clean, clean, {}, modes=())
     with pytest.raises(ValueError, match="seen must have the features of the clean samples, it lacks poor"):
         choose_and_score(clean, samples(1, 1, ("good",)), {})
+    with pytest.raises(ValueError, match="noisy must have the features"):
+        choose_and_score(clean, clean, {}, noisy=samples(1, 1, ("good",)))
+    with pytest.raises(ValueError, match="X must hold the features of at least one candidate"):
+        replace(clean, X={})
+    with pytest.raises(ValueError, match=r"X\['good'\] must hold one row for each of 300 predicted classes, got 299"):
+        replace(clean, X={"good": clean.X["good"][1:]})
+    with pytest.raises(ValueError, match="successful must hold one row for each"):
+        replace(clean, successful=np.ones(3, dtype=bool))
+    with pytest.raises(ValueError, match="parts must be of the 300 samples, got index 309"):
+        replace(clean, parts=split(310, test=0.3, validation=0.3))
+
+
+def test_copies_of_the_clean_samples_are_cut_as_these():
+    """Otherwise a detector would be tested on images that it was fitted on."""
+    clean, seen = samples(0, 0), samples(1, 1)
+    other = replace(seen, parts=split(N, test=0.3, validation=0.3, seed=1))
+    with pytest.raises(ValueError, match="seen must have the parts of the clean samples"):
+        choose_and_score(clean, other, {"": other})
+    fewer = Samples({name: x[:200] for name, x in seen.X.items()}, seen.predicted[:200], split(200, seed=1))
+    assert choose_and_score(clean, seen, {"": fewer}).scores[""].auroc > 0.5

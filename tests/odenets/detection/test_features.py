@@ -88,6 +88,24 @@ def test_further_vectors_are_orthogonal_to_the_ones_and_to_each_other():
     torch.testing.assert_close(found[:, 4::2], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_further_vectors_hold_in_half_precision():
+    """Its sum of squares is beyond a half's largest number."""
+    flow = Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=1)
+    x = 200 * torch.rand(2, 3, 8, 8)
+    expected = Trajectory(vectors=1)(flow, x)
+    torch.testing.assert_close(Trajectory(vectors=1)(flow, x.half()).float(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_vectors_made_in_inference_serve_gradients():
+    flow = Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=1)
+    x = torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    with torch.inference_mode():
+        Trajectory(vectors=1)(flow, x)
+    x.requires_grad_()
+    Trajectory(vectors=1)(flow, x).sum().backward()
+    assert x.grad is not None
+
+
 def test_output_and_features_come_from_one_pass():
     network = models.small_network(solver="bs23", depth=2).eval()
     calls = []

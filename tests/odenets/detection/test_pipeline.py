@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import skops.io
 import torch
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
+from sklearn.tree._tree import Tree
 from torch import nn
 
 from odenets import data, models
@@ -123,6 +125,20 @@ def test_a_tree_that_leads_out_of_itself_is_refused(tmp_path):
         Pipeline.load(pipeline.save(tmp_path / "detector.skops"), network())
 
 
+def test_a_tree_of_features_that_there_are_none_of_is_refused(tmp_path):
+    """It would read memory that is not its own."""
+    pipeline = Pipeline(network(), detector=Detector(random_state=0)).fit(CLEAN, ODD)
+    estimator = pipeline.detector.general_.estimators_[3]
+    state = estimator.tree_.__getstate__()
+    inner = state["nodes"]["left_child"] != -1
+    state["nodes"]["feature"][inner] = 10**6
+    wide = Tree(10**6 + 1, estimator.tree_.n_classes, estimator.tree_.n_outputs)
+    wide.__setstate__(state)
+    estimator.tree_ = wide
+    with pytest.raises(ValueError, match="a tree whose branches lead out of it or of its features"):
+        Pipeline.load(pipeline.save(tmp_path / "detector.skops"), network())
+
+
 def test_without_skops(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "skops", None)
     monkeypatch.setitem(sys.modules, "skops.io", None)
@@ -144,6 +160,8 @@ def test_errors():
     pipeline = Pipeline(network())
     with pytest.raises(TypeError, match=r"must record its steps, got Sequential: pass odenets.adapt"):
         Pipeline(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got RandomForestClassifier: pass Detector\(RandomForestClassifier\(...\)\)"):
+        Pipeline(network(), detector=RandomForestClassifier())
     with pytest.raises(ValueError, match=r"adversarial must hold at least 10 images, got 3: too few attacks"):
         pipeline.fit(CLEAN, ODD[:3])
     with pytest.raises(ValueError, match="Detector is fitted on adversarial images too"):

@@ -53,6 +53,8 @@ def test_scores():
     assert found.false_positives == (clean > 0).mean()
     ninety_five = np.sort(adversarial)[::-1][189]  # 190 of 200 lie at or above it
     assert found.fpr95 == pytest.approx((clean >= ninety_five).mean())
+    even = np.arange(100)  # tied in pairs, so that the curve is a straight line
+    assert score(even, even).fpr95 == pytest.approx(0.95)
 
 
 def test_without_successful_attacks_there_is_no_rate():

@@ -10,6 +10,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping check:sklearn.exceptions.SkipTestWarning")  # pandas, the array API
+@pytest.mark.filterwarnings("ignore:X holds")  # which some of its checks mean to
 @pytest.mark.parametrize("side", ["upper", "lower", "both"])
 def test_check_estimator(side):
     check_estimator(QuantileTest(side=side))
@@ -37,6 +38,11 @@ def test_what_is_farther_out_scores_lower():
     found = QuantileTest().fit(np.arange(100.0)[:, None])
     scores = found.score_samples([[98.0], [99.0], [100.0], [150.0], [1e6]])
     assert (np.diff(scores) < 0).all()
+
+
+def test_too_few_samples_for_a_level_are_told_of():
+    with pytest.warns(UserWarning, match=r"X holds 20 samples, fewer than the 50 that level 0.04 asks for"):
+        QuantileTest(0.04, side="both").fit(np.arange(20.0)[:, None])
 
 
 def test_errors():

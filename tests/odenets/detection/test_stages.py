@@ -27,6 +27,21 @@ def test_each_flow_of_another_shape_is_a_stage():
         torch.testing.assert_close(state, end)
 
 
+@torch.no_grad()
+def test_no_more_steps_are_taken_than_are_asked_for():
+    network, x = models.resnet110(blocks=2).eval(), torch.rand(5, 3, 16, 16)
+    states, calls = stage_states(network, x), []
+    for field in network.modules():
+        if isinstance(field, odenets.fields.ConvField):
+            field.register_forward_hook(lambda *_: calls.append(1))
+    for count, steps in ((1, 1), (2, 3), (3, 5), (4, 6)):
+        calls.clear()
+        found = stage_states(network, x, count)
+        assert len(calls) == steps
+        assert len(found) == count
+        assert all(torch.equal(a, b) for a, b in zip(found, states, strict=False))
+
+
 def test_flows_of_one_shape_are_one_stage():
     flows = [odenets.Flow(odenets.fields.MLPField(2, 4), depth=2) for _ in range(2)]
     network = odenets.Network(torch.nn.Identity(), flows, torch.nn.Linear(2, 2), transitions=[torch.nn.Linear(2, 2)])

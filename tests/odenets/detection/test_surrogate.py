@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from odenets.detection.isolation import seeded
 from odenets.detection.surrogate import agreement, distil
 from tests.odenets.detection.victims import detection, digits, features_of
 
@@ -47,6 +48,15 @@ def test_it_follows_the_seed_and_leaves_the_random_state():
     z = torch.from_numpy(drawn(20, 1)).float()
     assert torch.equal(a(z), b(z))
     assert not torch.equal(a(z), c(z))
+
+
+def test_other_devices_are_left_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    distil(ring, drawn(50, 0), copies=1, epochs=1)
+    with seeded(1, 2):
+        torch.rand(1)
+    assert not seeds
 
 
 def test_a_constant_feature_is_no_trouble():
