@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from odenets import measures
 from odenets.flow import Block, Flow
 from odenets.network import Network
-from odenets.normalization import recalibrate
+from odenets.normalization import StageBatchNorm, recalibrate
 
 if TYPE_CHECKING:
     from odenets.training import Training
@@ -114,8 +114,15 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
         One list per flow, one error per block; infinite where any sample's is not finite.
 
     Raises:
-        ValueError: no batch, or a flow without embedded error.
+        ValueError: no batch, a flow without embedded error, or batch norms that have statistics of some stages only:
+            training does not take the closing stage, which the error reads, so that they are to be recalibrated before.
     """
+    for module in network.modules():
+        if isinstance(module, StageBatchNorm) and module.batches.any() and not module.batches.all():
+            raise ValueError(
+                "network has batch norms without statistics of the closing stage: recalibrate(network, batches, "
+                "lambda x: network.record(x, error=measures.error)) before its errors are measured"
+            )
     mode = network.training
     network.eval()
     total: Tensor | None = None
@@ -158,8 +165,7 @@ def plan(errors: Sequence[float], h: Sequence[float], rule: DepthRule) -> list[L
                 decisions[m] = "duplicate"
                 depth += 1
         elif error < rule.tolerance / rule.K and m + 1 < len(errors) and errors[m + 1] <= rule.tolerance:
-            decisions[m] = "merge"
-            depth -= 1
+            decisions[m] = "merge"  # which may be taken back: what it frees is free in the next round
             absorbed = True
     return decisions
 
@@ -305,9 +311,12 @@ def _follow(optimizer: torch.optim.Optimizer, network: Network, before: dict[Flo
         optimizer.state.pop(p, None)
     dropped = {id(p) for block in gone for p in block.parameters()}
     position: dict[Any, int] = {p: i for i, p in enumerate(network.parameters())}
+    names = {p: name for name, p in network.named_parameters()}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in dropped]
         group["params"].sort(key=lambda p: position.get(p, -1))
+        if "param_names" in group:
+            group["param_names"] = [names.get(p, "") for p in group["params"]]
 
 
 class AdaptiveDepth:

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from odenets.fields import VelocityField, field_for
 from odenets.measures import Measure, finding, needs_closing
+from odenets.normalization import StageBatchNorm
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
 from solvers.states import check_state
 from solvers.stepping import adaptive_steps
@@ -168,18 +169,26 @@ class Flow(nn.Module):
             return self.statistics.evaluations
         if not (closing and self.tableau.fsal):
             return self.depth * self.tableau.interior
-        if self.shared or self.mode == "chained":
+        if self._passes_on:
             return self.depth * self.tableau.interior + 1
         return self.depth * self.tableau.stages
 
+    @property
+    def _passes_on(self) -> bool:
+        """Whether a closing stage is the first stage of the next step: not so where each has statistics of its own."""
+        return self.mode == "chained" or (
+            self.shared and not any(isinstance(module, StageBatchNorm) for module in self.modules())
+        )
+
     def materialise(self, x: Tensor) -> None:
         """Make the field from the first input, if none was given; remember the shape of its samples."""
+        if not len(self.blocks):
+            field = field_for(x)  # raises where there is none
+            del self.field_of_first_input
+            self._make_blocks(field)
+            self.train(self.training)
         if self.input_shape is None:
             self.input_shape = tuple(x.shape[1:])
-        if not len(self.blocks):
-            del self.field_of_first_input
-            self._make_blocks(field_for(x))
-            self.train(self.training)
 
     def resize(self, sizes: Sequence[float]) -> None:
         """Give the flow one block per step size, new ones copied from its last; used when saved weights are loaded."""
@@ -280,7 +289,7 @@ class Flow(nn.Module):
             step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closing, finding=finds)
             yield step
             t, x = t + h, step.x1
-            if closing and self.tableau.fsal and (self.shared or self.mode == "chained"):
+            if closing and self.tableau.fsal and self._passes_on:
                 first = step.stages[-1]  # the first stage of the next step
 
     def forward(self, x: Tensor, readout: str = "solution") -> Tensor:

@@ -37,9 +37,9 @@ class StageBatchNorm(nn.Module):
 
     def expand_stages(self, stages: int) -> None:
         """Set the number of stages; statistics start anew."""
-        device = self.weight.device
-        self.register_buffer("running_mean", torch.zeros(stages, self.features, device=device))
-        self.register_buffer("running_var", torch.ones(stages, self.features, device=device))
+        device, dtype = self.weight.device, self.weight.dtype
+        self.register_buffer("running_mean", torch.zeros(stages, self.features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(stages, self.features, device=device, dtype=dtype))
         self.register_buffer("batches", torch.zeros(stages, dtype=torch.long, device=device))
 
     def reset_running_stats(self) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from solvers.backsolve import adjoint_rates
+from solvers.events import link
 from solvers.odeint import odeint, solve
-from solvers.odeint_events import event_of, find_event, link_event
+from solvers.odeint_events import event_of, find_event
 from solvers.problem import Problem, largest_rms, make_problem
 
 __all__ = ["odeint_adjoint"]
@@ -76,7 +77,8 @@ def odeint_adjoint(
     span = torch.stack([problem.t[0], problem.t.new_tensor(time)])
     until = problem._replace(t=span, times=[problem.times[0], time])
     x = _Adjoint.apply(until, func, backward, until.x0, span, *params)[-1]
-    at, x = link_event(problem, event, time, x)
+    # the state carries the gradient to t[0]: at a fixed time, so that this one is fixed
+    at, x = link(problem.field, event, torch.tensor(time, dtype=torch.float64, device=x.device), x)
     return at.to(problem.t.dtype), problem.packing.unpack(torch.stack([problem.x0, x]))
 
 
@@ -104,7 +106,7 @@ def _adjoint_norm(given: Any, norm: Callable[[Tensor], Tensor], problem: Problem
         norms = [grad_t.abs(), norm(y), norm(grad_y)]
         if given is None and any(part.numel() for part in rest):
             norms.append(largest_rms(rest))
-        return torch.stack([torch.as_tensor(n, device=y.device).to(grad_t.dtype) for n in norms]).max()
+        return torch.stack([torch.as_tensor(n, device=y.device).to(grad_t.abs().dtype) for n in norms]).max()
 
     return largest
 
@@ -158,5 +160,5 @@ class _Adjoint(torch.autograd.Function):
             a = a + grads[i - 1]
         grad_t[0] = since
         times = grad_t.real.to(t.dtype) if needs_t else None
-        sums = [s.to(p.dtype) for s, p in zip(sums, params, strict=True)]
+        sums = [(s if p.is_complex() else s.real).to(p.dtype) for s, p in zip(sums, params, strict=True)]
         return (None, None, None, a, times, *sums)

@@ -83,7 +83,7 @@ def backsolved(field: Field, x0: Tensor, x1: Tensor, params: Sequence[Tensor], b
 def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Tolerance:
     """The tolerance of the backward solve: its error is that of the state and of the adjoint; the integrals over the
     parameters, which nothing feeds back on, are left out (Kidger, Chen, Lyons, 2021, Hey, that's not an ODE)."""
-    packing = Packing((x, x, *params), "x0")
+    packing = Packing((x, x, *(torch.empty_like(p, dtype=x.dtype, device=x.device) for p in params)), "x0")
 
     def norm(scaled: Tensor) -> Tensor:
         parts = packing.unpack(scaled)[:2]
@@ -126,4 +126,5 @@ class _Backsolve(torch.autograd.Function):
             return packing.pack(tuple(rate.to(a.dtype) for rate in rates), "field")
 
         _, a, *sums = packing.unpack(ctx.solve(system, packing.pack(start)))
-        return (None, None, None, a, *(s.to(p.dtype) for s, p in zip(sums, params, strict=True)))
+        sums = ((s if p.is_complex() else s.real).to(p.dtype) for s, p in zip(sums, params, strict=True))
+        return (None, None, None, a, *sums)

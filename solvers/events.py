@@ -80,7 +80,9 @@ def link(field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = 
         x: the state there.
         met: the samples that met the event, ``(B,)`` on the device; the others stay as they are. All if not given.
     """
-    if not (torch.is_grad_enabled() and (x.requires_grad or s.requires_grad)):
+    if not torch.is_grad_enabled():
+        return s, x
+    if not (x.requires_grad or s.requires_grad or event(s, x).requires_grad):  # what the event itself depends on
         return s, x
     for method in ("midpoint", "euler"):
         velocity = field(s, x)

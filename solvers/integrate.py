@@ -135,6 +135,8 @@ def _check_per_sample(x0: Any, packing: Packing, steps: Any, controller: Any, gr
 
 
 def _time(name: str, t: Any, samples: int | None) -> Any:
+    if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require a gradient, which would be lost: detach it, or call odeint")
     if samples is None:
         if isinstance(t, Tensor) and t.ndim:
             raise ValueError(f"{name} must be a number, got shape {tuple(t.shape)}; control='sample' takes (B,)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -105,9 +104,10 @@ def _outputs(problem: Problem) -> Iterator[Tensor]:
     if output_times_are_the_grid(problem.options):
         yield from (step.x1 for step in over_grid(problem, grid))
         return
-    steps = zip(over_grid(problem, grid), pairwise(_numbers(grid)), strict=False)
+    ends = [*_numbers(grid)[1:-1], problem.times[-1]]  # in the state's precision the last may lie before its time
+    steps = zip(over_grid(problem, grid), ends, strict=False)
     wanted = list(enumerate(problem.times))[1:]
-    for step, (_, end) in steps:
+    for step, end in steps:
         while wanted and problem.direction * (wanted[0][1] - end) <= 0:
             i, time = wanted.pop(0)
             at = problem.t[i].to(real_dtype(step.x0)) if problem.t.requires_grad else time

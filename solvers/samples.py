@@ -160,7 +160,8 @@ class SampleLoop:
             with torch.no_grad():
                 t, direction = (beside(v, self.x) for v in (self.t, self.direction))
                 x, p = self.x.detach(), first.detach()
-                found = self.tolerance.choose_first_steps(self.field, t, x, p, direction, order)
+                span = torch.from_numpy(np.abs(self.t1 - self.t)).to(self.x.device)
+                found = self.tolerance.choose_first_steps(self.field, t, x, p, direction, order, span)
                 h = np.array(numbers(found))
             self._count(1)
         else:

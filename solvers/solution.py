@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,7 @@ class Solution:
     event_time: Tensor | None = None
     _field: Field | None = field(default=None, repr=False)
     _unpack: Callable[[Tensor], Any] = field(default=lambda x: x, repr=False)
+    _x0: Tensor | None = field(default=None, repr=False)
 
     @property
     def x1(self) -> Any:
@@ -87,11 +89,15 @@ class Solution:
     def _at(self, t: float | Tensor) -> Tensor:
         first, last, time = self.times[0], self.times[-1], _number(t)
         direction = 1 if last >= first else -1
-        if not direction * first <= direction * time <= direction * last:
+        slack = _rounding(t) * max(abs(first), abs(last))
+        if not direction * first - slack <= direction * time <= direction * last + slack:
             raise ValueError(f"t must lie between {first:g} and {last:g}, got {time:g}")
+        assert self._field is not None
+        assert self._x0 is not None
+        if first == last:
+            return self._x0
         ends = [direction * float(step.t + step.h) for step in self.steps[:-1]]
         step = self.steps[bisect_left(ends, direction * time)]
-        assert self._field is not None
         return interpolant(step, self._field)((t - step.t) / step.h)
 
 
@@ -119,28 +125,42 @@ class SampleSolution(Solution):
 
     samples: tuple[Tensor, ...] = ()
     sample_stats: SampleStatistics | None = None
-    _x0: Tensor | None = field(default=None, repr=False)
 
     def _at(self, t: float | Tensor) -> Tensor:
         first, last, time = self.times[0], self.times[-1], _number(t)
-        outside = (time < torch.minimum(first, last)) | (time > torch.maximum(first, last))
+        slack = _rounding(t) * torch.maximum(first.abs(), last.abs())
+        outside = (time < torch.minimum(first, last) - slack) | (time > torch.maximum(first, last) + slack)
         if outside.any():
             i = int(outside.nonzero()[0])
             raise ValueError(f"t must lie between {first[i]:g} and {last[i]:g} for sample {i}, got {time:g}")
+        within = torch.tensor(time, dtype=torch.float64).clamp(torch.minimum(first, last), torch.maximum(first, last))
         assert self._x0 is not None
         assert self._field is not None
         waiting = first != last
         rows, found = [self._x0[~waiting]], [(~waiting).nonzero().flatten()]
         for step, samples, start, end in zip(self.steps, self.samples, self.times, self.times[1:], strict=False):
             start, end = start[samples], end[samples]
-            here = waiting[samples] & ((end - time) * (end - start) >= 0)
+            here = waiting[samples] & ((end - within[samples]) * (end - start) >= 0)
             if here.any():
                 part = step.of_samples(here.nonzero().flatten().to(step.x0.device))
-                start, end = (beside(s[here].numpy(), step.x0) for s in (start, end))
-                rows.append(interpolant(part, self._field)((t - start) / (end - start)))
+                inside = interpolant(part, partial(self._velocity, samples[here].to(step.x0.device)))
+                # the step of a sample that met its event goes on beyond it: theta is a part of h
+                rows.append(inside((t - beside(start[here].numpy(), step.x0)) / part.h))
                 found.append(samples[here])
                 waiting[samples[here]] = False
         return torch.cat(rows)[torch.cat(found).argsort()]
+
+    def _velocity(self, samples: Tensor, t: Any, x: Tensor) -> Tensor:
+        """The field for some samples, asked with all of them in their places: it may know them by position."""
+        assert self._x0 is not None
+        assert self._field is not None
+        times = beside(self.times[0].numpy(), self._x0).to(t.dtype).index_copy(0, samples, t)
+        return self._field(times, self._x0.detach().to(x.dtype).index_copy(0, samples, x))[samples]
+
+
+def _rounding(t: float | Tensor) -> float:
+    """How far a time may lie outside for the precision in which it is given."""
+    return torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
 
 
 def _number(t: float | Tensor) -> float:

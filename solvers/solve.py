@@ -66,12 +66,6 @@ class Task(NamedTuple):
         assert self.steps is not None
         return [self.t0 + (self.t1 - self.t0) * i / self.steps for i in range(self.steps)] + [self.t1]
 
-    @property
-    def width(self) -> float:
-        """How close in time an event is found: the resolution of the state's precision."""
-        span = max(float(np.abs(t).max()) for t in (self.t0, self.t1))
-        return torch.finfo(self.x0.dtype).eps * max(span, 1e-30)
-
 
 def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
@@ -145,13 +139,13 @@ class _Kept:
             *common,
             samples=tuple(self.samples),
             sample_stats=counts,
-            _x0=self.task.x0,
         )
 
     def _common(self, stats: Statistics, status: Any, event_time: Tensor | None) -> tuple[Any, ...]:
         dense = self.task.field if self.task.keep == "steps" else None
         states = tuple(self.task.unpack(x) for x in self.states)
-        return tuple(self.times), states, tuple(self.steps), stats, status, event_time, dense, self.task.unpack
+        common = (tuple(self.times), states, tuple(self.steps), stats, status, event_time)
+        return *common, dense, self.task.unpack, self.task.x0
 
 
 def _met(event: Event, t: Any, x: Tensor) -> bool:
@@ -159,10 +153,16 @@ def _met(event: Event, t: Any, x: Tensor) -> bool:
         return float(event(t, x)) <= 0
 
 
+def _width(step: Step) -> float:
+    """How close in time an event in a step is found: the resolution of the state's precision there."""
+    span = max(float(torch.as_tensor(t).abs().max()) for t in (step.t, step.t + step.h))
+    return torch.finfo(step.x0.dtype).eps * max(span, 1e-30)
+
+
 def _at_event(task: Task, step: Step, event: Event) -> tuple[Tensor, Tensor]:
     inside = interpolant(step, task.field)
     with torch.no_grad():
-        theta = crossing(step, inside, event, task.width)
+        theta = crossing(step, inside, event, _width(step))
     time = torch.tensor(step.t + theta * step.h, dtype=torch.float64, device=step.x0.device)
     return link(task.field, event, time, inside(theta))
 
@@ -218,7 +218,7 @@ def _at_events(
     """Event times, times and states, where the samples ``now`` are moved to their event inside the step."""
     inside = interpolant(step, field)
     with torch.no_grad():
-        theta = crossings(step, inside, event, task.width)
+        theta = crossings(step, inside, event, _width(step))
     mask = torch.from_numpy(now).to(x.device)
     s, x_event = link(field, event, (step.t + theta * step.h).double(), inside(theta), mask)
     times = torch.where(mask, s.flatten(), times)

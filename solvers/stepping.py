@@ -101,7 +101,7 @@ def adaptive_steps(
     if h is None and t != t1:
         first = field(t, x)
         with torch.no_grad():
-            h = tolerance.choose_first_step(field, t, x.detach(), first.detach(), direction, order)
+            h = tolerance.choose_first_step(field, t, x.detach(), first.detach(), direction, order, abs(t1 - t))
         stats.evaluations += 2
         if not math.isfinite(h):
             bad = _first_not_finite(Step(t, math.nan, x, x, (first,), tableau))[1]
@@ -131,7 +131,8 @@ def adaptive_steps(
         t_next = t + direction * size
         if not overshoot and direction * (t_next - t1) > 0:
             t_next = t1
-        if ahead and direction * (t_next - ahead[-1]) > 0:
+        clipped = bool(ahead) and direction * (t_next - ahead[-1]) > 0
+        if clipped:
             t_next = ahead[-1]
         h = t_next - t
         if observe is not None:
@@ -157,6 +158,8 @@ def adaptive_steps(
             first = step.stages[0]
             continue
         stats.accepted += 1
+        if clipped:  # by a stop, not by the error: what comes behind it may be as large as before
+            state = state._replace(h=max(state.h, size))
         first = step.stages[-1] if tableau.fsal and t_next not in discontinuous else None
         t, x = t_next, step.x1
         if ahead and t == ahead[-1]:

@@ -111,7 +111,14 @@ class Tolerance:
         return found["error"]
 
     def choose_first_step(
-        self, field: Callable[..., Tensor], t: float, x: Tensor, first: Tensor, direction: int, order: int
+        self,
+        field: Callable[..., Tensor],
+        t: float,
+        x: Tensor,
+        first: Tensor,
+        direction: int,
+        order: int,
+        span: float = math.inf,
     ) -> float:
         """Starting step of Hairer, Norsett, Wanner (II.4): one field evaluation, two waits for the device.
 
@@ -121,29 +128,39 @@ class Tolerance:
             first: the velocity there.
             direction: 1 or -1, of time.
             order: order q of the lower solution.
+            span: how far the solve goes; the field is not asked beyond.
         """
         scale = self._scale(x)
         d0, d1 = numbers(self.size(x / scale)), numbers(self.size(first / scale))
         if not math.isfinite(d0 + d1):
             return math.nan
-        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
         second = field(t + direction * h0, torch.add(x, first, alpha=direction * h0))
-        slope = max(d1, numbers(self.size((second - first) / scale)) / h0)
+        slope = max(numbers(self.size((second - first) / scale)) / h0, d1)
         if not math.isfinite(slope):
-            return math.nan
+            return h0  # so far the field is not defined: let the error control find how far it is
         return min(100 * h0, max(1e-6, h0 * 1e-3) if slope <= 1e-15 else (0.01 / slope) ** (1 / (order + 1)))
 
     def choose_first_steps(
-        self, field: Callable[..., Tensor], t: Tensor, x: Tensor, first: Tensor, direction: Tensor, order: int
+        self,
+        field: Callable[..., Tensor],
+        t: Tensor,
+        x: Tensor,
+        first: Tensor,
+        direction: Tensor,
+        order: int,
+        span: Tensor,
     ) -> Tensor:
         """:meth:`choose_first_step` for each sample, ``(B,)``; ``t`` and ``direction`` broadcast against the state."""
         scale = self._scale(x)
         d0, d1 = self.sizes(x / scale), self.sizes(first / scale)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        h0 = torch.where(span > 0, torch.minimum(h0, span.to(h0)), h0)  # where it is 0 no step will be taken
         h = direction * h0.reshape(direction.shape).to(direction.dtype)
         second = field(t + h, torch.addcmul(x, first, h).to(x.dtype))
-        slope = torch.maximum(d1, self.sizes((second - first) / scale) / h0)
+        slope = torch.maximum(self.sizes((second - first) / scale) / h0, d1)
         h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / slope) ** (1 / (order + 1)))
+        h1 = torch.where(slope.isfinite() | ~(d0 + d1).isfinite(), h1, h0)
         return torch.minimum(100 * h0, h1)
 
     def _scale(self, x: Tensor) -> Tensor:

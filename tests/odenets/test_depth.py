@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from odenets import ConvField, Flow, MLPField, Network, adapt, data
+from odenets import ConvField, Flow, MLPField, Network, adapt, data, measures, recalibrate
 from odenets.checkpoints import load_weights, save_weights
 from odenets.depth import AdaptiveDepth, DepthRule, adapt_depth, block_errors, plan
 from odenets.training import fit
@@ -90,16 +90,40 @@ def test_a_merge_that_breaks_the_tolerance_is_taken_back():
             return 3 * torch.sin(4 * x)
 
     net = Network(nn.Identity(), Flow(lambda: Stiff(3), depth=2, h=[0.05, 0.95]), nn.Linear(3, 2))
-    small, large = block_errors(net, [X])[0]
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(1))
+    small, large = block_errors(net, [x])[0]
     rule = DepthRule(large * 1.01, K=large / small / 2)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(net.named_parameters(), 0.1, momentum=0.9)
     blocks = list(net.flows[0].blocks)
-    edits = adapt_depth(net, lambda: [X], rule, optimizer).edits
-    assert [edit.kind for edit in edits] == ["merge"] or [edit.kind for edit in edits] == ["merge", "undo"]
-    if len(edits) == 2:
-        assert list(net.flows[0].blocks) == blocks
-        assert net.flows[0].h == (0.05, 0.95)
+    edits = adapt_depth(net, lambda: [x], rule, optimizer).edits
+    assert [edit.kind for edit in edits] == ["merge", "undo"]
+    assert list(net.flows[0].blocks) == blocks
+    assert net.flows[0].h == (0.05, 0.95)
     assert net.flows[0].total_time == pytest.approx(1.0)
+
+
+def test_what_a_merge_frees_is_not_given_away_in_the_same_round():
+    """The merge may be taken back, and then the flow would be deeper than it may be."""
+    assert plan([0.01, 0.5, 2.0], [0.3] * 3, DepthRule(1.0, K=8, max_depth=3)) == ["merge", "keep", "keep"]
+
+
+def test_names_of_parameters_follow_the_blocks():
+    net = network(depth=2, gain=10.0)
+    optimizer = torch.optim.SGD(net.named_parameters(), 0.01, momentum=0.9)
+    adapt_depth(net, lambda: [X], DepthRule(1e-9), optimizer)
+    (group,) = optimizer.param_groups
+    assert net.depth == 4
+    assert list(zip(group["param_names"], group["params"], strict=True)) == list(net.named_parameters())
+
+
+def test_errors_are_not_measured_on_statistics_that_were_never_taken():
+    net = Network(nn.Identity(), Flow(lambda: ConvField(4, norm="batch"), solver="bs23", depth=2), nn.Flatten())
+    x = torch.rand(8, 4, 5, 5)
+    net.train()(x)
+    with pytest.raises(ValueError, match="without statistics of the closing stage: recalibrate"):
+        block_errors(net, [x])
+    recalibrate(net, [x], lambda x: net.record(x, error=measures.error))
+    assert all(math.isfinite(e) for e in block_errors(net, [x])[0])
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])

@@ -173,6 +173,32 @@ def test_continuous_flow_agrees_with_torchdiffeq():
     assert records["action"].shape == (flow.statistics.accepted, 5)
 
 
+def test_what_is_measured_changes_no_state_of_a_shared_flow_with_batch_norm():
+    """Every stage has statistics of its own, so that a closing stage is not the first of the next step."""
+    torch.manual_seed(0)
+    flow = Flow(ConvField(4, norm="batch"), solver="bs23", depth=3, shared=True)
+    x = torch.rand(8, 4, 5, 5)
+    for _ in range(3):
+        flow.train().record(x, error=measures.error)
+    state, records = flow.eval().record(x, error=measures.error)
+    assert torch.equal(state, flow(x))
+    assert records["error"].shape == (3, 8)
+    assert flow.evaluations_per_pass(closing=True) == 12
+
+
+def test_batch_norm_takes_the_precision_of_its_weights():
+    flow = Flow(ConvField(4, norm="batch").double(), solver="bs23", depth=2)
+    assert flow(torch.rand(3, 4, 5, 5, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_refused_first_input_leaves_a_lazy_flow_as_it_was():
+    flow = Flow()
+    with pytest.raises(ValueError, match="no default field"):
+        flow(torch.rand(2, 3, 4))
+    assert flow(torch.rand(2, 3)).shape == (2, 3)
+    assert flow.input_shape == (3,)
+
+
 def test_shared_flow_uses_one_field():
     flow = Flow(MLPField(3), depth=4, shared=True)
     assert len(flow.blocks) == 1

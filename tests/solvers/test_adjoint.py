@@ -3,7 +3,7 @@ import torch
 import torchdiffeq
 from torch import nn
 
-from solvers import odeint, odeint_adjoint, odeint_event
+from solvers import Tolerance, integrate, odeint, odeint_adjoint, odeint_event
 
 D = torch.float64
 
@@ -128,3 +128,35 @@ def test_bad_arguments_are_named(arguments, message):
     func = arguments.pop("func", Field())
     with pytest.raises(ValueError, match=message):
         odeint_adjoint(func, torch.ones(2, 3, dtype=D), torch.tensor([0.0, 1.0], dtype=D), **arguments)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_event_time_moves_with_the_start_by_either_gradient(reverse):
+    """dy/dt = t + 2 from y(t0) = 1 to y = c: the time is a root of (t^2 - t0^2) / 2 + 2 (t - t0) = c - 1."""
+    t0, found = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), []
+    y0 = torch.ones(1, dtype=torch.float64)
+    for solve in (odeint, odeint_adjoint):
+        extra = {"adjoint_params": ()} if solve is odeint_adjoint else {}
+        time, _ = odeint_event(
+            lambda t, y: t + 2 + 0 * y, y0, t0, event_fn=lambda t, y: y[0] - (-0.3 if reverse else 2.0),
+            reverse_time=reverse, odeint_interface=solve, rtol=1e-9, atol=1e-9, **extra,
+        )  # fmt: skip
+        found.append((time.item(), torch.autograd.grad(time, t0)[0].item()))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[1][1] == pytest.approx((0.3 + 2) / (found[1][0] + 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["backsolve", "odeint_adjoint"])
+def test_complex_states_with_a_real_parameter(way):
+    """x' = -i w x: the gradient of the real part at 1 is that of cos(w)."""
+    w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    x0 = torch.ones(1, 1, dtype=torch.complex128)
+    field = lambda t, x: -1j * w * x  # noqa: E731
+    if way == "backsolve":
+        tolerance = Tolerance(1e-8, 1e-9)
+        x = integrate(field, x0, 0.0, 1.0, gradient=way, parameters=[w], tolerance=tolerance, solver="dopri5").x1
+    else:
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        x = odeint_adjoint(field, x0, t, adjoint_params=[w], rtol=1e-8, atol=1e-9)[-1]
+    (gradient,) = torch.autograd.grad(x.real.sum(), w)
+    assert gradient.item() == pytest.approx(-torch.tensor(2.0).sin().item(), rel=1e-5)

@@ -308,3 +308,31 @@ def test_bad_arguments_are_named(change, error, message):
     arguments = {"func": lambda t, y: -y, "y0": Y, "t": T} | change
     with pytest.raises(error, match=message):
         odeint(arguments.pop("func"), arguments.pop("y0"), arguments.pop("t"), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["grid", "step size", "times with gradients"])
+def test_no_output_is_lost_where_the_state_is_narrower_than_the_times(dtype, way):
+    """0.7 in the state's precision lies before 0.7."""
+    t = torch.tensor([0.0, 0.35, 0.7], dtype=torch.float64, requires_grad=way == "times with gradients")
+    options = {"step_size": 0.1}
+    if way == "grid":
+        options = {
+            "grid_constructor": lambda f, y, t: torch.stack([t[0], *(t[-1] * k / 7 for k in range(1, 7)), t[-1]])
+        }
+    found = odeint(lambda t, y: -y, torch.ones(2, 3, dtype=dtype), t, method="rk4", options=options)
+    assert found.shape == (3, 2, 3)
+    expected = (-t.detach()).exp().to(dtype)[:, None, None].expand(3, 2, 3)
+    torch.testing.assert_close(found.detach(), expected, rtol=3e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["adaptive_heun", "fehlberg2", "dopri5"])
+@pytest.mark.parametrize("stop", ["output", "step_t", "jump_t"])
+def test_a_step_clipped_by_a_stop_is_no_underflow(method, stop):
+    """Ten steps of 0.1 end a rounding before 1."""
+    t = torch.tensor([0.0, 1.0, 2.0] if stop == "output" else [0.0, 2.0], dtype=torch.float64)
+    options = {"max_step": 0.1, "first_step": 0.1} | ({} if stop == "output" else {stop: torch.tensor([1.0])})
+    found = odeint(
+        lambda t, y: -y, torch.ones(2, dtype=torch.float64), t, method=method, rtol=1e-2, atol=1e-2, options=options
+    )
+    torch.testing.assert_close(found[-1], torch.full((2,), math.exp(-2), dtype=torch.float64), rtol=1e-2, atol=0)

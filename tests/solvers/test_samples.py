@@ -204,3 +204,30 @@ def test_aligned_steps_are_each_samples_own_in_order(accepted):
         n = accepted[:, i].sum()
         np.testing.assert_array_equal(starts[:n, i], np.arange(n))
         np.testing.assert_array_equal(sizes[:, i], [1.0] * n + [0.0] * (len(sizes) - n))
+
+
+@pytest.mark.parametrize("solver", ["bs23", "dopri5", "heun"])
+def test_dense_solution_of_samples_that_met_their_event(solver):
+    """The last step of such a sample goes on beyond its event."""
+    x0 = torch.tensor([[1.0, 0.0], [3.0, 0.0], [100.0, 0.0]], dtype=D)
+    solution = integrate(
+        fall, x0, 0.0, 2.0, control="sample", event=lambda t, x: x[:, 0], args=(0.0,), keep="steps", solver=solver
+    )
+    for i in range(2):
+        time = solution.event_time[i]
+        at = torch.stack([0 * time, time / 3, time * 0.9]).clamp(max=float(solution.t1.min()))
+        found = solution(at)
+        exact = torch.stack([x0[i, 0] - 9.81 * at**2 / 2, -9.81 * at], -1)
+        torch.testing.assert_close(found[:, i], exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(solution(solution.t1.min())[0], solution.x1[0], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", ["bs23", "heun", "fehlberg2"])
+@pytest.mark.parametrize("rates", [[1.0, 20.0], [1.0, 2.0, 3.0, 20.0]])
+def test_dense_solution_of_a_field_that_knows_its_samples_by_position(solver, rates):
+    rates = torch.tensor(rates, dtype=D)[:, None]
+    solution = integrate(
+        lambda t, x, a: -a * x, torch.ones_like(rates), 0.0, 1.0, solver=solver, control="sample", keep="steps",
+        args=(rates,), tolerance=Tolerance(1e-5, 1e-7),
+    )  # fmt: skip
+    torch.testing.assert_close(solution(0.5), (-rates / 2).exp(), rtol=1e-2, atol=1e-5)

@@ -193,3 +193,58 @@ def test_a_limit_keeps_its_solution_when_it_raises():
         integrate(lotka, X0, 0.0, 10.0, tolerance=Tolerance(max_steps=5))
     assert caught.value.solution.status == "max_steps"
     assert caught.value.solution.stats.accepted + caught.value.solution.stats.rejected == 5
+
+
+def test_a_time_at_the_end_may_be_rounded():
+    solution = integrate(lotka, X0.float(), 0.0, 0.3, keep="steps")
+    torch.testing.assert_close(solution(torch.linspace(0, 0.3, 4))[-1], solution.x1)
+    each = integrate(lotka, X0.float(), 0.0, 0.3, keep="steps", control="sample")
+    torch.testing.assert_close(each(torch.linspace(0, 0.3, 4))[-1], each.x1)
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_solve_of_no_time_is_its_first_state(steps):
+    assert torch.equal(integrate(lotka, X0, 1.0, 1.0, steps=steps, keep="steps")(1.0), X0)
+    at_once = integrate(lotka, X0, 0.0, 1.0, steps=steps, keep="steps", event=lambda t, x: x[0, 0] - 1)
+    assert at_once.status == "event"
+    assert torch.equal(at_once(0.0), X0)
+
+
+@pytest.mark.parametrize("t1", [2.0, 1e2, 1e6])
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_a_far_end_costs_an_event_no_precision(t1, control):
+    fall = lambda t, x: torch.stack([x[..., 1], torch.full_like(x[..., 1], -9.81)], -1)  # noqa: E731
+    solution = integrate(fall, torch.tensor([[1.0, 0.0]]), 0.0, t1, event=lambda t, x: x[:, 0], control=control)
+    assert solution.event_time.item() == pytest.approx(math.sqrt(2 / 9.81), rel=1e-6)
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_the_first_step_is_looked_for_within_the_solve(control):
+    """A slow start, from which the usual guess would go to where the field is not defined, or overflows."""
+    asked = []
+
+    def field(t, x):
+        asked.append(float(torch.as_tensor(t).max()))
+        return 1e-4 * torch.exp(torch.as_tensor(5 * t)) + 0 * x
+
+    growth = integrate(field, torch.ones(2, 1), 0.0, 1.0, control=control)
+    torch.testing.assert_close(growth.x1, torch.full((2, 1), 1 + 1e-4 * (math.exp(5) - 1) / 5), rtol=1e-3, atol=0)
+    assert max(asked) <= 1
+    circle = integrate(
+        lambda t, x: 1e-4 * (1 - torch.as_tensor(t).double() ** 2).sqrt() + 0 * x, torch.ones(2, 1, dtype=D), 0.0, 1.0,
+        control=control,
+    )  # fmt: skip
+    torch.testing.assert_close(circle.x1, torch.full((2, 1), 1 + 1e-4 * math.pi / 4, dtype=D), rtol=1e-6, atol=0)
+
+
+def test_times_that_require_gradients_are_refused():
+    with pytest.raises(ValueError, match="t1 must not require a gradient"):
+        integrate(lotka, X0, 0.0, torch.tensor(1.0, requires_grad=True))
+
+
+def test_the_gradient_of_an_event_to_its_own_parameters():
+    """Nothing else asks for one: e^-t = c at t = -ln c."""
+    c = torch.tensor(0.5, requires_grad=True, dtype=D)
+    solution = integrate(lambda t, x: -x, torch.ones(1, 1, dtype=D), 0.0, 2.0, event=lambda t, x: x[0, 0] - c)
+    (gradient,) = torch.autograd.grad(solution.event_time, c)
+    assert gradient.item() == pytest.approx(-2.0, rel=1e-3)
