@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from odenets import Adapted, Network, adapt, models
 
 SCHEDULES = ("sequential", "laps", "parallel")
@@ -73,8 +75,7 @@ def _resnet110(channels: int, size: int, classes: int, normalize: models.Normali
 
 def _vision(name: str, stem: str, channels: int, size: int, classes: int, normalize: models.Normalize) -> Adapted:
     model = models.vision(name, classes, stem=stem, size=size)  # type: ignore[arg-type]
-    model.register_forward_pre_hook(lambda module, args: (normalize(args[0]), *args[1:]))
-    return adapt(model)
+    return adapt(nn.Sequential(normalize, model))
 
 
 def _rows(schedule: str, rows: dict[int, tuple[float, float, float, float]]) -> dict[tuple[int, str, str], Any]:

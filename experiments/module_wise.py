@@ -184,7 +184,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
     pool, validation, test = parts_of(config)
     batches = data.Batches(
-        data.subsample(pool, job.size, seed=job.seed),
+        data.subsample(pool, job.size, seed=job.seed) if job.size < len(pool) else pool,
         setting.batch_size,
         seed=job.seed,
         crop=0 if setting.dataset == "digits" else 4,
@@ -207,7 +207,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     found = {"validation": network.accuracies(data.Batches(validation, 500))}
     if not job.tuning:
         found["test"] = network.accuracies(data.Batches(test, 100))
-        recalibrate(network, batches.inputs(), run=lambda x: list(network.outputs(x)))
+        recalibrate(network, batches.inputs())  # of the last head alone, which may be that of other modules too
         found["recalibrated"] = network.accuracies(data.Batches(test, 100))
     run.finish(asdict(job) | found, seeds=[job.seed])
 

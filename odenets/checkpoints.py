@@ -13,7 +13,7 @@ from torch import nn
 
 from odenets.flow import Flow
 
-__all__ = ["fingerprint", "load_weights", "restore_structure", "save_weights", "structure"]
+__all__ = ["fingerprint", "is_finite", "load_weights", "restore_structure", "save_weights", "structure"]
 
 
 def structure(network: nn.Module) -> dict[str, Any]:
@@ -39,6 +39,18 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
             reference = next((p for p in network.parameters() if not nn.parameter.is_lazy(p)), torch.empty(0))
             flow.materialise(reference.new_zeros(1, *saved[name]["input_shape"]))
         flow.resize(saved[name]["h"])
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Whether all weights and buffers are finite, as what is kept to go on from must be; waits for the device once.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> is_finite(layer), is_finite(layer.requires_grad_(False)), is_finite(nn.ReLU())
+    (True, True, True)
+    """
+    values = [value.isfinite().all() for value in (*network.parameters(), *network.buffers())]
+    by_device = {value.device: [v for v in values if v.device == value.device] for value in values}
+    return all(bool(torch.stack(found).all()) for found in by_device.values())
 
 
 def fingerprint(network: nn.Module) -> str:

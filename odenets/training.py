@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from odenets.adapting import Adapted
-from odenets.checkpoints import restore_structure, structure
+from odenets.checkpoints import is_finite, restore_structure, structure
 from odenets.data import Batches
 from odenets.flow import Records
 from odenets.measures import Measure
@@ -313,13 +313,12 @@ def _set_up(training: Training, fabric: Fabric) -> tuple[Any, Any]:
 
 
 def _trouble(training: Training, loss: float, measured: Evaluation | None, loss_limit: float) -> str | None:
-    """What went wrong in an epoch, if anything did; the device is waited for once."""
+    """What went wrong in an epoch, if anything did."""
     if not (math.isfinite(loss) and loss <= loss_limit):
         return f"its training loss is {loss}"
     if measured is not None and not math.isfinite(measured.loss):
         return f"its validation loss is {measured.loss}"
-    values = [*training.network.parameters(), *training.network.buffers()]
-    if not torch.stack([value.isfinite().all() for value in values]).all().item():
+    if not is_finite(training.network):
         return "it left weights that are not finite"
     return None
 

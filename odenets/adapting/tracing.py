@@ -26,9 +26,14 @@ def cut_adapted(network: Adapted, ends: Sequence[int], at: Literal["end", "start
         One :class:`Adapted` per part, and the module after the last block.
 
     Raises:
-        ValueError: the model cannot be traced, calls its blocks in another order or not once, or more than one tensor
-            crosses a cut.
+        ValueError: the model has hooks of its own, which a graph leaves out, cannot be traced, calls its blocks in
+            another order or not once, or more than one tensor crosses a cut.
     """
+    if network.model._forward_pre_hooks or network.model._forward_hooks:
+        raise ValueError(
+            f"{type(network.model).__name__} has hooks, which would be lost where it is cut: make what they do a "
+            "module, nn.Sequential(normalize, model)"
+        )
     traced = {mode: _trace(network, mode) for mode in (True, False)}
     parts = {mode: _split(network, graph, ends, at) for mode, graph in traced.items()}
     found: list[nn.Module] = []

@@ -71,6 +71,8 @@ class Buffer:
         """
         with self.changed:
             self._wait(lambda: bool(self.entries))
+            if self.error is not None and self.size > 1:  # what it has would be trained on for ever
+                raise WorkerLostError(f"{self.who} is gone ({self.error})") from self.error
             if self.size == 1:
                 message = self.entries.popleft()[1]
                 self.changed.notify_all()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from odenets.checkpoints import is_finite
 from odenets.data import Batches
 from odenets.module_wise.buffers import Buffer, Message, Receiver, Sender, WorkerLostError
 from odenets.module_wise.modules import ModuleWise
@@ -59,12 +60,12 @@ def fit_in_processes(
         objective: makes the objective of each module; cross-entropy alone if not given.
         buffer: batches between two processes. With 1 each module takes every batch once and in order: the losses are
             those of the parallel schedule in one process, and the slowest process sets the pace. With more nobody
-            waits: a module that is fast trains again on what it has, one that is slow leaves batches out.
+            waits: a module that is fast trains again on what it has, one that is slow leaves batches out, and ends on
+            the last ones once those before it are done.
         replicas: processes per group of modules; each takes its share of every batch, and their gradients are averaged.
         clip_norm: largest norm of a module's gradient.
-        run: where each module keeps a checkpoint per epoch, on a file system that all processes share; where there are
-            any the training goes on from the newest epoch that all modules have completed, or with a larger buffer each
-            from its own.
+        run: where each module keeps a checkpoint per epoch, on a file system that all processes share, from the newest
+            epoch on that all modules have completed; the training goes on from there.
         timeout: seconds after which a process that is silent counts as lost.
         device: of this process; states are sent from there (NCCL) or by way of the host (gloo).
 
@@ -74,10 +75,13 @@ def fit_in_processes(
     Raises:
         RuntimeError: no process group.
         WorkerLostError: another process is gone or silent; the checkpoints stand.
-        DivergedError: a loss is not finite.
-        ValueError: more processes than modules, processes that do not divide into replicas, a buffer below 1, or a
-            batch too small.
+        DivergedError: a loss or a weight is not finite.
+        ValueError: more processes than modules, processes that do not divide into replicas, a buffer below 1, a
+            clip_norm that is not positive, a batch too small, modules of different processes that share parameters, or
+            checkpoints of no common epoch.
     """
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
             "no process group: launch with torchrun and call torch.distributed.init_process_group('gloo'), or 'nccl', "
@@ -129,6 +133,7 @@ class _Worker:
         ends = [0, *even(network.K, self.stages)]
         self.owned = [range(a, b) for a, b in pairwise(ends)]
         self.own = self.owned[self.stage]
+        _check_apart(network, self.owned)
         self.modules = [network.modules_in_order[k].to(self.device) for k in self.own]
         self.optimizers = [optimizer(module.parameters()) for module in self.modules]
         self.objectives: list[Objective] = [objective(k, network.K).to(self.device) for k in self.own]
@@ -179,9 +184,9 @@ class _Worker:
                 totals += self._step(message)
                 seen += len(message.y)
             loss, accuracy = (totals / seen).T.tolist()
-            if not all(map(math.isfinite, loss)):
+            if not all(map(math.isfinite, loss)) or not all(map(is_finite, self.modules)):
                 raise DivergedError(
-                    f"the training loss of epoch {self.epoch + 1} is {loss}; the last checkpoint stands"
+                    f"epoch {self.epoch + 1} diverged, with a training loss of {loss}; the last checkpoint stands"
                 )
             self.epoch += 1
             for i, k in enumerate(self.own):
@@ -245,7 +250,6 @@ class _Worker:
                     distributed.broadcast(buffer, self.stage * self.replicas, group=self.group)
         if self.run is None or self.replica:
             return
-        kept = 2 + -(-3 * self.stages // len(self.batches))  # by so many epochs modules in lockstep may be apart
         for i, k in enumerate(self.own):
             state = {
                 "module": self.modules[i].state_dict(),
@@ -255,20 +259,23 @@ class _Worker:
                 "epoch": self.epoch,
             }
             self.run.save_state(state, f"module{k + 1}-epoch{self.epoch}.pt")
+        # however far apart they are, all keep the newest epoch that all have completed
+        common = min(max(_checkpoints(self.run.folder, k), default=0) for k in range(self.network.K))
+        for k in self.own:
             for epoch, path in _checkpoints(self.run.folder, k).items():
-                if epoch <= self.epoch - kept:
+                if epoch < common:
                     path.unlink(missing_ok=True)
 
     def _resume(self) -> None:
-        """Take up the newest epoch that all modules have completed, or without lockstep this process' own newest."""
+        """Take up the newest epoch that all modules have completed."""
         if self.run is None:
             return
         found = [set(_checkpoints(self.run.folder, k)) for k in range(self.network.K)]
-        lockstep = self.places == 1
-        common = set.intersection(*(found if lockstep else [found[k] for k in self.own]))
-        newest = torch.tensor(max(common, default=0))
-        if lockstep:
-            distributed.broadcast(newest.to(self.device), 0)
+        common = set.intersection(*found)
+        if all(found) and not common:
+            raise ValueError(f"the modules' checkpoints in {str(self.run.folder)!r} have no epoch in common")
+        newest = torch.tensor(max(common, default=0), device=self.device)
+        distributed.broadcast(newest, 0)
         self.epoch = int(newest)
         if not self.epoch:
             return
@@ -280,6 +287,19 @@ class _Worker:
             self.objectives[i].load_state_dict(state["objective"])
             self.rows += json.loads(state["rows"])
         self.rows.sort(key=lambda row: (row["epoch"], row["module"]))
+
+
+def _check_apart(network: ModuleWise, owned: list[range]) -> None:
+    """That no parameter is trained by two processes."""
+    owner: dict[int, int] = {}
+    for stage, own in enumerate(owned):
+        for k in own:
+            for name, p in network.modules_in_order[k].named_parameters():
+                if owner.setdefault(id(p), stage) != stage:
+                    raise ValueError(
+                        f"modules of different processes must not share parameters, but module {k + 1} shares its "
+                        f"{name}: one head for all modules takes one process (fit_modules)"
+                    )
 
 
 def _checkpoints(folder: Path, k: int) -> dict[int, Path]:

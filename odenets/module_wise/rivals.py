@@ -38,7 +38,7 @@ class Reconstruction(nn.Module):
 
     def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
         """The weighted loss of states ``(B, C, H, W)``."""
-        # the convolution keeps few channels, so that only they are interpolated
+        # the paper interpolates first; here the convolution keeps few channels, so that only they are interpolated
         hidden = F.interpolate(self.first(state), images.shape[-2:], mode="bilinear", align_corners=False)
         decoded = self.second(self.norm(hidden).relu())
         return self.weight * F.binary_cross_entropy_with_logits(decoded, images)

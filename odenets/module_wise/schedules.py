@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from odenets.checkpoints import is_finite
 from odenets.data import Batches
 from odenets.module_wise.modules import Module, ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy
@@ -136,9 +137,12 @@ def fit_modules(
         device: where it computes.
 
     Raises:
-        DivergedError: a loss is not finite; the last checkpoint stands.
-        ValueError: arguments out of range, or a batch of one sample, which batch norms cannot take.
+        DivergedError: a loss or a weight is not finite; the last checkpoint stands.
+        ValueError: arguments out of range, a batch of one sample, which batch norms cannot take, or a checkpoint of a
+            sequential training with other epochs or laps.
     """
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     counts = _counts(network, epochs, schedule, laps, cache, offload)
     smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
     if smallest < 2 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules()):
@@ -157,6 +161,11 @@ def fit_modules(
     training = ModuleTraining(network, objectives.to(device), optimizers, [rate(o) for o in optimizers] if rate else [])
     state = run.load_state(checkpoint) if run else None
     if state is not None:
+        if schedule == "sequential" and state["plan"] != [laps, *counts]:
+            raise ValueError(
+                f"epochs and laps must be those of the checkpoint, {state['plan'][1:]} and {state['plan'][0]}, got "
+                f"{counts} and {laps}"
+            )
         training.load_state_dict(state)
     batches = Batches(batches.data.to(device), batches.size, batches.seed, batches.crop, batches.flip)
     if validation is not None:
@@ -169,10 +178,10 @@ def fit_modules(
         for visit in plan[training.done :]:
             totals = loop.epoch(visit)
             loss, accuracy = (totals / len(batches.data)).T.tolist()
-            if not all(map(math.isfinite, loss)):
+            if not all(map(math.isfinite, loss)) or not is_finite(network):
                 raise DivergedError(
-                    f"the training loss of epoch {training.done + 1} is {loss}: lower the learning rate or normalise "
-                    "the inputs; the last checkpoint stands"
+                    f"epoch {training.done + 1} diverged, with a training loss of {loss}: lower the learning rate or "
+                    "normalise the inputs; the last checkpoint stands"
                 )
             training.done += 1
             trained = range(K) if visit.module is None else [visit.module]
@@ -188,7 +197,7 @@ def fit_modules(
                 for k in [0] if whole else trained:
                     training.rates[k].step()
             if run is not None:
-                run.save_state(training.state_dict(), checkpoint)
+                run.save_state(training.state_dict() | {"plan": [laps, *counts]}, checkpoint)
                 run.log(training.rows)
             bar.update()
             report(1)
@@ -275,14 +284,15 @@ class _Loop:
 
     def _load(self, k: int) -> None:
         """Module k and its optimiser on the device, the others on the CPU."""
-        modules = self.training.network.modules_in_order
-        for j, (module, optimizer) in enumerate(zip(modules, self.training.optimizers, strict=True)):
-            device = self.device if j == k else torch.device("cpu")
-            if next(module.parameters()).device != device:
-                _move(module, optimizer, device)
+        modules = list(zip(self.training.network.modules_in_order, self.training.optimizers, strict=True))
+        for j, (module, optimizer) in enumerate(modules):
+            if j != k:
+                _move(module, optimizer, torch.device("cpu"))
+        _move(*modules[k], self.device)  # last: it may share its head with others
 
 
 def _move(module: Module, optimizer: Optimizer, device: torch.device) -> None:
+    """A module and the state of its optimiser on a device, where what is there already stays as it is."""
     module.to(device)
     for state in optimizer.state.values():
         for name, value in state.items():

@@ -53,6 +53,7 @@ def local_step(
         loss = loss + module.local_loss(state, images, y)
     with torch.no_grad():
         found = torch.stack([loss.detach().double() * len(y), (output.argmax(1) == y).sum().double()])
+    optimizer.zero_grad()  # of what was done with the network before
     loss.backward()
     state = state.detach()
     del output, records, loss  # and with them what the backward pass needed
@@ -129,6 +130,7 @@ def end_to_end_step(
     loss = objective(network, (x, y), output, records)
     with torch.no_grad():
         values = torch.stack([loss.detach().double() * len(y), (output.argmax(1) == y).sum().double()])
+    optimizer.zero_grad()
     loss.backward()
     del output, records, loss, state, rows
     _apply(network, optimizer, clip_norm)
@@ -150,6 +152,8 @@ def _without_statistics(part: nn.Module) -> Iterator[None]:
     """Batch norms leave their running statistics as they are."""
     norms = [m for m in part.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    counters = [norm.batches if isinstance(norm, StageBatchNorm) else norm.num_batches_tracked for norm in norms]
+    counted = [(counter, counter.clone()) for counter in counters if counter is not None]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -157,3 +161,5 @@ def _without_statistics(part: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for counter, before in counted:
+            counter.copy_(before)

@@ -126,6 +126,15 @@ def test_errors():
         cut(models.resnet9(readout="ensemble", solver="bs23"), [3, 9])
 
 
+def test_hooks_of_a_model_are_not_lost_in_silence():
+    model = tv.resnet18(num_classes=4)
+    hook = model.register_forward_pre_hook(lambda module, args: (args[0] - 1,))
+    with pytest.raises(ValueError, match=r"ResNet has hooks, which would be lost where it is cut: make what they do"):
+        cut(adapt(model), [4, 8])
+    hook.remove()
+    cut(adapt(model), [4, 8])
+
+
 def test_only_one_tensor_may_cross_a_cut():
     class Skipping(nn.Module):
         def __init__(self):

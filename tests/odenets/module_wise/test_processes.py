@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from odenets import load_weights
-from odenets.module_wise import fit_in_processes, fit_modules
+from odenets import data, load_weights, models
+from odenets.module_wise import conv_head, fit_in_processes, fit_modules, module_wise
 from odenets.module_wise.buffers import Buffer, Message, WorkerLostError
+from odenets.module_wise.processes import _check_apart
 from tests.odenets.module_wise import train_modules
 
 SCRIPT = Path(train_modules.__file__)
@@ -102,6 +103,15 @@ def test_replicas_share_batches(tmp_path):
         assert all(torch.equal(p, q) for p, q in zip(network.parameters(), other.parameters(), strict=True))
 
 
+def test_modules_of_different_processes_share_nothing():
+    train, _ = data.load("digits")
+    network = models.resnet9(1, 10, features=8, size=8, depth=2)
+    modules = module_wise(network, 2, train.x[:2], head=conv_head(torch.rand(2, 8, 4, 4), 10), last_head="auxiliary")
+    _check_apart(modules, [range(2)])
+    with pytest.raises(ValueError, match=r"must not share parameters, but module 2 shares its head"):
+        _check_apart(modules, [range(1), range(1, 2)])
+
+
 def message(i):
     return Message(torch.full((1, 1), float(i)), torch.empty(0), torch.tensor([i]), 1)
 
@@ -131,6 +141,12 @@ def test_who_is_gone_or_silent_is_named():
     buffer.fail(RuntimeError("closed"))
     with pytest.raises(WorkerLostError, match=r"module 1 \(rank 0\) is gone \(closed\)"):
         buffer.take()
+    held = Buffer(2, 0.05, "the process of module 1 (rank 0)")
+    held.put(message(1))
+    assert int(held.take().y) == 1
+    held.fail(RuntimeError("closed"))
+    with pytest.raises(WorkerLostError, match="is gone"):
+        held.take()  # it would be trained on for ever
 
 
 def test_without_a_group():

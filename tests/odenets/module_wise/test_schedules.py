@@ -5,6 +5,7 @@ import torch
 
 from odenets import data, models
 from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
+from odenets.module_wise.schedules import _move
 from odenets.objectives import CrossEntropy
 from odenets.runs import Run
 from odenets.training import DivergedError
@@ -131,6 +132,8 @@ def test_bad_input():
         fit_modules(modules_of(), BATCHES, epochs=[1, 2], optimizer=SGD, schedule="sequential")
     with pytest.raises(ValueError, match="at least 2 samples for batch norm, the last one holds 1"):
         fit_modules(modules_of(), data.Batches(data.subsample(DIGITS, 81), 40), epochs=1, optimizer=SGD)
+    with pytest.raises(ValueError, match="clip_norm must be positive, got -1"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, clip_norm=-1)
     with pytest.raises(ValueError, match="views must be at least 1"):
         fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory", views=0)
 
@@ -138,11 +141,43 @@ def test_bad_input():
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
     run = Run(tmp_path / "run", {})
     fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, run=run)
-    with pytest.raises(DivergedError, match=r"the training loss of epoch 2 is \[nan, nan, nan\]"):
+    with pytest.raises(DivergedError, match=r"epoch 2 diverged, with a training loss of \[nan, nan, nan\]"):
         fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, run=run, objective=lambda k, K: NotFinite())
     state = run.load_state()
     assert state is not None
     assert state["done"] == 1
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential", "end-to-end"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, schedule):
+    """The only step of an epoch breaks them after its loss was finite."""
+    run, whole = Run(tmp_path / "run", {}), data.Batches(DIGITS, 120)
+    arguments = {"epochs": 1, "optimizer": SGD, "schedule": schedule, "objective": lambda k, K: Breaking()}
+    with pytest.raises(DivergedError, match=r"epoch 1 diverged, with a training loss of \[[\d.]"):
+        fit_modules(modules_of(), whole, run=run, **arguments)
+    assert run.load_state() is None
+
+
+class Breaking(CrossEntropy):
+    def after_step(self, network, batch):
+        torch.nn.init.constant_(next(network.parameters()), torch.nan)
+
+
+def test_a_resumed_sequence_keeps_its_plan(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", run=run)
+    with pytest.raises(ValueError, match=r"epochs and laps must be those of the checkpoint, \[1, 1, 1\] and 1, got"):
+        fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, schedule="sequential", run=run)
+
+
+def test_a_module_moves_where_any_of_it_is_elsewhere():
+    """Its weights are there already, but the optimiser's momentum is not."""
+    modules = modules_of()
+    training = fit_modules(modules, BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
+    module, optimizer = modules.modules_in_order[0], training.optimizers[0]
+    module.to("meta")
+    _move(module, optimizer, torch.device("meta"))
+    assert {value["momentum_buffer"].device.type for value in optimizer.state.values()} == {"meta"}
 
 
 class NotFinite(CrossEntropy):

@@ -10,6 +10,7 @@ from odenets import adapt, data, measures, models
 from odenets.least_action import ActionPenalty
 from odenets.memory import memory
 from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_step, trgl, trgl_multipliers
+from odenets.objectives import CrossEntropy
 from odenets.training import fit
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -87,8 +88,24 @@ def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
     batches = data.Batches(data.Dataset("x", X, Y, 10, (0.0,), (1.0,)), 6)
     fit(plain, batches, epochs=2, optimizer=lambda n: sgd(n.parameters()), objective=ActionPenalty(0.5))
     for (name, p), (_, q) in zip(network.state_dict().items(), plain.state_dict().items(), strict=True):
-        if "batches" not in name:  # how many were seen; running averages do not depend on it
-            torch.testing.assert_close(p, q, msg=name)
+        torch.testing.assert_close(p, q, msg=name)
+
+
+@pytest.mark.parametrize("step", ["parallel", "end-to-end"])
+def test_gradients_of_what_was_done_before_are_forgotten(step):
+    torch.manual_seed(1)
+    modules = module_wise(models.resnet9(1, 10, features=8, size=8, depth=4), 2, X).train()
+    clean = copy.deepcopy(modules)
+    for p in modules.parameters():
+        p.grad = torch.ones_like(p)
+    for network in (modules, clean):
+        optimizers = [torch.optim.SGD(module.parameters(), 0.1) for module in network.modules_in_order]
+        if step == "parallel":
+            parallel_step(network, [CrossEntropy()] * 2, optimizers, X, Y)
+        else:
+            end_to_end_step(network, CrossEntropy(), torch.optim.SGD(network.parameters(), 0.1), X, Y)
+    for p, q in zip(modules.parameters(), clean.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_peak_memory_falls_with_the_number_of_modules():
