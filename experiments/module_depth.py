@@ -266,7 +266,7 @@ COLUMNS: dict[str, Any] = {
     "last module": "{last:.2f}",
     "last - VanGL": "{last_difference:.2f}",
     "p": "{last_p:.2g}",
-    "last - best module": "{stagnation:.2f}",
+    "last - best module (on test)": "{stagnation:.2f}",
     "last, recomputed statistics": "{recalibrated:.2f}",
     "recomputed - VanGL": "{recalibrated_difference:.2f}",
 }

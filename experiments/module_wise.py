@@ -4,8 +4,8 @@ Modules of a residual network are trained each by its own loss, with (TRGL) or w
 beside the network end to end and, where asked, three rivals: InfoPro, PredSim and AugLocal. Every method's learning
 rate and tau are chosen on validation images, by the last module; what is reported is the accuracy on test images after
 the last epoch, after the last module and after the one that is best on validation images, over seeds that share images
-and weights at the start, so that differences are paired; and that of the last module with batch norm's statistics
-recomputed.
+and, but for the rivals, whose losses and heads are drawn among them, weights at the start, so that differences are
+paired; and that of the last module with batch norm's statistics recomputed.
 
     python experiments/module_wise.py
     python experiments/module_wise.py --list
