@@ -82,11 +82,12 @@ def train(config: Config, job: Job, report: Report) -> None:
     results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
     for network, batch in zip(found.networks, batches, strict=True):
         for way in WAYS:
-            if way == "recalibrated" and way in job.ways:
+            if way not in (job.ways or ("last",)):  # the protocol, which looked while it trained, has no ways
+                continue
+            if way == "recalibrated":
                 recalibrate(network, batch.inputs())
-            if way in job.ways or (protocol and way == "last"):
-                results[f"action_{way}"].append(action(network.eval(), batch.data.x))
-            if way in job.ways:
+            results[f"action_{way}"].append(action(network.eval(), batch.data.x))
+            if not protocol:
                 results[way].append(evaluate(network, looked).accuracy)
     if protocol:
         results["max"] = found.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look

@@ -42,15 +42,16 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def is_finite(network: nn.Module) -> bool:
-    """Whether all weights and buffers are finite, as what is kept to go on from must be; waits for the device once.
+    """Whether all weights and buffers are finite, as what is kept to go on from must be; waits for each device once.
 
     >>> layer = nn.Linear(2, 2)
     >>> is_finite(layer), is_finite(layer.requires_grad_(False)), is_finite(nn.ReLU())
     (True, True, True)
     """
-    values = [value.isfinite().all() for value in (*network.parameters(), *network.buffers())]
-    by_device = {value.device: [v for v in values if v.device == value.device] for value in values}
-    return all(bool(torch.stack(found).all()) for found in by_device.values())
+    found: dict[torch.device, list[torch.Tensor]] = {}
+    for value in (*network.parameters(), *network.buffers()):
+        found.setdefault(value.device, []).append(value.isfinite().all())
+    return all(bool(torch.stack(values).all()) for values in found.values())
 
 
 def fingerprint(network: nn.Module) -> str:
