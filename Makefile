@@ -1,8 +1,8 @@
-# `make test`, `make adaptive-depth`, `make neural-ode` and `make circles` need Python 3.11 or newer and make, nothing else.
+# `make test`, `make test-all`, `make adaptive-depth`, `make neural-ode` and `make circles` need Python 3.11 or newer and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: adaptive-depth circles neural-ode test benchmarks clean
+.PHONY: adaptive-depth circles neural-ode test test-all benchmarks clean
 
 adaptive-depth: .venv/installed
 	$(BIN)/python experiments/adaptive_depth.py --resume $(ARGS)
@@ -17,7 +17,11 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest -q -n auto
+	$(BIN)/pytest -q -n auto --dist worksteal
+
+# after `make test`: the tests marked slow, and other random examples
+test-all: test
+	$(BIN)/pytest -q -n auto --dist worksteal -m "slow or hypothesis" --hypothesis-profile=new
 
 benchmarks: .venv/installed
 	mkdir -p .benchmarks
