@@ -45,5 +45,5 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_finish():
-    """What is loaded by now stays: `fit` collects garbage, which would take half a second of looking at it each time."""
+    """What is loaded by now stays: to look at it whenever `fit` collects garbage takes half a second each time."""
     gc.freeze()
