@@ -68,6 +68,7 @@ def test_a_missing_data_folder_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_untied_networks_and_points(tmp_path):
     options = TINY | {"seeds": (0,), "long_time": 0.0, "stages": "untied", "dataset": "moons"}
     adaptive_depth.main(adaptive_depth.Config(**options, output=tmp_path / "run"))
@@ -75,6 +76,7 @@ def test_untied_networks_and_points(tmp_path):
     assert next(row for row in rows if row["network"] == "fixed 4")["evaluations_per_forward"] == 16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_and_resumed_it_ends_with_the_same_weights(folder, tmp_path):
     script = Path(adaptive_depth.__file__)

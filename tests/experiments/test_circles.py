@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_folder_with_its_table(folder):
     shown = (folder / "table.md").read_text()
     assert "95.8 ± 1.8" in shown
@@ -34,6 +35,7 @@ def test_a_run_leaves_a_folder_with_its_table(folder):
     assert cell["epochs"] == [2.0] * 3
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on_with_what_is_there(folder, monkeypatch):
     before = (folder / "21_lap" / "summary.json").read_bytes()
     monkeypatch.setattr("circles.figures", lambda config: {})

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("detection")
 
 
-@pytest.mark.parametrize("setting", ["seen", "unseen", "ood"])
+@pytest.mark.parametrize("setting", ["seen", *(pytest.param(s, marks=pytest.mark.slow) for s in ("unseen", "ood"))])
 def test_a_run_prints_its_table_and_goes_on(folder, capsys, setting):
     config = replace(TINY, setting=setting, output=folder, noisy=setting == "seen")
     if setting == "unseen":
@@ -41,6 +41,7 @@ def test_a_run_prints_its_table_and_goes_on(folder, capsys, setting):
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.slow
 def test_attacks_that_know_of_the_detector(folder, capsys):
     main(replace(TINY, setting="adaptive", output=folder))
     rows = read_summary(folder / "adaptive")["results"]["rows"]

@@ -19,6 +19,7 @@ def test_a_run_prints_its_table(tmp_path, capsys):
     assert "| resnet110 | TRGL" in shown
 
 
+@pytest.mark.slow
 def test_memory_saved_on_resnet110_is_at_least_the_thesis():
     """Table 9, at the thesis' size: 96 x 96 in batches of 64."""
     whole = peak("resnet110", "end-to-end", 1, 64, "cpu")["bytes"]
@@ -35,6 +36,7 @@ def test_splits_of_the_thesis():
     assert set(SETTINGS) >= {"resnet50", "vgg19", "swin_t"}
 
 
+@pytest.mark.slow
 def test_networks_of_table_31_are_measured(tmp_path):
     config = replace(Config(), networks=("vgg19", "swin_t"), methods=("end-to-end", "VanGL", "TRGL"), batch_size=64)
     rows = measure(config)

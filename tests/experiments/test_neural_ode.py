@@ -184,6 +184,7 @@ def test_a_missing_data_folder_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_killed_and_resumed_it_ends_with_the_same_weights(folder, tmp_path):
     options = {f"--{name.replace('_', '-')}": str(value) for name, value in TINY.items()} | {"--seeds": "0"}

@@ -54,6 +54,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "sleeper.py"

@@ -174,6 +174,7 @@ def test_gradients_are_clipped_to_the_norm(parts):
     assert_same_weights(trained(parts, 1), trained(parts, 1, clip_norm=1e9), 1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_training_is_what_eager_is(parts):
     compiled = trained(parts, compile=True)
     assert_same_weights(trained(parts), compiled)
@@ -215,6 +216,7 @@ def two_processes(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(two_processes, tmp_path):
     """Shares of a batch and the last batch of an epoch are of several sizes."""
     train_in_processes.main(tmp_path, Fabric(accelerator="cpu", devices=1))
@@ -229,6 +231,7 @@ def test_two_processes_find_what_one_does(two_processes, tmp_path):
     assert two[3] == one[3]
 
 
+@pytest.mark.slow
 def test_two_processes_edit_alike_and_go_on_from_one_checkpoint(two_processes):
     """With batch norms, whose statistics each process takes of its own shares."""
     found = [json.loads((two_processes / f"adaptive_{rank}.json").read_text()) for rank in range(2)]

@@ -57,6 +57,7 @@ def read(folder, rank=0):
     return network, json.loads((folder / f"rows{rank}.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does_and_a_killed_one_ends_the_group(tmp_path):
     expected, training = alone()
     found = launch(tmp_path, trouble={"1": {"kill": 15}})
@@ -76,6 +77,7 @@ def test_two_processes_find_what_one_does_and_a_killed_one_ends_the_group(tmp_pa
             assert torch.equal(value, expected.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_with_a_larger_buffer_nobody_waits_for_a_slow_process(tmp_path):
     ends = {}
     for slow, fast in (("0", "1"), ("1", "0")):
@@ -90,6 +92,7 @@ def test_with_a_larger_buffer_nobody_waits_for_a_slow_process(tmp_path):
         assert of_fast < 0.8 * of_slow
 
 
+@pytest.mark.slow
 def test_replicas_share_batches(tmp_path):
     result = launch(tmp_path, processes=4, replicas=2)
     assert result.returncode == 0, result.stderr
