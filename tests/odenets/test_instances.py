@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,14 +16,15 @@ N = 4
 
 
 def points(seed, size=50):
-    return data.subsample(data.load("circles", seed=seed)[0], size, seed=seed)
+    part = data.subsample(data.load("circles", seed=seed)[0], size, seed=seed)
+    return replace(part, x=part.x.double())  # whatever order sums are taken in
 
 
 def network(seed, norm=None, **flow):
     torch.manual_seed(seed)
     options = {"solver": "euler", "h": 1.0, "depth": 3} | flow
     field = lambda: MLPField(2, 3, activation="relu", norm=norm)  # noqa: E731
-    return Network(torch.nn.Identity(), Flow(field, **options), torch.nn.Linear(2, 2))
+    return Network(torch.nn.Identity(), Flow(field, **options), torch.nn.Linear(2, 2)).double()
 
 
 def adam(parameters):
@@ -59,27 +62,28 @@ def test_together_is_what_each_alone_is(name, norm, solver):
         batches = data.Batches(points(i), 8, seed=i)
         training = fit(alone, batches, epochs=3, optimizer=lambda net: optimizer(net.parameters()), objective=objective)
         for p, q in zip(alone.state_dict().items(), both.state_dict().items(), strict=True):
-            torch.testing.assert_close(p[1], q[1], rtol=1e-3, atol=1e-4, msg=lambda m, p=p: f"{p[0]}: {m}")
+            torch.testing.assert_close(p[1], q[1], rtol=1e-6, atol=1e-7, msg=lambda m, p=p: f"{p[0]}: {m}")
         for p, q in zip(objective.state_dict().values(), found.objectives[i].state_dict().values(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
         losses = [row["train_loss"] for row in training.rows]
         torch.testing.assert_close(found.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
 
 
 def test_augmented_images_are_those_of_each_alone():
     train, _ = data.load("digits")
+    train = replace(train, x=train.x.double())
     batches = [data.Batches(data.subsample(train, 40, seed=i), 16, seed=i, crop=1, flip=True) for i in range(2)]
 
     def images(seed):
         torch.manual_seed(seed)
-        return models.resnet9(1, 10, features=4, size=8, depth=2)
+        return models.resnet9(1, 10, features=4, size=8, depth=2).double()
 
     found = fit_instances([images(i) for i in range(2)], batches, epochs=2, optimizer=sgd, objective=CrossEntropy)
     for i, both in enumerate(found.networks):
         alone = images(i)
         fit(alone, batches[i], epochs=2, optimizer=lambda net: sgd(net.parameters()))
         for p, q in zip(alone.parameters(), both.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_accuracies_are_those_of_evaluate():
@@ -136,7 +140,7 @@ def test_an_instance_ends_when_it_has_been_right_long_enough():
         if found.epochs[i] == 12:
             assert found.objectives[i].steps == 12 * 7
             for p, q in zip(found.networks[i].parameters(), whole.networks[i].parameters(), strict=True):
-                torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
 def test_operations_do_not_grow_with_the_instances():
