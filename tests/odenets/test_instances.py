@@ -56,11 +56,11 @@ def test_together_is_what_each_alone_is(name, norm, solver):
     # a bias before a batch norm has no gradient but rounding, which Adam would make a step of
     optimizer = sgd if norm == "batch" else adam
     networks = [network(i, norm, solver=solver) for i in range(N)]
-    found = together(OBJECTIVES[name], networks=networks, optimizer=optimizer)
+    found = together(OBJECTIVES[name], epochs=2, networks=networks, optimizer=optimizer)
     for i, both in enumerate(found.networks):
         alone, objective = network(i, norm, solver=solver), OBJECTIVES[name]()
         batches = data.Batches(points(i), 8, seed=i)
-        training = fit(alone, batches, epochs=3, optimizer=lambda net: optimizer(net.parameters()), objective=objective)
+        training = fit(alone, batches, epochs=2, optimizer=lambda net: optimizer(net.parameters()), objective=objective)
         for p, q in zip(alone.state_dict().items(), both.state_dict().items(), strict=True):
             torch.testing.assert_close(p[1], q[1], rtol=1e-6, atol=1e-7, msg=lambda m, p=p: f"{p[0]}: {m}")
         for p, q in zip(objective.state_dict().values(), found.objectives[i].state_dict().values(), strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,12 @@ def parts() -> data.Split:
 def main(folder: Path, launcher: Fabric) -> None:
     """The first process writes weights and figures."""
     torch.manual_seed(0)
-    network = models.small_network(features=8, solver="euler", h=1.0, depth=2)
+    network = models.small_network(features=8, solver="euler", h=1.0, depth=2).double()
+    train = parts().train
     objective = LeastAction(tau=0.5, every=3)
     training = fit(
         network,
-        data.Batches(parts().train, 33, seed=0),
+        data.Batches(replace(train, x=train.x.double()), 33, seed=0),
         epochs=3,
         optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.02, momentum=0.9),
         objective=objective,
