@@ -222,7 +222,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("train_in_processes.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
-    subprocess.run(launch, check=True, capture_output=True, timeout=240)
+    subprocess.run(launch, check=True, capture_output=True, timeout=1200)
     return folder
 
 

@@ -26,7 +26,7 @@ def launch(folder, processes=2, trouble=None, **options):
         [*command, "-m", "tests.odenets.module_wise.train_modules", *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         cwd=ROOT,
         check=False,
     )

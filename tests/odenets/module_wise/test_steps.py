@@ -78,14 +78,14 @@ def test_trgl_weighs_the_action_of_the_second_half_with_twice_tau():
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
     torch.manual_seed(1)
-    network = models.resnet9(1, 10, features=8, size=8, depth=4)
+    network, x = models.resnet9(1, 10, features=8, size=8, depth=4).double(), X.double()
     plain = copy.deepcopy(network)
-    modules = module_wise(network, 2, X).train()
+    modules = module_wise(network, 2, x).train()
     sgd = partial(torch.optim.SGD, lr=0.1)
     objective = ActionPenalty(0.5)
     for _ in range(2):
-        end_to_end_step(modules, objective, sgd(network.parameters()), X, Y, checkpointed=checkpointed)
-    batches = data.Batches(data.Dataset("x", X, Y, 10, (0.0,), (1.0,)), 6)
+        end_to_end_step(modules, objective, sgd(network.parameters()), x, Y, checkpointed=checkpointed)
+    batches = data.Batches(data.Dataset("x", x, Y, 10, (0.0,), (1.0,)), 6)
     fit(plain, batches, epochs=2, optimizer=lambda n: sgd(n.parameters()), objective=ActionPenalty(0.5))
     for (name, p), (_, q) in zip(network.state_dict().items(), plain.state_dict().items(), strict=True):
         torch.testing.assert_close(p, q, msg=name)

@@ -57,7 +57,7 @@ def main(folder: Path, trouble: dict, options: dict) -> None:
         optimizer=partial(Troubled, **mine),
         objective=OBJECTIVE,
         run=run,
-        timeout=60,
+        timeout=600,
         **options,
     )
     save_weights(modules, folder / f"weights{rank}.safetensors")
