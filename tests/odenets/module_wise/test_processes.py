@@ -79,17 +79,12 @@ def test_two_processes_find_what_one_does_and_a_killed_one_ends_the_group(tmp_pa
 
 @pytest.mark.slow
 def test_with_a_larger_buffer_nobody_waits_for_a_slow_process(tmp_path):
-    ends = {}
+    """The slow one stands still from its second batch on until the other has taken its last step."""
     for slow, fast in (("0", "1"), ("1", "0")):
-        folder = tmp_path / slow
-        result = launch(folder, trouble={slow: {"slow": 0.15}}, buffer=3)
+        folder, last = tmp_path / slow, str(tmp_path / f"last step of {fast}")
+        result = launch(folder, trouble={slow: {"wait": last}, fast: {"last": last}}, buffer=3)
         assert result.returncode == 0, result.stderr
-        rows = read(folder)[1]
-        assert all(row["train_loss"] > 0 for row in rows)
-        of_rank = {rank: [r["seconds"] for r in rows if (r["module"] > 2) == (rank == "1")] for rank in "01"}
-        ends[slow] = (max(of_rank[slow]), max(of_rank[fast]))
-    for of_slow, of_fast in ends.values():
-        assert of_fast < 0.8 * of_slow
+        assert all(row["train_loss"] > 0 for row in read(folder)[1])
 
 
 @pytest.mark.slow

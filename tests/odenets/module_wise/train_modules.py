@@ -27,17 +27,24 @@ def network():
 
 
 class Troubled(torch.optim.SGD):
-    """SGD that is slow, or kills its process at some step."""
+    """SGD that leaves a file at its process' last step, waits for one at the third, or kills its process at some."""
 
     steps = 0
 
-    def __init__(self, parameters, slow=0.0, kill=0):
+    def __init__(self, parameters, last="", wait="", kill=0):
         super().__init__(parameters, lr=0.05, momentum=0.9)
-        self.slow, self.kill = slow, kill
+        self.last, self.wait, self.kill = last, wait, kill
 
     def step(self, closure=None):  # type: ignore[override]
         Troubled.steps += 1
-        time.sleep(self.slow)
+        if self.last and Troubled.steps == 2 * EPOCHS * len(BATCHES):  # of two modules
+            Path(self.last).touch()
+        if self.wait and Troubled.steps == 3:  # of the second batch
+            deadline = time.monotonic() + 300
+            while not Path(self.wait).exists():
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the other process has not ended")
+                time.sleep(0.05)
         if Troubled.steps == self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(closure)
