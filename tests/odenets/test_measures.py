@@ -127,7 +127,7 @@ def test_error_needs_an_embedded_method():
 @pytest.mark.parametrize("features", [6, 6000])
 def test_what_a_step_finds_while_its_state_is_made_is_what_is_measured_after(solver, features):
     x = torch.randn(16, features, requires_grad=True)
-    flow = Flow(solver=solver, depth=2)
+    flow = Flow(lambda: MLPField(features, 32), solver=solver, depth=2)
     named = {"action": measures.action, "residue": measures.residue, "cosine": measures.cosine}
     if get_tableau(solver).error_weights is not None:
         named["error"] = measures.error

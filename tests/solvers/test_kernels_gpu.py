@@ -70,14 +70,21 @@ def run(*command, **environment):
     return made.stdout
 
 
-def test_interpreted():
+@pytest.mark.parametrize("which", ["one_gradient or launches", pytest.param("test", marks=pytest.mark.slow)])
+def test_interpreted(which):
     case = str(HERE / "interpreted_kernels.py")
-    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", case, TRITON_INTERPRET="1")
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which)
+    out = run("-m", "pytest", *options, case, TRITON_INTERPRET="1")
     assert " passed" in out
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stages", "sized", "parts"), [("fp32", 4, False, 4), ("bf16", 1, True, 1), ("fp64", 4, True, 1)]
+    ("dtype", "stages", "sized", "parts"),
+    [
+        ("fp32", 4, False, 4),
+        pytest.param("bf16", 1, True, 1, marks=pytest.mark.slow),
+        pytest.param("fp64", 4, True, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_for_a_gpu_without_atomics(dtype, stages, sized, parts):
     run("-c", COMPILE, dtype, str(stages), str(sized), str(parts), TRITON_INTERPRET="0")
