@@ -207,8 +207,8 @@ def test_mixed_precision_trains_with_measures_in_float32(parts):
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     objective = Seeing(update="after")
-    half = trained(parts, 8, objective=objective, fabric=fabric, optimizer=optimizer, validation=None)
-    full = trained(parts, 8, objective=LeastAction(update="after"))
+    half = trained(parts, 2, objective=objective, fabric=fabric, optimizer=optimizer, validation=None)
+    full = trained(parts, 2, objective=LeastAction(update="after"))
     assert seen[0] == {torch.float32}
     assert set(calls) == {torch.bfloat16}
     assert not torch.equal(next(half.network.parameters()), next(full.network.parameters()))
