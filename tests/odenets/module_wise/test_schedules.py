@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -95,14 +96,14 @@ def test_optimisers_and_multipliers_go_on_from_lap_to_lap():
 @pytest.mark.parametrize("batches", [BATCHES, data.Batches(DIGITS, 40, seed=0, crop=1)], ids=["plain", "augmented"])
 def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
     arguments = {"epochs": 2, "optimizer": SGD, "schedule": "sequential", "laps": 2, "objective": trgl(1.0)}
-    found = []
+    batches, found = replace(batches, data=replace(DIGITS, x=DIGITS.x.double())), []
     for cache in (None, "memory", tmp_path / "states"):
-        network = modules_of()
+        network = modules_of().double()
         fit_modules(network, batches, **arguments, cache=cache, views=4, offload=cache is not None)
         found.append(network)
     assert_equal(found[1], found[2])
     for name, value in found[0].state_dict().items():  # four views are those of the four epochs; batches differ
-        torch.testing.assert_close(value, found[1].state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(value, found[1].state_dict()[name], rtol=1e-6, atol=1e-7, msg=name)
     assert list((tmp_path / "states").iterdir())
 
 

@@ -78,9 +78,9 @@ def test_trgl_weighs_the_action_of_the_second_half_with_twice_tau():
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
     torch.manual_seed(1)
-    network, x = models.resnet9(1, 10, features=8, size=8, depth=4).double(), X.double()
+    network = models.resnet9(1, 10, features=8, size=8, depth=4)
+    modules, x = module_wise(network, 2, X).double().train(), X.double()
     plain = copy.deepcopy(network)
-    modules = module_wise(network, 2, x).train()
     sgd = partial(torch.optim.SGD, lr=0.1)
     objective = ActionPenalty(0.5)
     for _ in range(2):
