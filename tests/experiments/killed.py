@@ -11,16 +11,20 @@ from pathlib import Path
 
 from odenets.runs import Run
 
-name, *sys.argv = sys.argv[1:]
-log = Run.log
+
+def main(name, script):
+    log = Run.log
+
+    def log_and_die(run, rows):
+        log(run, rows)
+        if run.folder.name.startswith(name):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Run.log = log_and_die
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
 
 
-def log_and_die(run, rows):
-    log(run, rows)
-    if run.folder.name.startswith(name):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-Run.log = log_and_die
-sys.path.insert(0, str(Path(sys.argv[0]).parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
+if __name__ == "__main__":
+    name, *sys.argv = sys.argv[1:]
+    main(name, sys.argv[0])
