@@ -6,6 +6,8 @@ distance: ``W1 <= mean |r|`` and ``W2 <= sqrt(mean |r|^2)``, with equality for a
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,9 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odenets.flow import Flow
+from odenets.modes import device_of, dtype_of, evaluating
 from odenets.network import Network
 
-__all__ = ["Moves", "moves", "states", "wasserstein"]
+__all__ = ["LARGEST", "Moves", "moves", "states", "wasserstein"]
+
+LARGEST = 20_000
+"""Points of a cloud whose table of costs still fits a machine: 3.2 GB."""
+
+GAP = 1e-9
+"""How far a cost may lie above its lower bound, relatively, to count as the least one."""
 
 
 @dataclass(frozen=True)
@@ -37,54 +47,106 @@ class Moves:
 
     @property
     def gap(self) -> float:
-        """By how much the way of the points is longer than the shortest, ``sum rms / sum W2 - 1``."""
-        return float(self.root_mean_square.sum() / self.w2.sum() - 1)
+        """By how much the way of the points is longer than the shortest, ``sum rms / sum W2 - 1``.
+
+        0 where nothing moves, and infinity where points change places alone.
+        """
+        way, shortest = float(self.root_mean_square.sum()), float(self.w2.sum())
+        if shortest == 0:
+            return math.inf if way else 0.0
+        return way / shortest - 1
 
 
 def wasserstein(x: Tensor, y: Tensor, p: int = 2) -> float:
-    """Exact Wasserstein distance ``W_p`` between two clouds of equally many points, by linear programming (POT).
+    """Exact Wasserstein distance ``W_p`` between two clouds of equally many points, at any scale and offset.
+
+    The costs come from differences of coordinates in float64. The network simplex of POT is believed where its own dual
+    variables prove the cost least, to 1e-9; beside far larger costs, or tiny ones, they do not, and SciPy's shortest
+    augmenting paths take its place, whose rounding is relative to the least cost.
 
     Args:
-        x, y: points, ``(N, *S)``.
+        x, y: points, ``(N, *S)``, N at most 20,000; complex coordinates count as two.
         p: 1 or 2; the cost is the Euclidean distance to this power.
 
     Raises:
-        ValueError: clouds of several shapes, or another p.
+        ValueError: clouds of several shapes, empty, not finite or too large, another p, or distances that span more
+            than float64 does.
     """
-    import ot
-
-    if x.shape != y.shape or x.ndim < 2:
-        raise ValueError(f"x and y must have one shape (N, *S), got {tuple(x.shape)} and {tuple(y.shape)}")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
-    a, b = (z.detach().cpu().double().flatten(1).numpy() for z in (x, y))
-    cost = ot.dist(a, b, metric="euclidean" if p == 1 else "sqeuclidean")
-    least: Any = ot.emd2(ot.unif(len(a)), ot.unif(len(b)), cost, numItermax=1_000_000)
-    return max(float(least), 0.0) ** (1 / p)
+    if x.shape != y.shape or x.ndim < 2:
+        raise ValueError(f"x and y must have one shape (N, *S), got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not x.numel() or len(x) > LARGEST:
+        raise ValueError(f"x and y must hold between 1 and {LARGEST} points (N, *S), got shape {tuple(x.shape)}")
+    a, b = (_coordinates(z).numpy() for z in (x, y))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("x and y must be finite, got NaN or infinity")
+    exponent = math.frexp(max(np.abs(a).max(), np.abs(b).max()))[1]
+    a, b = np.ldexp(a, -exponent), np.ldexp(b, -exponent)  # exact, so that no square leaves the range of float64
+    least = _least_cost(a, b, p)
+    if least < np.finfo(float).tiny / np.finfo(float).eps and not np.array_equal(_ordered(a), _ordered(b)):
+        raise ValueError("x and y must hold coordinates within 150 orders of magnitude: squares of some are lost")
+    return math.ldexp(least ** (1 / p), exponent)
+
+
+def _coordinates(x: Tensor) -> Tensor:
+    """Float64 coordinates ``(N, D)`` on the CPU."""
+    x = x.detach().cpu()
+    return (torch.view_as_real(x) if x.is_complex() else x).double().flatten(1)
+
+
+def _ordered(points: np.ndarray) -> np.ndarray:
+    return points[np.lexsort(points.T)]
+
+
+def _least_cost(a: np.ndarray, b: np.ndarray, p: int) -> float:
+    """Least mean cost of a map from one cloud onto the other."""
+    import ot
+    from scipy.optimize import linear_sum_assignment
+    from scipy.spatial.distance import cdist
+
+    cost = cdist(a, b, "euclidean" if p == 1 else "sqeuclidean")  # by differences: products lose digits far away
+    scale = math.frexp(cost.max())[1]
+    cost = np.ldexp(cost, -scale)  # the network simplex takes what is far below 1 for 0
+    uniform = ot.unif(len(a))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of is not believed
+        answer: Any = ot.emd(uniform, uniform, cost, numItermax=1_000_000, log=True)
+    plan, u = answer[0], answer[1]["u"]
+    bound = float(u.mean() + (cost - u[:, None]).min(0).mean())
+    upper = float((plan * cost).sum())
+    errors = max(np.abs(plan.sum(axis) - uniform).max() for axis in (0, 1))
+    if plan.min() >= 0 and errors <= 1e-12 / len(a) and upper > 0 and upper - bound <= GAP * upper:
+        return math.ldexp(upper, scale)
+    return math.ldexp(math.fsum(cost[linear_sum_assignment(cost)]) / len(a), scale)
 
 
 @torch.no_grad()
-def states(network: Network, x: Tensor) -> list[Tensor]:
-    """The states of inputs ``x`` before the first block and after every block, in eval mode; its mode is restored."""
-    mode = network.training
-    network.eval()
-    try:
-        steps = list(network.steps(x, closing=False))
-    finally:
-        network.train(mode)
+def states(network: Network | Flow, x: Tensor) -> list[Tensor]:
+    """The states of inputs ``x`` before the first block and after every block, in eval mode.
+
+    Inputs are taken to the network's device and precision; the modes of its modules are restored.
+    """
+    if x.is_floating_point():
+        x = x.to(dtype_of(network, x.dtype))
+    with evaluating(network):
+        steps = list(network.steps(x.to(device_of(network, x.device)), closing=False))
     return [steps[0].x0, *(step.x1 for step in steps)]
 
 
-def moves(network: Network, x: Tensor) -> Moves:
+def moves(network: Network | Flow, x: Tensor) -> Moves:
     """What the blocks of a network do to the cloud of inputs ``x`` ``(N, ...)``, in eval mode.
 
     Raises:
-        ValueError: several flows, whose states cannot be compared.
+        ValueError: several flows, whose states cannot be compared, or states that are not finite.
     """
-    if len(network.flows) > 1:
+    if isinstance(network, Network) and len(network.flows) > 1:
         raise ValueError(f"network must have one flow, got {len(network.flows)}")
-    clouds = states(network, x)
+    clouds = [_coordinates(cloud) for cloud in states(network, x)]
+    for block, cloud in enumerate(clouds):
+        if not cloud.isfinite().all():
+            raise ValueError(f"network must have finite states, got NaN or infinity after block {block} (0: before)")
     pairs = list(pairwise(clouds))
-    lengths = torch.stack([(after - before).flatten(1).norm(dim=1) for before, after in pairs]).double()
+    lengths = torch.stack([(after - before).norm(dim=1) for before, after in pairs])
     w1, w2 = (np.array([wasserstein(*pair, p=p) for pair in pairs]) for p in (1, 2))
     return Moves(lengths.mean(1).numpy(), lengths.square().mean(1).sqrt().numpy(), w1, w2)
