@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from odenets import measures
 from odenets.adapting import Adapted
+from odenets.detection.isolation import keeping_random_states, to_network
 from odenets.flow import Flow
 from odenets.measures import Measure, interior
+from odenets.modes import device_of, evaluating
 from odenets.network import Network
 from solvers import Step
 from solvers.reductions import mean_square, mean_square_and_cosine
@@ -42,7 +44,7 @@ class Features:
 
     def look(self, network: Recording, x: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output and the features of a batch, in one pass where that can be."""
-        return network(x), self(network, x)
+        return network(to_network(network, x)), self(network, x)
 
 
 class Trajectory(Features):
@@ -120,7 +122,7 @@ class Trajectory(Features):
         """
         if not isinstance(network, Recording):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
-        output, records = network.record(x, **self.measures(network))
+        output, records = network.record(to_network(network, x), **self.measures(network))
         return output, torch.cat([values.T for values in records.values()], 1)
 
     def names(self, network: Recording, depth: int | None = None) -> list[str]:
@@ -138,7 +140,7 @@ def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, 
 
     Args:
         call: function of a batch.
-        network: the modes of its modules are restored.
+        network: the modes of its modules are restored, and so are the random states, from which it may draw.
         x: inputs, ``(N, ...)``.
         batch_size: of a batch.
 
@@ -147,14 +149,9 @@ def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, 
     """
     if len(x) == 0 or batch_size < 1:
         raise ValueError(f"x must hold inputs and batch_size be at least 1, got {len(x)} and {batch_size}")
-    device = next((p.device for p in network.parameters()), x.device)
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    device = device_of(network, x.device)
+    with evaluating(network), keeping_random_states(device):
         return torch.cat([call(part.to(device)).cpu() for part in x.split(batch_size)])
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_images(x: Tensor, name: str = "images") -> Tensor:
@@ -165,7 +162,8 @@ def check_images(x: Tensor, name: str = "images") -> Tensor:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating tensor (N, C, H, W) of pixels in [0, 1], got {kind}")
+        remedy = ": divide bytes by 255" if kind == torch.uint8 else ""
+        raise TypeError(f"{name} must be a floating tensor (N, C, H, W) of pixels in [0, 1], got {kind}{remedy}")
     if x.ndim != 4 or len(x) == 0:
         raise ValueError(f"{name} must be a batch (N, C, H, W), not empty, got shape {tuple(x.shape)}")
     if not x.isfinite().all():
@@ -174,7 +172,7 @@ def check_images(x: Tensor, name: str = "images") -> Tensor:
     if low < 0 or high > 1:
         raise ValueError(
             f"{name} must have pixels in [0, 1], got [{low:.3g}, {high:.3g}]: normalise inside the network "
-            "(models.Normalize)"
+            "(models.Normalize), and divide what is in [0, 255] by 255"
         )
     return x
 

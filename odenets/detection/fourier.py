@@ -43,7 +43,8 @@ class FourierSpectrum(Features):
         Raises:
             TypeError, ValueError: x is no batch of images in [0, 1].
         """
-        spectrum = torch.fft.fft2(check_images(x, "x"))
+        x = check_images(x, "x")
+        spectrum = torch.fft.fft2(x.to(torch.promote_types(x.dtype, torch.float32)))
         values = spectrum.abs() if self.part == "magnitude" else spectrum.angle()
         return values.flatten(1).float()
 

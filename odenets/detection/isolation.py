@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["device_of", "frozen", "seeded"]
+from odenets.modes import device_of, dtype_of, evaluating
 
+__all__ = ["Logits", "checked_logits", "frozen", "in_float32", "keeping_random_states", "seeded", "to_network"]
 
-def device_of(network: nn.Module) -> torch.device:
-    """Where a network's parameters lie; the CPU if it has none."""
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
+N = TypeVar("N", bound=nn.Module)
 
 
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """The network in eval mode, its parameters without gradients.
+def frozen(network: N) -> Iterator[N]:
+    """The network in eval mode, its parameters without gradients; gradients of inputs are enabled.
 
     Afterwards the mode of each of its modules is restored, and of each parameter the gradient and whether it asks for
-    one.
+    one; so are the random states. Of a network made under ``torch.inference_mode``, whose tensors know no gradients, a
+    copy takes the place.
 
     Raises:
         ValueError: a flow has not seen an input yet and has no field.
     """
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before attacking it")
-    modes = [(module, module.training) for module in network.modules()]
-    held = [(p, p.requires_grad, p.grad) for p in network.parameters()]
-    network.eval()
-    for p, _, _ in held:
-        p.grad = None
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for p, asks, gradient in held:
-            p.requires_grad_(asks)
-            p.grad = gradient
+    with torch.inference_mode(False), torch.enable_grad(), keeping_random_states(device_of(network)):
+        if any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers())):
+            network = copy.deepcopy(network)
+        state = [(p, p.requires_grad, p.grad) for p in network.parameters()]
+        try:
+            with evaluating(network):
+                for p, _, _ in state:
+                    p.grad = None
+                    p.requires_grad_(False)
+                yield network
+        finally:
+            for p, asks, gradient in state:
+                p.requires_grad_(asks)
+                p.grad = gradient
+
+
+@contextmanager
+def keeping_random_states(device: torch.device | None = None) -> Iterator[None]:
+    """The random states of torch, of NumPy's global generator and of ``random`` are restored on leaving.
+
+    Args:
+        device: a CUDA device whose state is restored besides the CPU's; other devices' are left alone.
+    """
+    before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that ART draws from
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_before)  # noqa: NPY002
+            random.setstate(before)
 
 
 @contextmanager
 def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Draws of torch, of NumPy's global state (which ART uses) and of ``random`` by a seed; restored afterwards.
-
-    Other devices' draws are left alone.
 
     Args:
         seed: non-negative integers that together are the seed.
@@ -62,17 +78,101 @@ def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
     if any(s < 0 for s in seed):
         raise ValueError(f"seed must not be negative, got {', '.join(map(str, seed))}")
     word = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that ART draws from
-    cuda = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with keeping_random_states(device):
         torch.default_generator.manual_seed(word)
-        for each in cuda:
-            with torch.cuda.device(each):
+        if device is not None and device.type == "cuda":
+            with torch.cuda.device(device):
                 torch.cuda.manual_seed(word)
         np.random.seed(word)  # noqa: NPY002
         random.seed(word)
-        try:
-            yield
-        finally:
-            np.random.set_state(numpy_before)  # noqa: NPY002
-            random.setstate(before)
+        yield
+
+
+# -- precision ------------------------------------------------------------------------------------------------------
+
+
+def to_network(network: nn.Module, x: Tensor) -> Tensor:
+    """Inputs on the network's device and, if they are floating, in its precision; as they are where it holds none."""
+    x = x.to(device_of(network, x.device))
+    return x.to(dtype_of(network, x.dtype)) if x.is_floating_point() else x
+
+
+def in_float32(network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``call`` of inputs taken to the network's precision, its result in float32 or wider, on the network's device.
+
+    Gradients that pass back through a network in float16 are scaled meanwhile, each sample's to a largest entry of
+    about 1: that of a confident prediction, or of a mean over a batch, is 0 in half precision.
+    """
+    half = dtype_of(network, x.dtype) == torch.float16
+    scale: list[Tensor] = []
+
+    def scaled(gradient: Tensor) -> Tensor:
+        largest = gradient.flatten(1).abs().amax(1)
+        exponent = torch.frexp(largest).exponent
+        scale[:] = [torch.ldexp(torch.ones_like(largest), -exponent)]
+        return gradient * scale[0].reshape(-1, *[1] * (gradient.ndim - 1))
+
+    def restored(gradient: Tensor) -> Tensor:
+        return gradient / scale[0].reshape(-1, *[1] * (gradient.ndim - 1)) if scale else gradient
+
+    if half and x.requires_grad:
+        x = x.view_as(x)
+        x.register_hook(restored)
+    z = call(to_network(network, x))
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if half and z.requires_grad:
+        z.register_hook(scaled)
+    return z
+
+
+def checked_logits(output: Any, samples: int, fewest: int = 1) -> Tensor:
+    """The network's output itself.
+
+    Args:
+        output: what the network returned for a batch.
+        samples: in the batch.
+        fewest: classes that are needed.
+
+    Raises:
+        TypeError: it is no floating tensor.
+        ValueError: its shape is not that of logits.
+    """
+    wanted = "network must return logits, one floating tensor of shape (B, classes)"
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise TypeError(f"{wanted}, got {kind}: wrap it in a module that returns the logits alone")
+    if output.ndim != 2 or len(output) != samples or output.shape[1] < fewest:
+        least = f" with at least {fewest} classes" if fewest > 1 else ""
+        raise ValueError(f"{wanted}{least}, got shape {tuple(output.shape)} for {samples} inputs")
+    return output
+
+
+class Logits(nn.Module):
+    """A network as attacks see it: float32 pixels in, logits ``(B, classes)`` out, float32 whatever its precision.
+
+    Args:
+        network: from pixels in [0, 1] to logits; it computes in its own precision, on its own device.
+
+    Raises:
+        TypeError, ValueError: when called, if the network returns something else; see :func:`checked_logits`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images ``(B, C, H, W)``, ``(B, classes)`` float32 on the network's device."""
+        return in_float32(self.network, lambda x: checked_logits(self.network(x), len(x), 2), x).float()
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Predicted classes, ``(B,)`` int64 on the CPU.
+
+        Raises:
+            ValueError: logits that are NaN or infinite, of which none is the largest.
+        """
+        logits = checked_logits(self.network(to_network(self.network, x)), len(x), 2)
+        if not (logits < torch.inf).all():
+            raise ValueError("network must return finite logits, got NaN or infinity: does it diverge on these images?")
+        return logits.argmax(1).cpu()

@@ -12,7 +12,7 @@ from odenets.detection.stages import stage_states, stage_values
 __all__ = ["LID", "local_dimension"]
 
 SAME = 1e-5
-"""Distances below this part of the mean are those of a point to itself, up to rounding."""
+"""Distances below this part of the median, or below the states' precision, are those of a point to itself."""
 
 LARGEST = 1e6
 """Dimension where all distances are equal."""
@@ -31,7 +31,7 @@ class LID(Features):
         seed: of the draw of these.
 
     Attributes:
-        states: of the reference images, for each state ``(reference, D)`` float32.
+        states: of the reference images, for each state ``(reference, D)`` float32 or wider.
 
     Raises:
         ValueError: k below 2, or no fewer than the reference images.
@@ -64,13 +64,15 @@ class LID(Features):
             y: not used.
 
         Raises:
-            ValueError: fewer images than the reference is to hold.
+            ValueError: fewer images than the reference is to hold, or states that are not finite.
         """
         if len(x) < self.reference:
             raise ValueError(f"x must hold at least the reference = {self.reference} images, got {len(x)}")
         drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[: self.reference]
         values = stage_values(network, x[drawn.to(x.device)], lambda state: state.flatten(1))
-        self.states = [each.float().numpy() for each in values]
+        if not all(each.isfinite().all() for each in values):
+            raise ValueError("network must have finite states on the reference images, got NaN or infinity")
+        self.states = [each.to(torch.promote_types(each.dtype, torch.float32)).numpy() for each in values]
         return self
 
     def __call__(self, network: Recording, x: Tensor) -> Tensor:
@@ -104,19 +106,25 @@ def local_dimension(x: Tensor, reference: Tensor, k: int) -> Tensor:
         k: number of neighbours, at most R.
 
     Returns:
-        ``(B,)`` float64.
+        ``(B,)`` float64; NaN for a point that is not finite.
 
     Raises:
-        ValueError: more neighbours than points.
+        ValueError: more neighbours than points, or a reference that is not finite.
     """
     if not 1 <= k <= len(reference):
         raise ValueError(f"k must be between 1 and the {len(reference)} points of the reference, got {k}")
-    others = reference.to(x.device, torch.float64)
-    distances = torch.cdist(x.double(), others, compute_mode="donot_use_mm_for_euclid_dist")
-    same = distances <= SAME * distances.mean(1, keepdim=True)
+    if not reference.isfinite().all():
+        raise ValueError("reference must be finite, got NaN or infinity")
+    rounding = max(SAME, torch.finfo(x.dtype).eps)
+    x, others = x.double(), reference.to(x.device, torch.float64)
+    largest = torch.cat([x, others]).detach().abs().nan_to_num(0, 0).amax()
+    scale = torch.ldexp(torch.ones_like(largest), -largest.frexp().exponent)  # exact; squares stay in range
+    distances = torch.cdist(x * scale, others * scale, compute_mode="donot_use_mm_for_euclid_dist")
+    same = distances <= rounding * distances.detach().median(1, keepdim=True).values
     nearest = distances.masked_fill(same, torch.inf).topk(k, largest=False).values
     found = nearest.isfinite()
     farthest = nearest.masked_fill(~found, 0).amax(1, keepdim=True)
     farthest = farthest.masked_fill(farthest == 0, 1)
     logs = torch.where(found, nearest, farthest).div(farthest).log().sum(1)
-    return 1 / (-logs / found.sum(1).clamp(min=1)).clamp(min=1 / LARGEST)
+    dimensions = 1 / (-logs / found.sum(1).clamp(min=1)).clamp(min=1 / LARGEST)
+    return dimensions.masked_fill(~x.isfinite().all(1), torch.nan)

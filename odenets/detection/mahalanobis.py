@@ -44,7 +44,7 @@ class Mahalanobis(Features):
         mean, factor: those of the one Gaussian, ``(1, C)`` and ``(C, rank)``; empty unless relative.
 
     Raises:
-        ValueError: a negative magnitude.
+        ValueError: a magnitude outside [0, 1].
 
     References:
         Lee, Lee, Lee, Shin. A simple unified framework for detecting out-of-distribution samples and adversarial
@@ -61,6 +61,8 @@ class Mahalanobis(Features):
     def __init__(self, *, magnitude: float = 0.0, relative: bool = False) -> None:
         if not magnitude >= 0:
             raise ValueError(f"magnitude must not be negative, got {magnitude}")
+        if magnitude > 1:
+            raise ValueError(f"magnitude must be at most 1, in units of pixels in [0, 1], got {magnitude}")
         self.magnitude, self.relative = magnitude, relative
         self.means: list[np.ndarray] = []
         self.factors: list[np.ndarray] = []
@@ -86,10 +88,11 @@ class Mahalanobis(Features):
             if not np.isfinite(z).all():
                 raise ValueError(f"network must have finite states, got NaN or infinity in state {stage}")
             means.append(np.stack([z[labels == c].mean(0) for c in range(labels.max() + 1)]))
-            factors.append(_factor(z - means[-1][labels], stage))
+            rounding = torch.finfo(values.dtype).eps * np.abs(z).max()
+            factors.append(_factor(z - means[-1][labels], rounding, stage))
             if self.relative:
                 mean.append(z.mean(0, keepdims=True))
-                factor.append(_factor(z - mean[-1], stage))
+                factor.append(_factor(z - mean[-1], rounding, stage))
         self.means, self.factors, self.mean, self.factor = means, factors, mean, factor
         return self
 
@@ -110,10 +113,13 @@ class Mahalanobis(Features):
 
     def _directions(self, network: Recording, x: Tensor) -> list[Tensor]:
         """Signs of the gradient of each state's confidence, ``(B, C, H, W)``."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            found = self._confidences(network, x)
-            return [torch.autograd.grad(each.sum(), x, retain_graph=True)[0].sign() for each in found]
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            confidences = self._confidences(network, x)
+            gradients = [torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in confidences]
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            raise ValueError("network must have finite gradients for an input step, got NaN or infinity")
+        return [gradient.sign() for gradient in gradients]
 
     def _confidences(self, network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
         """Of each state, or of the first ``count``, ``(B,)`` float64."""
@@ -139,13 +145,14 @@ def _square_distances(z: Tensor, means: np.ndarray, factor: np.ndarray) -> Tenso
     return torch.cdist(z.double() @ white, centres @ white, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _factor(centred: np.ndarray, stage: int) -> np.ndarray:
-    """W with ``W W^T`` the pseudo-inverse of the covariance of centred values ``(N, C)``."""
-    variances, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
-    kept = variances > SMALLEST * variances[-1]
+def _factor(centred: np.ndarray, rounding: float, stage: int) -> np.ndarray:
+    """W with ``W W^T`` the pseudo-inverse of the covariance of centred values ``(N, C)``, known up to ``rounding``."""
+    scale = np.ldexp(1.0, np.frexp(np.abs(centred).max())[1])  # exact; squares stay in range
+    variances, vectors = np.linalg.eigh((centred / scale).T @ (centred / scale) / len(centred))
+    kept = variances > max(SMALLEST * variances[-1], (rounding / scale) ** 2)
     if not kept.any():
         raise ValueError(f"x must hold images that differ within a class, got equal ones in state {stage}")
-    return vectors[:, kept] / np.sqrt(variances[kept])
+    return vectors[:, kept] / np.sqrt(variances[kept]) / scale
 
 
 def _labels(x: Tensor, y: Tensor) -> np.ndarray:
@@ -153,7 +160,7 @@ def _labels(x: Tensor, y: Tensor) -> np.ndarray:
         raise ValueError(
             f"y must hold one integer label for each of {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}"
         )
-    labels = y.cpu().numpy()
+    labels = y.cpu().long().numpy()
     if labels.min() < 0:
         raise ValueError(f"y must hold labels 0, 1, ..., got {labels.min()}")
     if absent := sorted(set(range(labels.max() + 1)) - set(labels.tolist())):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from odenets.adapting.adapted import Adapted
 from odenets.detection.features import Recording, in_batches
+from odenets.detection.isolation import to_network
 
 __all__ = ["pooled", "stage_states", "stage_values"]
 
@@ -21,7 +22,7 @@ def stage_states(network: Recording, x: Tensor, count: int | None = None) -> lis
 
     Args:
         network: whose steps are taken.
-        x: inputs, ``(B, ...)``.
+        x: inputs, ``(B, ...)``; they are taken to its device and precision.
         count: how many states are wanted, all if None; a network that takes its steps one by one takes no more than it
             needs to know them.
 
@@ -40,6 +41,7 @@ def stage_states(network: Recording, x: Tensor, count: int | None = None) -> lis
         raise ValueError(f"network must have steps, got {type(network).__name__}: pass odenets.adapt(network)")
     states: list[Tensor] = []
     shape = None
+    x = to_network(network, x)
     for step in network.steps(x) if isinstance(network, Adapted) else network.steps(x, closing=False):
         if shape is None:
             states += [step.x0, step.x1]
@@ -61,13 +63,14 @@ def pooled(state: Tensor) -> Tensor:
     taken for images: the rows of tokens ``(B, H, W, C)``, as Swin has them, count as its channels.
 
     Args:
-        state: states of a batch.
+        state: states of a batch; the means are float32 or wider.
 
     Raises:
         ValueError: fewer than two dimensions.
     """
     if state.ndim < 2:
         raise ValueError(f"state must be a batch (B, C, ...), got shape {tuple(state.shape)}")
+    state = state.to(torch.promote_types(state.dtype, torch.float32))
     if state.ndim == 3:
         return state.mean(1)
     return state if state.ndim == 2 else state.flatten(2).mean(2)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from odenets.detection.isolation import device_of
+from odenets.modes import device_of
 
 __all__ = ["CLASSES", "DECISION_BASED", "decision_attack", "gradient_attack", "known_settings", "toolbox"]
 
@@ -79,7 +79,7 @@ def gradient_attack(
     """Adversarial images of one that uses gradients, for a batch.
 
     Args:
-        network: from pixels in [0, 1] to logits, frozen, on a CPU or a CUDA device.
+        network: from float32 pixels in [0, 1] to float32 logits, frozen, on a CPU or a CUDA device.
         name: of :data:`CLASSES`, not :data:`DECISION_BASED`.
         settings: of ART's class.
         images: float32, ``(B, C, H, W)``.

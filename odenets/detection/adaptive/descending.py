@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from odenets.detection.adaptive.evasion import Evasion, judge, starting_points
 from odenets.detection.attacks import Attacked
-from odenets.detection.isolation import device_of, frozen
+from odenets.detection.isolation import Logits, frozen, in_float32
 from odenets.detection.surrogate import Score, Surrogate, scores_of
+from odenets.modes import device_of
 
 __all__ = ["surrogate_attack"]
 
@@ -77,14 +78,18 @@ def surrogate_attack(
     stride = 2.5 * eps / steps if step_size is None else step_size
 
     def detects(z: Tensor) -> Tensor:
-        return torch.from_numpy(scores_of(score, z.detach().float().cpu().numpy()) > threshold)
+        return torch.from_numpy(scores_of(score, z.detach().cpu().numpy()) > threshold)
+
+    def features_of(x: Tensor) -> Tensor:
+        return in_float32(network, lambda x: features(network, x), x).float()
 
     def of_images(x: Tensor) -> Tensor:
-        return detects(features(network, x))
+        return detects(features_of(x))
 
     device = device_of(network)
-    stand_in = copy.deepcopy(surrogate).to(device).eval()
-    with frozen(network):
+    with frozen(network) as network:
+        logits_of = Logits(network)
+        stand_in = copy.deepcopy(surrogate).to(device).eval().requires_grad_(False)
         images = starting_points(network, of_images, start, images, batch_size)
         final = start.images.clone()
         parts = torch.arange(len(start)).split(batch_size)
@@ -96,14 +101,14 @@ def surrogate_attack(
                 x = _project(start.images[index].to(device), clean, eps, norm)
                 for _ in range(steps + 1):
                     x.requires_grad_()
-                    logits, z = network(x), features(network, x)
+                    logits, z = logits_of(x), features_of(x)
                     with torch.no_grad():
                         distance = (x - clean).flatten(1).norm(dim=1)
                         fools = (logits.argmax(1) != y) & ~detects(z).to(device) & (distance < nearest)
                         nearest = torch.where(fools, distance, nearest)
                         best = torch.where(fools[:, None, None, None], x, best)
                     margin = logits.gather(1, y[:, None])[:, 0] - _without(logits, y).amax(1)
-                    loss = margin.clamp(min=-confidence) + weight * stand_in(z.float())
+                    loss = margin.clamp(min=-confidence) + weight * stand_in(z)
                     (gradient,) = torch.autograd.grad(loss.sum(), x)
                     x = _project(x.detach() - stride * _direction(gradient, norm), clean, eps, norm)
             final[index] = best.cpu()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from odenets.detection.attacks import Attacked
 from odenets.detection.features import check_images, in_batches
+from odenets.detection.isolation import Logits
 
 __all__ = ["Evasion", "detected_by", "judge", "matching", "starting_points"]
 
@@ -89,7 +90,7 @@ def judge(
     batch_size: int,
 ) -> Evasion:
     """What network and detector say of the final images."""
-    predicted = in_batches(lambda x: network(x).argmax(1), network, final, batch_size)
+    predicted = in_batches(Logits(network).predict, network, final, batch_size)
     detected = in_batches(lambda x: detected_by(detector, x), network, final, batch_size)
     return Evasion(final, predicted != labels, detected, (final - clean).flatten(1).norm(dim=1))
 
@@ -112,7 +113,8 @@ def detected_by(detector: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     Raises:
         ValueError: it does not say one 0 or 1 of each.
     """
-    said = torch.as_tensor(detector(x))
+    with torch.no_grad():
+        said = torch.as_tensor(detector(x))
     if said.shape != (len(x),) or not ((said == 0) | (said == 1)).all():
         raise ValueError(
             f"detector must say 0 or 1 of each of {len(x)} samples, got shape {tuple(said.shape)}"

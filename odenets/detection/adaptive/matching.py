@@ -16,9 +16,10 @@ from tqdm import tqdm
 from odenets.detection.adaptive.evasion import Evasion, detected_by, judge, matching, starting_points
 from odenets.detection.attacks import Attacked
 from odenets.detection.features import in_batches
-from odenets.detection.isolation import device_of, frozen, seeded
+from odenets.detection.isolation import Logits, frozen, in_float32, seeded
 from odenets.detection.presets import checked, preset
 from odenets.detection.toolbox import decision_attack
+from odenets.modes import device_of
 
 __all__ = ["feature_attack"]
 
@@ -80,22 +81,24 @@ def feature_attack(
     if rounds < 1 or steps < 1 or not weights:
         raise ValueError(f"rounds and steps must be at least 1 and weights not empty, got {rounds}, {steps}, {weights}")
 
+    def features_of(x: Tensor) -> Tensor:
+        return in_float32(network, lambda x: features(network, x), x).float()
+
     def of_images(x: Tensor) -> Tensor:
-        return detected_by(detector, features(network, x).detach().float().cpu())
+        return detected_by(detector, features_of(x).detach().cpu())
 
     def objective(x: Tensor, i: int, z: Tensor, c1: float, c2: float) -> Tensor:
         label = start.labels[i : i + 1].to(device)
-        apart = ((features(network, x)[0].float() - z) / scale).norm()
+        apart = ((features_of(x)[0] - z) / scale).norm()
         moved = (x[0] - images[i].to(device)).norm()
-        return -F.cross_entropy(network(x), label) + c1 * apart + c2 * moved
+        return -F.cross_entropy(logits(x), label) + c1 * apart + c2 * moved
 
     device = device_of(network)
-    with frozen(network):
+    with frozen(network) as network:
+        logits = Logits(network)
         images = starting_points(network, of_images, start, images, batch_size)
         clean = images if pool is None else torch.cat([images, matching(pool, start)])
-        z_clean, z_start = (
-            in_batches(lambda x: features(network, x).float(), network, x, batch_size) for x in (clean, start.images)
-        )
+        z_clean, z_start = (in_batches(features_of, network, x, batch_size) for x in (clean, start.images))
         silent = z_clean[~detected_by(detector, z_clean)]
         z_both = torch.cat([z_clean, z_start])
         ask = _Standardised(detector, z_both.mean(0), torch.where((scale := z_both.std(0)) > 0, scale, 1))
@@ -116,7 +119,7 @@ def feature_attack(
                     partial(objective, i=i, z=z, c1=c1, c2=c2), start.images[i].to(device), rounds, steps
                 ):
                     distance = (x.cpu() - images[i]).norm().item()
-                    fools = int(network(x[None]).argmax()) != int(start.labels[i]) and not of_images(x[None])
+                    fools = int(logits.predict(x[None])) != int(start.labels[i]) and not of_images(x[None])
                     if fools and distance < nearest:
                         final[i], nearest = x.cpu(), distance
         return judge(network, of_images, final, start.labels, images, batch_size)
@@ -146,10 +149,9 @@ def _descend(objective: Callable[[Tensor], Tensor], x: Tensor, rounds: int, step
     for _ in range(rounds):
         optimizer = torch.optim.LBFGS([x], max_iter=steps, line_search_fn="strong_wolfe")
 
-        def closure(optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
-            optimizer.zero_grad()
+        def closure() -> Tensor:
             loss = objective(x.clamp(0, 1))
-            loss.backward()
+            (x.grad,) = torch.autograd.grad(loss, x)  # of nothing else: the features may come from other networks
             return loss
 
         optimizer.step(closure)

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from odenets.detection.adaptive.evasion import Evasion, detected_by, judge, matching, starting_points
 from odenets.detection.attacks import Attacked
-from odenets.detection.isolation import device_of, frozen, seeded
+from odenets.detection.isolation import Logits, frozen, seeded
 from odenets.detection.presets import checked, preset
 from odenets.detection.toolbox import decision_attack
+from odenets.modes import device_of
 
 __all__ = ["black_box"]
 
@@ -73,20 +74,23 @@ def black_box(
         answer = []
         for x in torch.from_numpy(points).split(batch_size):
             x = x.to(device)
-            fooled = network(x).argmax(1) == target
+            fooled = logits.predict(x).to(device) == target
             if fooled.any():
                 fooled[fooled.clone()] = ~detected_by(detector, x[fooled]).to(device)
             answer.append(fooled.cpu())
         return torch.cat(answer).numpy()
 
-    with frozen(network):
+    with frozen(network) as network:
+        logits = Logits(network)
         images = starting_points(network, detector, start, images, batch_size)
         final = start.images.clone()
         for i in tqdm(range(len(start)), desc=progress, disable=progress is None, unit="image", leave=False):
             x, target = start.images[i], int(start.predicted[i])
             with seeded(seed, i, device=device):
-                share = torch.arange(1, trials + 1).reshape(-1, 1, 1, 1) / trials
-                candidates = torch.cat([(1 - share) * x + share * torch.rand(trials, *x.shape), more])
+                share = torch.arange(1, trials + 1, dtype=torch.float32).reshape(-1, 1, 1, 1) / trials
+                candidates = torch.cat(
+                    [(1 - share) * x + share * torch.rand(trials, *x.shape, dtype=torch.float32), more]
+                )
                 candidates = candidates[(candidates - x).flatten(1).norm(dim=1).argsort()].numpy()
                 first = candidates[undetected_as(target, candidates)]
                 found = decision_attack(
