@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.metrics import accuracy_score
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
@@ -22,6 +23,12 @@ class Detector(ClassifierMixin, BaseEstimator):
     the network predicts, fitted on the inputs predicted so; a class that has not both clean and adversarial inputs
     falls back on the general one. The *ensemble* detects what either does: its score is the larger of theirs.
 
+    In ``cross_val_score``, ``cross_validate``, searches and pipelines the predicted classes travel by scikit-learn's
+    metadata routing: after ``sklearn.set_config(enable_metadata_routing=True)`` a detector with
+    ``set_fit_request(predicted=True)`` and ``set_score_request(predicted=True)`` is scored by
+    ``cross_val_score(detector, X, y, params={"predicted": predicted})``. What hands no metadata on when it predicts
+    (``cross_val_predict``, scorers by name such as "roc_auc") serves the general detector alone.
+
     Args:
         estimator: any classifier of scikit-learn's kind with ``predict_proba``; a random forest with scikit-learn's
             defaults if not given, as in the thesis. It is cloned, not fitted itself.
@@ -30,6 +37,7 @@ class Detector(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: the two labels, clean first.
+        fitted_mode_: the mode when it was fitted.
         general_: the fitted general classifier.
         conditional_: fitted classifiers by predicted class, without those that fall back.
 
@@ -79,10 +87,11 @@ class Detector(ClassifierMixin, BaseEstimator):
                 f"Only binary classification is supported: y must be clean or adversarial, got {len(self.classes_)} "
                 "classes"
             )
+        predicted = self._checked(predicted, len(X))
+        self.fitted_mode_ = self.mode
         self.general_ = self._new().fit(X, labels)
-        self.conditional_: dict[int, Any] = {}
-        if self.mode != "general":
-            predicted = self._checked(predicted, len(X))
+        self.conditional_: dict[Any, Any] = {}
+        if predicted is not None and self.mode != "general":
             for c in np.unique(predicted).tolist():
                 of = predicted == c
                 if len(np.unique(labels[of])) == 2:
@@ -94,14 +103,20 @@ class Detector(ClassifierMixin, BaseEstimator):
 
         Args:
             X: features, ``(N, F)``.
-            predicted: predicted classes, ``(N,)``.
+            predicted: predicted classes, ``(N,)``; needed unless the mode is "general".
+
+        Raises:
+            ValueError: no predicted classes where they are needed, another number of features or of classes than of
+                samples, or a mode that it was not fitted for.
         """
         check_is_fitted(self)
+        if self.mode not in MODES or (self.mode != "general" and self.fitted_mode_ == "general"):
+            raise ValueError(f"mode is {self.mode!r} and was {self.fitted_mode_!r} when fitted: fit it again")
         X = validate_data(self, X, reset=False)
-        general = self.general_.predict_proba(X)[:, 1]
-        if self.mode == "general":
-            return general - 0.5
         predicted = self._checked(predicted, len(X))
+        general = self.general_.predict_proba(X)[:, 1]
+        if predicted is None or self.mode == "general":
+            return general - 0.5
         conditional = general.copy()
         for c, classifier in self.conditional_.items():
             if (of := predicted == c).any():
@@ -118,6 +133,19 @@ class Detector(ClassifierMixin, BaseEstimator):
         found = self.decision_function(X, predicted) > 0
         return self.classes_[found.astype(int)]
 
+    def score(  # type: ignore[override] - the third argument is that of the other methods here
+        self, X: Any, y: Any, predicted: Any = None, *, sample_weight: Any = None
+    ) -> float:
+        """Accuracy of :meth:`predict`.
+
+        Args:
+            X: features, ``(N, F)``.
+            y: labels, ``(N,)``.
+            predicted: predicted classes, ``(N,)``; needed unless the mode is "general".
+            sample_weight: of the samples, ``(N,)``.
+        """
+        return float(accuracy_score(y, self.predict(X, predicted), sample_weight=sample_weight))
+
     def _new(self) -> Any:
         if self.estimator is None:
             return RandomForestClassifier(random_state=self.random_state)
@@ -125,10 +153,21 @@ class Detector(ClassifierMixin, BaseEstimator):
             raise ValueError(f"estimator must have predict_proba, got {type(self.estimator).__name__}")
         return clone(self.estimator)
 
-    def _checked(self, predicted: Any, samples: int) -> np.ndarray:
+    def _checked(self, predicted: Any, samples: int) -> np.ndarray | None:
+        """Predicted classes ``(N,)`` int64; None where none are needed."""
         if predicted is None:
-            raise ValueError(f"predicted must hold the predicted class of each sample where mode is {self.mode!r}")
+            if self.mode == "general":
+                return None
+            raise ValueError(
+                f"predicted must hold the predicted class of each sample where mode is {self.mode!r}; in "
+                "cross-validation it is routed: sklearn.set_config(enable_metadata_routing=True) and "
+                "set_fit_request(predicted=True).set_score_request(predicted=True) of the detector"
+            )
         predicted = np.asarray(predicted)
         if predicted.shape != (samples,):
             raise ValueError(f"predicted must hold one class per sample, ({samples},), got {predicted.shape}")
-        return predicted
+        with np.errstate(invalid="ignore"):
+            classes = predicted.astype(np.int64) if predicted.dtype.kind in "biuf" else None
+        if classes is None or (classes != predicted).any():
+            raise ValueError(f"predicted must hold classes as whole numbers, got {predicted.dtype}")
+        return classes

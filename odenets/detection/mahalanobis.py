@@ -107,32 +107,43 @@ class Mahalanobis(Features):
             raise ValueError("Mahalanobis must be fitted to training images before it is called: fit(network, x, y)")
         if self.magnitude == 0:
             return torch.stack(self._confidences(network, x), 1).float()
-        check_images(x)
+        x = check_images(x)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         moved = [(x + self.magnitude * way).clamp(0, 1) for way in self._directions(network, x)]
         return torch.stack([self._confidences(network, near, i + 1)[i] for i, near in enumerate(moved)], 1).float()
 
     def _directions(self, network: Recording, x: Tensor) -> list[Tensor]:
         """Signs of the gradient of each state's confidence, ``(B, C, H, W)``."""
+        gradients = []
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            confidences = self._confidences(network, x)
-            gradients = [torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in confidences]
+            for i, z in enumerate(self._states(network, x)):
+                end = z.detach().requires_grad_()
+                (way,) = torch.autograd.grad(self._confidence(i, end).sum(), end)
+                exponent = way.abs().amax(1, keepdim=True).frexp().exponent
+                way = torch.ldexp(way, -exponent)  # exact; within the range of a network in half precision
+                gradients.append(torch.autograd.grad(z, x, way, retain_graph=True)[0])
         if not all(gradient.isfinite().all() for gradient in gradients):
             raise ValueError("network must have finite gradients for an input step, got NaN or infinity")
         return [gradient.sign() for gradient in gradients]
 
-    def _confidences(self, network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
-        """Of each state, or of the first ``count``, ``(B,)`` float64."""
+    def _states(self, network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
+        """Channel means of all states, or of the first ``count``, each ``(B, C)``."""
         states = [pooled(state) for state in stage_states(network, x, count)]
         if (got := [z.shape[1] for z in states]) != (fitted := [means.shape[1] for means in self.means[:count]]):
             raise ValueError(f"network must be the one of fit, with states of {fitted} channels, got {got}")
-        found = []
-        for i, z in enumerate(states):
-            square = _square_distances(z, self.means[i], self.factors[i]).amin(1)
-            if self.relative:
-                square = square - _square_distances(z, self.mean[i], self.factor[i])[:, 0]
-            found.append(-square / 2)
-        return found
+        return states
+
+    def _confidence(self, i: int, z: Tensor) -> Tensor:
+        """By state i, ``(B,)`` float64."""
+        square = _square_distances(z, self.means[i], self.factors[i]).amin(1)
+        if self.relative:
+            square = square - _square_distances(z, self.mean[i], self.factor[i])[:, 0]
+        return -square / 2
+
+    def _confidences(self, network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
+        """Of each state, or of the first ``count``, ``(B,)`` float64."""
+        return [self._confidence(i, z) for i, z in enumerate(self._states(network, x, count))]
 
     def __repr__(self) -> str:
         return f"Mahalanobis(magnitude={self.magnitude:g}, relative={self.relative})"

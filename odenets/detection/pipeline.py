@@ -15,6 +15,7 @@ from odenets.checkpoints import fingerprint
 from odenets.detection.detector import Detector
 from odenets.detection.features import Features, Recording, Trajectory, check_images, in_batches
 from odenets.detection.files import read, write
+from odenets.detection.isolation import checked_logits
 from odenets.detection.protocol import Scores, score
 
 __all__ = ["FEWEST", "Pipeline"]
@@ -53,16 +54,33 @@ class Pipeline:
         self.batch_size = batch_size
 
     def look(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Features ``(N, F)`` and predicted classes ``(N,)`` of images ``(N, C, H, W)``, in one pass."""
+        """Features ``(N, F)`` and predicted classes ``(N,)`` of images ``(N, C, H, W)``, in one pass.
+
+        Raises:
+            TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, or logits or
+                features that are not finite.
+        """
+
+        wide = False
 
         def both(x: Tensor) -> Tensor:
-            output, found = self.features.look(self.network, x)
-            return torch.cat([output.argmax(1, keepdim=True).double(), found.double()], 1)
+            nonlocal wide
+            output, values = self.features.look(self.network, x)
+            logits = checked_logits(output, len(x))
+            wide = values.dtype == torch.float64
+            predicted = logits.argmax(1, keepdim=True).double()
+            return torch.cat(
+                [predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan), values.double()], 1
+            )
 
-        found = in_batches(both, self.network, check_images(images), self.batch_size).numpy()
-        if not np.isfinite(found).all():
-            raise ValueError("features must be finite, got NaN or infinity: does the network diverge on these images?")
-        return found[:, 1:].astype(np.float32), found[:, 0].astype(np.int64)
+        values = in_batches(both, self.network, check_images(images), self.batch_size).numpy()
+        with np.errstate(over="ignore"):
+            X = values[:, 1:] if wide else values[:, 1:].astype(np.float32)
+        if not (np.isfinite(X).all() and np.isfinite(values[:, 0]).all()):
+            raise ValueError(
+                "features and logits must be finite, got NaN or infinity: does the network diverge on these images?"
+            )
+        return X, values[:, 0].astype(np.int64)
 
     def fit(self, clean: Tensor, adversarial: Tensor | None = None, *, noisy: Tensor | None = None) -> Pipeline:
         """Fit the detector.
@@ -121,7 +139,7 @@ class Pipeline:
             clean, adversarial: images ``(N, C, H, W)``.
             successful: which of the adversarial images fool the network, ``(N,)`` of bool.
         """
-        fooled = None if successful is None else successful.numpy()
+        fooled = None if successful is None else torch.as_tensor(successful).cpu().numpy()
         return score(self.scores(clean), self.scores(adversarial), successful=fooled)
 
     # -- on disk ------------------------------------------------------------------------------------------------

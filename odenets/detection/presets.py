@@ -82,8 +82,9 @@ corner.
 The thesis runs the AutoAttack of its authors: APGD with cross-entropy, APGD with targeted differences of logits, FAB,
 and Square. "AA" is ART's, which is weaker: APGD with either loss and no target, five random starts and 100 iterations
 each, then DeepFool in FAB's place, an L2 attack with ART's overshoot of 1e-3 that counts only where it ends inside the
-ball, then Square. An image that none of them turns, or that was misclassified before, comes back unchanged. It is slow:
-where an image of a batch withstands, Square makes up to five times ``square_iter`` steps of three passes with the batch.
+ball, then Square. An image that none of them turns, or that was misclassified before, comes back unchanged. It is
+slow: where an image of a batch withstands, Square makes up to five times ``square_iter`` steps of three passes with the
+batch.
 """
 
 

@@ -114,9 +114,14 @@ def score(
     for name, values in (("clean", clean), ("adversarial", adversarial)):
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise ValueError(f"{name} must hold finite scores (N,), at least one, got shape {values.shape}")
-    fooled = np.ones(len(adversarial), dtype=bool) if successful is None else np.asarray(successful, dtype=bool)
+    fooled = np.ones(len(adversarial), dtype=bool) if successful is None else np.asarray(successful)
+    if not np.isin(fooled, (0, 1)).all():
+        raise ValueError(f"successful must hold True or False, no indices, got {fooled.dtype} up to {fooled.max()}")
+    fooled = fooled.astype(bool)
     if fooled.shape != adversarial.shape:
         raise ValueError(f"successful must hold one per adversarial sample, {adversarial.shape}, got {fooled.shape}")
+    if not np.isfinite(threshold):
+        raise ValueError(f"threshold must be finite, got {threshold}")
     y, scores = np.repeat([0, 1], [len(clean), len(adversarial)]), np.concatenate([clean, adversarial])
     rates = roc_curve(y, scores, drop_intermediate=False)
     return Scores(

@@ -73,7 +73,10 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def _sums(self, X: Any, *, reset: bool) -> np.ndarray:
-        return np.asarray(validate_data(self, X, dtype=np.float64, reset=reset)).sum(1)
+        sums = np.asarray(validate_data(self, X, dtype=np.float64, reset=reset)).sum(1)
+        if not np.isfinite(sums).all():
+            raise ValueError("X must have finite sums of features, got an overflow")
+        return sums
 
     def _score(self, sums: np.ndarray) -> np.ndarray:
         if self.side == "upper":
@@ -84,7 +87,10 @@ class QuantileTest(OutlierMixin, BaseEstimator):
 
     @staticmethod
     def _tail(sums: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-        """Share of the sorted fitted sums at or above each; beyond the largest, minus the excess over their range."""
+        """Share of the sorted fitted sums at or above each; beyond the largest, minus the excess over their range.
+
+        Equal ones have no range: their size, or 1, takes its place.
+        """
         share = 1 - np.searchsorted(fitted, sums, side="left") / len(fitted)
-        width = max(fitted[-1] - fitted[0], np.finfo(float).tiny)
+        width = (fitted[-1] - fitted[0]) or abs(fitted[-1]) or 1.0
         return share - np.maximum(sums - fitted[-1], 0) / width

@@ -32,11 +32,11 @@ class Surrogate(nn.Module):
         self.register_buffer("std", torch.where(std > 0, std, 1).float())
         self.layers = nn.Sequential(
             nn.Linear(len(mean), hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1)
-        )
+        ).float()
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits of features ``(B, F)``, ``(B,)``; their sigmoid is the score."""
-        return self.layers((z - self.mean) / self.std)[:, 0]
+        return self.layers(((z - self.mean) / self.std).to(self.mean.dtype))[:, 0]
 
 
 def distil(
@@ -67,12 +67,20 @@ def distil(
         seed: of draws and initial weights; the random state is left as it was.
 
     Raises:
-        ValueError: fewer than two features, features or scores that are not finite, or scores outside [0, 1].
+        ValueError: numbers out of range, fewer than two features, features or scores that are not finite, or scores
+            outside [0, 1].
 
     References:
         Papernot, McDaniel, Goodfellow, Jha, Celik, Swami. Practical black-box attacks against machine learning.
         AsiaCCS 2017.
     """
+    for name, value, least in (
+        ("copies", copies, 0), ("hidden", hidden, 1), ("epochs", epochs, 1), ("batch_size", batch_size, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not (noise >= 0 and learning_rate > 0):
+        raise ValueError(f"noise must not be negative and learning_rate positive, got {noise} and {learning_rate}")
     given = np.asarray(features, dtype=np.float32)
     if given.ndim != 2 or len(given) < 2:
         raise ValueError(f"features must be (N, F) with N at least 2, got shape {given.shape}")
@@ -82,9 +90,10 @@ def distil(
     made = [given, *(_made(given, noise, draws) for _ in range(copies))]
     z = torch.from_numpy(np.concatenate(made))
     target = torch.from_numpy(scores_of(score, z.numpy()))
-    with torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        surrogate = Surrogate(torch.from_numpy(given.mean(0)), torch.from_numpy(given.std(0)), hidden)
+        mean, std = (torch.from_numpy(each) for each in _moments(given))
+        surrogate = Surrogate(mean, std, hidden)
         optimizer = torch.optim.Adam(surrogate.parameters(), learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for _ in range(epochs):
@@ -118,9 +127,15 @@ def scores_of(score: Score, features: np.ndarray) -> np.ndarray:
     return found
 
 
+def _moments(given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations, ``(F,)`` float64; a deviation that is rounding counts as 0."""
+    mean, std = given.mean(0, dtype=np.float64), given.std(0, dtype=np.float64)
+    return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 0)
+
+
 def _made(given: np.ndarray, noise: float, draws: np.random.Generator) -> np.ndarray:
     """As many features, half of them noisy ones and half between two."""
     size = (len(given), 1)
-    noisy = given + draws.uniform(0, noise, size) * given.std(0) * draws.standard_normal(given.shape)
+    noisy = given + draws.uniform(0, noise, size) * _moments(given)[1] * draws.standard_normal(given.shape)
     between = given + draws.uniform(0, 1, size) * (given[draws.permutation(len(given))] - given)
     return np.where(draws.uniform(size=size) < 0.5, noisy, between).astype(np.float32)

@@ -75,6 +75,10 @@ def surrogate_attack(
         raise ValueError(f"norm must be 'inf' or 2, got {norm!r}")
     if not eps > 0 or steps < 1 or not weights:
         raise ValueError(f"eps must be positive, steps at least 1 and weights not empty, got {eps}, {steps}, {weights}")
+    if norm == "inf" and eps > 1:
+        raise ValueError(f"eps must be at most 1, in units of pixels in [0, 1], got {eps}")
+    if step_size is not None and not step_size > 0:
+        raise ValueError(f"step_size must be positive, got {step_size}")
     stride = 2.5 * eps / steps if step_size is None else step_size
 
     def detects(z: Tensor) -> Tensor:
@@ -110,6 +114,8 @@ def surrogate_attack(
                     margin = logits.gather(1, y[:, None])[:, 0] - _without(logits, y).amax(1)
                     loss = margin.clamp(min=-confidence) + weight * stand_in(z)
                     (gradient,) = torch.autograd.grad(loss.sum(), x)
+                    if not gradient.isfinite().all():
+                        raise ValueError("features and network must have finite gradients, got NaN or infinity")
                     x = _project(x.detach() - stride * _direction(gradient, norm), clean, eps, norm)
             final[index] = best.cpu()
         return judge(network, of_images, final, start.labels, images, batch_size)

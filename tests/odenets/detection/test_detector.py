@@ -2,8 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from sklearn import config_context
+from sklearn.base import clone
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Perceptron
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_score, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from odenets.detection import Detector
@@ -66,6 +72,82 @@ def test_labels_of_any_two_kinds():
     X = np.array([[0.0], [0.1], [1.0], [1.1]])
     found = Detector(LogisticRegression()).fit(X, ["clean", "clean", "fake", "fake"])
     assert found.predict([[-3.0], [4.0]]).tolist() == ["clean", "fake"]
+
+
+def routed(mode):
+    detector = Detector(LogisticRegression(), mode=mode)
+    detector = detector.set_fit_request(predicted=True).set_score_request(predicted=True)
+    return detector.set_predict_request(predicted=True).set_decision_function_request(predicted=True)
+
+
+@pytest.mark.parametrize("mode", ["conditional", "ensemble"])
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list])
+def test_cross_validation_hands_on_the_predicted_classes(mode, kind):
+    X, y, predicted = by_class(90)
+    folds = list(KFold(3).split(X))
+    expected = []
+    for fit, test in folds:
+        detector = Detector(LogisticRegression(), mode=mode).fit(X[fit], y[fit], predicted[fit])
+        expected.append((detector.predict(X[test], predicted[test]) == y[test]).mean())
+    with config_context(enable_metadata_routing=True):
+        params = {"predicted": kind(predicted)}
+        scores = cross_val_score(routed(mode), X, y, cv=folds, params=params)
+        both = cross_validate(clone(routed(mode)), X, y, cv=folds, params=params, return_train_score=True)
+    np.testing.assert_allclose(scores, expected)
+    np.testing.assert_allclose(both["test_score"], expected)
+    assert np.isfinite(both["train_score"]).all()
+
+
+def test_a_search_over_modes_finds_the_conditional_one():
+    X, y, predicted = by_class(120)
+    with config_context(enable_metadata_routing=True):
+        search = GridSearchCV(routed("general"), {"mode": ["general", "conditional"]}, cv=3)
+        search.fit(X, y, predicted=predicted)
+        assert search.best_params_ == {"mode": "conditional"}
+        assert search.best_score_ == search.score(X, y, predicted=predicted) == 1
+
+
+def test_a_pipeline_hands_on_the_predicted_classes():
+    X, y, predicted = by_class(90)
+    with config_context(enable_metadata_routing=True):
+        steps = make_pipeline(StandardScaler(), routed("conditional")).fit(X, y, predicted=predicted)
+        assert steps.score(X, y, predicted=predicted) == 1
+        np.testing.assert_array_equal(steps.predict(X, predicted=predicted), y)
+        assert steps.decision_function(X, predicted=predicted).shape == (90,)
+
+
+def test_cross_validation_without_the_predicted_classes_names_the_remedy():
+    X, y, _ = by_class(30)
+    with pytest.raises(ValueError, match=r"predicted must hold.*enable_metadata_routing=True.*set_score_request"):
+        cross_val_score(Detector(mode="conditional"), X, y, cv=3, error_score="raise")
+
+
+def test_the_score_is_the_weighted_accuracy():
+    X, y, predicted = by_class(40)
+    detector = Detector(LogisticRegression(), mode="conditional").fit(X, y, predicted)
+    weights = RNG.random(40)
+    right = detector.predict(X, 1 - predicted) == y
+    assert detector.score(X, y, 1 - predicted) == pytest.approx(right.mean())
+    weighted = detector.score(X, y, predicted=1 - predicted, sample_weight=weights)
+    assert weighted == pytest.approx((right * weights).sum() / weights.sum())
+
+
+def test_a_mode_that_it_was_not_fitted_for_is_refused():
+    X, y, predicted = by_class(40)
+    detector = Detector(LogisticRegression()).fit(X, y)
+    with pytest.raises(ValueError, match="mode is 'conditional' and was 'general' when fitted: fit it again"):
+        detector.set_params(mode="conditional").predict(X, predicted)
+    ensemble = Detector(LogisticRegression(), mode="ensemble").fit(X, y, predicted)
+    np.testing.assert_array_equal(
+        ensemble.set_params(mode="general").predict(X), detector.set_params(mode="general").predict(X)
+    )
+
+
+@pytest.mark.parametrize("predicted", [["a"] * 20, np.full(20, 0.5), np.full(20, np.nan)])
+def test_predicted_classes_are_whole_numbers(predicted):
+    X, y, _ = by_class(20)
+    with pytest.raises(ValueError, match="predicted must hold classes as whole numbers"):
+        Detector(LogisticRegression(), mode="conditional").fit(X, y, predicted)
 
 
 def test_errors():
