@@ -215,9 +215,7 @@ def _attack_batch(logits: Logits, attack: Attack, x: Tensor, y: Tensor, classes:
         points = gradient_attack(logits, attack.name, dict(attack.settings), x.numpy(), y.numpy(), classes)
     adversarial = torch.from_numpy(points).float().clamp(0, 1)
     if lost := int((~adversarial.isfinite()).flatten(1).any(1).sum()):
-        raise ValueError(
-            f"network must have finite gradients to be attacked by {attack.name}, got NaN in {lost} of {len(x)} images"
-        )
+        raise ValueError(f"{attack.name} must make finite images, got NaN in {lost} of {len(x)}: choose other settings")
     return {"images": adversarial, "clean": clean, "predicted": logits.predict(adversarial)}
 
 

@@ -147,6 +147,12 @@ def checked_logits(output: Any, samples: int, fewest: int = 1) -> Tensor:
     return output
 
 
+def _finite(gradient: Tensor) -> None:
+    """ART takes a gradient that is NaN for 0, so that nothing moves."""
+    if not gradient.isfinite().all():
+        raise ValueError("network must have finite gradients to be attacked, got NaN or infinity")
+
+
 class Logits(nn.Module):
     """A network as attacks see it: float32 pixels in, logits ``(B, classes)`` out, float32 whatever its precision.
 
@@ -154,7 +160,8 @@ class Logits(nn.Module):
         network: from pixels in [0, 1] to logits; it computes in its own precision, on its own device.
 
     Raises:
-        TypeError, ValueError: when called, if the network returns something else; see :func:`checked_logits`.
+        TypeError, ValueError: when called, if the network returns something else, see :func:`checked_logits`, or has a
+            gradient that is not finite.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -163,6 +170,9 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images ``(B, C, H, W)``, ``(B, classes)`` float32 on the network's device."""
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(_finite)
         return in_float32(self.network, lambda x: checked_logits(self.network(x), len(x), 2), x).float()
 
     @torch.no_grad()

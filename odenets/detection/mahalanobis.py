@@ -101,7 +101,7 @@ class Mahalanobis(Features):
 
         Raises:
             ValueError: before :meth:`fit`, for a network with other states, or, with an input step, for inputs that are
-                no images in [0, 1].
+                no images in [0, 1] and for a network without finite gradients.
         """
         if not self.means:
             raise ValueError("Mahalanobis must be fitted to training images before it is called: fit(network, x, y)")
@@ -114,6 +114,10 @@ class Mahalanobis(Features):
 
     def _directions(self, network: Recording, x: Tensor) -> list[Tensor]:
         """Signs of the gradient of each state's confidence, ``(B, C, H, W)``."""
+        if any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers())):
+            raise ValueError(
+                "network must be made outside torch.inference_mode for an input step, which takes gradients"
+            )
         gradients = []
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from torch import nn
 from torch.nn import functional as F
 
 from odenets.checkpoints import fingerprint
 from odenets.detection import attacks, toolbox
 from odenets.detection.attacks import PRESETS, Attack, Attacked, attack, preset
+from odenets.detection.isolation import frozen
 from tests.odenets.detection.victims import digits, victim
 
 CUT = {
@@ -288,3 +290,241 @@ def test_missing_art_names_the_extra(batch, monkeypatch):
         attack(victim(), "FGM", *batch)
     with pytest.raises(ModuleNotFoundError, match=r"pip install odenets\[detection\]"):
         preset("FGM", eps=0.1)
+
+
+# -- precision, outputs, modes of the caller ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", PRESETS)
+def test_networks_of_any_precision_are_attacked_in_float32(batch, name, dtype):
+    x, y = batch[0][:4], batch[1][:4]
+    network = copy.deepcopy(victim()).to(dtype)
+    result = attack(network, preset(name, **CUT[name]), x.to(dtype), y.int())
+    assert result.images.dtype == result.l2.dtype == torch.float32
+    assert torch.equal(result.predicted, network.eval()(result.images.to(dtype)).argmax(1))
+    assert torch.equal(result.clean, network(x.to(dtype)).argmax(1))
+    assert {p.dtype for p in network.parameters()} == {dtype}
+    if name in ("FGM", "BIM", "APGD", "AA"):
+        assert result.linf.max() <= 0.03 + 1e-6
+    elif name != "DF" or dtype == torch.float64:  # it stops at a boundary that half precision blurs
+        assert result.success_rate > 0.5
+
+
+def test_a_network_in_double_precision_gives_the_images_of_its_own_gradient(batch):
+    x, y = batch
+    network = copy.deepcopy(victim()).double()
+    moving = x.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(network(moving), y, reduction="sum"), moving)
+    result = attack(network, preset("FGM", eps=0.1), x, y)
+    clear = gradient.abs() > 1e-5 * gradient.abs().max()
+    torch.testing.assert_close(result.images[clear], (x + 0.1 * gradient.sign().float()).clamp(0, 1)[clear])
+
+
+@pytest.mark.parametrize("gain", [1.0, 60.0])
+def test_gradients_below_half_precision_reach_the_pixels(gain):
+    """Confident predictions have gradients below 6e-8, a half's least number."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).half()
+    with torch.no_grad():
+        network[3].weight.mul_(gain)
+    x = 0.2 + 0.6 * torch.rand(40, 1, 4, 4)
+    wide = copy.deepcopy(network).double()
+    y = wide(x.half().double()).argmax(1)
+    moving = x.half().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(wide(moving), y, reduction="sum"), moving)
+    moved = attack(network, preset("FGM", eps=0.1), x, y).images - x
+    clear = gradient.abs() > 1e-2 * gradient.abs().amax((1, 2, 3), keepdim=True)
+    assert (gradient.abs().amax((1, 2, 3)) / 40 < 6e-8).any() == (gain > 1)
+    assert (moved.sign() == gradient.sign())[clear & (gradient != 0)].double().mean() > 0.98
+
+
+class Wrapped(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.network, self.how = victim(), how
+
+    def forward(self, x):
+        return self.how(self.network(x))
+
+
+@pytest.mark.parametrize("name", ["FGM", "HSJ"])
+@pytest.mark.parametrize(
+    ("how", "error", "match"),
+    [
+        (lambda z: (z, None), TypeError, "got a tuple: wrap it in a module that returns the logits alone"),
+        (lambda z: [z], TypeError, "got a list"),
+        (lambda z: {"logits": z}, TypeError, "got a dict"),
+        (lambda z: None, TypeError, "got a NoneType"),
+        (lambda z: z.argmax(1), TypeError, "got a tensor of torch.int64"),
+        (lambda z: z[:, 0], ValueError, r"got shape \(1,\) for 1 inputs"),
+        (lambda z: z[:, :1], ValueError, r"with at least 2 classes, got shape \(1, 1\)"),
+        (lambda z: z[:, :, None, None], ValueError, r"got shape \(1, 10, 1, 1\)"),
+        (lambda z: z.repeat(2, 1), ValueError, r"got shape \(2, 10\) for 1 inputs"),
+    ],
+)
+def test_what_a_network_must_return_is_named(batch, name, how, error, match):
+    x, y = batch
+    with pytest.raises(error, match="network must return logits, one floating tensor .*" + match):
+        attack(Wrapped(how), preset(name, **CUT[name]), x, y)
+
+
+def test_logits_and_gradients_that_are_not_finite_are_no_attack(batch):
+    x, y = batch
+    with pytest.raises(ValueError, match="network must return finite logits, got NaN"):
+        attack(Wrapped(lambda z: z * torch.nan), "FGM", x, y)
+    root = Wrapped(lambda z: z + 0 * (z - z.detach()).abs().sqrt())  # its gradient is 0 * infinity
+    for name in ("FGM", "DF"):
+        with pytest.raises(ValueError, match="network must have finite gradients to be attacked, got NaN"):
+            attack(root, preset(name, **CUT[name]), x, y)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_mode_of_the_caller_does_not_matter(batch, name, mode):
+    x, y = batch[0][:4], batch[1][:4]
+    expected = attack(victim(), preset(name, **CUT[name]), x, y)
+    with mode():
+        result = attack(victim(), preset(name, **CUT[name]), x.clone(), y.clone())
+        assert not torch.is_grad_enabled()
+    assert same(result, expected)
+
+
+def test_a_network_made_in_inference_mode_is_attacked(batch):
+    x, y = batch
+    with torch.inference_mode():
+        network = copy.deepcopy(victim())
+        assert all(p.is_inference() for p in network.parameters())
+        result = attack(network, "FGM", x, y)
+    assert same(result, attack(victim(), "FGM", x, y))
+
+
+class Drawing(nn.Module):
+    """Draws in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = copy.deepcopy(victim())
+
+    def forward(self, x):
+        return self.network(x + 1e-3 * torch.rand_like(x) * np.random.rand() * random.random())  # noqa: NPY002
+
+
+def test_the_draws_of_a_network_leave_the_random_states_as_they_were(batch):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    attack(Drawing(), "FGM", *batch)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+def test_frozen_restores_each_module_also_after_an_exception():
+    network = copy.deepcopy(victim()).train()
+    network.head.eval()
+    network.head[1].weight.requires_grad_(False)
+    network.head[1].bias.grad = torch.ones_like(network.head[1].bias)
+    modes = [module.training for module in network.modules()]
+    state = torch.get_rng_state()
+
+    def killed():
+        assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
+        torch.rand(3)
+        raise Killed
+
+    with pytest.raises(Killed), frozen(network):
+        killed()
+    assert [module.training for module in network.modules()] == modes
+    assert not network.head[1].weight.requires_grad
+    assert all(p.requires_grad for p in network.parameters() if p is not network.head[1].weight)
+    assert network.head[1].bias.grad.eq(1).all()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Tempered(nn.Module):
+    """Numbers that no state dictionary holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = copy.deepcopy(victim())
+        self.temperature = 1.0
+        self.shifts = [0.0]
+        self.more = torch.zeros(())
+        self.register_buffer("offset", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        return self.temperature * self.network(x + self.offset + self.shifts[0] + self.more)
+
+
+@pytest.mark.parametrize("change", ["temperature", "shifts", "more", "offset", "dtype"])
+def test_what_no_state_dictionary_holds_has_a_folder_of_its_own(batch, change, tmp_path):
+    network = Tempered()
+    attack(network, "FGM", *batch, cache=tmp_path)
+    attack(Tempered().train(), "FGM", *batch, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    values = {"temperature": 2.0, "shifts": [0.1], "more": torch.ones(()) / 10, "offset": torch.ones(1) / 10}
+    if change == "dtype":
+        network.double()
+    else:
+        setattr(network, change, values[change])
+    attack(network, "FGM", *batch, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "match"),
+    [
+        ("FGM", {"eps": 8}, r"eps of FGM must be at most 1, in units of pixels in \[0, 1\], got 8: 8 / 255 if bytes"),
+        ("BIM", {"eps": 1.5}, "eps of BIM must be at most 1"),
+        ("AA", {"eps": 2}, "eps of AA must be at most 1"),
+        ("FGM", {"eps": -0.1}, "eps of FGM must be finite and not negative, got -0.1"),
+        ("APGD", {"eps_step": float("nan")}, "eps_step of APGD must be finite"),
+        ("CW", {"learning_rate": -1.0}, "learning_rate of CW must be finite and not negative"),
+        ("FGM", {"norm": 3}, "norm of FGM must be 'inf', 1 or 2, got 3"),
+        ("FGM", {"norm": "2"}, "norm of FGM must be 'inf', 1 or 2, got '2'"),
+        ("BIM", {"max_iter": 0}, "max_iter of BIM must be a whole number, at least 1, got 0"),
+        ("BIM", {"max_iter": 2.5}, "max_iter of BIM must be a whole number"),
+        ("HSJ", {"init_size": 0}, "init_size of HSJ must be a whole number, at least 1"),
+        ("AA", {"square_iter": 0}, "square_iter of AA must be a whole number"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, settings, match):
+    with pytest.raises(ValueError, match=match):
+        preset(name, **settings)
+
+
+def test_a_ball_of_l2_may_be_larger_than_a_pixel(batch):
+    assert attack(victim(), preset("FGM", eps=1.5, norm=2), *batch).l2.max() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integers_serve(batch, dtype):
+    x, y = batch
+    result = attack(victim(), "FGM", x, y.to(dtype))
+    assert result.labels.dtype == torch.int64
+    assert same(result, attack(victim(), "FGM", x, y))
+
+
+def test_bytes_are_told_of():
+    with pytest.raises(TypeError, match=r"got torch\.uint8: divide bytes by 255"):
+        attack(victim(), "FGM", torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"got \[0, 255\].*divide what is in \[0, 255\] by 255"):
+        attack(victim(), "FGM", torch.tensor([0.0, 255.0]).repeat(32).reshape(1, 1, 8, 8), torch.tensor([0]))
+
+
+def test_art_and_the_preset_agree_on_what_autoattack_is_made_of(batch):
+    """As the docstring says: two Auto-PGDs without targets, DeepFool in L2 in the place of FAB, Square."""
+    art = toolbox.toolbox()
+    estimator = art.estimators.classification.PyTorchClassifier(
+        victim(),
+        loss=nn.CrossEntropyLoss(),
+        input_shape=(1, 8, 8),
+        nb_classes=10,
+        clip_values=(0, 1),
+        device_type="cpu",
+    )
+    parts = art.attacks.evasion.AutoAttack(estimator).attacks
+    names = [type(part).__name__ for part in parts]
+    assert names == ["AutoProjectedGradientDescent", "AutoProjectedGradientDescent", "DeepFool", "SquareAttack"]
+    assert [part.loss_type for part in parts[:2]] == ["cross_entropy", "difference_logits_ratio"]
+    assert [(part.targeted, part.nb_random_init, part.max_iter) for part in parts[:2]] == [(False, 5, 100)] * 2
+    assert (parts[2].epsilon, parts[3].nb_restarts) == (1e-3, 5)
