@@ -9,6 +9,7 @@ from detection import comparisons, main
 from detection_setup import METHODS, Config, attack_of, build, foreign, kinds_of, parts_of
 from detection_tables import COLUMNS, THESIS, summarise
 
+from odenets.detection import preset
 from odenets.runs import read_summary
 from odenets.tables import table
 
@@ -76,6 +77,12 @@ def test_attacks_have_the_size_and_the_iterations_asked_for():
     assert dict(attack_of(Config(eps=0.2, iterations=7), "BIM").settings)["max_iter"] == 7
     assert dict(attack_of(Config(eps=0.2), "FGM").settings)["eps"] == 0.2
     assert dict(attack_of(Config(dataset="cifar10", iterations=0), "APGD").settings)["max_iter"] == 100
+
+
+@pytest.mark.parametrize("name", ["BIM", "APGD"])
+def test_without_iterations_the_steps_are_those_of_the_thesis(name):
+    assert attack_of(Config(dataset="cifar10", iterations=0), name) == preset(name)
+    assert dict(attack_of(Config(dataset="cifar10", iterations=10), name).settings)["eps_step"] == 0.03 / 4
 
 
 def test_foreign_files_hold_bytes(tmp_path):

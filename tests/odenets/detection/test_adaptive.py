@@ -168,3 +168,96 @@ def test_starts_and_detectors_are_looked_at(attacked):
         surrogate_attack(victim(), quadrants, score, surrogate, start, images, norm=1)
     with pytest.raises(ValueError, match="eps must be positive, steps at least 1 and weights not empty, got 0"):
         surrogate_attack(victim(), quadrants, score, surrogate, start, images, eps=0)
+
+
+# -- precision, modes of the caller, traces ---------------------------------------------------------------------------
+
+
+def attacks_on(network):
+    """The three attacks, cut short, on a network with the start images of :func:`attacked`."""
+    surrogate = distil(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+    return {
+        "black box": lambda start, x: black_box(network, too_bright_image, start, x, pool=x, **HSJ),
+        "features": lambda start, x: feature_attack(
+            network, quadrants, too_bright, start, x, weights=[(1.0, 1.0)], rounds=1, steps=2, **HSJ
+        ),
+        "surrogate": lambda start, x: surrogate_attack(
+            network, quadrants, score, surrogate, start, x, eps=0.15, steps=3, weights=[1.0]
+        ),
+    }
+
+
+NAMES = ["black box", "features", "surrogate"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_of_any_precision_are_attacked(attacked, name, dtype):
+    start, images = attacked
+    network = copy.deepcopy(victim()).to(dtype)
+    fooled = network(start.images.to(dtype)).argmax(1) != start.labels
+    start, images = start.subset(fooled), images[fooled]
+    result = attacks_on(network)[name](start, images.to(dtype).clamp(0, 1))
+    assert result.images.dtype == torch.float32
+    assert result.images.isfinite().all()
+    assert torch.equal(result.wrong, network(result.images.to(dtype)).argmax(1) != start.labels)
+    assert {p.dtype for p in network.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_does_not_matter(attacked, name, mode):
+    start, images = attacked
+    expected = attacks_on(victim())[name](start, images)
+    with mode():
+        result = attacks_on(victim())[name](start, images.clone())
+    assert torch.equal(result.images, expected.images)
+    assert torch.equal(result.detected, expected.detected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_states_and_modes_are_as_they_were(attacked, name):
+    network = copy.deepcopy(victim()).train()
+    network.head.eval()
+    modes = [module.training for module in network.modules()]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    attacks_on(network)[name](*attacked)
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+def test_a_network_of_the_features_gets_no_gradients(attacked):
+    start, images = attacked
+    reader = torch.nn.Linear(4, 4)
+    with torch.no_grad():
+        reader.weight.copy_(torch.eye(4))
+        reader.bias.zero_()
+
+    def features(network, x):
+        return reader(quadrants(network, x))
+
+    feature_attack(victim(), features, too_bright, start, images, weights=[(1.0, 1.0)], rounds=1, steps=1, **HSJ)
+    assert reader.weight.grad is None
+
+
+def test_a_gradient_that_is_not_finite_is_no_attack(attacked):
+    start, images = attacked
+
+    def rooted(network, x):
+        return quadrants(network, x) + (x - x.detach()).square().flatten(1).sum(1, keepdim=True).sqrt()
+
+    surrogate = distil(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+    with pytest.raises(ValueError, match="features and network must have finite gradients"):
+        surrogate_attack(victim(), rooted, score, surrogate, start, images, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"eps": 8.0}, "eps must be at most 1, in units of pixels"), ({"step_size": 0.0}, "step_size must be positive")],
+)
+def test_sizes_are_looked_at(attacked, options, match):
+    start, images = attacked
+    surrogate = distil(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+    with pytest.raises(ValueError, match=match):
+        surrogate_attack(victim(), quadrants, score, surrogate, start, images, **options)

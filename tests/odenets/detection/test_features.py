@@ -1,5 +1,8 @@
 """Features of trajectories against eq. 34 written out."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -132,6 +135,58 @@ def test_in_batches_is_the_whole_in_eval_mode_and_restores_the_modes():
     assert network.head.training
     assert not network.encoder.training
     torch.testing.assert_close(found, Trajectory()(network.eval(), X).detach())
+
+
+PRECISIONS = [torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_images_are_taken_to_the_precision_of_the_network(dtype, adapted):
+    network = models.small_network(3, solver="bs23", depth=2, size=8).eval()
+    network = odenets.adapt(resnet18(num_classes=10).eval()) if adapted else network
+    x = torch.rand(3, 3, 32, 32) if adapted else torch.rand(3, 3, 8, 8)
+    expected = Trajectory()(network, x)
+    network = network.to(dtype)
+    values = Trajectory()(network, x)
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(values, Trajectory()(network, x.to(dtype)))
+    torch.testing.assert_close(values.float(), expected, rtol=0.1, atol=0.05)
+
+
+def test_bf16_images_are_taken_to_a_network_in_single_precision():
+    network = models.small_network(solver="bs23", depth=2).eval()
+    assert torch.equal(Trajectory()(network, X.bfloat16()), Trajectory()(network, X.bfloat16().float()))
+
+
+class Noisy(nn.Module):
+    """A field that draws in eval mode."""
+
+    def forward(self, t, x):
+        return torch.rand_like(x) * np.random.rand() * random.random()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_batches_leaves_modes_and_random_states_also_after_an_exception(fails):
+    network = Network(nn.Identity(), Flow(Noisy, solver="euler", h=1.0, depth=1), nn.Flatten()).train()
+    network(X)
+    network.head.eval()
+    modes = [module.training for module in network.modules()]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+
+    def call(part):
+        values = Trajectory()(network, part)
+        return values @ torch.zeros(7, 7) if fails else values
+
+    if fails:
+        with pytest.raises(RuntimeError):
+            in_batches(call, network, X, 2)
+    else:
+        assert in_batches(call, network, X, 2).shape == (5, 2)
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert random.getstate() == before[2]
 
 
 def test_errors():

@@ -66,3 +66,10 @@ def test_the_network_is_not_asked():
 def test_errors(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("part", ["magnitude", "phase"])
+def test_images_in_half_precision_are_transformed_in_single(dtype, part):
+    x = torch.rand(2, 1, 7, 9).to(dtype)
+    assert torch.equal(FourierSpectrum(part)(network, x), FourierSpectrum(part)(network, x.float()))

@@ -104,6 +104,50 @@ def test_reference_is_drawn_by_the_seed():
     assert len(np.unique(one, axis=0)) == 20
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e-30, 1e-10, 1e10, 1e30, 1e200])
+def test_dimension_has_no_scale(scale):
+    points, near = torch.randn(7, 4, dtype=torch.float64), torch.randn(50, 4, dtype=torch.float64)
+    expected = local_dimension(points, near, 12)
+    torch.testing.assert_close(local_dimension(scale * points, scale * near, 12), expected, rtol=1e-9, atol=0)
+
+
+def test_a_far_point_of_the_reference_does_not_make_all_others_one():
+    points, near = torch.randn(7, 4, dtype=torch.float64), torch.randn(50, 4, dtype=torch.float64)
+    far = torch.cat([near, torch.full((1, 4), 1e9, dtype=torch.float64)])
+    torch.testing.assert_close(local_dimension(points, far, 12), local_dimension(points, near, 12))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_has_no_dimension(value):
+    points, near = torch.randn(3, 4), torch.randn(50, 4)
+    expected = local_dimension(points, near, 12)
+    points[1, 2] = value
+    dimensions = local_dimension(points, near, 12)
+    assert dimensions[1].isnan()
+    assert torch.equal(dimensions[[0, 2]], expected[[0, 2]])
+    with pytest.raises(ValueError, match="reference must be finite, got NaN or infinity"):
+        local_dimension(near, points, 2)
+
+
+def test_a_diverging_network_is_an_error():
+    net, (x, y) = network(), images()
+    net.encoder[-1].weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="network must have finite states on the reference images"):
+        LID(k=5, reference=20).fit(net, x, y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_and_images_of_any_precision(dtype):
+    net, (x, y) = network(), images(30)
+    expected = LID(k=5, reference=30).fit(net, x, y)(net, x)
+    net = net.to(dtype)
+    dimensions = LID(k=5, reference=30).fit(net, x, y)(net, x)
+    assert dimensions.dtype == torch.float32
+    assert torch.equal(dimensions, LID(k=5, reference=30).fit(net, x.to(dtype), y)(net, x.to(dtype)))
+    assert (dimensions / expected - 1).abs().median() < (1e-4 if dtype == torch.float64 else 0.2)
+
+
 def test_gradient_is_that_of_differences():
     near = torch.randn(30, 3, dtype=torch.float64)
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)

@@ -207,5 +207,94 @@ def test_a_diverging_network_is_an_error(images):
         Mahalanobis().fit(net, x, y)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_and_images_of_any_precision(images, dtype):
+    net, (x, y) = network(), images
+    fitted = Mahalanobis(magnitude=0.05).fit(net, x, y)
+    expected, ways = Mahalanobis().fit(net, x, y)(net, x), fitted._directions(net, x[:5])
+    net = net.to(dtype)
+    scores = Mahalanobis().fit(net, x.to(dtype), y)(net, x)
+    assert scores.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([scores[:, 0], expected[:, 0]]))[0, 1] > 0.9
+    for way, wide in zip(fitted._directions(net, x[:5]), ways, strict=True):
+        assert (way == wide).double().mean() > 0.7
+    assert fitted(net, x[:5].to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_does_not_matter(images, mode):
+    net, (x, y) = network(), images
+    expected = Mahalanobis(magnitude=0.002).fit(net, x, y)(net, x[:5])
+    with mode():
+        scores = Mahalanobis(magnitude=0.002).fit(net, x, y)(net, x[:5].clone())
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_made_in_inference_mode_has_no_input_step(images):
+    x, y = images
+    with torch.inference_mode():
+        net = network()
+        fitted = Mahalanobis(magnitude=0.002).fit(net, x, y)
+        with pytest.raises(ValueError, match=r"made outside torch\.inference_mode for an input step"):
+            fitted(net, x[:5])
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, gain, offset):
+        super().__init__()
+        self.gain, self.offset = gain, offset
+
+    def forward(self, x):
+        return self.gain * x + self.offset
+
+
+class Still(torch.nn.Module):
+    def forward(self, t, x):
+        return torch.zeros_like(x)
+
+
+def on_states(gain, offset):
+    """A network whose states are the points, scaled and shifted."""
+    flow = odenets.Flow(Still, solver="euler", h=1.0, depth=1)
+    return odenets.Network(Scaled(gain, offset), flow, torch.nn.Identity())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gain", [1e-200, 1e-20, 1.0, 1e20, 1e200])
+def test_confidence_has_no_scale(gain):
+    x, y = well_conditioned()
+    x = x.double()
+    values = stage_fit(gain, 0.0, x, y)
+    torch.testing.assert_close(values, stage_fit(1.0, 0.0, x, y), rtol=1e-5, atol=1e-6)
+
+
+def stage_fit(gain, offset, x, y):
+    net = on_states(gain, offset)
+    return Mahalanobis(relative=True).fit(net, x, y)(net, x)
+
+
+@torch.no_grad()
+def test_rounding_of_constant_states_is_no_variance():
+    """0.1 is no binary number: the mean of a class differs from its members in the last digit."""
+    x, y = torch.randn(30, 2), torch.arange(30) % 3
+    with pytest.raises(ValueError, match="equal ones in state 0"):
+        stage_fit(0.0, 1e6 + 0.1, x, y)
+    noise = 1e-7 * torch.randn(30, 2)  # below the last digit of a million in single precision
+    with pytest.raises(ValueError, match="equal ones in state 0"):
+        stage_fit(1.0, 1e6 + 0.1, noise, y)
+
+
+@torch.no_grad()
+def test_labels_of_bytes_count_to_255():
+    x, y = torch.randn(512, 2), (torch.arange(512) % 256).to(torch.uint8)
+    assert len(Mahalanobis().fit(on_states(1.0, 0.0), x, y).means[0]) == 256
+
+
+def test_a_step_larger_than_all_pixels_is_refused():
+    with pytest.raises(ValueError, match=r"magnitude must be at most 1, in units of pixels in \[0, 1\], got 2.0"):
+        Mahalanobis(magnitude=2.0)
+
+
 def test_repr():
     assert repr(Mahalanobis(magnitude=0.002, relative=True)) == "Mahalanobis(magnitude=0.002, relative=True)"

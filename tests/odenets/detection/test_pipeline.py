@@ -156,6 +156,76 @@ def test_another_network_is_refused(tmp_path):
         Pipeline.load(tmp_path / "nowhere", network())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_and_images_of_any_precision(dtype):
+    pipeline = Pipeline(network().to(dtype), detector=Detector(random_state=0, mode="ensemble")).fit(CLEAN, ODD)
+    assert pipeline.predict(NEW.to(dtype)).mean() < 0.15
+    assert pipeline.predict(NEW_ODD.to(dtype)).mean() > 0.85
+
+
+def test_features_in_double_precision_keep_their_scale():
+    """Their squares are 0 in single precision."""
+    wide = network().double()
+    with torch.no_grad():
+        for field in wide.flows[0].blocks:
+            for parameter in field.parameters():
+                parameter.mul_(1e-30)
+    X, _ = Pipeline(wide, Trajectory("residue")).look(CLEAN)
+    assert X.dtype == np.float64
+    assert (X > 0).all()
+
+
+class Returning(nn.Module):
+    """A head."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        return self.how(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "match"),
+    [
+        (lambda z: (z, z), TypeError, "network must return logits, .*got a tuple"),
+        (lambda z: {"logits": z}, TypeError, "network must return logits, .*got a dict"),
+        (lambda z: z[:, 0], ValueError, r"network must return logits, .*got shape \(80,\) for 80 inputs"),
+        (lambda z: z[:, :, None], ValueError, r"network must return logits, .*got shape \(80, 16, 1\)"),
+        (lambda z: z * torch.nan, ValueError, "features and logits must be finite"),
+    ],
+)
+def test_what_a_network_must_return_is_named(how, error, match):
+    other = network()
+    other.head = Returning(how)
+    with pytest.raises(error, match=match):
+        Pipeline(other).look(CLEAN)
+
+
+def test_features_beyond_single_precision_are_not_finite():
+    class Huge(Trajectory):
+        def look(self, network, x):
+            output, values = super().look(network, x)
+            return output, torch.full_like(values, 3e38) * torch.tensor(10.0)
+
+    with pytest.raises(ValueError, match="features and logits must be finite"):
+        Pipeline(network(), Huge()).look(CLEAN)
+
+
+def test_a_network_is_looked_at_and_left_as_it_was():
+    looked = network().train()
+    looked.head.eval()
+    modes = [module.training for module in looked.modules()]
+    state = torch.get_rng_state()
+    pipeline = Pipeline(looked, detector=Detector(random_state=0)).fit(CLEAN, ODD)
+    scores = pipeline.evaluate(NEW, NEW_ODD, successful=[True] * 40 + [False] * 40)
+    assert 0 <= scores.detected_successful <= 1
+    assert [module.training for module in looked.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.requires_grad for p in looked.parameters())
+
+
 def test_errors():
     pipeline = Pipeline(network())
     with pytest.raises(TypeError, match=r"must record its steps, got Sequential: pass odenets.adapt"):

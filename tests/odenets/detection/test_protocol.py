@@ -68,3 +68,10 @@ def test_scores_are_checked():
         score(np.zeros(2), np.array([]))
     with pytest.raises(ValueError, match="successful must hold one per"):
         score(np.zeros(2), np.ones(2), successful=np.ones(3, bool))
+
+
+def test_indices_are_no_mask_and_a_threshold_is_a_number():
+    with pytest.raises(ValueError, match="successful must hold True or False, no indices"):
+        score(np.zeros(3), np.ones(2), successful=np.array([3, 5]))
+    with pytest.raises(ValueError, match="threshold must be finite, got nan"):
+        score(np.zeros(3), np.ones(2), threshold=float("nan"))

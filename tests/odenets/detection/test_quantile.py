@@ -50,3 +50,17 @@ def test_errors():
         QuantileTest(1.5).fit([[0.0], [1.0]])
     with pytest.raises(ValueError, match="side must be"):
         QuantileTest(side="left").fit([[0.0], [1.0]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-300, 5.0, -5.0, 1e300])
+def test_equal_sums_have_finite_scores(value):
+    found = QuantileTest().fit(np.full((40, 1), value))
+    with np.errstate(all="raise"):
+        scores = found.decision_function(value + np.array([[0.0], [1.0], [2.0]]) * (abs(value) or 1.0))
+    assert np.isfinite(scores).all()
+    assert scores[0] >= 0 > scores[1] > scores[2]
+
+
+def test_sums_beyond_all_numbers_are_refused():
+    with pytest.raises(ValueError, match="X must have finite sums"), np.errstate(over="ignore"):
+        QuantileTest(0.5).fit(np.full((4, 2), 1.5e308))

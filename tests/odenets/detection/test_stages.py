@@ -96,3 +96,19 @@ def test_values_of_batches_are_those_in_eval_mode():
 def test_errors(run, message):
     with pytest.raises(ValueError, match=message):
         run()
+
+
+@torch.no_grad()
+def test_means_of_states_in_half_precision_are_in_single():
+    state = (1 + torch.rand(3, 4, 6, 6) / 100).bfloat16()
+    values = pooled(state)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, state.float().mean((2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_are_taken_to_the_precision_of_the_network(dtype):
+    network = models.resnet110(blocks=1).eval().to(dtype)
+    states = stage_states(network, torch.rand(2, 3, 8, 8))
+    assert {state.dtype for state in states} == {dtype}

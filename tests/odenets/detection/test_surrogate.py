@@ -76,3 +76,51 @@ def test_a_constant_feature_is_no_trouble():
 def test_features_and_scores_are_looked_at(score, features, match):
     with pytest.raises(ValueError, match=match):
         distil(score, features)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_it_learns_at_any_scale_of_the_features(scale):
+    def scaled(z):
+        return ring(z / scale)
+
+    surrogate = distil(scaled, scale * drawn(150, 0), copies=4, epochs=30)
+    assert agreement(surrogate, scaled, scale * drawn(500, 1)) > 0.9
+
+
+def test_a_constant_feature_far_from_zero_is_no_trouble():
+    """The mean of 1e8 + 0.1 is not that number to the last digit."""
+    features = np.concatenate([drawn(50, 0), np.full((50, 1), 1e8 + 0.1)], 1)
+    surrogate = distil(ring, features, copies=1, epochs=2)
+    assert surrogate.std[2] == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_taught_whatever_the_mode_of_the_caller(mode):
+    z = torch.from_numpy(drawn(20, 1)).float()
+    expected = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    with mode():
+        surrogate = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    assert torch.equal(surrogate(z), expected(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_features_of_any_precision_are_asked(dtype):
+    surrogate = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    z = torch.from_numpy(drawn(20, 1)).to(dtype)
+    torch.testing.assert_close(surrogate(z), surrogate(z.float()))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"copies": -1}, "copies must be at least 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"noise": -1.0}, "noise must not be negative"),
+        ({"learning_rate": 0.0}, "learning_rate positive"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        distil(ring, drawn(50, 0), **options)
