@@ -23,7 +23,7 @@ from odenets.network import Network
 __all__ = ["LARGEST", "Moves", "moves", "states", "wasserstein"]
 
 LARGEST = 20_000
-"""Points of a cloud whose table of costs still fits a machine: 3.2 GB."""
+"""Points of a cloud of which a machine still holds the costs, 3.2 GB, and three tables more of that size."""
 
 GAP = 1e-9
 """How far a cost may lie above its lower bound, relatively, to count as the least one."""

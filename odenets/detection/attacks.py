@@ -121,7 +121,10 @@ def attack(
         "batch_size": batch_size,
         "weights": fingerprint(network),
     }
-    key = key_of(about | {"attributes": _attributes(network), "images": images, "labels": labels} | _unsaved(network))
+    more = {"attributes": _attributes(network), "images": images, "labels": labels} | _unsaved(network)
+    if torch.is_autocast_enabled(kind := device_of(network).type):
+        more["autocast"] = str(torch.get_autocast_dtype(kind))
+    key = key_of(about | more)
     said = about | {"network": type(network).__name__, "images": list(images.shape), "key": key}
     store = BatchFolder(Path(cache) / f"{chosen.name}-{key[:24]}" if cache is not None else None, said)
     parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))

@@ -33,6 +33,9 @@ class Parts:
 
     def __post_init__(self) -> None:
         parts = {name: set(index.tolist()) for name, index in vars(self).items()}
+        for name, index in vars(self).items():
+            if index.dtype == torch.bool or len(parts[name]) != len(index) or min(parts[name], default=0) < 0:
+                raise ValueError(f"{name} must hold indices 0, 1, ..., none of them twice and no mask")
         for (one, a), (other, b) in combinations(parts.items(), 2):
             if shared := a & b:
                 raise ValueError(f"{one} and {other} must be disjoint, they share {len(shared)} indices")

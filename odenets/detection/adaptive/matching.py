@@ -101,7 +101,11 @@ def feature_attack(
         z_clean, z_start = (in_batches(features_of, network, x, batch_size) for x in (clean, start.images))
         silent = z_clean[~detected_by(detector, z_clean)]
         z_both = torch.cat([z_clean, z_start])
-        ask = _Standardised(detector, z_both.mean(0), torch.where((scale := z_both.std(0)) > 0, scale, 1))
+        if not z_both.isfinite().all():
+            raise ValueError("features must be finite, got NaN or infinity")
+        mean, scale = z_both.double().mean(0), z_both.double().std(0)
+        varies = scale > torch.finfo(torch.float32).eps * mean.abs()  # what does not is rounding
+        ask = _Standardised(detector, mean.float(), torch.where(varies, scale, 1).float())
         clip = (ask.standardise(z_both).min().item(), ask.standardise(z_both).max().item())
         scale = ask.scale.to(device)
         final = start.images.clone()

@@ -261,3 +261,22 @@ def test_sizes_are_looked_at(attacked, options, match):
     surrogate = distil(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
     with pytest.raises(ValueError, match=match):
         surrogate_attack(victim(), quadrants, score, surrogate, start, images, **options)
+
+
+def test_features_that_are_not_finite_or_do_not_vary(attacked):
+    start, images = attacked
+
+    def with_constant(network, x):
+        return torch.cat([quadrants(network, x), torch.full((len(x), 1), 1e8 + 0.1)], 1)
+
+    def with_nan(network, x):
+        return with_constant(network, x) * torch.nan
+
+    def bright(z):
+        return z.nan_to_num(1)[:, :4].mean(1) > LIMIT
+
+    options = {"weights": [(10.0, 0.1)], "rounds": 2, "steps": 4, **HSJ}
+    result = feature_attack(victim(), with_constant, bright, start, images, **options)
+    assert result.share >= 0.5
+    with pytest.raises(ValueError, match="features must be finite"):
+        feature_attack(victim(), with_nan, bright, start, images, **options)

@@ -478,6 +478,14 @@ def test_what_no_state_dictionary_holds_has_a_folder_of_its_own(batch, change, t
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_autocast_has_a_folder_of_its_own(batch, tmp_path):
+    plain = attack(victim(), "FGM", *batch, cache=tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        attack(victim(), "FGM", *batch, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert same(attack(victim(), "FGM", *batch, cache=tmp_path), plain)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "match"),
     [

@@ -37,6 +37,9 @@ def test_parts_that_overlap_are_refused():
         split(10, test=1.0)
     with pytest.raises(ValueError, match="train must be between"):
         split(10, train=10)
+    for wrong in (torch.tensor([7, 7]), torch.tensor([-1]), torch.tensor([False])):
+        with pytest.raises(ValueError, match=r"fit must hold indices 0, 1, \.\.\., none of them twice and no mask"):
+            Parts(one, wrong, one + 3, one + 10)
     with pytest.raises(ValueError, match="fit must hold at least one"):
         split(40, test=0.9, validation=0.9)
 
