@@ -25,7 +25,7 @@ __all__ = ["LARGEST", "Moves", "moves", "states", "wasserstein"]
 LARGEST = 20_000
 """Points of a cloud of which a machine still holds the costs, 3.2 GB, and three tables more of that size."""
 
-GAP = 1e-9
+GAP = 1e-8
 """How far a cost may lie above its lower bound, relatively, to count as the least one."""
 
 
@@ -61,7 +61,7 @@ def wasserstein(x: Tensor, y: Tensor, p: int = 2) -> float:
     """Exact Wasserstein distance ``W_p`` between two clouds of equally many points, at any scale and offset.
 
     The costs come from differences of coordinates in float64. The network simplex of POT is believed where its own dual
-    variables prove the cost least, to 1e-9; beside far larger costs, or tiny ones, they do not, and SciPy's shortest
+    variables prove the cost least, to 1e-8; beside far larger costs, or tiny ones, they do not, and SciPy's shortest
     augmenting paths take its place, whose rounding is relative to the least cost.
 
     Args:
@@ -72,6 +72,7 @@ def wasserstein(x: Tensor, y: Tensor, p: int = 2) -> float:
         ValueError: clouds of several shapes, empty, not finite or too large, another p, or distances that span more
             than float64 does.
     """
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
     if x.shape != y.shape or x.ndim < 2:
@@ -113,10 +114,12 @@ def _least_cost(a: np.ndarray, b: np.ndarray, p: int) -> float:
         warnings.simplefilter("ignore")  # what it warns of is not believed
         answer: Any = ot.emd(uniform, uniform, cost, numItermax=1_000_000, log=True)
     plan, u = answer[0], answer[1]["u"]
-    bound = float(u.mean() + (cost - u[:, None]).min(0).mean())
-    upper = float((plan * cost).sum())
+    v = (cost - u[:, None]).min(0)
+    rounding = 4 * np.finfo(float).eps * max(np.abs(u).max(), np.abs(v).max())
+    upper, bound = float((plan * cost).sum()), float(u.mean() + v.mean())
     errors = max(np.abs(plan.sum(axis) - uniform).max() for axis in (0, 1))
-    if plan.min() >= 0 and errors <= 1e-12 / len(a) and upper > 0 and upper - bound <= GAP * upper:
+    proven = abs(upper - bound) + rounding <= GAP * upper
+    if upper > 0 and proven and plan.min() >= 0 and errors <= 1e-12 / len(a):
         return math.ldexp(upper, scale)
     return math.ldexp(math.fsum(cost[linear_sum_assignment(cost)]) / len(a), scale)
 
@@ -128,7 +131,7 @@ def states(network: Network | Flow, x: Tensor) -> list[Tensor]:
     Inputs are taken to the network's device and precision; the modes of its modules are restored.
     """
     if x.is_floating_point():
-        x = x.to(dtype_of(network, x.dtype))
+        x = x.to(dtype_of(network, x.dtype).to_real())
     with evaluating(network):
         steps = list(network.steps(x.to(device_of(network, x.device)), closing=False))
     return [steps[0].x0, *(step.x1 for step in steps)]

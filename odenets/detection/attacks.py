@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -106,6 +107,9 @@ def attack(
         TypeError, ValueError: arguments out of range, images outside [0, 1], a network that returns no finite logits of
             two classes or more, or AutoAttack on fewer than 3 classes.
         ModuleNotFoundError: ART is not installed.
+
+    Warns:
+        UserWarning: the network seems to return probabilities, on which attacks by gradients are weak.
     """
     chosen = checked(preset(attack) if isinstance(attack, str) else attack)
     images = check_images(images).detach().float().cpu().contiguous()
@@ -199,7 +203,14 @@ def _fits(batch: dict[str, Tensor], x: Tensor) -> bool:
 
 def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> int:
     with torch.no_grad():
-        classes = logits(images[:1]).shape[1]
+        first = logits(images[:1])
+    classes = first.shape[1]
+    if attack.name not in DECISION_BASED and bool((first >= 0).all()) and abs(first.sum().item() - 1) < 1e-4:
+        warnings.warn(
+            f"network seems to return probabilities, which {attack.name} takes for logits, so that its gradients are "
+            "weak: leave the softmax out",
+            stacklevel=3,
+        )
     if int(labels.max()) >= classes:
         raise ValueError(
             f"labels must lie in [0, classes) of the network's logits (B, classes), got {int(labels.max())} "

@@ -110,8 +110,9 @@ class Detector(ClassifierMixin, BaseEstimator):
                 samples, or a mode that it was not fitted for.
         """
         check_is_fitted(self)
-        if self.mode not in MODES or (self.mode != "general" and self.fitted_mode_ == "general"):
-            raise ValueError(f"mode is {self.mode!r} and was {self.fitted_mode_!r} when fitted: fit it again")
+        fitted = getattr(self, "fitted_mode_", self.mode)  # files of earlier versions have none
+        if self.mode not in MODES or (self.mode != "general" and fitted == "general"):
+            raise ValueError(f"mode is {self.mode!r} and was {fitted!r} when fitted: fit it again")
         X = validate_data(self, X, reset=False)
         predicted = self._checked(predicted, len(X))
         general = self.general_.predict_proba(X)[:, 1]

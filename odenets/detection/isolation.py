@@ -94,7 +94,7 @@ def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
 def to_network(network: nn.Module, x: Tensor) -> Tensor:
     """Inputs on the network's device and, if they are floating, in its precision; as they are where it holds none."""
     x = x.to(device_of(network, x.device))
-    return x.to(dtype_of(network, x.dtype)) if x.is_floating_point() else x
+    return x.to(dtype_of(network, x.dtype).to_real()) if x.is_floating_point() else x
 
 
 def in_float32(network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

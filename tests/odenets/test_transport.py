@@ -115,6 +115,11 @@ def test_points_of_any_precision_are_those_numbers(dtype):
     assert wasserstein(x, y) == pytest.approx(exactly(*real, 2), rel=1e-9)
 
 
+def test_arrays_are_points():
+    x, y = np.random.default_rng(0).random((2, 6, 2))
+    assert wasserstein(x, y) == wasserstein(torch.tensor(x), torch.tensor(y))
+
+
 def test_what_the_network_simplex_cannot_prove_is_not_believed(monkeypatch):
     x, y = (torch.randn(6, 2, dtype=torch.float64) for _ in range(2))
     right = wasserstein(x, y)

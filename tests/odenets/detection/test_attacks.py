@@ -375,6 +375,14 @@ def test_what_a_network_must_return_is_named(batch, name, how, error, match):
         attack(Wrapped(how), preset(name, **CUT[name]), x, y)
 
 
+def test_probabilities_are_no_logits_for_gradients(batch):
+    x, y = batch[0][:2], batch[1][:2]
+    with pytest.warns(UserWarning, match="network seems to return probabilities, .*FGM.*leave the softmax out"):
+        attack(Wrapped(lambda z: z.softmax(1)), "FGM", x, y)
+    attack(Wrapped(lambda z: z.softmax(1)), preset("HSJ", **CUT["HSJ"]), x, y)  # by predictions alone, as well as ever
+    attack(Wrapped(lambda z: z.log_softmax(1)), "FGM", x, y)
+
+
 def test_logits_and_gradients_that_are_not_finite_are_no_attack(batch):
     x, y = batch
     with pytest.raises(ValueError, match="network must return finite logits, got NaN"):

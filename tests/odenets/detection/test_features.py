@@ -159,6 +159,24 @@ def test_bf16_images_are_taken_to_a_network_in_single_precision():
     assert torch.equal(Trajectory()(network, X.bfloat16()), Trajectory()(network, X.bfloat16().float()))
 
 
+class Turning(nn.Module):
+    """An encoder with complex weights and real states."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.complex64))
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return (self.weight * x).real
+
+
+def test_inputs_of_a_network_with_complex_weights_stay_real():
+    network = Network(Turning(), Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=2), nn.Flatten())
+    assert Trajectory()(network, X).shape == (5, 4)
+    assert torch.equal(Trajectory()(network, X.double()), Trajectory()(network, X))
+
+
 class Noisy(nn.Module):
     """A field that draws in eval mode."""
 
