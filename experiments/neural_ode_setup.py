@@ -143,7 +143,7 @@ class TorchdiffeqFlow(Flow):
         solve: Callable[..., Any] = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
         self.odeint = partial(solve, method=solver, rtol=tolerance.rtol, atol=tolerance.atol)
 
-    def _steps(self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset()) -> Iterator[Step]:
+    def _steps(self, *_: Any, **__: Any) -> Iterator[Step]:
         raise NotImplementedError("torchdiffeq does not show its steps")
 
     def _record(self, x: Tensor, readout: str, measures: Mapping[str, Measure]) -> tuple[Tensor, Records]:

@@ -126,6 +126,7 @@ class Flow(nn.Module):
         self.controller = controller or I()
         self.statistics = Statistics()
         self.input_shape: tuple[int, ...] | None = None
+        self.takes_closing = False  # whether passes take all closing stages, as while statistics are recomputed
         self.start = 0.0  # the time of its first state; that of a part of a flow lies later
         self._sizes = tuple(float(size) for size in sizes)
         self.blocks = nn.ModuleList()
@@ -163,15 +164,21 @@ class Flow(nn.Module):
         """Field evaluations of one forward pass; of a continuous flow, those of its last one."""
         return self.evaluations_per_pass()
 
-    def evaluations_per_pass(self, *, closing: bool = False) -> int:
-        """Field evaluations of one pass, with or without the closing stages that the embedded error needs."""
+    def evaluations_per_pass(self, *, closing: bool = False, readout: str = "solution") -> int:
+        """Field evaluations of one pass.
+
+        Args:
+            closing: with the closing stages of every block, which the embedded error needs.
+            readout: "solution", or "ensemble", which needs those of the last block.
+        """
         if self.continuous:
             return self.statistics.evaluations
-        if not (closing and self.tableau.fsal):
-            return self.depth * self.tableau.interior
-        if self._passes_on:
-            return self.depth * self.tableau.interior + 1
-        return self.depth * self.tableau.stages
+        interior, stages = self.tableau.interior, self.tableau.stages
+        if not closing:
+            return (self.depth - 1) * interior + (stages if readout == "ensemble" else interior)
+        if self.tableau.fsal and self._passes_on:
+            return self.depth * (stages - 1) + 1
+        return self.depth * stages
 
     @property
     def _passes_on(self) -> bool:
@@ -227,8 +234,8 @@ class Flow(nn.Module):
 
     def _make_blocks(self, source: FieldSource) -> None:
         per_block = 1 if self.mode == "tied" else self.tableau.stages
-        if self.mode == "chained":
-            per_block = self.tableau.interior
+        if self.mode == "chained" and self.tableau.fsal:
+            per_block -= 1
         sizes = self._sizes[:1] if self.shared or self.continuous else self._sizes
         first = True
         for size in sizes:
@@ -269,7 +276,10 @@ class Flow(nn.Module):
         check_state(x)
         yield from self._steps(x, closing)
 
-    def _steps(self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset()) -> Iterator[Step]:
+    def _steps(
+        self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset(), ensemble: bool = False
+    ) -> Iterator[Step]:
+        """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
         self.materialise(x)
         if self.tolerance is not None:
             self.statistics = Statistics()
@@ -284,12 +294,15 @@ class Flow(nn.Module):
                 stats=self.statistics,
             )
             return
-        t, first = self.start, None
+        t, first, last = self.start, None, self.depth - 1
+        closing = closing or self.takes_closing
+        passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):
-            step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closing, finding=finds)
+            closes = closing or (ensemble and m == last)
+            step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closes, finding=finds)
             yield step
             t, x = t + h, step.x1
-            if closing and self.tableau.fsal and self._passes_on:
+            if passes_on:
                 first = step.stages[-1]  # the first stage of the next step
 
     def forward(self, x: Tensor, readout: str = "solution") -> Tensor:
@@ -309,7 +322,8 @@ class Flow(nn.Module):
         Args:
             x: state at time 0, ``(B, *S)``.
             readout: "solution" or "ensemble".
-            measures: functions ``Step -> (B,)`` by name.
+            measures: functions ``Step -> (B,)`` by name. Unless all are marked :func:`~odenets.measures.interior` every
+                block evaluates its closing stages.
 
         Raises:
             TypeError, ValueError: x is no batch of states, or a measure does not return ``(B,)``.
@@ -326,7 +340,7 @@ class Flow(nn.Module):
         closing = any(needs_closing(measure) for measure in measures.values())
         rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         last = None
-        for last in self._steps(x, closing or readout == "ensemble", finding(measures.values())):
+        for last in self._steps(x, closing, finding(measures.values()), readout == "ensemble"):
             for name, measure in measures.items():
                 rows[name].append(check_values(name, measure(last), x))
         assert last is not None  # a flow has at least one step
@@ -346,14 +360,14 @@ class Flow(nn.Module):
 
     def _outputs(self, x: Tensor, full_passes: bool) -> dict[str, Tensor]:
         if not full_passes or self.continuous:
-            *_, last = self._steps(x, closing=True)
+            *_, last = self._steps(x, closing=False, ensemble=True)
             return {name: last.output(name) for name in self.tableau.outputs}
         self.materialise(x)
         ends = {}
         for name in self.tableau.outputs:
-            t, end = self.start, x
+            t, end, scheme = self.start, x, self.tableau.forwarding(name)
             for m, h in enumerate(self.h):
-                end = rk_step(self._stage_fields(m), t, end, h, self.tableau).output(name)
+                end = rk_step(self._stage_fields(m), t, end, h, scheme, closing=False).x1
                 t += h
             ends[name] = end
         return ends

@@ -73,7 +73,7 @@ class Network(nn.Module):
     def evaluations(self) -> int:
         """Field evaluations of one forward pass."""
         *before, last = self.flows
-        return sum(f.evaluations for f in before) + last.evaluations_per_pass(closing=self.readout == "ensemble")
+        return sum(f.evaluations for f in before) + last.evaluations_per_pass(readout=self.readout)
 
     def extra_repr(self) -> str:
         return "" if self.readout == "solution" else f"readout={self.readout}"

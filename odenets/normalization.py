@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import UninitializedBuffer
 
-from solvers.states import is_mapped
+from odenets.modes import keeping_modes
+from solvers.states import is_mapped, is_transformed
 
 __all__ = ["StageBatchNorm", "make_norm", "recalibrate"]
 
@@ -19,6 +23,10 @@ class StageBatchNorm(nn.Module):
 
     A tied field sees the states of every stage; one set of statistics would mix them and be updated several times a
     step. With one stage this is :class:`torch.nn.BatchNorm2d` to the last bit.
+
+    Training never takes the closing stages of a method, and so sets no statistics for them. A stage without statistics
+    beside stages that have them is refused in eval mode; :func:`recalibrate` sets all. Where no stage has any, as in a
+    new network, mean 0 and variance 1 are taken, as torch does.
 
     Args:
         features: number of channels, dimension 1 of the input.
@@ -33,20 +41,34 @@ class StageBatchNorm(nn.Module):
         self.running_mean: Tensor
         self.running_var: Tensor
         self.batches: Tensor
-        self.expand_stages(stages)
+        self.register_buffer("running_mean", torch.zeros(stages, features))
+        self.register_buffer("running_var", torch.ones(stages, features))
+        self.register_buffer("batches", torch.zeros(stages, dtype=torch.long))
+        self._seen: tuple[bool, ...] = (False,) * stages  # which stages have statistics: what ``batches`` last said
+        self._read: tuple[Tensor, int] | None = None  # the buffer from which that was read, and its version
+
+    @property
+    def stages(self) -> int:
+        """Number of stages with statistics of their own."""
+        return len(self.batches)
 
     def expand_stages(self, stages: int) -> None:
-        """Set the number of stages; statistics start anew."""
-        device, dtype = self.weight.device, self.weight.dtype
-        self.register_buffer("running_mean", torch.zeros(stages, self.features, device=device, dtype=dtype))
-        self.register_buffer("running_var", torch.ones(stages, self.features, device=device, dtype=dtype))
-        self.register_buffer("batches", torch.zeros(stages, dtype=torch.long, device=device))
+        """Set the number of stages: each begins with the statistics of a layer of one stage, otherwise with none."""
+        if stages == self.stages:
+            return
+        one = self.stages == 1
+        for name, start in (("running_mean", 0), ("running_var", 1), ("batches", 0)):
+            old = getattr(self, name)
+            new = old if one else torch.full_like(old[:1], start)
+            setattr(self, name, new.repeat(stages, *[1] * (old.ndim - 1)))
+        self._seen = (self._seen[0] if one else False,) * stages
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics."""
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.batches.zero_()
+        self._seen = (False,) * self.stages
 
     def reset_parameters(self) -> None:
         """Scale 1, shift 0, no statistics."""
@@ -54,13 +76,31 @@ class StageBatchNorm(nn.Module):
         nn.init.zeros_(self.bias)
         self.reset_running_stats()
 
+    def seen(self) -> tuple[bool, ...]:
+        """Which stages have statistics; waits for the device once after the count of batches changed.
+
+        Where the count has no values, in a graph that is being traced or under vmap, it is what was last known.
+        """
+        batches = self.batches
+        if torch.compiler.is_compiling() or type(batches) is not Tensor or batches.is_meta or is_transformed(batches):
+            return self._seen
+        version = 0 if batches.is_inference() else batches._version
+        if self._read is None or self._read[0] is not batches or self._read[1] != version or batches.is_inference():
+            self._seen = tuple(n > 0 for n in batches.tolist())
+            self._read = (batches, version)
+        return self._seen
+
     def forward(self, x: Tensor, stage: int = 0) -> Tensor:
-        """Normalise ``x`` ``(B, C, ...)`` with the statistics of a stage."""
-        momentum = self.momentum
-        if self.training:
-            self.batches[stage] += 1
-            if momentum is None:
-                momentum = 1.0 / float(self.batches[stage])
+        """Normalise ``x`` ``(B, C, ...)`` with the statistics of a stage.
+
+        Raises:
+            ValueError: in eval mode, the stage has no statistics and others have.
+        """
+        momentum, training = self.momentum, self.training
+        if training and momentum is None:
+            momentum = 1.0 / (float(self.batches[stage]) + 1)
+        elif not training and len(self._seen) > 1:
+            self._check_seen(stage)
         mean, variance = self.running_mean[stage], self.running_var[stage]
         if is_mapped(mean):  # vmap updates a copy of what is not one run of memory
             mean, variance = mean.clone(), variance.clone()
@@ -70,13 +110,38 @@ class StageBatchNorm(nn.Module):
             variance,
             self.weight,
             self.bias,
-            self.training,
+            training,
             0.0 if momentum is None else momentum,
             self.eps,
         )
-        if self.training and is_mapped(mean):
-            self.running_mean[stage], self.running_var[stage] = mean, variance
+        if training:
+            self.batches[stage] += 1
+            if not self._seen[stage]:
+                self._seen = tuple(known or i == stage for i, known in enumerate(self._seen))
+            if is_mapped(mean):
+                self.running_mean[stage], self.running_var[stage] = mean, variance
         return x
+
+    def _check_seen(self, stage: int) -> None:
+        seen = self.seen()
+        if not seen[stage] and any(seen):
+            raise ValueError(
+                f"batch norm has no statistics of stage {stage + 1} of {len(seen)}, only of "
+                f"{[i for i, known in enumerate(seen, 1) if known]}: training does not take the closing stages, which "
+                "embedded errors and outputs read; call odenets.recalibrate(network, batches) first"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}batches")
+        errors = args[-1]
+        if isinstance(saved, Tensor) and saved.ndim == 1 and len(saved) != self.stages:
+            errors.append(
+                f"{prefix[:-1]} has batch norm statistics of {len(saved)} stage(s) and this one of {self.stages}: "
+                "build the network with the solver with which it was saved"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.seen()
 
 
 class _Norm(nn.Module):
@@ -115,34 +180,132 @@ def make_norm(kind: str | None, features: int, groups: int = 8) -> nn.Module:
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Tensor], object] | None = None) -> int:
-    """Recompute the running statistics of every batch norm as plain averages over ``batches``.
+    """Recompute the running statistics of every batch norm as plain averages over the samples of ``batches``.
 
-    Small data leave the running averages behind the weights, and a depth edit changes what a layer sees.
+    Small data leave the running averages behind the weights, and a depth edit changes what a layer sees. Blocks take
+    their closing stages too, which training leaves out and the embedded error reads. A norm, or a stage of one, that is
+    not run keeps its statistics, and so does one that is frozen: in eval mode while the network is in training mode.
 
     Args:
-        network: the network; its mode is restored.
-        batches: inputs, each ``(B, *S)``.
-        run: what to run on each input; the network itself if not given.
+        network: the network. Its modes are restored, and after an error its statistics too.
+        batches: inputs, each ``(B, *S)``; the average weighs each batch by its samples.
+        run: what to run on each input; the network itself if not given, or its ``run_all``, which calls all the heads
+            of a :class:`~odenets.module_wise.ModuleWise`.
 
     Returns:
-        The number of batch norms found; 0 means that nothing was run.
+        The number of norms with new statistics; 0 if the network has none that keep any, and then nothing was run.
+
+    Raises:
+        ValueError: no batch, no norm was run, or one is lazy and has not seen an input.
     """
-    found = [m for m in network.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)]
-    if not found:
+    tracked = [m for m in network.modules() if _keeps_statistics(m)]
+    norms = [norm for norm in tracked if norm.training or not network.training]
+    if not tracked:
         return 0
-    modes = [(m, m.training) for m in network.modules()]
-    momenta = [m.momentum for m in found]
-    network.eval()
-    for norm in found:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
+    averages = [_Average(norm) for norm in norms]
+    run = run or getattr(network, "run_all", network)
+    empty = True
     try:
-        for x in batches:
-            (run or network)(x)
+        with keeping_modes(network), taking_closing_stages(network, norms), torch.compiler.set_stance("force_eager"):
+            network.eval()
+            for average in averages:
+                average.begin()
+            for x in batches:
+                empty = False
+                run(x)
+        if empty:
+            raise ValueError("batches must hold at least one batch, got none: was the iterator used up before?")
+        if not any(average.totals for average in averages):
+            raise ValueError(
+                f"none of the {len(tracked)} batch norms was run: run must call them, and those in eval mode while the "
+                "network is in training mode are frozen (network.eval() or network.train() sets all)"
+            )
+    except BaseException:
+        for average in averages:
+            average.end(keep=False)
+        raise
+    for average in averages:
+        average.end(keep=True)
+    return sum(bool(average.totals) for average in averages)
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module is a norm with running statistics, which a batch norm may do without.
+
+    Raises:
+        ValueError: it is lazy and has none yet.
+    """
+    if not isinstance(module, StageBatchNorm | nn.modules.batchnorm._NormBase):
+        return False
+    if isinstance(module.running_mean, UninitializedBuffer):
+        raise ValueError("network has a lazy batch norm that has not seen an input: call network(x) once before")
+    return module.running_mean is not None
+
+
+@contextmanager
+def taking_closing_stages(network: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Flows that hold norms take the closing stages of all their blocks for a while, unless another one is frozen."""
+    chosen = set(norms)
+    flows = [
+        flow
+        for flow in network.modules()
+        if hasattr(flow, "takes_closing")
+        and (own := [m for m in flow.modules() if isinstance(m, StageBatchNorm)])
+        and chosen.issuperset(own)
+    ]
+    before = [flow.takes_closing for flow in flows]
+    for flow in flows:
+        flow.takes_closing = True  # type: ignore[assignment]
+    try:
+        yield
     finally:
-        for norm, momentum in zip(found, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
-    return len(found)
+        for flow, value in zip(flows, before, strict=True):
+            flow.takes_closing = value
+
+
+class _Average:
+    """The statistics of a norm, averaged over the samples of its calls, per stage, in float32 or wider."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = cast(StageBatchNorm, norm)
+        self.momentum = self.norm.momentum
+        self.before = [(buffer, buffer.clone()) for buffer in norm.buffers(recurse=False)]
+        self.totals: dict[int, tuple[int, int, Tensor, Tensor]] = {}  # per stage: calls, samples, sums
+        self.hook: Any = None
+
+    def begin(self) -> None:
+        """Let every call leave its own statistics, and collect them."""
+        self.norm.reset_running_stats()
+        self.norm.momentum = 1.0
+        self.norm.train()
+        self.hook = self.norm.register_forward_hook(self._collect, with_kwargs=True)
+
+    def _collect(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        stage = 0
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        if isinstance(norm, StageBatchNorm):
+            stage = args[1] if len(args) > 1 else kwargs.get("stage", 0)
+            mean, variance = mean[stage], variance[stage]
+        samples = len(output)
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        calls, seen, *sums = self.totals.get(stage, (0, 0, torch.zeros((), dtype=wide, device=mean.device), 0.0))
+        mean, variance = (total + samples * value.to(wide) for total, value in zip(sums, (mean, variance), strict=True))
+        self.totals[stage] = (calls + 1, seen + samples, mean, variance)
+
+    def end(self, *, keep: bool) -> None:
+        """Restore the norm; with ``keep`` it has the averages of the stages that were run."""
+        if self.hook is not None:
+            self.hook.remove()
+        self.norm.momentum = self.momentum
+        for buffer, value in self.before:
+            buffer.copy_(value)
+        for stage, (calls, samples, mean, variance) in self.totals.items() if keep else ():
+            if isinstance(self.norm, StageBatchNorm):
+                self.norm.batches[stage] = calls
+                self.norm.running_mean[stage], self.norm.running_var[stage] = mean / samples, variance / samples
+            else:
+                cast(Any, self.norm.num_batches_tracked).fill_(calls)
+                self.norm.running_mean.copy_(mean / samples)
+                self.norm.running_var.copy_(variance / samples)
+        if isinstance(self.norm, StageBatchNorm):
+            self.norm.seen()

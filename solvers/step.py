@@ -32,8 +32,9 @@ class Step(NamedTuple):
         h: step size, a number or a tensor that broadcasts against the state.
         x0: state at the start, ``(B, *S)``.
         x1: state at the end, ``(B, *S)``.
-        stages: velocities ``p_i``, each ``(B, *S)``. The closing stage of an FSAL method is absent if it was
-            not asked for: ``x1`` does not depend on it.
+        stages: velocities ``p_i``, each ``(B, *S)``. The closing stages, on which ``x1`` does not depend, are absent
+            if they were not asked for: the last one of an FSAL method, and all behind the solution of
+            :meth:`~solvers.ButcherTableau.forwarding`.
         tableau: the method.
         known: what was found when the step was finished, by the names of :func:`solvers.finish_step`, or None.
     """
@@ -156,7 +157,7 @@ def rk_step(
         h: step size: a number, or a tensor that broadcasts against ``x``.
         tableau: the method.
         first: the first stage, when it is known already (FSAL), ``(B, *S)``.
-        closing: evaluate the last stage of an FSAL method, which the error needs and ``x1`` does not.
+        closing: evaluate the stages that the error needs and ``x1`` does not, the last one of an FSAL method.
         finding: what to find in the same pass over memory as ``x1``, for ``known``: "error" (of methods without closing
             stage), "action", "residue".
 
@@ -176,15 +177,18 @@ def rk_step(
     if finding and (not isinstance(h, Tensor) or h.numel() in (1, len(x))):
         end, known = finish_step(
             x, stages, tableau, h,
-            error="error" in finding and not tableau.fsal, action="action" in finding, residue="residue" in finding,
+            error="error" in finding and len(stages) == tableau.stages,
+            action="action" in finding, residue="residue" in finding,
         )  # fmt: skip
         assert end is not None  # for it was asked
         x1 = end
     else:
         x1 = combine(x, stages, tableau.b, h)
-    if closing and tableau.fsal:
-        p = (field if fields is None else fields[-1])(t + h, x1)  # type: ignore[operator]
-        stages = (*stages, _checked(p, x, tableau.interior))
+    for i in range(len(stages), tableau.stages if closing else 0):
+        ends = tableau.fsal and i == tableau.stages - 1
+        point, time = (x1, t + h) if ends else (combine(x, stages, tableau.a[i], h), t + tableau.c[i] * h)
+        p = (field if fields is None else fields[i])(time, point)  # type: ignore[operator]
+        stages = (*stages, _checked(p, x, i))
     return Step(t, h, x, x1, stages, tableau, known)
 
 

@@ -43,7 +43,8 @@ class ButcherTableau:
         fsal: derived; first same as last, the last stage is the velocity at the solution itself.
         error_weights: derived; ``b - b_low``, or None without a lower solution.
         stages: derived; number of stages.
-        interior: derived; number of stages that the solution ``x1`` needs: all, or all but the last when ``fsal``.
+        interior: derived; number of stages that the solution ``x1`` needs, up to the last one that ``b`` reads; those
+            behind, the closing stages, serve the error and the embedded outputs alone.
 
     Raises:
         ValueError: the coefficients are not those of a consistent explicit method.
@@ -95,7 +96,7 @@ class ButcherTableau:
         fsal = stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
         object.__setattr__(self, "fsal", fsal)
         object.__setattr__(self, "stages", stages)
-        object.__setattr__(self, "interior", stages - fsal)
+        object.__setattr__(self, "interior", max(i for i, b in enumerate(self.b, 1) if b))
         if self.low is not None:
             low = self.solution(self.low).b
             object.__setattr__(self, "error_weights", tuple(b - b_low for b, b_low in zip(self.b, low, strict=True)))

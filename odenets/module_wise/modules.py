@@ -114,6 +114,11 @@ class ModuleWise(nn.Module):
             output, x = module(x)
             yield output
 
+    def run_all(self, x: Tensor) -> None:
+        """Call every module and head once, so that :func:`odenets.recalibrate` sets the statistics of all."""
+        for _ in self.outputs(x):
+            pass
+
     @torch.no_grad()
     def predict(self, x: Tensor, depth: int | None = None) -> Tensor:
         """Labels after ``depth`` modules, ``(B,)``, in eval mode: an early exit, which the later modules cost nothing.
