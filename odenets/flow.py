@@ -58,6 +58,8 @@ class Flow(nn.Module):
 
     Args:
         field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one.
+            One with :class:`~odenets.normalization.StageBatchNorm` stays as it is where the method has several stages:
+            the flow takes a copy that shares its parameters and has statistics for every stage, which begin with its.
         solver: name of a method or a tableau; ``"euler"`` with h = 1 is a residual network.
         depth: number of blocks.
         h: step size of every block, or one per block; ``total_time / depth`` if not given.
@@ -219,15 +221,17 @@ class Flow(nn.Module):
         """
         if not 0 <= first < last <= self.depth:
             raise ValueError(f"a flow of {self.depth} blocks has no part from {first} to {last}")
-        if (first, last) == (0, self.depth):
-            return self
-        if self.shared or self.continuous or self.mode == "chained":
+        whole = (first, last) == (0, self.depth)
+        if not whole and (self.shared or self.continuous or self.mode == "chained"):
             raise ValueError("a shared, continuous or chained flow has no parts: its blocks share fields")
         if not len(self.blocks):
             raise ValueError("the flow has no field yet: call it once before it is cut")
-        part = copy.copy(self)
-        part._modules = {"blocks": nn.ModuleList(self.blocks[first:last])}
-        part.statistics, part.input_shape = Statistics(), self.input_shape
+        part = copy.copy(self)  # with all settings, those of a subclass too
+        nn.Module.__init__(part)  # without hooks: those of the whole are not its own
+        part.training = self.training
+        part.blocks = nn.ModuleList(self.blocks if whole else self.blocks[first:last])
+        part.blocks.training = self.blocks.training
+        part.statistics = Statistics()
         part.start = self.start + math.fsum(self.h[:first])
         part._sizes = self.h[first:last]
         return part
@@ -243,8 +247,8 @@ class Flow(nn.Module):
             for _ in range(per_block):
                 fields.append(_new_field(source, as_given=first))
                 first = False
-            if self.mode == "tied" and isinstance(fields[0], VelocityField):
-                fields[0].expand_stages(self.tableau.stages)
+            if self.mode == "tied":
+                fields = [_with_stages(fields[0], self.tableau.stages)]
             self.blocks.append(Block(fields, size))
 
     def _stage_fields(self, m: int) -> Sequence[Callable[[float | Tensor, Tensor], Tensor]]:
@@ -425,6 +429,18 @@ def _new_field(source: FieldSource, *, as_given: bool) -> nn.Module:
                 f"field: {name or type(field).__name__!r} has parameters but no reset_parameters(), so no further "
                 "field can be drawn from it: pass a function that makes one, field=lambda: MyField(...)"
             )
+    return field
+
+
+def _with_stages(field: nn.Module, stages: int) -> nn.Module:
+    """The field, or a copy with the same parameters where its batch norms lack statistics of their own per stage."""
+    if not isinstance(field, VelocityField):
+        return field
+    norms = [module for module in field.modules() if isinstance(module, StageBatchNorm)]
+    if type(field).expand_stages is VelocityField.expand_stages and all(norm.stages == stages for norm in norms):
+        return field
+    field = copy.deepcopy(field, {id(p): p for p in field.parameters()})
+    field.expand_stages(stages)
     return field
 
 

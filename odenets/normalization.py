@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -53,15 +54,20 @@ class StageBatchNorm(nn.Module):
         return len(self.batches)
 
     def expand_stages(self, stages: int) -> None:
-        """Set the number of stages: each begins with the statistics of a layer of one stage, otherwise with none."""
+        """Set the number of stages: each begins with the statistics of a layer of one stage.
+
+        Of a layer of several, whose stages were those of another method, the first alone keeps its statistics.
+        """
         if stages == self.stages:
             return
         one = self.stages == 1
         for name, start in (("running_mean", 0), ("running_var", 1), ("batches", 0)):
             old = getattr(self, name)
-            new = old if one else torch.full_like(old[:1], start)
-            setattr(self, name, new.repeat(stages, *[1] * (old.ndim - 1)))
-        self._seen = (self._seen[0] if one else False,) * stages
+            new = old[:1].repeat(stages, *[1] * (old.ndim - 1))
+            if not one:
+                new[1:] = start
+            setattr(self, name, new)
+        self._seen = (self._seen[0], *[self._seen[0] and one] * (stages - 1))
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics."""
@@ -206,7 +212,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
     run = run or getattr(network, "run_all", network)
     empty = True
     try:
-        with keeping_modes(network), taking_closing_stages(network, norms), torch.compiler.set_stance("force_eager"):
+        with keeping_modes(network), taking_closing_stages(network, norms), _uncompiled():
             network.eval()
             for average in averages:
                 average.begin()
@@ -240,6 +246,11 @@ def _keeps_statistics(module: nn.Module) -> bool:
     if isinstance(module.running_mean, UninitializedBuffer):
         raise ValueError("network has a lazy batch norm that has not seen an input: call network(x) once before")
     return module.running_mean is not None
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """What is compiled runs as it was written: it takes no notice of hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def test_sizes(network):
     assert network.depth == 5
     assert network.evaluations == 15
     network.readout = "ensemble"
-    assert network.evaluations == 6 + 12
+    assert network.evaluations == 6 + 10
 
 
 def test_outputs_of_the_last_flow(network):
