@@ -180,6 +180,7 @@ def build(config: Config, dataset: data.Dataset, seed: int) -> Network:
         network = models.resnet9(
             channels, dataset.classes, features=config.channels, size=size, depth=config.depth, solver=config.solver,
             norm="batch" if config.solver == "euler" else "group", normalize=normalize,
+            total_time=float(config.depth) if config.solver == "euler" else 1.0,
         )  # fmt: skip
     return network.to(memory_format=torch.channels_last)  # convolutions are faster so
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from odenets.normalization import StageBatchNorm
 
 __all__ = ["INITIALISERS", "initialize"]
 
 INITIALISERS = ("orthogonal", "normal", "kaiming")
-NORMS = (StageBatchNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (StageBatchNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -21,7 +21,8 @@ N = TypeVar("N", bound=nn.Module)
 def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False) -> N:
     """Draw every linear layer and convolution of a network anew, encoder and head included.
 
-    Biases become 0, norms 1 and 0.
+    Biases become 0, norms 1 and 0 without running statistics, frozen ones too. Weights of other layers stay. The seed
+    decides, whatever the memory format; dtypes narrower than float32 are drawn in float32.
 
     Args:
         network: changed in place.
@@ -36,7 +37,8 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
 
     Raises:
         ValueError: an unknown name, a gain that is not positive and finite, biases for another initialiser, or a
-            network with a flow that has no field yet, or with attention, whose projections are no layers.
+            network with a flow that has no field yet or another lazy layer, on the meta device, with attention, whose
+            projections are no layers, or with weights that are computed from others (weight norm, pruning).
     """
     if name not in INITIALISERS:
         raise ValueError(f"name must be one of {', '.join(INITIALISERS)}, got {name!r}")
@@ -45,22 +47,52 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
     if biases and name != "normal":
         raise ValueError(f"biases are drawn by 'normal' only, not by {name!r}")
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
-        raise ValueError("network has a flow without a field: call network(x) once before it is initialised")
+        raise ValueError(
+            "network has a flow without a field or another lazy layer: call network(x) once before it is initialised"
+        )
+    if any(p.is_meta for p in network.parameters()):
+        raise ValueError("network is on the meta device, where weights have no values: call network.to_empty(...) before")
     if any(isinstance(layer, nn.MultiheadAttention) for layer in network.modules()):
         raise ValueError("network must not hold nn.MultiheadAttention, the weights of which are no layers of their own")
-    draw = {"orthogonal": partial(nn.init.orthogonal_, gain=gain), "normal": partial(nn.init.normal_, std=gain)}
-    for layer in network.modules():
+    for title, layer in network.named_modules():
         if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
-            if name == "kaiming":
-                mode = "fan_in" if isinstance(layer, nn.Linear) else "fan_out"
-                nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
-                layer.weight.data *= gain
-            else:
-                draw[name](layer.weight)
+            if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+                raise ValueError(
+                    f"layer {title or type(layer).__name__!r} computes its weight from other parameters, which are not "
+                    "drawn: initialize the network before it is parametrized or pruned"
+                )
+            _set(layer.weight, _drawn(layer, name, gain))
             if layer.bias is not None:
-                nn.init.normal_(layer.bias, std=gain) if biases else nn.init.zeros_(layer.bias)
-        elif isinstance(layer, NORMS) and layer.weight is not None:
-            nn.init.ones_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+                _set(layer.bias, nn.init.normal_(_blank(layer.bias), std=gain) if biases else 0.0)
+        elif isinstance(layer, NORMS):
+            if layer.weight is not None:
+                _set(layer.weight, 1.0)
+            if getattr(layer, "bias", None) is not None:
+                _set(layer.bias, 0.0)
+            if getattr(layer, "running_mean", None) is not None:
+                layer.reset_running_stats()  # type: ignore[operator]
     return network
+
+
+def _drawn(layer: nn.modules.conv._ConvNd | nn.Linear, name: str, gain: float) -> Tensor:
+    """New weights of a layer, contiguous, so that the memory format of its own decides nothing."""
+    weight = _blank(layer.weight)
+    if name == "orthogonal":
+        return nn.init.orthogonal_(weight, gain)
+    if name == "normal":
+        return nn.init.normal_(weight, std=gain)
+    if isinstance(layer, nn.Linear):
+        n = layer.in_features
+    else:
+        n = layer.out_channels // layer.groups * math.prod(layer.kernel_size)
+    return nn.init.normal_(weight, std=math.sqrt(2.0) / math.sqrt(n)).mul_(gain)
+
+
+def _blank(p: Tensor) -> Tensor:
+    """Room to draw in, float32 for narrower dtypes, in which matrices are not factorized."""
+    return torch.empty(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+
+
+@torch.no_grad()
+def _set(p: Tensor, value: Tensor | float) -> None:
+    p.copy_(value) if isinstance(value, Tensor) else p.fill_(value)

@@ -14,15 +14,17 @@ from odenets.flow import Flow
 from odenets.models.normalize import Normalize
 from odenets.network import Network
 
-__all__ = ["residual", "resnet9", "resnet110", "resnet_km", "wide_resnet"]
+__all__ = ["residual", "resnet9", "resnet110", "resnet_km", "unit_steps", "wide_resnet"]
+
+
+def unit_steps(flow: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a flow; the step size of every block is 1 unless told otherwise, whatever the method."""
+    return flow if {"h", "total_time"} & set(flow) else {**flow, "h": 1.0}
 
 
 def residual(flow: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a flow; those of a residual network, Euler steps with h = 1, unless told otherwise."""
-    flow = {"solver": "euler", **flow}
-    if flow["solver"] == "euler" and not {"h", "total_time"} & set(flow):
-        flow["h"] = 1.0
-    return flow
+    return unit_steps({"solver": "euler", **flow})
 
 
 def resnet9(
@@ -47,7 +49,8 @@ def resnet9(
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
-        flow: arguments of :class:`~odenets.Flow`; an Euler residual network with h = 1 unless told otherwise.
+        flow: arguments of :class:`~odenets.Flow`; an Euler residual network with h = 1 unless told otherwise. With
+            another ``solver`` h stays 1, so that the total time is ``depth``.
     """
     half = (size + 1) // 2
     encoder = nn.Sequential(
@@ -96,7 +99,8 @@ def resnet110(
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
+            another ``solver`` too.
     """
     first, *_, last = channels
     encoder = nn.Sequential(
@@ -133,7 +137,8 @@ def wide_resnet(
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
+            another ``solver`` too.
     """
     channels = [16 * widen, 32 * widen, 64 * widen]
     encoder = nn.Sequential(
@@ -173,7 +178,8 @@ def resnet_km(
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
+            another ``solver`` too.
 
     Raises:
         ValueError: K or M below 1.

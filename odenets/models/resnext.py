@@ -46,7 +46,8 @@ def resnext50(
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
+            another ``solver`` too.
     """
     channels = [256 * 2**i for i in range(len(blocks))]
     encoder = nn.Sequential(

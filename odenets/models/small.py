@@ -10,6 +10,7 @@ from torch import nn
 from odenets.fields import ConvField, MLPField
 from odenets.flow import Flow
 from odenets.models.normalize import Normalize
+from odenets.models.resnets import unit_steps
 from odenets.network import Network
 
 __all__ = ["points_network", "small_network"]
@@ -35,11 +36,11 @@ def small_network(
         norm: normalisation of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
-        flow: arguments of :class:`~odenets.Flow`.
+        flow: arguments of :class:`~odenets.Flow`; h = 1 unless told otherwise, so that the total time is ``depth``.
     """
     encoder = nn.Sequential(normalize or nn.Identity(), nn.Conv2d(in_channels, features, 3, padding=1, bias=False))
     head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(features * size * size, classes))
-    return Network(encoder, Flow(lambda: ConvField(features, norm=norm), **flow), head, readout=readout)
+    return Network(encoder, Flow(lambda: ConvField(features, norm=norm), **unit_steps(flow)), head, readout=readout)
 
 
 def points_network(
@@ -59,8 +60,8 @@ def points_network(
         hidden: width of the fields' hidden layer.
         normalize: first layer.
         readout: see :class:`~odenets.Network`.
-        flow: arguments of :class:`~odenets.Flow`.
+        flow: arguments of :class:`~odenets.Flow`; h = 1 unless told otherwise, so that the total time is ``depth``.
     """
     encoder = normalize or nn.Identity()
-    flow_ = Flow(lambda: MLPField(dimensions, hidden), **flow)
+    flow_ = Flow(lambda: MLPField(dimensions, hidden), **unit_steps(flow))
     return Network(encoder, flow_, nn.Linear(dimensions, classes), readout=readout)
