@@ -179,7 +179,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     found["train"] = [last[k + 1] for k in range(network.K)]
     if not job.tuning:
         found["test"] = network.accuracies(data.Batches(test, 100))
-        recalibrate(network, batches.inputs(), network)  # of the last head alone, which may be that of other modules too
+        recalibrate(network, batches.inputs(), network)  # the last head alone, which may be that of other modules too
         found["recalibrated"] = network.accuracies(data.Batches(test, 100))
     run.finish(asdict(job) | found, seeds=[job.seed])
 

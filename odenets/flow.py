@@ -10,11 +10,12 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from odenets.fields import VelocityField, field_for
 from odenets.measures import Measure, finding, needs_closing
-from odenets.normalization import StageBatchNorm
+from odenets.normalization import StageBatchNorm, has_statistics
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
 from solvers.states import check_state
 from solvers.stepping import adaptive_steps
@@ -189,6 +190,13 @@ class Flow(nn.Module):
             self.shared and not any(isinstance(module, StageBatchNorm) for module in self.modules())
         )
 
+    @property
+    def closing_apart(self) -> bool:
+        """Whether its closing stages, which forward passes do not take, have batch norm statistics of their own."""
+        if self.continuous or self.mode == "chained" or self.tableau.interior == self.tableau.stages:
+            return False
+        return self.mode == "untied" or any(isinstance(m, StageBatchNorm) and m.stages > 1 for m in self.modules())
+
     def materialise(self, x: Tensor) -> None:
         """Make the field from the first input, if none was given; remember the shape of its samples."""
         if not len(self.blocks):
@@ -303,11 +311,29 @@ class Flow(nn.Module):
         passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == last)
+            if closes and self.mode == "untied" and not self.training:
+                self._check_closing(m)
             step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closes, finding=finds)
             yield step
             t, x = t + h, step.x1
             if passes_on:
                 first = step.stages[-1]  # the first stage of the next step
+
+    def _check_closing(self, m: int) -> None:
+        """Refuse fields of closing stages whose batch norms have seen no batch where those of the others have."""
+        inner, closing = (
+            [norm for field in fields for norm in field.modules() if isinstance(norm, StageBatchNorm | _BatchNorm)]
+            for fields in (
+                cast(Block, self.blocks[m]).fields[: self.tableau.interior],
+                cast(Block, self.blocks[m]).fields[self.tableau.interior :],
+            )
+        )
+        if not all(map(has_statistics, closing)) and any(map(has_statistics, inner)):
+            raise ValueError(
+                f"batch norms in the closing fields of block {m} have no statistics, for training does not call these "
+                "fields: train a flow that reads them, solver=get_tableau('bs23').forwarding('order2'), or call "
+                "odenets.recalibrate(network, batches) first"
+            )
 
     def forward(self, x: Tensor, readout: str = "solution") -> Tensor:
         """The state at the total time, ``(B, *S)``.

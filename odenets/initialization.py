@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,9 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
             "network has a flow without a field or another lazy layer: call network(x) once before it is initialised"
         )
     if any(p.is_meta for p in network.parameters()):
-        raise ValueError("network is on the meta device, where weights have no values: call network.to_empty(...) before")
+        raise ValueError(
+            "network is on the meta device, where weights have no values: call network.to_empty(...) before"
+        )
     if any(isinstance(layer, nn.MultiheadAttention) for layer in network.modules()):
         raise ValueError("network must not hold nn.MultiheadAttention, the weights of which are no layers of their own")
     for title, layer in network.named_modules():
@@ -66,9 +68,9 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
                 _set(layer.bias, nn.init.normal_(_blank(layer.bias), std=gain) if biases else 0.0)
         elif isinstance(layer, NORMS):
             if layer.weight is not None:
-                _set(layer.weight, 1.0)
+                _set(cast(Tensor, layer.weight), 1.0)
             if getattr(layer, "bias", None) is not None:
-                _set(layer.bias, 0.0)
+                _set(cast(Tensor, layer.bias), 0.0)
             if getattr(layer, "running_mean", None) is not None:
                 layer.reset_running_stats()  # type: ignore[operator]
     return network

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class StageBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(stages, features))
         self.register_buffer("running_var", torch.ones(stages, features))
         self.register_buffer("batches", torch.zeros(stages, dtype=torch.long))
-        self._seen: tuple[bool, ...] = (False,) * stages  # which stages have statistics: what ``batches`` last said
+        self._seen = [False] * stages  # which stages have statistics: what ``batches`` last said
         self._read: tuple[Tensor, int] | None = None  # the buffer from which that was read, and its version
 
     @property
@@ -67,14 +68,14 @@ class StageBatchNorm(nn.Module):
             if not one:
                 new[1:] = start
             setattr(self, name, new)
-        self._seen = (self._seen[0], *[self._seen[0] and one] * (stages - 1))
+        self._seen = [self._seen[0], *[self._seen[0] and one] * (stages - 1)]
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics."""
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.batches.zero_()
-        self._seen = (False,) * self.stages
+        self._seen = [False] * self.stages
 
     def reset_parameters(self) -> None:
         """Scale 1, shift 0, no statistics."""
@@ -82,7 +83,7 @@ class StageBatchNorm(nn.Module):
         nn.init.zeros_(self.bias)
         self.reset_running_stats()
 
-    def seen(self) -> tuple[bool, ...]:
+    def seen(self) -> list[bool]:
         """Which stages have statistics; waits for the device once after the count of batches changed.
 
         Where the count has no values, in a graph that is being traced or under vmap, it is what was last known.
@@ -92,7 +93,7 @@ class StageBatchNorm(nn.Module):
             return self._seen
         version = 0 if batches.is_inference() else batches._version
         if self._read is None or self._read[0] is not batches or self._read[1] != version or batches.is_inference():
-            self._seen = tuple(n > 0 for n in batches.tolist())
+            self._seen = [n > 0 for n in batches.tolist()]
             self._read = (batches, version)
         return self._seen
 
@@ -123,7 +124,7 @@ class StageBatchNorm(nn.Module):
         if training:
             self.batches[stage] += 1
             if not self._seen[stage]:
-                self._seen = tuple(known or i == stage for i, known in enumerate(self._seen))
+                self._seen[stage] = True
             if is_mapped(mean):
                 self.running_mean[stage], self.running_var[stage] = mean, variance
         return x
@@ -137,17 +138,45 @@ class StageBatchNorm(nn.Module):
                 "embedded errors and outputs read; call odenets.recalibrate(network, batches) first"
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         saved = state_dict.get(f"{prefix}batches")
-        errors = args[-1]
         if isinstance(saved, Tensor) and saved.ndim == 1 and len(saved) != self.stages:
-            errors.append(
-                f"{prefix[:-1]} has batch norm statistics of {len(saved)} stage(s) and this one of {self.stages}: "
-                "build the network with the solver with which it was saved"
+            error_msgs.append(
+                f"{prefix[:-1]}: the state holds batch norm statistics of {len(saved)} stage(s), this network has "
+                f"{self.stages}: build it with the solver it was saved with, or leave running_mean, running_var and "
+                "batches out of the state, load with strict=False and call odenets.recalibrate(network, batches)"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.seen()
+
+
+_READ: WeakKeyDictionary[nn.Module, tuple[Tensor, int, bool]] = WeakKeyDictionary()
+
+
+def has_statistics(norm: nn.Module) -> bool:
+    """Whether a batch norm has seen a batch; waits for the device once after its count of batches changed."""
+    if isinstance(norm, StageBatchNorm):
+        return any(norm.seen())
+    count = cast(Tensor | None, norm.num_batches_tracked)
+    if count is None or torch.compiler.is_compiling() or count.is_meta or is_transformed(count) or count.is_inference():
+        return True  # it keeps none, or cannot be asked
+    before, version, seen = _READ.get(norm, (None, -1, False))
+    if before is not count or version != count._version:
+        seen = bool(count > 0)
+        _READ[norm] = (count, count._version, seen)
+    return seen
 
 
 class _Norm(nn.Module):
@@ -209,7 +238,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
     if not tracked:
         return 0
     averages = [_Average(norm) for norm in norms]
-    run = run or getattr(network, "run_all", network)
+    call = run or cast(Callable[[Tensor], object], getattr(network, "run_all", network))
     empty = True
     try:
         with keeping_modes(network), taking_closing_stages(network, norms), _uncompiled():
@@ -218,7 +247,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
                 average.begin()
             for x in batches:
                 empty = False
-                run(x)
+                call(x)
         if empty:
             raise ValueError("batches must hold at least one batch, got none: was the iterator used up before?")
         if not any(average.totals for average in averages):
@@ -260,18 +289,18 @@ def taking_closing_stages(network: nn.Module, norms: Iterable[nn.Module]) -> Ite
     flows = [
         flow
         for flow in network.modules()
-        if hasattr(flow, "takes_closing")
-        and (own := [m for m in flow.modules() if isinstance(m, StageBatchNorm)])
-        and chosen.issuperset(own)
+        if getattr(flow, "closing_apart", False)
+        and chosen.issuperset(
+            m for m in flow.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)
+        )
     ]
-    before = [flow.takes_closing for flow in flows]
     for flow in flows:
         flow.takes_closing = True  # type: ignore[assignment]
     try:
         yield
     finally:
-        for flow, value in zip(flows, before, strict=True):
-            flow.takes_closing = value
+        for flow in flows:
+            flow.takes_closing = False  # type: ignore[assignment]
 
 
 class _Average:
