@@ -12,14 +12,22 @@ import torch
 from torch import nn
 
 from odenets.flow import Flow
+from odenets.modes import device_of, dtype_of
 
 __all__ = ["fingerprint", "is_finite", "load_weights", "restore_structure", "save_weights", "structure"]
 
 
 def structure(network: nn.Module) -> dict[str, Any]:
-    """What a depth edit can change: per flow its step sizes and the shape of its samples, by module name."""
+    """What a depth edit and a first input can change, by module name of the flow.
+
+    Its step sizes, and the shape and dtype of its samples.
+    """
     return {
-        name: {"h": list(flow.h), "input_shape": list(flow.input_shape) if flow.input_shape else None}
+        name: {
+            "h": list(flow.h),
+            "input_shape": list(flow.input_shape) if flow.input_shape else None,
+            "dtype": str(dtype_of(flow)).removeprefix("torch."),
+        }
         for name, flow in network.named_modules()
         if isinstance(flow, Flow)
     }
@@ -36,8 +44,8 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
         raise ValueError(f"network has flows {sorted(flows)}, the saved one {sorted(saved)}")
     for name, flow in flows.items():
         if saved[name]["input_shape"] is not None:
-            reference = next((p for p in network.parameters() if not nn.parameter.is_lazy(p)), torch.empty(0))
-            flow.materialise(reference.new_zeros(1, *saved[name]["input_shape"]))
+            dtype = getattr(torch, saved[name]["dtype"]) if "dtype" in saved[name] else dtype_of(network)
+            flow.materialise(torch.zeros(1, *saved[name]["input_shape"], dtype=dtype, device=device_of(network)))
         flow.resize(saved[name]["h"])
 
 

@@ -152,6 +152,8 @@ def _time_like(t: float | Tensor, x: Tensor) -> Tensor:
 def field_for(x: Tensor) -> VelocityField:
     """The default field for states like ``x``: an MLP for ``(B, D)``, convolutional for ``(B, C, H, W)``.
 
+    It has the device and dtype of x; under autocast, where states may be narrower than the weights, torch's own dtype.
+
     Raises:
         ValueError: x has another number of dimensions.
     """
@@ -162,4 +164,7 @@ def field_for(x: Tensor) -> VelocityField:
             field = ConvField(x.shape[1])
         case _:
             raise ValueError(f"no default field for x of shape {tuple(x.shape)}: pass Flow(field=...)")
-    return field.to(device=x.device, dtype=x.dtype)
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    narrow = autocast and x.dtype == torch.get_autocast_dtype(kind)
+    return field.to(device=x.device, dtype=None if narrow else x.dtype)

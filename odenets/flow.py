@@ -200,9 +200,10 @@ class Flow(nn.Module):
     def materialise(self, x: Tensor) -> None:
         """Make the field from the first input, if none was given; remember the shape of its samples."""
         if not len(self.blocks):
-            field = field_for(x)  # raises where there is none
-            del self.field_of_first_input
-            self._make_blocks(field)
+            with torch.inference_mode(False):  # whose tensors could never be trained
+                field = field_for(x)  # raises where there is none
+                del self.field_of_first_input
+                self._make_blocks(field)
             self.train(self.training)
         if self.input_shape is None:
             self.input_shape = tuple(x.shape[1:])

@@ -68,7 +68,12 @@ class _Stack:
     def __init__(self, instances: list[_Instance]) -> None:
         self.one = copy.deepcopy(instances[0])
         self.parameters, self.buffers = stack_module_state(instances)  # type: ignore[arg-type]
-        self.parameters = {name: p.detach().requires_grad_() for name, p in self.parameters.items()}
+        self.parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.parameters.items()}
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that are not frozen."""
+        return [p for p in self.parameters.values() if p.requires_grad]
 
     def call(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
         """Call every instance with its own inputs ``x`` ``(n, B, *S)`` and labels ``(n, B)``."""
@@ -97,14 +102,14 @@ class _Stack:
         n = len(next(iter(self.parameters.values())))
         (group,) = optimizer.param_groups
         for name, p in self.parameters.items():
-            kept = p.detach()[rows].requires_grad_()
+            kept = p.detach()[rows].requires_grad_(p.requires_grad)
             state = optimizer.state.pop(p, {})
             if state:
                 optimizer.state[kept] = {
                     key: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (n,) else v for key, v in state.items()
                 }
             self.parameters[name] = kept
-        group["params"] = list(self.parameters.values())
+        group["params"] = self.trained
         self.buffers = {name: b[rows] for name, b in self.buffers.items()}
 
 
@@ -152,7 +157,7 @@ def fit_instances(
         if any(nn.parameter.is_lazy(p) for p in instance.parameters()):
             instance.network(batch.data.x[:2])
     stack = _Stack(instances)
-    made = optimizer(list(stack.parameters.values()))
+    made = optimizer(stack.trained)
     if len(made.param_groups) != 1:
         raise ValueError(f"optimizer must have one group of parameters, got {len(made.param_groups)}")
     sets = {

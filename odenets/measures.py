@@ -82,8 +82,10 @@ def action(step: Step, p: float = 2.0) -> Tensor:
     """Kinetic action ``h sum_i b_i <|p_i|^p>``, ``<.>`` the mean over features, ``(B,)``.
 
     With p = 2, the energy, it is the quadrature of ``int <v^2> dt`` over the step with the tableau's own weights; for
-    Euler with h = 1 it is the transport cost of the thesis, ``<r^2>`` (section 3). For another exponent record
-    ``interior(functools.partial(action, p=...))``.
+    Euler with h = 1 it is the transport cost as the thesis computes it, ``<r^2>``: the cost ``|r|^2`` of its section 3
+    over the dimension of the state (with another p, ``|r|_p^p`` over it). A weight ``1 / (2 tau)`` on it is thus a
+    proximal step of size ``tau`` times the dimension; :func:`square_norm` is the cost without the mean. For another
+    exponent record ``interior(functools.partial(action, p=...))``.
     """
     if p != 2:
         pairs = zip(step.tableau.b, step.stages, strict=False)
@@ -96,7 +98,10 @@ def action(step: Step, p: float = 2.0) -> Tensor:
 @interior
 @_found_as("residue")
 def residue(step: Step, p: float = 2.0) -> Tensor:
-    """Mean of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``; its mean square with p = 2 (eq. 34)."""
+    """Mean over the features of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``.
+
+    Its mean square with p = 2 (eq. 34), the square of its norm over the dimension.
+    """
     return _residue(step, "residue") if p == 2 else power_mean(step.residue, p)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from odenets.flow import Flow, Records
 from odenets.measures import Measure
+from odenets.modes import device_of, dtype_of
 from solvers import Step
 from solvers.states import check_state
 
@@ -82,7 +83,22 @@ class Network(nn.Module):
         """The first state. Inputs are checked here; states are not, so that a diverging network can be measured."""
         if isinstance(x, Tensor) and x.is_floating_point():
             check_state(x)
+            if not torch.compiler.is_compiling():
+                return self._encode_floating(x)
         return self.encoder(x)
+
+    def _encode_floating(self, x: Tensor) -> Tensor:
+        try:
+            return self.encoder(x)
+        except RuntimeError as error:
+            dtype, device = dtype_of(self), device_of(self)
+            if x.dtype != dtype and not any(map(torch.is_autocast_enabled, {x.device.type, device.type} - {"meta"})):
+                raise TypeError(f"x must have the dtype of the network, {dtype}, got {x.dtype}: {error}") from error
+            if x.device != device:
+                raise ValueError(
+                    f"x must be on the device of the network, {device}, got {x.device}: {error}"
+                ) from error
+            raise
 
     def forward(self, x: Tensor) -> Tensor:
         """The head's output for inputs ``x`` ``(B, ...)``."""

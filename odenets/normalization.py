@@ -27,8 +27,8 @@ class StageBatchNorm(nn.Module):
     step. With one stage this is :class:`torch.nn.BatchNorm2d` to the last bit.
 
     Training never takes the closing stages of a method, and so sets no statistics for them. A stage without statistics
-    beside stages that have them is refused in eval mode; :func:`recalibrate` sets all. Where no stage has any, as in a
-    new network, mean 0 and variance 1 are taken, as torch does.
+    beside stages that have them is refused in eval mode; :func:`recalibrate` sets all, where torch's ``update_bn``
+    passes over this layer. Where no stage has any, as in a new network, mean 0 and variance 1 are taken, as torch does.
 
     Args:
         features: number of channels, dimension 1 of the input.
@@ -135,7 +135,8 @@ class StageBatchNorm(nn.Module):
             raise ValueError(
                 f"batch norm has no statistics of stage {stage + 1} of {len(seen)}, only of "
                 f"{[i for i, known in enumerate(seen, 1) if known]}: training does not take the closing stages, which "
-                "embedded errors and outputs read; call odenets.recalibrate(network, batches) first"
+                "embedded errors and outputs read. Call odenets.recalibrate(network, batches) first; a measure that reads "
+                "none is to be marked with odenets.measures.interior"
             )
 
     def _load_from_state_dict(
@@ -232,6 +233,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
 
     Raises:
         ValueError: no batch, no norm was run, or one is lazy and has not seen an input.
+        TypeError: batches of pairs.
     """
     tracked = [m for m in network.modules() if _keeps_statistics(m)]
     norms = [norm for norm in tracked if norm.training or not network.training]
@@ -246,6 +248,11 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
             for average in averages:
                 average.begin()
             for x in batches:
+                if isinstance(x, list | tuple) and run is None:
+                    raise TypeError(
+                        f"batches must hold inputs, tensors (B, *S), got a {type(x).__name__} of {len(x)}: give "
+                        "(x for x, y in batches), or say with run what is run"
+                    )
                 empty = False
                 call(x)
         if empty:
