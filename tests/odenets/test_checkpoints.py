@@ -24,6 +24,28 @@ def test_a_lazy_flow_comes_back(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["flow.safetensors"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_lazy_flow_comes_back_in_its_precision(tmp_path, dtype):
+    one = Network(nn.Flatten(), Flow(solver="bs23", depth=2), nn.Identity())
+    x = torch.randn(4, 5, dtype=dtype)
+    expected = one(x)
+    save_weights(one, tmp_path / "net.safetensors")
+    other = Network(nn.Flatten(), Flow(solver="bs23", depth=2), nn.Identity())
+    assert torch.equal(load_weights(other, tmp_path / "net.safetensors")(x), expected)
+    assert {p.dtype for p in other.parameters()} == {dtype}
+
+
+def test_statistics_of_stages_come_back_and_missing_ones_are_known(tmp_path):
+    nets = [models.resnet9(features=4, size=8, depth=2, solver="bs23") for _ in range(2)]
+    x = torch.rand(8, 1, 8, 8)
+    nets[0].train()(x)
+    save_weights(nets[0], tmp_path / "net.safetensors")
+    load_weights(nets[1].eval(), tmp_path / "net.safetensors")
+    assert torch.equal(nets[1](x), nets[0].eval()(x))
+    with pytest.raises(ValueError, match="no statistics of stage 4"):
+        nets[1].ensemble(x)
+
+
 def test_what_cannot_be_saved_or_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"call network\(x\) once before saving"):
         save_weights(Flow(), tmp_path / "flow.safetensors")

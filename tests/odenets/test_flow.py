@@ -8,7 +8,7 @@ from torch import nn
 
 import odenets
 from odenets import ConvField, Flow, MLPField, measures
-from solvers import Tolerance
+from solvers import Tolerance, get_tableau
 from tests.counting import Counted
 
 VECTORS, IMAGES = torch.randn(5, 3), torch.randn(4, 8, 6, 6)
@@ -114,6 +114,137 @@ def test_evaluations(stages, with_error, expected):
     assert sum(counter.calls for counter in counters) == expected
     if not with_error:
         assert flow.evaluations == expected
+
+
+class Tallied(nn.Module):
+    """A linear field whose calls are counted together."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, t, x):
+        Tallied.calls += 1
+        return self.linear(x)
+
+
+def calls(work):
+    Tallied.calls = 0
+    work()
+    return Tallied.calls
+
+
+@pytest.mark.parametrize("stages", ["tied", "untied", "chained"])
+@pytest.mark.parametrize(
+    ("solver", "interior", "all_stages", "full"),
+    [("bs23", 3, 4, 10), ("dopri5", 6, 7, 14), ("rk4", 4, 4, 7), ("euler", 1, 1, 1), ("midpoint", 2, 2, 3)],
+)
+def test_only_stages_that_are_read_are_evaluated(solver, interior, all_stages, full, stages):
+    depth = 5
+    flow = Flow(Tallied, solver=solver, depth=depth, stages=stages)
+    once = depth * interior
+    assert calls(lambda: flow(VECTORS)) == flow.evaluations == once
+    ensemble = once + all_stages - interior
+    assert calls(lambda: flow.ensemble(VECTORS)) == calls(lambda: flow(VECTORS, "ensemble")) == ensemble
+    assert flow.evaluations_per_pass(readout="ensemble") == ensemble
+    assert calls(lambda: flow.record(VECTORS, "ensemble", action=measures.action)) == ensemble
+    assert calls(lambda: flow.ensemble(VECTORS, full_passes=True)) == full * depth
+    closed = depth * interior + 1 if stages == "chained" and interior < all_stages else depth * all_stages
+    assert calls(lambda: list(flow.steps(VECTORS))) == flow.evaluations_per_pass(closing=True) == closed
+    assert calls(lambda: flow.record(VECTORS, "ensemble", peak=lambda step: step.x1.sum(1))) == closed
+
+
+@pytest.mark.parametrize("stages", ["tied", "untied", "chained"])
+@pytest.mark.parametrize(("output", "needed"), [("euler", 1), ("midpoint", 2), ("order2", 4), ("order3", 3)])
+def test_a_method_that_carries_another_output_on_takes_its_stages_alone(output, needed, stages):
+    torch.manual_seed(0)
+    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding(output), depth=5, stages=stages)
+    assert calls(lambda: flow(VECTORS)) == flow.evaluations == 5 * needed
+    assert calls(lambda: list(flow.steps(VECTORS, closing=False))) == 5 * needed
+    *_, whole = flow.steps(VECTORS)
+    assert len(whole.stages) == 4
+    assert torch.equal(whole.x1, flow(VECTORS))
+    weights = dict(get_tableau("bs23").embedded)[output].b
+    by_hand = whole.x0 + whole.h * sum(b * p for b, p in zip(weights, whole.stages, strict=True))
+    torch.testing.assert_close(whole.x1, by_hand)
+    assert whole.error().shape == VECTORS.shape
+
+
+def test_gradients_reach_the_fields_of_the_stages_that_are_read():
+    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding("midpoint"), depth=1, stages="untied")
+    flow(VECTORS).sum().backward()
+    learning = [field.linear.weight.grad is not None for field in flow.blocks[0].fields]
+    assert learning == [True, True, False, False]
+    assert calls(lambda: flow(VECTORS)) == 2
+
+
+def test_a_shared_flow_passes_its_closing_stage_on():
+    flow = Flow(Tallied, solver="bs23", depth=5, shared=True)
+    assert calls(lambda: flow.record(VECTORS, error=measures.error)) == flow.evaluations_per_pass(closing=True) == 16
+    assert calls(lambda: flow.ensemble(VECTORS)) == 16
+
+
+@pytest.mark.parametrize("ends", [(1, 3), (0, 3)], ids=["part", "whole"])
+def test_a_part_has_hooks_and_a_mode_of_its_own(ends):
+    flow = Flow(MLPField(3), depth=3)
+    fired = []
+    part = flow.part(*ends)
+    part.register_forward_hook(lambda *_: fired.append("part"))
+    part.register_state_dict_post_hook(lambda *_: fired.append("state"))
+    flow(VECTORS)
+    flow.state_dict()
+    assert fired == []
+    part(VECTORS)
+    assert fired == ["part"]
+    flow.register_forward_pre_hook(lambda *_: fired.append("whole"))
+    flow.register_full_backward_hook(lambda *_: fired.append("whole"))
+    part(VECTORS).sum().backward()
+    assert fired == ["part", "part"]
+    part.register_buffer("extra", torch.zeros(1))
+    assert not list(flow.buffers())
+    assert [id(p) for p in part.parameters()] == [
+        id(p) for block in flow.blocks[slice(*ends)] for p in block.parameters()
+    ]
+    part.eval()
+    assert flow.training
+    assert flow.blocks.training
+
+
+def test_a_part_of_a_frozen_flow_is_frozen():
+    flow = Flow(MLPField(3), depth=3).eval()
+    assert not any(module.training for module in flow.part(0, 2).modules())
+
+
+def test_a_part_of_a_compiled_flow_is_the_part():
+    flow = Flow(MLPField(3), depth=3)
+    flow.compile(backend="eager")
+    *_, last = flow.part(0, 2).steps(VECTORS)
+    torch.testing.assert_close(flow.part(0, 2)(VECTORS), last.x1)
+
+
+def test_a_flow_without_a_field_has_no_parts():
+    with pytest.raises(ValueError, match="call it once before it is cut"):
+        Flow(depth=2).part(0, 2)
+
+
+def test_a_field_made_in_inference_mode_can_be_trained():
+    flow = Flow(depth=2)
+    with torch.inference_mode():
+        flow(VECTORS)
+    flow(VECTORS).sum().backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+def test_a_field_made_under_autocast_has_weights_of_full_precision():
+    flow = Flow(depth=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        flow(VECTORS.bfloat16())
+    assert {p.dtype for p in flow.parameters()} == {torch.float32}
+    flow = Flow(depth=2)
+    flow(VECTORS.bfloat16())
+    assert {p.dtype for p in flow.parameters()} == {torch.bfloat16}
 
 
 def test_fields_of_blocks_differ_and_copies_are_drawn_anew():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from odenets import Flow, Network, models
 from odenets.initialization import INITIALISERS, initialize
@@ -65,6 +66,79 @@ def test_norms_are_reset_and_the_seed_decides(name):
         assert nets[0](torch.rand(2, 1, 8, 8)).isfinite().all()
 
 
+@pytest.mark.parametrize("name", INITIALISERS)
+@pytest.mark.parametrize("layout", ["channels last", "transposed", "expanded view"])
+def test_the_memory_format_decides_nothing(name, layout):
+    nets = [nn.Sequential(nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 2), nn.Flatten(), nn.Linear(5, 3)) for _ in "ab"]
+    if layout == "channels last":
+        nets[1].to(memory_format=torch.channels_last)
+    for layer in layers(nets[1]) if layout != "channels last" else ():
+        w = layer.weight.detach()
+        view = (
+            w.transpose(0, 1).contiguous().transpose(0, 1)
+            if layout == "transposed"
+            else torch.stack([w, w], -1)[..., 0]
+        )
+        layer.weight = nn.Parameter(view)
+    strides = [p.stride() for p in nets[1].parameters()]
+    for net in nets:
+        torch.manual_seed(3)
+        initialize(net, name, 0.1)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(p, q)
+    assert [p.stride() for p in nets[1].parameters()] == strides
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", INITIALISERS)
+def test_every_precision_is_drawn(name, dtype):
+    torch.manual_seed(0)
+    wide = initialize(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(5, 3)).double(), name, 0.1)
+    torch.manual_seed(0)
+    net = initialize(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(5, 3)).to(dtype), name, 0.1)
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    if name == "orthogonal":
+        w = net[0].weight.detach().double().flatten(1)
+        torch.testing.assert_close(w @ w.T, 0.01 * torch.eye(6).double(), atol=1e-4, rtol=1e-2)
+    if dtype == torch.float64:
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), wide.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("layer", "outputs"),
+    [
+        (nn.Conv2d(64, 64, 3, groups=8), 8 * 9),
+        (nn.ConvTranspose2d(96, 32, 3), 32 * 9),
+        (nn.Conv1d(64, 128, 5), 128 * 5),
+    ],
+)
+def test_kaiming_counts_the_outputs_that_an_input_reaches(layer, outputs):
+    torch.manual_seed(0)
+    initialize(layer, "kaiming")
+    assert layer.weight.std().item() == pytest.approx((2 / outputs) ** 0.5, rel=0.05)
+
+
+def test_statistics_of_the_former_weights_go():
+    net = network(solver="bs23")
+    net.train()(torch.rand(4, 1, 8, 8))
+    initialize(net, "orthogonal", 0.1)
+    norms = [m for m in net.modules() if hasattr(m, "running_mean")]
+    assert norms
+    assert not any(norm.running_mean.any() for norm in norms)
+    assert net.eval().ensemble(torch.rand(4, 1, 8, 8)).isfinite().all()
+
+
+def test_all_norms_are_reset_and_frozen_layers_stay_frozen():
+    net = nn.Sequential(nn.RMSNorm(4), nn.InstanceNorm1d(4, affine=True), nn.Linear(4, 4)).requires_grad_(False)
+    for p in net.parameters():
+        p.fill_(3.0)
+    initialize(net, "orthogonal")
+    assert (net[0].weight == 1).all()
+    assert (net[1].weight == 1).all()
+    torch.testing.assert_close(net[2].weight @ net[2].weight.T, torch.eye(4))
+    assert not any(p.requires_grad for p in net.parameters())
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -74,6 +148,16 @@ def test_norms_are_reset_and_the_seed_decides(name):
         (lambda: initialize(network(), "kaiming", biases=True), "biases are drawn by 'normal' only"),
         (lambda: initialize(nn.MultiheadAttention(4, 2), "normal"), "must not hold nn.MultiheadAttention"),
         (lambda: initialize(Network(nn.Identity(), Flow(), nn.Identity()), "normal"), "flow without a field"),
+        (lambda: initialize(nn.Sequential(nn.LazyLinear(2)), "normal"), "another lazy layer: call network"),
+        (lambda: initialize(nn.Linear(2, 2, device="meta"), "orthogonal"), "meta device.*to_empty"),
+        (
+            lambda: initialize(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), "normal"),
+            "layer '0' computes its weight from other parameters",
+        ),
+        (
+            lambda: initialize(prune.random_unstructured(nn.Linear(2, 2), "weight", 1), "normal"),
+            "layer 'Linear' computes its weight",
+        ),
     ],
 )
 def test_errors(run, message):

@@ -69,6 +69,18 @@ def test_together_is_what_each_alone_is(name, norm, solver):
         torch.testing.assert_close(found.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
 
 
+def test_frozen_parameters_stay_and_the_others_learn():
+    networks = [network(i) for i in range(N)]
+    for net in networks:
+        net.flows[0].requires_grad_(False)
+    before = [[p.clone() for p in net.parameters()] for net in networks]
+    easy = [points(i) for i in range(N)]
+    together(CrossEntropy, networks=networks, measured={"train": easy}, perfect=["train"], patience=1)
+    for net, old in zip(networks, before, strict=True):
+        for p, q in zip(net.parameters(), old, strict=True):
+            assert torch.equal(p, q) != p.requires_grad
+
+
 def test_augmented_images_are_those_of_each_alone():
     train, _ = data.load("digits")
     train = replace(train, x=train.x.double())

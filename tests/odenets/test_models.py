@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from odenets import measures, models
-from solvers import get_tableau
+from solvers import Tolerance, get_tableau
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 9), ("midpoint", 18), ("rk4", 36), ("bs23", 27)])
@@ -28,6 +28,33 @@ def test_resnet9_is_a_residual_network_of_unit_steps():
     for block in net.flows[0].blocks:
         y = y + block.fields[0](0.0, y)
     torch.testing.assert_close(net(x), net.head(y))
+
+
+FACTORIES = {
+    "resnet9": models.resnet9,
+    "resnet110": lambda **o: models.resnet110(blocks=3, **o),
+    "wide": lambda **o: models.wide_resnet(widen=1, blocks=3, **o),
+    "K-M": lambda **o: models.resnet_km(3, 2, channels=8, **o),
+    "resnext": lambda **o: models.resnext50(blocks=(1, 3), groups=2, **o),
+    "small": lambda **o: models.small_network(depth=3, **o),
+    "points": lambda **o: models.points_network(depth=3, **o),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("solver", ["euler", "rk4", "bs23", get_tableau("bs23").forwarding("order2")], ids=str)
+def test_the_step_size_is_one_whatever_the_method(name, solver):
+    build = FACTORIES[name]
+    with torch.device("meta"):
+        assert set(build(solver=solver).h) == {1.0}
+        assert set(build(solver=solver, h=0.25).h) == {0.25}
+        for flow in build(solver=solver, total_time=2.0).flows:
+            assert flow.total_time == pytest.approx(2.0)
+
+
+def test_a_continuous_network_runs_to_one():
+    net = models.points_network(tolerance=Tolerance(1e-2, 1e-2))
+    assert net.flows[0].total_time == 1.0
 
 
 @pytest.mark.parametrize("size", [28, 32, 33])

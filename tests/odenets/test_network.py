@@ -55,6 +55,24 @@ def test_full_passes_are_the_networks_of_the_other_methods(network):
         torch.testing.assert_close(found[name], network.head(state))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_of_another_dtype_are_named(network, dtype):
+    with pytest.raises(TypeError, match=f"x must have the dtype of the network, {dtype}, got torch.float32"):
+        network.to(dtype)(X)
+    assert network(X.to(dtype)).dtype == dtype
+    assert network.ensemble(X.to(dtype)).dtype == dtype
+
+
+def test_an_error_of_the_encoder_stays_its_own(network):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        network(X[:, :2])
+
+
+def test_inputs_of_another_device_are_named(network):
+    with pytest.raises(ValueError, match="x must be on the device of the network, cpu, got meta"):
+        network(X.to("meta"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

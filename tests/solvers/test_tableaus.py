@@ -1,9 +1,10 @@
+import math
 import pickle
 
 import pytest
 import torch
 
-from solvers import ButcherTableau, Embedded, get_tableau, rk_step
+from solvers import ButcherTableau, Embedded, Tolerance, get_tableau, integrate, rk_step
 
 NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
 
@@ -59,6 +60,62 @@ def test_unknown_output():
         get_tableau("bs23").solution("order4")
     with pytest.raises(ValueError, match="euler carries no embedded error"):
         _ = get_tableau("euler").error_order
+
+
+@pytest.mark.parametrize(
+    ("solver", "output", "interior"),
+    [
+        ("bs23", "euler", 1), ("bs23", "midpoint", 2), ("bs23", "order3", 3), ("bs23", "order2", 4),
+        ("rk4", "euler", 1), ("rk4", "midpoint", 2), ("rk4", "order4", 4), ("dopri5", "euler", 1),
+        ("dopri5", "order4", 7), ("dopri5", "order5", 6), ("heun", "euler", 1), ("midpoint", "euler", 1),
+    ],
+)  # fmt: skip
+def test_the_solution_needs_the_stages_that_it_reads(solver, output, interior):
+    method = get_tableau(solver)
+    forwarding = method.forwarding(output)
+    assert (forwarding.interior, forwarding.stages) == (interior, method.stages)
+    calls = []
+
+    def field(t, x):
+        calls.append(t)
+        return torch.sin(x) + t
+
+    x = torch.randn(3, 2, dtype=torch.float64)
+    whole = rk_step(field, 0.3, x, 0.1, method)
+    calls.clear()
+    step = rk_step(field, 0.3, x, 0.1, forwarding, closing=False)
+    assert len(calls) == len(step.stages) == interior
+    torch.testing.assert_close(step.x1, whole.output(output))
+    closed = rk_step(field, 0.3, x, 0.1, forwarding)
+    assert all(torch.allclose(p, q) for p, q in zip(closed.stages, whole.stages, strict=True))
+    for name in method.outputs:
+        torch.testing.assert_close(closed.output(name), whole.output(name))
+
+
+def test_a_step_without_closing_stages_says_which_it_needs():
+    step = rk_step(
+        lambda t, x: x, 0.0, torch.ones(1, 1), 0.1, get_tableau("bs23").forwarding("midpoint"), closing=False
+    )
+    with pytest.raises(ValueError, match="needs the closing stage"):
+        step.error()
+    with pytest.raises(ValueError, match="needs the closing stage"):
+        step.output("order3")
+    torch.testing.assert_close(step.output("euler"), torch.full((1, 1), 1.1))
+
+
+@pytest.mark.parametrize("control", ["fixed", "adaptive"])
+def test_solves_with_another_output_count_what_they_evaluate(control):
+    calls = []
+
+    def field(t, x):
+        calls.append(t)
+        return -x
+
+    options = {"steps": 5} if control == "fixed" else {"tolerance": Tolerance(1e-3, 1e-4)}
+    midpoint = get_tableau("bs23").forwarding("midpoint")
+    solution = integrate(field, torch.ones(2, 1), 0.0, 1.0, solver=midpoint, **options)
+    assert solution.stats.evaluations == len(calls)
+    torch.testing.assert_close(solution.x1, torch.full((2, 1), math.exp(-1)), rtol=1e-2, atol=0)
 
 
 def test_forwarding_carries_another_output_on():
