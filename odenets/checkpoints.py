@@ -77,14 +77,28 @@ def fingerprint(network: nn.Module) -> str:
     """
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before it is hashed")
+    state = _tensors(network)
     found = hashlib.sha256()
     for name, module in network.named_modules():
         found.update(f"{name} {type(module).__name__}({module.extra_repr()})\n".encode())
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         data = tensor.detach().cpu().contiguous()
         found.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
         found.update(data.reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _tensors(network: nn.Module) -> dict[str, Any]:
+    """The state of a network.
+
+    Raises:
+        TypeError: some of it is no tensor: the extra state of a module of the user's.
+    """
+    state = network.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor to be saved or hashed, got {type(value).__name__}")
+    return state
 
 
 def save_weights(network: nn.Module, path: str | Path) -> Path:
@@ -99,7 +113,7 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(network).items()}
     data = save(tensors, metadata={"format": "pt", "structure": json.dumps(structure(network))})
     temporary = path.with_name(path.name + ".partial")
     temporary.write_bytes(data)

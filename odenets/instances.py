@@ -16,6 +16,7 @@ from torch.func import functional_call, stack_module_state
 from torch.optim import Optimizer
 
 from odenets.data import Batches, Dataset
+from odenets.modes import device_of
 from odenets.network import Network
 from odenets.objectives import Objective
 
@@ -173,7 +174,7 @@ def fit_instances(
     accuracy = {name: torch.full((n, epochs), torch.nan) for name in sets}
     for epoch in range(epochs):
         stack.one.train()
-        total = torch.zeros(len(training))
+        total = torch.zeros(len(training), dtype=losses.dtype, device=device_of(stack.one))
         for part in drawn(training, epoch):
             looks_again = stack.one.objective.looks_again
             loss = stack.call(*part, "loss")
@@ -185,7 +186,7 @@ def fit_instances(
             else:
                 stack.one.objective.after_step(stack.one.network, part)
             total += loss.detach() * part[1].shape[1]
-        losses[training, epoch:] = (total / len(batches[0].data))[:, None]
+        losses[training, epoch:] = (total / len(batches[0].data)).cpu()[:, None]
         looked = (epoch + 1) % every == 0 or epoch + 1 == epochs
         if looked:
             for name, right in _accuracies(stack, sets, training).items():
@@ -252,7 +253,7 @@ def _accuracies(stack: _Stack, sets: dict[str, tuple[Tensor, Tensor]], training:
         answers = stack.call(x, None, "output").argmax(2)
     lengths = [x.shape[1] for x, _ in sets.values()]
     right = (answers == y).float()
-    return {name: part.mean(1) for name, part in zip(sets, right.split(lengths, 1), strict=True)}
+    return {name: part.mean(1).cpu() for name, part in zip(sets, right.split(lengths, 1), strict=True)}
 
 
 def _check(

@@ -27,8 +27,9 @@ class StageBatchNorm(nn.Module):
     step. With one stage this is :class:`torch.nn.BatchNorm2d` to the last bit.
 
     Training never takes the closing stages of a method, and so sets no statistics for them. A stage without statistics
-    beside stages that have them is refused in eval mode; :func:`recalibrate` sets all, where torch's ``update_bn``
-    passes over this layer. Where no stage has any, as in a new network, mean 0 and variance 1 are taken, as torch does.
+    beside stages that have them is refused in eval mode; :func:`recalibrate` sets all. Where no stage has any, as in a
+    new network, mean 0 and variance 1 are taken, as torch does. ``update_bn`` and ``convert_sync_batchnorm`` of torch
+    pass over this layer.
 
     Args:
         features: number of channels, dimension 1 of the input.
@@ -91,10 +92,10 @@ class StageBatchNorm(nn.Module):
         batches = self.batches
         if torch.compiler.is_compiling() or type(batches) is not Tensor or batches.is_meta or is_transformed(batches):
             return self._seen
-        version = 0 if batches.is_inference() else batches._version
-        if self._read is None or self._read[0] is not batches or self._read[1] != version or batches.is_inference():
+        read = self._read
+        if read is None or read[0] is not batches or read[1] != batches._version:
             self._seen = [n > 0 for n in batches.tolist()]
-            self._read = (batches, version)
+            self._read = None if batches.is_inference() else (batches, batches._version)
         return self._seen
 
     def forward(self, x: Tensor, stage: int = 0) -> Tensor:
@@ -107,7 +108,15 @@ class StageBatchNorm(nn.Module):
         if training and momentum is None:
             momentum = 1.0 / (float(self.batches[stage]) + 1)
         elif not training and len(self._seen) > 1:
-            self._check_seen(stage)
+            read = self._read  # what :meth:`seen` asks, without a call
+            if (
+                torch.compiler.is_compiling()
+                or read is None
+                or read[0] is not self._buffers["batches"]
+                or read[0]._version != read[1]
+                or (not self._seen[stage] and True in self._seen)
+            ):
+                self._check_seen(stage)
         mean, variance = self.running_mean[stage], self.running_var[stage]
         if is_mapped(mean):  # vmap updates a copy of what is not one run of memory
             mean, variance = mean.clone(), variance.clone()
@@ -135,8 +144,8 @@ class StageBatchNorm(nn.Module):
             raise ValueError(
                 f"batch norm has no statistics of stage {stage + 1} of {len(seen)}, only of "
                 f"{[i for i, known in enumerate(seen, 1) if known]}: training does not take the closing stages, which "
-                "embedded errors and outputs read. Call odenets.recalibrate(network, batches) first; a measure that reads "
-                "none is to be marked with odenets.measures.interior"
+                "embedded errors and outputs read. Call odenets.recalibrate(network, batches) first; mark a measure "
+                "that reads none with odenets.measures.interior"
             )
 
     def _load_from_state_dict(

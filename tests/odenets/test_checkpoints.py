@@ -35,6 +35,17 @@ def test_a_lazy_flow_comes_back_in_its_precision(tmp_path, dtype):
     assert {p.dtype for p in other.parameters()} == {dtype}
 
 
+def test_states_that_are_no_tensors_are_named(tmp_path):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    with pytest.raises(TypeError, match=r"0\._extra_state must be a tensor to be saved or hashed, got dict"):
+        save_weights(nn.Sequential(Odd(2, 2)), tmp_path / "net.safetensors")
+    with pytest.raises(TypeError, match=r"0\._extra_state must be a tensor"):
+        fingerprint(nn.Sequential(Odd(2, 2)))
+
+
 def test_statistics_of_stages_come_back_and_missing_ones_are_known(tmp_path):
     nets = [models.resnet9(features=4, size=8, depth=2, solver="bs23") for _ in range(2)]
     x = torch.rand(8, 1, 8, 8)

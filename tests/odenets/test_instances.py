@@ -81,6 +81,24 @@ def test_frozen_parameters_stay_and_the_others_learn():
             assert torch.equal(p, q) != p.requires_grad
 
 
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_networks_of_double_precision_train(norm):
+    networks = [network(i, norm).double() for i in range(N)]
+    batches = [data.Batches(replace(points(i), x=points(i).x.double()), 8, seed=i) for i in range(N)]
+    whole = fit_instances(networks, batches, epochs=1, optimizer=sgd, objective=CrossEntropy)
+    assert {p.dtype for net in whole.networks for p in net.parameters()} == {torch.float64}
+    assert whole.train_loss.isfinite().all()
+
+
+def test_batch_norm_of_instances_knows_that_its_closing_stage_has_no_statistics():
+    whole = together(
+        CrossEntropy, epochs=1, networks=[network(i, "batch", solver="bs23") for i in range(N)], optimizer=sgd
+    )
+    for net in whole.networks:
+        with pytest.raises(ValueError, match="no statistics of stage 4"):
+            net.eval().ensemble(points(0).x)
+
+
 def test_augmented_images_are_those_of_each_alone():
     train, _ = data.load("digits")
     train = replace(train, x=train.x.double())

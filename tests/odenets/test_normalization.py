@@ -254,6 +254,15 @@ def test_momenta_modes_and_hooks_are_restored(momentum):
     assert not net.flows[0].takes_closing
 
 
+def test_a_compiled_network_is_recalibrated():
+    net = network().train()
+    compiled = torch.compile(net, backend="eager")
+    with torch.no_grad():
+        compiled(X)
+    assert recalibrate(compiled, [X, X]) == 4
+    assert net.flows[0].blocks[0].fields[0].norm1.batches.tolist() == [2, 2, 2, 2]
+
+
 def test_norms_that_are_not_run_keep_their_statistics():
     net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     x = torch.randn(8, 2) + 3
