@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from odenets.normalization import StageBatchNorm, make_norm
 
-__all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "field_for"]
+__all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "field_for", "reset_modules"]
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -18,14 +18,32 @@ def _activation(name: str) -> nn.Module:
     return _ACTIVATIONS[name]()
 
 
+def reset_modules(field: nn.Module) -> None:
+    """Draw the parameters of every module in a field anew.
+
+    Raises:
+        ValueError: a module has parameters and no ``reset_parameters``.
+    """
+    for name, module in field.named_modules():
+        if module is not field and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise ValueError(
+                f"field: {name or type(field).__name__!r} has parameters but no reset_parameters(), so no further "
+                "field can be drawn from it: pass a function that makes one, field=lambda: MyField(...)"
+            )
+
+
 class VelocityField(nn.Module):
     """What the fields of this package share: reset, and statistics per stage where one field serves all stages."""
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
+        """Draw all parameters anew.
+
+        Raises:
+            ValueError: some module has parameters and no ``reset_parameters``, which a field is then to have itself.
+        """
+        reset_modules(self)
 
     def expand_stages(self, stages: int) -> None:
         """Give every batch norm its own statistics for each of ``stages`` stages."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
-from odenets.fields import VelocityField, field_for
+from odenets.fields import VelocityField, field_for, reset_modules
 from odenets.measures import Measure, finding, needs_closing
 from odenets.normalization import StageBatchNorm, has_statistics
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
@@ -312,7 +312,7 @@ class Flow(nn.Module):
         passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == last)
-            if closes and self.mode == "untied" and not self.training:
+            if closes and self.mode == "untied":
                 self._check_closing(m)
             step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closes, finding=finds)
             yield step
@@ -329,6 +329,7 @@ class Flow(nn.Module):
                 cast(Block, self.blocks[m]).fields[self.tableau.interior :],
             )
         )
+        closing = [norm for norm in closing if not norm.training]
         if not all(map(has_statistics, closing)) and any(map(has_statistics, inner)):
             raise ValueError(
                 f"batch norms in the closing fields of block {m} have no statistics, for training does not call these "
@@ -367,7 +368,8 @@ class Flow(nn.Module):
     def _record(self, x: Tensor, readout: str, measures: dict[str, Measure]) -> tuple[Tensor, Records]:
         for name, measure in measures.items():
             if not callable(measure):
-                raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
+                hint = "; the readout is positional: record(x, 'ensemble')" if name == "readout" else ""
+                raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}{hint}")
         closing = any(needs_closing(measure) for measure in measures.values())
         rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         last = None
@@ -447,15 +449,8 @@ def _new_field(source: FieldSource, *, as_given: bool) -> nn.Module:
     field = copy.deepcopy(source)
     if hasattr(field, "reset_parameters"):
         field.reset_parameters()  # type: ignore[operator]
-        return field
-    for name, module in field.named_modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
-        elif next(module.parameters(recurse=False), None) is not None:
-            raise ValueError(
-                f"field: {name or type(field).__name__!r} has parameters but no reset_parameters(), so no further "
-                "field can be drawn from it: pass a function that makes one, field=lambda: MyField(...)"
-            )
+    else:
+        reset_modules(field)
     return field
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
 from solvers import Step, finish_step
-from solvers.reductions import mean_square, power_mean, weighted_action, weighted_root_mean_square
+from solvers.reductions import power_mean, weighted_action, weighted_root_mean_square
 
 __all__ = [
     "Measure",
@@ -45,7 +46,9 @@ def interior(measure: M) -> M:
 
 
 def needs_closing(measure: Measure) -> bool:
-    """Whether a measure may read the closing stage: true unless it is marked :func:`interior`."""
+    """Whether a measure may read the closing stage: true unless it, or what it is a partial of, is :func:`interior`."""
+    while isinstance(measure, partial) and not hasattr(measure, "interior"):
+        measure = measure.func
     return not getattr(measure, "interior", False)
 
 
@@ -85,7 +88,7 @@ def action(step: Step, p: float = 2.0) -> Tensor:
     Euler with h = 1 it is the transport cost as the thesis computes it, ``<r^2>``: the cost ``|r|^2`` of its section 3
     over the dimension of the state (with another p, ``|r|_p^p`` over it). A weight ``1 / (2 tau)`` on it is thus a
     proximal step of size ``tau`` times the dimension; :func:`square_norm` is the cost without the mean. For another
-    exponent record ``interior(functools.partial(action, p=...))``.
+    exponent record ``functools.partial(action, p=...)``.
     """
     if p != 2:
         pairs = zip(step.tableau.b, step.stages, strict=False)
@@ -106,9 +109,10 @@ def residue(step: Step, p: float = 2.0) -> Tensor:
 
 
 @interior
+@_found_as("residue")
 def square_norm(step: Step) -> Tensor:
     """Sum of the squares of the residue over the features, ``(B,)``."""
-    return mean_square(step.residue) * math.prod(step.x0.shape[1:])
+    return residue(step) * math.prod(step.x0.shape[1:])
 
 
 @interior

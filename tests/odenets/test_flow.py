@@ -8,6 +8,7 @@ from torch import nn
 
 import odenets
 from odenets import ConvField, Flow, MLPField, measures
+from odenets.fields import VelocityField
 from solvers import Tolerance, get_tableau
 from tests.counting import Counted
 
@@ -265,6 +266,17 @@ def test_fields_of_blocks_differ_and_copies_are_drawn_anew():
         Flow(Odd(), depth=2)
     assert len(Flow(Odd, depth=2).blocks) == 2
 
+    class OddToo(VelocityField):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(3))
+
+        def forward(self, t, x, stage=0):
+            return self.scale * x
+
+    with pytest.raises(ValueError, match=r"'OddToo' has parameters but no reset_parameters.*field=lambda"):
+        Flow(OddToo(), depth=2)
+
 
 def test_batch_norm_keeps_statistics_per_stage():
     flow = Flow(ConvField(8, norm="batch"), solver="bs23", depth=1, total_time=4.0)
@@ -413,6 +425,8 @@ def test_wrong_measures_are_named():
         flow.record(VECTORS, total=lambda step: step.x1.sum())
     with pytest.raises(TypeError, match="measure 'action' must be a function"):
         flow.record(VECTORS, action="action")
+    with pytest.raises(TypeError, match="the readout is positional"):
+        flow.record(VECTORS, readout="ensemble")
     with pytest.raises(ValueError, match="euler carries no embedded error"):
         Flow(solver="euler").record(VECTORS, error=measures.error)
 

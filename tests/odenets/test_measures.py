@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -150,3 +151,40 @@ def test_a_recorded_block_is_finished_in_one_operation():
     with Operations() as operations:
         flow.record(x, **named)
     assert operations.counts[torch.ops.odenets.finish_step.default] == 1
+
+
+def test_a_partial_of_a_measure_reads_what_the_measure_reads():
+    for p in (1.5, 3.0):
+        assert not measures.needs_closing(partial(measures.action, p=p))
+        assert not measures.needs_closing(partial(partial(measures.residue), p=p))
+    assert measures.needs_closing(partial(lambda step, p: step.x1.sum(1), p=1))
+    assert measures.needs_closing(measures.error)
+    assert not measures.needs_closing(measures.interior(partial(lambda step, p: step.x1.sum(1), p=1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["action", "residue", "square_norm", "cosine", "error", "displacement"])
+def test_narrow_states_are_measured_in_float32(name, dtype):
+    """The sum of the squares of these states is beyond float16."""
+    torch.manual_seed(0)
+    flow = Flow(lambda: MLPField(300), solver="bs23", depth=2).to(dtype)
+    x = 300 * torch.randn(4, 300, dtype=dtype)
+    with torch.no_grad():
+        measured = flow.record(x, value=getattr(measures, name))[1]["value"]
+        steps = list(flow.steps(x))
+    assert measured.dtype == torch.promote_types(dtype, torch.float32)
+    assert measured.isfinite().all()
+    stages = [torch.stack([p.double() for p in step.stages]) for step in steps]
+    weights = torch.tensor(steps[0].tableau.b, dtype=torch.float64)
+    low = torch.tensor(steps[0].tableau.error_weights, dtype=torch.float64)
+    h = steps[0].h
+    residue, error = (torch.stack([torch.einsum("s,sbd->bd", w, p) for p in stages]) for w in (weights, low))
+    expected = {
+        "action": h * torch.stack([torch.einsum("s,sb->b", weights, p.square().mean(2)) for p in stages]),
+        "residue": residue.square().mean(2),
+        "square_norm": residue.square().sum(2),
+        "cosine": residue.sum(2) / (residue.norm(dim=2) * 300**0.5),
+        "error": h * error.square().mean(2).sqrt(),
+        "displacement": h * residue.square().mean(2).sqrt(),
+    }
+    torch.testing.assert_close(measured.double(), expected[name], rtol=1e-4, atol=1e-5)

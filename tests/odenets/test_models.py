@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -68,8 +70,17 @@ def test_normalize_is_the_formula():
     x = torch.rand(3, 2, 4, 4)
     expected = torch.stack([(x[:, 0] - 0.5) / 0.1, (x[:, 1] - 0.25) / 0.2], 1)
     torch.testing.assert_close(normalize(x), expected)
-    with pytest.raises(ValueError, match="std > 0"):
-        models.Normalize([0.0], [0.0])
+    for mean, std in (([0.0], [0.0]), ([math.nan], [1.0]), ([0.0, 0.0], [1.0])):
+        with pytest.raises(ValueError, match="one finite entry per channel and std > 0"):
+            models.Normalize(mean, std)
+
+
+def test_images_that_cannot_be_normalized_are_named():
+    net = models.small_network(normalize=models.Normalize([0.5], [0.25]))
+    with pytest.raises(TypeError, match=r"floating pixels in \[0, 1\], got torch.uint8"):
+        net(torch.full((2, 1, 8, 8), 128, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"x must have 3 channels.*got shape \(2, 1, 4, 4\)"):
+        models.Normalize([0.5] * 3, [0.25] * 3)(torch.rand(2, 1, 4, 4))
 
 
 def test_small_ones_train():
