@@ -228,8 +228,9 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
     """Recompute the running statistics of every batch norm as plain averages over the samples of ``batches``.
 
     Small data leave the running averages behind the weights, and a depth edit changes what a layer sees. Blocks take
-    their closing stages too, which training leaves out and the embedded error reads. A norm, or a stage of one, that is
-    not run keeps its statistics, and so does one that is frozen: in eval mode while the network is in training mode.
+    their closing stages too, which training leaves out and the embedded error reads; their statistics do not follow
+    further training, after which this is to be called again. A norm, or a stage of one, that is not run keeps its
+    statistics, and so does one that is frozen: in eval mode and without gradients in a network in training mode.
 
     Args:
         network: the network. Its modes are restored, and after an error its statistics too.
@@ -245,7 +246,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
         TypeError: batches of pairs.
     """
     tracked = [m for m in network.modules() if _keeps_statistics(m)]
-    norms = [norm for norm in tracked if norm.training or not network.training]
+    norms = [norm for norm in tracked if not (network.training and _is_frozen(norm))]
     if not tracked:
         return 0
     averages = [_Average(norm) for norm in norms]
@@ -268,8 +269,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
             raise ValueError("batches must hold at least one batch, got none: was the iterator used up before?")
         if not any(average.totals for average in averages):
             raise ValueError(
-                f"none of the {len(tracked)} batch norms was run: run must call them, and those in eval mode while the "
-                "network is in training mode are frozen (network.eval() or network.train() sets all)"
+                f"none of the {len(tracked)} batch norms was run: run must call them, and those in eval mode whose "
+                "weights take no gradients are frozen in a network in training mode"
             )
     except BaseException:
         for average in averages:
@@ -291,6 +292,12 @@ def _keeps_statistics(module: nn.Module) -> bool:
     if isinstance(module.running_mean, UninitializedBuffer):
         raise ValueError("network has a lazy batch norm that has not seen an input: call network(x) once before")
     return module.running_mean is not None
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    """Whether a norm is in eval mode and has weights that take no gradients."""
+    weights = list(norm.parameters(recurse=False))
+    return not norm.training and bool(weights) and not any(p.requires_grad for p in weights)
 
 
 def _uncompiled() -> AbstractContextManager[object]:

@@ -275,12 +275,12 @@ def test_norms_that_are_not_run_keep_their_statistics():
 
 
 def test_frozen_norms_keep_their_statistics():
-    net = nn.Sequential(nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))
+    net = nn.Sequential(nn.BatchNorm1d(2).eval().requires_grad_(False), nn.BatchNorm1d(2).eval(), nn.BatchNorm1d(2))
     x = torch.randn(8, 2) + 3
-    assert recalibrate(net, [x]) == 1
-    assert not net[0].running_mean.any()
-    assert not net[0].training
-    assert recalibrate(net.eval(), [x]) == 2  # a network in eval mode has no frozen part
+    assert recalibrate(net, [x]) == 2
+    assert [norm.running_mean.any().item() for norm in net] == [False, True, True]
+    assert [norm.training for norm in net] == [False, False, True]
+    assert recalibrate(net.eval(), [x]) == 3  # a network in eval mode has no frozen part
     assert net[0].running_mean.all()
 
 
