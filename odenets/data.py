@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,8 @@ class Dataset:
             raise TypeError(f"{self.name}: x must be floating and y int64, got {self.x.dtype} and {self.y.dtype}")
         if not self.x.isfinite().all():
             raise ValueError(f"{self.name}: x must be finite, got NaN or infinity")
+        if self.y.ndim != 1:
+            raise ValueError(f"{self.name}: y must have shape (N,), got {tuple(self.y.shape)}")
         if int(self.y.min()) < 0 or int(self.y.max()) >= self.classes:
             raise ValueError(f"{self.name}: y must lie in [0, {self.classes})")
 
@@ -78,6 +82,15 @@ class Split:
 class Batches:
     """Batches of a data set; shuffled by ``(seed, epoch)`` alone, so that any epoch can be drawn again.
 
+    A loop over them draws the next epoch, each time another, beginning with epoch 0; without a seed all epochs are the
+    same. :meth:`epoch`, :meth:`in_order` and :meth:`inputs` draw what they say and do not count.
+
+    >>> train, _ = load("moons")
+    >>> shuffled, again = Batches(train, 100, seed=1), Batches(train, 100, seed=1)
+    >>> first, second = list(shuffled), list(shuffled)
+    >>> torch.equal(first[0][0], second[0][0]), torch.equal(second[0][0], next(again.epoch(1))[0])
+    (False, True)
+
     Attributes:
         data: the samples.
         size: samples per batch; the last one may be smaller.
@@ -86,7 +99,8 @@ class Batches:
         flip: mirror half of the images (not digits); drawn by the seed.
 
     Raises:
-        ValueError: no samples in a batch, or what is to be drawn at random without a seed.
+        ValueError: no samples in a batch, what is to be drawn at random without a seed, or crop or flip for samples
+            that are no images ``(C, H, W)``.
     """
 
     data: Dataset
@@ -94,6 +108,7 @@ class Batches:
     seed: int | None = None
     crop: int = 0
     flip: bool = False
+    _drawn: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -103,6 +118,8 @@ class Batches:
                 f"crop and flip must be drawn by a seed, and crop not be negative, got crop={self.crop}, "
                 f"flip={self.flip}, seed={self.seed}"
             )
+        if (self.crop or self.flip) and self.data.x.ndim != 4:
+            raise ValueError(f"crop and flip are for images (N, C, H, W), got data of shape {tuple(self.data.x.shape)}")
 
     def __len__(self) -> int:
         return -(-len(self.data) // self.size)
@@ -126,12 +143,19 @@ class Batches:
                 x = _augment(x, self.crop, self.flip, generator)
             yield x, self.data.y[index]
 
+    def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches ``(x, y)`` in the order of the data, without augmentation."""
+        yield from zip(self.data.x.split(self.size), self.data.y.split(self.size), strict=True)
+
     def inputs(self) -> Iterator[Tensor]:
         """The inputs in order, without augmentation."""
         yield from self.data.x.split(self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.epoch(0)
+        """The batches of the next epoch."""
+        epoch = self._drawn
+        object.__setattr__(self, "_drawn", epoch + 1)
+        return self.epoch(epoch)
 
 
 def _augment(x: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -198,7 +222,15 @@ def split(train: Dataset, test: Dataset, *, validation: float = 0.2, size: int |
 
 
 def hold_out(data: Dataset, part: float | int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """The rest of a data set, and a stratified part of it, a fraction or a number of samples, by seed."""
+    """The rest of a data set, and a stratified part of it, a fraction or a number of samples, by seed.
+
+    Raises:
+        ValueError: part is neither a fraction in (0, 1) nor a number of samples, the part or the rest would hold fewer
+            samples than there are classes, or a class has a single sample.
+
+    Warns:
+        UserWarning: a class is so small that the part or the rest holds none of it.
+    """
     rest, held_out = _stratified(data.y, part, seed)
     return data.subset(rest), data.subset(held_out)
 
@@ -209,6 +241,9 @@ def subsample(data: Dataset, size: int, *, seed: int = 0) -> Dataset:
     Raises:
         ValueError: the part or the rest would be smaller than the number of classes.
     """
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
+        raise TypeError(f"size must be a number of samples, got {size!r}")
+    size = int(size)
     if size == len(data):
         return data
     if not data.classes <= size <= len(data) - data.classes:
@@ -223,9 +258,28 @@ def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor
     """Indices of the rest and of a part, a fraction or a number, that holds as much of every class."""
     from sklearn.model_selection import train_test_split
 
+    if not (0 < part < 1 or (isinstance(part, int) and 0 < part < len(y))):
+        raise ValueError(f"part must be a fraction in (0, 1) or a number of samples below {len(y)}, got {part!r}")
+    counts = y.cpu().bincount()
+    classes, smallest = int((counts > 0).sum()), int(counts[counts > 0].min())
+    size = part if isinstance(part, int) else math.ceil(part * len(y))
+    if smallest < 2 or not classes <= size <= len(y) - classes:
+        raise ValueError(
+            f"part must leave as many samples as there are classes, {classes}, on both sides, and each class two or "
+            f"more, got part={part!r} of {len(y)} samples, {smallest} of the smallest class"
+        )
     indices = np.arange(len(y))
     rest, chosen = train_test_split(indices, test_size=part, random_state=seed, stratify=y.cpu().numpy())
-    return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(chosen))
+    rest, chosen = torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(chosen))
+    for name, side in {"part": chosen, "rest": rest}.items():
+        absent = (counts > 0) & (y.cpu()[side].bincount(minlength=len(counts)) == 0)
+        if absent.any():
+            warnings.warn(
+                f"the {name} of {len(side)} samples holds none of class(es) {absent.nonzero().flatten().tolist()[:8]}, "
+                "which are too few for it: choose a larger part",
+                stacklevel=3,
+            )
+    return rest, chosen
 
 
 def _digits() -> Dataset:

@@ -150,7 +150,7 @@ def _evaluate(
     mode = network.training
     network.eval()
     totals: dict[str, Tensor] = {}
-    for x, y in batches:
+    for x, y in batches.in_order():
         for name, output in outputs(x).items():
             loss = F.cross_entropy(output, y, reduction="sum").double()
             correct = (output.argmax(1) == y).sum().double()

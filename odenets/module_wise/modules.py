@@ -139,7 +139,7 @@ class ModuleWise(nn.Module):
         mode = self.training
         self.eval()
         right = torch.zeros(self.K, dtype=torch.long, device=batches.data.x.device)
-        for x, y in batches:
+        for x, y in batches.in_order():
             for k, output in enumerate(self.outputs(x)):
                 right[k] += (output.argmax(1) == y).sum()
         self.train(mode)
