@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from odenets.adapting import Adapted
+from odenets.modes import evaluating
 from odenets.network import Network
 
 __all__ = ["Refinement", "refinement"]
@@ -27,38 +29,54 @@ class Refinement:
     cosine: Tensor
 
 
-def refinement(network: Network, batches: Iterable[tuple[Tensor, Tensor]]) -> Refinement:
-    """Measure every block of a classifier, in eval mode; its mode is restored.
+def refinement(network: Network | Adapted, batches: Iterable[tuple[Tensor, Tensor]]) -> Refinement:
+    """Measure every block of a classifier, in eval mode; the modes of its modules are restored.
 
     Args:
-        network: reads the solution of its last flow.
+        network: a network that reads the solution of its last flow, or :func:`odenets.adapt` of a model. A block of the
+            latter that starts from a projection has the gradient at the projection's output, which is added.
         batches: inputs and labels.
 
     Raises:
-        ValueError: no batch, or a network that reads an ensemble.
+        TypeError: another network, or one whose output is no tensor of logits.
+        ValueError: no batch, a network that reads an ensemble, another number of steps in each batch, or a state of an
+            adapted model that is changed in place, so that it has no gradient.
     """
-    if network.readout != "solution":
+    if not isinstance(network, Network | Adapted):
+        raise TypeError(
+            f"network must be an odenets.Network or an adapted model, got {type(network).__name__}: pass adapt(network)"
+        )
+    if isinstance(network, Network) and network.readout != "solution":
         raise ValueError(f"network must read the solution, got readout {network.readout!r}")
-    mode = network.training
-    network.eval()
     sums, samples = None, 0
-    try:
+    with evaluating(network):
         for x, y in batches:
-            found = _of_batch(network, x, y)
-            sums, samples = found if sums is None else sums + found, samples + len(x)
-    finally:
-        network.train(mode)
+            summed = _of_batch(network, x, y)
+            if sums is not None and sums.shape != summed.shape:
+                raise ValueError(
+                    f"network must take the same steps for each batch, got {sums.shape[1]} and {summed.shape[1]}"
+                )
+            sums, samples = summed if sums is None else sums + summed, samples + len(x)
     if sums is None:
         raise ValueError("batches must hold at least one batch")
     return Refinement(*(sums / samples).cpu())
 
 
-def _of_batch(network: Network, x: Tensor, y: Tensor) -> Tensor:
+def _of_batch(network: Network | Adapted, x: Tensor, y: Tensor) -> Tensor:
     """Sums over the samples of ratio and cosine, ``(2, blocks)``."""
-    with torch.enable_grad():
-        steps = list(network.steps(x.detach().requires_grad_(), closing=False))
-        loss = F.cross_entropy(network.head(steps[-1].x1), y, reduction="sum")
-        gradients = torch.autograd.grad(loss, [step.x0 for step in steps])
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone()
+        if x.is_floating_point():
+            x.requires_grad_()
+        if isinstance(network, Adapted):
+            output, steps, states = network.differentiable_steps(x)
+        else:
+            steps = list(network.steps(x, closing=False))
+            output, states = network.head(steps[-1].x1), [step.x0 for step in steps]
+        if not isinstance(output, Tensor):
+            raise TypeError(f"network must return logits, got {type(output).__name__}")
+        loss = F.cross_entropy(output, y, reduction="sum")
+        gradients = torch.autograd.grad(loss, states)
     rows = []
     for step, gradient in zip(steps, gradients, strict=True):
         state, moved = step.x0.detach().flatten(1), (step.x1 - step.x0).detach().flatten(1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -93,6 +96,29 @@ class _Seen(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _Start(NamedTuple):
+    """The state at which a step begins; a copy of it, where the block may write into it, and what tells its like."""
+
+    x0: Tensor
+    version: int
+    copy: Tensor | None
+    key: tuple[Place, int, bool, bool]  # step of the block, training mode, gradients
+
+    @property
+    def part(self) -> int:
+        """Which step of the block begins."""
+        return self.key[1]
+
+
+class _End(NamedTuple):
+    """A step that has ended, whose states are looked at again after the pass."""
+
+    start: _Start
+    x1: Tensor
+    versions: tuple[int, int]  # of x0 and x1
+    copy: Tensor | None  # of x1
+
+
 class _Pass:
     """The steps of one forward pass, each measured as it ends.
 
@@ -100,31 +126,47 @@ class _Pass:
         measures: functions ``Step -> (B,)`` by name.
         x: the input.
         keep: whether steps are kept.
+        writes: which steps write into their input, learned in the passes before.
+        overwritten: which have their output written into after them.
     """
 
-    def __init__(self, measures: dict[str, Measure], x: Tensor, keep: bool = False) -> None:
+    def __init__(
+        self,
+        measures: dict[str, Measure],
+        x: Any,
+        keep: bool,
+        writes: dict[tuple[Place, int, bool, bool], bool],
+        overwritten: dict[tuple[Place, int, bool, bool], bool],
+    ) -> None:
         self.measures, self.finds, self.x, self.keep = measures, finding(measures.values()), x, keep
+        self.writes, self.overwritten = writes, overwritten
         self.all_found = all(
             getattr(measure, "finding", None) in ("action", "residue") for measure in measures.values()
         )
         self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         self.steps: list[Step] = []
+        self.ends: list[_End] = []  # of steps that are kept or differentiated
         self.seen: list[_Seen] = []
-        self.starting: dict[Place, tuple[Tensor, int, int]] = {}  # x0, its version, which step of the block
+        self.starting: dict[Place, _Start] = {}
         self.branches: dict[Place, Tensor] = {}
+        self.gradients = torch.is_grad_enabled()
+        self.without_gradients: Place | None = None
 
-    def start(self, place: Place, x0: Any, part: int = 0) -> None:
-        """A step of the block begins at x0."""
-        self.starting[place] = (_state(place, x0), _version(x0), part)
+    def start(self, place: Place, x0: Any, training: bool, part: int = 0) -> None:
+        """A step of the block begins at x0, which is copied unless the block is known not to write into it."""
+        x0, key = _state(place, x0), (place, part, training, torch.is_grad_enabled())
+        needed = bool(self.measures) or self.keep
+        copied = needed and (torch.compiler.is_compiling() or self.writes.get(key, True))
+        self.starting[place] = _Start(x0, _version(x0), x0.clone() if copied else None, key)
 
-    def middle(self, place: Place, x: Any) -> None:
+    def middle(self, place: Place, x: Any, training: bool) -> None:
         """One step of the block ends at x, and the other begins."""
-        if place in self.starting and self.starting[place][2] == 0:
-            shape = self.starting[place][0].shape
+        if place in self.starting and self.starting[place].part == 0:
+            shape = self.starting[place].x0.shape
             x = _state(place, x)
             x = x.reshape(shape) if x.numel() == shape.numel() else x
             self.end(place, x)
-            self.start(place, x, 1)
+            self.start(place, x, training, 1)
 
     def branch(self, place: Place, r: Any) -> None:
         """The branch of the block gives r."""
@@ -135,7 +177,8 @@ class _Pass:
         """A step of the block ends at x1."""
         if place not in self.starting:
             raise ValueError(f"block {place.name!r} ends before it starts: {place.last!r} is called first")
-        x1, (x0, version, part) = _state(place, x1), self.starting.pop(place)
+        x1, start = _state(place, x1), self.starting.pop(place)
+        x0, version, copied, key = start
         if x0.shape != x1.shape:
             raise ValueError(
                 f"block {place.name!r} changes the shape of the state, {tuple(x0.shape)} to {tuple(x1.shape)}: name "
@@ -143,12 +186,34 @@ class _Pass:
             )
         if isinstance(self.x, Tensor) and len(x0) != len(self.x):
             raise ValueError(f"block {place.name!r} has states of shape {tuple(x0.shape)} for {len(self.x)} samples")
-        if version != _version(x0):
+        needed = bool(self.measures) or self.keep
+        changed = version != _version(x0)
+        if changed and (_memory(x1) is not _memory(x0) or (needed and copied is None)):
             raise ValueError(f"block {place.name!r} changes its input in place: give its first layers inplace=False")
-        self.seen.append(_Seen(place, part, tuple(x0.shape[1:])))
-        if not self.measures and not self.keep:
+        if not torch.compiler.is_compiling():
+            self.writes[key] = changed
+        self.seen.append(_Seen(place, start.part, tuple(x0.shape[1:])))
+        if not needed:
             return
-        r, known = self.branches.pop(place) if place.branch else None, None
+        if self.gradients and not torch.is_grad_enabled():
+            self.without_gradients = place
+        r = self.branches.pop(place, None) if place.branch else None
+        if place.branch and r is None:
+            if x1 is not x0 or changed:
+                raise ValueError(
+                    f"block {place.name!r} does not call its branch {place.branch!r} in this pass: take "
+                    'adapt(model, residue="displacement")'
+                )
+            r = torch.zeros_like(x0)  # stochastic depth leaves the block out
+        copy1 = None
+        if self.keep or torch.is_grad_enabled():
+            copy1 = x1.clone() if changed or self.overwritten.get(key, self.keep) else None
+            self.ends.append(_End(start, x1, (_version(x0), _version(x1)), copy1))
+        changed = changed or torch.compiler.is_compiling()  # where nothing is counted
+        self._measure(copied if copied is not None and changed else x0, x1 if self.keep or copy1 is None else copy1, r)
+
+    def _measure(self, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
+        known = None
         dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
         x0, x1 = x0.to(dtype), x1.to(dtype)
         if self.finds:
@@ -162,37 +227,101 @@ class _Pass:
         if self.keep:
             self.steps.append(step)
 
+    def close(self) -> list[str]:
+        """After the pass: learn which outputs have been written into since their steps ended.
+
+        Returns:
+            The blocks whose records have no gradients therefore.
+
+        Raises:
+            ValueError: a state of a step that is kept has been written into, and there is no copy of it.
+        """
+        later = []
+        for m, (start, x1, versions, copy1) in enumerate(self.ends):
+            name, written = start.key[0].name, _version(x1) != versions[1]
+            self.overwritten[start.key] = written or self.overwritten.get(start.key, False)
+            if self.keep:
+                step = self.steps[m]
+                x0 = copy1 if start.x0 is x1 and start.version == versions[0] else start.copy
+                if step.x0 is start.x0 and _version(start.x0) != versions[0]:
+                    step = step._replace(x0=_copied(x0, name))
+                if step.x1 is x1 and written:
+                    step = step._replace(x1=_copied(copy1, name))
+                self.steps[m] = step
+            elif written and copy1 is None:
+                later.append(name)
+        return later
+
 
 class _Taps:
-    """What the hooks of a model share: the pass that is on, or None."""
+    """What the hooks of a model share: the pass that is on in each thread, and what is known of writing in place."""
 
     def __init__(self) -> None:
-        self.on: _Pass | None = None
+        self.passes: dict[int, _Pass | None] = {}
+        self.writes: dict[tuple[Place, int, bool, bool], bool] = {}
+        self.overwritten: dict[tuple[Place, int, bool, bool], bool] = {}
+
+    @property
+    def on(self) -> _Pass | None:
+        """The pass of this thread, if one is on: replicas of ``nn.DataParallel`` run in threads and share the hooks."""
+        return self.passes.get(_thread())
+
+    @contextmanager
+    def passing(self, taken: _Pass | None) -> Iterator[None]:
+        """The pass is on for a while in this thread, and then what was before."""
+        thread = _thread()
+        before = self.passes.get(thread)
+        self.passes[thread] = taken
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.passes[thread]
+            else:
+                self.passes[thread] = before
 
 
-def _starts(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...]) -> None:
-    if taps.on is not None:
-        taps.on.start(place, args[0] if args else None)
+def _copied(x: Tensor | None, name: str) -> Tensor:
+    if x is None:
+        raise ValueError(
+            f"a state of block {name!r} is changed in place after it, and was not in earlier passes: call steps once "
+            "more, or take record, which measures steps as they end"
+        )
+    return x
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The state that a module is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _starts(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if (taken := taps.on) is not None:
+        taken.start(place, _given(args, kwargs), module.training)
 
 
 def _starts_again(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if taps.on is not None:
-        taps.on.start(place, output)
+    if (taken := taps.on) is not None:
+        taken.start(place, output, module.training)
 
 
-def _between(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...]) -> None:
-    if taps.on is not None:
-        taps.on.middle(place, args[0] if args else None)
+def _between(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if (taken := taps.on) is not None:
+        taken.middle(place, _given(args, kwargs), module.training)
 
 
 def _ends(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if taps.on is not None:
-        taps.on.end(place, output)
+    if (taken := taps.on) is not None:
+        taken.end(place, output)
 
 
 def _branches(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if taps.on is not None:
-        taps.on.branch(place, output)
+    if (taken := taps.on) is not None:
+        taken.branch(place, output)
 
 
 class Adapted(nn.Module):
@@ -200,7 +329,11 @@ class Adapted(nn.Module):
 
     Its ``state_dict`` is that of the model under ``model.``: ``plain.load_state_dict(adapted.model.state_dict())``.
     ``print(adapted)`` lists the steps, and after the first pass the shapes of their states. Activation checkpointing
-    inside the model must be off where measures are recorded with gradients.
+    inside the model must be off where measures are recorded with gradients. Several threads may record at once.
+
+    A block may add in place to its input, ``x += branch(x)``; one that changes its input and returns another tensor,
+    as with a first ``ReLU(inplace=True)``, is refused. Which blocks do so is learned in the first pass, which copies
+    their inputs.
 
     Attributes:
         model: the model, as it was given.
@@ -216,25 +349,29 @@ class Adapted(nn.Module):
         self.places = places
         self.training = model.training
         self._seen: list[_Seen] | None = None
+        self._told = False
         self._whole = part_of is None
         if part_of is not None:  # its modules have the hooks of the whole
             self._taps = part_of._taps
             return
         self._taps = taps = _Taps()
         for place in places:
-            model.get_submodule(place.first).register_forward_pre_hook(partial(_starts, taps, place))
+            first = model.get_submodule(place.first)
+            first.register_forward_pre_hook(partial(_starts, taps, place), with_kwargs=True)
             model.get_submodule(place.last).register_forward_hook(partial(_ends, taps, place))
             if place.shortcut is not None:
                 model.get_submodule(place.shortcut).register_forward_hook(partial(_starts_again, taps, place))
             if place.branch is not None:
                 model.get_submodule(place.branch).register_forward_hook(partial(_branches, taps, place))
             for name in place.between:
-                model.get_submodule(name).register_forward_pre_hook(partial(_between, taps, place))
+                model.get_submodule(name).register_forward_pre_hook(partial(_between, taps, place), with_kwargs=True)
 
     @property
     def depth(self) -> int:
-        """Number of steps of the blocks."""
-        return sum(place.steps for place in self.places)
+        """Number of steps, the rows of ``record``: of the last pass that was looked at, where each call of a block
+        counts; before the first, one call of each block.
+        """
+        return len(self._steps_seen())
 
     @property
     def h(self) -> tuple[float, ...]:
@@ -267,7 +404,12 @@ class Adapted(nn.Module):
 
         Raises:
             TypeError, ValueError: x is no batch of finite inputs, a measure does not return ``(B,)``, or a block is
-                none: it takes or returns no tensor, changes the shape or its input in place, or is not called.
+                none: it takes or returns no tensor, changes the shape or its input in place; or none is called.
+
+        Warns:
+            UserWarning: once, if some blocks are not called, or in another order or number than in earlier passes: the
+                rows are the steps of this pass; if a block with weights is computed without gradients though they are
+                enabled; if an output is changed in place after its block, so that it cannot be differentiated.
         """
         for name, measure in measures.items():
             if not callable(measure):
@@ -275,31 +417,83 @@ class Adapted(nn.Module):
         if not measures and self._seen is not None:
             if self._whole:
                 _check_input(x)
-            return self.model(x), Records({}, _flow_starts(self._seen))
+            with self._taps.passing(None):
+                return self.model(x), Records({}, _flow_starts(self._seen))
         output, taken = self._run(x, measures)
         return output, Records(
             {name: torch.stack(values) for name, values in taken.rows.items()}, _flow_starts(taken.seen)
         )
 
     def steps(self, x: Tensor) -> list[Step]:
-        """Every step for inputs ``x``, with its states."""
+        """Every step for inputs ``x``, with its states; warns as :meth:`record` does.
+
+        Raises:
+            TypeError, ValueError: as there.
+        """
         return self._run(x, {}, keep=True)[1].steps
 
+    def differentiable_steps(self, x: Tensor) -> tuple[Any, list[Step], list[Tensor]]:
+        """The model's output, every step, and the states x0 through which a loss of the output can be differentiated.
+
+        Raises:
+            ValueError: such a state is changed in place.
+        """
+        output, taken = self._run(x, {}, keep=True)
+        for end in taken.ends:
+            if end.start.version != _version(end.start.x0):
+                raise ValueError(
+                    f"block {end.start.key[0].name!r} has a state that is changed in place, of which there is no "
+                    "gradient: give it and the layers after it inplace=False"
+                )
+        return output, taken.steps, [end.start.x0 for end in taken.ends]
+
     def _run(self, x: Tensor, measures: dict[str, Measure], keep: bool = False) -> tuple[Tensor, _Pass]:
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # where changes in place are counted
+                return self._run(x.clone() if isinstance(x, Tensor) else x, measures, keep)
         if self._whole:
             _check_input(x)
-        taken = _Pass(measures, x, keep)
-        self._taps.on = taken
-        try:
+        taken = _Pass(measures, x, keep, self._taps.writes, self._taps.overwritten)
+        with self._taps.passing(taken):
             output = self.model(x)
-        finally:
-            self._taps.on = None
         if not taken.seen:
             names = [place.name for place in self.places]
             raise ValueError(f"none of the blocks was called: {', '.join(names[:4])}{' ...' * (len(names) > 4)}")
         if not torch.compiler.is_compiling():
+            self._tell(taken)
             self._seen = taken.seen
         return output, taken
+
+    def _tell(self, taken: _Pass) -> None:
+        """Warn of what records lack."""
+        if later := taken.close():
+            warnings.warn(
+                f"the outputs of {len(later)} blocks ({later[0]}, ...) are changed in place after them: torch may "
+                "refuse gradients of this pass' records; from the next pass on copies are measured",
+                stacklevel=4,
+            )
+        place = taken.without_gradients
+        if place and any(p.requires_grad for p in self.model.get_submodule(place.first).parameters()):
+            warnings.warn(
+                f"block {place.name!r} is computed without gradients, so that its records have none: under no_grad, or "
+                "by activation checkpointing with use_reentrant=True, which is to be off while records are trained on",
+                stacklevel=4,
+            )
+        calls = [(seen.place, seen.part) for seen in taken.seen]
+        before = [(seen.place, seen.part) for seen in self._steps_seen()]
+        if calls == before or self._told:
+            return
+        called = {place for place, _ in calls}
+        unused = [place.name for place in self.places if place not in called]
+        if unused or self._seen is not None:
+            self._told = True
+            what = "blocks are called in another order or number than before"
+            if unused:
+                what = f"{len(unused)} of {len(self.places)} blocks are not called, {', '.join(unused[:4])}"
+            warnings.warn(
+                f"{what}: the rows of records are the steps of this pass, in the order of names (said once)",
+                stacklevel=4,
+            )
 
     def _steps_seen(self) -> list[_Seen]:
         return self._seen or [_Seen(place, part, ()) for place in self.places for part in range(place.steps)]
@@ -327,6 +521,11 @@ def _state(place: Place, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"block {place.name!r} must take and return a tensor, got {type(x).__name__}")
     return x
+
+
+def _memory(x: Tensor) -> Tensor:
+    """The tensor itself, or that of which it is a view."""
+    return x if x._base is None else x._base
 
 
 def _version(x: Any) -> int:

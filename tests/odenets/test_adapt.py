@@ -1,10 +1,13 @@
 import copy
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from odenets import Flow, Network, data, measures
 from odenets.adapting import RULES, Adapted, Rule, adapt
@@ -390,6 +393,235 @@ def test_rows_come_in_the_order_in_which_blocks_are_called():
     assert adapted.names == ("a", "b", "a")
 
 
+# -- changes in place -----------------------------------------------------------------------------------------------
+
+
+class Branching(nn.Module):
+    """A residual block, and how it adds: to a new tensor, in place, or into a buffer that all blocks share."""
+
+    buffer = torch.empty(2, 3, 8, 8)
+
+    def __init__(self, way):
+        super().__init__()
+        self.branch, self.way = nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1)), way
+
+    def forward(self, x):
+        if self.way == "adds":
+            x += self.branch(x)
+            return x
+        if self.way == "buffer":
+            return torch.add(x, self.branch(x), out=self.buffer)
+        return x + self.branch(x)
+
+
+class Branchings(nn.Module):
+    def __init__(self, way, after=None):
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.blocks, self.after = nn.Conv2d(3, 3, 1), nn.ModuleList(Branching(way) for _ in range(3)), after
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+            x = x if self.after is None else self.after(x)
+        return x
+
+
+LOOKED = {"action": measures.action, "cosine": measures.cosine, "displacement": measures.displacement}
+NAMES = ["blocks.0", "blocks.1", "blocks.2"]
+TINY = X[:, :, :8, :8].contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:the outputs of .* are changed in place")
+@pytest.mark.parametrize(
+    ("way", "after", "mode"),
+    [
+        *[("adds", None, mode) for mode in ("gradients", "no_grad", "inference", "compiled")],
+        *[("new", F.relu_, mode) for mode in ("gradients", "no_grad", "inference")],
+        *[
+            (way, after, mode)
+            for way, after in [("buffer", None), ("adds", F.relu_)]
+            for mode in ("no_grad", "inference")
+        ],
+    ],
+)
+def test_records_and_steps_are_those_of_the_model_that_changes_nothing_in_place(way, after, mode):
+    adapted = adapt(Branchings(way, after), NAMES)
+    plain = adapt(Branchings("new", after and F.relu), NAMES)
+    context = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(mode, torch.enable_grad)
+    record = torch.compile(adapted.record, backend="aot_eager") if mode == "compiled" else adapted.record
+    for _ in range(2):  # what is learned in one pass serves the next
+        with context():
+            output, records = record(TINY, **LOOKED)
+            expected, values = plain.record(TINY, **LOOKED)
+            torch.testing.assert_close(output, expected)
+            for name in LOOKED:
+                torch.testing.assert_close(records[name], values[name], atol=1e-5, rtol=1e-4)
+            if mode != "compiled":
+                for step, wanted in zip(adapted.steps(TINY), plain.steps(TINY), strict=True):
+                    for state in ("x0", "x1", "residue"):
+                        torch.testing.assert_close(getattr(step, state), getattr(wanted, state))
+
+
+@pytest.mark.parametrize(("way", "after"), [("adds", None), ("new", F.relu_)])
+@pytest.mark.filterwarnings("ignore:the outputs of .* are changed in place")
+def test_gradients_are_those_of_the_model_that_changes_nothing_in_place(way, after):
+    adapted, plain = adapt(Branchings(way, after), NAMES), adapt(Branchings("new", after and F.relu), NAMES)
+    adapted.record(TINY, action=measures.action)  # from which it is learned what is changed
+    for network in (adapted, plain):
+        output, records = network.record(TINY, action=measures.action)
+        (output.square().mean() + records["action"].sum()).backward()
+    for p, q in zip(adapted.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_outputs_changed_in_place_after_their_block_are_told_where_gradients_are_enabled():
+    adapted = adapt(Branchings("new", F.relu_), NAMES)
+    with pytest.warns(UserWarning, match=r"outputs of 3 blocks \(blocks.0, ...\) are changed in place after them"):
+        adapted.record(TINY, action=measures.action)
+    adapted.record(TINY, action=measures.action)[1]["action"].sum().backward()
+
+
+def test_a_block_that_returns_its_input_does_not_move_it():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU(True))
+    adapted = adapt(model, ["1", "2"])
+    for _ in range(2):
+        with torch.no_grad():
+            records, start = adapted.record(TINY, action=measures.action)[1], model[0](TINY)
+        assert (records["action"][0] == 0).all()
+        expected = (start.relu() - start).square().flatten(1).mean(1)
+        torch.testing.assert_close(records["action"][1], expected)
+
+
+def test_nothing_is_copied_once_it_is_known_that_nothing_is_changed():
+    adapted = adapt(small_resnet().eval())
+    with torch.no_grad():
+        adapted.record(SMALL, action=measures.action)
+        before = memory(lambda: adapted.model(SMALL)).peak
+        assert memory(lambda: adapted.record(SMALL, action=measures.action)).peak < before + 2 * 64 * 8 * 8 * 4
+
+
+# -- which rows there are -------------------------------------------------------------------------------------------
+
+
+class Repeated(nn.Module):
+    """Calls its block as often as it is told, and its other block where it is told to."""
+
+    def __init__(self, times, both=True):
+        super().__init__()
+        self.block, self.other, self.times, self.both = Unit(3, 3), Unit(3, 3), times, both
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.block(x)
+        return self.other(x) if self.both else x
+
+
+def test_every_call_of_a_block_counts():
+    adapted = adapt(Repeated(3), ["block", "other"])
+    records = adapted.record(TINY, action=measures.action)[1]
+    assert records["action"].shape == (4, 2)
+    assert adapted.depth == adapted.evaluations == len(adapted.steps(TINY)) == 4
+    assert adapted.h == (1.0,) * 4
+    assert adapted.names == ("block", "block", "block", "other")
+    assert "4 steps" in repr(adapted)
+
+
+def test_blocks_that_are_left_out_are_told_once():
+    adapted = adapt(Repeated(2, both=False), ["block", "other"])
+    with pytest.warns(UserWarning, match="1 of 2 blocks are not called, other: the rows of records are the steps"):
+        adapted.record(TINY, action=measures.action)
+    assert adapted.names == ("block", "block")
+    adapted.record(TINY, action=measures.action)
+
+
+def test_another_number_of_calls_is_told():
+    adapted = adapt(Repeated(2), ["block", "other"])
+    adapted.record(TINY, action=measures.action)
+    adapted.model.times = 1
+    with pytest.warns(UserWarning, match="called in another order or number than before"):
+        records = adapted.record(TINY, action=measures.action)[1]
+    assert len(records["action"]) == adapted.depth == 2
+
+
+def test_a_pass_within_a_pass_is_its_own():
+    adapted = adapt(Repeated(2), ["block", "other"])
+    expected = adapted.record(TINY, action=measures.action)[1]["action"]
+
+    def looks_again(step):
+        adapted(TINY)
+        return adapted.record(TINY, action=measures.action)[1]["action"].sum(0)
+
+    records = adapted.record(TINY, action=measures.action, again=looks_again)[1]
+    torch.testing.assert_close(records["action"], expected)
+    torch.testing.assert_close(records["again"], expected.sum(0).expand(3, 2))
+
+
+def test_threads_record_at_once():
+    """As the replicas of DataParallel do, which share the hooks."""
+    adapted = adapt(small_resnet().eval())
+    inputs = [torch.randn(2, 3, 32, 32) for _ in range(4)]
+    expected = [adapted.record(x, action=measures.action)[1]["action"] for x in inputs]
+    barrier = threading.Barrier(len(inputs))
+
+    def waits(step):
+        barrier.wait(10)  # so that all are within their first block
+        return measures.action(step)
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        records = list(pool.map(lambda x: adapted.record(x, action=waits)[1]["action"], inputs))
+    for values, wanted in zip(records, expected, strict=True):
+        torch.testing.assert_close(values, wanted)
+    assert adapted._taps.on is None
+
+
+def test_blocks_may_be_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Unit(3, 3)
+
+        def forward(self, x):
+            return self.block(x=x)
+
+    adapted = adapt(Named(), ["block"])
+    (step,) = adapted.steps(TINY)
+    torch.testing.assert_close(step.x1 - step.x0, adapted.model.block.way(TINY))
+
+
+def test_checkpointing_that_takes_the_gradients_is_told():
+    class Checkpointed(Branchings):
+        def forward(self, x):
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=True)
+            return x
+
+    adapted = adapt(Checkpointed("new"), NAMES)
+    with pytest.warns(UserWarning, match=r"'blocks.2' is computed without gradients, .* use_reentrant=True"):
+        adapted.record(TINY.requires_grad_(), action=measures.action)
+
+
+def test_a_branch_that_is_not_called_is_told_from_a_block_that_is_left_out():
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.shortcut, self.bn2, self.left = nn.Conv2d(3, 3, 1), None, nn.InstanceNorm2d(3), None
+
+        def forward(self, x):
+            if self.left:
+                return x if self.left == "whole" else x + self.conv1(x)
+            return torch.relu(x + self.bn2(self.conv1(x)))
+
+    adapted = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), Left()), residue="branch")
+    assert (adapted.record(TINY, action=measures.action)[1]["action"] > 0).all()
+    adapted.model[1].left = "whole"
+    assert (adapted.record(TINY, action=measures.action)[1]["action"] == 0).all()
+    adapted.model[1].left = "branch"
+    with pytest.raises(ValueError, match=r"does not call its branch '1.bn2' in this pass: .*displacement"):
+        adapted.record(TINY, action=measures.action)
+
+
 # -- living with torch ----------------------------------------------------------------------------------------------
 
 
@@ -566,11 +798,10 @@ def test_prints_what_it_found():
         (lambda: adapt(small_resnet()).record(X, total=lambda step: step.x1.sum()), ValueError, "'total' must return"),
         (lambda: adapt(small_resnet()).record(X, error=measures.error), ValueError, "euler carries no embedded error"),
         (lambda: adapt(small_resnet(), ["layer2.0:layer1.0"])(X), ValueError, "'layer1.0' is called first"),
-        (
-            lambda: adapt(nn.Sequential(nn.Linear(64, 8), nn.ReLU(True)), ["1"])(X),
-            ValueError,
-            "changes its input in place",
-        ),
+        (lambda: adapt(overwriting(), ["1"])(X), ValueError, "'1' changes its input in place: .* inplace=False"),
+        (lambda: adapt(overwriting(), ["1"]).record(X, a=measures.action), ValueError, "changes its input in place"),
+        (lambda: adapt(overwriting(), ["1"]).steps(X), ValueError, "changes its input in place"),
+        (lambda: without_gradients(adapt(overwriting(), ["1"]), X), ValueError, "changes its input in place"),
         (lambda: adapt(Unused(), ["unused"])(X), ValueError, "none of the blocks was called: unused$"),
         (lambda: adapt(Folded(), ["block"])(X), ValueError, r"states of shape \(1, 2.* for 2 samples"),
         (lambda: adapt(Pair(), ["block"])(X), TypeError, "'block' must take and return a tensor, got tuple"),
@@ -579,6 +810,22 @@ def test_prints_what_it_found():
 def test_bad_arguments_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+class Overwriting(nn.Module):
+    """A block that begins with a ReLU in place, and so adds to another state than it is given."""
+
+    def forward(self, x):
+        return torch.sin(torch.relu_(x)) + x
+
+
+def overwriting():
+    return nn.Sequential(nn.Conv2d(3, 3, 1), Overwriting())
+
+
+@torch.inference_mode()
+def without_gradients(adapted, x):
+    adapted.record(x, action=measures.action)
 
 
 class Unused(nn.Module):
