@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from torch import Tensor, fx, nn
 
 from odenets.adapting.adapted import Adapted
+from odenets.modes import keeping_modes
 
 __all__ = ["cut_adapted"]
 
@@ -26,14 +28,10 @@ def cut_adapted(network: Adapted, ends: Sequence[int], at: Literal["end", "start
         One :class:`Adapted` per part, and the module after the last block.
 
     Raises:
-        ValueError: the model has hooks of its own, which a graph leaves out, cannot be traced, calls its blocks in
-            another order or not once, or more than one tensor crosses a cut.
+        ValueError: the model, or a module of it that is not within a block, has hooks, which a graph leaves out; it
+            cannot be traced, calls its blocks in another order or not once, or more than one tensor crosses a cut.
     """
-    if network.model._forward_pre_hooks or network.model._forward_hooks:
-        raise ValueError(
-            f"{type(network.model).__name__} has hooks, which would be lost where it is cut: make what they do a "
-            "module, nn.Sequential(normalize, model)"
-        )
+    _check_hooks(network.model, type(network.model).__name__)
     traced = {mode: _trace(network, mode) for mode in (True, False)}
     parts = {mode: _split(network, graph, ends, at) for mode, graph in traced.items()}
     found: list[nn.Module] = []
@@ -41,7 +39,8 @@ def cut_adapted(network: Adapted, ends: Sequence[int], at: Literal["end", "start
     for k, end in enumerate([*ends, None]):
         train, evaluate = parts[True][k], parts[False][k]
         part = train if train.code == evaluate.code else _ByMode(train, evaluate)
-        part.train(network.training)
+        for module in set(part.modules()) - set(network.model.modules()):  # the model's own keep their modes
+            module.training = network.training
         found.append(part if end is None else Adapted(part, network.places[begin:end], part_of=network))
         begin = end or begin
     return found
@@ -67,33 +66,42 @@ class _Tracer(fx.Tracer):
         self.blocks = blocks
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.blocks or super().is_leaf_module(m, module_qualified_name)
+        leaf = module_qualified_name in self.blocks or super().is_leaf_module(m, module_qualified_name)
+        if not leaf:
+            _check_hooks(m, repr(module_qualified_name))
+        return leaf
+
+
+def _check_hooks(module: nn.Module, name: str) -> None:
+    if module._forward_pre_hooks or module._forward_hooks:
+        raise ValueError(
+            f"{name} has hooks, which would be lost where it is cut: make what they do a module, "
+            "nn.Sequential(normalize, model)"
+        )
 
 
 def _trace(network: Adapted, training: bool) -> fx.GraphModule:
     model = network.model
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
     blocks = frozenset(name for place in network.places for name in (place.first, place.last))
-    try:
-        tracer = _Tracer(blocks)
-        return fx.GraphModule(model, tracer.trace(model))
-    except Exception as error:  # whatever a model does that tracing cannot follow
-        raise ValueError(
-            f"{type(model).__name__} cannot be cut: torch.fx cannot trace its forward pass ({error})"
-        ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with keeping_modes(model):
+        if model.training != training:
+            model.train(training)
+        try:
+            return fx.GraphModule(model, _Tracer(blocks).trace(model))
+        except Exception as error:  # whatever a model does that tracing cannot follow
+            raise ValueError(
+                f"{type(model).__name__} cannot be cut: torch.fx cannot trace its forward pass ({error})"
+            ) from error
 
 
 def _split(network: Adapted, traced: fx.GraphModule, ends: Sequence[int], at: str) -> list[fx.GraphModule]:
     """The graph in as many parts as there are ends, and the rest."""
     nodes = list(traced.graph.nodes)
-    called = {node.target: i for i, node in reversed(list(enumerate(nodes))) if node.op == "call_module"}
+    called = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
     first = [called.get(place.first, -1) for place in network.places]
     last = [called.get(place.last, -1) for place in network.places]
-    if -1 in first or first != sorted(first):
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    if any(calls[place.first] != 1 or calls[place.last] != 1 for place in network.places) or first != sorted(first):
         raise ValueError("the model cannot be cut: it does not call its blocks once each, in the order of its modules")
     borders = [last[end - 1] if at == "end" or end == len(first) else first[end] - 1 for end in ends]
     order = {node: i for i, node in enumerate(nodes)}

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from odenets import Flow, Network, data, measures
 from odenets.adapting import RULES, Adapted, Rule, adapt
+from odenets.adapting.tracing import cut_adapted
 from odenets.memory import memory
 
 tv = pytest.importorskip("torchvision.models")
@@ -762,6 +763,35 @@ def test_gradients_by_transforms():
     adapted.record(X, action=measures.action)[1]["action"].sum().backward()
     for name, p in adapted.named_parameters():
         torch.testing.assert_close(found[name], torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+# -- cut into parts -------------------------------------------------------------------------------------------------
+
+
+def test_to_be_cut_leaves_each_module_its_mode():
+    adapted = adapt(small_resnet())
+    adapted.model.bn1.eval()
+    adapted.model.layer2.eval()
+    modes = {name: module.training for name, module in adapted.model.named_modules()}
+    *parts, head = cut_adapted(adapted, [2, 4])
+    assert {name: module.training for name, module in adapted.model.named_modules()} == modes
+    assert all(part.training for part in (*parts, head))
+    assert not parts[0].eval().model.training
+
+
+def test_a_model_that_repeats_a_block_is_not_cut():
+    adapted = adapt(Repeated(2), ["block", "other"])
+    with pytest.raises(ValueError, match="does not call its blocks once each"):
+        cut_adapted(adapted, [1, 2])
+
+
+def test_a_model_with_hooks_outside_its_blocks_is_not_cut():
+    adapted = adapt(small_resnet())
+    outputs = []
+    adapted.model.layer2.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with pytest.raises(ValueError, match="'layer2' has hooks, which would be lost where it is cut"):
+        cut_adapted(adapted, [2, 4])
+    assert not outputs
 
 
 # -- what it says ---------------------------------------------------------------------------------------------------
