@@ -7,7 +7,10 @@ averaged over the samples:
 - ``e_m < eps / K``: ``h_m`` becomes ``h_m + h_{m+1}`` and block m + 1 goes, unless that one needs refining;
 - else the block is kept.
 
-Every edit keeps the total time. K = 8 for tied BS23 blocks, since doubling h multiplies their error by 8.
+Every edit keeps the total time. Doubling h multiplies the error of a tied BS23 block by 8 where its field is smooth
+(SiLU, the default of MLP fields); fields with ReLU, the default of convolutional ones, have kinks, and their error grows
+by 5.5 to 5.8 only. With K = 8 two blocks of one h that merge stay within the tolerance in either case; a smaller K merges
+more blocks with ReLU.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -23,8 +28,10 @@ from torch import Tensor, nn
 
 from odenets import measures
 from odenets.flow import Block, Flow
+from odenets.modes import evaluating
 from odenets.network import Network
 from odenets.normalization import StageBatchNorm, recalibrate
+from solvers import Step
 
 if TYPE_CHECKING:
     from odenets.training import Training
@@ -76,7 +83,8 @@ class DepthRule:
 
     Attributes:
         tolerance: eps, the largest error of a block.
-        K: merge below ``tolerance / K``; 8 suits tied BS23 blocks, 3 untied ones.
+        K: merge below ``tolerance / K``; what doubling h multiplies the error of a block by, or more. For tied BS23
+            blocks that is 8 with smooth fields, and 5.5 to 5.8 with ReLU; 3 suits untied ones, for which it is 2.
         max_depth: largest number of blocks per flow.
         min_h: smallest step size.
         norm: "rms" over the features, independent of the dimension, or "raw" for the thesis' 2-norm.
@@ -103,56 +111,64 @@ class DepthRule:
 
 @torch.no_grad()
 def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms") -> list[list[float]]:
-    """Mean embedded error of every block on ``batches``, in eval mode; the network's mode is restored.
+    """Mean embedded error of every block on ``batches``, in eval mode; the modes of its modules are restored.
 
     Args:
         network: a network of discrete flows whose method has an embedded error.
         batches: inputs, each ``(B, ...)``.
-        norm: "rms" or "raw", over the features of a sample.
+        norm: "rms" over the features of a sample, or "raw", their 2-norm.
 
     Returns:
         One list per flow, one error per block; infinite where any sample's is not finite.
 
     Raises:
-        ValueError: no batch, a flow without embedded error, or batch norms that have statistics of some stages only:
-            training does not take the closing stage, which the error reads, so that they are to be recalibrated before.
+        TypeError: another network.
+        ValueError: no batch, another norm, a continuous flow or one without embedded error, or batch norms that have
+            statistics of some stages only: training does not take the closing stage, which the error reads, so that
+            they are to be recalibrated before.
     """
+    network = _editable(network)
+    if norm not in ("rms", "raw"):
+        raise ValueError(f"norm must be 'rms' or 'raw', got {norm!r}")
+    for i, flow in enumerate(network.flows):
+        if flow.continuous:
+            raise ValueError(f"flow {i} is continuous: its steps are no blocks")
     for module in network.modules():
         if isinstance(module, StageBatchNorm) and module.batches.any() and not module.batches.all():
             raise ValueError(
                 "network has batch norms without statistics of the closing stage: recalibrate(network, batches, "
                 "lambda x: network.record(x, error=measures.error)) before its errors are measured"
             )
-    mode = network.training
-    network.eval()
-    total: Tensor | None = None
-    samples, starts = 0, (0,)
-    scale: list[float] = []
-    try:
+    errors, starts = [], (0,)
+    with evaluating(network):
         for x in batches:
-            _, records = network.record(x, error=measures.error)
-            summed = records["error"].double().sum(1)
-            total = summed if total is None else total + summed
-            samples, starts = samples + len(x), records.starts
-    finally:
-        network.train(mode)
-    if total is None:
+            _, records = network.record(x, error=_raw_error if norm == "raw" else measures.error)
+            errors.append(records["error"])
+            starts = records.starts
+    if not errors:
         raise ValueError("batches must hold at least one batch to measure the error on")
-    values = (total / samples).tolist()
-    if norm == "raw":
-        scale = [math.sqrt(math.prod(flow.input_shape or (1,))) for flow in network.flows]
-    ends = [*starts[1:], len(values)]
+    values = torch.cat(errors, 1).cpu().double().mean(1).tolist()
     return [
-        [(e * scale[i] if scale else e) if math.isfinite(e) else math.inf for e in values[start:end]]
-        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+        [e if math.isfinite(e) else math.inf for e in values[start:end]]
+        for start, end in pairwise([*starts, len(values)])
     ]
+
+
+def _raw_error(step: Step) -> Tensor:
+    """The 2-norm of the embedded error over the features, ``(B,)``."""
+    return measures.error(step) * math.sqrt(math.prod(step.x0.shape[1:]))
 
 
 def plan(errors: Sequence[float], h: Sequence[float], rule: DepthRule) -> list[Literal["keep", "duplicate", "merge"]]:
     """What becomes of each block of a flow, decided on one snapshot, left to right, each block touched once.
 
     A block marked "merge" absorbs the next one, which is marked "keep" and not looked at again.
+
+    Raises:
+        ValueError: errors and h are not of one length.
     """
+    if len(errors) != len(h):
+        raise ValueError(f"errors and h must hold a number per block, got {len(errors)} and {len(h)}")
     decisions: list[Literal["keep", "duplicate", "merge"]] = ["keep"] * len(errors)
     depth = len(errors)
     absorbed = False
@@ -195,17 +211,28 @@ def adapt_depth(
     Returns:
         :class:`Adapted`: errors, a readable list of edits, and what the checks cost.
 
+    Copies of the network that were taken before, such as averages of its weights, keep the depth that they have: take
+    them anew. After an error nothing is edited.
+
     Raises:
-        ValueError: a flow is continuous or shared, or its method has no embedded error.
+        TypeError: another network.
+        ValueError: a flow is continuous, shared or used twice, or its method has no embedded error; weights are not
+            finite, which no step size mends; or the optimizer keeps state that is not of one parameter (LBFGS).
     """
-    _check_editable(network)
+    network = _checked(network, optimizer)
+    for name, make in {"batches": batches, "recalibration": recalibration or batches}.items():
+        if not callable(make):
+            raise TypeError(f"{name} must be a function that makes inputs anew at each call, got {type(make).__name__}")
     spent = 0
 
     def counted(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
         nonlocal spent
+        before = spent
         for x in inputs:
             spent += len(x) * sum(flow.evaluations_per_pass(closing=True) for flow in network.flows)
             yield x
+        if spent == before:
+            raise ValueError("batches and recalibration must make at least one batch of inputs at each call")
 
     def renew() -> None:
         recalibrate(network, counted((recalibration or batches)()), lambda x: network.record(x, error=measures.error))
@@ -214,51 +241,99 @@ def adapt_depth(
     errors = block_errors(network, counted(batches()), rule.norm)
     edits: list[Edit] = []
     merged: list[tuple[Flow, Block, int, Edit, list[Block]]] = []
-    before = {flow: list(flow.blocks) for flow in network.flows}
-    for i, flow in enumerate(network.flows):
-        flow_edits, undo = _apply(flow, i, errors[i], plan(errors[i], flow.h, rule), optimizer)
-        edits += flow_edits
-        merged += [(flow, block, i, edit, old) for block, edit, old in undo]
-    if merged:
-        renew()
-        after = block_errors(network, counted(batches()), rule.norm)
-        for flow, block, i, edit, old in reversed(merged):  # from the last on, so that positions stay valid
-            m = list(flow.blocks).index(block)
-            if not after[i][m] <= rule.tolerance:
-                block.h = edit.h[0]
-                flow.blocks = nn.ModuleList([*flow.blocks[:m], *old, *flow.blocks[m + 1 :]])
-                edits.append(Edit("undo", i, edit.block, after[i][m], (edit.h[1], edit.h[0])))
-    if optimizer is not None:
-        _follow(optimizer, network, before)
+    with _editing(network, optimizer):
+        for i, flow in enumerate(network.flows):
+            flow_edits, undo = _apply(flow, i, errors[i], plan(errors[i], flow.h, rule), optimizer)
+            edits += flow_edits
+            merged += [(flow, block, i, edit, old) for block, edit, old in undo]
+        if merged:
+            renew()
+            after = block_errors(network, counted(batches()), rule.norm)
+            for flow, block, i, edit, old in reversed(merged):  # from the last on, so that positions stay valid
+                m = list(flow.blocks).index(block)
+                if not after[i][m] <= rule.tolerance:
+                    block.h = edit.h[0]
+                    _set_blocks(flow, [*flow.blocks[:m], *old, *flow.blocks[m + 1 :]])
+                    edits.append(Edit("undo", i, edit.block, after[i][m], (edit.h[1], edit.h[0])))
     if edits:
         renew()
     return Adapted(errors, edits, spent)
 
 
 def refine(network: Network, rule: DepthRule, optimizer: torch.optim.Optimizer | None = None) -> list[Edit]:
-    """Duplicate every block that the caps allow, as if all errors were too large; what to do when training diverges."""
-    _check_editable(network)
+    """Duplicate every block that the caps allow, as if all errors were too large; what to do when training diverges.
+
+    Raises:
+        TypeError, ValueError: as for :func:`adapt_depth`.
+    """
+    network = _checked(network, optimizer)
     edits: list[Edit] = []
-    before = {flow: list(flow.blocks) for flow in network.flows}
-    for i, flow in enumerate(network.flows):
-        errors = [math.inf] * flow.depth
-        edits += _apply(flow, i, errors, plan(errors, flow.h, rule), optimizer)[0]
-    if optimizer is not None:
-        _follow(optimizer, network, before)
+    with _editing(network, optimizer):
+        for i, flow in enumerate(network.flows):
+            errors = [math.inf] * flow.depth
+            edits += _apply(flow, i, errors, plan(errors, flow.h, rule), optimizer)[0]
     return edits
 
 
 def _editable(network: nn.Module) -> Network:
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
     if not isinstance(network, Network):
         raise TypeError(f"network must be an odenets.Network, whose flows can be edited, got {type(network).__name__}")
     return network
 
 
-def _check_editable(network: Network) -> None:
+def _checked(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> Network:
+    """The network, if its blocks can be edited."""
+    network = _editable(network)
     for i, flow in enumerate(network.flows):
         if flow.continuous or flow.shared:
             raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")
         _ = flow.tableau.error_order
+    blocks = [block for flow in network.flows for block in flow.blocks]
+    if len({*network.flows}) < len(network.flows) or len({*blocks}) < len(blocks):
+        raise ValueError("network uses a flow or a block twice: depth edits need each once")
+    if bad := _not_finite(network):
+        raise ValueError(
+            f"network has weights that are not finite, which no step size mends: {', '.join(bad[:4])}"
+            f"{' ...' * (len(bad) > 4)}; go back to a checkpoint before they were"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer must keep its state by parameter, which LBFGS does not: take SGD or Adam")
+    return network
+
+
+def _not_finite(network: nn.Module) -> list[str]:
+    """The parameters that are not finite."""
+    return [
+        name
+        for name, p in network.named_parameters()
+        if not nn.parameter.is_lazy(p) and not p.detach().isfinite().all()
+    ]
+
+
+def _set_blocks(flow: Flow, blocks: Iterable[nn.Module]) -> None:
+    mode = flow.blocks.training
+    flow.blocks = nn.ModuleList(blocks)
+    flow.blocks.training = mode
+
+
+@contextmanager
+def _editing(network: Network, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Let the optimizer follow what happens to the blocks; after an exception they are what they were."""
+    before = {flow: [(block, cast(Block, block).h) for block in flow.blocks] for flow in network.flows}
+    held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
+    others = set(held) - set(network.parameters())
+    try:
+        yield
+    except BaseException:
+        for flow, blocks in before.items():
+            for block, h in blocks:
+                block.h = h  # type: ignore[assignment]
+            _set_blocks(flow, [block for block, _ in blocks])
+        raise
+    finally:
+        if optimizer is not None:
+            _follow(optimizer, network, others)
 
 
 def _apply(
@@ -285,7 +360,7 @@ def _apply(
             block.h += following.h
             m += 1
         m += 1
-    flow.blocks = nn.ModuleList(blocks)
+    _set_blocks(flow, blocks)
     return edits, merged
 
 
@@ -301,20 +376,19 @@ def _adopt(optimizer: torch.optim.Optimizer, original: nn.Module, twin: nn.Modul
             optimizer.state[q] = copy.deepcopy(optimizer.state[p])
 
 
-def _follow(optimizer: torch.optim.Optimizer, network: Network, before: dict[Flow, list[nn.Module]]) -> None:
-    """Forget the blocks that went, and sort each group as the network lists its parameters.
+def _follow(optimizer: torch.optim.Optimizer, network: Network, others: set[Any]) -> None:
+    """Forget parameters that are neither the network's nor ``others``, and sort each group as the network lists them.
 
     In that order a saved state fits an optimiser built anew on the edited network.
     """
-    gone = [block for flow, blocks in before.items() for block in blocks if block not in set(flow.blocks)]
-    for p in [p for block in gone for p in block.parameters()]:
-        optimizer.state.pop(p, None)
-    dropped = {id(p) for block in gone for p in block.parameters()}
     position: dict[Any, int] = {p: i for i, p in enumerate(network.parameters())}
     names = {p: name for name, p in network.named_parameters()}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in dropped]
-        group["params"].sort(key=lambda p: position.get(p, -1))
+        for p in group["params"]:
+            if p not in position and p not in others:
+                optimizer.state.pop(p, None)
+        stay = [p for p in group["params"] if p in position or p in others]
+        group["params"][:] = sorted(stay, key=lambda p: position.get(p, -1))
         if "param_names" in group:
             group["param_names"] = [names.get(p, "") for p in group["params"]]
 
@@ -361,7 +435,10 @@ class AdaptiveDepth:
         row["edits"] = "; ".join(notes)
 
     def on_divergence(self, training: Training) -> bool:
-        """Duplicate every block that the caps allow."""
-        edits = refine(_editable(training.network), self.rule, training.optimizer)
+        """Duplicate every block that the caps allow; nothing where weights are not finite, which it would not mend."""
+        network = _editable(training.network)
+        if _not_finite(network):
+            return False
+        edits = refine(network, self.rule, training.optimizer)
         self._notes += [f"epoch {training.epoch + 1} diverged, {edit}" for edit in edits]
         return bool(edits)

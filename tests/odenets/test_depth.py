@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 
 from odenets import ConvField, Flow, MLPField, Network, adapt, data, measures, recalibrate
 from odenets.checkpoints import load_weights, save_weights
-from odenets.depth import AdaptiveDepth, DepthRule, adapt_depth, block_errors, plan
+from odenets.depth import AdaptiveDepth, DepthRule, adapt_depth, block_errors, plan, refine
 from odenets.training import fit
+from solvers import Tolerance
 
 X = torch.randn(32, 3)
 
@@ -66,6 +68,94 @@ def test_a_non_finite_error_counts_as_too_large():
     assert block_errors(net, [X])[0] == [math.inf]
     edits = adapt_depth(net, lambda: [X], DepthRule(1.0)).edits
     assert edits[0].kind == "duplicate"
+
+
+@pytest.mark.parametrize("part", ["_flows.0.blocks.1.fields.0.second.weight", "head.bias"])
+def test_weights_that_are_not_finite_are_not_duplicated(part):
+    net = network()
+    dict(net.named_parameters())[part].data.view(-1)[0] = math.nan
+    for edit in (lambda: adapt_depth(net, lambda: [X], DepthRule(1.0)), lambda: refine(net, DepthRule(1.0))):
+        with pytest.raises(ValueError, match=f"weights that are not finite, which no step size mends: {part};"):
+            edit()
+    assert net.depth == 3
+    training = SimpleNamespace(network=net, optimizer=None, epoch=0)
+    assert not AdaptiveDepth(DepthRule(1.0), lambda: [X]).on_divergence(training)
+    assert net.depth == 3
+
+
+@pytest.mark.parametrize("sizes", [(8, 16), (16, 8), (5, 5)])
+def test_raw_errors_are_norms_of_the_states_that_pass(sizes):
+    net = Network(nn.Identity(), Flow(lambda: ConvField(2, norm=None), depth=2), nn.Identity()).eval()
+    inputs = [torch.randn(4, 2, size, size) for size in sizes]
+    expected = [torch.stack([step.error().flatten(1).norm(dim=1) for step in net.steps(x)]).mean(1) for x in inputs]
+    raw = block_errors(net, inputs, "raw")[0]
+    assert raw == pytest.approx(torch.stack(expected).mean(0).tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("activation", "low", "high"), [("silu", 7.0, 8.5), ("relu", 5.0, 6.5)])
+def test_how_the_error_grows_with_h(activation, low, high):
+    """By 8 for smooth fields, and less for those with kinks."""
+    field = ConvField(16, activation=activation).double()
+    x = torch.randn(8, 16, 8, 8, dtype=torch.float64)
+    one, half = (
+        block_errors(Network(nn.Identity(), Flow(copy.deepcopy(field), h=h), nn.Identity()), [x])[0][0]
+        for h in (0.5, 0.25)
+    )
+    assert low < one / half < high
+
+
+def test_measuring_and_editing_leave_each_module_its_mode_and_the_random_state_also_after_an_error():
+    net = network(flows=2).train()
+    net.head.eval()
+    net.flows[1].eval()
+    modes, state = {module: module.training for module in net.modules()}, torch.get_rng_state()
+    block_errors(net, [X])
+    with pytest.raises(RuntimeError, match="dtype"):
+        block_errors(net, [X, X.long()])
+    assert {module: module.training for module in net.modules()} == modes
+    edits = adapt_depth(net, lambda: [X], DepthRule(1e9, K=1 + 1e-9)).edits
+    assert [edit.kind for edit in edits] == ["merge", "merge"]
+    assert all(module.training == modes.get(module, net.flows[0].training) for module in net.flows[0].modules())
+    assert not any(module.training for module in net.flows[1].modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_after_an_error_nothing_is_edited():
+    net = network(depth=4)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    train(net, optimizer)
+    blocks, params, state = list(net.flows[0].blocks), list(net.parameters()), copy.copy(optimizer.state)
+    errors = block_errors(net, [X])[0]
+    rule = DepthRule(sorted(errors)[-1] * 0.999, K=1.0001)  # one block is duplicated, others merged
+    batches = iter([[X], []])
+    with pytest.raises(ValueError, match="must make at least one batch of inputs at each call"):
+        adapt_depth(net, lambda: next(batches), rule, optimizer)
+    assert list(net.flows[0].blocks) == blocks
+    assert net.flows[0].h == (0.25,) * 4
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in params]
+    assert set(optimizer.state) == set(state)
+
+
+def test_a_weight_that_another_block_shares_trains_on_when_its_block_goes():
+    field = MLPField(3)
+    fields = iter([MLPField(3), field, field, MLPField(3)])
+    net = Network(nn.Identity(), Flow(lambda: next(fields), depth=4), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    train(net, optimizer)
+    adapt_depth(net, lambda: [X], DepthRule(1e3), optimizer)
+    assert net.flows[0].h == (0.5, 0.5)
+    check_alignment(net, optimizer)
+    assert all(p in optimizer.state for p in field.parameters())
+
+
+def test_an_optimizer_s_other_parameters_and_its_own_list_stay():
+    net, other = network(depth=2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*net.parameters(), *other.parameters()], 0.01)
+    (group,) = optimizer.param_groups
+    held = group["params"]
+    adapt_depth(net, lambda: [X], DepthRule(1e-9), optimizer)
+    assert group["params"] is held
+    assert {id(p) for p in held} == {id(p) for p in (*net.parameters(), *other.parameters())}
 
 
 def test_growing_and_shrinking():
@@ -200,6 +290,27 @@ def test_flows_without_a_field_per_block_are_refused():
     euler = Network(nn.Identity(), Flow(MLPField(3), solver="euler"), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="no embedded error"):
         adapt_depth(euler, lambda: [X], DepthRule(0.1))
+
+
+def test_what_cannot_be_edited_is_named():
+    flow = Flow(lambda: MLPField(3), depth=2)
+    twice = Network(nn.Identity(), [flow, flow], nn.Linear(3, 2), transitions=[nn.Identity()])
+    continuous = Network(nn.Identity(), Flow(MLPField(3), tolerance=Tolerance(1e-3, 1e-3)), nn.Linear(3, 2))
+    for call, error, message in [
+        (lambda: adapt_depth(twice, lambda: [X], DepthRule(1.0)), ValueError, "uses a flow or a block twice"),
+        (lambda: block_errors(continuous, [X]), ValueError, "flow 0 is continuous"),
+        (lambda: block_errors(network(), [X], "l1"), ValueError, "norm must be 'rms' or 'raw', got 'l1'"),
+        (lambda: block_errors(nn.Linear(3, 3), [X]), TypeError, "must be an odenets.Network, .* got Linear"),
+        (lambda: adapt_depth(nn.Linear(3, 3), lambda: [X], DepthRule(1.0)), TypeError, "got Linear"),
+        (lambda: adapt_depth(network(), [X], DepthRule(1.0)), TypeError, "batches must be a function .* got list"),
+        (lambda: plan([1.0], [0.5, 0.5], DepthRule(1.0)), ValueError, "a number per block, got 1 and 2"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+    net = network()
+    with pytest.raises(ValueError, match="LBFGS"):
+        adapt_depth(net, lambda: [X], DepthRule(1e-9), torch.optim.LBFGS(net.parameters()))
+    assert net.depth == 3
 
 
 @pytest.mark.parametrize(
