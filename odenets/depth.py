@@ -8,9 +8,9 @@ averaged over the samples:
 - else the block is kept.
 
 Every edit keeps the total time. Doubling h multiplies the error of a tied BS23 block by 8 where its field is smooth
-(SiLU, the default of MLP fields); fields with ReLU, the default of convolutional ones, have kinks, and their error grows
-by 5.5 to 5.8 only. With K = 8 two blocks of one h that merge stay within the tolerance in either case; a smaller K merges
-more blocks with ReLU.
+(SiLU, the default of MLP fields); fields with ReLU, the default of convolutional ones, have kinks, and their error
+grows by 5.5 to 5.8 only. With K = 8 two blocks of one h that merge stay within the tolerance in either case; a smaller
+K merges more blocks with ReLU.
 """
 
 from __future__ import annotations

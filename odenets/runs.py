@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,30 +23,69 @@ __all__ = ["Run", "environment", "finished_trainings", "read_config", "read_metr
 
 
 def environment() -> dict[str, Any]:
-    """What made a figure: command, commit, versions, device."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run(
-        ["git", "-C", here, "status", "--porcelain", "--untracked-files=no"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """What made a figure: command, commit, versions, device.
+
+    ``commit`` is that of the repository in which the running script lies, or else the working directory: a notebook,
+    ``python -c`` and installed programs such as pytest are no scripts of one's own. None outside of repositories.
+    ``modified`` tells whether tracked files differ from it, or the script is not in it. Where this package itself lies
+    in a repository, ``package_commit`` is that one's, with "-dirty" where files differ.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    script = None if script is None or _installed(Path(script)) else Path(script).resolve()
+    commit, modified = (None, None) if script is None else _commit(script.parent, script)
+    if commit is None:
+        commit, modified = _commit(Path.cwd(), script)
+    here = Path(__file__).resolve()
+    package = None
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name):
+        package = _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     versions = {}
-    for package in ("odenets", "torch", "numpy", "torchvision", "scikit-learn", "lightning-fabric", "torchdiffeq"):
+    for name in ("odenets", "torch", "numpy", "torchvision", "scikit-learn", "lightning-fabric", "torchdiffeq"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
         "command": " ".join(sys.argv),
-        "commit": git.stdout.strip() or None,
-        "modified": bool(dirty.stdout.strip()),
+        "commit": commit,
+        "modified": modified,
+        "package_commit": package,
         "python": platform.python_version(),
         "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _installed(script: Path) -> bool:
+    """Whether a script is a program installed beside Python, as pytest is."""
+    folders = {sysconfig.get_path(name) for name in ("scripts", "purelib", "platlib", "stdlib")} - {None}
+    parents = {*script.absolute().parents, *script.resolve().parents}
+    return not script.is_file() or any(path in parents for f in folders for path in (Path(f), Path(f).resolve()))
+
+
+def _commit(folder: Path, script: Path | None) -> tuple[str | None, bool | None]:
+    """The commit that a folder's repository stands at, and whether files differ from it; None without a commit."""
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None, None
+    clean = _git(folder, "status", "--porcelain", "--untracked-files=no") == ""
+    if script is not None:  # which may be untracked, ignored or of no repository
+        clean = clean and _git(folder, "status", "--porcelain", "--ignored", "--", str(script)) == ""
+    return commit, not clean
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git answers for a folder; None where it fails or is not there."""
+    names = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}  # which a hook sets, of another repository
+    variables = {name: value for name, value in os.environ.items() if name not in names}
+    try:
+        done = subprocess.run(
+            ["git", "-C", folder, *command], env=variables, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _processor() -> str:
@@ -81,8 +121,8 @@ class Run:
                     f"run folder {str(self.folder)!r} already holds a run: resume it (--resume) or choose another"
                 )
             before = read_config(self.folder)
-            if before != config:
-                changed = sorted(key for key in {*before, *config} if before.get(key) != config.get(key))
+            changed = sorted(key for key in {*before, *config} if not _same(before, config, key))
+            if changed:
                 raise ValueError(
                     f"run folder {str(self.folder)!r} was made with another configuration: {changed} differ"
                 )
@@ -101,7 +141,7 @@ class Run:
         if not rows:
             return
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        lines = [",".join(columns)]
+        lines = [",".join(map(_cell, columns))]
         lines += [",".join(_cell(row.get(key)) for key in columns) for row in rows]
         self._write("metrics.csv", ("\n".join(lines) + "\n").encode())
 
@@ -110,7 +150,7 @@ class Run:
 
         NumPy's scalars, which a schedule may leave in it and which :meth:`load_state` does not trust, become Python's.
         """
-        temporary = self.folder / (name + ".partial")
+        temporary = self.folder / f"{name}.{os.getpid()}.partial"
         torch.save(_without_numpy(state), temporary)
         os.replace(temporary, self.folder / name)
 
@@ -213,6 +253,13 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1, default=_plain).encode()
 
 
+def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    """Whether two configurations agree in a value, also where it is NaN."""
+    if key not in one or key not in other:
+        return False
+    return json.dumps(one[key], sort_keys=True) == json.dumps(other[key], sort_keys=True)
+
+
 def _without_numpy(value: Any) -> Any:
     """A state whose NumPy scalars are Python's."""
     if isinstance(value, dict):
@@ -225,11 +272,15 @@ def _without_numpy(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _cell(value: Any) -> str:
-    text = "" if value is None else repr(value) if isinstance(value, float) else str(value)
-    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+    if isinstance(value, np.generic | torch.Tensor):
+        value = value.tolist()
+    text = "" if value is None else float.__repr__(value) if isinstance(value, float) else str(value)
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n\r') else text

@@ -1,10 +1,15 @@
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from odenets.runs import Run, finished_trainings, read_config, read_metrics, read_summary
+import odenets
+from odenets.runs import Run, environment, finished_trainings, read_config, read_metrics, read_summary
 
 
 def test_a_run_is_kept(tmp_path):
@@ -22,6 +27,83 @@ def test_a_run_is_kept(tmp_path):
     assert read_summary(run.folder)["results"] == {"accuracy": 0.9}
     assert read_summary(run.folder)["environment"]["versions"]["torch"] in torch.__version__
     assert read_config(run.folder)["seeds"] == [0, 1]
+
+
+def git(folder, *command):
+    names = dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "t")
+    done = subprocess.run(
+        ["git", "-C", folder, *command], env=os.environ | names, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.py").write_text("print(1)")
+    git(folder, "init", "-q")
+    git(folder, "add", "train.py")
+    git(folder, "commit", "-qm", "mine")
+    return folder
+
+
+def test_the_commit_is_that_of_the_script(repository, tmp_path, monkeypatch):
+    def commit_of(script):
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+        record = environment()
+        return record["commit"], record["modified"]
+
+    monkeypatch.chdir(tmp_path)
+    head = git(repository, "rev-parse", "HEAD")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))  # as a hook of another repository sets it
+    assert commit_of(repository / "train.py") == (head, False)
+    (repository / "other.py").write_text("print(2)")
+    assert commit_of(repository / "train.py") == (head, False)
+    assert commit_of(repository / "other.py") == (head, True)  # which no commit holds
+    (repository / "train.py").write_text("print(3)")
+    assert commit_of(repository / "train.py") == (head, True)
+    (tmp_path / "alone.py").write_text("print(4)")
+    assert commit_of(tmp_path / "alone.py") == (None, None)
+    monkeypatch.chdir(repository)
+    assert commit_of(tmp_path / "alone.py") == (head, True)
+
+
+def test_the_package_s_own_commit_is_kept_apart(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    folder, made = Path(odenets.__file__).parent, environment()
+    assert made["commit"] == git(repository, "rev-parse", "HEAD")
+    if (folder.parent / ".git").exists():
+        assert made["package_commit"].removesuffix("-dirty") == git(folder, "rev-parse", "HEAD")
+
+
+def test_without_a_script_the_commit_is_that_of_the_working_directory(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(repository)  # the running script is pytest's
+    made = environment()
+    assert (made["commit"], made["modified"]) == (git(repository, "rev-parse", "HEAD"), False)
+    monkeypatch.chdir(tmp_path)
+    assert (environment()["commit"], environment()["modified"]) == (None, None)
+    git(tmp_path, "init", "-q")  # a repository without a commit
+    assert (environment()["commit"], environment()["modified"]) == (None, None)
+    monkeypatch.setenv("PATH", "")
+    assert environment()["commit"] is None
+
+
+def test_numpy_s_and_torch_s_numbers_are_written_as_numbers(tmp_path):
+    run = Run(tmp_path / "run", {"rate": np.float32(0.5)})
+    run.log([{"a": np.float64(0.1), "b": np.float32(0.5), "c": torch.tensor(3), "d, e": np.int64(2), "f": "x\ry"}])
+    assert read_metrics(run.folder) == [{"a": "0.1", "b": "0.5", "c": "3", "d, e": "2", "f": "x\ry"}]
+    run.finish({"a": np.float32(0.5), "b": np.arange(2), "c": torch.ones(1)}, seeds=[0])
+    assert read_summary(run.folder)["results"] == {"a": 0.5, "b": [0, 1], "c": [1.0]}
+    assert read_config(run.folder) == {"rate": 0.5}
+
+
+@pytest.mark.parametrize(("config", "changed"), [({"a": math.nan}, "b"), ({"a": 1, "b": None}, "a")])
+def test_what_differs_of_a_configuration_is_named(tmp_path, config, changed):
+    Run(tmp_path / "run", {"a": math.nan, "b": None})
+    Run(tmp_path / "run", {"b": None, "a": math.nan}, resume=True)
+    with pytest.raises(ValueError, match=rf"another configuration: \['{changed}'\] differ"):
+        Run(tmp_path / "run", config, resume=True)
 
 
 def test_processes_of_a_group_may_begin_a_run_together(tmp_path, monkeypatch):
