@@ -29,8 +29,8 @@ _progress: Any = None
 class Workers:
     """Processes for independent jobs, to be used in a ``with`` statement.
 
-    Each computes with the same number of threads, so that results do not depend on how many workers there are. A
-    worker ends when the process that started it does, however that one ended.
+    Each computes with the same number of threads, so that results do not depend on how many workers there are, where
+    each job seeds what it draws. A worker ends when the process that started it does, however that one ended.
 
     Args:
         workers: number of processes; 1 works in this one.
@@ -43,9 +43,10 @@ class Workers:
     def __init__(self, workers: int = 1, threads: int = 1) -> None:
         if workers < 1 or threads < 1:
             raise ValueError(f"workers and threads must be at least 1, got {workers} and {threads}")
-        self.workers, self.threads = workers, threads
+        self.workers, self.threads, self.entered = workers, threads, False
 
     def __enter__(self) -> Workers:
+        self.entered = True
         if self.workers == 1:
             self._before = torch.get_num_threads()
             torch.set_num_threads(self.threads)
@@ -56,6 +57,7 @@ class Workers:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self.entered = False
         if self.workers == 1:
             torch.set_num_threads(self._before)
         else:
@@ -72,7 +74,10 @@ class Workers:
 
         Raises:
             Exception: the first that a job raised; jobs not yet begun are dropped.
+            RuntimeError: outside of a ``with`` statement.
         """
+        if not self.entered:
+            raise RuntimeError("Workers must be used in a with statement, with Workers(...) as workers: ...")
         with tqdm(total=total, desc=label, unit="epoch") as bar:
             if self.workers == 1:
                 return [work(item, bar.update) for item in items]
@@ -103,7 +108,14 @@ class Workers:
             folder: of a job.
             cost: units of work of a job.
             label: of the progress bar.
+
+        Raises:
+            ValueError: two jobs have one folder.
+            FileNotFoundError: a job leaves no finished run.
         """
+        folders = [folder(job) for job in jobs]
+        if twice := sorted({str(path) for path in folders if folders.count(path) > 1}):
+            raise ValueError(f"jobs must each have a folder of their own, got twice: {', '.join(twice[:4])}")
         todo = sorted((job for job in jobs if not (folder(job) / "summary.json").exists()), key=lambda job: -cost(job))
         if todo:
             self.map(work, todo, total=sum(map(cost, todo)), label=label)

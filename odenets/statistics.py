@@ -12,7 +12,10 @@ __all__ = ["Interval", "correlation", "mean_interval", "paired_p_value"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the half-width of its confidence interval; NaN half-width for a single value.
+    """A mean and the half-width of its confidence interval.
+
+    A single value has no interval: its half-width is NaN, and it excludes nothing. Nor does the mean of values that are
+    not all finite.
 
     >>> f"{Interval(0.5, 0.25, 3):.2f}", f"{100 * Interval(0.5, 0.25, 3):.0f}"
     ('0.50 ± 0.25', '50 ± 25')
@@ -30,7 +33,7 @@ class Interval:
         return Interval(factor * self.mean, abs(factor) * self.half_width, self.n)
 
     def __contains__(self, value: float) -> bool:
-        return abs(value - self.mean) <= self.half_width
+        return not abs(value - self.mean) > self.half_width
 
     @property
     def sign(self) -> int:
@@ -42,27 +45,30 @@ class Interval:
         return (self.mean > self.half_width) - (self.mean < -self.half_width)
 
     def meets(self, other: Interval) -> bool:
-        """Whether the two intervals have a point in common."""
-        return abs(self.mean - other.mean) <= self.half_width + other.half_width
+        """Whether the two intervals have a point in common, or may have where one of them is unknown."""
+        return not abs(self.mean - other.mean) > self.half_width + other.half_width
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean and Student-t interval, ``mean +- t_{n-1} s / sqrt(n)``.
+    """Mean and Student-t interval, ``mean +- t_{n-1} s / sqrt(n)``; NaN where values are not all finite.
 
     Args:
-        values: one per seed.
+        values: one per seed, also an array or a tensor.
         confidence: of the interval, in (0, 1).
 
     Raises:
         ValueError: no values, or a confidence outside (0, 1).
     """
+    values = [float(value) for value in values]
     if not values:
         raise ValueError("values must hold at least one number")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
     n = len(values)
     if n == 1:
-        return Interval(float(values[0]), math.nan, 1)
+        return Interval(values[0], math.nan, 1)
+    if not all(map(math.isfinite, values)):
+        return Interval(math.nan, math.nan, n)
     from scipy.stats import t
 
     quantile = float(t.ppf((1 + confidence) / 2, n - 1))

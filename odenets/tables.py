@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 __all__ = ["table"]
 
 Row = Mapping[str, Any]
@@ -33,7 +35,7 @@ def table(rows: Iterable[Row], columns: Mapping[str, str | Callable[[Row], objec
 
 
 def _cell(row: Row, format: str | Callable[[Row], object]) -> str:
-    known = {name: ("no", "yes")[value] if isinstance(value, bool) else value for name, value in row.items()}
+    known = {name: ("no", "yes")[bool(v)] if isinstance(v, bool | np.bool_) else v for name, v in row.items()}
     known = {name: value for name, value in known.items() if value is not None}
     try:
         return str(format(known)) if callable(format) else format.format_map(known)

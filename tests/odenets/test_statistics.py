@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from odenets.statistics import Interval, correlation, mean_interval, paired_p_value
@@ -22,11 +23,29 @@ def test_meeting_intervals():
 
 
 def test_one_value_has_no_interval():
-    assert math.isnan(mean_interval([0.5]).half_width)
+    one = mean_interval([0.5])
+    assert math.isnan(one.half_width)
+    assert one.sign == 0
+    assert 7.0 in one, "it excludes nothing"
+    assert one.meets(Interval(7.0, 0.1, 3))
+    assert Interval(7.0, 0.1, 3).meets(one)
     with pytest.raises(ValueError, match="at least one number"):
         mean_interval([])
     with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\)"):
         mean_interval([0.5, 0.6], 95)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_values_that_are_not_finite_have_no_interval(bad):
+    broken = mean_interval([1.0, bad, 2.0])
+    assert math.isnan(broken.mean)
+    assert math.isnan(broken.half_width)
+    assert (broken.n, broken.sign, f"{broken:.1f}") == (3, 0, "nan ± nan")
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_values_may_be_arrays(kind):
+    assert mean_interval(kind([1.0, 2.0, 4.0])) == mean_interval([1.0, 2.0, 4.0])
 
 
 def test_the_paired_test_is_scipys():

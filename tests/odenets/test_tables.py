@@ -1,5 +1,8 @@
 """Tables of rows that do not have all values."""
 
+import numpy as np
+import pytest
+
 from odenets.statistics import Interval
 from odenets.tables import table
 
@@ -22,3 +25,9 @@ def test_what_a_row_lacks_stays_empty_and_empty_columns_are_left_out():
 
 def test_a_function_makes_a_cell_where_it_finds_what_it_asks_for():
     assert lines({"sum": lambda row: row["accuracy"].mean + row["difference"].mean})[2:] == [[""], ["92.0"]]
+
+
+@pytest.mark.parametrize("truth", [bool, np.bool_])
+def test_truth_values_are_words(truth):
+    rows = [{"ok": truth(True)}, {"ok": truth(False)}]
+    assert [line.strip("| ") for line in table(rows, {"ok": "{ok}"}).splitlines()[2:]] == ["yes", "no"]
