@@ -101,7 +101,7 @@ class DepthRule:
             raise ValueError(f"tolerance must be positive and finite, got {self.tolerance}")
         if not self.K > 1:
             raise ValueError(f"K must be greater than 1, got {self.K}")
-        if self.max_depth < 1:
+        if not self.max_depth >= 1:
             raise ValueError(f"max_depth must be at least 1, got {self.max_depth}")
         if not self.min_h >= 0:
             raise ValueError(f"min_h must not be negative, got {self.min_h}")

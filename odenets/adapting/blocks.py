@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -125,10 +126,15 @@ def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[Place, 
 
     Raises:
         TypeError, ValueError: as there.
+
+    Warns:
+        UserWarning: some modules of the class of a block are none by the rules.
     """
     modules = dict(model.named_modules())
     if blocks is None:
-        return _by_rules(modules, RULES) or _layers(model) or _none(model, RULES)
+        places = _by_rules(modules, RULES)
+        _tell_of_others(modules, places)
+        return places or _layers(model) or _none(model, RULES)
     wanted = [blocks] if isinstance(blocks, str | Rule) else list(blocks)
     if not wanted:
         raise ValueError("blocks must hold at least one name or rule")
@@ -171,6 +177,25 @@ def _by_rules(modules: Mapping[str, nn.Module], rules: Iterable[Rule]) -> tuple[
         if rule is not None:
             places.append(rule.place(name, module))
     return tuple(places)
+
+
+def _tell_of_others(modules: Mapping[str, nn.Module], places: Iterable[Place]) -> None:
+    """Warn of modules that are of the class of a block but lack a part by which it is known."""
+    taken = {place.first for place in places}
+    kinds = {type(modules[name]): rule for name in taken for rule in RULES[::-1] if rule.fits(modules[name])}
+    others = [
+        name
+        for name, module in modules.items()
+        if name not in taken and type(module) in kinds and kinds[type(module)].flag is None
+    ]
+    if others:
+        kind = type(modules[others[0]])
+        warnings.warn(
+            f"{len(others)} modules such as {others[0]!r} are not taken for blocks, though others of the class "
+            f"{kind.__name__} are: they lack one of {', '.join(kinds[kind].parts)}. Name all blocks, "
+            "adapt(model, [...]), or give a Rule",
+            stacklevel=4,
+        )
 
 
 def _by_name(modules: Mapping[str, nn.Module], name: str, shortcuts: Mapping[str, str | None] | None) -> Place:

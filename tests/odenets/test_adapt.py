@@ -109,6 +109,26 @@ def test_networks_that_are_neither_residual_nor_plain_are_refused(name):
         adapt(model)
 
 
+def test_modules_of_a_block_s_class_that_fit_no_rule_are_told():
+    class Block(nn.Module):
+        def __init__(self, i, o):
+            super().__init__()
+            self.conv1 = nn.Conv2d(i, o, 1)
+            if i != o:
+                self.shortcut = nn.Conv2d(i, o, 1)
+
+        def forward(self, x):
+            return self.conv1(x) + (self.shortcut(x) if hasattr(self, "shortcut") else x)
+
+    model = nn.Sequential(Block(3, 3), Block(3, 4), Block(4, 4))
+    with pytest.warns(
+        UserWarning, match=r"2 modules such as '0' are not .* class Block .* lack one of conv1, sh"
+    ):
+        assert adapt(model).names == ("1",)
+    named = adapt(model, {"0": None, "1": "1.shortcut", "2": None})
+    assert named.names == ("0", "1", "2")
+
+
 # -- what the steps are ---------------------------------------------------------------------------------------------
 
 

@@ -320,6 +320,7 @@ def test_what_cannot_be_edited_is_named():
         ({"tolerance": math.nan}, "tolerance must be positive"),
         ({"K": 1.0}, "K must be greater than 1"),
         ({"max_depth": 0}, "max_depth must be at least 1"),
+        ({"max_depth": math.nan}, "max_depth must be at least 1"),
         ({"min_h": -1.0}, "min_h must not be negative"),
         ({"norm": "l1"}, "norm must be 'rms' or 'raw'"),
     ],
