@@ -303,11 +303,14 @@ def _checked(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> Net
 
 
 def _not_finite(network: nn.Module) -> list[str]:
-    """The parameters that are not finite."""
+    """The parameters and buffers that are not finite, but for the statistics of batch norms, which are taken anew."""
+    norms = [m for m in network.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)]
+    anew = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    tensors = [*network.named_parameters(), *network.named_buffers()]
     return [
         name
-        for name, p in network.named_parameters()
-        if not nn.parameter.is_lazy(p) and not p.detach().isfinite().all()
+        for name, tensor in tensors
+        if not nn.parameter.is_lazy(tensor) and id(tensor) not in anew and not tensor.detach().isfinite().all()
     ]
 
 

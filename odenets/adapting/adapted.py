@@ -159,6 +159,13 @@ class _Pass:
         copied = needed and (torch.compiler.is_compiling() or self.writes.get(key, True))
         self.starting[place] = _Start(x0, _version(x0), x0.clone() if copied else None, key)
 
+    def restart(self, place: Place, x0: Any, training: bool) -> None:
+        """The step of the block begins at x0, the output of its shortcut, instead."""
+        before = self.starting.get(place)
+        if before is not None and before.version != _version(before.x0):
+            raise _changed(place)
+        self.start(place, x0, training)
+
     def middle(self, place: Place, x: Any, training: bool) -> None:
         """One step of the block ends at x, and the other begins."""
         if place in self.starting and self.starting[place].part == 0:
@@ -189,7 +196,7 @@ class _Pass:
         needed = bool(self.measures) or self.keep
         changed = version != _version(x0)
         if changed and (_memory(x1) is not _memory(x0) or (needed and copied is None)):
-            raise ValueError(f"block {place.name!r} changes its input in place: give its first layers inplace=False")
+            raise _changed(place)
         if not torch.compiler.is_compiling():
             self.writes[key] = changed
         self.seen.append(_Seen(place, start.part, tuple(x0.shape[1:])))
@@ -281,6 +288,10 @@ class _Taps:
                 self.passes[thread] = before
 
 
+def _changed(place: Place) -> ValueError:
+    return ValueError(f"block {place.name!r} changes its input in place: give its first layers inplace=False")
+
+
 def _copied(x: Tensor | None, name: str) -> Tensor:
     if x is None:
         raise ValueError(
@@ -306,7 +317,7 @@ def _starts(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...],
 
 def _starts_again(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if (taken := taps.on) is not None:
-        taken.start(place, output, module.training)
+        taken.restart(place, output, module.training)
 
 
 def _between(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 import copy
 import functools
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -121,9 +122,7 @@ def test_modules_of_a_block_s_class_that_fit_no_rule_are_told():
             return self.conv1(x) + (self.shortcut(x) if hasattr(self, "shortcut") else x)
 
     model = nn.Sequential(Block(3, 3), Block(3, 4), Block(4, 4))
-    with pytest.warns(
-        UserWarning, match=r"2 modules such as '0' are not .* class Block .* lack one of conv1, sh"
-    ):
+    with pytest.warns(UserWarning, match=r"2 modules such as '0' are not .* class Block .* lack one of conv1, sh"):
         assert adapt(model).names == ("1",)
     named = adapt(model, {"0": None, "1": "1.shortcut", "2": None})
     assert named.names == ("0", "1", "2")
@@ -697,6 +696,26 @@ def test_the_same_model_adapted_twice():
     torch.testing.assert_close(one.record(X, action=measures.action)[1]["action"], expected[1:2])
 
 
+def test_a_pickled_network_and_a_replica_record_the_same():
+    """The replica is one as DataParallel makes them, whose weights are plain tensors."""
+    adapted = adapt(Branchings("new"), NAMES)
+    expected = adapted.record(TINY, action=measures.action)[1]["action"]
+    again = pickle.loads(pickle.dumps(adapted))
+    torch.testing.assert_close(again.record(TINY, action=measures.action)[1]["action"], expected)
+    copies = {module: module._replicate_for_data_parallel() for module in adapted.modules()}
+    for module, twin in copies.items():
+        for name, child in module._modules.items():
+            setattr(twin, name, child and copies[child])
+        for name, p in module._parameters.items():
+            setattr(twin, name, p * 1.0)
+    copies[adapted].record(TINY, action=measures.action)[1]["action"].sum().backward()
+    grads = [p.grad.clone() for p in adapted.parameters()]
+    adapted.zero_grad()
+    expected.sum().backward()
+    for p, grad in zip(adapted.parameters(), grads, strict=True):
+        torch.testing.assert_close(grad, p.grad)
+
+
 def test_weights_go_back_into_the_plain_model():
     adapted = adapt(small_resnet())
     plain = small_resnet()
@@ -851,6 +870,11 @@ def test_prints_what_it_found():
         (lambda: adapt(overwriting(), ["1"])(X), ValueError, "'1' changes its input in place: .* inplace=False"),
         (lambda: adapt(overwriting(), ["1"]).record(X, a=measures.action), ValueError, "changes its input in place"),
         (lambda: adapt(overwriting(), ["1"]).steps(X), ValueError, "changes its input in place"),
+        (
+            lambda: adapt(nn.Sequential(nn.Conv2d(3, 3, 1), Projecting()), {"1": "1.shortcut"})(X),
+            ValueError,
+            "in place",
+        ),
         (lambda: without_gradients(adapt(overwriting(), ["1"]), X), ValueError, "changes its input in place"),
         (lambda: adapt(Unused(), ["unused"])(X), ValueError, "none of the blocks was called: unused$"),
         (lambda: adapt(Folded(), ["block"])(X), ValueError, r"states of shape \(1, 2.* for 2 samples"),
@@ -867,6 +891,21 @@ class Overwriting(nn.Module):
 
     def forward(self, x):
         return torch.sin(torch.relu_(x)) + x
+
+
+class Projecting(nn.Module):
+    """Its projection sees what the first ReLU of its branch has left."""
+
+    def __init__(self):
+        super().__init__()
+        self.shortcut = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return torch.relu_(x).mean() + self.shortcut(x)
+
+
+def projecting():
+    return nn.Sequential(nn.Conv2d(3, 3, 1), Projecting())
 
 
 def overwriting():

@@ -78,6 +78,9 @@ def test_weights_that_are_not_finite_are_not_duplicated(part):
         with pytest.raises(ValueError, match=f"weights that are not finite, which no step size mends: {part};"):
             edit()
     assert net.depth == 3
+    net.register_buffer("scale", torch.tensor(math.inf))
+    with pytest.raises(ValueError, match="scale"):
+        refine(net, DepthRule(1.0))
     training = SimpleNamespace(network=net, optimizer=None, epoch=0)
     assert not AdaptiveDepth(DepthRule(1.0), lambda: [X]).on_divergence(training)
     assert net.depth == 3
