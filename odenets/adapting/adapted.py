@@ -193,12 +193,12 @@ class _Pass:
             )
         if isinstance(self.x, Tensor) and len(x0) != len(self.x):
             raise ValueError(f"block {place.name!r} has states of shape {tuple(x0.shape)} for {len(self.x)} samples")
-        needed = bool(self.measures) or self.keep
+        needed, counted = bool(self.measures) or self.keep, not torch.compiler.is_compiling()
         changed = version != _version(x0)
+        if counted:
+            self.writes[key] = changed or self.writes.get(key, False)
         if changed and (_memory(x1) is not _memory(x0) or (needed and copied is None)):
             raise _changed(place)
-        if not torch.compiler.is_compiling():
-            self.writes[key] = changed
         self.seen.append(_Seen(place, start.part, tuple(x0.shape[1:])))
         if not needed:
             return
@@ -213,11 +213,12 @@ class _Pass:
                 )
             r = torch.zeros_like(x0)  # stochastic depth leaves the block out
         copy1 = None
-        if self.keep or torch.is_grad_enabled():
+        if counted and (self.keep or (torch.is_grad_enabled() and x1.requires_grad)):
             copy1 = x1.clone() if changed or self.overwritten.get(key, self.keep) else None
+            start = start if self.keep else start._replace(copy=None)
             self.ends.append(_End(start, x1, (_version(x0), _version(x1)), copy1))
-        changed = changed or torch.compiler.is_compiling()  # where nothing is counted
-        self._measure(copied if copied is not None and changed else x0, x1 if self.keep or copy1 is None else copy1, r)
+        begin = copied if copied is not None and (changed or not counted) else x0
+        self._measure(begin, x1 if self.keep or copy1 is None else copy1, r)
 
     def _measure(self, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
         known = None
