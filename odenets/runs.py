@@ -100,6 +100,8 @@ def _processor() -> str:
 class Run:
     """A run folder with ``config.json``, ``metrics.csv``, ``summary.json`` and checkpoints.
 
+    NaN and infinity are written as Python's json reads them.
+
     Args:
         folder: where; made anew, or taken up with ``resume``.
         config: what the run is, JSON-serialisable; a resumed run must be given the same.
