@@ -6,64 +6,175 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from solvers.methods import get_tableau
 from solvers.states import real_dtype
-from solvers.step import Field, Step, rk_step
+from solvers.step import Field, Step, beside, rk_step, velocity, versions_of
 
-__all__ = ["Event", "crossing", "crossings", "link", "until"]
+__all__ = ["Event", "changes", "crossing", "crossings", "link", "until", "values"]
 
 Event = Callable[[Any, Tensor], Tensor]
+
+LEVELS = (2, 4, 8, 16, 32, 64)  # parts into which a step is cut until the event function is resolved
 
 
 def until(entries: Event, t: Any, x: Tensor, *, each: bool = False) -> Event:
     """``entries`` as a function that is positive until the first of its entries changes sign.
 
     Args:
-        entries: ``(t, x)`` to a tensor.
+        entries: ``(t, x)`` to a tensor or a number; a comparison changes where it turns.
         t, x: where the solve begins.
         each: the entries of each sample, ``(B, ...)``, have a sign of their own, and the function is ``(B,)``; else it
-            is a scalar. An entry that is 0 at the start has its event there.
+            is a scalar. A number that is 0 at the start has its event there.
+
+    Raises:
+        TypeError, ValueError: the entries are no real numbers, none, not ``(B, ...)``, NaN, or x is overwritten.
     """
 
     def rows(s: Any, x: Tensor) -> Tensor:
-        found = torch.as_tensor(entries(s, x))
+        version = versions_of([x])
+        found = entries(s, x)
+        if version != versions_of([x]):
+            raise ValueError("event must not write into its input: let it begin with x = x.clone()")
+        if not isinstance(found, Tensor | int | float | np.ndarray | np.generic):
+            raise TypeError(f"event must return a tensor or a number, got {type(found).__name__}")
+        found = torch.as_tensor(found, device=x.device)
+        if found.is_complex():
+            raise TypeError(f"event must return real numbers or comparisons, got {found.dtype}")
+        if found.numel() == 0 or (each and found.shape[:1] != x.shape[:1]):
+            shape = f"({len(x)}, ...) with control='sample'" if each else "at least one number"
+            raise ValueError(f"event must return {shape}, got shape {tuple(found.shape)}")
+        if found.dtype == torch.bool:
+            found = torch.where(found, 1.0, -1.0)
+        elif not found.is_floating_point():
+            found = found.to(torch.float32)
         return found.reshape(len(x), -1) if each else found.reshape(-1)
 
-    with torch.no_grad():
-        signs = rows(t, x).sign()
+    signs = rows(t, x).detach().sign()
     if not each and bool((signs == 0).any()):
         return lambda s, x: rows(s, x).abs().min()
     return lambda s, x: (rows(s, x) * signs).amin(-1)
 
 
-def crossing(step: Step, inside: Callable[[Any], Tensor], event: Event, width: float) -> float:
-    """Where in the step, as a fraction of it, a scalar event function leaves the positive; to ``width`` in time."""
-    low, high = 0.0, 1.0
-    for _ in range(_halvings(abs(float(step.h)), width)):
+def values(event: Event, t: Any, x: Tensor, among: Any = None) -> Any:
+    """What the event function is there: a number, or an array ``(B,)`` that is 1 but for the samples ``among``.
+
+    Raises:
+        ValueError: NaN.
+    """
+    value = np.array(event(t, x).detach().tolist())
+    if among is not None and value.ndim:
+        value = np.where(among, value, 1.0)
+    if np.isnan(value).any():
+        times = np.broadcast_to(t.detach().flatten().tolist() if isinstance(t, Tensor) else t, value.shape)
+        raise ValueError(f"event must return numbers, got NaN at t = {times[np.isnan(value)].flat[0]:.6g}")
+    return value
+
+
+def changes(
+    step: Step, inside: Callable[[Any], Tensor], event: Event, start: Any, end: Any, among: Any = None
+) -> tuple[Any, Any, Any]:
+    """Whether an event function leaves the positive in a step, and between which parts of it for the first time.
+
+    The step is cut into 4 parts, and further into up to 64 until the function is resolved: every new value differs
+    from the mean of its two neighbors by less than the least of the three, so that a parabola through them has no root,
+    and where the function changes sign by less than that change. So the first of several changes in a step counts, and
+    a function that leaves and comes back within a step is noticed, if the bend shows. What lasts less than a 64th of a
+    step may be stepped over; ``Tolerance(max_step=...)`` or more steps are the remedy.
+
+    Args:
+        step: the step.
+        inside: the state at a fraction of it.
+        event: positive at the start of the step, a scalar or ``(B,)``.
+        start, end: its values there.
+        among: the samples that are looked at, ``(B,)``.
+
+    Returns:
+        Whether it changes, and the fractions of the step before and behind the change; of the shape of ``start``.
+    """
+    among = np.ones_like(np.atleast_1d(start), dtype=bool) if among is None else among
+    rows = [np.where(among, start, 1.0), np.where(among, end, 1.0)]
+    for n in LEVELS:
+        new = (np.atleast_1d(values(event, step.t + k / n * step.h, inside(k / n), among)) for k in range(1, n, 2))
+        rows = [row for pair in zip(rows, new, strict=False) for row in pair] + rows[-1:]
+        if n == 2:
+            continue
+        v = np.stack(rows)
+        first = np.where((v[1:] <= 0).any(0), 1 + (v[1:] <= 0).argmax(0), n + 1)
+        k = np.arange(1, n, 2)[:, None]
+        before, here, after = v[:-2:2], v[1::2], v[2::2]
+        bend = np.abs(here - (before + after) / 2)
+        change = np.where(k == first, before - here, here - after)
+        if ((k > first) | (bend <= np.where(k + 1 < first, np.minimum(np.minimum(before, here), after), change))).all():
+            break
+    met, high = first <= n, np.minimum(first, n) / n
+    return (met, high - 1 / n, high) if np.ndim(start) else (bool(met[0]), float(high[0] - 1 / n), float(high[0]))
+
+
+def crossing(
+    step: Step, inside: Callable[[Any], Tensor], event: Event, width: float, between: tuple[float, float] | None = None
+) -> float:
+    """Where in the step, as a fraction of it, a scalar event function first leaves the positive; to ``width`` in time.
+
+    Args:
+        step: the step.
+        inside: the state at a fraction of it.
+        event: positive at the start of the step, not at its end.
+        width: in time.
+        between: fractions of the step before and behind the change, as :func:`changes` finds them.
+    """
+    if between is None:
+        _, *between = changes(step, inside, event, 1.0, -1.0)  # type: ignore[assignment]
+    assert between is not None
+    low, high = between
+    for _ in range(_halvings(abs(float(step.h)) * (high - low), width)):
         middle = (low + high) / 2
-        if float(event(step.t + middle * step.h, inside(middle))) > 0:
+        if values(event, step.t + middle * step.h, inside(middle)) > 0:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def crossings(step: Step, inside: Callable[[Any], Tensor], event: Event, width: float) -> Tensor:
-    """:func:`crossing` for each sample of a step with a size per sample, in the shape of ``step.h``."""
+def crossings(
+    step: Step, inside: Callable[[Any], Tensor], event: Event, width: float, low: Any, high: Any, among: Any
+) -> Any:
+    """:func:`crossing` for the samples ``among`` of a step with a size per sample, ``(B,)``."""
     assert isinstance(step.h, Tensor)
-    low, high = torch.zeros_like(step.h), torch.ones_like(step.h)
-    for _ in range(_halvings(float(step.h.abs().max()), width)):
+    longest = float(step.h.detach().abs().max())
+    for _ in range(_halvings(longest * float((high - low).max()), width)):
         middle = (low + high) / 2
-        positive = (event(step.t + middle * step.h, inside(middle)) > 0).reshape(low.shape)
-        low, high = torch.where(positive, middle, low), torch.where(positive, high, middle)
+        theta = beside(middle, step.x0)
+        positive = values(event, step.t + theta * step.h, inside(theta), among) > 0
+        low, high = np.where(positive, middle, low), np.where(positive, high, middle)
     return (low + high) / 2
 
 
 def _halvings(h: float, width: float) -> int:
-    return max(1, min(60, math.ceil(math.log2(h / max(width, 1e-15)))))
+    return max(1, min(60, math.ceil(math.log2(max(h, 1e-300) / max(width, 1e-15)))))
+
+
+class _WithoutSlope(torch.autograd.Function):
+    """Time and state of an event whose function has no slope: as they are, and no gradient, not even a silent zero."""
+
+    @staticmethod
+    def forward(s: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return s.clone(), x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ValueError(
+            "event has no slope at its change, as a comparison (bool), a rounded number or a detached value has none, "
+            "so the time of the event has no gradient: return a difference, as y.mean() - 0.01 in place of "
+            "y.mean() > 0.01, or detach what the solve returns"
+        )
 
 
 def link(field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -71,12 +182,12 @@ def link(field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = 
 
     Newton steps from the event found, which change no value: the event function is constant along the solution it
     defines, so ``t - event / (d event / dt)`` has the derivatives of t. A second step makes those of second order
-    right.
+    right. Where the event function has no slope, a backward pass raises.
 
     Args:
         field: velocity ``v(t, x)``.
         event: ``(t, x)`` to a scalar, or ``(B,)`` where s is a time per sample.
-        s: the time, float64, of a shape that broadcasts against the state.
+        s: the time, float64 (float32 on a device without), of a shape that broadcasts against the state.
         x: the state there.
         met: the samples that met the event, ``(B,)`` on the device; the others stay as they are. All if not given.
     """
@@ -85,19 +196,23 @@ def link(field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = 
     if not (x.requires_grad or s.requires_grad or event(s, x).requires_grad):  # what the event itself depends on
         return s, x
     for method in ("midpoint", "euler"):
-        velocity = field(s, x)
+        step = velocity(field, s, x)
         at = s if s.requires_grad else s.detach().requires_grad_()
         where = x if x.requires_grad else x.detach().requires_grad_()
         value = event(at, where)
+        if not value.requires_grad:
+            return _WithoutSlope.apply(s, x)  # type: ignore[return-value]
         slope_t, slope_x = torch.autograd.grad(value.sum(), (at, where), create_graph=True, allow_unused=True)
         rate = torch.zeros_like(value) if slope_t is None else slope_t.reshape(value.shape).to(value.dtype)
         if slope_x is not None:
-            product = (slope_x.conj() * velocity).real if x.is_complex() else slope_x * velocity
+            product = (slope_x.conj() * step).real if x.is_complex() else slope_x * step
             rate = rate + (product.sum() if value.ndim == 0 else product.flatten(1).sum(1))
         fall = value.detach() - value
         if met is not None:
             fall, rate = fall * met, torch.where(met, rate, 1.0)
+        if bool((rate.detach() == 0).any()):
+            return _WithoutSlope.apply(s, x)  # type: ignore[return-value]
         moved = (fall / rate).reshape(s.shape)
-        x = rk_step(field, s, x, moved.to(real_dtype(x)), get_tableau(method), velocity, closing=False).x1
+        x = rk_step(field, s, x, moved.to(real_dtype(x)), get_tableau(method), step, closing=False).x1
         s = s + moved
     return s, x

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from solvers.step import Field, Step
+from solvers.step import Field, Step, velocity
 
 __all__ = ["hermite", "interpolant"]
 
@@ -25,7 +25,7 @@ def interpolant(step: Step, field: Field) -> Callable[[Any], Tensor]:
     """
     if step.tableau.dense is not None and len(step.stages) == step.tableau.stages:
         return step.at
-    return partial(hermite, step, field(step.t + step.h, step.x1))
+    return partial(hermite, step, velocity(field, step.t + step.h, step.x1, step.tableau.interior))
 
 
 def hermite(step: Step, last: Tensor, theta: Any) -> Tensor:

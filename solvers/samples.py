@@ -13,7 +13,7 @@ from solvers.controllers import SampleController, SampleStates
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.solution import SampleStatistics
 from solvers.states import real_dtype
-from solvers.step import Field, Step, beside, rk_step
+from solvers.step import Field, Step, beside, check_unchanged, rk_step, velocity, versions_of
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, numbers
 
@@ -43,7 +43,9 @@ class SampleLoop:
 
     Times and step sizes are float64 arrays on the host, where the controller works on all of them at once; the device
     is waited for once per attempt. A finished sample stays in the batch and takes steps of size 0 until the last has
-    finished, so that whatever the field knows of its samples, by position, stays true.
+    finished, so that whatever the field knows of its samples, by position, stays true. The field is asked within
+    ``[t0, t1]`` of each sample, rounded to the precision of the state. An interval too short for a number of that
+    precision is over at once.
 
     Args:
         field: velocity ``v(t, x)``, with ``t`` of shape ``(B, 1, ..., 1)``.
@@ -65,17 +67,25 @@ class SampleLoop:
         *,
         raises: bool = True,
     ) -> None:
-        real = real_dtype(x)
-        self.field: Field = lambda t, x: field(t.to(real), x)  # type: ignore[union-attr]
-        self.x, self.t, self.t1 = x, t0, t1
+        self.x, self.t, self.t1 = x, t0, np.where(_over_at_once(t0, t1, x), t0, t1)
         self.tableau, self.tolerance, self.controller, self.raises = tableau, tolerance, controller, raises
         self.direction = np.where(t1 >= t0, 1.0, -1.0)
-        self.moving = t0 != t1
+        self.moving = self.t != self.t1
+        self._field, self._real = field, real_dtype(x)
+        self._bounds = _inward(np.minimum(t0, self.t1), np.maximum(t0, self.t1), x)
         self.calls = 0
         self.counts = np.zeros((3, len(x)), dtype=np.int64)
         self.failures: dict[int, SolverError] = {}
+        self._hopeless: Array | bool = False
         self._parked: list[tuple[Tensor, Tensor]] = []
         self._t = self.t
+
+    def field(self, t: Any, x: Tensor) -> Tensor:
+        """The velocity at the times t, in the precision of the state and within the interval of each sample.
+
+        The field gets a tensor of its own, so that no write of its own reaches the times of the solve.
+        """
+        return self._field(t.to(self._real).clamp(*self._bounds), x)
 
     @property
     def stats(self) -> SampleStatistics:
@@ -97,18 +107,24 @@ class SampleLoop:
             StepUnderflowError, MaxStepsError, NonFiniteError: a sample cannot go on, where that raises.
         """
         order = self.tableau.error_order
-        first = self.field(beside(self.t, self.x), self.x)
+        if not self.moving.any():
+            return
+        first = velocity(self.field, beside(self.t, self.x), self.x)
+        version = versions_of([first])
         self._count(1)
         states = self._first_states(first, order)
+        check_unchanged([first], version)
         ratio, bad_stage = np.full_like(self.t, np.nan), np.where(np.isfinite(states.h), -1, 0)
-        attempts = 0
+        attempts, largest = 0, min(self.tolerance.max_step, torch.finfo(beside(self.t, self.x).dtype).max)
         while self.moving.any():
-            size = np.clip(states.h, self.tolerance.min_step, self.tolerance.max_step)
+            size = np.clip(states.h, self.tolerance.min_step, largest)
             left = np.abs(self.t1 - self.t)
-            self._fail_where_stuck(size, left, ratio, bad_stage, attempts)
+            smallest = 10 * np.spacing(np.abs(self.t))
+            near = left <= smallest
+            self._fail_where_stuck(size, smallest, near, ratio, bad_stage, attempts)
             if not self.moving.any():
                 return
-            last = size >= left
+            last = (size >= left) | near
             h = self.direction * np.where(self.moving, np.where(last, left, size), 0.0)
             step = rk_step(self.field, beside(self._t, self.x), self.x, beside(h, self.x), self.tableau, first)
             self._count(len(step.stages) - (first is not None))
@@ -117,10 +133,14 @@ class SampleLoop:
                 ratio = self.tolerance.ratios(step)
             finite = np.isfinite(ratio) | ~self.moving
             before = states.errors
-            states = self.controller.each(states._replace(h=np.abs(h)), ratio, order)
-            accepted = self.moving & (states.accepted | (finite & (size <= self.tolerance.min_step)))
+            states = _checked(self.controller.each(states._replace(h=np.abs(h)), ratio, order), self.controller)
+            if self.tolerance.min_step:
+                near = near | (np.minimum(size, np.abs(h)) <= self.tolerance.min_step)
+            taken = self.moving & (states.accepted | near)
+            accepted = taken & finite
             if not finite.all():
                 bad_stage = np.where(finite, bad_stage, _first_not_finite(step))
+                self._hopeless = taken & ~finite  # no smaller step is allowed, or asked for by the controller
                 if torch.is_grad_enabled():  # a NaN beside good samples would reach their gradients: all try again
                     states = states._replace(h=np.where(accepted, np.abs(h), states.h), errors=before)
                     accepted = np.zeros_like(accepted)
@@ -129,7 +149,7 @@ class SampleLoop:
             if not accepted.any():
                 first = step.stages[0]
                 continue
-            everyone = bool((accepted == self.moving).all())
+            everyone = bool(accepted.all())  # a sample at rest may have no finite velocity
             took = beside(accepted, self.x)
             self.x = step.x1 if everyone else torch.where(took, step.x1, self.x)
             first = step.stages[-1] if self.tableau.fsal else None
@@ -159,19 +179,19 @@ class SampleLoop:
         if size is None:
             with torch.no_grad():
                 t, direction = (beside(v, self.x) for v in (self.t, self.direction))
-                x, p = self.x.detach(), first.detach()
-                span = torch.from_numpy(np.abs(self.t1 - self.t)).to(self.x.device)
-                found = self.tolerance.choose_first_steps(self.field, t, x, p, direction, order, span)
-                h = np.array(numbers(found))
+                span = beside(np.abs(self.t1 - self.t), self.x).flatten()
+            found = self.tolerance.choose_first_steps(self.field, t, self.x, first, direction, order, span)
+            h = np.array(numbers(found))
             self._count(1)
         else:
             h = np.full_like(self.t, size)
         ones = np.ones_like(self.t)
         return SampleStates(h, np.ones_like(self.moving), (ones, ones))
 
-    def _fail_where_stuck(self, size: Array, left: Array, ratio: Array, bad_stage: Array, attempts: int) -> None:
-        smallest = 10 * np.spacing(np.abs(self.t))
-        stuck = self.moving & ~(size >= smallest) & (left > smallest)
+    def _fail_where_stuck(
+        self, size: Array, smallest: Array, near: Array, ratio: Array, bad_stage: Array, attempts: int
+    ) -> None:
+        stuck = self.moving & (~(near | (size >= smallest)) | self._hopeless)
         if attempts >= self.tolerance.max_steps:
             stuck = self.moving.copy()
         for i in map(int, stuck.nonzero()[0]):
@@ -188,6 +208,8 @@ class SampleLoop:
                 error = NonFiniteError(
                     "NaN or infinity, and no smaller step avoids it", stage=stage if stage >= 0 else None, **where
                 )
+            elif np.isnan(size[i]):
+                raise ValueError(f"controller must return step sizes h >= 0, got nan from {self.controller!r:.80}")
             else:
                 error = StepUnderflowError(
                     f"the error asks for a step below {smallest[i]:.3g}; {last}: "
@@ -208,6 +230,8 @@ class SampleLoop:
         self._parked.append((mask, self.x))
         self.x = torch.where(mask, self.x[other].detach(), self.x)
         self._t = np.where(samples, self.t[other], self._t)
+        low, high = (torch.where(mask, bound[other], bound) for bound in self._bounds)
+        self._bounds = low, high
 
 
 def align(accepted: Array, start: Array, end: Array) -> tuple[Array, Array]:
@@ -222,6 +246,46 @@ def align(accepted: Array, start: Array, end: Array) -> tuple[Array, Array]:
     order = np.argsort(~accepted, axis=0, kind="stable")[: accepted.sum(0).max(initial=0)]
     taken, start, end = (np.take_along_axis(v, order, 0) for v in (accepted, start, end))
     return np.where(taken, start, end), np.where(taken, end - start, 0.0)
+
+
+def _checked(states: SampleStates, controller: SampleController) -> SampleStates:
+    """What a controller returned.
+
+    Raises:
+        TypeError: it is no state.
+    """
+    if not isinstance(states, SampleStates):
+        raise TypeError(f"controller must return SampleStates, got {type(states).__name__} from {controller!r:.80}")
+    return states
+
+
+def _over_at_once(t0: Array, t1: Array, x: Tensor) -> Array:
+    """The samples whose interval is 0 in the precision of the step sizes, ``(B,)``."""
+    return np.abs(t1 - t0).astype(np.float64 if real_dtype(x) == torch.float64 else np.float32) == 0
+
+
+def _inward(low: Array, high: Array, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds in the precision of the state, inside ``[low, high]`` where a number of that precision lies there."""
+    real = real_dtype(x)
+    if real != torch.float64:
+        narrow = [(low, np.inf), (high, -np.inf)]
+        low, high = (_rounded(exact, np.float32(end)) for exact, end in narrow)
+        low, high = np.minimum(low, high), np.maximum(low, high)
+    bounds = (beside(low, x), beside(high, x))
+    if real.itemsize == 4 or real == torch.float64:
+        return bounds
+    lows, highs = (b.cpu().to(real) for b in bounds)
+    ends = (torch.full_like(lows, torch.inf), torch.full_like(lows, -torch.inf))
+    lows = torch.where(lows < bounds[0].cpu(), torch.nextafter(lows, ends[0]), lows)
+    highs = torch.where(highs > bounds[1].cpu(), torch.nextafter(highs, ends[1]), highs)
+    return torch.minimum(lows, highs).to(x.device), torch.maximum(lows, highs).to(x.device)
+
+
+def _rounded(exact: Array, towards: np.float32) -> Array:
+    """As float32, not on the other side of the exact number than ``towards``, an infinity."""
+    with np.errstate(over="ignore"):
+        near = exact.astype(np.float32)
+    return np.where((near < exact) if towards > 0 else (near > exact), np.nextafter(near, towards), near)
 
 
 def _first_not_finite(step: Step) -> Array:

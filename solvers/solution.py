@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,8 @@ class Solution:
         steps: the accepted steps, with ``keep="steps"``.
         stats: counts.
         status: "finished", "event", or why the solve stopped before its end.
-        event_time: the time of the event, a float64 tensor that gradients flow through; None if there was none.
+        event_time: the time of the event, a tensor that gradients flow through, float64 or, on a device that has none,
+            float32; None if there was none. ``t1`` is the same as a number.
     """
 
     times: tuple[Any, ...]
@@ -98,7 +100,10 @@ class Solution:
             return self._x0
         ends = [direction * float(step.t + step.h) for step in self.steps[:-1]]
         step = self.steps[bisect_left(ends, direction * time)]
-        return interpolant(step, self._field)((t - step.t) / step.h)
+        theta: Any = (time - step.t) / step.h if step.h else 0.0
+        if isinstance(t, Tensor) and step.h:  # the value from numbers, the gradient from t
+            theta = theta + (t - t.detach()) / step.h
+        return interpolant(step, self._field)(theta)
 
 
 @dataclass(frozen=True)
@@ -127,28 +132,35 @@ class SampleSolution(Solution):
     sample_stats: SampleStatistics | None = None
 
     def _at(self, t: float | Tensor) -> Tensor:
-        first, last, time = self.times[0], self.times[-1], _number(t)
-        slack = _rounding(t) * torch.maximum(first.abs(), last.abs())
-        outside = (time < torch.minimum(first, last) - slack) | (time > torch.maximum(first, last) + slack)
+        ends, time = [time.numpy() for time in self.times], _number(t)
+        first, last = ends[0], ends[-1]
+        slack = _rounding(t) * np.maximum(np.abs(first), np.abs(last))
+        outside = (time < np.minimum(first, last) - slack) | (time > np.maximum(first, last) + slack)
         if outside.any():
-            i = int(outside.nonzero()[0])
+            i = int(outside.argmax())
             raise ValueError(f"t must lie between {first[i]:g} and {last[i]:g} for sample {i}, got {time:g}")
-        within = torch.tensor(time, dtype=torch.float64).clamp(torch.minimum(first, last), torch.maximum(first, last))
+        within = np.clip(time, np.minimum(first, last), np.maximum(first, last))
         assert self._x0 is not None
         assert self._field is not None
         waiting = first != last
-        rows, found = [self._x0[~waiting]], [(~waiting).nonzero().flatten()]
-        for step, samples, start, end in zip(self.steps, self.samples, self.times, self.times[1:], strict=False):
+        rest = (~waiting).nonzero()[0]
+        rows, order = [self._x0[torch.from_numpy(rest)]], [rest]
+        for step, samples, start, end in zip(self.steps, self.samples, ends, ends[1:], strict=False):
+            samples = samples.numpy()
             start, end = start[samples], end[samples]
             here = waiting[samples] & ((end - within[samples]) * (end - start) >= 0)
             if here.any():
-                part = step.of_samples(here.nonzero().flatten().to(step.x0.device))
-                inside = interpolant(part, partial(self._velocity, samples[here].to(step.x0.device)))
+                part = step.of_samples(torch.from_numpy(here.nonzero()[0]).to(step.x0.device))
+                assert isinstance(part.h, Tensor)
+                inside = interpolant(part, partial(self._velocity, torch.from_numpy(samples[here]).to(step.x0.device)))
                 # the step of a sample that met its event goes on beyond it: theta is a part of h
-                rows.append(inside((t - beside(start[here].numpy(), step.x0)) / part.h))
-                found.append(samples[here])
+                theta = beside(within[samples[here]] - start[here], step.x0) / part.h
+                if isinstance(t, Tensor):
+                    theta = theta + (t - t.detach()) / part.h
+                rows.append(inside(theta))
+                order.append(samples[here])
                 waiting[samples[here]] = False
-        return torch.cat(rows)[torch.cat(found).argsort()]
+        return torch.cat(rows)[torch.from_numpy(np.concatenate(order).argsort())]
 
     def _velocity(self, samples: Tensor, t: Any, x: Tensor) -> Tensor:
         """The field for some samples, asked with all of them in their places: it may know them by position."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor
 
 from solvers.errors import SolverError
-from solvers.events import Event, crossing, crossings, link, until
+from solvers.events import Event, changes, crossing, crossings, link, until, values
 from solvers.interpolation import interpolant
 from solvers.samples import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics, Status
-from solvers.states import real_dtype
-from solvers.step import Field, Step, advance, beside
-from solvers.stepping import adaptive_steps, fixed_steps
+from solvers.states import exact, real_dtype
+from solvers.step import Field, Step, advance, beside, check_unchanged, versions_of
+from solvers.stepping import adaptive_steps, fixed_steps, span
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
@@ -62,8 +63,10 @@ class Task(NamedTuple):
 
     @property
     def grid(self) -> list[float]:
-        """The times of equal steps."""
+        """The times of equal steps; no steps in no time."""
         assert self.steps is not None
+        if self.t0 == self.t1:
+            return [self.t0]
         return [self.t0 + (self.t1 - self.t0) * i / self.steps for i in range(self.steps)] + [self.t1]
 
 
@@ -75,8 +78,8 @@ def _solve_batch(task: Task) -> Solution:
         grid = task.grid
         if task.keep == "last" and not watched:
             for start, end in pairwise(grid):
-                x = advance(task.field, start, x, end - start, task.tableau)
-            stats = Statistics(task.steps * task.tableau.interior, task.steps)
+                x = advance(task.field, start, x, span(start, end), task.tableau)
+            stats = Statistics((len(grid) - 1) * task.tableau.interior, len(grid) - 1)
             return Solution((task.t1,), (task.unpack(x),), (), stats)
         loop = fixed_steps(task.field, x, grid, task.tableau, closing=watched or task.keep == "steps", stats=stats)
     else:
@@ -84,14 +87,20 @@ def _solve_batch(task: Task) -> Solution:
     kept = _Kept(task, [t], [x])
     try:
         event = until(task.event, t, x) if task.event is not None else None
-        if event is not None and _met(event, t, x):
-            return kept.solution(stats, "event", torch.tensor(t, dtype=torch.float64, device=x.device))
+        value = 1.0 if event is None else values(event, t, x)
+        if value <= 0:
+            return kept.solution(stats, "event", exact(t, x.device))
         for step in loop:
             t, x = float(step.t + step.h), step.x1
-            if event is not None and _met(event, t, x):
-                time, x = _at_event(task, step, event)
-                kept.add(float(time.detach()), x, step)
-                return kept.solution(stats, "event", time)
+            if event is not None:
+                before, value = value, values(event, t, x)
+                found = _change(step, task.field, event, before, value)
+                if found is not None:
+                    inside, _, low, high = found
+                    t = step.t + crossing(step, inside, event, _width(step), (low, high)) * step.h
+                    time, x = link(task.field, event, exact(t, x.device), inside((t - step.t) / step.h))
+                    kept.add(t, x, step)
+                    return kept.solution(stats, "event", time)
             kept.add(t, x, step)
     except SolverError as error:
         error.solution = kept.solution(replace(stats), error.status)
@@ -112,6 +121,7 @@ class _Kept:
 
     def __post_init__(self) -> None:
         self.steps: list[Step] = []
+        self.versions: list[list[int] | None] = []
         self.samples: list[Tensor] = []
 
     def add(self, t: Any, x: Tensor, step: Step) -> None:
@@ -123,6 +133,7 @@ class _Kept:
         self.states.append(x)
         if self.task.keep == "steps":
             self.steps.append(step)
+            self.versions.append(versions_of(step.stages))
 
     def solution(self, stats: Statistics, status: Status = "finished", event_time: Tensor | None = None) -> Solution:
         """As the caller sees it."""
@@ -132,8 +143,8 @@ class _Kept:
         """The same, with control per sample."""
         counts = loop.stats
         stats = Statistics(loop.calls, int(counts.accepted.sum()), int(counts.rejected.sum()))
-        _, *common = self._common(stats, status, event_time)
-        times = tuple(torch.from_numpy(t) for t in self.times)
+        _, *common = self._common(stats, status, event_time, loop.field)
+        times = tuple(exact(t, torch.device("cpu")) for t in self.times)
         return SampleSolution(
             times,
             *common,
@@ -141,16 +152,35 @@ class _Kept:
             sample_stats=counts,
         )
 
-    def _common(self, stats: Statistics, status: Any, event_time: Tensor | None) -> tuple[Any, ...]:
-        dense = self.task.field if self.task.keep == "steps" else None
+    def _common(
+        self, stats: Statistics, status: Any, event_time: Tensor | None, field: Field | None = None
+    ) -> tuple[Any, ...]:
+        for step, versions in zip(self.steps, self.versions, strict=True):
+            check_unchanged(step.stages, versions)
+        dense = (field or self.task.field) if self.task.keep == "steps" else None
         states = tuple(self.task.unpack(x) for x in self.states)
         common = (tuple(self.times), states, tuple(self.steps), stats, status, event_time)
         return *common, dense, self.task.unpack, self.task.x0
 
 
-def _met(event: Event, t: Any, x: Tensor) -> bool:
-    with torch.no_grad():
-        return float(event(t, x)) <= 0
+def _change(
+    step: Step, field: Field, event: Event, start: Any, end: Any, among: Any = None
+) -> tuple[Callable[[Any], Tensor], Any, Any, Any] | None:
+    """The state inside a step in which the event function changes, and what :func:`changes` returns; None without one.
+
+    Where the method has no interpolant of its own a parabola is looked at first, which costs no field evaluation.
+    """
+    if step.tableau.dense is None and not np.any(changes(step, partial(_parabola, step), event, start, end, among)[0]):
+        return None
+    inside = interpolant(step, field)
+    met, low, high = changes(step, inside, event, start, end, among)
+    return (inside, met, low, high) if np.any(met) else None
+
+
+def _parabola(step: Step, theta: float) -> Tensor:
+    """Through both ends of a step with the velocity of its start."""
+    rise, slope = step.x1 - step.x0, step.stages[0] * step.h
+    return (step.x0 + theta * (slope + theta * (rise - slope))).to(step.x0.dtype)
 
 
 def _width(step: Step) -> float:
@@ -159,35 +189,32 @@ def _width(step: Step) -> float:
     return torch.finfo(step.x0.dtype).eps * max(span, 1e-30)
 
 
-def _at_event(task: Task, step: Step, event: Event) -> tuple[Tensor, Tensor]:
-    inside = interpolant(step, task.field)
-    with torch.no_grad():
-        theta = crossing(step, inside, event, _width(step))
-    time = torch.tensor(step.t + theta * step.h, dtype=torch.float64, device=step.x0.device)
-    return link(task.field, event, time, inside(theta))
-
-
 def _solve_samples(task: Task) -> SampleSolution:
     """With a time and a step size per sample."""
     loop = SampleLoop(
         task.field, task.x0, task.t0, task.t1, task.tableau, task.tolerance, task.controller, raises=task.raises
     )
     kept = _Kept(task, [loop.t], [loop.states])
-    event, times = None, None
+    event, times, value = None, None, np.ones_like(loop.t)
     met = np.zeros_like(loop.moving)
     if task.event is not None:
-        event = until(task.event, beside(loop.t, task.x0), task.x0, each=True)
-        met = _met_by(event, loop.t, loop.states)
-        times = torch.from_numpy(np.where(met, loop.t, np.nan)).to(task.x0.device)
+        event, begin = until(task.event, beside(loop.t, task.x0), task.x0, each=True), beside(loop.t, task.x0)
+        value = values(event, begin, task.x0)
+        met = value <= 0
+        times = exact(np.where(met, loop.t, np.nan), task.x0.device)
         loop.stop(met)
+    before = loop.t
     try:
         for step, accepted, t, x in loop.rounds():
             if event is not None and times is not None:
-                now = accepted & _met_by(event, t, x)
-                if now.any():
-                    times, t, x = _at_events(task, loop.field, step, event, now, times, t, x)
+                end = values(event, beside(t, x), x, accepted)
+                found = _change(step, loop.field, event, value, end, accepted)
+                value = np.where(accepted, end, value)
+                if found is not None:
+                    now, times, t, x = _at_events(loop, step, event, found, before, times, (t, x))
                     loop.move(now, t, x)
                     met = met | now
+            before = t
             if task.keep == "steps":
                 samples = torch.from_numpy(accepted).nonzero().flatten()
                 kept.samples.append(samples)
@@ -207,23 +234,34 @@ def _status(loop: SampleLoop, met: np.ndarray, error: SolverError | None = None)
     return tuple(found)
 
 
-def _met_by(event: Event, t: np.ndarray, x: Tensor) -> np.ndarray:
-    with torch.no_grad():
-        return np.array((event(beside(t, x), x) <= 0).tolist())
-
-
 def _at_events(
-    task: Task, field: Field, step: Step, event: Event, now: np.ndarray, times: Tensor, t: np.ndarray, x: Tensor
-) -> tuple[Tensor, np.ndarray, Tensor]:
-    """Event times, times and states, where the samples ``now`` are moved to their event inside the step."""
-    inside = interpolant(step, field)
-    with torch.no_grad():
-        theta = crossings(step, inside, event, _width(step))
+    loop: SampleLoop,
+    step: Step,
+    event: Event,
+    found: tuple[Callable[[Any], Tensor], Any, Any, Any],
+    before: np.ndarray,
+    times: Tensor,
+    after: tuple[np.ndarray, Tensor],
+) -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
+    """The samples that meet their event inside the step, the event times, and times and states with those moved there.
+
+    Args:
+        loop: the solve.
+        step: the step.
+        event: positive until the event, ``(B,)``.
+        found: the result of :func:`_change`.
+        before: times at the start of the step, ``(B,)``.
+        times: event times so far, ``(B,)``.
+        after: times and states at the end of the step.
+    """
+    inside, now, low, high = found
+    t, x = after
+    theta = crossings(step, inside, event, _width(step), low, high, now)
+    at = np.where(now, before + theta * (t - before), t)
     mask = torch.from_numpy(now).to(x.device)
-    s, x_event = link(field, event, (step.t + theta * step.h).double(), inside(theta), mask)
-    times = torch.where(mask, s.flatten(), times)
-    at = np.where(now, np.array(s.detach().flatten().tolist()), t)
-    return times, at, torch.where(beside(now, x), x_event, x)
+    s = exact(at, x.device).view_as(step.h)  # type: ignore[arg-type]
+    s, end = link(loop.field, event, s, inside(beside(theta, x)), mask)
+    return now, torch.where(mask, s.flatten(), times), at, torch.where(beside(now, x), end, x)
 
 
 def follow(task: Task, found: Solution, x: Tensor) -> Solution:
@@ -232,9 +270,9 @@ def follow(task: Task, found: Solution, x: Tensor) -> Solution:
     if time is not None and task.event is not None:
         if isinstance(found, SampleSolution):
             event = until(task.event, beside(task.t0, task.x0), task.x0, each=True)
-            ends = found.times[-1].numpy()
+            ends = found.times[-1].numpy().astype(np.float64)
             moved = ~time.isnan() & torch.from_numpy(ends != task.t0).to(time.device)
-            s = beside(ends, x).double()
+            s = exact(ends, x.device).view(-1, *[1] * (x.ndim - 1))
             field: Field = lambda t, x: task.field(t.to(real_dtype(x)), x)  # type: ignore[union-attr]  # noqa: E731
             s, x = link(field, event, s, x, moved)
             time = torch.where(moved, s.flatten(), time)

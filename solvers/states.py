@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Packing", "check_state", "is_mapped", "is_transformed", "real_dtype"]
+__all__ = ["Packing", "check_state", "exact", "is_mapped", "is_transformed", "real_dtype"]
 
 
 def check_state(x: object, name: str = "x") -> None:
@@ -49,6 +50,15 @@ def _check_finite(x: Tensor, name: str) -> None:
 def real_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the numbers of a floating or complex tensor, which is that of its times and step sizes."""
     return x.dtype.to_real() if x.is_complex() else x.dtype
+
+
+def exact(numbers: Any, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor, float64, or float32 on a device that has no float64."""
+    wide = np.array(numbers, dtype=np.float64)
+    try:
+        return torch.from_numpy(wide).to(device)
+    except (TypeError, RuntimeError):
+        return torch.from_numpy(wide.astype(np.float32)).to(device)
 
 
 def is_transformed(x: Tensor) -> bool:

@@ -7,15 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, is_inference_mode_enabled
+from torch._C._functorch import maybe_current_level
+from torch.compiler import is_compiling
 
-from solvers.reductions import combine, finish_step
+from solvers.kernels.aten import combination
+from solvers.reductions import SMALL, combine, finish_step
 from solvers.states import real_dtype
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["Field", "Step", "advance", "beside", "rk_step"]
+__all__ = ["Field", "Step", "advance", "beside", "check_unchanged", "rk_step", "velocity", "versions_of"]
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
+_SEVERAL = (list, tuple)
 
 
 def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -55,9 +59,10 @@ class Step(NamedTuple):
     def error(self) -> Tensor:
         """Embedded error ``h * sum_i (b_i - b_low_i) p_i``, ``(B, *S)``.
 
-        With one field for all stages (tied) it is ``O(h^(q+1))`` for the lower order q: halving h divides BS23's
-        by 8. With a field per stage (untied) the stages are not samples of one velocity, their differences do not
-        vanish with h, and halving h only halves it.
+        With one smooth field for all stages (tied) it is ``O(h^(q+1))`` for the lower order q: halving h divides
+        BS23's by 8. A field with kinks has no such order: by 5.5 to 5.8 for the ReLU fields of ``ConvField`` at their
+        first weights. With a field per stage (untied) the stages are not samples of one velocity, their differences do
+        not vanish with h, and halving h only halves it.
 
         Raises:
             ValueError: the method has no embedded lower order, or the closing stage was not evaluated.
@@ -150,6 +155,11 @@ def rk_step(
 ) -> Step:
     """One step from ``x`` at ``t``.
 
+    A field may return its input, or the same tensor again and again, but neither write into its input nor into what it
+    has returned: torch's counts of such writes are compared. Where torch does not count (``torch.inference_mode``,
+    ``torch.compile``, ``torch.func``) the field gets a copy of x and its stages are copied. Writes that pass torch by
+    (``x.data``, NumPy) are not noticed.
+
     Args:
         field: the velocity ``v(t, x)``, or one callable per stage.
         t: time at the start.
@@ -162,7 +172,7 @@ def rk_step(
             stage), "action", "residue".
 
     Raises:
-        ValueError, TypeError: the field changes shape, device or (outside autocast) dtype.
+        ValueError, TypeError: the field changes shape, device or (outside autocast) dtype, or writes where it must not.
 
     >>> import torch
     >>> from solvers import get_tableau
@@ -170,10 +180,10 @@ def rk_step(
     >>> round(step.x1.item(), 5)
     0.90483
     """
-    fields = field if isinstance(field, list | tuple) else None
+    fields = field if isinstance(field, _SEVERAL) else None
     if fields is not None and len(fields) != tableau.stages:
         raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
-    stages, known = _evaluate(field, t, x, h, tableau, () if first is None else (first,)), None
+    (stages, versions, add), known = _evaluate(field, t, x, h, tableau, () if first is None else (first,)), None
     if finding and (not isinstance(h, Tensor) or h.numel() in (1, len(x))):
         end, known = finish_step(
             x, stages, tableau, h,
@@ -183,12 +193,14 @@ def rk_step(
         assert end is not None  # for it was asked
         x1 = end
     else:
-        x1 = combine(x, stages, tableau.b, h)
+        x1 = add(x, stages, tableau.b, h)
     for i in range(len(stages), tableau.stages if closing else 0):
         ends = tableau.fsal and i == tableau.stages - 1
-        point, time = (x1, t + h) if ends else (combine(x, stages, tableau.a[i], h), t + tableau.c[i] * h)
-        p = (field if fields is None else fields[i])(time, point)  # type: ignore[operator]
-        stages = (*stages, _checked(p, x, i))
+        point, time = (x1, t + h) if ends else (add(x, stages, tableau.a[i], h), t + tableau.c[i] * h)
+        v = field if fields is None else fields[i]
+        stages = (*stages, _velocity(v, time, point, i, versions is None))  # type: ignore[arg-type]
+    if versions and len(stages) > 1:
+        check_unchanged(stages, versions)
     return Step(t, h, x, x1, stages, tableau, known)
 
 
@@ -196,7 +208,10 @@ def advance(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
 ) -> Tensor:
     """The state at the end of a step; :func:`rk_step` says more."""
-    return combine(x, _evaluate(field, t, x, h, tableau), tableau.b, h)
+    stages, versions, add = _evaluate(field, t, x, h, tableau)
+    if versions and len(stages) > 1:
+        check_unchanged(stages, versions)
+    return add(x, stages, tableau.b, h)
 
 
 def _evaluate(
@@ -206,20 +221,87 @@ def _evaluate(
     h: float | Tensor,
     tableau: ButcherTableau,
     stages: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, ...]:
-    """The stages that the end of a step needs, those given first.
+) -> tuple[tuple[Tensor, ...], list[int] | None, Callable[..., Tensor]]:
+    """The stages that the end of a step needs, those given first; their versions, or None; and what adds them up.
 
     One function without calls of ours but :func:`combine`, since a small field takes no longer than a few of them.
     """
-    one = not isinstance(field, list | tuple)
-    shape, dtype, device = x.shape, x.dtype, x.device
+    one, a, c = not isinstance(field, _SEVERAL), tableau.a, tableau.c
+    if _uncounted(x):
+        for i in range(len(stages), tableau.interior):
+            point = combine(x, stages, a[i], h) if i else x
+            v = field if one else field[i]  # type: ignore[index]
+            stages = (*stages, _velocity(v, t + c[i] * h if i else t, point, i, True))  # type: ignore[arg-type]
+        return stages, None, combine
+    shape, dtype, device, version = x.shape, x.dtype, x.device, x._version
+    add = combination if x.numel() <= SMALL else combine
+    versions = [p._version for p in stages] if stages else []
     for i in range(len(stages), tableau.interior):
-        point = combine(x, stages, tableau.a[i], h) if i else x
-        p = (field if one else field[i])(t + tableau.c[i] * h if i else t, point)  # type: ignore[operator, index]
+        point = add(x, stages, a[i], h) if i else x
+        p = (field if one else field[i])(t + c[i] * h if i else t, point)  # type: ignore[operator, index]
+        if x._version != version:
+            raise _overwritten(i)
         if type(p) is not Tensor or p.dtype != dtype or p.device != device or p.shape != shape:
             p = _checked(p, x, i)
+        try:
+            versions.append(p._version)
+        except RuntimeError:  # made by the field in inference mode, where torch does not count
+            p = p.clone()
+            versions.append(p._version)
         stages = (*stages, p)
-    return stages
+    return stages, versions, add
+
+
+def velocity(field: Field, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
+    """One call of the field, checked as :func:`rk_step` checks it.
+
+    Raises:
+        ValueError, TypeError: as there.
+    """
+    return _velocity(field, t, x, stage, _uncounted(x))
+
+
+def _velocity(field: Field, t: float | Tensor, x: Tensor, stage: int, uncounted: bool) -> Tensor:
+    if uncounted:  # a copy, lest a write reaches x, and of what comes back, lest it is written into later
+        p = _checked(field(t, x.clone()), x, stage)
+        return p.clone()
+    version = x._version
+    p = field(t, x)
+    if x._version != version:
+        raise _overwritten(stage)
+    p = _checked(p, x, stage)
+    return p.clone() if p.is_inference() else p
+
+
+def _uncounted(x: Tensor) -> bool:
+    """Whether torch counts no writes: in a compiled graph, under torch.func, and for tensors of inference mode."""
+    return is_compiling() or is_inference_mode_enabled() or maybe_current_level() is not None or x.is_inference()
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
+    """How often torch counted a write into each, for :func:`check_unchanged`; None where it does not count."""
+    return None if is_compiling() or any(p.is_inference() for p in tensors) else [p._version for p in tensors]
+
+
+def check_unchanged(stages: Sequence[Tensor], versions: Sequence[int] | None) -> None:
+    """Raise if a stage was written into since its version was taken.
+
+    Raises:
+        ValueError: it was; the message names the stage.
+    """
+    for i, version in enumerate(versions or ()):
+        if stages[i]._version != version:
+            raise ValueError(
+                f"field must not write into what it has returned: stage {i} was overwritten while it was in use; let "
+                "the field return a new tensor at every call, as with p.clone()"
+            )
+
+
+def _overwritten(stage: int) -> ValueError:
+    return ValueError(
+        f"field must not write into its input: stage {stage} changed x in place; let it begin with x = x.clone(), or "
+        "make its first operation a new tensor, as nn.ReLU(inplace=False)"
+    )
 
 
 def beside(values: np.ndarray, x: Tensor) -> Tensor:

@@ -12,11 +12,20 @@ from torch import Tensor
 from solvers.controllers import Controller, ControllerState
 from solvers.errors import MaxStepsError, NonFiniteError, StepUnderflowError
 from solvers.solution import Statistics
-from solvers.step import Field, Step, rk_step
+from solvers.states import real_dtype
+from solvers.step import Field, Step, check_unchanged, rk_step, velocity, versions_of
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
-__all__ = ["adaptive_steps", "fixed_steps"]
+__all__ = ["adaptive_steps", "fixed_steps", "span"]
+
+
+def span(t: float, t_next: float) -> float:
+    """The step size from t to t_next, rounded so that ``t + h``, where a field is asked, does not lie beyond t_next."""
+    h = t_next - t
+    if (h > 0 and t + h > t_next) or (h < 0 and t + h < t_next):
+        h = math.nextafter(h, 0.0)
+    return h
 
 
 def fixed_steps(
@@ -41,7 +50,7 @@ def fixed_steps(
     stats = Statistics() if stats is None else stats
     first = None
     for t, t_next in pairwise(times):
-        step = rk_step(field, t, x, t_next - t, tableau, first, closing=closing)
+        step = rk_step(field, t, x, span(t, t_next), tableau, first, closing=closing)
         stats.evaluations += len(step.stages) - (first is not None)
         stats.accepted += 1
         first = step.stages[-1] if tableau.fsal and closing else None
@@ -97,19 +106,21 @@ def adaptive_steps(
     t, first = t0, None
     ahead = sorted({s for s in (*stops, *jumps) if direction * (s - t0) > 0}, key=lambda s: -direction * s)
     discontinuous = set(jumps)
+    largest = torch.finfo(torch.promote_types(real_dtype(x), torch.float32)).max
     h = tolerance.first_step
     if h is None and t != t1:
-        first = field(t, x)
-        with torch.no_grad():
-            h = tolerance.choose_first_step(field, t, x.detach(), first.detach(), direction, order, abs(t1 - t))
+        first = velocity(field, t, x)
+        version = versions_of([first])
+        h = tolerance.choose_first_step(field, t, x, first, direction, order, abs(t1 - t))
+        check_unchanged([first], version)
         stats.evaluations += 2
         if not math.isfinite(h):
             bad = _first_not_finite(Step(t, math.nan, x, x, (first,), tableau))[1]
             raise NonFiniteError("the field is not finite at the first state", t=t, h=math.nan, stage=0, sample=bad)
     state = ControllerState(h if h is not None else 0.0)
-    ratio, bad_stage, bad_sample = math.nan, None, None
+    ratio, finite, bad_stage, bad_sample = math.nan, True, None, None
     while direction * (t1 - t) > 0:
-        smallest = 10 * abs(math.nextafter(t, math.inf) - t)
+        smallest, left = 10 * math.ulp(t), abs(t1 - t)
         if stats.accepted + stats.rejected >= tolerance.max_steps:
             raise MaxStepsError(
                 f"{tolerance.max_steps} attempted steps did not reach t1 = {t1:g}; last error ratio {ratio:.3g}: "
@@ -117,24 +128,31 @@ def adaptive_steps(
                 t=t, h=direction * state.h, stage=None,
             )  # fmt: skip
         size = min(max(state.h, tolerance.min_step), tolerance.max_step)
-        if size < smallest and abs(t1 - t) > smallest:
-            if math.isinf(ratio) or math.isnan(ratio):
-                raise NonFiniteError(
-                    "NaN or infinity, and no smaller step avoids it",
-                    t=t, h=direction * size, stage=bad_stage, sample=bad_sample,
-                )  # fmt: skip
+        if left <= smallest:
+            size = left  # the end is within the resolution of time
+        elif size < smallest:
+            if not finite:
+                raise _no_smaller_step(t, direction * size, bad_stage, bad_sample)
             raise StepUnderflowError(
                 f"the error asks for a step below {smallest:.3g}; last error ratio {ratio:.3g}: "
                 "the problem is stiff or discontinuous here, or the tolerance is below rounding",
                 t=t, h=direction * size, stage=None,
             )  # fmt: skip
+        elif size > largest:
+            if left > largest:
+                raise NonFiniteError(
+                    f"steps grow beyond {largest:.3g}: the velocity vanishes and nothing ends the solve before "
+                    f"t1 = {t1:g}; give max_step or another t1",
+                    t=t, h=direction * size, stage=None,
+                )  # fmt: skip
+            size = largest
         t_next = t + direction * size
-        if not overshoot and direction * (t_next - t1) > 0:
+        if left <= size and not overshoot:
             t_next = t1
         clipped = bool(ahead) and direction * (t_next - ahead[-1]) > 0
         if clipped:
             t_next = ahead[-1]
-        h = t_next - t
+        h = span(t, t_next)
         if observe is not None:
             observe("step", t, x, h)
         v = _one_sided(field, t, t_next, discontinuous, x.dtype) if discontinuous else field
@@ -142,14 +160,17 @@ def adaptive_steps(
         stats.evaluations += len(step.stages) - (first is not None)
         with torch.no_grad():
             ratio = tolerance.ratio(step)
-        if not math.isfinite(ratio):
+        finite = math.isfinite(ratio)
+        if not finite:
             bad_stage, bad_sample = _first_not_finite(step)
             if bad_stage == 0:
                 raise NonFiniteError(
                     "the field is not finite at an accepted state", t=t, h=h, stage=0, sample=bad_sample
                 )
-        state = controller(state._replace(h=abs(h)), ratio, order)
-        if not state.accepted and math.isfinite(ratio) and abs(h) <= tolerance.min_step:
+        state = _checked(controller(state._replace(h=abs(h)), ratio, order), controller)
+        if state.accepted or min(size, abs(h)) <= tolerance.min_step or left <= smallest:
+            if not finite:
+                raise _no_smaller_step(t, h, bad_stage, bad_sample)
             state = state._replace(accepted=True)
         if observe is not None:
             observe("accept" if state.accepted else "reject", t, x, h)
@@ -165,6 +186,23 @@ def adaptive_steps(
         if ahead and t == ahead[-1]:
             ahead.pop()
         yield step
+
+
+def _checked(state: ControllerState, controller: Controller) -> ControllerState:
+    """What a controller returned.
+
+    Raises:
+        TypeError, ValueError: it is no state, or its step size is negative or NaN.
+    """
+    if not isinstance(state, ControllerState):
+        raise TypeError(f"controller must return a ControllerState, got {type(state).__name__} from {controller!r:.80}")
+    if not state.h >= 0:
+        raise ValueError(f"controller must return a step size h >= 0, got {state.h} from {controller!r:.80}")
+    return state
+
+
+def _no_smaller_step(t: float, h: float, stage: int | None, sample: int | None) -> NonFiniteError:
+    return NonFiniteError("NaN or infinity, and no smaller step avoids it", t=t, h=h, stage=stage, sample=sample)
 
 
 def _one_sided(field: Field, t: float, t_next: float, jumps: set[float], dtype: torch.dtype) -> Field:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from solvers.reductions import SMALL, finish_step
 from solvers.states import is_mapped
-from solvers.step import Step
+from solvers.step import Field, Step, velocity
 
 __all__ = ["Tolerance", "numbers"]
 
@@ -25,13 +25,16 @@ class Tolerance:
     Attributes:
         rtol, atol: the error of each feature is divided by ``atol + rtol * max(|x0|, |x1|)``; a step is good if the
             root mean square of these ratios, over the batch and the features, is at most 1. Numbers, or tensors that
-            broadcast against the state.
+            broadcast against the state. The thesis (appendix A.3) has ``eps * (1 + max(|order3|, |order2|))``, the two
+            solutions at the end of the step, for one sample: here ``rtol = atol = eps``, the states at the two ends of
+            the step as in Hairer, Norsett and Wanner (II.4), and the mean also over the batch, unless
+            ``control="sample"``. An error of 0 is within any tolerance.
         norm: what takes the place of the root mean square, ``Tensor -> scalar``.
         first_step: size of the first attempted step; None derives it from two field evaluations
             (Hairer, Norsett, Wanner, II.4).
-        min_step: a step of this size is accepted whatever its error.
+        min_step: a step that asks for this size or less takes it and is accepted whatever its error, if finite.
         max_step: largest step.
-        max_steps: largest number of attempted steps.
+        max_steps: largest number of attempted steps, which bounds every solve.
 
     Raises:
         ValueError: a limit or tolerance is out of range.
@@ -44,6 +47,7 @@ class Tolerance:
     min_step: float = 0.0
     max_step: float = math.inf
     max_steps: int = 10_000
+    _exact: bool = field(init=False, repr=False, default=False)  # whether atol holds a 0: 0 / 0 may occur
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -64,12 +68,18 @@ class Tolerance:
             raise ValueError(f"max_step must be positive and not below min_step, got {self.max_step}")
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        exact = bool((self.atol == 0).any()) if isinstance(self.atol, Tensor) else self.atol == 0
+        object.__setattr__(self, "_exact", exact)
 
     def scaled(self, error: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         """The error over its tolerance, ``error / (atol + rtol * max(|x0|, |x1|))``, in float32 or wider."""
         if error.dtype in (torch.float16, torch.bfloat16):
             error, x0, x1 = error.float(), x0.float(), x1.float()
-        return error / torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol)
+        return self._over(error, torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol))
+
+    def _over(self, value: Tensor, scale: Tensor) -> Tensor:
+        quotient = value / scale
+        return torch.where(value == 0, 0, quotient) if self._exact else quotient
 
     def size(self, scaled: Tensor) -> Tensor:
         """The norm of :meth:`scaled`, a scalar tensor; nothing here waits for the device."""
@@ -103,7 +113,7 @@ class Tolerance:
         x = step.x0
         if x.numel() <= SMALL or x.ndim < 2 or self.norm is not None:
             return None
-        if isinstance(self.rtol, Tensor) or isinstance(self.atol, Tensor):
+        if isinstance(self.rtol, Tensor) or isinstance(self.atol, Tensor) or self._exact:
             return None
         _, found = finish_step(
             x, step.stages, step.tableau, step.h, state=False, error=True, rtol=self.rtol, atol=self.atol
@@ -112,7 +122,7 @@ class Tolerance:
 
     def choose_first_step(
         self,
-        field: Callable[..., Tensor],
+        field: Field,
         t: float,
         x: Tensor,
         first: Tensor,
@@ -128,22 +138,23 @@ class Tolerance:
             first: the velocity there.
             direction: 1 or -1, of time.
             order: order q of the lower solution.
-            span: how far the solve goes; the field is not asked beyond.
+            span: how far the solve goes; the field is not asked beyond. It is asked with gradients as the solve is.
         """
-        scale = self._scale(x)
-        d0, d1 = numbers(self.size(x / scale)), numbers(self.size(first / scale))
+        scale = self._scale(x.detach())
+        d0, d1 = (numbers(self.size(self._over(v.detach(), scale))) for v in (x, first))
         if not math.isfinite(d0 + d1):
             return math.nan
-        h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span)
-        second = field(t + direction * h0, torch.add(x, first, alpha=direction * h0))
-        slope = max(numbers(self.size((second - first) / scale)) / h0, d1)
+        h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span * (1 - 1e-15))
+        second = velocity(field, t + direction * h0, torch.add(x, first.detach(), alpha=direction * h0))
+        change = second.detach() - first.detach()
+        slope = max(numbers(self.size(self._over(change, scale))) / h0, d1) if h0 else d1
         if not math.isfinite(slope):
             return h0  # so far the field is not defined: let the error control find how far it is
         return min(100 * h0, max(1e-6, h0 * 1e-3) if slope <= 1e-15 else (0.01 / slope) ** (1 / (order + 1)))
 
     def choose_first_steps(
         self,
-        field: Callable[..., Tensor],
+        field: Field,
         t: Tensor,
         x: Tensor,
         first: Tensor,
@@ -152,13 +163,14 @@ class Tolerance:
         span: Tensor,
     ) -> Tensor:
         """:meth:`choose_first_step` for each sample, ``(B,)``; ``t`` and ``direction`` broadcast against the state."""
-        scale = self._scale(x)
-        d0, d1 = self.sizes(x / scale), self.sizes(first / scale)
+        scale = self._scale(x.detach())
+        d0, d1 = (self.sizes(self._over(v.detach(), scale)) for v in (x, first))
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        h0 = torch.where(span > 0, torch.minimum(h0, span.to(h0)), h0)  # where it is 0 no step will be taken
-        h = direction * h0.reshape(direction.shape).to(direction.dtype)
-        second = field(t + h, torch.addcmul(x, first, h).to(x.dtype))
-        slope = torch.maximum(self.sizes((second - first) / scale) / h0, d1)
+        near = torch.where(span > 0, torch.minimum(h0, span.to(h0)), 0)  # where it is 0 no step will be taken
+        h = direction * near.reshape(direction.shape).to(direction.dtype)
+        second = velocity(field, t + h, torch.addcmul(x, first.detach(), h).to(x.dtype))
+        h0 = torch.where(near > 0, near, h0)
+        slope = torch.maximum(self.sizes(self._over(second.detach() - first.detach(), scale)) / h0, d1)
         h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / slope) ** (1 / (order + 1)))
         h1 = torch.where(slope.isfinite() | ~(d0 + d1).isfinite(), h1, h0)
         return torch.minimum(100 * h0, h1)
