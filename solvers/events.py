@@ -18,8 +18,6 @@ __all__ = ["Event", "changes", "crossing", "crossings", "link", "until", "values
 
 Event = Callable[[Any, Tensor], Tensor]
 
-LEVELS = (2, 4, 8, 16, 32, 64)  # parts into which a step is cut until the event function is resolved
-
 
 def until(entries: Event, t: Any, x: Tensor, *, each: bool = False) -> Event:
     """``entries`` as a function that is positive until the first of its entries changes sign.
@@ -79,11 +77,12 @@ def changes(
 ) -> tuple[Any, Any, Any]:
     """Whether an event function leaves the positive in a step, and between which parts of it for the first time.
 
-    The step is cut into 4 parts, and further into up to 64 until the function is resolved: every new value differs
-    from the mean of its two neighbors by less than the least of the three, so that a parabola through them has no root,
-    and where the function changes sign by less than that change. So the first of several changes in a step counts, and
-    a function that leaves and comes back within a step is noticed, if the bend shows. What lasts less than a 64th of a
-    step may be stepped over; ``Tolerance(max_step=...)`` or more steps are the remedy.
+    The step is cut into 4 parts, where there is a change into 16, and further into up to 64 until the function is
+    resolved: every new value differs from the mean of its two neighbors by less than the least of the three, so that a
+    parabola through them has no root, and where the function changes sign by less than that change. So the first of
+    several changes in a step counts, and a function that leaves and comes back within a step is noticed, if the bend
+    shows. What lasts less than a 64th of a step may be stepped over; ``Tolerance(max_step=...)`` or more steps are the
+    remedy.
 
     Args:
         step: the step.
@@ -97,21 +96,26 @@ def changes(
     """
     among = np.ones_like(np.atleast_1d(start), dtype=bool) if among is None else among
     rows = [np.where(among, start, 1.0), np.where(among, end, 1.0)]
-    for n in LEVELS:
+    n, first, resolved = 1, np.zeros_like(rows[0]), False
+    while not resolved and n < 64:
+        n *= 2
         new = (np.atleast_1d(values(event, step.t + k / n * step.h, inside(k / n), among)) for k in range(1, n, 2))
         rows = [row for pair in zip(rows, new, strict=False) for row in pair] + rows[-1:]
-        if n == 2:
-            continue
         v = np.stack(rows)
         first = np.where((v[1:] <= 0).any(0), 1 + (v[1:] <= 0).argmax(0), n + 1)
-        k = np.arange(1, n, 2)[:, None]
-        before, here, after = v[:-2:2], v[1::2], v[2::2]
-        bend = np.abs(here - (before + after) / 2)
-        change = np.where(k == first, before - here, here - after)
-        if ((k > first) | (bend <= np.where(k + 1 < first, np.minimum(np.minimum(before, here), after), change))).all():
-            break
+        resolved = n >= (16 if (first <= n).any() else 4) and _resolved(v, first)
     met, high = first <= n, np.minimum(first, n) / n
     return (met, high - 1 / n, high) if np.ndim(start) else (bool(met[0]), float(high[0] - 1 / n), float(high[0]))
+
+
+def _resolved(v: np.ndarray, first: np.ndarray) -> bool:
+    """Whether values at equal distances, ``(n + 1, B)``, show no change before that at ``first``, as changes() says."""
+    k = np.arange(1, len(v) - 1, 2)[:, None]
+    before, here, after = v[:-2:2], v[1::2], v[2::2]
+    bend = np.abs(here - (before + after) / 2)
+    change = np.where(k == first, before - here, here - after)
+    least = np.minimum(np.minimum(before, here), after)
+    return bool(((k > first) | (bend <= np.where(k + 1 < first, least, change))).all())
 
 
 def crossing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -50,7 +51,9 @@ def integrate(
 
     Args:
         field: velocity ``v(t, x, *args)``, returning the shape, dtype and device of ``x``. Its ``t`` is a number, or
-            with ``control="sample"`` a tensor ``(B, 1, ..., 1)`` that broadcasts against the state.
+            with ``control="sample"`` a tensor ``(B, 1, ..., 1)`` of the state's precision that broadcasts against the
+            state; it lies between t0 and t1. The field must not write into x, nor into what it has returned
+            (:func:`~solvers.rk_step`). It may use autograd inside.
         x0: state at t0: a tensor, floating or complex, or a tuple or dictionary of tensors ``(B, ...)``.
         t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample.
         solver: name of a method or a tableau.
@@ -61,8 +64,11 @@ def integrate(
         control: one step size for the batch, whose error is taken as a whole, or one for each sample, as if it were
             alone; as many field calls as the sample that needs most.
         keep: only the last state, every state, or every step with its stages, for ``solution(t)``.
-        event: ``(t, x)`` to a tensor: the solve ends where an entry changes sign; with ``control="sample"`` the entries
-            ``(B, ...)`` end their own sample. Gradients flow through the time of the event.
+        event: ``(t, x)`` to a tensor or a number: the solve ends where an entry changes sign, or a comparison turns,
+            for the first time; with ``control="sample"`` the entries ``(B, ...)`` end their own sample. Changes inside
+            a step are looked for on its interpolant, at 3 to 63 points; what comes and goes in less than a 64th of a
+            step may be missed (give max_step or more steps). Gradients flow through the time of the event; where the
+            event function has no slope, as a comparison has none, a backward pass raises.
         on_limit: raise where the solve cannot go on, or return what was solved, with its status.
         gradient: "direct", through the steps; "checkpoint", the same by recomputing the steps, with the memory of the
             square root of their number and two further evaluations of each (three if adaptive); "backsolve", those of
@@ -91,8 +97,9 @@ def integrate(
     _one_of("on_limit", on_limit, ("raise", "return"))
     _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve"))
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps is not None and not (isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1):
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+    _check_kinds(tolerance, controller, event, args)
     if steps is not None and (tolerance is not None or controller is not None):
         raise ValueError("steps excludes tolerance and controller: a solve is fixed or adaptive")
     if gradient != "direct" and keep == "steps":
@@ -106,6 +113,9 @@ def integrate(
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     x = packing.pack(x0)
     start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.subtract(end, start)).all():
+            raise ValueError(f"t1 - t0 must be finite, got t0 = {t0} and t1 = {t1}")
     tolerance, controller = tolerance or _TOLERANCE, controller or _CONTROLLER
     raises = on_limit == "raise"
     task = Task(
@@ -121,6 +131,17 @@ def integrate(
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, got {value!r}")
+
+
+def _check_kinds(tolerance: Any, controller: Any, event: Any, args: Any) -> None:
+    if tolerance is not None and not isinstance(tolerance, Tolerance):
+        raise TypeError(f"tolerance must be a Tolerance, as Tolerance(rtol=1e-3), got {type(tolerance).__name__}")
+    if controller is not None and (not callable(controller) or isinstance(controller, type)):
+        raise TypeError(f"controller must be a step-size rule, as I(), got {controller!r:.80}")
+    if event is not None and not callable(event):
+        raise TypeError(f"event must be a function (t, x), got {type(event).__name__}")
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args must be a tuple of arguments for the field, got {type(args).__name__}")
 
 
 def _check_per_sample(x0: Any, packing: Packing, steps: Any, controller: Any, gradient: str) -> None:
@@ -140,6 +161,8 @@ def _time(name: str, t: Any, samples: int | None) -> Any:
     if samples is None:
         if isinstance(t, Tensor) and t.ndim:
             raise ValueError(f"{name} must be a number, got shape {tuple(t.shape)}; control='sample' takes (B,)")
+        if not isinstance(t, Tensor | Real | np.ndarray):
+            raise TypeError(f"{name} must be a number, got {type(t).__name__}")
         t = float(t)
         if not math.isfinite(t):
             raise ValueError(f"{name} must be finite, got {t}")

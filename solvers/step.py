@@ -310,5 +310,6 @@ def beside(values: np.ndarray, x: Tensor) -> Tensor:
     Numbers of float64 or float32 states keep that precision, narrower ones get float32.
     """
     if values.dtype == np.float64 and real_dtype(x) != torch.float64:
-        values = values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
     return torch.from_numpy(values).to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))

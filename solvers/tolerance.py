@@ -66,8 +66,8 @@ class Tolerance:
             raise ValueError(f"min_step must be finite and not negative, got {self.min_step}")
         if not self.max_step > 0 or self.max_step < self.min_step:
             raise ValueError(f"max_step must be positive and not below min_step, got {self.max_step}")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if not 1 <= self.max_steps < math.inf:
+            raise ValueError(f"max_steps must be at least 1 and finite, got {self.max_steps}")
         exact = bool((self.atol == 0).any()) if isinstance(self.atol, Tensor) else self.atol == 0
         object.__setattr__(self, "_exact", exact)
 
