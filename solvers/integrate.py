@@ -16,7 +16,7 @@ from solvers.backsolve import backsolved, seminorm
 from solvers.controllers import Controller, I, SampleController
 from solvers.methods import get_tableau
 from solvers.recompute import recomputed
-from solvers.samples import align
+from solvers.samples import align, within
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.solve import Task, follow
 from solvers.states import Packing, real_dtype
@@ -118,6 +118,8 @@ def integrate(
             raise ValueError(f"t1 - t0 must be finite, got t0 = {t0} and t1 = {t1}")
     tolerance, controller = tolerance or _TOLERANCE, controller or _CONTROLLER
     raises = on_limit == "raise"
+    if per_sample:
+        v = within(v, start, end, x)
     task = Task(
         v, x, start, end, tableau, steps, tolerance, controller, keep, entries, raises, packing.unpack, per_sample
     )

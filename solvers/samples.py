@@ -17,7 +17,7 @@ from solvers.step import Field, Step, beside, check_unchanged, rk_step, velocity
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, numbers
 
-__all__ = ["Round", "SampleLoop", "align"]
+__all__ = ["Round", "SampleLoop", "align", "within"]
 
 Array = np.ndarray
 
@@ -48,7 +48,7 @@ class SampleLoop:
     precision is over at once.
 
     Args:
-        field: velocity ``v(t, x)``, with ``t`` of shape ``(B, 1, ..., 1)``.
+        field: velocity ``v(t, x)``, with ``t`` of shape ``(B, 1, ..., 1)``, as :func:`within` makes it.
         x: states at the start, ``(B, *S)``.
         t0, t1: start and end of each sample, ``(B,)`` float64.
         tableau, tolerance, controller: the method, what it accepts, how it chooses its steps.
@@ -67,25 +67,17 @@ class SampleLoop:
         *,
         raises: bool = True,
     ) -> None:
+        self.field = field
         self.x, self.t, self.t1 = x, t0, np.where(_over_at_once(t0, t1, x), t0, t1)
         self.tableau, self.tolerance, self.controller, self.raises = tableau, tolerance, controller, raises
         self.direction = np.where(t1 >= t0, 1.0, -1.0)
         self.moving = self.t != self.t1
-        self._field, self._real = field, real_dtype(x)
-        self._bounds = _inward(np.minimum(t0, self.t1), np.maximum(t0, self.t1), x)
         self.calls = 0
         self.counts = np.zeros((3, len(x)), dtype=np.int64)
         self.failures: dict[int, SolverError] = {}
         self._hopeless: Array | bool = False
         self._parked: list[tuple[Tensor, Tensor]] = []
         self._t = self.t
-
-    def field(self, t: Any, x: Tensor) -> Tensor:
-        """The velocity at the times t, in the precision of the state and within the interval of each sample.
-
-        The field gets a tensor of its own, so that no write of its own reaches the times of the solve.
-        """
-        return self._field(t.to(self._real).clamp(*self._bounds), x)
 
     @property
     def stats(self) -> SampleStatistics:
@@ -230,8 +222,6 @@ class SampleLoop:
         self._parked.append((mask, self.x))
         self.x = torch.where(mask, self.x[other].detach(), self.x)
         self._t = np.where(samples, self.t[other], self._t)
-        low, high = (torch.where(mask, bound[other], bound) for bound in self._bounds)
-        self._bounds = low, high
 
 
 def align(accepted: Array, start: Array, end: Array) -> tuple[Array, Array]:
@@ -246,6 +236,20 @@ def align(accepted: Array, start: Array, end: Array) -> tuple[Array, Array]:
     order = np.argsort(~accepted, axis=0, kind="stable")[: accepted.sum(0).max(initial=0)]
     taken, start, end = (np.take_along_axis(v, order, 0) for v in (accepted, start, end))
     return np.where(taken, start, end), np.where(taken, end - start, 0.0)
+
+
+def within(field: Field, t0: Array, t1: Array, x: Tensor) -> Field:
+    """The field at times in the precision of the state and within the interval of each sample.
+
+    It gets a tensor of its own, so that no write of its own reaches the times of a solve.
+
+    Args:
+        field: velocity ``v(t, x)``, with ``t`` of shape ``(B, 1, ..., 1)``.
+        t0, t1: start and end of each sample, ``(B,)`` float64.
+        x: a state, ``(B, *S)``.
+    """
+    real, (low, high) = real_dtype(x), _inward(np.minimum(t0, t1), np.maximum(t0, t1), x)
+    return lambda t, x: field(t.to(real).clamp(low, high), x)  # type: ignore[union-attr]
 
 
 def _checked(states: SampleStates, controller: SampleController) -> SampleStates:

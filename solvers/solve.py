@@ -17,7 +17,7 @@ from solvers.events import Event, changes, crossing, crossings, link, until, val
 from solvers.interpolation import interpolant
 from solvers.samples import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics, Status
-from solvers.states import exact, real_dtype
+from solvers.states import exact
 from solvers.step import Field, Step, advance, beside, check_unchanged, versions_of
 from solvers.stepping import adaptive_steps, fixed_steps, span
 from solvers.tableaus import ButcherTableau
@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """What is to be solved, checked.
 
     Attributes:
-        field: velocity ``v(t, x)`` of a state that is one tensor.
+        field: velocity ``v(t, x)`` of a state that is one tensor; of :func:`~solvers.samples.within` per sample.
         x0: the first state.
         t0, t1: numbers, or with a step size per sample arrays ``(B,)`` float64.
         tableau: the method.
@@ -143,7 +143,7 @@ class _Kept:
         """The same, with control per sample."""
         counts = loop.stats
         stats = Statistics(loop.calls, int(counts.accepted.sum()), int(counts.rejected.sum()))
-        _, *common = self._common(stats, status, event_time, loop.field)
+        _, *common = self._common(stats, status, event_time)
         times = tuple(exact(t, torch.device("cpu")) for t in self.times)
         return SampleSolution(
             times,
@@ -152,12 +152,10 @@ class _Kept:
             sample_stats=counts,
         )
 
-    def _common(
-        self, stats: Statistics, status: Any, event_time: Tensor | None, field: Field | None = None
-    ) -> tuple[Any, ...]:
+    def _common(self, stats: Statistics, status: Any, event_time: Tensor | None) -> tuple[Any, ...]:
         for step, versions in zip(self.steps, self.versions, strict=True):
             check_unchanged(step.stages, versions)
-        dense = (field or self.task.field) if self.task.keep == "steps" else None
+        dense = self.task.field if self.task.keep == "steps" else None
         states = tuple(self.task.unpack(x) for x in self.states)
         common = (tuple(self.times), states, tuple(self.steps), stats, status, event_time)
         return *common, dense, self.task.unpack, self.task.x0
@@ -273,8 +271,7 @@ def follow(task: Task, found: Solution, x: Tensor) -> Solution:
             ends = found.times[-1].numpy().astype(np.float64)
             moved = ~time.isnan() & torch.from_numpy(ends != task.t0).to(time.device)
             s = exact(ends, x.device).view(-1, *[1] * (x.ndim - 1))
-            field: Field = lambda t, x: task.field(t.to(real_dtype(x)), x)  # type: ignore[union-attr]  # noqa: E731
-            s, x = link(field, event, s, x, moved)
+            s, x = link(task.field, event, s, x, moved)
             time = torch.where(moved, s.flatten(), time)
         elif found.times[-1] != task.t0:
             time, x = link(task.field, until(task.event, task.t0, task.x0), time, x)
