@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from scipy.integrate import RK23, solve_ivp
 from solvers import (
     PI,
     PID,
+    ControllerState,
+    Fixed,
     HalveDouble,
     I,
     MaxStepsError,
     NonFiniteError,
+    SolverError,
     StepUnderflowError,
     Tolerance,
     integrate,
@@ -214,7 +218,16 @@ def test_non_finite_field_names_the_stage():
         ({"t1": math.inf}, ValueError, "t1 must be finite"),
         ({"solver": "rk5"}, ValueError, "unknown solver"),
         ({"solver": "euler"}, ValueError, "euler carries no embedded error"),
-        ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"steps": 0}, ValueError, "steps must be a whole number, at least 1"),
+        ({"steps": 2.5}, ValueError, "steps must be a whole number"),
+        ({"steps": True}, ValueError, "steps must be a whole number"),
+        ({"tolerance": 1e-3}, TypeError, "tolerance must be a Tolerance"),
+        ({"controller": I}, TypeError, r"controller must be a step-size rule, as I\(\)"),
+        ({"controller": lambda *_: 0.1}, TypeError, "controller must return a ControllerState, got float"),
+        ({"event": 0.5}, TypeError, "event must be a function"),
+        ({"args": torch.zeros(1)}, TypeError, "args must be a tuple"),
+        ({"t0": None}, TypeError, "t0 must be a number"),
+        ({"t0": -1e308, "t1": 1e308}, ValueError, "t1 - t0 must be finite"),
         ({"steps": 2, "controller": I()}, ValueError, "steps excludes tolerance and controller"),
         ({"keep": "all"}, ValueError, "keep must be"),
     ],
@@ -234,6 +247,8 @@ def test_bad_arguments_are_named(change, error, message):
         ({"first_step": 0.0}, "first_step must be positive"),
         ({"max_step": 0.0}, "max_step must be positive"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": math.nan}, "max_steps must be at least 1 and finite"),
+        ({"max_steps": math.inf}, "max_steps must be at least 1 and finite"),
     ],
 )
 def test_tolerances_are_checked(change, message):
@@ -261,3 +276,264 @@ def test_large_states_take_the_steps_of_small_ones(control):
     )
     assert one.stats.evaluations == many.stats.evaluations
     torch.testing.assert_close(many.x1[:, :2], one.x1, rtol=1e-9, atol=1e-9)
+
+
+CONTROLS = [{}, {"control": "sample"}]
+
+
+class Energy(torch.nn.Module):
+    """A Hamiltonian field, by autograd inside; with ``alone`` it asks for what it needs itself."""
+
+    def __init__(self, alone):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+        self.alone = alone
+
+    def forward(self, t, y):
+        if not self.alone:
+            (slope,) = torch.autograd.grad(self.net(y).sum(), y, create_graph=True)
+        else:
+            with torch.enable_grad():
+                y = y if y.requires_grad else y.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.net(y).sum(), y, create_graph=torch.is_grad_enabled())
+        return torch.stack([slope[:, 1], -slope[:, 0]], 1)
+
+
+EVENTS = [{}, {"event": lambda t, x: x[:, 0] - 1.02}]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("options", [{"steps": 30}, {"solver": "heun"}, *CONTROLS, {"keep": "steps", "solver": "heun"}])
+def test_a_field_may_differentiate_inside(options, event):
+    """Its own first-step probe, rejected steps, events and interpolants included."""
+    plain, alone = Energy(alone=False), Energy(alone=True)
+    alone.load_state_dict(plain.state_dict())
+    tolerance = None if "steps" in options else Tolerance(1e-5, 1e-7, first_step=None)
+    found = []
+    for field in (plain, alone):
+        x0 = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+        solution = integrate(field, x0, 0.0, 1.0, tolerance=tolerance, **options, **event)
+        found.append((solution.x1, torch.autograd.grad(solution.x1.square().sum(), x0)[0]))
+    torch.testing.assert_close(*found)
+    with torch.no_grad():
+        solution = integrate(alone, torch.ones(3, 2, dtype=torch.float64), 0.0, 1.0, tolerance=tolerance, **options)
+    energies = [alone.net(x).sum().item() for x in (torch.ones(3, 2, dtype=torch.float64), solution.x1)]
+    assert energies[0] == pytest.approx(energies[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"steps": 2, "solver": "rk4", "keep": "steps"}, *CONTROLS])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_a_field_that_overwrites_the_state_is_refused_in_every_mode(options, gradient):
+    if options.get("keep") == "steps":
+        gradient = "direct"
+    x0 = torch.tensor([[-1.0, 2.0]])
+    with pytest.raises(ValueError, match="stage 0 changed x in place"):
+        integrate(lambda t, x: -x.relu_(), x0, 0.0, 1.0, gradient=gradient, **options)
+    with pytest.raises(ValueError, match="stage 0 changed x in place"):  # a part of a tuple
+        integrate(lambda t, s: (s[1].neg_(), s[0] + 0), (x0, x0 + 1), 0.0, 1.0, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *CONTROLS,
+        {"tolerance": Tolerance(first_step=0.1)},
+        {"steps": 3},
+        {"steps": 3, "solver": "rk4"},
+    ],
+)
+def test_a_field_that_reuses_its_memory_is_refused(options):
+    buffer = torch.empty(2, 1)
+
+    def reusing(t, x):
+        torch.mul(x, -1.0, out=buffer)
+        return buffer
+
+    with pytest.raises(ValueError, match="stage 0 was overwritten"):
+        integrate(reusing, torch.ones(2, 1), 0.0, 1.0, **options)
+    with pytest.raises(ValueError, match="stage 0 was overwritten"):  # by a later step
+        integrate(reusing, torch.ones(2, 1), 0.0, 1.0, solver="euler", steps=3, keep="steps")
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda t, x: None, TypeError, "must return a tensor, got NoneType at stage 0"),
+        (lambda t, x: (x,), TypeError, "must return a tensor, got tuple at stage 0"),
+        (lambda t, x: x[:1], ValueError, r"keep the shape of x: stage 0 has shape \(1, 2\)"),
+        (lambda t, x: x.double(), TypeError, "keep the dtype of x: stage 0"),
+    ],
+)
+def test_the_first_call_of_an_adaptive_solve_is_checked_as_any_stage(control, wrong, error, message):
+    with pytest.raises(error, match=message):
+        integrate(wrong, torch.ones(2, 2), 0.0, 1.0, control=control)
+
+
+def stiff(t, x):
+    return -200.0 * (x - 1.0)
+
+
+@pytest.mark.parametrize("options", CONTROLS)
+@pytest.mark.parametrize("t0", [0.0, 0.3, -0.7, 967.1378944377053, 1e5 + 0.1])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_step_that_asks_for_min_step_is_accepted(t0, direction, options):
+    """Read back from the times it may differ from min_step by rounding."""
+    field = Counted(lambda t, x: direction * stiff(t, x))
+    tolerance = Tolerance(1e-6, 1e-6, min_step=0.2, max_steps=200)
+    solution = integrate(
+        field, torch.zeros(1, 1, dtype=torch.float64), t0, t0 + 3 * direction, tolerance=tolerance, **options
+    )
+    assert solution.stats.accepted <= 60
+
+
+@pytest.mark.parametrize("options", CONTROLS)
+def test_no_smaller_step_than_min_step_is_tried_where_the_field_is_not_finite(options):
+    field = Counted(lambda t, x: torch.where(torch.as_tensor(t) > 0.5, torch.nan, torch.ones_like(x)))
+    with pytest.raises(NonFiniteError, match="no smaller step avoids it"):
+        integrate(field, torch.ones(1, 1), 0.0, 1.0, tolerance=Tolerance(min_step=0.01), **options)
+    assert field.calls < 100
+
+
+@dataclass(frozen=True)
+class Stubborn:
+    """Returns the same whatever the error."""
+
+    h: float
+    accepted: bool
+
+    def __call__(self, state, error, order):
+        return ControllerState(self.h, self.accepted)
+
+    def each(self, states, error, order):
+        full = np.full_like(states.h, self.h)
+        return states._replace(h=full, accepted=np.full(full.shape, self.accepted))
+
+
+@pytest.mark.parametrize("options", CONTROLS)
+@pytest.mark.parametrize("accepted", [True, False])
+@pytest.mark.parametrize(
+    ("h", "error"),
+    [
+        (0.0, StepUnderflowError),
+        (math.nan, ValueError),
+        (-1.0, (ValueError, SolverError)),
+        (1e-300, SolverError),
+    ],
+)
+def test_a_solve_ends_whatever_its_controller_returns(h, error, accepted, options):
+    with pytest.raises(error):
+        integrate(
+            decay if not options else lambda t, x: -x, torch.ones(2, 1, dtype=torch.float64), 0.0, 1.0,
+            controller=Stubborn(h, accepted), tolerance=Tolerance(max_steps=50), **options,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CONTROLS)
+def test_infinite_steps_go_to_the_end(options):
+    x0 = torch.ones(2, 1, dtype=torch.float64)
+    solution = integrate(lambda t, x: 0 * x, x0, 0.0, 7.0, controller=Stubborn(math.inf, True), **options)
+    assert torch.equal(solution.x1, x0)
+    with pytest.raises(MaxStepsError):
+        integrate(
+            lambda t, x: 0 * x, x0, 0.0, 7.0, controller=Stubborn(math.inf, False), tolerance=Tolerance(max_steps=9),
+            **options,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CONTROLS)
+@pytest.mark.parametrize("edge", [0.55, 0.95])
+def test_accepted_steps_are_finite_whatever_accepts_them(edge, options):
+    wall = lambda t, x: torch.where(torch.as_tensor(t) > edge, torch.nan, torch.ones_like(x))  # noqa: E731
+    with pytest.raises(NonFiniteError, match="no smaller step avoids it"):
+        integrate(wall, torch.ones(2, 1), 0.0, 1.0, controller=Fixed(), tolerance=Tolerance(first_step=0.1), **options)
+
+
+@pytest.mark.parametrize("options", CONTROLS)
+def test_a_field_that_vanishes_lets_steps_grow_to_a_far_end(options):
+    x0 = torch.ones(2, 1)
+    assert torch.equal(integrate(lambda t, x: 0 * x, x0, 0.0, 1e30, **options).x1, x0)
+    with pytest.raises((NonFiniteError, MaxStepsError)):  # no number of float32 is as large as the steps there
+        integrate(lambda t, x: 0 * x, x0, 0.0, 1e300, tolerance=Tolerance(max_steps=500), **options)
+
+
+@pytest.mark.parametrize("options", CONTROLS)
+@pytest.mark.parametrize("atol", [0.0, torch.tensor([0.0, 1e-6], dtype=torch.float64)])
+@pytest.mark.parametrize("repeats", [1, 20_000])
+def test_zeros_without_error_are_within_a_relative_tolerance(atol, repeats, options):
+    if isinstance(atol, torch.Tensor):
+        atol = atol.repeat(repeats)
+    x0 = torch.tensor([[0.0, 1.0]], dtype=torch.float64).repeat(1, repeats)
+    solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, tolerance=Tolerance(1e-6, atol), **options)
+    torch.testing.assert_close(solution.x1, x0 / math.e, rtol=1e-5, atol=0)
+
+
+SHORT = [
+    (0.0, 1.1e-283),
+    (0.0, -5e-324),
+    (1.0, math.nextafter(1.0, 2)),
+    (-3.0, math.nextafter(-3.0, -9)),
+    (2, 2 + 1e-9),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("options", [{"steps": 3}, {"steps": 2, "keep": "steps"}, *CONTROLS, {"solver": "heun"}])
+@pytest.mark.parametrize(("t0", "t1"), SHORT)
+def test_an_interval_below_the_resolution_of_time_is_over_at_once(t0, t1, options, dtype):
+    x0 = torch.tensor([[0.5], [1.0]]).to(dtype)
+    field = Counted(lambda t, x: -x * (1 + t))
+    solution = integrate(field, x0, t0, t1, **options)
+    torch.testing.assert_close(solution.x1, x0, rtol=1e-8 if dtype == torch.float64 else 1e-6, atol=0)
+    assert field.calls <= 10
+    assert set(np.atleast_1d(solution.status)) == {"finished"}
+    if "keep" in options:
+        torch.testing.assert_close(solution((t0 + t1) / 2), x0)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "backsolve"])
+@pytest.mark.parametrize("options", [{"steps": 3}, *CONTROLS])
+def test_no_time_is_the_first_state_and_no_field_call(gradient, options):
+    """Not even where the velocity is infinite."""
+    if gradient == "backsolve" and "control" in options:
+        pytest.skip("needs one time for the batch")
+    field = Counted(lambda t, x: x / t)
+    x0 = torch.randn(3, 2, requires_grad=True)
+    parameters = () if gradient == "backsolve" else None
+    solution = integrate(field, x0, 0.0, 0.0, gradient=gradient, parameters=parameters, **options)
+    (gradient_of_x0,) = torch.autograd.grad(solution.x1.sum(), x0)
+    assert torch.equal(solution.x1, x0)
+    assert torch.equal(gradient_of_x0, torch.ones(3, 2))
+    assert field.calls == 0
+
+
+@pytest.mark.parametrize("t0", [0.0, 0.1, -1.3, 1e8 + 0.3])
+@pytest.mark.parametrize("length", [0.3, -0.7, 1e-7, 3.1])
+def test_the_field_is_asked_within_the_interval(t0, length):
+    """To the last bit: a step's end in floating point is not beyond t1."""
+    t1 = t0 + length
+
+    def field(t, x):
+        assert min(t0, t1) <= t <= max(t0, t1)
+        return torch.sin(3 * x)
+
+    x0 = torch.ones(1, 1, dtype=torch.float64)
+    for options in ({}, {"steps": 7}, {"steps": 3, "solver": "dopri5", "keep": "steps"}, {"solver": "heun"}):
+        solution = integrate(field, x0, t0, t1, **options)
+        assert solution.t1 == t1
+        if "keep" in options:
+            solution((t0 + t1) / 2)
+
+
+def test_times_of_states_in_float32_are_float64():
+    seen = []
+    t0 = 1e8
+
+    def field(t, x):
+        seen.append(t - t0)
+        return torch.full_like(x, math.cos(t - t0))
+
+    for options in ({"steps": 8}, {}):
+        solution = integrate(field, torch.zeros(1, 1), t0, t0 + 1, **options)
+        assert solution.x1.item() == pytest.approx(math.sin(1), rel=1e-3)
+    assert len({round(s, 6) for s in seen}) > 10

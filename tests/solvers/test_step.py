@@ -182,3 +182,88 @@ def test_runs_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         step = rk_step(lambda t, x: linear(x), 0.0, torch.randn(2, 3), 0.1, get_tableau("bs23"))
     assert step.x1.dtype == torch.float32
+
+
+class Reusing:
+    """A field that writes every velocity into the same memory."""
+
+    def __init__(self, x, view=False):
+        self.buffer, self.view = torch.empty_like(x), view
+
+    def __call__(self, t, x):
+        torch.mul(x, -1.0, out=self.buffer)
+        return self.buffer.view_as(x) if self.view else self.buffer
+
+
+def late(t, x):
+    """Writes into its input, but for the first stage."""
+    return -(x.relu_() if t > 0 else x.relu())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda t, x: -x.relu_(), "must not write into its input: stage 0 changed x in place.*clone"),
+        (lambda t, x: x.mul_(-1), "stage 0 changed x in place"),
+        (lambda t, x: -x.view(-1)[:2].zero_().sum() * torch.ones_like(x), "stage 0 changed x in place"),
+        ([lambda t, x: -x] * 3 + [lambda t, x: x.neg_()], "stage 3 changed x in place"),
+        (Reusing(torch.ones(3, 2)), "must not write into what it has returned: stage 0 was overwritten"),
+        (Reusing(torch.ones(3, 2), view=True), "stage 0 was overwritten"),
+    ],
+)
+def test_a_field_that_writes_where_it_must_not_is_named_with_its_stage(bad, message):
+    with pytest.raises(ValueError, match=message):
+        rk_step(bad, 0.0, torch.randn(3, 2), 0.1, get_tableau("bs23"))
+
+
+@pytest.mark.parametrize("name", ["euler", "bs23", "rk4"])
+def test_writes_into_the_points_between_the_states_do_no_harm(name):
+    x = torch.randn(3, 2)
+    before = x.clone()
+    step = rk_step(late, 0.0, x, 0.1, get_tableau(name), closing=False)
+    torch.testing.assert_close(step.x1, rk_step(lambda t, x: -x.relu(), 0.0, x, 0.1, get_tableau(name)).x1)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("same", [lambda t, x: x, lambda t, x: x.view_as(x), lambda t, x: x.detach()])
+def test_a_field_may_return_its_input(same, requires_grad):
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=requires_grad)
+    x1 = x
+    for i in range(10):
+        x1 = rk_step(same, i / 10, x1, 0.1, get_tableau("dopri5")).x1
+    torch.testing.assert_close(x1, math.e * x, rtol=1e-6, atol=0)
+
+
+def test_a_field_may_return_one_tensor_again_and_again():
+    p = torch.ones(3, 2)
+    step = rk_step(lambda t, x: p, 0.0, torch.zeros(3, 2), 0.5, get_tableau("bs23"))
+    torch.testing.assert_close(step.x1, 0.5 * p)
+    with torch.inference_mode():
+        constant = torch.ones(3, 2)
+    torch.testing.assert_close(
+        rk_step(lambda t, x: constant, 0.0, torch.zeros(3, 2), 0.5, get_tableau("bs23")).x1, 0.5 * p
+    )
+
+
+def uncounted(way, function):
+    """Called where torch counts no writes."""
+    if way == "inference":
+        return torch.inference_mode()(function)
+    if way == "vmap":
+        return lambda x: torch.vmap(function)(x[:, None]).squeeze(1)
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("way", ["inference", "vmap", "compile"])
+def test_where_torch_counts_no_writes_the_field_gets_copies(way):
+    x = torch.randn(3, 2)
+    before = x.clone()
+    bs23 = get_tableau("bs23")
+    found = uncounted(way, lambda x: rk_step(lambda t, x: x.relu_() * -2, 0.0, x, 0.1, bs23).x1)(x)
+    torch.testing.assert_close(found, rk_step(lambda t, x: x.relu() * -2, 0.0, before, 0.1, bs23).x1)
+    assert torch.equal(x, before)
+    if way == "inference":
+        with torch.inference_mode():
+            reused = rk_step(Reusing(x), 0.0, x + 0, 0.1, bs23).x1
+        torch.testing.assert_close(reused, rk_step(lambda t, x: -x, 0.0, x, 0.1, bs23).x1)
