@@ -63,10 +63,13 @@ def values(event: Event, t: Any, x: Tensor, among: Any = None) -> Any:
     Raises:
         ValueError: NaN.
     """
-    value = np.array(event(t, x).detach().tolist())
+    value: Any = event(t, x).detach().tolist()
+    if isinstance(value, float) and value == value:
+        return value
+    value = np.array(value)
     if among is not None and value.ndim:
         value = np.where(among, value, 1.0)
-    if np.isnan(value).any():
+    if not (value == value).all():
         times = np.broadcast_to(t.detach().flatten().tolist() if isinstance(t, Tensor) else t, value.shape)
         raise ValueError(f"event must return numbers, got NaN at t = {times[np.isnan(value)].flat[0]:.6g}")
     return value
@@ -94,6 +97,12 @@ def changes(
     Returns:
         Whether it changes, and the fractions of the step before and behind the change; of the shape of ``start``.
     """
+    if np.ndim(start) == 0:  # in numbers first, since this is done at every step
+        first, middle, last = (float(values(event, step.t + k * step.h, inside(k))) for k in (0.25, 0.5, 0.75))
+        least = (min(start, first, middle), min(middle, last, end))
+        bends = (abs(first - (start + middle) / 2), abs(last - (middle + end) / 2))
+        if min(least) > 0 and bends[0] <= least[0] and bends[1] <= least[1]:
+            return False, 0.0, 1.0
     among = np.ones_like(np.atleast_1d(start), dtype=bool) if among is None else among
     rows = [np.where(among, start, 1.0), np.where(among, end, 1.0)]
     n, first, resolved = 1, np.zeros_like(rows[0]), False
@@ -158,7 +167,7 @@ def crossings(
 
 
 def _halvings(h: float, width: float) -> int:
-    return max(1, min(60, math.ceil(math.log2(max(h, 1e-300) / max(width, 1e-15)))))
+    return max(1, min(60, math.ceil(math.log2(max(h, 1e-300) / max(width, 1e-300)))))
 
 
 class _WithoutSlope(torch.autograd.Function):

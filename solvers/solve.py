@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -168,23 +167,25 @@ def _change(
 
     Where the method has no interpolant of its own a parabola is looked at first, which costs no field evaluation.
     """
-    if step.tableau.dense is None and not np.any(changes(step, partial(_parabola, step), event, start, end, among)[0]):
+    if step.tableau.dense is None and not np.any(changes(step, _parabola(step), event, start, end, among)[0]):
         return None
     inside = interpolant(step, field)
     met, low, high = changes(step, inside, event, start, end, among)
     return (inside, met, low, high) if np.any(met) else None
 
 
-def _parabola(step: Step, theta: float) -> Tensor:
-    """Through both ends of a step with the velocity of its start."""
-    rise, slope = step.x1 - step.x0, step.stages[0] * step.h
-    return (step.x0 + theta * (slope + theta * (rise - slope))).to(step.x0.dtype)
+def _parabola(step: Step) -> Callable[[Any], Tensor]:
+    """The state inside a step from both ends and the velocity of its start."""
+    slope = step.stages[0] * step.h
+    bend = step.x1 - step.x0 - slope
+    return lambda theta: (step.x0 + theta * (slope + theta * bend)).to(step.x0.dtype)
 
 
 def _width(step: Step) -> float:
-    """How close in time an event in a step is found: the resolution of the state's precision there."""
-    span = max(float(torch.as_tensor(t).abs().max()) for t in (step.t, step.t + step.h))
-    return torch.finfo(step.x0.dtype).eps * max(span, 1e-30)
+    """How close in time an event in a step is found: the resolution of time there, or that of a part of the step."""
+    span = max(float(torch.as_tensor(t).detach().abs().max()) for t in (step.t, step.t + step.h))
+    size, kind = torch.as_tensor(step.h).detach(), step.h.dtype if isinstance(step.h, Tensor) else torch.float64
+    return max(torch.finfo(kind).eps * float(size.abs().max()), torch.finfo(torch.float64).eps * span, 1e-300)
 
 
 def _solve_samples(task: Task) -> SampleSolution:

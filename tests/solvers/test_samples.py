@@ -231,3 +231,81 @@ def test_dense_solution_of_a_field_that_knows_its_samples_by_position(solver, ra
         args=(rates,), tolerance=Tolerance(1e-5, 1e-7),
     )  # fmt: skip
     torch.testing.assert_close(solution(0.5), (-rates / 2).exp(), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"gradient": "checkpoint"}, {"solver": "heun", "keep": "steps"}])
+def test_the_field_is_asked_within_the_interval_of_each_sample(dtype, options):
+    """Also by the probe for the first step, by samples at rest, and where times are rounded to narrow numbers."""
+    t0 = np.array([0.7879, 0.2, 0.9, 1.0, 0.0, -3.3])
+    t1 = np.array([0.0, 1.0, 0.85, 1.0, 0.3, -2.1])
+
+    def field(t, x):
+        assert t.dtype == x.dtype
+        times = np.array(t.double().flatten().tolist())
+        assert (np.minimum(t0, t1) <= times).all()
+        assert (times <= np.maximum(t0, t1)).all()
+        return torch.sin(5 * x) * torch.tensor([[1.0], [3.0], [10.0], [0.0], [1.0], [2.0]], dtype=dtype)
+
+    tolerance = Tolerance(5e-2, 5e-2) if dtype == torch.bfloat16 else None
+    x0 = torch.ones(6, 1, dtype=dtype, requires_grad=True)
+    solution = integrate(field, x0, t0, t1, control="sample", tolerance=tolerance, **options)
+    np.testing.assert_array_equal(solution.t1.numpy(), t1)
+    assert torch.equal(solution.x1[3], x0[3])
+
+
+def test_a_sample_at_rest_stays_where_it_is_even_without_a_finite_velocity():
+    """At its start, which is its end, and at the end that it has reached before the others."""
+    t1 = torch.tensor([0.0, 1.0, 3.0], dtype=D)
+
+    def field(t, x):
+        pole = (t == t1[:, None]) & (t1[:, None] < 3)
+        return torch.where(pole & (x != 1), torch.inf, torch.ones_like(x))
+
+    x0 = torch.tensor([[5.0], [0.0], [0.0]], dtype=D)
+    solution = integrate(field, x0, 0.0, t1, control="sample", solver="heun", keep="steps")
+    torch.testing.assert_close(solution.x1, x0 + t1[:, None])
+    assert torch.equal(solution(0.0), x0)
+
+
+def test_the_times_of_the_solve_are_out_of_reach_of_the_field():
+    def field(t, x):
+        velocity = torch.cos(t) + 0 * x
+        t.zero_()
+        return velocity
+
+    solution = integrate(field, torch.zeros(2, 1, dtype=D), 0.0, 2.0, control="sample", tolerance=TIGHT)
+    torch.testing.assert_close(solution.x1, torch.full((2, 1), np.sin(2.0), dtype=D), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("t1", [1.1e-283, -1e-300, 1e-46])
+def test_an_interval_below_the_resolution_of_float32_is_over_at_once(t1):
+    ends = torch.tensor([t1, 1.0], dtype=D)
+    solution = integrate(lambda t, x: -x, torch.ones(2, 1), 0.0, ends, control="sample", tolerance=TIGHT)
+    torch.testing.assert_close(solution.x1, torch.tensor([[1.0], [np.exp(-1)]], dtype=torch.float32))
+    assert solution.status == ("finished", "finished")
+
+
+def test_a_controller_that_returns_no_states_is_named():
+    class Wrong:
+        def __call__(self, state, error, order):
+            return state
+
+        def each(self, states, error, order):
+            return 0.1
+
+    with pytest.raises(TypeError, match="controller must return SampleStates, got float"):
+        integrate(swing, torch.ones(2, 3, dtype=D), 0.0, 1.0, control="sample", controller=Wrong())
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (lambda t, x: x.mean(), r"event must return \(3, ...\) with control='sample', got shape \(\)"),
+        (lambda t, x: x[:2, 0], r"got shape \(2,\)"),
+        (lambda t, x: True, r"got shape \(\)"),
+    ],
+)
+def test_events_per_sample_have_a_row_for_each(event, message):
+    with pytest.raises(ValueError, match=message):
+        integrate(swing, torch.ones(3, 3, dtype=D), 0.0, 1.0, control="sample", event=event)
