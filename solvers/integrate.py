@@ -113,9 +113,9 @@ def integrate(
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     x = packing.pack(x0)
     start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
-    with np.errstate(over="ignore"):
-        if not np.isfinite(np.subtract(end, start)).all():
-            raise ValueError(f"t1 - t0 must be finite, got t0 = {t0} and t1 = {t1}")
+    longest = end - start if not per_sample else 2 * np.abs(end / 2 - start / 2).max().item()
+    if not math.isfinite(longest):
+        raise ValueError(f"t1 - t0 must be finite, got t0 = {t0} and t1 = {t1}")
     tolerance, controller = tolerance or _TOLERANCE, controller or _CONTROLLER
     raises = on_limit == "raise"
     if per_sample:

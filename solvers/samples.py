@@ -265,7 +265,8 @@ def _checked(states: SampleStates, controller: SampleController) -> SampleStates
 
 def _over_at_once(t0: Array, t1: Array, x: Tensor) -> Array:
     """The samples whose interval is 0 in the precision of the step sizes, ``(B,)``."""
-    return beside(np.abs(t1 - t0), x).flatten().cpu().numpy() == 0
+    with np.errstate(over="ignore"):
+        return np.abs(t1 - t0).astype(np.float64 if real_dtype(x) == torch.float64 else np.float32) == 0
 
 
 def _inward(low: Array, high: Array, x: Tensor) -> tuple[Tensor, Tensor]:

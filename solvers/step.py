@@ -280,7 +280,10 @@ def _uncounted(x: Tensor) -> bool:
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
     """How often torch counted a write into each, for :func:`check_unchanged`; None where it does not count."""
-    return None if is_compiling() or any(p.is_inference() for p in tensors) else [p._version for p in tensors]
+    try:
+        return None if is_compiling() else [p._version for p in tensors]
+    except RuntimeError:  # tensors of inference mode
+        return None
 
 
 def check_unchanged(stages: Sequence[Tensor], versions: Sequence[int] | None) -> None:
