@@ -15,9 +15,9 @@ its relaxation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -25,6 +25,7 @@ from torch import Tensor, distributed, nn
 from odenets import measures
 from odenets.flow import Records
 from odenets.measures import Measure
+from odenets.modes import keeping_state, total_dtype
 from odenets.objectives import Batch, CrossEntropy, Objective
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
@@ -39,6 +40,10 @@ class Cost:
             left out, the same for Euler steps of size 1; "norm", the sum over blocks of the Frobenius norm, not
             squared, of the batch's residues, as in its experiments in two dimensions.
         p: the exponent, 2 for the energy; "norm" knows no other.
+
+    The first two are means over the D features of a state, not sums: the squared norm of eq. (16) and (31) is D times
+    as large. For another p they are means of ``|r_i|^p`` over the features i, so that the ground cost is the p-th power
+    of the p-norm; eq. (16) has that of the Euclidean norm, which is another cost.
 
     Raises:
         ValueError: an unknown kind, or p below 1.
@@ -88,7 +93,7 @@ class _WithCost(Objective):
 
 
 class ActionPenalty(_WithCost):
-    """``L + weight * C``: the relaxation with a fixed weight.
+    """``L + weight * C``: the relaxation with a fixed weight. C is a mean over features, see :class:`Cost`.
 
     Args:
         weight: of the cost, not negative.
@@ -113,6 +118,8 @@ class ActionPenalty(_WithCost):
 class LeastAction(_WithCost):
     """``L + C / lambda``, where every s steps ``lambda += tau * L``: the method of multipliers (eq. 19, Algorithm 1).
 
+    The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of the thesis divided by D.
+
     Args:
         task: what is to be solved, L; cross-entropy if not given.
         lambda0: first lambda, positive.
@@ -121,14 +128,17 @@ class LeastAction(_WithCost):
         cost: "action", "residue" or "norm", see :class:`Cost`.
         p: exponent of the cost.
         update: "before", every s-th step begins with the change, by the loss of its batch, and takes the new lambda
-            already (asked without gradients, the objective changes nothing); "after", it ends with it, by the loss of
-            its batch with the new weights, which takes another forward pass (eq. 19).
+            already, as the published code has it; "next", the step after every s-th begins with it (eq. 33); "after",
+            every s-th step ends with it, by the loss of its batch with the new weights (eq. 19), which takes another
+            forward pass: in training mode, with running statistics and random state left as they were. Without
+            gradients the objective changes nothing.
         weigh: "divide" the cost by lambda, or "multiply" the loss by it: the same minimum, but then the loss' gradient,
             and with it the effective learning rate, grows with lambda.
 
     Attributes:
-        multiplier: lambda. Where several processes train it grows with the mean of their losses; where a batch comes in
-            parts, with the loss of the first part ("before") or of the last ("after").
+        multiplier: lambda, in float64 whatever the network's dtype, or float32 on a device without float64. Where
+            several processes train it grows with the mean of their losses; where a batch comes in parts, with the loss
+            of the first part ("before", "next") or of the last ("after").
 
     Raises:
         ValueError: arguments out of range.
@@ -145,7 +155,7 @@ class LeastAction(_WithCost):
         every: int = 1,
         cost: str = "action",
         p: float = 2.0,
-        update: Literal["before", "after"] = "before",
+        update: Literal["before", "next", "after"] = "before",
         weigh: Literal["divide", "multiply"] = "divide",
     ) -> None:
         super().__init__(task, cost, p)
@@ -154,27 +164,27 @@ class LeastAction(_WithCost):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be at least 1 step, a whole number, got {every}")
-        if update not in ("before", "after"):
-            raise ValueError(f"update must be 'before' or 'after', got {update!r}")
+        if update not in ("before", "next", "after"):
+            raise ValueError(f"update must be 'before', 'next' or 'after', got {update!r}")
         if weigh not in ("divide", "multiply"):
             raise ValueError(f"weigh must be 'divide' or 'multiply', got {weigh!r}")
         self.tau, self.every, self.update, self.weigh = tau, every, update, weigh
         self.steps = 0
         self._changed_in = -1
-        self.register_buffer("multiplier", torch.tensor(lambda0, dtype=torch.float64))
+        self.register_buffer("multiplier", torch.tensor(lambda0, dtype=total_dtype("cpu")))
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
         loss, cost = self.task(network, batch, output, records), self.cost(records)
-        if self.update == "before" and torch.is_grad_enabled() and self._due and self._changed_in != self.steps:
+        if self.update != "after" and torch.is_grad_enabled() and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
             self._grow(loss, len(batch[1]))
-        weight = self.multiplier.to(loss.dtype)
+        weight = self.multiplier.to(torch.promote_types(loss.dtype, torch.float32))
         return loss + cost / weight if self.weigh == "divide" else weight * loss + cost
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Count the step; with ``update="after"`` let lambda grow by the loss of the new weights."""
         if self.update == "after" and self._due:
-            with torch.no_grad():
+            with torch.no_grad(), keeping_state(network):
                 output, records = network.record(batch[0], **self.task.measures)  # type: ignore[operator]
                 self._grow(self.task(network, batch, output, records), len(batch[1]))
         super().after_step(network, batch)
@@ -188,10 +198,27 @@ class LeastAction(_WithCost):
     @property
     def _due(self) -> bool:
         """Whether lambda changes in this step."""
+        if self.update == "next":
+            return self.steps > 0 and self.steps % self.every == 0
         return (self.steps + 1) % self.every == 0
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move; the multiplier keeps its precision, in which small changes are not lost."""
+        multiplier = self.multiplier
+        del self.multiplier
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.register_buffer("multiplier", multiplier)
+        device = fn(torch.zeros((), device=multiplier.device)).device
+        if device.type == "meta" or multiplier.device.type == "meta":
+            self.multiplier = torch.empty_like(multiplier, device=device)
+        else:
+            self.multiplier = multiplier.to(total_dtype(device)).to(device)
+        return self
+
     def _grow(self, loss: Tensor, samples: int) -> None:
-        loss = loss.detach().double()
+        loss = loss.detach().to(self.multiplier.dtype)
         if distributed.is_available() and distributed.is_initialized():
             total = torch.stack([loss * samples, loss.new_tensor(samples)])
             distributed.all_reduce(total, group=self.group)

@@ -1,14 +1,22 @@
-"""A network while it is looked at: its modes, changed for a while and restored; its device and its dtype."""
+"""A network while it is looked at: modes, buffers and random state, restored afterwards; its device and its dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "dtype_of", "evaluating", "keeping_modes"]
+__all__ = [
+    "device_of",
+    "dtype_of",
+    "evaluating",
+    "inputs_for",
+    "keeping_modes",
+    "keeping_state",
+    "total_dtype",
+]
 
 
 @contextmanager
@@ -43,6 +51,46 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def keeping_state(*networks: nn.Module) -> Iterator[None]:
+    """:func:`keeping_modes` and, besides, buffers and random state: passes in training mode leave no trace either.
+
+    Meanwhile each buffer, a running statistic or the vector of a power iteration, is a copy of itself. Random state is
+    that of torch's generators of the CPU and of the networks' devices.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> with keeping_state(norm):
+    ...     _ = norm(torch.randn(4, 2))
+    >>> norm.num_batches_tracked
+    tensor(0)
+    """
+    slots, copies = [], {}
+    for module in {module: None for network in networks for module in network.modules()}:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not nn.parameter.is_lazy(buffer):
+                slots.append((module, name, buffer))
+                if buffer not in copies:
+                    copies[buffer] = buffer.clone()
+    with keeping_modes(*networks), _keeping_random_state({device_of(network) for network in networks}):
+        try:
+            for module, name, buffer in slots:
+                module._buffers[name] = copies[buffer]
+            yield
+        finally:
+            for module, name, buffer in slots:
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def _keeping_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in devices:
+            if device.type in ("cuda", "xpu"):
+                stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
+        yield
+
+
 def _restore(module: nn.Module, modes: dict[nn.Module, bool], inherited: bool) -> None:
     module.training = modes.get(module, inherited)
     for child in module.children():
@@ -64,3 +112,18 @@ def dtype_of(network: nn.Module, default: torch.dtype | None = None) -> torch.dt
     """The dtype of the first floating or complex parameter, or buffer; ``default``, or torch's own, without one."""
     found = (t.dtype for t in _tensors(network) if t.is_floating_point() or t.is_complex())
     return next(found, default or torch.get_default_dtype())
+
+
+def inputs_for(network: nn.Module, x: Tensor) -> Tensor:
+    """Inputs on the device of a network and, where both are real and floating, in its dtype."""
+    dtype = dtype_of(network, x.dtype)
+    return x.to(device_of(network, x.device), dtype if x.is_floating_point() and dtype.is_floating_point else x.dtype)
+
+
+def total_dtype(device: torch.device | str) -> torch.dtype:
+    """What sums over a data set are kept in: float64, or float32 on a device that has none."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64

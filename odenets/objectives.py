@@ -5,15 +5,69 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from odenets.flow import Records
 from odenets.measures import Measure
 
-__all__ = ["Batch", "CrossEntropy", "Objective", "ReverseCrossEntropy"]
+__all__ = ["Batch", "CrossEntropy", "Objective", "ReverseCrossEntropy", "logits_and_labels", "right_answers"]
 
 Batch = tuple[Tensor, Tensor]
+
+
+def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Checked: logits ``(B, classes)``, in float32 at least, and labels.
+
+    Labels are classes, ``(B,)`` int64, or shares of the classes, ``(B, classes)`` of the logits' dtype.
+
+    Raises:
+        TypeError: the output is no floating tensor, or the labels are none.
+        ValueError: other shapes, or a single logit, whose cross-entropy is 0 whatever it is.
+    """
+    if not (isinstance(output, Tensor) and output.is_floating_point()):
+        raise TypeError(
+            "the network must return logits, a floating tensor (B, classes), got "
+            f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}: put a module around it that "
+            "returns them"
+        )
+    if output.ndim != 2 or output.shape[1] < 2:
+        raise ValueError(f"the network must return logits (B, classes) of two classes or more, got {_shape(output)}")
+    if not isinstance(y, Tensor) or y.is_complex():
+        raise TypeError(f"labels must be a tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    if y.is_floating_point() and y.shape != output.shape:
+        raise ValueError(
+            f"labels must be classes (B,), whole numbers, or shares of all classes {_shape(output)}, got {y.dtype} "
+            f"{_shape(y)}"
+        )
+    if not y.is_floating_point() and y.shape != output.shape[:1]:
+        raise ValueError(f"labels must be one class for each of {len(output)} outputs, got {_shape(y)}")
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()
+    return output, y.to(output.dtype) if y.is_floating_point() else y.long()
+
+
+def right_answers(output: Any, y: Any) -> Tensor:
+    """How many of the largest logits are at the label, a float32 scalar; NaN where the output is no logits."""
+    try:
+        output, y = logits_and_labels(output, y)
+    except (TypeError, ValueError):
+        leaf = next((leaf for leaf in tree_leaves((output, y)) if isinstance(leaf, Tensor)), torch.empty(()))
+        return torch.full((), torch.nan, device=leaf.device)
+    return (output.argmax(1) == (y.argmax(1) if y.is_floating_point() else y)).sum().float()
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _labels(batch: Any) -> Any:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(f"batch must be a pair (inputs, labels), got {got}")
+    return batch[1]
 
 
 class Objective(nn.Module):
@@ -29,6 +83,22 @@ class Objective(nn.Module):
     def __init__(self, measures: Mapping[str, Measure] | None = None) -> None:
         super().__init__()
         self.measures: dict[str, Measure] = dict(measures or {})
+
+    def __call__(self, network: nn.Module, batch: Batch, output: Tensor, records: Mapping[str, Tensor]) -> Tensor:
+        """:meth:`forward`, once all measures are there.
+
+        Raises:
+            TypeError: records are no mapping.
+            ValueError: a measure is missing.
+        """
+        if not isinstance(records, Mapping):
+            raise TypeError(f"records must hold measures by name, got {type(records).__name__}")
+        if missing := [name for name in self.measures if name not in records]:
+            raise ValueError(
+                f"records must hold {missing}, which {type(self).__name__} reads, got {list(records)}: record them, "
+                "output, records = network.record(x, **objective.measures)"
+            )
+        return super().__call__(network, batch, output, records)
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
         """The loss, a scalar.
@@ -51,7 +121,7 @@ class Objective(nn.Module):
 
 
 class CrossEntropy(Objective):
-    """Cross-entropy of the output.
+    """Cross-entropy of the output, in float32 at least. Labels are classes, or shares of the classes.
 
     Args:
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
@@ -67,7 +137,8 @@ class CrossEntropy(Objective):
         self.label_smoothing = label_smoothing
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        return F.cross_entropy(output, batch[1], label_smoothing=self.label_smoothing)
+        output, y = logits_and_labels(output, _labels(batch))
+        return F.cross_entropy(output, y, label_smoothing=self.label_smoothing)
 
 
 class ReverseCrossEntropy(Objective):
@@ -79,6 +150,8 @@ class ReverseCrossEntropy(Objective):
     """
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        likely = F.log_softmax(-output, 1)
-        others = likely.scatter(1, batch[1][:, None], 0.0).sum(1)
+        output, y = logits_and_labels(output, _labels(batch))
+        if y.is_floating_point():
+            raise ValueError(f"labels must be classes (B,), whole numbers, got shares of the classes {_shape(y)}")
+        others = F.log_softmax(-output, 1).scatter(1, y[:, None], 0.0).sum(1)
         return -others.mean() / (output.shape[1] - 1)

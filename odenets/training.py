@@ -7,9 +7,10 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -23,11 +24,12 @@ from tqdm import tqdm
 
 from odenets.adapting import Adapted
 from odenets.checkpoints import is_finite, restore_structure, structure
-from odenets.data import Batches
+from odenets.data import Batches, Dataset
 from odenets.flow import Records
 from odenets.measures import Measure
+from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, total_dtype
 from odenets.network import Network
-from odenets.objectives import CrossEntropy, Objective
+from odenets.objectives import CrossEntropy, Objective, logits_and_labels, right_answers
 from odenets.runs import Run
 
 __all__ = [
@@ -35,10 +37,16 @@ __all__ = [
     "DivergedError",
     "Evaluation",
     "Training",
+    "check_optimizer",
+    "check_precision",
     "evaluate",
     "evaluate_schemes",
     "fit",
 ]
+
+
+TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Fabric's precisions in which weights are converted."""
 
 
 class DivergedError(RuntimeError):
@@ -87,8 +95,16 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Any], Optimizer]) -> None:
-        """Take up :meth:`state_dict`: blocks first, then the optimiser on their parameters."""
+        """Take up :meth:`state_dict`: blocks first, then the optimiser on their parameters.
+
+        Raises:
+            ValueError: weights of another precision, or a schedule on one side only.
+        """
+        if (self.schedule is None) != (state["schedule"] is None):
+            which = "one, and this training has none" if self.schedule is None else "none, and this training has one"
+            raise ValueError(f"schedule must be that of the checkpoint, which has {which}")
         restore_structure(self.network, state["structure"])
+        check_precision(self.network, state["network"])
         self.network.load_state_dict(state["network"])
         held = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
         fresh = make_optimizer(self.network)
@@ -134,30 +150,90 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, batches: Batches) -> Evaluation:
-    """Cross-entropy and accuracy in eval mode; the mode is restored, and the device waited for once."""
+    """Cross-entropy and accuracy in eval mode on the samples as they are, neither cropped nor mirrored.
+
+    Inputs are taken to the network's device and dtype; its modes, buffers and random state are left as they were, and
+    the device is waited for once.
+
+    Raises:
+        TypeError, ValueError: the network returns no logits, or not one for each class.
+    """
     return _evaluate(network, batches, lambda x: {"": network(x)})[""]
 
 
 @torch.no_grad()
 def evaluate_schemes(network: Network, batches: Batches, *, full_passes: bool = False) -> dict[str, Evaluation]:
-    """:func:`evaluate` of every output of :meth:`Network.outputs`: each embedded scheme, and "ensemble"."""
+    """:func:`evaluate` of every output of :meth:`Network.outputs`: each embedded scheme, and "ensemble".
+
+    Raises:
+        TypeError: a network without such outputs.
+        TypeError, ValueError: as :func:`evaluate` raises.
+    """
+    if not hasattr(network, "outputs"):
+        raise TypeError(f"network must be an odenets.Network, whose schemes have outputs, got {type(network).__name__}")
     return _evaluate(network, batches, lambda x: network.outputs(x, full_passes=full_passes))
 
 
 def _evaluate(
     network: nn.Module, batches: Batches, outputs: Callable[[Tensor], dict[str, Tensor]]
 ) -> dict[str, Evaluation]:
-    mode = network.training
-    network.eval()
-    totals: dict[str, Tensor] = {}
-    for x, y in batches.in_order():
-        for name, output in outputs(x).items():
-            loss = F.cross_entropy(output, y, reduction="sum").double()
-            correct = (output.argmax(1) == y).sum().double()
-            totals[name] = totals.get(name, 0) + torch.stack([loss, correct])
-    network.train(mode)
-    values = (torch.stack(list(totals.values())) / len(batches.data)).tolist()
+    data, totals = batches.data, {}
+    with keeping_state(network), evaluating(network):
+        for x, y in batches.in_order():
+            for name, output in outputs(inputs_for(network, x)).items():
+                output, y = logits_and_labels(output, y.to(output.device) if isinstance(output, Tensor) else y)
+                if name not in totals:
+                    _check_classes(output, data)
+                    totals[name] = torch.zeros(2, dtype=total_dtype(output.device), device=output.device)
+                totals[name] += torch.stack([F.cross_entropy(output, y, reduction="sum"), right_answers(output, y)])
+    values = (torch.stack(list(totals.values())) / len(data)).tolist()
     return {name: Evaluation(*value) for name, value in zip(totals, values, strict=True)}
+
+
+def _check_classes(output: Tensor, data: Dataset) -> None:
+    """That there is a logit for each label."""
+    if output.shape[1] < data.classes and output.shape[1] <= (largest := int(data.y.max())):
+        raise ValueError(f"the network has {output.shape[1]} logits, and the labels of {data.name} go up to {largest}")
+
+
+def check_precision(network: nn.Module, state: Mapping[str, Any]) -> None:
+    """That saved weights have the network's dtypes: loading them would round, or feign a precision they have not.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for name, value in network.state_dict().items():
+        saved = state.get(name)
+        if isinstance(value, Tensor) and isinstance(saved, Tensor) and saved.dtype != value.dtype:
+            raise ValueError(
+                f"the network must have the precision of the checkpoint, in which {name} is {saved.dtype}, got "
+                f"{value.dtype}: train on with the precision that it was begun with"
+            )
+
+
+def check_optimizer(optimizer: Optimizer, *trained: nn.Module) -> None:
+    """That an optimiser trains what requires a gradient.
+
+    Raises:
+        ValueError: it holds no such parameter.
+
+    Warns:
+        UserWarning: it leaves some out.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {p: name for module in trained for name, p in module.named_parameters() if p.requires_grad}
+    left = [name for p, name in names.items() if id(p) not in held]
+    if len(left) == len(names):
+        raise ValueError(
+            "optimizer must hold parameters of the network that require a gradient, got none of them: make it from "
+            "what it is called with, and unfreeze what is to be trained"
+        )
+    if left:
+        warnings.warn(
+            f"the optimizer leaves out {len(left)} of {len(names)} parameters that require a gradient, {left[0]} among "
+            "them, which will not change: give it all, or freeze these with requires_grad_(False)",
+            stacklevel=3,
+        )
 
 
 def fit(
@@ -181,14 +257,20 @@ def fit(
 ) -> Training:
     """Train a network.
 
+    Where the network is in training mode, modules in it that are in eval mode stay so: a frozen batch norm keeps its
+    statistics. A network in eval mode is put in training mode as a whole. In the end it is in training mode, and no
+    gradients are left.
+
     Args:
-        network: trained in place, moved to the fabric's device.
+        network: trained in place, moved to the fabric's device. Inputs are taken to its dtype. What it returns is the
+            objective's matter; where that is not logits ``(B, classes)`` the accuracy is NaN.
         batches: training data; epoch e draws the same batches in every run.
         epochs: how many.
-        optimizer: makes the optimiser from the network; its parameter groups must follow from the network alone.
+        optimizer: makes the optimiser from the network; its parameter groups must follow from the network alone. A
+            warning names what requires a gradient and is not in it.
         schedule: makes a learning-rate schedule, stepped once an epoch.
         objective: :class:`CrossEntropy` if not given.
-        validation: measured after every epoch.
+        validation: measured after every epoch, by :func:`evaluate`.
         callbacks: called between epochs.
         loss_limit: an epoch whose mean training loss is above this has diverged, like one after which a loss, of
             training or validation, or a weight is not finite.
@@ -202,8 +284,10 @@ def fit(
             "norm", and a lambda, which grows with the loss of one part.
         compile: record the network through ``torch.compile``.
         progress: label of a progress bar; none without it.
-        fabric: Lightning Fabric; one CPU if not given. Its ``precision="bf16-mixed"`` is automatic mixed precision, in
-            which weights, outputs and measures stay in float32. Launched on several processes (``torchrun``), each
+        fabric: Lightning Fabric; one CPU if not given. Its ``precision="64-true"``, ``"bf16-true"`` or ``"16-true"``
+            converts the network, ``"32-true"`` takes it in the dtype it has; losses are in float32 at least.
+            ``"bf16-mixed"`` is automatic mixed precision, in which weights, outputs and measures stay in float32.
+            Launched on several processes (``torchrun``), each
             takes its share of every batch, and their gradients are averaged: what comes out is what one process finds,
             but for batch norms, which see a share at a time, and for a cost that is no mean over samples. After every
             epoch all go on with the first one's buffers.
@@ -213,7 +297,9 @@ def fit(
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
-        ValueError: arguments out of range, or a batch with fewer samples than there are processes.
+        TypeError: an output that the objective, or with validation the evaluation, cannot read.
+        ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimiser without
+            the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision.
     """
     if epochs < 0:
         raise ValueError(f"epochs must not be negative, got {epochs}")
@@ -229,10 +315,10 @@ def fit(
             "choose another batch size"
         )
     objective = (objective or CrossEntropy()).to(fabric.device)
-    network.to(fabric.device)
+    network.to(fabric.device, _dtype(fabric, network))
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
-        with torch.no_grad():
-            network(batches.data.x[:2].to(fabric.device))
+        with torch.no_grad(), keeping_state(network), evaluating(network):
+            network(inputs_for(network, batches.data.x[:2]))
     made = optimizer(network)
     training = Training(network, made, schedule(made) if schedule else None, objective)
     state = fabric.broadcast(run.load_state(checkpoint) if run and fabric.is_global_zero else None)
@@ -240,23 +326,30 @@ def fit(
         training.load_state_dict(state, optimizer)
     step: Any = None
     served: list[int] = []  # parameters that Fabric knows of
-    batches = Batches(batches.data.to(fabric.device), batches.size, batches.seed, batches.crop, batches.flip)
+    batches = replace(batches, data=data_for(network, batches.data))
     if validation is not None:
-        validation = Batches(validation.data.to(fabric.device), validation.size)
+        validation = Batches(data_for(network, validation.data), validation.size)
+    frozen: list[nn.Module] = []
     started = time.perf_counter() - (training.rows[-1]["seconds"] if training.rows else 0.0)
     bar = tqdm(total=epochs, initial=training.epoch, desc=progress, disable=progress is None, unit="epoch", leave=False)
-    recovering = any(callback.recovers for callback in callbacks)
+    recovering = any(getattr(callback, "recovers", False) for callback in callbacks)
     with bar:
         while training.epoch < epochs:
             before = copy.deepcopy(training.state_dict()) if recovering else None
             if list(map(id, network.parameters())) != served:  # at first, and after callbacks have edited blocks
                 step = None
+                check_optimizer(training.optimizer, network, objective)
                 gc.collect()  # so that no hooks of an earlier set-up are left
-                step = partial(_step, *_set_up(training, fabric), training, fabric, clip_norm, accumulate)
+                check = validation is not None
+                step = partial(_step, *_set_up(training, fabric), training, fabric, clip_norm, accumulate, check)
                 served = list(map(id, network.parameters()))
+            frozen = to_training_mode(network, frozen)
             with _compiled(network) if compile else nullcontext():
                 loss, accuracy = _train_epoch(training, step, batches, fabric)
-            measured = evaluate(network, validation) if validation is not None and math.isfinite(loss) else None
+            measured = None
+            if validation is not None and math.isfinite(loss):
+                with fabric.autocast() if fabric.strategy.precision.precision in TRUE else nullcontext():
+                    measured = evaluate(network, validation)
             if trouble := _trouble(training, loss, measured, loss_limit):
                 spent = training.evaluations
                 if before is not None:
@@ -292,7 +385,38 @@ def fit(
                 run.log(training.rows)
             bar.update()
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
+    to_training_mode(network, frozen)
+    training.optimizer.zero_grad()
     return training
+
+
+def to_training_mode(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> list[nn.Module]:
+    """Put a network in training mode; the modules that are frozen in eval mode.
+
+    Where it is in training mode already, those are the ones in eval mode, which stay so; otherwise those named.
+    """
+    if not network.training:
+        network.train()
+        for module in frozen:
+            module.training = False
+    return [module for module in network.modules() if not module.training]
+
+
+def data_for(network: nn.Module, data: Dataset) -> Dataset:
+    """A data set on the device of a network, inputs in its dtype."""
+    x = inputs_for(network, data.x)
+    return replace(data, x=x, y=data.y.to(x.device))
+
+
+def _dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
+    """What the weights are to be converted to before a checkpoint is loaded, if they are."""
+    precision, dtype = fabric.strategy.precision.precision, dtype_of(network)
+    if precision.endswith("mixed") and dtype == torch.float64:
+        raise ValueError(
+            f"fabric's precision {precision!r} mixes float32 weights with half precision, got a network in float64: "
+            'take precision="64-true", or network.float()'
+        )
+    return TRUE.get(precision)
 
 
 class _Recording(nn.Module):
@@ -325,12 +449,15 @@ def _trouble(training: Training, loss: float, measured: Evaluation | None, loss_
 
 @contextmanager
 def _compiled(network: Network | Adapted) -> Iterator[None]:
-    """The network with its ``record`` compiled."""
+    """The network with its ``record`` compiled, which on leaving is what it was."""
+    before = vars(network).get("record")
     network.record = torch.compile(network.record)  # type: ignore[method-assign]
     try:
         yield
     finally:
         del network.record
+        if before is not None:
+            network.record = before
 
 
 def _train_epoch(
@@ -342,8 +469,7 @@ def _train_epoch(
     where several processes train, which must all take the same steps.
     """
     network = training.network
-    network.train()
-    totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
+    totals = torch.zeros(2, dtype=total_dtype(fabric.device), device=fabric.device)
     every = 1 if fabric.device.type == "cpu" else 32
     for i, (x, y) in enumerate(batches.epoch(training.epoch), 1):
         totals += step(x, y)
@@ -358,6 +484,22 @@ def _train_epoch(
     return loss, accuracy
 
 
+def check_loss(loss: Any, objective: Objective) -> None:
+    """That a loss is one that a backward pass can start from.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: no scalar, or one that depends on no parameter.
+    """
+    name = type(objective).__name__
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"objective must return a loss, a scalar tensor, but {name} returns {type(loss).__name__}")
+    if loss.ndim:
+        raise ValueError(f"objective must return a scalar, but {name} returns a loss of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(f"the loss of {name} depends on no parameter that requires a gradient: nothing would train")
+
+
 def _step(
     module: Any,
     optimizer: Any,
@@ -365,6 +507,7 @@ def _step(
     fabric: Fabric,
     clip_norm: float | None,
     accumulate: int,
+    validated: bool,
     x: Tensor,
     y: Tensor,
 ) -> Tensor:
@@ -372,17 +515,22 @@ def _step(
     network, objective = training.network, training.objective
     whole, shares = len(x), fabric.world_size
     x, y = x[fabric.global_rank :: shares], y[fabric.global_rank :: shares]
-    totals = torch.zeros(2, dtype=torch.float64, device=x.device)
+    totals = torch.zeros(2, dtype=total_dtype(x.device), device=x.device)
+    double = fabric.strategy.precision.precision == "64-true"  # or Fabric would round outputs to the default dtype
     optimizer.zero_grad()
     size = -(-len(x) // accumulate)
     parts = list(zip(x.split(size), y.split(size), strict=True))
     for i, part in enumerate(parts, 1):
         with fabric.no_backward_sync(module, enabled=i < len(parts)):
-            output, records, starts = module(part[0])
+            with fabric.init_tensor() if double else nullcontext():
+                output, records, starts = module(part[0])
+            if validated:
+                logits_and_labels(output, part[1])
             loss = objective(network, part, output, Records(records, starts))
+            check_loss(loss, objective)
             fabric.backward(loss * (len(part[0]) * shares / whole))
         with torch.no_grad():
-            totals += torch.stack([loss.detach() * len(part[0]), (output.argmax(1) == part[1]).sum()])
+            totals += torch.stack([loss.detach().to(totals.dtype) * len(part[0]), right_answers(output, part[1])])
     if clip_norm is not None:
         fabric.clip_gradients(module, optimizer, max_norm=clip_norm, error_if_nonfinite=False)
     optimizer.step()
