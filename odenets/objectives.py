@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves
 from odenets.flow import Records
 from odenets.measures import Measure
 
-__all__ = ["Batch", "CrossEntropy", "Objective", "ReverseCrossEntropy", "logits_and_labels", "right_answers"]
+__all__ = [
+    "Batch",
+    "CrossEntropy",
+    "Objective",
+    "ReverseCrossEntropy",
+    "check_loss",
+    "logits_and_labels",
+    "right_answers",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -155,3 +163,19 @@ class ReverseCrossEntropy(Objective):
             raise ValueError(f"labels must be classes (B,), whole numbers, got shares of the classes {_shape(y)}")
         others = F.log_softmax(-output, 1).scatter(1, y[:, None], 0.0).sum(1)
         return -others.mean() / (output.shape[1] - 1)
+
+
+def check_loss(loss: Any, objective: Objective) -> None:
+    """That a loss is one that a backward pass can start from.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: no scalar, or one that depends on no parameter.
+    """
+    name = type(objective).__name__
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"objective must return a loss, a scalar tensor, but {name} returns {type(loss).__name__}")
+    if loss.ndim:
+        raise ValueError(f"objective must return a scalar, but {name} returns a loss of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(f"the loss of {name} depends on no parameter that requires a gradient: nothing would train")

@@ -29,7 +29,7 @@ from odenets.flow import Records
 from odenets.measures import Measure
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, total_dtype
 from odenets.network import Network
-from odenets.objectives import CrossEntropy, Objective, logits_and_labels, right_answers
+from odenets.objectives import CrossEntropy, Objective, check_loss, logits_and_labels, right_answers
 from odenets.runs import Run
 
 __all__ = [
@@ -39,9 +39,11 @@ __all__ = [
     "Training",
     "check_optimizer",
     "check_precision",
+    "data_for",
     "evaluate",
     "evaluate_schemes",
     "fit",
+    "to_training_mode",
 ]
 
 
@@ -482,22 +484,6 @@ def _train_epoch(
             distributed.broadcast(buffer, src=0)
     loss, accuracy = (totals / len(batches.data)).tolist()
     return loss, accuracy
-
-
-def check_loss(loss: Any, objective: Objective) -> None:
-    """That a loss is one that a backward pass can start from.
-
-    Raises:
-        TypeError: no tensor.
-        ValueError: no scalar, or one that depends on no parameter.
-    """
-    name = type(objective).__name__
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"objective must return a loss, a scalar tensor, but {name} returns {type(loss).__name__}")
-    if loss.ndim:
-        raise ValueError(f"objective must return a scalar, but {name} returns a loss of shape {tuple(loss.shape)}")
-    if not loss.requires_grad:
-        raise ValueError(f"the loss of {name} depends on no parameter that requires a gradient: nothing would train")
 
 
 def _step(

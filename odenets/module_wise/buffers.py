@@ -134,8 +134,8 @@ class Receiver(_Edge):
             self.buffer.fail(error)
 
     def _message(self) -> Message | None:
-        header = self._tensor((LARGEST + 4,), torch.int64).tolist()
-        whole, samples, code, image_dims, *dims = header
+        header = self._tensor((LARGEST + 5,), torch.int64).tolist()
+        whole, samples, code, image_code, image_dims, *dims = header
         if whole < 0:
             return None
         shape = tuple(n for n in dims if n >= 0)
@@ -144,7 +144,7 @@ class Receiver(_Edge):
         images = torch.empty(0)
         if image_dims:
             sizes = self._tensor((image_dims,), torch.int64).tolist()
-            images = self._tensor((samples, *sizes), torch.float32)
+            images = self._tensor((samples, *sizes), DTYPES[image_code])
         return Message(state, images, y, whole)
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -204,11 +204,12 @@ class Sender(_Edge):
 
     def _message(self, message: Message | None) -> None:
         if message is None:
-            return self._tensor(torch.full((LARGEST + 4,), -1))
+            return self._tensor(torch.full((LARGEST + 5,), -1))
         state, images, y, whole = message
         dims = [*state.shape[1:], *[-1] * (LARGEST - state.ndim + 1)]
         image_dims = images.ndim - 1 if images.numel() else 0
-        self._tensor(torch.tensor([whole, len(y), DTYPES.index(state.dtype), image_dims, *dims]))
+        codes = DTYPES.index(state.dtype), DTYPES.index(images.dtype)
+        self._tensor(torch.tensor([whole, len(y), *codes, image_dims, *dims]))
         self._tensor(state)
         self._tensor(y)
         if image_dims:

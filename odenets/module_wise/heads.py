@@ -1,4 +1,4 @@
-"""Auxiliary heads: a small classifier on the state after a module."""
+"""Auxiliary heads: a small classifier on the state after a module, on its device and in its dtype."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def conv_head(state: Tensor, classes: int, *, pool: int | None = None) -> nn.Seq
         nn.BatchNorm2d(channels),
         Rearrange("b c h w -> b (c h w)"),
         nn.Linear(channels * (height // pool) * (width // pool), classes),
-    )
+    ).to(state.device, state.dtype)
 
 
 def token_head(state: Tensor, classes: int) -> nn.Sequential:
@@ -54,12 +54,12 @@ def token_head(state: Tensor, classes: int) -> nn.Sequential:
         raise ValueError(f"head 'token' needs states (B, T, D) or (B, H, W, D), got {tuple(state.shape)}")
     features = state.shape[-1]
     mean = Reduce("b t d -> b d" if state.ndim == 3 else "b h w d -> b d", "mean")
-    return nn.Sequential(nn.LayerNorm(features), mean, nn.Linear(features, classes))
+    return nn.Sequential(nn.LayerNorm(features), mean, nn.Linear(features, classes)).to(state.device, state.dtype)
 
 
 def linear_head(state: Tensor, classes: int) -> nn.Sequential:
     """A linear layer on all features of a state ``(B, *S)``."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(state[0].numel(), classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(state[0].numel(), classes)).to(state.device, state.dtype)
 
 
 HEADS: dict[str, Head] = {"conv": conv_head, "token": token_head, "linear": linear_head}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from odenets.adapting import Adapted
 from odenets.data import Batches
 from odenets.flow import Flow, Records
 from odenets.measures import Measure
+from odenets.modes import evaluating, inputs_for, keeping_modes, keeping_state
 from odenets.module_wise.cutting import At, blocks_of, cut
 from odenets.module_wise.heads import HEADS, Head, head_for
 from odenets.module_wise.splitting import balanced, even
 from odenets.network import Network
+from odenets.objectives import logits_and_labels
 
 __all__ = ["LocalLoss", "Module", "ModuleWise", "module_wise"]
 
@@ -126,24 +128,23 @@ class ModuleWise(nn.Module):
         Raises:
             ValueError: no such depth.
         """
-        mode = self.training
-        self.eval()
-        try:
-            return self(x, depth).argmax(1)
-        finally:
-            self.train(mode)
+        with keeping_state(self), evaluating(self):
+            return self(inputs_for(self, x), depth).argmax(1)
 
     @torch.no_grad()
     def accuracies(self, batches: Batches) -> list[float]:
-        """Accuracy after each module, in eval mode."""
-        mode = self.training
-        self.eval()
-        right = torch.zeros(self.K, dtype=torch.long, device=batches.data.x.device)
-        for x, y in batches.in_order():
-            for k, output in enumerate(self.outputs(x)):
-                right[k] += (output.argmax(1) == y).sum()
-        self.train(mode)
-        return [n / len(batches.data) for n in right.tolist()]
+        """Accuracy after each module, in eval mode, on the samples as they are, neither cropped nor mirrored.
+
+        Raises:
+            TypeError, ValueError: a head does not return logits.
+        """
+        data, right = batches.data, []
+        with keeping_state(self), evaluating(self):
+            for x, y in batches.in_order():
+                x = inputs_for(self, x)
+                logits = (logits_and_labels(output, y.to(x.device)) for output in self.outputs(x))
+                right.append(torch.stack([(output.argmax(1) == y).sum() for output, y in logits]))
+        return [n / len(data) for n in torch.stack(right).sum(0).tolist()]
 
     def best(self, validation: Batches) -> int:
         """The depth of the most accurate module, the first of equals."""
@@ -168,6 +169,8 @@ def module_wise(
 ) -> ModuleWise:
     """A network in K modules, each with a head, to be trained without a gradient that crosses from one to another.
 
+    New layers follow the network: its device, dtype and mode. Shapes are found in eval mode, which leaves it as it was.
+
     Args:
         network: a flow, a network or an adapted model; its weights are shared, not copied.
         split: the number of modules K, or after how many blocks each ends, rising, the last with or without.
@@ -183,8 +186,8 @@ def module_wise(
         local_loss: makes what each module minimises besides.
 
     Raises:
-        TypeError, ValueError: as :func:`~odenets.module_wise.cutting.cut` and the heads raise, K out of range, or a
-            head that does not return ``(B, classes)``.
+        TypeError, ValueError: as :func:`~odenets.module_wise.cutting.cut` and the heads raise, K out of range, a head
+            that does not return ``(B, classes)``, or more or fewer heads than modules that need one.
 
     >>> import odenets
     >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
@@ -201,31 +204,48 @@ def module_wise(
             "balance must be 'blocks' or 'memory' and last_head 'own' or 'auxiliary', "
             f"got {balance!r} and {last_head!r}"
         )
-    mode = network.training
-    network.eval()
-    with torch.no_grad():
+    x = inputs_for(network, x)
+    with torch.no_grad(), keeping_state(network), evaluating(network):
         output = network(x)  # a flow without a field makes it here
-    network.train(mode)
     ends = _ends(network, split, balance, x, at)
-    parts, own = cut(network, ends, at)
+    with keeping_modes(network):
+        parts, own = cut(network, ends, at)
+    keeps = last_head == "own" and not isinstance(network, Flow)
     if classes is None:
-        if isinstance(network, Flow) or output.ndim != 2:
-            raise ValueError(f"classes must be given: the network's output has shape {tuple(output.shape)}")
-        classes = int(output.shape[1])
+        classes = _classes(network, output)
+    if isinstance(head, Sequence) and not isinstance(head, str) and len(head) != len(parts) - keeps:
+        but = " but the last, which keeps the network's" if keeps else ""
+        raise ValueError(f"head must hold one for each module{but}: {len(parts) - keeps}, got {len(head)}")
     modules, state = [], x
     for k, part in enumerate(parts):
-        mode = part.training
-        part.eval()
-        with torch.no_grad():
+        with torch.no_grad(), keeping_state(part), evaluating(part):
             state = part(state)
-        part.train(mode)
-        keeps = k == len(parts) - 1 and last_head == "own" and not isinstance(network, Flow)
         with x.device:  # where new layers are made
-            made = own if keeps else _head(head, k, state, classes)
-            extra = None if local_loss is None else local_loss(k, len(parts), state, x)
+            made = own if keeps and k == len(parts) - 1 else _head(head, k, state, classes)
+            extra = None if local_loss is None else local_loss(k, len(parts), state, x).to(state.device, state.dtype)
         _check_head(made, state, classes, k)
         modules.append(Module(part, made, extra))
-    return ModuleWise(modules, ends)
+    result = ModuleWise(modules, ends)
+    for module in set(result.modules()) - set(network.modules()) - set(_given(head)):
+        module.training = network.training
+    return result
+
+
+def _classes(network: Flow | Network | Adapted, output: Any) -> int:
+    """Number of classes of the network's own output."""
+    if isinstance(network, Flow) or not isinstance(output, Tensor) or output.ndim != 2:
+        got = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is a {type(output).__name__}"
+        raise ValueError(f"classes must be given: the network's output {got}")
+    return int(output.shape[1])
+
+
+def _given(head: object) -> Iterator[nn.Module]:
+    """The modules that heads consist of which are not made here."""
+    if isinstance(head, nn.Module):
+        yield from head.modules()
+    elif isinstance(head, Sequence) and not isinstance(head, str):
+        for one in head:
+            yield from _given(one)
 
 
 def _ends(network: Flow | Network | Adapted, split: int | Sequence[int], balance: str, x: Tensor, at: At) -> list[int]:
@@ -240,11 +260,9 @@ def _head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state: Ten
     if isinstance(head, nn.Module):
         return head
     if isinstance(head, Sequence) and not isinstance(head, str):
-        if k >= len(head):
-            raise ValueError(f"head must hold one for each module, got {len(head)}")
         return head[k]
     if callable(head):
-        return head(state, classes)
+        return head(state, classes).to(state.device, state.dtype)
     if head == "auto":
         return head_for(state, classes)
     if head not in HEADS:
@@ -253,15 +271,18 @@ def _head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state: Ten
 
 
 def _check_head(head: nn.Module, state: Tensor, classes: int, k: int) -> None:
-    mode = head.training
-    head.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keeping_state(head), evaluating(head):
             output = head(state)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the head of module {k + 1} does not fit states {tuple(state.shape)}: {error}") from error
-    finally:
-        head.train(mode)
+        raise ValueError(
+            f"the head of module {k + 1} does not fit states {tuple(state.shape)} of {state.dtype}: {error}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the head of module {k + 1} must return logits, a tensor {(len(state), classes)}, got "
+            f"{type(output).__name__}"
+        )
     if output.shape != (len(state), classes):
         raise ValueError(
             f"the head of module {k + 1} must return {(len(state), classes)} for states {tuple(state.shape)}, got "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from odenets.least_action import ActionPenalty, LeastAction
+from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.objectives import CrossEntropy, Objective
 
 __all__ = ["ModuleObjective", "greedy", "trgl", "trgl_multipliers"]
@@ -26,6 +26,9 @@ def trgl(
     """``L + C / (2 tau_k)``, the proximal step of module k (eq. 31), with the same tau for all or twice it for the
     second half of the modules.
 
+    C is a mean over the D features of a state where eq. (31) has the squared norm, a sum: in its terms the step has
+    size ``tau D``, so that one tau means steps of several sizes where the modules' states differ in dimension.
+
     Args:
         tau: of the first modules, positive; the smaller, the shorter the step.
         task: makes the loss L; cross-entropy if not given, ``partial(CrossEntropy, 0.1)`` as in the thesis' experiments
@@ -34,10 +37,11 @@ def trgl(
         cost: "action", "residue" or "norm", see :class:`~odenets.least_action.Cost`.
 
     Raises:
-        ValueError: tau is not positive and finite.
+        ValueError: tau is not positive and finite, or an unknown cost.
     """
     if not (math.isfinite(tau) and tau > 0):
         raise ValueError(f"tau must be positive and finite, got {tau}")
+    Cost(cost)  # type: ignore[arg-type]  # raises here what it would raise later
 
     def make(k: int, K: int) -> Objective:
         return ActionPenalty(1 / (2 * tau * (1 + (doubled and 2 * k >= K))), task(), cost=cost)
@@ -54,10 +58,12 @@ def trgl_multipliers(
     growth: float = 0.0,
     weigh: Literal["divide", "multiply"] = "divide",
     cost: str = "action",
+    update: Literal["before", "next", "after"] = "next",
 ) -> ModuleObjective:
     """Weights that grow with the loss that is left, ``lambda_k += h L`` every s steps (eq. 33); ``lambda = 2 tau``.
 
-    With label smoothing L never reaches 0, and lambda grows without bound.
+    With label smoothing L never reaches 0, and lambda grows without bound. The cost is a mean over D features, see
+    :func:`trgl`: lambda is that of eq. (33) divided by D.
 
     Args:
         lambda0: first lambda of the first module, positive.
@@ -67,14 +73,18 @@ def trgl_multipliers(
         growth: module k, from 1, begins with ``lambda0 k^growth``.
         weigh: "divide" the cost, or "multiply" the loss, and with it the step, as eq. (33) is written.
         cost: "action", "residue" or "norm".
+        update: "next", as eq. (33) has it, ``lambda_{i+1} = lambda_i + h L(theta_{i+1}, x_{i+1})`` after every s-th
+            step i: the step that follows begins with the change. "before", one step earlier, as the published code has
+            it; or "after", see :class:`~odenets.least_action.LeastAction`.
 
     Raises:
         ValueError: arguments out of range.
     """
-    LeastAction(lambda0=lambda0, tau=h, every=every, weigh=weigh)  # raises here what it would raise later
+    options: dict[str, Any] = {"tau": h, "every": every, "cost": cost, "weigh": weigh, "update": update}
+    LeastAction(lambda0=lambda0, **options)  # raises here what it would raise later
 
     def make(k: int, K: int) -> Objective:
         first = lambda0 * (k + 1) ** growth
-        return LeastAction(task(), lambda0=first, tau=h, every=every, cost=cost, weigh=weigh)
+        return LeastAction(task(), lambda0=first, **options)
 
     return make

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from odenets.checkpoints import is_finite
 from odenets.data import Batches
+from odenets.modes import inputs_for, total_dtype
 from odenets.module_wise.buffers import Buffer, Message, Receiver, Sender, WorkerLostError
 from odenets.module_wise.modules import ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy
@@ -28,7 +29,7 @@ from odenets.module_wise.splitting import even
 from odenets.module_wise.steps import local_step
 from odenets.objectives import Objective
 from odenets.runs import Run
-from odenets.training import DivergedError
+from odenets.training import DivergedError, check_optimizer, check_precision, to_training_mode
 
 __all__ = ["WorkerLostError", "fit_in_processes"]
 
@@ -53,7 +54,8 @@ def fit_in_processes(
     process trains some consecutive modules, and sends the states behind them on.
 
     Args:
-        network: with the same weights in all processes; in the end all hold the trained weights of all modules.
+        network: with the same weights in all processes; in the end all hold the trained weights of all modules. Inputs
+            are taken to its dtype; modes are those of :func:`odenets.training.fit`.
         batches: training data.
         epochs: how many; each module takes ``epochs * len(batches)`` steps.
         optimizer: makes the optimiser of one module from its parameters.
@@ -136,6 +138,8 @@ class _Worker:
         _check_apart(network, self.owned)
         self.modules = [network.modules_in_order[k].to(self.device) for k in self.own]
         self.optimizers = [optimizer(module.parameters()) for module in self.modules]
+        for made, module in zip(self.optimizers, self.modules, strict=True):
+            check_optimizer(made, module)
         self.objectives: list[Objective] = [objective(k, network.K).to(self.device) for k in self.own]
         self.with_images = any(module.local_loss is not None for module in network.modules_in_order)
         self.rows: list[dict[str, Any]] = []
@@ -171,6 +175,7 @@ class _Worker:
     def train(self) -> None:
         """All epochs, from where the checkpoints stand."""
         self._resume()
+        to_training_mode(self.network)
         incoming = None
         if self.receiver is not None:
             incoming = Buffer(self.places, self.timeout, self.name(self.stage - 1))
@@ -179,7 +184,7 @@ class _Worker:
             self.sender.start(self.places == 1, self.timeout, self.name(self.stage + 1))
         started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         while self.epoch < self.epochs:
-            totals, seen = torch.zeros(len(self.own), 2, dtype=torch.float64, device=self.device), 0
+            totals, seen = torch.zeros(len(self.own), 2, dtype=total_dtype(self.device), device=self.device), 0
             for message in self._messages(incoming):
                 totals += self._step(message)
                 seen += len(message.y)
@@ -207,7 +212,7 @@ class _Worker:
             return
         for x, y in self.batches.epoch(self.epoch):
             mine = slice(self.replica, None, self.replicas)
-            x, whole = x[mine].to(self.device), len(y)
+            x, whole = inputs_for(self.modules[0], x[mine]).to(self.device), len(y)
             yield Message(x, x if self.with_images else x.new_empty(0), y[mine].to(self.device), whole)
 
     def _step(self, message: Message) -> Tensor:
@@ -215,7 +220,6 @@ class _Worker:
         state, found = message.state, []
         images = message.images if self.with_images else message.state
         for module, objective, optimizer in zip(self.modules, self.objectives, self.optimizers, strict=True):
-            module.train()
 
             def share(optimizer: Optimizer) -> None:
                 self._average(optimizer, len(message.y), message.whole)
@@ -282,6 +286,7 @@ class _Worker:
         for i, k in enumerate(self.own):
             state = self.run.load_state(f"module{k + 1}-epoch{self.epoch}.pt")
             assert state is not None
+            check_precision(self.modules[i], state["module"])
             self.modules[i].load_state_dict(state["module"])
             self.optimizers[i].load_state_dict(state["optimizer"])
             self.objectives[i].load_state_dict(state["objective"])

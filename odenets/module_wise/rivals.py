@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odenets.adapting import Adapted
+from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.cutting import At, blocks_of, cut
 from odenets.module_wise.modules import LocalLoss
 from odenets.network import Network
@@ -20,7 +21,8 @@ __all__ = ["Reconstruction", "Similarity", "auglocal", "infopro", "predsim"]
 class Reconstruction(nn.Module):
     """InfoPro's bound on the information that a state keeps of the image: how well a decoder gives it back.
 
-    Interpolation to the image's size, conv3x3-BN-ReLU-conv3x3, binary cross-entropy (Wang et al. 2021).
+    Bilinear interpolation to the image's size, conv3x3-BN-ReLU-conv3x3, binary cross-entropy, in this order (Wang et
+    al. 2021).
 
     Args:
         channels: of the states.
@@ -38,10 +40,9 @@ class Reconstruction(nn.Module):
 
     def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
         """The weighted loss of states ``(B, C, H, W)``."""
-        # the paper interpolates first; here the convolution keeps few channels, so that only they are interpolated
-        hidden = F.interpolate(self.first(state), images.shape[-2:], mode="bilinear", align_corners=False)
-        decoded = self.second(self.norm(hidden).relu())
-        return self.weight * F.binary_cross_entropy_with_logits(decoded, images)
+        state = F.interpolate(state, images.shape[-2:], mode="bilinear", align_corners=False)
+        decoded = self.second(self.norm(self.first(state)).relu())
+        return self.weight * F.binary_cross_entropy_with_logits(decoded, images.to(decoded.dtype))
 
 
 def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
@@ -52,7 +53,8 @@ def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
             decoder.
 
     Raises:
-        ValueError: a negative weight, or states that are no images.
+        ValueError: a negative weight, states that are no images, or images whose pixels leave [0, 1], for which the
+            cross-entropy has no least value.
     """
     if first < 0 or last < 0:
         raise ValueError(f"first and last must not be negative, got {first} and {last}")
@@ -60,8 +62,13 @@ def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
     def make(k: int, K: int, state: Tensor, images: Tensor) -> nn.Module:
         if state.ndim != 4 or images.ndim != 4:
             raise ValueError(f"InfoPro decodes images (B, C, H, W), got states {tuple(state.shape)}")
+        low, high = (float(pixel) for pixel in images.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"InfoPro decodes images with pixels in [0, 1], got {low:g} to {high:g}")
         weight = first + (last - first) * k / max(K - 1, 1)
-        return Reconstruction(state.shape[1], images.shape[1], weight) if weight else _Nothing()
+        if not weight:
+            return _Nothing()
+        return Reconstruction(state.shape[1], images.shape[1], weight).to(state.device, state.dtype)
 
     return make
 
@@ -86,16 +93,19 @@ class Similarity(nn.Module):
             self.layer: nn.Module = nn.Conv2d(state.shape[1], features or state.shape[1], 3, padding=1, bias=False)
         else:
             self.layer = nn.Linear(state.shape[-1], features or state.shape[-1], bias=False)
+        self.to(state.device, state.dtype)
 
     def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
         """The weighted loss of states ``(B, *S)`` with labels ``(B,)``."""
-        same = y[:, None] == y[None]
-        target = torch.where(same, 1.0, -1.0 / (self.classes - 1)).to(state.dtype)  # S of one-hot rows
-        return self.weight * (correlations(self.layer(state).flatten(1)) - target).square().mean()
+        found = correlations(self.layer(state).flatten(1))
+        other = torch.full_like(found, -1.0 / (self.classes - 1))
+        target = torch.where(y[:, None] == y[None], torch.ones_like(found), other)  # S of one-hot rows
+        return self.weight * (found - target).square().mean()
 
 
 def correlations(rows: Tensor) -> Tensor:
-    """Cosines between the mean-free rows, ``(B, D)`` to ``(B, B)``."""
+    """Cosines between the mean-free rows, ``(B, D)`` to ``(B, B)``, in float32 at least."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     rows = F.normalize(rows - rows.mean(1, keepdim=True), dim=1)
     return rows @ rows.T
 
@@ -147,7 +157,7 @@ def auglocal(
     if not deepest >= shallowest >= 1:
         raise ValueError(f"deepest must be at least shallowest and this at least 1, got {deepest} and {shallowest}")
     blocks, own = cut(network, range(1, blocks_of(network) + 1), at)
-    changing = _changing(blocks, x)
+    changing = _changing(blocks, inputs_for(network, x))
     heads = []
     for k, end in enumerate(ends[:-1]):
         left = len(blocks) - end
@@ -163,9 +173,8 @@ def auglocal(
 def _changing(blocks: Sequence[nn.Module], x: Tensor) -> list[int]:
     """The blocks that change the shape of the state."""
     shapes = [x.shape]
-    for block in blocks:
-        mode = block.training
-        x = block.eval()(x)
-        block.train(mode)
-        shapes.append(x.shape)
+    with keeping_state(*blocks), evaluating(*blocks):
+        for block in blocks:
+            x = block(x)
+            shapes.append(x.shape)
     return [m for m in range(1, len(blocks)) if shapes[m] != shapes[m + 1]]

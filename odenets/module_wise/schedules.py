@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from odenets.checkpoints import is_finite
 from odenets.data import Batches
+from odenets.modes import total_dtype
 from odenets.module_wise.modules import Module, ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy
 from odenets.module_wise.states import States, pass_through
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
 from odenets.objectives import Objective
 from odenets.runs import Run
-from odenets.training import DivergedError
+from odenets.training import DivergedError, check_optimizer, check_precision, data_for, to_training_mode
 
 __all__ = ["ModuleTraining", "Schedule", "fit_modules"]
 
@@ -61,10 +62,21 @@ class ModuleTraining:
             "done": self.done,
             "rows": json.dumps(self.rows),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`."""
+        """Take up :meth:`state_dict`.
+
+        Raises:
+            ValueError: weights of another precision, or learning-rate schedules on one side only.
+        """
+        if len(self.rates) != len(state["rates"]):
+            raise ValueError(
+                f"rate must be that of the checkpoint, which has {len(state['rates'])} learning-rate schedules, got "
+                f"{len(self.rates)}"
+            )
+        check_precision(self.network, state["network"])
         self.network.load_state_dict(state["network"])
         self.objectives.load_state_dict(state["objectives"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -73,6 +85,8 @@ class ModuleTraining:
             rate.load_state_dict(saved)
         self.done, self.rows = state["done"], json.loads(state["rows"])
         torch.set_rng_state(state["rng"])
+        if state.get("cuda_rng") and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 @dataclass(frozen=True)
@@ -109,8 +123,10 @@ def fit_modules(
 ) -> ModuleTraining:
     """Train the modules of a network, each by its own loss.
 
+    Modes are those of :func:`odenets.training.fit`: what is in eval mode within a network in training mode stays so.
+
     Args:
-        network: trained in place, on the device.
+        network: trained in place, on the device. Inputs are taken to its dtype.
         batches: training data; epoch e of a module draws the same batches in every run.
         epochs: how many; one number per module, and per lap, where they are trained one after another, as the thesis
             trains module k for ``50 + 10 k``.
@@ -138,8 +154,9 @@ def fit_modules(
 
     Raises:
         DivergedError: a loss or a weight is not finite; the last checkpoint stands.
-        ValueError: arguments out of range, a batch of one sample, which batch norms cannot take, or a checkpoint of a
-            sequential training with other epochs or laps.
+        ValueError: arguments out of range, a batch of one sample, which batch norms cannot take, a cache for modules
+            that share weights, an optimiser without its module's parameters, or a checkpoint of another schedule or
+            precision, or of a sequential training with other epochs or laps.
     """
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
@@ -158,18 +175,25 @@ def fit_modules(
         groups = [list(module.parameters()) for module in network.modules_in_order]
         objectives = nn.ModuleList([objective(k, K) for k in range(K)])
     optimizers = [optimizer(group) for group in groups]
+    parts = nn.ModuleList([module.part for module in network.modules_in_order])
+    for k, made in enumerate(optimizers):
+        check_optimizer(made, *([parts, network.modules_in_order[-1].head] if whole else [network.parts[k]]))
+    if cache is not None:
+        _check_apart(network)
     training = ModuleTraining(network, objectives.to(device), optimizers, [rate(o) for o in optimizers] if rate else [])
     state = run.load_state(checkpoint) if run else None
     if state is not None:
+        if state.get("schedule", schedule) != schedule:
+            raise ValueError(f"schedule must be that of the checkpoint, {state['schedule']!r}, got {schedule!r}")
         if schedule == "sequential" and state["plan"] != [laps, *counts]:
             raise ValueError(
                 f"epochs and laps must be those of the checkpoint, {state['plan'][1:]} and {state['plan'][0]}, got "
                 f"{counts} and {laps}"
             )
         training.load_state_dict(state)
-    batches = Batches(batches.data.to(device), batches.size, batches.seed, batches.crop, batches.flip)
+    batches = replace(batches, data=data_for(network, batches.data))
     if validation is not None:
-        validation = Batches(validation.data.to(device), validation.size)
+        validation = Batches(data_for(network, validation.data), validation.size)
     plan = _plan(schedule, counts, laps)
     loop = _Loop(training, batches, schedule, cache, views, offload, clip_norm, torch.device(device))
     started = time.perf_counter() - (training.rows[-1]["seconds"] if training.rows else 0.0)
@@ -197,11 +221,12 @@ def fit_modules(
                 for k in [0] if whole else trained:
                     training.rates[k].step()
             if run is not None:
-                run.save_state(training.state_dict() | {"plan": [laps, *counts]}, checkpoint)
+                run.save_state(training.state_dict() | {"plan": [laps, *counts], "schedule": schedule}, checkpoint)
                 run.log(training.rows)
             bar.update()
             report(1)
     network.to(device)
+    to_training_mode(network, loop.frozen)
     return training
 
 
@@ -223,13 +248,14 @@ class _Loop:
         self.clip_norm, self.offload, self.device = clip_norm, offload, device
         self.states = None if cache is None else States(batches, views, None if cache == "memory" else cache)
         self.before = -1  # the module whose states the cache holds
+        self.frozen: list[nn.Module] = []
 
     def epoch(self, visit: _Visit) -> Tensor:
         """Summed loss and number of right answers of each module trained, ``(modules, 2)``."""
+        network, clip = self.training.network, self.clip_norm
+        self.frozen = to_training_mode(network, self.frozen)
         if visit.module is not None:
             return self._one(visit.module, visit)
-        network, clip = self.training.network, self.clip_norm
-        network.train()
         if self.schedule == "parallel":
             objectives: Sequence[Objective] = list(self.training.objectives)  # type: ignore[assignment]
             step = partial(parallel_step, network, objectives, self.training.optimizers, clip_norm=clip)
@@ -238,7 +264,7 @@ class _Loop:
             objective: Objective = self.training.objectives[0]  # type: ignore[assignment]
             optimizer = self.training.optimizers[0]
             step = partial(end_to_end_step, network, objective, optimizer, checkpointed=kept, clip_norm=clip)
-        totals = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals = torch.zeros((), dtype=total_dtype(self.device), device=self.device)
         for x, y in self.batches.epoch(visit.epoch):
             totals = totals + step(x, y)
             if self.device.type == "cpu" and not totals.isfinite().all():
@@ -255,9 +281,8 @@ class _Loop:
             parts = ((pass_through(before, x), x, y) for x, y in self.batches.epoch(visit.epoch))
         if self.offload:
             self._load(k)
-        modules[k].train()
         objective: Objective = training.objectives[k]  # type: ignore[assignment]
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(2, dtype=total_dtype(self.device), device=self.device)
         for state, images, y in parts:
             _, found = local_step(
                 modules[k], objective, training.optimizers[k], state, images, y, clip_norm=self.clip_norm
@@ -298,6 +323,18 @@ def _move(module: Module, optimizer: Optimizer, device: torch.device) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor):
                 state[name] = value.to(device)
+
+
+def _check_apart(network: ModuleWise) -> None:
+    """That training a module leaves the states before it as the cache holds them."""
+    owner: dict[int, int] = {}
+    for k, module in enumerate(network.modules_in_order):
+        for name, p in module.part.named_parameters():
+            if owner.setdefault(id(p), k) != k:
+                raise ValueError(
+                    f"cache is for modules that share no weights, but modules {owner[id(p)] + 1} and {k + 1} share "
+                    f"{name}: cache=None computes the states anew"
+                )
 
 
 def _counts(

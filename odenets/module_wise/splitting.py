@@ -10,6 +10,7 @@ from torch import Tensor
 from odenets.adapting import Adapted
 from odenets.flow import Flow
 from odenets.memory import memory
+from odenets.modes import inputs_for, keeping_state
 from odenets.module_wise.cutting import At, blocks_of, cut
 from odenets.network import Network
 
@@ -32,21 +33,19 @@ def even(blocks: int, modules: int) -> list[int]:
 
 
 def activation_memory(network: Flow | Network | Adapted, x: Tensor, at: At = "end") -> list[int]:
-    """Bytes that each block keeps for its backward pass with inputs ``x``, measured; the first with the encoder's."""
-    before = [(buffer, buffer.clone()) for buffer in network.buffers()]  # batch norms see x
-    modes = [(module, module.training) for module in network.modules()]
+    """Bytes that each block keeps for its backward pass with inputs ``x``, measured; the first with the encoder's.
+
+    The network is left as it was: modes, buffers and random state.
+    """
     parts, _ = cut(network, range(1, blocks_of(network) + 1), at)
-    kept = []
-    for part in parts:
-        part.train()
-        state = x.detach()
-        kept.append(memory(lambda: part(state), x.device).left)  # noqa: B023 - called here
-        with torch.no_grad():
-            x = part(state)
-    for module, mode in modes:
-        module.training = mode
-    for buffer, value in before:
-        buffer.copy_(value)
+    kept, x = [], inputs_for(network, x)
+    with keeping_state(network, *parts):  # batch norms see x, and dropout draws
+        for part in parts:
+            part.train()
+            state = x.detach()
+            kept.append(memory(lambda: part(state), x.device).left)  # noqa: B023 - called here
+            with torch.no_grad():
+                x = part(state)
     return kept
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.data import Batches
+from odenets.modes import device_of, evaluating
 
 __all__ = ["States", "pass_through"]
 
@@ -42,17 +43,17 @@ class States:
         self.views = self.images
 
     def advance(self, part: nn.Module) -> None:
-        """Take every state through a part, which is put in eval mode."""
-        part.eval()
+        """Take every state through a part in eval mode, which has its modes back afterwards."""
         files = [None if self.folder is None else self.folder / f"states{v}" for v in range(len(self.views))]
-        self.views = [self._passed(part, view, file) for view, file in zip(self.views, files, strict=True)]
+        with evaluating(part):
+            self.views = [self._passed(part, view, file) for view, file in zip(self.views, files, strict=True)]
 
     def _passed(self, part: nn.Module, view: Tensor, file: Path | None) -> Tensor:
         """The states behind a part: in memory, or in the one of two files that does not hold those before it."""
         result: Tensor | None = None
         for begin in range(0, len(view), self.batches.size):
             with torch.no_grad():
-                state = part(view[begin : begin + self.batches.size].to(_device(part, view)))
+                state = part(view[begin : begin + self.batches.size].to(device_of(part, view.device)))
             if result is None:
                 shape = (len(view), *state.shape[1:])
                 result = torch.empty(shape, dtype=state.dtype, device=state.device) if file is None else None
@@ -71,10 +72,9 @@ class States:
 
 
 def pass_through(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The state behind some parts in eval mode, without gradients."""
-    with torch.no_grad():
+    """The state behind some parts in eval mode, without gradients; they have their modes back afterwards."""
+    with torch.no_grad(), evaluating(*parts):
         for part in parts:
-            part.eval()
             x = part(x)
     return x
 
@@ -85,10 +85,6 @@ def _view(batches: Batches, epoch: int) -> Tensor:
     for index, (images, _) in zip(order.to(x.device).split(batches.size), batches.epoch(epoch), strict=True):
         x[index] = images
     return x
-
-
-def _device(part: nn.Module, view: Tensor) -> torch.device:
-    return next((p.device for p in part.parameters()), view.device)
 
 
 def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype, taken: Tensor) -> Tensor:

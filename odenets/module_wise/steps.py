@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from odenets.flow import Records
 from odenets.module_wise.modules import Module, ModuleWise
 from odenets.network import Network
-from odenets.normalization import StageBatchNorm
-from odenets.objectives import Objective
+from odenets.objectives import Objective, check_loss, right_answers
 
 __all__ = ["end_to_end_step", "local_step", "parallel_step"]
 
@@ -51,8 +51,8 @@ def local_step(
     loss = objective(module, (x, y), output, records)
     if module.local_loss is not None:
         loss = loss + module.local_loss(state, images, y)
-    with torch.no_grad():
-        found = torch.stack([loss.detach().double() * len(y), (output.argmax(1) == y).sum().double()])
+    check_loss(loss, objective)
+    found = _figures(loss, output, y)
     optimizer.zero_grad()  # of what was done with the network before
     loss.backward()
     state = state.detach()
@@ -99,13 +99,13 @@ def end_to_end_step(
 
     Args:
         network, objective, optimizer, x, y, clip_norm: as in :func:`local_step`.
-        checkpointed: keep the states between modules only, and compute each module again in the backward pass; its
-            batch norms count the batch once.
+        checkpointed: keep the states between modules only, and compute each module again in the backward pass, from
+            the same buffers; its batch norms count the batch once.
 
     Returns:
         Summed loss and number of right answers, ``(1, 2)``.
     """
-    state, rows, names = x, [], list(objective.measures)
+    state, rows, names, starts, begin = x, [], list(objective.measures), [], 0
     for module in network.modules_in_order:
 
         def run(state: Tensor, part: nn.Module = module.part) -> tuple[Tensor, ...]:
@@ -114,28 +114,32 @@ def end_to_end_step(
 
         if checkpointed:
             part = module.part
-            found = checkpoint(
-                run,
-                state,
-                use_reentrant=False,
-                context_fn=lambda part=part: (nullcontext(), _without_statistics(part)),
-            )
+            found = checkpoint(run, state, use_reentrant=False, context_fn=partial(_replay, part))
             state, *recorded = cast(tuple[Tensor, ...], found)
         else:
             state, *recorded = run(state)
         rows.append(recorded)
+        starts.append(begin)
+        begin += module.depth
     head = network.modules_in_order[-1].head
     output = head(state)
-    records = Records({name: torch.cat([row[i] for row in rows]) for i, name in enumerate(names)})
+    records = Records({name: torch.cat([row[i] for row in rows]) for i, name in enumerate(names)}, tuple(starts))
     loss = objective(network, (x, y), output, records)
-    with torch.no_grad():
-        values = torch.stack([loss.detach().double() * len(y), (output.argmax(1) == y).sum().double()])
+    check_loss(loss, objective)
+    values = _figures(loss, output, y)
     optimizer.zero_grad()
     loss.backward()
     del output, records, loss, state, rows
     _apply(network, optimizer, clip_norm)
     objective.after_step(network, (x, y))
     return values[None]
+
+
+@torch.no_grad()
+def _figures(loss: Tensor, output: Tensor, y: Tensor) -> Tensor:
+    """Summed loss, in float32 at least, and number of right answers."""
+    loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+    return torch.stack([loss * len(y), right_answers(output, y)])
 
 
 def _apply(module: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> None:
@@ -147,19 +151,20 @@ def _apply(module: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> 
     optimizer.zero_grad()
 
 
-@contextmanager
-def _without_statistics(part: nn.Module) -> Iterator[None]:
-    """Batch norms leave their running statistics as they are."""
-    norms = [m for m in part.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    counters = [norm.batches if isinstance(norm, StageBatchNorm) else norm.num_batches_tracked for norm in norms]
-    counted = [(counter, counter.clone()) for counter in counters if counter is not None]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for counter, before in counted:
-            counter.copy_(before)
+def _replay(part: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a pass, and of its repetition, which starts from the same buffers and leaves no trace in them."""
+    slots = [(module, name, b) for module in part.modules() for name, b in module._buffers.items() if b is not None]
+    before = [buffer.clone() for _, _, buffer in slots]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        now = [module._buffers[name] for module, name, _ in slots]
+        for (module, name, _), buffer in zip(slots, before, strict=True):
+            module._buffers[name] = buffer
+        try:
+            yield
+        finally:
+            for (module, name, _), buffer in zip(slots, now, strict=True):
+                module._buffers[name] = buffer
+
+    return nullcontext(), again()
