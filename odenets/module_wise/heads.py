@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-__all__ = ["HEADS", "Head", "conv_head", "head_for", "linear_head", "token_head"]
+from odenets.modes import device_of, dtype_of
+
+__all__ = ["HEADS", "Head", "conv_head", "head_for", "like", "linear_head", "token_head"]
+
+L = TypeVar("L", bound=nn.Module)
 
 Head = Callable[[Tensor, int], nn.Module]
 """Makes the head for a state ``(B, *S)`` and a number of classes."""
@@ -30,14 +35,15 @@ def conv_head(state: Tensor, classes: int, *, pool: int | None = None) -> nn.Seq
     pool = pool or max(1, -(-max(height, width) // 4))
     if pool > min(height, width):
         raise ValueError(f"pool must be at most {min(height, width)} for states {tuple(state.shape)}, got {pool}")
-    return nn.Sequential(
+    head = nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
         nn.AvgPool2d(pool),
         nn.BatchNorm2d(channels),
         Rearrange("b c h w -> b (c h w)"),
         nn.Linear(channels * (height // pool) * (width // pool), classes),
-    ).to(state.device, state.dtype)
+    )
+    return like(head, state)
 
 
 def token_head(state: Tensor, classes: int) -> nn.Sequential:
@@ -54,12 +60,18 @@ def token_head(state: Tensor, classes: int) -> nn.Sequential:
         raise ValueError(f"head 'token' needs states (B, T, D) or (B, H, W, D), got {tuple(state.shape)}")
     features = state.shape[-1]
     mean = Reduce("b t d -> b d" if state.ndim == 3 else "b h w d -> b d", "mean")
-    return nn.Sequential(nn.LayerNorm(features), mean, nn.Linear(features, classes)).to(state.device, state.dtype)
+    return like(nn.Sequential(nn.LayerNorm(features), mean, nn.Linear(features, classes)), state)
 
 
 def linear_head(state: Tensor, classes: int) -> nn.Sequential:
     """A linear layer on all features of a state ``(B, *S)``."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(state[0].numel(), classes)).to(state.device, state.dtype)
+    return like(nn.Sequential(nn.Flatten(), nn.Linear(state[0].numel(), classes)), state)
+
+
+def like(layer: L, state: Tensor) -> L:
+    """A layer on the device and, unless it has no weights, in the dtype of a state."""
+    device, dtype = device_of(layer, state.device), dtype_of(layer, state.dtype)
+    return layer if (device, dtype) == (state.device, state.dtype) else layer.to(state.device, state.dtype)
 
 
 HEADS: dict[str, Head] = {"conv": conv_head, "token": token_head, "linear": linear_head}

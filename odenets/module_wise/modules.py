@@ -14,7 +14,7 @@ from odenets.flow import Flow, Records
 from odenets.measures import Measure
 from odenets.modes import evaluating, inputs_for, keeping_modes, keeping_state
 from odenets.module_wise.cutting import At, blocks_of, cut
-from odenets.module_wise.heads import HEADS, Head, head_for
+from odenets.module_wise.heads import HEADS, Head, head_for, like
 from odenets.module_wise.splitting import balanced, even
 from odenets.network import Network
 from odenets.objectives import logits_and_labels
@@ -222,7 +222,7 @@ def module_wise(
             state = part(state)
         with x.device:  # where new layers are made
             made = own if keeps and k == len(parts) - 1 else _head(head, k, state, classes)
-            extra = None if local_loss is None else local_loss(k, len(parts), state, x).to(state.device, state.dtype)
+            extra = None if local_loss is None else like(local_loss(k, len(parts), state, x), state)
         _check_head(made, state, classes, k)
         modules.append(Module(part, made, extra))
     result = ModuleWise(modules, ends)
@@ -262,7 +262,7 @@ def _head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state: Ten
     if isinstance(head, Sequence) and not isinstance(head, str):
         return head[k]
     if callable(head):
-        return head(state, classes).to(state.device, state.dtype)
+        return like(head(state, classes), state)
     if head == "auto":
         return head_for(state, classes)
     if head not in HEADS:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from odenets.adapting import Adapted
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.cutting import At, blocks_of, cut
+from odenets.module_wise.heads import like
 from odenets.module_wise.modules import LocalLoss
 from odenets.network import Network
 
@@ -68,7 +69,7 @@ def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
         weight = first + (last - first) * k / max(K - 1, 1)
         if not weight:
             return _Nothing()
-        return Reconstruction(state.shape[1], images.shape[1], weight).to(state.device, state.dtype)
+        return like(Reconstruction(state.shape[1], images.shape[1], weight), state)
 
     return make
 
@@ -93,7 +94,7 @@ class Similarity(nn.Module):
             self.layer: nn.Module = nn.Conv2d(state.shape[1], features or state.shape[1], 3, padding=1, bias=False)
         else:
             self.layer = nn.Linear(state.shape[-1], features or state.shape[-1], bias=False)
-        self.to(state.device, state.dtype)
+        like(self, state)
 
     def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
         """The weighted loss of states ``(B, *S)`` with labels ``(B,)``."""

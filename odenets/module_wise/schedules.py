@@ -266,7 +266,7 @@ class _Loop:
             step = partial(end_to_end_step, network, objective, optimizer, checkpointed=kept, clip_norm=clip)
         totals = torch.zeros((), dtype=total_dtype(self.device), device=self.device)
         for x, y in self.batches.epoch(visit.epoch):
-            totals = totals + step(x, y)
+            totals = totals + step(x, y).to(totals.dtype)
             if self.device.type == "cpu" and not totals.isfinite().all():
                 break
         return totals
