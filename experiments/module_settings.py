@@ -69,10 +69,6 @@ def _resnet_km(K: int, M: int, channels: int, size: int, classes: int, normalize
     return models.resnet_km(K, M, channels, classes, normalize=normalize)
 
 
-def _resnet110(channels: int, size: int, classes: int, normalize: models.Normalize) -> Network:
-    return models.resnet110(channels, classes, normalize=normalize)
-
-
 def _vision(name: str, stem: str, channels: int, size: int, classes: int, normalize: models.Normalize) -> Adapted:
     model = models.vision(name, classes, stem=stem, size=size)  # type: ignore[arg-type]
     return adapt(nn.Sequential(normalize, model))
@@ -207,10 +203,10 @@ SETTINGS = {
         batch_size=256,
         label_smoothing=0.1,
     ),
-    "cifar10-resnet110": Setting(
+    "cifar10-2-7": Setting(
         "24",
         "cifar10",
-        _resnet110,
+        partial(_resnet_km, 2, 7),
         sizes=(50000,),
         modules=2,
         schedules=("parallel",),
@@ -220,7 +216,7 @@ SETTINGS = {
         thesis=_rows("parallel", {50000: (94.01, 0.17, 94.05, 0.18)}),
     ),
     "cifar100-resnet101": Setting(
-        "5 and 8",
+        "5, whose TRGL has the growing weights of eq. (33) in place of a tau, and 8",
         "cifar100",
         partial(_vision, "resnet101", "cifar"),
         sizes=(50000,),
@@ -232,7 +228,7 @@ SETTINGS = {
         thesis=_rows("parallel", {50000: (77.31, 0.27, 77.87, 0.44)}),
     ),
     "cifar100-resnet152": Setting(
-        "5",
+        "5, whose TRGL has the growing weights of eq. (33) in place of a tau",
         "cifar100",
         partial(_vision, "resnet152", "cifar"),
         sizes=(50000,),

@@ -15,9 +15,11 @@ its relaxation.
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -119,6 +121,8 @@ class LeastAction(_WithCost):
     """``L + C / lambda``, where every s steps ``lambda += tau * L``: the method of multipliers (eq. 19, Algorithm 1).
 
     The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of the thesis divided by D.
+    The objective counts the steps of one training: :func:`odenets.training.fit` tells it of each, a loop of one's own
+    calls :meth:`after_step`.
 
     Args:
         task: what is to be solved, L; cross-entropy if not given.
@@ -171,10 +175,13 @@ class LeastAction(_WithCost):
         self.tau, self.every, self.update, self.weigh = tau, every, update, weigh
         self.steps = 0
         self._changed_in = -1
+        self._noticed: tuple[int, weakref.ref[nn.Parameter], int] | None = None
         self.register_buffer("multiplier", torch.tensor(lambda0, dtype=total_dtype("cpu")))
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
         loss, cost = self.task(network, batch, output, records), self.cost(records)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._notice_steps(network)
         if self.update != "after" and torch.is_grad_enabled() and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
             self._grow(loss, len(batch[1]))
@@ -189,6 +196,25 @@ class LeastAction(_WithCost):
                 self._grow(self.task(network, batch, output, records), len(batch[1]))
         super().after_step(network, batch)
         self.steps += 1
+
+    def _notice_steps(self, network: nn.Module) -> None:
+        """Warn where weights change from one loss to the next and nobody says that a step was taken."""
+        p = next((p for p in network.parameters() if type(p) is nn.Parameter and p.requires_grad), None)
+        if p is None:
+            return
+        if self._noticed is not None:
+            steps, known, version = self._noticed
+            if known() is p and steps == self.steps and version != p._version:
+                warnings.warn(
+                    "the weights have changed and after_step was not called, without which lambda stands still: call "
+                    "objective.after_step(network, batch) after each step of the optimizer",
+                    stacklevel=2,
+                )
+        self._noticed = self.steps, weakref.ref(p), p._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied: not the parameter that was noticed."""
+        return self.__dict__ | {"_noticed": None}
 
     @property
     def looks_again(self) -> bool:
