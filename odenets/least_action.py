@@ -257,4 +257,4 @@ class LeastAction(_WithCost):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the number of steps."""
-        self.steps, self._changed_in = int(state), -1
+        self.steps, self._changed_in, self._noticed = int(state), -1, None

@@ -1,5 +1,7 @@
 import copy
+import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from odenets import data, measures, models
 from odenets.least_action import ActionPenalty, Cost, LeastAction
+from odenets.module_wise import fit_modules, module_wise, trgl_multipliers
 from odenets.objectives import CrossEntropy, Objective
 from odenets.runs import Run
 from odenets.training import fit
@@ -84,7 +87,7 @@ def by_hand(net, batches, *, lambda0, tau, every, update, weigh, steps):
     for it in range(1, steps + 1):
         x, y = batches[(it - 1) % len(batches)]
         loss, cost = F.cross_entropy(net(x), y), sum(r.square().mean() for r in residues(net, x))
-        if update == "before" and it % every == 0:
+        if (update == "before" and it % every == 0) or (update == "next" and it > 1 and (it - 1) % every == 0):
             multiplier += tau * loss.item()
         optimizer.zero_grad()
         (loss + cost / multiplier if weigh == "divide" else multiplier * loss + cost).backward()
@@ -95,11 +98,12 @@ def by_hand(net, batches, *, lambda0, tau, every, update, weigh, steps):
     return found
 
 
-@pytest.mark.parametrize("update", ["before", "after"])
+@pytest.mark.parametrize("update", ["before", "next", "after"])
 @pytest.mark.parametrize("weigh", ["divide", "multiply"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_multipliers_and_weights_are_those_of_the_algorithm(parts, update, weigh, every):
     options = {"lambda0": 0.5, "tau": 0.2, "every": every, "update": update, "weigh": weigh}
+    """In float64, where a few steps do not amplify rounding to what a step changes."""
     batches = data.Batches(replace(parts.train, x=parts.train.x.double()), 32)
     one, two = network().double(), network().double()
     expected = by_hand(one, list(batches.epoch(0)), steps=len(batches), **options)
@@ -238,7 +242,7 @@ def test_a_copy_keeps_its_own_multiplier():
         (lambda: LeastAction(tau=float("nan")), "tau must be positive"),
         (lambda: LeastAction(every=0), "every must be at least 1"),
         (lambda: LeastAction(every=2.5), "every must be at least 1 step, a whole number"),  # type: ignore[arg-type]
-        (lambda: LeastAction(update="later"), "update must be 'before' or 'after'"),
+        (lambda: LeastAction(update="later"), "update must be 'before', 'next' or 'after'"),
         (lambda: LeastAction(weigh="add"), "weigh must be 'divide' or 'multiply'"),
         (lambda: LeastAction(cost="energy"), "cost must be 'action', 'residue' or 'norm'"),
         (lambda: LeastAction(p=0.5), "p must be at least 1"),
@@ -251,3 +255,130 @@ def test_a_copy_keeps_its_own_multiplier():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("solver", "accumulate", "task"),
+    [
+        ("euler", 1, None),
+        ("bs23", 2, None),
+        ("euler", 1, lambda: LeastAction(update="after", tau=1e-12, cost="residue")),
+    ],
+)
+def test_looking_again_moves_neither_statistics_nor_random_state(parts, solver, accumulate, task):
+    """With a lambda that hardly grows the three updates are one training, batch norms and dropout included."""
+    states = []
+    for update in ("before", "next", "after"):
+        net = network(norm="batch", solver=solver, depth=2)
+        net.head = torch.nn.Sequential(torch.nn.BatchNorm2d(8), torch.nn.Dropout2d(0.3), net.head)
+        spectral = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(8, 8, 1))
+        net.encoder = torch.nn.Sequential(net.encoder, spectral)
+        objective = LeastAction(task and task(), tau=1e-12, update=update)
+        torch.manual_seed(5)
+        fit(net, data.Batches(parts.train.subset(torch.arange(60)), 20, seed=0), epochs=2,
+            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.05), objective=objective,
+            accumulate=accumulate)  # fmt: skip
+        states.append((net.state_dict(), torch.get_rng_state()))
+    for state, random in states[1:]:
+        assert torch.equal(random, states[0][1])
+        for name, value in state.items():
+            torch.testing.assert_close(value, states[0][0][name], rtol=0, atol=1e-6, msg=name)
+    assert states[0][0]["head.0.num_batches_tracked"] == 6 * accumulate
+
+
+def test_looking_again_is_in_training_mode(batch):
+    """lambda grows by the loss with the batch's own statistics, as the step sees it, and not by that of eval mode."""
+    net = network(norm="batch", depth=2)
+    objective = LeastAction(lambda0=1.0, tau=1.0, update="after")
+    value(objective, net, batch).backward()
+    twin = copy.deepcopy(net)
+    objective.after_step(net, batch)
+    with torch.no_grad():
+        expected = F.cross_entropy(twin(batch[0]), batch[1]).item()
+    assert objective.multiplier.item() == pytest.approx(1 + expected, rel=1e-6)
+
+
+def test_a_failing_second_look_leaves_the_statistics(batch):
+    net, objective = network(norm="batch"), LeastAction(update="after")
+    value(objective, net, batch).backward()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    net.head.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        objective.after_step(net, batch)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_modules_look_again_without_a_trace(parts):
+    counts = {}
+    for update in ("before", "after"):
+        net = models.resnet9(1, 10, features=4, size=8, depth=2)
+        modules = module_wise(net, 2, parts.train.x[:4])
+        fit_modules(modules, data.Batches(parts.train.subset(torch.arange(60)), 20), epochs=2,
+                    optimizer=partial(torch.optim.SGD, lr=0.01),
+                    objective=trgl_multipliers(every=1, update=update))  # fmt: skip
+        counts[update] = {name: value for name, value in modules.state_dict().items() if "batches" in name}
+    assert counts["before"] == counts["after"]
+    assert counts["after"]
+
+
+def test_growing_weights_of_modules_are_those_of_equation_33(parts):
+    """lambda_{i+1} = lambda_i + h L(theta_{i+1}, x_{i+1}) after every s-th step i, lambda_i weighing the loss."""
+    torch.manual_seed(0)
+    x, y, s, h = parts.train.x.double(), parts.train.y, 3, 0.2
+    net = models.resnet9(1, 10, features=4, size=8, depth=1, norm=None).double()
+    modules = module_wise(net, 1, x[:4])
+    twin = copy.deepcopy(modules).train()
+    training = fit_modules(modules, data.Batches(replace(parts.train, x=x), 20), epochs=1,
+                           optimizer=partial(torch.optim.SGD, lr=0.01),
+                           objective=trgl_multipliers(0.5, h, s, weigh="multiply", cost="residue"))  # fmt: skip
+    optimizer, batches = torch.optim.SGD(twin.parameters(), lr=0.01), list(zip(x.split(20), y.split(20), strict=True))
+    multiplier = 0.5
+    for i, (one, label) in enumerate(batches, 1):
+        output, records = twin.record(one, residue=measures.residue)
+        optimizer.zero_grad()
+        (multiplier * F.cross_entropy(output, label) + records["residue"].sum(0).mean()).backward()
+        optimizer.step()
+        if i % s == 0 and i < len(batches):
+            with torch.no_grad():
+                multiplier += h * F.cross_entropy(twin(batches[i][0]), batches[i][1]).item()
+    assert training.objectives[0].multiplier.item() == pytest.approx(multiplier, rel=1e-9)
+    for p, q in zip(modules.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("move", [lambda o: o.half(), lambda o: o.to(torch.bfloat16), lambda o: o.to("cpu"),
+                                  lambda o: torch.nn.ModuleList([o]).float()[0]])  # fmt: skip
+def test_the_multiplier_keeps_its_precision(move):
+    """In bfloat16 it would stand still from 256 on."""
+    objective = move(LeastAction(lambda0=1e4, tau=1e-3))
+    assert objective.multiplier.dtype == torch.float64
+    output, y = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True), torch.tensor([0, 1, 2])
+    for _ in range(3):
+        objective(torch.nn.Identity(), (output, y), output, {"action": torch.ones(2, 3, dtype=torch.bfloat16)})
+        objective.after_step(torch.nn.Identity(), (output, y))
+    assert objective.multiplier.item() - 1e4 == pytest.approx(3e-3 * torch.tensor(4.0).log().item(), rel=1e-6)
+
+
+def test_a_loop_that_forgets_its_steps_is_told(batch):
+    net, objective = network(), LeastAction(every=50)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    value(objective, net, batch).backward()
+    value(objective, net, batch).backward()  # in parts
+    optimizer.step()
+    objective.after_step(net, batch)
+    value(objective, net, batch).backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="after_step was not called, without which lambda stands still"):
+        value(objective, net, batch)
+    assert pickle.loads(pickle.dumps(objective)).multiplier == objective.multiplier
+
+
+@pytest.mark.parametrize("p", [1.0, 3.0])
+def test_other_powers_are_means_over_the_features(batch, p):
+    """Of |r_i|^p, the p-th power of the p-norm over the dimension."""
+    net = network(depth=1)
+    cost = Cost("residue", p)
+    _, records = net.record(batch[0], residue=cost.measure)
+    (r,) = residues(net, batch[0])
+    expected = torch.linalg.vector_norm(r.flatten(1), ord=p, dim=1).pow(p).mean() / r[0].numel()
+    torch.testing.assert_close(cost(records), expected)
