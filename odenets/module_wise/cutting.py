@@ -13,6 +13,7 @@ from odenets.adapting import Adapted
 from odenets.adapting.tracing import cut_adapted
 from odenets.flow import Flow, Records
 from odenets.measures import Measure
+from odenets.modes import keeping_modes
 from odenets.network import Network
 
 __all__ = ["At", "Part", "blocks_of", "cut"]
@@ -90,7 +91,8 @@ def cut(network: Flow | Network | Adapted, ends: Sequence[int], at: At = "end") 
     if at not in ("end", "start"):
         raise ValueError(f"at must be 'end' or 'start', got {at!r}")
     if isinstance(network, Adapted):
-        *parts, head = cut_adapted(network, ends, at)
+        with keeping_modes(network):
+            *parts, head = cut_adapted(network, ends, at)
         return parts, head
     if isinstance(network, Flow):
         return [Part([network.part(a, b)]) for a, b in pairwise([0, *ends])], nn.Identity()

@@ -12,7 +12,7 @@ from odenets.adapting import Adapted
 from odenets.data import Batches
 from odenets.flow import Flow, Records
 from odenets.measures import Measure
-from odenets.modes import evaluating, inputs_for, keeping_modes, keeping_state
+from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.cutting import At, blocks_of, cut
 from odenets.module_wise.heads import HEADS, Head, head_for, like
 from odenets.module_wise.splitting import balanced, even
@@ -208,8 +208,7 @@ def module_wise(
     with torch.no_grad(), keeping_state(network), evaluating(network):
         output = network(x)  # a flow without a field makes it here
     ends = _ends(network, split, balance, x, at)
-    with keeping_modes(network):
-        parts, own = cut(network, ends, at)
+    parts, own = cut(network, ends, at)
     keeps = last_head == "own" and not isinstance(network, Flow)
     if classes is None:
         classes = _classes(network, output)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from odenets import Flow, MLPField, adapt, measures, models
-from odenets.module_wise import blocks_of, cut
+from odenets.module_wise import auglocal, balanced, blocks_of, cut
 
 tv = pytest.importorskip("torchvision.models")
 
@@ -159,3 +159,19 @@ def test_a_model_that_cannot_be_traced_says_so():
 
     with pytest.raises(ValueError, match=r"Branching cannot be cut: torch\.fx cannot trace"):
         cut(adapt(Branching()), [1])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", [resnet110, resnet, swin])
+@pytest.mark.parametrize("split", [cut, balanced, auglocal])
+def test_a_cut_leaves_each_modules_own_mode(make, training, split):
+    network = make().train(training)
+    frozen = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.LayerNorm)]
+    for module in frozen:
+        module.train(not training)
+    modes = [module.training for module in network.modules()]
+    if split is balanced:
+        balanced(network, 2, IMAGES)
+    else:
+        split(network, [1, blocks_of(network)], *([IMAGES] if split is auglocal else []))
+    assert [module.training for module in network.modules()] == modes

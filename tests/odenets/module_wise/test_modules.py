@@ -121,3 +121,115 @@ def test_what_is_split_by_memory_is_more_even():
     assert module_wise(network, 3, images).ends == (3, 6, 9)
     assert isinstance(modules := module_wise(network, 3, images, balance="memory"), ModuleWise)
     assert modules.ends[0] < 3
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("balance", ["blocks", "memory"])
+@pytest.mark.parametrize(
+    "head", ["auto", "linear", lambda s, c: nn.Sequential(nn.Flatten(), nn.Linear(s[0].numel(), c))]
+)
+def test_heads_follow_the_networks_dtype(dtype, balance, head):
+    modules = module_wise(small().to(dtype), 2, IMAGES, balance=balance, head=head, last_head="auxiliary")
+    assert {p.dtype for p in modules.parameters()} == {dtype}
+    labels = torch.arange(4)
+    batches = data.Batches(data.Dataset("four", IMAGES, labels, 10, (0.0,), (1.0,)), 3)
+    assert torch.equal(modules.predict(IMAGES), modules.eval()(IMAGES.to(dtype)).argmax(1))
+    assert modules.accuracies(batches)[1] == (modules(IMAGES.to(dtype)).argmax(1) == labels).float().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_made_by_hand_follow_the_state(dtype):
+    for make, shape in ((conv_head, (2, 4, 8, 8)), (token_head, (2, 5, 6)), (linear_head, (2, 3, 4))):
+        state = torch.rand(shape).to(dtype)
+        assert make(state, 7)(state).dtype == dtype
+
+
+def test_an_adapted_network_in_float64_and_a_lazy_flow():
+    tv = pytest.importorskip("torchvision.models")
+    resnet = adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)).double()
+    modules = module_wise(resnet, 2, torch.rand(2, 3, 32, 32))
+    assert [output.dtype for output in modules.outputs(torch.rand(2, 3, 32, 32).double())] == [torch.float64] * 2
+    lazy = module_wise(Flow(depth=2, solver="euler"), 2, torch.rand(2, 3).double(), classes=4)
+    assert {p.dtype for p in lazy.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("balance", ["blocks", "memory"])
+@pytest.mark.parametrize("training", [False, True])
+def test_splitting_leaves_a_network_as_it_was_and_new_layers_take_its_mode(balance, training):
+    network = small().train(training)
+    network.encoder.train(not training)
+    network.head = nn.Sequential(nn.Dropout(), network.head).train(not training)
+    modes = [module.training for module in network.modules()]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    random = torch.get_rng_state()
+    modules = module_wise(network, 2, IMAGES, balance=balance, head=lambda state, classes: Fixed(classes))
+    assert [module.training for module in network.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert modules.training == modules.modules_in_order[0].head.training == training
+    modules.predict(IMAGES)
+    modules.accuracies(data.Batches(data.Dataset("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2))
+    assert [module.training for module in network.modules()] == modes
+
+
+class Fixed(nn.Module):
+    """A head that draws no weights."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        return x.flatten(1)[:, : self.classes]
+
+
+def test_modes_come_back_after_an_exception():
+    network = small().train()
+    network.encoder.eval()
+    modes = [module.training for module in network.modules()]
+    handle = network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
+    for balance in ("blocks", "memory"):
+        with pytest.raises(ZeroDivisionError):
+            module_wise(network, 2, IMAGES, balance=balance)
+        assert [module.training for module in network.modules()] == modes
+    handle.remove()
+    modules = module_wise(network, 2, IMAGES)
+    handle = network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
+    batches = data.Batches(data.Dataset("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2)
+    for look in (lambda: modules.predict(IMAGES), lambda: modules.accuracies(batches)):
+        with pytest.raises(ZeroDivisionError):
+            look()
+        assert [module.training for module in network.modules()] == modes
+
+
+@pytest.mark.parametrize("how", [lambda z: (z, None), lambda z: {"logits": z}])
+def test_heads_whose_outputs_are_no_tensors_are_named(how):
+    class Answering(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.head = head
+
+        def forward(self, x):
+            return how(self.head(x))
+
+    network = small()
+    network.head = Answering(network.head)
+    with pytest.raises(ValueError, match="classes must be given: the network's output is a"):
+        module_wise(network, 2, IMAGES)
+    with pytest.raises(TypeError, match=r"head of module 2 must return logits, a tensor \(4, 10\), got (tuple|dict)"):
+        module_wise(network, 2, IMAGES, classes=10)
+
+
+@pytest.mark.parametrize(("last", "wanted"), [("own", 1), ("auxiliary", 2)])
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_as_many_heads_as_modules_need(last, wanted, number):
+    heads = [linear_head(torch.rand(2, 8, 4, 4), 10) for _ in range(number)]
+    if number == wanted:
+        modules = module_wise(small(), 2, IMAGES, head=heads, last_head=last)
+        assert [module.head for module in modules.modules_in_order][:number] == heads
+        return
+    with pytest.raises(ValueError, match=f"head must hold one for each module.*: {wanted}, got {number}"):
+        module_wise(small(), 2, IMAGES, head=heads, last_head=last)

@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 from odenets import data, load_weights, models
 from odenets.module_wise import conv_head, fit_in_processes, fit_modules, module_wise
-from odenets.module_wise.buffers import Buffer, Message, WorkerLostError
+from odenets.module_wise.buffers import Buffer, Message, Receiver, Sender, WorkerLostError
 from odenets.module_wise.processes import _check_apart
 from tests.odenets.module_wise import train_modules
 
@@ -19,8 +21,8 @@ SCRIPT = Path(train_modules.__file__)
 ROOT = SCRIPT.parents[3]
 
 
-def launch(folder, processes=2, trouble=None, **options):
-    arguments = [str(folder), json.dumps(trouble or {}), json.dumps(options)]
+def launch(folder, processes=2, trouble=None, dtype="float32", **options):
+    arguments = [str(folder), json.dumps(trouble or {}), json.dumps(options), dtype]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
         [*command, "-m", "tests.odenets.module_wise.train_modules", *arguments],
@@ -32,11 +34,11 @@ def launch(folder, processes=2, trouble=None, **options):
     )
 
 
-def alone():
+def alone(dtype="float32"):
     """The same training in one process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    network = train_modules.network()
+    network = train_modules.network(dtype)
     training = fit_modules(
         network,
         train_modules.BATCHES,
@@ -52,8 +54,8 @@ def losses(rows):
     return {(row["module"], row["epoch"]): row["train_loss"] for row in rows}
 
 
-def read(folder, rank=0):
-    network = load_weights(train_modules.network(), folder / f"weights{rank}.safetensors")
+def read(folder, rank=0, dtype="float32"):
+    network = load_weights(train_modules.network(dtype), folder / f"weights{rank}.safetensors")
     return network, json.loads((folder / f"rows{rank}.json").read_text())
 
 
@@ -150,3 +152,41 @@ def test_who_is_gone_or_silent_is_named():
 def test_without_a_group():
     with pytest.raises(RuntimeError, match="no process group: launch with torchrun"):
         fit_in_processes(train_modules.network(), train_modules.BATCHES, epochs=1, optimizer=torch.optim.Adam)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_precisions_with_images_in_two_processes(tmp_path, dtype):
+    expected, training = alone(dtype)
+    found = launch(tmp_path, dtype=dtype)
+    assert found.returncode == 0, found.stderr
+    network, rows = read(tmp_path, 1, dtype)
+    assert losses(rows) == losses(training.rows)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("images", [None, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_is_sent_is_received_in_every_precision(monkeypatch, dtype, images):
+    line = deque()
+    monkeypatch.setattr(distributed, "send", lambda tensor, peer, group: line.append(tensor.clone()))
+
+    def receive(tensor, peer, group):
+        came = line.popleft()
+        assert (came.shape, came.dtype) == (tensor.shape, tensor.dtype)
+        tensor.copy_(came)
+
+    monkeypatch.setattr(distributed, "recv", receive)
+    state, y = torch.randn(3, 4, 5).to(dtype), torch.tensor([1, 2, 3])
+    pictures = torch.empty(0) if images is None else torch.rand(3, 1, 8, 8).to(images)
+    sender, receiver = (kind(0, None, torch.device("cpu")) for kind in (Sender, Receiver))
+    sender._message(Message(state, pictures, y, 7))
+    came = receiver._message()
+    assert came.whole == 7
+    for one, other in ((came.state, state), (came.images, pictures), (came.y, y)):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    sender._message(None)
+    assert receiver._message() is None
+    assert not line

@@ -97,3 +97,58 @@ def test_errors():
         auglocal(network(), [2, 4], DIGITS.x[:4], deepest=1, shallowest=2)
     with pytest.raises(ValueError, match=r"head must hold one for each module but the last.*: 1, got 0"):
         module_wise(network(), 2, DIGITS.x[:4], head=[])
+
+
+def test_infopro_decodes_in_the_order_of_its_paper():
+    state, images = torch.randn(4, 6, 4, 4), torch.rand(4, 1, 16, 16)
+    loss = Reconstruction(6, 1, 0.5)
+    with torch.no_grad():
+        large = F.interpolate(state, (16, 16), mode="bilinear", align_corners=False)
+        decoded = loss.second(F.relu(F.batch_norm(loss.first(large), None, None, training=True))).sigmoid()
+        expected = 0.5 * F.binary_cross_entropy(decoded, images)
+    torch.testing.assert_close(loss(state, images, torch.zeros(4)).detach(), expected)
+
+
+def test_infopro_needs_pixels_between_0_and_1():
+    for images in (torch.full((2, 1, 8, 8), 1.5), torch.full((2, 1, 8, 8), -0.5)):
+        with pytest.raises(ValueError, match=r"InfoPro decodes images with pixels in \[0, 1\], got"):
+            module_wise(network(), 2, images, local_loss=infopro())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rival", ["infopro", "predsim", "auglocal"])
+def test_rivals_follow_the_networks_dtype(rival, dtype):
+    net = network().to(dtype)
+    options = {
+        "infopro": lambda: {"local_loss": infopro(1.0, 1.0)},
+        "predsim": lambda: {"local_loss": predsim(10, 0.1)},
+        "auglocal": lambda: {"head": auglocal(net, [2, 4], DIGITS.x[:4])},
+    }[rival]()
+    modules = module_wise(net, 2, DIGITS.x[:4], **options)
+    assert {p.dtype for p in modules.parameters()} == {dtype}
+    training = fit_modules(modules, data.Batches(DIGITS, 40, seed=0), epochs=1, optimizer=SGD)
+    assert all(math.isfinite(row["train_loss"]) for row in training.rows)
+
+
+def test_predsim_in_float64_is_its_formula_in_float64():
+    state, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 1])
+    loss = Similarity(state, 4)
+    target = torch.corrcoef(F.one_hot(y, 4).double())
+    expected = (torch.corrcoef(loss.layer(state)) - target).square().mean()
+    torch.testing.assert_close(loss(state, torch.zeros(6, 1), y), expected, rtol=0, atol=1e-14)
+
+
+def test_auglocal_leaves_a_network_as_it_was():
+    net = network().train()
+    net.flows[0].blocks[1].eval()
+    modes, random = [module.training for module in net.modules()], torch.get_rng_state()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    auglocal(net, [2, 4], DIGITS.x[:4])
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    handle = net.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        auglocal(net, [2, 4], DIGITS.x[:4])
+    handle.remove()
+    assert [module.training for module in net.modules()] == modes

@@ -3,13 +3,15 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from odenets import data, models
+from odenets import adapt, data, models
 from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
 from odenets.module_wise.schedules import _move
 from odenets.objectives import CrossEntropy
 from odenets.runs import Run
 from odenets.training import DivergedError
+from tests.odenets.test_training import NoDouble
 
 DIGITS = data.subsample(data.load("digits")[0], 120)
 BATCHES = data.Batches(DIGITS, 40, seed=0)
@@ -184,3 +186,116 @@ def test_a_module_moves_where_any_of_it_is_elsewhere():
 class NotFinite(CrossEntropy):
     def forward(self, network, batch, output, records):
         return super().forward(network, batch, output, records) * torch.nan
+
+
+FEW = data.Batches(data.subsample(DIGITS, 40), 20, seed=0)
+SCHEDULES = [{}, {"schedule": "sequential"}, {"schedule": "end-to-end"}, {"schedule": "checkpointed"}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [*SCHEDULES, {"schedule": "sequential", "cache": "memory"}, {"schedule": "sequential", "cache": "folder"}],
+)
+def test_networks_of_other_precisions_train_in_every_schedule(tmp_path, dtype, options):
+    """As in float32, to what bfloat16 can tell."""
+    rows = []
+    for precision in (torch.float32, dtype):
+        torch.manual_seed(0)
+        network = models.resnet9(1, 10, features=4, size=8, depth=2)
+        modules = module_wise(network, 2, DIGITS.x[:4], head="linear").to(precision)
+        cache = {"cache": tmp_path} if options.get("cache") == "folder" else {}
+        training = fit_modules(modules, FEW, epochs=2, optimizer=SGD, objective=trgl_multipliers(every=1),
+                               validation=FEW, clip_norm=5.0, **options | cache)  # fmt: skip
+        rows.append([row["train_loss"] for row in training.rows])
+        assert {p.dtype for p in modules.parameters()} == {precision}
+        assert {objective.multiplier.dtype for objective in training.objectives} == {torch.float64}
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4 if dtype == torch.float64 else 0.1)
+
+
+def test_states_in_the_cache_keep_the_precision(tmp_path):
+    found = []
+    for cache in (None, "memory", tmp_path):
+        modules = modules_of(2).double()
+        fit_modules(modules, FEW, epochs=2, optimizer=SGD, schedule="sequential", cache=cache)
+        found.append(torch.nn.utils.parameters_to_vector(modules.parameters()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", SCHEDULES[:3])
+def test_a_device_without_float64_trains_modules(options):
+    whole = fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=trgl_multipliers(every=1), **options)
+    modules = modules_of(2)
+    with NoDouble():
+        found = fit_modules(modules, FEW, epochs=1, optimizer=SGD, objective=trgl_multipliers(every=1),
+                            validation=FEW, **options)  # fmt: skip
+    expected = [row["train_loss"] for row in whole.rows]
+    assert [row["train_loss"] for row in found.rows] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [*SCHEDULES, {"schedule": "sequential", "cache": "memory"}])
+def test_frozen_parts_stay_frozen_and_a_network_in_eval_mode_is_trained(options):
+    modules = modules_of(2)
+    frozen = modules.modules_in_order[0].part.pieces[1].blocks[0].eval()
+    before = {name: value.clone() for name, value in frozen.named_buffers()}
+    seen = []
+
+    def look(n):
+        seen.append([module.training for module in frozen.modules()])
+
+    fit_modules(modules, FEW, epochs=2, optimizer=SGD, validation=FEW, report=look, **options)
+    assert not any(any(modes) for modes in seen)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.named_buffers())
+    assert {name for name, module in modules.named_modules() if not module.training} == {
+        name for name, module in modules.named_modules() if module in set(frozen.modules())
+    }
+    fit_modules(modules.eval(), FEW, epochs=1, optimizer=SGD, validation=FEW, **options)
+    assert all(module.training for module in modules.modules())
+    assert any(not torch.equal(value, before[name]) for name, value in frozen.named_buffers())
+
+
+def test_a_cache_is_refused_where_training_one_module_changes_another():
+    class Sharing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (Residual(nn.Linear(3, 3)) for _ in range(2))
+            self.second.linear.weight = self.first.linear.weight
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x)))
+
+    class Residual(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    points = data.Batches(data.Dataset("p", torch.rand(8, 3), torch.arange(8) % 2, 2, (0.0,), (1.0,)), 4)
+    modules = module_wise(adapt(Sharing(), ["first", "second"]), 2, points.data.x)
+    with pytest.raises(ValueError, match=r"cache is for modules that share no weights, but modules 1 and 2 share"):
+        fit_modules(modules, points, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
+    assert fit_modules(modules, points, epochs=1, optimizer=SGD, schedule="sequential").done == 2
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, run=run)
+    with pytest.raises(ValueError, match="schedule must be that of the checkpoint, 'parallel', got 'sequential'"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, schedule="sequential", run=run)
+    with pytest.raises(ValueError, match=r"precision of the checkpoint, in which \S+ is torch.float32"):
+        fit_modules(modules_of(2).double(), FEW, epochs=2, optimizer=SGD, run=run)
+    with pytest.raises(ValueError, match=r"rate must be that of the checkpoint, which has 0 .* got 2"):
+        fit_modules(modules_of(2), FEW, epochs=2, optimizer=SGD, run=run,
+                    rate=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
+
+
+def test_modules_that_would_not_train_are_named():
+    with pytest.warns(UserWarning, match=r"leaves out \d+ of \d+ parameters that require a gradient"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=lambda parameters: SGD(list(parameters)[:1]))
+    elsewhere = modules_of(2)
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the network"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=lambda parameters: SGD(elsewhere.parameters()))

@@ -177,3 +177,42 @@ def test_shapes_alone_tell_the_same_memory():
     real = peak()
     with FakeTensorMode():
         assert peak() == real
+
+
+def test_a_checkpointed_step_repeats_what_the_forward_pass_did():
+    """With a power iteration, whose vector each pass moves, running statistics of every kind, and dropout."""
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        network = models.resnet9(1, 10, features=8, size=8, depth=2).double()
+        extra = [nn.InstanceNorm2d(8, track_running_stats=True), nn.Dropout(0.3),
+                 torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))]  # fmt: skip
+        network.encoder = nn.Sequential(network.encoder, *extra).double()
+        modules = module_wise(network, 2, X).train()
+        torch.manual_seed(1)
+        for _ in range(2):
+            end_to_end_step(modules, CrossEntropy(), torch.optim.SGD(network.parameters(), 0.1), X.double(), Y,
+                            checkpointed=checkpointed)  # fmt: skip
+        found.append(network.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12, msg=name)
+
+
+def test_records_of_an_end_to_end_step_say_where_modules_begin():
+    class Looking(CrossEntropy):
+        def forward(self, network, batch, output, records):
+            self.starts = records.starts
+            return super().forward(network, batch, output, records)
+
+    modules, objective = modules_of(), Looking()
+    objective.measures["action"] = measures.action
+    end_to_end_step(modules, objective, torch.optim.SGD(modules.parameters(), 0.1), X, Y)
+    assert objective.starts == (0, 2, 4)
+
+
+def test_a_module_of_which_nothing_trains_is_named():
+    modules = modules_of()
+    modules.modules_in_order[1].requires_grad_(False)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules.parts]
+    with pytest.raises(ValueError, match="the loss of CrossEntropy depends on no parameter that requires a gradient"):
+        parallel_step(modules, [CrossEntropy() for _ in range(3)], optimizers, X, Y)

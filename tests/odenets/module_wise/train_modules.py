@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from odenets import data, models, save_weights
-from odenets.module_wise import fit_in_processes, module_wise, trgl_multipliers
+from odenets.module_wise import fit_in_processes, infopro, module_wise, trgl_multipliers
 from odenets.runs import Run
 
 DIGITS = data.subsample(data.load("digits")[0], 120)
@@ -21,9 +21,10 @@ EPOCHS = 4
 OBJECTIVE = trgl_multipliers(every=2)
 
 
-def network():
+def network(dtype="float32"):
     torch.manual_seed(0)
-    return module_wise(models.resnet9(1, 10, features=8, size=8, depth=4, norm="group"), 4, DIGITS.x[:4])
+    net = models.resnet9(1, 10, features=8, size=8, depth=4, norm="group").to(getattr(torch, dtype))
+    return module_wise(net, 4, DIGITS.x[:4], local_loss=None if dtype == "float32" else infopro())
 
 
 class Troubled(torch.optim.SGD):
@@ -50,11 +51,11 @@ class Troubled(torch.optim.SGD):
         return super().step(closure)
 
 
-def main(folder: Path, trouble: dict, options: dict) -> None:
+def main(folder: Path, trouble: dict, options: dict, dtype: str = "float32") -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    modules = network()
+    modules = network(dtype)
     run = Run(folder, {}, resume=True)
     mine = trouble.get(str(rank), {})
     rows = fit_in_processes(
@@ -73,4 +74,4 @@ def main(folder: Path, trouble: dict, options: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3]), *sys.argv[4:])
