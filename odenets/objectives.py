@@ -131,6 +131,8 @@ class Objective(nn.Module):
 class CrossEntropy(Objective):
     """Cross-entropy of the output, in float32 at least. Labels are classes, or shares of the classes.
 
+    A sample with the label -100 counts for nothing, as in torch; its action counts.
+
     Args:
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
 

@@ -299,7 +299,7 @@ def fit(
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
-        TypeError: an output that the objective, or with validation the evaluation, cannot read.
+        TypeError: no objective, or an output that it, or with validation the evaluation, cannot read.
         ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimiser without
             the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision.
     """
@@ -309,6 +309,11 @@ def fit(
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    if objective is not None and not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective must be an odenets Objective, got {objective!r}: a task of one's own is a subclass whose "
+            "forward returns its loss"
+        )
     fabric = fabric or Fabric(accelerator="cpu", devices=1)
     smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
     if smallest < fabric.world_size:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.objectives import CrossEntropy, Objective
 
-__all__ = ["ModuleObjective", "greedy", "trgl", "trgl_multipliers"]
+__all__ = ["ModuleObjective", "greedy", "objectives_of", "trgl", "trgl_multipliers"]
 
 ModuleObjective = Callable[[int, int], Objective]
 """Makes the objective of a module from its number, from 0, and how many there are."""
@@ -88,3 +88,24 @@ def trgl_multipliers(
         return LeastAction(task(), lambda0=first, **options)
 
     return make
+
+
+def objectives_of(make: ModuleObjective, numbers: Iterable[int], K: int) -> list[Objective]:
+    """The objectives of some of K modules.
+
+    Raises:
+        TypeError: what is made is none.
+        ValueError: modules share one that remembers something, a multiplier, which would be changed by each.
+    """
+    if isinstance(make, Objective):
+        raise TypeError(f"objective must make one for each module, lambda k, K: {type(make).__name__}(...), got one")
+    found = [make(k, K) for k in numbers]
+    for k, objective in enumerate(found):
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must make an odenets Objective of each module, got {objective!r}")
+        if any(objective is other for other in found[:k]) and objective.state_dict():
+            raise ValueError(
+                f"objective must make a new {type(objective).__name__} for each module, got one for several: it "
+                "remembers what is a module's own"
+            )
+    return found

@@ -24,10 +24,9 @@ from odenets.data import Batches
 from odenets.modes import inputs_for, total_dtype
 from odenets.module_wise.buffers import Buffer, Message, Receiver, Sender, WorkerLostError
 from odenets.module_wise.modules import ModuleWise
-from odenets.module_wise.objectives import ModuleObjective, greedy
+from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
 from odenets.module_wise.splitting import even
 from odenets.module_wise.steps import local_step
-from odenets.objectives import Objective
 from odenets.runs import Run
 from odenets.training import DivergedError, check_optimizer, check_precision, to_training_mode
 
@@ -140,7 +139,7 @@ class _Worker:
         self.optimizers = [optimizer(module.parameters()) for module in self.modules]
         for made, module in zip(self.optimizers, self.modules, strict=True):
             check_optimizer(made, module)
-        self.objectives: list[Objective] = [objective(k, network.K).to(self.device) for k in self.own]
+        self.objectives = [made.to(self.device) for made in objectives_of(objective, self.own, network.K)]
         self.with_images = any(module.local_loss is not None for module in network.modules_in_order)
         self.rows: list[dict[str, Any]] = []
         self.epoch = 0

@@ -21,7 +21,7 @@ from odenets.checkpoints import is_finite
 from odenets.data import Batches
 from odenets.modes import total_dtype
 from odenets.module_wise.modules import Module, ModuleWise
-from odenets.module_wise.objectives import ModuleObjective, greedy
+from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
 from odenets.module_wise.states import States, pass_through
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
 from odenets.objectives import Objective
@@ -154,9 +154,10 @@ def fit_modules(
 
     Raises:
         DivergedError: a loss or a weight is not finite; the last checkpoint stands.
-        ValueError: arguments out of range, a batch of one sample, which batch norms cannot take, a cache for modules
-            that share weights, an optimiser without its module's parameters, or a checkpoint of another schedule or
-            precision, or of a sequential training with other epochs or laps.
+        TypeError: no objectives, or an output that they cannot read.
+        ValueError: arguments out of range, a multiplier that modules share, a batch of one sample, which batch norms
+            cannot take, a cache for modules that share weights, an optimiser without its module's parameters, or a
+            checkpoint of another schedule or precision, or of a sequential training with other epochs or laps.
     """
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
@@ -170,14 +171,17 @@ def fit_modules(
     if whole:
         last = network.modules_in_order[-1].head
         groups = [[p for m in network.modules_in_order for p in m.part.parameters()] + list(last.parameters())]
-        objectives = nn.ModuleList([objective(K - 1, K)])
+        objectives = nn.ModuleList(objectives_of(objective, [K - 1], K))
     else:
         groups = [list(module.parameters()) for module in network.modules_in_order]
-        objectives = nn.ModuleList([objective(k, K) for k in range(K)])
+        objectives = nn.ModuleList(objectives_of(objective, range(K), K))
     optimizers = [optimizer(group) for group in groups]
     parts = nn.ModuleList([module.part for module in network.modules_in_order])
     for k, made in enumerate(optimizers):
-        check_optimizer(made, *([parts, network.modules_in_order[-1].head] if whole else [network.parts[k]]))
+        if whole:
+            check_optimizer(made, parts, network.modules_in_order[-1].head)
+        elif schedule == "parallel" or counts[k]:
+            check_optimizer(made, network.parts[k])
     if cache is not None:
         _check_apart(network)
     training = ModuleTraining(network, objectives.to(device), optimizers, [rate(o) for o in optimizers] if rate else [])

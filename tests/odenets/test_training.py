@@ -590,3 +590,8 @@ def test_losses_that_train_nothing_are_named(value, error, message):
 
     with pytest.raises(error, match=message):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=Wrong())
+
+
+def test_a_loss_function_is_no_objective():
+    with pytest.raises(TypeError, match=r"objective must be an odenets Objective, got CrossEntropyLoss\(\)"):
+        fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=nn.CrossEntropyLoss())  # type: ignore[arg-type]

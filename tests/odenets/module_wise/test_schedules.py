@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from odenets import adapt, data, models
+from odenets.least_action import LeastAction
 from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
 from odenets.module_wise.schedules import _move
 from odenets.objectives import CrossEntropy
@@ -299,3 +300,24 @@ def test_modules_that_would_not_train_are_named():
     elsewhere = modules_of(2)
     with pytest.raises(ValueError, match="optimizer must hold parameters of the network"):
         fit_modules(modules_of(2), FEW, epochs=1, optimizer=lambda parameters: SGD(elsewhere.parameters()))
+
+
+def test_a_frozen_module_that_has_no_epochs_needs_no_optimizer_of_its_own():
+    modules = modules_of(2)
+    modules.modules_in_order[0].requires_grad_(False)
+    before = weights(modules.modules_in_order[0])
+    fit_modules(modules, FEW, epochs=[0, 1], optimizer=SGD, schedule="sequential")
+    assert all(torch.equal(value, before[name]) for name, value in modules.modules_in_order[0].state_dict().items())
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the network that require a gradient"):
+        fit_modules(modules, FEW, epochs=1, optimizer=SGD)
+
+
+def test_modules_share_no_multiplier():
+    one, plain = LeastAction(), CrossEntropy()
+    with pytest.raises(ValueError, match="objective must make a new LeastAction for each module"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: one)
+    assert fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: plain).done == 1
+    with pytest.raises(TypeError, match="objective must make one for each module"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=LeastAction())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="objective must make an odenets Objective of each module, got 1"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: 1)  # type: ignore[arg-type]
