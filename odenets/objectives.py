@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from odenets.flow import Records
 from odenets.measures import Measure
+from odenets.modes import keeping_state
 
 __all__ = [
     "Batch",
     "CrossEntropy",
     "Objective",
     "ReverseCrossEntropy",
+    "after_step",
     "check_loss",
     "logits_and_labels",
     "right_answers",
@@ -125,7 +128,11 @@ class Objective(nn.Module):
         return False
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
-        """Called after each step of the optimiser with the batch, or with its last part where it came in parts."""
+        """Called after each step of the optimiser with the batch, or with its last part where it came in parts.
+
+        Where it calls the network, which :attr:`looks_again` says, the network's buffers and random state are then
+        put back: running statistics count a batch once.
+        """
 
 
 class CrossEntropy(Objective):
@@ -181,3 +188,9 @@ def check_loss(loss: Any, objective: Objective) -> None:
         raise ValueError(f"objective must return a scalar, but {name} returns a loss of shape {tuple(loss.shape)}")
     if not loss.requires_grad:
         raise ValueError(f"the loss of {name} depends on no parameter that requires a gradient: nothing would train")
+
+
+def after_step(objective: Objective, network: nn.Module, batch: Batch) -> None:
+    """Tell an objective of a step; where it looks at the network again, that leaves no trace there."""
+    with keeping_state(network) if objective.looks_again else nullcontext():
+        objective.after_step(network, batch)

@@ -29,7 +29,7 @@ from odenets.flow import Records
 from odenets.measures import Measure
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, total_dtype
 from odenets.network import Network
-from odenets.objectives import CrossEntropy, Objective, check_loss, logits_and_labels, right_answers
+from odenets.objectives import CrossEntropy, Objective, after_step, check_loss, logits_and_labels, right_answers
 from odenets.runs import Run
 
 __all__ = [
@@ -526,5 +526,5 @@ def _step(
         fabric.clip_gradients(module, optimizer, max_norm=clip_norm, error_if_nonfinite=False)
     optimizer.step()
     with fabric.autocast():
-        objective.after_step(network, parts[-1])
+        after_step(objective, network, parts[-1])
     return totals

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from odenets.flow import Records
 from odenets.module_wise.modules import Module, ModuleWise
 from odenets.network import Network
-from odenets.objectives import Objective, check_loss, right_answers
+from odenets.objectives import Objective, after_step, check_loss, right_answers
 
 __all__ = ["end_to_end_step", "local_step", "parallel_step"]
 
@@ -60,7 +60,7 @@ def local_step(
     if share is not None:
         share(optimizer)
     _apply(module, optimizer, clip_norm)
-    objective.after_step(module, (x, y))
+    after_step(objective, module, (x, y))
     return state, found
 
 
@@ -131,7 +131,7 @@ def end_to_end_step(
     loss.backward()
     del output, records, loss, state, rows
     _apply(network, optimizer, clip_norm)
-    objective.after_step(network, (x, y))
+    after_step(objective, network, (x, y))
     return values[None]
 
 

@@ -595,3 +595,27 @@ def test_losses_that_train_nothing_are_named(value, error, message):
 def test_a_loss_function_is_no_objective():
     with pytest.raises(TypeError, match=r"objective must be an odenets Objective, got CrossEntropyLoss\(\)"):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=nn.CrossEntropyLoss())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_objective_of_ones_own_may_look_again(wrapped):
+    """Its pass counts for no running statistic and draws for nobody else, be it the objective or the task of one."""
+
+    class Looking(CrossEntropy):
+        looks_again = True  # type: ignore[assignment]
+        seen = 0
+
+        def after_step(self, network, batch):
+            network.record(batch[0])
+            self.seen += 1
+
+    states = []
+    for task in (CrossEntropy(), looking := Looking()):
+        net = tiny(norm="batch")
+        net.head = nn.Sequential(nn.Dropout2d(0.2), net.head)
+        torch.manual_seed(0)
+        fit(net, TENS, epochs=2, optimizer=sgd, objective=ActionPenalty(0.1, task) if wrapped else task)
+        states.append(net.state_dict())
+    assert looking.seen == 4
+    for one, other in zip(*(state.values() for state in states), strict=True):
+        assert torch.equal(one, other)
