@@ -122,7 +122,7 @@ class LeastAction(_WithCost):
 
     The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of the thesis divided by D.
     The objective counts the steps of one training: :func:`odenets.training.fit` tells it of each, a loop of one's own
-    calls :meth:`after_step`.
+    calls :meth:`after_step`. Given to another training it goes on from its lambda.
 
     Args:
         task: what is to be solved, L; cross-entropy if not given.

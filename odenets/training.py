@@ -417,7 +417,7 @@ def data_for(network: nn.Module, data: Dataset) -> Dataset:
 
 def _dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
     """What the weights are to be converted to before a checkpoint is loaded, if they are."""
-    precision, dtype = fabric.strategy.precision.precision, dtype_of(network)
+    precision, dtype = str(fabric.strategy.precision.precision), dtype_of(network)
     if precision.endswith("mixed") and dtype == torch.float64:
         raise ValueError(
             f"fabric's precision {precision!r} mixes float32 weights with half precision, got a network in float64: "

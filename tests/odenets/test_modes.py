@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 import odenets
-from odenets.modes import device_of, dtype_of, evaluating, keeping_modes
+from odenets.modes import (
+    device_of,
+    dtype_of,
+    evaluating,
+    inputs_for,
+    keeping_modes,
+    keeping_state,
+    total_dtype,
+)
 
 
 def frozen_part():
@@ -59,3 +67,73 @@ def test_whole_numbers_decide_no_dtype():
     network.register_buffer("steps", torch.tensor(3))
     network.register_buffer("mean", torch.zeros(2, dtype=torch.bfloat16))
     assert dtype_of(network) == torch.bfloat16
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_passes_in_training_mode_leave_buffers_and_random_state(fails):
+    """Of a module in two places, of buffers that are replaced and of those that are changed in place."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("replaced", torch.zeros(()))
+            self.register_buffer("nothing", None)
+
+        def forward(self, x):
+            self.replaced = self.replaced + 1
+            return x
+
+    norm, counting = nn.BatchNorm1d(2), Counting()
+    network = nn.Sequential(norm, nn.Dropout(), counting, norm).eval()
+    buffers, random = dict(network.named_buffers()), torch.get_rng_state()
+    before = {name: value.clone() for name, value in buffers.items()}
+
+    def look():
+        with keeping_state(network, norm):
+            network.train()(torch.randn(8, 2))
+            assert counting.replaced == 1
+            assert norm.num_batches_tracked == 2
+            if fails:
+                raise KeyError
+
+    if fails:
+        with pytest.raises(KeyError):
+            look()
+    else:
+        look()
+    assert not network.training
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in network.named_buffers():
+        assert value is buffers[name]
+        assert torch.equal(value, before[name])
+
+
+def test_a_graph_from_before_is_not_disturbed():
+    norm, x = nn.BatchNorm1d(2).eval(), torch.randn(4, 2, requires_grad=True)
+    loss = norm(x).square().sum()
+    with keeping_state(norm):
+        norm.train()(x)
+    loss.backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_inputs_follow_a_network_where_both_are_real(dtype):
+    network = nn.Linear(2, 2).to(dtype)
+    assert inputs_for(network, torch.ones(3, 2)).dtype == dtype
+    assert inputs_for(network, torch.ones(3, 2, dtype=torch.long)).dtype == torch.long
+    assert inputs_for(nn.Linear(2, 2).to(torch.complex64), torch.ones(3, 2)).dtype == torch.float32
+    assert inputs_for(nn.Flatten(), torch.ones(3, 2, dtype=dtype)).dtype == dtype
+
+
+def test_totals_are_in_float64_where_there_is_one(monkeypatch):
+    assert total_dtype("cpu") == torch.float64
+    zeros = torch.zeros
+
+    def without(*size, dtype=None, **options):
+        if dtype == torch.float64:
+            raise TypeError("the device does not support float64")
+        return zeros(*size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "zeros", without)
+    assert total_dtype("cpu") == torch.float32
