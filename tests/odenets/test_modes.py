@@ -122,7 +122,7 @@ def test_inputs_follow_a_network_where_both_are_real(dtype):
     network = nn.Linear(2, 2).to(dtype)
     assert inputs_for(network, torch.ones(3, 2)).dtype == dtype
     assert inputs_for(network, torch.ones(3, 2, dtype=torch.long)).dtype == torch.long
-    assert inputs_for(nn.Linear(2, 2).to(torch.complex64), torch.ones(3, 2)).dtype == torch.float32
+    assert inputs_for(nn.Linear(2, 2, dtype=torch.complex64), torch.ones(3, 2)).dtype == torch.float32
     assert inputs_for(nn.Flatten(), torch.ones(3, 2, dtype=dtype)).dtype == dtype
 
 
