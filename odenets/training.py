@@ -260,7 +260,8 @@ def fit(
     """Train a network.
 
     Where the network is in training mode, modules in it that are in eval mode stay so: a frozen batch norm keeps its
-    statistics. A network in eval mode is put in training mode as a whole. In the end it is in training mode, and no
+    statistics. A network in eval mode, or all of whose parameters are in parts that are, is put in training mode as a
+    whole. In the end it is in training mode, and no
     gradients are left.
 
     Args:
@@ -400,9 +401,11 @@ def fit(
 def to_training_mode(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> list[nn.Module]:
     """Put a network in training mode; the modules that are frozen in eval mode.
 
-    Where it is in training mode already, those are the ones in eval mode, which stay so; otherwise those named.
+    Where it is in training mode already, those are the ones in eval mode, which stay so; otherwise those named. A new
+    container around a network in eval mode, in which nothing that learns is in training mode, does not count.
     """
-    if not network.training:
+    learning = (m.training for m in network.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
+    if not network.training or not any(learning):
         network.train()
         for module in frozen:
             module.training = False

@@ -405,6 +405,13 @@ def test_a_part_in_eval_mode_keeps_its_statistics_and_a_network_in_eval_mode_is_
     assert second.batches.tolist() == [6]
 
 
+def test_a_network_in_eval_mode_within_a_new_module_is_trained():
+    net = adapt(nn.Sequential(models.Normalize([0.0], [1.0]), Answering(lambda z: z).eval()), ["1.model.1"])
+    assert net.training
+    fit(net, TENS, epochs=1, optimizer=sgd)
+    assert all(module.training for module in net.modules())
+
+
 def test_a_callback_that_leaves_eval_mode_does_not_thaw_or_freeze():
     class Looking:
         def after_epoch(self, training, row):
