@@ -347,7 +347,8 @@ def fit(
             if list(map(id, network.parameters())) != served:  # at first, and after callbacks have edited blocks
                 step = None
                 check_optimizer(training.optimizer, network, objective)
-                gc.collect()  # so that no hooks of an earlier set-up are left
+                if fabric.world_size > 1:
+                    gc.collect()  # so that no hooks of an earlier set-up are left
                 check = validation is not None
                 step = partial(_step, *_set_up(training, fabric), training, fabric, clip_norm, accumulate, check)
                 served = list(map(id, network.parameters()))
