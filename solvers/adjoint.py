@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from solvers.backsolve import adjoint_rates
+from solvers.captured import Captured, owner_of, restored, stored
 from solvers.events import link
 from solvers.odeint import odeint, solve
-from solvers.odeint_events import event_of, find_event
-from solvers.problem import Problem, largest_rms, make_problem
+from solvers.odeint_events import ended, event_of, find_event
+from solvers.problem import ADAPTIVE, Problem, check_options, largest_rms, make_problem
 
 __all__ = ["odeint_adjoint"]
 
@@ -40,46 +41,63 @@ def odeint_adjoint(
     equations); the state is solved backwards along with it and set right at every output time. The gradients are those
     of the ODE, not of the discrete solve, and can be differentiated once.
 
+    The backward solve reads the parameters and modes of the forward pass, whatever has become of the module since.
+
     Args:
         func, y0, t, rtol, atol, method, options, event_fn: as in :func:`~solvers.odeint`.
-        adjoint_rtol, adjoint_atol, adjoint_method: of the backward solve; the forward ones if not given.
+        adjoint_rtol, adjoint_atol, adjoint_method: of the backward solve; the forward ones if not given. A tolerance
+            per part or entry of the state is also that of its adjoint, and the smallest that of the parameters; a tuple
+            may instead have an entry for each of ``(grad_t, y, grad_y, *grad_params)``.
         adjoint_options: of the backward solve; the forward ones without their norm if not given. The norm is called on
             ``(grad_t, y, grad_y, *grad_params)``; "seminorm" leaves the parameters out (Kidger et al., 2021).
-        adjoint_params: tensors that get gradients; the parameters of ``func`` if not given.
+        adjoint_params: a collection of the tensors that get gradients. If not given, the parameters of ``func``, which
+            must then be a module, a method of one or a ``functools.partial`` of these, and what else it reads.
 
     Raises:
-        ValueError: ``func`` is no module and ``adjoint_params`` is not given, or options cannot be inferred.
+        ValueError: ``func`` is no module and ``adjoint_params`` is not given, options cannot be inferred, or ``func``
+            draws random numbers at every call.
+        TypeError: ``adjoint_params`` is no collection of tensors.
+        RuntimeError: under a transform of ``torch.func``; or, in the backward pass, what ``func`` reads was changed in
+            place since the forward pass.
     """
-    if adjoint_params is None:
-        if not isinstance(func, nn.Module):
-            raise ValueError("func must be a torch module, or adjoint_params must say what gets gradients, () nothing")
-        adjoint_params = func.parameters()
+    if adjoint_params is None and owner_of(func) is None:
+        raise ValueError("func must be a torch module, or adjoint_params must say what gets gradients, () nothing")
     if adjoint_method not in (None, method) and options is not None and adjoint_options is None:
         raise ValueError("adjoint_options must be given, where adjoint_method differs from method and options is given")
-    params = tuple(p for p in adjoint_params if p.requires_grad)
     if adjoint_options is None:
         adjoint_options = {k: v for k, v in (options or {}).items() if k != "norm"}
-    problem = make_problem(func, y0, t, rtol, atol, method, options)
-    norm = problem.tolerance.norm or _rms
-    backward = {
-        "rtol": rtol if adjoint_rtol is None else adjoint_rtol,
-        "atol": atol if adjoint_atol is None else adjoint_atol,
-        "method": adjoint_method or method,
-        "options": {**adjoint_options, "norm": _adjoint_norm(adjoint_options.get("norm"), norm, problem)},
-    }
-    if event_fn is None:
-        return problem.packing.unpack(_Adjoint.apply(problem, func, backward, problem.x0, problem.t, *params))
-    event = event_of(problem, event_fn)
-    with torch.no_grad():
-        time, _ = find_event(problem, event)
-    if time == problem.times[0]:
+    back = adjoint_method or method or "dopri5"
+    check_options(back, adjoint_options, "adjoint_options", norms=("seminorm",))
+    captured = Captured(func, adjoint_params, names=("func", "adjoint_params", "odeint"))
+    if not torch.is_grad_enabled():
+        return odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
+    problem = make_problem(captured, y0, t, rtol, atol, method, options, watched=func)
+    with captured.forward(problem.x0.device), torch.no_grad():
+        event = None if event_fn is None else event_of(problem, event_fn)
+        if event is not None:
+            problem = ended(problem, find_event(problem, event)[0])
+        met_at_start = event is not None and problem.times[0] == problem.times[1]
+        states = problem.x0[None] if met_at_start else solve(problem._replace(t=problem.t.detach()))
+    if met_at_start:
         return problem.t[0], problem.packing.unpack(torch.stack([problem.x0, problem.x0]))
-    span = torch.stack([problem.t[0], problem.t.new_tensor(time)])
-    until = problem._replace(t=span, times=[problem.times[0], time])
-    x = _Adjoint.apply(until, func, backward, until.x0, span, *params)[-1]
+    if adjoint_options.get("norm") is not None or back in ADAPTIVE:
+        norm = _adjoint_norm(adjoint_options.get("norm"), problem.tolerance.norm or _rms, problem)
+        adjoint_options = {**adjoint_options, "norm": norm}
+    solving = {
+        "rtol": _spread("adjoint_rtol", rtol if adjoint_rtol is None else adjoint_rtol, problem, captured.tensors),
+        "atol": _spread("adjoint_atol", atol if adjoint_atol is None else adjoint_atol, problem, captured.tensors),
+        "method": back,
+        "options": adjoint_options,
+    }
+    plain = problem._replace(observe=None)
+    x: Any = _Adjoint.apply(plain, captured, solving, [states], problem.x0, problem.t, *captured.tensors)
+    if event is None:
+        return problem.packing.unpack(x)
     # the state carries the gradient to t[0]: at a fixed time, so that this one is fixed
-    at, x = link(problem.field, event, torch.tensor(time, dtype=torch.float64, device=x.device), x)
-    return at.to(problem.t.dtype), problem.packing.unpack(torch.stack([problem.x0, x]))
+    with captured.again():
+        s = torch.tensor(problem.times[1], dtype=problem.time_dtype, device=x.device)
+        at, end = link(problem.field, event, s, x[-1])
+    return at.to(problem.t.dtype), problem.packing.unpack(torch.stack([problem.x0, end]))
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -111,6 +129,27 @@ def _adjoint_norm(given: Any, norm: Callable[[Tensor], Tensor], problem: Problem
     return largest
 
 
+def _spread(name: str, tolerance: Any, problem: Problem, params: Sequence[Tensor]) -> Any:
+    """A tolerance of the state as one of the backward solve: a number, or one per part of its state."""
+    packing, count = problem.packing, len(params)
+    if isinstance(tolerance, Tensor) and not tolerance.ndim:
+        return float(tolerance)
+    if isinstance(tolerance, tuple | list) and (packing.single or len(tolerance) != len(packing.shapes)):
+        if len(tolerance) != 3 + count:
+            parts = "" if packing.single else f"{len(packing.shapes)} entries, one per part of y0, or "
+            raise ValueError(
+                f"{name} must be a number, a tensor or have {parts}{3 + count} entries, for grad_t, y, grad_y and "
+                f"{count} parameters, got {len(tolerance)}"
+            )
+        return tuple(tolerance)
+    each = packing.expand(tolerance)
+    if not isinstance(each, Tensor):
+        return each
+    positive = each[each > 0]
+    smallest = float(positive.min()) if len(positive) else 0.0
+    return (smallest, each, each, *[smallest] * count)
+
+
 class _Augmented:
     """The adjoint system ``(grad_t, y, grad_y, *grad_params)``, with the adjoint callbacks of the field."""
 
@@ -123,42 +162,56 @@ class _Augmented:
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, y, a, *_ = state
-        v, *rates = adjoint_rates(self.problem.field, t, y, a, self.params, needs_t=self.needs_t)
-        grad_t = rates.pop() if self.needs_t else torch.zeros_like(t)
-        return (grad_t.to(a.dtype), v, *(rate.to(a.dtype) for rate in rates))
+        dtype = self.problem.x0.dtype
+        v, *rates = adjoint_rates(self.problem.field, t, y.to(dtype), a.to(dtype), self.params, needs_t=self.needs_t)
+        rates.insert(0, rates.pop() if self.needs_t else torch.zeros_like(t))
+        grad_t, grad_y, *grads = (stored(rate, a) for rate in rates)
+        return (grad_t, v.to(a), grad_y, *grads)
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, problem: Problem, func: Any, backward: Any, x0: Tensor, t: Tensor, *params: Tensor) -> Tensor:
-        ctx.problem, ctx.func, ctx.solve = problem, func, backward
-        plain = problem._replace(x0=x0, t=t.detach())
-        with torch.no_grad():
-            states = solve(plain)
-        ctx.save_for_backward(t, states, *params)
-        return states
+    def forward(
+        ctx: Any,
+        problem: Problem,
+        captured: Captured,
+        solving: Any,
+        states: Any,
+        x0: Tensor,
+        t: Tensor,
+        *params: Tensor,
+    ) -> Tensor:
+        ctx.problem, ctx.captured, ctx.solving, ctx.params = problem, captured, solving, params
+        out = states.pop()
+        ctx.save_for_backward(t, out)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> Any:  # type: ignore[override]
-        t, states, *params = ctx.saved_tensors
+        with ctx.captured.again() as params:
+            return _Adjoint._solved(ctx, grads, params)
+
+    @staticmethod
+    def _solved(ctx: Any, grads: Tensor, params: Sequence[Tensor]) -> Any:
+        t, states = ctx.saved_tensors
         problem: Problem = ctx.problem
-        needs_t = ctx.needs_input_grad[4]
-        augmented = _Augmented(problem, ctx.func, params, needs_t)
-        grad_t = torch.zeros(len(t), dtype=states.dtype, device=states.device)
+        needs_t = ctx.needs_input_grad[5]
+        augmented = _Augmented(problem, ctx.captured.field, params, needs_t)
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        grads, since = grads.to(dtype), torch.zeros((), dtype=dtype, device=states.device)
+        grad_t = torch.zeros(len(t), dtype=dtype, device=states.device)
         a = grads[-1]
-        sums = [torch.zeros_like(p, dtype=states.dtype) for p in params]
-        since = torch.zeros((), dtype=states.dtype, device=states.device)
+        sums = [torch.zeros_like(stored(p, a)) for p in params]
         for i in range(len(t) - 1, 0, -1):
             if needs_t:
                 moved = (problem.field(problem.times[i], states[i]).conj() * grads[i]).sum()
                 grad_t[i] = moved
                 since = since - moved
-            start = (since, states[i], a, *sums)
+            start = (since, states[i].to(dtype), a, *sums)
             span = t.detach()[[i, i - 1]]
-            since, _, a, *sums = (part[-1] for part in odeint(augmented, start, span, **ctx.solve))
+            since, _, a, *sums = (part[-1] for part in odeint(augmented, start, span, **ctx.solving))
             a = a + grads[i - 1]
         grad_t[0] = since
         times = grad_t.real.to(t.dtype) if needs_t else None
-        sums = [(s if p.is_complex() else s.real).to(p.dtype) for s, p in zip(sums, params, strict=True)]
-        return (None, None, None, a, times, *sums)
+        return (None, None, None, None, a.to(states.dtype), times, *map(restored, sums, ctx.params))

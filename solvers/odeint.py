@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from solvers.problem import (
     output_times_are_the_grid,
     over_grid,
 )
-from solvers.states import real_dtype
 from solvers.step import Step
 
 __all__ = ["METHODS", "odeint", "odeint_event", "solve"]
+
+MOST_STEPS = 10_000_000
 
 
 def odeint(
@@ -41,18 +43,24 @@ def odeint(
     ``rk4`` is the classic method of Kutta; torchdiffeq's ``rk4`` is the 3/8 rule and is called ``rk4_38`` here.
     ``adaptive_heun`` and ``fehlberg2`` evaluate the field at every state they accept, where torchdiffeq takes the last
     stage for it. The embedded error of ``dopri5`` is that of Dormand and Prince (and SciPy), 1.5 times torchdiffeq's,
-    whose fourth-order weights are Shampine's: a few more steps at equal tolerance. Time is kept in float64.
+    whose fourth-order weights are Shampine's: a few more steps at equal tolerance. ``func`` is asked at times between
+    the first and the last of ``t`` only, where torchdiffeq's adaptive methods step past the last; with ``event_fn`` up
+    to the end of the step that meets the event. Time is kept in float64; ``func`` gets it in the precision of the
+    state, float32 at least.
 
     Args:
         func: ``(t, y)`` to the velocity, with ``t`` a scalar tensor and ``y`` as ``y0``. May have the callbacks
-            ``callback_step``, ``callback_accept_step`` and ``callback_reject_step``, called as ``(t, y, h)``.
+            ``callback_step``, ``callback_accept_step`` and ``callback_reject_step``, called as ``(t, y, h)``; fixed
+            methods call the first only, and warn about the others.
         y0: a tensor, or a tuple or dictionary of tensors, of any shape, floating or complex.
         t: times ``(n,)``, strictly increasing or decreasing; gradients flow to it.
         rtol, atol: numbers, tensors that broadcast against y0, or one of these per part of a tuple.
         method: one of :data:`METHODS`; dopri5 if not given.
         options: adaptive methods: norm, first_step, min_step, max_step, safety, ifactor, dfactor, max_num_steps,
-            jump_t, step_t, dtype; fixed ones: step_size, grid_constructor, perturb, interp (and norm,
-            which they have no use for). ``max_num_steps`` counts the attempts of the whole solve.
+            jump_t, step_t, dtype; fixed ones: step_size, grid_constructor, perturb, interp. ``max_num_steps`` counts
+            the attempts of the whole solve, 100000 if not given, or 20000 until an event. ``dtype`` is that of tensors
+            which hold a time or a time's gradient: with torch.float32 a solve in float32 makes no tensor in float64.
+            ``grid_constructor`` gets ``t`` as it is and returns times from the first of them to the last.
         event_fn: ``(t, y)`` to a tensor; the solve ends where one of its entries changes sign. ``t`` is then the start
             and a time that shows the direction.
 
@@ -80,7 +88,7 @@ def solve(problem: Problem) -> Tensor:
 def odeint_event(
     func: Callable[[Tensor, Any], Any],
     y0: Any,
-    t0: Tensor,
+    t0: Tensor | float,
     *,
     event_fn: Callable[[Tensor, Any], Tensor],
     reverse_time: bool = False,
@@ -88,7 +96,8 @@ def odeint_event(
     **kwargs: Any,
 ) -> Any:
     """The event time and the states at the start and there, from ``t0`` on, as torchdiffeq's function of this name."""
-    t0 = t0.reshape(())
+    t0 = torch.as_tensor(t0).reshape(())
+    t0 = t0 if t0.is_floating_point() else t0.to(torch.get_default_dtype())
     t = torch.stack([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
     return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 
@@ -104,18 +113,17 @@ def _outputs(problem: Problem) -> Iterator[Tensor]:
     if output_times_are_the_grid(problem.options):
         yield from (step.x1 for step in over_grid(problem, grid))
         return
-    ends = [*_numbers(grid)[1:-1], problem.times[-1]]  # in the state's precision the last may lie before its time
-    steps = zip(over_grid(problem, grid), ends, strict=False)
-    wanted = list(enumerate(problem.times))[1:]
-    for step, end in steps:
-        while wanted and problem.direction * (wanted[0][1] - end) <= 0:
-            i, time = wanted.pop(0)
-            at = problem.t[i].to(real_dtype(step.x0)) if problem.t.requires_grad else time
-            yield step.x1 if time == end else inside(problem, step)((at - step.t) / step.h)
+    ends = [*_numbers(grid)[1:-1], problem.times[-1]]
+    i = 1
+    for step, end in zip(over_grid(problem, grid), ends, strict=True):
+        while i < len(problem.times) and problem.direction * (problem.times[i] - end) <= 0:
+            at = problem.t[i].to(problem.time_dtype) if problem.t.requires_grad else problem.times[i]
+            yield step.x1 if problem.times[i] == end else inside(problem, step)((at - step.t) / step.h)
+            i += 1
 
 
 def _interpolated(problem: Problem) -> Iterator[Tensor]:
-    times, first = problem.times, problem.t[0].double()
+    times, t = problem.times, problem.t.to(problem.time_dtype)
     i = 1
     for step in error_controlled(problem, times[-1]):
         while i < len(times):
@@ -123,7 +131,7 @@ def _interpolated(problem: Problem) -> Iterator[Tensor]:
             if theta > 1 + 1e-12:
                 break
             if problem.t.requires_grad:
-                theta = (problem.t[i].double() - first - (step.t - times[0])) / step.h
+                theta = (t[i] - t[0] - (step.t - times[0])) / step.h
                 yield step.at(theta) if problem.tableau.dense else _moved(problem, step, theta)
             else:
                 yield step.x1 if abs(theta - 1) <= 1e-12 else step.at(theta)
@@ -144,16 +152,38 @@ def _grid(problem: Problem) -> list[Any]:
     """The times of the steps: those of the output, or what the options say."""
     options, times = problem.options, problem.times
     step_size, constructor = options.get("step_size"), options.get("grid_constructor")
-    t = problem.t.to(real_dtype(problem.x0))
+    t = problem.t.to(problem.time_dtype)
     if constructor is not None:
-        made = constructor(problem.field, problem.x0, t)
-        if made[0] != t[0] or made[-1] != t[-1]:
-            raise ValueError("options: the grid must begin at t[0] and end at t[-1]")
-        return list(made) if made.requires_grad else made.tolist()
+        return _constructed(problem, constructor)
     if step_size is not None:
-        count = math.ceil(abs(times[-1] - times[0]) / float(step_size) - 1e-9)
-        grid = [times[0] + problem.direction * k * float(step_size) for k in range(count)] + [times[-1]]
+        count = abs(times[-1] - times[0]) / float(step_size)
+        if count > MOST_STEPS:
+            raise ValueError(
+                f"options: step_size {step_size} makes {count:.3g} steps, more than {MOST_STEPS}: raise it"
+            )
+        grid = [times[0] + problem.direction * k * float(step_size) for k in range(math.ceil(count - 1e-9))]
         if not t.requires_grad:
-            return grid
-        return [t[0] + (s - times[0]) for s in grid[:-1]] + [t[-1]]
+            return [*grid, times[-1]]
+        return [t[0] + (s - times[0]) for s in grid] + [t[-1]]
     return list(t) if t.requires_grad else times
+
+
+def _constructed(problem: Problem, constructor: Callable[..., Tensor]) -> list[Any]:
+    """The grid of the caller, whose ends may differ from the times in the rounding of a narrower dtype."""
+    times = problem.times
+    grid = constructor(problem.field, problem.x0, problem.t)
+    if not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) < 2 or not grid.is_floating_point():
+        what = f"{grid.dtype} {tuple(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
+        raise TypeError(f"options: grid_constructor must return at least two times, floating (n,), got {what}")
+    numbers = grid.detach().tolist()
+    slack = 2 * max(torch.finfo(x.dtype).eps for x in (grid, problem.t, problem.x0))
+    for number, time, name in ((numbers[0], times[0], "begin at t[0]"), (numbers[-1], times[-1], "end at t[-1]")):
+        if not abs(number - time) <= slack * max(abs(number), abs(time)):
+            raise ValueError(f"options: the grid must {name} = {time:.9g}, got {number:.9g}")
+    numbers = [times[0], *numbers[1:-1], times[-1]]
+    if not all(problem.direction * (b - a) >= 0 for a, b in pairwise(numbers)):
+        raise ValueError("options: the grid must go from t[0] to t[-1] without turning back")
+    keep = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1])]
+    if grid.requires_grad:
+        return list(grid.to(problem.x0.device, problem.time_dtype)[keep])
+    return [numbers[i] for i in keep]

@@ -126,6 +126,8 @@ class Packing:
         if self.keys is None and not (isinstance(state, tuple | list) and len(state) == len(self.shapes)):
             raise ValueError(f"{name} must be a tuple of {len(self.shapes)} tensors, got {type(state).__name__}")
         parts = self._parts(state)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"{name} must hold tensors, got {[type(part).__name__ for part in parts]}")
         shapes = [part.shape[self.batched :] for part in parts]
         if shapes != self.shapes:
             raise ValueError(
@@ -144,12 +146,12 @@ class Packing:
         parts = tuple(part.reshape((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True))
         return parts if self.keys is None else dict(zip(self.keys, parts, strict=True))
 
-    def expand(self, tolerance: Any) -> Any:
-        """A tolerance per part as one per number; a number or tensor stays."""
+    def expand(self, tolerance: Any, dtype: torch.dtype = torch.float64) -> Any:
+        """A tolerance per part as one per number, of a dtype; a number or tensor stays."""
         if self.single or isinstance(tolerance, int | float | Tensor):
             return tolerance
         parts = self._parts(tolerance)
         if len(parts) != len(self.shapes):
             raise ValueError(f"a tolerance per part needs {len(self.shapes)} entries, got {len(parts)}")
-        wide = [torch.as_tensor(p, dtype=torch.float64) for p in parts]
+        wide = [torch.as_tensor(p, dtype=dtype) for p in parts]
         return torch.cat([p.expand(s).reshape(-1) for p, s in zip(wide, self.shapes, strict=True)])
