@@ -72,14 +72,16 @@ def odeint_adjoint(
     if not torch.is_grad_enabled():
         return odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
     problem = make_problem(captured, y0, t, rtol, atol, method, options, watched=func)
-    with captured.forward(problem.x0.device), torch.no_grad():
+    with captured.forward(problem.x0.device):
         event = None if event_fn is None else event_of(problem, event_fn)
         if event is not None:
-            problem = ended(problem, find_event(problem, event)[0])
-        met_at_start = event is not None and problem.times[0] == problem.times[1]
-        states = problem.x0[None] if met_at_start else solve(problem._replace(t=problem.t.detach()))
-    if met_at_start:
-        return problem.t[0], problem.packing.unpack(torch.stack([problem.x0, problem.x0]))
+            with torch.no_grad():
+                time, _ = find_event(problem, event)
+            if time == problem.times[0]:
+                return problem.t[0], problem.packing.unpack(torch.stack([problem.x0, problem.x0]))
+            problem = ended(problem, time)
+        with torch.no_grad():
+            states = solve(problem._replace(t=problem.t.detach()))
     if adjoint_options.get("norm") is not None or back in ADAPTIVE:
         norm = _adjoint_norm(adjoint_options.get("norm"), problem.tolerance.norm or _rms, problem)
         adjoint_options = {**adjoint_options, "norm": norm}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from solvers.captured import Captured, restored, stored
 from solvers.states import Packing
 from solvers.step import Field
 from solvers.tolerance import Tolerance
@@ -48,42 +49,46 @@ class _Rates(torch.autograd.Function):
     """:func:`adjoint_rates` that can be differentiated once: for the gradient of a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, field: Field, t: Any, y: Tensor, a: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        ctx.field, ctx.t = field, t
-        ctx.save_for_backward(y, a, *params)
+    def forward(
+        ctx: Any, captured: Captured, field: Field, t: Any, y: Tensor, a: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.captured, ctx.field, ctx.t = captured, field, t
+        ctx.save_for_backward(y, a)
         return adjoint_rates(field, t, y, a, params)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        y, a, *params = ctx.saved_tensors
+        y, a = ctx.saved_tensors
         y, a = y.detach(), a.detach().requires_grad_()
-        rates = adjoint_rates(ctx.field, ctx.t, y, a, params, graph=True)
-        moved, pulls = zip(*((r, g) for r, g in zip(rates, grads, strict=True) if r.requires_grad), strict=True)
-        found = torch.autograd.grad(moved, (y, a, *params), pulls, allow_unused=True)
-        return (None, None, *found)
+        with ctx.captured.again() as params:
+            rates = adjoint_rates(ctx.field, ctx.t, y, a, params, graph=True)
+            moved, pulls = zip(*((r, g) for r, g in zip(rates, grads, strict=True) if r.requires_grad), strict=True)
+            gradients = torch.autograd.grad(moved, (y, a, *params), pulls, allow_unused=True)
+        return (None, None, None, *gradients)
 
 
-def backsolved(field: Field, x0: Tensor, x1: Tensor, params: Sequence[Tensor], backward: Solve) -> Tensor:
+def backsolved(captured: Captured, field: Field, x0: Tensor, x1: Tensor, backward: Solve) -> Tensor:
     """``x1``, the solution from x0, with the gradients of the ODE, by ``backward`` on the adjoint system as one vector.
 
     ``da/dt = -a^T dv/dx``, ``dL/dtheta = -int a^T dv/dtheta dt``; the state is solved backwards along with them (Chen
     et al., 2018, Neural ordinary differential equations). A gradient of this gradient goes through the backward solve.
 
     Args:
-        field: velocity ``v(t, x)``.
+        captured: what of the field gets gradients, and is to be as in the forward pass.
+        field: velocity ``v(t, x)``, which calls it.
         x0: state at the start.
         x1: state at the end.
-        params: what else gets gradients.
         backward: solves from the end to the start, a vector ``(x, a, *params)``.
     """
-    return _Backsolve.apply(field, backward, x1, x0, *params)  # type: ignore[return-value]
+    return _Backsolve.apply(captured, field, backward, x1, x0, *captured.tensors)  # type: ignore[return-value]
 
 
 def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Tolerance:
     """The tolerance of the backward solve: its error is that of the state and of the adjoint; the integrals over the
     parameters, which nothing feeds back on, are left out (Kidger, Chen, Lyons, 2021, Hey, that's not an ODE)."""
-    packing = Packing((x, x, *(torch.empty_like(p, dtype=x.dtype, device=x.device) for p in params)), "x0")
+    like = x.to(torch.promote_types(x.dtype, torch.float32))
+    packing = Packing((like, like, *(torch.zeros_like(stored(p, like)) for p in params)), "x0")
 
     def norm(scaled: Tensor) -> Tensor:
         parts = packing.unpack(scaled)[:2]
@@ -105,26 +110,34 @@ def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Toler
 
 class _Backsolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, field: Field, backward: Solve, x1: Tensor, x0: Tensor, *params: Tensor) -> Tensor:
-        ctx.field, ctx.solve = field, backward
+    def forward(
+        ctx: Any, captured: Captured, field: Field, backward: Solve, x1: Tensor, x0: Tensor, *params: Tensor
+    ) -> Tensor:
+        ctx.captured, ctx.field, ctx.solve, ctx.params = captured, field, backward, params
         x1 = x1.clone()
-        ctx.save_for_backward(x1, *params)
+        ctx.save_for_backward(x1)
         return x1
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x1, *params = ctx.saved_tensors
-        start = (x1, grads[0], *(torch.zeros_like(p, dtype=x1.dtype) for p in params))
+        with ctx.captured.again() as params:
+            return _Backsolve._solved(ctx, grads[0], params)
+
+    @staticmethod
+    def _solved(ctx: Any, grad: Tensor, params: Sequence[Tensor]) -> Any:
+        (x1,) = ctx.saved_tensors
+        dtype = torch.promote_types(x1.dtype, torch.float32)
+        end = x1.to(dtype)
+        start = (end, grad.to(dtype), *(torch.zeros_like(stored(p, end)) for p in params))
         packing = Packing(start, "x1")
 
         def system(t: Any, z: Tensor) -> Tensor:
-            y, a, *_ = packing.unpack(z)
+            y, a, *_ = (part.to(x1.dtype) for part in packing.unpack(z))
             if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-                rates: tuple[Tensor, ...] = _Rates.apply(ctx.field, t, y, a, *params)  # type: ignore[assignment]
+                rates: tuple[Tensor, ...] = _Rates.apply(ctx.captured, ctx.field, t, y, a, *params)  # type: ignore[assignment]
             else:
                 rates = adjoint_rates(ctx.field, t, y, a, params)
-            return packing.pack(tuple(rate.to(a.dtype) for rate in rates), "field")
+            return packing.pack(tuple(stored(rate, z) for rate in rates), "field")
 
         _, a, *sums = packing.unpack(ctx.solve(system, packing.pack(start)))
-        sums = ((s if p.is_complex() else s.real).to(p.dtype) for s, p in zip(sums, params, strict=True))
-        return (None, None, None, a, *sums)
+        return (None, None, None, None, a.to(x1.dtype), *map(restored, sums, ctx.params))

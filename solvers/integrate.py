@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from solvers.backsolve import backsolved, seminorm
+from solvers.captured import Captured, owner_of
 from solvers.controllers import Controller, I, SampleController
 from solvers.methods import get_tableau
 from solvers.recompute import recomputed
@@ -75,8 +76,9 @@ def integrate(
             the ODE by its adjoint solved backwards, with constant memory and the error of that solve, steps chosen by
             the seminorm. The last two keep only the last state; under "backsolve" the gradient may lose digits where
             the ODE is unstable backwards.
-        parameters: what gets gradients by "backsolve" beside x0 and the tensors of args; the parameters of the field
-            if it is a module.
+        parameters: a collection of what gets gradients by "backsolve" beside x0 and the tensors in args. If not given,
+            the parameters of the field, which must then be a module, a method of one or a ``functools.partial`` of
+            these, and what else it reads.
         args: further arguments for the field.
 
     Returns:
@@ -107,9 +109,13 @@ def integrate(
     per_sample = control == "sample"
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
-    v: Field = field
+    captured = None
+    if gradient != "direct" and torch.is_grad_enabled():
+        captured = _captured(field, parameters, args, gradient, steps is None or event is not None)
+    v: Field = field if captured is None else captured
     if args or not packing.single:
-        v = lambda t, x: packing.pack(field(t, packing.unpack(x), *args), "field")  # noqa: E731
+        call = v
+        v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     x = packing.pack(x0)
     start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
@@ -123,11 +129,9 @@ def integrate(
     task = Task(
         v, x, start, end, tableau, steps, tolerance, controller, keep, entries, raises, packing.unpack, per_sample
     )
-    if gradient == "direct" or not torch.is_grad_enabled():
+    if captured is None:
         return task.solve()
-    if gradient == "checkpoint":
-        return _by_recomputing(task)
-    return _by_backsolving(task, _parameters(field, parameters, args))
+    return _by_recomputing(task, captured) if gradient == "checkpoint" else _by_backsolving(task, captured)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -177,22 +181,33 @@ def _time(name: str, t: Any, samples: int | None) -> Any:
     return np.broadcast_to(t, samples).copy()
 
 
-def _parameters(field: Any, given: Iterable[Tensor] | None, args: Sequence[Any]) -> list[Tensor]:
-    if given is None and not isinstance(field, nn.Module):
+def _captured(field: Any, parameters: Any, args: Sequence[Any], gradient: str, searching: bool) -> Captured:
+    """The field with what gets gradients; ``searching``: its steps are found before they are taken."""
+    if gradient == "backsolve" and parameters is None and owner_of(field) is None:
         raise ValueError("gradient='backsolve' needs a torch module as field, or parameters to say what gets gradients")
-    found = [*(field.parameters() if given is None else given), *(a for a in args if isinstance(a, Tensor))]
-    return [p for p in found if p.requires_grad]
+    recompute = gradient == "checkpoint"
+    instead = "gradient='direct'" if searching else "gradient='direct' or 'checkpoint'"
+    names = ("field", "parameters", instead)
+    return Captured(field, parameters, args, names=names, recompute=recompute, random=recompute and not searching)
 
 
-def _by_recomputing(task: Task) -> Solution:
+def _by_recomputing(task: Task, captured: Captured) -> Solution:
     """Find the steps without a graph where they are not given, then take them with one that keeps little."""
+    device = task.x0.device
     if task.steps is not None and task.event is None:
         stats = Statistics(task.steps * task.tableau.interior, task.steps)
         found = Solution(tuple(task.grid), (task.x0,), stats=stats)
-    else:
-        with torch.no_grad():
-            found = task._replace(keep="states").solve()
-    steps: list[Any]
+        with captured.forward(device):
+            return follow(task, found, _recomputed(task, captured, found))
+    with captured.forward(device), torch.no_grad():
+        found = task._replace(keep="states").solve()
+    with captured.again():
+        return follow(task, found, _recomputed(task, captured, found))
+
+
+def _recomputed(task: Task, captured: Captured, found: Solution) -> Tensor:
+    """The last state, by the steps found."""
+    field, steps = task.field, list[Any]()
     if isinstance(found, SampleSolution):
         times = torch.stack(found.times).numpy()
         starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
@@ -201,20 +216,20 @@ def _by_recomputing(task: Task) -> Solution:
         field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
     else:
         steps = [(a, b - a) for a, b in pairwise(found.times)]
-        field = task.field
-    return follow(task, found, recomputed(field, task.x0, steps, task.tableau))
+    return recomputed(captured, field, task.x0, steps, task.tableau)
 
 
-def _by_backsolving(task: Task, parameters: list[Tensor]) -> Solution:
+def _by_backsolving(task: Task, captured: Captured) -> Solution:
     """Solve without a graph, and the adjoint backwards when its gradient is asked for."""
-    with torch.no_grad():
+    with captured.forward(task.x0.device), torch.no_grad():
         found = task._replace(keep="last", unpack=lambda x: x).solve()
     t0, t1, x1 = task.t0, found.t1, found.x1
-    tolerance = seminorm(task.tolerance, task.x0, parameters) if task.steps is None else task.tolerance
+    tolerance = seminorm(task.tolerance, task.x0, captured.tensors) if task.steps is None else task.tolerance
+    plain = task._replace(tolerance=tolerance, keep="last", event=None, raises=True, unpack=lambda z: z)
 
     def backward(system: Field, z: Tensor) -> Tensor:
-        back = task._replace(field=system, x0=z, t0=t1, t1=t0, tolerance=tolerance, keep="last", event=None)
-        return back._replace(raises=True, unpack=lambda z: z).solve().x1
+        return plain._replace(field=system, x0=z, t0=t1, t1=t0).solve().x1
 
-    x = x1 if t0 == t1 else backsolved(task.field, task.x0, x1, parameters, backward)
-    return follow(task, found, x)
+    x = x1 if t0 == t1 else backsolved(captured, task.field, task.x0, x1, backward)
+    with captured.again():
+        return follow(task, found, x)

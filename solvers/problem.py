@@ -259,7 +259,7 @@ def _observer(
 ) -> Callable[[str, float, Tensor, float], None] | None:
     """Calls the callbacks that ``func`` has, and warns about those that the method does not call."""
     names = {"step": "callback_step", "accept": "callback_accept_step", "reject": "callback_reject_step"}
-    callbacks = {what: callback for what, name in names.items() if (callback := getattr(func, name, None)) is not None}
+    callbacks = {what: getattr(func, name) for what, name in names.items() if getattr(func, name, None) is not None}
     idle = [] if method in ADAPTIVE else [names[what] for what in callbacks if what != "step"]
     if idle:
         warnings.warn(f"method {method!r} takes every step and does not call {', '.join(idle)}", stacklevel=4)

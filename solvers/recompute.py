@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from solvers.captured import Captured
 from solvers.step import Field, rk_step
 from solvers.tableaus import ButcherTableau
 
@@ -16,7 +19,23 @@ __all__ = ["recomputed"]
 Time = float | Tensor
 
 
-def recomputed(field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau) -> Tensor:
+class _Again:
+    """``captured.again()``, to be entered any number of times."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured, self.entered = captured, list[AbstractContextManager[Any]]()
+
+    def __enter__(self) -> None:
+        self.entered.append(self.captured.again())
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
+
+
+def recomputed(
+    captured: Captured, field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau
+) -> Tensor:
     """The state after steps ``(t, h)``, whose gradient keeps ``2 sqrt(n)`` states and the stages of one step.
 
     The n steps are cut into sqrt(n) runs. Of the forward pass the first state of each run is kept; the backward pass
@@ -25,7 +44,8 @@ def recomputed(field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tabl
     steps, three times.
 
     Args:
-        field: velocity ``v(t, x)``; gradients flow to whatever it reads.
+        captured: what the field reads, to be as in the forward pass.
+        field: velocity ``v(t, x)``, which calls it; gradients flow to whatever it reads.
         x: state at the start, ``(B, *S)``.
         steps: start and size of each.
         tableau: the method.
@@ -36,10 +56,16 @@ def recomputed(field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tabl
 
     def several(x: Tensor, run: Sequence[tuple[Time, Time]]) -> Tensor:
         for t, h in run:
-            x = checkpoint(one, x, t, h, use_reentrant=False)  # type: ignore[assignment]
+            x = again(one, x, t, h)
         return x
+
+    def again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)  # type: ignore[return-value]
+
+    def contexts() -> Any:
+        return nullcontext(), _Again(captured)
 
     length = math.isqrt(max(len(steps) - 1, 0)) + 1
     for i in range(0, len(steps), length):
-        x = checkpoint(several, x, steps[i : i + length], use_reentrant=False)  # type: ignore[assignment]
+        x = again(several, x, steps[i : i + length])
     return x
