@@ -191,7 +191,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> Any:  # type: ignore[override]
-        with ctx.captured.again() as params:
+        with ctx.captured.again(cut=True) as params:
             return _Adjoint._solved(ctx, grads, params)
 
     @staticmethod

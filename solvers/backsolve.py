@@ -50,22 +50,22 @@ class _Rates(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, captured: Captured, field: Field, t: Any, y: Tensor, a: Tensor, *params: Tensor
+        ctx: Any, captured: Captured, field: Field, t: Any, current: Sequence[Tensor], y: Tensor, a: Tensor, *_: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.captured, ctx.field, ctx.t = captured, field, t
         ctx.save_for_backward(y, a)
-        return adjoint_rates(field, t, y, a, params)
+        return adjoint_rates(field, t, y, a, current)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
         y, a = ctx.saved_tensors
         y, a = y.detach(), a.detach().requires_grad_()
-        with ctx.captured.again() as params:
+        with ctx.captured.again(cut=True) as params:
             rates = adjoint_rates(ctx.field, ctx.t, y, a, params, graph=True)
             moved, pulls = zip(*((r, g) for r, g in zip(rates, grads, strict=True) if r.requires_grad), strict=True)
             gradients = torch.autograd.grad(moved, (y, a, *params), pulls, allow_unused=True)
-        return (None, None, None, *gradients)
+        return (None, None, None, None, *gradients)
 
 
 def backsolved(captured: Captured, field: Field, x0: Tensor, x1: Tensor, backward: Solve) -> Tensor:
@@ -120,7 +120,7 @@ class _Backsolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        with ctx.captured.again() as params:
+        with ctx.captured.again(cut=True) as params:
             return _Backsolve._solved(ctx, grads[0], params)
 
     @staticmethod
@@ -134,7 +134,7 @@ class _Backsolve(torch.autograd.Function):
         def system(t: Any, z: Tensor) -> Tensor:
             y, a, *_ = (part.to(x1.dtype) for part in packing.unpack(z))
             if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-                rates: tuple[Tensor, ...] = _Rates.apply(ctx.captured, ctx.field, t, y, a, *params)  # type: ignore[assignment]
+                rates: tuple[Tensor, ...] = _Rates.apply(ctx.captured, ctx.field, t, params, y, a, *ctx.params)  # type: ignore[assignment]
             else:
                 rates = adjoint_rates(ctx.field, t, y, a, params)
             return packing.pack(tuple(stored(rate, z) for rate in rates), "field")

@@ -22,6 +22,7 @@ __all__ = ["Captured", "owner_of", "restored", "stored", "tensors_of"]
 
 _DICTIONARIES = ("_parameters", "_buffers", "_modules")
 _MISSING = object()
+_FEW = 100_000
 _Node = Any
 
 
@@ -79,8 +80,8 @@ class _Known:
     def of(cls, tensor: Tensor) -> _Known:
         return cls(tensor, _version(tensor), tensor.detach())
 
-    def now(self) -> Tensor:
-        """The tensor, or what stands for it where its data was replaced.
+    def now(self, cut: bool) -> Tensor:
+        """The tensor, or what stands for it where its data was replaced, or its history is to be ``cut`` off.
 
         Raises:
             RuntimeError: its data was changed in place.
@@ -91,7 +92,8 @@ class _Known:
                 f"a tensor of shape {tuple(old.shape)} that the field reads was changed in place since the forward "
                 "pass (by an optimizer's step or load_state_dict?): call backward() before it changes"
             )
-        if x.dtype == old.dtype and x.device == old.device and x.shape == old.shape and _address(x) == _address(old):
+        same = x.dtype == old.dtype and x.device == old.device and x.shape == old.shape
+        if same and _address(x) == _address(old) and not (cut and x.grad_fn is not None):
             return x
         return old.detach().requires_grad_(x.requires_grad)
 
@@ -138,6 +140,8 @@ class Captured:
         self._loose = _loosened(field, self._index)
         self._known: dict[int, _Known] = {}
         self._now: dict[int, Tensor] = {}
+        self._read: set[int] = set()
+        self._inputs: list[Tensor] = []
         self._calls, self._back, self._unclaimed = 0, False, dict[int, weakref.ref[Tensor]]()
 
     def __call__(self, *args: Any) -> Any:
@@ -167,15 +171,18 @@ class Captured:
         self._close()
 
     @contextmanager
-    def again(self) -> Iterator[list[Tensor]]:
+    def again(self, *, cut: bool = False) -> Iterator[list[Tensor]]:
         """While a backward pass calls the field: everything as it was; yields the tensors that get gradients.
+
+        Args:
+            cut: without what the tensors of its modules were computed from, so that one's gradient holds no other's.
 
         Raises:
             RuntimeError: a tensor was changed in place since.
         """
         modules = self._resolve()
-        now = {key: known.now() for key, known in self._known.items()}
         within = {id(x) for part in self._parts for x in (*part.parameters.values(), *part.attributes.values())}
+        now = {key: known.now(cut and key in within) for key, known in self._known.items()}
         if any(x is not self._known[key].tensor and key not in within for key, x in now.items()):
             raise RuntimeError("the data of a tensor that the field reads was replaced since the forward pass")
         outer = self._field, self._calls, self._back, self._unclaimed, self._now
@@ -256,9 +263,10 @@ class Captured:
                     if p is not None and id(p) not in self._known:
                         self._known[id(p)] = _Known.of(p)
             part.attributes = {name: x for name, x in part.attributes.items() if id(x) in read}
-            for name, x in part.buffers.items():
-                if x is not None and part.versions.get(name) != _version(x):
-                    part.buffers[name] = x.detach().clone()  # the field changes it; only the first pass counts
+            few = sum(x.numel() for x in part.buffers.values() if x is not None) <= _FEW
+            for name, x in part.buffers.items():  # what the field changes itself, running statistics without a version
+                if x is not None and ((part.training and few) or part.versions.get(name) != _version(x)):
+                    part.buffers[name] = x.detach().clone()
                     part.versions[name] = -1
             if module is not None:
                 part.rest = {
@@ -269,7 +277,23 @@ class Captured:
         for x in self.tensors:
             if id(x) not in self._known:
                 self._known[id(x)] = _Known.of(x)
+        self._leave_out_what_arrives_through_others()
         self._index = {}
+
+    def _leave_out_what_arrives_through_others(self) -> None:
+        """The leaves of a tensor that cannot be cut off get their gradient through it, and would get it twice."""
+        within = {id(x) for part in self._parts for x in (*part.parameters.values(), *part.attributes.values())}
+        through = [x for x in self.tensors if x.grad_fn is not None and id(x) not in within]
+        behind = {id(x) for x in _reads([], 0, set(), [(x.grad_fn, x.output_nr) for x in through])[0]}
+        if self._recompute or not behind:
+            return
+        unread = any(id(x) not in self._read for x in through)
+        if any(key in self._read and (unread or key in {id(x) for x in self.tensors}) for key in behind):
+            raise ValueError(
+                f"{self._names[1]}: {self._names[0]} reads a tensor, and another that was computed from it is to get a "
+                "gradient: hand over the tensor that is read, or compute the other one inside"
+            )
+        self.tensors = [x for x in self.tensors if id(x) not in behind]
 
     def _buffer(self, part: _Part, name: str, x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -328,7 +352,9 @@ class Captured:
         )
 
     def _note(self, outputs: list[Tensor], mark: int, inputs: list[Tensor], first: bool) -> None:
-        candidates = {id(x): x for x in (*self.tensors, *self._now.values())}
+        if self._recompute and not self._back:  # the first state may also be read as itself
+            self._inputs += [x for x in inputs if x.requires_grad and x.is_leaf]
+        candidates = {id(x): x for x in (*self.tensors, *self._inputs, *self._now.values())}
         for part in self._parts:
             candidates |= {id(x): x for x in (*part.parameters.values(), *part.attributes.values()) if x is not None}
         made = {(x.grad_fn, x.output_nr): x for x in candidates.values() if x.grad_fn is not None}
@@ -336,6 +362,7 @@ class Captured:
         stops = set(made) | {(x.grad_fn, x.output_nr) for x in inputs if x.grad_fn is not None}
         leaves, outside = _reads(outputs, mark, stops)
         leaves = [x for x in leaves if id(x) not in own]
+        self._read |= {id(x) for x in (*leaves, *(made[edge] for edge in outside if edge in made))}
         self._known |= {
             id(x): _Known.of(x) for x in (*leaves, *(made[edge] for edge in outside if edge in made))
             if not self._back and id(x) in candidates and id(x) not in self._known
