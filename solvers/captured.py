@@ -156,6 +156,8 @@ class Captured:
     @contextmanager
     def forward(self, device: torch.device) -> Iterator[None]:
         """While a forward pass calls the field."""
+        if self._recompute and torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+            self._refuse_transforms()
         self._device = device
         kind = device.type
         self._autocast = None

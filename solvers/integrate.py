@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -110,7 +112,8 @@ def integrate(
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
     captured = None
-    if gradient != "direct" and torch.is_grad_enabled():
+    graph = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
+    if gradient != "direct" and torch.is_grad_enabled() and not graph:
         captured = _captured(field, parameters, args, gradient, steps is None or event is not None)
     v: Field = field if captured is None else captured
     if args or not packing.single:
@@ -129,9 +132,12 @@ def integrate(
     task = Task(
         v, x, start, end, tableau, steps, tolerance, controller, keep, entries, raises, packing.unpack, per_sample
     )
-    if captured is None:
+    if gradient == "direct" or not torch.is_grad_enabled():
         return task.solve()
-    return _by_recomputing(task, captured) if gradient == "checkpoint" else _by_backsolving(task, captured)
+    if gradient == "checkpoint":
+        return _by_recomputing(task, captured)
+    assert captured is not None
+    return _by_backsolving(task, captured)
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -191,23 +197,23 @@ def _captured(field: Any, parameters: Any, args: Sequence[Any], gradient: str, s
     return Captured(field, parameters, args, names=names, recompute=recompute, random=recompute and not searching)
 
 
-def _by_recomputing(task: Task, captured: Captured) -> Solution:
+def _by_recomputing(task: Task, captured: Captured | None) -> Solution:
     """Find the steps without a graph where they are not given, then take them with one that keeps little."""
-    device = task.x0.device
+    forward = nullcontext() if captured is None else captured.forward(task.x0.device)
     if task.steps is not None and task.event is None:
         stats = Statistics(task.steps * task.tableau.interior, task.steps)
         found = Solution(tuple(task.grid), (task.x0,), stats=stats)
-        with captured.forward(device):
+        with forward:
             return follow(task, found, _recomputed(task, captured, found))
-    with captured.forward(device), torch.no_grad():
+    with forward, torch.no_grad():
         found = task._replace(keep="states").solve()
-    with captured.again():
+    with nullcontext() if captured is None else captured.again():
         return follow(task, found, _recomputed(task, captured, found))
 
 
-def _recomputed(task: Task, captured: Captured, found: Solution) -> Tensor:
+def _recomputed(task: Task, captured: Captured | None, found: Solution) -> Tensor:
     """The last state, by the steps found."""
-    field, steps = task.field, list[Any]()
+    steps: list[Any]
     if isinstance(found, SampleSolution):
         times = torch.stack(found.times).numpy()
         starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
@@ -216,7 +222,15 @@ def _recomputed(task: Task, captured: Captured, found: Solution) -> Tensor:
         field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
     else:
         steps = [(a, b - a) for a, b in pairwise(found.times)]
-    return recomputed(captured, field, task.x0, steps, task.tableau)
+        field = task.field
+    take = recomputed if captured is None else _eagerly()
+    return take(captured, field, task.x0, steps, task.tableau)
+
+
+@cache
+def _eagerly() -> Callable[..., Tensor]:
+    """:func:`recomputed` outside graphs, for it remembers what the field reads."""
+    return torch.compiler.disable(recomputed)  # type: ignore[return-value]
 
 
 def _by_backsolving(task: Task, captured: Captured) -> Solution:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.errors import MaxStepsError
 from solvers.events import Event, crossing, link, until
 from solvers.problem import Problem, error_controlled, inside, over_grid
 from solvers.step import Step
@@ -83,7 +84,11 @@ def _steps_without_end(problem: Problem) -> Iterator[Step]:
         limit = int(problem.options.get("max_num_steps", MAX_NUM_STEPS))
         tolerance = replace(problem.tolerance, max_steps=limit)
         open_ended = problem._replace(times=problem.times[:1], tolerance=tolerance)
-        yield from error_controlled(open_ended, problem.direction * math.inf)
+        try:
+            yield from error_controlled(open_ended, problem.direction * math.inf)
+        except MaxStepsError as error:
+            error.args = (f"no event within {limit} attempted steps: raise max_num_steps, or check event_fn",)
+            raise
         return
     if problem.options.get("step_size") is None:
         raise ValueError("options: event_fn with a fixed method needs step_size")

@@ -242,7 +242,8 @@ def _tolerance(name: str, tolerance: Any, packing: Packing, x: Tensor, dtype: to
     each = packing.expand(tolerance, dtype)
     if not isinstance(each, Tensor):
         return each
-    if each.ndim and torch.broadcast_shapes(each.shape, x.shape) != x.shape:
+    sizes = zip(reversed(each.shape), reversed(x.shape), strict=False)
+    if each.ndim > x.ndim or not all(size in (1, whole) for size, whole in sizes):
         raise ValueError(f"{name} must broadcast against the state {tuple(x.shape)}, got {tuple(each.shape)}")
     return each if each.requires_grad else each.to(x.device, dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,7 +34,7 @@ class _Again:
 
 
 def recomputed(
-    captured: Captured, field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau
+    captured: Captured | None, field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau
 ) -> Tensor:
     """The state after steps ``(t, h)``, whose gradient keeps ``2 sqrt(n)`` states and the stages of one step.
 
@@ -44,7 +44,7 @@ def recomputed(
     steps, three times.
 
     Args:
-        captured: what the field reads, to be as in the forward pass.
+        captured: what the field reads, to be as in the forward pass; None in a graph of torch.compile, which holds it.
         field: velocity ``v(t, x)``, which calls it; gradients flow to whatever it reads.
         x: state at the start, ``(B, *S)``.
         steps: start and size of each.
@@ -56,16 +56,11 @@ def recomputed(
 
     def several(x: Tensor, run: Sequence[tuple[Time, Time]]) -> Tensor:
         for t, h in run:
-            x = again(one, x, t, h)
+            x = checkpoint(one, x, t, h, use_reentrant=False, **contexts)  # type: ignore[assignment]
         return x
 
-    def again(function: Callable[..., Tensor], *args: Any) -> Tensor:
-        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)  # type: ignore[return-value]
-
-    def contexts() -> Any:
-        return nullcontext(), _Again(captured)
-
+    contexts: Any = {} if captured is None else {"context_fn": lambda: (nullcontext(), _Again(captured))}
     length = math.isqrt(max(len(steps) - 1, 0)) + 1
     for i in range(0, len(steps), length):
-        x = again(several, x, steps[i : i + length])
+        x = checkpoint(several, x, steps[i : i + length], use_reentrant=False, **contexts)  # type: ignore[assignment]
     return x
