@@ -15,6 +15,7 @@ from solvers.events import link
 from solvers.odeint import odeint, solve
 from solvers.odeint_events import ended, event_of, find_event
 from solvers.problem import ADAPTIVE, Problem, check_options, largest_rms, make_problem
+from solvers.states import real_dtype
 
 __all__ = ["odeint_adjoint"]
 
@@ -144,7 +145,7 @@ def _spread(name: str, tolerance: Any, problem: Problem, params: Sequence[Tensor
                 f"{count} parameters, got {len(tolerance)}"
             )
         return tuple(tolerance)
-    each = packing.expand(tolerance)
+    each = packing.expand(tolerance, torch.promote_types(real_dtype(problem.x0), torch.float32))
     if not isinstance(each, Tensor):
         return each
     positive = each[each > 0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from solvers.errors import MaxStepsError
 from solvers.events import Event, crossing, link, until
 from solvers.problem import Problem, error_controlled, inside, over_grid
+from solvers.states import real_dtype
 from solvers.step import Step
 
 __all__ = ["ended", "event_of", "find_event", "link_event"]
@@ -45,11 +46,12 @@ def find_event(problem: Problem, event: Event) -> tuple[float, Tensor]:
         SolverError: an adaptive solve cannot go on, or meets no event in its ``max_num_steps``.
     """
     width = float(torch.as_tensor(problem.tolerance.atol).min())
+    latest = 1e-3 * torch.finfo(torch.promote_types(real_dtype(problem.x0), torch.float32)).max
     if _value(event, problem.times[0], problem.x0) == 0:
         return problem.times[0], problem.x0
     for step in _steps_without_end(problem):
         time = float(step.t + step.h)
-        if not math.isfinite(time):
+        if not abs(time) < latest:
             raise ValueError("no event before time overflows: check event_fn, or the direction of t")
         if _value(event, time, step.x1) > 0:
             continue

@@ -122,12 +122,101 @@ def test_memory_does_not_hold_the_steps():
         ({"func": lambda t, y: -y}, "func must be a torch module"),
         ({"options": {}, "method": "rk4", "adjoint_method": "dopri5"}, "adjoint_options must be given"),
         ({"adjoint_options": {"norm": "max"}}, "norm must be a function or 'seminorm', got 'max'"),
+        (
+            {"adjoint_options": {"norm": "seminorm"}, "method": "rk4"},
+            "adjoint_options .* not supported by rk4",
+        ),
+        ({"adjoint_options": {"step": 1}}, "adjoint_options .* not supported by dopri5"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     func = arguments.pop("func", Field())
     with pytest.raises(ValueError, match=message):
         odeint_adjoint(func, torch.ones(2, 3, dtype=D), torch.tensor([0.0, 1.0], dtype=D), **arguments)
+
+
+TOLERANCES = {
+    "a number per part": ((1e-7, 1e-6), (1e-8, 1e-8)),
+    "a tensor per part": ((torch.full((3, 2), 1e-7), 1e-6), 1e-8),
+    "of one part": ((1e-7, 1e-6), 1e-8),
+    "zero for one part": (1e-7, (0.0, 1e-7)),
+}
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_tolerances_per_part_hold_backwards_too(name):
+    """Also of what is zero at first, the gradients of the parameters, where an entry of atol is 0."""
+    net = nn.Linear(2, 2, dtype=D)
+    rtol, atol = TOLERANCES[name]
+    state = (torch.ones(3, 2, dtype=D), torch.full((3, 1), 0.5, dtype=D))
+    grads = []
+    for solve in (odeint, odeint_adjoint):
+        more = {"adjoint_params": tuple(net.parameters())} if solve is odeint_adjoint else {}
+        x, y = solve(
+            lambda t, s: (torch.tanh(net(s[0])), -s[1] * s[0].sum(1, True)), state,
+            torch.tensor([0.0, 1.0], dtype=D), rtol=rtol, atol=atol, **more,
+        )  # fmt: skip
+        grads.append(torch.autograd.grad(x[-1].sum() + y[-1].square().sum(), list(net.parameters())))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+PER_ENTRY = {
+    "entries": (1e-7, torch.tensor([1e-8, 1e-7, 1e-8])),
+    "both": (torch.full((2, 3), 1e-7), torch.tensor([1e-8, 1e-7, 1e-8])),
+    "zero": (torch.tensor(1e-7), torch.tensor([0.0, 1e-8, 1e-8])),
+}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@pytest.mark.parametrize("name", PER_ENTRY)
+def test_tolerances_per_entry_hold_backwards_too(name, method):
+    rtol, atol = PER_ENTRY[name]
+    grads = []
+    for solve in (odeint, odeint_adjoint):
+        field = Field()
+        y = solve(
+            field, torch.ones(2, 3, dtype=D), torch.tensor([0.0, 0.7], dtype=D), rtol=rtol, atol=atol, method=method
+        )
+        grads.append(torch.autograd.grad(y[-1].square().sum(), (field.a, field.b)))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_tolerance_for_each_part_of_the_backward_solve_as_in_torchdiffeq():
+    """For grad_t, y, grad_y and three parameters."""
+    more = {"adjoint_rtol": (1e-6, 1e-9, 1e-9, 1e-6, 1e-6, 1e-6), "adjoint_atol": (1e-9,) * 6}
+    for ours, theirs in zip(gradients(odeint_adjoint, **more), gradients(torchdiffeq.odeint_adjoint), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="adjoint_rtol must .* 6 entries, for grad_t, y, grad_y and 3 param"):
+        gradients(odeint_adjoint, adjoint_rtol=(1e-3, 1e-3))
+
+
+def test_a_complex_state_with_a_tolerance_per_entry():
+    x = torch.tensor([1 + 0.5j, 0.2 - 1j], dtype=torch.complex128, requires_grad=True)
+    atol = torch.tensor([1e-8, 1e-7])
+    t = torch.tensor([0.0, 1.0], dtype=D)
+    y = odeint_adjoint(lambda t, y: 1j * y, x, t, rtol=1e-7, atol=atol, adjoint_params=())[-1]
+    (found,) = torch.autograd.grad(y.real.sum(), x)
+    torch.testing.assert_close(found, torch.exp(torch.tensor(-1j)).to(found).expand(2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
+def test_the_backward_solve_asks_the_field_between_the_times_only(method):
+    seen = []
+    x = torch.ones(2, dtype=D, requires_grad=True)
+    t = torch.tensor([0.2, 0.5, 1.0], dtype=D, requires_grad=True)
+    field = lambda t, y: seen.append(t.item()) or -y * torch.cos(t)  # noqa: E731
+    odeint_adjoint(field, x, t, method=method, rtol=1e-4, atol=1e-4, adjoint_params=())[-1].sum().backward()
+    assert min(seen) >= 0.2
+    assert max(seen) <= 1.0
+
+
+def test_adjoint_callbacks_that_its_method_does_not_call_are_warned_about():
+    class Watched(Field):
+        callback_accept_step_adjoint = staticmethod(lambda t, y, h: None)
+
+    y = odeint_adjoint(Watched(), torch.ones(2, 3, dtype=D), torch.tensor([0.0, 0.2], dtype=D), adjoint_method="rk4")
+    with pytest.warns(UserWarning, match="method 'rk4' takes every step and does not call callback_accept_step"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("reverse", [False, True])

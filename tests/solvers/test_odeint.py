@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -6,10 +7,16 @@ import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from solvers import SolverError, odeint, odeint_event
+from solvers import SolverError, odeint, odeint_adjoint, odeint_event
+from solvers.odeint_events import MAX_NUM_STEPS
+from solvers.problem import make_problem
 
 D = torch.float64
+Y = torch.ones(2)
+T = torch.tensor([0.0, 1.0])
 
 
 class Lotka(nn.Module):
@@ -229,6 +236,213 @@ def test_jumps_are_not_crossed():
     assert 0.5 not in times
 
 
+@pytest.mark.parametrize("grid", ["[0.0, 1.0]", "torch.tensor([0, 1])", "torch.tensor(0.5)"])
+def test_what_is_no_grid_is_refused(grid):
+    options = {"grid_constructor": lambda f, y, t: eval(grid)}
+    with pytest.raises(TypeError, match="grid_constructor must return at least two times"):
+        odeint(lambda t, y: -y, Y, T, method="rk4", options=options)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0.0, 0.6, 0.3, 1.0], "without turning back"),
+        ([0.0, 0.5], r"must end at t\[-1\] = 1, got 0.5"),
+        ([0.1, 1.0], r"must begin at t\[0\] = 0, got 0.1"),
+    ],
+)
+def test_a_grid_goes_from_the_first_time_to_the_last(times, message):
+    with pytest.raises(ValueError, match=message):
+        odeint(lambda t, y: -y, Y, T, method="rk4", options={"grid_constructor": lambda f, y, t: torch.tensor(times)})
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("of_grid", [torch.float64, torch.float32])
+@pytest.mark.parametrize("of_times", [torch.float64, torch.float32])
+def test_a_callers_own_grid_of_any_precision(of_times, of_grid, dtype, backwards):
+    """Its ends are those of t up to the rounding of either."""
+    grid = torch.linspace(0.1, 0.9, 31, dtype=D)
+    grid = grid.flip(0) if backwards else grid
+    t = grid[[0, 7, 20, 30]].to(of_times)
+    options = {"grid_constructor": lambda f, y, t: grid.to(of_grid)}
+    found = odeint(lambda t, y: -y, torch.ones(1, dtype=dtype), t, method="rk4", options=options)
+    expected = torch.exp(t[0].double() - t.double())[:, None]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    theirs = torchdiffeq.odeint(lambda t, y: -y, torch.ones(1, dtype=D), grid[[0, 7, 20, 30]], method="rk4")
+    torch.testing.assert_close(found.double(), theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_grid_constructor_gets_the_times_as_they_are():
+    seen = []
+    t = torch.tensor([0.1, 0.7], dtype=D)
+    options = {"grid_constructor": lambda f, y, t: seen.append(t) or t}
+    odeint(lambda t, y: -y, torch.ones(2), t, method="euler", options=options)
+    assert seen[0].dtype == D
+    assert torch.equal(seen[0], t)
+
+
+def test_many_small_steps_end_at_the_last_time():
+    t = torch.linspace(0.0, 0.59, 6)
+    found = odeint(lambda t, y: -y, torch.ones(1), t, method="euler", options={"step_size": 1e-4})
+    torch.testing.assert_close(found[:, 0], torch.exp(-t), rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "adaptive_heun", "fehlberg2"])
+def test_the_field_is_asked_between_the_first_and_the_last_time_only(method, backwards):
+    """As sqrt(1 - t), which is not defined beyond 1."""
+    seen = []
+
+    def field(t, y):
+        seen.append(t.item())
+        return torch.sqrt(1 - t) * torch.ones_like(y)
+
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=D)
+    t = t.flip(0) if backwards else t
+    found = odeint(field, torch.zeros(1, dtype=D), t, method=method, rtol=1e-5, atol=1e-5)
+    exact = -2 / 3 * (1 - t) ** 1.5
+    torch.testing.assert_close(found[:, 0], exact - exact[0], rtol=1e-3, atol=1e-4)
+    assert min(seen) >= 0
+    assert max(seen) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("method", ["bosh3", "rk4"])
+def test_the_field_gets_times_of_the_states_precision_float32_at_least(method, dtype):
+    seen = []
+    t = torch.tensor([0.1, 0.7], dtype=D)
+    odeint(lambda t, y: seen.append(t) or -y, torch.ones(2, dtype=dtype), t, method=method, rtol=1e-2, atol=1e-2)
+    assert {time.dtype for time in seen} == {D if dtype == D else torch.float32}
+    assert max(time.item() for time in seen) == pytest.approx(0.7, abs=1e-7)
+
+
+def test_stops_given_as_numbers_keep_their_precision():
+    """0.3 is not the float32 next to it, and one number is as good as a list."""
+    for value in ([0.3], 0.3, torch.tensor([0.3], dtype=D)):
+        ends = []
+
+        class Field(Forced):
+            def callback_accept_step(self, t, y, h, ends=ends):
+                ends.append((t + h).item())
+
+        odeint(Field(), torch.ones(2, dtype=D), T.double(), options={"step_t": value})
+        assert 0.3 in ends
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == D for x in tree_leaves(out)):
+            raise TypeError("this device has no float64")
+        return out
+
+
+@pytest.mark.parametrize("what", ["plain", "times with gradients", "tuple", "event", "callbacks", "stops"])
+@pytest.mark.parametrize("solve", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4"])
+def test_no_tensor_is_in_float64_where_none_is_asked_for(method, solve, what):
+    """In float32 with the option dtype, or by a fixed method."""
+
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, t, y):
+            return tuple(-self.rate * x for x in y) if isinstance(y, tuple) else -self.rate * y
+
+    field, t, y0 = Field(), torch.tensor([0.0, 1.0]), torch.ones(2)
+    options = {"step_size": 0.25} if method == "rk4" else {"dtype": torch.float32}
+    more = {"rtol": 1e-3, "atol": 1e-4}
+    if what == "times with gradients":
+        t.requires_grad_()
+    if what == "tuple":
+        y0 = (torch.ones(2), torch.ones(1))
+        more = {"rtol": (1e-3, 1e-2), "atol": 1e-4}
+    if what == "event":
+        more["event_fn"] = lambda t, y: y[0] - 0.5
+    if what == "callbacks":
+        field.callback_step = lambda t, y, h: more.setdefault("seen", (t, h)) and None
+    if what == "stops" and method != "rk4":
+        options |= {"step_t": torch.tensor([0.5]), "jump_t": torch.tensor([0.3])}
+    with NoDouble():
+        found = solve(field, y0, t, method=method, options=options, **more)
+        time, y = found if what == "event" else (None, found)
+        (y[0] if what == "tuple" else y)[-1].sum().backward()
+    assert field.rate.grad is not None
+    if time is not None:
+        assert time.item() == pytest.approx(math.log(2), abs=0.02 if method == "rk4" else 1e-3)
+
+
+@pytest.mark.parametrize("solve", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_event_times_have_the_precision_of_the_start_whatever_that_of_the_state(dtype, method, solve):
+    at = 1000.123456789
+    more = {"options": {"step_size": 0.1}} if method == "rk4" else {}
+    more |= {"adjoint_params": ()} if solve is odeint_adjoint else {}
+    time, _ = odeint_event(
+        lambda t, y: torch.zeros_like(y), torch.zeros(1, dtype=dtype), torch.tensor(1000.0, dtype=D),
+        event_fn=lambda t, y: t - at, method=method, rtol=1e-3, atol=1e-10, odeint_interface=solve, **more,
+    )  # fmt: skip
+    assert time.dtype == D
+    assert time.item() == pytest.approx(at, abs=1e-9)
+
+
+@pytest.mark.parametrize("start", [0.0, 0, torch.tensor(0.0)])
+def test_the_start_of_an_event_may_be_a_number(start):
+    time, _ = odeint_event(lambda t, y: -y, torch.ones(1), start, event_fn=lambda t, y: y - 0.5)
+    assert time.item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+NEVER = [
+    (lambda t, y: torch.zeros_like(y), {}, "no event before time overflows"),  # its steps grow without limit
+    (lambda t, y: -y, {"options": {"max_num_steps": 200}}, "no event within 200 attempted steps"),
+    (lambda t, y: torch.cos(t) + 0 * y, {"options": {"max_num_steps": 200}}, "raise max_num_steps, or check event_fn"),
+    (lambda t, y: -y, {"method": "euler", "options": {"step_size": 0.1}}, "no event within 20000 steps: raise step"),
+]
+
+
+@pytest.mark.parametrize(("field", "options", "message"), NEVER)
+def test_a_search_for_an_event_that_never_comes_ends(field, options, message):
+    with pytest.raises((ValueError, SolverError), match=message):
+        odeint_event(field, torch.ones(1), torch.tensor(0.0), event_fn=lambda t, y: y + 3, **options)
+
+
+def test_an_adaptive_search_has_as_many_attempts_as_a_fixed_one():
+    """And a solve five times as many, not 2^31."""
+    assert MAX_NUM_STEPS == 20_000
+    assert make_problem(Forced(), Y, T, 1e-3, 1e-3, None, None).tolerance.max_steps == 100_000
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_an_event_function_that_is_nan_is_no_event(method):
+    options = {"step_size": 0.1} if method == "rk4" else {}
+    with pytest.raises(ValueError, match="event_fn must not be NaN, as it is at t ="):
+        odeint_event(
+            lambda t, y: -y, torch.ones(1), torch.tensor(0.0), event_fn=lambda t, y: (0.7 - t).sqrt() + 1,
+            method=method, options=options, rtol=1e-3, atol=1e-3,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_callbacks_that_a_method_does_not_call_are_warned_about(method):
+    class Watched(Forced):
+        callback_step = callback_accept_step = callback_reject_step = staticmethod(lambda t, y, h: None)
+
+    warned = []
+    for solve in (odeint, torchdiffeq.odeint):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            solve(Watched(), torch.ones(2, dtype=D), T.double(), method=method)
+        warned.append([str(w.message) for w in seen if "callback_accept_step" in str(w.message)])
+    assert len(warned[0]) == len(warned[1]) == (method == "rk4")
+    assert all("does not call callback_accept_step, callback_reject_step" in message for message in warned[0])
+
+
 def test_callbacks_count_steps():
     class Watched(Forced):
         def __init__(self):
@@ -272,10 +486,6 @@ def test_exponentials_of_any_shape_at_any_times(shape, times, backwards, method)
     torch.testing.assert_close(found, y0 * decay, rtol=1e-4, atol=1e-6)
 
 
-Y = torch.ones(2)
-T = torch.tensor([0.0, 1.0])
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -296,6 +506,38 @@ T = torch.tensor([0.0, 1.0])
         ({"t": torch.tensor([0.0, 0.0])}, ValueError, "strictly increasing or strictly decreasing"),
         ({"t": torch.tensor([0, 1])}, TypeError, "t must be floating"),
         ({"t": 1.0}, TypeError, "t must be a tensor of times"),
+        ({"t": [0.0, 1.0]}, TypeError, r"t must be a tensor of times, got list; make it one with torch.tensor\(t\)"),
+        ({"y0": 1.0}, TypeError, "y0 must be a tensor, or a tuple or dictionary"),
+        ({"func": lambda t, y: None}, TypeError, "func must return a tensor like y0, got NoneType"),
+        ({"func": lambda t, y: None, "method": "rk4"}, TypeError, "func must return a tensor like y0, got NoneType"),
+        ({"func": lambda t, y: (y,)}, TypeError, "func must return a tensor like y0, got tuple"),
+        ({"func": lambda t, y: 0.0}, TypeError, "func must return a tensor like y0, got float"),
+        ({"func": lambda t, y: 1j * y}, TypeError, "func must keep the dtype of y"),
+        ({"func": lambda t, y: y[:1]}, ValueError, r"func must keep the shape of y: it returned \(1,\), y has \(2,\)"),
+        (
+            {"y0": (Y, Y), "func": lambda t, y: (y[0], None)},
+            TypeError,
+            r"func must hold tensors, got \['Tensor', 'None",
+        ),
+        ({"y0": (Y, Y), "func": lambda t, y: y[0]}, ValueError, "func must be a tuple of 2 tensors, got Tensor"),
+        ({"rtol": [1e-3, 1e-3]}, TypeError, "rtol must be a number or a tensor that broadcasts against y0, got list"),
+        ({"atol": torch.ones(3)}, ValueError, r"atol must broadcast against the state \(2,\), got \(3,\)"),
+        ({"options": {"max_num_steps": 2}}, SolverError, "2 attempted steps .* raise max_num_steps"),
+        ({"options": {"max_num_steps": 0}}, ValueError, "max_num_steps must be a whole number, at least 1, got 0"),
+        ({"options": {"safety": 0.0}}, ValueError, "safety must be positive"),
+        ({"options": {"ifactor": 0.5}}, ValueError, "ifactor must be at least 1"),
+        ({"options": {"dfactor": 1.0}}, ValueError, "dfactor must be between 0 and 1"),
+        ({"options": {"norm": "seminorm"}}, ValueError, "norm must be a function, got 'seminorm'"),
+        ({"options": {"dtype": torch.bfloat16}}, ValueError, "dtype must be torch.float64 or torch.float32"),
+        ({"options": {"step_t": [math.nan]}}, ValueError, "step_t must be finite"),
+        (
+            {"options": {"jump_t": torch.tensor([0.5], requires_grad=True)}},
+            ValueError,
+            "jump_t must not require a grad",
+        ),
+        ({"method": "rk4", "options": {"norm": abs}}, ValueError, r"options \['norm'\] are not supported by rk4"),
+        ({"method": "rk4", "options": {"step_size": 1e-12}}, ValueError, "step_size 1e-12 makes 1e[+]12 steps"),
+        ({"method": "rk4", "options": {"grid_constructor": 0.1}}, TypeError, "grid_constructor must be a function"),
         ({"t": torch.tensor([0.0, math.inf])}, ValueError, "t must be finite"),
         ({"y0": [1.0]}, TypeError, "y0 must be a tensor, or a tuple or dictionary"),
         ({"y0": torch.ones(2, dtype=torch.long)}, TypeError, "y0 must be floating or complex"),
