@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from solvers.captured import Captured, restored, stored
-from solvers.states import Packing
+from solvers.states import Packing, real_dtype
 from solvers.step import Field
 from solvers.tolerance import Tolerance
 
@@ -95,7 +95,9 @@ def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Toler
         return torch.stack([tolerance.size(part) for part in parts]).max()
 
     def expand(value: Any) -> Any:
-        return packing.expand((value, value, *[1.0] * len(params))) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return packing.expand((value, value, *[1.0] * len(params)), real_dtype(like))
 
     return Tolerance(
         expand(tolerance.rtol),

@@ -334,7 +334,7 @@ class Captured:
             args = (*(tree_map_only(Tensor, Tensor.detach, x) for x in args[:2]), *args[2:])
         state = None if first or self._random or self._back else _random_state(self._device)
         with torch.enable_grad():
-            mark = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()  # type: ignore[union-attr]
+            mark = torch.zeros((), dtype=torch.float32, requires_grad=True).view(()).grad_fn._sequence_nr()  # type: ignore[union-attr]
             v = self.field(*args)
         if state is not None and not all(map(torch.equal, state, _random_state(self._device))):
             raise ValueError(

@@ -1,9 +1,10 @@
-"""Counts what a piece of code does: tensor operations, host synchronisations, field evaluations."""
+"""Counts what a piece of code does: tensor operations, host synchronisations, field evaluations; refuses float64."""
 
 from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default}
 SYNCHRONISATIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
@@ -28,6 +29,16 @@ class Operations(TorchDispatchMode):
     @property
     def synchronisations(self):
         return sum(self.counts[func] for func in SYNCHRONISATIONS)
+
+
+class NoDouble(TorchDispatchMode):
+    """A device without float64, as Apple's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)):
+            raise TypeError(f"this device has no float64, which {func} makes")
+        return out
 
 
 class Counted:

@@ -6,7 +6,7 @@ from torch import nn
 
 from odenets.memory import memory
 from solvers import Tolerance, integrate
-from tests.counting import Counted
+from tests.counting import Counted, NoDouble
 
 D = torch.float64
 MODES = [("direct", "batch"), ("checkpoint", "batch"), ("backsolve", "batch")]
@@ -123,6 +123,17 @@ def test_a_frozen_or_unused_parameter_gets_none(inputs):
     assert module.frozen.grad is None
     assert torch.equal(module.idle.grad, torch.zeros(2, dtype=D))
     assert module.used.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("tolerance", [Tolerance(1e-3, torch.tensor([1e-4, 1e-3])), Tolerance(1e-3, 1e-4), None])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "backsolve"])
+def test_training_in_float32_makes_no_tensor_in_float64(gradient, tolerance):
+    net, steps = _Autonomous(nn.Linear(2, 2)), 3 if tolerance is None else None
+    with NoDouble():
+        integrate(
+            net, torch.ones(3, 2), 0.0, 1.0, tolerance=tolerance, steps=steps, gradient=gradient
+        ).x1.sum().backward()
+    assert net.net.weight.grad.abs().sum() > 0
 
 
 def test_evaluations_of_recomputing(inputs):

@@ -7,12 +7,11 @@ import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from solvers import SolverError, odeint, odeint_adjoint, odeint_event
 from solvers.odeint_events import MAX_NUM_STEPS
 from solvers.problem import make_problem
+from tests.counting import NoDouble
 
 D = torch.float64
 Y = torch.ones(2)
@@ -328,16 +327,6 @@ def test_stops_given_as_numbers_keep_their_precision():
 
         odeint(Field(), torch.ones(2, dtype=D), T.double(), options={"step_t": value})
         assert 0.3 in ends
-
-
-class NoDouble(TorchDispatchMode):
-    """A device without float64."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if any(isinstance(x, torch.Tensor) and x.dtype == D for x in tree_leaves(out)):
-            raise TypeError("this device has no float64")
-        return out
 
 
 @pytest.mark.parametrize("what", ["plain", "times with gradients", "tuple", "event", "callbacks", "stops"])
