@@ -501,7 +501,7 @@ def _reads(
             outside.append(edge)
         elif type(node).__name__ == "AccumulateGrad":
             leaves[id(node.variable)] = node.variable
-        elif node._sequence_nr() < mark:
+        elif hasattr(node, "_sequence_nr") and node._sequence_nr() < mark:
             outside.append(edge)
         else:
             stack.extend(node.next_functions)

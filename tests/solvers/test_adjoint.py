@@ -186,7 +186,7 @@ def test_a_tolerance_for_each_part_of_the_backward_solve_as_in_torchdiffeq():
     more = {"adjoint_rtol": (1e-6, 1e-9, 1e-9, 1e-6, 1e-6, 1e-6), "adjoint_atol": (1e-9,) * 6}
     for ours, theirs in zip(gradients(odeint_adjoint, **more), gradients(torchdiffeq.odeint_adjoint), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="adjoint_rtol must .* 6 entries, for grad_t, y, grad_y and 3 param"):
+    with pytest.raises(ValueError, match=r"adjoint_rtol must .* 6 entries, for grad_t, y, grad_y and 3 param"):
         gradients(odeint_adjoint, adjoint_rtol=(1e-3, 1e-3))
 
 
