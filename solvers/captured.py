@@ -115,6 +115,7 @@ class Captured:
 
     Attributes:
         tensors: what gets gradients; complete once the forward pass is over.
+        looks: how often a later pass was seen to read what the forward pass read.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Captured:
         self._known: dict[int, _Known] = {}
         self._now: dict[int, Tensor] = {}
         self._read: set[int] = set()
+        self.looks = 0
         self._inputs: list[Tensor] = []
         self._calls, self._back, self._unclaimed = 0, False, dict[int, weakref.ref[Tensor]]()
 
@@ -200,11 +202,13 @@ class Captured:
                 if any(values.get(k) is not x for k, x in plain.items()):
                     undo.append((values, {k: values.get(k, _MISSING) for k in plain}))
                     values.update(plain)
-            self._field, self._calls, self._back, self._unclaimed = self._loose(modules), 0, True, {}
+            calls = 2 if self._recompute and self.looks > 1 else 0  # not a look at every step
+            self._field, self._calls, self._back, self._unclaimed = self._loose(modules), calls, True, {}
             self._now = now
             with torch.autocast(*self._autocast) if self._autocast else nullcontext():
                 yield [now.get(id(x), x) for x in self.tensors]
         finally:
+            self.looks += self._back and self._calls > 1
             self._field, self._calls, self._back, self._unclaimed, self._now = outer
             for values, old in reversed(undo):
                 values.update(old)
