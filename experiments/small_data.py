@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import tyro
 from small_data_setup import (
-    CONDITIONS,
     METHODS,
     PROTOCOL,
     WAYS,
@@ -65,31 +64,30 @@ def train(config: Config, job: Job, report: Report) -> None:
         )
         for seed in job.seeds
     ]
-    protocol = job.method in PROTOCOL
-    seen = data.subsample(test, config.protocol_size, seed=0) if len(test) > config.protocol_size else test
-    shown = {"test": [seen] * len(job.seeds)} if protocol else {}
+    images = [validation if job.tuning else test] * len(job.seeds)
+    if job.method in PROTOCOL:
+        size = min(config.protocol_size, len(test))
+        images = [data.subsample(test, size, seed=seed) for seed in job.seeds]
     found = fit_instances(
-        [build(config, CONDITIONS[job.condition], pool, seed) for seed in job.seeds],
+        [build(config, job, pool, seed) for seed in job.seeds],
         batches,
-        epochs=config.epochs,
+        epochs=epochs_of(config, job),
         optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
         objective=lambda: objective(job),
-        measured=shown,
+        measured={"test": images} if job.method in PROTOCOL else None,
         every=config.protocol_every,
         report=report,
     )
-    looked = data.Batches(validation if job.tuning else test, 100)
     results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
-    for network, batch in zip(found.networks, batches, strict=True):
+    for network, batch, part in zip(found.networks, batches, images, strict=True):
         for way in WAYS:
-            if way not in (job.ways or ("last",)):  # the protocol, which looked while it trained, has no ways
+            if way not in job.ways:
                 continue
             if way == "recalibrated":
                 recalibrate(network, batch.inputs())
             results[f"action_{way}"].append(action(network.eval(), batch.data.x))
-            if not protocol:
-                results[way].append(evaluate(network, looked).accuracy)
-    if protocol:
+            results[way].append(evaluate(network, data.Batches(part, 100)).accuracy)
+    if job.method in PROTOCOL:
         results["max"] = found.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
     run.finish(asdict(job) | results, seeds=list(job.seeds))
 
@@ -98,6 +96,11 @@ def train(config: Config, job: Job, report: Report) -> None:
 def action(network: Network, x: Tensor) -> float:
     """Mean action of the network on training images."""
     return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
+
+
+def epochs_of(config: Config, job: Job) -> int:
+    """Epochs that a job trains."""
+    return config.protocol_epochs if job.method in PROTOCOL else config.epochs
 
 
 def groups(config: Config, first: int, number: int) -> list[tuple[int, ...]]:
@@ -120,7 +123,7 @@ def candidates(config: Config, condition: str, size: int) -> list[Job]:
 
 def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
     """The jobs whose test accuracy is reported, each only once."""
-    ways: dict[tuple[str, float, float], tuple[str, ...]] = {(method, 0.01, 0.0): () for method in PROTOCOL}
+    ways: dict[tuple[str, float, float], tuple[str, ...]] = {(method, 0.01, 0.0): WAYS for method in PROTOCOL}
     for (_, way), c in chosen.items():
         key = (c["method"], c["learning_rate"], c["weight"])
         ways[key] = (*ways.get(key, ()), way)
@@ -149,11 +152,20 @@ def main(config: Config) -> None:
     """Choose, train, print one table, write the run folder."""
     if config.quick:
         config = replace(
-            config, sizes=(50,), instances=2, tuning=2, epochs=2, learning_rates=(0.03,), weights=(1.0,), lambdas=(1.0,)
+            config,
+            sizes=(50,),
+            instances=2,
+            tuning=2,
+            epochs=2,
+            protocol_epochs=2,
+            learning_rates=(0.03,),
+            weights=(1.0,),
+            lambdas=(1.0,),
         )
     started = time.time()
     parts_of(config)  # a wrong data folder shows here, before anything is written
-    names = ("sizes", "conditions", "instances", "tuning", "learning_rates", "weights", "lambdas")
+    names = ("sizes", "conditions", "instances", "protocol_only")
+    names += () if config.protocol_only else ("tuning", "learning_rates", "weights", "lambdas")
     run = Run(config.output, science(config) | {name: getattr(config, name) for name in names}, resume=config.resume)
     places = [(condition, size) for condition in config.conditions for size in config.sizes]
 
@@ -164,12 +176,13 @@ def main(config: Config) -> None:
         return config.output / job.name
 
     def cost(job: Job) -> int:
-        return config.epochs * len(job.seeds)
+        return epochs_of(config, job) * len(job.seeds)
 
     with Workers(config.workers or os.cpu_count() or 1) as workers:
         complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
-        found = complete([job for where in places for job in candidates(config, *where)], label="choosing")
-        chosen = {where: choose(at(where, found)) for where in places}
+        tuned = [] if config.protocol_only else [job for where in places for job in candidates(config, *where)]
+        found = complete(tuned, label="choosing")
+        chosen = {where: {} if config.protocol_only else choose(at(where, found)) for where in places}
         jobs = [job for where in places for job in reported(config, *where, chosen[where])]
         results = complete(jobs, label="training")
     rows = [row for where in places for row in summarise(config, *where, chosen[where], at(where, results))]

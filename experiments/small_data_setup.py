@@ -13,7 +13,7 @@ from odenets.least_action import ActionPenalty, LeastAction
 from odenets.objectives import CrossEntropy, Objective
 
 METHODS = ("vanilla", "fixed weight", "least action")
-PROTOCOL = ("thesis: vanilla", "thesis: least action")
+PROTOCOL = ("thesis: vanilla", "thesis: least action", "thesis: least action, divided")
 WAYS = ("last", "recalibrated")  # batch norm's running statistics after the last epoch, or statistics computed anew
 
 
@@ -63,8 +63,10 @@ class Config:
         weights: tried for the fixed weight.
         lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
         validation_size, test_size: images to choose on; test images, all if 0.
+        protocol_epochs: of the thesis' protocol.
         protocol_size, protocol_every: test images, at most, at which the thesis' protocol looks while it trains (the
             thesis at a random half, after every epoch), and epochs from one look to the next.
+        protocol_only: nothing but the thesis' protocol, so that nothing is chosen.
         together: instances that are trained as one batch of networks: many where they are small, 1 where a network
             alone keeps the processor busy.
         features: channels; the thesis' (MNIST 32, CIFAR-10 100), 16 for digits, if 0.
@@ -87,8 +89,10 @@ class Config:
     lambdas: tuple[float, ...] = (0.1, 1.0, 10.0)
     validation_size: int = 300
     test_size: int = 0
+    protocol_epochs: int = 30
     protocol_size: int = 1000
     protocol_every: int = 1
+    protocol_only: bool = False
     together: int = 10
     features: int = 0
     quick: bool = False
@@ -125,7 +129,7 @@ class Job:
     @property
     def name(self) -> str:
         """Of its folder."""
-        method = self.method.replace(": ", "_").replace(" ", "_")
+        method = self.method.replace(": ", "_").replace(", ", "_").replace(" ", "_")
         folder = f"{self.condition.replace(' ', '_')}_{self.size}"
         return f"{folder}/{method}_lr{self.learning_rate:g}_w{self.weight:g}_seeds{self.seeds[0]}-{self.seeds[-1]}"
 
@@ -137,13 +141,16 @@ def objective(job: Job) -> Objective:
             return ActionPenalty(job.weight)
         case "least action":
             return LeastAction(lambda0=job.weight, tau=1.0, every=5)
-        case "thesis: least action":  # lambda multiplies the loss, and with it the step
+        case "thesis: least action":  # as in the thesis' code: lambda multiplies the loss, and with it the step
             return LeastAction(lambda0=5.0, tau=1.0, every=5, weigh="multiply", update="after")
+        case "thesis: least action, divided":  # as in its text: lambda divides the action (Algorithm 1)
+            return LeastAction(lambda0=5.0, tau=1.0, every=5, weigh="divide", update="after")
     return CrossEntropy()
 
 
-def build(config: Config, condition: Condition, dataset: data.Dataset, seed: int) -> Network:
-    """ResNet-9, or what the condition makes of it, with the seed's weights."""
+def build(config: Config, job: Job, dataset: data.Dataset, seed: int) -> Network:
+    """ResNet-9, or what the job's condition makes of it, with the seed's weights; the protocol's are orthogonal."""
+    condition = CONDITIONS[job.condition]
     torch.manual_seed(seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
     features = config.features or {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
@@ -159,6 +166,8 @@ def build(config: Config, condition: Condition, dataset: data.Dataset, seed: int
     )
     if condition.deviation:
         network = initialize(network, "normal", condition.deviation)
+    elif job.method in PROTOCOL:
+        network = initialize(network, "orthogonal", 0.01)
     if config.together == 1:  # convolutions of one network are faster so, of many networks as one they are not
         network = network.to(memory_format=torch.channels_last)
     return network
@@ -183,5 +192,5 @@ def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
 def science(config: Config) -> dict[str, Any]:
     """What decides the outcome of a job beside its own settings."""
     names = ("dataset", "epochs", "batch_size", "validation_size", "test_size", "features")
-    names += ("protocol_size", "protocol_every")
+    names += ("protocol_epochs", "protocol_size", "protocol_every")
     return {name: getattr(config, name) for name in names}
