@@ -69,7 +69,13 @@ def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
                 row[name] = mean_interval(values) if values else None
             if config.noisy:
                 row["noisy_false_positives"] = mean_interval([100 * s["noisy_false_positives"] for s in found])
-            if kind != TRAJECTORY:
+            if set(config.modes) - {"general"}:
+                row["over_general"] = mean_interval([100 * (s["auroc"] - s["general_auroc"]) for s in found])
+            if kind == TRAJECTORY:  # of the networks, not of what is seen of them
+                row["network_accuracy"] = mean_interval([100 * r["accuracy"] for r in of])
+                rates = [100 * made["success"] for r in of for made in r["attacks"] if made["attack"] == tested]
+                row |= {"fooled": mean_interval(rates)} if rates else {}
+            else:
                 one, other = (
                     [100 * s["auroc"] for s in ss]
                     for ss in (found, [score_of(r, seen, tested, TRAJECTORY) for r in of])

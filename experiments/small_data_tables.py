@@ -43,7 +43,7 @@ def summarise(
         return [100 * v for r in sorted(jobs, key=lambda r: r["seeds"]) for v in r[name]]
 
     rows = []
-    for way in WAYS:
+    for way in WAYS if chosen else ():
         plain: list[float] = []
         for method in METHODS:
             best = chosen[method, way]
@@ -59,22 +59,20 @@ def summarise(
             row |= {"learning_rate": key[1], "weight": key[2], "accuracy": mean_interval(found)}
             row["action"] = mean_interval([v / 100 for v in values(*key, f"action_{way}")])
             rows.append(row | _difference(found, plain if method != "vanilla" else None))
-    plain = []
-    for method in PROTOCOL:
-        found = values(method, 0.01, 0.0, "max")
-        plain = plain or found
-        row = {
-            "condition": condition,
-            "size": size,
-            "method": method,
-            "learning_rate": 0.01,
-        }
-        row |= {"statistics": "running, max over epochs", "weight": 0.0, "accuracy": mean_interval(found)}
-        row["action"] = mean_interval([v / 100 for v in values(method, 0.01, 0.0, "action_last")])
-        figure = THESIS.get(config.dataset, {}).get(size, {}).get(method.removeprefix("thesis: "))
-        if figure and condition == "standard":
-            row |= {"thesis": Interval(*figure, 20), "meets": mean_interval(found).meets(Interval(*figure, 20))}
-        rows.append(row | _difference(found, plain if method != PROTOCOL[0] else None))
+    for way, shown in (("max", "running, max over epochs"), ("last", "running"), ("recalibrated", "recomputed")):
+        plain = []
+        for method in PROTOCOL:
+            found = values(method, 0.01, 0.0, way)
+            plain = plain or found
+            row = {"condition": condition, "size": size, "method": method, "statistics": shown}
+            row |= {"learning_rate": 0.01, "weight": 0.0, "accuracy": mean_interval(found)}
+            actions = values(method, 0.01, 0.0, f"action_{'recalibrated' if way == 'recalibrated' else 'last'}")
+            row["action"] = mean_interval([v / 100 for v in actions])
+            figures = THESIS.get(config.dataset, {}).get(size, {})
+            figure = figures.get(method.removeprefix("thesis: ").removesuffix(", divided"))
+            if figure and condition == "standard" and way == "max":
+                row |= {"thesis": Interval(*figure, 20), "meets": mean_interval(found).meets(Interval(*figure, 20))}
+            rows.append(row | _difference(found, plain if method != PROTOCOL[0] else None))
     return rows
 
 

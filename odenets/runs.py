@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -252,7 +253,9 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, default=_plain).encode()
+    """Indented, but a list of numbers on one line; strings hold no line breaks as JSON."""
+    text = json.dumps(value, indent=1, default=_plain)
+    return re.sub(r"\[\n([^][{}\"]*?)\n *\]", lambda found: f"[{' '.join(found[1].split())}]", text).encode()
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Interval", "correlation", "mean_interval", "paired_p_value"]
 
@@ -17,6 +17,10 @@ class Interval:
     A single value has no interval: its half-width is NaN, and it excludes nothing. Nor does the mean of values that are
     not all finite.
 
+    Attributes:
+        mean, half_width, n: of n values.
+        values: one per seed, where they are known, so that the interval can be computed again.
+
     >>> f"{Interval(0.5, 0.25, 3):.2f}", f"{100 * Interval(0.5, 0.25, 3):.0f}"
     ('0.50 ± 0.25', '50 ± 25')
     """
@@ -24,13 +28,15 @@ class Interval:
     mean: float
     half_width: float
     n: int
+    values: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     def __format__(self, spec: str) -> str:
         """The mean and the half-width; the mean alone where there is one value."""
         return f"{self.mean:{spec}}" + (f" ± {self.half_width:{spec}}" if self.n > 1 else "")
 
     def __rmul__(self, factor: float) -> Interval:
-        return Interval(factor * self.mean, abs(factor) * self.half_width, self.n)
+        values = tuple(factor * v for v in self.values)
+        return Interval(factor * self.mean, abs(factor) * self.half_width, self.n, values)
 
     def __contains__(self, value: float) -> bool:
         return not abs(value - self.mean) > self.half_width
@@ -59,20 +65,20 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     Raises:
         ValueError: no values, or a confidence outside (0, 1).
     """
-    values = [float(value) for value in values]
-    if not values:
+    each = tuple(map(float, values))
+    if not each:
         raise ValueError("values must hold at least one number")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
-    n = len(values)
+    n = len(each)
     if n == 1:
-        return Interval(values[0], math.nan, 1)
-    if not all(map(math.isfinite, values)):
-        return Interval(math.nan, math.nan, n)
+        return Interval(each[0], math.nan, 1, each)
+    if not all(map(math.isfinite, each)):
+        return Interval(math.nan, math.nan, n, each)
     from scipy.stats import t
 
     quantile = float(t.ppf((1 + confidence) / 2, n - 1))
-    return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n), n)
+    return Interval(statistics.fmean(each), quantile * statistics.stdev(each) / math.sqrt(n), n, each)
 
 
 def paired_p_value(one: Sequence[float], other: Sequence[float]) -> float:

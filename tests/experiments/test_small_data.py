@@ -6,7 +6,7 @@ import pytest
 import small_data
 import torch
 from small_data import candidates, choose, main, reported
-from small_data_setup import CONDITIONS, METHODS, Config, Job, build, objective, parts_of, training_images
+from small_data_setup import CONDITIONS, METHODS, PROTOCOL, Config, Job, build, objective, parts_of, training_images
 
 from odenets import data
 from odenets.least_action import ActionPenalty, LeastAction
@@ -21,7 +21,7 @@ def test_a_run_prints_its_table_and_goes_on(tmp_path, capsys):
     main(replace(TINY, output=tmp_path / "run"))
     shown = capsys.readouterr().out
     rows = read_summary(tmp_path / "run")["results"]["rows"]
-    assert [row["method"] for row in rows] == [*METHODS, *METHODS, "thesis: vanilla", "thesis: least action"]
+    assert [row["method"] for row in rows] == [*METHODS, *METHODS, *PROTOCOL, *PROTOCOL, *PROTOCOL]
     assert all(0 <= row["accuracy"]["mean"] <= 100 for row in rows)
     assert "p = " in shown
     main(replace(TINY, output=tmp_path / "run", resume=True))
@@ -78,14 +78,37 @@ def test_the_methods():
     assert (found.multiplier.item(), found.tau, found.every, found.weigh) == (10, 1, 5, "divide")
     theirs = objective(replace(job, method="thesis: least action"))
     assert (theirs.multiplier.item(), theirs.weigh) == (5, "multiply")
+    assert objective(replace(job, method="thesis: least action, divided")).weigh == "divide"  # type: ignore[union-attr]
     assert isinstance(objective(replace(job, method="fixed weight")), ActionPenalty)
     pool = parts_of(Config())[0]
-    same = zip(
-        build(Config(), CONDITIONS["standard"], pool, 3).parameters(),
-        build(Config(), CONDITIONS["standard"], pool, 3).parameters(),
-        strict=True,
-    )
+    same = zip(build(Config(), job, pool, 3).parameters(), build(Config(), job, pool, 3).parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in same)
+
+
+@pytest.mark.parametrize("method", PROTOCOL)
+def test_the_protocol_draws_orthogonal_weights_of_gain_a_hundredth(method):
+    network = build(Config(), Job("standard", 100, method, 0.01, 0.0, (0,), tuning=False), parts_of(Config())[0], 3)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            W = layer.weight.detach().flatten(1)
+            W = W if W.shape[0] <= W.shape[1] else W.T
+            torch.testing.assert_close(W @ W.T, 1e-4 * torch.eye(len(W)), atol=1e-9, rtol=0)
+            assert layer.bias is None or not layer.bias.any()
+
+
+def test_the_protocol_trains_thirty_epochs_whatever_the_others_do_and_can_run_alone(tmp_path, monkeypatch):
+    lengths = {}
+    fit = small_data.fit_instances
+
+    def fit_instances(networks, batches, *, epochs, objective, **rest):
+        lengths.setdefault(type(objective()).__name__, set()).add(epochs)
+        return fit(networks, batches, epochs=1, objective=objective, **rest)
+
+    monkeypatch.setattr(small_data, "fit_instances", fit_instances)
+    main(Config(sizes=(50,), instances=2, epochs=7, protocol_only=True, workers=1, output=tmp_path / "run"))
+    assert lengths == {"CrossEntropy": {30}, "LeastAction": {30}}
+    rows = read_summary(tmp_path / "run")["results"]["rows"]
+    assert {row["method"] for row in rows} == {*PROTOCOL}
 
 
 def test_the_conditions():
@@ -94,7 +117,7 @@ def test_the_conditions():
     clean, noisy = (training_images(pool, j, 3) for j in (replace(job, condition="standard"), job))
     assert torch.equal(clean.x, noisy.x)
     assert 0.25 < (clean.y != noisy.y).float().mean() < 0.47  # 0.4 drawn anew, a tenth of which hit the same class
-    built = {name: build(Config(), condition, pool, 0) for name, condition in CONDITIONS.items()}
+    built = {name: build(Config(), replace(job, condition=name), pool, 0) for name in CONDITIONS}
     assert built["deep"].depth == 30
     assert built["wide"].flows[0](torch.rand(1, 64, 4, 4)).shape == (1, 64, 4, 4)
     assert any(isinstance(m, StageBatchNorm) for m in built["standard"].modules())

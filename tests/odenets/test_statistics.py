@@ -17,6 +17,16 @@ def test_the_interval_is_scipys():
     assert 0.99 not in found
 
 
+def test_an_interval_holds_what_it_was_computed_from():
+    found = mean_interval([0.91, 0.94, 0.97])
+    assert found.values == (0.91, 0.94, 0.97)
+    percent = 100 * found
+    again = mean_interval(percent.values)
+    assert (again.mean, again.half_width) == pytest.approx((percent.mean, percent.half_width))
+    assert mean_interval([0.5]).values == (0.5,)
+    assert Interval(0.5, 0.1, 3).values == ()  # of others' figures no values are known
+
+
 def test_meeting_intervals():
     assert Interval(0.5, 0.1, 3).meets(Interval(0.65, 0.06, 3))
     assert not Interval(0.5, 0.1, 3).meets(Interval(0.65, 0.04, 3))
