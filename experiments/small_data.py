@@ -33,6 +33,7 @@ from small_data_setup import (
     Config,
     Job,
     build,
+    epochs_of,
     objective,
     parts_of,
     science,
@@ -73,7 +74,7 @@ def train(config: Config, job: Job, report: Report) -> None:
         batches,
         epochs=epochs_of(config, job),
         optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
-        objective=lambda: objective(job),
+        objective=lambda: objective(config, job),
         measured={"test": images} if job.method in PROTOCOL else None,
         every=config.protocol_every,
         report=report,
@@ -96,11 +97,6 @@ def train(config: Config, job: Job, report: Report) -> None:
 def action(network: Network, x: Tensor) -> float:
     """Mean action of the network on training images."""
     return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
-
-
-def epochs_of(config: Config, job: Job) -> int:
-    """Epochs that a job trains."""
-    return config.protocol_epochs if job.method in PROTOCOL else config.epochs
 
 
 def groups(config: Config, first: int, number: int) -> list[tuple[int, ...]]:

@@ -14,6 +14,11 @@ from odenets.objectives import CrossEntropy, Objective
 
 METHODS = ("vanilla", "fixed weight", "least action")
 PROTOCOL = ("thesis: vanilla", "thesis: least action", "thesis: least action, divided")
+THESIS_SETTINGS = {  # lambda0, tau, s and epochs: F.2 and table 1, table 2; digits are trained as MNIST
+    "digits": (5.0, 1.0, 5, 30),
+    "mnist": (5.0, 1.0, 5, 30),
+    "cifar10": (0.1, 0.1, 50, 200),
+}
 WAYS = ("last", "recalibrated")  # batch norm's running statistics after the last epoch, or statistics computed anew
 
 
@@ -63,7 +68,7 @@ class Config:
         weights: tried for the fixed weight.
         lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
         validation_size, test_size: images to choose on; test images, all if 0.
-        protocol_epochs: of the thesis' protocol.
+        protocol_epochs: of the thesis' protocol; the thesis' own, 30 and for CIFAR-10 200, if 0.
         protocol_size, protocol_every: test images, at most, at which the thesis' protocol looks while it trains (the
             thesis at a random half, after every epoch), and epochs from one look to the next.
         protocol_only: nothing but the thesis' protocol, so that nothing is chosen.
@@ -89,7 +94,7 @@ class Config:
     lambdas: tuple[float, ...] = (0.1, 1.0, 10.0)
     validation_size: int = 300
     test_size: int = 0
-    protocol_epochs: int = 30
+    protocol_epochs: int = 0
     protocol_size: int = 1000
     protocol_every: int = 1
     protocol_only: bool = False
@@ -134,18 +139,26 @@ class Job:
         return f"{folder}/{method}_lr{self.learning_rate:g}_w{self.weight:g}_seeds{self.seeds[0]}-{self.seeds[-1]}"
 
 
-def objective(job: Job) -> Objective:
+def objective(config: Config, job: Job) -> Objective:
     """What a method minimises."""
+    lambda0, tau, every, _ = THESIS_SETTINGS[config.dataset]
     match job.method:
         case "fixed weight":
             return ActionPenalty(job.weight)
         case "least action":
             return LeastAction(lambda0=job.weight, tau=1.0, every=5)
         case "thesis: least action":  # as in the thesis' code: lambda multiplies the loss, and with it the step
-            return LeastAction(lambda0=5.0, tau=1.0, every=5, weigh="multiply", update="after")
+            return LeastAction(lambda0=lambda0, tau=tau, every=every, weigh="multiply", update="after")
         case "thesis: least action, divided":  # as in its text: lambda divides the action (Algorithm 1)
-            return LeastAction(lambda0=5.0, tau=1.0, every=5, weigh="divide", update="after")
+            return LeastAction(lambda0=lambda0, tau=tau, every=every, weigh="divide", update="after")
     return CrossEntropy()
+
+
+def epochs_of(config: Config, job: Job) -> int:
+    """Epochs that a job trains."""
+    if job.method in PROTOCOL:
+        return config.protocol_epochs or THESIS_SETTINGS[config.dataset][3]
+    return config.epochs
 
 
 def build(config: Config, job: Job, dataset: data.Dataset, seed: int) -> Network:

@@ -73,13 +73,15 @@ def test_settings_of_the_protocol_make_another_run(tmp_path):
 
 def test_the_methods():
     job = Job("standard", 100, "least action", 0.1, 10.0, (0, 1), tuning=False)
-    found = objective(job)
+    found = objective(Config(), job)
     assert isinstance(found, LeastAction)
     assert (found.multiplier.item(), found.tau, found.every, found.weigh) == (10, 1, 5, "divide")
-    theirs = objective(replace(job, method="thesis: least action"))
-    assert (theirs.multiplier.item(), theirs.weigh) == (5, "multiply")
-    assert objective(replace(job, method="thesis: least action, divided")).weigh == "divide"  # type: ignore[union-attr]
-    assert isinstance(objective(replace(job, method="fixed weight")), ActionPenalty)
+    theirs = objective(Config(), replace(job, method="thesis: least action"))
+    assert (theirs.multiplier.item(), theirs.tau, theirs.every, theirs.weigh) == (5, 1, 5, "multiply")
+    theirs = objective(Config(dataset="cifar10"), replace(job, method="thesis: least action"))
+    assert (theirs.multiplier.item(), theirs.tau, theirs.every) == (0.1, 0.1, 50)
+    assert objective(Config(), replace(job, method="thesis: least action, divided")).weigh == "divide"  # type: ignore[union-attr]
+    assert isinstance(objective(Config(), replace(job, method="fixed weight")), ActionPenalty)
     pool = parts_of(Config())[0]
     same = zip(build(Config(), job, pool, 3).parameters(), build(Config(), job, pool, 3).parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in same)
