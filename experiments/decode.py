@@ -1,7 +1,11 @@
-"""What a network's states look like: a pretrained decoder shows the state after each block (F.2, Figs 28 to 33).
+"""What a network's states look like: a pretrained decoder shows the state after each block (F.2, Figs 28 to 32).
 
-An autoencoder is trained without labels; its encoder is frozen and becomes that of ResNet-9, whose blocks are trained
-on the task, plainly and with least action. The decoder then turns the state after every block into an image.
+An autoencoder is trained without labels; its encoder is frozen and becomes that of ResNet-9, whose blocks and head are
+trained on the task, plainly and with least action at lambda0, tau and s of F.2. The decoder then turns the state after
+every block into an image. Lambda divides the action here, as in the thesis' text, and changes before each s-th step; in
+its code it multiplies the loss, and with it the step. Weights are torch's own, not orthogonal ones of gain 0.01, and
+training ends after a number of epochs, not at an accuracy. The CIFAR-100 networks of Figs 33 and 34 are left out, and
+digits, which the thesis does not have, are trained as MNIST.
 
     python experiments/decode.py
     python experiments/decode.py --dataset mnist --folder DIR

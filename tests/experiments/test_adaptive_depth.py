@@ -25,7 +25,10 @@ def folder(tmp_path_factory):
 def test_the_run_folder_holds_everything(folder, capsys):
     rows = read_summary(folder)["results"]["rows"]
     deep = next(row for row in rows if row["network"] == "adaptive from 4")
-    assert deep["final_depths"] == [int(d) for d in deep["final_depths"]]
+    for seed, depth in zip(TINY["seeds"], deep["final_depths"], strict=True):
+        trained = read_summary(folder / f"adaptive-from-4-T1-seed{seed}")["results"]
+        assert len(trained["h"]) == depth <= TINY["max_depth"]
+        assert sum(trained["h"]) == pytest.approx(1)  # the total time, however many blocks it is cut into
     fixed = next(row for row in rows if row["network"] == "fixed 4")
     assert fixed["evaluations"] == 3 * 120 * 12  # epochs, samples, evaluations per forward pass
     euler = next(row for row in rows if row["network"].startswith("euler"))
@@ -52,8 +55,9 @@ def test_figures_show_the_run(folder, tmp_path):
     errors = plotting.block_errors(adaptive)
     shown = [value for line in errors.axes[0].lines for value in line.get_ydata()]
     measured = [float(e) for path in adaptive for row in read_metrics(path) for e in row["errors"].split()]
-    assert sorted(shown)[: len(measured)] or measured == []
-    assert set(measured) <= set(shown)
+    assert len(measured) >= 2 * 4  # two seeds of four blocks, checked at least once
+    thresholds = [adaptive_depth.Config.tolerance, adaptive_depth.Config.tolerance / adaptive_depth.Config.K]
+    assert sorted(shown) == sorted([*measured, *thresholds, *thresholds])  # a line is drawn between two points
     paths = plotting.save(figures, tmp_path / "figures", formats=("svg",))
     assert [path.stat().st_size > 1000 for path in paths] == [True] * 3
     with pytest.raises(FileNotFoundError, match="holds no finished training"):
