@@ -24,6 +24,9 @@ THESIS: dict[str, dict[int, dict[str, tuple[float, float]]]] = {
         10000: {"vanilla": (79.25, 0.25), "least action": (80.9, 0.16)},
         5000: {"vanilla": (70.32, 0.32), "least action": (72.58, 0.21)},
         4000: {"vanilla": (67.8, 0.26), "least action": (70.12, 0.3)},
+        1000: {"vanilla": (49.22, 0.52), "least action": (51.14, 0.45)},
+        500: {"vanilla": (41.55, 0.41), "least action": (42.92, 0.37)},
+        100: {"vanilla": (26.98, 0.99), "least action": (25.34, 0.76)},
     },
 }
 
