@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detection import comparisons, main
-from detection_setup import METHODS, Config, attack_of, build, foreign, kinds_of, parts_of
+from detection_setup import METHODS, TRAJECTORY, Config, attack_of, build, foreign, kinds_of, parts_of
 from detection_tables import COLUMNS, THESIS, summarise
 
 from odenets.detection import preset
@@ -37,6 +37,9 @@ def test_a_run_prints_its_table_and_goes_on(folder, capsys, setting):
     assert all(0 <= row["auroc"]["mean"] <= 100 for row in rows)
     assert all("noisy_false_positives" in row for row in rows) == (setting == "seen")
     assert ("over the general detector" in shown) == (setting == "unseen")
+    assert all(("over_general" in row) == (setting == "unseen") for row in rows)
+    assert all(("fooled" in row) == (row["kind"] == TRAJECTORY and setting != "ood") for row in rows)
+    assert all(len(row["auroc"]["values"]) == 2 for row in rows)
     assert list((folder / setting / "figures").glob("*.png"))
     main(replace(config, resume=True))
     assert capsys.readouterr().out == shown
@@ -118,6 +121,8 @@ def test_the_figures_of_the_thesis_stand_beside_those_on_cifar10_alone():
         {
             "method": "vanilla",
             "seed": seed,
+            "accuracy": 0.9,
+            "attacks": [{"attack": "FGM", "success": 0.25 * (1 + seed)}],
             "scores": [
                 {"seen": seen, "tested": tested, "kind": kind} | dict.fromkeys(measured, 0.5)
                 for seen, tested in (("FGM", "FGM"), ("data/cifar100.npz", "data/cifar100.npz"))
@@ -128,6 +133,7 @@ def test_the_figures_of_the_thesis_stand_beside_those_on_cifar10_alone():
     ]
     config = Config(methods=("vanilla",), dataset="cifar10")
     rows = summarise(config, results)
+    assert [row["fooled"].values for row in rows if "fooled" in row] == [(25.0, 50.0)]
     assert [row["thesis"] for row in rows] == [97.1, 94.6, None, None]
     assert [row.get("thesis_successful") for row in rows] == [97.7, None, None, None]
     assert [row["thesis"] for row in summarise(replace(config, setting="ood"), results)] == [None, None, 98.3, None]
