@@ -14,7 +14,7 @@ from solvers.methods import get_tableau
 from solvers.states import real_dtype
 from solvers.step import Field, Step, beside, rk_step, velocity, versions_of
 
-__all__ = ["Event", "changes", "crossing", "crossings", "link", "until", "values"]
+__all__ = ["Event", "change", "changes", "crossing", "crossings", "link", "until", "values"]
 
 Event = Callable[[Any, Tensor], Tensor]
 
@@ -115,6 +115,37 @@ def changes(
     return (met, high - 1 / n, high) if np.ndim(start) else (bool(met[0]), float(high[0] - 1 / n), float(high[0]))
 
 
+def change(
+    step: Step,
+    inside: Callable[[], Callable[[Any], Tensor]],
+    event: Event,
+    start: Any,
+    end: Any,
+    among: Any = None,
+    *,
+    costs: bool,
+) -> tuple[Callable[[Any], Tensor], Any, Any, Any] | None:
+    """The state inside a step in which the event function changes, and what :func:`changes` returns; None without one.
+
+    Args:
+        step, event, start, end, among: as there.
+        inside: makes the state at a fraction of the step.
+        costs: whether it takes a field evaluation: then a parabola is looked at first.
+    """
+    if costs and not np.any(changes(step, _parabola(step), event, start, end, among)[0]):
+        return None
+    at = inside()
+    met, low, high = changes(step, at, event, start, end, among)
+    return (at, met, low, high) if np.any(met) else None
+
+
+def _parabola(step: Step) -> Callable[[Any], Tensor]:
+    """The state inside a step from both ends and the velocity of its start."""
+    slope = step.stages[0] * step.h
+    bend = step.x1 - step.x0 - slope
+    return lambda theta: (step.x0 + theta * (slope + theta * bend)).to(step.x0.dtype)
+
+
 def _resolved(v: np.ndarray, first: np.ndarray) -> bool:
     """Whether values at equal distances, ``(n + 1, B)``, show no change before that at ``first``, as changes() says."""
     k = np.arange(1, len(v) - 1, 2)[:, None]
@@ -125,9 +156,7 @@ def _resolved(v: np.ndarray, first: np.ndarray) -> bool:
     return bool(((k > first) | (bend <= np.where(k + 1 < first, least, change))).all())
 
 
-def crossing(
-    step: Step, inside: Callable[[Any], Tensor], event: Event, width: float, between: tuple[float, float] | None = None
-) -> float:
+def crossing(step: Step, inside: Callable[[Any], Tensor], event: Event, width: float, low: float, high: float) -> float:
     """Where in the step, as a fraction of it, a scalar event function first leaves the positive; to ``width`` in time.
 
     Args:
@@ -135,12 +164,8 @@ def crossing(
         inside: the state at a fraction of it.
         event: positive at the start of the step, not at its end.
         width: in time.
-        between: fractions of the step before and behind the change, as :func:`changes` finds them.
+        low, high: fractions of the step before and behind the change, as :func:`changes` finds them.
     """
-    if between is None:
-        _, *between = changes(step, inside, event, 1.0, -1.0)  # type: ignore[assignment]
-    assert between is not None
-    low, high = between
     for _ in range(_halvings(abs(float(step.h)) * (high - low), width)):
         middle = (low + high) / 2
         if values(event, step.t + middle * step.h, inside(middle)) > 0:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers.errors import MaxStepsError
-from solvers.events import Event, crossing, link, until
-from solvers.problem import Problem, error_controlled, inside, over_grid
+from solvers.events import Event, change, crossing, link, until
+from solvers.problem import Problem, error_controlled, inside, linear, over_grid
 from solvers.states import real_dtype
 from solvers.step import Step
 
@@ -38,7 +39,7 @@ def event_of(problem: Problem, event_fn: Callable[[Tensor, Any], Tensor]) -> Eve
 
 
 def find_event(problem: Problem, event: Event) -> tuple[float, Tensor]:
-    """The time of the event and the state there, to the absolute tolerance in time.
+    """The time of the event and the state there, to the absolute tolerance in time; the first change, also in a step.
 
     Raises:
         ValueError: a fixed method without ``step_size``, no event within 20000 of its steps, or an event function that
@@ -47,16 +48,21 @@ def find_event(problem: Problem, event: Event) -> tuple[float, Tensor]:
     """
     width = float(torch.as_tensor(problem.tolerance.atol).min())
     latest = 1e-3 * torch.finfo(torch.promote_types(real_dtype(problem.x0), torch.float32)).max
-    if _value(event, problem.times[0], problem.x0) == 0:
+    value = _value(event, problem.times[0], problem.x0)
+    if value == 0:
         return problem.times[0], problem.x0
+    costs = problem.tableau.dense is None and not linear(problem)
     for step in _steps_without_end(problem):
         time = float(step.t + step.h)
         if not abs(time) < latest:
             raise ValueError("no event before time overflows: check event_fn, or the direction of t")
-        if _value(event, time, step.x1) > 0:
-            continue
+        before, value = value, _value(event, time, step.x1)
         with torch.no_grad():
-            theta = crossing(step, inside(problem, step), event, width)
+            met = change(step, partial(inside, problem, step), event, before, value, costs=costs)
+            if met is None:
+                continue
+            at, _, low, high = met
+            theta = crossing(step, at, event, width, low, high)
         return float(step.t + theta * step.h), inside(problem, step)(theta)
     raise ValueError(f"no event within {MAX_NUM_STEPS} steps: raise step_size or check event_fn")
 

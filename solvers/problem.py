@@ -30,6 +30,7 @@ __all__ = [
     "error_controlled",
     "inside",
     "largest_rms",
+    "linear",
     "make_problem",
     "over_grid",
 ]
@@ -328,6 +329,11 @@ def inside(problem: Problem, step: Step) -> Callable[[Any], Tensor]:
     The interpolant of the method; where it has none, cubic Hermite, at a field evaluation; of a fixed method linear,
     unless its options say cubic.
     """
-    if problem.adaptive or problem.options.get("interp", "linear") == "cubic":
+    if not linear(problem):
         return interpolant(step, problem.field)
     return lambda theta: step.x0 + theta * (step.x1 - step.x0)
+
+
+def linear(problem: Problem) -> bool:
+    """Whether the state is linear inside a step."""
+    return not problem.adaptive and problem.options.get("interp", "linear") == "linear"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from solvers.errors import SolverError
-from solvers.events import Event, changes, crossing, crossings, link, until, values
+from solvers.events import Event, change, crossing, crossings, link, until, values
 from solvers.interpolation import interpolant
 from solvers.samples import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics, Status
@@ -83,7 +84,7 @@ def _solve_batch(task: Task) -> Solution:
         loop = fixed_steps(task.field, x, grid, task.tableau, closing=watched or task.keep == "steps", stats=stats)
     else:
         loop = adaptive_steps(task.field, x, t, task.t1, task.tableau, task.tolerance, task.controller, stats=stats)
-    kept = _Kept(task, [t], [x])
+    kept, costs = _Kept(task, [t], [x]), task.tableau.dense is None
     try:
         event = until(task.event, t, x) if task.event is not None else None
         value = 1.0 if event is None else values(event, t, x)
@@ -93,10 +94,10 @@ def _solve_batch(task: Task) -> Solution:
             t, x = float(step.t + step.h), step.x1
             if event is not None:
                 before, value = value, values(event, t, x)
-                found = _change(step, task.field, event, before, value)
+                found = change(step, partial(interpolant, step, task.field), event, before, value, costs=costs)
                 if found is not None:
                     inside, _, low, high = found
-                    t = step.t + crossing(step, inside, event, _width(step), (low, high)) * step.h
+                    t = step.t + crossing(step, inside, event, _width(step), low, high) * step.h
                     time, x = link(task.field, event, exact(t, x.device), inside((t - step.t) / step.h))
                     kept.add(t, x, step)
                     return kept.solution(stats, "event", time)
@@ -160,27 +161,6 @@ class _Kept:
         return *common, dense, self.task.unpack, self.task.x0
 
 
-def _change(
-    step: Step, field: Field, event: Event, start: Any, end: Any, among: Any = None
-) -> tuple[Callable[[Any], Tensor], Any, Any, Any] | None:
-    """The state inside a step in which the event function changes, and what :func:`changes` returns; None without one.
-
-    Where the method has no interpolant of its own a parabola is looked at first, which costs no field evaluation.
-    """
-    if step.tableau.dense is None and not np.any(changes(step, _parabola(step), event, start, end, among)[0]):
-        return None
-    inside = interpolant(step, field)
-    met, low, high = changes(step, inside, event, start, end, among)
-    return (inside, met, low, high) if np.any(met) else None
-
-
-def _parabola(step: Step) -> Callable[[Any], Tensor]:
-    """The state inside a step from both ends and the velocity of its start."""
-    slope = step.stages[0] * step.h
-    bend = step.x1 - step.x0 - slope
-    return lambda theta: (step.x0 + theta * (slope + theta * bend)).to(step.x0.dtype)
-
-
 def _width(step: Step) -> float:
     """How close in time an event in a step is found: the resolution of time there, or that of a part of the step."""
     span = max(float(torch.as_tensor(t).detach().abs().max()) for t in (step.t, step.t + step.h))
@@ -193,7 +173,7 @@ def _solve_samples(task: Task) -> SampleSolution:
     loop = SampleLoop(
         task.field, task.x0, task.t0, task.t1, task.tableau, task.tolerance, task.controller, raises=task.raises
     )
-    kept = _Kept(task, [loop.t], [loop.states])
+    kept, costs = _Kept(task, [loop.t], [loop.states]), task.tableau.dense is None
     event, times, value = None, None, np.ones_like(loop.t)
     met = np.zeros_like(loop.moving)
     if task.event is not None:
@@ -207,7 +187,7 @@ def _solve_samples(task: Task) -> SampleSolution:
         for step, accepted, t, x in loop.rounds():
             if event is not None and times is not None:
                 end = values(event, beside(t, x), x, accepted)
-                found = _change(step, loop.field, event, value, end, accepted)
+                found = change(step, partial(interpolant, step, loop.field), event, value, end, accepted, costs=costs)
                 value = np.where(accepted, end, value)
                 if found is not None:
                     now, times, t, x = _at_events(loop, step, event, found, before, times, (t, x))
@@ -248,7 +228,7 @@ def _at_events(
         loop: the solve.
         step: the step.
         event: positive until the event, ``(B,)``.
-        found: the result of :func:`_change`.
+        found: the result of :func:`~solvers.events.change`.
         before: times at the start of the step, ``(B,)``.
         times: event times so far, ``(B,)``.
         after: times and states at the end of the step.
