@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from solvers.backsolve import adjoint_rates
-from solvers.captured import Captured, owner_of, restored, stored
+from solvers.backsolve import adjoint_rates, restored, stored
+from solvers.captured import Captured, owner_of
 from solvers.events import link
 from solvers.odeint import odeint, solve
 from solvers.odeint_events import ended, event_of, find_event

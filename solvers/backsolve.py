@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from solvers.captured import Captured, restored, stored
+from solvers.captured import Captured
 from solvers.states import Packing, real_dtype
 from solvers.step import Field
 from solvers.tolerance import Tolerance
 
-__all__ = ["adjoint_rates", "backsolved", "seminorm"]
+__all__ = ["adjoint_rates", "backsolved", "restored", "seminorm", "stored"]
 
 Solve = Callable[[Field, Tensor], Tensor]
 
@@ -108,6 +108,18 @@ def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Toler
         tolerance.max_step,
         tolerance.max_steps,
     )
+
+
+def stored(rate: Tensor, like: Tensor) -> Tensor:
+    """A rate of change of a tensor as a part of a state with the dtype of ``like``."""
+    return (torch.view_as_real(rate) if rate.is_complex() and not like.is_complex() else rate).to(like)
+
+
+def restored(x: Tensor, like: Tensor) -> Tensor:
+    """A gradient from such a part, in the dtype of the tensor ``like``."""
+    if like.is_complex() and not x.is_complex():
+        x = torch.complex(x[..., 0].contiguous(), x[..., 1].contiguous())
+    return (x if like.is_complex() else x.real).to(like)
 
 
 class _Backsolve(torch.autograd.Function):

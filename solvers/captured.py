@@ -5,24 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from dataclasses import field as attribute
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from solvers.solution import Solution
+from solvers.snapshot import Known, Snapshot
 from solvers.states import is_transformed
 
-__all__ = ["Captured", "owner_of", "restored", "stored", "tensors_of"]
+__all__ = ["BegunAnew", "Captured", "owner_of", "tensors_of"]
 
-_DICTIONARIES = ("_parameters", "_buffers", "_modules")
-_MISSING = object()
-_FEW = 100_000
 _Node = Any
 
 
@@ -52,58 +47,15 @@ def tensors_of(name: str, collection: Any) -> list[Tensor]:
     return list(tensors.values())
 
 
-@dataclass
-class _Part:
-    """A module as it was: what its dictionaries held, and the tensors with a gradient among its plain attributes."""
-
-    reference: weakref.ref[nn.Module]
-    kind: type[nn.Module]
-    training: bool
-    parameters: dict[str, Tensor | None]
-    buffers: dict[str, Tensor | None]
-    versions: dict[str, int]
-    children: dict[str, int | nn.Module | None]
-    attributes: dict[str, Tensor]
-    whole: bool
-    rest: dict[str, Any] = attribute(default_factory=dict)
-
-
-@dataclass
-class _Known:
-    """A tensor as it was: its version, and another tensor of the same memory."""
-
-    tensor: Tensor
-    version: int
-    alias: Tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Known:
-        return cls(tensor, _version(tensor), tensor.detach())
-
-    def now(self, cut: bool) -> Tensor:
-        """The tensor, or what stands for it where its data was replaced, or its history is to be ``cut`` off.
-
-        Raises:
-            RuntimeError: its data was changed in place.
-        """
-        x, old = self.tensor, self.alias
-        if _version(x) != self.version:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(old.shape)} that the field reads was changed in place since the forward "
-                "pass (by an optimizer's step or load_state_dict?): call backward() before it changes"
-            )
-        same = x.dtype == old.dtype and x.device == old.device and x.shape == old.shape
-        if same and _address(x) == _address(old) and not (cut and x.grad_fn is not None):
-            return x
-        return old.detach().requires_grad_(x.requires_grad)
+class BegunAnew(RuntimeError):
+    """The field differentiates with respect to its state, which is noted now: the pass is to begin anew."""
 
 
 class Captured:
     """Calls a field; what it read in a forward pass it reads again in the backward pass, whatever has changed since.
 
-    The modules that a field is, is bound to or closes over are held as weakly as their owner holds them, so that what
-    is kept on a module does not keep the module; where nobody holds them any more, copies with the same tensors stand
-    for them.
+    A field that differentiates with respect to its state (``torch.autograd.grad`` inside) gets a state that requires a
+    gradient where a pass keeps no graph; that of a call ends with it.
 
     Args:
         field: called with a time, a state and further arguments.
@@ -132,14 +84,10 @@ class Captured:
         self._open = parameters is None or recompute
         owner = owner_of(field) if parameters is None else parameters
         self.tensors = tensors_of(names[1], [*tensors_of(names[1], () if owner is None else owner), *_tensors_in(args)])
-        self._parts: list[_Part] = []
-        self._index: dict[int, int] = {}
-        self._visit(field, whole=isinstance(field, nn.Module))
-        for value in tree_leaves(args):
-            self._visit(value, whole=False)
+        self._snapshot = Snapshot(field, args)
         self._field: Callable[..., Any] | None = field
-        self._loose = _loosened(field, self._index)
-        self._known: dict[int, _Known] = {}
+        self._differentiates = False
+        self._known: dict[int, Known] = {}
         self._now: dict[int, Tensor] = {}
         self._read: set[int] = set()
         self.looks = 0
@@ -147,7 +95,18 @@ class Captured:
         self._calls, self._back, self._unclaimed = 0, False, dict[int, weakref.ref[Tensor]]()
 
     def __call__(self, *args: Any) -> Any:
-        return self.field(*args) if self._calls > 1 else self._watch(*args)
+        if self._calls < 2:
+            return self._watch(*args)
+        return self._with_graph(*args) if self._differentiates else self.field(*args)
+
+    def _with_graph(self, t: Any, x: Any, *args: Any) -> Any:
+        """A call of a field that differentiates with respect to its state."""
+        keeps = torch.is_grad_enabled()
+        if not (keeps and any(part.requires_grad for part in tree_leaves(x))):
+            x = _leaves_of(x)
+        with torch.enable_grad():
+            v = self.field(t, x, *args)
+        return v if keeps else tree_map_only(Tensor, Tensor.detach, v)
 
     @property
     def field(self) -> Callable[..., Any]:
@@ -184,111 +143,34 @@ class Captured:
         Raises:
             RuntimeError: a tensor was changed in place since.
         """
-        modules = self._resolve()
-        within = {id(x) for part in self._parts for x in (*part.parameters.values(), *part.attributes.values())}
-        now = {key: known.now(cut and key in within) for key, known in self._known.items()}
-        if any(x is not self._known[key].tensor and key not in within for key, x in now.items()):
+        weights = self._snapshot.weights
+        now = {key: known.now(cut and key in weights) for key, known in self._known.items()}
+        if any(x is not self._known[key].tensor and key not in weights for key, x in now.items()):
             raise RuntimeError("the data of a tensor that the field reads was replaced since the forward pass")
         outer = self._field, self._calls, self._back, self._unclaimed, self._now
-        undo: list[tuple[dict[str, Any], dict[str, Any]]] = []
         try:
-            for part, module in zip(self._parts, modules, strict=True):
-                values = vars(module)
-                _exchange(values["_parameters"], {k: now.get(id(p), p) for k, p in part.parameters.items()}, undo)
-                _exchange(values["_buffers"], {k: self._buffer(part, k, x) for k, x in part.buffers.items()}, undo)
-                children = {k: modules[i] if isinstance(i, int) else i for k, i in part.children.items()}
-                _exchange(values["_modules"], children, undo)
-                plain = {k: now.get(id(x), x) for k, x in part.attributes.items()} | {"training": part.training}
-                if any(values.get(k) is not x for k, x in plain.items()):
-                    undo.append((values, {k: values.get(k, _MISSING) for k in plain}))
-                    values.update(plain)
-            calls = 2 if self._recompute and self.looks > 1 else 0  # not a look at every step
-            self._field, self._calls, self._back, self._unclaimed = self._loose(modules), calls, True, {}
-            self._now = now
-            with torch.autocast(*self._autocast) if self._autocast else nullcontext():
+            with (
+                self._snapshot.restored(now) as field,
+                torch.autocast(*self._autocast) if self._autocast else nullcontext(),
+            ):
+                calls = 2 if self._recompute and self.looks > 1 else 0  # not a look at every step
+                self._field, self._calls, self._back, self._unclaimed, self._now = field, calls, True, {}, now
                 yield [now.get(id(x), x) for x in self.tensors]
         finally:
             self.looks += self._back and self._calls > 1
             self._field, self._calls, self._back, self._unclaimed, self._now = outer
-            for values, old in reversed(undo):
-                values.update(old)
-                for name in [k for k, x in values.items() if x is _MISSING]:
-                    del values[name]
-
-    # -- what the field is -----------------------------------------------------------------------------------------
-
-    def _visit(self, value: Any, whole: bool, depth: int = 0) -> None:
-        """Note the modules in ``value``; ``whole``: everything they hold is the field's."""
-        if isinstance(value, nn.Module):
-            if id(value) in self._index or isinstance(value, torch.jit.ScriptModule):
-                return
-            self._index[id(value)] = len(self._parts)
-            attributes = vars(value)
-            tensors = {k: v for k, v in attributes.items() if isinstance(v, Tensor) and v.requires_grad}
-            buffers = dict(value._buffers)
-            versions = {name: _version(x) for name, x in buffers.items() if x is not None}
-            part = _Part(
-                weakref.ref(value), type(value), value.training, dict(value._parameters), buffers, versions, {},
-                tensors, whole,
-            )  # fmt: skip
-            self._parts.append(part)
-            for name, child in value._modules.items():
-                self._visit(child, whole, depth)
-                part.children[name] = self._index.get(id(child), child)
-            for name, held in attributes.items():
-                if name not in _DICTIONARIES and isinstance(held, list | tuple | dict) and depth < 4:
-                    self._visit(held, whole, depth + 1)
-        elif depth > 4:
-            return
-        elif isinstance(value, MethodType):
-            self._visit(value.__self__, whole, depth + 1)
-            self._visit(value.__func__, whole, depth + 1)
-        elif isinstance(value, partial):
-            for held in (value.func, *value.args, *value.keywords.values()):
-                self._visit(held, whole, depth + 1)
-        elif isinstance(value, FunctionType):
-            names = value.__code__.co_names
-            modules = [v for n in names if isinstance(v := value.__globals__.get(n), nn.Module)]
-            for held in (*modules, *_contents(value), *(value.__defaults__ or ())):
-                self._visit(held, False, depth + 1)
-        elif isinstance(value, list | tuple | set | frozenset | dict):
-            for held in value.values() if isinstance(value, dict) else value:
-                if isinstance(held, nn.Module | MethodType | partial | FunctionType | list | tuple | dict):
-                    self._visit(held, whole, depth + 1)
-        elif depth <= 1 and callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
-            for held in vars(value).values():
-                self._visit(held, False, depth + 2)
 
     def _close(self) -> None:
         """What is known when a forward pass is over."""
-        read = {id(x) for x in self.tensors} | set(self._known)
-        for part in self._parts:
-            module = part.reference()
-            if part.whole:
-                for p in part.parameters.values():
-                    if p is not None and id(p) not in self._known:
-                        self._known[id(p)] = _Known.of(p)
-            part.attributes = {name: x for name, x in part.attributes.items() if id(x) in read}
-            few = sum(x.numel() for x in part.buffers.values() if x is not None) <= _FEW
-            for name, x in part.buffers.items():  # what the field changes itself, running statistics without a version
-                if x is not None and ((part.training and few) or part.versions.get(name) != _version(x)):
-                    part.buffers[name] = x.detach().clone()
-                    part.versions[name] = -1
-            if module is not None:
-                part.rest = {
-                    k: v
-                    for k, v in vars(module).items()
-                    if k not in _DICTIONARIES and (k in part.attributes or not _has_history(v))
-                }
-        for x in self.tensors:
+        self._snapshot.close({id(x) for x in self.tensors} | set(self._known))
+        for x in (*self._snapshot.own, *self.tensors):
             if id(x) not in self._known:
-                self._known[id(x)] = _Known.of(x)
+                self._known[id(x)] = Known.of(x)
         self._leave_out_what_arrives_through_others()
-        self._index = {}
 
     def _leave_out_what_arrives_through_others(self) -> None:
         """The leaves of a tensor that cannot be cut off get their gradient through it, and would get it twice."""
-        within = {id(x) for part in self._parts for x in (*part.parameters.values(), *part.attributes.values())}
+        within = self._snapshot.weights
         through = [x for x in self.tensors if x.grad_fn is not None and id(x) not in within]
         behind = {id(x) for x in _reads([], 0, set(), [(x.grad_fn, x.output_nr) for x in through])[0]}
         if self._recompute or not behind:
@@ -301,29 +183,6 @@ class Captured:
             )
         self.tensors = [x for x in self.tensors if id(x) not in behind]
 
-    def _buffer(self, part: _Part, name: str, x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        if part.versions[name] == -1:
-            return x.clone()
-        if part.whole and part.versions[name] != _version(x):
-            raise RuntimeError(
-                f"the buffer {name!r} of {part.kind.__name__} was changed since the forward pass: call backward() first"
-            )
-        return x
-
-    def _resolve(self) -> list[nn.Module]:
-        """The modules, or what stands for them."""
-        modules: list[nn.Module] = []
-        for part in self._parts:
-            module = part.reference()
-            if module is None:
-                module = part.kind.__new__(part.kind)
-                vars(module).update(part.rest)
-                vars(module).update({name: {} for name in _DICTIONARIES})
-            modules.append(module)
-        return modules
-
     # -- what it reads ---------------------------------------------------------------------------------------------
 
     def _watch(self, *args: Any) -> Any:
@@ -334,12 +193,28 @@ class Captured:
             return self.field(*args)
         if any(is_transformed(x) for x in (*tree_leaves(args), *self.tensors) if isinstance(x, Tensor)):
             self._refuse_transforms()
+        if self._recompute and not self._back and graph:  # the first state may also be read as itself
+            self._inputs += [
+                x for x in tree_leaves(args[:2]) if isinstance(x, Tensor) and x.requires_grad and x.is_leaf
+            ]
         if not graph:
             args = (*(tree_map_only(Tensor, Tensor.detach, x) for x in args[:2]), *args[2:])
         state = None if first or self._random or self._back else _random_state(self._device)
         with torch.enable_grad():
             mark = torch.zeros((), dtype=torch.float32, requires_grad=True).view(()).grad_fn._sequence_nr()  # type: ignore[union-attr]
-            v = self.field(*args)
+            if self._differentiates and not any(x.requires_grad for x in tree_leaves(args[1])):
+                args = (args[0], _leaves_of(args[1]), *args[2:])
+            try:
+                v = self.field(*args)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error) or any(x.requires_grad for x in tree_leaves(args[1])):
+                    raise
+                self._differentiates = True
+                if graph and self._recompute:  # what the first attempt saved would be looked for again
+                    self._calls = 0
+                    raise BegunAnew from error
+                args = (args[0], _leaves_of(args[1]), *args[2:])
+                v = self.field(*args)
         if state is not None and not all(map(torch.equal, state, _random_state(self._device))):
             raise ValueError(
                 f"{self._names[0]} draws random numbers at every call (dropout in training mode?): called again it is "
@@ -358,11 +233,7 @@ class Captured:
         )
 
     def _note(self, outputs: list[Tensor], mark: int, inputs: list[Tensor], first: bool) -> None:
-        if self._recompute and not self._back:  # the first state may also be read as itself
-            self._inputs += [x for x in inputs if x.requires_grad and x.is_leaf]
-        candidates = {id(x): x for x in (*self.tensors, *self._inputs, *self._now.values())}
-        for part in self._parts:
-            candidates |= {id(x): x for x in (*part.parameters.values(), *part.attributes.values()) if x is not None}
+        candidates = {id(x): x for x in (*self.tensors, *self._inputs, *self._now.values())} | self._snapshot.weights
         made = {(x.grad_fn, x.output_nr): x for x in candidates.values() if x.grad_fn is not None}
         own = {id(x) for x in inputs}
         stops = set(made) | {(x.grad_fn, x.output_nr) for x in inputs if x.grad_fn is not None}
@@ -370,7 +241,7 @@ class Captured:
         leaves = [x for x in leaves if id(x) not in own]
         self._read |= {id(x) for x in (*leaves, *(made[edge] for edge in outside if edge in made))}
         self._known |= {
-            id(x): _Known.of(x) for x in (*leaves, *(made[edge] for edge in outside if edge in made))
+            id(x): Known.of(x) for x in (*leaves, *(made[edge] for edge in outside if edge in made))
             if not self._back and id(x) in candidates and id(x) not in self._known
         }  # fmt: skip
         if not self._open:
@@ -407,7 +278,7 @@ class Captured:
                 known.add(id(x))
                 self.tensors.append(x)
             if id(x) not in self._known:
-                self._known[id(x)] = _Known.of(x)
+                self._known[id(x)] = Known.of(x)
 
 
 def owner_of(field: Any) -> Any:
@@ -422,18 +293,6 @@ def owner_of(field: Any) -> Any:
     return None
 
 
-def stored(rate: Tensor, like: Tensor) -> Tensor:
-    """A rate of change of a tensor as a part of a state with the dtype of ``like``."""
-    return (torch.view_as_real(rate) if rate.is_complex() and not like.is_complex() else rate).to(like)
-
-
-def restored(x: Tensor, like: Tensor) -> Tensor:
-    """A gradient from such a part, in the dtype of the tensor ``like``."""
-    if like.is_complex() and not x.is_complex():
-        x = torch.complex(x[..., 0].contiguous(), x[..., 1].contiguous())
-    return (x if like.is_complex() else x.real).to(like)
-
-
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors and the parameters of the modules in ``value``, however nested."""
     for leaf in tree_leaves(value):
@@ -443,49 +302,9 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from leaf.parameters()
 
 
-def _loosened(value: Any, index: dict[int, int]) -> Callable[[list[nn.Module]], Any]:
-    """``value`` as a function of the modules in it, which it does not hold."""
-    if isinstance(value, nn.Module) and id(value) in index:
-        i = index[id(value)]
-        return lambda modules: modules[i]
-    if isinstance(value, MethodType) and id(value.__self__) in index:
-        i, function = index[id(value.__self__)], value.__func__
-        return lambda modules: MethodType(function, modules[i])
-    if isinstance(value, partial):
-        call, args = _loosened(value.func, index), [_loosened(x, index) for x in value.args]
-        named = {key: _loosened(x, index) for key, x in value.keywords.items()}
-        return lambda ms: partial(call(ms), *(x(ms) for x in args), **{key: x(ms) for key, x in named.items()})
-    if isinstance(value, FunctionType) and any(id(x) in index for x in _contents(value)):
-        code, names, defaults, keywords = value.__code__, value.__globals__, value.__defaults__, value.__kwdefaults__
-        name, cells = value.__name__, [_loose_cell(cell, index) for cell in value.__closure__ or ()]
-
-        def function(modules: list[nn.Module]) -> FunctionType:
-            found = FunctionType(code, names, name, defaults, tuple(cell(modules) for cell in cells))
-            found.__kwdefaults__ = keywords
-            return found
-
-        return function
-    return lambda modules: value
-
-
-def _loose_cell(cell: CellType, index: dict[int, int]) -> Callable[[list[nn.Module]], CellType]:
-    try:
-        content = cell.cell_contents
-    except ValueError:
-        return lambda modules: cell
-    if id(content) not in index:
-        return lambda modules: cell
-    i = index[id(content)]
-    return lambda modules: CellType(modules[i])
-
-
-def _contents(function: FunctionType) -> Iterator[Any]:
-    """What a function closes over."""
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not yet assigned
-            continue
+def _leaves_of(state: Any) -> Any:
+    """The state, a tensor or several, without history and requiring a gradient."""
+    return tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), state)
 
 
 def _reads(
@@ -510,35 +329,6 @@ def _reads(
         else:
             stack.extend(node.next_functions)
     return list(leaves.values()), outside
-
-
-def _has_history(value: Any) -> bool:
-    """Whether an attribute of a module holds the result of a computation, which may hold the module."""
-    if isinstance(value, Tensor):
-        return value.grad_fn is not None
-    if isinstance(value, dict):
-        return any(map(_has_history, value.values()))
-    return isinstance(value, Solution) or (isinstance(value, list | tuple) and any(map(_has_history, value)))
-
-
-def _exchange(values: dict[str, Any], new: dict[str, Any], undo: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Make ``values`` equal to ``new`` where it is not, and note what it was."""
-    if values.keys() == new.keys() and all(values[name] is x for name, x in new.items()):
-        return
-    undo.append((values, dict.fromkeys(new, _MISSING) | values))
-    values.clear()
-    values.update(new)
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-def _address(x: Tensor) -> int:
-    try:
-        return x.data_ptr()
-    except RuntimeError:  # a tensor without memory of its own
-        return 0
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

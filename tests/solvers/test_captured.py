@@ -380,6 +380,39 @@ def test_the_module_itself_is_called_again_and_left_as_it_is(way):
     torch.testing.assert_close(net.a.weight.grad, 2 * first)
 
 
+class Hamiltonian(nn.Module):
+    """Velocity from the gradient of a scalar, which the field takes itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.energy = nn.Sequential(nn.Linear(2, 4, dtype=D), nn.Tanh(), nn.Linear(4, 1, bias=False, dtype=D))
+
+    def forward(self, t, x):
+        (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return torch.stack([slope[:, 1], -slope[:, 0]], 1)
+
+
+@every
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_field_that_differentiates_inside_needs_no_graph_of_the_solve(way, wanted):
+    net = Hamiltonian()
+    parameters = list(net.parameters())
+    expected = torch.autograd.grad(directly(net, X0.clone().requires_grad_()).square().sum(), parameters)
+    x = X0.clone().requires_grad_(wanted)
+    close(torch.autograd.grad(SOLVES[way](net, x).square().sum(), parameters), expected)
+
+
+@every
+def test_what_is_missing_a_gradient_for_another_reason_is_told(way):
+    class Wrong(Net):
+        def forward(self, t, x):
+            return torch.autograd.grad(self.a(x.detach()).sum(), torch.ones(1))[0]
+
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        SOLVES[way](Wrong(), X0)
+
+
 @every
 def test_frozen_parameters_get_none_and_the_state_still_does(way):
     net, x = Net(), X0.clone().requires_grad_()

@@ -569,3 +569,18 @@ def test_a_step_clipped_by_a_stop_is_no_underflow(method, stop):
         lambda t, y: -y, torch.ones(2, dtype=torch.float64), t, method=method, rtol=1e-2, atol=1e-2, options=options
     )
     torch.testing.assert_close(found[-1], torch.full((2,), math.exp(-2), dtype=torch.float64), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("interface", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "fehlberg2", "euler"])
+def test_an_event_that_comes_and_goes_within_a_step_is_met(method, back, interface):
+    """y = t, in steps that grow by ten times; the event lasts from 2.5 to 3.5."""
+    options = {"step_size": 8.0} if method == "euler" else {"first_step": 1.0}
+    time, y = odeint_event(
+        lambda t, y: torch.ones_like(y), torch.zeros(1, dtype=D), torch.tensor(0.0, dtype=D), reverse_time=back,
+        event_fn=lambda t, y: torch.stack([(y - 3).abs() - 0.5, (y + 3).abs() - 0.5]), method=method, options=options,
+        odeint_interface=interface, **({"adjoint_params": ()} if interface is odeint_adjoint else {}),
+    )  # fmt: skip
+    assert time.item() == pytest.approx(-2.5 if back else 2.5, abs=1e-6)
+    assert y[-1].item() == pytest.approx(time.item(), abs=1e-6)
