@@ -67,7 +67,6 @@ class Captured:
 
     Attributes:
         tensors: what gets gradients; complete once the forward pass is over.
-        looks: how often a later pass was seen to read what the forward pass read.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Captured:
         self._known: dict[int, Known] = {}
         self._now: dict[int, Tensor] = {}
         self._read: set[int] = set()
-        self.looks = 0
+        self._looked = False
         self._inputs: list[Tensor] = []
         self._calls, self._back, self._unclaimed = 0, False, dict[int, weakref.ref[Tensor]]()
 
@@ -120,11 +119,7 @@ class Captured:
         if self._recompute and torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
             self._refuse_transforms()
         self._device = device
-        kind = device.type
-        self._autocast = None
-        if torch.amp.is_autocast_available(kind):
-            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-            self._autocast = (kind, dtype, enabled, torch.is_autocast_cache_enabled())
+        self._autocast = _autocast(device.type)
         try:
             yield
         finally:
@@ -134,11 +129,12 @@ class Captured:
         self._close()
 
     @contextmanager
-    def again(self, *, cut: bool = False) -> Iterator[list[Tensor]]:
+    def again(self, *, cut: bool = False, look: bool = True) -> Iterator[list[Tensor]]:
         """While a backward pass calls the field: everything as it was; yields the tensors that get gradients.
 
         Args:
             cut: without what the tensors of its modules were computed from, so that one's gradient holds no other's.
+            look: at what the field reads now; a pass that calls it for the same gradient again need not.
 
         Raises:
             RuntimeError: a tensor was changed in place since.
@@ -151,13 +147,13 @@ class Captured:
         try:
             with (
                 self._snapshot.restored(now) as field,
-                torch.autocast(*self._autocast) if self._autocast else nullcontext(),
+                nullcontext() if self._autocast == _autocast(self._device.type) else torch.autocast(*self._autocast),
             ):
-                calls = 2 if self._recompute and self.looks > 1 else 0  # not a look at every step
+                calls = 0 if look and not (self._recompute and self._looked) else 2
                 self._field, self._calls, self._back, self._unclaimed, self._now = field, calls, True, {}, now
                 yield [now.get(id(x), x) for x in self.tensors]
         finally:
-            self.looks += self._back and self._calls > 1
+            self._looked = self._looked or (look and self._calls > 1)
             self._field, self._calls, self._back, self._unclaimed, self._now = outer
 
     def _close(self) -> None:
@@ -300,6 +296,14 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield leaf
         elif isinstance(leaf, nn.Module):
             yield from leaf.parameters()
+
+
+def _autocast(kind: str) -> tuple[Any, ...]:
+    """The arguments of ``torch.autocast`` as they are now on a kind of device; none where it has none."""
+    if not torch.amp.is_autocast_available(kind):
+        return ()
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return (kind, dtype, enabled, torch.is_autocast_cache_enabled())
 
 
 def _leaves_of(state: Any) -> Any:

@@ -207,7 +207,7 @@ def _by_recomputing(task: Task, captured: Captured | None) -> Solution:
             return follow(task, found, _recomputed(task, captured, found))
     with forward, torch.no_grad():
         found = task._replace(keep="states").solve()
-    with nullcontext() if captured is None else captured.again():
+    with nullcontext() if captured is None else captured.again(look=False):
         return follow(task, found, _recomputed(task, captured, found))
 
 
@@ -245,5 +245,7 @@ def _by_backsolving(task: Task, captured: Captured) -> Solution:
         return plain._replace(field=system, x0=z, t0=t1, t1=t0).solve().x1
 
     x = x1 if t0 == t1 else backsolved(captured, task.field, task.x0, x1, backward)
+    if found.event_time is None:
+        return follow(task, found, x)
     with captured.again():
         return follow(task, found, x)

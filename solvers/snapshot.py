@@ -79,6 +79,9 @@ class Snapshot:
     Args:
         field: what is called.
         args: its further arguments, however nested.
+
+    Attributes:
+        weights: the parameters, and the tensors with a gradient among plain attributes, by their identity.
     """
 
     def __init__(self, field: Callable[..., Any], args: Any) -> None:
@@ -88,10 +91,9 @@ class Snapshot:
         for value in tree_leaves(args):
             self._visit(value, whole=False)
         self._loose = _loosened(field, self._index)
+        self.weights = self._weights()
 
-    @property
-    def weights(self) -> dict[int, Tensor]:
-        """The parameters, and the tensors with a gradient among plain attributes, by their identity."""
+    def _weights(self) -> dict[int, Tensor]:
         parts = (x for part in self._parts for x in (*part.parameters.values(), *part.attributes.values()))
         return {id(x): x for x in parts if x is not None}
 
@@ -116,7 +118,7 @@ class Snapshot:
                     for k, v in vars(module).items()
                     if k not in _DICTIONARIES and (k in part.attributes or not _has_history(v))
                 }
-        self._index = {}
+        self._index, self.weights = {}, self._weights()
 
     @contextmanager
     def restored(self, now: Mapping[int, Tensor]) -> Iterator[Callable[..., Any]]:
@@ -133,11 +135,15 @@ class Snapshot:
         try:
             for part, module in zip(self._parts, modules, strict=True):
                 values = vars(module)
-                _exchange(values["_parameters"], {k: now.get(id(p), p) for k, p in part.parameters.items()}, undo)
-                _exchange(values["_buffers"], {k: self._buffer(part, k, x) for k, x in part.buffers.items()}, undo)
-                children = {k: modules[i] if isinstance(i, int) else i for k, i in part.children.items()}
-                _exchange(values["_modules"], children, undo)
-                plain = {k: now.get(id(x), x) for k, x in part.attributes.items()} | {"training": part.training}
+                if part.parameters or values["_parameters"]:
+                    _exchange(values["_parameters"], {k: now.get(id(p), p) for k, p in part.parameters.items()}, undo)
+                if part.buffers or values["_buffers"]:
+                    _exchange(values["_buffers"], {k: self._buffer(part, k, x) for k, x in part.buffers.items()}, undo)
+                if part.children or values["_modules"]:
+                    children = {k: modules[i] if isinstance(i, int) else i for k, i in part.children.items()}
+                    _exchange(values["_modules"], children, undo)
+                plain: dict[str, Any] = {k: now.get(id(x), x) for k, x in part.attributes.items()}
+                plain["training"] = part.training
                 if any(values.get(k) is not x for k, x in plain.items()):
                     undo.append((values, {k: values.get(k, _MISSING) for k in plain}))
                     values.update(plain)

@@ -198,7 +198,7 @@ def rk_step(
         ends = tableau.fsal and i == tableau.stages - 1
         point, time = (x1, t + h) if ends else (add(x, stages, tableau.a[i], h), t + tableau.c[i] * h)
         v = field if fields is None else fields[i]
-        stages = (*stages, _velocity(v, time, point, i, versions is None))  # type: ignore[arg-type]
+        stages = (*stages, _velocity(v, time, point, i, versions is None, own=not ends))  # type: ignore[arg-type]
     if versions and len(stages) > 1:
         check_unchanged(stages, versions)
     return Step(t, h, x, x1, stages, tableau, known)
@@ -231,7 +231,7 @@ def _evaluate(
         for i in range(len(stages), tableau.interior):
             point = combine(x, stages, a[i], h) if i else x
             v = field if one else field[i]  # type: ignore[index]
-            stages = (*stages, _velocity(v, t + c[i] * h if i else t, point, i, True))  # type: ignore[arg-type]
+            stages = (*stages, _copied(v, t + c[i] * h if i else t, point, i, own=i > 0))  # type: ignore[arg-type]
         return stages, None, combine
     shape, dtype, device, version = x.shape, x.dtype, x.device, x._version
     add = combination if x.numel() <= SMALL else combine
@@ -261,10 +261,14 @@ def velocity(field: Field, t: float | Tensor, x: Tensor, stage: int = 0) -> Tens
     return _velocity(field, t, x, stage, _uncounted(x))
 
 
-def _velocity(field: Field, t: float | Tensor, x: Tensor, stage: int, uncounted: bool) -> Tensor:
-    if uncounted:  # a copy, lest a write reaches x, and of what comes back, lest it is written into later
-        p = _checked(field(t, x.clone()), x, stage)
-        return p.clone()
+def _copied(field: Field, t: float | Tensor, x: Tensor, stage: int, own: bool) -> Tensor:
+    """One call where torch counts no writes: what comes back is copied, and x too unless it is the step's ``own``."""
+    return _checked(field(t, x if own else x.clone()), x, stage).clone()
+
+
+def _velocity(field: Field, t: float | Tensor, x: Tensor, stage: int, uncounted: bool, own: bool = False) -> Tensor:
+    if uncounted:
+        return _copied(field, t, x, stage, own)
     version = x._version
     p = field(t, x)
     if x._version != version:
