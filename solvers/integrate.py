@@ -123,8 +123,9 @@ def integrate(
     x = packing.pack(x0)
     start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
     longest = end - start if not per_sample else 2 * np.abs(end / 2 - start / 2).max().item()
-    if not math.isfinite(longest):
-        raise ValueError(f"t1 - t0 must be finite, got t0 = {t0} and t1 = {t1}")
+    largest = torch.finfo(torch.promote_types(real_dtype(x), torch.float32)).max
+    if not longest < math.inf or (steps is not None and longest / steps > largest):
+        raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
     tolerance, controller = tolerance or _TOLERANCE, controller or _CONTROLLER
     raises = on_limit == "raise"
     if per_sample:

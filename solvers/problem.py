@@ -119,6 +119,8 @@ def make_problem(
     times = _check_times(t, numbers=adaptive or not output_times_are_the_grid(options))
     t = t.to(x0.device)
     real = torch.promote_types(real_dtype(x0), torch.float32)
+    if not adaptive and not torch.compiler.is_compiling() and abs(times[-1] - times[0]) > torch.finfo(real).max:
+        raise ValueError(f"t must span a time that is finite in {real}, got {times[0]:g} to {times[-1]:g}")
     wide = options.get("dtype", torch.float64 if adaptive and x0.device.type != "mps" else t.dtype)
     wide = torch.promote_types(wide, real)
     origin = t[0].to(wide) if t.requires_grad else None

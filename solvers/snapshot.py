@@ -173,7 +173,7 @@ class Snapshot:
                 self._visit(child, whole, depth)
                 part.children[name] = self._index.get(id(child), child)
             for name, held in attributes.items():
-                if name not in _DICTIONARIES and isinstance(held, list | tuple | dict) and depth < 4:
+                if isinstance(held, list | tuple | dict) and held and name not in _DICTIONARIES and depth < 4:
                     self._visit(held, whole, depth + 1)
         elif depth > 4:
             return
@@ -270,7 +270,7 @@ def _has_history(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.grad_fn is not None
     if isinstance(value, dict):
-        return any(map(_has_history, value.values()))
+        return bool(value) and any(map(_has_history, value.values()))
     return isinstance(value, Solution) or (isinstance(value, list | tuple) and any(map(_has_history, value)))
 
 

@@ -198,7 +198,7 @@ def rk_step(
         ends = tableau.fsal and i == tableau.stages - 1
         point, time = (x1, t + h) if ends else (add(x, stages, tableau.a[i], h), t + tableau.c[i] * h)
         v = field if fields is None else fields[i]
-        stages = (*stages, _velocity(v, time, point, i, versions is None, own=not ends))  # type: ignore[arg-type]
+        stages = (*stages, _velocity(v, time, point, i, versions is None, own=not ends and point is not x))  # type: ignore[arg-type]
     if versions and len(stages) > 1:
         check_unchanged(stages, versions)
     return Step(t, h, x, x1, stages, tableau, known)
@@ -208,7 +208,7 @@ def advance(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
 ) -> Tensor:
     """The state at the end of a step; :func:`rk_step` says more."""
-    stages, versions, add = _evaluate(field, t, x, h, tableau)
+    stages, versions, add = _evaluate(field, t, x, h, tableau, ends=True)
     if versions and len(stages) > 1:
         check_unchanged(stages, versions)
     return add(x, stages, tableau.b, h)
@@ -221,8 +221,11 @@ def _evaluate(
     h: float | Tensor,
     tableau: ButcherTableau,
     stages: tuple[Tensor, ...] = (),
+    ends: bool = False,
 ) -> tuple[tuple[Tensor, ...], list[int] | None, Callable[..., Tensor]]:
     """The stages that the end of a step needs, those given first; their versions, or None; and what adds them up.
+
+    Where the step ``ends`` with it, nothing calls the field again while the last stage is in use.
 
     One function without calls of ours but :func:`combine`, since a small field takes no longer than a few of them.
     """
@@ -230,8 +233,10 @@ def _evaluate(
     if _uncounted(x):
         for i in range(len(stages), tableau.interior):
             point = combine(x, stages, a[i], h) if i else x
+            point = x.clone() if point is x else point  # lest a write of the field reaches x
             v = field if one else field[i]  # type: ignore[index]
-            stages = (*stages, _copied(v, t + c[i] * h if i else t, point, i, own=i > 0))  # type: ignore[arg-type]
+            p = _checked(v(t + c[i] * h if i else t, point), x, i)  # type: ignore[operator]
+            stages = (*stages, p if ends and i == tableau.interior - 1 else p.clone())
         return stages, None, combine
     shape, dtype, device, version = x.shape, x.dtype, x.device, x._version
     add = combination if x.numel() <= SMALL else combine
@@ -261,14 +266,9 @@ def velocity(field: Field, t: float | Tensor, x: Tensor, stage: int = 0) -> Tens
     return _velocity(field, t, x, stage, _uncounted(x))
 
 
-def _copied(field: Field, t: float | Tensor, x: Tensor, stage: int, own: bool) -> Tensor:
-    """One call where torch counts no writes: what comes back is copied, and x too unless it is the step's ``own``."""
-    return _checked(field(t, x if own else x.clone()), x, stage).clone()
-
-
 def _velocity(field: Field, t: float | Tensor, x: Tensor, stage: int, uncounted: bool, own: bool = False) -> Tensor:
-    if uncounted:
-        return _copied(field, t, x, stage, own)
+    if uncounted:  # copies, lest a write reaches x, unless it is the step's own, or what has come back
+        return _checked(field(t, x if own else x.clone()), x, stage).clone()
     version = x._version
     p = field(t, x)
     if x._version != version:

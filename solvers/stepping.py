@@ -138,7 +138,7 @@ def adaptive_steps(
                 "the problem is stiff or discontinuous here, or the tolerance is below rounding",
                 t=t, h=direction * size, stage=None,
             )  # fmt: skip
-        elif size > largest:
+        if size > largest:
             if left > largest:
                 raise NonFiniteError(
                     f"steps grow beyond {largest:.3g}: the velocity vanishes and nothing ends the solve before "

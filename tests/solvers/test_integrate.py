@@ -228,6 +228,8 @@ def test_non_finite_field_names_the_stage():
         ({"args": torch.zeros(1)}, TypeError, "args must be a tuple"),
         ({"t0": None}, TypeError, "t0 must be a number"),
         ({"t0": -1e308, "t1": 1e308}, ValueError, "t1 - t0 must be finite"),
+        ({"t1": 1e300, "steps": 2}, ValueError, "t1 - t0 must be finite in the precision of x0"),
+        ({"t0": 1e300, "t1": 1.000000000000001e300}, SolverError, "steps grow beyond"),
         ({"steps": 2, "controller": I()}, ValueError, "steps excludes tolerance and controller"),
         ({"keep": "all"}, ValueError, "keep must be"),
     ],

@@ -584,3 +584,8 @@ def test_an_event_that_comes_and_goes_within_a_step_is_met(method, back, interfa
     )  # fmt: skip
     assert time.item() == pytest.approx(-2.5 if back else 2.5, abs=1e-6)
     assert y[-1].item() == pytest.approx(time.item(), abs=1e-6)
+
+
+def test_times_too_far_apart_for_the_state_are_refused():
+    with pytest.raises(ValueError, match=r"t must span a time that is finite in torch.float32, got 0 to 1e\+300"):
+        odeint(lambda t, y: -y, Y, torch.tensor([0.0, 1e300], dtype=D), method="rk4")
