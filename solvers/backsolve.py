@@ -112,6 +112,8 @@ def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Toler
 
 def stored(rate: Tensor, like: Tensor) -> Tensor:
     """A rate of change of a tensor as a part of a state with the dtype of ``like``."""
+    if rate.dtype == like.dtype and rate.device == like.device:
+        return rate
     return (torch.view_as_real(rate) if rate.is_complex() and not like.is_complex() else rate).to(like)
 
 
@@ -146,7 +148,7 @@ class _Backsolve(torch.autograd.Function):
         packing = Packing(start, "x1")
 
         def system(t: Any, z: Tensor) -> Tensor:
-            y, a, *_ = (part.to(x1.dtype) for part in packing.unpack(z))
+            y, a = (part.to(x1.dtype) for part in packing.unpack(z)[:2])
             if torch.is_grad_enabled():  # the gradient is to be differentiated itself
                 rates: tuple[Tensor, ...] = _Rates.apply(ctx.captured, ctx.field, t, params, y, a, *ctx.params)  # type: ignore[assignment]
             else:

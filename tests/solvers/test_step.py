@@ -6,6 +6,7 @@ import torch
 from scipy.integrate import RK23, RK45
 
 from solvers import ButcherTableau, get_tableau, rk_step
+from solvers.step import advance
 from tests.counting import Operations
 
 NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
@@ -267,3 +268,18 @@ def test_where_torch_counts_no_writes_the_field_gets_copies(way):
         with torch.inference_mode():
             reused = rk_step(Reusing(x), 0.0, x + 0, 0.1, bs23).x1
         torch.testing.assert_close(reused, rk_step(lambda t, x: -x, 0.0, x, 0.1, bs23).x1)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_stage_that_begins_at_x_again_does_not_overwrite_it(mode):
+    """A method whose second stage reads no other: its point is x itself."""
+    tableau = ButcherTableau("twice", order=1, c=(0.0, 0.0), a=((), (0.0,)), b=(0.5, 0.5))
+    field, x = [lambda t, x: x + 1.0, lambda t, x: x.add_(1.0)], torch.ones(2, 3)
+    with mode():
+        if mode is torch.no_grad:
+            with pytest.raises(ValueError, match="must not write into its input: stage 1"):
+                rk_step(field, 0.0, x, 1.0, tableau)
+            return
+        for x1 in (rk_step(field, 0.0, x, 1.0, tableau).x1, advance(field, 0.0, x, 1.0, tableau)):
+            torch.testing.assert_close(x1, torch.full((2, 3), 3.0))
+    assert torch.equal(x, torch.ones(2, 3))
