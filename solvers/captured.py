@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from solvers.snapshot import Known, Snapshot
@@ -118,6 +119,11 @@ class Captured:
         """While a forward pass calls the field."""
         if self._recompute and torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
             self._refuse_transforms()
+        if self._recompute and getattr(parametrize, "_cache_enabled", 0):
+            raise RuntimeError(
+                f"gradients that call the {self._names[0]} again need its weights anew: leave parametrize.cached() "
+                f"before the solve, or use {self._names[2]}"
+            )
         self._device = device
         self._autocast = _autocast(device.type)
         try:

@@ -193,7 +193,7 @@ def _captured(field: Any, parameters: Any, args: Sequence[Any], gradient: str, s
     if gradient == "backsolve" and parameters is None and owner_of(field) is None:
         raise ValueError("gradient='backsolve' needs a torch module as field, or parameters to say what gets gradients")
     recompute = gradient == "checkpoint"
-    instead = "gradient='direct'" if searching else "gradient='direct' or 'checkpoint'"
+    instead = "gradient='direct'" if searching or recompute else "gradient='direct' or 'checkpoint'"
     names = ("field", "parameters", instead)
     return Captured(field, parameters, args, names=names, recompute=recompute, random=recompute and not searching)
 

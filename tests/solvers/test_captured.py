@@ -257,6 +257,19 @@ def test_parametrized_weights(way, name):
     close(gradients(make, lambda net: SOLVES[way](net, X0), lambda net: net.train()), expected)
 
 
+@every
+def test_cached_parametrizations_give_the_gradient_or_are_refused(way):
+    net = Normed(nn.utils.parametrizations.weight_norm)
+    with nn.utils.parametrize.cached():
+        if way.startswith("checkpoint"):
+            with pytest.raises(RuntimeError, match=r"leave parametrize.cached\(\) before the solve, or use gradient="):
+                SOLVES[way](net, X0)
+            return
+        x1 = SOLVES[way](net, X0)
+    wanted = list(net.parameters())
+    close(torch.autograd.grad(x1.sum(), wanted), torch.autograd.grad(directly(net, X0).sum(), wanted))
+
+
 class BatchNormed(nn.Module):
     def __init__(self):
         super().__init__()
