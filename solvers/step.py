@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -156,9 +157,9 @@ def rk_step(
     """One step from ``x`` at ``t``.
 
     A field may return its input, or the same tensor again and again, but neither write into its input nor into what it
-    has returned: torch's counts of such writes are compared. Where torch does not count (``torch.inference_mode``,
-    ``torch.compile``, ``torch.func``) the field gets a copy of x and its stages are copied. Writes that pass torch by
-    (``x.data``, NumPy) are not noticed.
+    has returned: torch's counts of such writes are compared. Where torch does not count (``torch.compile``,
+    ``torch.func``) the field gets a copy of x and its stages are copied; in ``torch.inference_mode`` it counts, for the
+    step is taken under ``torch.no_grad`` instead. Writes that pass torch by (``x.data``, NumPy) are not noticed.
 
     Args:
         field: the velocity ``v(t, x)``, or one callable per stage.
@@ -180,6 +181,10 @@ def rk_step(
     >>> round(step.x1.item(), 5)
     0.90483
     """
+    if not is_compiling() and is_inference_mode_enabled():
+        with _counting():
+            x, first = _countable(x), None if first is None else _countable(first)
+            return rk_step(field, t, x, h, tableau, first, closing=closing, finding=finding)
     fields = field if isinstance(field, _SEVERAL) else None
     if fields is not None and len(fields) != tableau.stages:
         raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
@@ -208,6 +213,9 @@ def advance(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
 ) -> Tensor:
     """The state at the end of a step; :func:`rk_step` says more."""
+    if not is_compiling() and is_inference_mode_enabled():
+        with _counting():
+            return advance(field, t, _countable(x), h, tableau)
     stages, versions, add = _evaluate(field, t, x, h, tableau, ends=True)
     if versions and len(stages) > 1:
         check_unchanged(stages, versions)
@@ -263,6 +271,9 @@ def velocity(field: Field, t: float | Tensor, x: Tensor, stage: int = 0) -> Tens
     Raises:
         ValueError, TypeError: as there.
     """
+    if not is_compiling() and is_inference_mode_enabled():
+        with _counting():
+            return velocity(field, t, _countable(x), stage)
     return _velocity(field, t, x, stage, _uncounted(x))
 
 
@@ -279,7 +290,19 @@ def _velocity(field: Field, t: float | Tensor, x: Tensor, stage: int, uncounted:
 
 def _uncounted(x: Tensor) -> bool:
     """Whether torch counts no writes: in a compiled graph, under torch.func, and for tensors of inference mode."""
-    return is_compiling() or is_inference_mode_enabled() or maybe_current_level() is not None or x.is_inference()
+    return is_compiling() or maybe_current_level() is not None or x.is_inference()
+
+
+@contextmanager
+def _counting() -> Iterator[None]:
+    """In inference mode: torch counts writes again, and keeps no graph all the same."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _countable(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one of inference mode: the first state of a solve, the others are none."""
+    return x.clone() if x.is_inference() else x
 
 
 def versions_of(tensors: Sequence[Tensor]) -> list[int] | None:
