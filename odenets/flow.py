@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from odenets.fields import VelocityField, field_for, reset_modules
 from odenets.measures import Measure, finding, needs_closing
-from odenets.normalization import StageBatchNorm, has_statistics
+from odenets.normalization import NOTHING, TRAINED, StageBatchNorm, known_statistics
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
 from solvers.states import check_state
 from solvers.stepping import adaptive_steps
@@ -58,7 +58,8 @@ class Flow(nn.Module):
     ``(B, D)``, a convolutional one for ``(B, C, H, W)``. Show it a batch before building an optimiser.
 
     Args:
-        field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one.
+        field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one
+            each time; what it returns twice is shared.
             One with :class:`~odenets.normalization.StageBatchNorm` stays as it is where the method has several stages:
             the flow takes a copy that shares its parameters and has statistics for every stage, which begin with its.
         solver: name of a method or a tableau; ``"euler"`` with h = 1 is a residual network.
@@ -250,15 +251,20 @@ class Flow(nn.Module):
         if self.mode == "chained" and self.tableau.fsal:
             per_block -= 1
         sizes = self._sizes[:1] if self.shared or self.continuous else self._sizes
-        first = True
+        drawn: list[nn.Module] = []
         for size in sizes:
             fields = []
             for _ in range(per_block):
-                fields.append(_new_field(source, as_given=first))
-                first = False
+                fields.append(_new_field(source, as_given=not drawn))
+                drawn.append(fields[-1])
             if self.mode == "tied":
                 fields = [_with_stages(fields[0], self.tableau.stages)]
             self.blocks.append(Block(fields, size))
+        if len(drawn) > 1 and len(set(drawn)) == 1:
+            raise ValueError(
+                f"field must make a new module at each call, got one and the same {len(drawn)} times: take "
+                "field=lambda: MyField(...), or shared=True for one field in all blocks"
+            )
 
     def _stage_fields(self, m: int) -> Sequence[Callable[[float | Tensor, Tensor], Tensor]]:
         """One callable per stage of block m."""
@@ -321,18 +327,17 @@ class Flow(nn.Module):
                 first = step.stages[-1]  # the first stage of the next step
 
     def _check_closing(self, m: int) -> None:
-        """Refuse fields of closing stages whose batch norms have seen no batch where those of the others have."""
+        """Refuse fields of closing stages whose batch norms know less than those of the others."""
+        fields, interior = list(cast(Block, self.blocks[m]).fields), self.tableau.interior
         inner, closing = (
-            [norm for field in fields for norm in field.modules() if isinstance(norm, StageBatchNorm | _BatchNorm)]
-            for fields in (
-                cast(Block, self.blocks[m]).fields[: self.tableau.interior],
-                cast(Block, self.blocks[m]).fields[self.tableau.interior :],
-            )
+            [norm for field in part for norm in field.modules() if isinstance(norm, StageBatchNorm | _BatchNorm)]
+            for part in (fields[:interior], fields[interior:])
         )
-        closing = [norm for norm in closing if not norm.training]
-        if not all(map(has_statistics, closing)) and any(map(has_statistics, inner)):
+        least = min((known_statistics(norm) for norm in closing if not norm.training), default=TRAINED)
+        if least < TRAINED and least < max(map(known_statistics, inner), default=NOTHING):
+            what = "no statistics" if least == NOTHING else "statistics from before further training"
             raise ValueError(
-                f"batch norms in the closing fields of block {m} have no statistics, for training does not call these "
+                f"batch norms in the closing fields of block {m} have {what}, for training does not call these "
                 "fields: train a flow that reads them, solver=get_tableau('bs23').forwarding('order2'), or call "
                 "odenets.recalibrate(network, batches) first"
             )

@@ -19,6 +19,9 @@ from solvers.states import is_mapped, is_transformed
 
 __all__ = ["StageBatchNorm", "make_norm", "recalibrate"]
 
+NOTHING, TRAINED = 0, 2
+"""What is known of statistics; 1 is between them, a recalibration after which no batch was seen."""
+
 
 class StageBatchNorm(nn.Module):
     """Batch normalisation of a field shared by the stages of a step: one scale and shift, statistics per stage.
@@ -27,9 +30,9 @@ class StageBatchNorm(nn.Module):
     step. With one stage this is :class:`torch.nn.BatchNorm2d` to the last bit.
 
     Training never takes the closing stages of a method, and so sets no statistics for them. A stage without statistics
-    beside stages that have them is refused in eval mode; :func:`recalibrate` sets all. Where no stage has any, as in a
-    new network, mean 0 and variance 1 are taken, as torch does. ``update_bn`` and ``convert_sync_batchnorm`` of torch
-    pass over this layer.
+    beside stages that have them, or whose statistics stayed behind where training moved those of others, is refused in
+    eval mode; :func:`recalibrate` sets all. Where no stage has any, as in a new network, mean 0 and variance 1 are
+    taken, as torch does. ``update_bn`` and ``convert_sync_batchnorm`` of torch pass over this layer.
 
     Args:
         features: number of channels, dimension 1 of the input.
@@ -44,10 +47,12 @@ class StageBatchNorm(nn.Module):
         self.running_mean: Tensor
         self.running_var: Tensor
         self.batches: Tensor
+        self.recalibrated: Tensor  # the batches at the last recalibration
         self.register_buffer("running_mean", torch.zeros(stages, features))
         self.register_buffer("running_var", torch.ones(stages, features))
         self.register_buffer("batches", torch.zeros(stages, dtype=torch.long))
-        self._seen = [False] * stages  # which stages have statistics: what ``batches`` last said
+        self.register_buffer("recalibrated", torch.zeros(stages, dtype=torch.long))
+        self._known = [NOTHING] * stages  # what ``batches`` last said of the statistics of each stage
         self._read: tuple[Tensor, int] | None = None  # the buffer from which that was read, and its version
 
     @property
@@ -63,20 +68,21 @@ class StageBatchNorm(nn.Module):
         if stages == self.stages:
             return
         one = self.stages == 1
-        for name, start in (("running_mean", 0), ("running_var", 1), ("batches", 0)):
+        for name, start in (("running_mean", 0), ("running_var", 1), ("batches", 0), ("recalibrated", 0)):
             old = getattr(self, name)
             new = old[:1].repeat(stages, *[1] * (old.ndim - 1))
             if not one:
                 new[1:] = start
             setattr(self, name, new)
-        self._seen = [self._seen[0], *[self._seen[0] and one] * (stages - 1)]
+        self._known = [self._known[0], *[self._known[0] if one else NOTHING] * (stages - 1)]
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics."""
         self.running_mean.zero_()
         self.running_var.fill_(1)
         self.batches.zero_()
-        self._seen = [False] * self.stages
+        self.recalibrated.zero_()
+        self._known = [NOTHING] * self.stages
 
     def reset_parameters(self) -> None:
         """Scale 1, shift 0, no statistics."""
@@ -84,39 +90,40 @@ class StageBatchNorm(nn.Module):
         nn.init.zeros_(self.bias)
         self.reset_running_stats()
 
-    def seen(self) -> list[bool]:
-        """Which stages have statistics; waits for the device once after the count of batches changed.
+    def known(self) -> list[int]:
+        """What is known of each stage: nothing, statistics of a recalibration, or of training since then.
 
-        Where the count has no values, in a graph that is being traced or under vmap, it is what was last known.
+        Waits for the device once after the count of batches changed. Where that has no values, in a graph that is being
+        traced or under vmap, it is what was last known.
         """
         batches = self.batches
         if torch.compiler.is_compiling() or type(batches) is not Tensor or batches.is_meta or is_transformed(batches):
-            return self._seen
+            return self._known
         read = self._read
         if read is None or read[0] is not batches or read[1] != batches._version:
-            self._seen = [n > 0 for n in batches.tolist()]
+            self._known = ((batches > 0).long() + (batches > self.recalibrated)).tolist()
             self._read = None if batches.is_inference() else (batches, batches._version)
-        return self._seen
+        return self._known
 
     def forward(self, x: Tensor, stage: int = 0) -> Tensor:
         """Normalise ``x`` ``(B, C, ...)`` with the statistics of a stage.
 
         Raises:
-            ValueError: in eval mode, the stage has no statistics and others have.
+            ValueError: in eval mode, the stage has no statistics, or older ones, and others have.
         """
         momentum, training = self.momentum, self.training
         if training and momentum is None:
             momentum = 1.0 / (float(self.batches[stage]) + 1)
-        elif not training and len(self._seen) > 1:
-            read = self._read  # what :meth:`seen` asks, without a call
+        elif not training and len(known := self._known) > 1:
+            read = self._read  # what :meth:`known` asks, without a call
             if (
                 torch.compiler.is_compiling()
                 or read is None
                 or read[0] is not self._buffers["batches"]
                 or read[0]._version != read[1]
-                or (not self._seen[stage] and True in self._seen)
+                or (known[stage] < TRAINED and known[stage] < max(known))
             ):
-                self._check_seen(stage)
+                self._check_known(stage)
         mean, variance = self.running_mean[stage], self.running_var[stage]
         if is_mapped(mean):  # vmap updates a copy of what is not one run of memory
             mean, variance = mean.clone(), variance.clone()
@@ -132,20 +139,25 @@ class StageBatchNorm(nn.Module):
         )
         if training:
             self.batches[stage] += 1
-            if not self._seen[stage]:
-                self._seen[stage] = True
+            if self._known[stage] < TRAINED:
+                self._known[stage], self._read = TRAINED, None
             if is_mapped(mean):
                 self.running_mean[stage], self.running_var[stage] = mean, variance
         return x
 
-    def _check_seen(self, stage: int) -> None:
-        seen = self.seen()
-        if not seen[stage] and any(seen):
+    def _check_known(self, stage: int) -> None:
+        known = self.known()
+        most = max(known)
+        if known[stage] < most:
+            none = known[stage] == NOTHING
+            what, which = (
+                ("no statistics", "only") if none else ("statistics from before further training", "newer ones")
+            )
             raise ValueError(
-                f"batch norm has no statistics of stage {stage + 1} of {len(seen)}, only of "
-                f"{[i for i, known in enumerate(seen, 1) if known]}: training does not take the closing stages, which "
-                "embedded errors and outputs read. Call odenets.recalibrate(network, batches) first; mark a measure "
-                "that reads none with odenets.measures.interior"
+                f"batch norm has {what} of stage {stage + 1} of {len(known)}, {which} of "
+                f"{[i for i, each in enumerate(known, 1) if each == most]}: training does not take the closing stages, "
+                "which embedded errors and outputs read. Call odenets.recalibrate(network, batches) first; mark a "
+                "measure that reads none with odenets.measures.interior"
             )
 
     def _load_from_state_dict(
@@ -159,34 +171,46 @@ class StageBatchNorm(nn.Module):
         error_msgs: list[str],
     ) -> None:
         saved = state_dict.get(f"{prefix}batches")
+        old = isinstance(saved, Tensor) and f"{prefix}recalibrated" not in state_dict
         if isinstance(saved, Tensor) and saved.ndim == 1 and len(saved) != self.stages:
             error_msgs.append(
                 f"{prefix[:-1]}: the state holds batch norm statistics of {len(saved)} stage(s), this network has "
-                f"{self.stages}: build it with the solver it was saved with, or leave running_mean, running_var and "
-                "batches out of the state, load with strict=False and call odenets.recalibrate(network, batches)"
+                f"{self.stages}: build it with the solver it was saved with, or leave running_mean, running_var, "
+                "batches and recalibrated out of the state, load with strict=False and call "
+                "odenets.recalibrate(network, batches)"
             )
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.seen()
+        if old:  # saved when recalibrations were not counted
+            if f"{prefix}recalibrated" in missing_keys:
+                missing_keys.remove(f"{prefix}recalibrated")
+            self.recalibrated.zero_()
+        self._read = None
+        self.known()
 
 
-_READ: WeakKeyDictionary[nn.Module, tuple[Tensor, int, bool]] = WeakKeyDictionary()
+_READ: WeakKeyDictionary[nn.Module, tuple[Tensor, int, int]] = WeakKeyDictionary()
+_RECALIBRATED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def has_statistics(norm: nn.Module) -> bool:
-    """Whether a batch norm has seen a batch; waits for the device once after its count of batches changed."""
+def known_statistics(norm: nn.Module) -> int:
+    """What is known of a batch norm, as :meth:`StageBatchNorm.known` says it of a stage.
+
+    Waits for the device once after its count of batches changed.
+    """
     if isinstance(norm, StageBatchNorm):
-        return any(norm.seen())
+        return max(norm.known())
     count = cast(Tensor | None, norm.num_batches_tracked)
     if count is None or torch.compiler.is_compiling() or count.is_meta or is_transformed(count) or count.is_inference():
-        return True  # it keeps none, or cannot be asked
-    before, version, seen = _READ.get(norm, (None, -1, False))
+        return TRAINED  # it keeps none, or cannot be asked
+    before, version, known = _READ.get(norm, (None, -1, NOTHING))
     if before is not count or version != count._version:
-        seen = bool(count > 0)
-        _READ[norm] = (count, count._version, seen)
-    return seen
+        batches = int(count)
+        known = (batches > 0) + (batches > _RECALIBRATED.get(norm, 0))
+        _READ[norm] = (count, count._version, known)
+    return known
 
 
 class _Norm(nn.Module):
@@ -364,11 +388,13 @@ class _Average:
             buffer.copy_(value)
         for stage, (calls, samples, mean, variance) in self.totals.items() if keep else ():
             if isinstance(self.norm, StageBatchNorm):
-                self.norm.batches[stage] = calls
+                self.norm.batches[stage] = self.norm.recalibrated[stage] = calls
                 self.norm.running_mean[stage], self.norm.running_var[stage] = mean / samples, variance / samples
             else:
                 cast(Any, self.norm.num_batches_tracked).fill_(calls)
+                _RECALIBRATED[self.norm] = calls
                 self.norm.running_mean.copy_(mean / samples)
                 self.norm.running_var.copy_(variance / samples)
         if isinstance(self.norm, StageBatchNorm):
-            self.norm.seen()
+            self.norm._read = None
+            self.norm.known()

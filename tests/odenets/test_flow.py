@@ -342,6 +342,14 @@ def test_a_refused_first_input_leaves_a_lazy_flow_as_it_was():
     assert flow.input_shape == (3,)
 
 
+@pytest.mark.parametrize("arguments", [{"depth": 2}, {"stages": "untied"}, {"depth": 3, "stages": "chained"}])
+def test_a_function_that_makes_one_field_only_is_refused(arguments):
+    field = MLPField(2)
+    with pytest.raises(ValueError, match=r"field must make a new module at each call.*shared=True"):
+        Flow(lambda: field, solver="bs23", **arguments)
+    assert Flow(lambda: field, solver="bs23", depth=3, shared=True).blocks[0].fields[0] is field
+
+
 def test_shared_flow_uses_one_field():
     flow = Flow(MLPField(3), depth=4, shared=True)
     assert len(flow.blocks) == 1

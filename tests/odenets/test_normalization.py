@@ -1,6 +1,8 @@
 """Batch norm per stage: what has no statistics is refused, and what recalibration sets is what it saw."""
 
 import copy
+import itertools
+import pickle
 from functools import partial
 
 import pytest
@@ -11,6 +13,7 @@ from torch.func import functional_call, stack_module_state
 from odenets import ConvField, Flow, Network, data, measures, models, recalibrate
 from odenets.detection import Trajectory
 from odenets.fields import VelocityField
+from odenets.modes import keeping_state
 from odenets.module_wise import module_wise
 from odenets.normalization import StageBatchNorm
 from odenets.training import evaluate_schemes
@@ -130,6 +133,75 @@ def test_statistics_that_came_another_way_are_known(way):
         way(trained()).record(X, error=measures.error)
 
 
+@pytest.mark.parametrize("look", [lambda net: None, lambda net: net(X)])
+def test_passes_that_leave_no_trace_leave_no_statistics(look):
+    net = network().eval()
+    look(net)
+    expected = net.record(X, error=measures.error)[1]["error"]
+    with keeping_state(net):
+        net.train()(X)
+        net.eval()(X)
+    assert torch.equal(net.record(X, error=measures.error)[1]["error"], expected)
+
+
+def _trained_on(net, passes=lambda net: net(X)):
+    recalibrate(net, [X])
+    passes(net.train())
+    return net.eval()
+
+
+WAYS = {
+    "as it is": lambda net: net,
+    "copied": copy.deepcopy,
+    "loaded": lambda net: _loaded(net),
+    "pickled": lambda net: pickle.loads(pickle.dumps(net.flows[0])),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_closing_stages_that_stay_behind_further_training_are_refused(way):
+    net = _trained_on(network())
+    net(X)
+    flow = WAYS[way](net)
+    with pytest.raises(ValueError, match=r"before further training of stage 4 of 4, newer ones of \[1, 2, 3\]"):
+        flow.record(X, error=measures.error)
+    recalibrate(flow, [X])
+    assert flow.record(X, error=measures.error)[1]["error"].isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["StageBatchNorm", "torch's"])
+def test_closing_fields_that_stay_behind_further_training_are_refused(norm):
+    net = network(stages="untied")
+    if norm == "torch's":
+        net._flows[0] = Flow(Plain, solver="bs23", depth=2, stages="untied")
+    _trained_on(net)
+    net(X)
+    with pytest.raises(ValueError, match="closing fields of block 1 have statistics from before further training"):
+        net.ensemble(X)
+    recalibrate(net, [X])
+    assert net.ensemble(X).isfinite().all()
+
+
+def test_errors_measured_now_and_then_in_training_keep_closing_stages_with_the_others():
+    def passes(net):
+        net.record(X, error=measures.error)
+        for _ in range(5):
+            net(X)
+
+    net = _trained_on(network(), passes)
+    assert net.record(X, error=measures.error)[1]["error"].isfinite().all()
+
+
+def test_states_from_before_recalibrations_were_counted_are_taken():
+    net, other = trained(), network()
+    state = {name: value for name, value in net.state_dict().items() if not name.endswith("recalibrated")}
+    recalibrate(other, [X])
+    assert not any(other.load_state_dict(state))
+    assert torch.equal(other.eval()(X), net(X))
+    with pytest.raises(ValueError, match="no statistics of stage 4"):
+        other.record(X, error=measures.error)
+
+
 def test_statistics_are_known_in_inference_mode():
     with torch.inference_mode(), pytest.raises(ValueError, match="no statistics of stage 4"):
         _loaded(trained()).ensemble(X)
@@ -140,7 +212,7 @@ def test_statistics_are_known_to_a_compiled_flow():
     flow = network().flows[0].part(0, 1).train()
     run = torch.compile(lambda x, readout: flow(x, readout), backend="eager")
     run(X, "solution")
-    assert flow.blocks[0].fields[0].norm1._seen == [True, True, True, False]
+    assert flow.blocks[0].fields[0].norm1._known == [2, 2, 2, 0]
     flow.eval()
     with pytest.raises(ValueError, match="no statistics of stage 4"):
         run(X, "ensemble")
@@ -166,7 +238,7 @@ def test_the_counts_of_batches_are_read_once(monkeypatch):
     """A device is waited for when they have changed, not at every call."""
     net = trained()
     norm = net.flows[0].blocks[0].fields[0].norm1
-    norm.seen()
+    norm.known()
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("the count was read"))
     for _ in range(3):
         norm(X, 1)
@@ -384,7 +456,8 @@ def test_a_field_keeps_its_statistics_and_the_flow_trains_its_parameters(source,
     field = ConvField(3, norm="batch")
     field.train()(0.0, X)
     before = copy.deepcopy(field.state_dict())
-    flow = Flow(field if source == "field" else lambda: field, solver="bs23", stages=stages)
+    fields = itertools.chain([field], iter(lambda: ConvField(3, norm="batch"), None))
+    flow = Flow(field if source == "field" else lambda: next(fields), solver="bs23", stages=stages)
     for name, value in field.state_dict().items():
         assert torch.equal(value, before[name]), name
     own = flow.blocks[0].fields[0]
