@@ -405,6 +405,8 @@ class Flow(nn.Module):
         for name in self.tableau.outputs:
             t, end, scheme = self.start, x, self.tableau.forwarding(name)
             for m, h in enumerate(self.h):
+                if self.mode == "untied" and scheme.interior > self.tableau.interior:
+                    self._check_closing(m)
                 end = rk_step(self._stage_fields(m), t, end, h, scheme, closing=False).x1
                 t += h
             ends[name] = end

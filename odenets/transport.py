@@ -129,7 +129,12 @@ def states(network: Network | Flow, x: Tensor) -> list[Tensor]:
     """The states of inputs ``x`` before the first block and after every block, in eval mode.
 
     Inputs are taken to the network's device and precision; the modes of its modules are restored.
+
+    Raises:
+        TypeError: another network.
     """
+    if not isinstance(network, Network | Flow):
+        raise TypeError(f"network must be an odenets.Network or a Flow, got {type(network).__name__}")
     if x.is_floating_point():
         x = x.to(dtype_of(network, x.dtype).to_real())
     with evaluating(network):
@@ -141,6 +146,7 @@ def moves(network: Network | Flow, x: Tensor) -> Moves:
     """What the blocks of a network do to the cloud of inputs ``x`` ``(N, ...)``, in eval mode.
 
     Raises:
+        TypeError: another network.
         ValueError: several flows, whose states cannot be compared, or states that are not finite.
     """
     if isinstance(network, Network) and len(network.flows) > 1:

@@ -100,6 +100,7 @@ class _Start(NamedTuple):
     """The state at which a step begins; a copy of it, where the block may write into it, and what tells its like."""
 
     x0: Tensor
+    source: Tensor  # x0 as it passes, before it is given the shape of the block's input
     version: int
     copy: Tensor | None
     key: tuple[Place, int, bool, bool]  # step of the block, training mode, gradients
@@ -152,12 +153,14 @@ class _Pass:
         self.gradients = torch.is_grad_enabled()
         self.without_gradients: Place | None = None
 
-    def start(self, place: Place, x0: Any, training: bool, part: int = 0) -> None:
+    def start(self, place: Place, x0: Any, training: bool, part: int = 0, source: Tensor | None = None) -> None:
         """A step of the block begins at x0, which is copied unless the block is known not to write into it."""
         x0, key = _state(place, x0), (place, part, training, torch.is_grad_enabled())
         needed = bool(self.measures) or self.keep
         copied = needed and (torch.compiler.is_compiling() or self.writes.get(key, True))
-        self.starting[place] = _Start(x0, _version(x0), x0.clone() if copied else None, key)
+        self.starting[place] = _Start(
+            x0, x0 if source is None else source, _version(x0), x0.clone() if copied else None, key
+        )
 
     def restart(self, place: Place, x0: Any, training: bool) -> None:
         """The step of the block begins at x0, the output of its shortcut, instead."""
@@ -170,10 +173,11 @@ class _Pass:
         """One step of the block ends at x, and the other begins."""
         if place in self.starting and self.starting[place].part == 0:
             shape = self.starting[place].x0.shape
-            x = _state(place, x)
-            x = x.reshape(shape) if x.numel() == shape.numel() else x
+            source = x = _state(place, x)
+            if x.shape != shape and x.numel() == shape.numel():
+                x = x.reshape(shape)
             self.end(place, x)
-            self.start(place, x, training, 1)
+            self.start(place, x, training, 1, source)
 
     def branch(self, place: Place, r: Any) -> None:
         """The branch of the block gives r."""
@@ -185,7 +189,7 @@ class _Pass:
         if place not in self.starting:
             raise ValueError(f"block {place.name!r} ends before it starts: {place.last!r} is called first")
         x1, start = _state(place, x1), self.starting.pop(place)
-        x0, version, copied, key = start
+        x0, _, version, copied, key = start
         if x0.shape != x1.shape:
             raise ValueError(
                 f"block {place.name!r} changes the shape of the state, {tuple(x0.shape)} to {tuple(x1.shape)}: name "
@@ -447,6 +451,8 @@ class Adapted(nn.Module):
     def differentiable_steps(self, x: Tensor) -> tuple[Any, list[Step], list[Tensor]]:
         """The model's output, every step, and the states x0 through which a loss of the output can be differentiated.
 
+        These are as they pass, which may be another shape than the block's.
+
         Raises:
             ValueError: such a state is changed in place.
         """
@@ -457,7 +463,7 @@ class Adapted(nn.Module):
                     f"block {end.start.key[0].name!r} has a state that is changed in place, of which there is no "
                     "gradient: give it and the layers after it inplace=False"
                 )
-        return output, taken.steps, [end.start.x0 for end in taken.ends]
+        return output, taken.steps, [end.start.source for end in taken.ends]
 
     def _run(self, x: Tensor, measures: dict[str, Measure], keep: bool = False) -> tuple[Tensor, _Pass]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():

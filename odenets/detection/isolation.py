@@ -160,8 +160,8 @@ class Logits(nn.Module):
         network: from pixels in [0, 1] to logits; it computes in its own precision, on its own device.
 
     Raises:
-        TypeError, ValueError: when called, if the network returns something else, see :func:`checked_logits`, or has a
-            gradient that is not finite.
+        TypeError, ValueError: when called, if the network returns something else, see :func:`checked_logits`, or has
+            no gradient or one that is not finite.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -173,7 +173,13 @@ class Logits(nn.Module):
         if x.requires_grad:
             x = x.view_as(x)
             x.register_hook(_finite)
-        return in_float32(self.network, lambda x: checked_logits(self.network(x), len(x), 2), x).float()
+        z = in_float32(self.network, lambda x: checked_logits(self.network(x), len(x), 2), x).float()
+        if x.requires_grad and torch.is_grad_enabled() and not z.requires_grad:
+            raise ValueError(
+                "network must pass gradients from its logits to the images, got none: leave no_grad, detach and NumPy "
+                'out of its forward pass, or choose an attack by predictions, "HSJ" or "BA"'
+            )
+        return z
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

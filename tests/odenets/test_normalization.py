@@ -260,8 +260,9 @@ def test_closing_fields_of_untied_blocks_without_statistics_are_refused(field):
     flow = Flow(field, solver="bs23", depth=2, stages="untied")
     flow.eval().record(X, error=measures.error)  # new, as it is
     flow.train()(X)
-    with pytest.raises(ValueError, match=r"closing fields of block 0 .*forwarding\('order2'\)"):
-        flow.eval().record(X, error=measures.error)
+    for reader in (lambda: flow.record(X, error=measures.error), lambda: flow.outputs(X, full_passes=True)):
+        with pytest.raises(ValueError, match=r"closing fields of block 0 .*forwarding\('order2'\)"):
+            flow.eval() and reader()
     recalibrate(flow, [X])
     flow.record(X, error=measures.error)
     reading = Flow(field, solver=get_tableau("bs23").forwarding("order2"), depth=2, stages="untied")

@@ -196,8 +196,9 @@ def test_states_leave_the_modes_of_each_module_also_after_an_exception():
         (lambda: moves(Flow(lambda: Constant(torch.inf), depth=2), torch.randn(4, 2)), "finite states.*after block 1"),
         (lambda: moves(Network(nn.Identity(), [Flow(), Flow()], nn.Identity(), transitions=[nn.Identity()]),
                        torch.randn(4, 2)), "must have one flow, got 2"),
+        (lambda: moves(nn.Linear(2, 2), torch.randn(4, 2)), "must be an odenets.Network or a Flow, got Linear"),
     ],
 )  # fmt: skip
 def test_errors(run, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         run()

@@ -393,6 +393,14 @@ def test_logits_and_gradients_that_are_not_finite_are_no_attack(batch):
             attack(root, preset(name, **CUT[name]), x, y)
 
 
+@pytest.mark.parametrize("name", ["FGM", "DF", "CW"])
+def test_a_network_without_gradients_is_attacked_by_predictions_alone(batch, name):
+    x, y = batch[0][:2], batch[1][:2]
+    with pytest.raises(ValueError, match=r'network must pass gradients from its logits to the images.*"HSJ" or "BA"'):
+        attack(Wrapped(torch.Tensor.detach), preset(name, **CUT[name]), x, y)
+    attack(Wrapped(torch.Tensor.detach), preset("BA", **CUT["BA"]), x, y)
+
+
 @pytest.mark.parametrize(
     ("name", "mode"),
     [*((name, torch.inference_mode) for name in PRESETS), ("FGM", torch.no_grad), ("APGD", torch.no_grad)],
