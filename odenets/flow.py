@@ -18,6 +18,7 @@ from odenets.measures import Measure, finding, needs_closing
 from odenets.normalization import NOTHING, TRAINED, StageBatchNorm, known_statistics
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
 from solvers.states import check_state
+from solvers.step import check_unchanged, versions_of
 from solvers.stepping import adaptive_steps
 
 __all__ = ["Block", "Flow", "Records", "StageMode", "check_values"]
@@ -290,10 +291,19 @@ class Flow(nn.Module):
             closing: whether each step carries the closing stage of an FSAL method.
 
         Raises:
-            TypeError, ValueError: x is no batch of finite floating states.
+            TypeError, ValueError: x is no batch of finite floating states, or a field writes into what it has returned
+                in the step before, which may have been kept.
         """
         check_state(x)
-        yield from self._steps(x, closing)
+        yield from self._steps_to_keep(x, closing)
+
+    def _steps_to_keep(self, x: Tensor, closing: bool) -> Iterator[Step]:
+        """The steps, each of which is still what it was when the next one has been taken."""
+        stages, versions = (), None
+        for step in self._steps(x, closing):
+            check_unchanged(stages, versions)
+            stages, versions = step.stages, versions_of(step.stages)
+            yield step
 
     def _steps(
         self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset(), ensemble: bool = False

@@ -128,7 +128,7 @@ class Network(nn.Module):
         for i, flow in enumerate(self.flows):
             if i:
                 x = self.transitions[i - 1](x)
-            for step in flow._steps(x, closing):
+            for step in flow._steps_to_keep(x, closing):
                 yield step
                 x = step.x1
 

@@ -342,6 +342,27 @@ def test_a_refused_first_input_leaves_a_lazy_flow_as_it_was():
     assert flow.input_shape == (3,)
 
 
+class Reusing(nn.Module):
+    """A field that returns the same tensor at every call."""
+
+    def forward(self, t, x):
+        self.out = getattr(self, "out", torch.empty_like(x))
+        return self.out.copy_(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", [lambda flow: flow, lambda flow: odenets.Network(nn.Identity(), flow, nn.Identity())])
+def test_steps_that_are_kept_are_not_overwritten_by_later_ones(wrap):
+    """A record measures each step as it is taken, which is right with such a field of one stage."""
+    x, flow = torch.ones(2, 3), wrap(Flow(Reusing(), solver="euler", depth=3, h=1.0, shared=True))
+    torch.testing.assert_close(flow(x), 8 * x)
+    assert flow.record(x, residue=measures.residue)[1]["residue"][:, 0].tolist() == [1, 4, 16]
+    with pytest.raises(ValueError, match="field must not write into what it has returned"):
+        list(flow.steps(x))
+    with torch.inference_mode():
+        assert [step.stages[0][0, 0].item() for step in flow.steps(x)] == [1, 2, 4]
+
+
 @pytest.mark.parametrize("arguments", [{"depth": 2}, {"stages": "untied"}, {"depth": 3, "stages": "chained"}])
 def test_a_function_that_makes_one_field_only_is_refused(arguments):
     field = MLPField(2)
