@@ -253,8 +253,9 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
 
     Small data leave the running averages behind the weights, and a depth edit changes what a layer sees. Blocks take
     their closing stages too, which training leaves out and the embedded error reads; their statistics do not follow
-    further training, after which this is to be called again. A norm, or a stage of one, that is not run keeps its
-    statistics, and so does one that is frozen: in eval mode and without gradients in a network in training mode.
+    further training, after which they are refused until this is called again. A norm, or a stage of one, that is not
+    run keeps its statistics, and so does one that is frozen: in eval mode and without gradients in a network in
+    training mode.
 
     Args:
         network: the network. Its modes are restored, and after an error its statistics too.

@@ -218,6 +218,11 @@ def test_statistics_are_known_to_a_compiled_flow():
         run(X, "ensemble")
     recalibrate(flow, [X])
     torch.testing.assert_close(run(X, "ensemble"), flow(X, "ensemble"))
+    flow.train()
+    run(X, "solution")
+    flow.eval()
+    with pytest.raises(ValueError, match="statistics from before further training of stage 4"):
+        run(X, "ensemble")
 
 
 def test_statistics_are_known_under_vmap():
