@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from odenets import measures
 from odenets.flow import Block, Flow
-from odenets.modes import evaluating
+from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 from odenets.normalization import StageBatchNorm, recalibrate
 from solvers import Step
@@ -115,7 +115,7 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
 
     Args:
         network: a network of discrete flows whose method has an embedded error.
-        batches: inputs, each ``(B, ...)``.
+        batches: inputs, each ``(B, ...)``, taken to the network's device and dtype.
         norm: "rms" over the features of a sample, or "raw", their 2-norm.
 
     Returns:
@@ -136,7 +136,7 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
     errors, starts = [], (0,)
     with evaluating(network):
         for x in batches:
-            _, records = network.record(x, error=_raw_error if norm == "raw" else measures.error)
+            _, records = network.record(inputs_for(network, x), error=_raw_error if norm == "raw" else measures.error)
             errors.append(records["error"])
             starts = records.starts
     if not errors:

@@ -345,7 +345,7 @@ class Flow(nn.Module):
         )
         least = min((known_statistics(norm) for norm in closing if not norm.training), default=TRAINED)
         if least < TRAINED and least < max(map(known_statistics, inner), default=NOTHING):
-            what = "no statistics" if least == NOTHING else "statistics from before further training"
+            what = "no statistics" if least == NOTHING else "statistics that are behind further training"
             raise ValueError(
                 f"batch norms in the closing fields of block {m} have {what}, for training does not call these "
                 "fields: train a flow that reads them, solver=get_tableau('bs23').forwarding('order2'), or call "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedBuffer
 
-from odenets.modes import keeping_modes
+from odenets.modes import inputs_for, keeping_modes
 from solvers.states import is_mapped, is_transformed
 
 __all__ = ["StageBatchNorm", "make_norm", "recalibrate"]
@@ -93,6 +93,8 @@ class StageBatchNorm(nn.Module):
     def known(self) -> list[int]:
         """What is known of each stage: nothing, statistics of a recalibration, or of training since then.
 
+        Training counts for a stage that has since seen as many batches as any other, or enough to forget the statistics
+        before: errors measured now and then are enough in the end.
         Waits for the device once after the count of batches changed. Where that has no values, in a graph that is being
         traced or under vmap, it is what was last known.
         """
@@ -101,7 +103,9 @@ class StageBatchNorm(nn.Module):
             return self._known
         read = self._read
         if read is None or read[0] is not batches or read[1] != batches._version:
-            self._known = ((batches > 0).long() + (batches > self.recalibrated)).tolist()
+            since = batches - self.recalibrated
+            few = 1 if self.momentum is None else math.ceil(3 / self.momentum)  # batches that forget what was before
+            self._known = ((batches > 0).long() + (since >= since.max().clamp(1, few))).tolist()
             self._read = None if batches.is_inference() else (batches, batches._version)
         return self._known
 
@@ -151,7 +155,7 @@ class StageBatchNorm(nn.Module):
         if known[stage] < most:
             none = known[stage] == NOTHING
             what, which = (
-                ("no statistics", "only") if none else ("statistics from before further training", "newer ones")
+                ("no statistics", "only") if none else ("statistics that are behind further training", "newer ones")
             )
             raise ValueError(
                 f"batch norm has {what} of stage {stage + 1} of {len(known)}, {which} of "
@@ -259,7 +263,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
 
     Args:
         network: the network. Its modes are restored, and after an error its statistics too.
-        batches: inputs, each ``(B, *S)``; the average weighs each batch by its samples.
+        batches: inputs, each ``(B, *S)``, taken to the network's device and dtype; the average weighs each batch by its
+            samples.
         run: what to run on each input; the network itself if not given, or its ``run_all``, which calls all the heads
             of a :class:`~odenets.module_wise.ModuleWise`.
 
@@ -289,7 +294,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
                         "(x for x, y in batches), or say with run what is run"
                     )
                 empty = False
-                call(x)
+                call(inputs_for(network, x) if isinstance(x, Tensor) else x)
         if empty:
             raise ValueError("batches must hold at least one batch, got none: was the iterator used up before?")
         if not any(average.totals for average in averages):

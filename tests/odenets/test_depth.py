@@ -62,6 +62,14 @@ def test_errors_of_every_block():
         block_errors(net, [])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_inputs_are_taken_to_the_dtype_of_the_network(dtype):
+    net = network().to(dtype)
+    assert block_errors(net, [X]) == block_errors(net, [X.to(dtype)])
+    adapted = adapt_depth(net, lambda: [X], DepthRule(1e-9, max_depth=4))
+    assert [edit.kind for edit in adapted.edits] == ["duplicate"]
+
+
 def test_a_non_finite_error_counts_as_too_large():
     net = network(depth=1, flows=2)
     net.flows[0].blocks[0].fields[0].second.bias.data.fill_(1e38)

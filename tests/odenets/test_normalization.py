@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -163,7 +164,7 @@ def test_closing_stages_that_stay_behind_further_training_are_refused(way):
     net = _trained_on(network())
     net(X)
     flow = WAYS[way](net)
-    with pytest.raises(ValueError, match=r"before further training of stage 4 of 4, newer ones of \[1, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"behind further training of stage 4 of 4, newer ones of \[1, 2, 3\]"):
         flow.record(X, error=measures.error)
     recalibrate(flow, [X])
     assert flow.record(X, error=measures.error)[1]["error"].isfinite().all()
@@ -176,20 +177,27 @@ def test_closing_fields_that_stay_behind_further_training_are_refused(norm):
         net._flows[0] = Flow(Plain, solver="bs23", depth=2, stages="untied")
     _trained_on(net)
     net(X)
-    with pytest.raises(ValueError, match="closing fields of block 1 have statistics from before further training"):
+    with pytest.raises(ValueError, match="closing fields of block 1 have statistics from behind further training"):
         net.ensemble(X)
     recalibrate(net, [X])
     assert net.ensemble(X).isfinite().all()
 
 
-def test_errors_measured_now_and_then_in_training_keep_closing_stages_with_the_others():
+@pytest.mark.parametrize(("times", "enough"), [(1, False), (9, False), (10, True)])
+def test_errors_measured_now_and_then_in_training_keep_closing_stages_with_the_others(times, enough):
+    """As soon as the statistics before are forgotten: three over the momentum."""
+
     def passes(net):
-        net.record(X, error=measures.error)
-        for _ in range(5):
+        for norm in net.modules():
+            if isinstance(norm, StageBatchNorm):
+                norm.momentum = 0.3
+        for _ in range(times):
+            net.record(X, error=measures.error)
             net(X)
 
     net = _trained_on(network(), passes)
-    assert net.record(X, error=measures.error)[1]["error"].isfinite().all()
+    with nullcontext() if enough else pytest.raises(ValueError, match="behind further training of stage 4"):
+        net.record(X, error=measures.error)
 
 
 def test_states_from_before_recalibrations_were_counted_are_taken():
@@ -221,7 +229,7 @@ def test_statistics_are_known_to_a_compiled_flow():
     flow.train()
     run(X, "solution")
     flow.eval()
-    with pytest.raises(ValueError, match="statistics from before further training of stage 4"):
+    with pytest.raises(ValueError, match="statistics from behind further training of stage 4"):
         run(X, "ensemble")
 
 
@@ -316,6 +324,15 @@ def test_averages_are_as_precise_as_the_dtype_holds_them(dtype):
     recalibrate(norm, batches)
     assert norm.running_mean.dtype == dtype
     assert norm.running_mean.item() == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_inputs_are_taken_to_the_dtype_of_the_network(dtype):
+    net = network().to(dtype)
+    recalibrate(net, [X])
+    again = copy.deepcopy(net)
+    recalibrate(again, [X.to(dtype)], again)
+    torch.testing.assert_close(net.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize("momentum", [None, 0.3])
