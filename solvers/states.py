@@ -67,8 +67,15 @@ def is_transformed(x: Tensor) -> bool:
 
 
 def is_mapped(x: Tensor) -> bool:
-    """Whether the tensor stands for many under ``torch.vmap``, and so has no values of its own."""
-    return torch._C._functorch.is_batchedtensor(x)  # type: ignore[attr-defined]
+    """Whether the tensor stands for many under ``torch.vmap``, within grad or jvp too, and has no values of its own."""
+    mapped = torch._C._functorch.is_batchedtensor  # type: ignore[attr-defined]
+    if mapped(x) or torch.compiler.is_compiling():  # which does not trace what follows
+        return mapped(x)
+    while is_transformed(x):
+        x = torch._C._functorch.get_unwrapped(x)  # type: ignore[attr-defined]
+        if mapped(x):
+            return True
+    return False
 
 
 class Packing:

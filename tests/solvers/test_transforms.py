@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import jacfwd, jacrev, vmap
 
 import odenets
 from solvers import Tolerance, get_tableau, integrate, odeint, rk_step
@@ -73,6 +74,20 @@ def test_fixed_solves_map(field, x):
     found = torch.vmap(lambda w: integrate(lambda t, x: x @ w, x, 0.0, 1.0, steps=4, solver="rk4").x1)(weights)
     for w, many in zip(weights, found, strict=True):
         torch.testing.assert_close(many, integrate(lambda t, x, w=w: x @ w, x, 0.0, 1.0, steps=4, solver="rk4").x1)
+
+
+@pytest.mark.parametrize("jacobian", [jacrev, jacfwd])
+def test_jacobians_of_single_samples_map(jacobian, field, x):
+    def alone(sample):
+        return integrate(field, sample[None], 0.0, 1.0, steps=3).x1[0]
+
+    whole = torch.autograd.functional.jacobian(lambda x: integrate(field, x, 0.0, 1.0, steps=3).x1, x)
+    torch.testing.assert_close(vmap(jacobian(alone))(x), torch.stack([whole[i, :, i] for i in range(len(x))]))
+    flow = odenets.Flow(solver="bs23", depth=2).double()
+    whole = torch.autograd.functional.jacobian(flow, x)
+    torch.testing.assert_close(
+        vmap(jacobian(lambda sample: flow(sample[None])[0]))(x), torch.stack([whole[i, :, i] for i in range(len(x))])
+    )
 
 
 @pytest.mark.parametrize("solve", [lambda f, x: integrate(f, x, 0.0, 1.0), None])
