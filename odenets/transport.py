@@ -131,10 +131,13 @@ def states(network: Network | Flow, x: Tensor) -> list[Tensor]:
     Inputs are taken to the network's device and precision; the modes of its modules are restored.
 
     Raises:
-        TypeError: another network.
+        TypeError: another network, such as an adapted model, whose steps need not begin where the last one ended.
     """
     if not isinstance(network, Network | Flow):
-        raise TypeError(f"network must be an odenets.Network or a Flow, got {type(network).__name__}")
+        raise TypeError(
+            f"network must be a Network or a Flow, got {type(network).__name__}: of an adapted model measure each, "
+            "wasserstein(step.x0, step.x1) for step in adapted.steps(x)"
+        )
     if x.is_floating_point():
         x = x.to(dtype_of(network, x.dtype).to_real())
     with evaluating(network):

@@ -206,10 +206,11 @@ def fit_modules(
         for visit in plan[training.done :]:
             totals = loop.epoch(visit)
             loss, accuracy = (totals / len(batches.data)).T.tolist()
-            if not all(map(math.isfinite, loss)) or not is_finite(network):
+            if not (finite := all(map(math.isfinite, loss))) or not is_finite(network):
+                left = ", and left weights or buffers that are not finite" if finite else ""
                 raise DivergedError(
-                    f"epoch {training.done + 1} diverged, with a training loss of {loss}: lower the learning rate or "
-                    "normalise the inputs; the last checkpoint stands"
+                    f"epoch {training.done + 1} diverged, with a training loss of {loss}{left}: lower the learning "
+                    "rate or normalise the inputs; the last checkpoint stands"
                 )
             training.done += 1
             trained = range(K) if visit.module is None else [visit.module]

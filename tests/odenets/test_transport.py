@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from odenets import Flow, Network, models
+from odenets import Flow, Network, adapt, models
 from odenets.transport import Moves, moves, states, wasserstein
 
 
@@ -176,6 +176,14 @@ def test_states_leave_the_modes_of_each_module_also_after_an_exception():
     with pytest.raises((RuntimeError, ValueError)):
         states(net, torch.randn(6, 5))
     assert [module.training for module in net.modules()] == before
+
+
+@pytest.mark.parametrize("measure", [states, moves])
+def test_an_adapted_model_is_named(measure):
+    chain = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    with pytest.raises(TypeError, match=r"got Adapted: .*wasserstein\(step\.x0, step\.x1\)"):
+        measure(adapt(chain), torch.randn(4, 3))
+    assert all(wasserstein(step.x0, step.x1) >= 0 for step in adapt(chain).steps(torch.randn(4, 3)))
 
 
 @pytest.mark.parametrize(
