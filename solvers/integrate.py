@@ -134,7 +134,12 @@ def integrate(
         v, x, start, end, tableau, steps, tolerance, controller, keep, entries, raises, packing.unpack, per_sample
     )
     if gradient == "direct" or not torch.is_grad_enabled():
-        return task.solve()
+        plain = packing.single and not (x.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        solution = task.solve()
+        for state in solution.states if plain else ():
+            if state.requires_grad:  # the field has said so of its input, to use autograd inside
+                state.requires_grad_(False)
+        return solution
     if gradient == "checkpoint":
         return _by_recomputing(task, captured)
     assert captured is not None

@@ -539,3 +539,26 @@ def test_times_of_states_in_float32_are_float64():
         solution = integrate(field, torch.zeros(1, 1), t0, t0 + 1, **options)
         assert solution.x1.item() == pytest.approx(math.sin(1), rel=1e-3)
     assert len({round(s, 6) for s in seen}) > 10
+
+
+def _gradient_of_energy(t, x):
+    with torch.enable_grad():
+        return -torch.autograd.grad(x.requires_grad_().pow(2).sum() / 2, x)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 3, "solver": "euler"}, {"control": "sample"}, {"gradient": "backsolve"}, {"keep": "steps"}],
+    ids=str,
+)
+def test_a_field_that_asks_gradients_of_its_input_leaves_no_mark_without_gradients(options):
+    x0 = torch.ones(2, 3)
+    with torch.no_grad():
+        solution = integrate(_gradient_of_energy, x0, 0.0, 1.0, **options)
+        wanted = integrate(_gradient_of_energy, x0.clone().requires_grad_(), 0.0, 1.0, **options)
+    assert not any(x.requires_grad for x in (x0, solution.x1, *solution.states))
+    assert torch.equal(solution.x1, wanted.x1.detach())
+    tuples = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
+    with torch.no_grad():
+        integrate(lambda t, x: (x[1], -x[0]), tuples, 0.0, 1.0, keep="states")
+    assert tuples[0].requires_grad
