@@ -177,7 +177,7 @@ def test_closing_fields_that_stay_behind_further_training_are_refused(norm):
         net._flows[0] = Flow(Plain, solver="bs23", depth=2, stages="untied")
     _trained_on(net)
     net(X)
-    with pytest.raises(ValueError, match="closing fields of block 1 have statistics from behind further training"):
+    with pytest.raises(ValueError, match="closing fields of block 1 have statistics that are behind further training"):
         net.ensemble(X)
     recalibrate(net, [X])
     assert net.ensemble(X).isfinite().all()
@@ -211,8 +211,9 @@ def test_states_from_before_recalibrations_were_counted_are_taken():
 
 
 def test_statistics_are_known_in_inference_mode():
+    net = trained()
     with torch.inference_mode(), pytest.raises(ValueError, match="no statistics of stage 4"):
-        _loaded(trained()).ensemble(X)
+        _loaded(net).ensemble(X)
 
 
 @torch.no_grad()
@@ -229,7 +230,7 @@ def test_statistics_are_known_to_a_compiled_flow():
     flow.train()
     run(X, "solution")
     flow.eval()
-    with pytest.raises(ValueError, match="statistics from behind further training of stage 4"):
+    with pytest.raises(ValueError, match="statistics that are behind further training of stage 4"):
         run(X, "ensemble")
 
 

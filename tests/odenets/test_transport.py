@@ -204,7 +204,7 @@ def test_an_adapted_model_is_named(measure):
         (lambda: moves(Flow(lambda: Constant(torch.inf), depth=2), torch.randn(4, 2)), "finite states.*after block 1"),
         (lambda: moves(Network(nn.Identity(), [Flow(), Flow()], nn.Identity(), transitions=[nn.Identity()]),
                        torch.randn(4, 2)), "must have one flow, got 2"),
-        (lambda: moves(nn.Linear(2, 2), torch.randn(4, 2)), "must be an odenets.Network or a Flow, got Linear"),
+        (lambda: moves(nn.Linear(2, 2), torch.randn(4, 2)), "must be a Network or a Flow, got Linear"),
     ],
 )  # fmt: skip
 def test_errors(run, message):
