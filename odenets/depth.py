@@ -122,7 +122,7 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
         One list per flow, one error per block; infinite where any sample's is not finite.
 
     Raises:
-        TypeError: another network.
+        TypeError: another network, or one tensor in place of batches.
         ValueError: no batch, another norm, a continuous flow or one without embedded error, or batch norms that have
             statistics of some stages only: training does not take the closing stage, which the error reads, so that
             they are to be recalibrated before.
@@ -133,6 +133,8 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
     for i, flow in enumerate(network.flows):
         if flow.continuous:
             raise ValueError(f"flow {i} is continuous: its steps are no blocks")
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must hold inputs, tensors (B, ...), got one tensor: pass [x]")
     errors, starts = [], (0,)
     with evaluating(network):
         for x in batches:

@@ -273,8 +273,10 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
 
     Raises:
         ValueError: no batch, no norm was run, or one is lazy and has not seen an input.
-        TypeError: batches of pairs.
+        TypeError: batches of pairs, or one tensor.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must hold inputs, tensors (B, *S), got one tensor: pass [x]")
     tracked = [m for m in network.modules() if _keeps_statistics(m)]
     norms = [norm for norm in tracked if not (network.training and _is_frozen(norm))]
     if not tracked:

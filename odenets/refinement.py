@@ -38,7 +38,7 @@ def refinement(network: Network | Adapted, batches: Iterable[tuple[Tensor, Tenso
         batches: inputs and labels.
 
     Raises:
-        TypeError: another network, or one whose output is no tensor of logits.
+        TypeError: another network, one whose output is no tensor of logits, or batches that are no pairs.
         ValueError: no batch, a network that reads an ensemble, another number of steps in each batch, or a state of an
             adapted model that is changed in place, so that it has no gradient.
     """
@@ -50,7 +50,10 @@ def refinement(network: Network | Adapted, batches: Iterable[tuple[Tensor, Tenso
         raise ValueError(f"network must read the solution, got readout {network.readout!r}")
     sums, samples = None, 0
     with evaluating(network):
-        for x, y in batches:
+        for batch in batches:
+            if not (isinstance(batch, tuple | list) and len(batch) == 2):
+                raise TypeError(f"batches must hold pairs (inputs, labels), got {type(batch).__name__}")
+            x, y = batch
             summed = _of_batch(network, x, y)
             if sums is not None and sums.shape != summed.shape:
                 raise ValueError(

@@ -217,6 +217,12 @@ def test_names_of_parameters_follow_the_blocks():
     assert list(zip(group["param_names"], group["params"], strict=True)) == list(net.named_parameters())
 
 
+def test_one_tensor_is_no_collection_of_batches():
+    net = network()
+    with pytest.raises(TypeError, match=r"batches must hold inputs.*got one tensor: pass \[x\]"):
+        block_errors(net, torch.rand(4, 1, 8, 8))
+
+
 def test_errors_are_not_measured_on_statistics_that_were_never_taken():
     net = Network(nn.Identity(), Flow(lambda: ConvField(4, norm="batch"), solver="bs23", depth=2), nn.Flatten())
     x = torch.rand(8, 4, 5, 5)

@@ -404,6 +404,7 @@ def _broken(x):
         (lambda: [X], lambda x: None, ValueError, "none of the 4 batch norms was run"),
         (lambda: _broken(X), None, KeyError, "no more"),
         (lambda: [X, X[:, :2]], None, RuntimeError, "weight should contain 2 elements|running_mean should"),
+        (lambda: X, None, TypeError, r"batches must hold inputs.*got one tensor: pass \[x\]"),
         (lambda: [X, [X, X]], None, TypeError, r"batches must hold inputs.*got a list of 2.*x for x, y in"),
     ],
 )

@@ -148,5 +148,7 @@ def test_errors():
         refinement(tupled, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
     with pytest.raises(ValueError, match="at least one batch"):
         refinement(models.points_network(), [])
+    with pytest.raises(TypeError, match=r"batches must hold pairs \(inputs, labels\), got Tensor"):
+        refinement(models.points_network(), torch.randn(3, 2))
     with pytest.raises(ValueError, match="readout 'ensemble'"):
         refinement(models.points_network(readout="ensemble"), [])
