@@ -12,11 +12,11 @@ from odenets.runs import read_summary
 ROOT = Path(__file__).parents[2]
 RESULTS = {path.parent.name: path.parent for path in sorted((ROOT / "experiments/results").glob("*/summary.json"))}
 WITHOUT_VALUES = {  # made before summaries held the values of the seeds
-    "action_and_accuracy", "action_histogram", "adaptive_depth", "circles", "circles_20", "detection_adaptive",
+    "circles", "circles_20", "detection_adaptive",
     "detection_cifar10_ood", "detection_cifar10_unseen", "detection_mnist_bs23_seen", "detection_mnist_bs23_unseen",
     "detection_mnist_ood", "detection_mnist_seen", "detection_mnist_unseen", "detection_modes", "detection_ood",
     "detection_seen", "detection_unseen", "module_depth", "module_depth_20", "module_wise_cifar10",
-    "module_wise_mnist", "neural_ode", "no_batchnorm", "small_data", "small_data_cifar10", "small_data_conditions",
+    "module_wise_mnist", "neural_ode", "small_data", "small_data_cifar10", "small_data_conditions",
     "small_data_mnist", "small_data_mnist_200", "small_data_mnist_300",
 }  # fmt: skip
 PAIR = re.compile(r"(-?\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)")
