@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from solvers.backsolve import backsolved, seminorm
 from solvers.captured import Captured, owner_of
@@ -214,7 +215,29 @@ def _by_recomputing(task: Task, captured: Captured | None) -> Solution:
     with forward, torch.no_grad():
         found = task._replace(keep="states").solve()
     with nullcontext() if captured is None else captured.again(look=False):
-        return follow(task, found, _recomputed(task, captured, found))
+        x = _recomputed(task, captured, found)
+        if isinstance(found, SampleSolution) and task.event is None:
+            _check_apart(task, found, x.detach())
+        return follow(task, found, x)
+
+
+def _check_apart(task: Task, found: SampleSolution, x: Tensor) -> None:
+    """That samples are solved as if each were alone: taken again, the k-th steps of all of them stand side by side.
+
+    Raises:
+        ValueError: another state than before, beyond ten times the tolerance.
+    """
+    before, after = found.x1, task.unpack(x)
+    if not isinstance(before, Tensor):
+        before, after = (torch.cat([part.flatten(1) for part in tree_leaves(states)], 1) for states in (before, after))
+    size = torch.maximum(before.abs(), after.abs()).to(torch.promote_types(real_dtype(x), torch.float32))
+    rounding = 1000 * torch.finfo(real_dtype(x)).eps
+    if bool(((after - before).abs() > 10 * (task.tolerance.atol + task.tolerance.rtol * size) + rounding * size).any()):
+        raise ValueError(
+            "field must treat each sample as if it were alone with control='sample' and gradient='checkpoint', which "
+            "takes their steps again in another order, but reads the others of the batch (batch norm in training "
+            "mode?): use gradient='direct', or control='batch'"
+        )
 
 
 def _recomputed(task: Task, captured: Captured | None, found: Solution) -> Tensor:

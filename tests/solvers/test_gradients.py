@@ -164,3 +164,32 @@ def test_peak_memory():
     stages = [_peak("checkpoint", n, "dopri5") - _peak("checkpoint", n, "euler") for n in (25, 100)]
     assert stages[1] < 1.2 * stages[0]  # those of one step, however many there are
     assert _peak("checkpoint", 100) < 0.15 * _peak("direct", 100)
+
+
+class Normalized(nn.Module):
+    """A field that reads the other samples of the batch while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(2).double(), nn.Linear(2, 2).double()
+
+    def forward(self, t, x):
+        return torch.sin(self.linear(self.norm(x)) * torch.tensor([[1.0], [30.0], [5.0], [2.0], [12.0]])) - x
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,)])
+def test_samples_that_are_not_apart_are_not_recomputed_as_if_they_were(wrap):
+    """Recomputed, the k-th steps of all samples stand side by side, which stood in different attempts before."""
+    x = wrap(torch.randn(5, 2, dtype=torch.float64))
+    module, kinds = Normalized(), {"solver": "bs23", "control": "sample", "gradient": "checkpoint"}
+    field = (lambda t, s: module(t, s)) if isinstance(x, torch.Tensor) else lambda t, s: (module(t, s[0]),)
+    tolerance = Tolerance(1e-6, 1e-6)
+    with pytest.raises(ValueError, match="field must treat each sample as if it were alone"):
+        integrate(field, x, 0.0, 1.0, tolerance=tolerance, **kinds)
+    module.eval()
+    gradients = []
+    for gradient in ("checkpoint", "direct"):
+        end = integrate(field, x, 0.0, 1.0, tolerance=tolerance, **kinds | {"gradient": gradient}).x1
+        end = end if isinstance(end, torch.Tensor) else end[0]
+        gradients.append(torch.autograd.grad(end.sum(), module.linear.weight)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
