@@ -18,7 +18,7 @@ def table(rows: Iterable[Row], columns: Mapping[str, str | Callable[[Row], objec
     Args:
         rows: values by name.
         columns: for each heading a format of those values, or a function of the row. A cell whose values are missing or
-            None stays empty, a truth value is yes or no, and a column without any cell is left out.
+            None stays empty, a format shows a truth value as yes or no, and a column without any cell is left out.
 
     >>> print(table([{"n": 1, "x": 0.5}, {"n": 2, "ok": True}], {"n": "{n}", "x": "{x:.2f}", "ok": "{ok}", "y": "{y}"}))
     | n   | x    | ok   |
@@ -35,8 +35,9 @@ def table(rows: Iterable[Row], columns: Mapping[str, str | Callable[[Row], objec
 
 
 def _cell(row: Row, format: str | Callable[[Row], object]) -> str:
-    known = {name: ("no", "yes")[bool(v)] if isinstance(v, bool | np.bool_) else v for name, v in row.items()}
-    known = {name: value for name, value in known.items() if value is not None}
+    known = {name: value for name, value in row.items() if value is not None}
+    if not callable(format):
+        known = {name: ("no", "yes")[bool(v)] if isinstance(v, bool | np.bool_) else v for name, v in known.items()}
     try:
         return str(format(known)) if callable(format) else format.format_map(known)
     except KeyError:

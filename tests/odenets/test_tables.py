@@ -31,3 +31,9 @@ def test_a_function_makes_a_cell_where_it_finds_what_it_asks_for():
 def test_truth_values_are_words(truth):
     rows = [{"ok": truth(True)}, {"ok": truth(False)}]
     assert [line.strip("| ") for line in table(rows, {"ok": "{ok}"}).splitlines()[2:]] == ["yes", "no"]
+
+
+def test_a_function_gets_truth_values_as_they_are():
+    rows = [{"action": True, "n": 1}, {"action": False, "n": 2}]
+    shown = table(rows, {"n": "{n}", "": lambda row: "+ action" if row["action"] else ""})
+    assert [line.strip("| ").endswith("+ action") for line in shown.splitlines()[2:]] == [True, False]
