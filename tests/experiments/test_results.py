@@ -16,7 +16,7 @@ WITHOUT_VALUES = {  # made before summaries held the values of the seeds
     "detection_cifar10_ood", "detection_cifar10_unseen", "detection_mnist_bs23_seen", "detection_mnist_bs23_unseen",
     "detection_mnist_ood", "detection_mnist_seen", "detection_mnist_unseen", "detection_modes", "detection_ood",
     "detection_seen", "detection_unseen", "module_depth", "module_depth_20", "module_wise_cifar10",
-    "module_wise_mnist", "neural_ode", "small_data", "small_data_cifar10", "small_data_conditions",
+    "module_wise_mnist", "small_data", "small_data_cifar10", "small_data_conditions",
     "small_data_mnist", "small_data_mnist_200", "small_data_mnist_300",
 }  # fmt: skip
 PAIR = re.compile(r"(-?\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)")
