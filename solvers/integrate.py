@@ -229,7 +229,9 @@ def _check_apart(task: Task, found: SampleSolution, x: Tensor) -> None:
     """
     before, after = found.x1, task.unpack(x)
     if not isinstance(before, Tensor):
-        before, after = (torch.cat([part.flatten(1) for part in tree_leaves(states)], 1) for states in (before, after))
+        before, after = (
+            torch.cat([part.reshape(len(part), -1) for part in tree_leaves(states)], 1) for states in (before, after)
+        )
     size = torch.maximum(before.abs(), after.abs()).to(torch.promote_types(real_dtype(x), torch.float32))
     rounding = 1000 * torch.finfo(real_dtype(x)).eps
     if bool(((after - before).abs() > 10 * (task.tolerance.atol + task.tolerance.rtol * size) + rounding * size).any()):
