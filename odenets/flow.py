@@ -17,9 +17,9 @@ from odenets.fields import VelocityField, field_for, reset_modules
 from odenets.measures import Measure, finding, needs_closing
 from odenets.normalization import NOTHING, TRAINED, StageBatchNorm, known_statistics
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
-from solvers.states import check_state
+from solvers.batch_loop import adaptive_steps
 from solvers.step import check_unchanged, versions_of
-from solvers.stepping import adaptive_steps
+from solvers.validation import check_state
 
 __all__ = ["Block", "Flow", "Records", "StageMode", "check_values"]
 

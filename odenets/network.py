@@ -12,7 +12,7 @@ from odenets.flow import Flow, Records
 from odenets.measures import Measure
 from odenets.modes import device_of, dtype_of
 from solvers import Step
-from solvers.states import check_state
+from solvers.validation import check_state
 
 __all__ = ["Network"]
 

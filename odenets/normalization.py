@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import UninitializedBuffer
 
 from odenets.modes import inputs_for, keeping_modes
-from solvers.states import is_mapped, is_transformed
+from solvers.validation import is_mapped, is_transformed
 
 __all__ = ["StageBatchNorm", "make_norm", "recalibrate"]
 

@@ -1,16 +1,16 @@
 """Explicit Runge-Kutta methods on tensors: tableau, step, controllers, integrate."""
 
-from solvers.adjoint import odeint_adjoint
 from solvers.controllers import PI, PID, Controller, ControllerState, Fixed, HalveDouble, I
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.integrate import integrate
 from solvers.methods import get_tableau
-from solvers.odeint import odeint, odeint_event
 from solvers.reductions import combine, finish_step
 from solvers.solution import Solution, Statistics
 from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau, Embedded
 from solvers.tolerance import Tolerance
+from solvers.torchdiffeq.adjoint import odeint_adjoint
+from solvers.torchdiffeq.odeint import odeint, odeint_event
 
 __all__ = [
     "PI",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from solvers.methods import get_tableau
-from solvers.states import real_dtype
 from solvers.step import Field, Step, beside, rk_step, velocity, versions_of
+from solvers.validation import real_dtype
 
 __all__ = ["Event", "change", "changes", "crossing", "crossings", "link", "until", "values"]
 

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from solvers.backsolve import backsolved, seminorm
-from solvers.captured import Captured, owner_of
 from solvers.controllers import Controller, I, SampleController
+from solvers.gradients.backsolve import backsolved, seminorm
+from solvers.gradients.captured import Captured, owner_of
+from solvers.gradients.checkpoint import recomputed
 from solvers.methods import get_tableau
-from solvers.recompute import recomputed
-from solvers.samples import align, within
+from solvers.packing import Packing
+from solvers.sample_loop import align, within
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.solve import Task, follow
-from solvers.states import Packing, real_dtype
 from solvers.step import Field, beside
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
+from solvers.validation import real_dtype
 
 __all__ = ["integrate"]
 

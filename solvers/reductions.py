@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from solvers.kernels.aten import combination, expression
 from solvers.kernels.contract import Asked, Finish
 from solvers.kernels.operator import finish
-from solvers.states import is_transformed, real_dtype
 from solvers.tableaus import ButcherTableau
+from solvers.validation import is_transformed, real_dtype
 
 __all__ = [
     "combine",

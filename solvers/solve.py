@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.batch_loop import adaptive_steps, fixed_steps, span
 from solvers.errors import SolverError
 from solvers.events import Event, change, crossing, crossings, link, until, values
 from solvers.interpolation import interpolant
-from solvers.samples import SampleLoop
+from solvers.sample_loop import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics, Status
-from solvers.states import exact
 from solvers.step import Field, Step, advance, beside, check_unchanged, versions_of
-from solvers.stepping import adaptive_steps, fixed_steps, span
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
+from solvers.validation import exact
 
 __all__ = ["Task", "follow"]
 
@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """What is to be solved, checked.
 
     Attributes:
-        field: velocity ``v(t, x)`` of a state that is one tensor; of :func:`~solvers.samples.within` per sample.
+        field: velocity ``v(t, x)`` of a state that is one tensor; of :func:`~solvers.sample_loop.within` per sample.
         x0: the first state.
         t0, t1: numbers, or with a step size per sample arrays ``(B,)`` float64.
         tableau: the method.

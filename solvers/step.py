@@ -14,8 +14,8 @@ from torch.compiler import is_compiling
 
 from solvers.kernels.aten import combination
 from solvers.reductions import SMALL, combine, finish_step
-from solvers.states import real_dtype
 from solvers.tableaus import ButcherTableau
+from solvers.validation import real_dtype
 
 __all__ = ["Field", "Step", "advance", "beside", "check_unchanged", "rk_step", "velocity", "versions_of"]
 

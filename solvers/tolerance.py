@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from solvers.reductions import SMALL, finish_step
-from solvers.states import is_mapped
 from solvers.step import Field, Step, velocity
+from solvers.validation import is_mapped
 
 __all__ = ["Tolerance", "numbers"]
 

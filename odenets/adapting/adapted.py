@@ -18,7 +18,7 @@ from odenets.flow import Records, check_values
 from odenets.measures import Measure, finding
 from solvers import Step, get_tableau
 from solvers.reductions import displaced, mean_square_and_cosine
-from solvers.states import check_state
+from solvers.validation import check_state
 
 __all__ = ["Adapted", "adapt"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers.states import real_dtype
+from solvers.validation import real_dtype
 
 __all__ = ["Asked", "Finish", "rows_of", "wide_dtype"]
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from solvers.captured import Captured
-from solvers.states import Packing, real_dtype
+from solvers.gradients.captured import Captured
+from solvers.packing import Packing
 from solvers.step import Field
 from solvers.tolerance import Tolerance
+from solvers.validation import real_dtype
 
 __all__ = ["adjoint_rates", "backsolved", "restored", "seminorm", "stored"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from solvers.errors import MaxStepsError
 from solvers.events import Event, change, crossing, link, until
-from solvers.problem import Problem, error_controlled, inside, linear, over_grid
-from solvers.states import real_dtype
 from solvers.step import Step
+from solvers.torchdiffeq.problem import Problem, error_controlled, inside, linear, over_grid
+from solvers.validation import real_dtype
 
 __all__ = ["ended", "event_of", "find_event", "link_event"]
 

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from solvers.batch_loop import adaptive_steps
 from solvers.controllers import ControllerState
 from solvers.errors import MaxStepsError
 from solvers.interpolation import interpolant
 from solvers.methods import get_tableau
-from solvers.states import Packing, real_dtype
+from solvers.packing import Packing
 from solvers.step import Field, Step, rk_step
-from solvers.stepping import adaptive_steps
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
+from solvers.validation import real_dtype
 
 __all__ = [
     "ADAPTIVE",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from solvers.snapshot import Known, Snapshot
-from solvers.states import is_transformed
+from solvers.gradients.snapshot import Known, Snapshot
+from solvers.validation import is_transformed
 
 __all__ = ["BegunAnew", "Captured", "owner_of", "tensors_of"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from solvers.controllers import Controller, ControllerState
 from solvers.errors import MaxStepsError, NonFiniteError, StepUnderflowError
 from solvers.solution import Statistics
-from solvers.states import real_dtype
 from solvers.step import Field, Step, check_unchanged, rk_step, velocity, versions_of
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
+from solvers.validation import real_dtype
 
 __all__ = ["adaptive_steps", "fixed_steps", "span"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from solvers.captured import BegunAnew, Captured
+from solvers.gradients.captured import BegunAnew, Captured
 from solvers.step import Field, rk_step
 from solvers.tableaus import ButcherTableau
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from solvers.backsolve import adjoint_rates, restored, stored
-from solvers.captured import Captured, owner_of
 from solvers.events import link
-from solvers.odeint import odeint, solve
-from solvers.odeint_events import ended, event_of, find_event
-from solvers.problem import ADAPTIVE, Problem, check_options, largest_rms, make_problem
-from solvers.states import real_dtype
+from solvers.gradients.backsolve import adjoint_rates, restored, stored
+from solvers.gradients.captured import Captured, owner_of
+from solvers.torchdiffeq.events import ended, event_of, find_event
+from solvers.torchdiffeq.odeint import odeint, solve
+from solvers.torchdiffeq.problem import ADAPTIVE, Problem, check_options, largest_rms, make_problem
+from solvers.validation import real_dtype
 
 __all__ = ["odeint_adjoint"]
 
@@ -36,7 +36,7 @@ def odeint_adjoint(
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
 ) -> Any:
-    """:func:`~solvers.odeint`, with gradients from the adjoint equation solved backwards in time.
+    """:func:`~solvers.torchdiffeq.odeint`, with gradients from the adjoint equation solved backwards in time.
 
     ``da/dt = -a^T df/dy``, ``dL/dtheta = -int a^T df/dtheta dt`` (Chen et al., 2018, Neural ordinary differential
     equations); the state is solved backwards along with it and set right at every output time. The gradients are those
@@ -45,7 +45,7 @@ def odeint_adjoint(
     The backward solve reads the parameters and modes of the forward pass, whatever has become of the module since.
 
     Args:
-        func, y0, t, rtol, atol, method, options, event_fn: as in :func:`~solvers.odeint`.
+        func, y0, t, rtol, atol, method, options, event_fn: as in :func:`~solvers.torchdiffeq.odeint`.
         adjoint_rtol, adjoint_atol, adjoint_method: of the backward solve; the forward ones if not given. A tolerance
             per part or entry of the state is also that of its adjoint, and the smallest that of the parameters; a tuple
             may instead have an entry for each of ``(grad_t, y, grad_y, *grad_params)``.

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.odeint_events import event_of, find_event, link_event
-from solvers.problem import (
+from solvers.step import Step
+from solvers.torchdiffeq.events import event_of, find_event, link_event
+from solvers.torchdiffeq.problem import (
     METHODS,
     Problem,
     error_controlled,
@@ -20,7 +21,6 @@ from solvers.problem import (
     output_times_are_the_grid,
     over_grid,
 )
-from solvers.step import Step
 
 __all__ = ["METHODS", "odeint", "odeint_event", "solve"]
 

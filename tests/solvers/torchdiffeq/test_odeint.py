@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from solvers import SolverError, odeint, odeint_adjoint, odeint_event
-from solvers.odeint_events import MAX_NUM_STEPS
-from solvers.problem import make_problem
+from solvers.torchdiffeq.events import MAX_NUM_STEPS
+from solvers.torchdiffeq.problem import make_problem
 from tests.counting import NoDouble
 
 D = torch.float64

@@ -12,10 +12,10 @@ from torch import Tensor
 from solvers.controllers import SampleController, SampleStates
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.solution import SampleStatistics
-from solvers.states import real_dtype
 from solvers.step import Field, Step, beside, check_unchanged, rk_step, velocity, versions_of
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, numbers
+from solvers.validation import real_dtype
 
 __all__ = ["Round", "SampleLoop", "align", "within"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from solvers import Tolerance, integrate, odeint, odeint_adjoint
-from solvers.captured import tensors_of
+from solvers.gradients.captured import tensors_of
 
 D = torch.float64
 X0 = torch.tensor([[1.0, 0.5], [0.2, -1.0], [0.3, 0.3]], dtype=D)

@@ -7,7 +7,7 @@ from scipy.integrate import solve_ivp
 
 import solvers.tolerance
 from solvers import PI, MaxStepsError, NonFiniteError, StepUnderflowError, Tolerance, integrate
-from solvers.samples import align
+from solvers.sample_loop import align
 from tests.counting import Counted
 
 D = torch.float64

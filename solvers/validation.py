@@ -1,0 +1,77 @@
+"""Checks at the door: what a solver takes, and what torch does with the tensors meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["check_finite", "check_state", "exact", "is_mapped", "is_transformed", "real_dtype"]
+
+
+def check_state(x: object, name: str = "x") -> None:
+    """Reject what is not a batch of finite floating states, naming the argument.
+
+    Values are looked at on the CPU only: on another device this would wait for it.
+
+    Raises:
+        TypeError: not a tensor, or not of a floating dtype.
+        ValueError: no feature dimension, no sample, or NaN or infinity.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (B, *S), got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}; convert it with {name}.float()")
+    if x.ndim < 2:
+        raise ValueError(f"{name} must have shape (B, *S) with at least one feature dimension, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must hold at least one sample and one feature, got shape {tuple(x.shape)}")
+    check_finite(x, name)
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """Looks for NaN and infinity on CPUs only: elsewhere it would wait for the device."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_mapped(x):
+        return
+    try:  # the sum of finite numbers takes one pass; where it overflows every number is looked at
+        total = x.detach().sum()
+        torch._assert_async(total - total == 0)  # type: ignore[attr-defined]
+    except RuntimeError:
+        bad = ~x.detach().isfinite()
+        samples = bad.flatten(1).any(1).nonzero().flatten().tolist() if x.ndim > 1 else []
+        if bad.any():
+            where = f" in sample(s) {samples[:8]}" if samples else ""
+            raise ValueError(f"{name} must be finite, got NaN or infinity{where}") from None
+
+
+def real_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the numbers of a floating or complex tensor, which is that of its times and step sizes."""
+    return x.dtype.to_real() if x.is_complex() else x.dtype
+
+
+def exact(numbers: Any, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor, float64, or float32 on a device that has no float64."""
+    wide = np.array(numbers, dtype=np.float64)
+    try:
+        return torch.from_numpy(wide).to(device)
+    except (TypeError, RuntimeError):
+        return torch.from_numpy(wide.astype(np.float32)).to(device)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a transform of ``torch.func`` is at work on the tensor: vmap, grad, jvp and what is made of them."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+
+
+def is_mapped(x: Tensor) -> bool:
+    """Whether the tensor stands for many under ``torch.vmap``, within grad or jvp too, and has no values of its own."""
+    mapped = torch._C._functorch.is_batchedtensor  # type: ignore[attr-defined]
+    if mapped(x) or torch.compiler.is_compiling():  # which does not trace what follows
+        return mapped(x)
+    while is_transformed(x):
+        x = torch._C._functorch.get_unwrapped(x)  # type: ignore[attr-defined]
+        if mapped(x):
+            return True
+    return False
