@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import Flow, MLPField, Network, data
-from odenets.instances import fit_instances
+from odenets import Flow, MLPField, Network
 from odenets.least_action import LeastAction
-from odenets.training import fit
+from odenets.training import data
+from odenets.training.instances import fit_instances
+from odenets.training.loop import fit
 
 INSTANCES = 100
 

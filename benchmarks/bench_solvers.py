@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.fields import FIELDS, Field, calls, make
 from benchmarks.solves import ROWS, STEPS, prepare
-from odenets.memory import memory
+from odenets.analysis.memory import memory
 from solvers import integrate
 
 Measure = Callable[..., None]

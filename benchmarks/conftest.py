@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from odenets.runs import environment
+from odenets.training.runs import environment
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -23,15 +23,16 @@ import numpy as np
 import torch
 import tyro
 
-from odenets import Network, data, initialize, measures, models, plotting
-from odenets.instances import fit_instances
-from odenets.jobs import Report, Workers
-from odenets.objectives import CrossEntropy
-from odenets.refinement import refinement
-from odenets.runs import Run
-from odenets.statistics import correlation, mean_interval
-from odenets.tables import table
-from odenets.training import evaluate
+from lab.statistics import correlation, mean_interval
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Network, initialize, measures, models, plotting
+from odenets.analysis.refinement import refinement
+from odenets.training import data
+from odenets.training.instances import fit_instances
+from odenets.training.loop import evaluate
+from odenets.training.objectives import CrossEntropy
+from odenets.training.runs import Run
 
 
 @dataclass(frozen=True)

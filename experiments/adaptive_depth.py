@@ -24,14 +24,16 @@ import torch
 import tyro
 from lightning_fabric import Fabric
 
-from odenets import Network, data, models, plotting
+from lab import plotting as lab_figures
+from lab.statistics import mean_interval
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Network, models, plotting
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
-from odenets.jobs import Report, Workers
-from odenets.runs import Run, read_metrics
-from odenets.statistics import mean_interval
-from odenets.tables import table
-from odenets.training import Callback, DivergedError, Training, evaluate, evaluate_schemes, fit
+from odenets.training import data
+from odenets.training.loop import Callback, DivergedError, Training, evaluate, evaluate_schemes, fit
+from odenets.training.runs import Run, read_metrics
 from solvers import get_tableau
 
 
@@ -307,7 +309,7 @@ def main(config: Config) -> None:
         results += train_all(config, jobs, workers, "as deep as it ended")
     results.sort(key=lambda r: (r["total_time"], r["network"], r["seed"]))
     rows = summarise(results)
-    plotting.save(plotting.adaptive_depth(run.folder), run.folder / "figures")
+    plotting.save(lab_figures.adaptive_depth(run.folder), run.folder / "figures")
     keys = ("network", "total_time", "seed")
     print(run.conclude(results, keys, rows, table(rows, COLUMNS), verdict(config, rows), started=started))
 

@@ -24,15 +24,16 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from odenets import Flow, MLPField, Network, data, plotting
+from lab.statistics import Interval, mean_interval
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Flow, MLPField, Network, plotting
 from odenets.checkpoints import load_weights, save_weights
-from odenets.instances import fit_instances
-from odenets.jobs import Report, Workers
 from odenets.least_action import ActionPenalty, LeastAction
-from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run
-from odenets.statistics import Interval, mean_interval
-from odenets.tables import table
+from odenets.training import data
+from odenets.training.instances import fit_instances
+from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.runs import Run
 from odenets.transport import moves, states
 
 METHODS = ("resnet", "fixed lambda", "lap")

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from odenets import Network, data, load_weights, measures, models, plotting, save_weights
+from lab.tables import table
+from odenets import Network, load_weights, measures, models, plotting, save_weights
 from odenets.least_action import LeastAction
-from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run, read_summary
-from odenets.tables import table
-from odenets.training import evaluate, fit
+from odenets.training import data
+from odenets.training.loop import evaluate, fit
+from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.runs import Run, read_summary
 from odenets.transport import states
 
 METHODS = ("vanilla", "least action")

@@ -41,7 +41,9 @@ from detection_setup import (
 from detection_tables import COLUMNS, adaptive_rows, figures, summarise, timing_rows, verdict
 from torch import Tensor
 
-from odenets import Network, data, plotting
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Network, plotting
 from odenets.detection import (
     LID,
     Detector,
@@ -59,10 +61,9 @@ from odenets.detection import (
     split,
     surrogate_attack,
 )
-from odenets.jobs import Report, Workers
-from odenets.runs import Run
-from odenets.tables import table
-from odenets.training import evaluate
+from odenets.training import data
+from odenets.training.loop import evaluate
+from odenets.training.runs import Run
 
 
 def seen_by(network: Network, kinds: Mapping[str, Features], x: Tensor) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odenets import Network, data, load_weights, models, save_weights
+from odenets import Network, load_weights, models, save_weights
 from odenets.detection import (
     LID,
     Attack,
@@ -29,9 +29,10 @@ from odenets.detection import (
 )
 from odenets.detection.detector import MODES
 from odenets.least_action import LeastAction
-from odenets.objectives import CrossEntropy, Objective, ReverseCrossEntropy
-from odenets.runs import Run
-from odenets.training import evaluate, fit
+from odenets.training import data
+from odenets.training.loop import evaluate, fit
+from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
+from odenets.training.runs import Run
 
 METHODS: dict[str, Callable[[], Objective]] = {
     "vanilla": CrossEntropy,

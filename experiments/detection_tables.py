@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from detection_setup import TRAJECTORY, Config
 
+from lab.statistics import mean_interval, paired_p_value
+from lab.tables import table
 from odenets import plotting
 from odenets.detection import FALSE_POSITIVE_RATES
-from odenets.statistics import mean_interval, paired_p_value
-from odenets.tables import table
 
 _SEEN = ("FGM", "APGD", "BIM", "AA", "DF", "CW", "HSJ", "BA")
 

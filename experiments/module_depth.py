@@ -22,12 +22,14 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from odenets import Network, data, initialize, models, plotting, recalibrate
-from odenets.jobs import Report, Workers
+from lab.plotting import intervals
+from lab.statistics import Interval, mean_interval, paired_p_value
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Network, initialize, models, plotting, recalibrate
 from odenets.module_wise import ModuleWise, conv_head, fit_modules, greedy, module_wise, trgl
-from odenets.runs import Run
-from odenets.statistics import Interval, mean_interval, paired_p_value
-from odenets.tables import table
+from odenets.training import data
+from odenets.training.runs import Run
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def figures(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
     for condition in config.conditions:
         series = {r["method"]: list(enumerate(r["modules"], 1)) for r in rows if r["condition"] == condition}
         name = "fig_18_" + condition.replace(", ", "_").replace(" ", "_")
-        found[name] = plotting.intervals(series, xlabel="module", ylabel="test accuracy (%)")
+        found[name] = intervals(series, xlabel="module", ylabel="test accuracy (%)")
     first = [r for r in results if r["condition"] == config.conditions[0]]
     by_tau = {tau: [100 * r["test"][-1] for r in first if r["tau"] == tau] for tau in (0.0, *config.taus)}
     # a setting can be reported at two learning rates only if two methods chose it; the one of its tau is the last
@@ -301,7 +303,7 @@ def figures(config: Config, rows: list[dict[str, Any]], results: list[dict[str, 
     level = mean_interval(by_tau[0.0][-config.seeds :])
     series = {"TRGL": line, "VanGL": [(tau, level) for tau in config.taus]}
     label = "test accuracy of the last module (%)"
-    found["fig_43"] = plotting.intervals(series, xlabel="tau", ylabel=label, logarithmic=True)
+    found["fig_43"] = intervals(series, xlabel="tau", ylabel=label, logarithmic=True)
     return found
 
 

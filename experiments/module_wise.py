@@ -28,8 +28,11 @@ import torch
 import tyro
 from module_settings import SCHEDULES, SETTINGS, Setting
 
-from odenets import Network, data, initialize, models, plotting, recalibrate
-from odenets.jobs import Report, Workers
+from lab.plotting import intervals
+from lab.statistics import Interval, mean_interval, paired_p_value
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Network, initialize, models, plotting, recalibrate
 from odenets.module_wise import (
     ModuleObjective,
     ModuleWise,
@@ -44,10 +47,9 @@ from odenets.module_wise import (
     predsim,
     trgl,
 )
-from odenets.objectives import CrossEntropy
-from odenets.runs import Run
-from odenets.statistics import Interval, mean_interval, paired_p_value
-from odenets.tables import table
+from odenets.training import data
+from odenets.training.objectives import CrossEntropy
+from odenets.training.runs import Run
 
 METHODS = ("VanGL", "TRGL")
 RIVALS = ("InfoPro", "PredSim", "AugLocal")
@@ -331,7 +333,7 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         both = [r for r in rows if (r["size"], r["schedule"]) == (row["size"], row["schedule"])]
         series = {r["method"]: list(enumerate(r["modules"], 1)) for r in both}
         name = f"modules_{row['size']}_{row['schedule']}"
-        found[name] = plotting.intervals(series, xlabel="module", ylabel="test accuracy (%)")
+        found[name] = intervals(series, xlabel="module", ylabel="test accuracy (%)")
     return found
 
 

@@ -18,7 +18,7 @@ How it is measured. Evaluations are calls of the field per training batch, up to
 epochs and seeds. Seconds per epoch are those of its training batches, median over epochs and seeds: processor time of
 the one thread that trains, which other programs on the machine disturb less than wall time, and wall time on a GPU.
 The trainings begin seed by seed, so that every way meets the same conditions. Peak memory is that of tensors alive at
-once in one training step, without weights and data (see :mod:`odenets.memory`). What the action costs is found on each
+once in one training step, without weights and data (see :mod:`odenets.analysis`). What the action costs is found on each
 trained network, from the same batches and weights with and without it, in turn. Errors of state and action are those
 against dopri5 in float64 at a tolerance of 1e-7, on 200 test samples.
 """
@@ -41,15 +41,17 @@ from neural_ode_setup import Config, Job, build, field_of, science, split
 from neural_ode_tables import COLUMNS, summarise, verdict
 from torch import Tensor, nn
 
-from odenets import Flow, Network, data, measures, plotting
+from lab import plotting as lab_figures
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Flow, Network, measures, plotting
+from odenets.analysis.memory import memory
 from odenets.checkpoints import save_weights
-from odenets.jobs import Report, Workers
 from odenets.least_action import ActionPenalty
-from odenets.memory import memory
-from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run
-from odenets.tables import table
-from odenets.training import Callback, Training, evaluate, fit
+from odenets.training import data
+from odenets.training.loop import Callback, Training, evaluate, fit
+from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.runs import Run
 from solvers import Tolerance
 
 
@@ -220,7 +222,7 @@ def main(config: Config) -> None:
         results = workers.complete(partial(train, config), jobs, folder, cost=cost, label="trainings")
     results.sort(key=lambda r: (r["action"], config.ways.index(r["way"]), r["seed"]))
     rows = summarise(results)
-    plotting.save(plotting.neural_ode(run.folder), run.folder / "figures")
+    plotting.save(lab_figures.neural_ode(run.folder), run.folder / "figures")
     print(run.conclude(results, ("way", "action", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
 

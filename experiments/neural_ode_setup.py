@@ -13,10 +13,11 @@ import torchdiffeq
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from odenets import Flow, Network, data, models
+from odenets import Flow, Network, models
 from odenets.fields import ConvField
 from odenets.flow import Records
 from odenets.measures import Measure
+from odenets.training import data
 from solvers import Statistics, Step, Tolerance
 
 Way = Literal["odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from odenets.statistics import mean_interval
+from lab.statistics import mean_interval
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,15 +23,17 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from odenets import Network, data, initialize, models, plotting
-from odenets.instances import fit_instances
-from odenets.jobs import Report, Workers
+from lab.plotting import intervals
+from lab.statistics import mean_interval
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Network, initialize, models, plotting
 from odenets.least_action import LeastAction
-from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run
-from odenets.statistics import mean_interval
-from odenets.tables import table
-from odenets.training import evaluate
+from odenets.training import data
+from odenets.training.instances import fit_instances
+from odenets.training.loop import evaluate
+from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.runs import Run
 
 METHODS = ("vanilla", "least action", "h = 0.1", "batch norm")
 
@@ -243,7 +245,7 @@ def main(config: Config) -> None:
         results = complete(jobs, label="training")
     rows = summarise(results)
     series = {m: [(row["depth"], row["accuracy"]) for row in rows if row["method"] == m] for m in METHODS}
-    figure = plotting.intervals(series, xlabel="blocks", ylabel="test accuracy (%)")
+    figure = intervals(series, xlabel="blocks", ylabel="test accuracy (%)")
     plotting.save({"fig_14": figure}, run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]
     print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))

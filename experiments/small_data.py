@@ -42,12 +42,13 @@ from small_data_setup import (
 from small_data_tables import COLUMNS, summarise, verdict
 from torch import Tensor
 
-from odenets import Network, data, measures, recalibrate
-from odenets.instances import fit_instances
-from odenets.jobs import Report, Workers
-from odenets.runs import Run
-from odenets.tables import table
-from odenets.training import evaluate
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import Network, measures, recalibrate
+from odenets.training import data
+from odenets.training.instances import fit_instances
+from odenets.training.loop import evaluate
+from odenets.training.runs import Run
 
 
 def train(config: Config, job: Job, report: Report) -> None:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from odenets import Network, data, initialize, models
+from odenets import Network, initialize, models
 from odenets.least_action import ActionPenalty, LeastAction
-from odenets.objectives import CrossEntropy, Objective
+from odenets.training import data
+from odenets.training.objectives import CrossEntropy, Objective
 
 METHODS = ("vanilla", "fixed weight", "least action")
 PROTOCOL = ("thesis: vanilla", "thesis: least action", "thesis: least action, divided")

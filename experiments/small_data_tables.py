@@ -6,7 +6,7 @@ from typing import Any
 
 from small_data_setup import METHODS, PROTOCOL, WAYS, Config
 
-from odenets.statistics import Interval, mean_interval, paired_p_value
+from lab.statistics import Interval, mean_interval, paired_p_value
 
 # highest test accuracy over epochs, mean and half-width of the 95 % interval: table 1 (50 runs), tables 2 and 18 (20)
 THESIS: dict[str, dict[int, dict[str, tuple[float, float]]]] = {

@@ -28,7 +28,7 @@ from odenets import measures
 from odenets.flow import Records
 from odenets.measures import Measure
 from odenets.modes import keeping_state, total_dtype
-from odenets.objectives import Batch, CrossEntropy, Objective
+from odenets.training.objectives import Batch, CrossEntropy, Objective
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
 

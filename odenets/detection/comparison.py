@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odenets.detection.detector import MODES, Detector
-from odenets.detection.protocol import Parts, Scores, detection_rates, score
+from odenets.detection.evaluation import Parts, Scores, detection_rates, score
 
 __all__ = ["Choice", "Samples", "choose_and_score"]
 
@@ -71,7 +71,7 @@ class Choice:
         validation: its accuracy on validation samples.
         scores: on the test samples of each set.
         agnostic: area under the curve of the general detector on the same features and sets, as the thesis gives it.
-        curves: detection rates by :func:`~odenets.detection.protocol.detection_rates` on the same sets.
+        curves: detection rates by :func:`~odenets.detection.evaluation.detection_rates` on the same sets.
         noisy: share of the noisy test samples that are taken for adversarial, if there are any.
     """
 

@@ -12,11 +12,11 @@ from sklearn.base import is_outlier_detector
 from torch import Tensor
 
 from odenets.checkpoints import fingerprint
+from odenets.detection.attacks.isolation import checked_logits
 from odenets.detection.detector import Detector
-from odenets.detection.features import Features, Recording, Trajectory, check_images, in_batches
-from odenets.detection.files import read, write
-from odenets.detection.isolation import checked_logits
-from odenets.detection.protocol import Scores, score
+from odenets.detection.evaluation import Scores, score
+from odenets.detection.features.trajectory import Features, Recording, Trajectory, check_images, in_batches
+from odenets.detection.persistence import read, write
 
 __all__ = ["FEWEST", "Pipeline"]
 
@@ -168,7 +168,7 @@ class Pipeline:
             batch_size: images that are looked at together.
 
         Raises:
-            FileNotFoundError, ModuleNotFoundError, ValueError: as :func:`odenets.detection.files.read`, or another
+            FileNotFoundError, ModuleNotFoundError, ValueError: as :func:`~.persistence.read`, or another
                 network.
         """
         content = read(Path(path), trusted)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting import Adapted
-from odenets.data import Batches
 from odenets.flow import Flow, Records
 from odenets.measures import Measure
 from odenets.modes import evaluating, inputs_for, keeping_state
-from odenets.module_wise.cutting import At, blocks_of, cut
 from odenets.module_wise.heads import HEADS, Head, head_for, like
+from odenets.module_wise.partition import At, blocks_of, cut
 from odenets.module_wise.splitting import balanced, even
 from odenets.network import Network
-from odenets.objectives import logits_and_labels
+from odenets.training.data import Batches
+from odenets.training.objectives import logits_and_labels
 
 __all__ = ["LocalLoss", "Module", "ModuleWise", "module_wise"]
 
@@ -186,7 +186,7 @@ def module_wise(
         local_loss: makes what each module minimises besides.
 
     Raises:
-        TypeError, ValueError: as :func:`~odenets.module_wise.cutting.cut` and the heads raise, K out of range, a head
+        TypeError, ValueError: as :func:`~odenets.module_wise.partition.cut` and the heads raise, K out of range, a head
             that does not return ``(B, classes)``, or more or fewer heads than modules that need one.
 
     >>> import odenets

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from odenets.least_action import ActionPenalty, Cost, LeastAction
-from odenets.objectives import CrossEntropy, Objective
+from odenets.training.objectives import CrossEntropy, Objective
 
 __all__ = ["ModuleObjective", "greedy", "objectives_of", "trgl", "trgl_multipliers"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from odenets.adapting import Adapted
+from odenets.analysis.memory import memory
 from odenets.flow import Flow
-from odenets.memory import memory
 from odenets.modes import inputs_for, keeping_state
-from odenets.module_wise.cutting import At, blocks_of, cut
+from odenets.module_wise.partition import At, blocks_of, cut
 from odenets.network import Network
 
 __all__ = ["activation_memory", "balanced", "even", "lightest"]
@@ -80,7 +80,7 @@ def balanced(network: Flow | Network | Adapted, modules: int, x: Tensor, at: At 
         network: to be split.
         modules: how many.
         x: inputs, of the shape of training; a few samples will do.
-        at: see :func:`~odenets.module_wise.cutting.cut`.
+        at: see :func:`~odenets.module_wise.partition.cut`.
 
     Raises:
         ValueError: more modules than blocks, or none.

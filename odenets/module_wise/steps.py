@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from odenets.flow import Records
 from odenets.module_wise.modules import Module, ModuleWise
 from odenets.network import Network
-from odenets.objectives import Objective, after_step, check_loss, right_answers
+from odenets.training.objectives import Objective, after_step, check_loss, right_answers
 
 __all__ = ["end_to_end_step", "local_step", "parallel_step"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from odenets.statistics import Interval
-
-__all__ = ["MARKERS", "intervals", "log_x", "new_figure", "save"]
+__all__ = ["MARKERS", "log_x", "new_figure", "save"]
 
 MARKERS = "os^Dv<>p*X"
 
@@ -41,26 +39,3 @@ def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(max(4.2 * columns, 7.0 if columns == 1 else 0), 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def intervals(
-    series: Mapping[str, Sequence[tuple[float, Interval]]], *, xlabel: str, ylabel: str, logarithmic: bool = False
-) -> Figure:
-    """Means over something, with their confidence intervals, a line per name.
-
-    Args:
-        series: per name pairs of x and an interval.
-        xlabel, ylabel: of the axes.
-        logarithmic: whether the x axis is.
-    """
-    figure, axes = new_figure(1, 1)
-    for i, (name, pairs) in enumerate(series.items()):
-        x, found = zip(*pairs, strict=True)
-        style = {"marker": MARKERS[i % len(MARKERS)], "capsize": 3}
-        axes[0, 0].errorbar(x, [f.mean for f in found], [f.half_width for f in found], label=name, **style)
-    axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
-    if logarithmic:
-        axes[0, 0].set_xscale("log")
-    axes[0, 0].grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
-    return figure

@@ -6,7 +6,7 @@ from benchmarks import by_hand
 from benchmarks.fields import Field
 from benchmarks.solves import ROWS, STEPS, prepare
 from benchmarks.table import ratio_table
-from odenets.memory import memory
+from odenets.analysis.memory import memory
 
 
 @pytest.fixture

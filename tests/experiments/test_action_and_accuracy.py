@@ -7,8 +7,9 @@ import pytest
 import torch
 from action_and_accuracy import Config, Job, action, build, main, parts_of, summarise
 
-from odenets import data, measures
-from odenets.runs import read_summary
+from odenets import measures
+from odenets.training import data
+from odenets.training.runs import read_summary
 
 
 def test_a_run_leaves_its_table_and_figures_and_goes_on(tmp_path, capsys):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from action_histogram import Config, main
 
-from odenets.runs import read_summary
+from odenets.training.runs import read_summary
 
 
 def test_a_run_prints_its_table_and_goes_on(tmp_path, capsys):

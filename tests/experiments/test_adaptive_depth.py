@@ -9,8 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from lab import plotting as lab_figures
 from odenets import plotting
-from odenets.runs import read_metrics, read_summary
+from odenets.training.runs import read_metrics, read_summary
 
 TINY = {"seeds": (0, 1), "epochs": 3, "train_size": 150, "deep": 4, "workers": 1, "max_depth": 8, "check_samples": 40}
 
@@ -49,10 +50,10 @@ def test_a_finished_run_is_read_and_not_trained_again(folder, capsys):
 
 
 def test_figures_show_the_run(folder, tmp_path):
-    figures = plotting.adaptive_depth(folder)
+    figures = lab_figures.adaptive_depth(folder)
     assert all(isinstance(figure, Figure) for figure in figures.values())
     adaptive = [path for path in sorted(folder.iterdir()) if path.name.startswith("adaptive-from-4")]
-    errors = plotting.block_errors(adaptive)
+    errors = lab_figures.block_errors(adaptive)
     shown = [value for line in errors.axes[0].lines for value in line.get_ydata()]
     measured = [float(e) for path in adaptive for row in read_metrics(path) for e in row["errors"].split()]
     assert len(measured) >= 2 * 4  # two seeds of four blocks, checked at least once
@@ -61,7 +62,7 @@ def test_figures_show_the_run(folder, tmp_path):
     paths = plotting.save(figures, tmp_path / "figures", formats=("svg",))
     assert [path.stat().st_size > 1000 for path in paths] == [True] * 3
     with pytest.raises(FileNotFoundError, match="holds no finished training"):
-        plotting.adaptive_depth(tmp_path)
+        lab_figures.adaptive_depth(tmp_path)
 
 
 def test_a_missing_data_folder_leaves_nothing_behind(tmp_path):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from circles import METHODS, SETTINGS, THESIS, Boundary, Cell, Config, build, main, objective, points_of
 
-from odenets import data
-from odenets.instances import fit_instances
 from odenets.least_action import LeastAction
-from odenets.runs import read_summary
+from odenets.training import data
+from odenets.training.instances import fit_instances
+from odenets.training.runs import read_summary
 from odenets.transport import moves
 
 TINY = Config(tables=("21", "22", "figures"), instances=3, epochs=2, workers=1)

@@ -7,9 +7,10 @@ import torch
 from decode import SETTINGS, Config, Frozen, build, main, objective
 from torch import nn
 
-from odenets import data, models
+from odenets import models
 from odenets.least_action import LeastAction
-from odenets.runs import read_summary
+from odenets.training import data
+from odenets.training.runs import read_summary
 
 
 def test_a_run_leaves_pictures_and_goes_on(tmp_path, capsys):

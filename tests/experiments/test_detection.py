@@ -9,9 +9,9 @@ from detection import comparisons, main
 from detection_setup import METHODS, TRAJECTORY, Config, attack_of, build, foreign, kinds_of, parts_of
 from detection_tables import COLUMNS, THESIS, summarise
 
+from lab.tables import table
 from odenets.detection import preset
-from odenets.runs import read_summary
-from odenets.tables import table
+from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from module_depth import CONDITIONS, Config, best, build, candidates, choose, main, parts_of, training_images
 
-from odenets.runs import read_summary
+from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
 

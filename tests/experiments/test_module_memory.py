@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from module_memory import COLUMNS, SETTINGS, Config, main, measure, peak, split, verdict
 
-from odenets.runs import read_summary
-from odenets.tables import table
+from lab.tables import table
+from odenets.training.runs import read_summary
 
 
 def test_a_run_prints_its_table(tmp_path, capsys):

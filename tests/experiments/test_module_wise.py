@@ -20,7 +20,7 @@ from module_wise import (
 )
 
 from odenets.least_action import ActionPenalty
-from odenets.runs import read_summary
+from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
 

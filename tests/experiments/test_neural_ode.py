@@ -13,10 +13,12 @@ from neural_ode import Meter, cost_of_action, step, step_memory
 from neural_ode_setup import Config, build, field_of, split
 from safetensors.torch import load_file
 
-from odenets import data, measures, plotting
+from lab import plotting as lab_figures
+from odenets import measures
 from odenets.least_action import ActionPenalty
-from odenets.objectives import CrossEntropy
-from odenets.runs import read_metrics, read_summary
+from odenets.training import data
+from odenets.training.objectives import CrossEntropy
+from odenets.training.runs import read_metrics, read_summary
 
 WAYS = ("odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5")
 TINY = {"seeds": (0,), "epochs": 2, "train_size": 100, "test_size": 50, "features": 4, "workers": 1, "probes": 1}
@@ -78,13 +80,13 @@ def test_a_finished_run_is_read_and_not_trained_again(folder, capsys):
 
 
 def test_figures_show_the_run(folder, tmp_path):
-    figures = plotting.neural_ode(folder)
+    figures = lab_figures.neural_ode(folder)
     assert all(isinstance(figure, Figure) for figure in figures.values())
     seconds = sorted(row["epoch_seconds"] for row in read_summary(folder)["results"]["rows"])
     assert sorted(bar.get_width() for bar in figures["cost"].axes[1].patches) == pytest.approx(seconds)
     assert len(figures["training"].axes[0].lines) == 6
     with pytest.raises(FileNotFoundError, match="holds no finished training"):
-        plotting.neural_ode(tmp_path)
+        lab_figures.neural_ode(tmp_path)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,7 +7,7 @@ import torch
 from no_batchnorm import METHODS, Config, Job, build, candidates, choose, main, objective, parts_of
 
 from odenets.least_action import LeastAction
-from odenets.runs import read_summary
+from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
 JOB = Job(2, "vanilla", 0.01, 0.0, (0,), tuning=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from odenets.runs import read_summary
+from odenets.training.runs import read_summary
 
 ROOT = Path(__file__).parents[2]
 RESULTS = {path.parent.name: path.parent for path in sorted((ROOT / "experiments/results").glob("*/summary.json"))}

@@ -8,11 +8,11 @@ import torch
 from small_data import candidates, choose, main, reported
 from small_data_setup import CONDITIONS, METHODS, PROTOCOL, Config, Job, build, objective, parts_of, training_images
 
-from odenets import data
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.normalization import StageBatchNorm
-from odenets.runs import read_summary
-from odenets.training import Evaluation
+from odenets.training import data
+from odenets.training.loop import Evaluation
+from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
 

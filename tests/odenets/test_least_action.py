@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from odenets import data, measures, models
+from odenets import measures, models
 from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.module_wise import fit_modules, module_wise, trgl_multipliers
-from odenets.objectives import CrossEntropy, Objective
-from odenets.runs import Run
-from odenets.training import fit
+from odenets.training import data
+from odenets.training.loop import fit
+from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.runs import Run
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from odenets import ConvField, Flow, Network, data, measures, models, recalibrate
+from odenets import ConvField, Flow, Network, measures, models, recalibrate
 from odenets.detection import Trajectory
 from odenets.fields import VelocityField
 from odenets.modes import keeping_state
 from odenets.module_wise import module_wise
 from odenets.normalization import StageBatchNorm
-from odenets.training import evaluate_schemes
+from odenets.training import data
+from odenets.training.loop import evaluate_schemes
 from solvers import get_tableau
 
 X = torch.rand(12, 3, 5, 5, generator=torch.Generator().manual_seed(0))

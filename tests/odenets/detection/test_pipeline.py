@@ -14,8 +14,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.tree._tree import Tree
 from torch import nn
 
-from odenets import data, models
+from odenets import models
 from odenets.detection import Detector, Pipeline, QuantileTest, Trajectory
+from odenets.training import data
 
 GENERATOR = torch.Generator().manual_seed(0)
 DIGITS = data.load("digits")[0].x

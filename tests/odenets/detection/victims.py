@@ -8,10 +8,11 @@ import torch
 from sklearn.ensemble import RandomForestClassifier
 from torch.nn import functional as F
 
-from odenets import Network, data, models
-from odenets.data import Dataset
-from odenets.detection.attacks import attack, preset
-from odenets.detection.features import Trajectory, in_batches
+from odenets import Network, models
+from odenets.detection.attacks.generation import attack, preset
+from odenets.detection.features.trajectory import Trajectory, in_batches
+from odenets.training import data
+from odenets.training.data import Dataset
 
 
 @cache

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import Flow, MLPField, adapt, data, models
+from odenets import Flow, MLPField, adapt, models
 from odenets.module_wise import ModuleWise, conv_head, linear_head, module_wise, token_head
+from odenets.training import data
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

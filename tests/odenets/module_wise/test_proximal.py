@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import Flow, MLPField, data
+from odenets import Flow, MLPField
 from odenets.module_wise import fit_modules, module_wise, trgl
-from odenets.objectives import Objective
+from odenets.training import data
+from odenets.training.objectives import Objective
 from odenets.transport import wasserstein
 
 

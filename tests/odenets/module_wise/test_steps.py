@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from odenets import adapt, data, measures, models
+from odenets import adapt, measures, models
+from odenets.analysis.memory import memory
 from odenets.least_action import ActionPenalty
-from odenets.memory import memory
 from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_step, trgl, trgl_multipliers
-from odenets.objectives import CrossEntropy
-from odenets.training import fit
+from odenets.training import data
+from odenets.training.loop import fit
+from odenets.training.objectives import CrossEntropy
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.rand(6, 1, 8, 8, generator=GENERATOR), torch.randint(10, (6,), generator=GENERATOR)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from odenets import data, models, save_weights
+from odenets import models, save_weights
 from odenets.module_wise import fit_in_processes, infopro, module_wise, trgl_multipliers
-from odenets.runs import Run
+from odenets.training import data
+from odenets.training.runs import Run
 
 DIGITS = data.subsample(data.load("digits")[0], 120)
 BATCHES = data.Batches(DIGITS, 40, seed=0)

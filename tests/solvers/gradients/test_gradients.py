@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets.memory import memory
+from odenets.analysis.memory import memory
 from solvers import Tolerance, integrate
 from tests.counting import Counted, NoDouble
 

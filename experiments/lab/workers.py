@@ -1,0 +1,140 @@
+"""Independent trainings side by side in worker processes, under one progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from odenets.training.runs import read_summary
+
+__all__ = ["Report", "Workers"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Report = Callable[[int], object]
+"""Tells the progress bar how many units of work were done."""
+
+_progress: Any = None
+
+
+class Workers:
+    """Processes for independent jobs, to be used in a ``with`` statement.
+
+    Each computes with the same number of threads, so that results do not depend on how many workers there are, where
+    each job seeds what it draws. A worker ends when the process that started it does, however that one ended.
+
+    Args:
+        workers: number of processes; 1 works in this one.
+        threads: of each process.
+
+    Raises:
+        ValueError: fewer than one worker or thread.
+    """
+
+    def __init__(self, workers: int = 1, threads: int = 1) -> None:
+        if workers < 1 or threads < 1:
+            raise ValueError(f"workers and threads must be at least 1, got {workers} and {threads}")
+        self.workers, self.threads, self.entered = workers, threads, False
+
+    def __enter__(self) -> Workers:
+        self.entered = True
+        if self.workers == 1:
+            self._before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
+        else:
+            context = multiprocessing.get_context("spawn")
+            self._progress = context.SimpleQueue()
+            self._pool = ProcessPoolExecutor(self.workers, context, _start, (self.threads, self._progress))
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.entered = False
+        if self.workers == 1:
+            torch.set_num_threads(self._before)
+        else:
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+
+    def map(self, work: Callable[[T, Report], R], items: Sequence[T], *, total: int, label: str) -> list[R]:
+        """``[work(item, report) for item in items]``, in that order, with a progress bar.
+
+        Args:
+            work: a function at the top of a module; it calls ``report(n)`` when n units of work are done.
+            items: picklable arguments, one per job, begun in order.
+            total: units of work of all jobs together.
+            label: of the progress bar.
+
+        Raises:
+            Exception: the first that a job raised; jobs not yet begun are dropped.
+            RuntimeError: outside of a ``with`` statement.
+        """
+        if not self.entered:
+            raise RuntimeError("Workers must be used in a with statement, with Workers(...) as workers: ...")
+        with tqdm(total=total, desc=label, unit="epoch") as bar:
+            if self.workers == 1:
+                return [work(item, bar.update) for item in items]
+            futures = [self._pool.submit(_run, work, item) for item in items]
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not self._progress.empty():
+                    bar.update(self._progress.get())
+                for future in done:
+                    future.result()
+            return [future.result() for future in futures]
+
+    def complete(
+        self,
+        work: Callable[[T, Report], object],
+        jobs: Sequence[T],
+        folder: Callable[[T], Path],
+        *,
+        cost: Callable[[T], int],
+        label: str,
+    ) -> list[dict[str, Any]]:
+        """The results of jobs that each leave a finished run in a folder; those that are there are read, not run.
+
+        Args:
+            work: a function at the top of a module, as for :meth:`map`.
+            jobs: picklable arguments; the dearest are begun first.
+            folder: of a job.
+            cost: units of work of a job.
+            label: of the progress bar.
+
+        Raises:
+            ValueError: two jobs have one folder.
+            FileNotFoundError: a job leaves no finished run.
+        """
+        folders = [folder(job) for job in jobs]
+        if twice := sorted({str(path) for path in folders if folders.count(path) > 1}):
+            raise ValueError(f"jobs must each have a folder of their own, got twice: {', '.join(twice[:4])}")
+        todo = sorted((job for job in jobs if not (folder(job) / "summary.json").exists()), key=lambda job: -cost(job))
+        if todo:
+            self.map(work, todo, total=sum(map(cost, todo)), label=label)
+        return [read_summary(folder(job))["results"] for job in jobs]
+
+
+def _start(threads: int, progress: Any) -> None:
+    global _progress
+    _progress = progress
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _run(work: Callable[[T, Report], R], item: T) -> R:
+    return work(item, _progress.put)

@@ -1,0 +1,245 @@
+"""Adversarial images of a network, made once and kept."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from odenets.checkpoints import fingerprint
+from odenets.detection.attacks.art import CLASSES, DECISION_BASED, decision_attack, gradient_attack, toolbox
+from odenets.detection.attacks.caching import BatchFolder, key_of
+from odenets.detection.attacks.isolation import Logits, frozen, seeded
+from odenets.detection.attacks.presets import PRESETS, Attack, checked, preset
+from odenets.detection.features.trajectory import check_images
+from odenets.modes import device_of
+
+__all__ = ["PRESETS", "Attack", "Attacked", "attack", "check_labels", "preset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attacked:
+    """Adversarial images and what the network made of them, on the CPU.
+
+    Attributes:
+        images: adversarial, ``(N, C, H, W)`` float32 in [0, 1].
+        labels: true ones, ``(N,)`` int64.
+        clean: predictions on the clean images, ``(N,)`` int64.
+        predicted: predictions on the adversarial ones, ``(N,)`` int64.
+        linf, l2: norms of the perturbations, ``(N,)`` float32.
+    """
+
+    images: Tensor
+    labels: Tensor
+    clean: Tensor
+    predicted: Tensor
+    linf: Tensor
+    l2: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of the clean images that are classified rightly."""
+        return (self.clean == self.labels).double().mean().item()
+
+    @property
+    def success(self) -> Tensor:
+        """Where a right prediction became a wrong one, ``(N,)`` bool.
+
+        An image that was misclassified before is no success; most attacks return it unchanged.
+        """
+        return (self.clean == self.labels) & (self.predicted != self.labels)
+
+    @property
+    def success_rate(self) -> float:
+        """Share of the rightly classified images that are successes; NaN if none was."""
+        right = int((self.clean == self.labels).sum())
+        return int(self.success.sum()) / right if right else nan
+
+    def subset(self, index: Tensor) -> Attacked:
+        """The samples at ``index``, numbers or a mask."""
+        fields = (self.images, self.labels, self.clean, self.predicted, self.linf, self.l2)
+        return Attacked(*(field[index] for field in fields))
+
+
+def attack(
+    network: nn.Module,
+    attack: Attack | str,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    cache: Path | str | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: str | None = None,
+) -> Attacked:
+    """Attack a network, batch by batch, on its own device.
+
+    The network is attacked in eval mode and with gradients enabled, whatever the caller's mode; afterwards its modes
+    and gradients are as they were, and so are the random states. Whatever its precision, the attack sees float32:
+    images are cast on the way in and logits on the way out. Batch i draws from ``(seed, i)`` alone, so that a resumed
+    attack ends with the images of an uninterrupted one. The true labels are given to the attacks (DeepFool, HopSkipJump
+    and the boundary attack go by the prediction instead).
+
+    Args:
+        network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalises inside, as
+            :class:`models.Normalize`.
+        attack: a name of :data:`PRESETS` or an :class:`Attack`.
+        images: clean, ``(N, C, H, W)`` in [0, 1], of any floating precision and on any device.
+        labels: ``(N,)`` of integers.
+        cache: folder in which batches are kept as they are done, in a folder of their own for each weights of the
+            network, attack, settings, images, labels, seed, batch size and version of ART. What is there is taken up;
+            what is damaged is made anew.
+        batch_size: images at a time.
+        seed: of random starts and draws.
+        progress: label of a progress bar over batches; none without it.
+
+    Raises:
+        TypeError, ValueError: arguments out of range, images outside [0, 1], a network that returns no finite logits of
+            two classes or more, or AutoAttack on fewer than 3 classes.
+        ModuleNotFoundError: ART is not installed.
+
+    Warns:
+        UserWarning: the network seems to return probabilities, on which attacks by gradients are weak.
+    """
+    chosen = checked(preset(attack) if isinstance(attack, str) else attack)
+    images = check_images(images).detach().float().cpu().contiguous()
+    labels = check_labels(labels, len(images))
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    about = {
+        "attack": chosen.name,
+        "class": CLASSES[chosen.name],
+        "settings": dict(chosen.settings),
+        "art": toolbox().__version__,
+        "seed": seed,
+        "batch_size": batch_size,
+        "weights": fingerprint(network),
+    }
+    more = {"attributes": _attributes(network), "images": images, "labels": labels} | _unsaved(network)
+    if torch.is_autocast_enabled(kind := device_of(network).type):
+        more["autocast"] = str(torch.get_autocast_dtype(kind))
+    key = key_of(about | more)
+    said = about | {"network": type(network).__name__, "images": list(images.shape), "key": key}
+    store = BatchFolder(Path(cache) / f"{chosen.name}-{key[:24]}" if cache is not None else None, said)
+    parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    done = {i: batch for i, batch in store.read(len(parts)).items() if _fits(batch, parts[i][0])}
+    bar = tqdm(total=len(parts), initial=len(done), desc=progress, disable=progress is None, unit="batch", leave=False)
+    with bar, frozen(network) as victim:
+        logits = Logits(victim)
+        missing = [i for i in range(len(parts)) if i not in done]
+        classes = _classes(logits, chosen, images, labels) if missing else 0
+        for i in missing:
+            with seeded(seed, i, device=device_of(victim)):
+                done[i] = _attack_batch(logits, chosen, *parts[i], classes)
+            store.write(i, done[i])
+            bar.update()
+    found = {name: torch.cat([done[i][name] for i in range(len(parts))]) for name in ("images", "clean", "predicted")}
+    moved = (found["images"] - images).flatten(1)
+    return Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **found)
+
+
+def check_labels(labels: Tensor, count: int) -> Tensor:
+    """Labels ``(count,)`` int64, not negative, on the CPU.
+
+    Raises:
+        TypeError, ValueError: they are no integers, not as many or negative.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an int64 tensor, got {kind}")
+    if labels.shape != (count,):
+        raise ValueError(f"labels must have one entry for each of {count} images, got shape {tuple(labels.shape)}")
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels must not be negative, got {int(labels.min())}")
+    return labels.detach().long().cpu()
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _attributes(network: nn.Module) -> list[list[Any]]:
+    """Plain values that modules hold beside weights, such as a temperature, and that may change what they compute."""
+    plain = (bool, int, float, complex, str, torch.dtype)
+    return [
+        [name, attribute, repr(value)]
+        for name, module in network.named_modules()
+        for attribute, value in sorted(vars(module).items())
+        if attribute != "training"
+        and (isinstance(value, plain) or (isinstance(value, list | tuple) and all(isinstance(v, plain) for v in value)))
+    ]
+
+
+def _unsaved(network: nn.Module) -> dict[str, Tensor]:
+    """Tensors of modules that no state dictionary holds."""
+    saved = set(network.state_dict())
+    buffers = {f"buffer {name}": buffer for name, buffer in network.named_buffers() if name not in saved}
+    return buffers | {
+        f"attribute {name}.{attribute}": value
+        for name, module in network.named_modules()
+        for attribute, value in sorted(vars(module).items())
+        if isinstance(value, Tensor)
+    }
+
+
+def _fits(batch: dict[str, Tensor], x: Tensor) -> bool:
+    """Whether a batch from the disk is one of adversarial images of these."""
+    if set(batch) != {"images", "clean", "predicted"}:
+        return False
+    found, *classes = batch["images"], batch["clean"], batch["predicted"]
+    if found.shape != x.shape or found.dtype != torch.float32 or not ((found >= 0) & (found <= 1)).all():
+        return False
+    return all(each.shape == (len(x),) and each.dtype == torch.int64 for each in classes)
+
+
+def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> int:
+    with torch.no_grad():
+        first = logits(images[:1])
+    classes = first.shape[1]
+    if attack.name not in DECISION_BASED and bool((first >= 0).all()) and abs(first.sum().item() - 1) < 1e-4:
+        warnings.warn(
+            f"network seems to return probabilities, which {attack.name} takes for logits, so that its gradients are "
+            "weak: leave the softmax out",
+            stacklevel=3,
+        )
+    if int(labels.max()) >= classes:
+        raise ValueError(
+            f"labels must lie in [0, classes) of the network's logits (B, classes), got {int(labels.max())} "
+            f"and logits of shape {(1, classes)}"
+        )
+    if attack.name == "AA" and classes < 3:
+        raise ValueError(f"AA compares three logits of a network, got one with {classes}: choose another attack")
+    return classes
+
+
+def _attack_batch(logits: Logits, attack: Attack, x: Tensor, y: Tensor, classes: int) -> dict[str, Tensor]:
+    clean = logits.predict(x)
+    if attack.name in DECISION_BASED:
+        points = np.stack([_decide(logits, attack, image, int(k)) for image, k in zip(x, clean, strict=True)])
+    else:
+        points = gradient_attack(logits, attack.name, dict(attack.settings), x.numpy(), y.numpy(), classes)
+    adversarial = torch.from_numpy(points).float().clamp(0, 1)
+    if lost := int((~adversarial.isfinite()).flatten(1).any(1).sum()):
+        raise ValueError(f"{attack.name} must make finite images, got NaN in {lost} of {len(x)}: choose other settings")
+    return {"images": adversarial, "clean": clean, "predicted": logits.predict(adversarial)}
+
+
+def _decide(logits: Logits, attack: Attack, image: Tensor, prediction: int) -> np.ndarray:
+    """One image by its predictions alone, from the first uniform noise that is predicted otherwise, as ART does."""
+
+    def adversarial(points: np.ndarray) -> np.ndarray:
+        return (logits.predict(torch.from_numpy(points)) != prediction).numpy()
+
+    settings = dict(attack.settings)
+    noise = (torch.rand(image.shape, dtype=torch.float32).numpy() for _ in range(int(settings.get("init_size", 100))))
+    closest = decision_attack(attack.name, settings, adversarial, image.numpy(), noise)
+    return image.numpy() if closest is None else closest

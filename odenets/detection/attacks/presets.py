@@ -1,0 +1,113 @@
+"""The attacks of section 5.4 by the thesis' names, with its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isfinite
+from types import MappingProxyType
+
+from odenets.detection.attacks.art import CLASSES, known_settings
+
+__all__ = ["PRESETS", "Attack", "checked", "preset"]
+
+Setting = bool | int | float | str
+
+_COUNTS = ("max_iter", "apgd_iter", "deepfool_iter", "square_iter", "nb_grads", "max_eval", "init_eval", "init_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """An attack and what is set of it; what is not has ART's default.
+
+    Attributes:
+        name: of :data:`PRESETS`.
+        settings: pairs of an argument of ART's class and its value.
+
+    Raises:
+        ValueError: unknown name, a value out of range, or an L-infinity ball larger than all pixels.
+        TypeError: a value that is no number, bool or string.
+    """
+
+    name: str
+    settings: tuple[tuple[str, Setting], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in CLASSES:
+            raise ValueError(f"unknown attack {self.name!r}; known are {', '.join(CLASSES)}")
+        for setting, value in self.settings:
+            if not isinstance(value, Setting):
+                raise TypeError(f"{setting} of {self.name} must be a number, a bool or a string, got {value!r}")
+            self._check(setting, value)
+        settings = dict(self.settings)
+        if settings.get("norm", "inf") in ("inf", inf) and float(settings.get("eps", 0)) > 1:
+            raise ValueError(
+                f"eps of {self.name} must be at most 1, in units of pixels in [0, 1], got {settings['eps']}: "
+                f"{settings['eps']} / 255 if bytes are meant"
+            )
+
+    def _check(self, setting: str, value: Setting) -> None:
+        what = f"{setting} of {self.name}"
+        if setting == "norm":
+            if value not in ("inf", inf, 1, 2):
+                raise ValueError(f"{what} must be 'inf', 1 or 2, got {value!r}")
+        elif setting == "eps" and isinstance(value, str):
+            raise TypeError(f"{what} must be a number, got {value!r}")
+        elif setting in _COUNTS:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{what} must be a whole number, at least 1, got {value!r}")
+        elif isinstance(value, float | int) and not (isfinite(value) and value >= 0):
+            raise ValueError(f"{what} must be finite and not negative, got {value}")
+
+
+PRESETS = MappingProxyType(
+    {
+        "FGM": Attack("FGM", (("norm", "inf"), ("eps", 0.03))),
+        "BIM": Attack("BIM", (("eps", 0.03), ("eps_step", 0.1), ("max_iter", 100))),
+        "APGD": Attack("APGD", (("norm", "inf"), ("eps", 0.03), ("eps_step", 0.1), ("max_iter", 100))),
+        "AA": Attack("AA", (("norm", "inf"), ("eps", 0.03), ("eps_step", 0.1), ("square_iter", 5000))),
+        "DF": Attack("DF", (("max_iter", 100), ("nb_grads", 10), ("epsilon", 1e-6))),
+        "CW": Attack("CW", (("max_iter", 10), ("binary_search_steps", 10), ("learning_rate", 0.01))),
+        "HSJ": Attack("HSJ", (("norm", 2), ("max_iter", 50), ("max_eval", 10000), ("init_eval", 100))),
+        "BA": Attack("BA", (("max_iter", 5000),)),
+    }
+)
+"""The eight attacks of the thesis by its names: seven with its settings, by ART, and ART's own "AA".
+
+Within 0.03 of every pixel (L-infinity): the fast gradient method "FGM", the basic iterative method "BIM", Auto-PGD
+"APGD" and AutoAttack "AA". As near as they get in L2: DeepFool "DF" (``epsilon`` is its overshoot), Carlini-Wagner
+"CW", and, seeing predicted classes alone, HopSkipJump "HSJ" and the boundary attack "BA". The thesis calls DeepFool and
+the boundary attack L-infinity; ART has them in L2. ART's step of 0.1, larger than the ball, takes BIM from corner to
+corner.
+
+The thesis runs the AutoAttack of its authors: APGD with cross-entropy, APGD with targeted differences of logits, FAB,
+and Square. "AA" is ART's, which is weaker: APGD with either loss and no target, five random starts and 100 iterations
+each, then DeepFool in FAB's place, an L2 attack with ART's overshoot of 1e-3 that counts only where it ends inside the
+ball, then Square. An image that none of them turns, or that was misclassified before, comes back unchanged. It is
+slow: where an image of a batch withstands, Square makes up to five times ``square_iter`` steps of three passes with the
+batch.
+"""
+
+
+def preset(name: str, **settings: Setting) -> Attack:
+    """One of :data:`PRESETS` with other settings: ``preset("FGM", eps=0.1)``.
+
+    Raises:
+        ValueError: unknown name, or a setting that the attack does not have.
+        ModuleNotFoundError: ART, which knows them, is not installed.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown attack {name!r}; known are {', '.join(PRESETS)}")
+    return checked(Attack(name, tuple((dict(PRESETS[name].settings) | settings).items())))
+
+
+def checked(attack: Attack) -> Attack:
+    """The attack itself.
+
+    Raises:
+        ValueError: it has a setting that ART's class does not know.
+        ModuleNotFoundError: ART is not installed.
+    """
+    known = known_settings(attack.name)
+    if unknown := [setting for setting, _ in attack.settings if setting not in known]:
+        raise ValueError(f"{attack.name} has no setting {', '.join(unknown)}; known are {', '.join(known)}")
+    return attack

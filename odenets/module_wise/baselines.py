@@ -1,0 +1,181 @@
+"""Other ways to train modules, from their published descriptions: InfoPro, PredSim, AugLocal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odenets.adapting import Adapted
+from odenets.modes import evaluating, inputs_for, keeping_state
+from odenets.module_wise.heads import like
+from odenets.module_wise.modules import LocalLoss
+from odenets.module_wise.partition import At, blocks_of, cut
+from odenets.network import Network
+
+__all__ = ["Reconstruction", "Similarity", "auglocal", "infopro", "predsim"]
+
+
+class Reconstruction(nn.Module):
+    """InfoPro's bound on the information that a state keeps of the image: how well a decoder gives it back.
+
+    Bilinear interpolation to the image's size, conv3x3-BN-ReLU-conv3x3, binary cross-entropy, in this order (Wang et
+    al. 2021).
+
+    Args:
+        channels: of the states.
+        image_channels: of the images, whose pixels lie in [0, 1].
+        weight: of the loss.
+        hidden: channels between the convolutions.
+    """
+
+    def __init__(self, channels: int, image_channels: int, weight: float, hidden: int = 12) -> None:
+        super().__init__()
+        self.weight = weight
+        self.first = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(hidden)
+        self.second = nn.Conv2d(hidden, image_channels, 3, padding=1)
+
+    def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
+        """The weighted loss of states ``(B, C, H, W)``."""
+        state = F.interpolate(state, images.shape[-2:], mode="bilinear", align_corners=False)
+        decoded = self.second(self.norm(self.first(state)).relu())
+        return self.weight * F.binary_cross_entropy_with_logits(decoded, images.to(decoded.dtype))
+
+
+def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
+    """InfoPro's second term, beside the cross-entropy of the head: the information about the image that is kept.
+
+    Args:
+        first, last: its weight for the first module and the last; linear in between. A module of weight 0 has no
+            decoder.
+
+    Raises:
+        ValueError: a negative weight, states that are no images, or images whose pixels leave [0, 1], for which the
+            cross-entropy has no least value.
+    """
+    if first < 0 or last < 0:
+        raise ValueError(f"first and last must not be negative, got {first} and {last}")
+
+    def make(k: int, K: int, state: Tensor, images: Tensor) -> nn.Module:
+        if state.ndim != 4 or images.ndim != 4:
+            raise ValueError(f"InfoPro decodes images (B, C, H, W), got states {tuple(state.shape)}")
+        low, high = (float(pixel) for pixel in images.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"InfoPro decodes images with pixels in [0, 1], got {low:g} to {high:g}")
+        weight = first + (last - first) * k / max(K - 1, 1)
+        if not weight:
+            return _Nothing()
+        return like(Reconstruction(state.shape[1], images.shape[1], weight), state)
+
+    return make
+
+
+class Similarity(nn.Module):
+    """PredSim's loss: states of one class are to be alike, ``|S(conv(H)) - S(Y)|_F^2 / B^2`` (Nokland and Eidnes 2019).
+
+    S is the matrix of cosines between the mean-free rows of its argument, Y the one-hot labels (appendix D of the
+    thesis). Where the states are no images the convolution is a linear layer.
+
+    Args:
+        state: of the module, for its shape.
+        classes: number of classes.
+        weight: of the loss.
+        features: channels behind the convolution; as many as the state has if not given.
+    """
+
+    def __init__(self, state: Tensor, classes: int, weight: float = 1.0, features: int | None = None) -> None:
+        super().__init__()
+        self.classes, self.weight = classes, weight
+        if state.ndim == 4:
+            self.layer: nn.Module = nn.Conv2d(state.shape[1], features or state.shape[1], 3, padding=1, bias=False)
+        else:
+            self.layer = nn.Linear(state.shape[-1], features or state.shape[-1], bias=False)
+        like(self, state)
+
+    def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
+        """The weighted loss of states ``(B, *S)`` with labels ``(B,)``."""
+        found = correlations(self.layer(state).flatten(1))
+        other = torch.full_like(found, -1.0 / (self.classes - 1))
+        target = torch.where(y[:, None] == y[None], torch.ones_like(found), other)  # S of one-hot rows
+        return self.weight * (found - target).square().mean()
+
+
+def correlations(rows: Tensor) -> Tensor:
+    """Cosines between the mean-free rows, ``(B, D)`` to ``(B, B)``, in float32 at least."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = F.normalize(rows - rows.mean(1, keepdim=True), dim=1)
+    return rows @ rows.T
+
+
+def predsim(classes: int, weight: float = 1.0) -> LocalLoss:
+    """PredSim's similarity loss beside the cross-entropy of the head.
+
+    Args:
+        classes: number of classes, at least 2.
+        weight: of the loss.
+
+    Raises:
+        ValueError: fewer than two classes, or a weight that is not positive.
+    """
+    if classes < 2 or not weight > 0:
+        raise ValueError(f"classes must be at least 2 and weight positive, got {classes} and {weight}")
+    return lambda k, K, state, images: Similarity(state, classes, weight)
+
+
+class _Nothing(nn.Module):
+    """No loss."""
+
+    def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
+        """Zero."""
+        return state.new_zeros(())
+
+
+def auglocal(
+    network: Network | Adapted, ends: Sequence[int], x: Tensor, *, deepest: int = 4, shallowest: int = 1, at: At = "end"
+) -> list[nn.Module]:
+    """AugLocal's auxiliary networks: copies of a few later blocks and of the network's head (Ma et al., ICLR 2024).
+
+    The blocks are chosen evenly among those after the module; there are linearly fewer of them the later the module.
+    A block that changes the shape of the state is always among them, so that the copies fit one another.
+
+    Args:
+        network: whose modules end at ``ends``.
+        ends: after how many blocks each module ends, the last with the network.
+        x: a batch of inputs, by which shapes are found.
+        deepest, shallowest: blocks in the auxiliary network of the first module, and of the last but one.
+        at: as the network is to be cut.
+
+    Returns:
+        One auxiliary network per module but the last, for ``module_wise(network, ends, x, head=...)``.
+
+    Raises:
+        ValueError: numbers of blocks out of range.
+    """
+    if not deepest >= shallowest >= 1:
+        raise ValueError(f"deepest must be at least shallowest and this at least 1, got {deepest} and {shallowest}")
+    blocks, own = cut(network, range(1, blocks_of(network) + 1), at)
+    changing = _changing(blocks, inputs_for(network, x))
+    heads = []
+    for k, end in enumerate(ends[:-1]):
+        left = len(blocks) - end
+        wanted = deepest - (deepest - shallowest) * k / max(len(ends) - 2, 1)
+        number = min(round(wanted), left)
+        chosen = {end + (j + 1) * left // number - 1 for j in range(number)}
+        chosen |= {m for m in changing if m >= end}
+        heads.append(nn.Sequential(*(copy.deepcopy(blocks[m]) for m in sorted(chosen)), copy.deepcopy(own)))
+    return heads
+
+
+@torch.no_grad()
+def _changing(blocks: Sequence[nn.Module], x: Tensor) -> list[int]:
+    """The blocks that change the shape of the state."""
+    shapes = [x.shape]
+    with keeping_state(*blocks), evaluating(*blocks):
+        for block in blocks:
+            x = block(x)
+            shapes.append(x.shape)
+    return [m for m in range(1, len(blocks)) if shapes[m] != shapes[m + 1]]

@@ -1,0 +1,1 @@
+"""Modules trained at the same time in processes of their own, with buffers of activations between them."""

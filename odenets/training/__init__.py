@@ -1,0 +1,31 @@
+"""Training: data in batches, objectives, one loop, its evaluation, and a folder per run."""
+
+from odenets.training.data import Batches, Dataset, Split, hold_out, load, points, split, subsample
+from odenets.training.instances import Instances, fit_instances
+from odenets.training.loop import Callback, DivergedError, Evaluation, Training, evaluate, evaluate_schemes, fit
+from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
+from odenets.training.runs import Run
+
+__all__ = [
+    "Batches",
+    "Callback",
+    "CrossEntropy",
+    "Dataset",
+    "DivergedError",
+    "Evaluation",
+    "Instances",
+    "Objective",
+    "ReverseCrossEntropy",
+    "Run",
+    "Split",
+    "Training",
+    "evaluate",
+    "evaluate_schemes",
+    "fit",
+    "fit_instances",
+    "hold_out",
+    "load",
+    "points",
+    "split",
+    "subsample",
+]

@@ -1,0 +1,118 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lab.workers import Workers
+from odenets.training.runs import Run
+
+
+def work(item, report):
+    report(1)
+    if item < 0:
+        raise ArithmeticError("item below zero")
+    return item * item, os.getpid(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order_from_processes_of_so_many_threads(workers):
+    before = torch.get_num_threads()
+    with Workers(workers, threads=1) as pool:
+        first = pool.map(work, [3, 1, 2], total=3, label="first")
+        second = pool.map(work, [4], total=1, label="second")
+    assert [value for value, _, _ in first + second] == [9, 1, 4, 16]
+    assert {threads for _, _, threads in first} == {1}
+    assert all((pid == os.getpid()) == (workers == 1) for _, pid, _ in first)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_job_comes_through(workers):
+    with pytest.raises(ArithmeticError, match="item below zero"), Workers(workers) as pool:
+        pool.map(work, [1, -1, 2], total=3, label="jobs")
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="workers and threads must be at least 1, got 0 and 1"):
+        Workers(0)
+
+
+def test_workers_work_within_a_with_statement():
+    pool = Workers(1)
+    with pytest.raises(RuntimeError, match="must be used in a with statement"):
+        pool.map(work, [1], total=1, label="jobs")
+    with pool:
+        pool.map(work, [1], total=1, label="jobs")
+    with pytest.raises(RuntimeError, match="must be used in a with statement"):
+        pool.map(work, [1], total=1, label="jobs")
+
+
+def test_jobs_that_would_write_over_one_another_are_refused(tmp_path):
+    with Workers(1) as pool, pytest.raises(ValueError, match=r"a folder of their own, got twice: .*1$"):
+        pool.complete(lambda job, report: None, [1, 2, 3], lambda job: tmp_path / str(job % 2), cost=int, label="jobs")
+
+
+def test_a_job_that_leaves_no_run_is_told(tmp_path):
+    with Workers(1) as pool, pytest.raises(FileNotFoundError, match="holds no finished run"):
+        pool.complete(lambda job, report: None, [1], lambda job: tmp_path / str(job), cost=int, label="jobs")
+
+
+SLEEPER = """
+import os, time
+from lab.workers import Workers
+from odenets.training.runs import Run
+def work(item, report):
+    print(os.getpid(), flush=True)
+    time.sleep(3600)
+if __name__ == "__main__":
+    with Workers(2) as pool:
+        pool.map(work, [0], total=1, label="sleep")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 600
+        while _alive(worker) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert not _alive(worker)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "Z"
+
+
+def leave(folder, job, report):
+    run = Run(folder / str(job), {"job": job})
+    report(job)
+    run.finish({"square": job * job}, seeds=[0])
+
+
+def test_finished_jobs_are_read_and_the_others_run_dearest_first(tmp_path):
+    leave(tmp_path, 3, lambda n: None)
+    done = []
+
+    def work(job, report):
+        done.append(job)
+        leave(tmp_path, job, report)
+
+    with Workers(1) as workers:
+        found = workers.complete(work, [1, 3, 2], lambda job: tmp_path / str(job), cost=lambda job: job, label="jobs")
+    assert [result["square"] for result in found] == [1, 9, 4]
+    assert done == [2, 1]

@@ -1,0 +1,154 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from odenets import Flow, MLPField, Network, adapt, models
+from odenets.analysis.refinement import refinement
+
+
+class DownTheLoss(nn.Module):
+    """The velocity of a gradient flow of the loss, for labels that are all 0."""
+
+    def __init__(self, head, rate):
+        super().__init__()
+        self.head, self.rate = [head], rate
+
+    def forward(self, t, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            loss = F.cross_entropy(self.head[0](x), torch.zeros(len(x), dtype=torch.long), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+        return -self.rate * gradient
+
+
+@pytest.mark.parametrize("rate", [1e-3, -1e-3])
+def test_a_step_down_the_gradient_has_cosine_minus_one(rate):
+    head = nn.Linear(3, 2)
+    network = Network(nn.Identity(), Flow(DownTheLoss(head, rate), solver="euler", h=1.0), head)
+    x = torch.randn(8, 3)
+    found = refinement(network, [(x[:5], torch.zeros(5, dtype=torch.long)), (x[5:], torch.zeros(3, dtype=torch.long))])
+    torch.testing.assert_close(found.cosine, torch.tensor([-1.0 if rate > 0 else 1.0]))
+    (step,) = network.steps(x)
+    expected = ((step.x1 - step.x0).norm(dim=1) / x.norm(dim=1)).mean()
+    torch.testing.assert_close(found.ratio, expected.reshape(1))
+
+
+@pytest.mark.parametrize("solver", ["euler", "bs23"])
+def test_blocks_of_several_flows_are_those_of_finite_differences(solver):
+    torch.manual_seed(0)
+    net = models.resnet_km(2, 1, 1, 3, channels=4, solver=solver, total_time=1.0, norm="group").double().train()
+    x, y = torch.rand(1, 1, 8, 8, dtype=torch.float64), torch.tensor([1])
+    found = refinement(net, [(x, y)])
+    assert net.training
+    assert found.ratio.shape == found.cosine.shape == (2,)
+    net.eval()
+    last = list(net.steps(x))[-1]
+    moved = (last.x1 - last.x0).detach()
+
+    def loss(eps):
+        start = last.x0.detach() + eps * moved
+        return F.cross_entropy(net.head(net.flows[1](start)), y).item()
+
+    eps = 1e-6
+    along = (loss(eps) - loss(-eps)) / (2 * eps)
+    gradient = torch.autograd.functional.jacobian(
+        lambda s: F.cross_entropy(net.head(net.flows[1](s)), y), last.x0.detach()
+    )
+    assert found.cosine[1].item() == pytest.approx(along / (gradient.norm() * moved.norm()).item(), rel=1e-4)
+
+
+class Tupled(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x), x
+
+
+class Residual(nn.Module):
+    def __init__(self, field):
+        super().__init__()
+        self.field = field
+
+    def forward(self, x):
+        return x + self.field(0.0, x)
+
+
+def test_an_adapted_model_is_measured_as_the_network_of_its_steps():
+    fields, head = [MLPField(3), MLPField(3)], nn.Linear(3, 2)
+    model = nn.Sequential(nn.Linear(2, 3), *map(Residual, fields), nn.Dropout(), head)
+    model[1].eval()
+    network = Network(model[0], Flow(iter(fields).__next__, solver="euler", depth=2, h=1.0), head)
+    batches = [(torch.randn(n, 2), torch.arange(n) % 2) for n in (5, 3)]
+    expected = refinement(network, batches)
+    modes = [module.training for module in model.modules()]
+    adapted = adapt(model, ["1", "2"])
+    with torch.inference_mode():
+        measured = refinement(adapted, batches)
+    torch.testing.assert_close(measured.ratio, expected.ratio)
+    torch.testing.assert_close(measured.cosine, expected.cosine)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Transformer(nn.Module):
+    """Two steps; between them the state may pass with its tokens in one row."""
+
+    def __init__(self, first, second, flat):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.Identity(), first, nn.Identity(), second
+        self.flat = flat
+
+    def forward(self, x):
+        x = x + self.attn(0.0, self.norm1(x))
+        shape = x.shape
+        x = x.reshape(shape[0], -1, shape[-1]) if self.flat else x
+        return (x + self.mlp(0.0, self.norm2(x))).reshape(shape)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_both_steps_of_a_transformer_block_have_a_gradient(flat):
+    fields, head = [MLPField(3) for _ in range(4)], nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    blocks = [Transformer(*fields[:2], flat), Transformer(*fields[2:], flat)]
+    network = Network(nn.Linear(2, 3), Flow(iter(fields).__next__, solver="euler", depth=4, h=1.0), head)
+    batches = [(torch.randn(5, 2, 2, 2), torch.arange(5) % 2)]
+    expected = refinement(network, batches)
+    measured = refinement(adapt(nn.Sequential(network.encoder, nn.Sequential(*blocks), head)), batches)
+    torch.testing.assert_close(measured.ratio, expected.ratio)
+    torch.testing.assert_close(measured.cosine, expected.cosine)
+
+
+def test_a_model_is_refused_whose_states_have_no_gradient():
+    class Adds(Residual):
+        def forward(self, x):
+            x += self.field(0.0, x)
+            return x
+
+    adapted = adapt(nn.Sequential(nn.Linear(3, 3), Adds(lambda t, x: torch.sin(1.0 + 0 * x))), ["1"])
+    with pytest.raises(ValueError, match="block '1' has a state that is changed in place"):
+        refinement(adapted, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
+
+
+def test_modes_are_restored_each_module_its_own_also_after_an_error():
+    net = models.resnet_km(2, 1, 1, 3, channels=4, norm="group").train()
+    net.head.eval()
+    modes = [module.training for module in net.modules()]
+    with pytest.raises(RuntimeError):
+        refinement(net, [(torch.rand(1, 1, 8, 8), torch.tensor([0])), (torch.rand(1, 2, 8, 8), torch.tensor([0]))])
+    assert [module.training for module in net.modules()] == modes
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"got Sequential: pass adapt\(network\)"):
+        refinement(nn.Sequential(nn.Linear(3, 2)), [])
+    tupled = adapt(Tupled(nn.Linear(3, 3)), ["layer"])
+    with pytest.raises(TypeError, match="network must return logits, got tuple"):
+        refinement(tupled, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
+    with pytest.raises(ValueError, match="at least one batch"):
+        refinement(models.points_network(), [])
+    with pytest.raises(TypeError, match=r"batches must hold pairs \(inputs, labels\), got Tensor"):
+        refinement(models.points_network(), torch.randn(3, 2))
+    with pytest.raises(ValueError, match="readout 'ensemble'"):
+        refinement(models.points_network(readout="ensemble"), [])

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+import torch
+
+from odenets.detection.attacks.adaptive.surrogate import agreement, distil
+from odenets.detection.attacks.isolation import seeded
+from tests.odenets.detection.victims import detection, digits, features_of
+
+
+def ring(z):
+    """A detector of what is far from (3, -1), in features of unlike size."""
+    away = (z[:, 0] - 3) ** 2 + ((z[:, 1] + 100) / 100) ** 2
+    return (1 / (1 + np.exp(-8 * (away - 1.5)))).astype(np.float64)
+
+
+def drawn(n, seed):
+    return np.random.default_rng(seed).normal([3, -100], [1, 100], (n, 2))
+
+
+def test_it_learns_what_the_detector_says():
+    surrogate = distil(ring, drawn(150, 0), copies=4)
+    assert agreement(surrogate, ring, drawn(1000, 1)) > 0.95
+    z = torch.from_numpy(drawn(1000, 1)).float()
+    errors = (surrogate(z).sigmoid().numpy() - ring(z.numpy())) ** 2
+    assert errors.mean() < 0.01
+
+
+def test_it_learns_a_forest():
+    train, test = digits()
+    score = lambda z: detection().predict_proba(z)[:, 1]  # noqa: E731
+    surrogate = distil(score, features_of(train.x[:300]).numpy(), copies=4, epochs=30)
+    assert agreement(surrogate, score, features_of(test.x).numpy()) > 0.75
+
+
+def test_its_gradient_leads_away_from_detection():
+    surrogate = distil(ring, drawn(150, 0), copies=4)
+    z = torch.tensor([[5.0, -100.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(surrogate(z).sum(), z)
+    assert gradient[0, 0] > 0
+    assert all(p.grad is None and not p.requires_grad for p in surrogate.parameters())
+    assert surrogate(z - 2 * gradient / gradient.norm()) < surrogate(z)
+
+
+def test_it_follows_the_seed_and_leaves_the_random_state():
+    state = torch.get_rng_state()
+    a, b, c = (distil(ring, drawn(50, 0), copies=1, epochs=2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    z = torch.from_numpy(drawn(20, 1)).float()
+    assert torch.equal(a(z), b(z))
+    assert not torch.equal(a(z), c(z))
+
+
+def test_other_devices_are_left_alone(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    distil(ring, drawn(50, 0), copies=1, epochs=1)
+    with seeded(1, 2):
+        torch.rand(1)
+    assert not seeds
+
+
+def test_a_constant_feature_is_no_trouble():
+    features = np.concatenate([drawn(50, 0), np.full((50, 1), 7.0)], 1)
+    assert distil(ring, features, copies=1, epochs=2)(torch.from_numpy(features).float()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("score", "features", "match"),
+    [
+        (ring, np.ones(4), r"features must be \(N, F\) with N at least 2, got shape \(4,\)"),
+        (ring, np.full((4, 2), np.nan), "features must be finite, got NaN or infinity"),
+        (lambda z: z[:, 0] * 0 + 2, np.ones((4, 2)), r"score must give numbers in \[0, 1\], got \[2, 2\]"),
+        (lambda z: z, np.ones((4, 2)), r"score must give one number for each of 36 features, got shape \(36, 2\)"),
+    ],
+)
+def test_features_and_scores_are_looked_at(score, features, match):
+    with pytest.raises(ValueError, match=match):
+        distil(score, features)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_it_learns_at_any_scale_of_the_features(scale):
+    def scaled(z):
+        return ring(z / scale)
+
+    surrogate = distil(scaled, scale * drawn(150, 0), copies=4, epochs=30)
+    assert agreement(surrogate, scaled, scale * drawn(500, 1)) > 0.9
+
+
+def test_a_constant_feature_far_from_zero_is_no_trouble():
+    """The mean of 1e8 + 0.1 is not that number to the last digit."""
+    features = np.concatenate([drawn(50, 0), np.full((50, 1), 1e8 + 0.1)], 1)
+    surrogate = distil(ring, features, copies=1, epochs=2)
+    assert surrogate.std[2] == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_taught_whatever_the_mode_of_the_caller(mode):
+    z = torch.from_numpy(drawn(20, 1)).float()
+    expected = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    with mode():
+        surrogate = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    assert torch.equal(surrogate(z), expected(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_features_of_any_precision_are_asked(dtype):
+    surrogate = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    z = torch.from_numpy(drawn(20, 1)).to(dtype)
+    torch.testing.assert_close(surrogate(z), surrogate(z.float()))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"copies": -1}, "copies must be at least 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"noise": -1.0}, "noise must not be negative"),
+        ({"learning_rate": 0.0}, "learning_rate positive"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        distil(ring, drawn(50, 0), **options)

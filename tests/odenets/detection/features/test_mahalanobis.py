@@ -1,0 +1,300 @@
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import EmpiricalCovariance
+from torchvision.models import resnet18
+
+import odenets
+from odenets import models
+from odenets.detection.features.feature_maps import pooled, stage_states, stage_values
+from odenets.detection.features.mahalanobis import MAGNITUDES, Mahalanobis
+from odenets.detection.features.trajectory import in_batches
+
+
+def network():
+    return models.resnet110(blocks=1).eval()
+
+
+@pytest.fixture
+def images():
+    """Images of three classes that differ in brightness, away from 0 and 1, and their labels."""
+    y = torch.arange(150) % 3
+    return 0.2 + 0.5 * torch.rand(150, 3, 16, 16) + 0.05 * y[:, None, None, None], y
+
+
+def gaussians(z, y):
+    """Means of classes, and precision of the covariance they share, by scikit-learn."""
+    means = np.stack([z[y == c].mean(0) for c in range(3)])
+    return means, EmpiricalCovariance(assume_centered=True).fit(z - means[y]).precision_
+
+
+def well_conditioned(classes=3, n=200, dimensions=2):
+    y = torch.arange(n) % classes
+    return torch.randn(n, dimensions) @ torch.randn(dimensions, dimensions) + y[:, None], y
+
+
+@torch.no_grad()
+def test_confidence_is_that_of_scipy_and_sklearn(images):
+    net = models.small_network(3, solver="bs23", depth=2, size=16).eval()
+    x, y = images
+    scores = Mahalanobis().fit(net, x, y)(net, x[:10])
+    assert scores.dtype == torch.float32
+    z = stage_values(net, x)[1].double().numpy()
+    means, precision = gaussians(z, y.numpy())
+    expected = [-min(mahalanobis(each, mean, precision) ** 2 for mean in means) / 2 for each in z[:10]]
+    np.testing.assert_allclose(scores[:, 1], expected, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("relative", [False, True])
+def test_confidence_is_that_of_pytorch_ood(relative):
+    detector = pytest.importorskip("pytorch_ood.detector")
+    net = models.points_network(2, 3, depth=2)
+    x, y = well_conditioned()
+    scores = Mahalanobis(relative=relative).fit(net, x, y)(net, x)
+    for stage, z in enumerate(stage_states(net, x)):
+        peer = (detector.RMD if relative else detector.Mahalanobis)(None).fit_features(z, y)
+        # theirs is a distance, with the sum over the samples instead of the mean, and RMD without the half
+        expected = -len(x) * peer.predict_features(z) / (2 if relative else 1)
+        torch.testing.assert_close(scores[:, stage], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_input_step_is_that_of_pytorch_ood(images, stage):
+    detector = pytest.importorskip("pytorch_ood.detector")
+    net, (x, y) = network(), images
+    magnitude = 0.002
+    scores = Mahalanobis(magnitude=magnitude).fit(net, x, y)(net, x[:8])
+    peer = detector.MahalanobisODIN(lambda x: pooled(stage_states(net, x)[stage]), eps=magnitude)
+    means, precision = gaussians(stage_values(net, x)[stage].double().numpy(), y.numpy())
+    peer._base.mu, peer._base.precision = torch.tensor(means).float(), torch.tensor(precision).float()
+    torch.testing.assert_close(scores[:, stage], -peer.predict(x[:8]).detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_relative_is_the_difference_to_one_gaussian_of_all(images):
+    net, (x, y) = network(), images
+    fitted = Mahalanobis(relative=True).fit(net, x, y)
+    with torch.no_grad():
+        difference = fitted(net, x[:10])[:, 1] - Mahalanobis().fit(net, x, y)(net, x[:10])[:, 1]
+    z = stage_values(net, x)[1].double().numpy()
+    expected = EmpiricalCovariance().fit(z).mahalanobis(z[:10]) / 2
+    np.testing.assert_allclose(difference, expected, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_class_means_have_confidence_nought_and_far_points_less():
+    net = models.points_network(2, 3, depth=1)
+    x, y = well_conditioned()
+    means = torch.stack([x[y == c].mean(0) for c in range(3)])
+    fitted = Mahalanobis().fit(net, x, y)
+    near, far = fitted(net, means)[:, 0], fitted(net, means + 50)[:, 0]
+    torch.testing.assert_close(near, torch.zeros(3), atol=1e-6, rtol=0)
+    assert (far < -10).all()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@torch.no_grad()
+def test_input_step_raises_the_confidence_of_its_own_state(images, relative):
+    net, (x, y) = network(), images
+    at_rest = Mahalanobis(relative=relative).fit(net, x, y)(net, x[:30])
+    moved = Mahalanobis(magnitude=MAGNITUDES[1], relative=relative).fit(net, x, y)(net, x[:30])
+    assert ((moved >= at_rest).float().mean(0) > 0.9).all()
+
+
+def test_input_step_stays_among_images(images):
+    net, (x, y) = network(), images
+    seen = []
+    net.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    fitted = Mahalanobis(magnitude=0.01).fit(net, x, y)
+    bright = x[:4].round()
+    seen.clear()
+    fitted(net, bright)
+    assert all(part.min() >= 0 and part.max() <= 1 for part in seen)
+    assert len({tuple(part.flatten().tolist()) for part in seen[1:]}) == 4  # a step of its own for every state
+
+
+def test_features_are_those_of_a_batch_within_no_grad(images):
+    net, (x, y) = network(), images
+    fitted = Mahalanobis(magnitude=0.002).fit(net, x, y)
+    alone = fitted(net, x[:20]).detach()
+    batches = in_batches(lambda part: fitted(net, part), net, x[:20], batch_size=10)
+    torch.testing.assert_close(batches, alone, rtol=1e-2, atol=1e-2)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 0.002])
+def test_gradients_pass(images, magnitude):
+    net, (x, y) = network(), images
+    fitted = Mahalanobis(magnitude=magnitude).fit(net, x, y)
+    x = x[:3].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(fitted(net, x).sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+def test_gradient_is_that_of_differences():
+    net = models.points_network(2, 3, depth=2).double()
+    x, y = well_conditioned()
+    fitted = Mahalanobis(relative=True).fit(net, x.double(), y)
+    x = x[:4].double().requires_grad_()
+    (gradient,) = torch.autograd.grad(fitted(net, x).sum(), x)
+    way = torch.randn_like(x)
+    with torch.no_grad():
+        ahead, behind = (fitted(net, x + s * way).double().sum().item() for s in (1e-3, -1e-3))
+    assert (gradient * way).sum().item() == pytest.approx((ahead - behind) / 2e-3, rel=1e-2)
+
+
+@torch.no_grad()
+def test_rounding_in_directions_that_do_not_vary_is_left_out():
+    net = models.small_network(depth=1).eval()
+    x = torch.zeros(100, 1, 8, 8)
+    x[:, :, 2:6, 2:6] = torch.rand(100, 1, 4, 4)  # all shifts have one mean: 16 channels of the encoder, one direction
+    y = torch.arange(100) % 2
+    fitted = Mahalanobis().fit(net, x, y)
+    assert fitted.factors[0].shape == (16, 1)
+    brightness = x.mean((1, 2, 3)).double()
+    means = torch.stack([brightness[y == c].mean() for c in (0, 1)])
+    variance = (brightness - means[y]).square().mean()
+    expected = -(brightness[:, None] - means).square().amin(1) / variance / 2
+    torch.testing.assert_close(fitted(net, x)[:, 0].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_networks_of_torchvision(images):
+    net, (x, y) = odenets.adapt(resnet18().eval()), images
+    scores = Mahalanobis(magnitude=0.001, relative=True).fit(net, x[:30], y[:30])(net, x[:2])
+    assert scores.shape == (2, 5)
+    assert scores.isfinite().all()
+
+
+def test_labels_may_come_in_any_order(images):
+    net, (x, y) = network(), images
+    order = torch.randperm(len(x))
+    with torch.no_grad():
+        one, other = (Mahalanobis().fit(net, x[i], y[i])(net, x[:5]) for i in (slice(None), order))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda net, x, y: Mahalanobis(magnitude=-1.0), "magnitude must not be negative, got -1.0"),
+        (lambda net, x, y: Mahalanobis()(net, x), "before it is called"),
+        (lambda net, x, y: Mahalanobis().fit(net, x, y + 1), r"no image of \[0\]"),
+        (lambda net, x, y: Mahalanobis().fit(net, x, y - 1), "got -1"),
+        (lambda net, x, y: Mahalanobis().fit(net, x, y[:2]), "one integer label"),
+        (lambda net, x, y: Mahalanobis().fit(net, x, y.float()), "float32"),
+        (lambda net, x, y: Mahalanobis().fit(net, x[:0], y[:0]), "each of 0 images"),
+        (lambda net, x, y: Mahalanobis().fit(net, 0 * x, y), "equal ones in state 0"),
+        (lambda net, x, y: Mahalanobis(magnitude=0.01).fit(net, x, y)(net, x + 1), r"pixels in \[0, 1\]"),
+        (
+            lambda net, x, y: Mahalanobis().fit(net, x, y)(models.resnet110(blocks=1, channels=(4, 8)), x),
+            r"\[4, 4, 8\]",
+        ),
+    ],
+)
+def test_errors(images, run, message):
+    x, y = images
+    with pytest.raises(ValueError, match=message):
+        run(network(), x, y)
+
+
+def test_a_diverging_network_is_an_error(images):
+    net, (x, y) = network(), images
+    net.transitions[0].weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="infinity in state 2"):
+        Mahalanobis().fit(net, x, y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_networks_and_images_of_any_precision(images, dtype):
+    net, (x, y) = network(), images
+    fitted = Mahalanobis(magnitude=0.05).fit(net, x, y)
+    expected, ways = Mahalanobis().fit(net, x, y)(net, x), fitted._directions(net, x[:5])
+    net = net.to(dtype)
+    scores = Mahalanobis().fit(net, x.to(dtype), y)(net, x)
+    assert scores.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([scores[:, 0], expected[:, 0]]))[0, 1] > 0.9
+    for way, wide in zip(fitted._directions(net, x[:5]), ways, strict=True):
+        assert (way == wide).double().mean() > 0.7
+    assert fitted(net, x[:5].to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_does_not_matter(images, mode):
+    net, (x, y) = network(), images
+    expected = Mahalanobis(magnitude=0.002).fit(net, x, y)(net, x[:5])
+    with mode():
+        scores = Mahalanobis(magnitude=0.002).fit(net, x, y)(net, x[:5].clone())
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_made_in_inference_mode_has_no_input_step(images):
+    x, y = images
+    with torch.inference_mode():
+        net = network()
+        fitted = Mahalanobis(magnitude=0.002).fit(net, x, y)
+        with pytest.raises(ValueError, match=r"made outside torch\.inference_mode for an input step"):
+            fitted(net, x[:5])
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, gain, offset):
+        super().__init__()
+        self.gain, self.offset = gain, offset
+
+    def forward(self, x):
+        return self.gain * x + self.offset
+
+
+class Still(torch.nn.Module):
+    def forward(self, t, x):
+        return torch.zeros_like(x)
+
+
+def on_states(gain, offset):
+    """A network whose states are the points, scaled and shifted."""
+    flow = odenets.Flow(Still, solver="euler", h=1.0, depth=1)
+    return odenets.Network(Scaled(gain, offset), flow, torch.nn.Identity())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gain", [1e-200, 1e-20, 1.0, 1e20, 1e200])
+def test_confidence_has_no_scale(gain):
+    x, y = well_conditioned()
+    x = x.double()
+    values = stage_fit(gain, 0.0, x, y)
+    torch.testing.assert_close(values, stage_fit(1.0, 0.0, x, y), rtol=1e-5, atol=1e-6)
+
+
+def stage_fit(gain, offset, x, y):
+    net = on_states(gain, offset)
+    return Mahalanobis(relative=True).fit(net, x, y)(net, x)
+
+
+@torch.no_grad()
+def test_rounding_of_constant_states_is_no_variance():
+    """0.1 is no binary number: the mean of a class differs from its members in the last digit."""
+    x, y = torch.randn(30, 2), torch.arange(30) % 3
+    with pytest.raises(ValueError, match="equal ones in state 0"):
+        stage_fit(0.0, 1e6 + 0.1, x, y)
+    noise = 1e-7 * torch.randn(30, 2)  # below the last digit of a million in single precision
+    with pytest.raises(ValueError, match="equal ones in state 0"):
+        stage_fit(1.0, 1e6 + 0.1, noise, y)
+
+
+@torch.no_grad()
+def test_labels_of_bytes_count_to_255():
+    x, y = torch.randn(512, 2), (torch.arange(512) % 256).to(torch.uint8)
+    assert len(Mahalanobis().fit(on_states(1.0, 0.0), x, y).means[0]) == 256
+
+
+def test_a_step_larger_than_all_pixels_is_refused():
+    with pytest.raises(ValueError, match=r"magnitude must be at most 1, in units of pixels in \[0, 1\], got 2.0"):
+        Mahalanobis(magnitude=2.0)
+
+
+def test_repr():
+    assert repr(Mahalanobis(magnitude=0.002, relative=True)) == "Mahalanobis(magnitude=0.002, relative=True)"

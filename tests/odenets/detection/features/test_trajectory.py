@@ -1,0 +1,237 @@
+"""Features of trajectories against eq. 34 written out."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+import odenets
+from odenets import Flow, Network, measures, models
+from odenets.detection.features.trajectory import Trajectory, check_images, in_batches
+
+X = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Known(nn.Module):
+    """v = a x + b."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, t, x):
+        return self.a * x + self.b
+
+
+def written_out(residues):
+    """Eq. 34: first the mean squares of all blocks, then their cosines with the ones."""
+    flat = [r.flatten(1) for r in residues]
+    squares = [r.square().mean(1) for r in flat]
+    cosines = [torch.cosine_similarity(r, torch.ones_like(r), dim=1) for r in flat]
+    return torch.stack(squares + cosines, 1)
+
+
+def test_features_of_known_residues():
+    fields = iter([Known(0.5, 0.1), Known(-1.0, 0.3)])
+    network = Network(nn.Identity(), Flow(lambda: next(fields), solver="euler", h=1.0, depth=2), nn.Flatten())
+    first = 0.5 * X + 0.1
+    second = -(X + first) + 0.3
+    torch.testing.assert_close(Trajectory()(network, X), written_out([first, second]))
+
+
+def test_features_of_a_runge_kutta_network_are_those_of_its_steps():
+    network = models.small_network(solver="bs23", depth=3).eval()
+    steps = list(network.steps(X))
+    torch.testing.assert_close(Trajectory()(network, X), written_out([s.residue for s in steps]))
+    torch.testing.assert_close(Trajectory("action")(network, X), torch.stack([measures.action(s) for s in steps], 1))
+    torch.testing.assert_close(Trajectory("error")(network, X), torch.stack([measures.error(s) for s in steps], 1))
+    stages = Trajectory("stages")(network, X).reshape(5, 6, 3)
+    for i in range(3):
+        expected = written_out([s.stages[i] for s in steps]).reshape(5, 2, 3)
+        torch.testing.assert_close(stages[:, [i, 3 + i]], expected)
+    torch.testing.assert_close(Trajectory("embedding")(network, X), written_out([s.x1 for s in steps]))
+
+
+@pytest.mark.parametrize("make", [models.resnet110, models.resnext50])
+def test_features_of_the_networks_of_the_thesis(make):
+    network = make(classes=10).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found = Trajectory()(network, x)
+        torch.testing.assert_close(found, written_out([s.residue for s in network.steps(x)]), rtol=1e-4, atol=1e-6)
+    assert found.shape == (2, {models.resnet110: 108, models.resnext50: 32}[make])
+
+
+def test_a_wide_resnet_has_24_features():
+    network = models.wide_resnet(classes=10)
+    assert len(Trajectory().names(network)) == 24
+
+
+def test_features_of_an_adapted_network():
+    network = odenets.adapt(resnet18(num_classes=10).eval())
+    x = torch.rand(2, 3, 32, 32)
+    found = Trajectory()(network, x)
+    assert found.shape == (2, 16)
+    torch.testing.assert_close(found, written_out([s.x1 - s.x0 for s in network.steps(x)]), rtol=1e-4, atol=1e-5)
+    assert Trajectory().names(network)[8] == "cosine 1"
+
+
+def test_further_vectors_are_orthogonal_to_the_ones_and_to_each_other():
+    network = models.small_network(solver="euler", h=1.0, depth=2).eval()
+    found = Trajectory(vectors=3)(network, X)
+    assert found.shape == (5, 10)
+    (r, _) = (s.residue.flatten(1) for s in network.steps(X))
+    d, k = r.shape[1], torch.arange(4.0)
+    waves = torch.cos(torch.pi * k[:, None] * (torch.arange(d) + 0.5) / d)
+    torch.testing.assert_close(waves @ waves.T, torch.diag(waves.square().sum(1)), atol=1e-2, rtol=1e-5)
+    expected = torch.cosine_similarity(r[:, None], waves[None, 1:], dim=2)
+    torch.testing.assert_close(found[:, 4::2], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_further_vectors_hold_in_half_precision():
+    """Its sum of squares is beyond a half's largest number."""
+    flow = Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=1)
+    x = 200 * torch.rand(2, 3, 8, 8)
+    expected = Trajectory(vectors=1)(flow, x)
+    torch.testing.assert_close(Trajectory(vectors=1)(flow, x.half()).float(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_vectors_made_in_inference_serve_gradients():
+    flow = Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=1)
+    x = torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    with torch.inference_mode():
+        Trajectory(vectors=1)(flow, x)
+    x.requires_grad_()
+    Trajectory(vectors=1)(flow, x).sum().backward()
+    assert x.grad is not None
+
+
+def test_output_and_features_come_from_one_pass():
+    network = models.small_network(solver="bs23", depth=2).eval()
+    calls = []
+    network.head.register_forward_hook(lambda *_: calls.append(1))
+    output, found = Trajectory().look(network, X)
+    assert len(calls) == 1
+    assert torch.equal(output, network(X))
+    assert torch.equal(found, Trajectory()(network, X))
+
+
+def test_gradients_pass_through_features():
+    network = models.small_network(solver="bs23", depth=2).double().eval()
+    x = X[:2].double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: Trajectory("residue", "cosine", "error")(network, x).double(), x, atol=1e-3
+    )
+
+
+def test_in_batches_is_the_whole_in_eval_mode_and_restores_the_modes():
+    network = models.resnet9(1, 10, features=8, size=8, depth=2).train()
+    network.encoder.eval()  # a part that is frozen stays so
+    found = in_batches(lambda x: Trajectory()(network, x), network, X, 2)
+    assert network.training
+    assert network.head.training
+    assert not network.encoder.training
+    torch.testing.assert_close(found, Trajectory()(network.eval(), X).detach())
+
+
+PRECISIONS = [torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_images_are_taken_to_the_precision_of_the_network(dtype, adapted):
+    network = models.small_network(3, solver="bs23", depth=2, size=8).eval()
+    network = odenets.adapt(resnet18(num_classes=10).eval()) if adapted else network
+    x = torch.rand(3, 3, 32, 32) if adapted else torch.rand(3, 3, 8, 8)
+    expected = Trajectory()(network, x)
+    network = network.to(dtype)
+    values = Trajectory()(network, x)
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(values, Trajectory()(network, x.to(dtype)))
+    torch.testing.assert_close(values.float(), expected, rtol=0.1, atol=0.05)
+
+
+def test_bf16_images_are_taken_to_a_network_in_single_precision():
+    network = models.small_network(solver="bs23", depth=2).eval()
+    assert torch.equal(Trajectory()(network, X.bfloat16()), Trajectory()(network, X.bfloat16().float()))
+
+
+class Turning(nn.Module):
+    """An encoder with complex weights and real states."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, dtype=torch.complex64))
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return (self.weight * x).real
+
+
+def test_inputs_of_a_network_with_complex_weights_stay_real():
+    network = Network(Turning(), Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=2), nn.Flatten())
+    assert Trajectory()(network, X).shape == (5, 4)
+    assert torch.equal(Trajectory()(network, X.double()), Trajectory()(network, X))
+
+
+class Noisy(nn.Module):
+    """A field that draws in eval mode."""
+
+    def forward(self, t, x):
+        return torch.rand_like(x) * np.random.rand() * random.random()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_in_batches_leaves_modes_and_random_states_also_after_an_exception(fails):
+    network = Network(nn.Identity(), Flow(Noisy, solver="euler", h=1.0, depth=1), nn.Flatten()).train()
+    network(X)
+    network.head.eval()
+    modes = [module.training for module in network.modules()]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+
+    def call(part):
+        values = Trajectory()(network, part)
+        return values @ torch.zeros(7, 7) if fails else values
+
+    if fails:
+        with pytest.raises(RuntimeError):
+            in_batches(call, network, X, 2)
+    else:
+        assert in_batches(call, network, X, 2).shape == (5, 2)
+    assert [module.training for module in network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+def test_errors():
+    network = models.small_network(solver="euler", h=1.0, depth=2)
+    with pytest.raises(ValueError, match="kinds must be among residue, cosine"):
+        Trajectory("norm")
+    with pytest.raises(ValueError, match="vectors must not be negative"):
+        Trajectory(vectors=-1)
+    with pytest.raises(ValueError, match="'stages' where a block has one"):
+        Trajectory("stages")(network, X)
+    with pytest.raises(ValueError, match="carries no embedded error"):
+        Trajectory("error")(network, X)
+    with pytest.raises(TypeError, match=r"must record its steps, got Linear: pass odenets.adapt"):
+        Trajectory()(nn.Linear(2, 2), X)
+    with pytest.raises(ValueError, match="batch_size be at least 1"):
+        in_batches(network, network, X, 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.full((2, 1, 8, 8), 1.5), r"pixels in \[0, 1\], got \[1.5, 1.5\]: normalise inside"),
+        (torch.full((2, 1, 8, 8), torch.nan), "finite"),
+        (torch.rand(8, 8), "batch"),
+        (torch.ones(2, 1, 8, 8, dtype=torch.long), "floating"),
+    ],
+)
+def test_images_are_checked(images, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_images(images)

@@ -1,0 +1,193 @@
+"""Modules in processes of their own, launched by torchrun."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from odenets import load_weights, models
+from odenets.module_wise import conv_head, fit_in_processes, fit_modules, module_wise
+from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender, WorkerLostError
+from odenets.module_wise.distributed.processes import _check_apart
+from odenets.training import data
+from tests.odenets.module_wise import train_modules
+
+SCRIPT = Path(train_modules.__file__)
+ROOT = SCRIPT.parents[3]
+
+
+def launch(folder, processes=2, trouble=None, dtype="float32", **options):
+    arguments = [str(folder), json.dumps(trouble or {}), json.dumps(options), dtype]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, "-m", "tests.odenets.module_wise.train_modules", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def alone(dtype="float32"):
+    """The same training in one process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    network = train_modules.network(dtype)
+    training = fit_modules(
+        network,
+        train_modules.BATCHES,
+        epochs=train_modules.EPOCHS,
+        optimizer=train_modules.Troubled,
+        objective=train_modules.OBJECTIVE,
+    )
+    torch.set_num_threads(threads)
+    return network, training
+
+
+def losses(rows):
+    return {(row["module"], row["epoch"]): row["train_loss"] for row in rows}
+
+
+def read(folder, rank=0, dtype="float32"):
+    network = load_weights(train_modules.network(dtype), folder / f"weights{rank}.safetensors")
+    return network, json.loads((folder / f"rows{rank}.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does_and_a_killed_one_ends_the_group(tmp_path):
+    expected, training = alone()
+    found = launch(tmp_path, trouble={"1": {"kill": 15}})
+    assert found.returncode
+    assert "the process of modules 1 to 2 (rank 0) was told to end after" in found.stderr or (
+        "the process of modules 3 to 4 (rank 1) is gone" in found.stderr
+    )
+    kept = {path.name for path in tmp_path.glob("module*.pt")}
+    assert {f"module{k}-epoch2.pt" for k in (1, 2, 3, 4)} <= kept
+    assert not {f"module{k}-epoch4.pt" for k in (3, 4)} & kept
+    resumed = launch(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for rank in (0, 1):
+        network, rows = read(tmp_path, rank)
+        assert losses(rows) == losses(training.rows)
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, expected.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_with_a_larger_buffer_nobody_waits_for_a_slow_process(tmp_path):
+    """The slow one stands still from its second batch on until the other has taken its last step."""
+    for slow, fast in (("0", "1"), ("1", "0")):
+        folder, last = tmp_path / slow, str(tmp_path / f"last step of {fast}")
+        result = launch(folder, trouble={slow: {"wait": last}, fast: {"last": last}}, buffer=3)
+        assert result.returncode == 0, result.stderr
+        assert all(row["train_loss"] > 0 for row in read(folder)[1])
+
+
+@pytest.mark.slow
+def test_replicas_share_batches(tmp_path):
+    result = launch(tmp_path, processes=4, replicas=2)
+    assert result.returncode == 0, result.stderr
+    training = alone()[1]
+    network, rows = read(tmp_path)
+    first = {key: value for key, value in losses(rows).items() if key[1] == 1}
+    for (module, _), loss in first.items():  # a replica's own share of the loss
+        assert loss == pytest.approx(losses(training.rows)[module, 1], rel=0.3)
+    for rank in (1, 2, 3):
+        other = read(tmp_path, rank)[0]
+        assert all(torch.equal(p, q) for p, q in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_modules_of_different_processes_share_nothing():
+    train, _ = data.load("digits")
+    network = models.resnet9(1, 10, features=8, size=8, depth=2)
+    modules = module_wise(network, 2, train.x[:2], head=conv_head(torch.rand(2, 8, 4, 4), 10), last_head="auxiliary")
+    _check_apart(modules, [range(2)])
+    with pytest.raises(ValueError, match=r"must not share parameters, but module 2 shares its head"):
+        _check_apart(modules, [range(1), range(1, 2)])
+
+
+def message(i):
+    return Message(torch.full((1, 1), float(i)), torch.empty(0), torch.tensor([i]), 1)
+
+
+def test_a_buffer_of_one_gives_each_batch_once_and_in_order():
+    buffer, taken = Buffer(1, 10.0, "the other"), []
+    thread = threading.Thread(target=lambda: [buffer.put(message(i)) for i in range(20)])
+    thread.start()
+    taken = [int(buffer.take().y) for _ in range(20)]
+    thread.join()
+    assert taken == list(range(20))
+
+
+def test_a_larger_buffer_gives_the_newest_that_was_taken_least():
+    buffer = Buffer(3, 10.0, "the other")
+    for i in range(5):
+        buffer.put(message(i))
+    assert [int(buffer.take().y) for _ in range(4)] == [4, 3, 2, 4]
+    buffer.put(message(5))
+    assert int(buffer.take().y) == 5
+
+
+def test_who_is_gone_or_silent_is_named():
+    buffer = Buffer(2, 0.05, "the process of module 1 (rank 0)")
+    with pytest.raises(WorkerLostError, match=r"module 1 \(rank 0\) sent nothing for 0.05 s"):
+        buffer.take()
+    buffer.fail(RuntimeError("closed"))
+    with pytest.raises(WorkerLostError, match=r"module 1 \(rank 0\) is gone \(closed\)"):
+        buffer.take()
+    held = Buffer(2, 0.05, "the process of module 1 (rank 0)")
+    held.put(message(1))
+    assert int(held.take().y) == 1
+    held.fail(RuntimeError("closed"))
+    with pytest.raises(WorkerLostError, match="is gone"):
+        held.take()  # it would be trained on for ever
+
+
+def test_without_a_group():
+    with pytest.raises(RuntimeError, match="no process group: launch with torchrun"):
+        fit_in_processes(train_modules.network(), train_modules.BATCHES, epochs=1, optimizer=torch.optim.Adam)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_precisions_with_images_in_two_processes(tmp_path, dtype):
+    expected, training = alone(dtype)
+    found = launch(tmp_path, dtype=dtype)
+    assert found.returncode == 0, found.stderr
+    network, rows = read(tmp_path, 1, dtype)
+    assert losses(rows) == losses(training.rows)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("images", [None, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_is_sent_is_received_in_every_precision(monkeypatch, dtype, images):
+    line = deque()
+    monkeypatch.setattr(distributed, "send", lambda tensor, peer, group: line.append(tensor.clone()))
+
+    def receive(tensor, peer, group):
+        came = line.popleft()
+        assert (came.shape, came.dtype) == (tensor.shape, tensor.dtype)
+        tensor.copy_(came)
+
+    monkeypatch.setattr(distributed, "recv", receive)
+    state, y = torch.randn(3, 4, 5).to(dtype), torch.tensor([1, 2, 3])
+    pictures = torch.empty(0) if images is None else torch.rand(3, 1, 8, 8).to(images)
+    sender, receiver = (kind(0, None, torch.device("cpu")) for kind in (Sender, Receiver))
+    sender._message(Message(state, pictures, y, 7))
+    came = receiver._message()
+    assert came.whole == 7
+    for one, other in ((came.state, state), (came.images, pictures), (came.y, y)):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    sender._message(None)
+    assert receiver._message() is None
+    assert not line

@@ -1,0 +1,324 @@
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from odenets import adapt, models
+from odenets.least_action import LeastAction
+from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
+from odenets.module_wise.fit import _move
+from odenets.training import data
+from odenets.training.loop import DivergedError
+from odenets.training.objectives import CrossEntropy
+from odenets.training.runs import Run
+from tests.odenets.training.test_loop import NoDouble
+
+DIGITS = data.subsample(data.load("digits")[0], 120)
+BATCHES = data.Batches(DIGITS, 40, seed=0)
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+def modules_of(K=3, seed=0):
+    torch.manual_seed(seed)
+    return module_wise(models.resnet9(1, 10, features=8, size=8, depth=K), K, DIGITS.x[:4])
+
+
+def weights(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def assert_equal(one, other):
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 3},
+        {"epochs": 2, "schedule": "sequential"},
+        {"epochs": [1, 2, 1], "schedule": "sequential", "laps": 2},
+        {"epochs": 2, "schedule": "sequential", "cache": "memory"},
+        {"epochs": 3, "schedule": "checkpointed"},
+    ],
+)
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, options):
+    arguments = {"optimizer": SGD, "objective": trgl_multipliers(every=2), **options}
+    whole = fit_modules(modules_of(), BATCHES, **arguments)
+    assert all(row["train_loss"] > 0 for row in whole.rows)
+
+    class Killed(Exception):
+        pass
+
+    left = [1, 1, 0]
+
+    def kill(n):
+        if not left.pop(0):
+            raise Killed
+
+    run = Run(tmp_path / "run", {})
+    with pytest.raises(Killed):
+        fit_modules(modules_of(), BATCHES, **arguments, run=run, report=kill)
+    resumed = fit_modules(modules_of(seed=1), BATCHES, **arguments, run=run)
+    assert resumed.done == whole.done > 2
+    assert_equal(resumed.network, whole.network)
+    assert resumed.objectives.state_dict() == whole.objectives.state_dict()
+
+
+def test_modules_train_one_after_another_and_those_before_stand_still():
+    network = modules_of()
+    seen = []
+
+    def look(n):
+        seen.append(weights(network))
+
+    fit_modules(network, BATCHES, epochs=[1, 2, 1], optimizer=SGD, schedule="sequential", report=look)
+    before = weights(modules_of())
+    for k, found in zip([0, 1, 1, 2], seen, strict=True):
+        changed = {int(name.split(".")[1]) for name in found if not torch.equal(found[name], before[name])}
+        assert changed == {k}  # buffers of batch norms included
+        before = found
+
+
+def test_optimisers_and_multipliers_go_on_from_lap_to_lap():
+    training = fit_modules(
+        modules_of(),
+        BATCHES,
+        epochs=1,
+        optimizer=SGD,
+        schedule="sequential",
+        laps=3,
+        objective=trgl_multipliers(every=1),
+    )
+    assert [row["module"] for row in training.rows] == [1, 2, 3] * 3
+    assert [row["epoch"] for row in training.rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [objective.steps for objective in training.objectives] == [9, 9, 9]
+
+
+@pytest.mark.parametrize("batches", [BATCHES, data.Batches(DIGITS, 40, seed=0, crop=1)], ids=["plain", "augmented"])
+def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
+    arguments = {"epochs": 2, "optimizer": SGD, "schedule": "sequential", "laps": 2, "objective": trgl(1.0)}
+    batches, found = replace(batches, data=replace(DIGITS, x=DIGITS.x.double())), []
+    for cache in (None, "memory", tmp_path / "states"):
+        network = modules_of().double()
+        fit_modules(network, batches, **arguments, cache=cache, views=4, offload=cache is not None)
+        found.append(network)
+    assert_equal(found[1], found[2])
+    for name, value in found[0].state_dict().items():  # four views are those of the four epochs; batches differ
+        torch.testing.assert_close(value, found[1].state_dict()[name], rtol=1e-6, atol=1e-7, msg=name)
+    assert list((tmp_path / "states").iterdir())
+
+
+def test_every_module_learns_in_every_schedule():
+    validation = data.Batches(data.load("digits")[1], 500)
+    for options in ({}, {"schedule": "sequential"}, {"schedule": "sequential", "laps": 2}):
+        training = fit_modules(
+            modules_of(), BATCHES, epochs=4, optimizer=SGD, objective=trgl(1.0), validation=validation, **options
+        )
+        found = training.network.accuracies(validation)
+        assert min(found) > 0.6
+        last = {row["module"]: row["validation_accuracy"] for row in training.rows}
+        if options.get("laps", 1) == 1:
+            assert list(last.values()) == pytest.approx(found)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="schedule must be"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="random")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="laps must be"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, laps=2)
+    with pytest.raises(ValueError, match="cache is for the sequential schedule"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, cache="memory")
+    with pytest.raises(ValueError, match="offload needs a cache"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", offload=True)
+    with pytest.raises(ValueError, match=r"one per module \(3\), got \[1, 2\]"):
+        fit_modules(modules_of(), BATCHES, epochs=[1, 2], optimizer=SGD, schedule="sequential")
+    with pytest.raises(ValueError, match="at least 2 samples for batch norm, the last one holds 1"):
+        fit_modules(modules_of(), data.Batches(data.subsample(DIGITS, 81), 40), epochs=1, optimizer=SGD)
+    with pytest.raises(ValueError, match="clip_norm must be positive, got -1"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, clip_norm=-1)
+    with pytest.raises(ValueError, match="views must be at least 1"):
+        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory", views=0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, run=run)
+    with pytest.raises(DivergedError, match=r"epoch 2 diverged, with a training loss of \[nan, nan, nan\]"):
+        fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, run=run, objective=lambda k, K: NotFinite())
+    state = run.load_state()
+    assert state is not None
+    assert state["done"] == 1
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential", "end-to-end"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, schedule):
+    """The only step of an epoch breaks them after its loss was finite."""
+    run, whole = Run(tmp_path / "run", {}), data.Batches(DIGITS, 120)
+    arguments = {"epochs": 1, "optimizer": SGD, "schedule": schedule, "objective": lambda k, K: Breaking()}
+    with pytest.raises(DivergedError, match=r"epoch 1 diverged, .* loss of \[[\d.].*left weights or buffers"):
+        fit_modules(modules_of(), whole, run=run, **arguments)
+    assert run.load_state() is None
+
+
+class Breaking(CrossEntropy):
+    def after_step(self, network, batch):
+        torch.nn.init.constant_(next(network.parameters()), torch.nan)
+
+
+def test_a_resumed_sequence_keeps_its_plan(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", run=run)
+    with pytest.raises(ValueError, match=r"epochs and laps must be those of the checkpoint, \[1, 1, 1\] and 1, got"):
+        fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, schedule="sequential", run=run)
+
+
+def test_a_module_moves_where_any_of_it_is_elsewhere():
+    """Its weights are there already, but the optimiser's momentum is not."""
+    modules = modules_of()
+    training = fit_modules(modules, BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
+    module, optimizer = modules.modules_in_order[0], training.optimizers[0]
+    module.to("meta")
+    _move(module, optimizer, torch.device("meta"))
+    assert {value["momentum_buffer"].device.type for value in optimizer.state.values()} == {"meta"}
+
+
+class NotFinite(CrossEntropy):
+    def forward(self, network, batch, output, records):
+        return super().forward(network, batch, output, records) * torch.nan
+
+
+FEW = data.Batches(data.subsample(DIGITS, 40), 20, seed=0)
+SCHEDULES = [{}, {"schedule": "sequential"}, {"schedule": "end-to-end"}, {"schedule": "checkpointed"}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [*SCHEDULES, {"schedule": "sequential", "cache": "memory"}, {"schedule": "sequential", "cache": "folder"}],
+)
+def test_networks_of_other_precisions_train_in_every_schedule(tmp_path, dtype, options):
+    """As in float32, to what bfloat16 can tell."""
+    rows = []
+    for precision in (torch.float32, dtype):
+        torch.manual_seed(0)
+        network = models.resnet9(1, 10, features=4, size=8, depth=2)
+        modules = module_wise(network, 2, DIGITS.x[:4], head="linear").to(precision)
+        cache = {"cache": tmp_path} if options.get("cache") == "folder" else {}
+        training = fit_modules(modules, FEW, epochs=2, optimizer=SGD, objective=trgl_multipliers(every=1),
+                               validation=FEW, clip_norm=5.0, **options | cache)  # fmt: skip
+        rows.append([row["train_loss"] for row in training.rows])
+        assert {p.dtype for p in modules.parameters()} == {precision}
+        assert {objective.multiplier.dtype for objective in training.objectives} == {torch.float64}
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4 if dtype == torch.float64 else 0.1)
+
+
+def test_states_in_the_cache_keep_the_precision(tmp_path):
+    found = []
+    for cache in (None, "memory", tmp_path):
+        modules = modules_of(2).double()
+        fit_modules(modules, FEW, epochs=2, optimizer=SGD, schedule="sequential", cache=cache)
+        found.append(torch.nn.utils.parameters_to_vector(modules.parameters()))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", SCHEDULES[:3])
+def test_a_device_without_float64_trains_modules(options):
+    whole = fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=trgl_multipliers(every=1), **options)
+    modules = modules_of(2)
+    with NoDouble():
+        found = fit_modules(modules, FEW, epochs=1, optimizer=SGD, objective=trgl_multipliers(every=1),
+                            validation=FEW, **options)  # fmt: skip
+    expected = [row["train_loss"] for row in whole.rows]
+    assert [row["train_loss"] for row in found.rows] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [*SCHEDULES, {"schedule": "sequential", "cache": "memory"}])
+def test_frozen_parts_stay_frozen_and_a_network_in_eval_mode_is_trained(options):
+    modules = modules_of(2)
+    frozen = modules.modules_in_order[0].part.pieces[1].blocks[0].eval()
+    before = {name: value.clone() for name, value in frozen.named_buffers()}
+    seen = []
+
+    def look(n):
+        seen.append([module.training for module in frozen.modules()])
+
+    fit_modules(modules, FEW, epochs=2, optimizer=SGD, validation=FEW, report=look, **options)
+    assert not any(any(modes) for modes in seen)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.named_buffers())
+    assert {name for name, module in modules.named_modules() if not module.training} == {
+        name for name, module in modules.named_modules() if module in set(frozen.modules())
+    }
+    fit_modules(modules.eval(), FEW, epochs=1, optimizer=SGD, validation=FEW, **options)
+    assert all(module.training for module in modules.modules())
+    assert any(not torch.equal(value, before[name]) for name, value in frozen.named_buffers())
+
+
+def test_a_cache_is_refused_where_training_one_module_changes_another():
+    class Sharing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (Residual(nn.Linear(3, 3)) for _ in range(2))
+            self.second.linear.weight = self.first.linear.weight
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x)))
+
+    class Residual(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    points = data.Batches(data.Dataset("p", torch.rand(8, 3), torch.arange(8) % 2, 2, (0.0,), (1.0,)), 4)
+    modules = module_wise(adapt(Sharing(), ["first", "second"]), 2, points.data.x)
+    with pytest.raises(ValueError, match=r"cache is for modules that share no weights, but modules 1 and 2 share"):
+        fit_modules(modules, points, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
+    assert fit_modules(modules, points, epochs=1, optimizer=SGD, schedule="sequential").done == 2
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, run=run)
+    with pytest.raises(ValueError, match="schedule must be that of the checkpoint, 'parallel', got 'sequential'"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, schedule="sequential", run=run)
+    with pytest.raises(ValueError, match=r"precision of the checkpoint, in which \S+ is torch.float32"):
+        fit_modules(modules_of(2).double(), FEW, epochs=2, optimizer=SGD, run=run)
+    with pytest.raises(ValueError, match=r"rate must be that of the checkpoint, which has 0 .* got 2"):
+        fit_modules(modules_of(2), FEW, epochs=2, optimizer=SGD, run=run,
+                    rate=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
+
+
+def test_modules_that_would_not_train_are_named():
+    with pytest.warns(UserWarning, match=r"leaves out \d+ of \d+ parameters that require a gradient"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=lambda parameters: SGD(list(parameters)[:1]))
+    elsewhere = modules_of(2)
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the network"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=lambda parameters: SGD(elsewhere.parameters()))
+
+
+def test_a_frozen_module_that_has_no_epochs_needs_no_optimizer_of_its_own():
+    modules = modules_of(2)
+    modules.modules_in_order[0].requires_grad_(False)
+    before = weights(modules.modules_in_order[0])
+    fit_modules(modules, FEW, epochs=[0, 1], optimizer=SGD, schedule="sequential")
+    assert all(torch.equal(value, before[name]) for name, value in modules.modules_in_order[0].state_dict().items())
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the network that require a gradient"):
+        fit_modules(modules, FEW, epochs=1, optimizer=SGD)
+
+
+def test_modules_share_no_multiplier():
+    one, plain = LeastAction(), CrossEntropy()
+    with pytest.raises(ValueError, match="objective must make a new LeastAction for each module"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: one)
+    assert fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: plain).done == 1
+    with pytest.raises(TypeError, match="objective must make one for each module"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=LeastAction())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="objective must make an odenets Objective of each module, got 1"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: 1)  # type: ignore[arg-type]

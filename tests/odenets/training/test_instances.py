@@ -1,0 +1,235 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from odenets import models
+from odenets.fields import MLPField
+from odenets.flow import Flow
+from odenets.least_action import ActionPenalty, LeastAction
+from odenets.network import Network
+from odenets.training import data, instances
+from odenets.training.instances import fit_instances
+from odenets.training.loop import evaluate, fit
+from odenets.training.objectives import CrossEntropy
+
+N = 4
+
+
+def points(seed, size=50):
+    part = data.subsample(data.load("circles", seed=seed)[0], size, seed=seed)
+    return replace(part, x=part.x.double())  # whatever order sums are taken in
+
+
+def network(seed, norm=None, **flow):
+    torch.manual_seed(seed)
+    options = {"solver": "euler", "h": 1.0, "depth": 3} | flow
+    field = lambda: MLPField(2, 3, activation="relu", norm=norm)  # noqa: E731
+    return Network(torch.nn.Identity(), Flow(field, **options), torch.nn.Linear(2, 2)).double()
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, 0.01, betas=(0.9, 0.99))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.05, momentum=0.9)
+
+
+def together(objective, epochs=3, networks=None, optimizer=adam, **options):
+    networks = networks or [network(i) for i in range(N)]
+    batches = [data.Batches(points(i), 8, seed=i) for i in range(N)]
+    return fit_instances(networks, batches, epochs=epochs, optimizer=optimizer, objective=objective, **options)
+
+
+OBJECTIVES = {
+    "cross-entropy": CrossEntropy,
+    "penalty": lambda: ActionPenalty(0.1, cost="norm"),
+    "before": lambda: LeastAction(lambda0=0.1, tau=0.1, every=5, cost="norm", weigh="multiply"),
+    "after": lambda: LeastAction(lambda0=0.1, tau=0.1, every=5, update="after"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("norm", [None, "batch", "group"])
+@pytest.mark.parametrize("solver", ["euler", "bs23"])
+def test_together_is_what_each_alone_is(name, norm, solver):
+    # a bias before a batch norm has no gradient but rounding, which Adam would make a step of
+    optimizer = sgd if norm == "batch" else adam
+    networks = [network(i, norm, solver=solver) for i in range(N)]
+    found = together(OBJECTIVES[name], epochs=2, networks=networks, optimizer=optimizer)
+    for i, both in enumerate(found.networks):
+        alone, objective = network(i, norm, solver=solver), OBJECTIVES[name]()
+        batches = data.Batches(points(i), 8, seed=i)
+        training = fit(alone, batches, epochs=2, optimizer=lambda net: optimizer(net.parameters()), objective=objective)
+        for p, q in zip(alone.state_dict().items(), both.state_dict().items(), strict=True):
+            torch.testing.assert_close(p[1], q[1], rtol=1e-6, atol=1e-7, msg=lambda m, p=p: f"{p[0]}: {m}")
+        for p, q in zip(objective.state_dict().values(), found.objectives[i].state_dict().values(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        losses = [row["train_loss"] for row in training.rows]
+        torch.testing.assert_close(found.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_parameters_stay_and_the_others_learn():
+    networks = [network(i) for i in range(N)]
+    for net in networks:
+        net.flows[0].requires_grad_(False)
+    before = [[p.clone() for p in net.parameters()] for net in networks]
+    easy = [points(i) for i in range(N)]
+    together(CrossEntropy, networks=networks, measured={"train": easy}, perfect=["train"], patience=1)
+    for net, old in zip(networks, before, strict=True):
+        for p, q in zip(net.parameters(), old, strict=True):
+            assert torch.equal(p, q) != p.requires_grad
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_networks_of_double_precision_train(norm):
+    networks = [network(i, norm).double() for i in range(N)]
+    batches = [data.Batches(replace(points(i), x=points(i).x.double()), 8, seed=i) for i in range(N)]
+    whole = fit_instances(networks, batches, epochs=1, optimizer=sgd, objective=CrossEntropy)
+    assert {p.dtype for net in whole.networks for p in net.parameters()} == {torch.float64}
+    assert whole.train_loss.isfinite().all()
+
+
+def test_batch_norm_of_instances_knows_that_its_closing_stage_has_no_statistics():
+    whole = together(
+        CrossEntropy, epochs=1, networks=[network(i, "batch", solver="bs23") for i in range(N)], optimizer=sgd
+    )
+    for net in whole.networks:
+        with pytest.raises(ValueError, match="no statistics of stage 4"):
+            net.eval().ensemble(points(0).x)
+
+
+def test_augmented_images_are_those_of_each_alone():
+    train, _ = data.load("digits")
+    train = replace(train, x=train.x.double())
+    batches = [data.Batches(data.subsample(train, 40, seed=i), 16, seed=i, crop=1, flip=True) for i in range(2)]
+
+    def images(seed):
+        torch.manual_seed(seed)
+        return models.resnet9(1, 10, features=4, size=8, depth=2).double()
+
+    found = fit_instances([images(i) for i in range(2)], batches, epochs=2, optimizer=sgd, objective=CrossEntropy)
+    for i, both in enumerate(found.networks):
+        alone = images(i)
+        fit(alone, batches[i], epochs=2, optimizer=lambda net: sgd(net.parameters()))
+        for p, q in zip(alone.parameters(), both.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_accuracies_are_those_of_evaluate():
+    sets = [points(100 + i, 80) for i in range(N)]
+    found = together(CrossEntropy, measured={"test": sets}, epochs=2)
+    for net, part, accuracy in zip(found.networks, sets, found.accuracy["test"], strict=True):
+        assert evaluate(net, data.Batches(part, 100)).accuracy == pytest.approx(accuracy[-1].item())
+
+
+def test_accuracies_are_measured_as_often_as_asked():
+    sets = [points(100 + i, 80) for i in range(N)]
+    each = together(CrossEntropy, measured={"test": sets}, epochs=5).accuracy["test"]
+    some = together(CrossEntropy, measured={"test": sets}, epochs=5, every=2).accuracy["test"]
+    assert some[:, 0].isnan().all()
+    assert torch.equal(some[:, 1:], each[:, [1, 1, 3, 4]])
+
+
+def test_patience_counts_measurements():
+    """An easy task, right from the first measurement on, of which there is one every fourth epoch."""
+    one = points(0)
+    easy = [data.Dataset("easy", one.x[:1].expand(50, 2), one.y[:1].expand(50), 2, (0, 0), (1, 1))] * N
+    batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(easy)]
+    found = fit_instances(
+        [network(i) for i in range(N)], batches, epochs=40, optimizer=adam, objective=CrossEntropy,
+        measured={"train": easy}, every=4, perfect=["train"], patience=2,
+    )  # fmt: skip
+    first = (found.accuracy["train"] == 1).float().argmax(1)
+    assert torch.equal(found.epochs, first + 1 + 4)
+
+
+def test_an_instance_ends_when_it_has_been_right_long_enough():
+    """The others go on as if nothing had happened, and it keeps its weights and figures."""
+
+    def parts():
+        sets = [points(i) for i in range(N)]
+        easy = data.Dataset("easy", sets[0].x[:1].expand(50, 2), sets[0].y[:1].expand(50), 2, (0, 0), (1, 1))
+        return [sets[0], easy, *sets[2:]]
+
+    batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(parts())]
+    options = {"optimizer": adam, "objective": OBJECTIVES["before"], "measured": {"train": parts()}}
+    done = []
+    found = fit_instances(
+        [network(i) for i in range(N)], batches, epochs=12, perfect=["train"], patience=3, report=done.append, **options
+    )
+    whole = fit_instances([network(i) for i in range(N)], batches, epochs=12, **options)
+    last = int(found.epochs[1])
+    assert last < 12
+    assert (found.accuracy["train"][1, last - 3 : last] == 1).all()
+    assert (found.accuracy["train"][1, last:] == 1).all()
+    assert sum(done) == 12 * N
+    assert found.objectives[1].steps == last * 7
+    for i in (0, 2, 3):
+        assert found.epochs[i] == 12 or (found.accuracy["train"][i, -1] == 1)
+        if found.epochs[i] == 12:
+            assert found.objectives[i].steps == 12 * 7
+            for p, q in zip(found.networks[i].parameters(), whole.networks[i].parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_operations_do_not_grow_with_the_instances():
+    """One call per operation, however many instances: what makes it fast."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    calls = []
+    for n in (4, 16):
+        networks = [network(i) for i in range(n)]
+        batches = [data.Batches(points(i), 8, seed=i) for i in range(n)]
+        counted = []
+        for epochs in (1, 2):
+            with Count() as count:
+                fit_instances(networks, batches, epochs=epochs, optimizer=adam, objective=CrossEntropy)
+            counted.append(count.calls)
+        calls.append(counted[1] - counted[0])
+    assert calls[1] < calls[0] + 12 * 8  # of an epoch: what grows is drawing the orders
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": []}, "batches must hold one per network, 2, got 0"),
+        ({"measured": {"test": [1]}}, "test must hold one per network"),
+        ({"perfect": ["train"]}, "perfect names"),
+        ({"networks": []}, "at least one network"),
+    ],
+)
+def test_errors(changes, message):
+    given = {
+        "networks": [network(0), network(1)],
+        "batches": [data.Batches(points(i), 8) for i in range(2)],
+        "epochs": 1,
+        "optimizer": adam,
+        "objective": CrossEntropy,
+    } | changes
+    with pytest.raises(ValueError, match=message):
+        fit_instances(**given)
+    with pytest.raises(ValueError, match="one size"):
+        fit_instances(
+            **given
+            | {"batches": [data.Batches(points(0, size), 8) for size in (50, 60)]}
+            | {"networks": [network(0), network(1)]}
+        )
+
+
+def test_accuracies_one_by_one_are_those_together(monkeypatch):
+    found = []
+    for together_up_to in (0, instances.TOGETHER):
+        monkeypatch.setattr(instances, "TOGETHER", together_up_to)
+        networks = [network(i, "batch") for i in range(N)]
+        sets = {"train": [points(i) for i in range(N)]}
+        found.append(together(CrossEntropy, networks=networks, optimizer=sgd, measured=sets).accuracy["train"])
+    assert torch.equal(*found)
