@@ -17,6 +17,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	PYTHONPATH=.:experiments $(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -q -n auto --dist worksteal
 
 # after `make test`: the tests marked slow, and other random examples

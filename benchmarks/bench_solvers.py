@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.fields import FIELDS, Field, calls, make
 from benchmarks.solves import ROWS, STEPS, prepare
-from odenets.analysis.memory import memory
+from odenets.analysis.memory import measure_memory
 from solvers import integrate
 
 Measure = Callable[..., None]
@@ -101,7 +101,7 @@ def bench_memory(benchmark: Any, device: str, machine: dict[str, Any], name: str
     passes(run, backward=True)()  # gradients stand before
     found = {}
     for part, work in (("solve", run), ("calls", lambda: calls(field, x, 3 * STEPS))):
-        found[f"{part} left"] = memory(work, device).left
-        found[f"{part} peak"] = memory(passes(work, backward=True), device).peak
+        found[f"{part} left"] = measure_memory(work, device).left
+        found[f"{part} peak"] = measure_memory(passes(work, backward=True), device).peak
     benchmark.pedantic(passes(run, backward=True), rounds=1)
     benchmark.extra_info.update(found, memory=True, field=name, who=who, device=device, machine=machine)

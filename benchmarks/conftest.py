@@ -1,4 +1,4 @@
-"""What every benchmark shares: one thread, warm-up, synchronisation, the floor, and what was measured where."""
+"""What every benchmark shares: one thread, warm-up, synchronization, the floor, and what was measured where."""
 
 import statistics
 import time
@@ -43,7 +43,7 @@ def measure(
     def timed(run: Callable[[], object], floor: Callable[[], object], **info: object) -> None:
         floors = []
 
-        def synchronised() -> None:
+        def synchronized() -> None:
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -59,13 +59,13 @@ def measure(
         for _ in range(3):  # warm-up
             started = time.perf_counter()
             before_each_round()
-            synchronised()
+            synchronized()
             seconds = time.perf_counter() - started
             if seconds > 0.3:
                 break
         floors.clear()
         rounds = max(fewest, min(200, int(limit / seconds)))
-        benchmark.pedantic(synchronised, setup=before_each_round, rounds=rounds)
+        benchmark.pedantic(synchronized, setup=before_each_round, rounds=rounds)
         benchmark.extra_info.update(
             info, device=device, machine=machine, rounds=rounds, floor=statistics.median(floors)
         )

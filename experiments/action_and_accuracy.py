@@ -1,9 +1,9 @@
-"""Does a network that moves its data less generalise better? (Figs 11 and 6)
+"""Does a network that moves its data less generalize better? (Figs 11 and 6)
 
-Networks start from many initialisations, orthogonal and normal with several gains, and are trained on the task alone.
+Networks start from many initializations, orthogonal and normal with several gains, and are trained on the task alone.
 Fig. 11 sets the action on test images against the accuracy on them, with a linear regression over all networks; since
-what an initialisation does to both is confounded with it, the correlation within each initialisation stands beside that
-over all. Fig. 6 shows for one initialisation what each block does: how far it moves the state, relative to its size,
+what an initialization does to both is confounded with it, the correlation within each initialization stands beside that
+over all. Fig. 6 shows for one initialization what each block does: how far it moves the state, relative to its size,
 and whether it goes down the loss.
 
     python experiments/action_and_accuracy.py
@@ -27,7 +27,7 @@ from lab.statistics import correlation, mean_interval
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, initialize, measures, models, plotting
-from odenets.analysis.refinement import refinement
+from odenets.analysis.refinement import iterative_refinement
 from odenets.training import data
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate
@@ -43,8 +43,8 @@ class Config:
         dataset: digits, mnist or cifar10.
         folder: where torchvision's files lie; without it they are downloaded.
         train_size: training images; all if 0.
-        orthogonal, normal: gains of the initialisations.
-        instances: per initialisation.
+        orthogonal, normal: gains of the initializations.
+        instances: per initialization.
         epochs: of training.
         batch_size: of training.
         learning_rate: of SGD with momentum 0.9.
@@ -75,15 +75,15 @@ class Config:
 
 @dataclass(frozen=True)
 class Job:
-    """The instances of one initialisation."""
+    """The instances of one initialization."""
 
-    initialiser: str
+    initializer: str
     gain: float
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.initialiser}_{self.gain:g}"
+        return f"{self.initializer}_{self.gain:g}"
 
 
 def build(config: Config, dataset: data.Dataset, job: Job, seed: int) -> Network:
@@ -93,7 +93,7 @@ def build(config: Config, dataset: data.Dataset, job: Job, seed: int) -> Network
     features = {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
     normalize = models.Normalize(list(dataset.mean), list(dataset.std))
     network = models.resnet9(channels, dataset.classes, features=features, size=size, normalize=normalize)
-    return initialize(network, job.initialiser, job.gain)
+    return initialize(network, job.initializer, job.gain)
 
 
 def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset]:
@@ -103,7 +103,7 @@ def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset]:
 
 
 def train(config: Config, job: Job, report: Report) -> None:
-    """Train the instances of an initialisation; what was found stands in its summary."""
+    """Train the instances of an initialization; what was found stands in its summary."""
     run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
     images, test = parts_of(config)
     found = fit_instances(
@@ -115,7 +115,7 @@ def train(config: Config, job: Job, report: Report) -> None:
         report=report,
     )
     looked = data.Batches(test, 500)
-    blocks = [refinement(network, looked) for network in found.networks]
+    blocks = [iterative_refinement(network, looked) for network in found.networks]
     run.finish(
         asdict(job)
         | {
@@ -142,22 +142,22 @@ def science(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per initialisation, and one over all: accuracy, action, and the correlation of accuracy with its log."""
+def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per initialization, and one over all: accuracy, action, and the correlation of accuracy with its log."""
     rows = []
     for r in results:
         logs = np.log10(r["action"]).tolist()
-        row: dict[str, Any] = {"initialiser": r["initialiser"], "gain": r["gain"]}
+        row: dict[str, Any] = {"initializer": r["initializer"], "gain": r["gain"]}
         row |= {"accuracy": mean_interval([100 * a for a in r["accuracy"]]), "log10_action": mean_interval(logs)}
         rows.append(row | {"correlation": correlation(logs, r["accuracy"])})
     logs = [v for r in results for v in np.log10(r["action"]).tolist()]
     accuracy = [a for r in results for a in r["accuracy"]]
-    row = {"initialiser": "all", "gain": None, "accuracy": mean_interval([100 * a for a in accuracy])}
+    row = {"initializer": "all", "gain": None, "accuracy": mean_interval([100 * a for a in accuracy])}
     return [*rows, row | {"log10_action": mean_interval(logs), "correlation": correlation(logs, accuracy)}]
 
 
 COLUMNS = {
-    "initialisation": "{initialiser}",
+    "initialization": "{initializer}",
     "gain": "{gain:g}",
     "test accuracy": "{accuracy:.2f}",
     "log10 action on test": "{log10_action:.2f}",
@@ -174,12 +174,12 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     negative = sum(row["correlation"][0] < 0 for row in within)
     return [
         f"over all networks the accuracy correlates with the logarithm of the action by {r:.2f} (p = {p:.2g})",
-        f"within an initialisation it does so (p < 0.05) in {len(within)} of {len(each)}, negatively in {negative}",
+        f"within an initialization it does so (p < 0.05) in {len(within)} of {len(each)}, negatively in {negative}",
     ]
 
 
 def main(config: Config) -> None:
-    """Train every initialisation, print one table, write the run folder with its figures."""
+    """Train every initialization, print one table, write the run folder with its figures."""
     if config.quick:
         config = replace(config, orthogonal=(0.1, 1.0), normal=(0.1,), instances=3, epochs=1, train_size=100)
     started = time.time()
@@ -193,8 +193,8 @@ def main(config: Config) -> None:
 
     with Workers(config.workers or os.cpu_count() or 1) as workers:
         work, cost = partial(train, config), (lambda job: config.epochs * config.instances)
-        results = workers.complete(work, jobs, folder, cost=cost, label="initialisations")
-    rows = summarise(results)
+        results = workers.complete(work, jobs, folder, cost=cost, label="initializations")
+    rows = summarize(results)
     points = {job.name.replace("_", " "): (r["action"], r["accuracy"]) for job, r in zip(jobs, results, strict=True)}
     blocks = {job.name.replace("_", " "): (r["ratio"], r["cosine"]) for job, r in zip(jobs, results, strict=True)}
     figures = {"fig_11": plotting.action_against_accuracy(points), "fig_6": plotting.refinement_by_block(blocks)}

@@ -121,7 +121,7 @@ def science(config: Config) -> dict[str, Any]:
     return training(config.networks) | {"epsilons": config.epsilons, "level": config.level}
 
 
-def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per method and set."""
     rows = []
     for method in METHODS:
@@ -174,7 +174,7 @@ def main(config: Config) -> None:
         results = workers.complete(
             partial(look, config), jobs, lambda job: config.output / job.name, cost=lambda job: 2, label="action"
         )
-    rows = summarise(config, results)
+    rows = summarize(config, results)
     shown = {m: load_file(config.output / Job(m, 0).name / "action.safetensors") for m in METHODS}
     lines = {r["method"]: r["quantiles"] for r in results if r["seed"] == 0}
     figure = plotting.histograms(shown, xlabel="action", lines=lines)

@@ -31,8 +31,9 @@ from lab.workers import Report, Workers
 from odenets import Network, models, plotting
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
+from odenets.errors import DivergedError
 from odenets.training import data
-from odenets.training.loop import Callback, DivergedError, Training, evaluate, evaluate_schemes, fit
+from odenets.training.loop import Callback, Training, evaluate, evaluate_schemes, fit
 from odenets.training.runs import Run, read_metrics
 from solvers import get_tableau
 
@@ -49,7 +50,7 @@ class Config:
         tolerance: largest embedded error of a block, root mean square over features, mean over samples.
         K: blocks are merged below ``tolerance / K``.
         check_samples: validation samples on which the errors are measured after an epoch.
-        stages: fields per block; an untied one forwards its second-order output, which reads all of them, and is
+        stage_fields: fields per block; an untied one forwards its second-order output, which reads all of them, and is
             trained on the ensemble. Errors of chained and untied blocks do not vanish with h cubed: they need a larger
             tolerance, or every block is duplicated up to the cap.
         deep: blocks of the deep start.
@@ -75,7 +76,7 @@ class Config:
     tolerance: float = 3e-3
     K: float = 8.0
     check_samples: int = 128
-    stages: Literal["tied", "chained", "untied"] = "tied"
+    stage_fields: Literal["tied", "chained", "untied"] = "tied"
     deep: int = 8
     max_depth: int = 32
     total_time: float = 1.0
@@ -112,14 +113,14 @@ class Job:
 def build(config: Config, dataset: data.Dataset, job: Job) -> Network:
     """The network of a job, with the seed's weights."""
     torch.manual_seed(job.seed)
-    untied = config.stages == "untied" and job.solver == "bs23"
+    untied = config.stage_fields == "untied" and job.solver == "bs23"
     options: dict[str, Any] = {
         "normalize": models.Normalize(list(dataset.mean), list(dataset.std)),
         "readout": "ensemble" if untied else "solution",
         "solver": get_tableau("bs23").forwarding("order2") if untied else job.solver,
         "depth": job.depth,
         "total_time": job.total_time,
-        "stages": config.stages if job.solver == "bs23" else "tied",
+        "stage_fields": config.stage_fields if job.solver == "bs23" else "tied",
     }
     if dataset.x.ndim == 2:
         return models.points_network(dataset.x.shape[1], dataset.classes, **options)
@@ -219,7 +220,7 @@ def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> 
     return workers.complete(partial(train, config), jobs, folder, cost=lambda job: config.epochs, label=label)
 
 
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per network and total time: means over the seeds with their 95 % intervals."""
     rows = []
     for key in dict.fromkeys((r["network"], r["total_time"]) for r in results):
@@ -303,12 +304,12 @@ def main(config: Config) -> None:
         results = train_all(config, jobs, workers, "adaptive and fixed")
         ends = [r["final_depth"] for r in results if r["network"] == f"adaptive from {deep}" and not r["diverged"]]
         final = statistics.mode(ends) if ends else deep
-        then = [("euler", "euler", final * (4 if config.stages == "untied" else 3))]
+        then = [("euler", "euler", final * (4 if config.stage_fields == "untied" else 3))]
         then += [("fixed", "bs23", final)] * (final not in (1, deep))
         jobs = [Job(f"{name} {d}", solver, d, False, T, seed) for name, solver, d in then for seed in config.seeds]
         results += train_all(config, jobs, workers, "as deep as it ended")
     results.sort(key=lambda r: (r["total_time"], r["network"], r["seed"]))
-    rows = summarise(results)
+    rows = summarize(results)
     plotting.save(lab_figures.adaptive_depth(run.folder), run.folder / "figures")
     keys = ("network", "total_time", "seed")
     print(run.conclude(results, keys, rows, table(rows, COLUMNS), verdict(config, rows), started=started))

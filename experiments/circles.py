@@ -69,7 +69,7 @@ THESIS_EPOCHS = {("resnet", False): 73, ("resnet", True): 71, ("fixed lambda", F
 
 @dataclass(frozen=True)
 class Setting:
-    """What a table trains: points, blocks, initialisation, and the weight of its fixed lambda."""
+    """What a table trains: points, blocks, initialization, and the weight of its fixed lambda."""
 
     points: int
     blocks: int
@@ -92,7 +92,7 @@ class Config:
     """What to train.
 
     Attributes:
-        tables: of the thesis, 19 to 22; "epochs" for the epochs to 100 % of F.5.2, "figures" for its well initialised
+        tables: of the thesis, 19 to 22; "epochs" for the epochs to 100 % of F.5.2, "figures" for its well initialized
             network of nine blocks.
         instances: per cell.
         epochs: at most; an instance ends after three epochs without a fault on training and test points.
@@ -161,7 +161,7 @@ def build(setting: Setting, norm: bool, seed: int) -> Network:
 
 
 def objective(method: str, setting: Setting) -> Objective:
-    """What a method minimises, with the thesis' settings: the unsquared norm, lambda as a factor of the loss."""
+    """What a method minimizes, with the thesis' settings: the unsquared norm, lambda as a factor of the loss."""
     match method:
         case "resnet":
             return CrossEntropy()
@@ -221,7 +221,7 @@ def percent(values: list[float]) -> Interval:
     return mean_interval([100 * v for v in values])
 
 
-def summarise(config: Config, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per cell, the thesis' figures and the paired difference to the plain network beside ours."""
     rows = []
     for cell in cells(config):
@@ -363,7 +363,7 @@ def main(config: Config) -> None:
             label="circles",
         )
     results = {Cell(r["table"], r["method"], r["norm"]).name: r for r in found}
-    rows = summarise(config, results)
+    rows = summarize(config, results)
     plotting.save(figures(config), run.folder / "figures")
     seeds = range(config.instances)
     trainings = [{"name": cell.name, "cell": cell.name, "seed": seed} for cell in chosen for seed in seeds]

@@ -116,7 +116,7 @@ class Frozen(nn.Module):
 
 
 def objective(config: Config, method: str) -> Objective:
-    """What a method minimises."""
+    """What a method minimizes."""
     lambda0, tau, every = SETTINGS[config.dataset]
     return LeastAction(lambda0=lambda0, tau=tau, every=every) if method == "least action" else CrossEntropy()
 

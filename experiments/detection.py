@@ -4,7 +4,7 @@ Networks are trained plainly, with least action, or by reverse cross-entropy; th
 attacked, and detectors are fitted on what several kinds of features see of clean and of adversarial images: the
 trajectory (eq. 34), with what Runge-Kutta blocks show besides (stages, embedded error, action), and the baselines of
 the literature. The images are split once by index, into those that the network, the detectors, the choice among them
-and the test have to themselves. Normalisation is a layer of the attacked network; what fooled it is counted apart.
+and the test have to themselves. Normalization is a layer of the attacked network; what fooled it is counted apart.
 
     python experiments/detection.py                          # seen attacks
     python experiments/detection.py --setting unseen
@@ -38,7 +38,7 @@ from detection_setup import (
     science,
     trained,
 )
-from detection_tables import COLUMNS, adaptive_rows, figures, summarise, timing_rows, verdict
+from detection_tables import COLUMNS, adaptive_rows, figures, summarize, timing_rows, verdict
 from torch import Tensor
 
 from lab.tables import table
@@ -55,7 +55,7 @@ from odenets.detection import (
     Trajectory,
     black_box,
     choose_and_score,
-    distil,
+    distill,
     feature_attack,
     in_batches,
     split,
@@ -179,7 +179,7 @@ def adapt_attacks(config: Config, job: Job, report: Report) -> None:
                 seed=job.seed, max_iter=config.queries[0], max_eval=config.queries[1],
             ),
             "surrogate": lambda: surrogate_attack(
-                network, features, score, distil(score, known, seed=job.seed), start, clean, eps=2 * config.strength,
+                network, features, score, distill(score, known, seed=job.seed), start, clean, eps=2 * config.strength,
                 steps=config.steps,
             ),
         }  # fmt: skip
@@ -240,7 +240,7 @@ def main(config: Config) -> None:
     if config.setting in ("adaptive", "timing"):
         rows, shown, lines = (adaptive_rows if config.setting == "adaptive" else timing_rows)(config, results)
     else:
-        rows = summarise(config, results)
+        rows = summarize(config, results)
         shown, lines = table(rows, COLUMNS), verdict(config, rows, results)
         plotting.save(figures(config, results), run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]

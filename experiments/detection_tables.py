@@ -22,7 +22,7 @@ def _of(attacks: tuple[str, ...], *values: float) -> dict[str, float]:
 
 
 # of ResNet-110 on CIFAR-10, by setting, network and features: accuracy (%), tables 12 to 14; there with attacks whose
-# images were clipped before they were normalised, parts that overlapped, and the best of several detectors on test
+# images were clipped before they were normalized, parts that overlapped, and the best of several detectors on test
 THESIS: dict[tuple[str, str, str], dict[str, float]] = {
     ("seen", "vanilla", TRAJECTORY): _of(_SEEN, 97.1, 94.1, 97.5, 88.9, 99.9, 98.0, 99.9, 96.6),
     ("seen", "least action", TRAJECTORY): _of(_SEEN, 98.7, 97.5, 99.3, 94.1, 99.8, 98.0, 99.9, 97.0),
@@ -52,7 +52,7 @@ THESIS_EVADED = {
 }
 
 
-def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per method, what was seen and tested, and kind of features; means over seeds.
 
     Differences in the area under the curve are to the trajectory of the same networks, paired.

@@ -223,7 +223,7 @@ def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
     return [Job(*each, seed, tuning=False) for each in chosen for seed in range(config.seeds)]
 
 
-def summarise(config: Config, tuned: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, tuned: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Two rows per condition, without the action and with it, differences paired over the seeds."""
     rows = []
     for condition in config.conditions:
@@ -329,7 +329,7 @@ def main(config: Config) -> None:
         tuned = complete(candidates(config), label="choosing")
         jobs = choose(config, tuned)
         results = complete(jobs, label="training")
-    rows = summarise(config, tuned, results)
+    rows = summarize(config, tuned, results)
     plotting.save(figures(config, rows, results), run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
     print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))

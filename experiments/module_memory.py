@@ -1,7 +1,7 @@
 """Memory of module-wise training (tables 9 and 31): peaks of a training step against backpropagation end to end.
 
 A training step is taken on tensors of the right shape and without numbers (torch's fake tensors), and the bytes of all
-tensors that live at once are counted: activations, gradients and temporaries, with the weights and the optimiser's
+tensors that live at once are counted: activations, gradients and temporaries, with the weights and the optimizer's
 state. On small networks the count is that of a real step to the byte. On a GPU the step is taken, and torch's allocator
 tells. Beside the thesis' figures stand those of backpropagation that computes every module again (checkpointing).
 
@@ -27,8 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from lab.tables import table
-from odenets import Adapted, Network, adapt, models
-from odenets.analysis.memory import memory
+from odenets import AdaptedModel, Network, adapt, models
+from odenets.analysis.memory import measure_memory
 from odenets.module_wise import ModuleWise, end_to_end_step, greedy, module_wise, parallel_step, trgl
 from odenets.training.runs import Run
 
@@ -49,7 +49,7 @@ class Setting:
         thesis: memory saved (%) by method and number of modules.
     """
 
-    build: Callable[[], Network | Adapted]
+    build: Callable[[], Network | AdaptedModel]
     size: int
     batch_size: int
     modules: tuple[int, ...] = (4,)
@@ -58,7 +58,7 @@ class Setting:
     thesis: tuple[tuple[str, int, float], ...] = ()
 
 
-def _vision(name: str, classes: int, stem: str, size: int) -> Adapted:
+def _vision(name: str, classes: int, stem: str, size: int) -> AdaptedModel:
     return adapt(models.vision(name, classes, stem=stem, size=size))  # type: ignore[arg-type]
 
 
@@ -163,7 +163,7 @@ def step_of(network: ModuleWise, method: str) -> Callable[[Tensor, Tensor], Tens
 
 
 def peak(name: str, method: str, K: int, batch_size: int, device: str) -> dict[str, Any]:
-    """The most bytes that live at once in a training step, weights and optimiser included."""
+    """The most bytes that live at once in a training step, weights and optimizer included."""
     setting = SETTINGS[name]
     with ExitStack() as shapes:
         if device == "cpu":
@@ -174,7 +174,7 @@ def peak(name: str, method: str, K: int, batch_size: int, device: str) -> dict[s
         network = modules_of(name, method, K, x)
         step = step_of(network, method)
         step(x, y)  # momentum is made in the first step
-        found = memory(lambda: step(x, y), device).peak
+        found = measure_memory(lambda: step(x, y), device).peak
         standing = sum(p.numel() * p.element_size() for p in {*_trained(network, method)})
     return {"bytes": found + 2 * standing, "ends": network.ends}
 

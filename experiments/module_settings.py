@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from odenets import Adapted, Network, adapt, models
+from odenets import AdaptedModel, Network, adapt, models
 
 SCHEDULES = ("sequential", "laps", "parallel")
 
@@ -33,7 +33,7 @@ class Setting:
         learning_rates, taus: tried for every method.
         end_to_end_rates: tried end to end.
         label_smoothing: share of the target spread over all classes.
-        gain: of the orthogonal initialisation.
+        gain: of the orthogonal initialization.
         same_head: one classifier for all modules.
         thesis: accuracy (%) of the last module, or as ``best`` says of the best, and the half-width of its interval, by
             size, schedule and method.
@@ -42,7 +42,7 @@ class Setting:
 
     table: str
     dataset: str
-    build: Callable[[int, int, int, models.Normalize], Network | Adapted]
+    build: Callable[[int, int, int, models.Normalize], Network | AdaptedModel]
     sizes: tuple[int, ...]
     modules: int
     split: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ def _resnet_km(K: int, M: int, channels: int, size: int, classes: int, normalize
     return models.resnet_km(K, M, channels, classes, normalize=normalize)
 
 
-def _vision(name: str, stem: str, channels: int, size: int, classes: int, normalize: models.Normalize) -> Adapted:
+def _vision(name: str, stem: str, channels: int, size: int, classes: int, normalize: models.Normalize) -> AdaptedModel:
     model = models.vision(name, classes, stem=stem, size=size)  # type: ignore[arg-type]
     return adapt(nn.Sequential(normalize, model))
 

@@ -1,4 +1,4 @@
-"""Module-wise training: greedy modules with and without the action, in sequence, in laps, in parallel (section 4).
+"""LocalModule-wise training: greedy modules with and without the action, in sequence, in laps, in parallel (section 4).
 
 Modules of a residual network are trained each by its own loss, with (TRGL) or without (VanGL) the action of its blocks,
 beside the network end to end and, where asked, three rivals: InfoPro, PredSim and AugLocal. Every method's learning
@@ -165,7 +165,7 @@ def build(setting: Setting, dataset: data.Dataset, seed: int, method: str = "Van
 
 
 def objective(setting: Setting, job: Job) -> ModuleObjective:
-    """What the modules minimise."""
+    """What the modules minimize."""
     task = partial(CrossEntropy, setting.label_smoothing)
     return trgl(job.tau, task) if job.method == "TRGL" else greedy(task)
 
@@ -255,7 +255,7 @@ def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
     return chosen
 
 
-def summarise(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per size, schedule and method; differences to VanGL in the same schedule paired over the seeds."""
     rows = []
     for size in config.table.sizes:
@@ -368,7 +368,7 @@ def main(config: Config) -> None:
         complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
         jobs = choose(config, complete(candidates(config), label="choosing"))
         results = complete(jobs, label="training")
-    rows = summarise(config, results)
+    rows = summarize(config, results)
     plotting.save(figures(rows), run.folder / "figures")
     trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
     print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))

@@ -18,9 +18,9 @@ How it is measured. Evaluations are calls of the field per training batch, up to
 epochs and seeds. Seconds per epoch are those of its training batches, median over epochs and seeds: processor time of
 the one thread that trains, which other programs on the machine disturb less than wall time, and wall time on a GPU.
 The trainings begin seed by seed, so that every way meets the same conditions. Peak memory is that of tensors alive at
-once in one training step, without weights and data (see :mod:`odenets.analysis`). What the action costs is found on each
-trained network, from the same batches and weights with and without it, in turn. Errors of state and action are those
-against dopri5 in float64 at a tolerance of 1e-7, on 200 test samples.
+once in one training step, without weights and data (see :mod:`odenets.analysis`). What the action costs is found on
+each trained network, from the same batches and weights with and without it, in turn. Errors of state and action are
+those against dopri5 in float64 at a tolerance of 1e-7, on 200 test samples.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ import torch
 import tyro
 from lightning_fabric import Fabric
 from neural_ode_setup import Config, Job, build, field_of, science, split
-from neural_ode_tables import COLUMNS, summarise, verdict
+from neural_ode_tables import COLUMNS, summarize, verdict
 from torch import Tensor, nn
 
 from lab import plotting as lab_figures
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Flow, Network, measures, plotting
-from odenets.analysis.memory import memory
+from odenets.analysis.memory import measure_memory
 from odenets.checkpoints import save_weights
 from odenets.least_action import ActionPenalty
 from odenets.training import data
@@ -172,7 +172,7 @@ def step(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -
 def step_memory(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -> int:
     """Peak memory of one training step in bytes, gradients included."""
     network.train().zero_grad()
-    return memory(lambda: step(network, batch, objective), batch[0].device).peak
+    return measure_memory(lambda: step(network, batch, objective), batch[0].device).peak
 
 
 def cost_of_action(network: Network, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -221,7 +221,7 @@ def main(config: Config) -> None:
         folder, cost = (lambda job: config.output / job.name), (lambda job: config.epochs)
         results = workers.complete(partial(train, config), jobs, folder, cost=cost, label="trainings")
     results.sort(key=lambda r: (r["action"], config.ways.index(r["way"]), r["seed"]))
-    rows = summarise(results)
+    rows = summarize(results)
     plotting.save(lab_figures.neural_ode(run.folder), run.folder / "figures")
     print(run.conclude(results, ("way", "action", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 

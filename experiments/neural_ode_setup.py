@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from odenets import Flow, Network, models
 from odenets.fields import ConvField
-from odenets.flow import Records
 from odenets.measures import Measure
+from odenets.recording import Records
 from odenets.training import data
 from solvers import Statistics, Step, Tolerance
 

@@ -8,7 +8,7 @@ from typing import Any
 from lab.statistics import mean_interval
 
 
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per way and objective: means over the seeds, accuracy with its 95 % interval, median time of epochs."""
     rows = []
     for way, action in dict.fromkeys((r["way"], r["action"]) for r in results):

@@ -53,7 +53,7 @@ class Config:
         batch_size: of training.
         learning_rates: tried for every method.
         lambdas: first lambdas tried for least action, with tau = 1 and a change every 5 steps.
-        gain: of the orthogonal initialisation.
+        gain: of the orthogonal initialization.
         quick: two shallow depths, few instances and epochs: to see that it runs.
         output: run folder.
         resume: go on with what is there.
@@ -102,7 +102,7 @@ class Job:
 
 
 def objective(job: Job) -> Objective:
-    """What a method minimises."""
+    """What a method minimizes."""
     if job.method == "least action":
         return LeastAction(lambda0=job.first_lambda, tau=1.0, every=5)
     return CrossEntropy()
@@ -185,7 +185,7 @@ def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
     return chosen
 
 
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per depth and method, differences to the plain network paired over the instances."""
     plain = {r["depth"]: r["accuracy"] for r in results if r["method"] == "vanilla"}
     rows = []
@@ -243,7 +243,7 @@ def main(config: Config) -> None:
         complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
         jobs = choose(config, complete(candidates(config), label="choosing"))
         results = complete(jobs, label="training")
-    rows = summarise(results)
+    rows = summarize(results)
     series = {m: [(row["depth"], row["accuracy"]) for row in rows if row["method"] == m] for m in METHODS}
     figure = intervals(series, xlabel="blocks", ylabel="test accuracy (%)")
     plotting.save({"fig_14": figure}, run.folder / "figures")

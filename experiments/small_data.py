@@ -1,6 +1,6 @@
 """What the action buys on few images (tables 1, 2 and 18), with every method at its own best learning rate.
 
-Three methods train ResNet-9 on a few labelled images: the plain network, a fixed weight of the action, and multipliers
+Three methods train ResNet-9 on a few labeled images: the plain network, a fixed weight of the action, and multipliers
 that grow. The thesis trained all at one learning rate, with a lambda that multiplies the loss and so the step, and
 reported the highest accuracy over epochs on test images. Here each method's learning rate and weight are chosen on
 validation images; the accuracy is that after the last epoch on all test images, over instances that share their images
@@ -39,7 +39,7 @@ from small_data_setup import (
     science,
     training_images,
 )
-from small_data_tables import COLUMNS, summarise, verdict
+from small_data_tables import COLUMNS, summarize, verdict
 from torch import Tensor
 
 from lab.tables import table
@@ -182,7 +182,7 @@ def main(config: Config) -> None:
         chosen = {where: {} if config.protocol_only else choose(at(where, found)) for where in places}
         jobs = [job for where in places for job in reported(config, *where, chosen[where])]
         results = complete(jobs, label="training")
-    rows = [row for where in places for row in summarise(config, *where, chosen[where], at(where, results))]
+    rows = [row for where in places for row in summarize(config, *where, chosen[where], at(where, results))]
     trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]
     print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 

@@ -141,7 +141,7 @@ class Job:
 
 
 def objective(config: Config, job: Job) -> Objective:
-    """What a method minimises."""
+    """What a method minimizes."""
     lambda0, tau, every, _ = THESIS_SETTINGS[config.dataset]
     match job.method:
         case "fixed weight":

@@ -31,7 +31,7 @@ THESIS: dict[str, dict[int, dict[str, tuple[float, float]]]] = {
 }
 
 
-def summarise(
+def summarize(
     config: Config,
     condition: str,
     size: int,

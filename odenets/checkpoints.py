@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from odenets.files import write_atomically
 from odenets.flow import Flow
 from odenets.modes import device_of, dtype_of
 
@@ -45,7 +45,7 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
     for name, flow in flows.items():
         if saved[name]["input_shape"] is not None:
             dtype = getattr(torch, saved[name]["dtype"]) if "dtype" in saved[name] else dtype_of(network)
-            flow.materialise(torch.zeros(1, *saved[name]["input_shape"], dtype=dtype, device=device_of(network)))
+            flow.materialize(torch.zeros(1, *saved[name]["input_shape"], dtype=dtype, device=device_of(network)))
         flow.resize(saved[name]["h"])
 
 
@@ -66,7 +66,7 @@ def fingerprint(network: nn.Module) -> str:
     """SHA-256 of what a network computes with, in hexadecimal; device and mode do not matter.
 
     It covers the weights, buffers and step sizes, and what the modules print of themselves, where numbers stand that
-    are no tensors: the solver, a tolerance, a normalisation, a readout, the blocks of an adapted model.
+    are no tensors: the solver, a tolerance, a normalization, a readout, the blocks of an adapted model.
 
     Raises:
         ValueError: a flow has not seen an input yet and has no field.
@@ -111,14 +111,9 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
         raise ValueError("network has a flow without a field: call network(x) once before saving it")
     from safetensors.torch import save
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(network).items()}
     data = save(tensors, metadata={"format": "pt", "structure": json.dumps(structure(network))})
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-    return path
+    return write_atomically(path, data)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:

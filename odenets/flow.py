@@ -14,25 +14,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from odenets.fields import VelocityField, field_for, reset_modules
-from odenets.measures import Measure, finding, needs_closing
+from odenets.measures import Measure, needs_closing, reductions_of
 from odenets.normalization import NOTHING, TRAINED, StageBatchNorm, known_statistics
+from odenets.recording import Records, check_values
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
 from solvers.batch_loop import adaptive_steps
 from solvers.step import check_unchanged, versions_of
 from solvers.validation import check_state
 
-__all__ = ["Block", "Flow", "Records", "StageMode", "check_values"]
+__all__ = ["Block", "Flow", "StageFields"]
 
-StageMode = Literal["tied", "chained", "untied"]
+StageFields = Literal["tied", "chained", "untied"]
 FieldSource = nn.Module | Callable[[], nn.Module]
-
-
-class Records(dict[str, Tensor]):
-    """Measures by name, each ``(blocks, B)``; ``starts`` holds the row at which each flow begins."""
-
-    def __init__(self, values: dict[str, Tensor], starts: tuple[int, ...] = (0,)) -> None:
-        super().__init__(values)
-        self.starts = starts
 
 
 class Block(nn.Module):
@@ -56,7 +49,7 @@ class Flow(nn.Module):
     """Blocks that keep one dimension: ``x_{m+1} = x_m + h_m r_m(x_m)``, each a Runge-Kutta step with its own weights.
 
     ``Flow(solver="bs23")`` alone works: like torch's lazy modules it makes its field from the first input, an MLP for
-    ``(B, D)``, a convolutional one for ``(B, C, H, W)``. Show it a batch before building an optimiser.
+    ``(B, D)``, a convolutional one for ``(B, C, H, W)``. Show it a batch before building an optimizer.
 
     Args:
         field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one
@@ -67,9 +60,9 @@ class Flow(nn.Module):
         depth: number of blocks.
         h: step size of every block, or one per block; ``total_time / depth`` if not given.
         total_time: the sum of all h; 1 if neither is given.
-        stages: "tied", one field per block serves all its stages, a true Runge-Kutta step; "untied", a field per stage
-            (eq. 43 of the thesis), where the closing field learns only if the method carries on an output that reads
-            it, ``get_tableau("bs23").forwarding("order2")``; "chained", a field per stage where the closing stage of an
+        stage_fields: "tied", one field per block serves all its stages, a true Runge-Kutta step; "untied", a field per
+            stage [K24, eq. 43], where the closing field learns only if the method carries on an output that reads it,
+            ``get_tableau("bs23").forwarding("order2")``; "chained", a field per stage where the closing stage of an
             FSAL method uses the first field of the next block, the last one its own. Only tied blocks have the method's
             order: see :meth:`solvers.Step.error`.
         shared: one block, used ``depth`` times.
@@ -94,7 +87,7 @@ class Flow(nn.Module):
         depth: int = 1,
         h: float | Sequence[float] | None = None,
         total_time: float | None = None,
-        stages: StageMode = "tied",
+        stage_fields: StageFields = "tied",
         shared: bool = False,
         tolerance: Tolerance | None = None,
         controller: Controller | None = None,
@@ -103,8 +96,8 @@ class Flow(nn.Module):
         self.tableau = get_tableau(solver)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
-        if stages not in ("tied", "chained", "untied"):
-            raise ValueError(f"stages must be 'tied', 'chained' or 'untied', got {stages!r}")
+        if stage_fields not in ("tied", "chained", "untied"):
+            raise ValueError(f"stage_fields must be 'tied', 'chained' or 'untied', got {stage_fields!r}")
         if h is not None and total_time is not None:
             raise ValueError("h and total_time exclude each other: total_time is the sum of all h")
         if h is None:
@@ -115,17 +108,17 @@ class Flow(nn.Module):
         for size in sizes:
             if not (math.isfinite(size) and size > 0):
                 raise ValueError(f"h must be positive and finite, got {size}")
-        if tolerance is not None and (depth > 1 or stages != "tied"):
+        if tolerance is not None and (depth > 1 or stage_fields != "tied"):
             raise ValueError(
-                "tolerance makes a continuous flow, one field with tied stages: leave out depth and stages"
+                "tolerance makes a continuous flow, one field with tied stages: leave out depth and stage_fields"
             )
         if tolerance is not None:
             _ = self.tableau.error_order  # raises where the method has no embedded error
         if controller is not None and tolerance is None:
             raise ValueError("controller chooses the steps of a continuous flow: give tolerance too")
-        if shared and stages != "tied":
-            raise ValueError("shared uses one field for all blocks: stages must be 'tied'")
-        self.mode: StageMode = stages
+        if shared and stage_fields != "tied":
+            raise ValueError("shared uses one field for all blocks: stage_fields must be 'tied'")
+        self.stage_fields: StageFields = stage_fields
         self.shared = shared
         self.tolerance = tolerance
         self.controller = controller or I()
@@ -188,18 +181,20 @@ class Flow(nn.Module):
     @property
     def _passes_on(self) -> bool:
         """Whether a closing stage is the first stage of the next step: not so where each has statistics of its own."""
-        return self.mode == "chained" or (
+        return self.stage_fields == "chained" or (
             self.shared and not any(isinstance(module, StageBatchNorm) for module in self.modules())
         )
 
     @property
     def closing_apart(self) -> bool:
         """Whether its closing stages, which forward passes do not take, have batch norm statistics of their own."""
-        if self.continuous or self.mode == "chained" or self.tableau.interior == self.tableau.stages:
+        if self.continuous or self.stage_fields == "chained" or self.tableau.interior == self.tableau.stages:
             return False
-        return self.mode == "untied" or any(isinstance(m, StageBatchNorm) and m.stages > 1 for m in self.modules())
+        return self.stage_fields == "untied" or any(
+            isinstance(m, StageBatchNorm) and m.stages > 1 for m in self.modules()
+        )
 
-    def materialise(self, x: Tensor) -> None:
+    def materialize(self, x: Tensor) -> None:
         """Make the field from the first input, if none was given; remember the shape of its samples."""
         if not len(self.blocks):
             with torch.inference_mode(False):  # whose tensors could never be trained
@@ -233,7 +228,7 @@ class Flow(nn.Module):
         if not 0 <= first < last <= self.depth:
             raise ValueError(f"a flow of {self.depth} blocks has no part from {first} to {last}")
         whole = (first, last) == (0, self.depth)
-        if not whole and (self.shared or self.continuous or self.mode == "chained"):
+        if not whole and (self.shared or self.continuous or self.stage_fields == "chained"):
             raise ValueError("a shared, continuous or chained flow has no parts: its blocks share fields")
         if not len(self.blocks):
             raise ValueError("the flow has no field yet: call it once before it is cut")
@@ -248,8 +243,8 @@ class Flow(nn.Module):
         return part
 
     def _make_blocks(self, source: FieldSource) -> None:
-        per_block = 1 if self.mode == "tied" else self.tableau.stages
-        if self.mode == "chained" and self.tableau.fsal:
+        per_block = 1 if self.stage_fields == "tied" else self.tableau.stages
+        if self.stage_fields == "chained" and self.tableau.fsal:
             per_block -= 1
         sizes = self._sizes[:1] if self.shared or self.continuous else self._sizes
         drawn: list[nn.Module] = []
@@ -258,7 +253,7 @@ class Flow(nn.Module):
             for _ in range(per_block):
                 fields.append(_new_field(source, as_given=not drawn))
                 drawn.append(fields[-1])
-            if self.mode == "tied":
+            if self.stage_fields == "tied":
                 fields = [_with_stages(fields[0], self.tableau.stages)]
             self.blocks.append(Block(fields, size))
         if len(drawn) > 1 and len(set(drawn)) == 1:
@@ -270,7 +265,7 @@ class Flow(nn.Module):
     def _stage_fields(self, m: int) -> Sequence[Callable[[float | Tensor, Tensor], Tensor]]:
         """One callable per stage of block m."""
         block = cast(Block, self.blocks[0 if self.shared else m])
-        if self.mode == "tied":
+        if self.stage_fields == "tied":
             field = block.fields[0]
             if isinstance(field, VelocityField):
                 return [partial(field, stage=i) for i in range(self.tableau.stages)]
@@ -306,10 +301,10 @@ class Flow(nn.Module):
             yield step
 
     def _steps(
-        self, x: Tensor, closing: bool, finds: frozenset[str] = frozenset(), ensemble: bool = False
+        self, x: Tensor, closing: bool, reductions: frozenset[str] = frozenset(), ensemble: bool = False
     ) -> Iterator[Step]:
         """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
-        self.materialise(x)
+        self.materialize(x)
         if self.tolerance is not None:
             self.statistics = Statistics()
             yield from adaptive_steps(
@@ -328,9 +323,9 @@ class Flow(nn.Module):
         passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == last)
-            if closes and self.mode == "untied":
+            if closes and self.stage_fields == "untied":
                 self._check_closing(m)
-            step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closes, finding=finds)
+            step = rk_step(self._stage_fields(m), t, x, h, self.tableau, first, closing=closes, reductions=reductions)
             yield step
             t, x = t + h, step.x1
             if passes_on:
@@ -388,7 +383,7 @@ class Flow(nn.Module):
         closing = any(needs_closing(measure) for measure in measures.values())
         rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         last = None
-        for last in self._steps(x, closing, finding(measures.values()), readout == "ensemble"):
+        for last in self._steps(x, closing, reductions_of(measures.values()), readout == "ensemble"):
             for name, measure in measures.items():
                 rows[name].append(check_values(name, measure(last), x))
         assert last is not None  # a flow has at least one step
@@ -410,12 +405,12 @@ class Flow(nn.Module):
         if not full_passes or self.continuous:
             *_, last = self._steps(x, closing=False, ensemble=True)
             return {name: last.output(name) for name in self.tableau.outputs}
-        self.materialise(x)
+        self.materialize(x)
         ends = {}
         for name in self.tableau.outputs:
             t, end, scheme = self.start, x, self.tableau.forwarding(name)
             for m, h in enumerate(self.h):
-                if self.mode == "untied" and scheme.interior > self.tableau.interior:
+                if self.stage_fields == "untied" and scheme.interior > self.tableau.interior:
                     self._check_closing(m)
                 end = rk_step(self._stage_fields(m), t, end, h, scheme, closing=False).x1
                 t += h
@@ -446,7 +441,11 @@ class Flow(nn.Module):
             self._sizes = tuple(sizes)
 
     def extra_repr(self) -> str:
-        kind = f"{self.tolerance}, {self.controller}" if self.continuous else f"depth={self.depth}, stages={self.mode}"
+        kind = (
+            f"{self.tolerance}, {self.controller}"
+            if self.continuous
+            else f"depth={self.depth}, stage_fields={self.stage_fields}"
+        )
         return f"solver={self.tableau.name}, {kind}, total_time={self.total_time:g}"
 
 
@@ -481,15 +480,3 @@ def _with_stages(field: nn.Module, stages: int) -> nn.Module:
     field = copy.deepcopy(field, {id(p): p for p in field.parameters()})
     field.expand_stages(stages)
     return field
-
-
-def check_values(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """The values of a measure, one per sample.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"measure {name!r} must return one number per sample, shape ({x.shape[0]},), got {got}")
-    return value

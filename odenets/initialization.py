@@ -1,4 +1,4 @@
-"""Initialisers: how all weights of a network are drawn at once."""
+"""Initializers: how all weights of a network are drawn at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from odenets.normalization import StageBatchNorm
 
-__all__ = ["INITIALISERS", "initialize"]
+__all__ = ["INITIALIZERS", "initialize"]
 
-INITIALISERS = ("orthogonal", "normal", "kaiming")
+INITIALIZERS = ("orthogonal", "normal", "kaiming")
 NORMS = (StageBatchNorm, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 N = TypeVar("N", bound=nn.Module)
@@ -36,19 +36,19 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
         The network.
 
     Raises:
-        ValueError: an unknown name, a gain that is not positive and finite, biases for another initialiser, or a
+        ValueError: an unknown name, a gain that is not positive and finite, biases for another initializer, or a
             network with a flow that has no field yet or another lazy layer, on the meta device, with attention, whose
             projections are no layers, or with weights that are computed from others (weight norm, pruning).
     """
-    if name not in INITIALISERS:
-        raise ValueError(f"name must be one of {', '.join(INITIALISERS)}, got {name!r}")
+    if name not in INITIALIZERS:
+        raise ValueError(f"name must be one of {', '.join(INITIALIZERS)}, got {name!r}")
     if not (math.isfinite(gain) and gain > 0):
         raise ValueError(f"gain must be positive and finite, got {gain}")
     if biases and name != "normal":
         raise ValueError(f"biases are drawn by 'normal' only, not by {name!r}")
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError(
-            "network has a flow without a field or another lazy layer: call network(x) once before it is initialised"
+            "network has a flow without a field or another lazy layer: call network(x) once before it is initialized"
         )
     if any(p.is_meta for p in network.parameters()):
         raise ValueError(

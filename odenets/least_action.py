@@ -1,7 +1,7 @@
 """Least action: train the network that solves the task while moving its data least (section 3.4).
 
 The problem ``min C subject to L = 0``, with L the loss of the task and C the cost of moving the data, is solved by the
-method of multipliers: ``L + C / lambda`` is minimised while lambda grows with the loss that is left. A fixed weight is
+method of multipliers: ``L + C / lambda`` is minimized while lambda grows with the loss that is left. A fixed weight is
 its relaxation.
 
 >>> import odenets
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from odenets import measures
-from odenets.flow import Records
 from odenets.measures import Measure
 from odenets.modes import keeping_state, total_dtype
+from odenets.recording import Records
 from odenets.training.objectives import Batch, CrossEntropy, Objective
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
@@ -128,7 +128,7 @@ class LeastAction(_WithCost):
         task: what is to be solved, L; cross-entropy if not given.
         lambda0: first lambda, positive.
         tau: how fast lambda grows, positive.
-        every: s, steps of the optimiser between two changes of lambda, a whole number.
+        every: s, steps of the optimizer between two changes of lambda, a whole number.
         cost: "action", "residue" or "norm", see :class:`Cost`.
         p: exponent of the cost.
         update: "before", every s-th step begins with the change, by the loss of its batch, and takes the new lambda

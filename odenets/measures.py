@@ -28,9 +28,9 @@ __all__ = [
     "cosine",
     "displacement",
     "error",
-    "finding",
     "interior",
     "needs_closing",
+    "reductions_of",
     "residue",
     "square_norm",
 ]
@@ -52,35 +52,35 @@ def needs_closing(measure: Measure) -> bool:
     return not getattr(measure, "interior", False)
 
 
-def finding(measures: Iterable[Measure]) -> frozenset[str]:
-    """What a step is to find for these measures while its state is made (``rk_step(..., finding=...)``)."""
-    return frozenset(name for measure in measures if (name := getattr(measure, "finding", None)))
+def reductions_of(measures: Iterable[Measure]) -> frozenset[str]:
+    """The reductions that these measures read, computed while a step's state is (``rk_step(..., reductions=...)``)."""
+    return frozenset(name for measure in measures if (name := getattr(measure, "reduction", None)))
 
 
-def _found_as(name: str) -> Callable[[M], M]:
-    """Mark a measure that a step may have found already."""
+def _reduction(name: str) -> Callable[[M], M]:
+    """Mark a measure that is read off a reduction of the step."""
 
     def mark(measure: M) -> M:
-        measure.finding = name  # type: ignore[attr-defined]
+        measure.reduction = name  # type: ignore[attr-defined]
         return measure
 
     return mark
 
 
-def _known(step: Step, name: str) -> Tensor | None:
-    return None if step.known is None else step.known.get(name)
+def _computed(step: Step, name: str) -> Tensor | None:
+    return None if step.reductions is None else step.reductions.get(name)
 
 
 def _residue(step: Step, name: str) -> Tensor:
-    known = _known(step, name)
-    if known is None:
+    value = _computed(step, name)
+    if value is None:
         _, found = finish_step(step.x0, step.stages, step.tableau, step.h, state=False, residue=True)
-        known = found[name]
-    return known
+        value = found[name]
+    return value
 
 
 @interior
-@_found_as("action")
+@_reduction("action")
 def action(step: Step, p: float = 2.0) -> Tensor:
     """Kinetic action ``h sum_i b_i <|p_i|^p>``, ``<.>`` the mean over features, ``(B,)``.
 
@@ -94,12 +94,12 @@ def action(step: Step, p: float = 2.0) -> Tensor:
         pairs = zip(step.tableau.b, step.stages, strict=False)
         found: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]
         return step.h * found
-    known = _known(step, "action")
-    return weighted_action(step.stages, step.tableau.b, step.h) if known is None else known
+    value = _computed(step, "action")
+    return weighted_action(step.stages, step.tableau.b, step.h) if value is None else value
 
 
 @interior
-@_found_as("residue")
+@_reduction("residue")
 def residue(step: Step, p: float = 2.0) -> Tensor:
     """Mean over the features of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``.
 
@@ -109,31 +109,31 @@ def residue(step: Step, p: float = 2.0) -> Tensor:
 
 
 @interior
-@_found_as("residue")
+@_reduction("residue")
 def square_norm(step: Step) -> Tensor:
     """Sum of the squares of the residue over the features, ``(B,)``."""
     return residue(step) * math.prod(step.x0.shape[1:])
 
 
 @interior
-@_found_as("residue")
+@_reduction("residue")
 def cosine(step: Step) -> Tensor:
     """Cosine of the residue with the vector of ones, ``(B,)`` (last features of eq. 34); 0 where r = 0."""
     return _residue(step, "cosine")
 
 
-@_found_as("error")
+@_reduction("error")
 def error(step: Step) -> Tensor:
     """Root mean square over the features of the embedded error, ``(B,)``.
 
     Raises:
         ValueError: the method has no embedded lower order, or the closing stage was not evaluated.
     """
-    known = _known(step, "error")
-    if known is None:
+    value = _computed(step, "error")
+    if value is None:
         weights = step.error_weights()
-        known = weighted_root_mean_square(step.stages, weights, step.h)
-    return known
+        value = weighted_root_mean_square(step.stages, weights, step.h)
+    return value
 
 
 @interior

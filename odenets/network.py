@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from odenets.flow import Flow, Records
+from odenets.flow import Flow
 from odenets.measures import Measure
 from odenets.modes import device_of, dtype_of
+from odenets.recording import Records
 from solvers import Step
 from solvers.validation import check_state
 
@@ -110,17 +111,13 @@ class Network(nn.Module):
         ``records.starts`` holds the row at which each flow begins.
         """
         x = self._encode(x)
-        rows: dict[str, list[Tensor]] = {name: [] for name in measures}
-        starts, begin = [], 0
+        parts = []
         for i, flow in enumerate(self.flows):
             if i:
                 x = self.transitions[i - 1](x)
             x, records = flow._record(x, self.readout if i == len(self._flows) - 1 else "solution", measures)
-            starts.append(begin)
-            begin += next((len(row) for row in records.values()), flow.depth)
-            for name, row in records.items():
-                rows[name].append(row)
-        return self.head(x), Records({name: torch.cat(row) for name, row in rows.items()}, tuple(starts))
+            parts.append((records, flow.depth))
+        return self.head(x), Records.join(parts)
 
     def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``."""

@@ -1,4 +1,4 @@
-"""Normalisation of velocity fields: group norm, batch norm with statistics per stage, and its recalibration."""
+"""Normalization of velocity fields: group norm, batch norm with statistics per stage, and its recalibration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOTHING, TRAINED = 0, 2
 
 
 class StageBatchNorm(nn.Module):
-    """Batch normalisation of a field shared by the stages of a step: one scale and shift, statistics per stage.
+    """Batch normalization of a field shared by the stages of a step: one scale and shift, statistics per stage.
 
     A tied field sees the states of every stage; one set of statistics would mix them and be updated several times a
     step. With one stage this is :class:`torch.nn.BatchNorm2d` to the last bit.
@@ -110,7 +110,7 @@ class StageBatchNorm(nn.Module):
         return self._known
 
     def forward(self, x: Tensor, stage: int = 0) -> Tensor:
-        """Normalise ``x`` ``(B, C, ...)`` with the statistics of a stage.
+        """Normalize ``x`` ``(B, C, ...)`` with the statistics of a stage.
 
         Raises:
             ValueError: in eval mode, the stage has no statistics, or older ones, and others have.
@@ -229,7 +229,7 @@ class _Norm(nn.Module):
 
 
 def make_norm(kind: str | None, features: int, groups: int = 8) -> nn.Module:
-    """A normalisation layer called as ``norm(x, stage)``.
+    """A normalization layer called as ``norm(x, stage)``.
 
     Args:
         kind: "group", "layer" (group norm with one group), "batch" or None.

@@ -41,7 +41,7 @@ class Step(NamedTuple):
             if they were not asked for: the last one of an FSAL method, and all behind the solution of
             :meth:`~solvers.ButcherTableau.forwarding`.
         tableau: the method.
-        known: what was found when the step was finished, by the names of :func:`solvers.finish_step`, or None.
+        reductions: numbers of each sample computed with ``x1``, by the names of :func:`solvers.finish_step`, or None.
     """
 
     t: float | Tensor
@@ -50,7 +50,7 @@ class Step(NamedTuple):
     x1: Tensor
     stages: tuple[Tensor, ...]
     tableau: ButcherTableau
-    known: dict[str, Tensor] | None = None
+    reductions: dict[str, Tensor] | None = None
 
     @property
     def residue(self) -> Tensor:
@@ -152,7 +152,7 @@ def rk_step(
     first: Tensor | None = None,
     *,
     closing: bool = True,
-    finding: Collection[str] = (),
+    reductions: Collection[str] = (),
 ) -> Step:
     """One step from ``x`` at ``t``.
 
@@ -169,7 +169,7 @@ def rk_step(
         tableau: the method.
         first: the first stage, when it is known already (FSAL), ``(B, *S)``.
         closing: evaluate the stages that the error needs and ``x1`` does not, the last one of an FSAL method.
-        finding: what to find in the same pass over memory as ``x1``, for ``known``: "error" (of methods without closing
+        reductions: what to compute in the same pass over memory as ``x1``: "error" (of methods without closing
             stage), "action", "residue".
 
     Raises:
@@ -184,16 +184,16 @@ def rk_step(
     if not is_compiling() and is_inference_mode_enabled():
         with _counting():
             x, first = _countable(x), None if first is None else _countable(first)
-            return rk_step(field, t, x, h, tableau, first, closing=closing, finding=finding)
+            return rk_step(field, t, x, h, tableau, first, closing=closing, reductions=reductions)
     fields = field if isinstance(field, _SEVERAL) else None
     if fields is not None and len(fields) != tableau.stages:
         raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
-    (stages, versions, add), known = _evaluate(field, t, x, h, tableau, () if first is None else (first,)), None
-    if finding and (not isinstance(h, Tensor) or h.numel() in (1, len(x))):
-        end, known = finish_step(
+    (stages, versions, add), computed = _evaluate(field, t, x, h, tableau, () if first is None else (first,)), None
+    if reductions and (not isinstance(h, Tensor) or h.numel() in (1, len(x))):
+        end, computed = finish_step(
             x, stages, tableau, h,
-            error="error" in finding and len(stages) == tableau.stages,
-            action="action" in finding, residue="residue" in finding,
+            error="error" in reductions and len(stages) == tableau.stages,
+            action="action" in reductions, residue="residue" in reductions,
         )  # fmt: skip
         assert end is not None  # for it was asked
         x1 = end
@@ -206,7 +206,7 @@ def rk_step(
         stages = (*stages, _velocity(v, time, point, i, versions is None, own=not ends and point is not x))  # type: ignore[arg-type]
     if versions and len(stages) > 1:
         check_unchanged(stages, versions)
-    return Step(t, h, x, x1, stages, tableau, known)
+    return Step(t, h, x, x1, stages, tableau, computed)
 
 
 def advance(

@@ -1,4 +1,4 @@
-"""Counts what a piece of code does: tensor operations, host synchronisations, field evaluations; refuses float64."""
+"""Counts what a piece of code does: tensor operations, host synchronizations, field evaluations; refuses float64."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 VIEWS = {torch.ops.aten.detach.default, torch.ops.aten.view.default, torch.ops.aten.alias.default}
-SYNCHRONISATIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+SYNCHRONIZATIONS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 
 
 class Operations(TorchDispatchMode):
@@ -27,8 +27,8 @@ class Operations(TorchDispatchMode):
         return sum(self.counts.values())
 
     @property
-    def synchronisations(self):
-        return sum(self.counts[func] for func in SYNCHRONISATIONS)
+    def synchronizations(self):
+        return sum(self.counts[func] for func in SYNCHRONIZATIONS)
 
 
 class NoDouble(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Adapted: a network as it is, each of its residual blocks seen as an Euler step with h = 1."""
+"""AdaptedModel: a network as it is, each of its residual blocks seen as an Euler step with h = 1."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting.blocks import Blocks, Place, find_blocks
-from odenets.flow import Records, check_values
-from odenets.measures import Measure, finding
+from odenets.measures import Measure, reductions_of
+from odenets.recording import Records, check_values
 from solvers import Step, get_tableau
 from solvers.reductions import displaced, mean_square_and_cosine
 from solvers.validation import check_state
 
-__all__ = ["Adapted", "adapt"]
+__all__ = ["AdaptedModel", "adapt"]
 
 EULER = get_tableau("euler")
 
 
 def adapt(
     model: nn.Module, blocks: Blocks | None = None, *, residue: Literal["displacement", "branch"] = "displacement"
-) -> Adapted:
+) -> AdaptedModel:
     """A torchvision or timm classifier, or one like it, with the ``record`` of an :class:`odenets.Network`.
 
     Every residual block is a step ``x1 = x0 + r`` of the Euler method with h = 1, where r is what the block truly adds:
@@ -44,7 +44,7 @@ def adapt(
       it, from the input x0 of the layer to the output x1 of the last of them.
 
     Args:
-        model: used as it is, not copied. Hooks on its modules do nothing but in :meth:`Adapted.record`.
+        model: used as it is, not copied. Hooks on its modules do nothing but in :meth:`AdaptedModel.record`.
         blocks: which modules are blocks; those that fit :data:`odenets.adapting.RULES`, or else the layers of a plain
             network, if not given. Names, ``["layer1.0", "layer1.1"]``: what a rule that fits says of such a module, or
             else one step from its input to its output; ``"features.2:features.4"`` is one from the input of the first
@@ -80,7 +80,7 @@ def adapt(
             'adapt(model, residue="displacement") takes what the block truly adds',
             stacklevel=2,
         )
-    return Adapted(model, places)
+    return AdaptedModel(model, places)
 
 
 def _ends_in_batch_norm(module: nn.Module) -> bool:
@@ -139,10 +139,10 @@ class _Pass:
         writes: dict[tuple[Place, int, bool, bool], bool],
         overwritten: dict[tuple[Place, int, bool, bool], bool],
     ) -> None:
-        self.measures, self.finds, self.x, self.keep = measures, finding(measures.values()), x, keep
+        self.measures, self.reductions, self.x, self.keep = measures, reductions_of(measures.values()), x, keep
         self.writes, self.overwritten = writes, overwritten
-        self.all_found = all(
-            getattr(measure, "finding", None) in ("action", "residue") for measure in measures.values()
+        self.all_reduced = all(
+            getattr(measure, "reduction", None) in ("action", "residue") for measure in measures.values()
         )
         self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         self.steps: list[Step] = []
@@ -225,15 +225,15 @@ class _Pass:
         self._measure(begin, x1 if self.keep or copy1 is None else copy1, r)
 
     def _measure(self, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
-        known = None
+        reductions = None
         dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
         x0, x1 = x0.to(dtype), x1.to(dtype)
-        if self.finds:
+        if self.reductions:
             square, cosine = displaced(x0, x1) if r is None else mean_square_and_cosine(r)
-            known = {"action": square, "residue": square, "cosine": cosine}  # an Euler step's action with h = 1
-        if r is None and (self.keep or not self.all_found):
+            reductions = {"action": square, "residue": square, "cosine": cosine}  # an Euler step's action with h = 1
+        if r is None and (self.keep or not self.all_reduced):
             r = x1 - x0
-        step = Step(float(len(self.seen) - 1), 1.0, x0, x1, () if r is None else (r,), EULER, known)
+        step = Step(float(len(self.seen) - 1), 1.0, x0, x1, () if r is None else (r,), EULER, reductions)
         for name, measure in self.measures.items():
             self.rows[name].append(check_values(name, measure(step), x0))
         if self.keep:
@@ -340,7 +340,7 @@ def _branches(taps: _Taps, place: Place, module: nn.Module, args: tuple[Any, ...
         taken.branch(place, output)
 
 
-class Adapted(nn.Module):
+class AdaptedModel(nn.Module):
     """A model and where the states of its blocks pass; :func:`adapt` makes it.
 
     Its ``state_dict`` is that of the model under ``model.``: ``plain.load_state_dict(adapted.model.state_dict())``.
@@ -359,7 +359,7 @@ class Adapted(nn.Module):
         part_of: the whole of which this is a part; inputs of a part are states, which are not checked.
     """
 
-    def __init__(self, model: nn.Module, places: tuple[Place, ...], *, part_of: Adapted | None = None) -> None:
+    def __init__(self, model: nn.Module, places: tuple[Place, ...], *, part_of: AdaptedModel | None = None) -> None:
         super().__init__()
         self.model = model
         self.places = places
@@ -526,7 +526,7 @@ class Adapted(nn.Module):
             rows.append((str(m), place.name, kind, " x ".join(map(str, shape))))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [f"{m:>{widths[0] + 2}}  {a:{widths[1]}}  {b:{widths[2]}}  {c}".rstrip() for m, a, b, c in rows]
-        return "\n".join([f"Adapted({type(self.model).__name__}, {len(rows)} steps)", *lines])
+        return "\n".join([f"AdaptedModel({type(self.model).__name__}, {len(rows)} steps)", *lines])
 
 
 def _check_input(x: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the states of a network pass: its residual blocks, recognised by the names of their parts, or named by hand."""
+"""Where the states of a network pass: its residual blocks, recognized by the names of their parts, or named by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Rule:
-    """A kind of residual block, recognised by the names of its parts.
+    """A kind of residual block, recognized by the names of its parts.
 
     Attributes:
         kind: how it is called where the blocks are listed.

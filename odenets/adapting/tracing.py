@@ -9,13 +9,13 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
-from odenets.adapting.adapted import Adapted
+from odenets.adapting.adapted import AdaptedModel
 from odenets.modes import keeping_modes
 
 __all__ = ["cut_adapted"]
 
 
-def cut_adapted(network: Adapted, ends: Sequence[int], at: Literal["end", "start"] = "end") -> list[nn.Module]:
+def cut_adapted(network: AdaptedModel, ends: Sequence[int], at: Literal["end", "start"] = "end") -> list[nn.Module]:
     """The parts of an adapted network, which share its modules; the last holds what comes after all blocks.
 
     Args:
@@ -25,7 +25,7 @@ def cut_adapted(network: Adapted, ends: Sequence[int], at: Literal["end", "start
             earlier block) or to the earlier ("start").
 
     Returns:
-        One :class:`Adapted` per part, and the module after the last block.
+        One :class:`AdaptedModel` per part, and the module after the last block.
 
     Raises:
         ValueError: the model, or a module of it that is not within a block, has hooks, which a graph leaves out; it
@@ -41,7 +41,7 @@ def cut_adapted(network: Adapted, ends: Sequence[int], at: Literal["end", "start
         part = train if train.code == evaluate.code else _ByMode(train, evaluate)
         for module in set(part.modules()) - set(network.model.modules()):  # the model's own keep their modes
             module.training = network.training
-        found.append(part if end is None else Adapted(part, network.places[begin:end], part_of=network))
+        found.append(part if end is None else AdaptedModel(part, network.places[begin:end], part_of=network))
         begin = end or begin
     return found
 
@@ -80,7 +80,7 @@ def _check_hooks(module: nn.Module, name: str) -> None:
         )
 
 
-def _trace(network: Adapted, training: bool) -> fx.GraphModule:
+def _trace(network: AdaptedModel, training: bool) -> fx.GraphModule:
     model = network.model
     blocks = frozenset(name for place in network.places for name in (place.first, place.last))
     with keeping_modes(model):
@@ -94,7 +94,7 @@ def _trace(network: Adapted, training: bool) -> fx.GraphModule:
             ) from error
 
 
-def _split(network: Adapted, traced: fx.GraphModule, ends: Sequence[int], at: str) -> list[fx.GraphModule]:
+def _split(network: AdaptedModel, traced: fx.GraphModule, ends: Sequence[int], at: str) -> list[fx.GraphModule]:
     """The graph in as many parts as there are ends, and the rest."""
     nodes = list(traced.graph.nodes)
     called = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}

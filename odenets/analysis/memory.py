@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Memory", "memory"]
+__all__ = ["Memory", "measure_memory"]
 
 
 class Memory(NamedTuple):
@@ -26,7 +26,7 @@ class Memory(NamedTuple):
     peak: int
 
 
-def memory(work: Callable[[], object], device: torch.device | str = "cpu") -> Memory:
+def measure_memory(work: Callable[[], object], device: torch.device | str = "cpu") -> Memory:
     """What ``work`` allocates; what was there before does not count.
 
     On a GPU torch's allocator tells. Elsewhere the storages that operations return are followed until they are freed,
@@ -37,7 +37,7 @@ def memory(work: Callable[[], object], device: torch.device | str = "cpu") -> Me
         device: where it computes.
 
     >>> x = torch.zeros(1000)
-    >>> memory(lambda: ((x + 1) * 2).sum())  # at most both temporaries, and in the end a number
+    >>> measure_memory(lambda: ((x + 1) * 2).sum())  # at most both temporaries, and in the end a number
     Memory(left=4, peak=8000)
     """
     device = torch.device(device)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from odenets.adapting import Adapted
+from odenets.adapting import AdaptedModel
 from odenets.modes import evaluating
 from odenets.network import Network
 
-__all__ = ["Refinement", "refinement"]
+__all__ = ["Refinement", "iterative_refinement"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Refinement:
     cosine: Tensor
 
 
-def refinement(network: Network | Adapted, batches: Iterable[tuple[Tensor, Tensor]]) -> Refinement:
+def iterative_refinement(network: Network | AdaptedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Refinement:
     """Measure every block of a classifier, in eval mode; the modes of its modules are restored.
 
     Args:
@@ -42,7 +42,7 @@ def refinement(network: Network | Adapted, batches: Iterable[tuple[Tensor, Tenso
         ValueError: no batch, a network that reads an ensemble, another number of steps in each batch, or a state of an
             adapted model that is changed in place, so that it has no gradient.
     """
-    if not isinstance(network, Network | Adapted):
+    if not isinstance(network, Network | AdaptedModel):
         raise TypeError(
             f"network must be an odenets.Network or an adapted model, got {type(network).__name__}: pass adapt(network)"
         )
@@ -65,13 +65,13 @@ def refinement(network: Network | Adapted, batches: Iterable[tuple[Tensor, Tenso
     return Refinement(*(sums / samples).cpu())
 
 
-def _of_batch(network: Network | Adapted, x: Tensor, y: Tensor) -> Tensor:
+def _of_batch(network: Network | AdaptedModel, x: Tensor, y: Tensor) -> Tensor:
     """Sums over the samples of ratio and cosine, ``(2, blocks)``."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone()
         if x.is_floating_point():
             x.requires_grad_()
-        if isinstance(network, Adapted):
+        if isinstance(network, AdaptedModel):
             output, steps, states = network.differentiable_steps(x)
         else:
             steps = list(network.steps(x, closing=False))

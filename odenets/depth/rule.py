@@ -36,7 +36,7 @@ from solvers import Step
 if TYPE_CHECKING:
     from odenets.training.loop import Training
 
-__all__ = ["Adapted", "AdaptiveDepth", "DepthRule", "Edit", "adapt_depth", "block_errors", "plan", "refine"]
+__all__ = ["AdaptiveDepth", "DepthReport", "DepthRule", "Edit", "adapt_depth", "block_errors", "plan", "refine"]
 
 
 class Edit(NamedTuple):
@@ -63,7 +63,7 @@ class Edit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Adapted:
+class DepthReport:
     """What :func:`adapt_depth` found and did.
 
     Attributes:
@@ -189,7 +189,7 @@ def adapt_depth(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     recalibration: Callable[[], Iterable[Tensor]] | None = None,
-) -> Adapted:
+) -> DepthReport:
     """Apply the rule once to every flow of a network.
 
     All edits are decided on one snapshot of the errors; the network is then measured again, and a merge after which
@@ -205,7 +205,7 @@ def adapt_depth(
             measured; if not given, those of ``batches``.
 
     Returns:
-        :class:`Adapted`: errors, a readable list of edits, and what the checks cost.
+        :class:`DepthReport`: errors, a readable list of edits, and what the checks cost.
 
     Copies of the network that were taken before, such as averages of its weights, keep the depth that they have: take
     them anew. After an error nothing is edited.
@@ -253,7 +253,7 @@ def adapt_depth(
                     edits.append(Edit("undo", i, edit.block, after[i][m], (edit.h[1], edit.h[0])))
     if edits:
         renew()
-    return Adapted(errors, edits, spent)
+    return DepthReport(errors, edits, spent)
 
 
 def refine(network: Network, rule: DepthRule, optimizer: torch.optim.Optimizer | None = None) -> list[Edit]:
@@ -369,7 +369,7 @@ def _adopt(optimizer: torch.optim.Optimizer, original: nn.Module, twin: nn.Modul
         q.grad = None
         group = next((group for group in optimizer.param_groups if any(p is r for r in group["params"])), None)
         if group is None:
-            continue  # a frozen parameter that the optimiser was never given
+            continue  # a frozen parameter that the optimizer was never given
         group["params"].append(q)
         if p in optimizer.state:
             optimizer.state[q] = copy.deepcopy(optimizer.state[p])
@@ -378,7 +378,7 @@ def _adopt(optimizer: torch.optim.Optimizer, original: nn.Module, twin: nn.Modul
 def _follow(optimizer: torch.optim.Optimizer, network: Network, others: set[Any]) -> None:
     """Forget parameters that are neither the network's nor ``others``, and sort each group as the network lists them.
 
-    In that order a saved state fits an optimiser built anew on the edited network.
+    In that order a saved state fits an optimizer built anew on the edited network.
     """
     position: dict[Any, int] = {p: i for i, p in enumerate(network.parameters())}
     names = {p: name for name, p in network.named_parameters()}

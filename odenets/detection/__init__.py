@@ -1,7 +1,7 @@
 """Detection: adversarial and out-of-distribution inputs told by the path they take through a network (section 5)."""
 
 from odenets.detection.attacks.adaptive import Evasion, black_box, feature_attack, surrogate_attack
-from odenets.detection.attacks.adaptive.surrogate import Surrogate, distil
+from odenets.detection.attacks.adaptive.surrogate import Surrogate, distill
 from odenets.detection.attacks.generation import PRESETS, Attack, Attacked, attack, preset
 from odenets.detection.comparison import Choice, Samples, choose_and_score
 from odenets.detection.detector import Detector
@@ -38,7 +38,7 @@ __all__ = [
     "black_box",
     "check_images",
     "choose_and_score",
-    "distil",
+    "distill",
     "feature_attack",
     "in_batches",
     "preset",

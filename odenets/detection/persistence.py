@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.tree._tree import Tree
+
+from odenets.files import write_atomically
 
 __all__ = ["TRUSTED", "read", "write"]
 
@@ -17,7 +18,7 @@ TRUSTED = (
     "odenets.detection.features.trajectory.Trajectory",
     "odenets.detection.features.fourier.FourierSpectrum",
     "odenets.detection.features.lid.LID",
-    "odenets.detection.features.trajectory.mahalanobis.Mahalanobis",
+    "odenets.detection.features.mahalanobis.Mahalanobis",
     "odenets.detection.quantile.QuantileTest",
     "odenets.detection.features.natural_scenes.SceneStatistics",
     "sklearn.tree._tree.Tree",
@@ -32,10 +33,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
         ModuleNotFoundError: skops is not installed.
     """
     io = _skops()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    io.dump(content, temporary)
-    os.replace(temporary, path)
+    write_atomically(path, lambda partial: io.dump(content, partial))
 
 
 def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:

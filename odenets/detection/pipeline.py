@@ -28,7 +28,7 @@ class Pipeline:
     """Detects adversarial images by features of the way they take through a network.
 
     Args:
-        network: a flow, a network or an adapted model, trained; images have pixels in [0, 1], so that normalisation is
+        network: a flow, a network or an adapted model, trained; images have pixels in [0, 1], so that normalization is
             a layer of the network.
         features: what is read off; the trajectory's of eq. 34 if not given. Those that need statistics of training
             images have been fitted.

@@ -26,7 +26,7 @@ class Normalize(nn.Module):
         self.mean, self.std = list(mean), list(std)
 
     def forward(self, x):
-        """Normalise ``x`` ``(B, C, ...)``.
+        """Normalize ``x`` ``(B, C, ...)``.
 
         Raises:
             TypeError: x is not floating: in whole numbers mean and deviation would be 0.

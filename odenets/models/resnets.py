@@ -46,7 +46,7 @@ def resnet9(
         classes: number of classes.
         features: channels of the state: 32 for MNIST, 100 for CIFAR.
         depth: number of blocks.
-        norm: normalisation of the fields.
+        norm: normalization of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
         flow: arguments of :class:`~odenets.Flow`; an Euler residual network with h = 1 unless told otherwise. With
@@ -96,7 +96,7 @@ def resnet110(
         classes: number of classes.
         blocks: of each flow; its depth is ``6 * blocks + 2``.
         channels: of the states of each flow.
-        norm: normalisation of the fields.
+        norm: normalization of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
         flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
@@ -134,7 +134,7 @@ def wide_resnet(
         classes: number of classes.
         blocks: of each flow; the network's depth is ``6 * blocks + 4``.
         widen: channels of the first flow over 16.
-        norm: normalisation of the fields.
+        norm: normalization of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
         flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
@@ -175,7 +175,7 @@ def resnet_km(
         classes: number of classes.
         channels: of the states in the first half of the modules (rounded up), twice as many and half the height and
             width in the second.
-        norm: normalisation of the fields.
+        norm: normalization of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
         flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with

@@ -43,7 +43,7 @@ def resnext50(
         blocks: of each flow.
         groups: groups of the 3 x 3 convolutions.
         width: channels per group in the first flow; twice as many in each next one.
-        norm: normalisation of the fields.
+        norm: normalization of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
         flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with

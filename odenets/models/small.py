@@ -33,7 +33,7 @@ def small_network(
         in_channels, size: channels and height (= width) of the images.
         classes: number of classes.
         features: channels of the state.
-        norm: normalisation of the fields.
+        norm: normalization of the fields.
         normalize: first layer, so that inputs are pixels in [0, 1].
         readout: see :class:`~odenets.Network`.
         flow: arguments of :class:`~odenets.Flow`; h = 1 unless told otherwise, so that the total time is ``depth``.

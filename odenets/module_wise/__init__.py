@@ -1,17 +1,18 @@
 """Module-wise training: a network in modules, each trained by its own loss, none by another's gradient (section 4)."""
 
+from odenets.errors import WorkerLostError
 from odenets.module_wise.baselines import auglocal, infopro, predsim
-from odenets.module_wise.distributed.processes import WorkerLostError, fit_in_processes
+from odenets.module_wise.distributed.processes import fit_in_processes
 from odenets.module_wise.fit import ModuleTraining, fit_modules
 from odenets.module_wise.heads import conv_head, linear_head, token_head
-from odenets.module_wise.modules import Module, ModuleWise, module_wise
+from odenets.module_wise.modules import LocalModule, ModuleWise, module_wise
 from odenets.module_wise.objectives import ModuleObjective, greedy, trgl, trgl_multipliers
 from odenets.module_wise.partition import blocks_of, cut
 from odenets.module_wise.splitting import balanced, even
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
 
 __all__ = [
-    "Module",
+    "LocalModule",
     "ModuleObjective",
     "ModuleTraining",
     "ModuleWise",

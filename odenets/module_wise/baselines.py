@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odenets.adapting import Adapted
+from odenets.adapting import AdaptedModel
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.heads import like
 from odenets.module_wise.modules import LocalLoss
@@ -135,7 +135,13 @@ class _Nothing(nn.Module):
 
 
 def auglocal(
-    network: Network | Adapted, ends: Sequence[int], x: Tensor, *, deepest: int = 4, shallowest: int = 1, at: At = "end"
+    network: Network | AdaptedModel,
+    ends: Sequence[int],
+    x: Tensor,
+    *,
+    deepest: int = 4,
+    shallowest: int = 1,
+    at: At = "end",
 ) -> list[nn.Module]:
     """AugLocal's auxiliary networks: copies of a few later blocks and of the network's head (Ma et al., ICLR 2024).
 

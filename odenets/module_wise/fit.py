@@ -18,13 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from odenets.checkpoints import is_finite
+from odenets.errors import DivergedError
 from odenets.modes import total_dtype
 from odenets.module_wise.activation_cache import States, pass_through
-from odenets.module_wise.modules import Module, ModuleWise
+from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
 from odenets.training.data import Batches
-from odenets.training.loop import DivergedError, check_optimizer, check_precision, data_for, to_training_mode
+from odenets.training.loop import check_optimizer, check_precision, data_for, to_training_mode
 from odenets.training.objectives import Objective
 from odenets.training.runs import Run
 
@@ -130,14 +131,14 @@ def fit_modules(
         batches: training data; epoch e of a module draws the same batches in every run.
         epochs: how many; one number per module, and per lap, where they are trained one after another, as the thesis
             trains module k for ``50 + 10 k``.
-        optimizer: makes the optimiser of one module from its parameters.
+        optimizer: makes the optimizer of one module from its parameters.
         objective: makes the objective of each module; cross-entropy alone (VanGL) if not given.
         schedule: "parallel", on each batch every module takes a step; "sequential", a module is trained to its end
             before the next, those before it in eval mode; "end-to-end", the last head alone by backpropagation through
             everything, and "checkpointed", the same with only the states between modules kept.
-        laps: of a sequential schedule: how often it goes over the modules. Optimisers and multipliers go on from lap to
+        laps: of a sequential schedule: how often it goes over the modules. Optimizers and multipliers go on from lap to
             lap.
-        rate: makes a learning-rate schedule of one optimiser, stepped after each of its epochs.
+        rate: makes a learning-rate schedule of one optimizer, stepped after each of its epochs.
         validation: accuracies are measured on it, of all modules after each parallel epoch and of one at the end of
             each visit.
         cache: where a sequential schedule keeps the states before the module in training: "memory", a folder, or None
@@ -156,7 +157,7 @@ def fit_modules(
         DivergedError: a loss or a weight is not finite; the last checkpoint stands.
         TypeError: no objectives, or an output that they cannot read.
         ValueError: arguments out of range, a multiplier that modules share, a batch of one sample, which batch norms
-            cannot take, a cache for modules that share weights, an optimiser without its module's parameters, or a
+            cannot take, a cache for modules that share weights, an optimizer without its module's parameters, or a
             checkpoint of another schedule or precision, or of a sequential training with other epochs or laps.
     """
     if clip_norm is not None and not clip_norm > 0:
@@ -210,7 +211,7 @@ def fit_modules(
                 left = ", and left weights or buffers that are not finite" if finite else ""
                 raise DivergedError(
                     f"epoch {training.done + 1} diverged, with a training loss of {loss}{left}: lower the learning "
-                    "rate or normalise the inputs; the last checkpoint stands"
+                    "rate or normalize the inputs; the last checkpoint stands"
                 )
             training.done += 1
             trained = range(K) if visit.module is None else [visit.module]
@@ -313,7 +314,7 @@ class _Loop:
         self.before = k
 
     def _load(self, k: int) -> None:
-        """Module k and its optimiser on the device, the others on the CPU."""
+        """Module k and its optimizer on the device, the others on the CPU."""
         modules = list(zip(self.training.network.modules_in_order, self.training.optimizers, strict=True))
         for j, (module, optimizer) in enumerate(modules):
             if j != k:
@@ -321,8 +322,8 @@ class _Loop:
         _move(*modules[k], self.device)  # last: it may share its head with others
 
 
-def _move(module: Module, optimizer: Optimizer, device: torch.device) -> None:
-    """A module and the state of its optimiser on a device, where what is there already stays as it is."""
+def _move(module: LocalModule, optimizer: Optimizer, device: torch.device) -> None:
+    """A module and the state of its optimizer on a device, where what is there already stays as it is."""
     module.to(device)
     for state in optimizer.state.values():
         for name, value in state.items():

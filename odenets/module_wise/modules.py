@@ -8,25 +8,26 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from odenets.adapting import Adapted
-from odenets.flow import Flow, Records
+from odenets.adapting import AdaptedModel
+from odenets.flow import Flow
 from odenets.measures import Measure
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.heads import HEADS, Head, head_for, like
 from odenets.module_wise.partition import At, blocks_of, cut
 from odenets.module_wise.splitting import balanced, even
 from odenets.network import Network
+from odenets.recording import Records
 from odenets.training.data import Batches
 from odenets.training.objectives import logits_and_labels
 
-__all__ = ["LocalLoss", "Module", "ModuleWise", "module_wise"]
+__all__ = ["LocalLoss", "LocalModule", "ModuleWise", "module_wise"]
 
 LocalLoss = Callable[[int, int, Tensor, Tensor], nn.Module]
-"""Makes what a module minimises besides, from its number, how many there are, its state and the images: a layer called
+"""Makes what a module minimizes besides, from its number, how many there are, its state and the images: a layer called
 with ``(state, images, labels)`` that returns a scalar."""
 
 
-class Module(nn.Module):
+class LocalModule(nn.Module):
     """Consecutive blocks with a head: ``F_k`` on ``T_k``.
 
     Attributes:
@@ -68,7 +69,7 @@ class ModuleWise(nn.Module):
         ends: after how many blocks of the network each ends.
     """
 
-    def __init__(self, parts: Sequence[Module], ends: Sequence[int]) -> None:
+    def __init__(self, parts: Sequence[LocalModule], ends: Sequence[int]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.ends = tuple(ends)
@@ -79,9 +80,9 @@ class ModuleWise(nn.Module):
         return len(self.parts)
 
     @property
-    def modules_in_order(self) -> list[Module]:
+    def modules_in_order(self) -> list[LocalModule]:
         """The modules, first to last."""
-        return [cast(Module, part) for part in self.parts]
+        return [cast(LocalModule, part) for part in self.parts]
 
     def forward(self, x: Tensor, depth: int | None = None) -> Tensor:
         """Logits after ``depth`` modules, the last if not given, ``(B, classes)``.
@@ -99,16 +100,11 @@ class ModuleWise(nn.Module):
 
     def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
         """Logits after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows."""
-        rows: dict[str, list[Tensor]] = {name: [] for name in measures}
-        starts, begin = [], 0
+        parts = []
         for module in self.modules_in_order:
             x, records = cast(Network, module.part).record(x, **measures)
-            starts.append(begin)
-            begin += module.depth
-            for name, row in records.items():
-                rows[name].append(row)
-        joined = Records({name: torch.cat(row) for name, row in rows.items()}, tuple(starts))
-        return self.modules_in_order[-1].head(x), joined
+            parts.append((records, module.depth))
+        return self.modules_in_order[-1].head(x), Records.join(parts)
 
     def outputs(self, x: Tensor) -> Iterator[Tensor]:
         """Logits after each module, one after the other, in one pass."""
@@ -156,7 +152,7 @@ class ModuleWise(nn.Module):
 
 
 def module_wise(
-    network: Flow | Network | Adapted,
+    network: Flow | Network | AdaptedModel,
     split: int | Sequence[int],
     x: Tensor,
     *,
@@ -183,7 +179,7 @@ def module_wise(
             classes; one layer for all modules ("same classifier"); or a list of one for each, but for a last that keeps
             the network's.
         last_head: whether the last module keeps the network's own head or has an auxiliary one like the others.
-        local_loss: makes what each module minimises besides.
+        local_loss: makes what each module minimizes besides.
 
     Raises:
         TypeError, ValueError: as :func:`~odenets.module_wise.partition.cut` and the heads raise, K out of range, a head
@@ -195,7 +191,7 @@ def module_wise(
     >>> [output.shape for output in modules.outputs(torch.rand(5, 1, 8, 8))]
     [torch.Size([5, 10]), torch.Size([5, 10])]
     """
-    if not isinstance(network, Flow | Network | Adapted):
+    if not isinstance(network, Flow | Network | AdaptedModel):
         raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
     if not isinstance(x, Tensor) or len(x) < 2:
         raise ValueError("x must be a batch of at least two inputs, which batch norms need")
@@ -223,14 +219,14 @@ def module_wise(
             made = own if keeps and k == len(parts) - 1 else _head(head, k, state, classes)
             extra = None if local_loss is None else like(local_loss(k, len(parts), state, x), state)
         _check_head(made, state, classes, k)
-        modules.append(Module(part, made, extra))
+        modules.append(LocalModule(part, made, extra))
     result = ModuleWise(modules, ends)
     for module in set(result.modules()) - set(network.modules()) - set(_given(head)):
         module.training = network.training
     return result
 
 
-def _classes(network: Flow | Network | Adapted, output: Any) -> int:
+def _classes(network: Flow | Network | AdaptedModel, output: Any) -> int:
     """Number of classes of the network's own output."""
     if isinstance(network, Flow) or not isinstance(output, Tensor) or output.ndim != 2:
         got = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is a {type(output).__name__}"
@@ -247,7 +243,9 @@ def _given(head: object) -> Iterator[nn.Module]:
             yield from _given(one)
 
 
-def _ends(network: Flow | Network | Adapted, split: int | Sequence[int], balance: str, x: Tensor, at: At) -> list[int]:
+def _ends(
+    network: Flow | Network | AdaptedModel, split: int | Sequence[int], balance: str, x: Tensor, at: At
+) -> list[int]:
     blocks = blocks_of(network)
     if isinstance(split, int):
         return even(blocks, split) if balance == "blocks" else balanced(network, split, x, at)

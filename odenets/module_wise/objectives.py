@@ -1,4 +1,4 @@
-"""What each module minimises: its loss and the action of its blocks, a proximal step in Wasserstein space."""
+"""What each module minimizes: its loss and the action of its blocks, a proximal step in Wasserstein space."""
 
 from __future__ import annotations
 

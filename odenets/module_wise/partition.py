@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
-from odenets.adapting import Adapted
+from odenets.adapting import AdaptedModel
 from odenets.adapting.tracing import cut_adapted
-from odenets.flow import Flow, Records
+from odenets.flow import Flow
 from odenets.measures import Measure
 from odenets.modes import keeping_modes
 from odenets.network import Network
+from odenets.recording import Records
 
 __all__ = ["At", "Part", "blocks_of", "cut"]
 
@@ -48,26 +48,24 @@ class Part(nn.Module):
 
     def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
         """The last state, and per measure ``(blocks, B)``."""
-        rows: dict[str, list[Tensor]] = {name: [] for name in measures}
-        starts, begin = [], 0
+        parts = []
         for piece in self.pieces:
             if not isinstance(piece, Flow):
                 x = piece(x)
                 continue
             x, records = piece._record(x, "solution", measures)
-            starts.append(begin)
-            begin += piece.depth
-            for name, row in records.items():
-                rows[name].append(row)
-        return x, Records({name: torch.cat(row) for name, row in rows.items()}, tuple(starts))
+            parts.append((records, piece.depth))
+        return x, Records.join(parts)
 
 
-def blocks_of(network: Flow | Network | Adapted) -> int:
+def blocks_of(network: Flow | Network | AdaptedModel) -> int:
     """Number of blocks between which a network can be cut; a transformer's block of two steps is one."""
-    return len(network.places) if isinstance(network, Adapted) else network.depth
+    return len(network.places) if isinstance(network, AdaptedModel) else network.depth
 
 
-def cut(network: Flow | Network | Adapted, ends: Sequence[int], at: At = "end") -> tuple[list[nn.Module], nn.Module]:
+def cut(
+    network: Flow | Network | AdaptedModel, ends: Sequence[int], at: At = "end"
+) -> tuple[list[nn.Module], nn.Module]:
     """The parts of a network, which share its modules, and its head.
 
     Args:
@@ -83,14 +81,14 @@ def cut(network: Flow | Network | Adapted, ends: Sequence[int], at: At = "end") 
         TypeError: no such network.
         ValueError: ends out of order, or a network that cannot be cut there.
     """
-    if not isinstance(network, Flow | Network | Adapted):
+    if not isinstance(network, Flow | Network | AdaptedModel):
         raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
     depth, ends = blocks_of(network), list(ends)
     if not ends or ends[-1] != depth or ends[0] < 1 or any(a >= b for a, b in pairwise(ends)):
         raise ValueError(f"ends must rise from at least 1 to the number of blocks, {depth}, got {ends}")
     if at not in ("end", "start"):
         raise ValueError(f"at must be 'end' or 'start', got {at!r}")
-    if isinstance(network, Adapted):
+    if isinstance(network, AdaptedModel):
         with keeping_modes(network):
             *parts, head = cut_adapted(network, ends, at)
         return parts, head

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from odenets.adapting import Adapted
-from odenets.analysis.memory import memory
+from odenets.adapting import AdaptedModel
+from odenets.analysis.memory import measure_memory
 from odenets.flow import Flow
 from odenets.modes import inputs_for, keeping_state
 from odenets.module_wise.partition import At, blocks_of, cut
@@ -32,7 +32,7 @@ def even(blocks: int, modules: int) -> list[int]:
     return [k * size + min(k, more) for k in range(1, modules + 1)]
 
 
-def activation_memory(network: Flow | Network | Adapted, x: Tensor, at: At = "end") -> list[int]:
+def activation_memory(network: Flow | Network | AdaptedModel, x: Tensor, at: At = "end") -> list[int]:
     """Bytes that each block keeps for its backward pass with inputs ``x``, measured; the first with the encoder's.
 
     The network is left as it was: modes, buffers and random state.
@@ -43,7 +43,7 @@ def activation_memory(network: Flow | Network | Adapted, x: Tensor, at: At = "en
         for part in parts:
             part.train()
             state = x.detach()
-            kept.append(memory(lambda: part(state), x.device).left)  # noqa: B023 - called here
+            kept.append(measure_memory(lambda: part(state), x.device).left)  # noqa: B023 - called here
             with torch.no_grad():
                 x = part(state)
     return kept
@@ -73,7 +73,7 @@ def lightest(weights: Sequence[int], modules: int) -> list[int]:
     return best[modules, blocks][1][1:]
 
 
-def balanced(network: Flow | Network | Adapted, modules: int, x: Tensor, at: At = "end") -> list[int]:
+def balanced(network: Flow | Network | AdaptedModel, modules: int, x: Tensor, at: At = "end") -> list[int]:
     """Ends of equally heavy modules: the heaviest keeps as little for its backward pass as can be (the thesis' TRGL*).
 
     Args:

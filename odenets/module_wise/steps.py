@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from odenets.flow import Records
-from odenets.module_wise.modules import Module, ModuleWise
+from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.network import Network
+from odenets.recording import Records
 from odenets.training.objectives import Objective, after_step, check_loss, right_answers
 
 __all__ = ["end_to_end_step", "local_step", "parallel_step"]
 
 
 def local_step(
-    module: Module,
+    module: LocalModule,
     objective: Objective,
     optimizer: Optimizer,
     x: Tensor,

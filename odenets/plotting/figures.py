@@ -1,4 +1,4 @@
-"""What all figures share: how they are made, labelled and saved."""
+"""What all figures share: how they are made, labeled and saved."""
 
 from __future__ import annotations
 

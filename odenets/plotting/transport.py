@@ -22,10 +22,10 @@ def clouds(states: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, after
         after: after which blocks; 0 is the input.
     """
     figure, axes = new_figure(len(states), len(after))
-    colours = np.array(["C3", "C0", "C2"])[labels]
+    colors = np.array(["C3", "C0", "C2"])[labels]
     for row, (name, clouds) in zip(axes, states.items(), strict=True):
         for axis, block in zip(row, after, strict=True):
-            axis.scatter(*clouds[block].T, c=colours, s=5)
+            axis.scatter(*clouds[block].T, c=colors, s=5)
             axis.set_title(f"after block {block}" if block else "input", fontsize="small")
         row[0].set_ylabel(name)
     return figure
@@ -49,7 +49,7 @@ def displacements(moves: Mapping[str, Moves]) -> Figure:
 
 
 def action_against_accuracy(points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
-    """Test accuracy against action, a mark per network, a colour per initialisation, and the regression over all."""
+    """Test accuracy against action, a mark per network, a color per initialization, and the regression over all."""
     figure, axes = new_figure(1, 1)
     axis = axes[0, 0]
     for i, (name, (action, accuracy)) in enumerate(points.items()):

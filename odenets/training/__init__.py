@@ -1,8 +1,9 @@
 """Training: data in batches, objectives, one loop, its evaluation, and a folder per run."""
 
+from odenets.errors import DivergedError
 from odenets.training.data import Batches, Dataset, Split, hold_out, load, points, split, subsample
 from odenets.training.instances import Instances, fit_instances
-from odenets.training.loop import Callback, DivergedError, Evaluation, Training, evaluate, evaluate_schemes, fit
+from odenets.training.loop import Callback, Evaluation, Training, evaluate, evaluate_schemes, fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 from odenets.training.runs import Run
 

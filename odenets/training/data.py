@@ -35,7 +35,7 @@ class Dataset:
         x: inputs, ``(N, C, H, W)`` in [0, 1] or points ``(N, D)``, float32, finite.
         y: labels, ``(N,)`` int64 in ``[0, classes)``.
         classes: number of classes.
-        mean, std: per channel, for normalisation inside the model.
+        mean, std: per channel, for normalization inside the model.
     """
 
     name: str

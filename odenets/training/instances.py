@@ -99,7 +99,7 @@ class _Stack:
                     own[name].copy_(stacked[row])
 
     def keep(self, rows: Tensor, optimizer: Optimizer) -> None:
-        """Go on with some of the rows; the optimiser's state follows."""
+        """Go on with some of the rows; the optimizer's state follows."""
         n = len(next(iter(self.parameters.values())))
         (group,) = optimizer.param_groups
         for name, p in self.parameters.items():
@@ -133,7 +133,7 @@ def fit_instances(
         networks: of one architecture, each with its own weights; trained in place.
         batches: training data of each, of one size.
         epochs: how many.
-        optimizer: makes an optimiser of one group that treats every number alike, such as Adam or SGD, with or without
+        optimizer: makes an optimizer of one group that treats every number alike, such as Adam or SGD, with or without
             momentum; no norms over parameters.
         objective: makes the objective of one instance.
         measured: data sets of each instance, by name, on which accuracies are measured.
@@ -148,7 +148,7 @@ def fit_instances(
 
     Raises:
         ValueError: not as many batches or data sets as networks, data of several sizes, an unknown name in
-            ``perfect``, an optimiser of several groups.
+            ``perfect``, an optimizer of several groups.
     """
     n, measured = len(networks), dict(measured or {})
     _check(n, batches, measured, every, perfect)

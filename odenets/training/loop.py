@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from odenets.adapting import Adapted
+from odenets.adapting import AdaptedModel
 from odenets.checkpoints import is_finite, restore_structure, structure
-from odenets.flow import Records
+from odenets.errors import DivergedError
 from odenets.measures import Measure
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, total_dtype
 from odenets.network import Network
+from odenets.recording import Records
 from odenets.training.data import Batches, Dataset
 from odenets.training.objectives import (
     CrossEntropy,
@@ -41,7 +42,6 @@ from odenets.training.runs import Run
 
 __all__ = [
     "Callback",
-    "DivergedError",
     "Evaluation",
     "Training",
     "check_optimizer",
@@ -58,27 +58,20 @@ TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.
 """Fabric's precisions in which weights are converted."""
 
 
-class DivergedError(RuntimeError):
-    """An epoch left a loss that is not finite or too large, or weights that are not finite, and no callback helped.
-
-    The last checkpoint stands: what such an epoch left is not saved.
-    """
-
-
 @dataclass
 class Training:
     """A training run as callbacks see it.
 
     Attributes:
         network, optimizer, schedule: being trained.
-        objective: what is minimised.
+        objective: what is minimized.
         epoch: epochs completed.
         rows: one dictionary of metrics per completed epoch.
         evaluations: field evaluations per sample, summed over all samples of all training steps so far.
         check_evaluations: the same for what callbacks measured besides.
     """
 
-    network: Network | Adapted
+    network: Network | AdaptedModel
     optimizer: Optimizer
     schedule: LRScheduler | None
     objective: Objective = field(default_factory=CrossEntropy)
@@ -104,7 +97,7 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Any], Optimizer]) -> None:
-        """Take up :meth:`state_dict`: blocks first, then the optimiser on their parameters.
+        """Take up :meth:`state_dict`: blocks first, then the optimizer on their parameters.
 
         Raises:
             ValueError: weights of another precision, or a schedule on one side only.
@@ -221,7 +214,7 @@ def check_precision(network: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, *trained: nn.Module) -> None:
-    """That an optimiser trains what requires a gradient.
+    """That an optimizer trains what requires a gradient.
 
     Raises:
         ValueError: it holds no such parameter.
@@ -246,7 +239,7 @@ def check_optimizer(optimizer: Optimizer, *trained: nn.Module) -> None:
 
 
 def fit(
-    network: Network | Adapted,
+    network: Network | AdaptedModel,
     batches: Batches,
     *,
     epochs: int,
@@ -276,7 +269,7 @@ def fit(
             objective's matter; where that is not logits ``(B, classes)`` the accuracy is NaN.
         batches: training data; epoch e draws the same batches in every run.
         epochs: how many.
-        optimizer: makes the optimiser from the network; its parameter groups must follow from the network alone. A
+        optimizer: makes the optimizer from the network; its parameter groups must follow from the network alone. A
             warning names what requires a gradient and is not in it.
         schedule: makes a learning-rate schedule, stepped once an epoch.
         objective: :class:`CrossEntropy` if not given.
@@ -308,7 +301,7 @@ def fit(
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
         TypeError: no objective, or an output that it, or with validation the evaluation, cannot read.
-        ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimiser without
+        ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimizer without
             the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision.
     """
     if epochs < 0:
@@ -374,7 +367,7 @@ def fit(
                 if before is None or not any(callback.on_divergence(training) for callback in callbacks):
                     raise DivergedError(
                         f"epoch {training.epoch + 1} diverged, {trouble}: lower the learning rate, refine the steps or "
-                        "normalise the inputs; the last checkpoint stands"
+                        "normalize the inputs; the last checkpoint stands"
                     )
                 continue
             training.epoch += 1
@@ -440,7 +433,7 @@ def _dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
 class _Recording(nn.Module):
     """A network whose forward pass is :meth:`Network.record`, so that precision and processes are Fabric's matter."""
 
-    def __init__(self, network: Network | Adapted, measures: dict[str, Measure]) -> None:
+    def __init__(self, network: Network | AdaptedModel, measures: dict[str, Measure]) -> None:
         super().__init__()
         self.network, self.measures = network, measures
 
@@ -450,7 +443,7 @@ class _Recording(nn.Module):
 
 
 def _set_up(training: Training, fabric: Fabric) -> tuple[Any, Any]:
-    """The network as Fabric calls it, and its optimiser."""
+    """The network as Fabric calls it, and its optimizer."""
     return fabric.setup(_Recording(training.network, training.objective.measures), training.optimizer)
 
 
@@ -466,7 +459,7 @@ def _trouble(training: Training, loss: float, measured: Evaluation | None, loss_
 
 
 @contextmanager
-def _compiled(network: Network | Adapted) -> Iterator[None]:
+def _compiled(network: Network | AdaptedModel) -> Iterator[None]:
     """The network with its ``record`` compiled, which on leaving is what it was."""
     before = vars(network).get("record")
     network.record = torch.compile(network.record)  # type: ignore[method-assign]
@@ -513,7 +506,7 @@ def _step(
     x: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """One step of the optimiser with this process' share of a batch: its summed loss, and how many are right."""
+    """One step of the optimizer with this process' share of a batch: its summed loss, and how many are right."""
     network, objective = training.network, training.objective
     whole, shares = len(x), fabric.world_size
     x, y = x[fabric.global_rank :: shares], y[fabric.global_rank :: shares]

@@ -1,4 +1,4 @@
-"""Objectives: what training minimises, a function of a network's output and of what was measured on its steps."""
+"""Objectives: what training minimizes, a function of a network's output and of what was measured on its steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from odenets.flow import Records
 from odenets.measures import Measure
 from odenets.modes import keeping_state
+from odenets.recording import Records
 
 __all__ = [
     "Batch",
@@ -82,7 +82,7 @@ def _labels(batch: Any) -> Any:
 
 
 class Objective(nn.Module):
-    """What is minimised. What it must remember from step to step are its buffers: they are saved and restored.
+    """What is minimized. What it must remember from step to step are its buffers: they are saved and restored.
 
     Attributes:
         measures: the measures that the network is to record, by name.
@@ -128,7 +128,7 @@ class Objective(nn.Module):
         return False
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
-        """Called after each step of the optimiser with the batch, or with its last part where it came in parts.
+        """Called after each step of the optimizer with the batch, or with its last part where it came in parts.
 
         Where it calls the network, which :attr:`looks_again` says, the network's buffers and random state are then
         put back: running statistics count a batch once.

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from odenets.files import write_atomically
+
 __all__ = ["Run", "environment", "finished_trainings", "read_config", "read_metrics", "read_summary"]
 
 
@@ -105,7 +107,7 @@ class Run:
 
     Args:
         folder: where; made anew, or taken up with ``resume``.
-        config: what the run is, JSON-serialisable; a resumed run must be given the same.
+        config: what the run is, JSON-serializable; a resumed run must be given the same.
         resume: go on with what is there; start if there is nothing.
 
     Raises:
@@ -153,9 +155,7 @@ class Run:
 
         NumPy's scalars, which a schedule may leave in it and which :meth:`load_state` does not trust, become Python's.
         """
-        temporary = self.folder / f"{name}.{os.getpid()}.partial"
-        torch.save(_without_numpy(state), temporary)
-        os.replace(temporary, self.folder / name)
+        write_atomically(self.folder / name, lambda path: torch.save(_without_numpy(state), path))
 
     def load_state(self, name: str = "resume.pt") -> dict[str, Any] | None:
         """The last resume state, or None; nothing but tensors and plain values is unpickled."""
@@ -202,9 +202,7 @@ class Run:
         return f"{text}\nrun folder: {self.folder}"
 
     def _write(self, name: str, data: bytes) -> None:
-        temporary = self.folder / f"{name}.{os.getpid()}.partial"  # processes of a group may write the same file
-        temporary.write_bytes(data)
-        os.replace(temporary, self.folder / name)
+        write_atomically(self.folder / name, data)
 
 
 def finished_trainings(folder: str | Path) -> list[Path]:

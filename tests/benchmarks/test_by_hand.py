@@ -6,7 +6,7 @@ from benchmarks import by_hand
 from benchmarks.fields import Field
 from benchmarks.solves import ROWS, STEPS, prepare
 from benchmarks.table import ratio_table
-from odenets.analysis.memory import memory
+from odenets.analysis.memory import measure_memory
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_loop_under_error_control_meets_its_tolerance(problem):
 
 def test_bs23_by_integrate_keeps_no_more_than_field_calls():
     field, x = Field(nn.Sequential(nn.Linear(64, 64), nn.ReLU())), torch.randn(32, 64)
-    found = [memory(prepare("bs23", who, field, x)).left for who in ("by hand", "integrate")]
+    found = [measure_memory(prepare("bs23", who, field, x)).left for who in ("by hand", "integrate")]
     assert found[1] <= 1.05 * found[0]
 
 

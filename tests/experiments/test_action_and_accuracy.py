@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from action_and_accuracy import Config, Job, action, build, main, parts_of, summarise
+from action_and_accuracy import Config, Job, action, build, main, parts_of, summarize
 
 from odenets import measures
 from odenets.training import data
@@ -16,7 +16,7 @@ def test_a_run_leaves_its_table_and_figures_and_goes_on(tmp_path, capsys):
     main(replace(Config(workers=1, quick=True), output=tmp_path / "run"))
     shown = capsys.readouterr().out
     rows = read_summary(tmp_path / "run")["results"]["rows"]
-    assert [(row["initialiser"], row["gain"]) for row in rows] == [
+    assert [(row["initializer"], row["gain"]) for row in rows] == [
         ("orthogonal", 0.1),
         ("orthogonal", 1.0),
         ("normal", 0.1),
@@ -46,10 +46,10 @@ def test_small_gains_move_less():
 def test_the_correlation_within_and_over_all():
     """Within each group accuracy rises with the action, over both it falls."""
     results = [
-        {"initialiser": "normal", "gain": g, "action": [10.0 ** (a + g) for a in (0, 1, 2)]} | {"accuracy": acc}
+        {"initializer": "normal", "gain": g, "action": [10.0 ** (a + g) for a in (0, 1, 2)]} | {"accuracy": acc}
         for g, acc in ((0, [0.90, 0.91, 0.92]), (10, [0.10, 0.11, 0.12]))
     ]
-    one, other, whole = summarise(results)
+    one, other, whole = summarize(results)
     assert one["correlation"][0] == pytest.approx(1)
     assert other["correlation"][0] == pytest.approx(1)
     assert whole["correlation"][0] < -0.9

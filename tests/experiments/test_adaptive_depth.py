@@ -74,7 +74,7 @@ def test_a_missing_data_folder_leaves_nothing_behind(tmp_path):
 
 @pytest.mark.slow
 def test_untied_networks_and_points(tmp_path):
-    options = TINY | {"seeds": (0,), "long_time": 0.0, "stages": "untied", "dataset": "moons"}
+    options = TINY | {"seeds": (0,), "long_time": 0.0, "stage_fields": "untied", "dataset": "moons"}
     adaptive_depth.main(adaptive_depth.Config(**options, output=tmp_path / "run"))
     rows = read_summary(tmp_path / "run")["results"]["rows"]
     assert next(row for row in rows if row["network"] == "fixed 4")["evaluations_per_forward"] == 16

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detection import comparisons, main
 from detection_setup import METHODS, TRAJECTORY, Config, attack_of, build, foreign, kinds_of, parts_of
-from detection_tables import COLUMNS, THESIS, summarise
+from detection_tables import COLUMNS, THESIS, summarize
 
 from lab.tables import table
 from odenets.detection import preset
@@ -132,12 +132,12 @@ def test_the_figures_of_the_thesis_stand_beside_those_on_cifar10_alone():
         for seed in range(2)
     ]
     config = Config(methods=("vanilla",), dataset="cifar10")
-    rows = summarise(config, results)
+    rows = summarize(config, results)
     assert [row["fooled"].values for row in rows if "fooled" in row] == [(25.0, 50.0)]
     assert [row["thesis"] for row in rows] == [97.1, 94.6, None, None]
     assert [row.get("thesis_successful") for row in rows] == [97.7, None, None, None]
-    assert [row["thesis"] for row in summarise(replace(config, setting="ood"), results)] == [None, None, 98.3, None]
-    assert all("thesis" not in row for row in summarise(replace(config, dataset="mnist"), results))
+    assert [row["thesis"] for row in summarize(replace(config, setting="ood"), results)] == [None, None, 98.3, None]
+    assert all("thesis" not in row for row in summarize(replace(config, dataset="mnist"), results))
     shown = table(rows, COLUMNS)
     assert "| cifar100 |" in shown
     assert "thesis (ResNet-110)" in shown

@@ -19,7 +19,7 @@ VECTORS, IMAGES = torch.randn(5, 3), torch.randn(4, 8, 6, 6)
 @pytest.mark.parametrize("stages", ["tied", "chained", "untied"])
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "bs23", "dopri5"])
 def test_one_function_through_forward_steps_and_record(solver, stages, x):
-    flow = Flow(solver=solver, depth=3, stages=stages)
+    flow = Flow(solver=solver, depth=3, stage_fields=stages)
     *_, last = flow.steps(x)
     end, records = flow.record(x, action=measures.action, mine=lambda step: step.x0.flatten(1).sum(1))
     assert torch.equal(flow(x), last.x1)
@@ -29,7 +29,7 @@ def test_one_function_through_forward_steps_and_record(solver, stages, x):
 
 @pytest.mark.parametrize(("solver", "stages"), [("euler", "tied"), ("bs23", "tied"), ("bs23", "chained")])
 def test_compiles_to_the_same_function(solver, stages):
-    flow = Flow(solver=solver, depth=3, stages=stages)
+    flow = Flow(solver=solver, depth=3, stage_fields=stages)
     end = flow(IMAGES)
     torch.testing.assert_close(torch.compile(flow, fullgraph=True, backend="aot_eager")(IMAGES), end)
 
@@ -110,7 +110,7 @@ def test_evaluations(stages, with_error, expected):
         def forward(self, t, x):
             return self.inner(t, x)
 
-    flow = Flow(Field, depth=3, stages=stages)
+    flow = Flow(Field, depth=3, stage_fields=stages)
     flow.record(VECTORS, **({"error": measures.error} if with_error else {"action": measures.action}))
     assert sum(counter.calls for counter in counters) == expected
     if not with_error:
@@ -144,7 +144,7 @@ def calls(work):
 )
 def test_only_stages_that_are_read_are_evaluated(solver, interior, all_stages, full, stages):
     depth = 5
-    flow = Flow(Tallied, solver=solver, depth=depth, stages=stages)
+    flow = Flow(Tallied, solver=solver, depth=depth, stage_fields=stages)
     once = depth * interior
     assert calls(lambda: flow(VECTORS)) == flow.evaluations == once
     ensemble = once + all_stages - interior
@@ -161,7 +161,7 @@ def test_only_stages_that_are_read_are_evaluated(solver, interior, all_stages, f
 @pytest.mark.parametrize(("output", "needed"), [("euler", 1), ("midpoint", 2), ("order2", 4), ("order3", 3)])
 def test_a_method_that_carries_another_output_on_takes_its_stages_alone(output, needed, stages):
     torch.manual_seed(0)
-    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding(output), depth=5, stages=stages)
+    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding(output), depth=5, stage_fields=stages)
     assert calls(lambda: flow(VECTORS)) == flow.evaluations == 5 * needed
     assert calls(lambda: list(flow.steps(VECTORS, closing=False))) == 5 * needed
     *_, whole = flow.steps(VECTORS)
@@ -174,7 +174,7 @@ def test_a_method_that_carries_another_output_on_takes_its_stages_alone(output, 
 
 
 def test_gradients_reach_the_fields_of_the_stages_that_are_read():
-    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding("midpoint"), depth=1, stages="untied")
+    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding("midpoint"), depth=1, stage_fields="untied")
     flow(VECTORS).sum().backward()
     learning = [field.linear.weight.grad is not None for field in flow.blocks[0].fields]
     assert learning == [True, True, False, False]
@@ -362,7 +362,9 @@ def test_steps_that_are_kept_are_not_overwritten_by_later_ones(wrap, mode):
             list(flow.steps(x))
 
 
-@pytest.mark.parametrize("arguments", [{"depth": 2}, {"stages": "untied"}, {"depth": 3, "stages": "chained"}])
+@pytest.mark.parametrize(
+    "arguments", [{"depth": 2}, {"stage_fields": "untied"}, {"depth": 3, "stage_fields": "chained"}]
+)
 def test_a_function_that_makes_one_field_only_is_refused(arguments):
     field = MLPField(2)
     with pytest.raises(ValueError, match=r"field must make a new module at each call.*shared=True"):
@@ -396,7 +398,7 @@ def test_outputs_and_ensemble():
 
 
 def test_ensemble_trains_every_stage():
-    flow = Flow(lambda: MLPField(3), depth=1, stages="untied")
+    flow = Flow(lambda: MLPField(3), depth=1, stage_fields="untied")
     flow(VECTORS).sum().backward()
     assert flow.blocks[0].fields[3].first.weight.grad is None
     flow(VECTORS, "ensemble").sum().backward()
@@ -466,11 +468,11 @@ def test_wrong_measures_are_named():
         ({"h": -0.1}, "h must be positive"),
         ({"depth": 2, "h": [0.1]}, "one step size per block"),
         ({"h": 0.1, "total_time": 1.0}, "exclude each other"),
-        ({"stages": "loose"}, "stages must be"),
+        ({"stage_fields": "loose"}, "stage_fields must be"),
         ({"solver": "rk5"}, "unknown solver"),
         ({"tolerance": Tolerance(), "depth": 2}, "continuous flow"),
         ({"tolerance": Tolerance(), "solver": "euler"}, "no embedded error"),
-        ({"shared": True, "stages": "untied"}, "stages must be 'tied'"),
+        ({"shared": True, "stage_fields": "untied"}, "stage_fields must be 'tied'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from odenets import Flow, Network, models
-from odenets.initialization import INITIALISERS, initialize
+from odenets.initialization import INITIALIZERS, initialize
 
 
 def network(**options):
@@ -48,7 +48,7 @@ def test_all_kinds_of_convolutions_and_norms_without_biases():
         assert not layer.bias.any()
 
 
-@pytest.mark.parametrize("name", INITIALISERS)
+@pytest.mark.parametrize("name", INITIALIZERS)
 def test_norms_are_reset_and_the_seed_decides(name):
     nets = []
     for _ in range(2):
@@ -66,7 +66,7 @@ def test_norms_are_reset_and_the_seed_decides(name):
         assert nets[0](torch.rand(2, 1, 8, 8)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", INITIALISERS)
+@pytest.mark.parametrize("name", INITIALIZERS)
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "expanded view"])
 def test_the_memory_format_decides_nothing(name, layout):
     nets = [nn.Sequential(nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 2), nn.Flatten(), nn.Linear(5, 3)) for _ in "ab"]
@@ -90,7 +90,7 @@ def test_the_memory_format_decides_nothing(name, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", INITIALISERS)
+@pytest.mark.parametrize("name", INITIALIZERS)
 def test_every_precision_is_drawn(name, dtype):
     torch.manual_seed(0)
     wide = initialize(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(5, 3)).double(), name, 0.1)

@@ -134,7 +134,7 @@ def test_what_a_step_finds_while_its_state_is_made_is_what_is_measured_after(sol
         named["error"] = measures.error
     end, records = flow.record(x, **named)
     steps = list(flow.steps(x))
-    assert all(step.known is None for step in steps)
+    assert all(step.reductions is None for step in steps)
     torch.testing.assert_close(end, steps[-1].x1)
     for name, measure in named.items():
         after = torch.stack([measure(step) for step in steps])

@@ -88,7 +88,7 @@ def test_small_ones_train():
     for net, x in (
         (models.small_network(features=8, depth=2), torch.rand(4, 1, 8, 8)),
         (
-            models.points_network(depth=2, solver=order2, readout="ensemble", stages="untied"),
+            models.points_network(depth=2, solver=order2, readout="ensemble", stage_fields="untied"),
             torch.randn(4, 2),
         ),
     ):

@@ -173,9 +173,9 @@ def test_closing_stages_that_stay_behind_further_training_are_refused(way):
 
 @pytest.mark.parametrize("norm", ["StageBatchNorm", "torch's"])
 def test_closing_fields_that_stay_behind_further_training_are_refused(norm):
-    net = network(stages="untied")
+    net = network(stage_fields="untied")
     if norm == "torch's":
-        net._flows[0] = Flow(Plain, solver="bs23", depth=2, stages="untied")
+        net._flows[0] = Flow(Plain, solver="bs23", depth=2, stage_fields="untied")
     _trained_on(net)
     net(X)
     with pytest.raises(ValueError, match="closing fields of block 1 have statistics that are behind further training"):
@@ -272,7 +272,7 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("field", [Plain, lambda: ConvField(3, norm="batch")], ids=["torch's", "ours"])
 def test_closing_fields_of_untied_blocks_without_statistics_are_refused(field):
-    flow = Flow(field, solver="bs23", depth=2, stages="untied")
+    flow = Flow(field, solver="bs23", depth=2, stage_fields="untied")
     flow.eval().record(X, error=measures.error)  # new, as it is
     flow.train()(X)
     for reader in (lambda: flow.record(X, error=measures.error), lambda: flow.outputs(X, full_passes=True)):
@@ -280,7 +280,7 @@ def test_closing_fields_of_untied_blocks_without_statistics_are_refused(field):
             flow.eval() and reader()
     recalibrate(flow, [X])
     flow.record(X, error=measures.error)
-    reading = Flow(field, solver=get_tableau("bs23").forwarding("order2"), depth=2, stages="untied")
+    reading = Flow(field, solver=get_tableau("bs23").forwarding("order2"), depth=2, stage_fields="untied")
     reading.train()(X)
     reading.eval().record(X, error=measures.error)
 
@@ -483,7 +483,7 @@ def test_a_field_keeps_its_statistics_and_the_flow_trains_its_parameters(source,
     field.train()(0.0, X)
     before = copy.deepcopy(field.state_dict())
     fields = itertools.chain([field], iter(lambda: ConvField(3, norm="batch"), None))
-    flow = Flow(field if source == "field" else lambda: next(fields), solver="bs23", stages=stages)
+    flow = Flow(field if source == "field" else lambda: next(fields), solver="bs23", stage_fields=stages)
     for name, value in field.state_dict().items():
         assert torch.equal(value, before[name]), name
     own = flow.blocks[0].fields[0]

@@ -128,15 +128,15 @@ def test_evaluations_are_counted_and_the_closing_stage_reused(keep):
     assert len(adaptive.states) == (1 if keep == "last" else 1 + stats.accepted)
 
 
-def test_synchronisations():
+def test_synchronizations():
     x0 = torch.randn(3, 2)
     with Operations() as operations:
         integrate(decay, x0, 0.0, 1.0, steps=10)
-    assert operations.synchronisations == 0
+    assert operations.synchronizations == 0
     with Operations() as operations:
         solution = integrate(decay, x0, 0.0, 5.0, tolerance=Tolerance(first_step=0.1))
     attempts = solution.stats.accepted + solution.stats.rejected
-    assert operations.synchronisations == attempts
+    assert operations.synchronizations == attempts
 
 
 def test_operations_per_attempted_adaptive_step():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from odenets.files import write_atomically
 
 __all__ = ["BatchFolder", "key_of"]
 
@@ -59,18 +60,11 @@ class BatchFolder:
             return
         from safetensors.torch import save
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         about = self.folder / "attack.json"
         if not about.exists():
-            _replace(about, (json.dumps(dict(self.about), indent=2) + "\n").encode())
-        _replace(self._path(i), save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+            write_atomically(about, (json.dumps(dict(self.about), indent=2) + "\n").encode())
+        write_atomically(self._path(i), save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def _path(self, i: int) -> Path:
         assert self.folder is not None
         return self.folder / f"batch-{i:05d}.safetensors"
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

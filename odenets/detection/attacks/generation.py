@@ -91,7 +91,7 @@ def attack(
     and the boundary attack go by the prediction instead).
 
     Args:
-        network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalises inside, as
+        network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalizes inside, as
             :class:`models.Normalize`.
         attack: a name of :data:`PRESETS` or an :class:`Attack`.
         images: clean, ``(N, C, H, W)`` in [0, 1], of any floating precision and on any device.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from odenets.adapting.adapted import Adapted
+from odenets.adapting.adapted import AdaptedModel
 from odenets.detection.attacks.isolation import to_network
 from odenets.detection.features.trajectory import Recording, in_batches
 
@@ -42,7 +42,7 @@ def stage_states(network: Recording, x: Tensor, count: int | None = None) -> lis
     states: list[Tensor] = []
     shape = None
     x = to_network(network, x)
-    for step in network.steps(x) if isinstance(network, Adapted) else network.steps(x, closing=False):
+    for step in network.steps(x) if isinstance(network, AdaptedModel) else network.steps(x, closing=False):
         if shape is None:
             states += [step.x0, step.x1]
         elif step.x1.shape == shape:

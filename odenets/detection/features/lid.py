@@ -22,11 +22,11 @@ class LID(Features):
     """How fast the number of clean training images grows with the distance from an input, after each stage.
 
     The states after the encoder and after each stage (:func:`~.feature_maps.stage_states`), flattened, give
-    one :func:`local_dimension` each. Ma et al. take the neighbours from the batch at hand; here they are images of the
+    one :func:`local_dimension` each. Ma et al. take the neighbors from the batch at hand; here they are images of the
     training set, drawn once, so that the features of an input do not depend on what it comes with.
 
     Args:
-        k: number of nearest neighbours.
+        k: number of nearest neighbors.
         reference: number of training images among which they are.
         seed: of the draw of these.
 
@@ -49,9 +49,9 @@ class LID(Features):
 
     def __init__(self, *, k: int = 20, reference: int = 100, seed: int = 0) -> None:
         if k < 2:
-            raise ValueError(f"k must be at least 2, got {k}: the distance to one neighbour says nothing of growth")
+            raise ValueError(f"k must be at least 2, got {k}: the distance to one neighbor says nothing of growth")
         if reference <= k:
-            raise ValueError(f"reference must be more than the k = {k} neighbours among it, got {reference}")
+            raise ValueError(f"reference must be more than the k = {k} neighbors among it, got {reference}")
         self.k, self.reference, self.seed = k, reference, seed
         self.states: list[np.ndarray] = []
 
@@ -97,19 +97,19 @@ def local_dimension(x: Tensor, reference: Tensor, k: int) -> Tensor:
     """Maximum-likelihood estimate of the local intrinsic dimensionality, from the k nearest points of a reference.
 
     ``-(1/k sum_i log(r_i / r_k))^-1`` with ``r_1 <= ... <= r_k`` the distances to these. A point that is itself in the
-    reference is no neighbour of its own; where the others are fewer than k, all of them count. At most 1e6, where all
-    distances are equal or there are no neighbours.
+    reference is no neighbor of its own; where the others are fewer than k, all of them count. At most 1e6, where all
+    distances are equal or there are no neighbors.
 
     Args:
         x: points, ``(B, D)``.
         reference: points, ``(R, D)``.
-        k: number of neighbours, at most R.
+        k: number of neighbors, at most R.
 
     Returns:
         ``(B,)`` float64; NaN for a point that is not finite.
 
     Raises:
-        ValueError: more neighbours than points, or a reference that is not finite.
+        ValueError: more neighbors than points, or a reference that is not finite.
     """
     if not 1 <= k <= len(reference):
         raise ValueError(f"k must be between 1 and the {len(reference)} points of the reference, got {k}")

@@ -156,14 +156,14 @@ class Mahalanobis(Features):
 def _square_distances(z: Tensor, means: np.ndarray, factor: np.ndarray) -> Tensor:
     """``|W^T (z - mu)|^2`` for each of the means, ``(B, means)`` float64."""
     white = torch.as_tensor(factor, device=z.device)
-    centres = torch.as_tensor(means, device=z.device)
-    return torch.cdist(z.double() @ white, centres @ white, compute_mode="donot_use_mm_for_euclid_dist").square()
+    centers = torch.as_tensor(means, device=z.device)
+    return torch.cdist(z.double() @ white, centers @ white, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _factor(centred: np.ndarray, rounding: float, stage: int) -> np.ndarray:
-    """W with ``W W^T`` the pseudo-inverse of the covariance of centred values ``(N, C)``, known up to ``rounding``."""
-    scale = np.ldexp(1.0, np.frexp(np.abs(centred).max())[1])  # exact; squares stay in range
-    variances, vectors = np.linalg.eigh((centred / scale).T @ (centred / scale) / len(centred))
+def _factor(centered: np.ndarray, rounding: float, stage: int) -> np.ndarray:
+    """W with ``W W^T`` the pseudo-inverse of the covariance of centered values ``(N, C)``, known up to ``rounding``."""
+    scale = np.ldexp(1.0, np.frexp(np.abs(centered).max())[1])  # exact; squares stay in range
+    variances, vectors = np.linalg.eigh((centered / scale).T @ (centered / scale) / len(centered))
     kept = variances > max(SMALLEST * variances[-1], (rounding / scale) ** 2)
     if not kept.any():
         raise ValueError(f"x must hold images that differ within a class, got equal ones in state {stage}")

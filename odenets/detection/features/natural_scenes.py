@@ -1,4 +1,4 @@
-"""Statistics of natural scenes: how the brightness of an image varies from a pixel to its neighbours."""
+"""Statistics of natural scenes: how the brightness of an image varies from a pixel to its neighbors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from odenets.detection.features.trajectory import Features, Recording, check_ima
 __all__ = ["SceneStatistics", "asymmetric_gaussian", "contrast_normalized", "generalized_gaussian"]
 
 SHIFTS = ((0, 1), (1, 0), (1, 1), (-1, 1))
-"""From a pixel to its horizontal, vertical and two diagonal neighbours."""
+"""From a pixel to its horizontal, vertical and two diagonal neighbors."""
 
 ROUNDING = 1e-9
 """Differences of brightness, in [0, 255], that are rounding: a flat part of an image is flat."""
@@ -22,10 +22,10 @@ ROUNDING = 1e-9
 class SceneStatistics(Features):
     """The 18 statistics of BRISQUE at the scale of the image; the network is not asked.
 
-    The mean-subtracted, contrast-normalised brightness m (:func:`contrast_normalized`) gives the shape and variance of
-    a generalised Gaussian; its products with the neighbours to the right, below, and on the two diagonals each give the
+    The mean-subtracted, contrast-normalized brightness m (:func:`contrast_normalized`) gives the shape and variance of
+    a generalized Gaussian; its products with the neighbors to the right, below, and on the two diagonals each give the
     shape, mean, left variance and right variance (not standard deviations) of an asymmetric one. As in the code
-    published with BRISQUE, the image is zero outside, and neighbours wrap around its edges.
+    published with BRISQUE, the image is zero outside, and neighbors wrap around its edges.
 
     References:
         Mittal, Moorthy, Bovik. No-reference image quality assessment in the spatial domain. IEEE Transactions on Image
@@ -42,7 +42,7 @@ class SceneStatistics(Features):
         """Statistics of a batch of images ``(B, C, H, W)``, C = 1 or 3, ``(B, 18)`` float32; no gradients pass.
 
         Raises:
-            TypeError, ValueError: x is no batch of grey or RGB images in [0, 1].
+            TypeError, ValueError: x is no batch of gray or RGB images in [0, 1].
         """
         m = contrast_normalized(255 * _brightness(check_images(x, "x")))
         columns = list(generalized_gaussian(m.flatten(1)))
@@ -93,7 +93,7 @@ def generalized_gaussian(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def asymmetric_gaussian(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shape a, mean, left and right variance of a generalised Gaussian with two scales (Mittal et al. 2012, eq. 11).
+    """Shape a, mean, left and right variance of a generalized Gaussian with two scales (Mittal et al. 2012, eq. 11).
 
     The left variance s_l^2 is the mean square of the negative values, the right s_r^2 that of the positive ones, 0 if
     there are none. The shape is found as in :func:`generalized_gaussian`, from the ratio there times ``(s_l^3 + s_r^3)
@@ -114,9 +114,9 @@ def asymmetric_gaussian(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _brightness(x: Tensor) -> Tensor:
-    """Luma of ITU-R BT.601 ``(B, H, W)`` float64; grey images as they are."""
+    """Luma of ITU-R BT.601 ``(B, H, W)`` float64; gray images as they are."""
     if x.shape[1] not in (1, 3):
-        raise ValueError(f"x must be grey or RGB images (N, 1 or 3, H, W), got shape {tuple(x.shape)}")
+        raise ValueError(f"x must be gray or RGB images (N, 1 or 3, H, W), got shape {tuple(x.shape)}")
     weights = [1.0] if x.shape[1] == 1 else [0.299, 0.587, 0.114]
     return torch.einsum("bchw,c->bhw", x.double(), torch.tensor(weights, dtype=torch.float64, device=x.device))
 
@@ -127,7 +127,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _moments(shape: Tensor) -> Tensor:
-    """``(E|x|)^2 / E x^2`` of a generalised Gaussian, which rises with its shape from 0 to 3/4."""
+    """``(E|x|)^2 / E x^2`` of a generalized Gaussian, which rises with its shape from 0 to 3/4."""
     return (2 * torch.lgamma(2 / shape) - torch.lgamma(1 / shape) - torch.lgamma(3 / shape)).exp()
 
 

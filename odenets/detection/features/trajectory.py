@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets import measures
-from odenets.adapting import Adapted
+from odenets.adapting import AdaptedModel
 from odenets.detection.attacks.isolation import keeping_random_states, to_network
 from odenets.flow import Flow
 from odenets.measures import Measure, interior
@@ -22,7 +22,7 @@ from solvers.reductions import mean_square, mean_square_and_cosine
 
 __all__ = ["KINDS", "Features", "Recording", "Trajectory", "check_images", "flows_of", "in_batches"]
 
-Recording = Network | Flow | Adapted
+Recording = Network | Flow | AdaptedModel
 """What has ``record``."""
 
 KINDS = ("residue", "cosine", "embedding", "action", "stages", "error")
@@ -171,7 +171,7 @@ def check_images(x: Tensor, name: str = "images") -> Tensor:
     low, high = x.min().item(), x.max().item()
     if low < 0 or high > 1:
         raise ValueError(
-            f"{name} must have pixels in [0, 1], got [{low:.3g}, {high:.3g}]: normalise inside the network "
+            f"{name} must have pixels in [0, 1], got [{low:.3g}, {high:.3g}]: normalize inside the network "
             "(models.Normalize), and divide what is in [0, 255] by 255"
         )
     return x

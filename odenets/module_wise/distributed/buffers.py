@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["Buffer", "Message", "Receiver", "Sender", "WorkerLostError"]
+from odenets.errors import WorkerLostError
+
+__all__ = ["Buffer", "Message", "Receiver", "Sender"]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LARGEST = 8  # dimensions of a state
-
-
-class WorkerLostError(RuntimeError):
-    """Another process of the group is gone; the checkpoints of the modules stand."""
 
 
 class Message(NamedTuple):
@@ -104,7 +102,7 @@ class Buffer:
 
 @dataclass
 class _Edge:
-    """A pair of neighbours.
+    """A pair of neighbors.
 
     Attributes:
         peer: rank of the other.

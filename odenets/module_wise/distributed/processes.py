@@ -20,14 +20,15 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from odenets.checkpoints import is_finite
+from odenets.errors import DivergedError, WorkerLostError
 from odenets.modes import inputs_for, total_dtype
-from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender, WorkerLostError
+from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
 from odenets.module_wise.modules import ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
 from odenets.module_wise.splitting import even
 from odenets.module_wise.steps import local_step
 from odenets.training.data import Batches
-from odenets.training.loop import DivergedError, check_optimizer, check_precision, to_training_mode
+from odenets.training.loop import check_optimizer, check_precision, to_training_mode
 from odenets.training.runs import Run
 
 __all__ = ["WorkerLostError", "fit_in_processes"]
@@ -57,7 +58,7 @@ def fit_in_processes(
             are taken to its dtype; modes are those of :func:`odenets.training.fit`.
         batches: training data.
         epochs: how many; each module takes ``epochs * len(batches)`` steps.
-        optimizer: makes the optimiser of one module from its parameters.
+        optimizer: makes the optimizer of one module from its parameters.
         objective: makes the objective of each module; cross-entropy alone if not given.
         buffer: batches between two processes. With 1 each module takes every batch once and in order: the losses are
             those of the parallel schedule in one process, and the slowest process sets the pace. With more nobody
@@ -110,7 +111,7 @@ def fit_in_processes(
 
 
 class _Worker:
-    """The modules of one process, and its neighbours."""
+    """The modules of one process, and its neighbors."""
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class _Worker:
         self._make_groups()
 
     def _make_groups(self) -> None:
-        """Groups of replicas, and of neighbours; every process makes all of them, in one order."""
+        """Groups of replicas, and of neighbors; every process makes all of them, in one order."""
         for stage in range(self.stages):
             group: Any = distributed.new_group([stage * self.replicas + r for r in range(self.replicas)])
             if stage == self.stage:

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from odenets import Flow, Network, measures
-from odenets.adapting import RULES, Adapted, Rule, adapt
+from odenets.adapting import RULES, AdaptedModel, Rule, adapt
 from odenets.adapting.tracing import cut_adapted
-from odenets.analysis.memory import memory
+from odenets.analysis.memory import measure_memory
 from odenets.training import data
 
 tv = pytest.importorskip("torchvision.models")
@@ -311,7 +311,7 @@ def test_an_adapted_resnet_is_the_native_network_with_its_weights():
     for network in (adapt(model), native(twin)):
         output, records = network.record(x, **asked)
         (F.cross_entropy(output, y) + records["action"].mean(1).sum()).backward()
-        if isinstance(network, Adapted):
+        if isinstance(network, AdaptedModel):
             expected = output, records
     torch.testing.assert_close(output, expected[0])
     assert records.starts == expected[1].starts == (0, 2, 3, 5)
@@ -519,8 +519,8 @@ def test_nothing_is_copied_once_it_is_known_that_nothing_is_changed():
     adapted = adapt(small_resnet().eval())
     with torch.no_grad():
         adapted.record(SMALL, action=measures.action)
-        before = memory(lambda: adapted.model(SMALL)).peak
-        assert memory(lambda: adapted.record(SMALL, action=measures.action)).peak < before + 2 * 64 * 8 * 8 * 4
+        before = measure_memory(lambda: adapted.model(SMALL)).peak
+        assert measure_memory(lambda: adapted.record(SMALL, action=measures.action)).peak < before + 2 * 64 * 8 * 8 * 4
 
 
 # -- which rows there are -------------------------------------------------------------------------------------------
@@ -769,10 +769,13 @@ def test_nothing_is_kept_when_nothing_is_measured():
     model = small_resnet()
     adapted = adapt(copy.deepcopy(model))
     adapted(X)
-    assert memory(lambda: adapted(X)) == memory(lambda: model(X))
+    assert measure_memory(lambda: adapted(X)) == measure_memory(lambda: model(X))
     with torch.no_grad():
-        plain, measured = memory(lambda: model(X)), memory(lambda: adapted.record(X, action=measures.action))
-        kept = memory(lambda: adapted.steps(X))
+        plain, measured = (
+            measure_memory(lambda: model(X)),
+            measure_memory(lambda: adapted.record(X, action=measures.action)),
+        )
+        kept = measure_memory(lambda: adapted.steps(X))
     largest = 4 * 64 * 16 * 16 * 2
     assert measured.peak <= plain.peak + 3 * largest
     assert measured.left < kept.left / 100
@@ -839,7 +842,7 @@ def test_a_model_with_hooks_outside_its_blocks_is_not_cut():
 
 def test_prints_what_it_found():
     adapted = adapt(small_resnet())
-    assert repr(adapted).splitlines()[:2] == ["Adapted(ResNet, 4 steps)", "  0  layer1.0  ResNet"]
+    assert repr(adapted).splitlines()[:2] == ["AdaptedModel(ResNet, 4 steps)", "  0  layer1.0  ResNet"]
     adapted(X)
     assert str(adapted).splitlines()[1:3] == [
         "  0  layer1.0  ResNet  64 x 16 x 16",

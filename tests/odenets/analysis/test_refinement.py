@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from odenets import Flow, MLPField, Network, adapt, models
-from odenets.analysis.refinement import refinement
+from odenets.analysis.refinement import iterative_refinement
 
 
 class DownTheLoss(nn.Module):
@@ -27,7 +27,9 @@ def test_a_step_down_the_gradient_has_cosine_minus_one(rate):
     head = nn.Linear(3, 2)
     network = Network(nn.Identity(), Flow(DownTheLoss(head, rate), solver="euler", h=1.0), head)
     x = torch.randn(8, 3)
-    found = refinement(network, [(x[:5], torch.zeros(5, dtype=torch.long)), (x[5:], torch.zeros(3, dtype=torch.long))])
+    found = iterative_refinement(
+        network, [(x[:5], torch.zeros(5, dtype=torch.long)), (x[5:], torch.zeros(3, dtype=torch.long))]
+    )
     torch.testing.assert_close(found.cosine, torch.tensor([-1.0 if rate > 0 else 1.0]))
     (step,) = network.steps(x)
     expected = ((step.x1 - step.x0).norm(dim=1) / x.norm(dim=1)).mean()
@@ -39,7 +41,7 @@ def test_blocks_of_several_flows_are_those_of_finite_differences(solver):
     torch.manual_seed(0)
     net = models.resnet_km(2, 1, 1, 3, channels=4, solver=solver, total_time=1.0, norm="group").double().train()
     x, y = torch.rand(1, 1, 8, 8, dtype=torch.float64), torch.tensor([1])
-    found = refinement(net, [(x, y)])
+    found = iterative_refinement(net, [(x, y)])
     assert net.training
     assert found.ratio.shape == found.cosine.shape == (2,)
     net.eval()
@@ -82,11 +84,11 @@ def test_an_adapted_model_is_measured_as_the_network_of_its_steps():
     model[1].eval()
     network = Network(model[0], Flow(iter(fields).__next__, solver="euler", depth=2, h=1.0), head)
     batches = [(torch.randn(n, 2), torch.arange(n) % 2) for n in (5, 3)]
-    expected = refinement(network, batches)
+    expected = iterative_refinement(network, batches)
     modes = [module.training for module in model.modules()]
     adapted = adapt(model, ["1", "2"])
     with torch.inference_mode():
-        measured = refinement(adapted, batches)
+        measured = iterative_refinement(adapted, batches)
     torch.testing.assert_close(measured.ratio, expected.ratio)
     torch.testing.assert_close(measured.cosine, expected.cosine)
     assert [module.training for module in model.modules()] == modes
@@ -114,8 +116,8 @@ def test_both_steps_of_a_transformer_block_have_a_gradient(flat):
     blocks = [Transformer(*fields[:2], flat), Transformer(*fields[2:], flat)]
     network = Network(nn.Linear(2, 3), Flow(iter(fields).__next__, solver="euler", depth=4, h=1.0), head)
     batches = [(torch.randn(5, 2, 2, 2), torch.arange(5) % 2)]
-    expected = refinement(network, batches)
-    measured = refinement(adapt(nn.Sequential(network.encoder, nn.Sequential(*blocks), head)), batches)
+    expected = iterative_refinement(network, batches)
+    measured = iterative_refinement(adapt(nn.Sequential(network.encoder, nn.Sequential(*blocks), head)), batches)
     torch.testing.assert_close(measured.ratio, expected.ratio)
     torch.testing.assert_close(measured.cosine, expected.cosine)
 
@@ -128,7 +130,7 @@ def test_a_model_is_refused_whose_states_have_no_gradient():
 
     adapted = adapt(nn.Sequential(nn.Linear(3, 3), Adds(lambda t, x: torch.sin(1.0 + 0 * x))), ["1"])
     with pytest.raises(ValueError, match="block '1' has a state that is changed in place"):
-        refinement(adapted, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
+        iterative_refinement(adapted, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
 
 
 def test_modes_are_restored_each_module_its_own_also_after_an_error():
@@ -136,19 +138,21 @@ def test_modes_are_restored_each_module_its_own_also_after_an_error():
     net.head.eval()
     modes = [module.training for module in net.modules()]
     with pytest.raises(RuntimeError):
-        refinement(net, [(torch.rand(1, 1, 8, 8), torch.tensor([0])), (torch.rand(1, 2, 8, 8), torch.tensor([0]))])
+        iterative_refinement(
+            net, [(torch.rand(1, 1, 8, 8), torch.tensor([0])), (torch.rand(1, 2, 8, 8), torch.tensor([0]))]
+        )
     assert [module.training for module in net.modules()] == modes
 
 
 def test_errors():
     with pytest.raises(TypeError, match=r"got Sequential: pass adapt\(network\)"):
-        refinement(nn.Sequential(nn.Linear(3, 2)), [])
+        iterative_refinement(nn.Sequential(nn.Linear(3, 2)), [])
     tupled = adapt(Tupled(nn.Linear(3, 3)), ["layer"])
     with pytest.raises(TypeError, match="network must return logits, got tuple"):
-        refinement(tupled, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
+        iterative_refinement(tupled, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
     with pytest.raises(ValueError, match="at least one batch"):
-        refinement(models.points_network(), [])
+        iterative_refinement(models.points_network(), [])
     with pytest.raises(TypeError, match=r"batches must hold pairs \(inputs, labels\), got Tensor"):
-        refinement(models.points_network(), torch.randn(3, 2))
+        iterative_refinement(models.points_network(), torch.randn(3, 2))
     with pytest.raises(ValueError, match="readout 'ensemble'"):
-        refinement(models.points_network(readout="ensemble"), [])
+        iterative_refinement(models.points_network(readout="ensemble"), [])

@@ -18,10 +18,10 @@ from solvers import Tolerance
 X = torch.randn(32, 3)
 
 
-def network(depth=3, *, flows=1, stages="tied", gain=1.0):
+def network(depth=3, *, flows=1, stage_fields="tied", gain=1.0):
     made = []
     for _ in range(flows):
-        flow = Flow(lambda: MLPField(3), depth=depth, stages=stages)
+        flow = Flow(lambda: MLPField(3), depth=depth, stage_fields=stage_fields)
         for block in flow.blocks:
             for field in block.fields:
                 field.second.weight.data.mul_(gain)
@@ -268,7 +268,7 @@ def check_alignment(net, optimizer):
 )
 def test_any_sequence_of_edits_keeps_time_depth_state_and_round_trips(tmp_path_factory, tolerances, flows, stages):
     torch.manual_seed(0)
-    net = network(depth=2, flows=flows, stages=stages)
+    net = network(depth=2, flows=flows, stage_fields=stages)
     optimizer = torch.optim.Adam(net.parameters(), 0.01)
     for tolerance in tolerances:
         train(net, optimizer, 1)
@@ -278,7 +278,7 @@ def test_any_sequence_of_edits_keeps_time_depth_state_and_round_trips(tmp_path_f
             assert 1 <= flow.depth <= 6
         check_alignment(net, optimizer)
     path = save_weights(net, tmp_path_factory.mktemp("weights") / "net.safetensors")
-    again = load_weights(network(depth=2, flows=flows, stages=stages), path)
+    again = load_weights(network(depth=2, flows=flows, stage_fields=stages), path)
     assert [flow.h for flow in again.flows] == [flow.h for flow in net.flows]
     assert torch.equal(again(X), net(X))
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from odenets import adapt, models
+from odenets.errors import DivergedError
 from odenets.least_action import LeastAction
 from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
 from odenets.module_wise.fit import _move
 from odenets.training import data
-from odenets.training.loop import DivergedError
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
 from tests.odenets.training.test_loop import NoDouble
@@ -176,7 +176,7 @@ def test_a_resumed_sequence_keeps_its_plan(tmp_path):
 
 
 def test_a_module_moves_where_any_of_it_is_elsewhere():
-    """Its weights are there already, but the optimiser's momentum is not."""
+    """Its weights are there already, but the optimizer's momentum is not."""
     modules = modules_of()
     training = fit_modules(modules, BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
     module, optimizer = modules.modules_in_order[0], training.optimizers[0]

@@ -1,4 +1,4 @@
-"""Modules are proximal steps: a toy with a known minimiser, and the circles."""
+"""Modules are proximal steps: a toy with a known minimizer, and the circles."""
 
 from functools import partial
 

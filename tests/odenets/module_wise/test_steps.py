@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odenets import adapt, measures, models
-from odenets.analysis.memory import memory
+from odenets.analysis.memory import measure_memory
 from odenets.least_action import ActionPenalty
 from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_step, trgl, trgl_multipliers
 from odenets.training import data
@@ -118,7 +118,7 @@ def test_peak_memory_falls_with_the_number_of_modules():
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in network.parts]
         step = partial(parallel_step, network, [trgl(1.0)(k, K) for k in range(K)], optimizers, x, y)
         step()
-        peaks[K] = memory(step).peak
+        peaks[K] = measure_memory(step).peak
     assert peaks[2] < 0.75 * peaks[1]
     assert peaks[4] < 0.75 * peaks[2]
 
@@ -161,7 +161,7 @@ def test_the_action_keeps_nothing_that_is_not_kept_anyway(adapted):
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
         step = partial(parallel_step, modules, [make(k, 2) for k in range(2)], optimizers, x, y)
         step()
-        peaks.append(memory(step).peak)
+        peaks.append(measure_memory(step).peak)
     assert peaks[1] < 1.01 * peaks[0]
 
 
@@ -173,7 +173,7 @@ def test_shapes_alone_tell_the_same_memory():
         x, y = torch.rand(8, 3, 32, 32), torch.randint(10, (8,))
         step = partial(parallel_step, modules, [trgl(1.0)(k, 2) for k in range(2)], optimizers, x, y)
         step()
-        return memory(step).peak
+        return measure_memory(step).peak
 
     real = peak()
     with FakeTensorMode():

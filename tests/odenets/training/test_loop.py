@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from odenets import Flow, Network, adapt, load_weights, models
 from odenets.depth import AdaptiveDepth, DepthRule
-from odenets.flow import Records
+from odenets.errors import DivergedError
 from odenets.least_action import ActionPenalty, LeastAction
+from odenets.recording import Records
 from odenets.training import data
-from odenets.training.loop import DivergedError, evaluate, evaluate_schemes, fit
+from odenets.training.loop import evaluate, evaluate_schemes, fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
 from tests.odenets.training import train_in_processes
@@ -143,7 +144,7 @@ def test_adaptive_depth_recovers_from_divergence(parts):
     assert "diverged" in training.rows[0]["edits"]
 
 
-def test_a_lazy_network_is_made_before_its_optimiser(parts):
+def test_a_lazy_network_is_made_before_its_optimizer(parts):
     net = Network(nn.Flatten(), Flow(), nn.Linear(64, 10))
     training = fit(net, **settings(parts, epochs=1))
     assert len(training.optimizer.param_groups[0]["params"]) == 6

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from odenets import measures, models
-from odenets.flow import Records
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.module_wise import greedy, trgl, trgl_multipliers
+from odenets.recording import Records
 from odenets.training import data
 from odenets.training.loop import evaluate, fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, right_answers

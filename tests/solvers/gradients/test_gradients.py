@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets.analysis.memory import memory
+from odenets.analysis.memory import measure_memory
 from solvers import Tolerance, integrate
 from tests.counting import Counted, NoDouble
 
@@ -153,7 +153,7 @@ def _peak(gradient, steps, solver="rk4"):
         x.grad = None
         net.zero_grad()
 
-    return memory(work, torch.device("cpu")).peak
+    return measure_memory(work, torch.device("cpu")).peak
 
 
 def test_peak_memory():

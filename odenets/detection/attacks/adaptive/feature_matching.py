@@ -105,13 +105,13 @@ def feature_attack(
             raise ValueError("features must be finite, got NaN or infinity")
         mean, scale = z_both.double().mean(0), z_both.double().std(0)
         varies = scale > torch.finfo(torch.float32).eps * mean.abs()  # what does not is rounding
-        ask = _Standardised(detector, mean.float(), torch.where(varies, scale, 1).float())
-        clip = (ask.standardise(z_both).min().item(), ask.standardise(z_both).max().item())
+        ask = _Standardized(detector, mean.float(), torch.where(varies, scale, 1).float())
+        clip = (ask.standardize(z_both).min().item(), ask.standardize(z_both).max().item())
         scale = ask.scale.to(device)
         final = start.images.clone()
         for i in tqdm(range(len(start)), desc=progress, disable=progress is None, unit="image", leave=False):
-            origin = ask.standardise(z_start[i]).numpy()
-            first = ask.standardise(silent[(silent - z_start[i]).div(ask.scale).norm(dim=1).argsort()]).numpy()
+            origin = ask.standardize(z_start[i]).numpy()
+            first = ask.standardize(silent[(silent - z_start[i]).div(ask.scale).norm(dim=1).argsort()]).numpy()
             with seeded(seed, i, device=device_of(network)):
                 found = decision_attack("HSJ", chosen, ask.undetected, origin, first, clip=clip, batch_size=batch_size)
             if found is None:
@@ -130,14 +130,14 @@ def feature_attack(
 
 
 @dataclass(frozen=True, slots=True)
-class _Standardised:
+class _Standardized:
     """A detector asked in deviations of each feature."""
 
     detector: Callable[[Tensor], Any]
     mean: Tensor
     scale: Tensor
 
-    def standardise(self, z: Tensor) -> Tensor:
+    def standardize(self, z: Tensor) -> Tensor:
         return (z - self.mean) / self.scale
 
     def restore(self, points: Tensor) -> Tensor:

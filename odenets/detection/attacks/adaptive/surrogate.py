@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Score", "Surrogate", "agreement", "distil", "scores_of"]
+__all__ = ["Score", "Surrogate", "agreement", "distill", "scores_of"]
 
 Score = Callable[[np.ndarray], np.ndarray]
 """A detector: of features ``(N, F)`` scores in [0, 1], ``(N,)``, high where it sees an attack."""
 
 
 class Surrogate(nn.Module):
-    """A multilayer perceptron on standardised features, whose logit stands for a detector's score.
+    """A multilayer perceptron on standardized features, whose logit stands for a detector's score.
 
     Args:
         mean, std: of the features, ``(F,)``; a std of 0 counts as 1.
@@ -39,7 +39,7 @@ class Surrogate(nn.Module):
         return self.layers(((z - self.mean) / self.std).to(self.mean.dtype))[:, 0]
 
 
-def distil(
+def distill(
     score: Score,
     features: np.ndarray,
     *,
@@ -55,7 +55,7 @@ def distil(
 
     It learns, by cross-entropy with the scores, from the given features and from made ones, of which half are given
     ones with Gaussian noise and half lie between two given ones: a forest can be asked anywhere. The noise of a made
-    one is drawn from [0, ``noise``], so that both the neighbourhood of the data and the space around it are seen.
+    one is drawn from [0, ``noise``], so that both the neighborhood of the data and the space around it are seen.
 
     Args:
         score: the detector.

@@ -51,7 +51,7 @@ def surrogate_attack(
         network: from pixels in [0, 1] to logits.
         features: of network and images, ``(B, F)``, differentiable.
         score: the detector: of features ``(N, F)`` as an array, scores in [0, 1].
-        surrogate: of the detector, from :func:`~odenets.detection.attacks.generation.adaptive.surrogate.distil`.
+        surrogate: of the detector, from :func:`~odenets.detection.attacks.adaptive.surrogate.distill`.
         start: successful adversarial images that are detected.
         images: the clean images of these, ``(N, C, H, W)``.
         eps: radius of the ball.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from odenets.detection.attacks.adaptive import black_box, feature_attack, surrogate_attack
-from odenets.detection.attacks.adaptive.surrogate import distil
+from odenets.detection.attacks.adaptive.surrogate import distill
 from odenets.detection.attacks.generation import attack, preset
 from odenets.detection.features.trajectory import Trajectory
 from tests.odenets.detection.victims import detection, digits, features_of, victim
@@ -98,7 +98,7 @@ def test_features_are_matched_and_the_network_stays_fooled(attacked):
 def test_the_surrogate_leads_past_the_detector_inside_the_ball(attacked, norm, eps):
     start, images = attacked
     known = np.concatenate([quadrants(None, x).numpy() for x in (images, start.images)])
-    surrogate = distil(score, known, copies=20, epochs=30)
+    surrogate = distill(score, known, copies=20, epochs=30)
     found = surrogate_attack(
         victim(), quadrants, score, surrogate, start, images, eps=eps, norm=norm, steps=20, batch_size=3
     )
@@ -121,7 +121,7 @@ def test_a_forest_on_the_trajectory_is_evaded():
     index = (found.success & of_image(found.images)).nonzero()[:4, 0]
     start, images = found.subset(index), test.x[index]
     chances = lambda z: detection().predict_proba(z)[:, 1]  # noqa: E731
-    surrogate = distil(chances, features_of(torch.cat([found.images, test.x])).numpy(), copies=2, epochs=15)
+    surrogate = distill(chances, features_of(torch.cat([found.images, test.x])).numpy(), copies=2, epochs=15)
     found = surrogate_attack(victim(), Trajectory(), chances, surrogate, start, images, eps=0.15, steps=20)
     check(found, start, images, of_image)
     assert found.share >= 0.5
@@ -131,7 +131,7 @@ def test_nothing_is_left_on_network_and_surrogate(attacked):
     start, images = attacked
     network = victim()
     mode = network.training
-    surrogate = distil(score, quadrants(None, images).numpy(), copies=1, epochs=1).train()
+    surrogate = distill(score, quadrants(None, images).numpy(), copies=1, epochs=1).train()
     surrogate_attack(network, quadrants, score, surrogate, start, images, steps=1, weights=[1.0])
     feature_attack(network, quadrants, too_bright, start, images, weights=[(1.0, 1.0)], rounds=1, steps=1, **HSJ)
     assert network.training == mode
@@ -163,7 +163,7 @@ def test_starts_and_detectors_are_looked_at(attacked):
     everything = attack(victim(), preset("FGM", eps=0.01), test.x[:20], test.y[:20])
     with pytest.raises(ValueError, match=r"start must hold successful adversarial images, got \d+ others"):
         black_box(victim(), too_bright_image, everything, test.x[:20])
-    surrogate = distil(score, quadrants(None, images).numpy(), copies=1, epochs=1)
+    surrogate = distill(score, quadrants(None, images).numpy(), copies=1, epochs=1)
     with pytest.raises(ValueError, match="norm must be 'inf' or 2, got 1"):
         surrogate_attack(victim(), quadrants, score, surrogate, start, images, norm=1)
     with pytest.raises(ValueError, match="eps must be positive, steps at least 1 and weights not empty, got 0"):
@@ -175,7 +175,7 @@ def test_starts_and_detectors_are_looked_at(attacked):
 
 def attacks_on(network):
     """The three attacks, cut short, on a network with the start images of :func:`attacked`."""
-    surrogate = distil(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+    surrogate = distill(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
     return {
         "black box": lambda start, x: black_box(network, too_bright_image, start, x, pool=x, **HSJ),
         "features": lambda start, x: feature_attack(
@@ -247,7 +247,7 @@ def test_a_gradient_that_is_not_finite_is_no_attack(attacked):
     def rooted(network, x):
         return quadrants(network, x) + (x - x.detach()).square().flatten(1).sum(1, keepdim=True).sqrt()
 
-    surrogate = distil(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+    surrogate = distill(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
     with pytest.raises(ValueError, match="features and network must have finite gradients"):
         surrogate_attack(victim(), rooted, score, surrogate, start, images, steps=1)
 
@@ -258,7 +258,7 @@ def test_a_gradient_that_is_not_finite_is_no_attack(attacked):
 )
 def test_sizes_are_looked_at(attacked, options, match):
     start, images = attacked
-    surrogate = distil(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+    surrogate = distill(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
     with pytest.raises(ValueError, match=match):
         surrogate_attack(victim(), quadrants, score, surrogate, start, images, **options)
 

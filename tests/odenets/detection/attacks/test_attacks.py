@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from odenets.checkpoints import fingerprint
-from odenets.detection import attacks, toolbox
+from odenets.detection.attacks import art, generation
 from odenets.detection.attacks.generation import PRESETS, Attack, Attacked, attack, preset
 from odenets.detection.attacks.isolation import frozen
 from tests.odenets.detection.victims import digits, victim
@@ -134,7 +134,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(batch, name, tmp_pa
     whole = attack(victim(), chosen, x, y, batch_size=5)
     assert same(whole, attack(victim(), chosen, x, y, batch_size=5))
 
-    right = attacks._attack_batch
+    right = generation._attack_batch
     done = []
 
     def killed(*arguments):
@@ -144,7 +144,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(batch, name, tmp_pa
         return right(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(attacks, "_attack_batch", killed)
+        patch.setattr(generation, "_attack_batch", killed)
         with pytest.raises(Killed):
             attack(victim(), chosen, x, y, batch_size=5, cache=tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -227,7 +227,7 @@ def test_hop_skip_jump_ends_where_rounding_lets_no_step_succeed():
         return np.full(len(points), len(asked) <= 3 and np.array_equal(points[0], first))
 
     settings = {"max_iter": 2, "max_eval": 10, "init_eval": 10}
-    found = toolbox.decision_attack("HSJ", settings, adversarial, np.zeros_like(first), [first])
+    found = art.decision_attack("HSJ", settings, adversarial, np.zeros_like(first), [first])
     assert np.array_equal(found, first)
 
 
@@ -235,7 +235,7 @@ def test_without_a_first_adversarial_point_nothing_is_found():
     def never(points):
         return np.zeros(len(points), dtype=bool)
 
-    assert toolbox.decision_attack("BA", {}, never, np.zeros((1, 2, 2)), [np.ones((1, 2, 2))]) is None
+    assert art.decision_attack("BA", {}, never, np.zeros((1, 2, 2)), [np.ones((1, 2, 2))]) is None
 
 
 @pytest.mark.parametrize(
@@ -545,8 +545,8 @@ def test_bytes_are_told_of():
 
 def test_art_and_the_preset_agree_on_what_autoattack_is_made_of(batch):
     """As the docstring says: two Auto-PGDs without targets, DeepFool in L2 in the place of FAB, Square."""
-    art = toolbox.toolbox()
-    estimator = art.estimators.classification.PyTorchClassifier(
+    toolbox = art.toolbox()
+    estimator = toolbox.estimators.classification.PyTorchClassifier(
         victim(),
         loss=nn.CrossEntropyLoss(),
         input_shape=(1, 8, 8),
@@ -554,7 +554,7 @@ def test_art_and_the_preset_agree_on_what_autoattack_is_made_of(batch):
         clip_values=(0, 1),
         device_type="cpu",
     )
-    parts = art.attacks.evasion.AutoAttack(estimator).attacks
+    parts = toolbox.attacks.evasion.AutoAttack(estimator).attacks
     names = [type(part).__name__ for part in parts]
     assert names == ["AutoProjectedGradientDescent", "AutoProjectedGradientDescent", "DeepFool", "SquareAttack"]
     assert [part.loss_type for part in parts[:2]] == ["cross_entropy", "difference_logits_ratio"]

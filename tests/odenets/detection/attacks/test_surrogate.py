@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from odenets.detection.attacks.adaptive.surrogate import agreement, distil
+from odenets.detection.attacks.adaptive.surrogate import agreement, distill
 from odenets.detection.attacks.isolation import seeded
 from tests.odenets.detection.victims import detection, digits, features_of
 
@@ -18,7 +18,7 @@ def drawn(n, seed):
 
 
 def test_it_learns_what_the_detector_says():
-    surrogate = distil(ring, drawn(150, 0), copies=4)
+    surrogate = distill(ring, drawn(150, 0), copies=4)
     assert agreement(surrogate, ring, drawn(1000, 1)) > 0.95
     z = torch.from_numpy(drawn(1000, 1)).float()
     errors = (surrogate(z).sigmoid().numpy() - ring(z.numpy())) ** 2
@@ -28,12 +28,12 @@ def test_it_learns_what_the_detector_says():
 def test_it_learns_a_forest():
     train, test = digits()
     score = lambda z: detection().predict_proba(z)[:, 1]  # noqa: E731
-    surrogate = distil(score, features_of(train.x[:300]).numpy(), copies=4, epochs=30)
+    surrogate = distill(score, features_of(train.x[:300]).numpy(), copies=4, epochs=30)
     assert agreement(surrogate, score, features_of(test.x).numpy()) > 0.75
 
 
 def test_its_gradient_leads_away_from_detection():
-    surrogate = distil(ring, drawn(150, 0), copies=4)
+    surrogate = distill(ring, drawn(150, 0), copies=4)
     z = torch.tensor([[5.0, -100.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(surrogate(z).sum(), z)
     assert gradient[0, 0] > 0
@@ -43,7 +43,7 @@ def test_its_gradient_leads_away_from_detection():
 
 def test_it_follows_the_seed_and_leaves_the_random_state():
     state = torch.get_rng_state()
-    a, b, c = (distil(ring, drawn(50, 0), copies=1, epochs=2, seed=seed) for seed in (0, 0, 1))
+    a, b, c = (distill(ring, drawn(50, 0), copies=1, epochs=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     z = torch.from_numpy(drawn(20, 1)).float()
     assert torch.equal(a(z), b(z))
@@ -53,7 +53,7 @@ def test_it_follows_the_seed_and_leaves_the_random_state():
 def test_other_devices_are_left_alone(monkeypatch):
     seeds = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    distil(ring, drawn(50, 0), copies=1, epochs=1)
+    distill(ring, drawn(50, 0), copies=1, epochs=1)
     with seeded(1, 2):
         torch.rand(1)
     assert not seeds
@@ -61,7 +61,7 @@ def test_other_devices_are_left_alone(monkeypatch):
 
 def test_a_constant_feature_is_no_trouble():
     features = np.concatenate([drawn(50, 0), np.full((50, 1), 7.0)], 1)
-    assert distil(ring, features, copies=1, epochs=2)(torch.from_numpy(features).float()).isfinite().all()
+    assert distill(ring, features, copies=1, epochs=2)(torch.from_numpy(features).float()).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_constant_feature_is_no_trouble():
 )
 def test_features_and_scores_are_looked_at(score, features, match):
     with pytest.raises(ValueError, match=match):
-        distil(score, features)
+        distill(score, features)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -83,29 +83,29 @@ def test_it_learns_at_any_scale_of_the_features(scale):
     def scaled(z):
         return ring(z / scale)
 
-    surrogate = distil(scaled, scale * drawn(150, 0), copies=4, epochs=30)
+    surrogate = distill(scaled, scale * drawn(150, 0), copies=4, epochs=30)
     assert agreement(surrogate, scaled, scale * drawn(500, 1)) > 0.9
 
 
 def test_a_constant_feature_far_from_zero_is_no_trouble():
     """The mean of 1e8 + 0.1 is not that number to the last digit."""
     features = np.concatenate([drawn(50, 0), np.full((50, 1), 1e8 + 0.1)], 1)
-    surrogate = distil(ring, features, copies=1, epochs=2)
+    surrogate = distill(ring, features, copies=1, epochs=2)
     assert surrogate.std[2] == 1
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_is_taught_whatever_the_mode_of_the_caller(mode):
     z = torch.from_numpy(drawn(20, 1)).float()
-    expected = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    expected = distill(ring, drawn(50, 0), copies=1, epochs=2)
     with mode():
-        surrogate = distil(ring, drawn(50, 0), copies=1, epochs=2)
+        surrogate = distill(ring, drawn(50, 0), copies=1, epochs=2)
     assert torch.equal(surrogate(z), expected(z))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_features_of_any_precision_are_asked(dtype):
-    surrogate = distil(ring, drawn(50, 0), copies=1, epochs=2)
+    surrogate = distill(ring, drawn(50, 0), copies=1, epochs=2)
     z = torch.from_numpy(drawn(20, 1)).to(dtype)
     torch.testing.assert_close(surrogate(z), surrogate(z.float()))
 
@@ -123,4 +123,4 @@ def test_features_of_any_precision_are_asked(dtype):
 )
 def test_numbers_out_of_range_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        distil(ring, drawn(50, 0), **options)
+        distill(ring, drawn(50, 0), **options)

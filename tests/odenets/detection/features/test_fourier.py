@@ -39,9 +39,9 @@ def test_magnitude_and_phase_give_the_image_back():
 
 
 @pytest.mark.parametrize("part", ["magnitude", "phase"])
-@pytest.mark.parametrize("grey", [0.0, 0.3, 1.0])
-def test_flat_images_are_finite_and_so_are_their_gradients(part, grey):
-    x = torch.full((2, 1, 8, 8), grey, requires_grad=True)
+@pytest.mark.parametrize("gray", [0.0, 0.3, 1.0])
+def test_flat_images_are_finite_and_so_are_their_gradients(part, gray):
+    x = torch.full((2, 1, 8, 8), gray, requires_grad=True)
     found = FourierSpectrum(part)(network, x)
     assert found.isfinite().all()
     assert torch.autograd.grad(found.sum(), x)[0].isfinite().all()

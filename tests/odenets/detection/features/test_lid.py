@@ -27,8 +27,8 @@ def ball(n, dimension):
 
 @pytest.mark.parametrize("dimension", [1, 2, 5, 20])
 def test_dimension_of_a_ball(dimension):
-    centre, k = torch.zeros(1, dimension), 100
-    found = torch.cat([local_dimension(centre, ball(1000, dimension), k) for _ in range(40)])
+    center, k = torch.zeros(1, dimension), 100
+    found = torch.cat([local_dimension(center, ball(1000, dimension), k) for _ in range(40)])
     # -log(r_i / r_k) are exponential variables of mean 1/d for i < k, and 0 for i = k
     assert (1 / found).mean().item() * k / (k - 1) == pytest.approx(1 / dimension, rel=0.06)
 
@@ -41,7 +41,7 @@ def test_dimension_is_that_of_the_subspace_and_not_of_the_space_around():
     )
 
 
-def test_dimension_is_that_of_the_formula_with_neighbours_by_sklearn():
+def test_dimension_is_that_of_the_formula_with_neighbors_by_sklearn():
     points, near = torch.randn(7, 4), torch.randn(50, 4)
     r, _ = NearestNeighbors(n_neighbors=12).fit(near.numpy()).kneighbors(points.numpy())
     expected = -1 / np.log(r / r[:, -1:]).mean(1)
@@ -49,13 +49,13 @@ def test_dimension_is_that_of_the_formula_with_neighbours_by_sklearn():
 
 
 @pytest.mark.parametrize("rounding", [0, 1e-7])
-def test_a_point_is_no_neighbour_of_its_own(rounding):
+def test_a_point_is_no_neighbor_of_its_own(rounding):
     near = torch.randn(50, 4, dtype=torch.float64)
     alone = torch.cat([local_dimension(near[i : i + 1], torch.cat([near[:i], near[i + 1 :]]), 20) for i in range(50)])
     torch.testing.assert_close(local_dimension(near + rounding, near, 20), alone, rtol=1e-5, atol=0)
 
 
-def test_fewer_neighbours_than_k_all_count():
+def test_fewer_neighbors_than_k_all_count():
     point, near = torch.zeros(1, 2), torch.randn(10, 2)
     near[3:7] = 0
     others = torch.cat([near[:3], near[7:]])
@@ -65,7 +65,7 @@ def test_fewer_neighbours_than_k_all_count():
 @pytest.mark.parametrize(
     "near",
     [torch.zeros(10, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(5, 1), torch.tensor([[0.0, 0.0], [0.0, 1.0]])],
-    ids=["copies", "on a circle", "one neighbour"],
+    ids=["copies", "on a circle", "one neighbor"],
 )
 def test_equal_distances_give_a_finite_number(near):
     point = torch.zeros(1, 2, requires_grad=True)

@@ -28,7 +28,7 @@ def noise(*shape):
 
 
 def smooth(*shape):
-    """Random images with neighbours that resemble each other."""
+    """Random images with neighbors that resemble each other."""
     x = gaussian_filter(noise(*shape).numpy(), (0, 0, 2, 2))
     return torch.tensor((x - x.min()) / (x.max() - x.min()))
 
@@ -42,14 +42,14 @@ def test_statistics_are_those_of_piq(images):
     torch.testing.assert_close(found.double(), piq()(255 * images.double()), atol=1.5e-3, rtol=2e-3)
 
 
-def test_statistics_of_colours_are_those_of_their_luma():
+def test_statistics_of_colors_are_those_of_their_luma():
     x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     exact = (x * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)[:, None, None]).sum(1, keepdim=True)
     torch.testing.assert_close(statistics(network, x), statistics(network, exact))
     torch.testing.assert_close(statistics(network, x), statistics(network, rgb_to_grayscale(x)), rtol=2e-2, atol=2e-3)
 
 
-def test_contrast_is_normalised_as_by_scipy():
+def test_contrast_is_normalized_as_by_scipy():
     image = 255 * np.random.default_rng(0).random((12, 9))
     window = {"sigma": 7 / 6, "mode": "constant", "radius": 3}
     mean = gaussian_filter(image, **window)
@@ -59,7 +59,7 @@ def test_contrast_is_normalised_as_by_scipy():
 
 
 @pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])
-def test_a_generalised_gaussian_gets_its_shape_and_variance_back(shape):
+def test_a_generalized_gaussian_gets_its_shape_and_variance_back(shape):
     law = gennorm(shape, scale=1.7)
     samples = torch.tensor(law.rvs((4, 100_000), random_state=np.random.default_rng(0)))
     found, variance = generalized_gaussian(samples)
@@ -96,18 +96,18 @@ def test_shape_is_on_the_grid_and_within_its_ends():
     torch.testing.assert_close(shape, shape.round())
 
 
-@pytest.mark.parametrize("grey", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("gray", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_flat_images_have_finite_statistics(grey, channels):
-    found = statistics(network, torch.full((2, channels, 8, 8), grey))
+def test_flat_images_have_finite_statistics(gray, channels):
+    found = statistics(network, torch.full((2, channels, 8, 8), gray))
     assert found.isfinite().all()
-    if grey == 0:
+    if gray == 0:
         torch.testing.assert_close(found[0], torch.tensor([0.2, 0, *[0.2, 0, 0, 0] * 4]))
 
 
-@pytest.mark.parametrize("grey", [5, 20, 178])  # of these 5 and 20 are not met exactly by the weighted mean
-def test_flat_parts_of_an_image_count_on_neither_side(grey):
-    x = torch.full((1, 1, 40, 40), grey / 255)
+@pytest.mark.parametrize("gray", [5, 20, 178])  # of these 5 and 20 are not met exactly by the weighted mean
+def test_flat_parts_of_an_image_count_on_neither_side(gray):
+    x = torch.full((1, 1, 40, 40), gray / 255)
     x[:, :, 15:25, 15:25] = torch.rand(10, 10)
     m = contrast_normalized(255 * x[0])[0]
     assert (m[4:11, 4:-4] == 0).all()
@@ -140,7 +140,7 @@ def test_the_network_is_not_asked():
 
 @pytest.mark.parametrize(
     ("images", "message"),
-    [(torch.ones(2, 2, 8, 8), "grey or RGB"), (2 * torch.ones(2, 1, 8, 8), r"\[0, 1\]"), (torch.ones(8, 8), "batch")],
+    [(torch.ones(2, 2, 8, 8), "gray or RGB"), (2 * torch.ones(2, 1, 8, 8), r"\[0, 1\]"), (torch.ones(8, 8), "batch")],
 )
 def test_errors(images, message):
     with pytest.raises(ValueError, match=message):

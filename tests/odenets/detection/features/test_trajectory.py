@@ -226,7 +226,7 @@ def test_errors():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.full((2, 1, 8, 8), 1.5), r"pixels in \[0, 1\], got \[1.5, 1.5\]: normalise inside"),
+        (torch.full((2, 1, 8, 8), 1.5), r"pixels in \[0, 1\], got \[1.5, 1.5\]: normalize inside"),
         (torch.full((2, 1, 8, 8), torch.nan), "finite"),
         (torch.rand(8, 8), "batch"),
         (torch.ones(2, 1, 8, 8, dtype=torch.long), "floating"),

@@ -12,8 +12,9 @@ import torch
 from torch import distributed
 
 from odenets import load_weights, models
+from odenets.errors import WorkerLostError
 from odenets.module_wise import conv_head, fit_in_processes, fit_modules, module_wise
-from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender, WorkerLostError
+from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
 from odenets.module_wise.distributed.processes import _check_apart
 from odenets.training import data
 from tests.odenets.module_wise import train_modules

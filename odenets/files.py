@@ -1,0 +1,32 @@
+"""Files that are whole or not there: a kill leaves no half of one under its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["write_atomically"]
+
+
+def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> Path:
+    """Write a file beside its place and move it there; folders are made.
+
+    Several processes may write the same file at once: the last one's stays.
+
+    Args:
+        path: of the file.
+        content: its bytes, or a function that writes them to the path it is called with.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,82 @@
+"""Recording: what every network offers whose steps can be measured, and the numbers that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from odenets.measures import Measure
+from solvers import Step
+
+__all__ = ["Recorder", "Records", "check_values"]
+
+
+class Records(dict[str, Tensor]):
+    """Measures by name, each ``(blocks, B)``; ``starts`` holds the row at which each flow begins."""
+
+    def __init__(self, values: dict[str, Tensor], starts: tuple[int, ...] = (0,)) -> None:
+        super().__init__(values)
+        self.starts = starts
+
+    @classmethod
+    def join(cls, parts: Iterable[tuple[Records, int]]) -> Records:
+        """The records of consecutive parts of a network as one, whose ``starts`` are the rows at which parts begin.
+
+        Args:
+            parts: the records of each, with the same measures, and its number of blocks, which counts where there is
+                no measure.
+        """
+        rows: dict[str, list[Tensor]] = {}
+        starts, begin = [], 0
+        for records, depth in parts:
+            starts.append(begin)
+            begin += next((len(row) for row in records.values()), depth)
+            for name, row in records.items():
+                rows.setdefault(name, []).append(row)
+        return cls({name: torch.cat(row) for name, row in rows.items()}, tuple(starts))
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """A network whose solver steps can be taken and measured: a flow, a network of flows, an adapted model, a part.
+
+    Methods that measure take any of them; what a class of the user's offers under these names is one too.
+    """
+
+    @property
+    def depth(self) -> int:
+        """Number of steps."""
+        ...
+
+    @property
+    def h(self) -> tuple[float, ...]:
+        """Step size of each."""
+        ...
+
+    @property
+    def evaluations(self) -> int:
+        """Field evaluations of one forward pass."""
+        ...
+
+    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+        """The output for inputs ``x``, and per measure ``(depth, B)``."""
+        ...
+
+    def steps(self, x: Tensor) -> Iterator[Step]:
+        """Every step for inputs ``x``, one after the other."""
+        ...
+
+
+def check_values(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """The values of a measure, one per sample.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"measure {name!r} must return one number per sample, shape ({x.shape[0]},), got {got}")
+    return value
