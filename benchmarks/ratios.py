@@ -1,0 +1,165 @@
+"""The speed of solves and networks over their floors, here and in another checkout, in turns.
+
+    python -m benchmarks.ratios
+    python -m benchmarks.ratios --against ../before --rounds 40
+
+Each tree has a process of its own, on one thread, and both take every case in turns: what else the machine does meets
+both. A figure is the median over rounds of the processor time of a case over that of its floor, the bare calls of its
+fields or the bare network; with another checkout, also the median of the ratios of one to the other, round by round.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tabulate import tabulate
+
+SHORTEST = 0.03
+"""Seconds of a round, at least: work and floor are taken again and again, in turns."""
+
+Case = tuple[Callable[[], object], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared.
+
+    Attributes:
+        against: another checkout of this repository.
+        rounds: of each case.
+        only: cases whose name holds this.
+    """
+
+    against: Path | None = None
+    rounds: int = 20
+    only: str = ""
+
+
+def cases() -> dict[str, Case]:
+    """By name: a piece of work and its floor."""
+    return solves() | networks()
+
+
+def solves() -> dict[str, Case]:
+    """Solves of the three fields, over as many bare calls."""
+    from benchmarks.bench_solvers import evaluations, passes
+    from benchmarks.fields import FIELDS, calls, make
+    from benchmarks.solves import prepare
+
+    ways = [("bs23", "integrate"), ("rk4", "integrate"), ("dopri5", "integrate"), ("dopri5", "integrate per sample")]
+    result = {}
+    for name in FIELDS:
+        for method, who in [*ways, ("dopri5", "odeint"), ("dopri5", "torchdiffeq")]:
+            for backward in (False, True):
+                field, x = make(name, "cpu")
+                x.requires_grad_(backward)
+                run = prepare(method, who, field, x)
+                n = evaluations(field, run)
+                floor = passes(lambda field=field, x=x, n=n: calls(field, x, n), backward)
+                label = f"{who}, {method}, {name.split(':')[0]}, {'with gradients' if backward else 'forward'}"
+                result[label] = passes(run, backward), floor
+    return result
+
+
+def networks() -> dict[str, Case]:
+    """Networks that are measured, over the same without."""
+    from torchvision.models import resnet18
+
+    from odenets import adapt, measures, models
+
+    x = torch.randn(16, 3, 32, 32)
+    result = {}
+    for name, network in {
+        "ResNet-9, Euler": models.resnet9(3, 10, solver="euler"),
+        "ResNet-9, BS23": models.resnet9(3, 10, solver="bs23"),
+        "small network, BS23": models.small_network(3, 10, size=32, solver="bs23", depth=4),
+        "adapted ResNet-18": adapt(resnet18(num_classes=10)),
+    }.items():
+
+        def train(network: torch.nn.Module = network, **recorded: object) -> None:
+            output, records = network.record(x, **recorded)  # type: ignore[operator]
+            loss = output.square().mean() + sum(values.mean() for values in records.values())
+            loss.backward()
+
+        result[f"{name}, action in a training step"] = lambda train=train: train(action=measures.action), train
+    return result
+
+
+def serve() -> None:
+    """Take cases from the standard input by name, and answer with the time of its work over that of its floor."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    known = cases()
+    print("\t".join(known), flush=True)
+    for line in sys.stdin:
+        work, floor = known[line.rstrip("\n")]
+        seconds, spent = [0.0, 0.0], 0.0
+        while spent < SHORTEST:
+            for i, part in enumerate((floor, work)):
+                begin = time.process_time()
+                part()
+                seconds[i] += time.process_time() - begin
+            spent = sum(seconds)
+        print(seconds[1] / seconds[0], flush=True)
+
+
+class Tree:
+    """A checkout and the process that runs its code."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        code = f"import runpy, sys; runpy.run_path({__file__!r}, run_name='serve')"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.names = self._line().split("\t")
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None  # it is a pipe
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of a checkout ended with {self.process.wait()}")
+        return line.rstrip("\n")
+
+    def time(self, name: str) -> float:
+        """The work of a case over its floor."""
+        assert self.process.stdin is not None  # it is a pipe
+        print(name, file=self.process.stdin, flush=True)
+        return float(self._line())
+
+
+def main(options: Options) -> None:
+    """Print a table of ratios."""
+    here = Path(__file__).parents[1]
+    trees = [Tree(here)] + ([Tree(options.against.resolve())] if options.against else [])
+    names = [name for name in trees[0].names if options.only in name and all(name in tree.names for tree in trees)]
+    for tree in trees:  # warm
+        for name in names:
+            tree.time(name)
+    ratios = {name: [[tree.time(name) for tree in trees] for _ in range(options.rounds)] for name in names}
+    lines = []
+    for name, rounds in ratios.items():
+        cells = [f"{statistics.median(values):.3f}" for values in zip(*rounds, strict=True)]
+        if options.against:
+            quotients = [one / other for one, other in rounds]
+            low, middle, high = statistics.quantiles(quotients, n=4)
+            cells += [f"{middle:.3f}", f"{low:.3f} to {high:.3f}"]
+        lines.append([name, *cells])
+    heads = ["here"] + (["there", "here / there", "quartiles"] if options.against else [])
+    print(tabulate(lines, ["time over that of the floor", *heads], tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
+elif __name__ == "serve":
+    serve()
