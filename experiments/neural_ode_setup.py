@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -144,10 +144,12 @@ class TorchdiffeqFlow(Flow):
         solve: Callable[..., Any] = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
         self.odeint = partial(solve, method=solver, rtol=tolerance.rtol, atol=tolerance.atol)
 
-    def _steps(self, *_: Any, **__: Any) -> Iterator[Step]:
+    def steps(self, *_: Any, **__: Any) -> Iterator[Step]:
         raise NotImplementedError("torchdiffeq does not show its steps")
 
-    def _record(self, x: Tensor, readout: str, measures: Mapping[str, Measure]) -> tuple[Tensor, Records]:
+    def record(
+        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: Measure
+    ) -> tuple[Tensor, Records]:
         if readout != "solution" or set(measures) - {"action"}:
             raise ValueError(f"torchdiffeq gives the solution and the action, not {readout!r} and {sorted(measures)}")
         field, times = field_of(self), x.new_tensor([0.0, self.total_time])

@@ -1,5 +1,7 @@
 """Residual networks as explicit Runge-Kutta integrators over learned velocity fields."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from odenets import fields, measures, models
 from odenets.adapting import AdaptedModel, adapt
 from odenets.checkpoints import load_weights, save_weights
@@ -8,7 +10,7 @@ from odenets.flow import Block, Flow
 from odenets.initialization import initialize
 from odenets.network import Network
 from odenets.normalization import recalibrate
-from odenets.recording import Records
+from odenets.recording import Recorder, Records
 
 __all__ = [
     "AdaptedModel",
@@ -17,6 +19,7 @@ __all__ = [
     "Flow",
     "MLPField",
     "Network",
+    "Recorder",
     "Records",
     "adapt",
     "fields",
@@ -27,3 +30,8 @@ __all__ = [
     "recalibrate",
     "save_weights",
 ]
+
+try:
+    __version__ = version("odenets")
+except PackageNotFoundError:  # run from its sources
+    __version__ = "unknown"

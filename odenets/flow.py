@@ -278,22 +278,20 @@ class Flow(nn.Module):
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
-        """Every step from ``x`` at time 0 to the total time.
+    def steps(self, x: Tensor, *, closing: bool = True, check: bool = True) -> Iterator[Step]:
+        """Every step from ``x`` at time 0 to the total time, each still as it was when the next one has been taken.
 
         Args:
             x: state, ``(B, *S)``, floating and finite.
             closing: whether each step carries the closing stage of an FSAL method.
+            check: False does not look at x, so that a network that diverges can be measured.
 
         Raises:
             TypeError, ValueError: x is no batch of finite floating states, or a field writes into what it has returned
                 in the step before, which may have been kept.
         """
-        check_state(x)
-        yield from self._steps_to_keep(x, closing)
-
-    def _steps_to_keep(self, x: Tensor, closing: bool) -> Iterator[Step]:
-        """The steps, each of which is still what it was when the next one has been taken."""
+        if check:
+            check_state(x)
         stages, versions = (), None
         for step in self._steps(x, closing):
             check_unchanged(stages, versions)
@@ -356,7 +354,9 @@ class Flow(nn.Module):
         """
         return self.record(x, readout)[0]
 
-    def record(self, x: Tensor, readout: str = "solution", /, **measures: Measure) -> tuple[Tensor, Records]:
+    def record(
+        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: Measure
+    ) -> tuple[Tensor, Records]:
         """The end state and one ``(blocks, B)`` tensor per measure.
 
         Each step is measured as it is taken; nothing of it is kept but what gradients need.
@@ -364,18 +364,17 @@ class Flow(nn.Module):
         Args:
             x: state at time 0, ``(B, *S)``.
             readout: "solution" or "ensemble".
+            check: as in :meth:`steps`.
             measures: functions ``Step -> (B,)`` by name. Unless all are marked :func:`~odenets.measures.interior` every
                 block evaluates its closing stages.
 
         Raises:
             TypeError, ValueError: x is no batch of states, or a measure does not return ``(B,)``.
         """
-        check_state(x)
+        if check:
+            check_state(x)
         if readout not in ("solution", "ensemble"):
             raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
-        return self._record(x, readout, measures)
-
-    def _record(self, x: Tensor, readout: str, measures: dict[str, Measure]) -> tuple[Tensor, Records]:
         for name, measure in measures.items():
             if not callable(measure):
                 hint = "; the readout is positional: record(x, 'ensemble')" if name == "readout" else ""
@@ -390,18 +389,17 @@ class Flow(nn.Module):
         end = last.x1 if readout == "solution" else _average([last.output(name) for name in self.tableau.outputs])
         return end, Records({name: torch.stack(values) for name, values in rows.items()})
 
-    def outputs(self, x: Tensor, *, full_passes: bool = False) -> dict[str, Tensor]:
+    def outputs(self, x: Tensor, *, full_passes: bool = False, check: bool = True) -> dict[str, Tensor]:
         """The embedded outputs by name, each ``(B, *S)``.
 
         Args:
             x: state at time 0, ``(B, *S)``.
             full_passes: False, those of the last block, in one pass; True, one pass per scheme in which every block
-                carries that scheme's output on (eq. 43).
+                carries that scheme's output on [K24, eq. 43].
+            check: as in :meth:`steps`.
         """
-        check_state(x)
-        return self._outputs(x, full_passes)
-
-    def _outputs(self, x: Tensor, full_passes: bool) -> dict[str, Tensor]:
+        if check:
+            check_state(x)
         if not full_passes or self.continuous:
             *_, last = self._steps(x, closing=False, ensemble=True)
             return {name: last.output(name) for name in self.tableau.outputs}

@@ -115,7 +115,7 @@ class Network(nn.Module):
         for i, flow in enumerate(self.flows):
             if i:
                 x = self.transitions[i - 1](x)
-            x, records = flow._record(x, self.readout if i == len(self._flows) - 1 else "solution", measures)
+            x, records = flow.record(x, self.readout if i == len(self._flows) - 1 else "solution", False, **measures)
             parts.append((records, flow.depth))
         return self.head(x), Records.join(parts)
 
@@ -125,7 +125,7 @@ class Network(nn.Module):
         for i, flow in enumerate(self.flows):
             if i:
                 x = self.transitions[i - 1](x)
-            for step in flow._steps_to_keep(x, closing):
+            for step in flow.steps(x, closing=closing, check=False):
                 yield step
                 x = step.x1
 
@@ -140,8 +140,8 @@ class Network(nn.Module):
         *before, last = self.flows
         x = self._encode(x)
         for flow, transition in zip(before, self.transitions, strict=True):
-            x = transition(flow._record(x, "solution", {})[0])
-        states = last._outputs(x, full_passes)
+            x = transition(flow.record(x, "solution", False)[0])
+        states = last.outputs(x, full_passes=full_passes, check=False)
         states["ensemble"] = torch.stack(tuple(states.values())).mean(0)
         return {name: self.head(state) for name, state in states.items()}
 

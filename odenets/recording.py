@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -65,8 +65,8 @@ class Recorder(Protocol):
         """The output for inputs ``x``, and per measure ``(depth, B)``."""
         ...
 
-    def steps(self, x: Tensor) -> Iterator[Step]:
-        """Every step for inputs ``x``, one after the other."""
+    def steps(self, x: Tensor, *, closing: bool = True) -> Iterable[Step]:
+        """Every step for inputs ``x``, one after the other; without ``closing``, steps may lack their closing stage."""
         ...
 
 

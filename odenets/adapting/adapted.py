@@ -440,7 +440,7 @@ class AdaptedModel(nn.Module):
             {name: torch.stack(values) for name, values in taken.rows.items()}, _flow_starts(taken.seen)
         )
 
-    def steps(self, x: Tensor) -> list[Step]:
+    def steps(self, x: Tensor, *, closing: bool = True) -> list[Step]:
         """Every step for inputs ``x``, with its states; warns as :meth:`record` does.
 
         Raises:

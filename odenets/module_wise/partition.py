@@ -53,7 +53,7 @@ class Part(nn.Module):
             if not isinstance(piece, Flow):
                 x = piece(x)
                 continue
-            x, records = piece._record(x, "solution", measures)
+            x, records = piece.record(x, "solution", False, **measures)
             parts.append((records, piece.depth))
         return x, Records.join(parts)
 

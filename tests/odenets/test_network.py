@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
-from odenets import Flow, MLPField, Network, measures
+from odenets import Flow, MLPField, Network, Recorder, Records, adapt, measures
 
 
 @pytest.fixture
@@ -25,6 +26,41 @@ def test_one_function_through_forward_record_steps_and_by_hand(network):
     assert records.starts == (0, 2)
     assert records["action"].shape == records["error"].shape == (5, 5)
     torch.testing.assert_close(records["action"], torch.stack([measures.action(step) for step in network.steps(X)]))
+
+
+@pytest.mark.parametrize("readout", ["solution", "ensemble"])
+def test_a_network_takes_what_a_flow_overrides(readout):
+    """Such as one that another library integrates."""
+
+    class Doubling(Flow):
+        def record(self, x, readout="solution", check=True, /, **measures):
+            return 2 * x, Records(dict.fromkeys(measures, x[None, :, 0]))
+
+        def steps(self, x, **options):
+            return iter([])
+
+        def outputs(self, x, **options):
+            return {"only": 2 * x}
+
+    net = Network(nn.Identity(), [Doubling(), Doubling()], nn.Identity(), transitions=[nn.Identity()], readout=readout)
+    output, records = net.record(X, first=measures.action)
+    assert torch.equal(output, 4 * X)
+    assert torch.equal(net(X), 4 * X)
+    assert torch.equal(net.ensemble(X), 4 * X)
+    assert torch.equal(records["first"], torch.stack([X[:, 0], 2 * X[:, 0]]))
+    assert list(net.steps(X)) == []
+
+
+def test_a_network_that_diverges_can_be_measured():
+    class Infinite(nn.Module):
+        def forward(self, t, x):
+            return x * torch.inf
+
+    flow = lambda: Flow(Infinite(), solver="bs23", shared=True)  # noqa: E731
+    net = Network(nn.Identity(), [flow(), flow()], nn.Identity(), transitions=[nn.Identity()])
+    assert net.record(X, action=measures.action)[1]["action"].shape == (2, 5)
+    assert len(list(net.steps(X))) == 2
+    assert not net.ensemble(X).isfinite().any()
 
 
 def test_sizes(network):
@@ -61,6 +97,13 @@ def test_inputs_of_another_dtype_are_named(network, dtype):
         network.to(dtype)(X)
     assert network(X.to(dtype)).dtype == dtype
     assert network.ensemble(X.to(dtype)).dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:the branches of .* end in a batch norm")
+def test_what_records_its_steps_is_a_recorder(network):
+    network(X)
+    assert all(isinstance(each, Recorder) for each in (network, network.flows[0], adapt(resnet18())))
+    assert not isinstance(network.head, Recorder)
 
 
 def test_an_error_of_the_encoder_stays_its_own(network):
