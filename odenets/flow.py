@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,25 @@ class Flow(nn.Module):
         else:
             self._make_blocks(field)
 
+    @classmethod
+    def of(
+        cls, blocks: Sequence[Block], h: Sequence[float] | None = None, *, start: float = 0.0, **settings: Any
+    ) -> Self:
+        """A flow of blocks that there are, which keep their modes.
+
+        Args:
+            blocks: in order, with the fields that ``settings`` call for; one for a shared or continuous flow.
+            h: step sizes; those of the blocks if not given.
+            start: the time of the first state.
+            settings: the other arguments of the class: solver, stage_fields, shared, tolerance, controller.
+        """
+        h = [block.h for block in blocks] if h is None else h
+        flow = cls(None, depth=len(h), h=h, **settings)
+        del flow.field_of_first_input
+        flow.blocks.extend(blocks)
+        flow.start = start
+        return flow
+
     # -- structure ----------------------------------------------------------------------------------------------
 
     @property
@@ -223,7 +242,8 @@ class Flow(nn.Module):
 
         Raises:
             ValueError: no such blocks, no field yet, or blocks that share fields: of a continuous or shared flow, or
-                one with chained stages.
+                one with chained stage fields.
+            TypeError: a class with settings of its own, which a part would lack.
         """
         if not 0 <= first < last <= self.depth:
             raise ValueError(f"a flow of {self.depth} blocks has no part from {first} to {last}")
@@ -232,14 +252,22 @@ class Flow(nn.Module):
             raise ValueError("a shared, continuous or chained flow has no parts: its blocks share fields")
         if not len(self.blocks):
             raise ValueError("the flow has no field yet: call it once before it is cut")
-        part = copy.copy(self)  # with all settings, those of a subclass too
-        nn.Module.__init__(part)  # without hooks: those of the whole are not its own
-        part.training = self.training
-        part.blocks = nn.ModuleList(self.blocks if whole else self.blocks[first:last])
-        part.blocks.training = self.blocks.training
-        part.statistics = Statistics()
-        part.start = self.start + math.fsum(self.h[:first])
-        part._sizes = self.h[first:last]
+        if type(self).__init__ is not Flow.__init__:
+            raise TypeError(
+                f"{type(self).__name__} has settings of its own, which a part would lack: let it define part"
+            )
+        part = self.of(
+            [cast(Block, block) for block in (self.blocks if whole else self.blocks[first:last])],
+            self.h[first:last],
+            start=self.start + math.fsum(self.h[:first]),
+            solver=self.tableau,
+            stage_fields=self.stage_fields,
+            shared=self.shared,
+            tolerance=self.tolerance,
+            controller=self.controller if self.continuous else None,
+        )
+        part.training, part.blocks.training = self.training, self.blocks.training
+        part.input_shape = self.input_shape
         return part
 
     def _make_blocks(self, source: FieldSource) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 import odenets
 from odenets import ConvField, Flow, MLPField, measures
 from odenets.fields import VelocityField
-from solvers import Tolerance, get_tableau
+from solvers import PI, Tolerance, get_tableau
 from tests.counting import Counted
 
 VECTORS, IMAGES = torch.randn(5, 3), torch.randn(4, 8, 6, 6)
@@ -223,6 +223,32 @@ def test_a_part_of_a_compiled_flow_is_the_part():
     flow.compile(backend="eager")
     *_, last = flow.part(0, 2).steps(VECTORS)
     torch.testing.assert_close(flow.part(0, 2)(VECTORS), last.x1)
+
+
+def test_a_part_keeps_what_a_class_overrides_and_lacks_no_setting_of_it():
+    class Doubling(Flow):
+        def forward(self, x, readout="solution"):
+            return 2 * super().forward(x, readout)
+
+    flow = Doubling(MLPField(3), depth=3)
+    *_, last = flow.part(0, 2).steps(VECTORS)
+    assert torch.equal(flow.part(0, 2)(VECTORS), 2 * last.x1)
+
+    class Scaled(Flow):
+        def __init__(self, *args, scale=1.0, **settings):
+            super().__init__(*args, **settings)
+            self.scale = scale
+
+    with pytest.raises(TypeError, match="Scaled has settings of its own, which a part would lack: let it define part"):
+        Scaled(MLPField(3), depth=3, scale=2.0).part(0, 2)
+
+
+@pytest.mark.parametrize("settings", [{"shared": True, "depth": 3}, {"tolerance": Tolerance(), "controller": PI()}])
+def test_the_whole_of_a_shared_or_continuous_flow_is_a_part(settings):
+    flow = Flow(MLPField(3), solver="bs23", total_time=2.0, **settings)
+    part = flow.part(0, flow.depth)
+    assert torch.equal(part(VECTORS), flow(VECTORS))
+    assert (part.h, part.controller, part.tolerance) == (flow.h, flow.controller, flow.tolerance)
 
 
 def test_a_flow_without_a_field_has_no_parts():
