@@ -13,7 +13,7 @@ from torch import nn
 
 from odenets import Flow, MLPField, Network
 from odenets.least_action import LeastAction
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.loop import fit
 
@@ -38,7 +38,7 @@ def bench_instances(benchmark: Any, machine: dict[str, Any], who: str, depth: in
     """One epoch of 20 steps of ten points; together is to be compared with ``INSTANCES`` times alone."""
     benchmark.group = f"circles, {depth} blocks, an epoch of 20 steps"
     benchmark.extra_info.update(who=who, depth=depth, machine=machine)
-    batches = [data.Batches(data.points("circles", 200, seed), 10) for seed in range(INSTANCES)]
+    batches = [data.Batches(datasets.points("circles", 200, seed), 10) for seed in range(INSTANCES)]
     adam = partial(torch.optim.Adam, lr=0.01)
     run: Callable[[], object]
     if who == "one alone":

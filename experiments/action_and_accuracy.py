@@ -28,7 +28,7 @@ from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, initialize, measures, models, plotting
 from odenets.analysis.refinement import iterative_refinement
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate
 from odenets.training.objectives import CrossEntropy
@@ -86,7 +86,7 @@ class Job:
         return f"{self.initializer}_{self.gain:g}"
 
 
-def build(config: Config, dataset: data.Dataset, job: Job, seed: int) -> Network:
+def build(config: Config, dataset: data.TensorData, job: Job, seed: int) -> Network:
     """ResNet-9 with the seed's weights, drawn as the job says."""
     torch.manual_seed(seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
@@ -96,10 +96,10 @@ def build(config: Config, dataset: data.Dataset, job: Job, seed: int) -> Network
     return initialize(network, job.initializer, job.gain)
 
 
-def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset]:
+def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData]:
     """Training and test images."""
-    train, test = data.load(config.dataset, config.folder)
-    return data.subsample(train, config.train_size) if config.train_size else train, test
+    train, test = datasets.load(config.dataset, config.folder)
+    return datasets.subsample(train, config.train_size) if config.train_size else train, test
 
 
 def train(config: Config, job: Job, report: Report) -> None:

@@ -32,7 +32,7 @@ from odenets import Network, models, plotting
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import Callback, Training, evaluate, evaluate_schemes, fit
 from odenets.training.runs import Run, read_metrics
 from solvers import get_tableau
@@ -110,7 +110,7 @@ class Job:
         return f"{self.network.replace(' ', '-')}-T{self.total_time:g}-seed{self.seed}"
 
 
-def build(config: Config, dataset: data.Dataset, job: Job) -> Network:
+def build(config: Config, dataset: data.TensorData, job: Job) -> Network:
     """The network of a job, with the seed's weights."""
     torch.manual_seed(job.seed)
     untied = config.stage_fields == "untied" and job.solver == "bs23"
@@ -199,10 +199,10 @@ def train(config: Config, job: Job, report: Report) -> None:
 
 def split(config: Config) -> data.Split:
     """The data, cut the same for every job."""
-    train, test = data.load(config.dataset, config.folder)
+    train, test = datasets.load(config.dataset, config.folder)
     if config.test_size:
-        test = data.subsample(test, config.test_size)
-    return data.split(train, test, size=config.train_size or None)
+        test = datasets.subsample(test, config.test_size)
+    return datasets.split(train, test, size=config.train_size or None)
 
 
 def science(config: Config) -> dict[str, Any]:

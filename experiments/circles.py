@@ -30,7 +30,7 @@ from lab.workers import Report, Workers
 from odenets import Flow, MLPField, Network, plotting
 from odenets.checkpoints import load_weights, save_weights
 from odenets.least_action import ActionPenalty, LeastAction
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
@@ -171,10 +171,10 @@ def objective(method: str, setting: Setting) -> Objective:
             return LeastAction(lambda0=0.1, tau=0.1, every=5, cost="norm", update="after", weigh="multiply")
 
 
-def points_of(config: Config, setting: Setting, seed: int) -> dict[str, data.Dataset]:
+def points_of(config: Config, setting: Setting, seed: int) -> dict[str, data.TensorData]:
     """The points of an instance: training and test as in the thesis, and others to choose on and to report."""
-    train, test = data.hold_out(data.points(config.dataset, setting.points, seed), 0.2, seed=seed)
-    chosen, fresh = (data.points(config.dataset, n, seed + k) for n, k in ((200, 1_000_000), (1000, 2_000_000)))
+    train, test = datasets.hold_out(datasets.points(config.dataset, setting.points, seed), 0.2, seed=seed)
+    chosen, fresh = (datasets.points(config.dataset, n, seed + k) for n, k in ((200, 1_000_000), (1000, 2_000_000)))
     return {"train": train, "test": test, "validation": chosen, "fresh": fresh}
 
 

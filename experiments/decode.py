@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lab.tables import table
 from odenets import Network, load_weights, measures, models, plotting, save_weights
 from odenets.least_action import LeastAction
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import evaluate, fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run, read_summary
@@ -75,7 +75,7 @@ class Config:
             raise ValueError(f"shown must be at least 1, got {self.shown}")
 
 
-def build(config: Config, dataset: data.Dataset) -> tuple[Network, nn.Sequential]:
+def build(config: Config, dataset: data.TensorData) -> tuple[Network, nn.Sequential]:
     """ResNet-9 and the decoder of its states."""
     torch.manual_seed(config.seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
@@ -85,7 +85,7 @@ def build(config: Config, dataset: data.Dataset) -> tuple[Network, nn.Sequential
     return network, models.resnet9_decoder(channels, features=features, size=size)
 
 
-def pretrain(config: Config, autoencoder: nn.Module, images: data.Dataset) -> float:
+def pretrain(config: Config, autoencoder: nn.Module, images: data.TensorData) -> float:
     """Train the autoencoder on images alone; the mean squared error of the last epoch."""
     optimizer = torch.optim.Adam(autoencoder.parameters(), 1e-3)
     batches, error = data.Batches(images, config.batch_size, seed=config.seed), torch.zeros(())
@@ -121,7 +121,7 @@ def objective(config: Config, method: str) -> Objective:
     return LeastAction(lambda0=lambda0, tau=tau, every=every) if method == "least action" else CrossEntropy()
 
 
-def train(config: Config, method: str, images: data.Dataset, test: data.Dataset, weights: Path) -> None:
+def train(config: Config, method: str, images: data.TensorData, test: data.TensorData, weights: Path) -> None:
     """Train the blocks of one network on the frozen encoder, in a folder of its own."""
     run = Run(config.output / method.replace(" ", "_"), science(config) | {"method": method}, resume=True)
     network, decoder = build(config, images)
@@ -167,9 +167,9 @@ def main(config: Config) -> None:
     if config.quick:
         config = replace(config, train_size=200, epochs=2, pretraining=2)
     started = time.time()
-    images, test = data.load(config.dataset, config.folder)
-    images = data.subsample(images, config.train_size) if config.train_size else images
-    test = data.subsample(test, 1000) if len(test) > 1000 else test
+    images, test = datasets.load(config.dataset, config.folder)
+    images = datasets.subsample(images, config.train_size) if config.train_size else images
+    test = datasets.subsample(test, 1000) if len(test) > 1000 else test
     run = Run(config.output, science(config), resume=config.resume)
     weights = run.folder / "autoencoder.safetensors"
     if not weights.exists():

@@ -80,7 +80,7 @@ def comparisons(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     return [(config.foreign[0], config.foreign), (config.attacks[0], config.foreign)]
 
 
-def begin(config: Config, job: Job, report: Report) -> tuple[Run, data.Dataset, data.Dataset, Network]:
+def begin(config: Config, job: Job, report: Report) -> tuple[Run, data.TensorData, data.TensorData, Network]:
     """The run of a job, the images of its network and those for its detectors, and the network, trained."""
     run = Run(config.output / config.setting / job.name, asdict(job) | science(config), resume=True)
     train, pool = parts_of(config)

@@ -29,7 +29,7 @@ from odenets.detection import (
 )
 from odenets.detection.detector import MODES
 from odenets.least_action import LeastAction
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import evaluate, fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 from odenets.training.runs import Run
@@ -123,7 +123,7 @@ class Config:
             raise ValueError(f"attacks must name one, and for setting 'unseen' two or more, got {self.attacks}")
         if self.setting == "ood" and not self.foreign:
             raise ValueError("foreign must name a set from elsewhere for setting 'ood', got none")
-        known = ("photographs", "turned", *data.NAMES)
+        known = ("photographs", "turned", *datasets.NAMES)
         for name in self.foreign if self.setting == "ood" else ():
             if name not in known and not (name.endswith(".npz") and Path(name).is_file()):
                 raise ValueError(f"foreign must be among {', '.join(known)}, or a FILE.npz that is there, got {name!r}")
@@ -160,17 +160,17 @@ class Job:
 # -- networks and images --------------------------------------------------------------------------------------------
 
 
-def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset]:
+def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData]:
     """Images that networks are trained on, and those that they have not seen."""
-    train, test = data.load(config.dataset, config.folder)
+    train, test = datasets.load(config.dataset, config.folder)
     if config.dataset == "digits":  # their test part alone is too small: all images, cut anew
         everything = replace(train, x=torch.cat([train.x, test.x]), y=torch.cat([train.y, test.y]))
-        train, test = data.hold_out(everything, config.pool_size)
-    pool = data.subsample(test, config.pool_size) if len(test) > config.pool_size else test
-    return data.subsample(train, config.train_size) if len(train) > config.train_size else train, pool
+        train, test = datasets.hold_out(everything, config.pool_size)
+    pool = datasets.subsample(test, config.pool_size) if len(test) > config.pool_size else test
+    return datasets.subsample(train, config.train_size) if len(train) > config.train_size else train, pool
 
 
-def build(config: Config, dataset: data.Dataset, seed: int) -> Network:
+def build(config: Config, dataset: data.TensorData, seed: int) -> Network:
     """The network with the seed's weights."""
     torch.manual_seed(seed)
     normalize = models.Normalize([*dataset.mean], [*dataset.std])
@@ -186,7 +186,7 @@ def build(config: Config, dataset: data.Dataset, seed: int) -> Network:
     return network.to(memory_format=torch.channels_last)  # convolutions are faster so
 
 
-def trained(config: Config, job: Job, train: data.Dataset) -> Network:
+def trained(config: Config, job: Job, train: data.TensorData) -> Network:
     """The network of a job, trained once for all settings."""
     network = build(config, train, job.seed)
     folder = config.output / "networks" / job.name
@@ -231,14 +231,14 @@ def attack_of(config: Config, name: str) -> Attack:
     return preset(name, **settings)
 
 
-def attacked(config: Config, network: Network, job: Job, name: str, pool: data.Dataset) -> Attacked:
+def attacked(config: Config, network: Network, job: Job, name: str, pool: data.TensorData) -> Attacked:
     """The pool under an attack, made once."""
     return attack(
         network, attack_of(config, name), pool.x, pool.y, cache=config.output / "attacks", batch_size=200, seed=job.seed
     )
 
 
-def foreign(config: Config, name: str, like: data.Dataset) -> Tensor:
+def foreign(config: Config, name: str, like: data.TensorData) -> Tensor:
     """Images from elsewhere, as many channels and pixels as those of a data set, at most as many images."""
     if name == "turned":
         return like.x.rot90(1, (2, 3))
@@ -256,7 +256,7 @@ def foreign(config: Config, name: str, like: data.Dataset) -> Tensor:
             x = torch.from_numpy(file["images"]).float() / 255
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
     else:
-        x = data.load(name, None if name == "digits" else config.folder)[1].x
+        x = datasets.load(name, None if name == "digits" else config.folder)[1].x
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: len(like)]]
     channels, size = like.x.shape[1], like.x.shape[-1]
     x = x.mean(1, keepdim=True) if channels == 1 else x.expand(-1, channels, -1, -1)

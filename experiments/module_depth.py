@@ -28,7 +28,7 @@ from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, initialize, models, plotting, recalibrate
 from odenets.module_wise import ModuleWise, conv_head, fit_modules, greedy, module_wise, trgl
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.runs import Run
 
 
@@ -121,23 +121,23 @@ class Job:
         return f"{folder}/lr{self.learning_rate:g}_tau{self.tau:g}_seed{self.seed}"
 
 
-def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
+def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData, data.TensorData]:
     """Images to draw training images from, validation and test images."""
-    pool, test = data.load(config.dataset, config.folder)
-    pool, validation = data.hold_out(pool, config.validation_size, seed=0)
+    pool, test = datasets.load(config.dataset, config.folder)
+    pool, validation = datasets.hold_out(pool, config.validation_size, seed=0)
     return pool, validation, test
 
 
-def training_images(pool: data.Dataset, condition: Condition, seed: int) -> data.Dataset:
+def training_images(pool: data.TensorData, condition: Condition, seed: int) -> data.TensorData:
     """The training images of a seed, with the condition's label noise."""
-    part = data.subsample(pool, condition.size, seed=seed)
+    part = datasets.subsample(pool, condition.size, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     noisy = torch.rand(len(part), generator=generator) < condition.label_noise
     labels = torch.where(noisy, torch.randint(part.classes, (len(part),), generator=generator), part.y)
     return replace(part, y=labels)
 
 
-def build(config: Config, condition: Condition, pool: data.Dataset, seed: int) -> ModuleWise:
+def build(config: Config, condition: Condition, pool: data.TensorData, seed: int) -> ModuleWise:
     """One block per module, with the seed's weights."""
     torch.manual_seed(seed)
     channels, size = pool.x.shape[1], pool.x.shape[-1]

@@ -47,7 +47,7 @@ from odenets.module_wise import (
     predsim,
     trgl,
 )
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
 
@@ -137,14 +137,14 @@ class Job:
         return f"{self.size}/{self.schedule}_{self.method}_lr{self.learning_rate:g}_tau{self.tau:g}_seed{self.seed}"
 
 
-def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
+def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData, data.TensorData]:
     """Images to draw training images from, validation and test images."""
-    pool, test = data.load(config.table.dataset, config.folder)
-    pool, validation = data.hold_out(pool, config.validation_size, seed=0)
-    return pool, validation, data.subsample(test, config.test_size, seed=0) if config.test_size else test
+    pool, test = datasets.load(config.table.dataset, config.folder)
+    pool, validation = datasets.hold_out(pool, config.validation_size, seed=0)
+    return pool, validation, datasets.subsample(test, config.test_size, seed=0) if config.test_size else test
 
 
-def build(setting: Setting, dataset: data.Dataset, seed: int, method: str = "VanGL") -> ModuleWise:
+def build(setting: Setting, dataset: data.TensorData, seed: int, method: str = "VanGL") -> ModuleWise:
     """The network of a setting with the seed's weights, in modules as the method needs them."""
     torch.manual_seed(seed)
     normalize = models.Normalize([*dataset.mean], [*dataset.std])
@@ -186,7 +186,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
     pool, validation, test = parts_of(config)
     batches = data.Batches(
-        data.subsample(pool, job.size, seed=job.seed) if job.size < len(pool) else pool,
+        datasets.subsample(pool, job.size, seed=job.seed) if job.size < len(pool) else pool,
         setting.batch_size,
         seed=job.seed,
         crop=0 if setting.dataset == "digits" else 4,

@@ -17,7 +17,7 @@ from odenets import Flow, Network, models
 from odenets.fields import ConvField
 from odenets.measures import Measure
 from odenets.recording import Records
-from odenets.training import data
+from odenets.training import data, datasets
 from solvers import Statistics, Step, Tolerance
 
 Way = Literal["odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5"]
@@ -167,7 +167,7 @@ class TorchdiffeqFlow(Flow):
         self.statistics.evaluations += 1
 
 
-def build(config: Config, dataset: data.Dataset, way: Way, seed: int) -> Network:
+def build(config: Config, dataset: data.TensorData, way: Way, seed: int) -> Network:
     """The classifier with the seed's weights, whoever solves its flow."""
     torch.manual_seed(seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
@@ -188,10 +188,10 @@ def build(config: Config, dataset: data.Dataset, way: Way, seed: int) -> Network
 
 def split(config: Config) -> data.Split:
     """The data, cut the same for every job."""
-    train, test = data.load(config.dataset, config.folder)
+    train, test = datasets.load(config.dataset, config.folder)
     if config.test_size:
-        test = data.subsample(test, config.test_size)
-    return data.split(train, test, size=config.train_size or None)
+        test = datasets.subsample(test, config.test_size)
+    return datasets.split(train, test, size=config.train_size or None)
 
 
 def science(config: Config) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, initialize, models, plotting
 from odenets.least_action import LeastAction
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate
 from odenets.training.objectives import CrossEntropy, Objective
@@ -108,7 +108,7 @@ def objective(job: Job) -> Objective:
     return CrossEntropy()
 
 
-def build(config: Config, dataset: data.Dataset, job: Job, seed: int) -> Network:
+def build(config: Config, dataset: data.TensorData, job: Job, seed: int) -> Network:
     """ResNet of the job's depth with the seed's weights."""
     torch.manual_seed(seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
@@ -127,7 +127,7 @@ def build(config: Config, dataset: data.Dataset, job: Job, seed: int) -> Network
 
 def parts_of(config: Config) -> data.Split:
     """The data, cut the same for every job."""
-    return data.split(*data.load(config.dataset, config.folder))
+    return datasets.split(*datasets.load(config.dataset, config.folder))
 
 
 def train(config: Config, job: Job, report: Report) -> None:
@@ -137,7 +137,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     found = fit_instances(
         [build(config, parts.train, job, seed) for seed in job.seeds],
         [
-            data.Batches(data.subsample(parts.train, config.train_size, seed=seed), config.batch_size, seed=seed)
+            data.Batches(datasets.subsample(parts.train, config.train_size, seed=seed), config.batch_size, seed=seed)
             for seed in job.seeds
         ],
         epochs=config.epochs,

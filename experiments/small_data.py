@@ -45,7 +45,7 @@ from torch import Tensor
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, measures, recalibrate
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate
 from odenets.training.runs import Run
@@ -69,7 +69,7 @@ def train(config: Config, job: Job, report: Report) -> None:
     images = [validation if job.tuning else test] * len(job.seeds)
     if job.method in PROTOCOL:
         size = min(config.protocol_size, len(test))
-        images = [data.subsample(test, size, seed=seed) for seed in job.seeds]
+        images = [datasets.subsample(test, size, seed=seed) for seed in job.seeds]
     found = fit_instances(
         [build(config, job, pool, seed) for seed in job.seeds],
         batches,

@@ -10,7 +10,7 @@ import torch
 
 from odenets import Network, initialize, models
 from odenets.least_action import ActionPenalty, LeastAction
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.objectives import CrossEntropy, Objective
 
 METHODS = ("vanilla", "fixed weight", "least action")
@@ -162,7 +162,7 @@ def epochs_of(config: Config, job: Job) -> int:
     return config.epochs
 
 
-def build(config: Config, job: Job, dataset: data.Dataset, seed: int) -> Network:
+def build(config: Config, job: Job, dataset: data.TensorData, seed: int) -> Network:
     """ResNet-9, or what the job's condition makes of it, with the seed's weights; the protocol's are orthogonal."""
     condition = CONDITIONS[job.condition]
     torch.manual_seed(seed)
@@ -187,20 +187,20 @@ def build(config: Config, job: Job, dataset: data.Dataset, seed: int) -> Network
     return network
 
 
-def training_images(pool: data.Dataset, job: Job, seed: int) -> data.Dataset:
+def training_images(pool: data.TensorData, job: Job, seed: int) -> data.TensorData:
     """The training images of a seed, with the label noise of the job's condition."""
-    part = data.subsample(pool, job.size, seed=seed)
+    part = datasets.subsample(pool, job.size, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     noisy = torch.rand(len(part), generator=generator) < CONDITIONS[job.condition].label_noise
     labels = torch.where(noisy, torch.randint(part.classes, (len(part),), generator=generator), part.y)
     return replace(part, y=labels)
 
 
-def parts_of(config: Config) -> tuple[data.Dataset, data.Dataset, data.Dataset]:
+def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData, data.TensorData]:
     """Images to draw training images from, validation and test images."""
-    pool, test = data.load(config.dataset, config.folder)
-    pool, validation = data.hold_out(pool, config.validation_size, seed=0)
-    return pool, validation, data.subsample(test, config.test_size, seed=0) if config.test_size else test
+    pool, test = datasets.load(config.dataset, config.folder)
+    pool, validation = datasets.hold_out(pool, config.validation_size, seed=0)
+    return pool, validation, datasets.subsample(test, config.test_size, seed=0) if config.test_size else test
 
 
 def science(config: Config) -> dict[str, Any]:

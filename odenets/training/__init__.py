@@ -1,7 +1,8 @@
 """Training: data in batches, objectives, one loop, its evaluation, and a folder per run."""
 
 from odenets.errors import DivergedError
-from odenets.training.data import Batches, Dataset, Split, hold_out, load, points, split, subsample
+from odenets.training.data import Batches, Split, TensorData
+from odenets.training.datasets import hold_out, load, points, split, subsample
 from odenets.training.instances import Instances, fit_instances
 from odenets.training.loop import Callback, Evaluation, Training, evaluate, evaluate_schemes, fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
@@ -11,7 +12,6 @@ __all__ = [
     "Batches",
     "Callback",
     "CrossEntropy",
-    "Dataset",
     "DivergedError",
     "Evaluation",
     "Instances",
@@ -19,6 +19,7 @@ __all__ = [
     "ReverseCrossEntropy",
     "Run",
     "Split",
+    "TensorData",
     "Training",
     "evaluate",
     "evaluate_schemes",

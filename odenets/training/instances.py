@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from odenets.modes import device_of
 from odenets.network import Network
-from odenets.training.data import Batches, Dataset
+from odenets.training.data import Batches, TensorData
 from odenets.training.objectives import Objective
 
 __all__ = ["Instances", "fit_instances"]
@@ -121,7 +121,7 @@ def fit_instances(
     epochs: int,
     optimizer: Callable[[list[Tensor]], Optimizer],
     objective: Callable[[], Objective],
-    measured: Mapping[str, Sequence[Dataset]] | None = None,
+    measured: Mapping[str, Sequence[TensorData]] | None = None,
     every: int = 1,
     perfect: Sequence[str] = (),
     patience: int = 3,
@@ -257,7 +257,7 @@ def _accuracies(stack: _Stack, sets: dict[str, tuple[Tensor, Tensor]], training:
 
 
 def _check(
-    n: int, batches: Sequence[Batches], measured: dict[str, Sequence[Dataset]], every: int, perfect: Sequence[str]
+    n: int, batches: Sequence[Batches], measured: dict[str, Sequence[TensorData]], every: int, perfect: Sequence[str]
 ) -> None:
     if n < 1:
         raise ValueError("networks must hold at least one network")

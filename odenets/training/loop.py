@@ -29,7 +29,7 @@ from odenets.measures import Measure
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, total_dtype
 from odenets.network import Network
 from odenets.recording import Records
-from odenets.training.data import Batches, Dataset
+from odenets.training.data import Batches, TensorData
 from odenets.training.objectives import (
     CrossEntropy,
     Objective,
@@ -192,7 +192,7 @@ def _evaluate(
     return {name: Evaluation(*value) for name, value in zip(totals, values, strict=True)}
 
 
-def _check_classes(output: Tensor, data: Dataset) -> None:
+def _check_classes(output: Tensor, data: TensorData) -> None:
     """That there is a logit for each label."""
     if output.shape[1] < data.classes and output.shape[1] <= (largest := int(data.y.max())):
         raise ValueError(f"the network has {output.shape[1]} logits, and the labels of {data.name} go up to {largest}")
@@ -413,7 +413,7 @@ def to_training_mode(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> li
     return [module for module in network.modules() if not module.training]
 
 
-def data_for(network: nn.Module, data: Dataset) -> Dataset:
+def data_for(network: nn.Module, data: TensorData) -> TensorData:
     """A data set on the device of a network, inputs in its dtype."""
     x = inputs_for(network, data.x)
     return replace(data, x=x, y=data.y.to(x.device))

@@ -9,7 +9,7 @@ from torch import nn
 
 from odenets import models
 from odenets.least_action import LeastAction
-from odenets.training import data
+from odenets.training import datasets
 from odenets.training.runs import read_summary
 
 
@@ -27,7 +27,7 @@ def test_a_run_leaves_pictures_and_goes_on(tmp_path, capsys):
 
 
 def test_a_frozen_encoder_stays_as_it_is():
-    train, _ = data.load("digits")
+    train, _ = datasets.load("digits")
     network, _ = build(Config(), train)
     frozen = Frozen(network.encoder)
     before = {name: value.clone() for name, value in frozen.state_dict().items()}

@@ -10,7 +10,7 @@ from small_data_setup import CONDITIONS, METHODS, PROTOCOL, Config, Job, build, 
 
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.normalization import StageBatchNorm
-from odenets.training import data
+from odenets.training import datasets
 from odenets.training.loop import Evaluation
 from odenets.training.runs import read_summary
 
@@ -46,7 +46,7 @@ def test_settings_are_chosen_on_validation_alone():
 
 def test_parts_are_disjoint():
     pool, validation, test = parts_of(Config())
-    train, theirs = data.load("digits")
+    train, theirs = datasets.load("digits")
     assert torch.equal(test.x, theirs.x)
     found, whole = ([sorted(map(tuple, p.flatten(1).tolist())) for p in x] for x in ([pool.x, validation.x], [train.x]))
     assert sorted(found[0] + found[1]) == whole[0]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from odenets import measures, models
 from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.module_wise import fit_modules, module_wise, trgl_multipliers
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
@@ -18,8 +18,8 @@ from odenets.training.runs import Run
 
 @pytest.fixture(scope="module")
 def parts():
-    train, test = data.load("digits")
-    return data.split(train, test, size=250)
+    train, test = datasets.load("digits")
+    return datasets.split(train, test, size=250)
 
 
 def network(**options):

@@ -40,7 +40,7 @@ def trained(solver="bs23", **flow):
 
 
 def dataset():
-    return data.Dataset("noise", X, torch.zeros(len(X), dtype=torch.long), 2, (0, 0, 0), (1, 1, 1))
+    return data.TensorData("noise", X, torch.zeros(len(X), dtype=torch.long), 2, (0, 0, 0), (1, 1, 1))
 
 
 READERS = {

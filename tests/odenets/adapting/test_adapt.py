@@ -755,7 +755,7 @@ def test_data_parallel_training_finds_the_same_gradients(tmp_path):
 def test_trains_by_fit():
     training = pytest.importorskip("odenets.training")
     images = torch.randn(12, 3, 32, 32)
-    batches = data.Batches(data.Dataset("noise", images, torch.arange(12) % 2, 2, (0.0,) * 3, (1.0,) * 3), 6, seed=0)
+    batches = data.Batches(data.TensorData("noise", images, torch.arange(12) % 2, 2, (0.0,) * 3, (1.0,) * 3), 6, seed=0)
     adapted = adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=2))
     found = training.fit(
         adapted, batches, epochs=2, optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.05), validation=batches

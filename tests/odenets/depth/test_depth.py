@@ -357,7 +357,7 @@ def test_a_deep_copy_is_independent():
 
 def test_a_network_without_flows_is_refused():
     net = adapt(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)))
-    batches = data.Batches(data.Dataset("points", torch.rand(8, 3), torch.zeros(8).long(), 2, (0,), (1,)), 4)
+    batches = data.Batches(data.TensorData("points", torch.rand(8, 3), torch.zeros(8).long(), 2, (0,), (1,)), 4)
     callback = AdaptiveDepth(DepthRule(1.0), batches.inputs)
     with pytest.raises(TypeError, match="whose flows can be edited"):
         fit(net, batches, epochs=1, optimizer=lambda n: torch.optim.SGD(n.parameters(), 0.1), callbacks=[callback])

@@ -16,10 +16,10 @@ from torch import nn
 
 from odenets import models
 from odenets.detection import Detector, Pipeline, QuantileTest, Trajectory
-from odenets.training import data
+from odenets.training import datasets
 
 GENERATOR = torch.Generator().manual_seed(0)
-DIGITS = data.load("digits")[0].x
+DIGITS = datasets.load("digits")[0].x
 CLEAN, NEW = DIGITS[:80], DIGITS[80:160]
 ODD, NEW_ODD = (torch.rand(80, 1, 8, 8, generator=GENERATOR) for _ in range(2))  # noise, far from digits
 

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from odenets import Network, models
 from odenets.detection.attacks.generation import attack, preset
 from odenets.detection.features.trajectory import Trajectory, in_batches
-from odenets.training import data
-from odenets.training.data import Dataset
+from odenets.training import data, datasets
+from odenets.training.data import TensorData
 
 
 @cache
-def digits() -> tuple[Dataset, Dataset]:
-    return data.load("digits")
+def digits() -> tuple[TensorData, TensorData]:
+    return datasets.load("digits")
 
 
 def fresh(depth: int = 2) -> Network:

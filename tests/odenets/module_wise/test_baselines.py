@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from odenets import adapt, models
 from odenets.module_wise import auglocal, blocks_of, fit_modules, infopro, module_wise, predsim
 from odenets.module_wise.baselines import Reconstruction, Similarity, correlations
-from odenets.training import data
+from odenets.training import data, datasets
 
-DIGITS = data.subsample(data.load("digits")[0], 120)
+DIGITS = datasets.subsample(datasets.load("digits")[0], 120)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
@@ -84,7 +84,7 @@ def test_rivals_train(rival):
     modules = module_wise(net, 2, DIGITS.x[:4], **options)
     training = fit_modules(modules, data.Batches(DIGITS, 40, seed=0), epochs=10, optimizer=SGD)
     assert all(math.isfinite(row["train_loss"]) for row in training.rows)
-    assert min(modules.accuracies(data.Batches(data.load("digits")[1], 500))) > 0.6
+    assert min(modules.accuracies(data.Batches(datasets.load("digits")[1], 500))) > 0.6
 
 
 def test_errors():

@@ -10,12 +10,12 @@ from odenets.errors import DivergedError
 from odenets.least_action import LeastAction
 from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
 from odenets.module_wise.fit import _move
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
 from tests.odenets.training.test_loop import NoDouble
 
-DIGITS = data.subsample(data.load("digits")[0], 120)
+DIGITS = datasets.subsample(datasets.load("digits")[0], 120)
 BATCHES = data.Batches(DIGITS, 40, seed=0)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -112,7 +112,7 @@ def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
 
 
 def test_every_module_learns_in_every_schedule():
-    validation = data.Batches(data.load("digits")[1], 500)
+    validation = data.Batches(datasets.load("digits")[1], 500)
     for options in ({}, {"schedule": "sequential"}, {"schedule": "sequential", "laps": 2}):
         training = fit_modules(
             modules_of(), BATCHES, epochs=4, optimizer=SGD, objective=trgl(1.0), validation=validation, **options
@@ -136,7 +136,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"one per module \(3\), got \[1, 2\]"):
         fit_modules(modules_of(), BATCHES, epochs=[1, 2], optimizer=SGD, schedule="sequential")
     with pytest.raises(ValueError, match="at least 2 samples for batch norm, the last one holds 1"):
-        fit_modules(modules_of(), data.Batches(data.subsample(DIGITS, 81), 40), epochs=1, optimizer=SGD)
+        fit_modules(modules_of(), data.Batches(datasets.subsample(DIGITS, 81), 40), epochs=1, optimizer=SGD)
     with pytest.raises(ValueError, match="clip_norm must be positive, got -1"):
         fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, clip_norm=-1)
     with pytest.raises(ValueError, match="views must be at least 1"):
@@ -190,7 +190,7 @@ class NotFinite(CrossEntropy):
         return super().forward(network, batch, output, records) * torch.nan
 
 
-FEW = data.Batches(data.subsample(DIGITS, 40), 20, seed=0)
+FEW = data.Batches(datasets.subsample(DIGITS, 40), 20, seed=0)
 SCHEDULES = [{}, {"schedule": "sequential"}, {"schedule": "end-to-end"}, {"schedule": "checkpointed"}]
 
 
@@ -276,7 +276,7 @@ def test_a_cache_is_refused_where_training_one_module_changes_another():
         def forward(self, x):
             return x + self.linear(x)
 
-    points = data.Batches(data.Dataset("p", torch.rand(8, 3), torch.arange(8) % 2, 2, (0.0,), (1.0,)), 4)
+    points = data.Batches(data.TensorData("p", torch.rand(8, 3), torch.arange(8) % 2, 2, (0.0,), (1.0,)), 4)
     modules = module_wise(adapt(Sharing(), ["first", "second"]), 2, points.data.x)
     with pytest.raises(ValueError, match=r"cache is for modules that share no weights, but modules 1 and 2 share"):
         fit_modules(modules, points, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")

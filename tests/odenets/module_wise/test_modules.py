@@ -48,7 +48,7 @@ def test_accuracy_after_each_module_and_the_best():
             return nn.functional.one_hot(torch.full((len(x),), self.label), 3).float()
 
     labels = torch.tensor([0, 1, 1, 2, 1, 0])
-    batches = data.Batches(data.Dataset("six", torch.rand(6, 2), labels, 3, (0.0,), (1.0,)), 4)
+    batches = data.Batches(data.TensorData("six", torch.rand(6, 2), labels, 3, (0.0,), (1.0,)), 4)
     made = iter([0, 1, 2])
     modules = module_wise(
         Flow(lambda: MLPField(2), depth=3), 3, torch.rand(2, 2), classes=3, head=lambda state, c: Constant(next(made))
@@ -136,7 +136,7 @@ def test_heads_follow_the_networks_dtype(dtype, balance, head):
     modules = module_wise(small().to(dtype), 2, IMAGES, balance=balance, head=head, last_head="auxiliary")
     assert {p.dtype for p in modules.parameters()} == {dtype}
     labels = torch.arange(4)
-    batches = data.Batches(data.Dataset("four", IMAGES, labels, 10, (0.0,), (1.0,)), 3)
+    batches = data.Batches(data.TensorData("four", IMAGES, labels, 10, (0.0,), (1.0,)), 3)
     assert torch.equal(modules.predict(IMAGES), modules.eval()(IMAGES.to(dtype)).argmax(1))
     assert modules.accuracies(batches)[1] == (modules(IMAGES.to(dtype)).argmax(1) == labels).float().mean()
 
@@ -172,7 +172,7 @@ def test_splitting_leaves_a_network_as_it_was_and_new_layers_take_its_mode(balan
     assert torch.equal(torch.get_rng_state(), random)
     assert modules.training == modules.modules_in_order[0].head.training == training
     modules.predict(IMAGES)
-    modules.accuracies(data.Batches(data.Dataset("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2))
+    modules.accuracies(data.Batches(data.TensorData("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2))
     assert [module.training for module in network.modules()] == modes
 
 
@@ -199,7 +199,7 @@ def test_modes_come_back_after_an_exception():
     handle.remove()
     modules = module_wise(network, 2, IMAGES)
     handle = network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
-    batches = data.Batches(data.Dataset("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2)
+    batches = data.Batches(data.TensorData("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2)
     for look in (lambda: modules.predict(IMAGES), lambda: modules.accuracies(batches)):
         with pytest.raises(ZeroDivisionError):
             look()

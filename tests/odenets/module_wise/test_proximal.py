@@ -8,7 +8,7 @@ from torch import nn
 
 from odenets import Flow, MLPField
 from odenets.module_wise import fit_modules, module_wise, trgl
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.objectives import Objective
 from odenets.transport import wasserstein
 
@@ -39,7 +39,7 @@ def test_a_module_reaches_the_proximal_point_and_losses_fall_by_the_known_factor
     # min over T of <(Tx - a)^2>/2 + <(Tx - x)^2>/(2 tau) is Tx = (tau a + x)/(1 + tau), an affine residue
     tau, target, K = 0.5, torch.tensor([3.0, -1.0]), 3
     torch.manual_seed(0)
-    points = data.Dataset("points", torch.randn(64, 2), torch.zeros(64, dtype=torch.long), 2, (0.0,), (1.0,))
+    points = data.TensorData("points", torch.randn(64, 2), torch.zeros(64, dtype=torch.long), 2, (0.0,), (1.0,))
     flow = Flow(Affine, solver="euler", h=1.0, depth=K)
     modules = module_wise(flow, K, points.x, classes=2, head=nn.Identity())
     fit_modules(
@@ -62,7 +62,7 @@ def test_a_module_reaches_the_proximal_point_and_losses_fall_by_the_known_factor
 
 def test_on_circles_the_loss_falls_from_module_to_module_and_displacement_is_at_least_w2():
     torch.manual_seed(0)
-    train, _ = data.load("circles")
+    train, _ = datasets.load("circles")
     flow = Flow(partial(MLPField, 2, 16), solver="euler", h=1.0, depth=3)
     modules = module_wise(flow, 3, train.x[:4], classes=2)
     training = fit_modules(

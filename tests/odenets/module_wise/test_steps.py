@@ -86,7 +86,7 @@ def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
     objective = ActionPenalty(0.5)
     for _ in range(2):
         end_to_end_step(modules, objective, sgd(network.parameters()), x, Y, checkpointed=checkpointed)
-    batches = data.Batches(data.Dataset("x", x, Y, 10, (0.0,), (1.0,)), 6)
+    batches = data.Batches(data.TensorData("x", x, Y, 10, (0.0,), (1.0,)), 6)
     fit(plain, batches, epochs=2, optimizer=lambda n: sgd(n.parameters()), objective=ActionPenalty(0.5))
     for (name, p), (_, q) in zip(network.state_dict().items(), plain.state_dict().items(), strict=True):
         torch.testing.assert_close(p, q, msg=name)

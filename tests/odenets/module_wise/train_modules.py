@@ -13,10 +13,10 @@ from torch import distributed
 
 from odenets import models, save_weights
 from odenets.module_wise import fit_in_processes, infopro, module_wise, trgl_multipliers
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.runs import Run
 
-DIGITS = data.subsample(data.load("digits")[0], 120)
+DIGITS = datasets.subsample(datasets.load("digits")[0], 120)
 BATCHES = data.Batches(DIGITS, 40, seed=0)
 EPOCHS = 4
 OBJECTIVE = trgl_multipliers(every=2)

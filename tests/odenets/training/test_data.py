@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from odenets import models
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import evaluate
+
+DIGITS, MOONS = datasets.load("digits")[0], datasets.load("moons")[0]
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "classes"), [("digits", (1, 8, 8), 10), ("circles", (2,), 2), ("moons", (2,), 2)]
 )
 def test_sets_of_scikit_learn(name, shape, classes):
-    train, test = data.load(name)
+    train, test = datasets.load(name)
     assert train.x.shape[1:] == shape
     assert train.classes == classes
-    again, _ = data.load(name)
+    again, _ = datasets.load(name)
     assert torch.equal(train.x, again.x)
     if name == "digits":
         assert (len(train), len(test)) == (1437, 360)
@@ -27,20 +29,20 @@ def test_sets_of_scikit_learn(name, shape, classes):
 
 
 def test_split_is_stratified_and_disjoint():
-    train, test = data.load("digits")
-    tagged = data.Dataset("tagged", torch.arange(len(train)).float()[:, None], train.y, 10, (0.0,), (1.0,))
-    parts = data.split(tagged, test, validation=0.2, size=500, seed=3)
+    train, test = datasets.load("digits")
+    tagged = data.TensorData("tagged", torch.arange(len(train)).float()[:, None], train.y, 10, (0.0,), (1.0,))
+    parts = datasets.split(tagged, test, validation=0.2, size=500, seed=3)
     ids = [set(part.x[:, 0].tolist()) for part in (parts.train, parts.validation)]
     assert len(ids[0]) == 400
     assert not ids[0] & ids[1]
     counts = parts.train.y.bincount()
     assert counts.max() - counts.min() <= 3
-    other = data.split(tagged, test, validation=0.2, size=500, seed=4)
+    other = datasets.split(tagged, test, validation=0.2, size=500, seed=4)
     assert set(other.train.x[:, 0].tolist()) != ids[0]
 
 
 def test_batches_depend_on_seed_and_epoch_alone():
-    train, _ = data.load("digits")
+    train, _ = datasets.load("digits")
     batches = data.Batches(train, 100, seed=1, crop=1, flip=True)
     first = list(batches.epoch(2))
     torch.randn(7)
@@ -53,7 +55,7 @@ def test_batches_depend_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize("options", [{}, {"crop": 1}, {"flip": True}])
 def test_a_loop_draws_one_epoch_after_the_other(options):
-    train, _ = data.load("digits")
+    train, _ = datasets.load("digits")
     batches = data.Batches(train.subset(torch.arange(60)), 20, seed=1, **options)
     for epoch in range(3):
         for (a, b), (c, d) in zip(batches, batches.epoch(epoch), strict=True):
@@ -64,7 +66,7 @@ def test_a_loop_draws_one_epoch_after_the_other(options):
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda batches: pickle.loads(pickle.dumps(batches))])
 def test_what_is_not_a_loop_over_the_batches_takes_no_epoch_from_it(copied):
-    train, _ = data.load("moons")
+    train, _ = datasets.load("moons")
     batches = data.Batches(train, 100, seed=0)
     net = models.points_network()
     before = evaluate(net, batches)
@@ -79,7 +81,7 @@ def test_what_is_not_a_loop_over_the_batches_takes_no_epoch_from_it(copied):
 
 
 def test_without_a_seed_every_epoch_is_in_order():
-    train, _ = data.load("moons")
+    train, _ = datasets.load("moons")
     batches = data.Batches(train, 300)
     for _ in range(2):
         assert torch.equal(torch.cat([x for x, _ in batches]), train.x)
@@ -87,7 +89,7 @@ def test_without_a_seed_every_epoch_is_in_order():
 
 
 def test_order_has_neither_shuffle_nor_augmentation():
-    train, _ = data.load("digits")
+    train, _ = datasets.load("digits")
     x, y = map(torch.cat, zip(*data.Batches(train, 100, seed=0, crop=2, flip=True).in_order(), strict=True))
     assert torch.equal(x, train.x)
     assert torch.equal(y, train.y)
@@ -95,14 +97,14 @@ def test_order_has_neither_shuffle_nor_augmentation():
 
 def test_a_class_too_small_for_a_part_is_told():
     y = torch.tensor([0] * 50 + [1] * 2)
-    rare = data.Dataset("rare", torch.zeros(52, 1), y, 2, (0.0,), (1.0,))
+    rare = data.TensorData("rare", torch.zeros(52, 1), y, 2, (0.0,), (1.0,))
     with pytest.warns(UserWarning, match=r"the part of 3 samples holds none of class\(es\) \[1\]"):
-        data.hold_out(rare, 3)
+        datasets.hold_out(rare, 3)
 
 
 def test_augmentation_moves_pixels_and_keeps_them():
     x = torch.arange(16.0).reshape(1, 1, 4, 4).expand(500, -1, -1, -1) + 1
-    set_ = data.Dataset("ramp", x, torch.zeros(500, dtype=torch.long), 1, (0.0,), (1.0,))
+    set_ = data.TensorData("ramp", x, torch.zeros(500, dtype=torch.long), 1, (0.0,), (1.0,))
     (seen, _), *_ = data.Batches(set_, 500, seed=0, crop=1).epoch(0)
     padded = torch.nn.functional.pad(x[0, 0], (1, 1, 1, 1))
     windows = {tuple(padded[i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
@@ -117,22 +119,54 @@ def test_augmentation_moves_pixels_and_keeps_them():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: data.load("digit"), ValueError, "unknown data set 'digit'; known are digits, circles"),
-        (lambda: data.load("mnist", "/no/such/folder"), FileNotFoundError, "folder '/no/such/folder' does not exist"),
-        (lambda: data.load("digits", "/tmp"), ValueError, "folder is for torchvision's sets"),
-        (lambda: data.split(*data.load("moons"), validation=1.0), ValueError, "validation must be a fraction"),
-        (lambda: data.split(*data.load("moons"), size=10**6), ValueError, "size must be in"),
-        (lambda: data.Batches(data.load("moons")[0], 0), ValueError, "size must be at least 1"),
-        (lambda: data.Batches(data.load("digits")[0], 9, crop=1), ValueError, "crop and flip must be drawn by a seed"),
-        (lambda: data.Batches(data.load("digits")[0], 9, 0, crop=-1), ValueError, "crop not be negative"),
-        (lambda: data.Batches(data.load("moons")[0], 9, 0, crop=1), ValueError, r"for images .* of shape \(800, 2\)"),
-        (lambda: data.Batches(data.load("moons")[0], 9, 0, flip=True), ValueError, "crop and flip are for images"),
-        (lambda: data.hold_out(data.load("moons")[0], 1.0), ValueError, r"part must be a fraction in \(0, 1\) or"),
-        (lambda: data.hold_out(data.load("moons")[0], 0), ValueError, "got 0"),
-        (lambda: data.hold_out(data.load("moons")[0], 800), ValueError, "a number of samples below 800, got 800"),
-        (lambda: data.hold_out(data.load("digits")[0], 9), ValueError, "as many samples as there are classes, 10"),
-        (lambda: data.hold_out(data.load("moons")[0].subset(torch.arange(1)), 0.5), ValueError, "each class two"),
-        (lambda: data.subsample(data.load("moons")[0], 0.5), TypeError, "size must be a number of samples, got 0.5"),
+        (lambda: datasets.load("digit"), ValueError, "unknown data set 'digit'; known are digits, circles"),
+        (
+            lambda: datasets.load("mnist", "/no/such/folder"),
+            FileNotFoundError,
+            "folder '/no/such/folder' does not exist",
+        ),
+        (lambda: datasets.load("digits", "/tmp"), ValueError, "folder is for torchvision's sets"),
+        (lambda: datasets.split(*datasets.load("moons"), validation=1.0), ValueError, "validation must be a fraction"),
+        (lambda: datasets.split(*datasets.load("moons"), size=10**6), ValueError, "size must be in"),
+        (lambda: data.Batches(MOONS, 0), ValueError, "size must be at least 1"),
+        (
+            lambda: data.Batches(DIGITS, 9, crop=1),
+            ValueError,
+            "crop and flip must be drawn by a seed",
+        ),
+        (lambda: data.Batches(DIGITS, 9, 0, crop=-1), ValueError, "crop not be negative"),
+        (
+            lambda: data.Batches(MOONS, 9, 0, crop=1),
+            ValueError,
+            r"for images .* of shape \(800, 2\)",
+        ),
+        (lambda: data.Batches(MOONS, 9, 0, flip=True), ValueError, "crop and flip are for images"),
+        (
+            lambda: datasets.hold_out(MOONS, 1.0),
+            ValueError,
+            r"part must be a fraction in \(0, 1\) or",
+        ),
+        (lambda: datasets.hold_out(MOONS, 0), ValueError, "got 0"),
+        (
+            lambda: datasets.hold_out(MOONS, 800),
+            ValueError,
+            "a number of samples below 800, got 800",
+        ),
+        (
+            lambda: datasets.hold_out(DIGITS, 9),
+            ValueError,
+            "as many samples as there are classes, 10",
+        ),
+        (
+            lambda: datasets.hold_out(MOONS.subset(torch.arange(1)), 0.5),
+            ValueError,
+            "each class two",
+        ),
+        (
+            lambda: datasets.subsample(MOONS, 0.5),
+            TypeError,
+            "size must be a number of samples, got 0.5",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):
@@ -142,7 +176,7 @@ def test_bad_arguments_are_named(call, error, message):
 
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not hold mnist as torchvision stores it"):
-        data.load("mnist", tmp_path)
+        datasets.load("mnist", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -157,4 +191,4 @@ def test_an_empty_folder_is_named(tmp_path):
 )
 def test_contents_are_checked(x, y, error, message):
     with pytest.raises(error, match=message):
-        data.Dataset("mine", x, y, 2, (0.0,), (1.0,))
+        data.TensorData("mine", x, y, 2, (0.0,), (1.0,))

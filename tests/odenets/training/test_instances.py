@@ -8,7 +8,7 @@ from odenets.fields import MLPField
 from odenets.flow import Flow
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.network import Network
-from odenets.training import data, instances
+from odenets.training import data, datasets, instances
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate, fit
 from odenets.training.objectives import CrossEntropy
@@ -17,7 +17,7 @@ N = 4
 
 
 def points(seed, size=50):
-    part = data.subsample(data.load("circles", seed=seed)[0], size, seed=seed)
+    part = datasets.subsample(datasets.load("circles", seed=seed)[0], size, seed=seed)
     return replace(part, x=part.x.double())  # whatever order sums are taken in
 
 
@@ -101,9 +101,9 @@ def test_batch_norm_of_instances_knows_that_its_closing_stage_has_no_statistics(
 
 
 def test_augmented_images_are_those_of_each_alone():
-    train, _ = data.load("digits")
+    train, _ = datasets.load("digits")
     train = replace(train, x=train.x.double())
-    batches = [data.Batches(data.subsample(train, 40, seed=i), 16, seed=i, crop=1, flip=True) for i in range(2)]
+    batches = [data.Batches(datasets.subsample(train, 40, seed=i), 16, seed=i, crop=1, flip=True) for i in range(2)]
 
     def images(seed):
         torch.manual_seed(seed)
@@ -135,7 +135,7 @@ def test_accuracies_are_measured_as_often_as_asked():
 def test_patience_counts_measurements():
     """An easy task, right from the first measurement on, of which there is one every fourth epoch."""
     one = points(0)
-    easy = [data.Dataset("easy", one.x[:1].expand(50, 2), one.y[:1].expand(50), 2, (0, 0), (1, 1))] * N
+    easy = [data.TensorData("easy", one.x[:1].expand(50, 2), one.y[:1].expand(50), 2, (0, 0), (1, 1))] * N
     batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(easy)]
     found = fit_instances(
         [network(i) for i in range(N)], batches, epochs=40, optimizer=adam, objective=CrossEntropy,
@@ -150,7 +150,7 @@ def test_an_instance_ends_when_it_has_been_right_long_enough():
 
     def parts():
         sets = [points(i) for i in range(N)]
-        easy = data.Dataset("easy", sets[0].x[:1].expand(50, 2), sets[0].y[:1].expand(50), 2, (0, 0), (1, 1))
+        easy = data.TensorData("easy", sets[0].x[:1].expand(50, 2), sets[0].y[:1].expand(50), 2, (0, 0), (1, 1))
         return [sets[0], easy, *sets[2:]]
 
     batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(parts())]

@@ -18,7 +18,7 @@ from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.recording import Records
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import evaluate, evaluate_schemes, fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
@@ -31,8 +31,8 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def parts():
-    train, test = data.load("digits")
-    return data.split(train, test, size=250)
+    train, test = datasets.load("digits")
+    return datasets.split(train, test, size=250)
 
 
 def network(parts, depth=1, **options):
@@ -278,8 +278,8 @@ def test_errors(parts, changes, message):
 
 # -- the network's dtype and device ---------------------------------------------------------------------------------
 
-TWENTY = data.Dataset("x", torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10,
-                      10, (0.0,), (1.0,))  # fmt: skip
+IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+TWENTY = data.TensorData("x", IMAGES, torch.arange(20) % 10, 10, (0.0,), (1.0,))
 TENS = data.Batches(TWENTY, 10, seed=0)
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 

@@ -11,7 +11,7 @@ from odenets import measures, models
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.module_wise import greedy, trgl, trgl_multipliers
 from odenets.recording import Records
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import evaluate, fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, right_answers
 
@@ -42,7 +42,7 @@ def test_the_least_reverse_cross_entropy_is_where_the_other_classes_are_equally_
 
 
 def test_a_network_trained_by_it_has_its_largest_output_at_the_right_class():
-    train, test = data.load("digits")
+    train, test = datasets.load("digits")
     torch.manual_seed(0)
     network = models.small_network(solver="euler", h=1.0, depth=2)
 

@@ -13,14 +13,14 @@ from odenets import Flow, Network, models, save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.fields import ConvField
 from odenets.least_action import LeastAction
-from odenets.training import data
+from odenets.training import data, datasets
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
 
 
 def parts() -> data.Split:
-    return data.split(*data.load("digits"), size=250)
+    return datasets.split(*datasets.load("digits"), size=250)
 
 
 def main(folder: Path, launcher: Fabric) -> None:

@@ -16,7 +16,7 @@ from odenets.errors import WorkerLostError
 from odenets.module_wise import conv_head, fit_in_processes, fit_modules, module_wise
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
 from odenets.module_wise.distributed.processes import _check_apart
-from odenets.training import data
+from odenets.training import datasets
 from tests.odenets.module_wise import train_modules
 
 SCRIPT = Path(train_modules.__file__)
@@ -106,7 +106,7 @@ def test_replicas_share_batches(tmp_path):
 
 
 def test_modules_of_different_processes_share_nothing():
-    train, _ = data.load("digits")
+    train, _ = datasets.load("digits")
     network = models.resnet9(1, 10, features=8, size=8, depth=2)
     modules = module_wise(network, 2, train.x[:2], head=conv_head(torch.rand(2, 8, 4, 4), 10), last_head="auxiliary")
     _check_apart(modules, [range(2)])
