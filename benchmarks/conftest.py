@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from odenets.training.runs import environment
+from lab.environment import environment
 
 
 @pytest.fixture(params=["cpu", "cuda"])

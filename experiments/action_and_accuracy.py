@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import tyro
 
+from lab.runs import Run
 from lab.statistics import correlation, mean_interval
 from lab.tables import table
 from lab.workers import Report, Workers
@@ -32,7 +33,6 @@ from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate
 from odenets.training.objectives import CrossEntropy
-from odenets.training.runs import Run
 
 
 @dataclass(frozen=True)

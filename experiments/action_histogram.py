@@ -23,12 +23,12 @@ from detection_setup import Config as Networks
 from detection_setup import Job, parts_of, trained, training
 from safetensors.numpy import load_file, save_file
 
+from lab.runs import Run
 from lab.statistics import mean_interval
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import plotting
 from odenets.detection import QuantileTest, Trajectory, attack, in_batches, preset, score, split
-from odenets.training.runs import Run
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import tyro
 from lightning_fabric import Fabric
 
 from lab import plotting as lab_figures
+from lab.runs import Run
 from lab.statistics import mean_interval
 from lab.tables import table
 from lab.workers import Report, Workers
@@ -34,7 +35,7 @@ from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
 from odenets.training import data, datasets
 from odenets.training.loop import Callback, Training, evaluate, evaluate_schemes, fit
-from odenets.training.runs import Run, read_metrics
+from odenets.training.runs import read_metrics
 from solvers import get_tableau
 
 

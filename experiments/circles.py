@@ -24,6 +24,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from lab.runs import Run
 from lab.statistics import Interval, mean_interval
 from lab.tables import table
 from lab.workers import Report, Workers
@@ -33,7 +34,6 @@ from odenets.least_action import ActionPenalty, LeastAction
 from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.training.runs import Run
 from odenets.transport import moves, states
 
 METHODS = ("resnet", "fixed lambda", "lap")

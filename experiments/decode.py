@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lab.runs import Run
 from lab.tables import table
 from odenets import Network, load_weights, measures, models, plotting, save_weights
 from odenets.least_action import LeastAction
 from odenets.training import data, datasets
 from odenets.training.loop import evaluate, fit
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.training.runs import Run, read_summary
+from odenets.training.runs import read_summary
 from odenets.transport import states
 
 METHODS = ("vanilla", "least action")

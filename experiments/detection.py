@@ -41,6 +41,7 @@ from detection_setup import (
 from detection_tables import COLUMNS, adaptive_rows, figures, summarize, timing_rows, verdict
 from torch import Tensor
 
+from lab.runs import Run
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, plotting
@@ -63,7 +64,6 @@ from odenets.detection import (
 )
 from odenets.training import data
 from odenets.training.loop import evaluate
-from odenets.training.runs import Run
 
 
 def seen_by(network: Network, kinds: Mapping[str, Features], x: Tensor) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lab.runs import Run
 from odenets import Network, load_weights, models, save_weights
 from odenets.detection import (
     LID,
@@ -32,7 +33,6 @@ from odenets.least_action import LeastAction
 from odenets.training import data, datasets
 from odenets.training.loop import evaluate, fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
-from odenets.training.runs import Run
 
 METHODS: dict[str, Callable[[], Objective]] = {
     "vanilla": CrossEntropy,

@@ -23,13 +23,13 @@ import torch
 import tyro
 
 from lab.plotting import intervals
+from lab.runs import Run
 from lab.statistics import Interval, mean_interval, paired_p_value
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, initialize, models, plotting, recalibrate
 from odenets.module_wise import ModuleWise, conv_head, fit_modules, greedy, module_wise, trgl
 from odenets.training import data, datasets
-from odenets.training.runs import Run
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from lab.runs import Run
 from lab.tables import table
 from odenets import AdaptedModel, Network, adapt, models
 from odenets.analysis.memory import measure_memory
 from odenets.module_wise import ModuleWise, end_to_end_step, greedy, module_wise, parallel_step, trgl
-from odenets.training.runs import Run
 
 METHODS = ("end-to-end", "checkpointed", "VanGL", "TRGL", "VanGL*", "TRGL*")
 

@@ -29,6 +29,7 @@ import tyro
 from module_settings import SCHEDULES, SETTINGS, Setting
 
 from lab.plotting import intervals
+from lab.runs import Run
 from lab.statistics import Interval, mean_interval, paired_p_value
 from lab.tables import table
 from lab.workers import Report, Workers
@@ -49,7 +50,6 @@ from odenets.module_wise import (
 )
 from odenets.training import data, datasets
 from odenets.training.objectives import CrossEntropy
-from odenets.training.runs import Run
 
 METHODS = ("VanGL", "TRGL")
 RIVALS = ("InfoPro", "PredSim", "AugLocal")

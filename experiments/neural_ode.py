@@ -42,6 +42,7 @@ from neural_ode_tables import COLUMNS, summarize, verdict
 from torch import Tensor, nn
 
 from lab import plotting as lab_figures
+from lab.runs import Run
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Flow, Network, measures, plotting
@@ -51,7 +52,6 @@ from odenets.least_action import ActionPenalty
 from odenets.training import data
 from odenets.training.loop import Callback, Training, evaluate, fit
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.training.runs import Run
 from solvers import Tolerance
 
 

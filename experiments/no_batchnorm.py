@@ -24,6 +24,7 @@ import torch
 import tyro
 
 from lab.plotting import intervals
+from lab.runs import Run
 from lab.statistics import mean_interval
 from lab.tables import table
 from lab.workers import Report, Workers
@@ -33,7 +34,6 @@ from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.training.runs import Run
 
 METHODS = ("vanilla", "least action", "h = 0.1", "batch norm")
 

@@ -42,13 +42,13 @@ from small_data_setup import (
 from small_data_tables import COLUMNS, summarize, verdict
 from torch import Tensor
 
+from lab.runs import Run
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, measures, recalibrate
 from odenets.training import data, datasets
 from odenets.training.instances import fit_instances
 from odenets.training.loop import evaluate
-from odenets.training.runs import Run
 
 
 def train(config: Config, job: Job, report: Report) -> None:

@@ -6,12 +6,9 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import re
-import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,26 +19,11 @@ import torch
 
 from odenets.files import write_atomically
 
-__all__ = ["Run", "environment", "finished_trainings", "read_config", "read_metrics", "read_summary"]
+__all__ = ["Run", "environment", "read_config", "read_metrics", "read_summary"]
 
 
 def environment() -> dict[str, Any]:
-    """What made a figure: command, commit, versions, device.
-
-    ``commit`` is that of the repository in which the running script lies, or else the working directory: a notebook,
-    ``python -c`` and installed programs such as pytest are no scripts of one's own. None outside of repositories.
-    ``modified`` tells whether tracked files differ from it, or the script is not in it. Where this package itself lies
-    in a repository, ``package_commit`` is that one's, with "-dirty" where files differ.
-    """
-    script = getattr(sys.modules.get("__main__"), "__file__", None)
-    script = None if script is None or _installed(Path(script)) else Path(script).resolve()
-    commit, modified = (None, None) if script is None else _commit(script.parent, script)
-    if commit is None:
-        commit, modified = _commit(Path.cwd(), script)
-    here = Path(__file__).resolve()
-    package = None
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name):
-        package = _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    """What computes: command, versions, device and threads."""
     versions = {}
     for name in ("odenets", "torch", "numpy", "torchvision", "scikit-learn", "lightning-fabric", "torchdiffeq"):
         try:
@@ -50,45 +32,11 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "command": " ".join(sys.argv),
-        "commit": commit,
-        "modified": modified,
-        "package_commit": package,
         "python": platform.python_version(),
         "versions": versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _installed(script: Path) -> bool:
-    """Whether a script is a program installed beside Python, as pytest is."""
-    folders = {sysconfig.get_path(name) for name in ("scripts", "purelib", "platlib", "stdlib")} - {None}
-    parents = {*script.absolute().parents, *script.resolve().parents}
-    return not script.is_file() or any(path in parents for f in folders for path in (Path(f), Path(f).resolve()))
-
-
-def _commit(folder: Path, script: Path | None) -> tuple[str | None, bool | None]:
-    """The commit that a folder's repository stands at, and whether files differ from it; None without a commit."""
-    commit = _git(folder, "rev-parse", "--verify", "HEAD")
-    if commit is None:
-        return None, None
-    clean = _git(folder, "status", "--porcelain", "--untracked-files=no") == ""
-    if script is not None:  # which may be untracked, ignored or of no repository
-        clean = clean and _git(folder, "status", "--porcelain", "--ignored", "--", str(script)) == ""
-    return commit, not clean
-
-
-def _git(folder: Path, *command: str) -> str | None:
-    """What git answers for a folder; None where it fails or is not there."""
-    names = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}  # which a hook sets, of another repository
-    variables = {name: value for name, value in os.environ.items() if name not in names}
-    try:
-        done = subprocess.run(
-            ["git", "-C", folder, *command], env=variables, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _processor() -> str:
@@ -134,12 +82,16 @@ class Run:
         elif filled:
             raise FileExistsError(f"folder {str(self.folder)!r} is not empty and holds no run: choose another")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write("config.json", _json(config))
+        self.write("config.json", _json(config))
 
     @property
     def finished(self) -> bool:
         """Whether the summary has been written."""
         return (self.folder / "summary.json").exists()
+
+    def environment(self) -> dict[str, Any]:
+        """What the summary says about who computed it: :func:`environment`, to which a subclass may add."""
+        return environment()
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Write all rows logged so far, replacing the file atomically, so that it never disagrees with a checkpoint."""
@@ -148,7 +100,7 @@ class Run:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines = [",".join(map(_cell, columns))]
         lines += [",".join(_cell(row.get(key)) for key in columns) for row in rows]
-        self._write("metrics.csv", ("\n".join(lines) + "\n").encode())
+        self.write("metrics.csv", ("\n".join(lines) + "\n").encode())
 
     def save_state(self, state: dict[str, Any], name: str = "resume.pt") -> None:
         """Write a resume state atomically: a kill leaves either the old one or the new one.
@@ -165,56 +117,15 @@ class Run:
         return torch.load(path, map_location="cpu", weights_only=True)
 
     def finish(self, results: Mapping[str, Any], *, seeds: list[int], started: float | None = None) -> None:
-        """Write ``summary.json``: results, seeds and what made them."""
-        summary = {"results": dict(results), "seeds": seeds, "environment": environment()}
+        """Write ``summary.json``: results, seeds and :meth:`environment`."""
+        summary = {"results": dict(results), "seeds": seeds, "environment": self.environment()}
         if started is not None:
             summary["seconds"] = time.time() - started
-        self._write("summary.json", _json(summary))
+        self.write("summary.json", _json(summary))
 
-    def conclude(
-        self,
-        trainings: list[dict[str, Any]],
-        keys: tuple[str, ...],
-        rows: list[dict[str, Any]],
-        table: str,
-        verdict: list[str],
-        *,
-        started: float | None = None,
-    ) -> str:
-        """Close a run that is made of trainings in folders of their own; a second call changes no summary.
-
-        Args:
-            trainings: the results of each, its folder as ``name`` and its ``seed`` among them.
-            keys: which of these tell its rows apart in the common ``metrics.csv``.
-            rows, verdict: what was found, for the summary.
-            table: the rows as text, for ``table.md`` with the verdict below.
-            started: when the run began, in seconds since the epoch.
-
-        Returns:
-            Table, verdict and folder, to be shown.
-        """
-        text = table + "\n\n" + "\n".join(verdict) + "\n"
-        self._write("table.md", text.encode())
-        self.log([{k: r[k] for k in keys} | row for r in trainings for row in read_metrics(self.folder / r["name"])])
-        if not self.finished:
-            seeds = sorted({r["seed"] for r in trainings})
-            self.finish({"rows": rows, "verdict": verdict}, seeds=seeds, started=started)
-        return f"{text}\nrun folder: {self.folder}"
-
-    def _write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file of the folder atomically."""
         write_atomically(self.folder / name, data)
-
-
-def finished_trainings(folder: str | Path) -> list[Path]:
-    """The folders of a run's finished trainings.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = sorted(path.parent for path in Path(folder).glob("*/summary.json"))
-    if not found:
-        raise FileNotFoundError(f"folder {str(folder)!r} holds no finished training")
-    return found
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

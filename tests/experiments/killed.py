@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from odenets.training.runs import Run
+from lab.runs import Run
 
 
 def main(name, script):

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lab.runs import finished_trainings
 from odenets.plotting.figures import MARKERS, log_x, new_figure
-from odenets.training.runs import finished_trainings, read_config, read_metrics, read_summary
+from odenets.training.runs import read_config, read_metrics, read_summary
 
 __all__ = ["accuracy_against_cost", "adaptive_depth", "block_errors", "depth_and_steps"]
 

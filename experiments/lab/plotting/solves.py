@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lab.runs import finished_trainings
 from odenets.plotting.figures import MARKERS, log_x, new_figure
-from odenets.training.runs import finished_trainings, read_config, read_metrics, read_summary
+from odenets.training.runs import read_config, read_metrics, read_summary
 
 __all__ = ["cost_of_solves", "neural_ode", "solves_while_training"]
 

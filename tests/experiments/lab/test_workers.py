@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
+from lab.runs import Run
 from lab.workers import Workers
-from odenets.training.runs import Run
 
 
 def work(item, report):
@@ -64,7 +64,7 @@ def test_a_job_that_leaves_no_run_is_told(tmp_path):
 SLEEPER = """
 import os, time
 from lab.workers import Workers
-from odenets.training.runs import Run
+from lab.runs import Run
 def work(item, report):
     print(os.getpid(), flush=True)
     time.sleep(3600)

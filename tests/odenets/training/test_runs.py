@@ -1,15 +1,11 @@
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import odenets
-from odenets.training.runs import Run, environment, finished_trainings, read_config, read_metrics, read_summary
+from odenets.training.runs import Run, read_config, read_metrics, read_summary
 
 
 def test_a_run_is_kept(tmp_path):
@@ -27,66 +23,6 @@ def test_a_run_is_kept(tmp_path):
     assert read_summary(run.folder)["results"] == {"accuracy": 0.9}
     assert read_summary(run.folder)["environment"]["versions"]["torch"] in torch.__version__
     assert read_config(run.folder)["seeds"] == [0, 1]
-
-
-def git(folder, *command):
-    names = dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "t")
-    done = subprocess.run(
-        ["git", "-C", folder, *command], env=os.environ | names, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def repository(tmp_path):
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "train.py").write_text("print(1)")
-    git(folder, "init", "-q")
-    git(folder, "add", "train.py")
-    git(folder, "commit", "-qm", "mine")
-    return folder
-
-
-def test_the_commit_is_that_of_the_script(repository, tmp_path, monkeypatch):
-    def commit_of(script):
-        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
-        record = environment()
-        return record["commit"], record["modified"]
-
-    monkeypatch.chdir(tmp_path)
-    head = git(repository, "rev-parse", "HEAD")
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))  # as a hook of another repository sets it
-    assert commit_of(repository / "train.py") == (head, False)
-    (repository / "other.py").write_text("print(2)")
-    assert commit_of(repository / "train.py") == (head, False)
-    assert commit_of(repository / "other.py") == (head, True)  # which no commit holds
-    (repository / "train.py").write_text("print(3)")
-    assert commit_of(repository / "train.py") == (head, True)
-    (tmp_path / "alone.py").write_text("print(4)")
-    assert commit_of(tmp_path / "alone.py") == (None, None)
-    monkeypatch.chdir(repository)
-    assert commit_of(tmp_path / "alone.py") == (head, True)
-
-
-def test_the_package_s_own_commit_is_kept_apart(repository, monkeypatch):
-    monkeypatch.chdir(repository)
-    folder, made = Path(odenets.__file__).parent, environment()
-    assert made["commit"] == git(repository, "rev-parse", "HEAD")
-    if (folder.parent / ".git").exists():
-        assert made["package_commit"].removesuffix("-dirty") == git(folder, "rev-parse", "HEAD")
-
-
-def test_without_a_script_the_commit_is_that_of_the_working_directory(repository, tmp_path, monkeypatch):
-    monkeypatch.chdir(repository)  # the running script is pytest's
-    made = environment()
-    assert (made["commit"], made["modified"]) == (git(repository, "rev-parse", "HEAD"), False)
-    monkeypatch.chdir(tmp_path)
-    assert (environment()["commit"], environment()["modified"]) == (None, None)
-    git(tmp_path, "init", "-q")  # a repository without a commit
-    assert (environment()["commit"], environment()["modified"]) == (None, None)
-    monkeypatch.setenv("PATH", "")
-    assert environment()["commit"] is None
 
 
 def test_numpy_s_and_torch_s_numbers_are_written_as_numbers(tmp_path):
@@ -113,7 +49,7 @@ def test_processes_of_a_group_may_begin_a_run_together(tmp_path, monkeypatch):
 
     def meanwhile(path):
         before = [*look(path)]
-        other._write("config.json", b'{"epochs": 3}')  # another is done right after we have looked
+        other.write("config.json", b'{"epochs": 3}')  # another is done right after we have looked
         (path / "module1.pt").touch()
         return iter(before)
 
@@ -164,25 +100,3 @@ def test_states_may_hold_numpy_s_scalars(tmp_path):
     state = run.load_state()
     assert state is not None
     assert (state["lr"], state["steps"]) == (0.5, [3, (0.25, "a")])
-
-
-def test_a_run_of_trainings_is_closed_once(tmp_path):
-    run = Run(tmp_path / "run", {"epochs": 1})
-    with pytest.raises(FileNotFoundError, match="holds no finished training"):
-        finished_trainings(run.folder)
-    results = []
-    for seed in (1, 0):
-        training = Run(run.folder / f"net-{seed}", {"seed": seed})
-        training.log([{"epoch": 1, "loss": 0.5 + seed}])
-        training.finish({}, seeds=[seed])
-        results.append({"name": f"net-{seed}", "seed": seed, "way": "a"})
-    assert [path.name for path in finished_trainings(run.folder)] == ["net-0", "net-1"]
-    shown = run.conclude(results, ("way", "seed"), [{"accuracy": 0.9}], "| 0.9 |", ["it works"])
-    assert (run.folder / "table.md").read_text() == "| 0.9 |\n\nit works\n"
-    assert shown.startswith("| 0.9 |\n\nit works\n")
-    assert [row["loss"] for row in read_metrics(run.folder)] == ["1.5", "0.5"]
-    summary = read_summary(run.folder)
-    assert summary["results"] == {"rows": [{"accuracy": 0.9}], "verdict": ["it works"]}
-    assert summary["seeds"] == [0, 1]
-    run.conclude(results, ("way", "seed"), [], "", [])
-    assert read_summary(run.folder) == summary
