@@ -11,36 +11,37 @@ diverge.
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from lightning_fabric import Fabric
 
-from lab import plotting as lab_figures
+from lab import images
+from lab.config import Config as CommonConfig
+from lab.experiment import Columns, Experiment, Figures, Jobs, command
+from lab.outcome import Outcome
+from lab.plotting import depth as depth_figures
+from lab.progress import Progress
+from lab.results import groups
 from lab.runs import Run
 from lab.statistics import mean_interval
-from lab.tables import table
-from lab.workers import Report, Workers
-from odenets import Network, models, plotting
+from lab.workers import Report
+from odenets import Network, models
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
-from odenets.training import data, datasets
-from odenets.training.loop import Callback, Training, evaluate, evaluate_schemes, fit
+from odenets.training.data import Batches, Split, TensorData
+from odenets.training.loop import Callback, evaluate, evaluate_schemes, fit
 from odenets.training.runs import read_metrics
 from solvers import get_tableau
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CommonConfig):
     """What is trained.
 
     Attributes:
@@ -65,9 +66,6 @@ class Config:
         loss_limit: an epoch whose mean training loss is above this has diverged.
         full_passes: also test every embedded scheme by a pass of its own.
         device: "cpu" or "cuda".
-        workers: trainings side by side, each on one thread; 0 takes one per core on a CPU, one on a GPU.
-        output: run folder.
-        resume: go on with the run in the folder.
     """
 
     dataset: Literal["digits", "circles", "moons", "mnist", "fashion-mnist", "cifar10", "cifar100"] = "digits"
@@ -89,9 +87,7 @@ class Config:
     loss_limit: float = 20.0
     full_passes: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
-    workers: int = 0
     output: Path = Path("runs/adaptive_depth")
-    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,12 +107,40 @@ class Job:
         return f"{self.network.replace(' ', '-')}-T{self.total_time:g}-seed{self.seed}"
 
 
-def build(config: Config, dataset: data.TensorData, job: Job) -> Network:
+def split(config: Config) -> Split:
+    """The data, cut the same for every job."""
+    return images.split(config.dataset, config.folder, config.train_size, config.test_size)
+
+
+def jobs(config: Config) -> Jobs[Job]:
+    """Adaptive and fixed networks; then fixed ones of the depth and the cost at which the adaptive ones end."""
+    deep, T = config.deep, config.total_time
+
+    def of_seeds(*networks: tuple[str, str, int, bool, float]) -> list[Job]:
+        each = [Job(*network, seed) for network in networks for seed in config.seeds]
+        return sorted(each, key=lambda job: -job.depth * job.total_time)  # what takes longest begins first
+
+    first = [("adaptive from 1", "bs23", 1, True, T), (f"adaptive from {deep}", "bs23", deep, True, T)]
+    first += [("fixed 1", "bs23", 1, False, T), (f"fixed {deep}", "bs23", deep, False, T)]
+    if config.long_time:
+        first += [(f"fixed {d}", "bs23", d, False, config.long_time) for d in (1, 2)]
+        first += [("adaptive from 1", "bs23", 1, True, config.long_time)]
+    results = yield of_seeds(*first)
+    ends = [r["final_depth"] for r in results if r["network"] == f"adaptive from {deep}" and not r["diverged"]]
+    final = statistics.mode(ends) if ends else deep
+    euler = final * (4 if config.stage_fields == "untied" else 3)
+    then = [(f"euler {euler}", "euler", euler, False, T)]
+    then += [(f"fixed {final}", "bs23", final, False, T)] * (final not in (1, deep))
+    results += yield of_seeds(*then)
+    return sorted(results, key=lambda r: (r["total_time"], r["network"], r["seed"]))
+
+
+def build(config: Config, dataset: TensorData, job: Job) -> Network:
     """The network of a job, with the seed's weights."""
     torch.manual_seed(job.seed)
     untied = config.stage_fields == "untied" and job.solver == "bs23"
     options: dict[str, Any] = {
-        "normalize": models.Normalize(list(dataset.mean), list(dataset.std)),
+        "normalize": images.normalize(dataset),
         "readout": "ensemble" if untied else "solution",
         "solver": get_tableau("bs23").forwarding("order2") if untied else job.solver,
         "depth": job.depth,
@@ -131,33 +155,17 @@ def build(config: Config, dataset: data.TensorData, job: Job) -> Network:
     return models.resnet9(channels, dataset.classes, size=size, norm="group", **options)
 
 
-class Progress(Callback):
-    """Moves the bar on after each epoch."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-
-    def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
-        """One epoch more."""
-        self.report(1)
-
-
-def train(config: Config, job: Job, report: Report) -> None:
-    """Train and evaluate one network in a folder of its own; what was found stands in its summary."""
-    run = Run(config.output / job.name, {**asdict(job), **science(config)}, resume=True)
+def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Train and evaluate one network."""
     parts = split(config)
-    images = parts.train.x.shape[-1] > 8 and "mnist" not in config.dataset
-    batches = data.Batches(parts.train, config.batch_size, seed=job.seed, crop=4 * images, flip=images)
+    augmented = parts.train.x.shape[-1] > 8 and "mnist" not in config.dataset
+    batches = Batches(parts.train, config.batch_size, seed=job.seed, crop=4 * augmented, flip=augmented)
     checked = parts.validation.subset(torch.arange(min(config.check_samples, len(parts.validation))))
-    checked = data.Batches(checked.to(config.device), 512)
-    callbacks: list[Callback] = [Progress(report)]
+    callbacks: list[Callback] = [Progress(report, run)]
     if job.adaptive:
         rule = DepthRule(config.tolerance, config.K, config.max_depth)
-        callbacks.append(AdaptiveDepth(rule, checked.inputs, until=config.epochs - config.epochs // 4))
-    before = run.load_state()
-    begun = before["epoch"] if before else 0
-    report(begun)
-    result: dict[str, Any] = {**asdict(job), "name": job.name, "diverged": False}
+        inputs = Batches(checked.to(config.device), 512).inputs
+        callbacks.append(AdaptiveDepth(rule, inputs, until=config.epochs - config.epochs // 4))
     network = build(config, parts.train, job)
     try:
         training = fit(
@@ -166,21 +174,20 @@ def train(config: Config, job: Job, report: Report) -> None:
             epochs=config.epochs,
             optimizer=lambda net: torch.optim.SGD(net.parameters(), config.learning_rate, momentum=0.9),
             schedule=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs),
-            validation=data.Batches(parts.validation, 500),
+            validation=Batches(parts.validation, 500),
             callbacks=callbacks,
             loss_limit=config.loss_limit,
             run=run,
             fabric=Fabric(accelerator=config.device, devices=1),
         )
     except DivergedError as error:
-        done = len(read_metrics(run.folder))
-        report(config.epochs - done)
-        result |= {"diverged": True, "message": str(error), "final_depth": network.depth, "epochs": done}
-        run.finish(result, seeds=[job.seed])
-        return
+        epochs = len(read_metrics(run.folder))
+        report(config.epochs - epochs)
+        return {"diverged": True, "message": str(error), "final_depth": network.depth, "epochs": epochs}
     save_weights(network, run.folder / "weights.safetensors")
-    test, validation = (data.Batches(part.to(config.device), 500) for part in (parts.test, parts.validation))
-    result |= {
+    test, validation = (Batches(part.to(config.device), 500) for part in (parts.test, parts.validation))
+    result: dict[str, Any] = {
+        "diverged": False,
         "final_depth": network.depth,
         "h": [h for flow in network.flows for h in flow.h],
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -190,44 +197,20 @@ def train(config: Config, job: Job, report: Report) -> None:
         "seconds": training.rows[-1]["seconds"],
         "validation": evaluate(network, validation).accuracy,
         "solution": evaluate(network, test).accuracy,
-        "schemes": {name: found.accuracy for name, found in evaluate_schemes(network, test).items()},
+        "schemes": {name: each.accuracy for name, each in evaluate_schemes(network, test).items()},
     }
     if config.full_passes:
-        found = evaluate_schemes(network, test, full_passes=True)
-        result["full_passes"] = {name: evaluation.accuracy for name, evaluation in found.items()}
-    run.finish(result, seeds=[job.seed])
+        passes = evaluate_schemes(network, test, full_passes=True)
+        result["full_passes"] = {name: each.accuracy for name, each in passes.items()}
+    return result
 
 
-def split(config: Config) -> data.Split:
-    """The data, cut the same for every job."""
-    train, test = datasets.load(config.dataset, config.folder)
-    if config.test_size:
-        test = datasets.subsample(test, config.test_size)
-    return datasets.split(train, test, size=config.train_size or None)
-
-
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a job, and not where, beside what, or for which other seeds it runs."""
-    settings = asdict(config)
-    for name in ("output", "resume", "workers", "folder", "seeds", "deep", "total_time", "long_time"):
-        settings.pop(name)
-    return settings
-
-
-def train_all(config: Config, jobs: list[Job], workers: Workers, label: str) -> list[dict[str, Any]]:
-    """Results of the jobs, the dearest begun first; finished ones are read."""
-    jobs = sorted(jobs, key=lambda job: -job.depth * job.total_time)
-    folder = lambda job: config.output / job.name  # noqa: E731
-    return workers.complete(partial(train, config), jobs, folder, cost=lambda job: config.epochs, label=label)
-
-
-def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per network and total time: means over the seeds with their 95 % intervals."""
     rows = []
-    for key in dict.fromkeys((r["network"], r["total_time"]) for r in results):
-        group = [r for r in results if (r["network"], r["total_time"]) == key]
+    for (network, total_time), group in groups(results, "network", "total_time").items():
         trained = [r for r in group if not r["diverged"]]
-        row: dict[str, Any] = {"network": key[0], "total_time": key[1], "diverged": len(group) - len(trained)}
+        row: dict[str, Any] = {"network": network, "total_time": total_time, "diverged": len(group) - len(trained)}
         row |= {"seeds": len(group), "final_depths": [r["final_depth"] for r in trained]}
         if trained:
             for name in ("parameters", "evaluations_per_forward", "seconds"):
@@ -246,7 +229,7 @@ def _scheme(name: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda row: f"{100 * row['schemes'][name]:.2f}"
 
 
-COLUMNS: dict[str, Any] = {
+COLUMNS: Columns = {
     "network": "{network}",
     "T": "{total_time}",
     "diverged": "{diverged} of {seeds}",
@@ -260,12 +243,12 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-def verdict(config: Config, rows: list[dict[str, Any]]) -> list[str]:
+def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says of the claims, in sentences."""
-    found = {(row["network"], row["total_time"]): row for row in rows}
-    deep = found[f"adaptive from {config.deep}", config.total_time]
-    grown = found["adaptive from 1", config.total_time]
-    fixed = [r for r in rows if r["network"].startswith("fixed") and r["total_time"] == config.total_time]
+    rows = {(row["network"], row["total_time"]): row for row in outcome.rows}
+    deep = rows[f"adaptive from {config.deep}", config.total_time]
+    grown = rows["adaptive from 1", config.total_time]
+    fixed = [row for (name, time), row in rows.items() if name.startswith("fixed") and time == config.total_time]
     trained = [row for row in fixed if row["final_depths"]]
     lines = []
     if trained and deep["final_depths"]:
@@ -276,45 +259,41 @@ def verdict(config: Config, rows: list[dict[str, Any]]) -> list[str]:
             f"adaptive from {config.deep}: {100 * deep['solution']:.2f} %, {where} the best fixed network on "
             f"validation ({best['network']}: {100 * best['solution']:.2f} %)"
         )
-        reference = found[f"fixed {config.deep}", config.total_time]
+        reference = rows[f"fixed {config.deep}", config.total_time]
         if reference["final_depths"]:
             share = deep["evaluations"] / reference["evaluations"]
             lines.append(f"training evaluations, checks included: {100 * share:.1f} % of fixed {config.deep}")
     lines.append(f"adaptive from 1: ends at {grown['final_depths']} blocks")
-    for row in rows:
-        if row["total_time"] != config.total_time:
-            lines.append(f"T = {row['total_time']:g}, {row['network']}: diverged {row['diverged']} of {row['seeds']}")
+    for (name, time), row in rows.items():
+        if time != config.total_time:
+            lines.append(f"T = {time:g}, {name}: diverged {row['diverged']} of {row['seeds']}")
     return lines
 
 
-def main(config: Config) -> None:
-    """Train everything, print one table, write the run folder with its figures."""
-    whole = {name: asdict(config)[name] for name in ("seeds", "deep", "total_time", "long_time")}
-    started = time.time()
-    split(config)  # a wrong data folder shows here, before anything is written
-    run = Run(config.output, science(config) | whole, resume=config.resume)
-    deep, T = config.deep, config.total_time
-    first = [("adaptive from 1", 1, True, T), (f"adaptive from {deep}", deep, True, T)]
-    first += [("fixed 1", 1, False, T), (f"fixed {deep}", deep, False, T)]
-    if config.long_time:
-        first += [(f"fixed {d}", d, False, config.long_time) for d in (1, 2)]
-        first += [("adaptive from 1", 1, True, config.long_time)]
-    cores = 1 if config.device == "cuda" else os.cpu_count() or 1
-    with Workers(config.workers or cores) as workers:
-        jobs = [Job(name, "bs23", d, adapts, time, seed) for name, d, adapts, time in first for seed in config.seeds]
-        results = train_all(config, jobs, workers, "adaptive and fixed")
-        ends = [r["final_depth"] for r in results if r["network"] == f"adaptive from {deep}" and not r["diverged"]]
-        final = statistics.mode(ends) if ends else deep
-        then = [("euler", "euler", final * (4 if config.stage_fields == "untied" else 3))]
-        then += [("fixed", "bs23", final)] * (final not in (1, deep))
-        jobs = [Job(f"{name} {d}", solver, d, False, T, seed) for name, solver, d in then for seed in config.seeds]
-        results += train_all(config, jobs, workers, "as deep as it ended")
-    results.sort(key=lambda r: (r["total_time"], r["network"], r["seed"]))
-    rows = summarize(results)
-    plotting.save(lab_figures.adaptive_depth(run.folder), run.folder / "figures")
-    keys = ("network", "total_time", "seed")
-    print(run.conclude(results, keys, rows, table(rows, COLUMNS), verdict(config, rows), started=started))
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Depth over epochs, errors of the blocks, accuracy against cost."""
+    adaptive = lambda: depth_figures.epochs_of(outcome.metrics, "adaptive")  # noqa: E731
+    return {
+        "depth": lambda: depth_figures.depth_and_steps(adaptive()),
+        "errors": lambda: depth_figures.block_errors(adaptive(), config.tolerance, config.K),
+        "cost": lambda: depth_figures.accuracy_against_cost(outcome.rows, depth_figures.epochs_of(outcome.metrics)),
+    }
 
+
+EXPERIMENT = Experiment(
+    config=Config,
+    data=split,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=COLUMNS,
+    verdict=verdict,
+    figures=figures,
+    quick=lambda config: replace(config, seeds=(0,), epochs=2, train_size=300, deep=4, max_depth=8),
+    selects=("seeds", "deep", "total_time", "long_time"),
+    cost=lambda config, job: config.epochs,
+    keys=("network", "total_time", "seed"),
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)

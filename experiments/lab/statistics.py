@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Interval", "correlation", "mean_interval", "paired_p_value"]
+__all__ = ["Interval", "correlation", "mean_interval", "paired", "paired_p_value", "percent"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +116,13 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
         return 0.0, 1.0
     found = pearsonr(x, y)
     return float(found.statistic), float(found.pvalue)  # type: ignore[attr-defined]
+
+
+def percent(values: Iterable[float]) -> Interval:
+    """Mean and interval in percent of values that are shares."""
+    return mean_interval([100 * value for value in values])
+
+
+def paired(one: Sequence[float], other: Sequence[float]) -> Interval:
+    """Mean and interval of the differences of values of the same seeds."""
+    return mean_interval([a - b for a, b in zip(one, other, strict=True)])

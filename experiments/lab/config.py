@@ -1,0 +1,85 @@
+"""What every configuration of an experiment holds, and which of it decides an outcome."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+__all__ = ["Config", "ImageConfig", "recorded", "science"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How an experiment runs.
+
+    Attributes:
+        quick: few and small trainings: to see that it runs.
+        workers: trainings side by side, each on one thread; 0 takes one per core on a CPU, one on a GPU.
+        output: run folder.
+        resume: go on with the run in the folder.
+        draw: folder of a finished run, whose table and figures are made again; nothing is trained.
+    """
+
+    quick: bool = False
+    workers: int = 0
+    output: Path = Path("runs/experiment")
+    resume: bool = False
+    draw: Path | None = None
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run and its trainings lie."""
+        return self.output
+
+    @property
+    def processes(self) -> int:
+        """Trainings side by side."""
+        return self.workers or (1 if getattr(self, "device", "cpu") == "cuda" else os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class ImageConfig(Config):
+    """An experiment on images.
+
+    Attributes:
+        dataset: digits come with scikit-learn, the others through torchvision.
+        folder: where torchvision's files lie; without it they are downloaded once.
+    """
+
+    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
+    folder: Path | None = None
+
+
+PLACE = {"workers", "output", "resume", "draw", "folder"}
+"""Settings that say where and beside what an experiment runs."""
+
+C = TypeVar("C", bound=Config)
+
+
+def science(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
+    """What decides the outcome: all settings but where and beside what it runs, and but those named.
+
+    >>> science(ImageConfig(workers=2)), science(ImageConfig(), without=("quick",))
+    ({'quick': False, 'dataset': 'digits'}, {'dataset': 'digits'})
+    """
+    return {name: value for name, value in asdict(config).items() if name not in {*PLACE, *without}}
+
+
+def recorded(cls: type[C], settings: Mapping[str, Any], folder: Path) -> C:
+    """The configuration that a ``config.json`` holds; it was checked when the run began, and what it names may be gone.
+
+    Args:
+        cls: class of the configuration; what the file does not hold has its default.
+        settings: what the file holds.
+        folder: in which it lies.
+    """
+    config = object.__new__(cls)
+    for field in fields(cls):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        value = settings.get(field.name, default)
+        object.__setattr__(config, field.name, tuple(value) if isinstance(value, list) else value)
+    object.__setattr__(config, "output", folder)
+    return config

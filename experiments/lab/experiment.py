@@ -1,0 +1,235 @@
+"""An experiment: what is trained and what is reported. How it runs is written here, once.
+
+A script is a frozen :class:`~lab.config.Config`, what to train, and what to report::
+
+    @dataclass(frozen=True)
+    class Config(ImageConfig):          # quick, workers, output, resume, draw, dataset, folder
+        depths: tuple[int, ...] = (9, 30)
+        seeds: tuple[int, ...] = (0, 1, 2)
+        output: Path = Path("runs/depth")
+
+    @dataclass(frozen=True)
+    class Job:                          # one training, in a folder of its own
+        depth: int
+        seed: int
+
+        @property
+        def name(self) -> str:
+            return f"{self.depth}_seed{self.seed}"
+
+    def jobs(config):                   # a generator: jobs out, their results in; returns those that are reported
+        return (yield [Job(d, seed) for d in config.depths for seed in config.seeds])
+
+    def train(config, job, run, report):    # in a worker; run keeps checkpoints, report moves the progress bar
+        ...
+        return {"accuracy": ...}        # stands in the job's summary, beside the job's own fields and its name
+
+    EXPERIMENT = Experiment(config=Config, jobs=jobs, train=train, ...)
+
+    if __name__ == "__main__":
+        command(EXPERIMENT, __doc__)
+
+:func:`run` loads the data before anything is written, opens the run folder, trains what is not there yet in worker
+processes, writes table, verdict, figures and one summary. A run that was interrupted goes on with ``--resume``; its
+summary lists under ``parts`` the commit and the seconds of every part of every training. ``--draw FOLDER`` makes the
+table and the figures of a finished run again, and says what it lacks for the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tyro
+from matplotlib.figure import Figure
+
+from lab.config import Config, recorded, science
+from lab.outcome import Outcome, read_outcome
+from lab.runs import Run
+from lab.tables import table
+from lab.workers import Report, Workers
+from odenets import plotting
+from odenets.training.runs import read_config, read_metrics, read_summary
+
+__all__ = ["Columns", "Experiment", "Figures", "Jobs", "Row", "command", "draw", "run"]
+
+Row = dict[str, Any]
+Columns = Mapping[str, str | Callable[[Mapping[str, Any]], object]]
+Figures = dict[str, Callable[[], Figure]]
+"""Figures by name, each made when it is asked for."""
+
+
+C = TypeVar("C", bound=Config)
+J = TypeVar("J")
+Jobs = Generator[Sequence[J], list[Row], list[Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Generic[C, J]):
+    """What is trained and what is reported.
+
+    A job is a frozen dataclass with a ``name``, that of its folder in that of the run, and a field ``seed`` or
+    ``seeds``; where a field ``tuning`` is true, it serves a choice and is not reported.
+
+    Attributes:
+        config: class of the configuration.
+        jobs: a generator that yields jobs, gets their results, and returns those that are reported.
+        train: trains a job in a worker, at the top of a module; gets the configuration, the job, its run and what moves
+            the progress bar; returns what was found.
+        summarize: rows of the table, from the results.
+        columns: of the table, as :func:`lab.tables.table` reads them, or what makes them from the configuration.
+        verdict: what the rows say of the claims, in sentences.
+        quick: the configuration of a few minutes.
+        selects: settings that say which jobs there are and not how one of them turns out.
+        settings: what decides the outcome of a job beside the configuration and its own fields.
+        seeds: of a job without a field ``seed`` or ``seeds``.
+        cost: of a job, in units of the progress bar; those that cost most begin first.
+        data: loads the data, so that a wrong folder shows before anything is written.
+        details: what figures need of the results beside the rows, for the summary.
+        figures: by name; one that raises FileNotFoundError says what the run folder lacks.
+        keys: fields that tell the trainings apart in the common ``metrics.csv``; without them there is none.
+    """
+
+    config: type[C]
+    jobs: Callable[[C], Jobs[J]]
+    train: Callable[[C, J, Run, Report], Mapping[str, Any]]
+    summarize: Callable[[C, list[Row]], list[Row]]
+    columns: Columns | Callable[[C], Columns]
+    verdict: Callable[[C, Outcome], list[str]]
+    quick: Callable[[C], C]
+    selects: tuple[str, ...] = ()
+    settings: Callable[[C, J], Mapping[str, Any]] = lambda config, job: {}
+    seeds: Callable[[C, J], Sequence[int]] = lambda config, job: _seeds(job)
+    cost: Callable[[C, J], int] = lambda config, job: 1
+    data: Callable[[C], object] = lambda config: None
+    details: Callable[[C, list[Row]], Mapping[str, Any]] = lambda config, results: {}
+    figures: Callable[[C, Outcome], Figures] = lambda config, outcome: {}
+    keys: tuple[str, ...] = ()
+
+    def text(self, config: C, rows: list[Row], verdict: list[str]) -> str:
+        """Table and verdict."""
+        columns = self.columns(config) if callable(self.columns) else self.columns
+        return table(rows, columns) + "\n\n" + "\n".join(verdict) + "\n"
+
+
+def _seeds(job: Any) -> Sequence[int]:
+    return job.seeds if hasattr(job, "seeds") else (job.seed,)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A job on its way to a worker."""
+
+    job: Any
+    folder: Path
+    settings: dict[str, Any]
+    seeds: list[int]
+
+
+def command(experiment: Experiment[C, J], description: str | None) -> None:
+    """Run an experiment as the command line says."""
+    run(experiment, tyro.cli(experiment.config, description=description))
+
+
+def run(experiment: Experiment[C, J], config: C) -> None:
+    """Train everything, print one table, write the run folder with its figures; or draw those of a finished run.
+
+    Raises:
+        FileExistsError: the folder holds a run and ``config.resume`` is false.
+        ValueError: the run in the folder was made with another configuration.
+    """
+    if config.draw is not None:
+        print(draw(experiment, config.draw))
+        return
+    if config.quick:
+        config = experiment.quick(config)
+    started = time.time()
+    experiment.data(config)
+    whole = Run(config.run_folder, science(config), resume=config.resume)
+    results, summaries = _train_all(experiment, config, whole.folder)
+    if experiment.keys:
+        whole.log([{k: r[k] for k in experiment.keys} | row for r in results for row in _metrics(whole, r)])
+    rows = experiment.summarize(config, results)
+    outcome = Outcome(rows, whole.folder, experiment.details(config, results))
+    verdict = experiment.verdict(config, outcome)
+    if figures := experiment.figures(config, outcome):
+        plotting.save({name: make() for name, make in figures.items()}, whole.folder / "figures")
+    text = experiment.text(config, rows, verdict)
+    whole.write("table.md", text.encode())
+    if not whole.finished:
+        whole.parts = [{"name": name, **part} for name, s in summaries.items() for part in s["environment"]["parts"]]
+        seeds = sorted({seed for r in results if not r.get("tuning") for seed in summaries[r["name"]]["seeds"]})
+        whole.finish({"rows": rows, **outcome.details, "verdict": verdict}, seeds=seeds, started=started)
+    print(f"{text}\nrun folder: {whole.folder}")
+
+
+def draw(experiment: Experiment[C, J], folder: Path) -> str:
+    """Make table and figures of a finished run again, in its folder, and say what there is.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+    """
+    config = recorded(experiment.config, read_config(folder), folder)
+    outcome, verdict = read_outcome(folder)
+    text = experiment.text(config, outcome.rows, verdict)
+    (folder / "table.md").write_text(text)
+    lines = []
+    for name, make in experiment.figures(config, outcome).items():
+        try:
+            paths = plotting.save({name: make()}, folder / "figures")
+        except FileNotFoundError as error:
+            lines.append(f"{name} is not drawn: {error}")
+        else:
+            lines += [f"{path} is drawn" for path in paths]
+    return "\n".join([text, *lines])
+
+
+def _train_all(experiment: Experiment[C, J], config: C, folder: Path) -> tuple[list[Row], dict[str, dict[str, Any]]]:
+    """The results that are reported, and the summaries of all trainings by name."""
+    summaries: dict[str, dict[str, Any]] = {}
+    shared = science(config, without=experiment.selects)
+    with Workers(config.processes) as workers:
+
+        def complete(jobs: Sequence[Any]) -> list[Row]:
+            tasks = [
+                _Task(
+                    job,
+                    folder / job.name,
+                    {**asdict(job), **shared, **experiment.settings(config, job)},
+                    [*experiment.seeds(config, job)],
+                )
+                for job in jobs
+            ]
+            results = workers.complete(
+                partial(_train, experiment.train, config),
+                tasks,
+                lambda task: task.folder,
+                cost=lambda task: experiment.cost(config, task.job),
+                label=folder.name,
+            )
+            summaries.update({task.job.name: read_summary(task.folder) for task in tasks})
+            return results
+
+        jobs = experiment.jobs(config)
+        batch = next(jobs)
+        while True:
+            try:
+                batch = jobs.send(complete(batch))
+            except StopIteration as end:
+                return end.value, summaries
+
+
+def _train(train: Callable[..., Mapping[str, Any]], config: Config, task: _Task, report: Report) -> None:
+    """Train a job in a folder of its own; what was found stands in its summary."""
+    run = Run(task.folder, task.settings, resume=True)
+    run.begin()
+    results = train(config, task.job, run, report)
+    run.finish({**asdict(task.job), "name": task.job.name, **results}, seeds=task.seeds)
+
+
+def _metrics(whole: Run, result: Row) -> list[dict[str, str]]:
+    return read_metrics(whole.folder / result["name"])
