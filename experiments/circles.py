@@ -12,8 +12,7 @@ the accuracy after the last epoch, and that after the epoch chosen on other poin
 
 from __future__ import annotations
 
-import os
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,17 +20,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from lab.config import Config as CommonConfig
+from lab.experiment import Columns, Experiment, Figures, Jobs, command
+from lab.outcome import Outcome
 from lab.runs import Run
-from lab.statistics import Interval, mean_interval
-from lab.tables import table
-from lab.workers import Report, Workers
+from lab.statistics import Interval, mean_interval, paired, percent
+from lab.workers import Report
 from odenets import Flow, MLPField, Network, plotting
 from odenets.checkpoints import load_weights, save_weights
 from odenets.least_action import ActionPenalty, LeastAction
-from odenets.training import data, datasets
+from odenets.training import datasets
+from odenets.training.data import Batches, TensorData
 from odenets.training.instances import fit_instances
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.transport import moves, states
@@ -88,7 +90,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(CommonConfig):
     """What to train.
 
     Attributes:
@@ -98,10 +100,6 @@ class Config:
         epochs: at most; an instance ends after three epochs without a fault on training and test points.
         dataset: circles or moons.
         batch_size: of training.
-        quick: four instances, three epochs, fewer points in the figures: to see that it runs.
-        output: run folder.
-        resume: go on with what is there.
-        workers: processes; all cores if 0.
     """
 
     tables: tuple[str, ...] = ("19", "21", "22", "epochs", "figures")
@@ -109,10 +107,7 @@ class Config:
     epochs: int = 100
     dataset: Literal["circles", "moons"] = "circles"
     batch_size: int = 10
-    quick: bool = False
     output: Path = Path("runs/circles")
-    resume: bool = False
-    workers: int = 0
 
     def __post_init__(self) -> None:
         if unknown := set(self.tables) - set(SETTINGS):
@@ -123,7 +118,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table."""
+    """One cell of a table: a network whose instances are trained together."""
 
     table: str
     method: str
@@ -133,6 +128,18 @@ class Cell:
     def name(self) -> str:
         """Of its folder."""
         return f"{self.table}_{self.method.replace(' ', '_')}{'_bn' * self.norm}"
+
+
+def jobs(config: Config) -> Jobs[Cell]:
+    """The cells of the tables, those of a table together; what takes longest begins first."""
+    cells = []
+    for name in config.tables:
+        methods = METHODS[:2] if name == "epochs" else METHODS
+        norms = (False,) if name == "figures" else (False, True)
+        cells += [Cell(name, method, norm) for method in methods for norm in norms]
+    results = yield sorted(cells, key=lambda cell: -SETTINGS[cell.table].blocks * SETTINGS[cell.table].points)
+    names = [cell.name for cell in cells]
+    return sorted(results, key=lambda r: names.index(r["name"]))
 
 
 class Boundary(nn.Module):
@@ -171,22 +178,20 @@ def objective(method: str, setting: Setting) -> Objective:
             return LeastAction(lambda0=0.1, tau=0.1, every=5, cost="norm", update="after", weigh="multiply")
 
 
-def points_of(config: Config, setting: Setting, seed: int) -> dict[str, data.TensorData]:
+def points_of(config: Config, setting: Setting, seed: int) -> dict[str, TensorData]:
     """The points of an instance: training and test as in the thesis, and others to choose on and to report."""
     train, test = datasets.hold_out(datasets.points(config.dataset, setting.points, seed), 0.2, seed=seed)
     chosen, fresh = (datasets.points(config.dataset, n, seed + k) for n, k in ((200, 1_000_000), (1000, 2_000_000)))
     return {"train": train, "test": test, "validation": chosen, "fresh": fresh}
 
 
-def train(config: Config, cell: Cell, report: Report) -> None:
-    """Train the instances of a cell; what was found stands in its summary, beside the first instance's weights."""
+def train(config: Config, cell: Cell, run: Run, report: Report) -> dict[str, Any]:
+    """Train the instances of a cell, and keep the weights of the first."""
     setting = SETTINGS[cell.table]
-    run = Run(config.output / cell.name, {**asdict(cell), **asdict(setting), **science(config)}, resume=True)
-    started = time.time()
     parts = [points_of(config, setting, seed) for seed in range(config.instances)]
-    found = fit_instances(
+    trained = fit_instances(
         [build(setting, cell.norm, seed) for seed in range(config.instances)],
-        [data.Batches(part["train"], config.batch_size) for part in parts],
+        [Batches(part["train"], config.batch_size) for part in parts],
         epochs=config.epochs,
         optimizer=lambda parameters: torch.optim.Adam(parameters, 0.01, betas=(0.9, 0.99), fused=True),
         objective=lambda: objective(cell.method, setting),
@@ -194,58 +199,47 @@ def train(config: Config, cell: Cell, report: Report) -> None:
         perfect=PERFECT,
         report=report,
     )
-    chosen = found.accuracy["validation"].argmax(1, keepdim=True)  # the first of the best epochs
+    chosen = trained.accuracy["validation"].argmax(1, keepdim=True)  # the first of the best epochs
     results = {
-        "max": found.accuracy["test"].amax(1),
-        "last": found.accuracy["fresh"][:, -1],
-        "chosen": found.accuracy["fresh"].gather(1, chosen)[:, 0],
-        "epochs": found.epochs.float(),
-        "arrived": torch.stack([(found.accuracy[name][:, -3:] == 1).all(1) for name in PERFECT]).all(0),
+        "max": trained.accuracy["test"].amax(1),
+        "last": trained.accuracy["fresh"][:, -1],
+        "chosen": trained.accuracy["fresh"].gather(1, chosen)[:, 0],
+        "epochs": trained.epochs.float(),
+        "arrived": torch.stack([(trained.accuracy[name][:, -3:] == 1).all(1) for name in PERFECT]).all(0),
     }
-    save_weights(found.networks[0], run.folder / "weights.safetensors")
+    save_weights(trained.networks[0], run.folder / "weights.safetensors")
     values: dict[str, Any] = {name: value.tolist() for name, value in results.items()}
     if cell.table == "figures":
         test = [part["test"].x for part in parts[:10]]
-        gaps = [moves(network, x).gap for network, x in zip(found.networks, test, strict=False)]
-        values["gap"] = gaps
-    run.finish(asdict(cell) | values, seeds=list(range(config.instances)), started=started)
+        values["gap"] = [moves(network, x).gap for network, x in zip(trained.networks, test, strict=False)]
+    return values
 
 
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a cell."""
-    return {name: getattr(config, name) for name in ("instances", "epochs", "dataset", "batch_size")}
-
-
-def percent(values: list[float]) -> Interval:
-    """Mean and interval in percent."""
-    return mean_interval([100 * v for v in values])
-
-
-def summarize(config: Config, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per cell, the thesis' figures and the paired difference to the plain network beside ours."""
+    cells = {(r["table"], r["method"], r["norm"]): r for r in results}
     rows = []
-    for cell in cells(config):
-        found = results[cell.name]
-        plain = results[Cell(cell.table, "resnet", cell.norm).name]
-        row: dict[str, Any] = {**asdict(cell), "maximum": percent(found["max"]), "last": percent(found["last"])}
-        arrived = [n for n, there in zip(found["epochs"], found["arrived"], strict=True) if there]
-        row |= {"chosen": percent(found["chosen"]), "arrived": len(arrived), "instances": len(found["arrived"])}
+    for (table, method, norm), r in cells.items():
+        row: dict[str, Any] = {"table": table, "method": method, "norm": norm}
+        row |= {"maximum": percent(r["max"]), "last": percent(r["last"])}
+        arrived = [n for n, faultless in zip(r["epochs"], r["arrived"], strict=True) if faultless]
+        row |= {"chosen": percent(r["chosen"]), "arrived": len(arrived), "instances": len(r["arrived"])}
         if arrived:
             row["epochs"] = mean_interval(arrived)
-        if cell.method != "resnet":
+        if method != "resnet":
             for name in ("max", "chosen"):
-                pairs = zip(found[name], plain[name], strict=True)
-                row[f"{name}_difference"] = percent([ours - theirs for ours, theirs in pairs])
-        if cell.table in THESIS and config.dataset == "circles":
-            thesis = Interval(*THESIS[cell.table][cell.method][cell.norm], 100)
+                row[f"{name}_difference"] = 100 * paired(r[name], cells[table, "resnet", norm][name])
+        if table in THESIS and config.dataset == "circles":
+            mean, half_width = THESIS[table][method][norm]
+            thesis = Interval(mean, half_width, 100)
             row |= {"thesis": thesis, "meets": row["maximum"].meets(thesis)}
-        if "gap" in found:
-            row["gap"] = mean_interval(found["gap"])
+        if "gap" in r:
+            row["gap"] = mean_interval(r["gap"])
         rows.append(row)
     return rows
 
 
-COLUMNS = {
+COLUMNS: Columns = {
     "table": "{table}",
     "network": "{method}",
     "bn": "{norm}",
@@ -257,34 +251,34 @@ COLUMNS = {
     "chosen": "{chosen:.1f}",
     "chosen - resnet": "{chosen_difference:.1f}",
     "faultless": "{arrived} of {instances}",
-    "after epochs": "{epochs:.1f}",
+    "after epochs": lambda row: f"{row['epochs']:.1f}" if row["arrived"] else "",
 }
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says of the claims, in sentences."""
-    found = {(row["table"], row["method"], row["norm"]): row for row in rows}
+    rows = {(row["table"], row["method"], row["norm"]): row for row in outcome.rows}
     lines = []
     for key, claim in (
         (("19", "lap", False), "least action over the plain network of one block"),
         (("21", "fixed lambda", False), "fixed lambda over the plain network with 50 points"),
         (("22", "lap", False), "least action over the plain network at N(0, 5) without batch norm"),
     ):
-        if key in found:
-            row = found[key]
+        if key in rows:
+            row = rows[key]
             lines.append(
                 f"{claim}: {row['max_difference']:.1f} points at the maximum over epochs, "
                 f"{row['chosen_difference']:.1f} at the epoch chosen on validation (paired)"
             )
     for (method, norm), epochs in THESIS_EPOCHS.items():
-        if ("epochs", method, norm) in found:
-            row = found["epochs", method, norm]
+        if ("epochs", method, norm) in rows:
+            row = rows["epochs", method, norm]
             after = f", after {row['epochs']:.1f} epochs" if "epochs" in row else ""
             lines.append(
                 f"two blocks, {method}{', batch norm' * norm}: {row['arrived']} of {row['instances']} end with three "
                 f"epochs without a fault{after} (thesis {epochs})"
             )
-    gaps = {method: found["figures", method, False]["gap"] for method in METHODS if ("figures", method, False) in found}
+    gaps = {method: rows["figures", method, False]["gap"] for method in METHODS if ("figures", method, False) in rows}
     if gaps:
         lines.append(
             "way of the points over the shortest (root mean square displacement over W2, minus 1): "
@@ -293,82 +287,57 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def figures(config: Config) -> dict[str, Any]:
+def figures(config: Config, outcome: Outcome) -> Figures:
     """Point clouds and displacements of the first instance."""
+    test = points_of(config, SETTINGS["figures"], 0)["test"]
 
-    def network(table: str, method: str, norm: bool) -> Network:
-        cell = Cell(table, method, norm)
-        built = build(SETTINGS[table], norm, 0)
-        load_weights(built, config.output / cell.name / "weights.safetensors")
+    def network(cell: Cell) -> Network:
+        built = build(SETTINGS[cell.table], cell.norm, 0)
+        load_weights(built, outcome.file(f"{cell.name}/weights.safetensors"))
         return built
 
-    test = points_of(config, SETTINGS["figures"], 0)["test"]
-    labels = test.y.numpy()
-    drawn: dict[str, Any] = {}
-
-    def draw(name: str, networks: dict[str, Network], after: tuple[int, ...], strange: Tensor | None = None) -> None:
-        x, y = test.x, labels
-        if strange is not None:
-            x, y = torch.cat([x, strange]), np.concatenate([y, np.full(len(strange), 2)])
-        clouds = {title: [s.numpy() for s in states(net, x)] for title, net in networks.items()}
-        drawn[name] = plotting.clouds(clouds, y, after)
-
-    everywhere = tuple(range(10))
-    if "figures" in config.tables:
-        plain, fixed, least = (network("figures", method, False) for method in METHODS)
-        draw("fig_38", {"lambda 0.07": fixed}, everywhere)
+    def clouds(cells: Mapping[str, Cell], after: range | tuple[int, ...], strange: int = 0) -> Figure:
         generator = torch.Generator().manual_seed(0)
-        strange = 0.1 * torch.randn(40, 2, generator=generator) + torch.tensor([[0.0, 0.0], [1.6, 1.6]]).repeat(20, 1)
-        draw("fig_22", {"vanilla": plain, "least action": least}, (0, 6, 9), strange)
-        drawn["fig_37"] = plotting.displacements(
-            {"vanilla": moves(plain, test.x), "least action": moves(least, test.x)}
-        )
-    if "22" in config.tables:
-        bad = {
-            f"{m}{', bn' * n}": network("22", m, n)
-            for m, n in (("resnet", False), ("resnet", True), ("fixed lambda", True))
+        places = torch.tensor([[0.0, 0.0], [1.6, 1.6]]).repeat(strange // 2, 1)
+        x = torch.cat([test.x, 0.1 * torch.randn(strange, 2, generator=generator) + places])
+        labels = np.concatenate([test.y.numpy(), np.full(strange, 2)])
+        shown = {title: [s.numpy() for s in states(network(cell), x)] for title, cell in cells.items()}
+        return plotting.clouds(shown, labels, after)
+
+    plain, fixed, least = (Cell("figures", method, False) for method in METHODS)
+    bad, bad_bn, bad_fixed = Cell("22", "resnet", False), Cell("22", "resnet", True), Cell("22", "fixed lambda", True)
+    good = {"vanilla": plain, "least action": least}
+    drawn: Figures = {}
+    if "figures" in config.tables:
+        drawn |= {
+            "fig_38": partial(clouds, {"lambda 0.07": fixed}, range(10)),
+            "fig_22": partial(clouds, good, (0, 6, 9), strange=40),
+            "fig_37": lambda: plotting.displacements({t: moves(network(cell), test.x) for t, cell in good.items()}),
         }
-        for number, (title, net) in zip((39, 40, 41), bad.items(), strict=True):
-            draw(f"fig_{number}", {title: net}, everywhere)
+    if "22" in config.tables:
+        named = {"resnet": bad, "resnet, bn": bad_bn, "fixed lambda, bn": bad_fixed}
+        for number, (title, cell) in zip((39, 40, 41), named.items(), strict=True):
+            drawn[f"fig_{number}"] = partial(clouds, {title: cell}, range(10))
         if "figures" in config.tables:
-            plain = network("figures", "resnet", False)
-            shown = {"good start": plain, "N(0, 5), bn": bad["resnet, bn"], "lambda 0.04": bad["fixed lambda, bn"]}
-            draw("fig_12", shown, (0, 1, 5, 9))
+            shown = {"good start": plain, "N(0, 5), bn": bad_bn, "lambda 0.04": bad_fixed}
+            drawn["fig_12"] = partial(clouds, shown, (0, 1, 5, 9))
     return drawn
 
 
-def cells(config: Config) -> list[Cell]:
-    """The cells of the tables, those of a table together."""
-    chosen = []
-    for name in config.tables:
-        methods = METHODS[:2] if name == "epochs" else METHODS
-        norms = (False,) if name == "figures" else (False, True)
-        chosen += [Cell(name, method, norm) for method in methods for norm in norms]
-    return chosen
-
-
-def main(config: Config) -> None:
-    """Train every cell, print one table, write the run folder with its figures."""
-    if config.quick:
-        config = replace(config, instances=4, epochs=3)
-    started = time.time()
-    run = Run(config.output, science(config) | {"tables": config.tables}, resume=config.resume)
-    chosen = cells(config)
-    with Workers(config.workers or os.cpu_count() or 1) as workers:
-        found = workers.complete(
-            partial(train, config),
-            sorted(chosen, key=lambda cell: -SETTINGS[cell.table].blocks * SETTINGS[cell.table].points),
-            lambda cell: config.output / cell.name,
-            cost=lambda cell: config.instances * config.epochs,
-            label="circles",
-        )
-    results = {Cell(r["table"], r["method"], r["norm"]).name: r for r in found}
-    rows = summarize(config, results)
-    plotting.save(figures(config), run.folder / "figures")
-    seeds = range(config.instances)
-    trainings = [{"name": cell.name, "cell": cell.name, "seed": seed} for cell in chosen for seed in seeds]
-    print(run.conclude(trainings, ("cell",), rows, table(rows, COLUMNS), verdict(rows), started=started))
-
+EXPERIMENT = Experiment(
+    config=Config,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=COLUMNS,
+    verdict=verdict,
+    figures=figures,
+    quick=lambda config: replace(config, instances=4, epochs=3),
+    selects=("tables",),
+    settings=lambda config, cell: asdict(SETTINGS[cell.table]),
+    seeds=lambda config, cell: range(config.instances),
+    cost=lambda config, cell: config.instances * config.epochs,
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)

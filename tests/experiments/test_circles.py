@@ -4,45 +4,32 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from circles import METHODS, SETTINGS, THESIS, Boundary, Cell, Config, build, main, objective, points_of
+from circles import EXPERIMENT, METHODS, SETTINGS, THESIS, Boundary, Cell, Config, build, objective, points_of
 
+from lab.experiment import run
 from odenets.least_action import LeastAction
-from odenets.training import data
+from odenets.training.data import Batches
 from odenets.training.instances import fit_instances
 from odenets.training.runs import read_summary
 from odenets.transport import moves
 
-TINY = Config(tables=("21", "22", "figures"), instances=3, epochs=2, workers=1)
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("circles") / "run"
-    main(replace(TINY, output=folder))
-    return folder
+def test_a_run_leaves_its_table_and_figures(tmp_path, capsys):
+    run(EXPERIMENT, Config(tables=("21", "figures"), instances=2, epochs=1, workers=1, output=tmp_path))
+    assert "95.8 ± 1.8" in (tmp_path / "table.md").read_text()
+    assert "way of the points over the shortest" in capsys.readouterr().out
+    assert len(read_summary(tmp_path)["results"]["rows"]) == 9
+    names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert names == {"fig_22", "fig_37", "fig_38"}
+    cell = read_summary(tmp_path / "21_lap")
+    assert (len(cell["results"]["max"]), cell["results"]["epochs"], cell["seeds"]) == (2, [1.0] * 2, [0, 1])
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_folder_with_its_table(folder):
-    shown = (folder / "table.md").read_text()
-    assert "95.8 ± 1.8" in shown
-    assert "way of the points over the shortest" in shown
-    assert len(read_summary(folder)["results"]["rows"]) == 15
-    names = {path.stem for path in (folder / "figures").glob("*.png")}
+def test_figures_of_bad_starts(tmp_path):
+    run(EXPERIMENT, Config(tables=("22", "figures"), instances=2, epochs=1, workers=1, output=tmp_path))
+    names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert names == {"fig_12", "fig_22", "fig_37", "fig_38", "fig_39", "fig_40", "fig_41"}
-    cell = read_summary(folder / "21_lap")["results"]
-    assert len(cell["max"]) == 3
-    assert cell["epochs"] == [2.0] * 3
-
-
-@pytest.mark.slow
-def test_a_second_run_goes_on_with_what_is_there(folder, monkeypatch):
-    before = (folder / "21_lap" / "summary.json").read_bytes()
-    monkeypatch.setattr("circles.figures", lambda config: {})
-    main(replace(TINY, output=folder, resume=True))
-    assert (folder / "21_lap" / "summary.json").read_bytes() == before
-    with pytest.raises(FileExistsError, match="--resume"):
-        main(replace(TINY, output=folder))
 
 
 def test_the_boundary_is_fourteen_units_away():
@@ -90,7 +77,7 @@ def test_least_action_moves_the_points_less_and_more_directly():
         parts = [points_of(config, setting, seed) for seed in range(10)]
         trained = fit_instances(
             [build(setting, False, seed) for seed in range(10)],
-            [data.Batches(part["train"], 10) for part in parts],
+            [Batches(part["train"], 10) for part in parts],
             epochs=15,
             optimizer=lambda parameters: torch.optim.Adam(parameters, 0.01, betas=(0.9, 0.99)),
             objective=lambda method=method: objective(method, setting),
