@@ -29,7 +29,7 @@ def best_settings(
     *,
     within: tuple[str, ...],
     score: Callable[[Any], Iterable[float]],
-) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Per group the settings whose mean score is highest, the first of equals: the choice on validation data.
 
     Args:
@@ -39,11 +39,11 @@ def best_settings(
         score: values of a result on validation data, one or more, of which the mean over all seeds counts.
 
     Returns:
-        By the values of ``within`` those of ``names``.
+        By the values of ``within``, in order of appearance, those of ``names``.
 
     >>> tuned = [{"depth": 9, "rate": r, "right": [r]} for r in (0.1, 0.3, 0.2)]
     >>> best_settings(tuned, ("rate",), within=("depth",), score=lambda r: r["right"])
-    {(9,): (0.3,)}
+    {(9,): {'rate': 0.3}}
     """
     chosen = {}
     for group, results in groups(tuned, *within).items():
@@ -51,5 +51,5 @@ def best_settings(
             settings: statistics.fmean([value for r in of for value in score(r)])
             for settings, of in groups(results, *names).items()
         }
-        chosen[group] = max(scores, key=scores.__getitem__)
+        chosen[group] = dict(zip(names, max(scores, key=scores.__getitem__), strict=True))
     return chosen

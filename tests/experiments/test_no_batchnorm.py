@@ -4,23 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from no_batchnorm import METHODS, Config, Job, build, candidates, choose, main, objective, parts_of
+from no_batchnorm import EXPERIMENT, METHODS, Config, Job, build, choose, jobs, objective, parts_of
 
+from lab.experiment import run
 from odenets.least_action import LeastAction
 from odenets.training.runs import read_summary
 
-TINY = Config(workers=1, quick=True)
 JOB = Job(2, "vanilla", 0.01, 0.0, (0,), tuning=False)
 
 
-def test_a_run_leaves_its_table_and_figure_and_goes_on(tmp_path, capsys):
-    main(replace(TINY, output=tmp_path / "run"))
-    shown = capsys.readouterr().out
-    rows = read_summary(tmp_path / "run")["results"]["rows"]
+def test_a_run_leaves_its_table_and_figure(tmp_path):
+    run(EXPERIMENT, Config(workers=1, quick=True, output=tmp_path))
+    rows = read_summary(tmp_path)["results"]["rows"]
     assert [(row["depth"], row["method"]) for row in rows] == [(d, m) for d in (2, 4) for m in METHODS]
-    assert (tmp_path / "run" / "figures" / "fig_14.png").exists()
-    main(replace(TINY, output=tmp_path / "run", resume=True))
-    assert capsys.readouterr().out == shown
+    assert (tmp_path / "figures" / "fig_14.png").exists()
 
 
 def test_the_networks_are_as_said_and_no_convolution_is_dead():
@@ -39,16 +36,16 @@ def test_the_networks_are_as_said_and_no_convolution_is_dead():
 
 def test_settings_are_chosen_per_depth():
     config = Config(depths=(1, 2))
-    jobs = candidates(config)
+    tuning = next(jobs(config))
     tuned = [
         {"depth": j.depth, "method": j.method, "learning_rate": j.learning_rate, "first_lambda": j.first_lambda}
         | {"accuracy": [j.learning_rate * (1 if j.depth == 1 else -1)]}
-        for j in jobs
+        for j in tuning
     ]
     chosen = {(job.depth, job.method): job for job in choose(config, tuned)}
     assert chosen[1, "vanilla"].learning_rate == max(config.learning_rates)
     assert chosen[2, "vanilla"].learning_rate == min(config.learning_rates)
-    assert not {s for job in jobs for s in job.seeds} & {s for job in chosen.values() for s in job.seeds}
+    assert not {s for job in tuning for s in job.seeds} & {s for job in chosen.values() for s in job.seeds}
 
 
 def test_errors():

@@ -38,8 +38,8 @@ class Job:
 
 def jobs(config):
     tuned = yield [Job(scale, 100, True) for scale in (1.0, 3.0, 2.0)]
-    ((scale,),) = best_settings(tuned, ("scale",), within=(), score=lambda r: [r["value"]]).values()
-    return (yield [Job(scale, seed, False) for seed in config.seeds])
+    best = best_settings(tuned, ("scale",), within=(), score=lambda r: [r["value"]])
+    return (yield [Job(**best[()], seed=seed, tuning=False) for seed in config.seeds])
 
 
 def train(config, job, run, report):
