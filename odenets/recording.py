@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from odenets.measures import Measure
 from solvers import Step
 
-__all__ = ["Recorder", "Records", "check_values"]
+__all__ = ["Recorder", "Records", "check_values", "measure_steps"]
 
 
 class Records(dict[str, Tensor]):
@@ -68,6 +68,25 @@ class Recorder(Protocol):
     def steps(self, x: Tensor, *, closing: bool = True) -> Iterable[Step]:
         """Every step for inputs ``x``, one after the other; without ``closing``, steps may lack their closing stage."""
         ...
+
+
+def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, Measure]) -> tuple[Step, Records]:
+    """The last of the steps from ``x``, and the records of all: each is measured as it is taken.
+
+    Raises:
+        TypeError, ValueError: a measure is no function, or does not return ``(B,)``.
+    """
+    for name, measure in measures.items():
+        if not callable(measure):
+            hint = "; the readout is positional: record(x, 'ensemble')" if name == "readout" else ""
+            raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}{hint}")
+    rows: dict[str, list[Tensor]] = {name: [] for name in measures}
+    last = None
+    for last in steps:
+        for name, measure in measures.items():
+            rows[name].append(check_values(name, measure(last), x))
+    assert last is not None  # a flow has at least one step
+    return last, Records({name: torch.stack(values) for name, values in rows.items()})
 
 
 def check_values(name: str, value: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""Blocks of a flow: one solver step each, with fields and a step size of its own; how a flow comes by them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+
+from odenets.fields import VelocityField, reset_modules
+from odenets.normalization import StageBatchNorm
+from solvers import ButcherTableau
+
+__all__ = ["Block", "FieldSource", "StageFields", "check_sharing", "make_blocks", "step_sizes"]
+
+StageFields = Literal["tied", "chained", "untied"]
+FieldSource = nn.Module | Callable[[], nn.Module]
+
+
+class Block(nn.Module):
+    """One solver step with its own fields and its own step size h.
+
+    Attributes:
+        fields: one velocity field (tied), or one per stage.
+        h: step size.
+    """
+
+    def __init__(self, fields: Sequence[nn.Module], h: float) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(fields)
+        self.h = h
+
+    def velocities(
+        self, stages: int, stage_fields: StageFields, following: Block | None = None
+    ) -> list[Callable[[float | Tensor, Tensor], Tensor]]:
+        """One callable per stage; the first field of the ``following`` block where this one has none for the last."""
+        fields: list[Callable[..., Tensor]] = list(self.fields)
+        if stage_fields == "tied":
+            field = fields[0]
+            return [partial(field, stage=i) if isinstance(field, VelocityField) else field for i in range(stages)]
+        return fields if len(fields) == stages else [*fields, (following or self).fields[0]]
+
+    def extra_repr(self) -> str:
+        return f"h={self.h:.12g}"
+
+
+def check_sharing(stage_fields: StageFields, shared: bool) -> None:
+    """Refuse another way to share fields than there is.
+
+    Raises:
+        ValueError: unknown stage fields, or some that are not tied in a shared block.
+    """
+    if stage_fields not in ("tied", "chained", "untied"):
+        raise ValueError(f"stage_fields must be 'tied', 'chained' or 'untied', got {stage_fields!r}")
+    if shared and stage_fields != "tied":
+        raise ValueError("shared uses one field for all blocks: stage_fields must be 'tied'")
+
+
+def step_sizes(h: float | Sequence[float] | None, total_time: float | None, depth: int) -> tuple[float, ...]:
+    """One step size per block, as :class:`~odenets.Flow` says.
+
+    Raises:
+        ValueError: no block, not so many, not positive and finite, or both h and a total time.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    if h is not None and total_time is not None:
+        raise ValueError("h and total_time exclude each other: total_time is the sum of all h")
+    if h is None:
+        h = (1.0 if total_time is None else total_time) / depth
+    sizes = [h] * depth if isinstance(h, int | float) else list(h)
+    if len(sizes) != depth:
+        raise ValueError(f"h must hold one step size per block, got {len(sizes)} for depth {depth}")
+    for size in sizes:
+        if not (math.isfinite(size) and size > 0):
+            raise ValueError(f"h must be positive and finite, got {size}")
+    return tuple(map(float, sizes))
+
+
+def make_blocks(
+    source: FieldSource, sizes: Sequence[float], tableau: ButcherTableau, stage_fields: StageFields
+) -> list[Block]:
+    """One block per step size, with new fields.
+
+    Raises:
+        TypeError, ValueError: the source makes no modules, or one and the same at each call.
+    """
+    per_block = 1 if stage_fields == "tied" else tableau.stages - (stage_fields == "chained" and tableau.fsal)
+    fields = [_new_field(source, first=not i) for i in range(per_block * len(sizes))]
+    if len(fields) > 1 and len(set(fields)) == 1:
+        raise ValueError(
+            f"field must make a new module at each call, got one and the same {len(fields)} times: take "
+            "field=lambda: MyField(...), or shared=True for one field in all blocks"
+        )
+    if stage_fields == "tied":
+        fields = [_with_stages(field, tableau.stages) for field in fields]
+    return [Block(fields[m * per_block : (m + 1) * per_block], size) for m, size in enumerate(sizes)]
+
+
+def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
+    """The given field itself the first time, then copies of it with parameters drawn anew."""
+    if not isinstance(source, nn.Module):
+        field = source()
+        if not isinstance(field, nn.Module):
+            raise TypeError(f"field must make a torch module, got {type(field).__name__}")
+        return field
+    if first:
+        return source
+    field = copy.deepcopy(source)
+    if hasattr(field, "reset_parameters"):
+        field.reset_parameters()  # type: ignore[operator]
+    else:
+        reset_modules(field)
+    return field
+
+
+def _with_stages(field: nn.Module, stages: int) -> nn.Module:
+    """The field, or a copy with the same parameters where its batch norms lack statistics of their own per stage."""
+    if not isinstance(field, VelocityField):
+        return field
+    norms = [module for module in field.modules() if isinstance(module, StageBatchNorm)]
+    if type(field).expand_stages is VelocityField.expand_stages and all(norm.stages == stages for norm in norms):
+        return field
+    field = copy.deepcopy(field, {id(p): p for p in field.parameters()})
+    field.expand_stages(stages)
+    return field
