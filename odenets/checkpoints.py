@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with the flows' structure as JSON beside them."""
+"""The state of a network as data: its structure, its fingerprint, and its weights with the structure on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def structure(network: nn.Module) -> dict[str, Any]:
 
 
 def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
-    """Give every flow the blocks and step sizes of :func:`structure`.
+    """Give every flow the blocks and step sizes that :func:`structure` returned.
 
     Raises:
         ValueError: the network's flows are not those of ``saved``.
@@ -50,16 +50,16 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def is_finite(network: nn.Module) -> bool:
-    """Whether all weights and buffers are finite, as what is kept to go on from must be; waits for each device once.
+    """Whether all weights and buffers are finite, as those of a checkpoint must be; waits for each device once.
 
     >>> layer = nn.Linear(2, 2)
     >>> is_finite(layer), is_finite(layer.requires_grad_(False)), is_finite(nn.ReLU())
     (True, True, True)
     """
-    found: dict[torch.device, list[torch.Tensor]] = {}
+    finite: dict[torch.device, list[torch.Tensor]] = {}
     for value in (*network.parameters(), *network.buffers()):
-        found.setdefault(value.device, []).append(value.isfinite().all())
-    return all(bool(torch.stack(values).all()) for values in found.values())
+        finite.setdefault(value.device, []).append(value.isfinite().all())
+    return all(bool(torch.stack(values).all()) for values in finite.values())
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -78,14 +78,14 @@ def fingerprint(network: nn.Module) -> str:
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before it is hashed")
     state = _tensors(network)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, module in network.named_modules():
-        found.update(f"{name} {type(module).__name__}({module.extra_repr()})\n".encode())
+        digest.update(f"{name} {type(module).__name__}({module.extra_repr()})\n".encode())
     for name, tensor in sorted(state.items()):
         data = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
-        found.update(data.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _tensors(network: nn.Module) -> dict[str, Any]:

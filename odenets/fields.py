@@ -1,4 +1,4 @@
-"""Velocity fields ``v(t, x)``: networks that return the shape they are given."""
+"""Velocity fields ``v(t, x)``: networks whose output has the shape of the state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class VelocityField(nn.Module):
         """Draw all parameters anew.
 
         Raises:
-            ValueError: some module has parameters and no ``reset_parameters``, which a field is then to have itself.
+            ValueError: some module has parameters and no ``reset_parameters``, which the field then needs itself.
         """
         reset_modules(self)
 
@@ -135,7 +135,7 @@ class ConvField(VelocityField):
 
 
 class ResNeXtField(VelocityField):
-    """The branch of a ResNeXt block with a ReLU behind it (Xie et al. 2017; published code of the thesis).
+    """The branch of a ResNeXt block with a ReLU behind it (Xie et al. 2017; published code of [K24]).
 
     conv1x1-norm-ReLU, grouped conv3x3-norm-ReLU, conv1x1-norm-ReLU: velocities are not negative, so that for a state
     that is not negative ``x + r`` is what the block's last ReLU would give.

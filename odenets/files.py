@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a kill leaves no half of one under its name."""
+"""Files written atomically: under its name a file is whole, or it is the one before."""
 
 from __future__ import annotations
 

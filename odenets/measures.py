@@ -74,8 +74,7 @@ def _computed(step: Step, name: str) -> Tensor | None:
 def _residue(step: Step, name: str) -> Tensor:
     value = _computed(step, name)
     if value is None:
-        _, found = finish_step(step.x0, step.stages, step.tableau, step.h, state=False, residue=True)
-        value = found[name]
+        value = finish_step(step.x0, step.stages, step.tableau, step.h, state=False, residue=True)[1][name]
     return value
 
 
@@ -85,15 +84,15 @@ def action(step: Step, p: float = 2.0) -> Tensor:
     """Kinetic action ``h sum_i b_i <|p_i|^p>``, ``<.>`` the mean over features, ``(B,)``.
 
     With p = 2, the energy, it is the quadrature of ``int <v^2> dt`` over the step with the tableau's own weights; for
-    Euler with h = 1 it is the transport cost as the thesis computes it, ``<r^2>``: the cost ``|r|^2`` of its section 3
+    Euler with h = 1 it is the transport cost as computed in [K24], ``<r^2>``: the cost ``|r|^2`` of its section 3
     over the dimension of the state (with another p, ``|r|_p^p`` over it). A weight ``1 / (2 tau)`` on it is thus a
     proximal step of size ``tau`` times the dimension; :func:`square_norm` is the cost without the mean. For another
     exponent record ``functools.partial(action, p=...)``.
     """
     if p != 2:
         pairs = zip(step.tableau.b, step.stages, strict=False)
-        found: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]
-        return step.h * found
+        powers: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]  # never 0
+        return step.h * powers
     value = _computed(step, "action")
     return weighted_action(step.stages, step.tableau.b, step.h) if value is None else value
 
@@ -103,7 +102,7 @@ def action(step: Step, p: float = 2.0) -> Tensor:
 def residue(step: Step, p: float = 2.0) -> Tensor:
     """Mean over the features of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``.
 
-    Its mean square with p = 2 (eq. 34), the square of its norm over the dimension.
+    Its mean square with p = 2 [K24, eq. 34], the square of its norm over the dimension.
     """
     return _residue(step, "residue") if p == 2 else power_mean(step.residue, p)
 
@@ -118,7 +117,7 @@ def square_norm(step: Step) -> Tensor:
 @interior
 @_reduction("residue")
 def cosine(step: Step) -> Tensor:
-    """Cosine of the residue with the vector of ones, ``(B,)`` (last features of eq. 34); 0 where r = 0."""
+    """Cosine of the residue with the vector of ones, ``(B,)`` (last features of [K24, eq. 34]); 0 where r = 0."""
     return _residue(step, "cosine")
 
 

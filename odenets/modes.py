@@ -1,4 +1,4 @@
-"""A network while it is looked at: modes, buffers and random state, restored afterwards; its device and its dtype."""
+"""Modes, buffers and random state of a network, restored after a look at it; its device and its dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 def keeping_modes(*networks: nn.Module) -> Iterator[None]:
     """Restore the mode of every module on leaving, also after an exception.
 
-    Each module has its own mode back, so that a part frozen in eval mode stays frozen. A module that was made meanwhile
+    Each module has its own mode back, so that a part frozen in eval mode stays frozen. A module that comes meanwhile
     (by a flow from its first input) gets the mode of the module that holds it.
     """
     modes = {module: module.training for network in networks for module in network.modules()}
@@ -110,8 +110,8 @@ def device_of(network: nn.Module, default: torch.device | str = "cpu") -> torch.
 
 def dtype_of(network: nn.Module, default: torch.dtype | None = None) -> torch.dtype:
     """The dtype of the first floating or complex parameter, or buffer; ``default``, or torch's own, without one."""
-    found = (t.dtype for t in _tensors(network) if t.is_floating_point() or t.is_complex())
-    return next(found, default or torch.get_default_dtype())
+    dtypes = (t.dtype for t in _tensors(network) if t.is_floating_point() or t.is_complex())
+    return next(dtypes, default or torch.get_default_dtype())
 
 
 def inputs_for(network: nn.Module, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def inputs_for(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def total_dtype(device: torch.device | str) -> torch.dtype:
-    """What sums over a data set are kept in: float64, or float32 on a device that has none."""
+    """The dtype for sums over a data set: float64, or float32 on a device that has none."""
     try:
         torch.zeros((), dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Network: an encoder, flows with transitions between them, and a head (the thesis' ``F . T . E``)."""
+"""Network: an encoder, flows with transitions between them, and a head (``F . T . E`` of [K24])."""
 
 from __future__ import annotations
 
@@ -146,5 +146,5 @@ class Network(nn.Module):
         return {name: self.head(state) for name, state in states.items()}
 
     def ensemble(self, x: Tensor, *, full_passes: bool = False) -> Tensor:
-        """The head's output for the average of the last flow's embedded outputs (section 6.2.1)."""
+        """The head's output for the average of the last flow's embedded outputs [K24, section 6.2.1]."""
         return self.outputs(x, full_passes=full_passes)["ensemble"]

@@ -1,4 +1,4 @@
-"""How far the blocks of a network move a cloud of points, beside the shortest way there is (appendix F.5.1).
+"""How far the blocks of a network move a cloud of points, beside the shortest way there is [K24, appendix F.5.1].
 
 The map of a block sends a cloud to the next one. No map between the two moves the points by less than their Wasserstein
 distance: ``W1 <= mean |r|`` and ``W2 <= sqrt(mean |r|^2)``, with equality for an optimal map.

@@ -1,4 +1,4 @@
-"""Iterative refinement: how much a block changes the state, and whether it goes down the loss (section 2.6, Fig. 6)."""
+"""Iterative refinement: how much a block changes the state, and whether it goes down the loss [K24, figure 6]."""
 
 from __future__ import annotations
 

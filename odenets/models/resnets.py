@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 from einops.layers.torch import Rearrange, Reduce
@@ -39,7 +39,7 @@ def resnet9(
     readout: str = "solution",
     **flow: Any,
 ) -> Network:
-    """ResNet-9 of the thesis (section 3): a stride-2 encoder, ``depth`` blocks at one resolution, a two-layer head.
+    """ResNet-9 [K24, section 3]: a stride-2 encoder, ``depth`` blocks at one resolution, a two-layer head.
 
     Args:
         in_channels, size: channels and height (= width) of the images.
@@ -85,10 +85,10 @@ def resnet110(
     readout: str = "solution",
     **flow: Any,
 ) -> Network:
-    """The pre-activation ResNet-110 of the thesis for images of 32 x 32: three flows of 18 blocks.
+    """The pre-activation ResNet-110 of [K24] for images of 32 x 32: three flows of 18 blocks.
 
     The first block begins with a convolution; 1 x 1 convolutions of stride 2 lead from flow to flow, and no norm stands
-    before the head. He et al.'s (2016) has shortcuts without weights between the stages, where the first convolution
+    before the head. He et al.'s (2016) has shortcuts without weights between the flows, where the first convolution
     changes the number of channels, and 1,727,962 parameters for 1,753,530 here.
 
     Args:
@@ -126,7 +126,7 @@ def wide_resnet(
     """WideResNet-28-10 (Zagoruyko and Komodakis 2016) for images of 32 x 32: three flows of four wide blocks.
 
     A 1 x 1 convolution leads to each flow, of stride 2 from the second on, so that every block is a step; in the
-    original the first block of a stage changes the number of channels beside such a shortcut, and there are 36,479,194
+    original the first block of a flow changes the number of channels beside such a shortcut, and there are 36,479,194
     parameters for 38,991,802 here.
 
     Args:
@@ -166,7 +166,7 @@ def resnet_km(
     readout: str = "solution",
     **flow: Any,
 ) -> Network:
-    """The K-M ResNet of section 4: K modules of M blocks; the state has twice the channels in the second half.
+    """The K-M ResNet [K24, section 4]: K modules of M blocks; the state has twice the channels in the second half.
 
     Args:
         K: number of modules.
@@ -202,10 +202,5 @@ def resnet_km(
 
 def _flow(channels: int, depth: int, norm: str | None, flow: dict[str, Any], *, leading: bool = True) -> Flow:
     """A flow of two-convolution blocks, the first of which may begin with its convolution."""
-    made: list[ConvField] = []
-
-    def field() -> ConvField:
-        made.append(ConvField(channels, norm=norm, leading=leading or bool(made)))
-        return made[-1]
-
-    return Flow(field, depth=depth, **residual(flow))
+    begins = chain([leading], repeat(True))
+    return Flow(lambda: ConvField(channels, norm=norm, leading=next(begins)), depth=depth, **residual(flow))

@@ -30,11 +30,11 @@ def resnext50(
     readout: str = "solution",
     **flow: Any,
 ) -> Network:
-    """ResNeXt-50 32x4d for images of 32 x 32, as in the thesis: 16 blocks in four flows.
+    """ResNeXt-50 32x4d for images of 32 x 32, as in [K24]: 16 blocks in four flows.
 
     A projection (1 x 1 convolution, batch norm, ReLU) leads to each flow, of stride 2 from the second on, so that every
     block is a step from a state that is not negative by a residue that is not negative. In the reference network the
-    first block of a stage reads the state before the projection: its first convolution has fewer inputs, 1,400,832
+    first block of a flow reads the state before the projection: its first convolution has fewer inputs, 1,400,832
     parameters less in all.
 
     Args:
@@ -57,15 +57,13 @@ def resnext50(
         *_activated(64, channels[0], 1),
     )
 
-    def made(stage: int) -> Flow:
-        hidden = groups * width * 2**stage
-        return Flow(
-            lambda: ResNeXtField(channels[stage], hidden, groups, norm=norm), depth=blocks[stage], **residual(flow)
-        )
+    def flow_of(i: int) -> Flow:
+        hidden = groups * width * 2**i
+        return Flow(lambda: ResNeXtField(channels[i], hidden, groups, norm=norm), depth=blocks[i], **residual(flow))
 
     transitions = [nn.Sequential(*_activated(a, b, 1, stride=2)) for a, b in pairwise(channels)]
     head = nn.Sequential(Reduce("b c h w -> b c", "mean"), nn.Linear(channels[-1], classes))
-    return Network(encoder, [made(i) for i in range(len(blocks))], head, transitions=transitions, readout=readout)
+    return Network(encoder, [flow_of(i) for i in range(len(blocks))], head, transitions=transitions, readout=readout)
 
 
 def _activated(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:

@@ -46,7 +46,7 @@ class StageBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(stages, features))
         self.register_buffer("batches", torch.zeros(stages, dtype=torch.long))
         self.register_buffer("recalibrated", torch.zeros(stages, dtype=torch.long))
-        self._known = [NOTHING] * stages  # what ``batches`` last said of the statistics of each stage
+        self._known = [NOTHING] * stages  # of each stage, as ``batches`` had it when last read
         self._read: tuple[Tensor, int] | None = None  # the buffer from which that was read, and its version
 
     @property

@@ -29,7 +29,7 @@ def known_statistics(norm: nn.Module) -> int:
         return max(norm.known())
     count = cast(Tensor | None, norm.num_batches_tracked)
     if count is None or torch.compiler.is_compiling() or count.is_meta or is_transformed(count) or count.is_inference():
-        return TRAINED  # it keeps none, or cannot be asked
+        return TRAINED  # it keeps none, or has no values here
     before, version, known = _READ.get(norm, (None, -1, NOTHING))
     if before is not count or version != count._version:
         batches = int(count)
