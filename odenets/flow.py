@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -40,14 +40,12 @@ class Flow(nn.Module):
         depth: number of blocks.
         h: step size of every block, or one per block; ``total_time / depth`` if not given.
         total_time: the sum of all h; 1 if neither is given.
-        stage_fields: "tied", one field per block serves all its stages, a true Runge-Kutta step; "untied", a field per
-            stage [K24, eq. 43], where the closing field learns only if the method carries on an output that reads it,
-            ``get_tableau("bs23").forwarding("order2")``; "chained", a field per stage where the closing stage of an
-            FSAL method uses the first field of the next block, the last one its own. Only tied blocks have the method's
-            order: see :meth:`solvers.Step.error`.
+        stage_fields: "tied", one field per block for all its stages; "untied", a field per stage [K24, eq. 43], where
+            the closing field learns only if the method carries on an output that reads it,
+            ``get_tableau("bs23").forwarding("order2")``; "chained", where the closing stage of an FSAL method uses the
+            first field of the next block. Only tied blocks have the method's order: see :meth:`solvers.Step.error`.
         shared: one block, used ``depth`` times.
-        tolerance: error control: a continuous flow, one shared field integrated over ``[0, h]`` with steps chosen by
-            the embedded error, a neural ODE.
+        tolerance: makes a neural ODE, one field over ``[0, h]`` with steps chosen by the embedded error.
         controller: step-size rule of a continuous flow.
 
     Raises:
@@ -78,8 +76,9 @@ class Flow(nn.Module):
         self._sizes = step_sizes(h, total_time, depth)
         if tolerance is not None:
             if depth > 1 or stage_fields != "tied":
-                settings = "leave out depth and stage_fields"
-                raise ValueError(f"tolerance makes a continuous flow, one field with tied stages: {settings}")
+                raise ValueError(
+                    "tolerance makes a continuous flow, one field with tied stages: leave out depth and stage_fields"
+                )
             _ = self.tableau.error_order  # raises where the method has no embedded error
         if controller is not None and tolerance is None:
             raise ValueError("controller chooses the steps of a continuous flow: give tolerance too")
@@ -99,10 +98,7 @@ class Flow(nn.Module):
 
     @classmethod
     def of(cls, blocks: Sequence[Block], h: Sequence[float] | None = None, start: float = 0.0, **settings: Any) -> Self:
-        """A flow of these blocks as they are, with their step sizes or ``h``, whose first state has the time ``start``.
-
-        The settings are the other arguments of the class; the blocks have the fields that these call for.
-        """
+        """A flow of these blocks as they are, from time ``start``; the settings are the other arguments of the class."""
         h = [block.h for block in blocks] if h is None else h
         flow = cls(None, depth=len(h), h=h, **settings)
         del flow.field_of_first_input
@@ -118,9 +114,8 @@ class Flow(nn.Module):
     @property
     def h(self) -> tuple[float, ...]:
         """Step size of each block."""
-        if self.shared or not len(self.blocks):
-            return self._sizes
-        return tuple(cast(Block, block).h for block in self.blocks)
+        own = not self.shared and len(self.blocks)
+        return tuple(cast(Block, block).h for block in self.blocks) if own else self._sizes
 
     @property
     def total_time(self) -> float:
@@ -185,7 +180,13 @@ class Flow(nn.Module):
         blocks += [copy.deepcopy(blocks[-1]) for _ in range(len(sizes) - len(blocks))]
         for block, size in zip(blocks, self._sizes, strict=True):
             block.h = size
-        self.blocks = nn.ModuleList(blocks)
+        self.replace_blocks(blocks)
+
+    def replace_blocks(self, blocks: Iterable[nn.Module]) -> None:
+        """Take other blocks, each a :class:`Block`, in this order; the modes of the flow and of the blocks stay."""
+        blocks = list(blocks)
+        del self.blocks[:]
+        self.blocks.extend(blocks)
 
     def part(self, first: int, last: int) -> Flow:
         """The blocks from ``first`` to before ``last`` as a flow of its own, which shares them and keeps their times.
@@ -321,8 +322,7 @@ class Flow(nn.Module):
         for name in self.tableau.outputs:
             t, end, scheme = self.start, x, self.tableau.forwarding(name)
             for m, h in enumerate(self.h):
-                end = self._step(m, t, end, h, scheme, closing=False).x1
-                t += h
+                t, end = t + h, self._step(m, t, end, h, scheme, closing=False).x1
             ends[name] = end
         return ends
 

@@ -504,3 +504,15 @@ def test_wrong_measures_are_named():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Flow(**arguments)
+
+
+def test_step_sizes_of_a_state_reach_shared_continuous_and_lazy_flows():
+    for settings in ({"shared": True, "depth": 2}, {"tolerance": Tolerance(0.1, 0.1)}):
+        flow, other = (Flow(MLPField(3), total_time=total, **settings) for total in (3.0, 1.0))
+        other.load_state_dict(flow.state_dict())
+        assert other.h == flow.h
+        assert torch.equal(other(VECTORS), flow(VECTORS))
+    lazy = Flow(depth=2)
+    lazy.set_extra_state(torch.tensor([0.3, 0.7]))
+    lazy(VECTORS)
+    assert lazy.h == pytest.approx((0.3, 0.7))
