@@ -98,7 +98,7 @@ class Flow(nn.Module):
 
     @classmethod
     def of(cls, blocks: Sequence[Block], h: Sequence[float] | None = None, start: float = 0.0, **settings: Any) -> Self:
-        """A flow of these blocks as they are, from time ``start``; the settings are the other arguments of the class."""
+        """A flow of these blocks as they are, from time ``start``; settings are the other arguments of the class."""
         h = [block.h for block in blocks] if h is None else h
         flow = cls(None, depth=len(h), h=h, **settings)
         del flow.field_of_first_input
