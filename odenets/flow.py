@@ -59,7 +59,7 @@ class Flow(nn.Module):
 
     def __init__(
         self,
-        field: FieldSource | None = None,
+        field: FieldSource | tuple[Block, ...] | None = None,
         *,
         solver: str | ButcherTableau = "bs23",
         depth: int = 1,
@@ -93,6 +93,8 @@ class Flow(nn.Module):
         self.blocks = nn.ModuleList()
         if field is None:
             self.field_of_first_input = UninitializedParameter()
+        elif isinstance(field, tuple):
+            self.blocks.extend(field)
         else:
             self._make_blocks(field)
 
@@ -100,9 +102,7 @@ class Flow(nn.Module):
     def of(cls, blocks: Sequence[Block], h: Sequence[float] | None = None, start: float = 0.0, **settings: Any) -> Self:
         """A flow of these blocks as they are, from time ``start``; settings are the other arguments of the class."""
         h = [block.h for block in blocks] if h is None else h
-        flow = cls(None, depth=len(h), h=h, **settings)
-        del flow.field_of_first_input
-        flow.blocks.extend(blocks)
+        flow = cls(tuple(blocks), depth=len(h), h=h, **settings)
         flow.start = start
         return flow
 

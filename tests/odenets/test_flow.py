@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchdiffeq
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import odenets
 from odenets import ConvField, Flow, MLPField, measures
@@ -211,6 +212,12 @@ def test_a_part_has_hooks_and_a_mode_of_its_own(ends):
     part.eval()
     assert flow.training
     assert flow.blocks.training
+
+
+def test_a_flow_is_cut_where_tensors_are_fake():
+    flow = Flow(MLPField(3), depth=3)
+    with FakeTensorMode():
+        assert flow.part(0, 2).depth == 2
 
 
 def test_a_part_of_a_frozen_flow_is_frozen():
