@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lab.networks import resnet9_decoder
 from lab.runs import Run
 from lab.tables import table
 from odenets import Network, load_weights, measures, models, plotting, save_weights
@@ -83,7 +84,7 @@ def build(config: Config, dataset: data.TensorData) -> tuple[Network, nn.Sequent
     features = {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
     normalize = models.Normalize(list(dataset.mean), list(dataset.std))
     network = models.resnet9(channels, dataset.classes, features=features, size=size, normalize=normalize)
-    return network, models.resnet9_decoder(channels, features=features, size=size)
+    return network, resnet9_decoder(channels, features=features, size=size)
 
 
 def pretrain(config: Config, autoencoder: nn.Module, images: data.TensorData) -> float:

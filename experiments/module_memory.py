@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
+from lab.networks import vision
 from lab.runs import Run
 from lab.tables import table
 from odenets import AdaptedModel, Network, adapt, models
@@ -59,7 +60,7 @@ class Setting:
 
 
 def _vision(name: str, classes: int, stem: str, size: int) -> AdaptedModel:
-    return adapt(models.vision(name, classes, stem=stem, size=size))  # type: ignore[arg-type]
+    return adapt(vision(name, classes, stem=stem, size=size))  # type: ignore[arg-type]
 
 
 SETTINGS = {

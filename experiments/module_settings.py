@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lab.networks import vision
 from odenets import AdaptedModel, Network, adapt, models
 
 SCHEDULES = ("sequential", "laps", "parallel")
@@ -70,7 +71,7 @@ def _resnet_km(K: int, M: int, channels: int, size: int, classes: int, normalize
 
 
 def _vision(name: str, stem: str, channels: int, size: int, classes: int, normalize: models.Normalize) -> AdaptedModel:
-    model = models.vision(name, classes, stem=stem, size=size)  # type: ignore[arg-type]
+    model = vision(name, classes, stem=stem, size=size)  # type: ignore[arg-type]
     return adapt(nn.Sequential(normalize, model))
 
 

@@ -2,12 +2,9 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from decode import SETTINGS, Config, Frozen, build, main, objective
-from torch import nn
 
-from odenets import models
 from odenets.least_action import LeastAction
 from odenets.training import datasets
 from odenets.training.runs import read_summary
@@ -35,18 +32,6 @@ def test_a_frozen_encoder_stays_as_it_is():
     frozen(train.x[:32])
     assert not any(p.requires_grad for p in frozen.parameters())
     assert all(torch.equal(before[name], value) for name, value in frozen.state_dict().items())
-
-
-@pytest.mark.parametrize("size", [8, 28, 32, 33])
-def test_the_decoder_mirrors_the_encoder(size):
-    network = models.resnet9(3, features=8, size=size, depth=1)
-    x = torch.rand(2, 3, size, size)
-    image = models.resnet9_decoder(3, features=8, size=size)(network.encoder(x))
-    assert image.shape == x.shape
-    assert image.min() >= 0
-    assert image.max() <= 1
-    shapes = [m.kernel_size for m in network.encoder if isinstance(m, nn.Conv2d)]
-    assert shapes == [(3, 3), (5, 5)]
 
 
 def test_settings_are_those_of_the_thesis():

@@ -180,5 +180,3 @@ def test_the_first_block_of_resnet110_begins_with_its_convolution():
 def test_errors():
     with pytest.raises(ValueError, match="K and M must be at least 1"):
         models.resnet_km(0, 1)
-    with pytest.raises(ValueError, match="size must be at least 32 for vgg19, got 16"):
-        models.vision("vgg19", 10, size=16)

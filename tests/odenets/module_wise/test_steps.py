@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models import resnet18
 
 from odenets import adapt, measures, models
 from odenets.analysis.memory import measure_memory
@@ -156,7 +157,7 @@ def test_the_action_keeps_nothing_that_is_not_kept_anyway(adapted):
     peaks = []
     for make in (greedy(), trgl(1.0)):
         torch.manual_seed(0)
-        network = adapt(models.vision("resnet18", 10, stem="cifar")) if adapted else models.resnet110(blocks=2)
+        network = adapt(resnet18(num_classes=10)) if adapted else models.resnet110(blocks=2)
         modules = module_wise(network, 2, x[:2]).train()
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
         step = partial(parallel_step, modules, [make(k, 2) for k in range(2)], optimizers, x, y)
