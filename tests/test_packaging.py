@@ -1,10 +1,13 @@
 import ast
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import odenets
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,4 +69,10 @@ def test_no_folder_but_ours_at_the_root():
     if listed.returncode:
         pytest.skip("not a git checkout")
     folders = {line.split("/")[0] for line in listed.stdout.splitlines() if "/" in line}
-    assert folders <= {"odenets", "solvers", "experiments", "tests", "benchmarks", ".ci"}
+    assert folders <= {"odenets", "solvers", "experiments", "tests", "benchmarks", "docs", ".ci"}
+
+
+def test_the_version_is_one():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert odenets.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
