@@ -30,8 +30,8 @@ from lab.workers import Report, Workers
 from odenets import Network, initialize, measures, models, plotting
 from odenets.analysis.refinement import iterative_refinement
 from odenets.training import data, datasets
+from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
-from odenets.training.loop import evaluate
 from odenets.training.objectives import CrossEntropy
 
 

@@ -35,7 +35,8 @@ from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
 from odenets.training.data import Batches, Split, TensorData
-from odenets.training.loop import Callback, evaluate, evaluate_schemes, fit
+from odenets.training.evaluation import evaluate, evaluate_schemes
+from odenets.training.loop import Callback, fit
 from odenets.training.runs import read_metrics
 from solvers import get_tableau
 

@@ -31,7 +31,8 @@ from lab.tables import table
 from odenets import Network, load_weights, measures, models, plotting, save_weights
 from odenets.least_action import LeastAction
 from odenets.training import data, datasets
-from odenets.training.loop import evaluate, fit
+from odenets.training.evaluation import evaluate
+from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import read_summary
 from odenets.transport import states

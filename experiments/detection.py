@@ -63,7 +63,7 @@ from odenets.detection import (
     surrogate_attack,
 )
 from odenets.training import data
-from odenets.training.loop import evaluate
+from odenets.training.evaluation import evaluate
 
 
 def seen_by(network: Network, kinds: Mapping[str, Features], x: Tensor) -> dict[str, np.ndarray]:

@@ -31,7 +31,8 @@ from odenets.detection import (
 from odenets.detection.detector import MODES
 from odenets.least_action import LeastAction
 from odenets.training import data, datasets
-from odenets.training.loop import evaluate, fit
+from odenets.training.evaluation import evaluate
+from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 
 METHODS: dict[str, Callable[[], Objective]] = {

@@ -50,8 +50,10 @@ from odenets.analysis.memory import measure_memory
 from odenets.checkpoints import save_weights
 from odenets.least_action import ActionPenalty
 from odenets.training import data
-from odenets.training.loop import Callback, Training, evaluate, fit
+from odenets.training.evaluation import evaluate
+from odenets.training.loop import Callback, fit
 from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.state import Training
 from solvers import Tolerance
 
 

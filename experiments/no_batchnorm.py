@@ -32,8 +32,8 @@ from odenets import Network, initialize
 from odenets.least_action import LeastAction
 from odenets.training import datasets
 from odenets.training.data import Batches, Split, TensorData
+from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
-from odenets.training.loop import evaluate
 from odenets.training.objectives import CrossEntropy, Objective
 
 METHODS = ("vanilla", "least action", "h = 0.1", "batch norm")

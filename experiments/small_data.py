@@ -47,8 +47,8 @@ from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, measures, recalibrate
 from odenets.training import data, datasets
+from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
-from odenets.training.loop import evaluate
 
 
 def train(config: Config, job: Job, report: Report) -> None:

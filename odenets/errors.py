@@ -1,6 +1,11 @@
-"""Exceptions of trainings; those of solves are in :mod:`solvers`."""
+"""Exceptions of trainings, and of libraries that are not installed; those of solves are in :mod:`solvers`."""
 
-__all__ = ["DivergedError", "WorkerLostError"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["DivergedError", "WorkerLostError", "needs"]
 
 
 class DivergedError(RuntimeError):
@@ -12,3 +17,22 @@ class DivergedError(RuntimeError):
 
 class WorkerLostError(RuntimeError):
     """Another process of the group is gone; the checkpoints of the modules stand."""
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around the imports of optional libraries: one that is not installed is an error that names the extra with it.
+
+    >>> with needs("training"):
+    ...     import no_such_library
+    Traceback (most recent call last):
+        ...
+    ModuleNotFoundError: no_such_library is needed here and not installed: pip install odenets[training]
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or str(error)).partition(".")[0]
+        raise ModuleNotFoundError(
+            f"{name} is needed here and not installed: pip install odenets[{extra}]", name=name
+        ) from error

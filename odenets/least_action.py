@@ -85,9 +85,9 @@ class _WithCost(Objective):
         self.task, self.cost = task, cost
 
     @property
-    def looks_again(self) -> bool:
+    def needs_second_forward(self) -> bool:
         """Whether the task looks at the network again."""
-        return self.task.looks_again
+        return self.task.needs_second_forward
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Tell the task."""
@@ -217,9 +217,9 @@ class LeastAction(_WithCost):
         return self.__dict__ | {"_noticed": None}
 
     @property
-    def looks_again(self) -> bool:
+    def needs_second_forward(self) -> bool:
         """Whether lambda will grow by the loss of the weights after the coming step."""
-        return super().looks_again or (self.update == "after" and self._due)
+        return super().needs_second_forward or (self.update == "after" and self._due)
 
     @property
     def _due(self) -> bool:

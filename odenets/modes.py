@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -15,6 +15,7 @@ __all__ = [
     "inputs_for",
     "keeping_modes",
     "keeping_state",
+    "to_training_mode",
     "total_dtype",
 ]
 
@@ -95,6 +96,20 @@ def _restore(module: nn.Module, modes: dict[nn.Module, bool], inherited: bool) -
     module.training = modes.get(module, inherited)
     for child in module.children():
         _restore(child, modes, module.training)
+
+
+def to_training_mode(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> list[nn.Module]:
+    """Put a network in training mode; the modules that are frozen in eval mode.
+
+    Where it is in training mode already, those are the ones in eval mode, which stay so; otherwise those named. A new
+    container around a network in eval mode, in which nothing that learns is in training mode, does not count.
+    """
+    learning = (m.training for m in network.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
+    if not network.training or not any(learning):
+        network.train()
+        for module in frozen:
+            module.training = False
+    return [module for module in network.modules() if not module.training]
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

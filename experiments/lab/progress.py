@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lab.workers import Report
-from odenets.training.loop import Callback, Training
+from odenets.training.loop import Callback
 from odenets.training.runs import Run
+from odenets.training.state import Training
 
 __all__ = ["Progress"]
 

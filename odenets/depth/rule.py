@@ -34,7 +34,7 @@ from odenets.normalization import StageBatchNorm, recalibrate
 from solvers import Step
 
 if TYPE_CHECKING:
-    from odenets.training.loop import Training
+    from odenets.training.state import Training
 
 __all__ = ["AdaptiveDepth", "DepthReport", "DepthRule", "Edit", "adapt_depth", "block_errors", "plan", "refine"]
 

@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from odenets.checkpoints import is_finite
 from odenets.errors import DivergedError
-from odenets.modes import total_dtype
+from odenets.modes import to_training_mode, total_dtype
 from odenets.module_wise.activation_cache import States, pass_through
 from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
-from odenets.training.data import Batches
-from odenets.training.loop import check_optimizer, check_precision, data_for, to_training_mode
+from odenets.training.data import Batches, data_for
 from odenets.training.objectives import Objective
 from odenets.training.runs import Run
+from odenets.training.state import check_optimizer, check_precision
 
 __all__ = ["ModuleTraining", "Schedule", "fit_modules"]
 

@@ -3,10 +3,12 @@
 from odenets.errors import DivergedError
 from odenets.training.data import Batches, Split, TensorData
 from odenets.training.datasets import hold_out, load, points, split, subsample
+from odenets.training.evaluation import Evaluation, evaluate, evaluate_schemes
 from odenets.training.instances import Instances, fit_instances
-from odenets.training.loop import Callback, Evaluation, Training, evaluate, evaluate_schemes, fit
+from odenets.training.loop import Callback, fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 from odenets.training.runs import Run
+from odenets.training.state import Training
 
 __all__ = [
     "Batches",

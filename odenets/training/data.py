@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Batches", "Split", "TensorData"]
+from odenets.modes import inputs_for
+
+__all__ = ["Batches", "Split", "TensorData", "data_for"]
 
 
 @dataclass(frozen=True)
@@ -157,3 +159,9 @@ def _augment(x: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Te
         mirrored = torch.rand(n, generator=generator).to(x.device) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     return x.contiguous()
+
+
+def data_for(network: nn.Module, data: TensorData) -> TensorData:
+    """A data set on the device of a network, inputs in its dtype."""
+    x = inputs_for(network, data.x)
+    return replace(data, x=x, y=data.y.to(x.device))

@@ -176,12 +176,12 @@ def fit_instances(
         stack.one.train()
         total = torch.zeros(len(training), dtype=losses.dtype, device=device_of(stack.one))
         for part in drawn(training, epoch):
-            looks_again = stack.one.objective.looks_again
+            needs_second_forward = stack.one.objective.needs_second_forward
             loss = stack.call(*part, "loss")
             made.zero_grad()
             loss.sum().backward()
             made.step()
-            if looks_again:
+            if needs_second_forward:
                 stack.call(*part, "after step")
             else:
                 stack.one.objective.after_step(stack.one.network, part)

@@ -2,127 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import json
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
-from odenets.adapting import AdaptedModel
-from odenets.checkpoints import is_finite, restore_structure, structure
-from odenets.errors import DivergedError
-from odenets.measures import Measure
-from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, total_dtype
-from odenets.network import Network
-from odenets.recording import Records
-from odenets.training.data import Batches, TensorData
-from odenets.training.objectives import (
-    CrossEntropy,
-    Objective,
-    after_step,
-    check_loss,
-    logits_and_labels,
-    right_answers,
-)
+from odenets.checkpoints import is_finite
+from odenets.errors import DivergedError, needs
+from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, to_training_mode, total_dtype
+from odenets.recording import Recorder
+from odenets.training.data import Batches, data_for
+from odenets.training.evaluation import Evaluation, evaluate
+from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
+from odenets.training.state import Training, check_optimizer
+from odenets.training.steps import Stepper
 
-__all__ = [
-    "Callback",
-    "Evaluation",
-    "Training",
-    "check_optimizer",
-    "check_precision",
-    "data_for",
-    "evaluate",
-    "evaluate_schemes",
-    "fit",
-    "to_training_mode",
-]
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
+__all__ = ["Callback", "fit"]
 
-TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+CONVERTING = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Fabric's precisions in which weights are converted."""
-
-
-@dataclass
-class Training:
-    """A training run as callbacks see it.
-
-    Attributes:
-        network, optimizer, schedule: being trained.
-        objective: what is minimized.
-        epoch: epochs completed.
-        rows: one dictionary of metrics per completed epoch.
-        evaluations: field evaluations per sample, summed over all samples of all training steps so far.
-        check_evaluations: the same for what callbacks measured besides.
-    """
-
-    network: Network | AdaptedModel
-    optimizer: Optimizer
-    schedule: LRScheduler | None
-    objective: Objective = field(default_factory=CrossEntropy)
-    epoch: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: int = 0
-    check_evaluations: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact continuation needs, as tensors and plain values."""
-        return {
-            "structure": structure(self.network),
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict() if self.schedule else None,
-            "objective": self.objective.state_dict(),
-            "epoch": self.epoch,
-            "rows": json.dumps(self.rows),
-            "evaluations": self.evaluations,
-            "check_evaluations": self.check_evaluations,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-
-    def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Any], Optimizer]) -> None:
-        """Take up :meth:`state_dict`: blocks first, then the optimizer on their parameters.
-
-        Raises:
-            ValueError: weights of another precision, or a schedule on one side only.
-        """
-        if (self.schedule is None) != (state["schedule"] is None):
-            which = "one, and this training has none" if self.schedule is None else "none, and this training has one"
-            raise ValueError(f"schedule must be that of the checkpoint, which has {which}")
-        restore_structure(self.network, state["structure"])
-        check_precision(self.network, state["network"])
-        self.network.load_state_dict(state["network"])
-        held = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
-        fresh = make_optimizer(self.network)
-        if held != [[id(p) for p in group["params"]] for group in fresh.param_groups]:
-            self.optimizer.param_groups[:] = fresh.param_groups
-            self.optimizer.state.clear()
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self.objective.load_state_dict(state["objective"])
-        self.epoch = state["epoch"]
-        self.rows = json.loads(state["rows"])
-        self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 class Callback(Protocol):
@@ -142,104 +52,8 @@ class Callback(Protocol):
         return False
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss and accuracy on a data set."""
-
-    loss: float
-    accuracy: float
-
-
-@torch.no_grad()
-def evaluate(network: nn.Module, batches: Batches) -> Evaluation:
-    """Cross-entropy and accuracy in eval mode on the samples as they are, neither cropped nor mirrored.
-
-    Inputs are taken to the network's device and dtype; its modes, buffers and random state are left as they were, and
-    the device is waited for once.
-
-    Raises:
-        TypeError, ValueError: the network returns no logits, or not one for each class.
-    """
-    return _evaluate(network, batches, lambda x: {"": network(x)})[""]
-
-
-@torch.no_grad()
-def evaluate_schemes(network: Network, batches: Batches, *, full_passes: bool = False) -> dict[str, Evaluation]:
-    """:func:`evaluate` of every output of :meth:`Network.outputs`: each embedded scheme, and "ensemble".
-
-    Raises:
-        TypeError: a network without such outputs.
-        TypeError, ValueError: as :func:`evaluate` raises.
-    """
-    if not hasattr(network, "outputs"):
-        raise TypeError(f"network must be an odenets.Network, whose schemes have outputs, got {type(network).__name__}")
-    return _evaluate(network, batches, lambda x: network.outputs(x, full_passes=full_passes))
-
-
-def _evaluate(
-    network: nn.Module, batches: Batches, outputs: Callable[[Tensor], dict[str, Tensor]]
-) -> dict[str, Evaluation]:
-    data, totals = batches.data, {}
-    with keeping_state(network), evaluating(network):
-        for x, y in batches.in_order():
-            for name, output in outputs(inputs_for(network, x)).items():
-                output, y = logits_and_labels(output, y.to(output.device) if isinstance(output, Tensor) else y)
-                if name not in totals:
-                    _check_classes(output, data)
-                    totals[name] = torch.zeros(2, dtype=total_dtype(output.device), device=output.device)
-                totals[name] += torch.stack([F.cross_entropy(output, y, reduction="sum"), right_answers(output, y)])
-    values = (torch.stack(list(totals.values())) / len(data)).tolist()
-    return {name: Evaluation(*value) for name, value in zip(totals, values, strict=True)}
-
-
-def _check_classes(output: Tensor, data: TensorData) -> None:
-    """That there is a logit for each label."""
-    if output.shape[1] < data.classes and output.shape[1] <= (largest := int(data.y.max())):
-        raise ValueError(f"the network has {output.shape[1]} logits, and the labels of {data.name} go up to {largest}")
-
-
-def check_precision(network: nn.Module, state: Mapping[str, Any]) -> None:
-    """That saved weights have the network's dtypes: loading them would round, or feign a precision they have not.
-
-    Raises:
-        ValueError: they have not.
-    """
-    for name, value in network.state_dict().items():
-        saved = state.get(name)
-        if isinstance(value, Tensor) and isinstance(saved, Tensor) and saved.dtype != value.dtype:
-            raise ValueError(
-                f"the network must have the precision of the checkpoint, in which {name} is {saved.dtype}, got "
-                f"{value.dtype}: train on with the precision that it was begun with"
-            )
-
-
-def check_optimizer(optimizer: Optimizer, *trained: nn.Module) -> None:
-    """That an optimizer trains what requires a gradient.
-
-    Raises:
-        ValueError: it holds no such parameter.
-
-    Warns:
-        UserWarning: it leaves some out.
-    """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = {p: name for module in trained for name, p in module.named_parameters() if p.requires_grad}
-    left = [name for p, name in names.items() if id(p) not in held]
-    if len(left) == len(names):
-        raise ValueError(
-            "optimizer must hold parameters of the network that require a gradient, got none of them: make it from "
-            "what it is called with, and unfreeze what is to be trained"
-        )
-    if left:
-        warnings.warn(
-            f"the optimizer leaves out {len(left)} of {len(names)} parameters that require a gradient, {left[0]} among "
-            "them, which will not change: give it all, or freeze these with requires_grad_(False)",
-            stacklevel=3,
-        )
-
-
 def fit(
-    network: Network | AdaptedModel,
+    network: Recorder,
     batches: Batches,
     *,
     epochs: int,
@@ -261,12 +75,11 @@ def fit(
 
     Where the network is in training mode, modules in it that are in eval mode stay so: a frozen batch norm keeps its
     statistics. A network in eval mode, or all of whose parameters are in parts that are, is put in training mode as a
-    whole. In the end it is in training mode, and no
-    gradients are left.
+    whole. In the end it is in training mode, and no gradients are left.
 
     Args:
-        network: trained in place, moved to the fabric's device. Inputs are taken to its dtype. What it returns is the
-            objective's matter; where that is not logits ``(B, classes)`` the accuracy is NaN.
+        network: a module that records its steps, trained in place, moved to the fabric's device. Inputs are taken to
+            its dtype. Where it does not return logits ``(B, classes)`` the accuracy is NaN.
         batches: training data; epoch e draws the same batches in every run.
         epochs: how many.
         optimizer: makes the optimizer from the network; its parameter groups must follow from the network alone. A
@@ -285,25 +98,72 @@ def fit(
         accumulate: parts in which a batch comes, one after the other, for less memory: the gradient is that of the
             whole batch, but for batch norms, which see a part at a time, and for what is no mean over samples: the cost
             "norm", and a lambda, which grows with the loss of one part.
-        compile: record the network through ``torch.compile``.
+        compile: train through ``torch.compile(network.record)``.
         progress: label of a progress bar; none without it.
         fabric: Lightning Fabric; one CPU if not given. Its ``precision="64-true"``, ``"bf16-true"`` or ``"16-true"``
             converts the network, ``"32-true"`` takes it in the dtype it has; losses are in float32 at least.
             ``"bf16-mixed"`` is automatic mixed precision, in which weights, outputs and measures stay in float32.
-            Launched on several processes (``torchrun``), each
-            takes its share of every batch, and their gradients are averaged: what comes out is what one process finds,
-            but for batch norms, which see a share at a time, and for a cost that is no mean over samples. After every
-            epoch all go on with the first one's buffers.
+            Launched on several processes (``torchrun``), each takes its share of every batch, and their gradients are
+            averaged: the result is that of one process, but for batch norms, which see a share at a time, and for a
+            cost that is no mean over samples. After every epoch all go on with the first one's buffers.
 
     Returns:
         The finished training, with one row of metrics per epoch.
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
-        TypeError: no objective, or an output that it, or with validation the evaluation, cannot read.
+        TypeError: a network that records nothing, no objective, or an output that it, or with validation the
+            evaluation, cannot read.
         ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimizer without
             the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision.
     """
+    if not (isinstance(network, nn.Module) and callable(getattr(network, "record", None))):
+        raise TypeError(
+            f"network must be a module that records its steps, an odenets.Recorder, got {type(network).__name__}: "
+            "odenets.adapt makes one of any residual network"
+        )
+    objective = _check_arguments(objective, epochs=epochs, clip_norm=clip_norm, accumulate=accumulate)
+    fabric = fabric or _one_cpu()
+    _check_shares(batches, fabric.world_size)
+    run = run if fabric.is_global_zero else None
+    objective.to(fabric.device)
+    network.to(fabric.device, _weights_dtype(fabric, network))
+    _materialize(network, batches)
+    first = optimizer(network)
+    training = Training(network, first, schedule(first) if schedule else None, objective)
+    state = fabric.broadcast(run.load_state(checkpoint) if run else None)
+    if state is not None:
+        training.load_state_dict(state, optimizer)
+    if validation is not None:
+        validation = Batches(data_for(network, validation.data), validation.size)
+    loop = _Loop(
+        training=training,
+        fabric=fabric,
+        batches=replace(batches, data=data_for(network, batches.data)),
+        validation=validation,
+        make_optimizer=optimizer,
+        callbacks=callbacks,
+        loss_limit=loss_limit,
+        step_options={"clip_norm": clip_norm, "accumulate": accumulate, "compile": compile},
+    )
+    with _progress_bar(progress, epochs, training.epoch) as show:
+        while training.epoch < epochs:
+            row = loop.epoch()
+            if row is None:
+                continue
+            if run is not None:
+                run.save_state(training.state_dict(), checkpoint)
+                run.log(training.rows)
+            show(row)
+    to_training_mode(network, loop.frozen)
+    training.optimizer.zero_grad()
+    return training
+
+
+def _check_arguments(
+    objective: Objective | None, *, epochs: int, clip_norm: float | None, accumulate: int
+) -> Objective:
+    """The objective, :class:`CrossEntropy` if not given."""
     if epochs < 0:
         raise ValueError(f"epochs must not be negative, got {epochs}")
     if clip_norm is not None and not clip_norm > 0:
@@ -315,111 +175,26 @@ def fit(
             f"objective must be an odenets Objective, got {objective!r}: a task of one's own is a subclass whose "
             "forward returns its loss"
         )
-    fabric = fabric or Fabric(accelerator="cpu", devices=1)
+    return objective or CrossEntropy()
+
+
+def _check_shares(batches: Batches, processes: int) -> None:
+    """That each process has a sample of every batch."""
     smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
-    if smallest < fabric.world_size:
+    if smallest < processes:
         raise ValueError(
-            f"batches must hold a sample for each of {fabric.world_size} processes, got one of {smallest}: "
+            f"batches must hold a sample for each of {processes} processes, got one of {smallest}: "
             "choose another batch size"
         )
-    objective = (objective or CrossEntropy()).to(fabric.device)
-    network.to(fabric.device, _dtype(fabric, network))
-    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
-        with torch.no_grad(), keeping_state(network), evaluating(network):
-            network(inputs_for(network, batches.data.x[:2]))
-    made = optimizer(network)
-    training = Training(network, made, schedule(made) if schedule else None, objective)
-    state = fabric.broadcast(run.load_state(checkpoint) if run and fabric.is_global_zero else None)
-    if state is not None:
-        training.load_state_dict(state, optimizer)
-    step: Any = None
-    served: list[int] = []  # parameters that Fabric knows of
-    batches = replace(batches, data=data_for(network, batches.data))
-    if validation is not None:
-        validation = Batches(data_for(network, validation.data), validation.size)
-    frozen: list[nn.Module] = []
-    started = time.perf_counter() - (training.rows[-1]["seconds"] if training.rows else 0.0)
-    bar = tqdm(total=epochs, initial=training.epoch, desc=progress, disable=progress is None, unit="epoch", leave=False)
-    recovering = any(getattr(callback, "recovers", False) for callback in callbacks)
-    with bar:
-        while training.epoch < epochs:
-            before = copy.deepcopy(training.state_dict()) if recovering else None
-            if list(map(id, network.parameters())) != served:  # at first, and after callbacks have edited blocks
-                step = None
-                check_optimizer(training.optimizer, network, objective)
-                if fabric.world_size > 1:
-                    gc.collect()  # so that no hooks of an earlier set-up are left
-                check = validation is not None
-                step = partial(_step, *_set_up(training, fabric), training, fabric, clip_norm, accumulate, check)
-                served = list(map(id, network.parameters()))
-            frozen = to_training_mode(network, frozen)
-            with _compiled(network) if compile else nullcontext():
-                loss, accuracy = _train_epoch(training, step, batches, fabric)
-            measured = None
-            if validation is not None and math.isfinite(loss):
-                with fabric.autocast() if fabric.strategy.precision.precision in TRUE else nullcontext():
-                    measured = evaluate(network, validation)
-            if trouble := _trouble(training, loss, measured, loss_limit):
-                spent = training.evaluations
-                if before is not None:
-                    training.load_state_dict(before, optimizer)
-                    training.evaluations = spent
-                if before is None or not any(callback.on_divergence(training) for callback in callbacks):
-                    raise DivergedError(
-                        f"epoch {training.epoch + 1} diverged, {trouble}: lower the learning rate, refine the steps or "
-                        "normalize the inputs; the last checkpoint stands"
-                    )
-                continue
-            training.epoch += 1
-            row: dict[str, Any] = {
-                "epoch": training.epoch,
-                "train_loss": loss,
-                "train_accuracy": accuracy,
-                "learning_rate": training.optimizer.param_groups[0]["lr"],
-                "depth": network.depth,
-                "h": " ".join(f"{h:.6g}" for h in network.h),
-                "parameters": sum(p.numel() for p in network.parameters()),
-            }
-            if training.schedule is not None:
-                training.schedule.step()
-            if measured is not None:
-                row |= {"validation_loss": measured.loss, "validation_accuracy": measured.accuracy}
-            for callback in callbacks:
-                callback.after_epoch(training, row)
-            row |= {"evaluations": training.evaluations, "check_evaluations": training.check_evaluations}
-            row["seconds"] = time.perf_counter() - started
-            training.rows.append(row)
-            if run is not None and fabric.is_global_zero:
-                run.save_state(training.state_dict(), checkpoint)
-                run.log(training.rows)
-            bar.update()
-            bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
-    to_training_mode(network, frozen)
-    training.optimizer.zero_grad()
-    return training
 
 
-def to_training_mode(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> list[nn.Module]:
-    """Put a network in training mode; the modules that are frozen in eval mode.
-
-    Where it is in training mode already, those are the ones in eval mode, which stay so; otherwise those named. A new
-    container around a network in eval mode, in which nothing that learns is in training mode, does not count.
-    """
-    learning = (m.training for m in network.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
-    if not network.training or not any(learning):
-        network.train()
-        for module in frozen:
-            module.training = False
-    return [module for module in network.modules() if not module.training]
+def _one_cpu() -> Fabric:
+    with needs("training"):
+        from lightning_fabric import Fabric
+    return Fabric(accelerator="cpu", devices=1)
 
 
-def data_for(network: nn.Module, data: TensorData) -> TensorData:
-    """A data set on the device of a network, inputs in its dtype."""
-    x = inputs_for(network, data.x)
-    return replace(data, x=x, y=data.y.to(x.device))
-
-
-def _dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
+def _weights_dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
     """What the weights are to be converted to before a checkpoint is loaded, if they are."""
     precision, dtype = str(fabric.strategy.precision.precision), dtype_of(network)
     if precision.endswith("mixed") and dtype == torch.float64:
@@ -427,108 +202,151 @@ def _dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
             f"fabric's precision {precision!r} mixes float32 weights with half precision, got a network in float64: "
             'take precision="64-true", or network.float()'
         )
-    return TRUE.get(precision)
+    return CONVERTING.get(precision)
 
 
-class _Recording(nn.Module):
-    """A network whose forward pass is :meth:`Network.record`, so that precision and processes are Fabric's matter."""
-
-    def __init__(self, network: Network | AdaptedModel, measures: dict[str, Measure]) -> None:
-        super().__init__()
-        self.network, self.measures = network, measures
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[int, ...]]:
-        output, records = self.network.record(x, **self.measures)
-        return output, dict(records), records.starts
-
-
-def _set_up(training: Training, fabric: Fabric) -> tuple[Any, Any]:
-    """The network as Fabric calls it, and its optimizer."""
-    return fabric.setup(_Recording(training.network, training.objective.measures), training.optimizer)
-
-
-def _trouble(training: Training, loss: float, measured: Evaluation | None, loss_limit: float) -> str | None:
-    """What went wrong in an epoch, if anything did."""
-    if not (math.isfinite(loss) and loss <= loss_limit):
-        return f"its training loss is {loss}"
-    if measured is not None and not math.isfinite(measured.loss):
-        return f"its validation loss is {measured.loss}"
-    if not is_finite(training.network):
-        return "it left weights that are not finite"
-    return None
+def _materialize(network: nn.Module, batches: Batches) -> None:
+    """Give a network whose parameters are made from its first input that input."""
+    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
+        with torch.no_grad(), keeping_state(network), evaluating(network):
+            network(inputs_for(network, batches.data.x[:2]))
 
 
 @contextmanager
-def _compiled(network: Network | AdaptedModel) -> Iterator[None]:
-    """The network with its ``record`` compiled, which on leaving is what it was."""
-    before = vars(network).get("record")
-    network.record = torch.compile(network.record)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del network.record
+def _progress_bar(label: str | None, epochs: int, done: int) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """What shows an epoch's row in a bar; nothing without a label."""
+    if label is None:
+        yield lambda row: None
+        return
+    with needs("training"):
+        from tqdm import tqdm
+
+    def show(row: dict[str, Any]) -> None:
+        bar.update()
+        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
+
+    with tqdm(total=epochs, initial=done, desc=label, unit="epoch", leave=False) as bar:
+        yield show
+
+
+@dataclass(kw_only=True)
+class _Loop:
+    """Epochs: training, validation, and what becomes of one that diverges."""
+
+    training: Training
+    fabric: Fabric
+    batches: Batches
+    validation: Batches | None
+    make_optimizer: Callable[[Any], Optimizer]
+    callbacks: Sequence[Callback]
+    loss_limit: float
+    step_options: dict[str, Any]
+    frozen: list[nn.Module] = field(default_factory=list)
+    _step: Stepper | None = None
+    _parameters: list[int] = field(default_factory=list)
+    _started: float = 0.0
+
+    def __post_init__(self) -> None:
+        rows = self.training.rows
+        self._started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
+
+    def epoch(self) -> dict[str, Any] | None:
+        """Train for an epoch: its row of metrics, or None where it diverged and is to be trained again."""
+        training = self.training
+        recovering = any(getattr(callback, "recovers", False) for callback in self.callbacks)
+        before = training.snapshot() if recovering else None
+        self._set_up()
+        self.frozen = to_training_mode(training.network, self.frozen)
+        loss, accuracy = self._train()
+        validated = None
+        if self.validation is not None and math.isfinite(loss):
+            converting = self.fabric.strategy.precision.precision in CONVERTING
+            with self.fabric.autocast() if converting else nullcontext():
+                validated = evaluate(training.network, self.validation)
+        if trouble := self._trouble(loss, validated):
+            self._recover(before, trouble)
+            return None
+        training.epoch += 1
+        return self._log(loss, accuracy, validated)
+
+    def _set_up(self) -> None:
+        """Make the steps of the parameters there are: at first, and after callbacks have edited blocks."""
+        parameters = list(map(id, self.training.network.parameters()))
+        if parameters == self._parameters:
+            return
+        self._step = None
+        check_optimizer(self.training.optimizer, self.training.network, self.training.objective)
+        if self.fabric.world_size > 1:
+            gc.collect()  # so that no hooks of an earlier set-up are left
+        options = self.step_options | {"validated": self.validation is not None}
+        self._step = Stepper(self.training, self.fabric, **options)
+        self._parameters = parameters
+
+    def _train(self) -> tuple[float, float]:
+        """Mean training loss and accuracy of an epoch, cut short once the loss is not finite.
+
+        That is looked at every batch on a CPU and every 32nd elsewhere, where looking means to wait for the device; not
+        where several processes train, which must all take the same steps.
+        """
+        training, fabric, step = self.training, self.fabric, self._step
+        assert step is not None
+        totals = torch.zeros(2, dtype=total_dtype(fabric.device), device=fabric.device)
+        every = 1 if fabric.device.type == "cpu" else 32
+        for i, (x, y) in enumerate(self.batches.epoch(training.epoch), 1):
+            totals += step(x, y)
+            training.evaluations += training.network.evaluations * len(x)
+            if i % every == 0 and fabric.world_size == 1 and not math.isfinite(totals[0].item()):
+                break
+        totals = cast(Tensor, fabric.all_reduce(totals, reduce_op="sum"))
+        if fabric.world_size > 1:  # each has seen its own shares
+            for buffer in training.network.buffers():
+                distributed.broadcast(buffer, src=0)
+        loss, accuracy = (totals / len(self.batches.data)).tolist()
+        return loss, accuracy
+
+    def _trouble(self, loss: float, validated: Evaluation | None) -> str | None:
+        """What went wrong in an epoch, if anything did."""
+        if not (math.isfinite(loss) and loss <= self.loss_limit):
+            return f"its training loss is {loss}"
+        if validated is not None and not math.isfinite(validated.loss):
+            return f"its validation loss is {validated.loss}"
+        if not is_finite(self.training.network):
+            return "it left weights that are not finite"
+        return None
+
+    def _recover(self, before: dict[str, Any] | None, trouble: str) -> None:
+        """Go back to the state from before an epoch, and let callbacks act."""
+        training = self.training
         if before is not None:
-            network.record = before
+            evaluations = training.evaluations
+            training.load_state_dict(before, self.make_optimizer)
+            training.evaluations = evaluations
+            if any(callback.on_divergence(training) for callback in self.callbacks):
+                return
+        raise DivergedError(
+            f"epoch {training.epoch + 1} diverged, {trouble}: lower the learning rate, refine the steps or "
+            "normalize the inputs; the last checkpoint stands"
+        )
 
-
-def _train_epoch(
-    training: Training, step: Callable[[Tensor, Tensor], Tensor], batches: Batches, fabric: Fabric
-) -> tuple[float, float]:
-    """Mean training loss and accuracy of an epoch, cut short once the loss is not finite.
-
-    That is looked at every batch on a CPU and every 32nd elsewhere, where looking means to wait for the device; not
-    where several processes train, which must all take the same steps.
-    """
-    network = training.network
-    totals = torch.zeros(2, dtype=total_dtype(fabric.device), device=fabric.device)
-    every = 1 if fabric.device.type == "cpu" else 32
-    for i, (x, y) in enumerate(batches.epoch(training.epoch), 1):
-        totals += step(x, y)
-        training.evaluations += network.evaluations * len(x)
-        if i % every == 0 and fabric.world_size == 1 and not math.isfinite(totals[0].item()):
-            break
-    totals = cast(Tensor, fabric.all_reduce(totals, reduce_op="sum"))
-    if fabric.world_size > 1:  # each has seen its own shares
-        for buffer in network.buffers():
-            distributed.broadcast(buffer, src=0)
-    loss, accuracy = (totals / len(batches.data)).tolist()
-    return loss, accuracy
-
-
-def _step(
-    module: Any,
-    optimizer: Any,
-    training: Training,
-    fabric: Fabric,
-    clip_norm: float | None,
-    accumulate: int,
-    validated: bool,
-    x: Tensor,
-    y: Tensor,
-) -> Tensor:
-    """One step of the optimizer with this process' share of a batch: its summed loss, and how many are right."""
-    network, objective = training.network, training.objective
-    whole, shares = len(x), fabric.world_size
-    x, y = x[fabric.global_rank :: shares], y[fabric.global_rank :: shares]
-    totals = torch.zeros(2, dtype=total_dtype(x.device), device=x.device)
-    double = fabric.strategy.precision.precision == "64-true"  # or Fabric would round outputs to the default dtype
-    optimizer.zero_grad()
-    size = -(-len(x) // accumulate)
-    parts = list(zip(x.split(size), y.split(size), strict=True))
-    for i, part in enumerate(parts, 1):
-        with fabric.no_backward_sync(module, enabled=i < len(parts)):
-            with fabric.init_tensor() if double else nullcontext():
-                output, records, starts = module(part[0])
-            if validated:
-                logits_and_labels(output, part[1])
-            loss = objective(network, part, output, Records(records, starts))
-            check_loss(loss, objective)
-            fabric.backward(loss * (len(part[0]) * shares / whole))
-        with torch.no_grad():
-            totals += torch.stack([loss.detach().to(totals.dtype) * len(part[0]), right_answers(output, part[1])])
-    if clip_norm is not None:
-        fabric.clip_gradients(module, optimizer, max_norm=clip_norm, error_if_nonfinite=False)
-    optimizer.step()
-    with fabric.autocast():
-        after_step(objective, network, parts[-1])
-    return totals
+    def _log(self, loss: float, accuracy: float, validated: Evaluation | None) -> dict[str, Any]:
+        """Add the epoch's row of metrics, to which callbacks add."""
+        training, network = self.training, self.training.network
+        row: dict[str, Any] = {
+            "epoch": training.epoch,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "learning_rate": training.optimizer.param_groups[0]["lr"],
+            "depth": network.depth,
+            "h": " ".join(f"{h:.6g}" for h in network.h),
+            "parameters": sum(p.numel() for p in network.parameters()),
+        }
+        if training.schedule is not None:
+            training.schedule.step()
+        if validated is not None:
+            row |= {"validation_loss": validated.loss, "validation_accuracy": validated.accuracy}
+        for callback in self.callbacks:
+            callback.after_epoch(training, row)
+        row |= {"evaluations": training.evaluations, "check_evaluations": training.check_evaluations}
+        row["seconds"] = time.perf_counter() - self._started
+        training.rows.append(row)
+        return row

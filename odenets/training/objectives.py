@@ -123,15 +123,15 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     @property
-    def looks_again(self) -> bool:
+    def needs_second_forward(self) -> bool:
         """Whether :meth:`after_step` will call the network after the coming step."""
         return False
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Called after each step of the optimizer with the batch, or with its last part where it came in parts.
 
-        Where it calls the network, which :attr:`looks_again` says, the network's buffers and random state are then
-        put back: running statistics count a batch once.
+        Where it calls the network, which :attr:`needs_second_forward` says, the network's buffers and random state are
+        then put back: running statistics count a batch once.
         """
 
 
@@ -192,5 +192,5 @@ def check_loss(loss: Any, objective: Objective) -> None:
 
 def after_step(objective: Objective, network: nn.Module, batch: Batch) -> None:
     """Tell an objective of a step; where it looks at the network again, that leaves no trace there."""
-    with keeping_state(network) if objective.looks_again else nullcontext():
+    with keeping_state(network) if objective.needs_second_forward else nullcontext():
         objective.after_step(network, batch)

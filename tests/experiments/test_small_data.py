@@ -11,7 +11,7 @@ from small_data_setup import CONDITIONS, METHODS, PROTOCOL, Config, Job, build, 
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.normalization import StageBatchNorm
 from odenets.training import datasets
-from odenets.training.loop import Evaluation
+from odenets.training.evaluation import Evaluation
 from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)

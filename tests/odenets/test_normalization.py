@@ -18,7 +18,7 @@ from odenets.modes import keeping_state
 from odenets.module_wise import module_wise
 from odenets.normalization import StageBatchNorm
 from odenets.training import data
-from odenets.training.loop import evaluate_schemes
+from odenets.training.evaluation import evaluate_schemes
 from solvers import get_tableau
 
 X = torch.rand(12, 3, 5, 5, generator=torch.Generator().manual_seed(0))

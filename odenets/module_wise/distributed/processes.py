@@ -21,15 +21,15 @@ from torch.optim import Optimizer
 
 from odenets.checkpoints import is_finite
 from odenets.errors import DivergedError, WorkerLostError
-from odenets.modes import inputs_for, total_dtype
+from odenets.modes import inputs_for, to_training_mode, total_dtype
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
 from odenets.module_wise.modules import ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
 from odenets.module_wise.splitting import even
 from odenets.module_wise.steps import local_step
 from odenets.training.data import Batches
-from odenets.training.loop import check_optimizer, check_precision, to_training_mode
 from odenets.training.runs import Run
+from odenets.training.state import check_optimizer, check_precision
 
 __all__ = ["WorkerLostError", "fit_in_processes"]
 

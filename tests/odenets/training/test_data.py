@@ -8,7 +8,7 @@ import torch
 
 from odenets import models
 from odenets.training import data, datasets
-from odenets.training.loop import evaluate
+from odenets.training.evaluation import evaluate
 
 DIGITS, MOONS = datasets.load("digits")[0], datasets.load("moons")[0]
 

@@ -9,8 +9,9 @@ from odenets.flow import Flow
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.network import Network
 from odenets.training import data, datasets, instances
+from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
-from odenets.training.loop import evaluate, fit
+from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
 
 N = 4

@@ -19,7 +19,8 @@ from odenets.errors import DivergedError
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.recording import Records
 from odenets.training import data, datasets
-from odenets.training.loop import evaluate, evaluate_schemes, fit
+from odenets.training.evaluation import evaluate, evaluate_schemes
+from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
 from tests.odenets.training import train_in_processes
@@ -611,7 +612,7 @@ def test_an_objective_of_ones_own_may_look_again(wrapped):
     """Its pass counts for no running statistic and draws for nobody else, be it the objective or the task of one."""
 
     class Looking(CrossEntropy):
-        looks_again = True  # type: ignore[assignment]
+        needs_second_forward = True  # type: ignore[assignment]
         seen = 0
 
         def after_step(self, network, batch):

@@ -12,7 +12,8 @@ from odenets.least_action import ActionPenalty, LeastAction
 from odenets.module_wise import greedy, trgl, trgl_multipliers
 from odenets.recording import Records
 from odenets.training import data, datasets
-from odenets.training.loop import evaluate, fit
+from odenets.training.evaluation import evaluate
+from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, right_answers
 
 GENERATOR = torch.Generator().manual_seed(0)

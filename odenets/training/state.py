@@ -1,0 +1,131 @@
+"""The state of a training: what callbacks see of it, what a checkpoint holds, and whether the two fit."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
+
+from odenets.checkpoints import restore_structure, structure
+from odenets.training.objectives import CrossEntropy, Objective
+
+__all__ = ["Training", "check_optimizer", "check_precision"]
+
+
+@dataclass
+class Training:
+    """A training run as callbacks see it.
+
+    Attributes:
+        network, optimizer, schedule: being trained; the network is a module and a :class:`~odenets.Recorder`.
+        objective: what is minimized.
+        epoch: epochs completed.
+        rows: one dictionary of metrics per completed epoch.
+        evaluations: field evaluations per sample, summed over all samples of all training steps so far.
+        check_evaluations: the same for what callbacks measured besides.
+    """
+
+    network: Any
+    optimizer: Optimizer
+    schedule: LRScheduler | None
+    objective: Objective = field(default_factory=CrossEntropy)
+    epoch: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: int = 0
+    check_evaluations: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs, as tensors and plain values."""
+        return {
+            "structure": structure(self.network),
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+            "objective": self.objective.state_dict(),
+            "epoch": self.epoch,
+            "rows": json.dumps(self.rows),
+            "evaluations": self.evaluations,
+            "check_evaluations": self.check_evaluations,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """:meth:`state_dict` in tensors of its own, in the host's memory: training on does not change it."""
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), self.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Any], Optimizer]) -> None:
+        """Take up :meth:`state_dict`: blocks first, then the optimizer on their parameters.
+
+        Raises:
+            ValueError: weights of another precision, or a schedule on one side only.
+        """
+        if (self.schedule is None) != (state["schedule"] is None):
+            which = "one, and this training has none" if self.schedule is None else "none, and this training has one"
+            raise ValueError(f"schedule must be that of the checkpoint, which has {which}")
+        restore_structure(self.network, state["structure"])
+        check_precision(self.network, state["network"])
+        self.network.load_state_dict(state["network"])
+        held = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
+        fresh = make_optimizer(self.network)
+        if held != [[id(p) for p in group["params"]] for group in fresh.param_groups]:
+            self.optimizer.param_groups[:] = fresh.param_groups
+            self.optimizer.state.clear()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.objective.load_state_dict(state["objective"])
+        self.epoch = state["epoch"]
+        self.rows = json.loads(state["rows"])
+        self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def check_precision(network: nn.Module, state: Mapping[str, Any]) -> None:
+    """That saved weights have the network's dtypes: loading them would round, or feign a precision they have not.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for name, value in network.state_dict().items():
+        saved = state.get(name)
+        if isinstance(value, Tensor) and isinstance(saved, Tensor) and saved.dtype != value.dtype:
+            raise ValueError(
+                f"the network must have the precision of the checkpoint, in which {name} is {saved.dtype}, got "
+                f"{value.dtype}: train on with the precision that it was begun with"
+            )
+
+
+def check_optimizer(optimizer: Optimizer, *trained: nn.Module) -> None:
+    """That an optimizer trains what requires a gradient.
+
+    Raises:
+        ValueError: it holds no such parameter.
+
+    Warns:
+        UserWarning: it leaves some out.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = {p: name for module in trained for name, p in module.named_parameters() if p.requires_grad}
+    left = [name for p, name in names.items() if id(p) not in held]
+    if len(left) == len(names):
+        raise ValueError(
+            "optimizer must hold parameters of the network that require a gradient, got none of them: make it from "
+            "what it is called with, and unfreeze what is to be trained"
+        )
+    if left:
+        warnings.warn(
+            f"the optimizer leaves out {len(left)} of {len(names)} parameters that require a gradient, {left[0]} among "
+            "them, which will not change: give it all, or freeze these with requires_grad_(False)",
+            stacklevel=3,
+        )
