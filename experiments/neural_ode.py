@@ -26,35 +26,47 @@ those against dopri5 in float64 at a tolerance of 1e-7, on 200 test samples.
 from __future__ import annotations
 
 import copy
-import os
 import statistics
 import time
-from dataclasses import asdict
-from functools import partial
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
-import tyro
 from lightning_fabric import Fabric
-from neural_ode_setup import Config, Job, build, field_of, science, split
-from neural_ode_tables import COLUMNS, summarize, verdict
+from neural_ode_setup import Config, Job, build, field_of
 from torch import Tensor, nn
 
-from lab import plotting as lab_figures
+from lab import images
+from lab.experiment import Columns, Experiment, Figures, Jobs, command
+from lab.outcome import Outcome
+from lab.plotting import cost_of_solves, solves_while_training
+from lab.progress import Progress
+from lab.results import groups
 from lab.runs import Run
-from lab.tables import table
-from lab.workers import Report, Workers
-from odenets import Flow, Network, measures, plotting
+from lab.statistics import mean_interval
+from lab.workers import Report
+from odenets import Flow, Network, measures
 from odenets.analysis.memory import measure_memory
 from odenets.checkpoints import save_weights
 from odenets.least_action import ActionPenalty
-from odenets.training import data
+from odenets.training.data import Batches, Split
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import Callback, fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.state import Training
 from solvers import Tolerance
+
+
+def split(config: Config) -> Split:
+    """The data, cut the same for every job."""
+    return images.split(config.dataset, config.folder, config.train_size, config.test_size)
+
+
+def jobs(config: Config) -> Jobs[Job]:
+    """Every way with and without the action, seed by seed, so that every way meets the same conditions."""
+    results = yield [Job(way, action, seed) for seed in config.seeds for action in (False, True) for way in config.ways]
+    return sorted(results, key=lambda r: (r["action"], config.ways.index(r["way"]), r["seed"]))
 
 
 class Meter:
@@ -106,53 +118,46 @@ class Meter:
 
     def take(self) -> dict[str, float]:
         """Calls per batch and seconds since the first batch after the last time this was called."""
-        found = {name: calls / self.batches for name, calls in self.calls.items()}
-        found["epoch_seconds"] = self._now() - self.started
+        taken = {name: calls / self.batches for name, calls in self.calls.items()}
+        taken["epoch_seconds"] = self._now() - self.started
         self._reset()
-        return found
+        return taken
 
 
-class Progress(Callback):
-    """Reads the meter and moves the bar on after each epoch."""
+class Metered(Callback):
+    """Reads the meter after each epoch, and measures the accuracy on validation images."""
 
-    def __init__(self, meter: Meter, validation: data.Batches, report: Report) -> None:
-        self.meter, self.validation, self.report = meter, validation, report
+    def __init__(self, meter: Meter, validation: Batches) -> None:
+        self.meter, self.validation = meter, validation
 
     def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
         """One epoch more."""
         row |= self.meter.take()
         row["validation_accuracy"] = evaluate(training.network, self.validation).accuracy
-        self.report(1)
 
 
-def train(config: Config, job: Job, report: Report) -> None:
-    """Train and measure one network in a folder of its own; what was found stands in its summary."""
-    run = Run(config.output / job.name, {**asdict(job), **science(config)}, resume=True)
+def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Train and measure one network."""
     parts = split(config)
-    batches = data.Batches(parts.train.to(config.device), config.batch_size, seed=job.seed)
-    validation, test = (data.Batches(part.to(config.device), 500) for part in (parts.validation, parts.test))
-    before = run.load_state()
-    report(before["epoch"] if before else 0)
+    batches = Batches(parts.train.to(config.device), config.batch_size, seed=job.seed)
+    validation, test = (Batches(part.to(config.device), 500) for part in (parts.validation, parts.test))
     network = build(config, parts.train, job.way, job.seed)
     objective = ActionPenalty(config.weight) if job.action else CrossEntropy()
     with Meter(network, config.device) as meter:
-        training = fit(
+        rows = fit(
             network,
             batches,
             epochs=config.epochs,
             optimizer=lambda net: torch.optim.SGD(net.parameters(), config.learning_rate, momentum=0.9),
             schedule=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs),
             objective=objective,
-            callbacks=[Progress(meter, validation, report)],
+            callbacks=[Metered(meter, validation), Progress(report, run)],
             run=run,
             fabric=Fabric(accelerator=config.device, devices=1),
-        )
+        ).rows
     save_weights(network, run.folder / "weights.safetensors")
-    rows = training.rows
     probes = list(islice(batches.epoch(config.epochs), config.probes))
-    result = {
-        **asdict(job),
-        "name": job.name,
+    return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "test": evaluate(network, test).accuracy,
         "forward": statistics.fmean(row["forward"] for row in rows),
@@ -162,7 +167,6 @@ def train(config: Config, job: Job, report: Report) -> None:
         "cost": cost_of_action(network, probes),
         **errors(config, network, test.data.x[:200]),
     }
-    run.finish(result, seeds=[job.seed])
 
 
 def step(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -> None:
@@ -183,11 +187,11 @@ def cost_of_action(network: Network, batches: list[tuple[Tensor, Tensor]]) -> di
     network.train()
     with Meter(network, batches[0][0].device.type) as meter:
         for batch in (batches[0], *batches):  # the first one twice: to warm up
-            for objective, found in ((CrossEntropy(), plain), (ActionPenalty(1.0), acting)):
+            for objective, rows in ((CrossEntropy(), plain), (ActionPenalty(1.0), acting)):
                 network.zero_grad()
                 step(network, batch, objective)
-                found.append(meter.take())
-    evaluations = [sum(row["forward"] + row["backward"] for row in found[1:]) for found in (plain, acting)]
+                rows.append(meter.take())
+    evaluations = [sum(row["forward"] + row["backward"] for row in rows[1:]) for rows in (plain, acting)]
     seconds = [(b["epoch_seconds"] / a["epoch_seconds"]) for a, b in zip(plain[1:], acting[1:], strict=True)]
     return {"evaluations": evaluations[1] / evaluations[0] - 1, "seconds": statistics.median(seconds) - 1}
 
@@ -201,8 +205,8 @@ def errors(config: Config, network: Network, x: Tensor) -> dict[str, float]:
     exact = Flow(field, solver="dopri5", total_time=config.total_time, tolerance=Tolerance(1e-7, 1e-7))
     end, records = exact.record(start.double(), action=measures.action)
     action = records["action"].sum(0)
-    found, recorded = flow.record(start, action=measures.action)
-    ratio = (found - end) / (config.atol + config.rtol * end.abs())
+    solution, recorded = flow.record(start, action=measures.action)
+    ratio = (solution - end) / (config.atol + config.rtol * end.abs())
     difference = (recorded["action"].sum(0) - action).abs().mean() / action.mean()
     return {
         "state_error": ratio.square().mean().sqrt().item(),
@@ -211,22 +215,88 @@ def errors(config: Config, network: Network, x: Tensor) -> dict[str, float]:
     }
 
 
-def main(config: Config) -> None:
-    """Train everything, print one table, write the run folder with its figures."""
-    started = time.time()
-    split(config)  # a wrong data folder shows here, before anything is written
-    whole = {"seeds": config.seeds, "ways": config.ways}
-    run = Run(config.output, science(config) | whole, resume=config.resume)
-    jobs = [Job(way, action, seed) for seed in config.seeds for action in (False, True) for way in config.ways]
-    cores = 1 if config.device == "cuda" else os.cpu_count() or 1
-    with Workers(config.workers or cores) as workers:
-        folder, cost = (lambda job: config.output / job.name), (lambda job: config.epochs)
-        results = workers.complete(partial(train, config), jobs, folder, cost=cost, label="trainings")
-    results.sort(key=lambda r: (r["action"], config.ways.index(r["way"]), r["seed"]))
-    rows = summarize(results)
-    plotting.save(lab_figures.neural_ode(run.folder), run.folder / "figures")
-    print(run.conclude(results, ("way", "action", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per way and objective: means over the seeds, accuracy with its 95 % interval, median time of epochs."""
+    rows = []
+    for (way, action), group in groups(results, "way", "action").items():
+        row: dict[str, Any] = {"way": way, "action": action, "parameters": group[0]["parameters"]}
+        row["test"] = mean_interval([r["test"] for r in group])
+        for name in ("forward", "backward", "peak_memory", "state_error", "action_error", "action_value"):
+            row[name] = statistics.fmean(r[name] for r in group)
+        row["epoch_seconds"] = statistics.median(r["epoch_seconds"] for r in group)
+        row["cost"] = {name: statistics.fmean(r["cost"][name] for r in group) for name in group[0]["cost"]}
+        rows.append(row)
+    return rows
 
+
+COLUMNS: Columns = {
+    "solved by": "{way}",
+    "objective": lambda row: "+ action" if row["action"] else "",
+    "test accuracy (%)": lambda row: f"{100 * row['test']:.2f}",
+    "evals forward": "{forward:.1f}",
+    "evals backward": "{backward:.1f}",
+    "s/epoch": "{epoch_seconds:.2f}",
+    "peak MB": lambda row: f"{row['peak_memory'] / 1e6:.1f}",
+    "action costs evals": lambda row: f"{100 * row['cost']['evaluations']:+.0f} %",
+    "and time": lambda row: f"{100 * row['cost']['seconds']:+.0f} %",
+    "action": "{action_value:.3f}",
+    "its error": lambda row: f"{100 * row['action_error']:.1g} %",
+    "state error (tolerances)": "{state_error:.2f}",
+}
+
+
+def verdict(config: Config, outcome: Outcome) -> list[str]:
+    """What the table says, in sentences: flows beside torchdiffeq with the same method, and what the action costs."""
+    rows = {(row["way"], row["action"]): row for row in outcome.rows}
+    names = {"bosh3": "bs23", "dopri5": "dopri5"}
+    lines = []
+    for (way, action), theirs in rows.items():
+        who, method = way.split()
+        ours = rows.get((f"flow {names.get(method)}", action))
+        if who == "flow" or ours is None:
+            continue
+        share = {name: 100 * ours[name] / theirs[name] for name in ("epoch_seconds", "peak_memory")}
+        calls = [row["forward"] + row["backward"] for row in (ours, theirs)]
+        meet = "the intervals meet" if ours["test"].meets(theirs["test"]) else "the intervals do not meet"
+        meet = "one seed, no interval" if ours["test"].n == 1 else meet
+        lines.append(
+            f"{ours['way']} beside {way}{', with the action' * action}: {100 * calls[0] / calls[1]:.0f} % of its "
+            f"evaluations, {share['epoch_seconds']:.0f} % of its time, {share['peak_memory']:.0f} % of its memory; "
+            f"accuracy {100 * ours['test']:.2f} beside {100 * theirs['test']:.2f} %, {meet}"
+        )
+    for (way,), group in groups(outcome.rows, "way").items():
+        costs = [row["cost"] for row in group]
+        evaluations = [f"{100 * cost['evaluations']:+.0f} %" for cost in costs]
+        seconds = [f"{100 * cost['seconds']:+.0f} %" for cost in costs]
+        lines.append(
+            f"the action costs {way} {' and '.join(evaluations)} evaluations, {' and '.join(seconds)} time "
+            "(on networks trained without and with it)"
+        )
+    return lines
+
+
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """What solves cost, and how it goes while the networks train."""
+    return {
+        "cost": lambda: cost_of_solves(outcome.rows),
+        "training": lambda: solves_while_training(outcome.metrics),
+    }
+
+
+EXPERIMENT = Experiment(
+    config=Config,
+    data=split,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=COLUMNS,
+    verdict=verdict,
+    figures=figures,
+    quick=lambda config: replace(config, seeds=config.seeds[:1], epochs=1, train_size=200, test_size=100, probes=1),
+    selects=("seeds", "ways"),
+    cost=lambda config, job: config.epochs,
+    keys=("way", "action", "seed"),
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)

@@ -1,9 +1,9 @@
-"""What the neural-ODE experiment trains: configuration, data, and the networks that torchdiffeq and flows solve."""
+"""What the neural-ODE experiment trains: configuration, and the networks that torchdiffeq and flows solve."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,23 +13,24 @@ import torchdiffeq
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from odenets import Flow, Network, models
+from lab import images
+from lab.config import ImageConfig
+from odenets import Flow, Network
 from odenets.fields import ConvField
 from odenets.measures import Measure
 from odenets.recording import Records
-from odenets.training import data, datasets
+from odenets.training.data import TensorData
 from solvers import Statistics, Step, Tolerance
 
 Way = Literal["odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5", "flow bs23", "flow dopri5"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """What is trained.
 
     Attributes:
         dataset: digits come with scikit-learn, MNIST through torchvision.
-        folder: where torchvision's files lie; without it they are downloaded once.
         train_size: samples for training and validation, stratified; 0 takes all.
         test_size: the same for the test.
         ways: who solves the flow, by which method.
@@ -44,16 +45,12 @@ class Config:
         learning_rate: at the start, for SGD with momentum 0.9; a cosine brings it to 0.
         probes: batches on which a trained network is measured.
         device: "cpu" or "cuda".
-        workers: trainings side by side, each on one thread; 0 takes one per core on a CPU, one on a GPU.
-        output: run folder.
-        resume: go on with the run in the folder.
 
     Raises:
         ValueError: a number is out of range, or a way unknown.
     """
 
     dataset: Literal["digits", "mnist"] = "digits"
-    folder: Path | None = None
     train_size: int = 0
     test_size: int = 0
     ways: tuple[Way, ...] = (
@@ -75,9 +72,7 @@ class Config:
     learning_rate: float = 0.05
     probes: int = 5
     device: Literal["cpu", "cuda"] = "cpu"
-    workers: int = 0
     output: Path = Path("runs/neural_ode")
-    resume: bool = False
 
     def __post_init__(self) -> None:
         Tolerance(self.rtol, self.atol)
@@ -167,13 +162,13 @@ class TorchdiffeqFlow(Flow):
         self.statistics.evaluations += 1
 
 
-def build(config: Config, dataset: data.TensorData, way: Way, seed: int) -> Network:
+def build(config: Config, dataset: TensorData, way: Way, seed: int) -> Network:
     """The classifier with the seed's weights, whoever solves its flow."""
     torch.manual_seed(seed)
     channels, size = dataset.x.shape[1], dataset.x.shape[-1]
     stride = max(2, size // 8)
     encoder = nn.Sequential(
-        models.Normalize(list(dataset.mean), list(dataset.std)),
+        images.normalize(dataset),
         nn.Conv2d(channels, config.features, stride + 2, stride=stride, padding=(stride + 1) // 2, bias=False),
     )
     field = ConvField(config.features, activation="silu", time=config.time)
@@ -184,19 +179,3 @@ def build(config: Config, dataset: data.TensorData, way: Way, seed: int) -> Netw
     options["tolerance"] = Tolerance(config.rtol, config.atol)
     flow = Flow(field, **options) if who == "flow" else TorchdiffeqFlow(field, adjoint=who == "adjoint", **options)
     return Network(encoder, flow, head)
-
-
-def split(config: Config) -> data.Split:
-    """The data, cut the same for every job."""
-    train, test = datasets.load(config.dataset, config.folder)
-    if config.test_size:
-        test = datasets.subsample(test, config.test_size)
-    return datasets.split(train, test, size=config.train_size or None)
-
-
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a job, and not where, beside what, or for which other seeds it runs."""
-    settings = asdict(config)
-    for name in ("output", "resume", "workers", "folder", "seeds", "ways"):
-        settings.pop(name)
-    return settings

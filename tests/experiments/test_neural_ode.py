@@ -1,22 +1,15 @@
-import os
-import signal
-import subprocess
-import sys
 from itertools import islice
-from pathlib import Path
 
-import neural_ode
 import pytest
 import torch
-from matplotlib.figure import Figure
-from neural_ode import Meter, cost_of_action, step, step_memory
-from neural_ode_setup import Config, build, field_of, split
-from safetensors.torch import load_file
+from neural_ode import EXPERIMENT, Meter, cost_of_action, split, step, step_memory
+from neural_ode_setup import Config, build, field_of
 
-from lab import plotting as lab_figures
+from lab.experiment import run
+from lab.plotting import cost_of_solves, solves_while_training
 from odenets import measures
 from odenets.least_action import ActionPenalty
-from odenets.training import data
+from odenets.training.data import Batches
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import read_metrics, read_summary
 
@@ -28,7 +21,7 @@ TINY_WAYS = ("odeint bosh3", "adjoint bosh3", "flow bs23")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    neural_ode.main(Config(**TINY, ways=TINY_WAYS, output=folder))
+    run(EXPERIMENT, Config(**TINY, ways=TINY_WAYS, output=folder))
     return folder
 
 
@@ -70,23 +63,11 @@ def test_the_loop_counts_the_same_evaluations(folder):
         assert abs(mean - float(row["forward"])) < 4
 
 
-def test_a_finished_run_is_read_and_not_trained_again(folder, capsys):
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")}
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        neural_ode.main(Config(**TINY, ways=TINY_WAYS, output=folder))
-    neural_ode.main(Config(**TINY, ways=TINY_WAYS, output=folder, resume=True))
-    assert (folder / "table.md").read_text().strip() in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")} == before
-
-
-def test_figures_show_the_run(folder, tmp_path):
-    figures = lab_figures.neural_ode(folder)
-    assert all(isinstance(figure, Figure) for figure in figures.values())
-    seconds = sorted(row["epoch_seconds"] for row in read_summary(folder)["results"]["rows"])
-    assert sorted(bar.get_width() for bar in figures["cost"].axes[1].patches) == pytest.approx(seconds)
-    assert len(figures["training"].axes[0].lines) == 6
-    with pytest.raises(FileNotFoundError, match="holds no finished training"):
-        lab_figures.neural_ode(tmp_path)
+def test_figures_show_the_run(folder):
+    rows = read_summary(folder)["results"]["rows"]
+    bars = cost_of_solves(rows).axes[1].patches
+    assert sorted(bar.get_width() for bar in bars) == pytest.approx(sorted(row["epoch_seconds"] for row in rows))
+    assert len(solves_while_training(read_metrics(folder)).axes[0].lines) == 6
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -145,7 +126,7 @@ def test_the_meter_counts_calls_forward_and_in_backward(parts, batch, way):
 def test_the_action_costs_evaluations_only_as_an_extra_state(parts):
     """At an absolute tolerance well below the relative one: the extra state begins at 0."""
     config = Config(features=4)
-    batches = list(islice(data.Batches(parts.train, 32).epoch(0), 1))
+    batches = list(islice(Batches(parts.train, 32).epoch(0), 1))
     cost = {way: cost_of_action(build(config, parts.train, way, 0), batches) for way in ("odeint dopri5", "flow bs23")}
     assert cost["flow bs23"]["evaluations"] == 0
     assert cost["odeint dopri5"]["evaluations"] > 0.1
@@ -177,28 +158,3 @@ def test_torchdiffeq_says_what_it_cannot_do(parts, batch):
 def test_a_wrong_argument_is_rejected(wrong, message):
     with pytest.raises(ValueError, match=message):
         Config(**wrong)
-
-
-def test_a_missing_data_folder_leaves_nothing_behind(tmp_path):
-    config = Config(dataset="mnist", folder=tmp_path / "nowhere", output=tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
-        neural_ode.main(config)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_killed_and_resumed_it_ends_with_the_same_weights(folder, tmp_path):
-    options = {f"--{name.replace('_', '-')}": str(value) for name, value in TINY.items()} | {"--seeds": "0"}
-    command = [sys.executable, Path(__file__).with_name("killed.py"), "flow"]
-    command += [neural_ode.__file__, *[word for pair in options.items() for word in pair]]
-    command += ["--ways", "flow bs23", "--output", str(tmp_path / "run")]
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == -signal.SIGKILL, first.stderr
-    assert not (tmp_path / "run" / "summary.json").exists()
-    neural_ode.main(Config(**TINY, ways=("flow bs23",), output=tmp_path / "run", resume=True))
-    found = {path.parent.name: load_file(path) for path in (tmp_path / "run").glob("*/weights.safetensors")}
-    assert found.keys() == {"flow-bs23-seed0", "flow-bs23-action-seed0"}
-    for name, weights in found.items():
-        expected = load_file(folder / name / "weights.safetensors")
-        assert all(tensor.equal(expected[key]) for key, tensor in weights.items()), name

@@ -2,7 +2,7 @@
 
 from lab.plotting.depth import accuracy_against_cost, block_errors, depth_and_steps, epochs_of
 from lab.plotting.intervals import intervals
-from lab.plotting.solves import cost_of_solves, neural_ode, solves_while_training
+from lab.plotting.solves import cost_of_solves, solves_while_training
 
 __all__ = [
     "accuracy_against_cost",
@@ -11,6 +11,5 @@ __all__ = [
     "depth_and_steps",
     "epochs_of",
     "intervals",
-    "neural_ode",
     "solves_while_training",
 ]

@@ -2,53 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lab.runs import finished_trainings
+from lab.results import groups
 from odenets.plotting.figures import MARKERS, log_x, new_figure
-from odenets.training.runs import read_config, read_metrics, read_summary
 
-__all__ = ["cost_of_solves", "neural_ode", "solves_while_training"]
-
-
-def neural_ode(folder: str | Path) -> dict[str, Figure]:
-    """All figures of a run of ``experiments/neural_ode.py``, by name.
-
-    Args:
-        folder: the run folder, with a folder in it for every training.
-
-    Raises:
-        FileNotFoundError: there is no finished training in it.
-    """
-    trainings = finished_trainings(folder)
-    return {"cost": cost_of_solves(trainings), "training": solves_while_training(trainings)}
+__all__ = ["cost_of_solves", "solves_while_training"]
 
 
-def cost_of_solves(folders: list[Path]) -> Figure:
-    """Bars per way of solving: evaluations, time of an epoch, peak memory; with the action and without.
-
-    Args:
-        folders: run folders of trainings; bars are means over their seeds, medians for the time.
-    """
-    groups = _by_way(folders)
-    ways = sorted({way for way, _ in groups}, reverse=True)
+def cost_of_solves(rows: Iterable[Mapping[str, Any]]) -> Figure:
+    """Bars per way of solving: evaluations, time of an epoch, peak memory; with the action and without."""
+    rows = list(rows)
+    ways = sorted({row["way"] for row in rows}, reverse=True)
     figure, axes = new_figure(1, 3)
     evaluations, seconds, memory = axes[0]
-    for (way, action), paths in groups.items():
-        results: list[dict[str, Any]] = [read_summary(path)["results"] for path in paths]
-        found = {k: np.array([r[k] for r in results]) for k in ("forward", "backward", "epoch_seconds", "peak_memory")}
-        style: dict[str, Any] = {"y": ways.index(way) + (-0.2 if action else 0.2), "height": 0.36}
-        style |= {"color": "C1" if action else "C0"}
-        forward = found["forward"].mean()
-        evaluations.barh(width=forward, **style)
-        evaluations.barh(width=found["backward"].mean(), left=forward, alpha=0.45, **style)
-        seconds.barh(width=np.median(found["epoch_seconds"]), **style)
-        memory.barh(width=found["peak_memory"].mean() / 1e6, **style)
+    for row in rows:
+        style: dict[str, Any] = {"y": ways.index(row["way"]) + (-0.2 if row["action"] else 0.2), "height": 0.36}
+        style |= {"color": "C1" if row["action"] else "C0"}
+        evaluations.barh(width=row["forward"], **style)
+        evaluations.barh(width=row["backward"], left=row["forward"], alpha=0.45, **style)
+        seconds.barh(width=row["epoch_seconds"], **style)
+        memory.barh(width=row["peak_memory"] / 1e6, **style)
     evaluations.set(xlabel="field evaluations per batch (pale: in backward)", yticks=range(len(ways)), yticklabels=ways)
     seconds.set(xlabel="seconds per epoch", yticks=[])
     memory.set(xlabel="peak memory of a training step (MB)", yticks=[])
@@ -59,26 +38,26 @@ def cost_of_solves(folders: list[Path]) -> Figure:
     return figure
 
 
-def solves_while_training(folders: list[Path]) -> Figure:
+def solves_while_training(metrics: Iterable[Mapping[str, str]]) -> Figure:
     """Evaluations per batch over epochs, and validation accuracy over the time of training; means over the seeds.
 
     Args:
-        folders: run folders of trainings; dashed lines are those with the action.
+        metrics: rows of a run's ``metrics.csv``; dashed lines are those with the action.
     """
-    groups = _by_way(folders)
-    ways = sorted({way for way, _ in groups})
+    trainings = groups(metrics, "way", "action")
+    ways = sorted({way for way, _ in trainings})
     figure, axes = new_figure(1, 2)
     left, right = axes[0]
-    for (way, action), paths in groups.items():
-        tables = [read_metrics(path) for path in paths]
-
-        def mean(name: str, tables: list[list[dict[str, str]]] = tables) -> np.ndarray:
-            return np.array([[float(row[name]) for row in rows] for rows in tables]).mean(0)
-
-        style: dict[str, Any] = {"color": f"C{ways.index(way)}", "linestyle": "--" if action else "-"}
-        style |= {"marker": MARKERS[ways.index(way)], "markersize": 4, "label": f"{way}{', action' * action}"}
-        left.plot(mean("epoch"), mean("forward") + mean("backward"), **style)
-        right.plot(np.cumsum(mean("epoch_seconds")), 100 * mean("validation_accuracy"), **style)
+    for (way, action), rows in trainings.items():
+        columns = {
+            name: np.array([[float(row[name]) for row in of] for of in groups(rows, "seed").values()]).mean(0)
+            for name in ("epoch", "forward", "backward", "epoch_seconds", "validation_accuracy")
+        }
+        style: dict[str, Any] = {"color": f"C{ways.index(way)}", "linestyle": "--" if action == "True" else "-"}
+        style |= {"marker": MARKERS[ways.index(way)], "markersize": 4}
+        style |= {"label": f"{way}{', action' * (action == 'True')}"}
+        left.plot(columns["epoch"], columns["forward"] + columns["backward"], **style)
+        right.plot(np.cumsum(columns["epoch_seconds"]), 100 * columns["validation_accuracy"], **style)
     left.set(xlabel="epoch", ylabel="field evaluations per batch")
     right.set(xlabel="seconds of training", ylabel="validation accuracy (%)")
     log_x(right)
@@ -86,12 +65,3 @@ def solves_while_training(folders: list[Path]) -> Figure:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     return figure
-
-
-def _by_way(folders: list[Path]) -> dict[tuple[str, bool], list[Path]]:
-    """Run folders by way of solving and whether the action is in the objective."""
-    groups: dict[tuple[str, bool], list[Path]] = {}
-    for path in folders:
-        config = read_config(path)
-        groups.setdefault((config["way"], config["action"]), []).append(path)
-    return groups
