@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lab.config import Config as CommonConfig
+from lab.config import check_among, check_at_least
 from lab.experiment import Columns, Experiment, Figures, Jobs, command
 from lab.outcome import Outcome
 from lab.runs import Run
@@ -110,10 +111,8 @@ class Config(CommonConfig):
     output: Path = Path("runs/circles")
 
     def __post_init__(self) -> None:
-        if unknown := set(self.tables) - set(SETTINGS):
-            raise ValueError(f"tables must be among {', '.join(SETTINGS)}, got {', '.join(sorted(unknown))}")
-        if self.instances < 1 or self.epochs < 1:
-            raise ValueError(f"instances and epochs must be at least 1, got {self.instances} and {self.epochs}")
+        check_among(self, "tables", SETTINGS)
+        check_at_least(self, 1, "instances", "epochs")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab import images
-from lab.config import ImageConfig
+from lab.config import ImageConfig, check_at_least
 from lab.experiment import Columns, Experiment, Figures, Jobs, command
 from lab.networks import resnet9_decoder
 from lab.outcome import Outcome
@@ -68,8 +68,7 @@ class Config(ImageConfig):
     output: Path = Path("runs/decode")
 
     def __post_init__(self) -> None:
-        if self.shown < 1:
-            raise ValueError(f"shown must be at least 1, got {self.shown}")
+        check_at_least(self, 1, "shown")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from lab import images
-from lab.config import ImageConfig
+from lab.config import ImageConfig, check_at_least
 from odenets import Flow, Network
 from odenets.fields import ConvField
 from odenets.measures import Measure
@@ -77,8 +77,7 @@ class Config(ImageConfig):
     def __post_init__(self) -> None:
         Tolerance(self.rtol, self.atol)
         for name in ("features", "epochs", "batch_size", "probes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_at_least(self, 1, name)
         for name in ("ways", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lab import images
-from lab.config import ImageConfig
+from lab.config import ImageConfig, check_at_least
 from lab.experiment import Columns, Experiment, Figures, Jobs, command
 from lab.outcome import Outcome
 from lab.plotting import intervals
@@ -69,8 +69,7 @@ class Config(ImageConfig):
     def __post_init__(self) -> None:
         if not self.depths or min(self.depths) < 1:
             raise ValueError(f"depths must hold numbers of at least 1 block, got {self.depths}")
-        if min(self.instances, self.tuning) < 2:
-            raise ValueError(f"instances and tuning must be at least 2, got {self.instances} and {self.tuning}")
+        check_at_least(self, 2, "instances", "tuning")
 
 
 @dataclass(frozen=True)

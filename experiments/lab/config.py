@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-__all__ = ["Config", "ImageConfig", "recorded", "science"]
+__all__ = ["Config", "ImageConfig", "check_among", "check_at_least", "recorded", "science"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,19 @@ def science(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
     ({'quick': False, 'dataset': 'digits'}, {'dataset': 'digits'})
     """
     return {name: value for name, value in asdict(config).items() if name not in {*PLACE, *without}}
+
+
+def check_at_least(config: Config, least: int, *names: str) -> None:
+    """Raise ValueError where one of some settings is too small."""
+    values = [getattr(config, name) for name in names]
+    if min(values) < least:
+        raise ValueError(f"{' and '.join(names)} must be at least {least}, got {' and '.join(map(str, values))}")
+
+
+def check_among(config: Config, name: str, known: Collection[str]) -> None:
+    """Raise ValueError where a setting names what is not known."""
+    if unknown := sorted(set(getattr(config, name)) - set(known)):
+        raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
 
 
 def recorded(cls: type[C], settings: Mapping[str, Any], folder: Path) -> C:
