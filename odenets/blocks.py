@@ -14,10 +14,11 @@ from odenets.fields import VelocityField, reset_modules
 from odenets.normalization import StageBatchNorm
 from solvers import ButcherTableau
 
-__all__ = ["Block", "FieldSource", "StageFields", "check_sharing", "make_blocks", "step_sizes"]
+__all__ = ["Block", "FieldSource", "StageFields", "Velocity", "check_sharing", "make_blocks", "step_sizes"]
 
 StageFields = Literal["tied", "chained", "untied"]
 FieldSource = nn.Module | Callable[[], nn.Module]
+Velocity = Callable[[float | Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -33,11 +34,9 @@ class Block(nn.Module):
         self.fields = nn.ModuleList(fields)
         self.h = h
 
-    def velocities(
-        self, stages: int, stage_fields: StageFields, following: Block | None = None
-    ) -> list[Callable[[float | Tensor, Tensor], Tensor]]:
+    def velocities(self, stages: int, stage_fields: StageFields, following: Block | None = None) -> list[Velocity]:
         """One callable per stage; the first field of the ``following`` block where this one has none for the last."""
-        fields: list[Callable[..., Tensor]] = list(self.fields)
+        fields: list[Velocity] = list(self.fields)
         if stage_fields == "tied":
             field = fields[0]
             return [partial(field, stage=i) if isinstance(field, VelocityField) else field for i in range(stages)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from odenets.blocks import Block, FieldSource, StageFields, check_sharing, make_blocks, step_sizes
+from odenets.blocks import Block, FieldSource, StageFields, Velocity, check_sharing, make_blocks, step_sizes
 from odenets.fields import field_for
 from odenets.measures import Measure, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
@@ -221,8 +221,9 @@ class Flow(nn.Module):
         sizes = self._sizes[:1] if self.shared or self.continuous else self._sizes
         self.blocks.extend(make_blocks(source, sizes, self.tableau, self.stage_fields))
 
-    def _block(self, m: int) -> Block:
-        return cast(Block, self.blocks[0 if self.shared else m])
+    def _blocks(self) -> list[Block]:
+        """The block of each step."""
+        return [cast(Block, block) for block in self.blocks] * (len(self._sizes) if self.shared else 1)
 
     def steps(self, x: Tensor, *, closing: bool = True, check: bool = True) -> Iterator[Step]:
         """Every step from ``x`` to the total time, each still as it was when the next one has been taken.
@@ -250,29 +251,27 @@ class Flow(nn.Module):
         self.materialize(x)
         if self.tolerance is not None:
             self.statistics = Statistics()
-            field, t1 = self._block(0).fields[0], self.total_time
+            field, t1 = self._blocks()[0].fields[0], self.total_time
             yield from adaptive_steps(
                 field, x, 0.0, t1, self.tableau, self.tolerance, self.controller, stats=self.statistics
             )
             return
-        t, first, last = self.start, None, self.depth - 1
+        t, first, blocks = self.start, None, self._blocks()
         closing = closing or self.takes_closing
         passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):
-            closes = closing or (ensemble and m == last)
-            step = self._step(m, t, x, h, self.tableau, first, closing=closes, reductions=reductions)
+            closes = closing or (ensemble and m == len(blocks) - 1)
+            fields = self._velocities(blocks, m, self.tableau, closes)
+            step = rk_step(fields, t, x, h, self.tableau, first, closing=closes, reductions=reductions)
             yield step
-            t, x = t + h, step.x1
-            if passes_on:
-                first = step.stages[-1]  # the first stage of the next step
+            t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None
 
-    def _step(self, m: int, t: float, x: Tensor, h: float, method: ButcherTableau, *first: Any, **options: Any) -> Step:
-        """The step of block m by a method on its stages."""
-        block = self._block(m)
-        fields = block.velocities(method.stages, self.stage_fields, self._block(min(m + 1, self.depth - 1)))
-        if self.stage_fields == "untied" and (options["closing"] or method.interior > self.tableau.interior):
+    def _velocities(self, blocks: list[Block], m: int, method: ButcherTableau, closing: bool) -> list[Velocity]:
+        """The fields of block m at the stages of a method; refuses those of closing stages without statistics."""
+        block, following = blocks[m], blocks[m + 1] if m + 1 < len(blocks) else None
+        if self.stage_fields == "untied" and (closing or method.interior > self.tableau.interior):
             check_closing_statistics(block.fields, self.tableau.interior, m)
-        return rk_step(fields, t, x, h, method, *first, **options)
+        return block.velocities(method.stages, self.stage_fields, following)
 
     def forward(self, x: Tensor, readout: str = "solution") -> Tensor:
         """The state at the total time, ``(B, *S)``: that of :meth:`record`."""
@@ -318,11 +317,12 @@ class Flow(nn.Module):
             *_, last = self._steps(x, closing=False, ensemble=True)
             return {name: last.output(name) for name in self.tableau.outputs}
         self.materialize(x)
-        ends = {}
+        ends, blocks = {}, self._blocks()
         for name in self.tableau.outputs:
             t, end, scheme = self.start, x, self.tableau.forwarding(name)
             for m, h in enumerate(self.h):
-                t, end = t + h, self._step(m, t, end, h, scheme, closing=False).x1
+                fields = self._velocities(blocks, m, scheme, False)
+                t, end = t + h, rk_step(fields, t, end, h, scheme, closing=False).x1
             ends[name] = end
         return ends
 
