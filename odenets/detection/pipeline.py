@@ -12,10 +12,10 @@ from sklearn.base import is_outlier_detector
 from torch import Tensor
 
 from odenets.checkpoints import fingerprint
-from odenets.detection.attacks.isolation import checked_logits
 from odenets.detection.detector import Detector
 from odenets.detection.evaluation import Scores, score
 from odenets.detection.features.trajectory import Features, Recording, Trajectory, check_images, in_batches
+from odenets.detection.isolation import checked_logits
 from odenets.detection.persistence import read, write
 
 __all__ = ["FEWEST", "Pipeline"]

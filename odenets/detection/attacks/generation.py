@@ -16,9 +16,9 @@ from tqdm import tqdm
 from odenets.checkpoints import fingerprint
 from odenets.detection.attacks.art import CLASSES, DECISION_BASED, decision_attack, gradient_attack, toolbox
 from odenets.detection.attacks.caching import BatchFolder, key_of
-from odenets.detection.attacks.isolation import Logits, frozen, seeded
 from odenets.detection.attacks.presets import PRESETS, Attack, checked, preset
 from odenets.detection.features.trajectory import check_images
+from odenets.detection.isolation import Logits, frozen, seeded
 from odenets.modes import device_of
 
 __all__ = ["PRESETS", "Attack", "Attacked", "attack", "check_labels", "preset"]

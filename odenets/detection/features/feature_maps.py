@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from odenets.adapting.adapted import AdaptedModel
-from odenets.detection.attacks.isolation import to_network
 from odenets.detection.features.trajectory import Recording, in_batches
+from odenets.detection.isolation import to_network
 
 __all__ = ["pooled", "stage_states", "stage_values"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from odenets import measures
 from odenets.adapting import AdaptedModel
-from odenets.detection.attacks.isolation import keeping_random_states, to_network
+from odenets.detection.isolation import keeping_random_states, to_network
 from odenets.flow import Flow
 from odenets.measures import Measure, interior
 from odenets.modes import device_of, evaluating

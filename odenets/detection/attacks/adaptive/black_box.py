@@ -13,8 +13,8 @@ from tqdm import tqdm
 from odenets.detection.attacks.adaptive.evasion import Evasion, detected_by, judge, matching, starting_points
 from odenets.detection.attacks.art import decision_attack
 from odenets.detection.attacks.generation import Attacked
-from odenets.detection.attacks.isolation import Logits, frozen, seeded
 from odenets.detection.attacks.presets import checked, preset
+from odenets.detection.isolation import Logits, frozen, seeded
 from odenets.modes import device_of
 
 __all__ = ["black_box"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.attacks.generation import Attacked
-from odenets.detection.attacks.isolation import Logits
 from odenets.detection.features.trajectory import check_images, in_batches
+from odenets.detection.isolation import Logits
 
 __all__ = ["Evasion", "detected_by", "judge", "matching", "starting_points"]
 

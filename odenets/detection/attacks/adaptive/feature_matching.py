@@ -16,9 +16,9 @@ from tqdm import tqdm
 from odenets.detection.attacks.adaptive.evasion import Evasion, detected_by, judge, matching, starting_points
 from odenets.detection.attacks.art import decision_attack
 from odenets.detection.attacks.generation import Attacked
-from odenets.detection.attacks.isolation import Logits, frozen, in_float32, seeded
 from odenets.detection.attacks.presets import checked, preset
 from odenets.detection.features.trajectory import in_batches
+from odenets.detection.isolation import Logits, frozen, in_float32, seeded
 from odenets.modes import device_of
 
 __all__ = ["feature_attack"]

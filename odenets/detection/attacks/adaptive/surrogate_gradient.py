@@ -13,7 +13,7 @@ from tqdm import tqdm
 from odenets.detection.attacks.adaptive.evasion import Evasion, judge, starting_points
 from odenets.detection.attacks.adaptive.surrogate import Score, Surrogate, scores_of
 from odenets.detection.attacks.generation import Attacked
-from odenets.detection.attacks.isolation import Logits, frozen, in_float32
+from odenets.detection.isolation import Logits, frozen, in_float32
 from odenets.modes import device_of
 
 __all__ = ["surrogate_attack"]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from odenets.checkpoints import fingerprint
 from odenets.detection.attacks import art, generation
 from odenets.detection.attacks.generation import PRESETS, Attack, Attacked, attack, preset
-from odenets.detection.attacks.isolation import frozen
+from odenets.detection.isolation import frozen
 from tests.odenets.detection.victims import digits, victim
 
 CUT = {

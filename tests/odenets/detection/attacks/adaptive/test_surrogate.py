@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from odenets.detection.attacks.adaptive.surrogate import agreement, distill
-from odenets.detection.attacks.isolation import seeded
+from odenets.detection.isolation import seeded
 from tests.odenets.detection.victims import detection, digits, features_of
 
 
