@@ -28,7 +28,7 @@ from lab.statistics import mean_interval
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import plotting
-from odenets.detection import QuantileTest, Trajectory, attack, in_batches, preset, score, split
+from odenets.detection import QuantileTest, Trajectory, in_batches, preset, run_attack, score, split
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def look(config: Config, job: Job, report: Report) -> None:
     sets = {"clean": pool.x}
     success = {}
     for eps in config.epsilons:
-        attacked = attack(network, preset("FGM", eps=eps), pool.x, pool.y, batch_size=200, seed=job.seed)
+        attacked = run_attack(network, preset("FGM", eps=eps), pool.x, pool.y, batch_size=200, seed=job.seed)
         sets[f"eps = {eps:g}"], success[f"eps = {eps:g}"] = attacked.images, attacked.success.numpy()
     action = Trajectory("action")
     values = {name: in_batches(partial(action, network), network, x).numpy() for name, x in sets.items()}

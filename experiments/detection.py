@@ -50,9 +50,10 @@ from odenets.detection import (
     Detector,
     Features,
     Mahalanobis,
+    NaturalSceneStatistics,
     Pipeline,
+    ProjectedDescent,
     Samples,
-    SceneStatistics,
     Trajectory,
     black_box,
     choose_and_score,
@@ -132,7 +133,7 @@ def compare(config: Config, job: Job, report: Report) -> None:
                 {
                     "kind": kind, "seen": seen, "tested": name, "candidate": found.candidate, "mode": found.mode,
                     "general_auroc": found.agnostic[name], "noisy_false_positives": found.noisy,
-                    "curve": found.curves[name].tolist(), **scores.as_dict(),
+                    "curve": found.curves[name].tolist(), **asdict(scores),
                 }
                 for name, scores in found.scores.items()
             ]  # fmt: skip
@@ -179,8 +180,8 @@ def adapt_attacks(config: Config, job: Job, report: Report) -> None:
                 seed=job.seed, max_iter=config.queries[0], max_eval=config.queries[1],
             ),
             "surrogate": lambda: surrogate_attack(
-                network, features, score, distill(score, known, seed=job.seed), start, clean, eps=2 * config.strength,
-                steps=config.steps,
+                network, features, score, distill(score, known, seed=job.seed), start, clean,
+                descent=ProjectedDescent(eps=2 * config.strength, steps=config.steps),
             ),
         }  # fmt: skip
         for name, way in ways.items():
@@ -199,7 +200,7 @@ def clock(config: Config, job: Job, report: Report) -> None:
     run, train, pool, network = begin(config, job, report)
     step = max(config.magnitudes)
     kinds: dict[str, Features] = {TRAJECTORY: Trajectory(), "Mahalanobis": Mahalanobis(magnitude=step)}
-    kinds |= {"Mahalanobis, no input step": Mahalanobis(), "LID": LID(), "scenes": SceneStatistics()}
+    kinds |= {"Mahalanobis, no input step": Mahalanobis(), "LID": LID(), "scenes": NaturalSceneStatistics()}
     row: dict[str, list[float]] = {}
     for name in ("LID", "Mahalanobis, no input step", "Mahalanobis"):  # the first warm up
         started = time.perf_counter()

@@ -22,10 +22,10 @@ from odenets.detection import (
     Features,
     FourierSpectrum,
     Mahalanobis,
-    SceneStatistics,
+    NaturalSceneStatistics,
     Trajectory,
-    attack,
     preset,
+    run_attack,
     split,
 )
 from odenets.detection.detector import MODES
@@ -234,7 +234,7 @@ def attack_of(config: Config, name: str) -> Attack:
 
 def attacked(config: Config, network: Network, job: Job, name: str, pool: data.TensorData) -> Attacked:
     """The pool under an attack, made once."""
-    return attack(
+    return run_attack(
         network, attack_of(config, name), pool.x, pool.y, cache=config.output / "attacks", batch_size=200, seed=job.seed
     )
 
@@ -276,7 +276,7 @@ def kinds_of(config: Config) -> dict[str, dict[str, Features]]:
     found["Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m) for m in steps}
     found["relative Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m, relative=True) for m in steps}
     found["LID"] = {"": LID()}
-    found["scenes"] = {"": SceneStatistics()}
+    found["scenes"] = {"": NaturalSceneStatistics()}
     found["Fourier"] = {part: FourierSpectrum(part) for part in ("magnitude", "phase")}
     return found
 

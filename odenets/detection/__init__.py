@@ -1,16 +1,28 @@
-"""Detection: adversarial and out-of-distribution inputs told by the path they take through a network (section 5)."""
+"""Detection: adversarial and foreign inputs, recognized by the path they take through a network [K24, section 5]."""
 
-from odenets.detection.attacks.adaptive import Evasion, black_box, feature_attack, surrogate_attack
-from odenets.detection.attacks.adaptive.surrogate import Surrogate, distill
-from odenets.detection.attacks.generation import PRESETS, Attack, Attacked, attack, preset
-from odenets.detection.comparison import Choice, Samples, choose_and_score
+from odenets.detection.attacks import PRESETS, Attack, Attacked, preset, run_attack
+from odenets.detection.attacks.adaptive import (
+    Evasion,
+    ProjectedDescent,
+    Surrogate,
+    black_box,
+    distill,
+    feature_attack,
+    surrogate_attack,
+)
 from odenets.detection.detector import Detector
-from odenets.detection.evaluation import FALSE_POSITIVE_RATES, Parts, Scores, score, split
-from odenets.detection.features.fourier import FourierSpectrum
-from odenets.detection.features.lid import LID
-from odenets.detection.features.mahalanobis import Mahalanobis
-from odenets.detection.features.natural_scenes import SceneStatistics
-from odenets.detection.features.trajectory import Features, Trajectory, check_images, in_batches
+from odenets.detection.evaluation import (
+    FALSE_POSITIVE_RATES,
+    Choice,
+    Parts,
+    Samples,
+    Scores,
+    choose_and_score,
+    score,
+    split,
+)
+from odenets.detection.features import LID, Features, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory
+from odenets.detection.features.base import check_images, in_batches
 from odenets.detection.pipeline import Pipeline
 from odenets.detection.quantile import QuantileTest
 
@@ -26,15 +38,15 @@ __all__ = [
     "Features",
     "FourierSpectrum",
     "Mahalanobis",
+    "NaturalSceneStatistics",
     "Parts",
     "Pipeline",
+    "ProjectedDescent",
     "QuantileTest",
     "Samples",
-    "SceneStatistics",
     "Scores",
     "Surrogate",
     "Trajectory",
-    "attack",
     "black_box",
     "check_images",
     "choose_and_score",
@@ -42,6 +54,7 @@ __all__ = [
     "feature_attack",
     "in_batches",
     "preset",
+    "run_attack",
     "score",
     "split",
     "surrogate_attack",

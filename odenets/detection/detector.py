@@ -1,15 +1,21 @@
-"""The detector: a classifier of features, general, by predicted class, or either of them (section 5.4.2)."""
+"""The detector: a classifier of features, general, by predicted class, or both [K24, section 5.4.2]."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import numpy as np
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.metrics import accuracy_score
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+
+from odenets.detection.estimators import (
+    BaseEstimator,
+    ClassifierMixin,
+    RandomForestClassifier,
+    accuracy_score,
+    check_classification_targets,
+    check_is_fitted,
+    clone,
+    validate_data,
+)
 
 __all__ = ["MODES", "Detector"]
 
@@ -20,18 +26,18 @@ class Detector(ClassifierMixin, BaseEstimator):
     """Tells adversarial features (1) from clean ones (0).
 
     The *general* detector is one classifier for all inputs. The *conditional* one has a classifier for each class that
-    the network predicts, fitted on the inputs predicted so; a class that has not both clean and adversarial inputs
-    falls back on the general one. The *ensemble* detects what either does: its score is the larger of theirs.
+    the network predicts, fitted on the inputs of that class; a class without clean or without adversarial inputs falls
+    back on the general one. The *ensemble* detects what either does: its score is the larger of theirs.
 
     In ``cross_val_score``, ``cross_validate``, searches and pipelines the predicted classes travel by scikit-learn's
     metadata routing: after ``sklearn.set_config(enable_metadata_routing=True)`` a detector with
     ``set_fit_request(predicted=True)`` and ``set_score_request(predicted=True)`` is scored by
-    ``cross_val_score(detector, X, y, params={"predicted": predicted})``. What hands no metadata on when it predicts
-    (``cross_val_predict``, scorers by name such as "roc_auc") serves the general detector alone.
+    ``cross_val_score(detector, X, y, params={"predicted": predicted})``. Functions that pass no metadata on when they
+    predict (``cross_val_predict``, scorers by name such as "roc_auc") work with the general detector alone.
 
     Args:
         estimator: any classifier of scikit-learn's kind with ``predict_proba``; a random forest with scikit-learn's
-            defaults if not given, as in the thesis. It is cloned, not fitted itself.
+            defaults if not given, as in [K24]. A clone of it is fitted.
         mode: "general", "conditional" or "ensemble"; the latter two need the predicted classes.
         random_state: seed of the forest, where ``estimator`` is not given.
 
@@ -93,13 +99,13 @@ class Detector(ClassifierMixin, BaseEstimator):
         self.conditional_: dict[Any, Any] = {}
         if predicted is not None and self.mode != "general":
             for c in np.unique(predicted).tolist():
-                of = predicted == c
-                if len(np.unique(labels[of])) == 2:
-                    self.conditional_[c] = self._new().fit(X[of], labels[of])
+                members = predicted == c
+                if len(np.unique(labels[members])) == 2:
+                    self.conditional_[c] = self._new().fit(X[members], labels[members])
         return self
 
     def decision_function(self, X: Any, predicted: Any = None) -> np.ndarray:
-        """Probability of being adversarial less 1/2, ``(N,)``; positive where ``predict`` says adversarial.
+        """Probability of being adversarial minus 1/2, ``(N,)``; positive where ``predict`` says adversarial.
 
         Args:
             X: features, ``(N, F)``.
@@ -110,9 +116,8 @@ class Detector(ClassifierMixin, BaseEstimator):
                 samples, or a mode that it was not fitted for.
         """
         check_is_fitted(self)
-        fitted = getattr(self, "fitted_mode_", self.mode)  # files of earlier versions have none
-        if self.mode not in MODES or (self.mode != "general" and fitted == "general"):
-            raise ValueError(f"mode is {self.mode!r} and was {fitted!r} when fitted: fit it again")
+        if self.mode not in MODES or (self.mode != "general" and self.fitted_mode_ == "general"):
+            raise ValueError(f"mode is {self.mode!r} and was {self.fitted_mode_!r} when fitted: fit it again")
         X = validate_data(self, X, reset=False)
         predicted = self._checked(predicted, len(X))
         general = self.general_.predict_proba(X)[:, 1]
@@ -120,8 +125,9 @@ class Detector(ClassifierMixin, BaseEstimator):
             return general - 0.5
         conditional = general.copy()
         for c, classifier in self.conditional_.items():
-            if (of := predicted == c).any():
-                conditional[of] = classifier.predict_proba(X[of])[:, 1]
+            members = predicted == c
+            if members.any():
+                conditional[members] = classifier.predict_proba(X[members])[:, 1]
         return (conditional if self.mode == "conditional" else np.maximum(general, conditional)) - 0.5
 
     def predict_proba(self, X: Any, predicted: Any = None) -> np.ndarray:
@@ -131,8 +137,8 @@ class Detector(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any, predicted: Any = None) -> np.ndarray:
         """Labels, ``(N,)``; arguments as for :meth:`decision_function`."""
-        found = self.decision_function(X, predicted) > 0
-        return self.classes_[found.astype(int)]
+        adversarial = self.decision_function(X, predicted) > 0
+        return self.classes_[adversarial.astype(int)]
 
     def score(  # type: ignore[override] - the third argument is that of the other methods here
         self, X: Any, y: Any, predicted: Any = None, *, sample_weight: Any = None

@@ -1,18 +1,36 @@
-"""How detectors are compared: parts of the data that have nothing in common, and what is scored on them."""
+"""Evaluation: disjoint parts of the data, scores of detectors, and the choice among features on validation samples."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FALSE_POSITIVE_RATES", "Parts", "Scores", "detection_rates", "score", "split"]
+from odenets.detection.detector import MODES, Detector
+from odenets.detection.estimators import roc_auc_score, roc_curve
+
+__all__ = [
+    "FALSE_POSITIVE_RATES",
+    "Choice",
+    "Parts",
+    "Samples",
+    "Scores",
+    "choose_and_score",
+    "detection_rates",
+    "score",
+    "split",
+]
 
 FALSE_POSITIVE_RATES = np.linspace(0, 1, 101)
 """At which :func:`detection_rates` reads a curve."""
+
+_OF_DETECTORS = ("fit", "validation", "test")  # the parts of detectors; the other one is the network's
 
 
 @dataclass(frozen=True)
@@ -36,21 +54,20 @@ class Parts:
         for name, index in vars(self).items():
             if index.dtype == torch.bool or len(parts[name]) != len(index) or min(parts[name], default=0) < 0:
                 raise ValueError(f"{name} must hold indices 0, 1, ..., none of them twice and no mask")
+            if name != "train" and not len(index):
+                raise ValueError(f"{name} must hold at least one index")
         for (one, a), (other, b) in combinations(parts.items(), 2):
             if shared := a & b:
                 raise ValueError(f"{one} and {other} must be disjoint, they share {len(shared)} indices")
-        for name, index in vars(self).items():
-            if name != "train" and not len(index):
-                raise ValueError(f"{name} must hold at least one index")
 
 
 def split(samples: int, *, train: int = 0, test: float = 0.1, validation: float = 0.2, seed: int = 0) -> Parts:
-    """Cut samples once, by index: the first ``train`` for the network, the rest at random by the seed.
+    """Split samples once, by index: the first ``train`` for the network, the rest at random by the seed.
 
     Args:
         samples: how many there are.
         train: how many of the first the network was trained on; 0 where it was trained on other data.
-        test: share of the rest for B2; 0.1 in the thesis.
+        test: share of the rest for B2; 0.1 in [K24].
         validation: share of B1 for choosing.
         seed: decides which.
 
@@ -69,13 +86,12 @@ def split(samples: int, *, train: int = 0, test: float = 0.1, validation: float 
     b2 = round(test * len(rest))
     chosen = round(validation * (len(rest) - b2))
     sizes = [len(rest) - b2 - chosen, chosen, b2]
-    fit, held, kept = (part.sort().values for part in rest.split(sizes))
-    return Parts(torch.arange(train), fit, held, kept)
+    return Parts(torch.arange(train), *(part.sort().values for part in rest.split(sizes)))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a detector reaches on data that it was neither fitted nor chosen on.
+    """Scores of a detector on data that it was neither fitted nor chosen on.
 
     Attributes:
         accuracy: share of right answers, clean and adversarial samples together.
@@ -83,7 +99,7 @@ class Scores:
         fpr95: false-positive rate where 95 % of the adversarial samples are detected.
         detected: share of the adversarial samples that are.
         detected_successful: share of those that fool the network which are; NaN if there is none.
-        false_positives: share of the clean samples that are taken for adversarial.
+        false_positives: share of the clean samples that are called adversarial.
     """
 
     accuracy: float
@@ -93,26 +109,20 @@ class Scores:
     detected_successful: float
     false_positives: float
 
-    def as_dict(self) -> dict[str, float]:
-        """By name."""
-        return asdict(self)
-
 
 def score(
     clean: np.ndarray, adversarial: np.ndarray, *, threshold: float = 0.0, successful: np.ndarray | None = None
 ) -> Scores:
-    """Score a detector by what it says of clean and of adversarial samples.
+    """Score a detector by its scores of clean and of adversarial samples.
 
     Args:
-        clean, adversarial: its scores, ``(N,)`` and ``(M,)``, larger for the adversarial.
+        clean, adversarial: ``(N,)`` and ``(M,)``, larger for the adversarial.
         threshold: above which it detects.
         successful: which of the adversarial samples fool the network, ``(M,)`` of bool; all if not given.
 
     Raises:
         ValueError: no samples of either kind, scores that are not finite, or another number of ``successful``.
     """
-    from sklearn.metrics import roc_auc_score, roc_curve
-
     clean, adversarial = np.asarray(clean, dtype=float), np.asarray(adversarial, dtype=float)
     for name, values in (("clean", clean), ("adversarial", adversarial)):
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
@@ -138,13 +148,150 @@ def score(
 
 
 def detection_rates(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
-    """The receiver operating characteristic at :data:`FALSE_POSITIVE_RATES`, ``(101,)``, for averages of curves.
-
-    Args:
-        clean, adversarial: a detector's scores, ``(N,)`` and ``(M,)``, larger for the adversarial.
-    """
-    from sklearn.metrics import roc_curve
-
+    """The receiver operating characteristic at :data:`FALSE_POSITIVE_RATES`, ``(101,)``, for averages of curves."""
     y, scores = np.repeat([0, 1], [len(clean), len(adversarial)]), np.concatenate([clean, adversarial])
     false, true, _ = roc_curve(y, scores)
     return np.interp(FALSE_POSITIVE_RATES, false, true)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Features and predictions of some samples, in the order of the indices of their parts.
+
+    Attributes:
+        X: features by candidate, each ``(N, F)``: kinds of features, or settings of one kind, to choose from.
+        predicted: classes that the network predicts, ``(N,)``.
+        parts: which samples are for fitting, choosing and testing.
+        successful: which fool the network, ``(N,)`` of bool; all if None.
+
+    Raises:
+        ValueError: no candidate, or arrays and parts that are not of one number of samples.
+    """
+
+    X: Mapping[str, np.ndarray]
+    predicted: np.ndarray
+    parts: Parts
+    successful: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not self.X:
+            raise ValueError("X must hold the features of at least one candidate")
+        n = len(self.predicted)
+        counts = {f"X[{name!r}]": len(x) for name, x in self.X.items()}
+        if self.successful is not None:
+            counts["successful"] = len(self.successful)
+        for name, count in counts.items():
+            if count != n:
+                raise ValueError(f"{name} must hold one row for each of {n} predicted classes, got {count}")
+        last = max(int(getattr(self.parts, part).max()) for part in _OF_DETECTORS)
+        if last >= n:
+            raise ValueError(f"parts must be of the {n} samples, got index {last}")
+
+    def part(self, candidate: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features and predicted classes of a part, "fit", "validation" or "test"."""
+        index = getattr(self.parts, name).numpy()
+        return self.X[candidate][index], self.predicted[index]
+
+    def successful_part(self, name: str) -> np.ndarray | None:
+        """Which samples of a part fool the network; None if all do."""
+        return None if self.successful is None else self.successful[getattr(self.parts, name).numpy()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen features and mode, and their scores.
+
+    Attributes:
+        candidate, mode: of features and of the detector.
+        validation: its accuracy on validation samples.
+        scores: on the test samples of each set.
+        agnostic: area under the curve of the general detector on the same features and sets, as in [K24].
+        curves: detection rates by :func:`~odenets.detection.evaluation.detection_rates` on the same sets.
+        noisy: share of the noisy test samples that are called adversarial; None without noisy samples.
+    """
+
+    candidate: str
+    mode: str
+    validation: float
+    scores: dict[str, Scores]
+    agnostic: dict[str, float]
+    curves: dict[str, np.ndarray]
+    noisy: float | None = None
+
+
+def choose_and_score(
+    clean: Samples,
+    seen: Samples,
+    tested: Mapping[str, Samples],
+    *,
+    modes: Sequence[str] = MODES,
+    estimator: Any = None,
+    noisy: Samples | None = None,
+    seed: int = 0,
+) -> Choice:
+    """Fit a detector for every candidate and mode, choose the most accurate one on validation, score it on test.
+
+    Args:
+        clean: clean samples.
+        seen: those that the detector is fitted on beside them, and chosen on.
+        tested: sets that it is scored on, each beside the clean test samples.
+        modes: of the :class:`Detector`; "general" among them or not.
+        estimator: its classifier; a random forest if not given.
+        noisy: samples that count as clean where it is fitted.
+        seed: of the forest.
+
+    Raises:
+        ValueError: no modes or unknown ones, sets without the candidates of the clean samples, or sets as large as the
+            clean ones, such as their adversarial copies, that are split otherwise, so that the detector would be tested
+            on samples that it was fitted on.
+    """
+    if not modes or set(modes) - set(MODES):
+        raise ValueError(f"modes must hold at least one of {', '.join(MODES)} and no others, got {tuple(modes)}")
+    for name, samples in ({"seen": seen, **tested} | ({} if noisy is None else {"noisy": noisy})).items():
+        alike = all(torch.equal(getattr(samples.parts, part), getattr(clean.parts, part)) for part in _OF_DETECTORS)
+        if len(samples.predicted) == len(clean.predicted) and not alike:
+            raise ValueError(f"{name} must have the parts of the clean samples, as many as it")
+        if missing := set(clean.X) - set(samples.X):
+            raise ValueError(f"{name} must have the features of the clean samples, it lacks {', '.join(missing)}")
+    richest = "general" if set(modes) == {"general"} else "ensemble"  # it has the classifiers of all modes
+    detectors, accuracies = {}, {}
+    for candidate in clean.X:
+        detectors[candidate] = Detector(estimator, mode=richest, random_state=seed)
+        _fit(detectors[candidate], candidate, [clean] if noisy is None else [clean, noisy], seen)
+        for mode in dict.fromkeys(each for each in ("general", *modes) if each in modes):
+            scores = _scores(_in_mode(detectors[candidate], mode), candidate, [clean, seen], "validation")
+            accuracies[candidate, mode] = score(*scores, successful=seen.successful_part("validation")).accuracy
+    candidate, mode = max(accuracies, key=lambda key: accuracies[key])  # the first of equal ones
+    detector, sets = _in_mode(detectors[candidate], mode), [clean, *tested.values()]
+    of_clean, *of_tested = scores = _scores(detector, candidate, sets, "test")
+    if mode != "general":
+        scores = _scores(_in_mode(detector, "general"), candidate, sets, "test")
+    return Choice(
+        candidate,
+        mode,
+        accuracies[candidate, mode],
+        scores={
+            name: score(of_clean, x, successful=tested[name].successful_part("test"))
+            for name, x in zip(tested, of_tested, strict=True)
+        },
+        agnostic={name: score(scores[0], x).auroc for name, x in zip(tested, scores[1:], strict=True)},
+        curves={name: detection_rates(of_clean, x) for name, x in zip(tested, of_tested, strict=True)},
+        noisy=None if noisy is None else float((_scores(detector, candidate, [noisy], "test")[0] > 0).mean()),
+    )
+
+
+def _fit(detector: Detector, candidate: str, clean: Sequence[Samples], seen: Samples) -> None:
+    parts = [samples.part(candidate, "fit") for samples in (*clean, seen)]
+    X, predicted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    adversarial = len(parts[-1][1])
+    detector.fit(X, np.repeat([0, 1], [len(X) - adversarial, adversarial]), predicted)
+
+
+def _in_mode(detector: Detector, mode: str) -> Detector:
+    """The fitted detector in a mode that its classifiers allow."""
+    return copy.copy(detector).set_params(mode=mode)
+
+
+def _scores(detector: Detector, candidate: str, sets: Sequence[Samples], part: str) -> list[np.ndarray]:
+    """The detector's scores of a part of each set."""
+    return [detector.decision_function(*samples.part(candidate, part)) for samples in sets]

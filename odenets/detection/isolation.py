@@ -1,4 +1,4 @@
-"""What attacks a network leaves no trace: its modes and gradients, and the random states, are as they were."""
+"""A network under attack or observation: modes, gradients and random states restored, inputs and logits checked."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ N = TypeVar("N", bound=nn.Module)
 def frozen(network: N) -> Iterator[N]:
     """The network in eval mode, its parameters without gradients; gradients of inputs are enabled.
 
-    Afterwards the mode of each of its modules is restored, and of each parameter the gradient and whether it asks for
-    one; so are the random states. Of a network made under ``torch.inference_mode``, whose tensors know no gradients, a
-    copy takes the place.
+    Afterwards the mode of each of its modules is restored, of each parameter ``grad`` and ``requires_grad``, and the
+    random states. A network made under ``torch.inference_mode``, whose tensors take no gradients, is replaced by a
+    copy.
 
     Raises:
         ValueError: a flow has not seen an input yet and has no field.
@@ -43,17 +43,16 @@ def frozen(network: N) -> Iterator[N]:
                     p.requires_grad_(False)
                 yield network
         finally:
-            for p, asks, gradient in state:
-                p.requires_grad_(asks)
+            for p, requires_grad, gradient in state:
+                p.requires_grad_(requires_grad)
                 p.grad = gradient
 
 
 @contextmanager
 def keeping_random_states(device: torch.device | None = None) -> Iterator[None]:
-    """The random states of torch, of NumPy's global generator and of ``random`` are restored on leaving.
+    """Restore the random states of torch, of NumPy's global generator (which ART uses) and of ``random`` on leaving.
 
-    Args:
-        device: a CUDA device whose state is restored besides the CPU's; other devices' are left alone.
+    Of torch these are the CPU's and that of ``device``, if it is a CUDA device.
     """
     before, numpy_before = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that ART draws from
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
@@ -66,15 +65,7 @@ def keeping_random_states(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Draws of torch, of NumPy's global state (which ART uses) and of ``random`` by a seed; restored afterwards.
-
-    Args:
-        seed: non-negative integers that together are the seed.
-        device: a CUDA device whose draws are seeded besides the CPU's.
-
-    Raises:
-        ValueError: a negative seed.
-    """
+    """:func:`keeping_random_states`, and meanwhile draws by a seed of non-negative integers."""
     if any(s < 0 for s in seed):
         raise ValueError(f"seed must not be negative, got {', '.join(map(str, seed))}")
     word = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -86,9 +77,6 @@ def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
         np.random.seed(word)  # noqa: NPY002
         random.seed(word)
         yield
-
-
-# -- precision ------------------------------------------------------------------------------------------------------
 
 
 def to_network(network: nn.Module, x: Tensor) -> Tensor:
@@ -126,29 +114,23 @@ def in_float32(network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) 
 
 
 def checked_logits(output: Any, samples: int, fewest: int = 1) -> Tensor:
-    """The network's output itself.
-
-    Args:
-        output: what the network returned for a batch.
-        samples: in the batch.
-        fewest: classes that are needed.
+    """The output of a network for a batch, if it is a floating tensor ``(samples, classes)``.
 
     Raises:
-        TypeError: it is no floating tensor.
-        ValueError: its shape is not that of logits.
+        TypeError, ValueError: it is not, or there are fewer classes than ``fewest``.
     """
-    wanted = "network must return logits, one floating tensor of shape (B, classes)"
+    rule = "network must return logits, one floating tensor of shape (B, classes)"
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise TypeError(f"{wanted}, got {kind}: wrap it in a module that returns the logits alone")
+        raise TypeError(f"{rule}, got {kind}: wrap it in a module that returns the logits alone")
     if output.ndim != 2 or len(output) != samples or output.shape[1] < fewest:
         least = f" with at least {fewest} classes" if fewest > 1 else ""
-        raise ValueError(f"{wanted}{least}, got shape {tuple(output.shape)} for {samples} inputs")
+        raise ValueError(f"{rule}{least}, got shape {tuple(output.shape)} for {samples} inputs")
     return output
 
 
 def _finite(gradient: Tensor) -> None:
-    """ART takes a gradient that is NaN for 0, so that nothing moves."""
+    """Refuse a gradient that is not finite: ART replaces NaN by 0, and the image stays as it is."""
     if not gradient.isfinite().all():
         raise ValueError("network must have finite gradients to be attacked, got NaN or infinity")
 
@@ -160,8 +142,8 @@ class Logits(nn.Module):
         network: from pixels in [0, 1] to logits; it computes in its own precision, on its own device.
 
     Raises:
-        TypeError, ValueError: when called, if the network returns something else, see :func:`checked_logits`, or has
-            no gradient or one that is not finite.
+        TypeError, ValueError: when called, if the network returns something else, see :func:`checked_logits`, logits
+            that are not finite, or has no gradient or one that is not finite.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -183,11 +165,7 @@ class Logits(nn.Module):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Predicted classes, ``(B,)`` int64 on the CPU.
-
-        Raises:
-            ValueError: logits that are NaN or infinite, of which none is the largest.
-        """
+        """Predicted classes, ``(B,)`` int64 on the CPU."""
         logits = checked_logits(self.network(to_network(self.network, x)), len(x), 2)
         if not (logits < torch.inf).all():
             raise ValueError("network must return finite logits, got NaN or infinity: does it diverge on these images?")

@@ -1,37 +1,39 @@
-"""Detectors on disk: archives of known types, none of which runs code of the file, with trees that are looked over."""
+"""Detectors on disk: archives of known types, of which nothing runs code of the file, with trees that are checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.tree._tree import Tree
 
+from odenets.detection.detector import Detector
+from odenets.detection.features import LID, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory
+from odenets.detection.quantile import QuantileTest
 from odenets.files import write_atomically
 
-__all__ = ["TRUSTED", "read", "write"]
+__all__ = ["read", "trusted_types", "write"]
 
-TRUSTED = (
-    "odenets.detection.detector.Detector",
-    "odenets.detection.features.trajectory.Trajectory",
-    "odenets.detection.features.fourier.FourierSpectrum",
-    "odenets.detection.features.lid.LID",
-    "odenets.detection.features.mahalanobis.Mahalanobis",
-    "odenets.detection.quantile.QuantileTest",
-    "odenets.detection.features.natural_scenes.SceneStatistics",
-    "sklearn.tree._tree.Tree",
-)
-"""Types that a file may hold besides those that skops trusts: numbers, arrays, scikit-learn's estimators."""
+
+@cache
+def _tree_type() -> type:
+    """scikit-learn's type of fitted decision trees, which has no public name."""
+    from sklearn.tree import DecisionTreeClassifier
+
+    return type(DecisionTreeClassifier().fit([[0.0], [1.0]], [0, 1]).tree_)
+
+
+def trusted_types() -> list[str]:
+    """Types that a file may hold besides those that skops trusts: numbers, arrays, scikit-learn's estimators."""
+    features = (Trajectory, FourierSpectrum, LID, Mahalanobis, NaturalSceneStatistics)
+    types = (Detector, QuantileTest, *features, _tree_type())
+    return [f"{each.__module__}.{each.__qualname__}" for each in types]
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write an archive, atomically, without pickle.
-
-    Raises:
-        ModuleNotFoundError: skops is not installed.
-    """
+    """Write an archive, atomically, without pickle."""
     io = _skops()
     write_atomically(path, lambda partial: io.dump(content, partial))
 
@@ -41,25 +43,31 @@ def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        trusted: dotted names of further types that it may hold.
+        trusted: dotted names of further types that it may hold, such as another classifier's.
 
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: skops is not installed.
-        ValueError: a file of another kind or damaged, one that holds types that are not trusted, none of which is made,
-            or trees that lead out of themselves.
+        ValueError: a file of another kind, of another version or damaged, one that holds types that are not trusted,
+            none of which is constructed, or trees that lead out of themselves.
     """
     io = _skops()
     if not path.is_file():
         raise FileNotFoundError(f"no detector at {path}")
+    trusted = [*trusted_types(), *trusted]
     try:
-        unknown = sorted(set(io.get_untrusted_types(file=path)) - {*TRUSTED, *trusted})
-    except Exception as error:  # whatever a foreign file makes of the reader
+        unknown = sorted(set(io.get_untrusted_types(file=path)) - {*trusted})
+    except Exception as error:  # whatever a foreign file does to the reader
         raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save ({error})") from error
+    if unknown and all(name.startswith("odenets.") for name in unknown):
+        raise ValueError(
+            f"{path} was written by another version of odenets, with types that this one does not load: "
+            f"{', '.join(unknown)}; fit the pipeline again and save it"
+        )
     if unknown:
         raise ValueError(f"{path} holds types that are not trusted, so nothing of it was loaded: {', '.join(unknown)}")
     try:
-        content = io.load(path, trusted=[*TRUSTED, *trusted])
+        content = io.load(path, trusted=trusted)
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
@@ -78,11 +86,9 @@ def _skops() -> Any:
     return skops.io
 
 
-def _trees(value: Any, columns: Any = None) -> Iterator[tuple[Tree, Any]]:
-    """The decision trees anywhere in it, which read arrays without checks when they predict, each with the number of
-    features that its estimator asks for.
-    """
-    if isinstance(value, Tree):
+def _trees(value: Any, columns: Any = None) -> Iterator[tuple[Any, Any]]:
+    """The decision trees in it, which predict without checks, and the numbers of features of their estimators."""
+    if isinstance(value, _tree_type()):
         yield value, columns
     elif isinstance(value, dict):
         for part in value.values():
@@ -94,7 +100,7 @@ def _trees(value: Any, columns: Any = None) -> Iterator[tuple[Tree, Any]]:
         yield from _trees(vars(value), getattr(value, "n_features_in_", None))
 
 
-def _is_sound(tree: Tree, columns: Any) -> bool:
+def _is_sound(tree: Any, columns: Any) -> bool:
     """Whether every branch leads to a later node of the tree, by a feature that there is."""
     if tree.n_features != columns:
         return False

@@ -1,4 +1,4 @@
-"""A network, features of its inputs and a detector, as one thing that is fitted, asked, saved and loaded."""
+"""A network, features of its inputs and a detector: fitted, applied, saved and loaded as one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import is_outlier_detector
-from torch import Tensor
+from torch import Tensor, nn
 
 from odenets.checkpoints import fingerprint
 from odenets.detection.detector import Detector
+from odenets.detection.estimators import is_outlier_detector
 from odenets.detection.evaluation import Scores, score
-from odenets.detection.features.trajectory import Features, Recording, Trajectory, check_images, in_batches
+from odenets.detection.features import Features, Trajectory
+from odenets.detection.features.base import check_images, in_batches
 from odenets.detection.isolation import checked_logits
 from odenets.detection.persistence import read, write
+from odenets.recording import Recorder
 
 __all__ = ["FEWEST", "Pipeline"]
 
@@ -25,25 +27,25 @@ FEWEST = 10
 
 
 class Pipeline:
-    """Detects adversarial images by features of the way they take through a network.
+    """Detects adversarial images by features of the path they take through a network.
 
     Args:
         network: a flow, a network or an adapted model, trained; images have pixels in [0, 1], so that normalization is
             a layer of the network.
-        features: what is read off; the trajectory's of eq. 34 if not given. Those that need statistics of training
-            images have been fitted.
+        features: of an image; those of the trajectory [K24, eq. 34] if not given. Those that need statistics of
+            training images have been fitted.
         detector: a classifier of features with ``decision_function``, or an outlier detector, which needs no
             adversarial images; a :class:`Detector` if not given.
-        batch_size: images that are looked at together.
+        batch_size: images in a pass.
 
     Raises:
         TypeError: the network does not record its steps, or the detector has no ``decision_function``.
     """
 
     def __init__(
-        self, network: Recording, features: Features | None = None, detector: Any = None, *, batch_size: int = 256
+        self, network: nn.Module, features: Features | None = None, detector: Any = None, *, batch_size: int = 256
     ) -> None:
-        if not isinstance(network, Recording):
+        if not isinstance(network, Recorder):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
         self.network = network
         self.features = features or Trajectory()
@@ -53,34 +55,33 @@ class Pipeline:
             raise TypeError(f"detector must have a decision_function, got {kind}: pass Detector({kind}(...))")
         self.batch_size = batch_size
 
-    def look(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def extract(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Features ``(N, F)`` and predicted classes ``(N,)`` of images ``(N, C, H, W)``, in one pass.
 
         Raises:
             TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, or logits or
                 features that are not finite.
         """
+        dtypes: set[torch.dtype] = set()
 
-        wide = False
-
-        def both(x: Tensor) -> Tensor:
-            nonlocal wide
-            output, values = self.features.look(self.network, x)
+        def classes_and_features(x: Tensor) -> Tensor:
+            output, values = self.features.output_and_features(self.network, x)
             logits = checked_logits(output, len(x))
-            wide = values.dtype == torch.float64
+            dtypes.add(values.dtype)
             predicted = logits.argmax(1, keepdim=True).double()
-            return torch.cat(
-                [predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan), values.double()], 1
-            )
+            predicted = predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan)
+            return torch.cat([predicted, values.double()], 1)
 
-        values = in_batches(both, self.network, check_images(images), self.batch_size).numpy()
-        with np.errstate(over="ignore"):
-            X = values[:, 1:] if wide else values[:, 1:].astype(np.float32)
-        if not (np.isfinite(X).all() and np.isfinite(values[:, 0]).all()):
+        values = in_batches(classes_and_features, self.network, check_images(images), self.batch_size).numpy()
+        predicted, X = values[:, 0], values[:, 1:]
+        if torch.float64 not in dtypes:
+            with np.errstate(over="ignore"):
+                X = X.astype(np.float32)
+        if not (np.isfinite(X).all() and np.isfinite(predicted).all()):
             raise ValueError(
                 "features and logits must be finite, got NaN or infinity: does the network diverge on these images?"
             )
-        return X, values[:, 0].astype(np.int64)
+        return X, predicted.astype(np.int64)
 
     def fit(self, clean: Tensor, adversarial: Tensor | None = None, *, noisy: Tensor | None = None) -> Pipeline:
         """Fit the detector.
@@ -97,20 +98,20 @@ class Pipeline:
             what = "no adversarial images" if outliers else "adversarial images too"
             raise ValueError(f"{type(self.detector).__name__} is fitted on {what}")
         kinds = {"clean": clean, "adversarial": adversarial, "noisy": noisy}
-        given = {name: images for name, images in kinds.items() if images is not None}
-        for name, images in given.items():
+        kinds = {name: images for name, images in kinds.items() if images is not None}
+        for name, images in kinds.items():
             if len(images) < FEWEST and name != "noisy":
                 why = ": too few attacks were successful" if name == "adversarial" else ""
                 raise ValueError(f"{name} must hold at least {FEWEST} images, got {len(images)}{why}")
             check_images(images, name)
-        parts = {name: self.look(images) for name, images in given.items()}
+        parts = {name: self.extract(images) for name, images in kinds.items()}
         X, predicted = (np.concatenate([part[i] for part in parts.values()]) for i in range(2))
         y = np.concatenate([np.full(len(part[0]), int(name == "adversarial")) for name, part in parts.items()])
         self.fit_features(X, y, predicted)
         return self
 
     def fit_features(self, X: np.ndarray, y: np.ndarray, predicted: np.ndarray) -> None:
-        """Fit the detector to features that :meth:`look` has found, with labels 0 (clean) and 1."""
+        """Fit the detector to features of :meth:`extract`, with labels 0 (clean) and 1."""
         if is_outlier_detector(self.detector):
             self.detector.fit(X[y == 0])
         elif isinstance(self.detector, Detector):
@@ -126,7 +127,7 @@ class Pipeline:
 
     def scores(self, images: Tensor) -> np.ndarray:
         """Scores of images ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial."""
-        return self.score_features(*self.look(images))
+        return self.score_features(*self.extract(images))
 
     def predict(self, images: Tensor) -> np.ndarray:
         """1 where an image is called adversarial and 0 where clean, ``(N,)``."""
@@ -139,37 +140,30 @@ class Pipeline:
             clean, adversarial: images ``(N, C, H, W)``.
             successful: which of the adversarial images fool the network, ``(N,)`` of bool.
         """
-        fooled = None if successful is None else torch.as_tensor(successful).cpu().numpy()
-        return score(self.scores(clean), self.scores(adversarial), successful=fooled)
+        mask = None if successful is None else torch.as_tensor(successful).cpu().numpy()
+        return score(self.scores(clean), self.scores(adversarial), successful=mask)
 
     # -- on disk ------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write features and detector to one file, atomically, without pickle; the network stays apart.
-
-        Args:
-            path: of the file; :func:`odenets.save_weights` keeps the network.
-        """
-        path = Path(path)
+        """Write features and detector to one file, atomically, without pickle; not the network (``save_weights``)."""
         content = {"network": fingerprint(self.network), "features": self.features, "detector": self.detector}
-        write(path, content)
-        return path
+        write(Path(path), content)
+        return Path(path)
 
     @classmethod
     def load(
-        cls, path: str | Path, network: Recording, *, trusted: Sequence[str] = (), batch_size: int = 256
+        cls, path: str | Path, network: nn.Module, *, trusted: Sequence[str] = (), batch_size: int = 256
     ) -> Pipeline:
-        """Take up what :meth:`save` wrote.
+        """Load what :meth:`save` wrote.
 
         Args:
-            path: of the file.
+            path, trusted: as for :func:`~.persistence.read`.
             network: with the weights it had.
-            trusted: dotted names of further types that the file may hold, such as another classifier's.
-            batch_size: images that are looked at together.
+            batch_size: images in a pass.
 
         Raises:
-            FileNotFoundError, ModuleNotFoundError, ValueError: as :func:`~.persistence.read`, or another
-                network.
+            FileNotFoundError, ModuleNotFoundError, ValueError: as there, or another network.
         """
         content = read(Path(path), trusted)
         if set(content) != {"network", "features", "detector"}:

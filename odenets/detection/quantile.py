@@ -1,4 +1,4 @@
-"""A test on the action that needs no adversarial data: what lies outside the quantiles of clean inputs (Fig. 21)."""
+"""A test on the action that needs no adversarial data: quantiles of clean inputs [K24, fig. 21]."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import warnings
 from typing import Any, Literal
 
 import numpy as np
-from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+
+from odenets.detection.estimators import BaseEstimator, OutlierMixin, check_is_fitted, validate_data
 
 __all__ = ["QuantileTest"]
 
@@ -47,7 +47,8 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         if self.side not in ("upper", "lower", "both"):
             raise ValueError(f"side must be 'upper', 'lower' or 'both', got {self.side!r}")
         self.sums_ = np.sort(self._sums(X, reset=True))
-        if len(self.sums_) < (fewest := (1 + (self.side == "both")) / self.level):
+        fewest = (1 + (self.side == "both")) / self.level
+        if len(self.sums_) < fewest:
             warnings.warn(
                 f"X holds {len(self.sums_)} samples, fewer than the {fewest:.0f} that level {self.level} asks for: of "
                 "clean samples more will be called outliers",
@@ -57,15 +58,15 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Share of fitted samples that are as far out or farther, ``(N,)``, less what tells ties and the far out apart.
+        """Share of fitted samples that are as far out or farther, ``(N,)``.
 
-        The share alone is 0 for all beyond the last fitted sample; of these the farther has the lower, negative score.
+        It would be 0 for every sample beyond the last fitted one: there the score is the negative excess over it.
         """
         check_is_fitted(self)
         return self._score(self._sums(X, reset=False))
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """:meth:`score_samples` less the offset, ``(N,)``; negative for outliers."""
+        """:meth:`score_samples` minus the offset, ``(N,)``; negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:

@@ -42,10 +42,15 @@ def resnet9(
     """ResNet-9 [K24, section 3]: a stride-2 encoder, ``depth`` blocks at one resolution, a two-layer head.
 
     Args:
-        size: height (= width) of the images.
+        in_channels, size: channels and height (= width) of the images.
+        classes: number of classes.
         features: channels of the state: 32 for MNIST, 100 for CIFAR.
         depth: number of blocks.
-        others: see :mod:`odenets.models`.
+        norm: normalization of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of :class:`~odenets.Flow`; an Euler residual network with h = 1 unless told otherwise. With
+            another ``solver`` h stays 1, so that the total time is ``depth``.
     """
     half = (size + 1) // 2
     encoder = nn.Sequential(
@@ -87,9 +92,15 @@ def resnet110(
     changes the number of channels, and 1,727,962 parameters for 1,753,530 here.
 
     Args:
+        in_channels: channels of the images.
+        classes: number of classes.
         blocks: of each flow; its depth is ``6 * blocks + 2``.
         channels: of the states of each flow.
-        others: see :mod:`odenets.models`.
+        norm: normalization of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
+            another ``solver`` too.
     """
     first, *_, last = channels
     encoder = nn.Sequential(
@@ -119,9 +130,15 @@ def wide_resnet(
     parameters for 38,991,802 here.
 
     Args:
+        in_channels: channels of the images.
+        classes: number of classes.
         blocks: of each flow; the network's depth is ``6 * blocks + 4``.
         widen: channels of the first flow over 16.
-        others: see :mod:`odenets.models`.
+        norm: normalization of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
+            another ``solver`` too.
     """
     channels = [16 * widen, 32 * widen, 64 * widen]
     encoder = nn.Sequential(
@@ -154,9 +171,15 @@ def resnet_km(
     Args:
         K: number of modules.
         M: blocks per module.
+        in_channels: channels of the images.
+        classes: number of classes.
         channels: of the states in the first half of the modules (rounded up), twice as many and half the height and
             width in the second.
-        others: see :mod:`odenets.models`.
+        norm: normalization of the fields.
+        normalize: first layer, so that inputs are pixels in [0, 1].
+        readout: see :class:`~odenets.Network`.
+        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
+            another ``solver`` too.
 
     Raises:
         ValueError: K or M below 1.

@@ -1,4 +1,4 @@
-"""Figures of detectors: how many they detect at which price, and what they go by."""
+"""Figures of detectors: receiver operating characteristics, and histograms of features."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def operating_characteristics(curves: Mapping[str, Mapping[str, np.ndarray]], fa
 def histograms(
     values: Mapping[str, Mapping[str, np.ndarray]], *, xlabel: str, lines: Mapping[str, Sequence[float]] | None = None
 ) -> Figure:
-    """Histograms over one another, a panel per network (Fig. 21).
+    """Overlaid histograms, a panel per network [K24, fig. 21].
 
     Args:
         values: per network and kind of sample the values, ``(N,)``.
@@ -43,10 +43,10 @@ def histograms(
     """
     figure, axes = new_figure(1, len(values))
     for axis, (title, kinds) in zip(axes[0], values.items(), strict=True):
-        everything = np.concatenate([*kinds.values()])
-        bins = np.linspace(np.quantile(everything, 0.001), np.quantile(everything, 0.995), 60)
-        for name, of in kinds.items():
-            axis.hist(of, bins, histtype="stepfilled", alpha=0.45, density=True, label=name)
+        low, high = np.quantile(np.concatenate([*kinds.values()]), [0.001, 0.995])
+        bins = np.linspace(low, high, 60)
+        for name, samples in kinds.items():
+            axis.hist(samples, bins, histtype="stepfilled", alpha=0.45, density=True, label=name)
         for x in (lines or {}).get(title, ()):
             axis.axvline(x, color="black", linewidth=1)
         axis.set(title=title, xlabel=xlabel, yticks=[])

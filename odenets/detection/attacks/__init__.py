@@ -1,1 +1,6 @@
-"""Attacks on a network, and on a network with its detector: what a detector is measured against."""
+"""Attacks on a network, which detectors are measured against; in ``adaptive`` those that know of the detector."""
+
+from odenets.detection.attacks.generation import Attacked, run_attack
+from odenets.detection.attacks.presets import PRESETS, Attack, preset
+
+__all__ = ["PRESETS", "Attack", "Attacked", "preset", "run_attack"]

@@ -1,4 +1,4 @@
-"""The one door to the Adversarial Robustness Toolbox (ART): its classes, on a network or on mere decisions."""
+"""Attacks of the Adversarial Robustness Toolbox (ART): by gradients of a network, or by decisions alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from odenets.modes import device_of
 
-__all__ = ["CLASSES", "DECISION_BASED", "decision_attack", "gradient_attack", "known_settings", "toolbox"]
+__all__ = ["CLASSES", "DECISION_BASED", "decision_attack", "gradient_attack", "known_settings", "load_art"]
 
 CLASSES = {
     "FGM": "FastGradientMethod",
@@ -30,28 +30,28 @@ CLASSES = {
     "BA": "BoundaryAttack",
 }
 DECISION_BASED = ("HSJ", "BA")
-"""Those that ask for the predicted class and nothing else."""
+"""Those that use the predicted class alone."""
 
-# arguments of ART's constructors that are set here, or that are no plain values
+# arguments of ART's constructors that are set here, or that are no numbers, bools or strings
 _NOT_SETTINGS = (
     *("estimator", "classifier", "batch_size", "verbose", "targeted", "summary_writer"),
     *("attacks", "estimator_orig", "parallel_pool_size"),
 )
-# settings of AutoAttack that are arguments of the attacks that it is made of
+# settings of AutoAttack that are arguments of the attacks in it
 _INNER = {
     "AutoProjectedGradientDescent": {"apgd_iter": "max_iter", "apgd_restarts": "nb_random_init"},
     "DeepFool": {"deepfool_iter": "max_iter"},
     "SquareAttack": {"square_iter": "max_iter", "square_restarts": "nb_restarts"},
 }
-_STUCK_AFTER = 1000  # batches of queries; none of ART's loops that end takes as many in vain
+_STUCK_AFTER = 1000  # batches of queries in vain; ART's loops that end need fewer
 
 
 class _StuckError(Exception):
-    """ART asks again and again and none of the answers is adversarial."""
+    """ART repeats its queries and no answer is adversarial."""
 
 
-def toolbox() -> ModuleType:
-    """ART.
+def load_art() -> ModuleType:
+    """ART, with the parts that are used here.
 
     Raises:
         ModuleNotFoundError: it is not installed.
@@ -68,7 +68,7 @@ def toolbox() -> ModuleType:
 
 
 def known_settings(name: str) -> list[str]:
-    """What can be set of an attack: the arguments of ART's class; of AutoAttack, also of those that it is made of."""
+    """Settings of an attack: the arguments of ART's class; of AutoAttack, also those of the attacks in it."""
     inner = [setting for settings in _INNER.values() for setting in settings] if name == "AA" else []
     return [parameter for parameter in _parameters(name) if parameter not in _NOT_SETTINGS] + inner
 
@@ -76,20 +76,15 @@ def known_settings(name: str) -> list[str]:
 def gradient_attack(
     network: nn.Module, name: str, settings: Mapping[str, Any], images: np.ndarray, labels: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Adversarial images of one that uses gradients, for a batch.
+    """Adversarial images of a batch by an attack that uses gradients, ``(B, C, H, W)`` float32.
 
     Args:
         network: from float32 pixels in [0, 1] to float32 logits, frozen, on a CPU or a CUDA device.
-        name: of :data:`CLASSES`, not :data:`DECISION_BASED`.
-        settings: of ART's class.
-        images: float32, ``(B, C, H, W)``.
-        labels: ``(B,)``, what the prediction is led away from (DeepFool leads it away from itself).
+        name, settings: of an attack that is not :data:`DECISION_BASED`.
+        images, labels: ``(B, C, H, W)`` float32, and ``(B,)``, from which the attack moves away.
         classes: number of logits.
-
-    Returns:
-        float32, ``(B, C, H, W)``.
     """
-    art, device = toolbox(), device_of(network)
+    art, device = load_art(), device_of(network)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"network must be on a CPU or a CUDA device to be attacked by ART, got {device}")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # ART takes the current one
@@ -102,14 +97,14 @@ def gradient_attack(
             device_type="cpu" if device.type == "cpu" else "gpu",
         )
         parameters = _parameters(name)
-        silent = {"verbose": False} if "verbose" in parameters else {}
+        quiet = {"verbose": False} if "verbose" in parameters else {}
         own = {setting: value for setting, value in settings.items() if setting in parameters}
-        made = _class_of(name)(estimator, batch_size=len(images), **silent, **own)
-        for part in made.attacks if name == "AA" else ():
+        attack = _class_of(name)(estimator, batch_size=len(images), **quiet, **own)
+        for part in attack.attacks if name == "AA" else ():
             inner = _INNER[type(part).__name__].items()
             part.set_params(verbose=False, **{to: settings[setting] for setting, to in inner if setting in settings})
         with _multiprocess():
-            return made.generate(images.copy(), np.eye(classes, dtype=np.float32)[labels])
+            return attack.generate(images.copy(), np.eye(classes, dtype=np.float32)[labels])
 
 
 def decision_attack(
@@ -122,26 +117,25 @@ def decision_attack(
     clip: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
 ) -> np.ndarray | None:
-    """A point near ``x`` that is adversarial, found by asking of points whether they are.
+    """An adversarial point near ``x``, from queries whether points are adversarial.
 
-    ART's class attacks a black box of two classes, aiming at "adversarial". It is given its first adversarial point:
-    the one that it would draw for itself follows no seed. ART's HopSkipJump halves its step until it is adversarial
-    again, without end where rounding or a detector with corners has put the point on the wrong side; then the closest
-    adversarial point asked for is the result.
+    ART's class attacks a black box of two classes, aiming at "adversarial". Its first adversarial point is an argument,
+    because the one that ART draws depends on no seed. ART's HopSkipJump halves its step until the point is adversarial
+    again, which never ends where rounding or a detector with corners has put it on the wrong side; then the result is
+    the closest adversarial point among all queries.
 
     Args:
-        name: "HSJ" or "BA".
-        settings: of ART's class.
+        name, settings: of "HSJ" or "BA".
         adversarial: of points ``(K, *S)`` float32, bool ``(K,)``; not of ``x``.
-        x: where it starts, ``(*S,)`` float32.
-        first: candidates for the first adversarial point, each ``(*S,)``; the first that is one is taken.
+        x: start, ``(*S,)`` float32.
+        first: candidates for the first adversarial point, each ``(*S,)``; the first that is adversarial is taken.
         clip: range of the entries.
-        batch_size: points asked for at a time.
+        batch_size: points per query.
 
     Returns:
         ``(*S,)`` float32; None if no candidate is adversarial.
     """
-    art = toolbox()
+    art = load_art()
     initial = next((point for point in first if adversarial(point[None])[0]), None)
     if initial is None:
         return None
@@ -149,28 +143,28 @@ def decision_attack(
 
     def answer(points: np.ndarray) -> np.ndarray:
         nonlocal closest, distance, failures
-        found = np.asarray(adversarial(points), dtype=bool)
-        failures = 0 if found.any() else failures + 1
-        if found.any():
-            norms = np.linalg.norm((points[found] - x).reshape(found.sum(), -1), axis=1)
+        inside = np.asarray(adversarial(points), dtype=bool)
+        failures = 0 if inside.any() else failures + 1
+        if inside.any():
+            norms = np.linalg.norm((points[inside] - x).reshape(inside.sum(), -1), axis=1)
             if norms.min() < distance:
-                closest, distance = points[found][norms.argmin()].copy(), float(norms.min())
+                closest, distance = points[inside][norms.argmin()].copy(), float(norms.min())
         elif failures > _STUCK_AFTER:
             raise _StuckError
-        return np.eye(2, dtype=np.float32)[found.astype(int)]
+        return np.eye(2, dtype=np.float32)[inside.astype(int)]
 
     box = art.estimators.classification.BlackBoxClassifier(answer, x.shape, 2, clip_values=clip)
-    made = _class_of(name)(box, batch_size=batch_size, targeted=True, verbose=False, **settings)
+    attack = _class_of(name)(box, batch_size=batch_size, targeted=True, verbose=False, **settings)
     target = np.array([[0.0, 1.0]], dtype=np.float32)
     try:
-        found = made.generate(x[None], target, x_adv_init=initial[None])[0]
+        point = attack.generate(x[None], target, x_adv_init=initial[None])[0]
     except _StuckError:
         return closest
-    return found if adversarial(found[None])[0] else closest
+    return point if adversarial(point[None])[0] else closest
 
 
 def _class_of(name: str) -> Any:
-    return getattr(toolbox().attacks.evasion, CLASSES[name])
+    return getattr(load_art().attacks.evasion, CLASSES[name])
 
 
 def _parameters(name: str) -> list[str]:
@@ -179,7 +173,7 @@ def _parameters(name: str) -> list[str]:
 
 @contextmanager
 def _multiprocess() -> Iterator[None]:
-    """What AutoAttack imports and ART 1.20 does not ask for: for pools of processes, which are not used here."""
+    """Stand in for ``multiprocess``, which AutoAttack imports without need and ART 1.20 does not install."""
     missing = find_spec("multiprocess") is None
     if missing:
         sys.modules["multiprocess"] = multiprocessing

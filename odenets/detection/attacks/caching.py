@@ -1,4 +1,4 @@
-"""Adversarial images on disk: a folder per attack, a file per batch, so that none is made twice."""
+"""Adversarial images on disk: a folder per attack, a file per batch, so that none is computed twice."""
 
 from __future__ import annotations
 
@@ -31,31 +31,26 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 class BatchFolder:
-    """Batches of tensors in a folder, ``batch-00000.safetensors`` and so on; with ``None`` nothing is kept.
-
-    Args:
-        folder: where, made when the first batch is written.
-        about: what the batches are, for people to read: ``attack.json``.
-    """
+    """Batches of tensors in a folder, beside a description ``attack.json``; with ``None`` nothing is written."""
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         self.folder, self.about = folder, about
 
     def read(self, batches: int) -> dict[int, dict[str, Tensor]]:
-        """Those of the first ``batches`` batches that are there and whole, by number."""
+        """Those of the first ``batches`` batches that are there and intact, by number."""
         if self.folder is None or not self.folder.is_dir():
             return {}
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        found = {}
+        tensors = {}
         for i in range(batches):
             with suppress(FileNotFoundError, SafetensorError):
-                found[i] = load_file(self._path(i))
-        return found
+                tensors[i] = load_file(self._path(i))
+        return tensors
 
     def write(self, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a batch, whole or not at all: a kill leaves no half of a file under its name."""
+        """Write a batch, atomically."""
         if self.folder is None:
             return
         from safetensors.torch import save

@@ -1,4 +1,4 @@
-"""Adversarial images of a network, made once and kept."""
+"""Adversarial images of a network, computed once and cached."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from odenets.checkpoints import fingerprint
-from odenets.detection.attacks.art import CLASSES, DECISION_BASED, decision_attack, gradient_attack, toolbox
+from odenets.detection.attacks.art import CLASSES, DECISION_BASED, decision_attack, gradient_attack, load_art
 from odenets.detection.attacks.caching import BatchFolder, key_of
-from odenets.detection.attacks.presets import PRESETS, Attack, checked, preset
-from odenets.detection.features.trajectory import check_images
+from odenets.detection.attacks.presets import Attack, checked, preset
+from odenets.detection.attacks.progress import with_progress
+from odenets.detection.features.base import check_images
 from odenets.detection.isolation import Logits, frozen, seeded
 from odenets.modes import device_of
 
-__all__ = ["PRESETS", "Attack", "Attacked", "attack", "check_labels", "preset"]
+__all__ = ["Attacked", "check_labels", "run_attack"]
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """Adversarial images and what the network made of them, on the CPU.
+    """Adversarial images and the predictions of the network, on the CPU.
 
     Attributes:
         images: adversarial, ``(N, C, H, W)`` float32 in [0, 1].
@@ -47,31 +49,22 @@ class Attacked:
         return len(self.images)
 
     @property
-    def clean_accuracy(self) -> float:
-        """Share of the clean images that are classified rightly."""
-        return (self.clean == self.labels).double().mean().item()
-
-    @property
     def success(self) -> Tensor:
-        """Where a right prediction became a wrong one, ``(N,)`` bool.
-
-        An image that was misclassified before is no success; most attacks return it unchanged.
-        """
+        """Where a right prediction became a wrong one, ``(N,)`` bool; images misclassified before are no successes."""
         return (self.clean == self.labels) & (self.predicted != self.labels)
 
     @property
     def success_rate(self) -> float:
-        """Share of the rightly classified images that are successes; NaN if none was."""
+        """Share of the images classified correctly before that are successes; NaN if there are none."""
         right = int((self.clean == self.labels).sum())
         return int(self.success.sum()) / right if right else nan
 
     def subset(self, index: Tensor) -> Attacked:
         """The samples at ``index``, numbers or a mask."""
-        fields = (self.images, self.labels, self.clean, self.predicted, self.linf, self.l2)
-        return Attacked(*(field[index] for field in fields))
+        return Attacked(*(getattr(self, name)[index] for name in self.__slots__))
 
 
-def attack(
+def run_attack(
     network: nn.Module,
     attack: Attack | str,
     images: Tensor,
@@ -85,10 +78,10 @@ def attack(
     """Attack a network, batch by batch, on its own device.
 
     The network is attacked in eval mode and with gradients enabled, whatever the caller's mode; afterwards its modes
-    and gradients are as they were, and so are the random states. Whatever its precision, the attack sees float32:
+    and gradients and the random states are restored. Whatever the network's precision, the attack computes in float32:
     images are cast on the way in and logits on the way out. Batch i draws from ``(seed, i)`` alone, so that a resumed
-    attack ends with the images of an uninterrupted one. The true labels are given to the attacks (DeepFool, HopSkipJump
-    and the boundary attack go by the prediction instead).
+    attack ends with the images of an uninterrupted one. Attacks move away from the true labels (DeepFool, HopSkipJump
+    and the boundary attack from the predictions instead).
 
     Args:
         network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalizes inside, as
@@ -96,9 +89,9 @@ def attack(
         attack: a name of :data:`PRESETS` or an :class:`Attack`.
         images: clean, ``(N, C, H, W)`` in [0, 1], of any floating precision and on any device.
         labels: ``(N,)`` of integers.
-        cache: folder in which batches are kept as they are done, in a folder of their own for each weights of the
-            network, attack, settings, images, labels, seed, batch size and version of ART. What is there is taken up;
-            what is damaged is made anew.
+        cache: folder to which batches are written when they are done, each combination of weights, attack, settings,
+            images, labels, seed, batch size and version of ART in a folder of its own. Batches that are there are read;
+            damaged ones are computed again.
         batch_size: images at a time.
         seed: of random starts and draws.
         progress: label of a progress bar over batches; none without it.
@@ -111,49 +104,30 @@ def attack(
     Warns:
         UserWarning: the network seems to return probabilities, on which attacks by gradients are weak.
     """
-    chosen = checked(preset(attack) if isinstance(attack, str) else attack)
+    attack = checked(preset(attack) if isinstance(attack, str) else attack)
     images = check_images(images).detach().float().cpu().contiguous()
     labels = check_labels(labels, len(images))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    about = {
-        "attack": chosen.name,
-        "class": CLASSES[chosen.name],
-        "settings": dict(chosen.settings),
-        "art": toolbox().__version__,
-        "seed": seed,
-        "batch_size": batch_size,
-        "weights": fingerprint(network),
-    }
-    more = {"attributes": _attributes(network), "images": images, "labels": labels} | _unsaved(network)
-    if torch.is_autocast_enabled(kind := device_of(network).type):
-        more["autocast"] = str(torch.get_autocast_dtype(kind))
-    key = key_of(about | more)
-    said = about | {"network": type(network).__name__, "images": list(images.shape), "key": key}
-    store = BatchFolder(Path(cache) / f"{chosen.name}-{key[:24]}" if cache is not None else None, said)
+    store = _batch_folder(cache, network, attack, images, labels, batch_size, seed)
     parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-    done = {i: batch for i, batch in store.read(len(parts)).items() if _fits(batch, parts[i][0])}
-    bar = tqdm(total=len(parts), initial=len(done), desc=progress, disable=progress is None, unit="batch", leave=False)
-    with bar, frozen(network) as victim:
+    batches = {i: batch for i, batch in store.read(len(parts)).items() if _fits(batch, parts[i][0])}
+    missing = [i for i in range(len(parts)) if i not in batches]
+    with frozen(network) as victim:
         logits = Logits(victim)
-        missing = [i for i in range(len(parts)) if i not in done]
-        classes = _classes(logits, chosen, images, labels) if missing else 0
-        for i in missing:
+        classes = _classes(logits, attack, images, labels) if missing else 0
+        for i in with_progress(missing, progress, "batch", done=len(batches)):
             with seeded(seed, i, device=device_of(victim)):
-                done[i] = _attack_batch(logits, chosen, *parts[i], classes)
-            store.write(i, done[i])
-            bar.update()
-    found = {name: torch.cat([done[i][name] for i in range(len(parts))]) for name in ("images", "clean", "predicted")}
-    moved = (found["images"] - images).flatten(1)
-    return Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **found)
+                batches[i] = _attack_batch(logits, attack, *parts[i], classes)
+            store.write(i, batches[i])
+    names = ("images", "clean", "predicted")
+    joined = {name: torch.cat([batches[i][name] for i in range(len(parts))]) for name in names}
+    moved = (joined["images"] - images).flatten(1)
+    return Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **joined)
 
 
 def check_labels(labels: Tensor, count: int) -> Tensor:
-    """Labels ``(count,)`` int64, not negative, on the CPU.
-
-    Raises:
-        TypeError, ValueError: they are no integers, not as many or negative.
-    """
+    """Labels ``(count,)`` int64 on the CPU, if they are as many integers, not negative."""
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be an int64 tensor, got {kind}")
@@ -164,11 +138,30 @@ def check_labels(labels: Tensor, count: int) -> Tensor:
     return labels.detach().long().cpu()
 
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+def _batch_folder(
+    cache: Path | str | None, network: nn.Module, attack: Attack, x: Tensor, y: Tensor, batch_size: int, seed: int
+) -> BatchFolder:
+    """The folder of an attack, whose name depends on everything that its images depend on."""
+    about = {
+        "attack": attack.name,
+        "class": CLASSES[attack.name],
+        "settings": dict(attack.settings),
+        "art": load_art().__version__,
+        "seed": seed,
+        "batch_size": batch_size,
+        "weights": fingerprint(network),
+    }
+    more = {"attributes": _attributes(network), "images": x, "labels": y} | _unsaved(network)
+    kind = device_of(network).type
+    if torch.is_autocast_enabled(kind):
+        more["autocast"] = str(torch.get_autocast_dtype(kind))
+    key = key_of(about | more)
+    about |= {"network": type(network).__name__, "images": list(x.shape), "key": key}
+    return BatchFolder(Path(cache) / f"{attack.name}-{key[:24]}" if cache is not None else None, about)
 
 
 def _attributes(network: nn.Module) -> list[list[Any]]:
-    """Plain values that modules hold beside weights, such as a temperature, and that may change what they compute."""
+    """Plain values of modules beside their weights that may change what they compute, such as a temperature."""
     plain = (bool, int, float, complex, str, torch.dtype)
     return [
         [name, attribute, repr(value)]
@@ -180,7 +173,7 @@ def _attributes(network: nn.Module) -> list[list[Any]]:
 
 
 def _unsaved(network: nn.Module) -> dict[str, Tensor]:
-    """Tensors of modules that no state dictionary holds."""
+    """Tensors of modules that are in no state dictionary."""
     saved = set(network.state_dict())
     buffers = {f"buffer {name}": buffer for name, buffer in network.named_buffers() if name not in saved}
     return buffers | {
@@ -192,11 +185,11 @@ def _unsaved(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _fits(batch: dict[str, Tensor], x: Tensor) -> bool:
-    """Whether a batch from the disk is one of adversarial images of these."""
+    """Whether a batch from the disk holds adversarial images of these."""
     if set(batch) != {"images", "clean", "predicted"}:
         return False
-    found, *classes = batch["images"], batch["clean"], batch["predicted"]
-    if found.shape != x.shape or found.dtype != torch.float32 or not ((found >= 0) & (found <= 1)).all():
+    images, *classes = batch["images"], batch["clean"], batch["predicted"]
+    if images.shape != x.shape or images.dtype != torch.float32 or not ((images >= 0) & (images <= 1)).all():
         return False
     return all(each.shape == (len(x),) and each.dtype == torch.int64 for each in classes)
 
@@ -234,7 +227,7 @@ def _attack_batch(logits: Logits, attack: Attack, x: Tensor, y: Tensor, classes:
 
 
 def _decide(logits: Logits, attack: Attack, image: Tensor, prediction: int) -> np.ndarray:
-    """One image by its predictions alone, from the first uniform noise that is predicted otherwise, as ART does."""
+    """Attack one image by its predictions alone, from the first uniform noise of another class, as ART does."""
 
     def adversarial(points: np.ndarray) -> np.ndarray:
         return (logits.predict(torch.from_numpy(points)) != prediction).numpy()

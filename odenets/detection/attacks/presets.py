@@ -1,4 +1,4 @@
-"""The attacks of section 5.4 by the thesis' names, with its settings."""
+"""The attacks of [K24, section 5.4] by their names there, with the settings used there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COUNTS = ("max_iter", "apgd_iter", "deepfool_iter", "square_iter", "nb_grads", 
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """An attack and what is set of it; what is not has ART's default.
+    """An attack and its settings; those that are not set have ART's defaults.
 
     Attributes:
         name: of :data:`PRESETS`.
@@ -46,17 +46,17 @@ class Attack:
             )
 
     def _check(self, setting: str, value: Setting) -> None:
-        what = f"{setting} of {self.name}"
+        title = f"{setting} of {self.name}"
         if setting == "norm":
             if value not in ("inf", inf, 1, 2):
-                raise ValueError(f"{what} must be 'inf', 1 or 2, got {value!r}")
+                raise ValueError(f"{title} must be 'inf', 1 or 2, got {value!r}")
         elif setting == "eps" and isinstance(value, str):
-            raise TypeError(f"{what} must be a number, got {value!r}")
+            raise TypeError(f"{title} must be a number, got {value!r}")
         elif setting in _COUNTS:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{what} must be a whole number, at least 1, got {value!r}")
+                raise ValueError(f"{title} must be a whole number, at least 1, got {value!r}")
         elif isinstance(value, float | int) and not (isfinite(value) and value >= 0):
-            raise ValueError(f"{what} must be finite and not negative, got {value}")
+            raise ValueError(f"{title} must be finite and not negative, got {value}")
 
 
 PRESETS = MappingProxyType(
@@ -71,20 +71,20 @@ PRESETS = MappingProxyType(
         "BA": Attack("BA", (("max_iter", 5000),)),
     }
 )
-"""The eight attacks of the thesis by its names: seven with its settings, by ART, and ART's own "AA".
+"""The eight attacks of [K24] by their names there: seven with its settings, by ART, and ART's own "AA".
 
 Within 0.03 of every pixel (L-infinity): the fast gradient method "FGM", the basic iterative method "BIM", Auto-PGD
 "APGD" and AutoAttack "AA". As near as they get in L2: DeepFool "DF" (``epsilon`` is its overshoot), Carlini-Wagner
-"CW", and, seeing predicted classes alone, HopSkipJump "HSJ" and the boundary attack "BA". The thesis calls DeepFool and
+"CW", and, seeing predicted classes alone, HopSkipJump "HSJ" and the boundary attack "BA". [K24] calls DeepFool and
 the boundary attack L-infinity; ART has them in L2. ART's step of 0.1, larger than the ball, takes BIM from corner to
 corner.
 
-The thesis runs the AutoAttack of its authors: APGD with cross-entropy, APGD with targeted differences of logits, FAB,
+[K24] runs the AutoAttack of its authors: APGD with cross-entropy, APGD with targeted differences of logits, FAB,
 and Square. "AA" is ART's, which is weaker: APGD with either loss and no target, five random starts and 100 iterations
 each, then DeepFool in FAB's place, an L2 attack with ART's overshoot of 1e-3 that counts only where it ends inside the
-ball, then Square. An image that none of them turns, or that was misclassified before, comes back unchanged. It is
-slow: where an image of a batch withstands, Square makes up to five times ``square_iter`` steps of three passes with the
-batch.
+ball, then Square. An image against which all fail, or that was misclassified before, is returned unchanged. It is
+slow: as long as one image of a batch is not adversarial, Square makes up to five times ``square_iter`` steps of three
+passes with the batch.
 """
 
 
@@ -93,7 +93,7 @@ def preset(name: str, **settings: Setting) -> Attack:
 
     Raises:
         ValueError: unknown name, or a setting that the attack does not have.
-        ModuleNotFoundError: ART, which knows them, is not installed.
+        ModuleNotFoundError: ART is not installed.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown attack {name!r}; known are {', '.join(PRESETS)}")
@@ -101,12 +101,7 @@ def preset(name: str, **settings: Setting) -> Attack:
 
 
 def checked(attack: Attack) -> Attack:
-    """The attack itself.
-
-    Raises:
-        ValueError: it has a setting that ART's class does not know.
-        ModuleNotFoundError: ART is not installed.
-    """
+    """The attack, if ART's class knows its settings."""
     known = known_settings(attack.name)
     if unknown := [setting for setting, _ in attack.settings if setting not in known]:
         raise ValueError(f"{attack.name} has no setting {', '.join(unknown)}; known are {', '.join(known)}")

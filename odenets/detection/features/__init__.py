@@ -1,1 +1,10 @@
 """Features of a detector: numbers read off an image or its path through a network."""
+
+from odenets.detection.features.base import Features
+from odenets.detection.features.fourier import FourierSpectrum
+from odenets.detection.features.lid import LID
+from odenets.detection.features.mahalanobis import Mahalanobis
+from odenets.detection.features.natural_scenes import NaturalSceneStatistics
+from odenets.detection.features.trajectory import Trajectory
+
+__all__ = ["LID", "Features", "FourierSpectrum", "Mahalanobis", "NaturalSceneStatistics", "Trajectory"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from odenets.detection.features.trajectory import Features, Recording, check_images
+from odenets.detection.features.base import Features, check_images
 
 __all__ = ["FourierSpectrum"]
 
 
 class FourierSpectrum(Features):
-    """Magnitude or phase of the discrete Fourier transform of each channel of an image; the network is not asked.
+    """Magnitude or phase of the discrete Fourier transform of each channel of an image; the network plays no part.
 
     ``F(k, l) = sum_{m,n} x(m, n) exp(-2 pi i (k m / H + l n / W))``, and of it ``|F|`` or ``arg F`` in [-pi, pi].
 
@@ -37,7 +37,7 @@ class FourierSpectrum(Features):
             raise ValueError(f"part must be 'magnitude' or 'phase', got {part!r}")
         self.part: Literal["magnitude", "phase"] = part
 
-    def __call__(self, network: Recording, x: Tensor) -> Tensor:
+    def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
         """Spectra of a batch of images ``(B, C, H, W)``, ``(B, C H W)`` float32; gradients pass.
 
         Raises:

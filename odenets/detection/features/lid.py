@@ -1,13 +1,13 @@
-"""Local intrinsic dimensionality of the states after each stage, among those of clean training images."""
+"""Local intrinsic dimensionality of feature maps among those of clean training images."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from odenets.detection.features.feature_maps import stage_states, stage_values
-from odenets.detection.features.trajectory import Features, Recording
+from odenets.detection.features.base import Features
+from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of
 
 __all__ = ["LID", "local_dimension"]
 
@@ -19,11 +19,11 @@ LARGEST = 1e6
 
 
 class LID(Features):
-    """How fast the number of clean training images grows with the distance from an input, after each stage.
+    """How fast the number of clean training images grows with the distance from an input, in each feature map.
 
-    The states after the encoder and after each stage (:func:`~.feature_maps.stage_states`), flattened, give
-    one :func:`local_dimension` each. Ma et al. take the neighbors from the batch at hand; here they are images of the
-    training set, drawn once, so that the features of an input do not depend on what it comes with.
+    The feature maps (:func:`~.feature_maps.feature_maps_of`), flattened, give one :func:`local_dimension` each. Ma et
+    al. take the neighbors from the batch at hand; here they are images of the training set, drawn once, so that the
+    features of an input do not depend on the others of its batch.
 
     Args:
         k: number of nearest neighbors.
@@ -31,7 +31,7 @@ class LID(Features):
         seed: of the draw of these.
 
     Attributes:
-        states: of the reference images, for each state ``(reference, D)`` float32 or wider.
+        states: of the reference images, for each feature map ``(reference, D)`` float32 or wider.
 
     Raises:
         ValueError: k below 2, or no fewer than the reference images.
@@ -55,13 +55,12 @@ class LID(Features):
         self.k, self.reference, self.seed = k, reference, seed
         self.states: list[np.ndarray] = []
 
-    def fit(self, network: Recording, x: Tensor, y: Tensor) -> LID:
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> LID:
         """Draw the reference images and keep their states.
 
         Args:
             network: whose states are read, in eval mode.
-            x: clean training images, ``(N, C, H, W)``.
-            y: not used.
+            x, y: clean training images, ``(N, C, H, W)``; labels are not used.
 
         Raises:
             ValueError: fewer images than the reference is to hold, or states that are not finite.
@@ -69,23 +68,24 @@ class LID(Features):
         if len(x) < self.reference:
             raise ValueError(f"x must hold at least the reference = {self.reference} images, got {len(x)}")
         drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[: self.reference]
-        values = stage_values(network, x[drawn.to(x.device)], lambda state: state.flatten(1))
+        values = feature_map_values(network, x[drawn.to(x.device)], lambda state: state.flatten(1))
         if not all(each.isfinite().all() for each in values):
             raise ValueError("network must have finite states on the reference images, got NaN or infinity")
         self.states = [each.to(torch.promote_types(each.dtype, torch.float32)).numpy() for each in values]
         return self
 
-    def __call__(self, network: Recording, x: Tensor) -> Tensor:
-        """Local dimensions of a batch, ``(B, stages + 1)`` float32; gradients pass.
+    def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Local dimensions of a batch, ``(B, feature maps)`` float32; gradients pass.
 
         Raises:
             ValueError: before :meth:`fit`, or for a network with other states.
         """
         if not self.states:
             raise ValueError("LID must be fitted to training images before it is called: fit(network, x, y)")
-        states = [state.flatten(1) for state in stage_states(network, x)]
-        if (got := [each.shape[1] for each in states]) != (fitted := [each.shape[1] for each in self.states]):
-            raise ValueError(f"network must be the one of fit, with states of {fitted} numbers, got {got}")
+        states = [state.flatten(1) for state in feature_maps_of(network, x)]
+        sizes, fitted = ([each.shape[1] for each in maps] for maps in (states, self.states))
+        if sizes != fitted:
+            raise ValueError(f"network must be the one of fit, with states of {fitted} numbers, got {sizes}")
         pairs = zip(states, self.states, strict=True)
         return torch.stack([local_dimension(z, torch.as_tensor(near), self.k) for z, near in pairs], 1).float()
 
@@ -122,9 +122,9 @@ def local_dimension(x: Tensor, reference: Tensor, k: int) -> Tensor:
     distances = torch.cdist(x * scale, others * scale, compute_mode="donot_use_mm_for_euclid_dist")
     same = distances <= rounding * distances.detach().median(1, keepdim=True).values
     nearest = distances.masked_fill(same, torch.inf).topk(k, largest=False).values
-    found = nearest.isfinite()
-    farthest = nearest.masked_fill(~found, 0).amax(1, keepdim=True)
+    neighbors = nearest.isfinite()
+    farthest = nearest.masked_fill(~neighbors, 0).amax(1, keepdim=True)
     farthest = farthest.masked_fill(farthest == 0, 1)
-    logs = torch.where(found, nearest, farthest).div(farthest).log().sum(1)
-    dimensions = 1 / (-logs / found.sum(1).clamp(min=1)).clamp(min=1 / LARGEST)
+    logs = torch.where(neighbors, nearest, farthest).div(farthest).log().sum(1)
+    dimensions = 1 / (-logs / neighbors.sum(1).clamp(min=1)).clamp(min=1 / LARGEST)
     return dimensions.masked_fill(~x.isfinite().all(1), torch.nan)

@@ -1,13 +1,13 @@
-"""Mahalanobis distance of the states after each stage to the classes of the training images."""
+"""Mahalanobis distance of feature maps to the classes of the training images."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from odenets.detection.features.feature_maps import pooled, stage_states, stage_values
-from odenets.detection.features.trajectory import Features, Recording, check_images
+from odenets.detection.features.base import Features, check_images
+from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of, pooled
 
 __all__ = ["MAGNITUDES", "Mahalanobis"]
 
@@ -19,16 +19,17 @@ SMALLEST = 1e-10
 
 
 class Mahalanobis(Features):
-    """Confidence that an input belongs to a class, by the states after the encoder and after each stage.
+    """Confidence that an input belongs to a class, by each feature map (:func:`~.feature_maps.feature_maps_of`).
 
-    With z the means of a state's channels (:func:`~.feature_maps.pooled`), ``mu_c`` those of the training
-    images of class c averaged, and S the covariance of all z about the mean of their class, one for all classes,
+    With z the means of its channels (:func:`~.feature_maps.pooled`), ``mu_c`` those of the training images of class c
+    averaged, and S the covariance of all z about the mean of their class, one for all classes,
 
         ``max_c -d_c^2 / 2``,   ``d_c^2 = (z - mu_c)^T S^+ (z - mu_c)``.
 
     The pseudo-inverse ``S^+`` leaves out directions whose standard deviation is below 1e-5 of the largest. Channels
-    that depend on each other linearly, as after an encoder of one convolution, have such directions, and what is found
-    there is rounding. (Appendix E.2.1 writes ``max_c -M`` for an M that is negative already: the farthest class.)
+    that depend on each other linearly, as after an encoder of one convolution, have such directions, in which all
+    differences are rounding. ([K24, appendix E.2.1] writes ``max_c -M`` for an M that is negative already: the farthest
+    class.)
 
     An input step raises the confidence before it is read: ``x + magnitude * sign(grad_x max_c -d_c^2 / 2)``, for each
     state a step of its own, clamped to [0, 1].
@@ -69,7 +70,7 @@ class Mahalanobis(Features):
         self.mean: list[np.ndarray] = []
         self.factor: list[np.ndarray] = []
 
-    def fit(self, network: Recording, x: Tensor, y: Tensor) -> Mahalanobis:
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Mahalanobis:
         """Take the means of the classes and the covariance they share.
 
         Args:
@@ -83,21 +84,21 @@ class Mahalanobis(Features):
         """
         labels = _labels(x, y)
         means, factors, mean, factor = [], [], [], []
-        for stage, values in enumerate(stage_values(network, x)):
+        for i, values in enumerate(feature_map_values(network, x)):
             z = values.double().numpy()
             if not np.isfinite(z).all():
-                raise ValueError(f"network must have finite states, got NaN or infinity in state {stage}")
+                raise ValueError(f"network must have finite states, got NaN or infinity in state {i}")
             means.append(np.stack([z[labels == c].mean(0) for c in range(labels.max() + 1)]))
             rounding = torch.finfo(values.dtype).eps * np.abs(z).max()
-            factors.append(_factor(z - means[-1][labels], rounding, stage))
+            factors.append(_factor(z - means[-1][labels], rounding, i))
             if self.relative:
                 mean.append(z.mean(0, keepdims=True))
-                factor.append(_factor(z - mean[-1], rounding, stage))
+                factor.append(_factor(z - mean[-1], rounding, i))
         self.means, self.factors, self.mean, self.factor = means, factors, mean, factor
         return self
 
-    def __call__(self, network: Recording, x: Tensor) -> Tensor:
-        """Confidences of a batch, ``(B, stages + 1)`` float32; gradients pass, an input step being held fixed in them.
+    def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Confidences of a batch, ``(B, feature maps)`` float32; gradients pass, with the input step fixed.
 
         Raises:
             ValueError: before :meth:`fit`, for a network with other states, or, with an input step, for inputs that are
@@ -112,7 +113,7 @@ class Mahalanobis(Features):
         moved = [(x + self.magnitude * way).clamp(0, 1) for way in self._directions(network, x)]
         return torch.stack([self._confidences(network, near, i + 1)[i] for i, near in enumerate(moved)], 1).float()
 
-    def _directions(self, network: Recording, x: Tensor) -> list[Tensor]:
+    def _directions(self, network: nn.Module, x: Tensor) -> list[Tensor]:
         """Signs of the gradient of each state's confidence, ``(B, C, H, W)``."""
         if any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers())):
             raise ValueError(
@@ -131,11 +132,12 @@ class Mahalanobis(Features):
             raise ValueError("network must have finite gradients for an input step, got NaN or infinity")
         return [gradient.sign() for gradient in gradients]
 
-    def _states(self, network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
+    def _states(self, network: nn.Module, x: Tensor, count: int | None = None) -> list[Tensor]:
         """Channel means of all states, or of the first ``count``, each ``(B, C)``."""
-        states = [pooled(state) for state in stage_states(network, x, count)]
-        if (got := [z.shape[1] for z in states]) != (fitted := [means.shape[1] for means in self.means[:count]]):
-            raise ValueError(f"network must be the one of fit, with states of {fitted} channels, got {got}")
+        states = [pooled(state) for state in feature_maps_of(network, x, count)]
+        channels, fitted = ([each.shape[1] for each in maps] for maps in (states, self.means[:count]))
+        if channels != fitted:
+            raise ValueError(f"network must be the one of fit, with states of {fitted} channels, got {channels}")
         return states
 
     def _confidence(self, i: int, z: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ class Mahalanobis(Features):
             square = square - _square_distances(z, self.mean[i], self.factor[i])[:, 0]
         return -square / 2
 
-    def _confidences(self, network: Recording, x: Tensor, count: int | None = None) -> list[Tensor]:
+    def _confidences(self, network: nn.Module, x: Tensor, count: int | None = None) -> list[Tensor]:
         """Of each state, or of the first ``count``, ``(B,)`` float64."""
         return [self._confidence(i, z) for i, z in enumerate(self._states(network, x, count))]
 
@@ -160,14 +162,14 @@ def _square_distances(z: Tensor, means: np.ndarray, factor: np.ndarray) -> Tenso
     return torch.cdist(z.double() @ white, centers @ white, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _factor(centered: np.ndarray, rounding: float, stage: int) -> np.ndarray:
+def _factor(centered: np.ndarray, rounding: float, state: int) -> np.ndarray:
     """W with ``W W^T`` the pseudo-inverse of the covariance of centered values ``(N, C)``, known up to ``rounding``."""
     scale = np.ldexp(1.0, np.frexp(np.abs(centered).max())[1])  # exact; squares stay in range
     variances, vectors = np.linalg.eigh((centered / scale).T @ (centered / scale) / len(centered))
-    kept = variances > max(SMALLEST * variances[-1], (rounding / scale) ** 2)
-    if not kept.any():
-        raise ValueError(f"x must hold images that differ within a class, got equal ones in state {stage}")
-    return vectors[:, kept] / np.sqrt(variances[kept]) / scale
+    varying = variances > max(SMALLEST * variances[-1], (rounding / scale) ** 2)
+    if not varying.any():
+        raise ValueError(f"x must hold images that differ within a class, got equal ones in state {state}")
+    return vectors[:, varying] / np.sqrt(variances[varying]) / scale
 
 
 def _labels(x: Tensor, y: Tensor) -> np.ndarray:

@@ -1,16 +1,16 @@
-"""Statistics of natural scenes: how the brightness of an image varies from a pixel to its neighbors."""
+"""Natural scene statistics: how the brightness of an image varies from a pixel to its neighbors."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from odenets.detection.features.trajectory import Features, Recording, check_images
+from odenets.detection.features.base import Features, check_images
 
-__all__ = ["SceneStatistics", "asymmetric_gaussian", "contrast_normalized", "generalized_gaussian"]
+__all__ = ["NaturalSceneStatistics", "asymmetric_gaussian", "contrast_normalized", "generalized_gaussian"]
 
 SHIFTS = ((0, 1), (1, 0), (1, 1), (-1, 1))
 """From a pixel to its horizontal, vertical and two diagonal neighbors."""
@@ -19,8 +19,8 @@ ROUNDING = 1e-9
 """Differences of brightness, in [0, 255], that are rounding: a flat part of an image is flat."""
 
 
-class SceneStatistics(Features):
-    """The 18 statistics of BRISQUE at the scale of the image; the network is not asked.
+class NaturalSceneStatistics(Features):
+    """The 18 statistics of BRISQUE at the scale of the image; the network plays no part.
 
     The mean-subtracted, contrast-normalized brightness m (:func:`contrast_normalized`) gives the shape and variance of
     a generalized Gaussian; its products with the neighbors to the right, below, and on the two diagonals each give the
@@ -33,12 +33,12 @@ class SceneStatistics(Features):
         neural networks with natural scene statistics. IJCNN 2020.
 
     >>> import odenets
-    >>> SceneStatistics()(odenets.models.small_network(depth=1), torch.rand(5, 1, 28, 28)).shape
+    >>> NaturalSceneStatistics()(odenets.models.small_network(depth=1), torch.rand(5, 1, 28, 28)).shape
     torch.Size([5, 18])
     """
 
     @torch.no_grad()
-    def __call__(self, network: Recording, x: Tensor) -> Tensor:
+    def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
         """Statistics of a batch of images ``(B, C, H, W)``, C = 1 or 3, ``(B, 18)`` float32; no gradients pass.
 
         Raises:
@@ -51,7 +51,7 @@ class SceneStatistics(Features):
         return torch.stack(columns, 1).float()
 
     def __repr__(self) -> str:
-        return "SceneStatistics()"
+        return "NaturalSceneStatistics()"
 
 
 def contrast_normalized(brightness: Tensor) -> Tensor:
@@ -77,33 +77,22 @@ def contrast_normalized(brightness: Tensor) -> Tensor:
 
 
 def generalized_gaussian(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape a and variance of the density ``~ exp(-|x / b|^a)``, by its moments (Mittal et al. 2012, eq. 4).
+    """Shape a and variance of the density ``~ exp(-|x / b|^a)``, each ``(B,)``, by the moments of samples ``(B, N)``.
 
-    The shape solves ``(E|x|)^2 / E x^2 = Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a))``, to 0.001 in [0.2, 10]; it is 0.2
-    where all values are 0.
-
-    Args:
-        values: samples, ``(B, N)``.
-
-    Returns:
-        Two tensors ``(B,)``.
+    The shape solves ``(E|x|)^2 / E x^2 = Gamma(2/a)^2 / (Gamma(1/a) Gamma(3/a))`` (Mittal et al. 2012, eq. 4), to 0.001
+    in [0.2, 10]; it is 0.2 where all values are 0.
     """
     variance = values.square().mean(1)
     return _shape(_ratio(values.abs().mean(1).square(), variance)), variance
 
 
 def asymmetric_gaussian(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shape a, mean, left and right variance of a generalized Gaussian with two scales (Mittal et al. 2012, eq. 11).
+    """Shape a, mean, left and right variance of a generalized Gaussian with two scales, of samples ``(B, N)``.
 
-    The left variance s_l^2 is the mean square of the negative values, the right s_r^2 that of the positive ones, 0 if
-    there are none. The shape is found as in :func:`generalized_gaussian`, from the ratio there times ``(s_l^3 + s_r^3)
-    (s_l + s_r) / (s_l^2 + s_r^2)^2``; the mean is ``(s_r - s_l) Gamma(2/a) / sqrt(Gamma(1/a) Gamma(3/a))``.
-
-    Args:
-        values: samples, ``(B, N)``.
-
-    Returns:
-        Four tensors ``(B,)``.
+    Each is ``(B,)`` (Mittal et al. 2012, eq. 11). The left variance s_l^2 is the mean square of the negative values,
+    the right s_r^2 that of the positive ones, 0 if there are none. The shape is that of :func:`generalized_gaussian`,
+    from the ratio there times ``(s_l^3 + s_r^3) (s_l + s_r) / (s_l^2 + s_r^2)^2``; the mean is
+    ``(s_r - s_l) Gamma(2/a) / sqrt(Gamma(1/a) Gamma(3/a))``.
     """
     squares = values.square()
     left, right = (squares.mul(side).sum(1) / side.sum(1).clamp(min=1) for side in (values < 0, values > 0))

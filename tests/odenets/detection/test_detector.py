@@ -32,10 +32,10 @@ def by_class(n=400):
 
 def test_the_general_detector_is_the_classifier():
     X, y = RNG.standard_normal((60, 3)), RNG.integers(2, size=60)
-    found = Detector(random_state=3).fit(X, y)
+    detector = Detector(random_state=3).fit(X, y)
     forest = RandomForestClassifier(random_state=3).fit(X, y)
-    np.testing.assert_allclose(found.predict_proba(X), forest.predict_proba(X))
-    np.testing.assert_array_equal(found.predict(X), forest.predict(X))
+    np.testing.assert_allclose(detector.predict_proba(X), forest.predict_proba(X))
+    np.testing.assert_array_equal(detector.predict(X), forest.predict(X))
 
 
 def test_the_conditional_detector_knows_what_the_general_one_cannot():
@@ -48,12 +48,11 @@ def test_the_conditional_detector_knows_what_the_general_one_cannot():
 
 def test_the_ensemble_detects_what_either_does():
     X, y, predicted = by_class()
-    parts = {
-        mode: Detector(LogisticRegression(), mode=mode).fit(X, y, predicted) for mode in ("general", "conditional")
-    }
-    ensemble = Detector(LogisticRegression(), mode="ensemble").fit(X, y, predicted)
-    found = {mode: detector.predict(X, predicted) for mode, detector in parts.items()}
-    np.testing.assert_array_equal(ensemble.predict(X, predicted), found["general"] | found["conditional"])
+    general, conditional, ensemble = (
+        Detector(LogisticRegression(), mode=mode).fit(X, y, predicted).predict(X, predicted)
+        for mode in ("general", "conditional", "ensemble")
+    )
+    np.testing.assert_array_equal(ensemble, general | conditional)
 
 
 def test_a_class_with_one_side_alone_falls_back_on_the_general_detector():
@@ -70,8 +69,8 @@ def test_a_class_with_one_side_alone_falls_back_on_the_general_detector():
 
 def test_labels_of_any_two_kinds():
     X = np.array([[0.0], [0.1], [1.0], [1.1]])
-    found = Detector(LogisticRegression()).fit(X, ["clean", "clean", "fake", "fake"])
-    assert found.predict([[-3.0], [4.0]]).tolist() == ["clean", "fake"]
+    detector = Detector(LogisticRegression()).fit(X, ["clean", "clean", "fake", "fake"])
+    assert detector.predict([[-3.0], [4.0]]).tolist() == ["clean", "fake"]
 
 
 def routed(mode):

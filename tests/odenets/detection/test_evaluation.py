@@ -1,13 +1,16 @@
-"""Parts that share nothing, and scores beside scikit-learn's and counts by hand."""
+"""Disjoint parts, scores beside scikit-learn's and counts by hand, choices on validation samples."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from odenets.detection import Parts, score, split
+from odenets.detection import Detector, Parts, Samples, choose_and_score, score, split
 
 RNG = np.random.default_rng(0)
 
@@ -47,15 +50,15 @@ def test_parts_that_overlap_are_refused():
 def test_scores():
     clean, adversarial = RNG.standard_normal(300), RNG.standard_normal(200) + 1.5
     successful = RNG.random(200) < 0.5
-    found = score(clean, adversarial, successful=successful)
+    scores = score(clean, adversarial, successful=successful)
     y, all_scores = np.repeat([0, 1], [300, 200]), np.concatenate([clean, adversarial])
-    assert found.accuracy == pytest.approx(accuracy_score(y, all_scores > 0))
-    assert found.auroc == pytest.approx(roc_auc_score(y, all_scores))
-    assert found.detected == (adversarial > 0).mean()
-    assert found.detected_successful == (adversarial[successful] > 0).mean()
-    assert found.false_positives == (clean > 0).mean()
+    assert scores.accuracy == pytest.approx(accuracy_score(y, all_scores > 0))
+    assert scores.auroc == pytest.approx(roc_auc_score(y, all_scores))
+    assert scores.detected == (adversarial > 0).mean()
+    assert scores.detected_successful == (adversarial[successful] > 0).mean()
+    assert scores.false_positives == (clean > 0).mean()
     ninety_five = np.sort(adversarial)[::-1][189]  # 190 of 200 lie at or above it
-    assert found.fpr95 == pytest.approx((clean >= ninety_five).mean())
+    assert scores.fpr95 == pytest.approx((clean >= ninety_five).mean())
     even = np.arange(100)  # tied in pairs, so that the curve is a straight line
     assert score(even, even).fpr95 == pytest.approx(0.95)
 
@@ -64,17 +67,124 @@ def test_without_successful_attacks_there_is_no_rate():
     assert np.isnan(score(np.zeros(3), np.ones(2), successful=np.zeros(2, bool)).detected_successful)
 
 
-def test_scores_are_checked():
-    with pytest.raises(ValueError, match="clean must hold finite scores"):
-        score(np.array([np.nan]), np.ones(2))
-    with pytest.raises(ValueError, match="adversarial must hold finite scores"):
-        score(np.zeros(2), np.array([]))
-    with pytest.raises(ValueError, match="successful must hold one per"):
-        score(np.zeros(2), np.ones(2), successful=np.ones(3, bool))
+@pytest.mark.parametrize(
+    ("clean", "adversarial", "options", "match"),
+    [
+        ([np.nan], [1, 1], {}, "clean must hold finite scores"),
+        ([0, 0], [], {}, "adversarial must hold finite scores"),
+        ([0, 0], [1, 1], {"successful": [True] * 3}, "successful must hold one per"),
+        ([0, 0], [1, 1], {"successful": [3, 5]}, "successful must hold True or False, no indices"),
+        ([0, 0], [1, 1], {"threshold": float("nan")}, "threshold must be finite, got nan"),
+    ],
+)
+def test_scores_are_checked(clean, adversarial, options, match):
+    with pytest.raises(ValueError, match=match):
+        score(clean, adversarial, **options)
 
 
-def test_indices_are_no_mask_and_a_threshold_is_a_number():
-    with pytest.raises(ValueError, match="successful must hold True or False, no indices"):
-        score(np.zeros(3), np.ones(2), successful=np.array([3, 5]))
-    with pytest.raises(ValueError, match="threshold must be finite, got nan"):
-        score(np.zeros(3), np.ones(2), threshold=float("nan"))
+N = 300
+PARTS = split(N, test=0.3, validation=0.3)
+
+
+def samples(shift, seed, candidates=("poor", "good")):
+    rng = np.random.default_rng(seed)
+    scale = {"poor": 0.1, "good": 1.0}
+    X = {name: rng.standard_normal((N, 2)) + scale[name] * shift for name in candidates}
+    return Samples(X, rng.integers(3, size=N), PARTS, rng.random(N) < 0.5)
+
+
+def test_the_better_candidate_is_chosen_and_scored_on_test_samples_alone():
+    clean, seen, unseen = samples(0, 0), samples(3, 1), samples(1.5, 2)
+    choice = choose_and_score(clean, seen, {"seen": seen, "unseen": unseen}, estimator=LogisticRegression())
+    assert choice.candidate == "good"
+    assert choice.scores["seen"].auroc > choice.scores["unseen"].auroc > 0.8
+    assert choice.curves["seen"].shape == (101,)
+    assert np.trapezoid(choice.curves["unseen"], dx=0.01) == pytest.approx(choice.scores["unseen"].auroc, abs=0.02)
+    changed = {name: x.copy() for name, x in seen.X.items()}
+    for x in changed.values():
+        x[PARTS.test.numpy()] = -9  # what is done to the test samples changes no choice
+    again = choose_and_score(clean, replace(seen, X=changed), {"seen": seen}, estimator=LogisticRegression())
+    assert (again.candidate, again.mode, again.validation) == (choice.candidate, choice.mode, choice.validation)
+    assert again.scores["seen"] == choice.scores["seen"]
+
+
+def test_scores_are_those_of_a_classifier_fitted_by_hand():
+    clean, seen = samples(0, 0, ("good",)), samples(1, 1, ("good",))
+    choice = choose_and_score(clean, seen, {"": seen}, modes=["general"], estimator=LogisticRegression())
+    fit, test = PARTS.fit.numpy(), PARTS.test.numpy()
+    X = np.concatenate([clean.X["good"][fit], seen.X["good"][fit]])
+    y = np.repeat([0, 1], len(fit))
+    scores = (
+        LogisticRegression().fit(X, y).decision_function(np.concatenate([clean.X["good"][test], seen.X["good"][test]]))
+    )
+    truth = np.repeat([0, 1], len(test))
+    assert choice.scores[""].auroc == choice.agnostic[""] == pytest.approx(roc_auc_score(truth, scores))
+    assert choice.scores[""].accuracy == pytest.approx(((scores > 0) == truth).mean())
+    assert seen.successful is not None
+    on_successful = scores[len(test) :][seen.successful[test]]
+    assert choice.scores[""].detected_successful == pytest.approx((on_successful > 0).mean())
+
+
+def test_noisy_samples_count_as_clean():
+    """They lie where attacks would be looked for, were it not for their second feature."""
+    clean, seen, noisy = (samples(shift, i, ("good",)) for i, shift in enumerate(np.array([[0, 0], [4, 0], [4, 4]])))
+    noise_aware = choose_and_score(clean, seen, {"": seen}, noisy=noisy)
+    plain = choose_and_score(clean, seen, {"noisy": noisy, "": seen})
+    assert plain.noisy is None
+    assert plain.scores["noisy"].detected > 0.9
+    assert noise_aware.noisy is not None
+    assert noise_aware.noisy < 0.1
+    assert noise_aware.scores[""].detected > 0.9
+
+
+@pytest.mark.parametrize("mode", ["general", "conditional", "ensemble"])
+def test_every_mode_scores_as_a_detector_of_that_mode(mode):
+    clean, seen = samples(0, 0, ("good",)), samples(1, 1, ("good",))
+    choice = choose_and_score(clean, seen, {"": seen}, modes=[mode], seed=5)
+    fit, test = ([sample.part("good", part) for sample in (clean, seen)] for part in ("fit", "test"))
+    y = np.repeat([0, 1], len(PARTS.fit))
+    detector = Detector(mode=mode, random_state=5).fit(
+        np.concatenate([X for X, _ in fit]), y, np.concatenate([predicted for _, predicted in fit])
+    )
+    scores = np.concatenate([detector.decision_function(*part) for part in test])
+    assert choice.mode == mode
+    assert choice.scores[""].auroc == roc_auc_score(np.repeat([0, 1], len(PARTS.test)), scores)
+
+
+def test_the_ensemble_is_fitted_once_for_all_modes(monkeypatch):
+    clean, seen = samples(0, 0), samples(1, 1)
+    fits = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda self, *args: fits.append(1) or fit(self, *args))
+    choose_and_score(clean, seen, {"": seen}, estimator=LogisticRegression())
+    assert len(fits) == 2 * (1 + 3)  # for each candidate a general classifier, and one for each class
+
+
+def test_sets_that_do_not_fit_are_refused():
+    clean = samples(0, 0)
+    with pytest.raises(ValueError, match=r"and no others, got \('general', 'special'\)"):
+        choose_and_score(clean, clean, {}, modes=("general", "special"))
+    with pytest.raises(ValueError, match="modes must hold"):
+        choose_and_score(clean, clean, {}, modes=())
+    with pytest.raises(ValueError, match="seen must have the features of the clean samples, it lacks poor"):
+        choose_and_score(clean, samples(1, 1, ("good",)), {})
+    with pytest.raises(ValueError, match="noisy must have the features"):
+        choose_and_score(clean, clean, {}, noisy=samples(1, 1, ("good",)))
+    with pytest.raises(ValueError, match="X must hold the features of at least one candidate"):
+        replace(clean, X={})
+    with pytest.raises(ValueError, match=r"X\['good'\] must hold one row for each of 300 predicted classes, got 299"):
+        replace(clean, X={"good": clean.X["good"][1:]})
+    with pytest.raises(ValueError, match="successful must hold one row for each"):
+        replace(clean, successful=np.ones(3, dtype=bool))
+    with pytest.raises(ValueError, match="parts must be of the 300 samples, got index 309"):
+        replace(clean, parts=split(310, test=0.3, validation=0.3))
+
+
+def test_copies_of_the_clean_samples_are_cut_as_these():
+    """Otherwise a detector would be tested on images that it was fitted on."""
+    clean, seen = samples(0, 0), samples(1, 1)
+    other = replace(seen, parts=split(N, test=0.3, validation=0.3, seed=1))
+    with pytest.raises(ValueError, match="seen must have the parts of the clean samples"):
+        choose_and_score(clean, other, {"": other})
+    fewer = Samples({name: x[:200] for name, x in seen.X.items()}, seen.predicted[:200], split(200, seed=1))
+    assert choose_and_score(clean, seen, {"": fewer}).scores[""].auroc > 0.5

@@ -20,27 +20,27 @@ def test_check_estimator(side):
 @pytest.mark.parametrize("level", [0.01, 0.05, 0.2])
 def test_the_level_is_the_false_positive_rate(side, level):
     clean, new = RNG.standard_normal((2, 20_000, 3))
-    found = QuantileTest(level, side=side).fit(clean)
-    assert (found.predict(clean) == -1).mean() <= level
-    assert (found.predict(new) == -1).mean() == pytest.approx(level, rel=0.15)
+    test = QuantileTest(level, side=side).fit(clean)
+    assert (test.predict(clean) == -1).mean() <= level
+    assert (test.predict(new) == -1).mean() == pytest.approx(level, rel=0.15)
 
 
 def test_thresholds_are_quantiles_of_the_sum():
     clean = RNG.standard_normal((999, 2))
-    found = QuantileTest(0.1).fit(clean)
+    test = QuantileTest(0.1).fit(clean)
     sums = np.linspace(-3, 3, 500)
-    outlying = found.predict(np.stack([sums, np.zeros(500)], 1)) == -1
+    outlying = test.predict(np.stack([sums, np.zeros(500)], 1)) == -1
     np.testing.assert_allclose(sums[outlying].min(), np.quantile(clean.sum(1), 0.9), atol=0.05)
     assert np.diff(outlying.astype(int)).min() >= 0  # once outlying, always
 
 
 def test_what_is_farther_out_scores_lower():
-    found = QuantileTest().fit(np.arange(100.0)[:, None])
-    scores = found.score_samples([[98.0], [99.0], [100.0], [150.0], [1e6]])
+    test = QuantileTest().fit(np.arange(100.0)[:, None])
+    scores = test.score_samples([[98.0], [99.0], [100.0], [150.0], [1e6]])
     assert (np.diff(scores) < 0).all()
 
 
-def test_too_few_samples_for_a_level_are_told_of():
+def test_too_few_samples_for_a_level_give_a_warning():
     with pytest.warns(UserWarning, match=r"X holds 20 samples, fewer than the 50 that level 0.04 asks for"):
         QuantileTest(0.04, side="both").fit(np.arange(20.0)[:, None])
 
@@ -54,9 +54,9 @@ def test_errors():
 
 @pytest.mark.parametrize("value", [0.0, 1e-300, 5.0, -5.0, 1e300])
 def test_equal_sums_have_finite_scores(value):
-    found = QuantileTest().fit(np.full((40, 1), value))
+    test = QuantileTest().fit(np.full((40, 1), value))
     with np.errstate(all="raise"):
-        scores = found.decision_function(value + np.array([[0.0], [1.0], [2.0]]) * (abs(value) or 1.0))
+        scores = test.decision_function(value + np.array([[0.0], [1.0], [2.0]]) * (abs(value) or 1.0))
     assert np.isfinite(scores).all()
     assert scores[0] >= 0 > scores[1] > scores[2]
 

@@ -1,4 +1,4 @@
-"""What an attack on network and detector starts from, and what it comes to."""
+"""Start and result of an attack on a network and its detector."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.attacks.generation import Attacked
-from odenets.detection.features.trajectory import check_images, in_batches
-from odenets.detection.isolation import Logits
+from odenets.detection.features.base import check_images, in_batches
+from odenets.detection.isolation import Logits, in_float32
 
-__all__ = ["Evasion", "detected_by", "judge", "matching", "starting_points"]
+__all__ = ["Evasion", "Features", "Target", "checked_pool", "detected_by", "judge", "starting_points"]
+
+Features = Callable[[Any, Tensor], Tensor]
+"""Of a network and images ``(B, C, H, W)``, ``(B, F)``: such as :class:`odenets.detection.Features`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evasion:
-    """Images that were to fool a network and its detector, on the CPU.
+    """Result of an attack on a network and its detector, on the CPU.
 
     Attributes:
-        images: final ones, ``(N, C, H, W)`` float32; the start where nothing better was found.
-        wrong: whether the network still misclassifies them, ``(N,)`` bool.
-        detected: whether the detector tells them, ``(N,)`` bool.
-        l2: norm of what separates them from the clean images, ``(N,)`` float32.
+        images: ``(N, C, H, W)`` float32; the start image where no image evades.
+        wrong: whether the network misclassifies them, ``(N,)`` bool.
+        detected: whether the detector detects them, ``(N,)`` bool.
+        l2: norm of their difference from the clean images, ``(N,)`` float32.
     """
 
     images: Tensor
@@ -39,21 +42,35 @@ class Evasion:
 
     @property
     def share(self) -> float:
-        """Share of the detected successful images that were turned into undetected successful ones."""
+        """Share of the start images that evade."""
         return self.evaded.double().mean().item()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A network, features of its inputs and a detector of features ``(B, F)`` on the CPU."""
+
+    network: nn.Module
+    features: Features
+    detector: Callable[[Tensor], Any]
+
+    def features_of(self, x: Tensor) -> Tensor:
+        """Features of a batch of images, ``(B, F)`` float32."""
+        return in_float32(self.network, lambda x: self.features(self.network, x), x).float()
+
+    def detects(self, z: Tensor) -> Tensor:
+        """Whether features are detected, ``(B,)`` bool on the CPU."""
+        return detected_by(self.detector, z.detach().cpu())
+
+    def detects_images(self, x: Tensor) -> Tensor:
+        """Whether images are detected, ``(B,)`` bool on the CPU."""
+        return self.detects(self.features_of(x))
 
 
 def starting_points(
     network: nn.Module, detector: Callable[[Tensor], Any], start: Attacked, images: Tensor, batch_size: int
 ) -> Tensor:
-    """The clean images, once they and the start images have been looked at.
-
-    Args:
-        network: attacked.
-        detector: of images ``(B, C, H, W)``.
-        start: detected successful adversarial images.
-        images: the clean ones, in the same order.
-        batch_size: images at a time.
+    """The clean images, float32 on the CPU, if an attack can begin at the start images.
 
     Raises:
         TypeError, ValueError: clean images outside [0, 1] or not as many as start images, or start images that do not
@@ -69,38 +86,29 @@ def starting_points(
             f"start must hold successful adversarial images, got {int((~start.success).sum())} others: "
             "start.subset(start.success), and the clean images likewise"
         )
-    found = judge(network, detector, start.images, start.labels, images, batch_size)
-    if not found.wrong.all():
+    before = judge(network, detector, start.images, start.labels, images, batch_size)
+    if not before.wrong.all():
         raise ValueError(
-            f"start must hold images that fool this network, got {int((~found.wrong).sum())} that it has right"
+            f"start must hold images that fool this network, got {int((~before.wrong).sum())} that it has right"
         )
-    if found.evaded.any():
+    if before.evaded.any():
         raise ValueError(
-            f"start must hold detected images, got {int(found.evaded.sum())} that the detector does not tell"
+            f"start must hold detected images, got {int(before.evaded.sum())} that the detector does not tell"
         )
     return images
 
 
 def judge(
-    network: nn.Module,
-    detector: Callable[[Tensor], Any],
-    final: Tensor,
-    labels: Tensor,
-    clean: Tensor,
-    batch_size: int,
+    network: nn.Module, detector: Callable[[Tensor], Any], final: Tensor, labels: Tensor, clean: Tensor, batch_size: int
 ) -> Evasion:
-    """What network and detector say of the final images."""
+    """The verdict of network and detector on the final images."""
     predicted = in_batches(Logits(network).predict, network, final, batch_size)
     detected = in_batches(lambda x: detected_by(detector, x), network, final, batch_size)
     return Evasion(final, predicted != labels, detected, (final - clean).flatten(1).norm(dim=1))
 
 
-def matching(pool: Tensor, start: Attacked) -> Tensor:
-    """Further images, float32 on the CPU.
-
-    Raises:
-        TypeError, ValueError: they are outside [0, 1] or not of the shape of the start images.
-    """
+def checked_pool(pool: Tensor, start: Attacked) -> Tensor:
+    """Further images, float32 on the CPU, if they are in [0, 1] and of the shape of the start images."""
     pool = check_images(pool, "pool").detach().float().cpu()
     if pool.shape[1:] != start.images.shape[1:]:
         raise ValueError(f"pool must hold images {tuple(start.images.shape[1:])}, got shape {tuple(pool.shape)}")
@@ -108,16 +116,12 @@ def matching(pool: Tensor, start: Attacked) -> Tensor:
 
 
 def detected_by(detector: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-    """What a detector says of a batch, ``(B,)`` bool.
-
-    Raises:
-        ValueError: it does not say one 0 or 1 of each.
-    """
+    """The answer of a detector for a batch, ``(B,)`` bool, if it is one 0 or 1 for each."""
     with torch.no_grad():
-        said = torch.as_tensor(detector(x))
-    if said.shape != (len(x),) or not ((said == 0) | (said == 1)).all():
+        answer = torch.as_tensor(detector(x))
+    if answer.shape != (len(x),) or not ((answer == 0) | (answer == 1)).all():
         raise ValueError(
-            f"detector must say 0 or 1 of each of {len(x)} samples, got shape {tuple(said.shape)}"
-            + (f" and values such as {said.flatten()[0].item()}" if said.numel() else "")
+            f"detector must say 0 or 1 of each of {len(x)} samples, got shape {tuple(answer.shape)}"
+            + (f" and values such as {answer.flatten()[0].item()}" if answer.numel() else "")
         )
-    return said.bool()
+    return answer.bool()

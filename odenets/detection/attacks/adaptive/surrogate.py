@@ -1,4 +1,4 @@
-"""A differentiable stand-in for a detector that has no gradient, taught by the detector's own scores."""
+"""A differentiable surrogate of a detector that has no gradient, fitted to the detector's scores."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Score", "Surrogate", "agreement", "distill", "scores_of"]
+__all__ = ["Score", "Surrogate", "distill", "scores_of"]
 
 Score = Callable[[np.ndarray], np.ndarray]
-"""A detector: of features ``(N, F)`` scores in [0, 1], ``(N,)``, high where it sees an attack."""
+"""A detector: of features ``(N, F)`` scores in [0, 1], ``(N,)``, high for adversarial ones."""
 
 
 class Surrogate(nn.Module):
-    """A multilayer perceptron on standardized features, whose logit stands for a detector's score.
+    """A multilayer perceptron on standardized features, whose logit approximates that of a detector's score.
 
     Args:
         mean, std: of the features, ``(F,)``; a std of 0 counts as 1.
@@ -51,20 +51,20 @@ def distill(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Surrogate:
-    """Teach a surrogate the scores of a detector.
+    """Fit a surrogate to the scores of a detector.
 
-    It learns, by cross-entropy with the scores, from the given features and from made ones, of which half are given
-    ones with Gaussian noise and half lie between two given ones: a forest can be asked anywhere. The noise of a made
-    one is drawn from [0, ``noise``], so that both the neighborhood of the data and the space around it are seen.
+    It is trained by cross-entropy with the scores, on the features and on synthetic ones, at which a forest has scores
+    too: half of them are features with Gaussian noise, half lie between two features. The size of the noise is drawn
+    from [0, ``noise``], so that both the neighborhood of the data and the space around it are covered.
 
     Args:
         score: the detector.
         features: of clean and of adversarial images, ``(N, F)``.
-        copies: made features per given one.
+        copies: synthetic features per feature.
         noise: largest deviation of the noise, in deviations of each feature.
         hidden: width of the surrogate.
         epochs, learning_rate, batch_size: of Adam, whose rate falls to 0 along a cosine.
-        seed: of draws and initial weights; the random state is left as it was.
+        seed: of draws and initial weights; the random state is restored.
 
     Raises:
         ValueError: numbers out of range, fewer than two features, features or scores that are not finite, or scores
@@ -81,18 +81,18 @@ def distill(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not (noise >= 0 and learning_rate > 0):
         raise ValueError(f"noise must not be negative and learning_rate positive, got {noise} and {learning_rate}")
-    given = np.asarray(features, dtype=np.float32)
-    if given.ndim != 2 or len(given) < 2:
-        raise ValueError(f"features must be (N, F) with N at least 2, got shape {given.shape}")
-    if not np.isfinite(given).all():
+    features = np.asarray(features, dtype=np.float32)
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features must be (N, F) with N at least 2, got shape {features.shape}")
+    if not np.isfinite(features).all():
         raise ValueError("features must be finite, got NaN or infinity")
     draws = np.random.default_rng(seed)
-    made = [given, *(_made(given, noise, draws) for _ in range(copies))]
-    z = torch.from_numpy(np.concatenate(made))
+    synthetic = [_synthetic(features, noise, draws) for _ in range(copies)]
+    z = torch.from_numpy(np.concatenate([features, *synthetic]))
     target = torch.from_numpy(scores_of(score, z.numpy()))
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        mean, std = (torch.from_numpy(each) for each in _moments(given))
+        mean, std = (torch.from_numpy(each) for each in _moments(features))
         surrogate = Surrogate(mean, std, hidden)
         optimizer = torch.optim.Adam(surrogate.parameters(), learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -106,36 +106,25 @@ def distill(
     return surrogate.eval().requires_grad_(False)
 
 
-def agreement(surrogate: Surrogate, score: Score, features: np.ndarray, threshold: float = 0.5) -> float:
-    """Share of features ``(N, F)`` on which surrogate and detector say the same."""
-    z = torch.from_numpy(np.asarray(features, dtype=np.float32)).to(surrogate.mean.device)
-    said = (surrogate(z).sigmoid() > threshold).cpu().numpy()
-    return float((said == (scores_of(score, z.cpu().numpy()) > threshold)).mean())
-
-
 def scores_of(score: Score, features: np.ndarray) -> np.ndarray:
-    """A detector's scores of features ``(N, F)``, ``(N,)`` float32.
-
-    Raises:
-        ValueError: they are not one finite number in [0, 1] each.
-    """
-    found = np.asarray(score(features), dtype=np.float32)
-    if found.shape != (len(features),):
-        raise ValueError(f"score must give one number for each of {len(features)} features, got shape {found.shape}")
-    if not (np.isfinite(found) & (found >= 0) & (found <= 1)).all():
-        raise ValueError(f"score must give numbers in [0, 1], got [{found.min():.3g}, {found.max():.3g}]")
-    return found
+    """A detector's scores of features ``(N, F)``, ``(N,)`` float32, if they are numbers in [0, 1]."""
+    scores = np.asarray(score(features), dtype=np.float32)
+    if scores.shape != (len(features),):
+        raise ValueError(f"score must give one number for each of {len(features)} features, got shape {scores.shape}")
+    if not (np.isfinite(scores) & (scores >= 0) & (scores <= 1)).all():
+        raise ValueError(f"score must give numbers in [0, 1], got [{scores.min():.3g}, {scores.max():.3g}]")
+    return scores
 
 
-def _moments(given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations, ``(F,)`` float64; a deviation that is rounding counts as 0."""
-    mean, std = given.mean(0, dtype=np.float64), given.std(0, dtype=np.float64)
+    mean, std = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     return mean, np.where(std > np.finfo(np.float32).eps * np.abs(mean), std, 0)
 
 
-def _made(given: np.ndarray, noise: float, draws: np.random.Generator) -> np.ndarray:
+def _synthetic(features: np.ndarray, noise: float, draws: np.random.Generator) -> np.ndarray:
     """As many features, half of them noisy ones and half between two."""
-    size = (len(given), 1)
-    noisy = given + draws.uniform(0, noise, size) * _moments(given)[1] * draws.standard_normal(given.shape)
-    between = given + draws.uniform(0, 1, size) * (given[draws.permutation(len(given))] - given)
+    size = (len(features), 1)
+    noisy = features + draws.uniform(0, noise, size) * _moments(features)[1] * draws.standard_normal(features.shape)
+    between = features + draws.uniform(0, 1, size) * (features[draws.permutation(len(features))] - features)
     return np.where(draws.uniform(size=size) < 0.5, noisy, between).astype(np.float32)

@@ -1,38 +1,88 @@
-"""A stronger adaptive attack than the thesis tried: gradients through the network and a surrogate of the detector."""
+"""A stronger adaptive attack than those of [K24]: gradients through the network and a surrogate of the detector."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from odenets.detection.attacks.adaptive.evasion import Evasion, judge, starting_points
+from odenets.detection.attacks.adaptive.evasion import Evasion, Features, Target, judge, starting_points
 from odenets.detection.attacks.adaptive.surrogate import Score, Surrogate, scores_of
 from odenets.detection.attacks.generation import Attacked
-from odenets.detection.isolation import Logits, frozen, in_float32
+from odenets.detection.attacks.progress import with_progress
+from odenets.detection.isolation import Logits, frozen
 from odenets.modes import device_of
 
-__all__ = ["surrogate_attack"]
+__all__ = ["ProjectedDescent", "surrogate_attack"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedDescent:
+    """Projected gradient descent in a ball about the clean image.
+
+    Attributes:
+        eps: radius of the ball.
+        norm: "inf" or 2, of the ball and of the steps.
+        steps: for each weight.
+        step_size: 2.5 eps / steps if None.
+        weights: of the surrogate, one descent for each.
+        confidence: margin of logits beyond which the network counts as fooled and only the detector matters.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    eps: float = 0.03
+    norm: str | int = "inf"
+    steps: int = 100
+    step_size: float | None = None
+    weights: Sequence[float] = (0.1, 1.0, 10.0)
+    confidence: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("inf", 2):
+            raise ValueError(f"norm must be 'inf' or 2, got {self.norm!r}")
+        if not self.eps > 0 or self.steps < 1 or not self.weights:
+            raise ValueError(
+                "eps must be positive, steps at least 1 and weights not empty, "
+                f"got {self.eps}, {self.steps}, {self.weights}"
+            )
+        if self.norm == "inf" and self.eps > 1:
+            raise ValueError(f"eps must be at most 1, in units of pixels in [0, 1], got {self.eps}")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size must be positive, got {self.step_size}")
+
+    def step(self, x: Tensor, gradient: Tensor, clean: Tensor) -> Tensor:
+        """One step of steepest descent in the norm, projected."""
+        size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        if self.norm == "inf":
+            direction = gradient.sign()
+        else:
+            direction = gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
+        return self.project(x - size * direction, clean)
+
+    def project(self, x: Tensor, clean: Tensor) -> Tensor:
+        """Images in the ball about the clean ones and in [0, 1]."""
+        moved = x - clean
+        if self.norm == "inf":
+            moved = moved.clamp(-self.eps, self.eps)
+        else:
+            moved = moved * (self.eps / moved.flatten(1).norm(dim=1).clamp(min=self.eps))[:, None, None, None]
+        return (clean + moved).clamp(0, 1)
 
 
 def surrogate_attack(
     network: nn.Module,
-    features: Callable[[Any, Tensor], Tensor],
+    features: Features,
     score: Score,
     surrogate: Surrogate,
     start: Attacked,
     images: Tensor,
     *,
-    eps: float = 0.03,
-    norm: str | int = "inf",
-    steps: int = 100,
-    step_size: float | None = None,
-    weights: Sequence[float] = (0.1, 1.0, 10.0),
-    confidence: float = 1.0,
+    descent: ProjectedDescent | None = None,
     threshold: float = 0.5,
     batch_size: int = 128,
     progress: str | None = None,
@@ -43,101 +93,65 @@ def surrogate_attack(
 
         max(N_y - max over j != y of N_j, -confidence) + weight * s(D(x*))
 
-    from the start image, brought into the ball, for each of the weights. The real detector is asked of every iterate,
-    and of those that fool it and the network the nearest to the clean image in L2 is kept; where there is none, the
-    start image, which may lie outside the ball.
+    from the start image, projected into the ball, for each of the weights. Every iterate is checked by the real
+    detector; the result is, of those that evade it and fool the network, the nearest to the clean image in L2. If there
+    is none, it is the start image, which may lie outside the ball.
 
     Args:
         network: from pixels in [0, 1] to logits.
         features: of network and images, ``(B, F)``, differentiable.
         score: the detector: of features ``(N, F)`` as an array, scores in [0, 1].
         surrogate: of the detector, from :func:`~odenets.detection.attacks.adaptive.surrogate.distill`.
-        start: successful adversarial images that are detected.
-        images: the clean images of these, ``(N, C, H, W)``.
-        eps: radius of the ball.
-        norm: "inf" or 2, of the ball and of the steps.
-        steps: for each weight.
-        step_size: 2.5 eps / steps if not given.
-        weights: of the surrogate.
-        confidence: margin of logits beyond which the network counts as fooled and only the detector matters.
+        start, images, progress: as for :func:`~odenets.detection.attacks.adaptive.black_box`.
+        descent: ball, steps and weights.
         threshold: score above which the detector detects.
         batch_size: images at a time.
-        progress: label of a progress bar over batches; none without it.
 
     Raises:
         TypeError, ValueError: arguments that are not as described.
 
     References:
-        Section 5.4.5 on the choice of a differentiable term for the detector. Tramer, Carlini, Brendel, Madry. On
-        adaptive attacks to adversarial example defenses. NeurIPS 2020.
+        [K24, section 5.4.5] on the choice of a differentiable term for the detector. Tramer, Carlini, Brendel, Madry.
+        On adaptive attacks to adversarial example defenses. NeurIPS 2020.
     """
-    if norm not in ("inf", 2):
-        raise ValueError(f"norm must be 'inf' or 2, got {norm!r}")
-    if not eps > 0 or steps < 1 or not weights:
-        raise ValueError(f"eps must be positive, steps at least 1 and weights not empty, got {eps}, {steps}, {weights}")
-    if norm == "inf" and eps > 1:
-        raise ValueError(f"eps must be at most 1, in units of pixels in [0, 1], got {eps}")
-    if step_size is not None and not step_size > 0:
-        raise ValueError(f"step_size must be positive, got {step_size}")
-    stride = 2.5 * eps / steps if step_size is None else step_size
+    descent = descent or ProjectedDescent()
 
-    def detects(z: Tensor) -> Tensor:
-        return torch.from_numpy(scores_of(score, z.detach().cpu().numpy()) > threshold)
-
-    def features_of(x: Tensor) -> Tensor:
-        return in_float32(network, lambda x: features(network, x), x).float()
-
-    def of_images(x: Tensor) -> Tensor:
-        return detects(features_of(x))
+    def detector(z: Tensor) -> Tensor:
+        return torch.from_numpy(scores_of(score, z.numpy()) > threshold)
 
     device = device_of(network)
     with frozen(network) as network:
-        logits_of = Logits(network)
-        stand_in = copy.deepcopy(surrogate).to(device).eval().requires_grad_(False)
-        images = starting_points(network, of_images, start, images, batch_size)
+        target = Target(network, features, detector)
+        images = starting_points(network, target.detects_images, start, images, batch_size)
+        frozen_surrogate = copy.deepcopy(surrogate).to(device).eval().requires_grad_(False)
         final = start.images.clone()
-        parts = torch.arange(len(start)).split(batch_size)
-        for index in tqdm(parts, desc=progress, disable=progress is None, unit="batch", leave=False):
-            clean, y = images[index].to(device), start.labels[index].to(device)
-            nearest = torch.full((len(index),), torch.inf, device=device)
-            best = start.images[index].to(device)
-            for weight in weights:
-                x = _project(start.images[index].to(device), clean, eps, norm)
-                for _ in range(steps + 1):
-                    x.requires_grad_()
-                    logits, z = logits_of(x), features_of(x)
-                    with torch.no_grad():
-                        distance = (x - clean).flatten(1).norm(dim=1)
-                        fools = (logits.argmax(1) != y) & ~detects(z).to(device) & (distance < nearest)
-                        nearest = torch.where(fools, distance, nearest)
-                        best = torch.where(fools[:, None, None, None], x, best)
-                    margin = logits.gather(1, y[:, None])[:, 0] - _without(logits, y).amax(1)
-                    loss = margin.clamp(min=-confidence) + weight * stand_in(z)
-                    (gradient,) = torch.autograd.grad(loss.sum(), x)
-                    if not gradient.isfinite().all():
-                        raise ValueError("features and network must have finite gradients, got NaN or infinity")
-                    x = _project(x.detach() - stride * _direction(gradient, norm), clean, eps, norm)
-            final[index] = best.cpu()
-        return judge(network, of_images, final, start.labels, images, batch_size)
+        for index in with_progress(torch.arange(len(start)).split(batch_size), progress, "batch"):
+            batch = (part[index].to(device) for part in (start.images, images, start.labels))
+            final[index] = _descend(target, frozen_surrogate, descent, *batch).cpu()
+        return judge(network, target.detects_images, final, start.labels, images, batch_size)
 
 
-def _without(logits: Tensor, y: Tensor) -> Tensor:
-    """Logits with those of the labels at minus infinity."""
-    return logits.scatter(1, y[:, None], -torch.inf)
-
-
-def _direction(gradient: Tensor, norm: str | int) -> Tensor:
-    """Of steepest ascent in the norm."""
-    if norm == "inf":
-        return gradient.sign()
-    return gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]
-
-
-def _project(x: Tensor, clean: Tensor, eps: float, norm: str | int) -> Tensor:
-    """Into the ball about the clean images and into [0, 1], which contains them."""
-    moved = x - clean
-    if norm == "inf":
-        moved = moved.clamp(-eps, eps)
-    else:
-        moved = moved * (eps / moved.flatten(1).norm(dim=1).clamp(min=eps))[:, None, None, None]
-    return (clean + moved).clamp(0, 1)
+def _descend(
+    target: Target, surrogate: Surrogate, descent: ProjectedDescent, start: Tensor, clean: Tensor, y: Tensor
+) -> Tensor:
+    """For each image the nearest to the clean one that evades, of all iterates; the start image if none does."""
+    logits_of = Logits(target.network)
+    best, nearest = start, torch.full((len(start),), torch.inf, device=start.device)
+    for weight in descent.weights:
+        x = descent.project(start, clean)
+        for _ in range(descent.steps + 1):
+            x.requires_grad_()
+            logits, z = logits_of(x), target.features_of(x)
+            with torch.no_grad():
+                distance = (x - clean).flatten(1).norm(dim=1)
+                evades = (logits.argmax(1) != y) & ~target.detects(z).to(x.device) & (distance < nearest)
+                nearest = torch.where(evades, distance, nearest)
+                best = torch.where(evades[:, None, None, None], x, best)
+            others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+            margin = logits.gather(1, y[:, None])[:, 0] - others
+            loss = margin.clamp(min=-descent.confidence) + weight * surrogate(z)
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            if not gradient.isfinite().all():
+                raise ValueError("features and network must have finite gradients, got NaN or infinity")
+            x = descent.step(x.detach(), gradient, clean)
+    return best

@@ -11,10 +11,10 @@ network = odenets.models.small_network(depth=1)
 @pytest.mark.parametrize(("part", "values"), [("magnitude", np.abs), ("phase", np.angle)])
 def test_spectrum_is_that_of_numpy(part, values):
     x = torch.rand(4, 3, 7, 9, dtype=torch.float64)
-    found = FourierSpectrum(part)(network, x)
-    assert found.dtype == torch.float32
-    assert found.shape == (4, 3 * 7 * 9)
-    np.testing.assert_allclose(found, values(np.fft.fft2(x.numpy())).reshape(4, -1), rtol=1e-5, atol=1e-5)
+    spectrum = FourierSpectrum(part)(network, x)
+    assert spectrum.dtype == torch.float32
+    assert spectrum.shape == (4, 3 * 7 * 9)
+    np.testing.assert_allclose(spectrum, values(np.fft.fft2(x.numpy())).reshape(4, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_parseval():
@@ -42,17 +42,16 @@ def test_magnitude_and_phase_give_the_image_back():
 @pytest.mark.parametrize("gray", [0.0, 0.3, 1.0])
 def test_flat_images_are_finite_and_so_are_their_gradients(part, gray):
     x = torch.full((2, 1, 8, 8), gray, requires_grad=True)
-    found = FourierSpectrum(part)(network, x)
-    assert found.isfinite().all()
-    assert torch.autograd.grad(found.sum(), x)[0].isfinite().all()
+    spectrum = FourierSpectrum(part)(network, x)
+    assert spectrum.isfinite().all()
+    assert torch.autograd.grad(spectrum.sum(), x)[0].isfinite().all()
 
 
-def test_the_network_is_not_asked():
+def test_the_network_plays_no_part():
     features = FourierSpectrum("phase")
     assert features.fit(network, torch.rand(2, 1, 8, 8), torch.arange(2)) is features
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(features(network, x), features(odenets.Flow(), x))
-    assert repr(features) == "FourierSpectrum('phase')"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
-from torchvision.models import resnet18
 
-import odenets
 from odenets import models
-from odenets.detection.features.feature_maps import stage_states
+from odenets.detection import in_batches
+from odenets.detection.features.feature_maps import feature_maps_of
 from odenets.detection.features.lid import LARGEST, LID, local_dimension
-from odenets.detection.features.trajectory import in_batches
 
 
 def network():
@@ -28,9 +26,9 @@ def ball(n, dimension):
 @pytest.mark.parametrize("dimension", [1, 2, 5, 20])
 def test_dimension_of_a_ball(dimension):
     center, k = torch.zeros(1, dimension), 100
-    found = torch.cat([local_dimension(center, ball(1000, dimension), k) for _ in range(40)])
+    dimensions = torch.cat([local_dimension(center, ball(1000, dimension), k) for _ in range(40)])
     # -log(r_i / r_k) are exponential variables of mean 1/d for i < k, and 0 for i = k
-    assert (1 / found).mean().item() * k / (k - 1) == pytest.approx(1 / dimension, rel=0.06)
+    assert (1 / dimensions).mean().item() * k / (k - 1) == pytest.approx(1 / dimension, rel=0.06)
 
 
 def test_dimension_is_that_of_the_subspace_and_not_of_the_space_around():
@@ -69,9 +67,9 @@ def test_fewer_neighbors_than_k_all_count():
 )
 def test_equal_distances_give_a_finite_number(near):
     point = torch.zeros(1, 2, requires_grad=True)
-    found = local_dimension(point, near, 2)
-    assert found.item() == pytest.approx(LARGEST)
-    (gradient,) = torch.autograd.grad(found.sum(), point)
+    dimensions = local_dimension(point, near, 2)
+    assert dimensions.item() == pytest.approx(LARGEST)
+    (gradient,) = torch.autograd.grad(dimensions.sum(), point)
     assert gradient.isfinite().all()
 
 
@@ -80,11 +78,11 @@ def test_features_are_dimensions_of_each_state_among_those_of_training_images():
     net, (x, y) = network(), images()
     fitted = LID(k=5, reference=60).fit(net, x, y)  # all images: their order does not matter
     new = torch.rand(4, 1, 8, 8)
-    found = fitted(net, new)
-    assert found.dtype == torch.float32
-    for i, (state, near) in enumerate(zip(stage_states(net, new), stage_states(net, x), strict=True)):
+    dimensions = fitted(net, new)
+    assert dimensions.dtype == torch.float32
+    for i, (state, near) in enumerate(zip(feature_maps_of(net, new), feature_maps_of(net, x), strict=True)):
         expected = local_dimension(state.flatten(1), near.flatten(1), 5)
-        torch.testing.assert_close(found[:, i].double(), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(dimensions[:, i].double(), expected, rtol=1e-4, atol=0)
 
 
 @torch.no_grad()
@@ -154,15 +152,6 @@ def test_gradient_is_that_of_differences():
     assert torch.autograd.gradcheck(lambda x: local_dimension(x, near, 10), x)
 
 
-@torch.no_grad()
-def test_networks_of_torchvision():
-    net, x = odenets.adapt(resnet18().eval()), torch.rand(8, 3, 32, 32)
-    found = LID(k=3, reference=6).fit(net, x[:6], torch.arange(6))(net, x)
-    assert found.shape == (8, 5)
-    assert found.isfinite().all()
-    assert (found > 0).all()
-
-
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -180,7 +169,3 @@ def test_networks_of_torchvision():
 def test_errors(run, message):
     with pytest.raises(ValueError, match=message):
         run(network(), *images())
-
-
-def test_repr():
-    assert repr(LID(k=5)) == "LID(k=5, reference=100, seed=0)"

@@ -3,13 +3,12 @@ import pytest
 import torch
 from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import EmpiricalCovariance
-from torchvision.models import resnet18
 
-import odenets
-from odenets import models
-from odenets.detection.features.feature_maps import pooled, stage_states, stage_values
+from odenets import Flow, Network, models
+from odenets.detection.features.base import in_batches
+from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of, pooled
 from odenets.detection.features.mahalanobis import MAGNITUDES, Mahalanobis
-from odenets.detection.features.trajectory import in_batches
+from tests.odenets.detection.victims import Affine
 
 
 def network():
@@ -40,7 +39,7 @@ def test_confidence_is_that_of_scipy_and_sklearn(images):
     x, y = images
     scores = Mahalanobis().fit(net, x, y)(net, x[:10])
     assert scores.dtype == torch.float32
-    z = stage_values(net, x)[1].double().numpy()
+    z = feature_map_values(net, x)[1].double().numpy()
     means, precision = gaussians(z, y.numpy())
     expected = [-min(mahalanobis(each, mean, precision) ** 2 for mean in means) / 2 for each in z[:10]]
     np.testing.assert_allclose(scores[:, 1], expected, rtol=1e-3)
@@ -53,33 +52,23 @@ def test_confidence_is_that_of_pytorch_ood(relative):
     net = models.points_network(2, 3, depth=2)
     x, y = well_conditioned()
     scores = Mahalanobis(relative=relative).fit(net, x, y)(net, x)
-    for stage, z in enumerate(stage_states(net, x)):
+    for i, z in enumerate(feature_maps_of(net, x)):
         peer = (detector.RMD if relative else detector.Mahalanobis)(None).fit_features(z, y)
         # theirs is a distance, with the sum over the samples instead of the mean, and RMD without the half
         expected = -len(x) * peer.predict_features(z) / (2 if relative else 1)
-        torch.testing.assert_close(scores[:, stage], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(scores[:, i], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_input_step_is_that_of_pytorch_ood(images, stage):
+@pytest.mark.parametrize("i", [0, 1])
+def test_input_step_is_that_of_pytorch_ood(images, i):
     detector = pytest.importorskip("pytorch_ood.detector")
     net, (x, y) = network(), images
     magnitude = 0.002
     scores = Mahalanobis(magnitude=magnitude).fit(net, x, y)(net, x[:8])
-    peer = detector.MahalanobisODIN(lambda x: pooled(stage_states(net, x)[stage]), eps=magnitude)
-    means, precision = gaussians(stage_values(net, x)[stage].double().numpy(), y.numpy())
+    peer = detector.MahalanobisODIN(lambda x: pooled(feature_maps_of(net, x)[i]), eps=magnitude)
+    means, precision = gaussians(feature_map_values(net, x)[i].double().numpy(), y.numpy())
     peer._base.mu, peer._base.precision = torch.tensor(means).float(), torch.tensor(precision).float()
-    torch.testing.assert_close(scores[:, stage], -peer.predict(x[:8]).detach(), rtol=1e-2, atol=1e-2)
-
-
-def test_relative_is_the_difference_to_one_gaussian_of_all(images):
-    net, (x, y) = network(), images
-    fitted = Mahalanobis(relative=True).fit(net, x, y)
-    with torch.no_grad():
-        difference = fitted(net, x[:10])[:, 1] - Mahalanobis().fit(net, x, y)(net, x[:10])[:, 1]
-    z = stage_values(net, x)[1].double().numpy()
-    expected = EmpiricalCovariance().fit(z).mahalanobis(z[:10]) / 2
-    np.testing.assert_allclose(difference, expected, rtol=1e-3)
+    torch.testing.assert_close(scores[:, i], -peer.predict(x[:8]).detach(), rtol=1e-2, atol=1e-2)
 
 
 @torch.no_grad()
@@ -160,14 +149,6 @@ def test_rounding_in_directions_that_do_not_vary_is_left_out():
     torch.testing.assert_close(fitted(net, x)[:, 0].double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
-def test_networks_of_torchvision(images):
-    net, (x, y) = odenets.adapt(resnet18().eval()), images
-    scores = Mahalanobis(magnitude=0.001, relative=True).fit(net, x[:30], y[:30])(net, x[:2])
-    assert scores.shape == (2, 5)
-    assert scores.isfinite().all()
-
-
 def test_labels_may_come_in_any_order(images):
     net, (x, y) = network(), images
     order = torch.randperm(len(x))
@@ -180,6 +161,7 @@ def test_labels_may_come_in_any_order(images):
     ("run", "message"),
     [
         (lambda net, x, y: Mahalanobis(magnitude=-1.0), "magnitude must not be negative, got -1.0"),
+        (lambda net, x, y: Mahalanobis(magnitude=2.0), r"at most 1, in units of pixels in \[0, 1\], got 2.0"),
         (lambda net, x, y: Mahalanobis()(net, x), "before it is called"),
         (lambda net, x, y: Mahalanobis().fit(net, x, y + 1), r"no image of \[0\]"),
         (lambda net, x, y: Mahalanobis().fit(net, x, y - 1), "got -1"),
@@ -240,24 +222,10 @@ def test_a_network_made_in_inference_mode_has_no_input_step(images):
             fitted(net, x[:5])
 
 
-class Scaled(torch.nn.Module):
-    def __init__(self, gain, offset):
-        super().__init__()
-        self.gain, self.offset = gain, offset
-
-    def forward(self, x):
-        return self.gain * x + self.offset
-
-
-class Still(torch.nn.Module):
-    def forward(self, t, x):
-        return torch.zeros_like(x)
-
-
 def on_states(gain, offset):
     """A network whose states are the points, scaled and shifted."""
-    flow = odenets.Flow(Still, solver="euler", h=1.0, depth=1)
-    return odenets.Network(Scaled(gain, offset), flow, torch.nn.Identity())
+    encoder, field = Affine(gain, offset), Affine(0, 0)
+    return Network(encoder, Flow(lambda: field, solver="euler", h=1.0, depth=1), torch.nn.Identity())
 
 
 @torch.no_grad()
@@ -265,11 +233,11 @@ def on_states(gain, offset):
 def test_confidence_has_no_scale(gain):
     x, y = well_conditioned()
     x = x.double()
-    values = stage_fit(gain, 0.0, x, y)
-    torch.testing.assert_close(values, stage_fit(1.0, 0.0, x, y), rtol=1e-5, atol=1e-6)
+    values = relative_confidences(gain, 0.0, x, y)
+    torch.testing.assert_close(values, relative_confidences(1.0, 0.0, x, y), rtol=1e-5, atol=1e-6)
 
 
-def stage_fit(gain, offset, x, y):
+def relative_confidences(gain, offset, x, y):
     net = on_states(gain, offset)
     return Mahalanobis(relative=True).fit(net, x, y)(net, x)
 
@@ -279,22 +247,13 @@ def test_rounding_of_constant_states_is_no_variance():
     """0.1 is no binary number: the mean of a class differs from its members in the last digit."""
     x, y = torch.randn(30, 2), torch.arange(30) % 3
     with pytest.raises(ValueError, match="equal ones in state 0"):
-        stage_fit(0.0, 1e6 + 0.1, x, y)
+        relative_confidences(0.0, 1e6 + 0.1, x, y)
     noise = 1e-7 * torch.randn(30, 2)  # below the last digit of a million in single precision
     with pytest.raises(ValueError, match="equal ones in state 0"):
-        stage_fit(1.0, 1e6 + 0.1, noise, y)
+        relative_confidences(1.0, 1e6 + 0.1, noise, y)
 
 
 @torch.no_grad()
 def test_labels_of_bytes_count_to_255():
     x, y = torch.randn(512, 2), (torch.arange(512) % 256).to(torch.uint8)
     assert len(Mahalanobis().fit(on_states(1.0, 0.0), x, y).means[0]) == 256
-
-
-def test_a_step_larger_than_all_pixels_is_refused():
-    with pytest.raises(ValueError, match=r"magnitude must be at most 1, in units of pixels in \[0, 1\], got 2.0"):
-        Mahalanobis(magnitude=2.0)
-
-
-def test_repr():
-    assert repr(Mahalanobis(magnitude=0.002, relative=True)) == "Mahalanobis(magnitude=0.002, relative=True)"

@@ -1,8 +1,5 @@
-"""Features of trajectories against eq. 34 written out."""
+"""Features of trajectories against [K24, eq. 34] written out."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,24 +7,14 @@ from torchvision.models import resnet18
 
 import odenets
 from odenets import Flow, Network, measures, models
-from odenets.detection.features.trajectory import Trajectory, check_images, in_batches
+from odenets.detection import Trajectory
+from tests.odenets.detection.victims import Affine
 
 X = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Known(nn.Module):
-    """v = a x + b."""
-
-    def __init__(self, a, b):
-        super().__init__()
-        self.a, self.b = a, b
-
-    def forward(self, t, x):
-        return self.a * x + self.b
-
-
 def written_out(residues):
-    """Eq. 34: first the mean squares of all blocks, then their cosines with the ones."""
+    """[K24, eq. 34]: first the mean squares of all blocks, then their cosines with the ones."""
     flat = [r.flatten(1) for r in residues]
     squares = [r.square().mean(1) for r in flat]
     cosines = [torch.cosine_similarity(r, torch.ones_like(r), dim=1) for r in flat]
@@ -35,7 +22,7 @@ def written_out(residues):
 
 
 def test_features_of_known_residues():
-    fields = iter([Known(0.5, 0.1), Known(-1.0, 0.3)])
+    fields = iter([Affine(0.5, 0.1), Affine(-1.0, 0.3)])
     network = Network(nn.Identity(), Flow(lambda: next(fields), solver="euler", h=1.0, depth=2), nn.Flatten())
     first = 0.5 * X + 0.1
     second = -(X + first) + 0.3
@@ -60,47 +47,43 @@ def test_features_of_the_networks_of_the_thesis(make):
     network = make(classes=10).eval()
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        found = Trajectory()(network, x)
-        torch.testing.assert_close(found, written_out([s.residue for s in network.steps(x)]), rtol=1e-4, atol=1e-6)
-    assert found.shape == (2, {models.resnet110: 108, models.resnext50: 32}[make])
-
-
-def test_a_wide_resnet_has_24_features():
-    network = models.wide_resnet(classes=10)
-    assert len(Trajectory().names(network)) == 24
+        features = Trajectory()(network, x)
+        torch.testing.assert_close(features, written_out([s.residue for s in network.steps(x)]), rtol=1e-4, atol=1e-6)
+    assert features.shape == (2, {models.resnet110: 108, models.resnext50: 32}[make])
+    assert len(Trajectory().names(network)) == features.shape[1]
 
 
 def test_features_of_an_adapted_network():
     network = odenets.adapt(resnet18(num_classes=10).eval())
     x = torch.rand(2, 3, 32, 32)
-    found = Trajectory()(network, x)
-    assert found.shape == (2, 16)
-    torch.testing.assert_close(found, written_out([s.x1 - s.x0 for s in network.steps(x)]), rtol=1e-4, atol=1e-5)
+    features = Trajectory()(network, x)
+    assert features.shape == (2, 16)
+    torch.testing.assert_close(features, written_out([s.x1 - s.x0 for s in network.steps(x)]), rtol=1e-4, atol=1e-5)
     assert Trajectory().names(network)[8] == "cosine 1"
 
 
 def test_further_vectors_are_orthogonal_to_the_ones_and_to_each_other():
     network = models.small_network(solver="euler", h=1.0, depth=2).eval()
-    found = Trajectory(vectors=3)(network, X)
-    assert found.shape == (5, 10)
+    features = Trajectory(vectors=3)(network, X)
+    assert features.shape == (5, 10)
     (r, _) = (s.residue.flatten(1) for s in network.steps(X))
     d, k = r.shape[1], torch.arange(4.0)
     waves = torch.cos(torch.pi * k[:, None] * (torch.arange(d) + 0.5) / d)
     torch.testing.assert_close(waves @ waves.T, torch.diag(waves.square().sum(1)), atol=1e-2, rtol=1e-5)
     expected = torch.cosine_similarity(r[:, None], waves[None, 1:], dim=2)
-    torch.testing.assert_close(found[:, 4::2], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features[:, 4::2], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_further_vectors_hold_in_half_precision():
     """Its sum of squares is beyond a half's largest number."""
-    flow = Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=1)
+    flow = Flow(lambda: Affine(0.5, 0.1), solver="euler", h=1.0, depth=1)
     x = 200 * torch.rand(2, 3, 8, 8)
     expected = Trajectory(vectors=1)(flow, x)
     torch.testing.assert_close(Trajectory(vectors=1)(flow, x.half()).float(), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_vectors_made_in_inference_serve_gradients():
-    flow = Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=1)
+    flow = Flow(lambda: Affine(0.5, 0.1), solver="euler", h=1.0, depth=1)
     x = torch.rand(2, 3, 5, 7, dtype=torch.float64)
     with torch.inference_mode():
         Trajectory(vectors=1)(flow, x)
@@ -113,10 +96,10 @@ def test_output_and_features_come_from_one_pass():
     network = models.small_network(solver="bs23", depth=2).eval()
     calls = []
     network.head.register_forward_hook(lambda *_: calls.append(1))
-    output, found = Trajectory().look(network, X)
+    output, features = Trajectory().output_and_features(network, X)
     assert len(calls) == 1
     assert torch.equal(output, network(X))
-    assert torch.equal(found, Trajectory()(network, X))
+    assert torch.equal(features, Trajectory()(network, X))
 
 
 def test_gradients_pass_through_features():
@@ -125,16 +108,6 @@ def test_gradients_pass_through_features():
     assert torch.autograd.gradcheck(
         lambda x: Trajectory("residue", "cosine", "error")(network, x).double(), x, atol=1e-3
     )
-
-
-def test_in_batches_is_the_whole_in_eval_mode_and_restores_the_modes():
-    network = models.resnet9(1, 10, features=8, size=8, depth=2).train()
-    network.encoder.eval()  # a part that is frozen stays so
-    found = in_batches(lambda x: Trajectory()(network, x), network, X, 2)
-    assert network.training
-    assert network.head.training
-    assert not network.encoder.training
-    torch.testing.assert_close(found, Trajectory()(network.eval(), X).detach())
 
 
 PRECISIONS = [torch.float64, torch.bfloat16, torch.float16]
@@ -172,39 +145,9 @@ class Turning(nn.Module):
 
 
 def test_inputs_of_a_network_with_complex_weights_stay_real():
-    network = Network(Turning(), Flow(lambda: Known(0.5, 0.1), solver="euler", h=1.0, depth=2), nn.Flatten())
+    network = Network(Turning(), Flow(lambda: Affine(0.5, 0.1), solver="euler", h=1.0, depth=2), nn.Flatten())
     assert Trajectory()(network, X).shape == (5, 4)
     assert torch.equal(Trajectory()(network, X.double()), Trajectory()(network, X))
-
-
-class Noisy(nn.Module):
-    """A field that draws in eval mode."""
-
-    def forward(self, t, x):
-        return torch.rand_like(x) * np.random.rand() * random.random()  # noqa: NPY002
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_in_batches_leaves_modes_and_random_states_also_after_an_exception(fails):
-    network = Network(nn.Identity(), Flow(Noisy, solver="euler", h=1.0, depth=1), nn.Flatten()).train()
-    network(X)
-    network.head.eval()
-    modes = [module.training for module in network.modules()]
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
-
-    def call(part):
-        values = Trajectory()(network, part)
-        return values @ torch.zeros(7, 7) if fails else values
-
-    if fails:
-        with pytest.raises(RuntimeError):
-            in_batches(call, network, X, 2)
-    else:
-        assert in_batches(call, network, X, 2).shape == (5, 2)
-    assert [module.training for module in network.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
-    assert random.getstate() == before[2]
 
 
 def test_errors():
@@ -219,19 +162,3 @@ def test_errors():
         Trajectory("error")(network, X)
     with pytest.raises(TypeError, match=r"must record its steps, got Linear: pass odenets.adapt"):
         Trajectory()(nn.Linear(2, 2), X)
-    with pytest.raises(ValueError, match="batch_size be at least 1"):
-        in_batches(network, network, X, 0)
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (torch.full((2, 1, 8, 8), 1.5), r"pixels in \[0, 1\], got \[1.5, 1.5\]: normalize inside"),
-        (torch.full((2, 1, 8, 8), torch.nan), "finite"),
-        (torch.rand(8, 8), "batch"),
-        (torch.ones(2, 1, 8, 8, dtype=torch.long), "floating"),
-    ],
-)
-def test_images_are_checked(images, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        check_images(images)

@@ -1,14 +1,14 @@
+"""Attacks on a network and its detector."""
+
 import copy
 
 import numpy as np
 import pytest
 import torch
 
-from odenets.detection.attacks.adaptive import black_box, feature_attack, surrogate_attack
-from odenets.detection.attacks.adaptive.surrogate import distill
-from odenets.detection.attacks.generation import attack, preset
-from odenets.detection.features.trajectory import Trajectory
-from tests.odenets.detection.victims import detection, digits, features_of, victim
+from odenets.detection import Trajectory, preset, run_attack
+from odenets.detection.attacks.adaptive import ProjectedDescent, black_box, distill, feature_attack, surrogate_attack
+from tests.odenets.detection.victims import detection, digits, features_of, unchanged, victim
 
 HSJ = {"max_iter": 3, "max_eval": 100, "init_eval": 20}
 LIMIT = 0.345
@@ -35,63 +35,63 @@ def too_bright_image(x):
 @pytest.fixture(scope="module")
 def attacked():
     _, test = digits()
-    found = attack(victim(), preset("FGM", eps=0.15), test.x, test.y)
-    index = (found.success & too_bright_image(found.images) & ~too_bright_image(test.x)).nonzero()[:4, 0]
-    return found.subset(index), test.x[index]
+    fgm = run_attack(victim(), preset("FGM", eps=0.15), test.x, test.y)
+    index = (fgm.success & too_bright_image(fgm.images) & ~too_bright_image(test.x)).nonzero()[:4, 0]
+    return fgm.subset(index), test.x[index]
 
 
-def check(found, start, images, detector):
-    """Against network and detector asked here; what did not evade is the start."""
-    predicted = victim()(found.images).argmax(1)
-    assert torch.equal(found.wrong, predicted != start.labels)
-    assert torch.equal(found.detected, detector(found.images))
-    assert torch.equal(found.evaded, (predicted != start.labels) & ~detector(found.images))
-    assert found.share == found.evaded.float().mean()
-    assert torch.equal(found.images[~found.evaded], start.images[~found.evaded])
-    torch.testing.assert_close(found.l2, (found.images - images).flatten(1).norm(dim=1))
-    assert found.images.min() >= 0
-    assert found.images.max() <= 1
+def check(result, start, images, detector):
+    """Against network and detector; what did not evade is the start."""
+    predicted = victim()(result.images).argmax(1)
+    assert torch.equal(result.wrong, predicted != start.labels)
+    assert torch.equal(result.detected, detector(result.images))
+    assert torch.equal(result.evaded, (predicted != start.labels) & ~detector(result.images))
+    assert result.share == result.evaded.float().mean()
+    assert torch.equal(result.images[~result.evaded], start.images[~result.evaded])
+    torch.testing.assert_close(result.l2, (result.images - images).flatten(1).norm(dim=1))
+    assert result.images.min() >= 0
+    assert result.images.max() <= 1
 
 
 def test_the_black_box_is_led_to_the_wrong_class_undetected(attacked):
     start, images = attacked
-    found = black_box(victim(), too_bright_image, start, images, pool=images, **HSJ)
-    check(found, start, images, too_bright_image)
-    assert found.share >= 0.25
+    result = black_box(victim(), too_bright_image, start, images, pool=images, **HSJ)
+    check(result, start, images, too_bright_image)
+    assert result.share >= 0.25
     again = black_box(victim(), too_bright_image, start, images, pool=images, **HSJ)
-    assert torch.equal(found.images, again.images)
+    assert torch.equal(result.images, again.images)
 
 
 def test_hop_skip_jump_comes_nearer_than_the_image_that_it_began_at(attacked):
     """An image of the wrong class that is not detected is among the pool."""
     start, images = attacked
     train, _ = digits()
-    found = black_box(victim(), too_bright_image, start, images, pool=train.x[:300], trials=1, **HSJ)
-    check(found, start, images, too_bright_image)
-    assert found.share == 1
-    predicted, silent = victim()(train.x[:300]).argmax(1), ~too_bright_image(train.x[:300])
+    result = black_box(victim(), too_bright_image, start, images, pool=train.x[:300], trials=1, **HSJ)
+    check(result, start, images, too_bright_image)
+    assert result.share == 1
+    predicted, undetected = victim()(train.x[:300]).argmax(1), ~too_bright_image(train.x[:300])
     for i in range(len(start)):
-        allowed = train.x[:300][silent & (predicted == start.predicted[i])]
+        allowed = train.x[:300][undetected & (predicted == start.predicted[i])]
         begun = (allowed - start.images[i]).flatten(1).norm(dim=1).min()
-        assert (found.images[i] - start.images[i]).norm() < begun
-        assert victim()(found.images[i : i + 1]).argmax() == start.predicted[i]
+        assert (result.images[i] - start.images[i]).norm() < begun
+        assert victim()(result.images[i : i + 1]).argmax() == start.predicted[i]
 
 
-def test_without_a_way_in_the_start_remains(attacked):
+def test_the_start_remains_where_nothing_evades(attacked):
     start, images = attacked
-    found = black_box(victim(), lambda x: torch.ones(len(x)), start, images, trials=5, **HSJ)
-    assert (found.share, found.wrong.all(), found.detected.all()) == (0, True, True)
-    assert torch.equal(found.images, start.images)
-    found = feature_attack(victim(), quadrants, lambda z: torch.ones(len(z)), start, images, **HSJ)
-    assert torch.equal(found.images, start.images)
+    result = black_box(victim(), lambda x: torch.ones(len(x)), start, images, trials=5, **HSJ)
+    assert (result.share, result.wrong.all(), result.detected.all()) == (0, True, True)
+    assert torch.equal(result.images, start.images)
+    result = feature_attack(victim(), quadrants, lambda z: torch.ones(len(z)), start, images, **HSJ)
+    assert torch.equal(result.images, start.images)
 
 
 def test_features_are_matched_and_the_network_stays_fooled(attacked):
     start, images = attacked
     options = {"weights": [(10.0, 0.1)], "rounds": 3, "steps": 8, **HSJ}
-    found = feature_attack(victim(), quadrants, too_bright, start, images, **options)
-    check(found, start, images, too_bright_image)
-    assert found.share >= 0.5
+    result = feature_attack(victim(), quadrants, too_bright, start, images, **options)
+    check(result, start, images, too_bright_image)
+    assert result.share >= 0.5
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("inf", 0.15), (2, 1.0)])
@@ -99,47 +99,35 @@ def test_the_surrogate_leads_past_the_detector_inside_the_ball(attacked, norm, e
     start, images = attacked
     known = np.concatenate([quadrants(None, x).numpy() for x in (images, start.images)])
     surrogate = distill(score, known, copies=20, epochs=30)
-    found = surrogate_attack(
-        victim(), quadrants, score, surrogate, start, images, eps=eps, norm=norm, steps=20, batch_size=3
-    )
-    check(found, start, images, too_bright_image)
-    assert found.share >= 0.75
-    moved = (found.images - images)[found.evaded].flatten(1)
+    descent = ProjectedDescent(eps=eps, norm=norm, steps=20)
+    result = surrogate_attack(victim(), quadrants, score, surrogate, start, images, descent=descent, batch_size=3)
+    check(result, start, images, too_bright_image)
+    assert result.share >= 0.75
+    moved = (result.images - images)[result.evaded].flatten(1)
     assert torch.linalg.vector_norm(moved, float(norm), dim=1).max() <= eps + 1e-5
 
 
 def test_a_forest_on_the_trajectory_is_evaded():
     _, test = digits()
 
-    def said(z):
+    def detects(z):
         return torch.from_numpy(detection().predict(z.numpy())).bool()
 
     def of_image(x):
-        return said(features_of(x))
+        return detects(features_of(x))
 
-    found = attack(victim(), preset("FGM", eps=0.15), test.x, test.y)
-    index = (found.success & of_image(found.images)).nonzero()[:4, 0]
-    start, images = found.subset(index), test.x[index]
+    fgm = run_attack(victim(), preset("FGM", eps=0.15), test.x, test.y)
+    index = (fgm.success & of_image(fgm.images)).nonzero()[:4, 0]
+    start, images = fgm.subset(index), test.x[index]
     chances = lambda z: detection().predict_proba(z)[:, 1]  # noqa: E731
-    surrogate = distill(chances, features_of(torch.cat([found.images, test.x])).numpy(), copies=2, epochs=15)
-    found = surrogate_attack(victim(), Trajectory(), chances, surrogate, start, images, eps=0.15, steps=20)
-    check(found, start, images, of_image)
-    assert found.share >= 0.5
+    surrogate = distill(chances, features_of(torch.cat([fgm.images, test.x])).numpy(), copies=2, epochs=15)
+    descent = ProjectedDescent(eps=0.15, steps=20)
+    result = surrogate_attack(victim(), Trajectory(), chances, surrogate, start, images, descent=descent)
+    check(result, start, images, of_image)
+    assert result.share >= 0.5
 
 
-def test_nothing_is_left_on_network_and_surrogate(attacked):
-    start, images = attacked
-    network = victim()
-    mode = network.training
-    surrogate = distill(score, quadrants(None, images).numpy(), copies=1, epochs=1).train()
-    surrogate_attack(network, quadrants, score, surrogate, start, images, steps=1, weights=[1.0])
-    feature_attack(network, quadrants, too_bright, start, images, weights=[(1.0, 1.0)], rounds=1, steps=1, **HSJ)
-    assert network.training == mode
-    assert surrogate.training
-    assert all(p.grad is None and p.requires_grad for p in network.parameters())
-
-
-def test_starts_and_detectors_are_looked_at(attacked):
+def test_starts_and_detectors_are_checked(attacked):
     start, images = attacked
     with pytest.raises(ValueError, match=r"images must be the clean ones of start, \(4, 1, 8, 8\), got shape \(3"):
         black_box(victim(), too_bright_image, start, images[:3])
@@ -160,14 +148,9 @@ def test_starts_and_detectors_are_looked_at(attacked):
     with pytest.raises(ValueError, match=r"rounds and steps must be at least 1 and weights not empty, got 0"):
         feature_attack(victim(), quadrants, too_bright, start, images, rounds=0)
     _, test = digits()
-    everything = attack(victim(), preset("FGM", eps=0.01), test.x[:20], test.y[:20])
+    everything = run_attack(victim(), preset("FGM", eps=0.01), test.x[:20], test.y[:20])
     with pytest.raises(ValueError, match=r"start must hold successful adversarial images, got \d+ others"):
         black_box(victim(), too_bright_image, everything, test.x[:20])
-    surrogate = distill(score, quadrants(None, images).numpy(), copies=1, epochs=1)
-    with pytest.raises(ValueError, match="norm must be 'inf' or 2, got 1"):
-        surrogate_attack(victim(), quadrants, score, surrogate, start, images, norm=1)
-    with pytest.raises(ValueError, match="eps must be positive, steps at least 1 and weights not empty, got 0"):
-        surrogate_attack(victim(), quadrants, score, surrogate, start, images, eps=0)
 
 
 # -- precision, modes of the caller, traces ---------------------------------------------------------------------------
@@ -182,7 +165,7 @@ def attacks_on(network):
             network, quadrants, too_bright, start, x, weights=[(1.0, 1.0)], rounds=1, steps=2, **HSJ
         ),
         "surrogate": lambda start, x: surrogate_attack(
-            network, quadrants, score, surrogate, start, x, eps=0.15, steps=3, weights=[1.0]
+            network, quadrants, score, surrogate, start, x, descent=ProjectedDescent(eps=0.15, steps=3, weights=[1.0])
         ),
     }
 
@@ -216,15 +199,11 @@ def test_the_mode_of_the_caller_does_not_matter(attacked, name, mode):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_states_and_modes_are_as_they_were(attacked, name):
+def test_network_and_random_states_are_restored(attacked, name):
     network = copy.deepcopy(victim()).train()
     network.head.eval()
-    modes = [module.training for module in network.modules()]
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    attacks_on(network)[name](*attacked)
-    assert [module.training for module in network.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    with unchanged(network):
+        attacks_on(network)[name](*attacked)
 
 
 def test_a_network_of_the_features_gets_no_gradients(attacked):
@@ -249,18 +228,21 @@ def test_a_gradient_that_is_not_finite_is_no_attack(attacked):
 
     surrogate = distill(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
     with pytest.raises(ValueError, match="features and network must have finite gradients"):
-        surrogate_attack(victim(), rooted, score, surrogate, start, images, steps=1)
+        surrogate_attack(victim(), rooted, score, surrogate, start, images, descent=ProjectedDescent(steps=1))
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"eps": 8.0}, "eps must be at most 1, in units of pixels"), ({"step_size": 0.0}, "step_size must be positive")],
+    [
+        ({"eps": 8.0}, "eps must be at most 1, in units of pixels"),
+        ({"eps": 0}, "eps must be positive, steps at least 1 and weights not empty, got 0"),
+        ({"norm": 1}, "norm must be 'inf' or 2, got 1"),
+        ({"step_size": 0.0}, "step_size must be positive"),
+    ],
 )
-def test_sizes_are_looked_at(attacked, options, match):
-    start, images = attacked
-    surrogate = distill(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+def test_settings_of_the_descent_are_checked(options, match):
     with pytest.raises(ValueError, match=match):
-        surrogate_attack(victim(), quadrants, score, surrogate, start, images, **options)
+        ProjectedDescent(**options)
 
 
 def test_features_that_are_not_finite_or_do_not_vary(attacked):

@@ -1,0 +1,78 @@
+"""Features of inputs: what all kinds share, and how they are read off many images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from odenets.detection.isolation import keeping_random_states, to_network
+from odenets.modes import device_of, evaluating
+
+__all__ = ["Features", "check_images", "in_batches"]
+
+
+class Features:
+    """Numbers read off images, or off the path that images take through a network; a base class for kinds of one's own.
+
+    A kind defines :meth:`__call__`, and :meth:`fit` if it needs statistics of training images.
+    """
+
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Self:
+        """Take statistics of the images ``(N, C, H, W)`` that the network was trained on, with their labels.
+
+        Features that need none do nothing.
+        """
+        return self
+
+    def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Features of a batch, ``(B, F)``, float32 or wider; gradients pass where the features are differentiable."""
+        raise NotImplementedError
+
+    def output_and_features(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's output and the features of a batch, in one pass where that is possible."""
+        return network(to_network(network, x)), self(network, x)
+
+
+@torch.no_grad()
+def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
+    """``call`` of all inputs, a batch at a time, in eval mode and on the network's device, ``(N, ...)`` on the CPU.
+
+    Args:
+        call: function of a batch.
+        network: its modes are restored, and so are the random states, from which it may draw.
+        x: inputs, ``(N, ...)``.
+
+    Raises:
+        ValueError: no inputs, or batch_size below 1.
+    """
+    if len(x) == 0 or batch_size < 1:
+        raise ValueError(f"x must hold inputs and batch_size be at least 1, got {len(x)} and {batch_size}")
+    device = device_of(network, x.device)
+    with evaluating(network), keeping_random_states(device):
+        return torch.cat([call(part.to(device)).cpu() for part in x.split(batch_size)])
+
+
+def check_images(x: Tensor, name: str = "images") -> Tensor:
+    """Images ``(N, C, H, W)``, pixels in [0, 1].
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        remedy = ": divide bytes by 255" if kind == torch.uint8 else ""
+        raise TypeError(f"{name} must be a floating tensor (N, C, H, W) of pixels in [0, 1], got {kind}{remedy}")
+    if x.ndim != 4 or len(x) == 0:
+        raise ValueError(f"{name} must be a batch (N, C, H, W), not empty, got shape {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    low, high = x.min().item(), x.max().item()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{name} must have pixels in [0, 1], got [{low:.3g}, {high:.3g}]: normalize inside the network "
+            "(models.Normalize), and divide what is in [0, 255] by 255"
+        )
+    return x

@@ -1,0 +1,56 @@
+"""Attacks of ART."""
+
+import numpy as np
+from torch import nn
+
+from odenets.detection import Attack, run_attack
+from odenets.detection.attacks import art
+from tests.odenets.detection.victims import victim
+
+
+def test_hop_skip_jump_ends_where_rounding_lets_no_step_succeed():
+    """The first point is adversarial until ART has taken it, and then nothing is: ART would halve without end."""
+    first = np.ones((1, 2, 2), dtype=np.float32)
+    queries = []
+
+    def adversarial(points):
+        queries.append(1)
+        return np.full(len(points), len(queries) <= 3 and np.array_equal(points[0], first))
+
+    settings = {"max_iter": 2, "max_eval": 10, "init_eval": 10}
+    point = art.decision_attack("HSJ", settings, adversarial, np.zeros_like(first), [first])
+    assert np.array_equal(point, first)
+
+
+def test_without_a_first_adversarial_point_there_is_no_result():
+    def never(points):
+        return np.zeros(len(points), dtype=bool)
+
+    assert art.decision_attack("BA", {}, never, np.zeros((1, 2, 2)), [np.ones((1, 2, 2))]) is None
+
+
+def test_art_and_the_preset_agree_on_what_autoattack_is_made_of(batch):
+    """As the docstring says: two Auto-PGDs without targets, DeepFool in L2 in the place of FAB, Square."""
+    library = art.load_art()
+    estimator = library.estimators.classification.PyTorchClassifier(
+        victim(),
+        loss=nn.CrossEntropyLoss(),
+        input_shape=(1, 8, 8),
+        nb_classes=10,
+        clip_values=(0, 1),
+        device_type="cpu",
+    )
+    parts = library.attacks.evasion.AutoAttack(estimator).attacks
+    names = [type(part).__name__ for part in parts]
+    assert names == ["AutoProjectedGradientDescent", "AutoProjectedGradientDescent", "DeepFool", "SquareAttack"]
+    assert [part.loss_type for part in parts[:2]] == ["cross_entropy", "difference_logits_ratio"]
+    assert [(part.targeted, part.nb_random_init, part.max_iter) for part in parts[:2]] == [(False, 5, 100)] * 2
+    assert (parts[2].epsilon, parts[3].nb_restarts) == (1e-3, 5)
+
+
+def test_another_attack_of_art_needs_its_class_and_settings(batch, monkeypatch):
+    monkeypatch.setitem(art.CLASSES, "PGD", "ProjectedGradientDescent")
+    settings = (("eps", 0.2), ("eps_step", 0.05), ("max_iter", 5))
+    result = run_attack(victim(), Attack("PGD", settings), *batch)
+    assert result.linf.max() <= 0.2 + 1e-6
+    assert result.success_rate > 0.5

@@ -1,0 +1,111 @@
+"""Adversarial images of a network."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from odenets.detection import PRESETS, Attacked, preset, run_attack
+from tests.odenets.detection.victims import SHORT, same, victim
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [0.03, 0.2])
+def test_fgm_is_one_step_along_the_sign_of_the_gradient(batch, eps, dtype):
+    x, y = batch
+    network = copy.deepcopy(victim()).to(dtype)
+    moving = x.to(dtype).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(network(moving), y, reduction="sum"), moving)
+    result = run_attack(network, preset("FGM", eps=eps), x, y, batch_size=5)
+    clear = gradient.abs() > 1e-5 * gradient.abs().max()
+    torch.testing.assert_close(result.images[clear], (x + eps * gradient.sign().float()).clamp(0, 1)[clear])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(PRESETS, [torch.float32, torch.bfloat16]),
+        *itertools.product(["FGM", "APGD", "DF", "BA"], [torch.float64, torch.float16]),
+    ],
+)
+def test_every_preset_attacks_networks_of_any_precision_in_float32(batch, name, dtype):
+    x, y = batch[0][:8], batch[1][:8]
+    network = copy.deepcopy(victim()).to(dtype)
+    result = run_attack(network, preset(name, **SHORT[name]), x.to(dtype), y.int(), batch_size=8)
+    assert result.images.dtype == result.l2.dtype == torch.float32
+    assert result.images.shape == x.shape
+    assert 0 <= result.images.min() <= result.images.max() <= 1
+    assert torch.equal(result.predicted, network.eval()(result.images.to(dtype)).argmax(1))
+    assert torch.equal(result.clean, network(x.to(dtype)).argmax(1))
+    assert {p.dtype for p in network.parameters()} == {dtype}
+    moved = (result.images - x.to(dtype).float()).flatten(1)
+    torch.testing.assert_close(result.linf, moved.abs().max(1).values)
+    torch.testing.assert_close(result.l2, moved.square().sum(1).sqrt())
+    if name in ("FGM", "BIM", "APGD", "AA"):
+        assert result.linf.max() <= 0.03 + 1e-6
+    elif name != "DF" or dtype.itemsize > 2:  # it stops at a boundary that half precision blurs
+        assert result.success_rate > 0.5
+
+
+def test_only_a_right_prediction_that_became_wrong_is_a_success():
+    y = torch.tensor([0, 0, 0, 0])
+    clean, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 2])
+    result = Attacked(torch.zeros(4, 1, 8, 8), y, clean, predicted, torch.zeros(4), torch.arange(4.0))
+    assert result.success.tolist() == [False, True, False, False]
+    assert result.success_rate == 0.5
+    fooled = result.subset(result.success)
+    assert (len(fooled), fooled.l2.tolist(), fooled.success_rate) == (1, [1.0], 1.0)
+    assert np.isnan(result.subset(torch.tensor([2, 3])).success_rate)
+
+
+def test_autoattack_leaves_misclassified_images_and_they_are_no_success(batch):
+    x, y = batch
+    wrong = (y + 1) % 10
+    labels = torch.where(torch.arange(len(y)) < 6, wrong, y)
+    result = run_attack(victim(), preset("AA", eps=0.2, **SHORT["AA"]), x, labels, batch_size=12)
+    assert torch.equal(result.images[:6], x[:6])
+    assert not result.success[:6].any()
+    assert (result.predicted != labels)[:6].all()
+    right = result.clean == labels
+    assert not right[:6].any()
+    assert result.success_rate == pytest.approx(result.success[right].double().mean().item())
+    assert result.success_rate > 0.5
+
+
+def test_draws_follow_the_seed(batch):
+    x, y = batch[0][:3], batch[1][:3]
+    chosen = preset("HSJ", **SHORT["HSJ"])
+    assert not torch.equal(run_attack(victim(), chosen, x, y).images, run_attack(victim(), chosen, x, y, seed=1).images)
+
+
+def test_networks_of_two_classes_are_attacked(batch):
+    x, _ = batch
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    result = run_attack(network, preset("FGM", eps=0.5), x, network(x).argmax(1))
+    assert result.success_rate > 0.5
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "match"),
+    [
+        (torch.full((2, 1, 8, 8), 1.5), [0, 1], ValueError, r"images must have pixels in \[0, 1\], got \[1.5, 1.5\]"),
+        (torch.zeros(2, 1, 8, 8), [0, 10], ValueError, r"labels must lie in \[0, classes\).*got 10.*\(1, 10\)"),
+        (torch.zeros(2, 1, 8, 8), [0, -1], ValueError, "labels must not be negative, got -1"),
+        (torch.zeros(2, 1, 8, 8), [0], ValueError, r"one entry for each of 2 images, got shape \(1,\)"),
+        (torch.zeros(2, 1, 8, 8), [0.0, 1.0], TypeError, "labels must be an int64 tensor, got torch.float32"),
+    ],
+)
+def test_images_and_labels_are_checked(images, labels, error, match):
+    with pytest.raises(error, match=match):
+        run_attack(victim(), "FGM", images, torch.tensor(labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integers_serve(batch, dtype):
+    x, y = batch
+    result = run_attack(victim(), "FGM", x, y.to(dtype))
+    assert result.labels.dtype == torch.int64
+    assert same(result, run_attack(victim(), "FGM", x, y))

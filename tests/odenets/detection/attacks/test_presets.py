@@ -1,0 +1,73 @@
+"""Attacks by name, and their settings."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from odenets.detection import PRESETS, Attack, preset, run_attack
+from tests.odenets.detection.victims import victim
+
+
+def test_the_presets_are_the_settings_of_k24():
+    assert set(PRESETS) == {"FGM", "APGD", "BIM", "AA", "DF", "CW", "HSJ", "BA"}
+    assert {dict(PRESETS[name].settings)["eps"] for name in ("FGM", "APGD", "BIM", "AA")} == {0.03}
+    assert dict(PRESETS["HSJ"].settings) == {"norm": 2, "max_iter": 50, "max_eval": 10000, "init_eval": 100}
+    assert dict(preset("FGM", eps=0.1).settings) == {"norm": "inf", "eps": 0.1}
+
+
+def test_attacks_and_settings_are_checked(batch):
+    x, y = batch
+    with pytest.raises(ValueError, match=r"unknown attack 'PGD'; known are FGM, BIM, APGD"):
+        preset("PGD")
+    with pytest.raises(ValueError, match="unknown attack 'PGD'"):
+        run_attack(victim(), "PGD", x, y)
+    with pytest.raises(ValueError, match=r"FGM has no setting epsilon; known are norm, eps, eps_step"):
+        preset("FGM", epsilon=0.1)
+    with pytest.raises(ValueError, match=r"BA has no setting verbose; known are delta, epsilon"):
+        run_attack(victim(), Attack("BA", (("verbose", True),)), x, y)
+    with pytest.raises(TypeError, match=r"eps of FGM must be a number, a bool or a string, got array"):
+        preset("FGM", eps=np.ones(2))
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        run_attack(victim(), "FGM", x, y, batch_size=0)
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        run_attack(victim(), "FGM", x, y, seed=-1)
+    with pytest.raises(ValueError, match=r"AA compares three logits of a network, got one with 2"):
+        run_attack(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), "AA", x, y % 2)
+    with pytest.raises(ValueError, match="network has a flow without a field"):
+        run_attack(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2)), "FGM", x, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "match"),
+    [
+        ("FGM", {"eps": 8}, r"eps of FGM must be at most 1, in units of pixels in \[0, 1\], got 8: 8 / 255 if bytes"),
+        ("BIM", {"eps": 1.5}, "eps of BIM must be at most 1"),
+        ("AA", {"eps": 2}, "eps of AA must be at most 1"),
+        ("FGM", {"eps": -0.1}, "eps of FGM must be finite and not negative, got -0.1"),
+        ("APGD", {"eps_step": float("nan")}, "eps_step of APGD must be finite"),
+        ("CW", {"learning_rate": -1.0}, "learning_rate of CW must be finite and not negative"),
+        ("FGM", {"norm": 3}, "norm of FGM must be 'inf', 1 or 2, got 3"),
+        ("FGM", {"norm": "2"}, "norm of FGM must be 'inf', 1 or 2, got '2'"),
+        ("BIM", {"max_iter": 0}, "max_iter of BIM must be a whole number, at least 1, got 0"),
+        ("BIM", {"max_iter": 2.5}, "max_iter of BIM must be a whole number"),
+        ("HSJ", {"init_size": 0}, "init_size of HSJ must be a whole number, at least 1"),
+        ("AA", {"square_iter": 0}, "square_iter of AA must be a whole number"),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, settings, match):
+    with pytest.raises(ValueError, match=match):
+        preset(name, **settings)
+
+
+def test_a_ball_of_l2_may_be_larger_than_a_pixel(batch):
+    assert run_attack(victim(), preset("FGM", eps=1.5, norm=2), *batch).l2.max() > 1
+
+
+def test_missing_art_names_the_extra(batch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "art", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install odenets\[detection\]"):
+        run_attack(victim(), "FGM", *batch)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install odenets\[detection\]"):
+        preset("FGM", eps=0.1)

@@ -1,0 +1,148 @@
+"""Detectors on disk: loaded as they were, refused where they are not what was saved."""
+
+import io
+import pickle
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import skops.io
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import odenets.detection
+from odenets import models
+from odenets.detection import Detector, Pipeline, QuantileTest, Trajectory
+from tests.odenets.detection.victims import CLEAN, NEW, ODD, network
+
+
+@pytest.mark.parametrize(
+    ("text", "detector"),
+    [
+        ("Trajectory('stages', 'error', vectors=1)", Detector(random_state=0, mode="ensemble")),
+        ("Trajectory('action')", QuantileTest()),
+        ("Mahalanobis(magnitude=0.01, relative=True)", Detector(LogisticRegression())),
+        ("LID(k=5, reference=20, seed=0)", Detector(LogisticRegression())),
+        ("FourierSpectrum('phase')", Detector(LogisticRegression())),
+        ("NaturalSceneStatistics()", Detector(LogisticRegression())),
+    ],
+)
+def test_scores_are_the_same_after_loading(text, detector, tmp_path):
+    features = eval(text, vars(odenets.detection)).fit(network(), CLEAN, torch.arange(80) % 2)
+    pipeline = Pipeline(network(), features, detector).fit(CLEAN, None if isinstance(detector, QuantileTest) else ODD)
+    loaded = Pipeline.load(pipeline.save(tmp_path / "detector.skops"), network())
+    np.testing.assert_array_equal(loaded.scores(NEW), pipeline.scores(NEW))
+    assert repr(loaded.features) == text
+
+
+class Own(Trajectory):
+    pass
+
+
+def test_types_of_the_user_are_loaded_where_they_are_trusted(tmp_path):
+    pipeline = Pipeline(network(), Own(), Detector(LogisticRegression())).fit(CLEAN, ODD)
+    path, name = pipeline.save(tmp_path / "detector.skops"), f"{Own.__module__}.Own"
+    with pytest.raises(ValueError, match=f"types that are not trusted, so nothing of it was loaded: {name}"):
+        Pipeline.load(path, network())
+    assert type(Pipeline.load(path, network(), trusted=[name]).features) is Own
+
+
+def test_a_file_of_another_version_is_told_from_a_foreign_one(tmp_path):
+    """Before there was a room for features, their modules had other names."""
+    path = Pipeline(network(), detector=Detector(LogisticRegression())).fit(CLEAN, ODD).save(tmp_path / "detector")
+    rewritten(path, lambda schema: schema.replace(b"detection.features.trajectory", b"detection.features"))
+    with pytest.raises(ValueError, match=r"another version of odenets, .*: odenets\.detection\.features\.Trajectory;"):
+        Pipeline.load(path, network())
+
+
+class Harmful:
+    """Leaves a trace where it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Harmful, "ran", True)
+
+
+class Foreign:
+    """Of a type that nobody trusts."""
+
+
+def rewritten(path, change):
+    """The archive with its schema changed."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, change(content) if name == "schema.json" else content)
+    path.write_bytes(copy.getvalue())
+
+
+def test_what_is_tampered_with_or_foreign_is_refused_and_nothing_of_it_runs(tmp_path):
+    pipeline = Pipeline(network(), detector=Detector(LogisticRegression())).fit(CLEAN, ODD)
+    path = tmp_path / "detector.skops"
+
+    path.write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match=r"holds no detector: it was not written by Pipeline.save"):
+        Pipeline.load(path, network())
+    assert not Harmful.ran
+
+    skops.io.dump({"detector": Foreign()}, path)
+    with pytest.raises(ValueError, match=r"types that are not trusted, so nothing of it was loaded: .*Foreign"):
+        Pipeline.load(path, network())
+
+    skops.io.dump({"detector": 3}, path)
+    with pytest.raises(ValueError, match="holds no detector"):
+        Pipeline.load(path, network())
+
+    pipeline.save(path)
+    rewritten(path, lambda schema: schema.replace(b"odenets.detection.detector", b"os"))
+    with pytest.raises(ValueError, match=r"not trusted, so nothing of it was loaded: os.Detector"):
+        Pipeline.load(path, network())
+
+    pipeline.save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(ValueError, match=r"damaged|holds no detector"):
+        Pipeline.load(path, network())
+
+
+def test_a_tree_that_leads_out_of_itself_is_refused(tmp_path):
+    pipeline = Pipeline(network(), detector=Detector(random_state=0)).fit(CLEAN, ODD)
+    tree = pipeline.detector.general_.estimators_[3].tree_
+    tree.children_left[0] = tree.node_count + 1000
+    with pytest.raises(ValueError, match="a tree whose branches lead out of it"):
+        Pipeline.load(pipeline.save(tmp_path / "detector.skops"), network())
+
+
+def test_a_tree_of_features_that_there_are_none_of_is_refused(tmp_path):
+    """It would read memory that is not its own."""
+    pipeline = Pipeline(network(), detector=Detector(random_state=0)).fit(CLEAN, ODD)
+    estimator = pipeline.detector.general_.estimators_[3]
+    state = estimator.tree_.__getstate__()
+    inner = state["nodes"]["left_child"] != -1
+    state["nodes"]["feature"][inner] = 10**6
+    wide = type(estimator.tree_)(10**6 + 1, estimator.tree_.n_classes, estimator.tree_.n_outputs)
+    wide.__setstate__(state)
+    estimator.tree_ = wide
+    with pytest.raises(ValueError, match="a tree whose branches lead out of it or of its features"):
+        Pipeline.load(pipeline.save(tmp_path / "detector.skops"), network())
+
+
+def test_without_skops(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "skops", None)
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install odenets\[detection\]"):
+        Pipeline(network()).save(tmp_path / "detector.skops")
+
+
+def test_another_network_is_refused(tmp_path):
+    path = Pipeline(network(), detector=Detector(LogisticRegression())).fit(CLEAN, ODD).save(tmp_path / "detector")
+    torch.manual_seed(1)
+    other = models.small_network(solver="bs23", depth=2, normalize=models.Normalize([0.3], [0.4]))
+    with pytest.raises(ValueError, match="fitted on another network, or on other weights"):
+        Pipeline.load(path, other)
+    with pytest.raises(FileNotFoundError, match="no detector at"):
+        Pipeline.load(tmp_path / "nowhere", network())
