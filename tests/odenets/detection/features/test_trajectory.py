@@ -43,7 +43,7 @@ def test_features_of_a_runge_kutta_network_are_those_of_its_steps():
 
 
 @pytest.mark.parametrize("make", [models.resnet110, models.resnext50])
-def test_features_of_the_networks_of_the_thesis(make):
+def test_features_of_the_networks_of_k24(make):
     network = make(classes=10).eval()
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
