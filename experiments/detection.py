@@ -16,35 +16,22 @@ and the test have to themselves. Normalization is a layer of the attacked networ
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from detection_setup import (
-    TRAJECTORY,
-    Config,
-    Job,
-    attacked,
-    foreign,
-    kinds_of,
-    parts_of,
-    science,
-    trained,
-)
-from detection_tables import COLUMNS, adaptive_rows, figures, summarize, timing_rows, verdict
+from detection_setup import TRAJECTORY, Config, Job, attacked, foreign, kinds_of, parts_of, trained
+from detection_tables import columns, details, figures, summarize, verdict
 from torch import Tensor
 
+from lab.experiment import Experiment, Jobs, command
 from lab.runs import Run
-from lab.tables import table
-from lab.workers import Report, Workers
-from odenets import Network, plotting
+from lab.workers import Report
+from odenets import Network
 from odenets.detection import (
     LID,
     Detector,
@@ -63,8 +50,13 @@ from odenets.detection import (
     split,
     surrogate_attack,
 )
-from odenets.training import data
+from odenets.training.data import Batches, TensorData
 from odenets.training.evaluation import evaluate
+
+
+def jobs(config: Config) -> Jobs[Job]:
+    """A network of every method and seed."""
+    return (yield [Job(method, seed) for method in config.methods for seed in range(config.seeds)])
 
 
 def seen_by(network: Network, kinds: Mapping[str, Features], x: Tensor) -> dict[str, np.ndarray]:
@@ -81,31 +73,26 @@ def comparisons(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     return [(config.foreign[0], config.foreign), (config.attacks[0], config.foreign)]
 
 
-def begin(config: Config, job: Job, report: Report) -> tuple[Run, data.TensorData, data.TensorData, Network]:
-    """The run of a job, the images of its network and those for its detectors, and the network, trained."""
-    run = Run(config.output / config.setting / job.name, asdict(job) | science(config), resume=True)
+def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Train a network, and do with it what the setting says."""
     train, pool = parts_of(config)
     network = trained(config, job, train)
     report(1)
-    return run, train, pool, network
+    work = {"adaptive": evade, "timing": clock}.get(config.setting, compare)
+    return work(config, job, network, train, pool, report)
 
 
-def compare(config: Config, job: Job, report: Report) -> None:
-    """Train, attack, and compare all kinds of features; what was found stands in the job's summary."""
-    run, train, pool, network = begin(config, job, report)
+def compare(
+    config: Config, job: Job, network: Network, train: TensorData, pool: TensorData, report: Report
+) -> dict[str, Any]:
+    """Attack, and compare all kinds of features."""
     attacks = {name for pair in comparisons(config) for name in (pair[0], *pair[1])} & set(config.attacks)
     images, successes, rows = {"": pool.x}, {}, []
     for name in sorted(attacks):
-        found = attacked(config, network, job, name, pool)
-        images[name], successes[name] = found.images, found.success.numpy()
-        rows.append(
-            {
-                "attack": name,
-                "success": found.success_rate,
-                "linf": found.linf.mean().item(),
-                "l2": found.l2.mean().item(),
-            }
-        )
+        attack = attacked(config, network, job, name, pool)
+        images[name], successes[name] = attack.images, attack.success.numpy()
+        sizes = {"linf": attack.linf.mean().item(), "l2": attack.l2.mean().item()}
+        rows.append({"attack": name, "success": attack.success_rate, **sizes})
     if config.setting == "ood":
         images |= {name: foreign(config, name, pool) for name in config.foreign}
     if config.noisy:
@@ -125,35 +112,35 @@ def compare(config: Config, job: Job, report: Report) -> None:
             for name, x in images.items()
         }
         for seen, tested in comparisons(config):
-            found = choose_and_score(
+            chosen = choose_and_score(
                 sets[""], sets[seen], {name: sets[name] for name in tested},
                 modes=config.modes, noisy=sets.get("noisy"), seed=job.seed,
             )  # fmt: skip
             results += [
                 {
-                    "kind": kind, "seen": seen, "tested": name, "candidate": found.candidate, "mode": found.mode,
-                    "general_auroc": found.agnostic[name], "noisy_false_positives": found.noisy,
-                    "curve": found.curves[name].tolist(), **asdict(scores),
+                    "kind": kind, "seen": seen, "tested": name, "candidate": chosen.candidate, "mode": chosen.mode,
+                    "general_auroc": chosen.agnostic[name], "noisy_false_positives": chosen.noisy,
+                    "curve": chosen.curves[name].tolist(), **asdict(scores),
                 }
-                for name, scores in found.scores.items()
+                for name, scores in chosen.scores.items()
             ]  # fmt: skip
-    accuracy = evaluate(network, data.Batches(pool, 500)).accuracy
-    run.finish(asdict(job) | {"accuracy": accuracy, "attacks": rows, "scores": results}, seeds=[job.seed])
     report(1)
+    return {"accuracy": evaluate(network, Batches(pool, 500)).accuracy, "attacks": rows, "scores": results}
 
 
 # -- attacks on the detector ----------------------------------------------------------------------------------------
 
 
-def adapt_attacks(config: Config, job: Job, report: Report) -> None:
-    """Attacks that know of the detector, from successful images that it detects; what evades stands in the summary."""
-    run, _, pool, network = begin(config, job, report)
+def evade(
+    config: Config, job: Job, network: Network, train: TensorData, pool: TensorData, report: Report
+) -> dict[str, Any]:
+    """Attacks that know of the detector, from successful images that it detects."""
     parts = split(len(pool), test=config.test, validation=config.validation, seed=job.seed)
-    found = attacked(config, network, job, config.attacks[0], pool)
+    attack = attacked(config, network, job, config.attacks[0], pool)
     features = Trajectory()
     pipeline = Pipeline(network, features, Detector(random_state=job.seed))
-    pipeline.fit(pool.x[parts.fit], found.images[parts.fit])
-    tested = found.subset(parts.test)
+    pipeline.fit(pool.x[parts.fit], attack.images[parts.fit])
+    tested = attack.subset(parts.test)
     detected = torch.from_numpy(pipeline.predict(tested.images)).bool()
     chosen = (detected & tested.success).nonzero().flatten()[: config.starts]
     rate = (detected & tested.success).sum().item() / max(int(tested.success.sum()), 1)
@@ -167,7 +154,7 @@ def adapt_attacks(config: Config, job: Job, report: Report) -> None:
         def score(X: np.ndarray) -> np.ndarray:
             return pipeline.detector.predict_proba(X)[:, 1]
 
-        fitted = torch.cat([pool.x[parts.fit], found.images[parts.fit]])
+        fitted = torch.cat([pool.x[parts.fit], attack.images[parts.fit]])
         known = in_batches(partial(features, network), network, fitted).numpy()
         innocent = pool.x[parts.fit][:200]
         ways = {
@@ -189,15 +176,16 @@ def adapt_attacks(config: Config, job: Job, report: Report) -> None:
             row["evaded"][name] = result.share
             row.setdefault("l2", {})[name] = result.l2.mean().item()
             report(1)
-    run.finish(asdict(job) | row, seeds=[job.seed])
+    return row
 
 
 # -- time -----------------------------------------------------------------------------------------------------------
 
 
-def clock(config: Config, job: Job, report: Report) -> None:
+def clock(
+    config: Config, job: Job, network: Network, train: TensorData, pool: TensorData, report: Report
+) -> dict[str, Any]:
     """Seconds for features of the pool in interleaved rounds, beside a plain forward pass."""
-    run, train, pool, network = begin(config, job, report)
     step = max(config.magnitudes)
     kinds: dict[str, Features] = {TRAJECTORY: Trajectory(), "Mahalanobis": Mahalanobis(magnitude=step)}
     kinds |= {"Mahalanobis, no input step": Mahalanobis(), "LID": LID(), "scenes": NaturalSceneStatistics()}
@@ -214,39 +202,30 @@ def clock(config: Config, job: Job, report: Report) -> None:
             if i:  # the first warms up
                 row.setdefault(name, []).append(time.perf_counter() - started)
         report(1)
-    run.finish(asdict(job) | {"seconds": row, "images": len(pool)}, seeds=[job.seed])
+    return {"seconds": row, "images": len(pool)}
 
 
-def main(config: Config) -> None:
-    """Train, attack, compare, print one table, write the run folder with its figures."""
-    if config.quick:
-        config = replace(
-            config, seeds=2, methods=config.methods[:1], attacks=config.attacks[:2], train_size=200, pool_size=200,
-            epochs=3, iterations=2, magnitudes=(0.0,), starts=1, rounds=1, queries=(2, 100), steps=10,
-        )  # fmt: skip
-    started = time.time()
-    parts_of(config)  # a wrong data folder shows here, before anything is written
-    names = {name: getattr(config, name) for name in ("methods", "seeds")}
-    run = Run(config.output / config.setting, science(config) | names, resume=config.resume)
-    jobs = [Job(method, seed) for method in config.methods for seed in range(config.seeds)]
-    work, cost = {"adaptive": (adapt_attacks, 4), "timing": (clock, 2 + config.rounds)}.get(
-        config.setting, (compare, 3)
-    )
+def quick(config: Config) -> Config:
+    """Few networks, images and attacks, and short ones."""
+    few: dict[str, Any] = {"seeds": 2, "methods": config.methods[:1], "attacks": config.attacks[:2], "starts": 1}
+    few |= {"train_size": 200, "pool_size": 200, "epochs": 3, "iterations": 2, "magnitudes": (0.0,), "rounds": 1}
+    return replace(config, **few, queries=(2, 100), steps=10)
 
-    def folder(job: Job) -> Path:
-        return run.folder / job.name
 
-    with Workers(1 if config.setting == "timing" else config.workers or os.cpu_count() or 1) as workers:
-        results = workers.complete(partial(work, config), jobs, folder, cost=lambda job: cost, label=config.setting)
-    if config.setting in ("adaptive", "timing"):
-        rows, shown, lines = (adaptive_rows if config.setting == "adaptive" else timing_rows)(config, results)
-    else:
-        rows = summarize(config, results)
-        shown, lines = table(rows, COLUMNS), verdict(config, rows, results)
-        plotting.save(figures(config, results), run.folder / "figures")
-    trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
-    print(run.conclude(trainings, ("job", "seed"), rows, shown, lines, started=started))
-
+EXPERIMENT = Experiment(
+    config=Config,
+    data=parts_of,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=columns,
+    verdict=verdict,
+    details=details,
+    figures=figures,
+    quick=quick,
+    selects=("methods", "seeds"),
+    cost=lambda config, job: {"adaptive": 4, "timing": 2 + config.rounds}.get(config.setting, 3),
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)

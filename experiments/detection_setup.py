@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lab import images
+from lab.config import ImageConfig, check_among
 from lab.runs import Run
 from odenets import Network, load_weights, models, save_weights
 from odenets.detection import (
@@ -30,7 +32,8 @@ from odenets.detection import (
 )
 from odenets.detection.detector import MODES
 from odenets.least_action import LeastAction
-from odenets.training import data, datasets
+from odenets.training import datasets
+from odenets.training.data import Batches, TensorData
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
@@ -44,15 +47,13 @@ TRAJECTORY, MORE = "trajectory", "trajectory and stages"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """What to train, attack and compare.
 
     Attributes:
         setting: "seen", a detector for each attack, tested on it; "unseen", fitted on the first attack and tested on
             the others; "ood", fitted on the first foreign set and on the first attack, tested on all foreign sets;
             "adaptive", attacks that know of the detector; "timing", of features beside a forward pass.
-        dataset: digits, mnist or cifar10.
-        folder: where torchvision's files lie; without it they are downloaded.
         methods: vanilla, least action, reverse cross-entropy.
         network: resnet9, or resnet110 for CIFAR-10.
         solver, depth, channels: of resnet9: blocks of the solver over total time 1, or with euler h = 1.
@@ -75,15 +76,10 @@ class Config:
         queries: HopSkipJump's iterations, and its questions for a direction at most; 50 and 10000 in the thesis.
         steps: of the attack through a surrogate, for each of its weights.
         rounds: of timing.
-        quick: one network, few images: to see that it runs.
         output: folder of the runs; networks and attacks in it serve all settings.
-        resume: go on with what is there.
-        workers: processes; all cores if 0.
     """
 
     setting: Literal["seen", "unseen", "ood", "adaptive", "timing"] = "seen"
-    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
-    folder: Path | None = None
     methods: tuple[str, ...] = ("vanilla", "least action")
     network: Literal["resnet9", "resnet110"] = "resnet9"
     solver: str = "bs23"
@@ -108,16 +104,11 @@ class Config:
     queries: tuple[int, int] = (10, 500)
     steps: int = 100
     rounds: int = 5
-    quick: bool = False
     output: Path = Path("runs/detection")
-    resume: bool = False
-    workers: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
-        if not self.modes or set(self.modes) - set(MODES):
-            raise ValueError(f"modes must be among {', '.join(MODES)}, got {', '.join(self.modes)}")
+        check_among(self, "methods", METHODS)
+        check_among(self, "modes", MODES)
         if self.seeds < 2:
             raise ValueError(f"seeds must be at least 2, for intervals, got {self.seeds}")
         if not self.attacks or (self.setting == "unseen" and len(self.attacks) < 2):
@@ -128,8 +119,8 @@ class Config:
         for name in self.foreign if self.setting == "ood" else ():
             if name not in known and not (name.endswith(".npz") and Path(name).is_file()):
                 raise ValueError(f"foreign must be among {', '.join(known)}, or a FILE.npz that is there, got {name!r}")
-        if not self.magnitudes:
-            raise ValueError("magnitudes must hold at least one input step, 0 for none")
+        if not self.magnitudes or not self.modes:
+            raise ValueError("modes and magnitudes must hold at least one, magnitude 0 for no input step")
         if self.eps < 0:
             raise ValueError(f"eps must be positive, or 0 for the data set's, got {self.eps}")
         # what follows raises where it does not fit
@@ -143,6 +134,16 @@ class Config:
     def strength(self) -> float:
         """Size of the attacks."""
         return self.eps or (0.03 if self.dataset == "cifar10" else 0.1)
+
+    @property
+    def run_folder(self) -> Path:
+        """One for each setting."""
+        return self.output / self.setting
+
+    @property
+    def processes(self) -> int:
+        """One where time is taken."""
+        return 1 if self.setting == "timing" else super().processes
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Job:
 # -- networks and images --------------------------------------------------------------------------------------------
 
 
-def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData]:
+def parts_of(config: Config) -> tuple[TensorData, TensorData]:
     """Images that networks are trained on, and those that they have not seen."""
     train, test = datasets.load(config.dataset, config.folder)
     if config.dataset == "digits":  # their test part alone is too small: all images, cut anew
@@ -171,23 +172,21 @@ def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData]:
     return datasets.subsample(train, config.train_size) if len(train) > config.train_size else train, pool
 
 
-def build(config: Config, dataset: data.TensorData, seed: int) -> Network:
+def build(config: Config, dataset: TensorData, seed: int) -> Network:
     """The network with the seed's weights."""
-    torch.manual_seed(seed)
-    normalize = models.Normalize([*dataset.mean], [*dataset.std])
-    channels, size = dataset.x.shape[1], dataset.x.shape[-1]
+    euler = config.solver == "euler"
     if config.network == "resnet110":
-        network = models.resnet110(channels, dataset.classes, normalize=normalize)
+        torch.manual_seed(seed)
+        network = models.resnet110(dataset.x.shape[1], dataset.classes, normalize=images.normalize(dataset))
     else:
-        network = models.resnet9(
-            channels, dataset.classes, features=config.channels, size=size, depth=config.depth, solver=config.solver,
-            norm="batch" if config.solver == "euler" else "group", normalize=normalize,
-            total_time=float(config.depth) if config.solver == "euler" else 1.0,
+        network = images.resnet9(
+            dataset, seed, features=config.channels, depth=config.depth, solver=config.solver,
+            norm="batch" if euler else "group", total_time=float(config.depth) if euler else 1.0,
         )  # fmt: skip
-    return network.to(memory_format=torch.channels_last)  # convolutions are faster so
+    return network.to(memory_format=torch.channels_last)  # faster for convolutions
 
 
-def trained(config: Config, job: Job, train: data.TensorData) -> Network:
+def trained(config: Config, job: Job, train: TensorData) -> Network:
     """The network of a job, trained once for all settings."""
     network = build(config, train, job.seed)
     folder = config.output / "networks" / job.name
@@ -195,7 +194,7 @@ def trained(config: Config, job: Job, train: data.TensorData) -> Network:
     if run.finished:
         load_weights(network, folder / "weights.safetensors")
         return network.eval()
-    batches = data.Batches(
+    batches = Batches(
         train, config.batch_size, seed=job.seed,
         crop=0 if config.dataset == "digits" else 4, flip=config.dataset == "cifar10",
     )  # fmt: skip
@@ -212,7 +211,7 @@ def trained(config: Config, job: Job, train: data.TensorData) -> Network:
         clip_norm=5.0,
     )
     save_weights(network, folder / "weights.safetensors")
-    run.finish({"accuracy": evaluate(network, data.Batches(train, 500)).accuracy}, seeds=[job.seed])
+    run.finish({"accuracy": evaluate(network, Batches(train, 500)).accuracy}, seeds=[job.seed])
     return network.eval()
 
 
@@ -232,14 +231,14 @@ def attack_of(config: Config, name: str) -> Attack:
     return preset(name, **settings)
 
 
-def attacked(config: Config, network: Network, job: Job, name: str, pool: data.TensorData) -> Attacked:
+def attacked(config: Config, network: Network, job: Job, name: str, pool: TensorData) -> Attacked:
     """The pool under an attack, made once."""
     return run_attack(
         network, attack_of(config, name), pool.x, pool.y, cache=config.output / "attacks", batch_size=200, seed=job.seed
     )
 
 
-def foreign(config: Config, name: str, like: data.TensorData) -> Tensor:
+def foreign(config: Config, name: str, like: TensorData) -> Tensor:
     """Images from elsewhere, as many channels and pixels as those of a data set, at most as many images."""
     if name == "turned":
         return like.x.rot90(1, (2, 3))
@@ -269,25 +268,19 @@ def foreign(config: Config, name: str, like: data.TensorData) -> Tensor:
 
 def kinds_of(config: Config) -> dict[str, dict[str, Features]]:
     """Kinds of features by name, each with its variants."""
-    found: dict[str, dict[str, Features]] = {TRAJECTORY: {"": Trajectory()}}
+    kinds: dict[str, dict[str, Features]] = {TRAJECTORY: {"": Trajectory()}}
     if config.solver != "euler" and config.network == "resnet9":
-        found[MORE] = {"": Trajectory("residue", "cosine", "action", "stages", "error")}
+        kinds[MORE] = {"": Trajectory("residue", "cosine", "action", "stages", "error")}
     steps = config.magnitudes
-    found["Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m) for m in steps}
-    found["relative Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m, relative=True) for m in steps}
-    found["LID"] = {"": LID()}
-    found["scenes"] = {"": NaturalSceneStatistics()}
-    found["Fourier"] = {part: FourierSpectrum(part) for part in ("magnitude", "phase")}
-    return found
+    kinds["Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m) for m in steps}
+    kinds["relative Mahalanobis"] = {f"step {m:g}": Mahalanobis(magnitude=m, relative=True) for m in steps}
+    kinds["LID"] = {"": LID()}
+    kinds["scenes"] = {"": NaturalSceneStatistics()}
+    kinds["Fourier"] = {part: FourierSpectrum(part) for part in ("magnitude", "phase")}
+    return kinds
 
 
 def training(config: Config) -> dict[str, Any]:
     """What decides how a network turns out."""
     names = ("dataset", "network", "solver", "depth", "channels", "train_size", "pool_size")
     return {name: getattr(config, name) for name in (*names, "epochs", "batch_size", "learning_rate")}
-
-
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a job."""
-    names = ("setting", "attacks", "eps", "iterations", "foreign", "modes", "magnitudes", "noisy", "test", "validation")
-    return training(config) | {name: getattr(config, name) for name in (*names, "starts", "queries", "steps", "rounds")}

@@ -1,4 +1,4 @@
-"""What the detection experiment found: rows, tables, sentences, figures."""
+"""What the detection experiment reports: rows, tables, sentences, figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from detection_setup import TRAJECTORY, Config
 
-from lab.statistics import mean_interval, paired_p_value
-from lab.tables import table
+from lab.experiment import Columns, Figures, Row
+from lab.outcome import Outcome
+from lab.results import groups
+from lab.statistics import mean_interval, paired, paired_p_value, percent
 from odenets import plotting
 from odenets.detection import FALSE_POSITIVE_RATES
 
@@ -52,36 +54,49 @@ THESIS_EVADED = {
 }
 
 
-def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method, what was seen and tested, and kind of features; means over seeds.
+def summarize(config: Config, results: list[Row]) -> list[Row]:
+    """The rows of a setting, means over seeds."""
+    if config.setting == "timing":
+        return timing_rows(results)
+    return (adaptive_rows if config.setting == "adaptive" else comparison_rows)(config, results)
+
+
+def of_method(results: list[Row], method: str) -> list[Row]:
+    """The results of a method, by seed."""
+    return sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
+
+
+def score_of(result: dict[str, Any], seen: str, tested: str, kind: str) -> dict[str, Any]:
+    """The scores of a job for one comparison."""
+    return next(s for s in result["scores"] if (s["seen"], s["tested"], s["kind"]) == (seen, tested, kind))
+
+
+def comparison_rows(config: Config, results: list[Row]) -> list[Row]:
+    """One row per method, what was seen and tested, and kind of features.
 
     Differences in the area under the curve are to the trajectory of the same networks, paired.
     """
     rows = []
     for method in config.methods:
-        of = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
-        keys = dict.fromkeys((s["seen"], s["tested"], s["kind"]) for s in of[0]["scores"])
-        for seen, tested, kind in keys:
-            found = [score_of(r, seen, tested, kind) for r in of]
-            row: dict[str, Any] = {"method": method, "seen": seen, "tested": tested, "kind": kind}
+        of = of_method(results, method)
+        for seen, tested, kind in groups(of[0]["scores"], "seen", "tested", "kind"):
+            scores = [score_of(r, seen, tested, kind) for r in of]
+            row: Row = {"method": method, "seen": seen, "tested": tested, "kind": kind}
             for name in ("accuracy", "auroc", "fpr95", "detected", "detected_successful", "false_positives"):
-                values = [100 * s[name] for s in found if s[name] == s[name]]
-                row[name] = mean_interval(values) if values else None
+                values = [s[name] for s in scores if s[name] == s[name]]
+                row[name] = percent(values) if values else None
             if config.noisy:
-                row["noisy_false_positives"] = mean_interval([100 * s["noisy_false_positives"] for s in found])
+                row["noisy_false_positives"] = percent(s["noisy_false_positives"] for s in scores)
             if set(config.modes) - {"general"}:
-                row["over_general"] = mean_interval([100 * (s["auroc"] - s["general_auroc"]) for s in found])
+                row["over_general"] = percent(s["auroc"] - s["general_auroc"] for s in scores)
             if kind == TRAJECTORY:  # of the networks, not of what is seen of them
-                row["network_accuracy"] = mean_interval([100 * r["accuracy"] for r in of])
-                rates = [100 * made["success"] for r in of for made in r["attacks"] if made["attack"] == tested]
-                row |= {"fooled": mean_interval(rates)} if rates else {}
+                row["network_accuracy"] = percent(r["accuracy"] for r in of)
+                rates = [attack["success"] for r in of for attack in r["attacks"] if attack["attack"] == tested]
+                row |= {"fooled": percent(rates)} if rates else {}
             else:
-                one, other = (
-                    [100 * s["auroc"] for s in ss]
-                    for ss in (found, [score_of(r, seen, tested, TRAJECTORY) for r in of])
-                )
-                row["difference"] = mean_interval([a - b for a, b in zip(one, other, strict=True)])
-                row["p"] = paired_p_value(one, other)
+                one = [100 * s["auroc"] for s in scores]
+                other = [100 * score_of(r, seen, tested, TRAJECTORY)["auroc"] for r in of]
+                row |= {"difference": paired(one, other), "p": paired_p_value(one, other)}
             rows.append(row | (_of_thesis(config, row) if config.dataset == "cifar10" else {}))
     return rows
 
@@ -90,20 +105,42 @@ def _of_thesis(config: Config, row: dict[str, Any]) -> dict[str, float | None]:
     """Accuracy of ResNet-110 in the thesis; where foreign images are told from clean ones, of those seen alone."""
     tested = Path(row["tested"]).stem
     known = THESIS.get((config.setting, row["method"], row["kind"]), {})
-    found: dict[str, float | None] = {}
+    figures: dict[str, float | None] = {}
     if config.setting != "ood" or row["seen"] == row["tested"]:
-        found["thesis"] = known.get(tested)
+        figures["thesis"] = known.get(tested)
     if config.setting == "seen" and row["kind"] == TRAJECTORY:
-        found["thesis_successful"] = THESIS_SUCCESSFUL.get(row["method"], {}).get(tested)
-    return found
+        figures["thesis_successful"] = THESIS_SUCCESSFUL.get(row["method"], {}).get(tested)
+    return figures
 
 
-def score_of(result: dict[str, Any], seen: str, tested: str, kind: str) -> dict[str, Any]:
-    """The scores of a job for one comparison."""
-    return next(s for s in result["scores"] if (s["seen"], s["tested"], s["kind"]) == (seen, tested, kind))
+def adaptive_rows(config: Config, results: list[Row]) -> list[Row]:
+    """Of what the detector knows, the share that attacks turn into images which fool network and detector."""
+    rows: list[Row] = []
+    for method in config.methods:
+        of = of_method(results, method)
+        rate = percent(r["detected_successful"] for r in of)
+        for attack in dict.fromkeys(name for r in of for name in r["evaded"]):
+            begun = [r for r in of if attack in r["evaded"]]
+            row = {"method": method, "attack": attack, "detected_before": rate}
+            row["starts"] = sum(r["starts"] for r in begun)
+            row["evading"] = sum(round(r["evaded"][attack] * r["starts"]) for r in begun)
+            row["evaded"] = percent(r["evaded"][attack] for r in begun)
+            row["l2"] = mean_interval([r["l2"][attack] for r in begun])
+            if config.dataset == "cifar10":
+                row["thesis"] = THESIS_EVADED.get((method, attack))
+            rows.append(row)
+    return rows
 
 
-COLUMNS: dict[str, Any] = {
+def timing_rows(results: list[Row]) -> list[Row]:
+    """Median milliseconds per image of each kind of features, and over those of a forward pass."""
+    names = list(results[0]["seconds"])
+    medians = {name: statistics.median(t / r["images"] for r in results for t in r["seconds"][name]) for name in names}
+    forward = medians["forward pass"]
+    return [{"what": name, "milliseconds": 1e3 * t, "over_forward": t / forward} for name, t in medians.items()]
+
+
+COLUMNS: Columns = {
     "network": "{method}",
     "seen": lambda row: Path(row["seen"]).stem,
     "tested": lambda row: Path(row["tested"]).stem,
@@ -122,112 +159,104 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-def verdict(config: Config, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[str]:
+ADAPTIVE_COLUMNS: Columns = {
+    "network": "{method}",
+    "attack": "{attack}",
+    "detected before (%)": "{detected_before:.1f}",
+    "evade": "{evading} of {starts}",
+    "evaded (%)": "{evaded:.1f}",
+    "thesis (ResNet-110)": "{thesis:g}",
+    "L2 distance": "{l2.mean:.2f}",
+}
+TIMING_COLUMNS: Columns = {
+    "": "{what}",
+    "ms per image": "{milliseconds:.3f}",
+    "over a forward pass": "{over_forward:.2f}",
+}
+
+
+def columns(config: Config) -> Columns:
+    """Of the table of a setting."""
+    return {"adaptive": ADAPTIVE_COLUMNS, "timing": TIMING_COLUMNS}.get(config.setting, COLUMNS)
+
+
+def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says, in sentences: differences are called so where their 95 % interval leaves out 0."""
-    lines = []
-    for method in config.methods:
-        of = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
-        lines.append(f"{method}: accuracy {mean_interval([100 * r['accuracy'] for r in of]):.1f} % on the pool")
-        for i, made in enumerate(of[0]["attacks"]):
-            rates = [100 * r["attacks"][i]["success"] for r in of]
-            lines.append(f"{method}: {made['attack']} fools {mean_interval(rates):.1f} % of what was right")
-        pairs = dict.fromkeys((s["seen"], s["tested"]) for s in of[0]["scores"])
-        for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] != TRAJECTORY):
-            per_seed = [
-                [statistics.fmean(100 * score_of(r, *pair, k)["auroc"] for pair in pairs) for r in of]
-                for k in (kind, TRAJECTORY)
-            ]
-            found = mean_interval([a - b for a, b in zip(*per_seed, strict=True)])
-            what = ("as", "better than", "worse than")[found.sign]
-            lines.append(
-                f"{method}: {kind} detect {what} the trajectory, {found:.1f} points of AUROC over all comparisons, "
-                f"p = {paired_p_value(*per_seed):.2g}"
-            )
-        if set(config.modes) - {"general"}:
-            for kind in dict.fromkeys(row["kind"] for row in rows):
-                gains = [
-                    statistics.fmean(100 * (s["auroc"] - s["general_auroc"]) for s in r["scores"] if s["kind"] == kind)
-                    for r in of
-                ]
-                lines.append(
-                    f"{method}: the modes chosen give {kind} {mean_interval(gains):.1f} points of AUROC over the "
-                    "general detector"
-                )
-    if len(config.methods) > 1:
-        first, *others = config.methods
-        for method in others:
-            pair = [
-                [statistics.fmean(100 * s["auroc"] for s in r["scores"] if s["kind"] == TRAJECTORY) for r in of]
-                for of in (
-                    sorted((r for r in results if r["method"] == m), key=lambda r: r["seed"]) for m in (method, first)
-                )
-            ]
-            found = mean_interval([a - b for a, b in zip(*pair, strict=True)])
-            lines.append(
-                f"trajectory: {method} over {first} {found:.1f} points of AUROC over all comparisons, "
-                f"p = {paired_p_value(*pair):.2g}"
-            )
+    if config.setting == "timing":
+        t = {row["what"]: row["milliseconds"] for row in outcome.rows}
+        ratio = (t["Mahalanobis"] + t["Mahalanobis, statistics"]) / t[TRAJECTORY]
+        words = f"Mahalanobis with its statistics takes {ratio:.1f} times the trajectory's time"
+        return [f"{words} (thesis: 145 s / 66 s = 2.2)"]
+    if config.setting == "adaptive":
+        return [
+            f"{r['method']}, {r['attack']}: {r['evading']} of {r['starts']} detected successful images evade; "
+            f"{r['detected_before'].mean * (1 - r['evaded'].mean / 100):.1f} % of the successful ones are still "
+            "detected"
+            for r in outcome.rows
+        ]
+    lines = [
+        line for method in config.methods for line in _of_networks(config, method, of_method(outcome.results, method))
+    ]
+    first, *others = config.methods
+    for method in others:
+        one, other = (aurocs(of_method(outcome.results, m), TRAJECTORY) for m in (method, first))
+        lines.append(
+            f"trajectory: {method} over {first} {paired(one, other):.1f} points of AUROC over all comparisons, "
+            f"p = {paired_p_value(one, other):.2g}"
+        )
     return lines
 
 
-def figures(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Receiver operating characteristics, a figure per method and a panel per comparison, averaged over the seeds."""
-    found = {}
-    for method in config.methods:
-        of = [r for r in results if r["method"] == method]
-        curves: dict[str, dict[str, np.ndarray]] = {}
-        for s in of[0]["scores"]:
-            seen, tested = (Path(name).stem for name in (s["seen"], s["tested"]))
-            mean = np.mean([score_of(r, s["seen"], s["tested"], s["kind"])["curve"] for r in of], 0)
-            title = tested if seen == tested else f"{tested}, fitted on {seen}"
-            curves.setdefault(title, {})[s["kind"]] = mean
-        found[method.replace(" ", "_")] = plotting.operating_characteristics(curves, FALSE_POSITIVE_RATES)
-    return found
+def aurocs(of: list[Row], kind: str, name: str = "auroc") -> list[float]:
+    """Per seed the area under the curve of a kind of features (%), mean over all comparisons."""
+    return [statistics.fmean(100 * s[name] for s in r["scores"] if s["kind"] == kind) for r in of]
 
 
-def adaptive_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str, list[str]]:
-    """Of what the detector knows, the share that attacks turn into images which fool network and detector."""
-    rows: list[dict[str, Any]] = []
+def _of_networks(config: Config, method: str, of: list[Row]) -> list[str]:
+    """What is said of the networks of a method."""
+    lines = [f"{method}: accuracy {percent(r['accuracy'] for r in of):.1f} % on the pool"]
+    for i, attack in enumerate(of[0]["attacks"]):
+        rate = percent(r["attacks"][i]["success"] for r in of)
+        lines.append(f"{method}: {attack['attack']} fools {rate:.1f} % of what was right")
+    kinds = [kind for (kind,) in groups(of[0]["scores"], "kind")]
+    for kind in kinds:
+        if kind == TRAJECTORY:
+            continue
+        one, other = aurocs(of, kind), aurocs(of, TRAJECTORY)
+        difference = paired(one, other)
+        what = ("as", "better than", "worse than")[difference.sign]
+        lines.append(
+            f"{method}: {kind} detect {what} the trajectory, {difference:.1f} points of AUROC over all comparisons, "
+            f"p = {paired_p_value(one, other):.2g}"
+        )
+    if set(config.modes) - {"general"}:
+        for kind in kinds:
+            gain = paired(aurocs(of, kind), aurocs(of, kind, "general_auroc"))
+            lines.append(f"{method}: the modes chosen give {kind} {gain:.1f} points of AUROC over the general detector")
+    return lines
+
+
+def details(config: Config, results: list[Row]) -> dict[str, Any]:
+    """Receiver operating characteristics, by method, comparison and kind of features, averaged over the seeds."""
+    if config.setting in ("adaptive", "timing"):
+        return {}
+    curves: dict[str, Any] = {}
     for method in config.methods:
-        of = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
-        rate = mean_interval([100 * r["detected_successful"] for r in of])
-        for way in dict.fromkeys(name for r in of for name in r["evaded"]):
-            begun = [r for r in of if way in r["evaded"]]
-            row = {"method": method, "attack": way, "detected_before": rate, "starts": sum(r["starts"] for r in begun)}
-            row["evading"] = sum(round(r["evaded"][way] * r["starts"]) for r in begun)
-            row["evaded"] = mean_interval([100 * r["evaded"][way] for r in begun])
-            row["l2"] = mean_interval([r["l2"][way] for r in begun])
-            if config.dataset == "cifar10":
-                row["thesis"] = THESIS_EVADED.get((method, way))
-            rows.append(row)
-    columns = {
-        "network": "{method}",
-        "attack": "{attack}",
-        "detected before (%)": "{detected_before:.1f}",
-        "evade": "{evading} of {starts}",
-        "evaded (%)": "{evaded:.1f}",
-        "thesis (ResNet-110)": "{thesis:g}",
-        "L2 distance": "{l2.mean:.2f}",
+        of = of_method(results, method)
+        for seen, tested, kind in groups(of[0]["scores"], "seen", "tested", "kind"):
+            mean = np.mean([score_of(r, seen, tested, kind)["curve"] for r in of], 0)
+            title = Path(tested).stem if seen == tested else f"{Path(tested).stem}, fitted on {Path(seen).stem}"
+            curves.setdefault(method, {}).setdefault(title, {})[kind] = mean.round(4).tolist()
+    return {"curves": curves}
+
+
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Receiver operating characteristics, a figure per method and a panel per comparison."""
+    if config.setting in ("adaptive", "timing"):
+        return {}
+    return {
+        method.replace(" ", "_"): lambda method=method: plotting.operating_characteristics(
+            outcome.detail("curves")[method], FALSE_POSITIVE_RATES
+        )
+        for method in config.methods
     }
-    lines = [
-        f"{r['method']}, {r['attack']}: {r['evading']} of {r['starts']} detected successful images evade; "
-        f"{r['detected_before'].mean * (1 - r['evaded'].mean / 100):.1f} % of the successful ones are still detected"
-        for r in rows
-    ]
-    return rows, table(rows, columns), lines
-
-
-def timing_rows(config: Config, results: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str, list[str]]:
-    """Median milliseconds per image of each kind of features, and over those of a forward pass."""
-    names = list(results[0]["seconds"])
-    medians = {name: statistics.median(t / r["images"] for r in results for t in r["seconds"][name]) for name in names}
-    rows = [
-        {"what": name, "milliseconds": 1e3 * t, "over_forward": t / medians["forward pass"]}
-        for name, t in medians.items()
-    ]
-    columns = {"": "{what}", "ms per image": "{milliseconds:.3f}", "over a forward pass": "{over_forward:.2f}"}
-    ratio = (medians["Mahalanobis"] + medians["Mahalanobis, statistics"]) / medians[TRAJECTORY]
-    lines = [
-        f"Mahalanobis with its statistics takes {ratio:.1f} times the trajectory's time (thesis: 145 s / 66 s = 2.2)"
-    ]
-    return rows, table(rows, columns), lines
