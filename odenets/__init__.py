@@ -4,9 +4,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from odenets import fields, measures, models
 from odenets.adapting import AdaptedModel, adapt
+from odenets.blocks import Block
 from odenets.checkpoints import load_weights, save_weights
 from odenets.fields import ConvField, MLPField
-from odenets.flow import Block, Flow
+from odenets.flow import Flow
 from odenets.initialization import initialize
 from odenets.network import Network
 from odenets.normalization import recalibrate

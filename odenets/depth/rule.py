@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from odenets import measures
-from odenets.flow import Block, Flow
+from odenets.blocks import Block
+from odenets.flow import Flow
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 from odenets.normalization import StageBatchNorm, recalibrate

@@ -130,16 +130,8 @@ class StageBatchNorm(nn.Module):
         mean, variance = self.running_mean[stage], self.running_var[stage]
         if is_mapped(mean):  # vmap updates a copy of what is not one run of memory
             mean, variance = mean.clone(), variance.clone()
-        x = F.batch_norm(
-            x,
-            mean,
-            variance,
-            self.weight,
-            self.bias,
-            training,
-            0.0 if momentum is None else momentum,
-            self.eps,
-        )
+        momentum = 0.0 if momentum is None else momentum
+        x = F.batch_norm(x, mean, variance, self.weight, self.bias, training, momentum, self.eps)
         if training:
             self.batches[stage] += 1
             if self._known[stage] < TRAINED:
@@ -152,10 +144,9 @@ class StageBatchNorm(nn.Module):
         known = self.known()
         most = max(known)
         if known[stage] < most:
-            none = known[stage] == NOTHING
-            what, which = (
-                ("no statistics", "only") if none else ("statistics that are behind further training", "newer ones")
-            )
+            what, which = "statistics that are behind further training", "newer ones"
+            if known[stage] == NOTHING:
+                what, which = "no statistics", "only"
             raise ValueError(
                 f"batch norm has {what} of stage {stage + 1} of {len(known)}, {which} of "
                 f"{[i for i, each in enumerate(known, 1) if each == most]}: training does not take the closing stages, "
@@ -163,16 +154,8 @@ class StageBatchNorm(nn.Module):
                 "measure that reads none with odenets.measures.interior"
             )
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **named: Any) -> None:
+        _, _, missing_keys, _, error_msgs = args  # as torch passes them
         saved = state_dict.get(f"{prefix}batches")
         old = isinstance(saved, Tensor) and f"{prefix}recalibrated" not in state_dict
         if isinstance(saved, Tensor) and saved.ndim == 1 and len(saved) != self.stages:
@@ -183,9 +166,7 @@ class StageBatchNorm(nn.Module):
                 "odenets.recalibrate(network, batches)"
             )
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args, **named)
         if old:  # saved when recalibrations were not counted
             if f"{prefix}recalibrated" in missing_keys:
                 missing_keys.remove(f"{prefix}recalibrated")
