@@ -37,7 +37,7 @@ from odenets.training import datasets
 from odenets.training.data import Batches, TensorData
 from odenets.training.instances import fit_instances
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.transport import moves, states
+from odenets.transport import moves, states_of
 
 METHODS = ("resnet", "fixed lambda", "lap")
 
@@ -300,7 +300,7 @@ def figures(config: Config, outcome: Outcome) -> Figures:
         places = torch.tensor([[0.0, 0.0], [1.6, 1.6]]).repeat(strange // 2, 1)
         x = torch.cat([test.x, 0.1 * torch.randn(strange, 2, generator=generator) + places])
         labels = np.concatenate([test.y.numpy(), np.full(strange, 2)])
-        shown = {title: [s.numpy() for s in states(network(cell), x)] for title, cell in cells.items()}
+        shown = {title: [s.numpy() for s in states_of(network(cell), x)] for title, cell in cells.items()}
         return plotting.clouds(shown, labels, after)
 
     plain, fixed, least = (Cell("figures", method, False) for method in METHODS)

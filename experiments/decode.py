@@ -38,7 +38,7 @@ from odenets.training.data import Batches, TensorData
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.transport import states
+from odenets.transport import states_of
 
 METHODS = ("vanilla", "least action")
 SETTINGS = {"digits": (5.0, 1.0, 5), "mnist": (5.0, 1.0, 5), "cifar10": (10.0, 0.1, 50)}  # lambda0, tau, s of F.2
@@ -163,7 +163,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     )
     decoder.eval()
     with torch.no_grad():
-        decoded = torch.stack([decoder(state) for state in states(network, test.x)])
+        decoded = torch.stack([decoder(state) for state in states_of(network, test.x)])
         action = network.eval().record(test.x, action=measures.action)[1]["action"]
     change = (decoded[1:] - decoded[:1]).square().flatten(2).mean(2).sqrt().mean(1)
     save_weights(network, run.folder / "weights.safetensors")

@@ -109,10 +109,7 @@ def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
     if first:
         return source
     field = copy.deepcopy(source)
-    if hasattr(field, "reset_parameters"):
-        field.reset_parameters()  # type: ignore[operator]
-    else:
-        reset_modules(field)
+    getattr(field, "reset_parameters", partial(reset_modules, field))()
     return field
 
 

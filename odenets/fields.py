@@ -25,8 +25,8 @@ def reset_modules(field: nn.Module) -> None:
         ValueError: a module has parameters and no ``reset_parameters``.
     """
     for name, module in field.named_modules():
-        if module is not field and hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
+        if module is not field and (reset := getattr(module, "reset_parameters", None)):
+            reset()
         elif next(module.parameters(recurse=False), None) is not None:
             raise ValueError(
                 f"field: {name or type(field).__name__!r} has parameters but no reset_parameters(), so no further "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,11 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
             if layer.bias is not None:
                 _set(layer.bias, nn.init.normal_(_blank(layer.bias), std=gain) if biases else 0.0)
         elif isinstance(layer, NORMS):
-            if layer.weight is not None:
-                _set(cast(Tensor, layer.weight), 1.0)
-            if getattr(layer, "bias", None) is not None:
-                _set(cast(Tensor, layer.bias), 0.0)
+            for which, value in (("weight", 1.0), ("bias", 0.0)):
+                if isinstance(tensor := getattr(layer, which, None), Tensor):
+                    _set(tensor, value)
             if getattr(layer, "running_mean", None) is not None:
-                layer.reset_running_stats()  # type: ignore[operator]
+                cast(Any, layer).reset_running_stats()
     return network
 
 

@@ -20,7 +20,7 @@ from odenets.flow import Flow
 from odenets.modes import device_of, dtype_of, evaluating
 from odenets.network import Network
 
-__all__ = ["LARGEST", "Moves", "moves", "states", "wasserstein"]
+__all__ = ["LARGEST", "Moves", "moves", "states_of", "wasserstein"]
 
 LARGEST = 20_000
 """Points of a cloud of which a machine still holds the costs, 3.2 GB, and three tables more of that size."""
@@ -125,7 +125,7 @@ def _least_cost(a: np.ndarray, b: np.ndarray, p: int) -> float:
 
 
 @torch.no_grad()
-def states(network: Network | Flow, x: Tensor) -> list[Tensor]:
+def states_of(network: Network | Flow, x: Tensor) -> list[Tensor]:
     """The states of inputs ``x`` before the first block and after every block, in eval mode.
 
     Inputs are taken to the network's device and precision; the modes of its modules are restored.
@@ -154,7 +154,7 @@ def moves(network: Network | Flow, x: Tensor) -> Moves:
     """
     if isinstance(network, Network) and len(network.flows) > 1:
         raise ValueError(f"network must have one flow, got {len(network.flows)}")
-    clouds = [_coordinates(cloud) for cloud in states(network, x)]
+    clouds = [_coordinates(cloud) for cloud in states_of(network, x)]
     for block, cloud in enumerate(clouds):
         if not cloud.isfinite().all():
             raise ValueError(f"network must have finite states, got NaN or infinity after block {block} (0: before)")

@@ -1,4 +1,10 @@
-"""Known networks as compositions of fields and flows."""
+"""Known networks as compositions of fields and flows.
+
+All take ``in_channels`` of images and ``classes``; ``norm``, the normalization of the fields; ``normalize``, a first
+layer, so that inputs are pixels in [0, 1]; ``readout``, as :class:`~odenets.Network` does; and the arguments of each
+:class:`~odenets.Flow`. Every block has h = 1 unless told otherwise, whatever the method, so that the total time is the
+depth; the method of residual networks is Euler's.
+"""
 
 from odenets.models.normalize import Normalize
 from odenets.models.resnets import resnet9, resnet110, resnet_km, wide_resnet

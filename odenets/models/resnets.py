@@ -42,15 +42,10 @@ def resnet9(
     """ResNet-9 [K24, section 3]: a stride-2 encoder, ``depth`` blocks at one resolution, a two-layer head.
 
     Args:
-        in_channels, size: channels and height (= width) of the images.
-        classes: number of classes.
+        size: height (= width) of the images.
         features: channels of the state: 32 for MNIST, 100 for CIFAR.
         depth: number of blocks.
-        norm: normalization of the fields.
-        normalize: first layer, so that inputs are pixels in [0, 1].
-        readout: see :class:`~odenets.Network`.
-        flow: arguments of :class:`~odenets.Flow`; an Euler residual network with h = 1 unless told otherwise. With
-            another ``solver`` h stays 1, so that the total time is ``depth``.
+        others: see :mod:`odenets.models`.
     """
     half = (size + 1) // 2
     encoder = nn.Sequential(
@@ -92,15 +87,9 @@ def resnet110(
     changes the number of channels, and 1,727,962 parameters for 1,753,530 here.
 
     Args:
-        in_channels: channels of the images.
-        classes: number of classes.
         blocks: of each flow; its depth is ``6 * blocks + 2``.
         channels: of the states of each flow.
-        norm: normalization of the fields.
-        normalize: first layer, so that inputs are pixels in [0, 1].
-        readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
-            another ``solver`` too.
+        others: see :mod:`odenets.models`.
     """
     first, *_, last = channels
     encoder = nn.Sequential(
@@ -130,15 +119,9 @@ def wide_resnet(
     parameters for 38,991,802 here.
 
     Args:
-        in_channels: channels of the images.
-        classes: number of classes.
         blocks: of each flow; the network's depth is ``6 * blocks + 4``.
         widen: channels of the first flow over 16.
-        norm: normalization of the fields.
-        normalize: first layer, so that inputs are pixels in [0, 1].
-        readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
-            another ``solver`` too.
+        others: see :mod:`odenets.models`.
     """
     channels = [16 * widen, 32 * widen, 64 * widen]
     encoder = nn.Sequential(
@@ -171,15 +154,9 @@ def resnet_km(
     Args:
         K: number of modules.
         M: blocks per module.
-        in_channels: channels of the images.
-        classes: number of classes.
         channels: of the states in the first half of the modules (rounded up), twice as many and half the height and
             width in the second.
-        norm: normalization of the fields.
-        normalize: first layer, so that inputs are pixels in [0, 1].
-        readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
-            another ``solver`` too.
+        others: see :mod:`odenets.models`.
 
     Raises:
         ValueError: K or M below 1.

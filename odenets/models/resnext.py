@@ -38,16 +38,10 @@ def resnext50(
     parameters less in all.
 
     Args:
-        in_channels: channels of the images.
-        classes: number of classes.
         blocks: of each flow.
         groups: groups of the 3 x 3 convolutions.
         width: channels per group in the first flow; twice as many in each next one.
-        norm: normalization of the fields.
-        normalize: first layer, so that inputs are pixels in [0, 1].
-        readout: see :class:`~odenets.Network`.
-        flow: arguments of each :class:`~odenets.Flow`; Euler steps with h = 1 unless told otherwise, and h = 1 with
-            another ``solver`` too.
+        others: see :mod:`odenets.models`.
     """
     channels = [256 * 2**i for i in range(len(blocks))]
     encoder = nn.Sequential(

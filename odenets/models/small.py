@@ -1,4 +1,4 @@
-"""Networks of one flow for small images and for points."""
+"""Networks of one flow for small images and for points; their method is that of a flow unless told otherwise."""
 
 from __future__ import annotations
 
@@ -30,13 +30,9 @@ def small_network(
     """A network of one flow for images of a few pixels: a 3x3 convolution, the flow, a linear head.
 
     Args:
-        in_channels, size: channels and height (= width) of the images.
-        classes: number of classes.
+        size: height (= width) of the images.
         features: channels of the state.
-        norm: normalization of the fields.
-        normalize: first layer, so that inputs are pixels in [0, 1].
-        readout: see :class:`~odenets.Network`.
-        flow: arguments of :class:`~odenets.Flow`; h = 1 unless told otherwise, so that the total time is ``depth``.
+        others: see :mod:`odenets.models`.
     """
     encoder = nn.Sequential(normalize or nn.Identity(), nn.Conv2d(in_channels, features, 3, padding=1, bias=False))
     head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(features * size * size, classes))
@@ -56,11 +52,8 @@ def points_network(
 
     Args:
         dimensions: of the points.
-        classes: number of classes.
         hidden: width of the fields' hidden layer.
-        normalize: first layer.
-        readout: see :class:`~odenets.Network`.
-        flow: arguments of :class:`~odenets.Flow`; h = 1 unless told otherwise, so that the total time is ``depth``.
+        others: see :mod:`odenets.models`.
     """
     encoder = normalize or nn.Identity()
     flow_ = Flow(lambda: MLPField(dimensions, hidden), **unit_steps(flow))

@@ -108,7 +108,7 @@ def _uncompiled() -> AbstractContextManager[object]:
 def taking_closing_stages(network: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Flows that hold norms take the closing stages of all their blocks for a while, unless another one is frozen."""
     chosen = set(norms)
-    flows = [
+    flows: list[Any] = [
         flow
         for flow in network.modules()
         if getattr(flow, "closing_apart", False)
@@ -117,12 +117,12 @@ def taking_closing_stages(network: nn.Module, norms: Iterable[nn.Module]) -> Ite
         )
     ]
     for flow in flows:
-        flow.takes_closing = True  # type: ignore[assignment]
+        flow.takes_closing = True
     try:
         yield
     finally:
         for flow in flows:
-            flow.takes_closing = False  # type: ignore[assignment]
+            flow.takes_closing = False
 
 
 class _Average:

@@ -84,20 +84,20 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 @pytest.mark.parametrize("source", ["field", "function"])
-@pytest.mark.parametrize("stages", ["tied", "untied"])
-def test_a_field_keeps_its_statistics_and_the_flow_trains_its_parameters(source, stages):
+@pytest.mark.parametrize("stage_fields", ["tied", "untied"])
+def test_a_field_keeps_its_statistics_and_the_flow_trains_its_parameters(source, stage_fields):
     torch.manual_seed(0)
     field = ConvField(3, norm="batch")
     field.train()(0.0, X)
     before = copy.deepcopy(field.state_dict())
     fields = itertools.chain([field], iter(lambda: ConvField(3, norm="batch"), None))
-    flow = Flow(field if source == "field" else lambda: next(fields), solver="bs23", stage_fields=stages)
+    flow = Flow(field if source == "field" else lambda: next(fields), solver="bs23", stage_fields=stage_fields)
     for name, value in field.state_dict().items():
         assert torch.equal(value, before[name]), name
     own = flow.blocks[0].fields[0]
     assert [id(p) for p in own.parameters()] == [id(p) for p in field.parameters()]
     flow.train()(X)
-    if stages == "tied":
+    if stage_fields == "tied":
         assert torch.equal(field.norm1.running_mean, before["norm1.running_mean"])
     field.load_state_dict(before)
 

@@ -89,13 +89,13 @@ def test_the_fingerprint_tells_what_a_network_computes_with():
 def test_the_fingerprint_tells_what_no_weight_does():
     """A readout, a tolerance, a controller, a step size in its last digits, the blocks that are recorded."""
     torch.manual_seed(0)
-    made = models.small_network(solver="bs23", depth=2)
-    other = copy.deepcopy(made)
+    network = models.small_network(solver="bs23", depth=2)
+    other = copy.deepcopy(network)
     other.readout = "ensemble"
-    assert fingerprint(made) != fingerprint(other)
-    close = copy.deepcopy(made)
+    assert fingerprint(network) != fingerprint(other)
+    close = copy.deepcopy(network)
     close.flows[0].resize([0.5, 0.5 + 1e-8])
-    assert fingerprint(made) != fingerprint(close)
+    assert fingerprint(network) != fingerprint(close)
     flows = [
         Flow(MLPField(2, 3), solver="bs23", tolerance=Tolerance(rtol), controller=controller)
         for rtol, controller in ((1e-1, I()), (1e-6, I()), (1e-1, PI()))

@@ -13,10 +13,10 @@ VECTORS, IMAGES = torch.randn(5, 3), torch.randn(4, 8, 6, 6)
 
 
 @pytest.mark.parametrize("x", [VECTORS, IMAGES], ids=["vectors", "images"])
-@pytest.mark.parametrize("stages", ["tied", "chained", "untied"])
+@pytest.mark.parametrize("stage_fields", ["tied", "chained", "untied"])
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "heun", "rk4", "bs23", "dopri5"])
-def test_one_function_through_forward_steps_and_record(solver, stages, x):
-    flow = Flow(solver=solver, depth=3, stage_fields=stages)
+def test_one_function_through_forward_steps_and_record(solver, stage_fields, x):
+    flow = Flow(solver=solver, depth=3, stage_fields=stage_fields)
     *_, last = flow.steps(x)
     end, records = flow.record(x, action=measures.action, mine=lambda step: step.x0.flatten(1).sum(1))
     assert torch.equal(flow(x), last.x1)
@@ -24,9 +24,9 @@ def test_one_function_through_forward_steps_and_record(solver, stages, x):
     assert records["action"].shape == records["mine"].shape == (3, len(x))
 
 
-@pytest.mark.parametrize(("solver", "stages"), [("euler", "tied"), ("bs23", "tied"), ("bs23", "chained")])
-def test_compiles_to_the_same_function(solver, stages):
-    flow = Flow(solver=solver, depth=3, stage_fields=stages)
+@pytest.mark.parametrize(("solver", "stage_fields"), [("euler", "tied"), ("bs23", "tied"), ("bs23", "chained")])
+def test_compiles_to_the_same_function(solver, stage_fields):
+    flow = Flow(solver=solver, depth=3, stage_fields=stage_fields)
     end = flow(IMAGES)
     torch.testing.assert_close(torch.compile(flow, fullgraph=True, backend="aot_eager")(IMAGES), end)
 
@@ -110,14 +110,14 @@ def calls(work):
     return Tallied.calls
 
 
-@pytest.mark.parametrize("stages", ["tied", "untied", "chained"])
+@pytest.mark.parametrize("stage_fields", ["tied", "untied", "chained"])
 @pytest.mark.parametrize(
     ("solver", "interior", "all_stages", "full"),
     [("bs23", 3, 4, 10), ("dopri5", 6, 7, 14), ("rk4", 4, 4, 7), ("euler", 1, 1, 1), ("midpoint", 2, 2, 3)],
 )
-def test_only_stages_that_are_read_are_evaluated(solver, interior, all_stages, full, stages):
+def test_only_stages_that_are_read_are_evaluated(solver, interior, all_stages, full, stage_fields):
     depth = 5
-    flow = Flow(Tallied, solver=solver, depth=depth, stage_fields=stages)
+    flow = Flow(Tallied, solver=solver, depth=depth, stage_fields=stage_fields)
     once = depth * interior
     assert calls(lambda: flow(VECTORS)) == flow.evaluations == once
     ensemble = once + all_stages - interior
@@ -125,16 +125,16 @@ def test_only_stages_that_are_read_are_evaluated(solver, interior, all_stages, f
     assert flow.evaluations_per_pass(readout="ensemble") == ensemble
     assert calls(lambda: flow.record(VECTORS, "ensemble", action=measures.action)) == ensemble
     assert calls(lambda: flow.ensemble(VECTORS, full_passes=True)) == full * depth
-    closed = depth * interior + 1 if stages == "chained" and interior < all_stages else depth * all_stages
+    closed = depth * interior + 1 if stage_fields == "chained" and interior < all_stages else depth * all_stages
     assert calls(lambda: list(flow.steps(VECTORS))) == flow.evaluations_per_pass(closing=True) == closed
     assert calls(lambda: flow.record(VECTORS, "ensemble", peak=lambda step: step.x1.sum(1))) == closed
 
 
-@pytest.mark.parametrize("stages", ["tied", "untied", "chained"])
+@pytest.mark.parametrize("stage_fields", ["tied", "untied", "chained"])
 @pytest.mark.parametrize(("output", "needed"), [("euler", 1), ("midpoint", 2), ("order2", 4), ("order3", 3)])
-def test_a_method_that_carries_another_output_on_takes_its_stages_alone(output, needed, stages):
+def test_a_method_that_carries_another_output_on_takes_its_stages_alone(output, needed, stage_fields):
     torch.manual_seed(0)
-    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding(output), depth=5, stage_fields=stages)
+    flow = Flow(Tallied, solver=get_tableau("bs23").forwarding(output), depth=5, stage_fields=stage_fields)
     assert calls(lambda: flow(VECTORS)) == flow.evaluations == 5 * needed
     assert calls(lambda: list(flow.steps(VECTORS, closing=False))) == 5 * needed
     *_, whole = flow.steps(VECTORS)

@@ -24,11 +24,11 @@ def test_orthogonal_matrices_have_the_gain():
 
 def test_normal_weights_have_the_deviation_and_biases_if_asked():
     for biases in (False, True):
-        found = layers(initialize(network(), "normal", 5.0, biases=biases))
-        assert len(found) == 8
-        for layer in found:
+        drawn_layers = layers(initialize(network(), "normal", 5.0, biases=biases))
+        assert len(drawn_layers) == 8
+        for layer in drawn_layers:
             assert layer.weight.std().item() == pytest.approx(5.0, rel=0.2)
-        drawn = torch.cat([layer.bias for layer in found if layer.bias is not None])
+        drawn = torch.cat([layer.bias for layer in drawn_layers if layer.bias is not None])
         assert drawn.std().item() == pytest.approx(5.0 * biases, rel=0.3)
 
 

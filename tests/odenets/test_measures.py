@@ -86,9 +86,9 @@ def test_measures_are_their_definitions(dtype):
         }
         for name in NAMES:
             assert records[name].dtype == torch.promote_types(dtype, torch.float32)
-            found = records[name][m].double()
+            value = records[name][m].double()
             scale = 0.1 * torch.finfo(dtype).eps if name == "error" else 0.0  # it is a small difference of stages
-            torch.testing.assert_close(found, expected[name], rtol=tolerance, atol=scale, msg=name)
+            torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=scale, msg=name)
 
 
 NAMES = ("action", "residue", "cosine", "error", "displacement")

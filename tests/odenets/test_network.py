@@ -71,24 +71,24 @@ def test_sizes(network):
 
 
 def test_outputs_of_the_last_flow(network):
-    found = network.outputs(X)
-    assert set(found) == {"euler", "midpoint", "order2", "order3", "ensemble"}
-    torch.testing.assert_close(found["order3"], network(X))
+    outputs = network.outputs(X)
+    assert set(outputs) == {"euler", "midpoint", "order2", "order3", "ensemble"}
+    torch.testing.assert_close(outputs["order3"], network(X))
     *_, last = network.steps(X)
     for name in ("euler", "midpoint", "order2"):
-        torch.testing.assert_close(found[name], network.head(last.output(name)))
-    torch.testing.assert_close(network.ensemble(X), found["ensemble"])
+        torch.testing.assert_close(outputs[name], network.head(last.output(name)))
+    torch.testing.assert_close(network.ensemble(X), outputs["ensemble"])
     network.readout = "ensemble"
-    torch.testing.assert_close(network(X), found["ensemble"])
+    torch.testing.assert_close(network(X), outputs["ensemble"])
 
 
 def test_full_passes_are_the_networks_of_the_other_methods(network):
-    found = network.outputs(X, full_passes=True)
+    outputs = network.outputs(X, full_passes=True)
     for name in ("euler", "midpoint"):
         other = Flow(lambda: MLPField(6), solver=name, depth=3, total_time=2.0)
         other.load_state_dict(network.flows[1].state_dict())
         state = other(network.transitions[0](network.flows[0](network.encoder(X))))
-        torch.testing.assert_close(found[name], network.head(state))
+        torch.testing.assert_close(outputs[name], network.head(state))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from odenets import Flow, Network, adapt, models
-from odenets.transport import Moves, moves, states, wasserstein
+from odenets.transport import Moves, moves, states_of, wasserstein
 
 
 def network(dimensions=2, depth=4, **flow):
@@ -39,16 +39,16 @@ def test_a_shift_is_optimal_and_order_does_not_matter(p):
 @given(st.integers(0, 2**31), st.sampled_from(["euler", "bs23"]), st.sampled_from([2, 5]))
 def test_no_map_moves_less_than_the_distance(seed, solver, dimensions):
     net = network(dimensions, 3, solver=solver)
-    found = moves(net, torch.randn(25, dimensions, generator=torch.Generator().manual_seed(seed)))
-    assert (found.w1 <= found.mean * (1 + 1e-6) + 1e-9).all()
-    assert (found.w2 <= found.root_mean_square * (1 + 1e-6) + 1e-9).all()
-    assert (found.w1 <= found.w2 * (1 + 1e-6)).all()
-    assert found.gap >= -1e-6
+    moved = moves(net, torch.randn(25, dimensions, generator=torch.Generator().manual_seed(seed)))
+    assert (moved.w1 <= moved.mean * (1 + 1e-6) + 1e-9).all()
+    assert (moved.w2 <= moved.root_mean_square * (1 + 1e-6) + 1e-9).all()
+    assert (moved.w1 <= moved.w2 * (1 + 1e-6)).all()
+    assert moved.gap >= -1e-6
 
 
 def test_states_begin_at_the_input_and_end_at_the_output():
     net, x = network().train(), torch.randn(6, 2)
-    clouds = states(net, x)
+    clouds = states_of(net, x)
     assert len(clouds) == 5
     assert torch.equal(clouds[0], x)
     torch.testing.assert_close(net.head(clouds[-1]), net(x))
@@ -57,13 +57,13 @@ def test_states_begin_at_the_input_and_end_at_the_output():
 
 def test_displacements_are_those_of_the_steps():
     net, x = network(), torch.randn(6, 2)
-    found = moves(net, x)
+    moved = moves(net, x)
     for block, step in enumerate(net.steps(x)):
         length = (step.x1 - step.x0).norm(dim=1)
-        assert found.mean[block] == pytest.approx(length.mean().item(), rel=1e-5)
-        assert found.root_mean_square[block] == pytest.approx(length.square().mean().sqrt().item(), rel=1e-5)
-    assert isinstance(found.w2, np.ndarray)
-    assert not math.isnan(found.gap)
+        assert moved.mean[block] == pytest.approx(length.mean().item(), rel=1e-5)
+        assert moved.root_mean_square[block] == pytest.approx(length.square().mean().sqrt().item(), rel=1e-5)
+    assert isinstance(moved.w2, np.ndarray)
+    assert not math.isnan(moved.gap)
 
 
 def exactly(x, y, p):
@@ -137,7 +137,7 @@ def test_what_the_network_simplex_cannot_prove_is_not_believed(monkeypatch):
 @pytest.mark.parametrize("network_dtype", [torch.float64, torch.bfloat16])
 def test_clouds_follow_the_precision_of_the_network(network_dtype):
     net = network().to(network_dtype)
-    clouds = states(net, torch.randn(6, 2))
+    clouds = states_of(net, torch.randn(6, 2))
     assert all(cloud.dtype == network_dtype for cloud in clouds)
     result = moves(net, torch.randn(6, 2))
     assert (result.w2 <= result.root_mean_square * (1 + 1e-9)).all()
@@ -172,13 +172,13 @@ def test_states_leave_the_modes_of_each_module_also_after_an_exception():
     net = network().train()
     net.head.eval()
     before = [module.training for module in net.modules()]
-    states(net, torch.randn(6, 2))
+    states_of(net, torch.randn(6, 2))
     with pytest.raises((RuntimeError, ValueError)):
-        states(net, torch.randn(6, 5))
+        states_of(net, torch.randn(6, 5))
     assert [module.training for module in net.modules()] == before
 
 
-@pytest.mark.parametrize("measure", [states, moves])
+@pytest.mark.parametrize("measure", [states_of, moves])
 def test_an_adapted_model_is_named(measure):
     chain = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
     with pytest.raises(TypeError, match=r"got AdaptedModel: .*wasserstein\(step\.x0, step\.x1\)"):

@@ -60,14 +60,14 @@ def test_a_graph_keeps_what_backward_needs_and_gradients_count():
 
 
 def test_each_measurement_begins_at_nothing(x):
-    kept = []
-    first = measure_memory(lambda: kept.append(x + 1)).peak
-    assert measure_memory(lambda: kept.append(x + 1)).peak == first == KB
-    kept.clear()
+    held = []
+    first = measure_memory(lambda: held.append(x + 1)).peak
+    assert measure_memory(lambda: held.append(x + 1)).peak == first == KB
+    held.clear()
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_allocator_tells():
     x = torch.zeros(256, device="cuda")
-    kept = []
-    assert measure_memory(lambda: kept.extend(x + i for i in range(5)), "cuda").peak == 5 * KB
+    held = []
+    assert measure_memory(lambda: held.extend(x + i for i in range(5)), "cuda").peak == 5 * KB

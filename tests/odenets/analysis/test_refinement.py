@@ -27,13 +27,13 @@ def test_a_step_down_the_gradient_has_cosine_minus_one(rate):
     head = nn.Linear(3, 2)
     network = Network(nn.Identity(), Flow(DownTheLoss(head, rate), solver="euler", h=1.0), head)
     x = torch.randn(8, 3)
-    found = iterative_refinement(
+    refinement = iterative_refinement(
         network, [(x[:5], torch.zeros(5, dtype=torch.long)), (x[5:], torch.zeros(3, dtype=torch.long))]
     )
-    torch.testing.assert_close(found.cosine, torch.tensor([-1.0 if rate > 0 else 1.0]))
+    torch.testing.assert_close(refinement.cosine, torch.tensor([-1.0 if rate > 0 else 1.0]))
     (step,) = network.steps(x)
     expected = ((step.x1 - step.x0).norm(dim=1) / x.norm(dim=1)).mean()
-    torch.testing.assert_close(found.ratio, expected.reshape(1))
+    torch.testing.assert_close(refinement.ratio, expected.reshape(1))
 
 
 @pytest.mark.parametrize("solver", ["euler", "bs23"])
@@ -41,9 +41,9 @@ def test_blocks_of_several_flows_are_those_of_finite_differences(solver):
     torch.manual_seed(0)
     net = models.resnet_km(2, 1, 1, 3, channels=4, solver=solver, total_time=1.0, norm="group").double().train()
     x, y = torch.rand(1, 1, 8, 8, dtype=torch.float64), torch.tensor([1])
-    found = iterative_refinement(net, [(x, y)])
+    refinement = iterative_refinement(net, [(x, y)])
     assert net.training
-    assert found.ratio.shape == found.cosine.shape == (2,)
+    assert refinement.ratio.shape == refinement.cosine.shape == (2,)
     net.eval()
     last = list(net.steps(x))[-1]
     moved = (last.x1 - last.x0).detach()
@@ -57,7 +57,7 @@ def test_blocks_of_several_flows_are_those_of_finite_differences(solver):
     gradient = torch.autograd.functional.jacobian(
         lambda s: F.cross_entropy(net.head(net.flows[1](s)), y), last.x0.detach()
     )
-    assert found.cosine[1].item() == pytest.approx(along / (gradient.norm() * moved.norm()).item(), rel=1e-4)
+    assert refinement.cosine[1].item() == pytest.approx(along / (gradient.norm() * moved.norm()).item(), rel=1e-4)
 
 
 class Tupled(nn.Module):
