@@ -16,19 +16,16 @@ wider networks, none with batch norm in its blocks, a bad start.
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from operator import itemgetter
 from typing import Any
 
 import torch
-import tyro
 from small_data_setup import (
     METHODS,
     PROTOCOL,
+    THESIS,
     WAYS,
     Config,
     Job,
@@ -36,71 +33,26 @@ from small_data_setup import (
     epochs_of,
     objective,
     parts_of,
-    science,
     training_images,
 )
-from small_data_tables import COLUMNS, summarize, verdict
 from torch import Tensor
 
+from lab.experiment import Columns, Experiment, Jobs, command
+from lab.outcome import Outcome
+from lab.results import best_settings, groups
 from lab.runs import Run
-from lab.tables import table
-from lab.workers import Report, Workers
+from lab.statistics import Interval, mean_interval, paired, paired_p_value
+from lab.workers import Report
 from odenets import Network, measures, recalibrate
-from odenets.training import data, datasets
+from odenets.training import datasets
+from odenets.training.data import Batches
 from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
 
-
-def train(config: Config, job: Job, report: Report) -> None:
-    """Train the instances of a job; what was found stands in its summary."""
-    run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
-    pool, validation, test = parts_of(config)
-    crop = 0 if config.dataset == "digits" else 4
-    batches = [
-        data.Batches(
-            training_images(pool, job, seed),
-            config.batch_size,
-            seed=seed,
-            crop=crop,
-            flip=config.dataset == "cifar10",
-        )
-        for seed in job.seeds
-    ]
-    images = [validation if job.tuning else test] * len(job.seeds)
-    if job.method in PROTOCOL:
-        size = min(config.protocol_size, len(test))
-        images = [datasets.subsample(test, size, seed=seed) for seed in job.seeds]
-    found = fit_instances(
-        [build(config, job, pool, seed) for seed in job.seeds],
-        batches,
-        epochs=epochs_of(config, job),
-        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
-        objective=lambda: objective(config, job),
-        measured={"test": images} if job.method in PROTOCOL else None,
-        every=config.protocol_every,
-        report=report,
-    )
-    results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
-    for network, batch, part in zip(found.networks, batches, images, strict=True):
-        for way in WAYS:
-            if way not in job.ways:
-                continue
-            if way == "recalibrated":
-                recalibrate(network, batch.inputs())
-            results[f"action_{way}"].append(action(network.eval(), batch.data.x))
-            results[way].append(evaluate(network, data.Batches(part, 100)).accuracy)
-    if job.method in PROTOCOL:
-        results["max"] = found.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
-    run.finish(asdict(job) | results, seeds=list(job.seeds))
+PROTOCOL_SETTINGS = {"learning_rate": 0.01, "weight": 0.0}
 
 
-@torch.no_grad()
-def action(network: Network, x: Tensor) -> float:
-    """Mean action of the network on training images."""
-    return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
-
-
-def groups(config: Config, first: int, number: int) -> list[tuple[int, ...]]:
+def seed_groups(config: Config, first: int, number: int) -> list[tuple[int, ...]]:
     """Seeds from the first on, in groups that are trained together."""
     seeds = range(first, first + number)
     return [tuple(seeds[i : i + config.together]) for i in range(0, number, config.together)]
@@ -114,78 +66,167 @@ def candidates(config: Config, condition: str, size: int) -> list[Job]:
         for method in METHODS
         for rate in config.learning_rates
         for weight in weights[method]
-        for seeds in groups(config, 10_000, config.tuning)
-    ]
-
-
-def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
-    """The jobs whose test accuracy is reported, each only once."""
-    ways: dict[tuple[str, float, float], tuple[str, ...]] = {(method, 0.01, 0.0): WAYS for method in PROTOCOL}
-    for (_, way), c in chosen.items():
-        key = (c["method"], c["learning_rate"], c["weight"])
-        ways[key] = (*ways.get(key, ()), way)
-    return [
-        Job(condition, size, *each, seeds, tuning=False, ways=ways[each])
-        for each in sorted(ways)
-        for seeds in groups(config, 0, config.instances)
+        for seeds in seed_groups(config, 10_000, config.tuning)
     ]
 
 
 def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
     """Per method, and per way of taking batch norm's statistics, the settings best on validation images."""
-    names = ("method", "learning_rate", "weight")
-    chosen: dict[tuple[str, str], dict[str, Any]] = {}
-    for way in WAYS:
-        scores: dict[tuple[Any, ...], list[float]] = {}
-        for r in tuned:
-            scores.setdefault(tuple(r[name] for name in names), []).extend(r[way])
-        for method in METHODS:
-            best = max((key for key in scores if key[0] == method), key=lambda key: statistics.fmean(scores[key]))
-            chosen[method, way] = dict(zip(names, best, strict=True))
-    return chosen
+    names = ("learning_rate", "weight")
+    return {
+        (method, way): settings
+        for way in WAYS
+        for (method,), settings in best_settings(tuned, names, within=("method",), score=itemgetter(way)).items()
+    }
 
 
-def main(config: Config) -> None:
-    """Choose, train, print one table, write the run folder."""
-    if config.quick:
-        config = replace(
-            config,
-            sizes=(50,),
-            instances=2,
-            tuning=2,
-            epochs=2,
-            protocol_epochs=2,
-            learning_rates=(0.03,),
-            weights=(1.0,),
-            lambdas=(1.0,),
-        )
-    started = time.time()
-    parts_of(config)  # a wrong data folder shows here, before anything is written
-    names = ("sizes", "conditions", "instances", "protocol_only")
-    names += () if config.protocol_only else ("tuning", "learning_rates", "weights", "lambdas")
-    run = Run(config.output, science(config) | {name: getattr(config, name) for name in names}, resume=config.resume)
+def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
+    """The jobs whose test accuracy is reported, each only once."""
+    ways: dict[tuple[str, float, float], tuple[str, ...]] = {(method, 0.01, 0.0): WAYS for method in PROTOCOL}
+    for (method, way), settings in chosen.items():
+        key = (method, settings["learning_rate"], settings["weight"])
+        ways[key] = (*ways.get(key, ()), way)
+    return [
+        Job(condition, size, *each, seeds, tuning=False, ways=ways[each])
+        for each in sorted(ways)
+        for seeds in seed_groups(config, 0, config.instances)
+    ]
+
+
+def jobs(config: Config) -> Jobs[Job]:
+    """What is chosen from, unless the thesis' protocol is all that is wanted; then what is reported."""
     places = [(condition, size) for condition in config.conditions for size in config.sizes]
+    tuned = []
+    if not config.protocol_only:
+        tuned = yield [job for place in places for job in candidates(config, *place)]
+    at = groups(tuned, "condition", "size")
+    results = yield [job for place in places for job in reported(config, *place, choose(at.get(place, [])))]
+    return [*tuned, *results]
 
-    def at(where: tuple[str, int], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [r for r in found if (r["condition"], r["size"]) == where]
 
-    def folder(job: Job) -> Path:
-        return config.output / job.name
+def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Train the instances of a job."""
+    pool, validation, test = parts_of(config)
+    crop, flip = 0 if config.dataset == "digits" else 4, config.dataset == "cifar10"
+    batches = [
+        Batches(training_images(pool, job, seed), config.batch_size, seed=seed, crop=crop, flip=flip)
+        for seed in job.seeds
+    ]
+    shown = [validation if job.tuning else test] * len(job.seeds)
+    if job.method in PROTOCOL:
+        size = min(config.protocol_size, len(test))
+        shown = [datasets.subsample(test, size, seed=seed) for seed in job.seeds]
+    trained = fit_instances(
+        [build(config, job, pool, seed) for seed in job.seeds],
+        batches,
+        epochs=epochs_of(config, job),
+        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
+        objective=lambda: objective(config, job),
+        measured={"test": shown} if job.method in PROTOCOL else None,
+        every=config.protocol_every,
+        report=report,
+    )
+    results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
+    for network, batch, part in zip(trained.networks, batches, shown, strict=True):
+        for way in WAYS:
+            if way not in job.ways:
+                continue
+            if way == "recalibrated":
+                recalibrate(network, batch.inputs())
+            results[f"action_{way}"].append(action(network.eval(), batch.data.x))
+            results[way].append(evaluate(network, Batches(part, 100)).accuracy)
+    if job.method in PROTOCOL:
+        results["max"] = trained.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
+    return results
 
-    def cost(job: Job) -> int:
-        return epochs_of(config, job) * len(job.seeds)
 
-    with Workers(config.workers or os.cpu_count() or 1) as workers:
-        complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
-        tuned = [] if config.protocol_only else [job for where in places for job in candidates(config, *where)]
-        found = complete(tuned, label="choosing")
-        chosen = {where: {} if config.protocol_only else choose(at(where, found)) for where in places}
-        jobs = [job for where in places for job in reported(config, *where, chosen[where])]
-        results = complete(jobs, label="training")
-    rows = [row for where in places for row in summarize(config, *where, chosen[where], at(where, results))]
-    trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in job.seeds]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
+@torch.no_grad()
+def action(network: Network, x: Tensor) -> float:
+    """Mean action of the network on training images."""
+    return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
 
+
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per condition, size, method and way, differences to the plain network paired over the instances."""
+    kinds = [(METHODS, "last", "running"), (METHODS, "recalibrated", "recomputed")]
+    kinds += [(PROTOCOL, "max", "running, max over epochs"), (PROTOCOL, "last", "running")]
+    kinds += [(PROTOCOL, "recalibrated", "recomputed")]
+    rows = []
+    for (condition, size), group in groups(results, "condition", "size").items():
+        chosen = choose([r for r in group if r["tuning"]])
+        of = groups((r for r in group if not r["tuning"]), "method", "learning_rate", "weight")
+        for methods, way, shown in kinds:
+            if methods == METHODS and not chosen:
+                continue
+            plain: list[float] = []
+            for method in methods:
+                settings = chosen.get((method, way), PROTOCOL_SETTINGS)
+                seeds = sorted(of[method, settings["learning_rate"], settings["weight"]], key=lambda r: r["seeds"])
+                accuracy = [100 * value for r in seeds for value in r[way]]
+                row = {"condition": condition, "size": size, "method": method, "statistics": shown, **settings}
+                row["accuracy"] = mean_interval(accuracy)
+                statistic = "last" if way == "max" else way
+                row["action"] = mean_interval([value for r in seeds for value in r[f"action_{statistic}"]])
+                if plain:
+                    row |= {"difference": paired(accuracy, plain), "p": paired_p_value(accuracy, plain)}
+                plain = plain or accuracy
+                kind = method.removeprefix("thesis: ").removesuffix(", divided")
+                figure = THESIS.get(config.dataset, {}).get(size, {}).get(kind)
+                if figure and condition == "standard" and way == "max":
+                    thesis = Interval(*figure, 20)
+                    row |= {"thesis": thesis, "meets": row["accuracy"].meets(thesis)}
+                rows.append(row)
+    return rows
+
+
+COLUMNS: Columns = {
+    "condition": "{condition}",
+    "images": "{size}",
+    "method": "{method}",
+    "batch norm": "{statistics}",
+    "lr": "{learning_rate:g}",
+    "weight": lambda row: f"{row['weight']:g}" if row["weight"] else "",
+    "test accuracy": "{accuracy:.2f}",
+    "- vanilla": "{difference:.2f}",
+    "p": "{p:.2g}",
+    "action": "{action.mean:.3g}",
+    "thesis": "{thesis:.2f}",
+    "meets": "{meets}",
+}
+
+
+def verdict(config: Config, outcome: Outcome) -> list[str]:
+    """What the table says, in sentences: differences are called so where their 95 % interval leaves out 0."""
+    what = ("no difference to", "better than", "worse than")
+    return [
+        f"{row['condition']}, {row['size']} images, {row['method']} ({row['statistics']} statistics): "
+        f"{what[row['difference'].sign]} the plain network, {row['difference']:.2f} points, p = {row['p']:.2g}"
+        for row in outcome.rows
+        if "difference" in row
+    ]
+
+
+def quick(config: Config) -> Config:
+    """One size, few instances and epochs."""
+    config = replace(config, sizes=(50,), instances=2, tuning=2, epochs=2, protocol_epochs=2)
+    return replace(config, learning_rates=(0.03,), weights=(1.0,), lambdas=(1.0,))
+
+
+EXPERIMENT = Experiment(
+    config=Config,
+    data=parts_of,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=COLUMNS,
+    verdict=verdict,
+    quick=quick,
+    selects=(
+        *("sizes", "conditions", "instances", "tuning", "learning_rates", "weights", "lambdas"),
+        *("protocol_only", "together"),
+    ),
+    cost=lambda config, job: epochs_of(config, job) * len(job.seeds),
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)

@@ -5,9 +5,21 @@ from dataclasses import replace
 import pytest
 import small_data
 import torch
-from small_data import candidates, choose, main, reported
-from small_data_setup import CONDITIONS, METHODS, PROTOCOL, Config, Job, build, objective, parts_of, training_images
+from small_data import EXPERIMENT, candidates, choose, jobs, reported
+from small_data_setup import (
+    CONDITIONS,
+    METHODS,
+    PROTOCOL,
+    Config,
+    Job,
+    build,
+    epochs_of,
+    objective,
+    parts_of,
+    training_images,
+)
 
+from lab.experiment import run
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.normalization import StageBatchNorm
 from odenets.training import datasets
@@ -17,15 +29,14 @@ from odenets.training.runs import read_summary
 TINY = Config(workers=1, quick=True)
 
 
-def test_a_run_prints_its_table_and_goes_on(tmp_path, capsys):
-    main(replace(TINY, output=tmp_path / "run"))
-    shown = capsys.readouterr().out
-    rows = read_summary(tmp_path / "run")["results"]["rows"]
+def test_a_run_leaves_its_table(tmp_path, capsys):
+    run(EXPERIMENT, replace(TINY, output=tmp_path))
+    summary = read_summary(tmp_path)
+    rows = summary["results"]["rows"]
     assert [row["method"] for row in rows] == [*METHODS, *METHODS, *PROTOCOL, *PROTOCOL, *PROTOCOL]
     assert all(0 <= row["accuracy"]["mean"] <= 100 for row in rows)
-    assert "p = " in shown
-    main(replace(TINY, output=tmp_path / "run", resume=True))
-    assert capsys.readouterr().out == shown
+    assert "p = " in capsys.readouterr().out
+    assert summary["seeds"] == [0, 1]
 
 
 def test_settings_are_chosen_on_validation_alone():
@@ -37,11 +48,10 @@ def test_settings_are_chosen_on_validation_alone():
     chosen = choose(tuned)
     assert chosen["vanilla", "last"]["learning_rate"] == 0.1
     assert chosen["vanilla", "recalibrated"]["learning_rate"] == 0.01
-    jobs = candidates(Config(), "standard", 100)
-    assert all(job.tuning for job in jobs)
-    found = reported(Config(), "standard", 100, chosen)
-    assert not {seed for job in jobs for seed in job.seeds} & {seed for job in found for seed in job.seeds}
-    assert all(sum(len(job.seeds) for job in found if job.method == method) >= 20 for method in METHODS)
+    tuning, shown = candidates(Config(), "standard", 100), reported(Config(), "standard", 100, chosen)
+    assert all(job.tuning for job in tuning)
+    assert not {seed for job in tuning for seed in job.seeds} & {seed for job in shown for seed in job.seeds}
+    assert all(sum(len(job.seeds) for job in shown if job.method == method) >= 20 for method in METHODS)
 
 
 def test_parts_are_disjoint():
@@ -60,15 +70,9 @@ def test_rates_are_chosen_on_validation_images_and_accuracies_are_those_on_test_
     for tuning, images in ((True, validation), (False, test)):
         seen.clear()
         config = replace(TINY, epochs=1, output=tmp_path / str(tuning))
-        small_data.train(config, Job("standard", 50, "vanilla", 0.1, 0.0, (0, 1), tuning=tuning), lambda n: None)
+        small_data.train(config, Job("standard", 50, "vanilla", 0.1, 0.0, (0, 1), tuning=tuning), None, print)
         assert len(seen) == 4
         assert all(torch.equal(part.x, images.x) for part in seen)
-
-
-def test_settings_of_the_protocol_make_another_run(tmp_path):
-    main(replace(TINY, output=tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"\['protocol_every'\] differ"):
-        main(replace(TINY, output=tmp_path / "run", resume=True, protocol_every=2))
 
 
 def test_the_methods():
@@ -98,19 +102,10 @@ def test_the_protocol_draws_orthogonal_weights_of_gain_a_hundredth(method):
             assert layer.bias is None or not layer.bias.any()
 
 
-def test_the_protocol_trains_thirty_epochs_whatever_the_others_do_and_can_run_alone(tmp_path, monkeypatch):
-    lengths = {}
-    fit = small_data.fit_instances
-
-    def fit_instances(networks, batches, *, epochs, objective, **rest):
-        lengths.setdefault(type(objective()).__name__, set()).add(epochs)
-        return fit(networks, batches, epochs=1, objective=objective, **rest)
-
-    monkeypatch.setattr(small_data, "fit_instances", fit_instances)
-    main(Config(sizes=(50,), instances=2, epochs=7, protocol_only=True, workers=1, output=tmp_path / "run"))
-    assert lengths == {"CrossEntropy": {30}, "LeastAction": {30}}
-    rows = read_summary(tmp_path / "run")["results"]["rows"]
-    assert {row["method"] for row in rows} == {*PROTOCOL}
+def test_the_protocol_trains_thirty_epochs_whatever_the_others_do_and_can_run_alone():
+    first = next(jobs(Config(sizes=(50,), instances=2, epochs=7, protocol_only=True)))
+    assert {job.method for job in first} == {*PROTOCOL}
+    assert {epochs_of(Config(epochs=7), job) for job in first} == {30}
 
 
 def test_the_conditions():
