@@ -1,27 +1,11 @@
 """An experiment: what is trained and what is reported. How it runs is written here, once.
 
-A script is a frozen :class:`~lab.config.Config`, what to train, and what to report::
-
-    @dataclass(frozen=True)
-    class Config(ImageConfig):          # quick, workers, output, resume, draw, dataset, folder
-        depths: tuple[int, ...] = (9, 30)
-        seeds: tuple[int, ...] = (0, 1, 2)
-        output: Path = Path("runs/depth")
-
-    @dataclass(frozen=True)
-    class Job:                          # one training, in a folder of its own
-        depth: int
-        seed: int
-
-        @property
-        def name(self) -> str:
-            return f"{self.depth}_seed{self.seed}"
+A script is a frozen :class:`~lab.config.Config`, jobs, what to train, and what to report; ``no_batchnorm.py`` is short::
 
     def jobs(config):                   # a generator: jobs out, their results in; returns those that are reported
-        return (yield [Job(d, seed) for d in config.depths for seed in config.seeds])
+        return (yield [Job(depth, seed) for depth in config.depths for seed in config.seeds])
 
     def train(config, job, run, report):    # in a worker; run keeps checkpoints, report moves the progress bar
-        ...
         return {"accuracy": ...}        # stands in the job's summary, beside the job's own fields and its name
 
     EXPERIMENT = Experiment(config=Config, jobs=jobs, train=train, ...)
@@ -152,7 +136,8 @@ def run(experiment: Experiment[C, J], config: C) -> None:
     whole = Run(config.run_folder, science(config), resume=config.resume)
     results, summaries = _train_all(experiment, config, whole.folder)
     if experiment.keys:
-        whole.log([{k: r[k] for k in experiment.keys} | row for r in results for row in _metrics(whole, r)])
+        folders = [(r, whole.folder / r["name"]) for r in results]
+        whole.log([{k: r[k] for k in experiment.keys} | row for r, path in folders for row in read_metrics(path)])
     rows = experiment.summarize(config, results)
     outcome = Outcome(rows, whole.folder, experiment.details(config, results))
     verdict = experiment.verdict(config, outcome)
@@ -229,7 +214,3 @@ def _train(train: Callable[..., Mapping[str, Any]], config: Config, task: _Task,
     run.begin()
     results = train(config, task.job, run, report)
     run.finish({**asdict(task.job), "name": task.job.name, **results}, seeds=task.seeds)
-
-
-def _metrics(whole: Run, result: Row) -> list[dict[str, str]]:
-    return read_metrics(whole.folder / result["name"])

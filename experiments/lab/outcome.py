@@ -29,11 +29,7 @@ class Outcome:
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """Of the trainings that are reported, by folder.
-
-        Raises:
-            FileNotFoundError: the folder holds no trainings.
-        """
+        """Of the trainings that are reported, by folder; FileNotFoundError where there are none."""
         summaries = sorted(set(self.folder.rglob("summary.json")) - {self.folder / "summary.json"})
         if not summaries:
             raise FileNotFoundError(f"folder {str(self.folder)!r} holds no trainings (NAME/summary.json)")
@@ -42,31 +38,19 @@ class Outcome:
 
     @property
     def metrics(self) -> list[dict[str, str]]:
-        """Of the epochs of all trainings.
-
-        Raises:
-            FileNotFoundError: the folder holds none.
-        """
+        """Of the epochs of all trainings; FileNotFoundError where there are none."""
         self.file("metrics.csv")
         return read_metrics(self.folder)
 
     def file(self, name: str) -> Path:
-        """A file of the run.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
+        """A file of the run; FileNotFoundError where it is not there."""
         path = self.folder / name
         if not path.exists():
             raise FileNotFoundError(f"folder {str(self.folder)!r} holds no {name}")
         return path
 
     def detail(self, name: str) -> Any:
-        """What the summary holds beside the rows.
-
-        Raises:
-            FileNotFoundError: the run is older than what is asked of it.
-        """
+        """What the summary holds beside the rows; FileNotFoundError where the run is older than that."""
         if name not in self.details:
             raise FileNotFoundError(f"summary.json in folder {str(self.folder)!r} holds no {name!r} beside its rows")
         return self.details[name]
