@@ -1,6 +1,6 @@
 """An experiment: what is trained and what is reported. How it runs is written here, once.
 
-A script is a frozen :class:`~lab.config.Config`, jobs, what to train, and what to report; ``no_batchnorm.py`` is short::
+A script is a frozen :class:`~lab.config.Config`, jobs, what to train, what to report; ``no_batchnorm.py`` is short::
 
     def jobs(config):                   # a generator: jobs out, their results in; returns those that are reported
         return (yield [Job(depth, seed) for depth in config.depths for seed in config.seeds])
