@@ -1,8 +1,8 @@
-"""Least action in two dimensions: tables 19 to 22 and the figures of point clouds (sections 3.2.2, 5.4.1 and F.5).
+"""Least action in two dimensions [K24, tables 19 to 22, sections 3.2.2, 5.4.1 and F.5].
 
 Points of two concentric circles are to be carried to the two sides of a fixed line, ``x1 + x2 = -20``, by a residual
 network whose blocks have two hidden units. A hundred instances, each with points and weights of its own, are trained
-together. The thesis reports the highest accuracy over all epochs on the test points; beside it stands what can be had:
+together. [K24] reports the highest accuracy over all epochs on the test points; beside it stands what can be had:
 the accuracy after the last epoch, and that after the epoch chosen on other points, both on a thousand new points.
 
     python experiments/circles.py
@@ -41,7 +41,7 @@ from odenets.transport import moves, states_of
 
 METHODS = ("resnet", "fixed lambda", "lap")
 
-# mean and half-width of the 95 % interval over 100 instances, without and with batch norm: tables 19 to 22
+# mean and half-width of the 95 % interval over 100 instances, without and with batch norm [K24, tables 19 to 22]
 THESIS: dict[str, dict[str, tuple[tuple[float, float], tuple[float, float]]]] = {
     "19": {
         "resnet": ((76.6, 3.5), (75.4, 3.1)),

@@ -1,4 +1,4 @@
-"""What a network's states look like: a pretrained decoder shows the state after each block (F.2, Figs 28 to 32).
+"""What a network's states look like: a decoder shows the state after each block [K24, section F.2, Figs 28 to 32].
 
 An autoencoder is trained without labels; its encoder is frozen and becomes that of ResNet-9, whose blocks and head are
 trained on the task, plainly and with least action at lambda0, tau and s of F.2. The decoder then turns the state after

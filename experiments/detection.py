@@ -1,9 +1,9 @@
-"""Detection of adversarial and out-of-distribution inputs by the path they take (section 5; tables 12 to 15, 32 to 47).
+"""Detection of adversarial and out-of-distribution inputs by the path they take [K24, section 5].
 
 Networks are trained plainly, with least action, or by reverse cross-entropy; the images that they have not seen are
 attacked, and detectors are fitted on what several kinds of features see of clean and of adversarial images: the
-trajectory (eq. 34), with what Runge-Kutta blocks show besides (stages, embedded error, action), and the baselines of
-the literature. The images are split once by index, into those that the network, the detectors, the choice among them
+trajectory [K24, eq. 34], with what Runge-Kutta blocks show besides (stages, embedded error, action), and the baselines
+of the literature. The images are split once by index, into those that the network, the detectors, the choice among them
 and the test have to themselves. Normalization is a layer of the attacked network; what fooled it is counted apart.
 
     python experiments/detection.py                          # seen attacks

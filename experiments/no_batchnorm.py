@@ -1,6 +1,6 @@
-"""Depth without batch norm (Fig. 14): the plain network, least action, and steps of h = 0.1.
+"""Depth without batch norm [K24, Fig. 14]: the plain network, least action, and steps of h = 0.1.
 
-The thesis finds that residual networks without batch norm hardly train once they are deep, and that least action, like
+[K24] finds that residual networks without batch norm hardly train once they are deep, and that least action, like
 small steps, lets them. In its code the second activation read the state instead of the first convolution's output, so
 that the baselines had a dead convolution; here it is alive. Each method's learning rate (and first lambda) is chosen on
 validation images for each depth; what is reported is the accuracy on test images after the last epoch, and how many of

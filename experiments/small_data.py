@@ -1,4 +1,4 @@
-"""What the action buys on few images (tables 1, 2 and 18), with every method at its own best learning rate.
+"""What the action buys on few images [K24, tables 1, 2 and 18], every method at its own best learning rate.
 
 Three methods train ResNet-9 on a few labeled images: the plain network, a fixed weight of the action, and multipliers
 that grow. The thesis trained all at one learning rate, with a lambda that multiplies the loss and so the step, and

@@ -63,7 +63,7 @@ class Experiment(Generic[C, J]):
         config: class of the configuration.
         jobs: a generator that yields jobs, gets their results, and returns those that are reported.
         train: trains a job in a worker, at the top of a module; gets the configuration, the job, its run and what moves
-            the progress bar; returns what was found.
+            the progress bar; returns results.
         summarize: rows of the table, from the results.
         columns: of the table, as :func:`lab.tables.table` reads them, or what makes them from the configuration.
         verdict: what the rows say of the claims, in sentences.
@@ -209,7 +209,7 @@ def _train_all(experiment: Experiment[C, J], config: C, folder: Path) -> tuple[l
 
 
 def _train(train: Callable[..., Mapping[str, Any]], config: Config, task: _Task, report: Report) -> None:
-    """Train a job in a folder of its own; what was found stands in its summary."""
+    """Train a job in a folder of its own; its results stand in its summary."""
     run = Run(task.folder, task.settings, resume=True)
     run.begin()
     results = train(config, task.job, run, report)

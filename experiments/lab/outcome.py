@@ -33,8 +33,8 @@ class Outcome:
         summaries = sorted(set(self.folder.rglob("summary.json")) - {self.folder / "summary.json"})
         if not summaries:
             raise FileNotFoundError(f"folder {str(self.folder)!r} holds no trainings (NAME/summary.json)")
-        found = [read_summary(path.parent)["results"] for path in summaries]
-        return [result for result in found if not result.get("tuning")]
+        results = [read_summary(path.parent)["results"] for path in summaries]
+        return [result for result in results if not result.get("tuning")]
 
     @property
     def metrics(self) -> list[dict[str, str]]:

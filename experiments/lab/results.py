@@ -17,10 +17,10 @@ def groups(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], list
     >>> groups([{"n": 1, "seed": 0}, {"n": 2, "seed": 0}, {"n": 1, "seed": 1}], "n")[1,]
     [{'n': 1, 'seed': 0}, {'n': 1, 'seed': 1}]
     """
-    found: dict[tuple[Any, ...], list[Any]] = {}
+    by_values: dict[tuple[Any, ...], list[Any]] = {}
     for result in results:
-        found.setdefault(tuple(result[name] for name in names), []).append(result)
-    return found
+        by_values.setdefault(tuple(result[name] for name in names), []).append(result)
+    return by_values
 
 
 def best_settings(

@@ -114,8 +114,8 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
     if len(set(x)) == 1 or len(set(y)) == 1:
         return 0.0, 1.0
-    found = pearsonr(x, y)
-    return float(found.statistic), float(found.pvalue)  # type: ignore[attr-defined]
+    result = pearsonr(x, y)
+    return float(result.statistic), float(result.pvalue)  # type: ignore[attr-defined]
 
 
 def percent(values: Iterable[float]) -> Interval:

@@ -34,13 +34,13 @@ def clouds(states: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, after
 def displacements(moves: Mapping[str, Moves]) -> Figure:
     """Displacement by each block beside the exact Wasserstein distance it covers, a column per network (Fig. 37)."""
     figure, axes = new_figure(1, len(moves))
-    for axis, (name, found) in zip(axes[0], moves.items(), strict=True):
-        blocks = np.arange(1, len(found.w2) + 1)
+    for axis, (name, move) in zip(axes[0], moves.items(), strict=True):
+        blocks = np.arange(1, len(move.w2) + 1)
         for label, values, style in (
-            ("root mean square displacement", found.root_mean_square, "C0-"),
-            ("$W_2$", found.w2, "C0--"),
-            ("mean displacement", found.mean, "C1-"),
-            ("$W_1$", found.w1, "C1--"),
+            ("root mean square displacement", move.root_mean_square, "C0-"),
+            ("$W_2$", move.w2, "C0--"),
+            ("mean displacement", move.mean, "C1-"),
+            ("$W_1$", move.w1, "C1--"),
         ):
             axis.plot(blocks, values, style, label=label)
         axis.set(title=name, xlabel="block", ylim=(0, None))

@@ -24,9 +24,9 @@ def intervals(
     """
     figure, axes = new_figure(1, 1)
     for i, (name, pairs) in enumerate(series.items()):
-        x, found = zip(*pairs, strict=True)
+        x, means = zip(*pairs, strict=True)
         style = {"marker": MARKERS[i % len(MARKERS)], "capsize": 3}
-        axes[0, 0].errorbar(x, [f.mean for f in found], [f.half_width for f in found], label=name, **style)
+        axes[0, 0].errorbar(x, [m.mean for m in means], [m.half_width for m in means], label=name, **style)
     axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
     if logarithmic:
         axes[0, 0].set_xscale("log")
