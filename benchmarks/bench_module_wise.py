@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from odenets import models
-from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_step, trgl
+from odenets.module_wise import end_to_end_step, greedy, parallel_step, split_into_modules, trgl
 
 SGD = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 
@@ -24,7 +24,7 @@ def step_of(who: str, K: int, device: str, batch_size: int = 16, size: int = 32)
     torch.manual_seed(0)
     x = torch.rand(batch_size, 3, size, size, device=device)
     y = torch.randint(10, (batch_size,), device=device)
-    network = module_wise(models.resnet110().to(device), K, x[:2]).train()
+    network = split_into_modules(models.resnet110().to(device), K, x[:2]).train()
     if who in ("end-to-end", "checkpointed"):
         optimizer = SGD(network.parameters())
         return partial(end_to_end_step, network, greedy()(0, 1), optimizer, x, y, checkpointed=who == "checkpointed")

@@ -28,7 +28,7 @@ from lab.statistics import Interval, mean_interval, paired_p_value
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import Network, initialize, models, plotting, recalibrate
-from odenets.module_wise import ModuleWise, conv_head, fit_modules, greedy, module_wise, trgl
+from odenets.module_wise import ModuleWise, conv_head, fit_modules, greedy, split_into_modules, trgl
 from odenets.training import data, datasets
 
 
@@ -153,7 +153,7 @@ def build(config: Config, condition: Condition, pool: data.TensorData, seed: int
     if condition.same_head:
         with torch.no_grad():
             head = conv_head(network.eval().encoder(pool.x[:2]), pool.classes)
-    modules = module_wise(network, condition.modules, pool.x[:2], head=head, last_head="auxiliary")
+    modules = split_into_modules(network, condition.modules, pool.x[:2], head=head, last_head="auxiliary")
     return initialize(modules, "orthogonal", 0.1)
 
 

@@ -31,7 +31,7 @@ from lab.runs import Run
 from lab.tables import table
 from odenets import AdaptedModel, Network, adapt, models
 from odenets.analysis.memory import measure_memory
-from odenets.module_wise import ModuleWise, end_to_end_step, greedy, module_wise, parallel_step, trgl
+from odenets.module_wise import ModuleWise, end_to_end_step, greedy, parallel_step, split_into_modules, trgl
 
 METHODS = ("end-to-end", "checkpointed", "VanGL", "TRGL", "VanGL*", "TRGL*")
 
@@ -140,7 +140,7 @@ def modules_of(name: str, method: str, K: int, x: Tensor) -> ModuleWise:
     """The network of a setting in modules."""
     setting = SETTINGS[name]
     heavy = method.endswith("*")
-    return module_wise(
+    return split_into_modules(
         setting.build(),
         K if heavy else split(name, K),
         x[:2],

@@ -44,8 +44,8 @@ from odenets.module_wise import (
     fit_modules,
     greedy,
     infopro,
-    module_wise,
     predsim,
+    split_into_modules,
     trgl,
 )
 from odenets.training import data, datasets
@@ -158,9 +158,9 @@ def build(setting: Setting, dataset: data.TensorData, seed: int, method: str = "
     split = setting.split or even(blocks_of(network), setting.modules)
     if method == "AugLocal":
         heads = auglocal(network, split, dataset.x[:2])
-        return initialize(module_wise(network, split, dataset.x[:2], head=heads), "orthogonal", setting.gain)
+        return initialize(split_into_modules(network, split, dataset.x[:2], head=heads), "orthogonal", setting.gain)
     loss = {"InfoPro": infopro(), "PredSim": predsim(dataset.classes)}.get(method)
-    modules = module_wise(network, split, dataset.x[:2], head=head, last_head="auxiliary", local_loss=loss)
+    modules = split_into_modules(network, split, dataset.x[:2], head=head, last_head="auxiliary", local_loss=loss)
     return initialize(modules, "orthogonal", setting.gain)
 
 

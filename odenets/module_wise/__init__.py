@@ -5,7 +5,7 @@ from odenets.module_wise.baselines import auglocal, infopro, predsim
 from odenets.module_wise.distributed.processes import fit_in_processes
 from odenets.module_wise.fit import ModuleTraining, fit_modules
 from odenets.module_wise.heads import conv_head, linear_head, token_head
-from odenets.module_wise.modules import LocalModule, ModuleWise, module_wise
+from odenets.module_wise.modules import LocalModule, ModuleWise, split_into_modules
 from odenets.module_wise.objectives import ModuleObjective, greedy, trgl, trgl_multipliers
 from odenets.module_wise.partition import blocks_of, cut
 from odenets.module_wise.splitting import balanced, even
@@ -30,9 +30,9 @@ __all__ = [
     "infopro",
     "linear_head",
     "local_step",
-    "module_wise",
     "parallel_step",
     "predsim",
+    "split_into_modules",
     "token_head",
     "trgl",
     "trgl_multipliers",

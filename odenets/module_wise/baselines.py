@@ -156,7 +156,7 @@ def auglocal(
         at: as the network is to be cut.
 
     Returns:
-        One auxiliary network per module but the last, for ``module_wise(network, ends, x, head=...)``.
+        One auxiliary network per module but the last, for ``split_into_modules(network, ends, x, head=...)``.
 
     Raises:
         ValueError: numbers of blocks out of range.

@@ -62,7 +62,7 @@ class LocalModule(nn.Module):
 
 
 class ModuleWise(nn.Module):
-    """K modules one after another; :func:`module_wise` makes it from a network, whose weights it shares.
+    """K modules one after another; :func:`split_into_modules` makes it from a network, whose weights it shares.
 
     Attributes:
         parts: the modules.
@@ -151,7 +151,7 @@ class ModuleWise(nn.Module):
         return f"K={self.K}, ends={list(self.ends)}"
 
 
-def module_wise(
+def split_into_modules(
     network: Flow | Network | AdaptedModel,
     split: int | Sequence[int],
     x: Tensor,
@@ -187,7 +187,7 @@ def module_wise(
 
     >>> import odenets
     >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
-    >>> modules = module_wise(network, 2, torch.rand(2, 1, 8, 8))
+    >>> modules = split_into_modules(network, 2, torch.rand(2, 1, 8, 8))
     >>> [output.shape for output in modules.outputs(torch.rand(5, 1, 8, 8))]
     [torch.Size([5, 10]), torch.Size([5, 10])]
     """

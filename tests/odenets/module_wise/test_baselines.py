@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from odenets import adapt, models
-from odenets.module_wise import auglocal, blocks_of, fit_modules, infopro, module_wise, predsim
+from odenets.module_wise import auglocal, blocks_of, fit_modules, infopro, predsim, split_into_modules
 from odenets.module_wise.baselines import Reconstruction, Similarity, correlations
 from odenets.training import data, datasets
 
@@ -48,7 +48,7 @@ def test_infopro_decodes_the_image():
 
 
 def test_weights_of_infopro_fall_from_module_to_module():
-    modules = module_wise(network(), 3, DIGITS.x[:4], local_loss=infopro(1.0, 0.0)).modules_in_order
+    modules = split_into_modules(network(), 3, DIGITS.x[:4], local_loss=infopro(1.0, 0.0)).modules_in_order
     assert [getattr(module.local_loss, "weight", 0.0) for module in modules] == [1.0, 0.5, 0.0]
 
 
@@ -59,7 +59,7 @@ def test_auglocal_has_fewer_blocks_the_later_the_module():
     heads = auglocal(deep, ends, images, deepest=6, shallowest=1)
     counts = [sum(getattr(part, "depth", 0) for part in head[:-1]) for head in heads]  # type: ignore[index, misc]
     assert counts == [8, 5, 4, 2]  # 6, 4, 3 and 1 chosen evenly, and the blocks that change the shape
-    modules = module_wise(deep, ends, images, head=heads)
+    modules = split_into_modules(deep, ends, images, head=heads)
     assert [output.shape for output in modules.outputs(images)] == [(2, 10)] * 5
     mine = {id(p) for p in deep.parameters()}
     assert not mine & {id(p) for head in heads for p in head.parameters()}
@@ -69,7 +69,7 @@ def test_auglocal_on_an_adapted_network():
     tv = pytest.importorskip("torchvision.models")
     resnet = adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5))
     images = torch.rand(2, 3, 32, 32)
-    modules = module_wise(resnet, [1, 3, 5], images, head=auglocal(resnet, [1, 3, blocks_of(resnet)], images))
+    modules = split_into_modules(resnet, [1, 3, 5], images, head=auglocal(resnet, [1, 3, blocks_of(resnet)], images))
     assert all(output.shape == (2, 5) for output in modules.outputs(images))
 
 
@@ -81,7 +81,7 @@ def test_rivals_train(rival):
         "predsim": lambda: {"local_loss": predsim(10, 0.1)},
         "auglocal": lambda: {"head": auglocal(net, [2, 4], DIGITS.x[:4])},
     }[rival]()
-    modules = module_wise(net, 2, DIGITS.x[:4], **options)
+    modules = split_into_modules(net, 2, DIGITS.x[:4], **options)
     training = fit_modules(modules, data.Batches(DIGITS, 40, seed=0), epochs=10, optimizer=SGD)
     assert all(math.isfinite(row["train_loss"]) for row in training.rows)
     assert min(modules.accuracies(data.Batches(datasets.load("digits")[1], 500))) > 0.6
@@ -97,7 +97,7 @@ def test_errors():
     with pytest.raises(ValueError, match="deepest must be at least shallowest"):
         auglocal(network(), [2, 4], DIGITS.x[:4], deepest=1, shallowest=2)
     with pytest.raises(ValueError, match=r"head must hold one for each module but the last.*: 1, got 0"):
-        module_wise(network(), 2, DIGITS.x[:4], head=[])
+        split_into_modules(network(), 2, DIGITS.x[:4], head=[])
 
 
 def test_infopro_decodes_in_the_order_of_its_paper():
@@ -113,7 +113,7 @@ def test_infopro_decodes_in_the_order_of_its_paper():
 def test_infopro_needs_pixels_between_0_and_1():
     for images in (torch.full((2, 1, 8, 8), 1.5), torch.full((2, 1, 8, 8), -0.5)):
         with pytest.raises(ValueError, match=r"InfoPro decodes images with pixels in \[0, 1\], got"):
-            module_wise(network(), 2, images, local_loss=infopro())
+            split_into_modules(network(), 2, images, local_loss=infopro())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -125,7 +125,7 @@ def test_rivals_follow_the_networks_dtype(rival, dtype):
         "predsim": lambda: {"local_loss": predsim(10, 0.1)},
         "auglocal": lambda: {"head": auglocal(net, [2, 4], DIGITS.x[:4])},
     }[rival]()
-    modules = module_wise(net, 2, DIGITS.x[:4], **options)
+    modules = split_into_modules(net, 2, DIGITS.x[:4], **options)
     assert {p.dtype for p in modules.parameters()} == {dtype}
     training = fit_modules(modules, data.Batches(DIGITS, 40, seed=0), epochs=1, optimizer=SGD)
     assert all(math.isfinite(row["train_loss"]) for row in training.rows)

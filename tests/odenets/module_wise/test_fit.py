@@ -8,7 +8,7 @@ from torch import nn
 from odenets import adapt, models
 from odenets.errors import DivergedError
 from odenets.least_action import LeastAction
-from odenets.module_wise import fit_modules, module_wise, trgl, trgl_multipliers
+from odenets.module_wise import fit_modules, split_into_modules, trgl, trgl_multipliers
 from odenets.module_wise.fit import _move
 from odenets.training import data, datasets
 from odenets.training.objectives import CrossEntropy
@@ -22,7 +22,7 @@ SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 def modules_of(K=3, seed=0):
     torch.manual_seed(seed)
-    return module_wise(models.resnet9(1, 10, features=8, size=8, depth=K), K, DIGITS.x[:4])
+    return split_into_modules(models.resnet9(1, 10, features=8, size=8, depth=K), K, DIGITS.x[:4])
 
 
 def weights(network):
@@ -205,7 +205,7 @@ def test_networks_of_other_precisions_train_in_every_schedule(tmp_path, dtype, o
     for precision in (torch.float32, dtype):
         torch.manual_seed(0)
         network = models.resnet9(1, 10, features=4, size=8, depth=2)
-        modules = module_wise(network, 2, DIGITS.x[:4], head="linear").to(precision)
+        modules = split_into_modules(network, 2, DIGITS.x[:4], head="linear").to(precision)
         cache = {"cache": tmp_path} if options.get("cache") == "folder" else {}
         training = fit_modules(modules, FEW, epochs=2, optimizer=SGD, objective=trgl_multipliers(every=1),
                                validation=FEW, clip_norm=5.0, **options | cache)  # fmt: skip
@@ -277,7 +277,7 @@ def test_a_cache_is_refused_where_training_one_module_changes_another():
             return x + self.linear(x)
 
     points = data.Batches(data.TensorData("p", torch.rand(8, 3), torch.arange(8) % 2, 2, (0.0,), (1.0,)), 4)
-    modules = module_wise(adapt(Sharing(), ["first", "second"]), 2, points.data.x)
+    modules = split_into_modules(adapt(Sharing(), ["first", "second"]), 2, points.data.x)
     with pytest.raises(ValueError, match=r"cache is for modules that share no weights, but modules 1 and 2 share"):
         fit_modules(modules, points, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
     assert fit_modules(modules, points, epochs=1, optimizer=SGD, schedule="sequential").done == 2

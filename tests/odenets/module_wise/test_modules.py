@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from odenets import Flow, MLPField, adapt, models
-from odenets.module_wise import ModuleWise, conv_head, linear_head, module_wise, token_head
+from odenets.module_wise import ModuleWise, conv_head, linear_head, split_into_modules, token_head
 from odenets.training import data
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -15,18 +15,18 @@ def small(depth=4):
 
 def test_each_module_has_a_head_and_the_last_the_networks_own():
     network = small()
-    modules = module_wise(network, 2, IMAGES)
+    modules = split_into_modules(network, 2, IMAGES)
     assert (modules.K, modules.ends) == (2, (2, 4))
     outputs = list(modules.eval().outputs(IMAGES))
     torch.testing.assert_close(outputs[-1], network.eval()(IMAGES), rtol=0, atol=0)
     assert modules.modules_in_order[-1].head is network.head
-    other = module_wise(network, [1], IMAGES, last_head="auxiliary")
+    other = split_into_modules(network, [1], IMAGES, last_head="auxiliary")
     assert other.ends == (1, 4)
     assert other.modules_in_order[-1].head is not network.head
 
 
 def test_an_early_exit_does_not_call_later_modules():
-    modules = module_wise(small(), 4, IMAGES).eval()
+    modules = split_into_modules(small(), 4, IMAGES).eval()
     outputs = list(modules.outputs(IMAGES))
     modules.modules_in_order[2].part.forward = None  # type: ignore[assignment, method-assign]
     for depth in (1, 2):
@@ -50,7 +50,7 @@ def test_accuracy_after_each_module_and_the_best():
     labels = torch.tensor([0, 1, 1, 2, 1, 0])
     batches = data.Batches(data.TensorData("six", torch.rand(6, 2), labels, 3, (0.0,), (1.0,)), 4)
     made = iter([0, 1, 2])
-    modules = module_wise(
+    modules = split_into_modules(
         Flow(lambda: MLPField(2), depth=3), 3, torch.rand(2, 2), classes=3, head=lambda state, c: Constant(next(made))
     )
     assert modules.accuracies(batches) == pytest.approx([2 / 6, 3 / 6, 1 / 6])
@@ -59,7 +59,7 @@ def test_accuracy_after_each_module_and_the_best():
 
 def test_one_head_for_all():
     head = conv_head(torch.rand(2, 8, 4, 4), 10)
-    modules = module_wise(small(), 4, IMAGES, head=head, last_head="auxiliary")
+    modules = split_into_modules(small(), 4, IMAGES, head=head, last_head="auxiliary")
     assert all(module.head is head for module in modules.modules_in_order)
 
 
@@ -83,44 +83,44 @@ def test_heads_of_the_literature():
 
 
 def test_the_head_follows_the_shape():
-    vectors = module_wise(Flow(lambda: MLPField(3), depth=2), 2, torch.rand(2, 3), classes=4)
+    vectors = split_into_modules(Flow(lambda: MLPField(3), depth=2), 2, torch.rand(2, 3), classes=4)
     assert isinstance(vectors.modules_in_order[0].head[-1], nn.Linear)  # type: ignore[index]
     tv = pytest.importorskip("torchvision.models")
     swin = adapt(tv.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5))
     images = torch.rand(2, 3, 32, 32)
-    modules = module_wise(swin, [2], images, at="start", head="token")
+    modules = split_into_modules(swin, [2], images, at="start", head="token")
     assert modules.modules_in_order[0].part(images).shape == (2, 4, 4, 32)  # behind the merging of patches
     assert modules(images, 1).shape == (2, 5)
 
 
 def test_errors():
     with pytest.raises(ValueError, match="modules must be between 1 and the number of blocks, 4, got 5"):
-        module_wise(small(), 5, IMAGES)
+        split_into_modules(small(), 5, IMAGES)
     with pytest.raises(ValueError, match="ends must rise"):
-        module_wise(small(), [3, 2], IMAGES)
+        split_into_modules(small(), [3, 2], IMAGES)
     with pytest.raises(ValueError, match="at least two inputs"):
-        module_wise(small(), 2, IMAGES[:1])
+        split_into_modules(small(), 2, IMAGES[:1])
     with pytest.raises(ValueError, match="classes must be given"):
-        module_wise(Flow(lambda: MLPField(2)), 1, torch.rand(2, 2))
+        split_into_modules(Flow(lambda: MLPField(2)), 1, torch.rand(2, 2))
     with pytest.raises(ValueError, match=r"head of module 1 does not fit states \(4, 8, 4, 4\)"):
-        module_wise(small(), 2, IMAGES, head=nn.Linear(3, 10))
+        split_into_modules(small(), 2, IMAGES, head=nn.Linear(3, 10))
     with pytest.raises(ValueError, match=r"head of module 1 must return \(4, 10\)"):
-        module_wise(small(), 2, IMAGES, head=lambda state, classes: nn.Flatten())
+        split_into_modules(small(), 2, IMAGES, head=lambda state, classes: nn.Flatten())
     with pytest.raises(ValueError, match="head must be 'auto', 'conv', 'token', 'linear'"):
-        module_wise(small(), 2, IMAGES, head="mlp")
+        split_into_modules(small(), 2, IMAGES, head="mlp")
     with pytest.raises(ValueError, match="pool must be at most 4"):
         conv_head(torch.rand(2, 8, 4, 4), 10, pool=5)
     with pytest.raises(ValueError, match="balance must be"):
-        module_wise(small(), 2, IMAGES, balance="weight")  # type: ignore[arg-type]
+        split_into_modules(small(), 2, IMAGES, balance="weight")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="network must be"):
-        module_wise(nn.Linear(2, 2), 2, IMAGES)  # type: ignore[arg-type]
+        split_into_modules(nn.Linear(2, 2), 2, IMAGES)  # type: ignore[arg-type]
 
 
 def test_what_is_split_by_memory_is_more_even():
     network = models.resnet110(blocks=3, channels=(4, 8, 16))
     images = torch.rand(2, 3, 32, 32)
-    assert module_wise(network, 3, images).ends == (3, 6, 9)
-    assert isinstance(modules := module_wise(network, 3, images, balance="memory"), ModuleWise)
+    assert split_into_modules(network, 3, images).ends == (3, 6, 9)
+    assert isinstance(modules := split_into_modules(network, 3, images, balance="memory"), ModuleWise)
     assert modules.ends[0] < 3
 
 
@@ -133,7 +133,7 @@ DTYPES = [torch.float64, torch.bfloat16, torch.float16]
     "head", ["auto", "linear", lambda s, c: nn.Sequential(nn.Flatten(), nn.Linear(s[0].numel(), c))]
 )
 def test_heads_follow_the_networks_dtype(dtype, balance, head):
-    modules = module_wise(small().to(dtype), 2, IMAGES, balance=balance, head=head, last_head="auxiliary")
+    modules = split_into_modules(small().to(dtype), 2, IMAGES, balance=balance, head=head, last_head="auxiliary")
     assert {p.dtype for p in modules.parameters()} == {dtype}
     labels = torch.arange(4)
     batches = data.Batches(data.TensorData("four", IMAGES, labels, 10, (0.0,), (1.0,)), 3)
@@ -151,9 +151,9 @@ def test_heads_made_by_hand_follow_the_state(dtype):
 def test_an_adapted_network_in_float64_and_a_lazy_flow():
     tv = pytest.importorskip("torchvision.models")
     resnet = adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)).double()
-    modules = module_wise(resnet, 2, torch.rand(2, 3, 32, 32))
+    modules = split_into_modules(resnet, 2, torch.rand(2, 3, 32, 32))
     assert [output.dtype for output in modules.outputs(torch.rand(2, 3, 32, 32).double())] == [torch.float64] * 2
-    lazy = module_wise(Flow(depth=2, solver="euler"), 2, torch.rand(2, 3).double(), classes=4)
+    lazy = split_into_modules(Flow(depth=2, solver="euler"), 2, torch.rand(2, 3).double(), classes=4)
     assert {p.dtype for p in lazy.parameters()} == {torch.float64}
 
 
@@ -166,7 +166,7 @@ def test_splitting_leaves_a_network_as_it_was_and_new_layers_take_its_mode(balan
     modes = [module.training for module in network.modules()]
     before = {name: value.clone() for name, value in network.state_dict().items()}
     random = torch.get_rng_state()
-    modules = module_wise(network, 2, IMAGES, balance=balance, head=lambda state, classes: Fixed(classes))
+    modules = split_into_modules(network, 2, IMAGES, balance=balance, head=lambda state, classes: Fixed(classes))
     assert [module.training for module in network.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
@@ -194,10 +194,10 @@ def test_modes_come_back_after_an_exception():
     handle = network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
     for balance in ("blocks", "memory"):
         with pytest.raises(ZeroDivisionError):
-            module_wise(network, 2, IMAGES, balance=balance)
+            split_into_modules(network, 2, IMAGES, balance=balance)
         assert [module.training for module in network.modules()] == modes
     handle.remove()
-    modules = module_wise(network, 2, IMAGES)
+    modules = split_into_modules(network, 2, IMAGES)
     handle = network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
     batches = data.Batches(data.TensorData("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2)
     for look in (lambda: modules.predict(IMAGES), lambda: modules.accuracies(batches)):
@@ -219,9 +219,9 @@ def test_heads_whose_outputs_are_no_tensors_are_named(how):
     network = small()
     network.head = Answering(network.head)
     with pytest.raises(ValueError, match="classes must be given: the network's output is a"):
-        module_wise(network, 2, IMAGES)
+        split_into_modules(network, 2, IMAGES)
     with pytest.raises(TypeError, match=r"head of module 2 must return logits, a tensor \(4, 10\), got (tuple|dict)"):
-        module_wise(network, 2, IMAGES, classes=10)
+        split_into_modules(network, 2, IMAGES, classes=10)
 
 
 @pytest.mark.parametrize(("last", "wanted"), [("own", 1), ("auxiliary", 2)])
@@ -229,8 +229,8 @@ def test_heads_whose_outputs_are_no_tensors_are_named(how):
 def test_as_many_heads_as_modules_need(last, wanted, number):
     heads = [linear_head(torch.rand(2, 8, 4, 4), 10) for _ in range(number)]
     if number == wanted:
-        modules = module_wise(small(), 2, IMAGES, head=heads, last_head=last)
+        modules = split_into_modules(small(), 2, IMAGES, head=heads, last_head=last)
         assert [module.head for module in modules.modules_in_order][:number] == heads
         return
     with pytest.raises(ValueError, match=f"head must hold one for each module.*: {wanted}, got {number}"):
-        module_wise(small(), 2, IMAGES, head=heads, last_head=last)
+        split_into_modules(small(), 2, IMAGES, head=heads, last_head=last)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from odenets import Flow, MLPField
-from odenets.module_wise import fit_modules, module_wise, trgl
+from odenets.module_wise import fit_modules, split_into_modules, trgl
 from odenets.training import data, datasets
 from odenets.training.objectives import Objective
 from odenets.transport import wasserstein
@@ -41,7 +41,7 @@ def test_a_module_reaches_the_proximal_point_and_losses_fall_by_the_known_factor
     torch.manual_seed(0)
     points = data.TensorData("points", torch.randn(64, 2), torch.zeros(64, dtype=torch.long), 2, (0.0,), (1.0,))
     flow = Flow(Affine, solver="euler", h=1.0, depth=K)
-    modules = module_wise(flow, K, points.x, classes=2, head=nn.Identity())
+    modules = split_into_modules(flow, K, points.x, classes=2, head=nn.Identity())
     fit_modules(
         modules,
         data.Batches(points, 64),
@@ -64,7 +64,7 @@ def test_on_circles_the_loss_falls_from_module_to_module_and_displacement_is_at_
     torch.manual_seed(0)
     train, _ = datasets.load("circles")
     flow = Flow(partial(MLPField, 2, 16), solver="euler", h=1.0, depth=3)
-    modules = module_wise(flow, 3, train.x[:4], classes=2)
+    modules = split_into_modules(flow, 3, train.x[:4], classes=2)
     training = fit_modules(
         modules,
         data.Batches(train, 50, seed=0),

@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 from odenets import adapt, measures, models
 from odenets.analysis.memory import measure_memory
 from odenets.least_action import ActionPenalty
-from odenets.module_wise import end_to_end_step, greedy, module_wise, parallel_step, trgl, trgl_multipliers
+from odenets.module_wise import end_to_end_step, greedy, parallel_step, split_into_modules, trgl, trgl_multipliers
 from odenets.training import data
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
@@ -21,7 +21,7 @@ X, Y = torch.rand(6, 1, 8, 8, generator=GENERATOR), torch.randint(10, (6,), gene
 
 def modules_of(seed=0, K=3, **options):
     torch.manual_seed(seed)
-    return module_wise(models.resnet9(1, 10, features=8, size=8, depth=2 * K), K, X, **options).train()
+    return split_into_modules(models.resnet9(1, 10, features=8, size=8, depth=2 * K), K, X, **options).train()
 
 
 class Keeping(torch.optim.SGD):
@@ -81,7 +81,7 @@ def test_trgl_weighs_the_action_of_the_second_half_with_twice_tau():
 def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
     torch.manual_seed(1)
     network = models.resnet9(1, 10, features=8, size=8, depth=4)
-    modules, x = module_wise(network, 2, X).double().train(), X.double()
+    modules, x = split_into_modules(network, 2, X).double().train(), X.double()
     plain = copy.deepcopy(network)
     sgd = partial(torch.optim.SGD, lr=0.1)
     objective = ActionPenalty(0.5)
@@ -96,7 +96,7 @@ def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
 @pytest.mark.parametrize("step", ["parallel", "end-to-end"])
 def test_gradients_of_what_was_done_before_are_forgotten(step):
     torch.manual_seed(1)
-    modules = module_wise(models.resnet9(1, 10, features=8, size=8, depth=4), 2, X).train()
+    modules = split_into_modules(models.resnet9(1, 10, features=8, size=8, depth=4), 2, X).train()
     clean = copy.deepcopy(modules)
     for p in modules.parameters():
         p.grad = torch.ones_like(p)
@@ -115,7 +115,7 @@ def test_peak_memory_falls_with_the_number_of_modules():
     x, y = torch.rand(16, 1, 16, 16), torch.randint(10, (16,))
     for K in (1, 2, 4):
         torch.manual_seed(0)
-        network = module_wise(models.resnet9(1, 10, features=8, size=16, depth=8), K, x).train()
+        network = split_into_modules(models.resnet9(1, 10, features=8, size=16, depth=8), K, x).train()
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in network.parts]
         step = partial(parallel_step, network, [trgl(1.0)(k, K) for k in range(K)], optimizers, x, y)
         step()
@@ -144,7 +144,7 @@ def test_a_local_loss_trains_with_its_module():
 def test_records_of_the_modules_are_those_of_the_network():
     torch.manual_seed(0)
     network = models.resnet9(1, 10, features=8, size=8, depth=4).eval()
-    modules = module_wise(network, 2, X)
+    modules = split_into_modules(network, 2, X)
     expected, found = network.record(X, action=measures.action), modules.record(X, action=measures.action)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
     torch.testing.assert_close(found[1]["action"], expected[1]["action"], rtol=0, atol=0)
@@ -158,7 +158,7 @@ def test_the_action_keeps_nothing_that_is_not_kept_anyway(adapted):
     for make in (greedy(), trgl(1.0)):
         torch.manual_seed(0)
         network = adapt(resnet18(num_classes=10)) if adapted else models.resnet110(blocks=2)
-        modules = module_wise(network, 2, x[:2]).train()
+        modules = split_into_modules(network, 2, x[:2]).train()
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
         step = partial(parallel_step, modules, [make(k, 2) for k in range(2)], optimizers, x, y)
         step()
@@ -169,7 +169,7 @@ def test_the_action_keeps_nothing_that_is_not_kept_anyway(adapted):
 def test_shapes_alone_tell_the_same_memory():
     def peak():
         torch.manual_seed(0)
-        modules = module_wise(models.resnet110(blocks=2), 2, torch.rand(2, 3, 32, 32)).train()
+        modules = split_into_modules(models.resnet110(blocks=2), 2, torch.rand(2, 3, 32, 32)).train()
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
         x, y = torch.rand(8, 3, 32, 32), torch.randint(10, (8,))
         step = partial(parallel_step, modules, [trgl(1.0)(k, 2) for k in range(2)], optimizers, x, y)
@@ -190,7 +190,7 @@ def test_a_checkpointed_step_repeats_what_the_forward_pass_did():
         extra = [nn.InstanceNorm2d(8, track_running_stats=True), nn.Dropout(0.3),
                  torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))]  # fmt: skip
         network.encoder = nn.Sequential(network.encoder, *extra).double()
-        modules = module_wise(network, 2, X).train()
+        modules = split_into_modules(network, 2, X).train()
         torch.manual_seed(1)
         for _ in range(2):
             end_to_end_step(modules, CrossEntropy(), torch.optim.SGD(network.parameters(), 0.1), X.double(), Y,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from odenets import models, recalibrate
-from odenets.module_wise import module_wise
+from odenets.module_wise import split_into_modules
 from odenets.normalization import StageBatchNorm
 from tests.odenets.normalization.networks import X, network, trained
 
@@ -172,7 +172,7 @@ def test_statistics_that_became_nan_are_replaced():
 def test_all_heads_of_modules_are_recalibrated(last_head):
     torch.manual_seed(0)
     images = torch.rand(16, 1, 8, 8)
-    modules = module_wise(models.resnet9(features=4, size=8, depth=2), 2, images, last_head=last_head)
+    modules = split_into_modules(models.resnet9(features=4, size=8, depth=2), 2, images, last_head=last_head)
     norms = [m for part in modules.modules_in_order for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
     heads = [m for part in modules.modules_in_order for m in part.head.modules() if hasattr(m, "num_batches_tracked")]
     assert norms

@@ -13,21 +13,21 @@ from torch import distributed
 
 from odenets import load_weights, models
 from odenets.errors import WorkerLostError
-from odenets.module_wise import conv_head, fit_in_processes, fit_modules, module_wise
+from odenets.module_wise import conv_head, fit_in_processes, fit_modules, split_into_modules
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
 from odenets.module_wise.distributed.processes import _check_apart
 from odenets.training import datasets
-from tests.odenets.module_wise import train_modules
+from tests.odenets.module_wise.distributed import train_modules
 
 SCRIPT = Path(train_modules.__file__)
-ROOT = SCRIPT.parents[3]
+ROOT = SCRIPT.parents[4]
 
 
 def launch(folder, processes=2, trouble=None, dtype="float32", **options):
     arguments = [str(folder), json.dumps(trouble or {}), json.dumps(options), dtype]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.run(
-        [*command, "-m", "tests.odenets.module_wise.train_modules", *arguments],
+        [*command, "-m", "tests.odenets.module_wise.distributed.train_modules", *arguments],
         capture_output=True,
         text=True,
         timeout=1200,
@@ -108,7 +108,9 @@ def test_replicas_share_batches(tmp_path):
 def test_modules_of_different_processes_share_nothing():
     train, _ = datasets.load("digits")
     network = models.resnet9(1, 10, features=8, size=8, depth=2)
-    modules = module_wise(network, 2, train.x[:2], head=conv_head(torch.rand(2, 8, 4, 4), 10), last_head="auxiliary")
+    modules = split_into_modules(
+        network, 2, train.x[:2], head=conv_head(torch.rand(2, 8, 4, 4), 10), last_head="auxiliary"
+    )
     _check_apart(modules, [range(2)])
     with pytest.raises(ValueError, match=r"must not share parameters, but module 2 shares its head"):
         _check_apart(modules, [range(1), range(1, 2)])

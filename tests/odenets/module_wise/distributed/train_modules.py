@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from odenets import models, save_weights
-from odenets.module_wise import fit_in_processes, infopro, module_wise, trgl_multipliers
+from odenets.module_wise import fit_in_processes, infopro, split_into_modules, trgl_multipliers
 from odenets.training import data, datasets
 from odenets.training.runs import Run
 
@@ -25,7 +25,7 @@ OBJECTIVE = trgl_multipliers(every=2)
 def network(dtype="float32"):
     torch.manual_seed(0)
     net = models.resnet9(1, 10, features=8, size=8, depth=4, norm="group").to(getattr(torch, dtype))
-    return module_wise(net, 4, DIGITS.x[:4], local_loss=None if dtype == "float32" else infopro())
+    return split_into_modules(net, 4, DIGITS.x[:4], local_loss=None if dtype == "float32" else infopro())
 
 
 class Troubled(torch.optim.SGD):
