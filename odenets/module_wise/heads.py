@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
-from odenets.modes import device_of, dtype_of
+from odenets.modes import device_of, dtype_of, evaluating, keeping_state
 
-__all__ = ["HEADS", "Head", "conv_head", "head_for", "like", "linear_head", "token_head"]
+__all__ = ["Head", "check_head", "conv_head", "like", "linear_head", "make_head", "modules_of", "token_head"]
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -19,7 +20,7 @@ Head = Callable[[Tensor, int], nn.Module]
 
 
 def conv_head(state: Tensor, classes: int, *, pool: int | None = None) -> nn.Sequential:
-    """conv3x3-ReLU-pool-norm-linear, as many channels as the state has (DGL, Belilovsky et al. 2020; the thesis).
+    """conv3x3-ReLU-pool-norm-linear, as many channels as the state has (DGL, Belilovsky et al. 2020; [K24]).
 
     Args:
         state: ``(B, C, H, W)``.
@@ -75,12 +76,59 @@ def like(layer: L, state: Tensor) -> L:
 
 
 HEADS: dict[str, Head] = {"conv": conv_head, "token": token_head, "linear": linear_head}
+AUTO: dict[int, Head] = {4: conv_head, 3: token_head}
+"""By the dimensions of a state. Those of a Swin transformer, ``(B, H, W, D)``, look like images': say "token"."""
 
 
-def head_for(state: Tensor, classes: int) -> nn.Module:
-    """The head that fits the shape: convolutional for ``(B, C, H, W)``, of tokens for ``(B, T, D)``, or linear.
+def make_head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state: Tensor, classes: int) -> nn.Module:
+    """The head of module k, from what :func:`~odenets.module_wise.split_into_modules` takes.
 
-    States ``(B, H, W, D)`` of a Swin transformer cannot be told from images: say "token".
+    Raises:
+        ValueError: an unknown name, or a state that does not fit.
     """
-    kind = {4: conv_head, 3: token_head}.get(state.ndim, linear_head)
-    return kind(state, classes)
+    if isinstance(head, nn.Module):
+        return head
+    if isinstance(head, Sequence) and not isinstance(head, str):
+        return head[k]
+    if callable(head):
+        return like(head(state, classes), state)
+    if head == "auto":
+        return AUTO.get(state.ndim, linear_head)(state, classes)
+    if head not in HEADS:
+        raise ValueError(f"head must be 'auto', {', '.join(map(repr, HEADS))}, a module or a function, got {head!r}")
+    return HEADS[head](state, classes)
+
+
+def modules_of(head: object) -> Iterator[nn.Module]:
+    """The modules of heads that come as such."""
+    if isinstance(head, nn.Module):
+        yield from head.modules()
+    elif isinstance(head, Sequence) and not isinstance(head, str):
+        for one in head:
+            yield from modules_of(one)
+
+
+def check_head(head: nn.Module, state: Tensor, classes: int, k: int) -> None:
+    """That the head of module k returns logits, ``(B, classes)``.
+
+    Raises:
+        TypeError: it returns no tensor.
+        ValueError: another shape, or states that it cannot take.
+    """
+    try:
+        with torch.no_grad(), keeping_state(head), evaluating(head):
+            logits = head(state)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the head of module {k + 1} does not fit states {tuple(state.shape)} of {state.dtype}: {error}"
+        ) from error
+    expected = (len(state), classes)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the head of module {k + 1} must return logits, a tensor {expected}, got {type(logits).__name__}"
+        )
+    if logits.shape != expected:
+        raise ValueError(
+            f"the head of module {k + 1} must return {expected} for states {tuple(state.shape)}, got "
+            f"{tuple(logits.shape)}"
+        )

@@ -1,24 +1,39 @@
-"""A network as consecutive parts, each of which records the steps of its own blocks."""
+"""Where a network is cut, evenly or by measured memory, and the cut into parts that record their own steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from odenets.adapting import AdaptedModel
 from odenets.adapting.tracing import cut_adapted
+from odenets.analysis.memory import measure_memory
 from odenets.flow import Flow
 from odenets.measures import Measure
-from odenets.modes import keeping_modes
+from odenets.modes import inputs_for, keeping_modes, keeping_state
 from odenets.network import Network
 from odenets.recording import Records
+from solvers import Step
 
-__all__ = ["At", "Part", "blocks_of", "cut"]
+__all__ = [
+    "At",
+    "Cuttable",
+    "Part",
+    "activation_memory",
+    "balanced",
+    "blocks_of",
+    "cut",
+    "even",
+    "lightest",
+    "shared_parameter",
+]
 
 At = Literal["end", "start"]
+Cuttable = Flow | Network | AdaptedModel
 
 
 class Part(nn.Module):
@@ -33,14 +48,24 @@ class Part(nn.Module):
         self.pieces = nn.ModuleList(pieces)
 
     @property
+    def flows(self) -> list[Flow]:
+        """The flows among the pieces."""
+        return [piece for piece in self.pieces if isinstance(piece, Flow)]
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
-        return sum(piece.depth for piece in self.pieces if isinstance(piece, Flow))
+        return sum(flow.depth for flow in self.flows)
+
+    @property
+    def h(self) -> tuple[float, ...]:
+        """Step size of each block."""
+        return tuple(h for flow in self.flows for h in flow.h)
 
     @property
     def evaluations(self) -> int:
         """Field evaluations of one forward pass."""
-        return sum(piece.evaluations for piece in self.pieces if isinstance(piece, Flow))
+        return sum(flow.evaluations for flow in self.flows)
 
     def forward(self, x: Tensor) -> Tensor:
         """The last state for inputs ``x`` ``(B, ...)``."""
@@ -57,19 +82,33 @@ class Part(nn.Module):
             parts.append((records, piece.depth))
         return x, Records.join(parts)
 
+    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
+        """Every step of every flow."""
+        for piece in self.pieces:
+            if not isinstance(piece, Flow):
+                x = piece(x)
+                continue
+            for step in piece.steps(x, closing=closing, check=False):
+                yield step
+                x = step.x1
 
-def blocks_of(network: Flow | Network | AdaptedModel) -> int:
-    """Number of blocks between which a network can be cut; a transformer's block of two steps is one."""
+
+def blocks_of(network: Cuttable) -> int:
+    """Number of blocks between which a network can be cut; a transformer's block of two steps is one.
+
+    Raises:
+        TypeError: no such network.
+    """
+    if not isinstance(network, Cuttable):
+        raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
     return len(network.places) if isinstance(network, AdaptedModel) else network.depth
 
 
-def cut(
-    network: Flow | Network | AdaptedModel, ends: Sequence[int], at: At = "end"
-) -> tuple[list[nn.Module], nn.Module]:
+def cut(network: Cuttable, ends: Sequence[int], at: At = "end") -> tuple[list[Part] | list[AdaptedModel], nn.Module]:
     """The parts of a network, which share its modules, and its head.
 
     Args:
-        network: a :class:`~odenets.Flow`, a :class:`~odenets.Network` or an adapted one.
+        network: a flow, a network or an adapted model.
         ends: after how many blocks each part ends, rising; the last is the number of blocks.
         at: whether what stands between two blocks, a transition, belongs to the later part ("end": the cut is at the
             end of the earlier block) or to the earlier ("start": at the start of the next).
@@ -81,8 +120,6 @@ def cut(
         TypeError: no such network.
         ValueError: ends out of order, or a network that cannot be cut there.
     """
-    if not isinstance(network, Flow | Network | AdaptedModel):
-        raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
     depth, ends = blocks_of(network), list(ends)
     if not ends or ends[-1] != depth or ends[0] < 1 or any(a >= b for a, b in pairwise(ends)):
         raise ValueError(f"ends must rise from at least 1 to the number of blocks, {depth}, got {ends}")
@@ -91,16 +128,12 @@ def cut(
     if isinstance(network, AdaptedModel):
         with keeping_modes(network):
             *parts, head = cut_adapted(network, ends, at)
-        return parts, head
+        return cast(list[AdaptedModel], parts), head
     if isinstance(network, Flow):
         return [Part([network.part(a, b)]) for a, b in pairwise([0, *ends])], nn.Identity()
     if network.readout != "solution":
         raise ValueError(f"a network that reads out {network.readout!r} cannot be cut: build it with 'solution'")
-    parts, begin = [], 0
-    for end in ends:
-        parts.append(Part(_pieces(network, begin, end, at)))
-        begin = end
-    return parts, network.head
+    return [Part(_pieces(network, a, b, at)) for a, b in pairwise([0, *ends])], network.head
 
 
 def _pieces(network: Network, begin: int, end: int, at: str) -> list[nn.Module]:
@@ -118,3 +151,89 @@ def _pieces(network: Network, begin: int, end: int, at: str) -> list[nn.Module]:
                 pieces.append(cast(nn.Module, network.transitions[i]))
         offset += flow.depth
     return pieces
+
+
+def shared_parameter(modules: Sequence[nn.Module], owners: Sequence[int]) -> tuple[int, int, str] | None:
+    """The first parameter that modules of two owners hold: the numbers of both modules, and its name in the latter."""
+    holders: dict[int, int] = {}
+    for k, module in enumerate(modules):
+        for name, p in module.named_parameters():
+            j = holders.setdefault(id(p), k)
+            if owners[j] != owners[k]:
+                return j, k, name
+    return None
+
+
+def even(blocks: int, modules: int) -> list[int]:
+    """Ends of modules of equally many blocks, the first ones with one more where it does not come out even.
+
+    Raises:
+        ValueError: more modules than blocks, or none.
+
+    >>> even(54, 4)
+    [14, 28, 41, 54]
+    """
+    _check_number(modules, blocks)
+    size, more = divmod(blocks, modules)
+    return [k * size + min(k, more) for k in range(1, modules + 1)]
+
+
+def activation_memory(network: Cuttable, x: Tensor, at: At = "end") -> list[int]:
+    """Bytes that each block keeps for its backward pass with inputs ``x``, measured; the first with the encoder's.
+
+    The network is left as it was: modes, buffers and random state.
+    """
+    parts, _ = cut(network, range(1, blocks_of(network) + 1), at)
+    sizes, x = [], inputs_for(network, x)
+    with keeping_state(network, *parts):  # batch norms see x, and dropout draws
+        for part in parts:
+            part.train()
+            state = x.detach()
+            sizes.append(measure_memory(lambda: part(state), x.device).left)  # noqa: B023 - called here
+            with torch.no_grad():
+                x = part(state)
+    return sizes
+
+
+def lightest(weights: Sequence[int], modules: int) -> list[int]:
+    """Ends of modules of consecutive blocks whose heaviest weighs least.
+
+    Raises:
+        ValueError: more modules than blocks, or none.
+
+    >>> lightest([4, 4, 4, 2, 2, 2, 1, 1], 2)
+    [2, 8]
+    """
+    blocks = len(weights)
+    _check_number(modules, blocks)
+    sums = [0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    best = {(0, 0): (0, [0])}  # of the first m blocks in k modules: the heaviest, and the ends
+    for k in range(1, modules + 1):
+        for m in range(k, blocks + 1):
+            options = ((max(best[k - 1, j][0], sums[m] - sums[j]), j) for j in range(k - 1, m) if (k - 1, j) in best)
+            weight, j = min(options)
+            best[k, m] = (weight, [*best[k - 1, j][1], m])
+    return best[modules, blocks][1][1:]
+
+
+def balanced(network: Cuttable, modules: int, x: Tensor, at: At = "end") -> list[int]:
+    """Ends of equally heavy modules, the heaviest of which keeps least for its backward pass [K24, TRGL*].
+
+    Args:
+        network: to be split.
+        modules: how many.
+        x: inputs, of the shape of training; a few samples will do.
+        at: see :func:`cut`.
+
+    Raises:
+        ValueError: more modules than blocks, or none.
+    """
+    _check_number(modules, blocks_of(network))
+    return lightest(activation_memory(network, x, at), modules)
+
+
+def _check_number(modules: int, blocks: int) -> None:
+    if not 1 <= modules <= blocks:
+        raise ValueError(f"modules must be between 1 and the number of blocks, {blocks}, got {modules}")

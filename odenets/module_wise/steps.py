@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from odenets.adapting import AdaptedModel
 from odenets.module_wise.modules import LocalModule, ModuleWise
-from odenets.network import Network
+from odenets.module_wise.partition import Part
 from odenets.recording import Records
 from odenets.training.objectives import Objective, after_step, check_loss, right_answers
 
@@ -38,7 +39,7 @@ def local_step(
         objective: of the module.
         optimizer: of the module's parameters.
         x: the state before, or the images; no gradient reaches it.
-        images: what the network was given.
+        images: the inputs of the network.
         y: labels.
         clip_norm: largest norm of the gradient.
         share: called between the backward pass and the step, to average gradients with other processes.
@@ -47,21 +48,21 @@ def local_step(
         The state after the module, before the step, and the summed loss and the number of right answers, ``(2,)``.
     """
     x = x.detach()
-    output, state, records = module.look(x, objective.measures)
-    loss = objective(module, (x, y), output, records)
+    logits, state, records = module.forward_with_records(x, objective.measures)
+    loss = objective(module, (x, y), logits, records)
     if module.local_loss is not None:
         loss = loss + module.local_loss(state, images, y)
     check_loss(loss, objective)
-    found = _figures(loss, output, y)
+    totals = _totals(loss, logits, y)
     optimizer.zero_grad()  # of what was done with the network before
     loss.backward()
     state = state.detach()
-    del output, records, loss  # and with them what the backward pass needed
+    del logits, records, loss  # and with them what the backward pass needed
     if share is not None:
         share(optimizer)
-    _apply(module, optimizer, clip_norm)
+    _apply(optimizer, clip_norm)
     after_step(objective, module, (x, y))
-    return state, found
+    return state, totals
 
 
 def parallel_step(
@@ -73,16 +74,16 @@ def parallel_step(
     *,
     clip_norm: float | None = None,
 ) -> Tensor:
-    """A step of every module on a batch, first to last, each on the state that the one before has made of it.
+    """A step of every module on a batch, first to last, each on the state behind the one before.
 
     Returns:
         Summed loss and number of right answers of each module, ``(K, 2)``.
     """
-    state, found = x, []
+    state, totals = x, []
     for module, objective, optimizer in zip(network.modules_in_order, objectives, optimizers, strict=True):
-        state, values = local_step(module, objective, optimizer, state, x, y, clip_norm=clip_norm)
-        found.append(values)
-    return torch.stack(found)
+        state, one = local_step(module, objective, optimizer, state, x, y, clip_norm=clip_norm)
+        totals.append(one)
+    return torch.stack(totals)
 
 
 def end_to_end_step(
@@ -105,44 +106,39 @@ def end_to_end_step(
     Returns:
         Summed loss and number of right answers, ``(1, 2)``.
     """
-    state, rows, names, starts, begin = x, [], list(objective.measures), [], 0
+    state, rows, parts, measures = x, [], [], objective.measures
     for module in network.modules_in_order:
 
-        def run(state: Tensor, part: nn.Module = module.part) -> tuple[Tensor, ...]:
-            state, records = cast(Network, part).record(state, **objective.measures)
-            return state, *(records[name] for name in names)
+        def run(state: Tensor, part: Part | AdaptedModel = module.part) -> tuple[Tensor, ...]:
+            state, records = part.record(state, **measures)
+            return state, *(records[name] for name in measures)
 
         if checkpointed:
-            part = module.part
-            found = checkpoint(run, state, use_reentrant=False, context_fn=partial(_replay, part))
-            state, *recorded = cast(tuple[Tensor, ...], found)
+            again = partial(_replay, module.part)
+            state, *rows = cast(tuple[Tensor, ...], checkpoint(run, state, use_reentrant=False, context_fn=again))
         else:
-            state, *recorded = run(state)
-        rows.append(recorded)
-        starts.append(begin)
-        begin += module.depth
-    head = network.modules_in_order[-1].head
-    output = head(state)
-    records = Records({name: torch.cat([row[i] for row in rows]) for i, name in enumerate(names)}, tuple(starts))
-    loss = objective(network, (x, y), output, records)
+            state, *rows = run(state)
+        parts.append((Records(dict(zip(measures, rows, strict=True))), module.depth))
+    logits, records = network.modules_in_order[-1].head(state), Records.join(parts)
+    loss = objective(network, (x, y), logits, records)
     check_loss(loss, objective)
-    values = _figures(loss, output, y)
+    totals = _totals(loss, logits, y)
     optimizer.zero_grad()
     loss.backward()
-    del output, records, loss, state, rows
-    _apply(network, optimizer, clip_norm)
+    del logits, records, loss, state, parts, rows
+    _apply(optimizer, clip_norm)
     after_step(objective, network, (x, y))
-    return values[None]
+    return totals[None]
 
 
 @torch.no_grad()
-def _figures(loss: Tensor, output: Tensor, y: Tensor) -> Tensor:
+def _totals(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     """Summed loss, in float32 at least, and number of right answers."""
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-    return torch.stack([loss * len(y), right_answers(output, y)])
+    return torch.stack([loss * len(y), right_answers(logits, y)])
 
 
-def _apply(module: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> None:
+def _apply(optimizer: Optimizer, clip_norm: float | None) -> None:
     """Clip, step, and let go of the gradients."""
     if clip_norm is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

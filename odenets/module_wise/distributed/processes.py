@@ -25,7 +25,7 @@ from odenets.modes import inputs_for, to_training_mode, total_dtype
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
 from odenets.module_wise.modules import ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
-from odenets.module_wise.splitting import even
+from odenets.module_wise.partition import even
 from odenets.module_wise.steps import local_step
 from odenets.training.data import Batches
 from odenets.training.runs import Run

@@ -29,13 +29,13 @@ def test_an_early_exit_does_not_call_later_modules():
     modules = split_into_modules(small(), 4, IMAGES).eval()
     outputs = list(modules.outputs(IMAGES))
     modules.modules_in_order[2].part.forward = None  # type: ignore[assignment, method-assign]
-    for depth in (1, 2):
-        torch.testing.assert_close(modules.eval()(IMAGES, depth), outputs[depth - 1], rtol=0, atol=0)
-        assert torch.equal(modules.train().predict(IMAGES, depth), outputs[depth - 1].argmax(1))
+    for k in (1, 2):
+        torch.testing.assert_close(modules.eval()(IMAGES, module=k), outputs[k - 1], rtol=0, atol=0)
+        assert torch.equal(modules.train().predict(IMAGES, module=k), outputs[k - 1].argmax(1))
         assert modules.training
-    for depth in (0, 5):
-        with pytest.raises(ValueError, match=f"depth must be between 1 and the number of modules, 4, got {depth}"):
-            modules(IMAGES, depth)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"module must be between 1 and the number of modules, 4, got {k}"):
+            modules(IMAGES, module=k)
 
 
 def test_accuracy_after_each_module_and_the_best():
@@ -49,10 +49,8 @@ def test_accuracy_after_each_module_and_the_best():
 
     labels = torch.tensor([0, 1, 1, 2, 1, 0])
     batches = data.Batches(data.TensorData("six", torch.rand(6, 2), labels, 3, (0.0,), (1.0,)), 4)
-    made = iter([0, 1, 2])
-    modules = split_into_modules(
-        Flow(lambda: MLPField(2), depth=3), 3, torch.rand(2, 2), classes=3, head=lambda state, c: Constant(next(made))
-    )
+    label, flow = iter([0, 1, 2]), Flow(lambda: MLPField(2), depth=3)
+    modules = split_into_modules(flow, 3, torch.rand(2, 2), classes=3, head=lambda state, c: Constant(next(label)))
     assert modules.accuracies(batches) == pytest.approx([2 / 6, 3 / 6, 1 / 6])
     assert modules.best(batches) == 2
 
@@ -90,7 +88,7 @@ def test_the_head_follows_the_shape():
     images = torch.rand(2, 3, 32, 32)
     modules = split_into_modules(swin, [2], images, at="start", head="token")
     assert modules.modules_in_order[0].part(images).shape == (2, 4, 4, 32)  # behind the merging of patches
-    assert modules(images, 1).shape == (2, 5)
+    assert modules(images, module=1).shape == (2, 5)
 
 
 def test_errors():

@@ -1,9 +1,15 @@
+from itertools import combinations, pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from odenets import Flow, MLPField, adapt, measures, models
-from odenets.module_wise import auglocal, balanced, blocks_of, cut
+from odenets.module_wise import auglocal, balanced, blocks_of, cut, even
+from odenets.module_wise.partition import activation_memory, lightest
+from odenets.recording import Recorder
 
 tv = pytest.importorskip("torchvision.models")
 
@@ -49,8 +55,11 @@ def test_the_parts_of_a_network_are_the_network(make, at):
         x, rows = IMAGES, []
         for part in parts:
             part.eval()
-            x, found = part.record(x, action=measures.action)
-            rows.append(found["action"])
+            assert isinstance(part, Recorder)
+            assert tuple(step.h for step in part.steps(x)) == part.h
+            assert len(part.h) == part.depth == part.evaluations  # of Euler steps
+            x, row = part.record(x, action=measures.action)
+            rows.append(row["action"])
         torch.testing.assert_close(head.eval()(x), expected, rtol=0, atol=0)
         torch.testing.assert_close(torch.cat(rows), records["action"], rtol=0, atol=0)
         inside = {id(p) for module in [*parts, head] for p in module.parameters()}
@@ -175,3 +184,47 @@ def test_a_cut_leaves_each_modules_own_mode(make, training, split):
     else:
         split(network, [1, blocks_of(network)], *([IMAGES] if split is auglocal else []))
     assert [module.training for module in network.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("blocks", "modules", "sizes"), [(54, 2, [27, 27]), (54, 4, [14, 14, 13, 13]), (5, 5, [1, 1, 1, 1, 1])]
+)
+def test_even_modules_are_those_of_the_thesis(blocks, modules, sizes):
+    assert [b - a for a, b in pairwise([0, *even(blocks, modules)])] == sizes
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.data())
+def test_no_split_has_a_lighter_heaviest_module(weights, data):
+    modules = data.draw(st.integers(1, len(weights)))
+    ends = lightest(weights, modules)
+    assert len(ends) == modules
+    assert ends[-1] == len(weights)
+
+    def heaviest(ends):
+        return max(sum(weights[a:b]) for a, b in pairwise([0, *ends]))
+
+    everything = combinations(range(1, len(weights)), modules - 1)
+    assert heaviest(ends) == min(heaviest([*cuts, len(weights)]) for cuts in everything)
+
+
+def test_activation_memory_falls_with_the_resolution():
+    network = models.resnet110(blocks=2)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    sizes = activation_memory(network, torch.rand(2, 3, 32, 32))
+    assert sizes[1] == pytest.approx(2 * sizes[3], rel=0.1)  # twice the channels on a quarter of the places
+    assert sizes[3] == pytest.approx(2 * sizes[5], rel=0.1)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_equally_heavy_modules_of_resnet110_lie_near_the_thesis_ones():
+    ends = balanced(models.resnet110(), 4, torch.rand(2, 3, 96, 96))
+    sizes = [b - a for a, b in pairwise([0, *ends])]
+    assert all(abs(ours - theirs) <= 3 for ours, theirs in zip(sizes, [6, 8, 12, 28], strict=True)), sizes
+
+
+def test_there_are_at_most_as_many_modules_as_blocks():
+    for modules in (0, 4):
+        with pytest.raises(ValueError, match=f"between 1 and the number of blocks, 3, got {modules}"):
+            even(3, modules)
+        with pytest.raises(ValueError, match=f"between 1 and the number of blocks, 3, got {modules}"):
+            balanced(models.resnet110(blocks=1), modules, torch.rand(2, 3, 32, 32))

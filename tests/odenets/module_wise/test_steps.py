@@ -42,8 +42,8 @@ def test_gradients_of_a_parallel_step_are_those_of_each_module_alone(make):
     x = X
     for k, module in enumerate(alone.modules_in_order):
         objective = make(k, 3)
-        output, state, records = module.look(x.detach(), objective.measures)
-        objective(module, (x, Y), output, records).backward()
+        logits, state, records = module.forward_with_records(x.detach(), objective.measures)
+        objective(module, (x, Y), logits, records).backward()
         for seen, p in zip(optimizers[k].seen, module.parameters(), strict=True):
             torch.testing.assert_close(seen, p.grad)
         x = state
