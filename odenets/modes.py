@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ __all__ = [
     "inputs_for",
     "keeping_modes",
     "keeping_state",
+    "random_state",
+    "set_random_state",
     "to_training_mode",
     "total_dtype",
 ]
@@ -90,6 +93,19 @@ def _keeping_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
             if device.type in ("cuda", "xpu"):
                 stack.enter_context(torch.random.fork_rng(devices=[device], device_type=device.type))
         yield
+
+
+def random_state() -> dict[str, Any]:
+    """The states of torch's generators, of the CPU and of every CUDA device, as a checkpoint holds them."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Take up :func:`random_state`."""
+    torch.set_rng_state(state["rng"])
+    if state.get("cuda_rng") and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def _restore(module: nn.Module, modes: dict[nn.Module, bool], inherited: bool) -> None:

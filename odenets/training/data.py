@@ -112,6 +112,11 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.data) // self.size)
 
+    @property
+    def smallest(self) -> int:
+        """Samples in the smallest batch."""
+        return len(self.data) % self.size or min(self.size, len(self.data))
+
     def order(self, epoch: int) -> Tensor:
         """The samples in the order of an epoch, ``(N,)``."""
         return self._draw(epoch)[0]

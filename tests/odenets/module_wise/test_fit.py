@@ -9,7 +9,7 @@ from odenets import adapt, models
 from odenets.errors import DivergedError
 from odenets.least_action import LeastAction
 from odenets.module_wise import fit_modules, split_into_modules, trgl, trgl_multipliers
-from odenets.module_wise.fit import _move
+from odenets.module_wise.fit import move
 from odenets.training import data, datasets
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
@@ -175,13 +175,13 @@ def test_a_resumed_sequence_keeps_its_plan(tmp_path):
         fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, schedule="sequential", run=run)
 
 
-def test_a_module_moves_where_any_of_it_is_elsewhere():
+def test_a_modulemoves_where_any_of_it_is_elsewhere():
     """Its weights are there already, but the optimizer's momentum is not."""
     modules = modules_of()
     training = fit_modules(modules, BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
     module, optimizer = modules.modules_in_order[0], training.optimizers[0]
     module.to("meta")
-    _move(module, optimizer, torch.device("meta"))
+    move(module, optimizer, torch.device("meta"))
     assert {value["momentum_buffer"].device.type for value in optimizer.state.values()} == {"meta"}
 
 

@@ -1,0 +1,110 @@
+"""Schedules: which modules train in which epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from torch import nn
+
+from odenets.module_wise.modules import ModuleWise
+
+__all__ = ["Plan", "Schedule", "Visit"]
+
+Schedule = Literal["parallel", "sequential", "end-to-end", "checkpointed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """One epoch: of which module, None for all; which epoch of its own; whether it ends a visit to it."""
+
+    module: int | None = None
+    epoch: int
+    lap: int = 0
+    last: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All epochs of a training.
+
+    Attributes:
+        schedule: as :func:`~odenets.module_wise.fit_modules` describes.
+        K: number of modules.
+        epochs: of each module per lap, or of all.
+        laps: over the modules.
+    """
+
+    schedule: Schedule
+    K: int
+    epochs: list[int]
+    laps: int
+
+    @classmethod
+    def of(cls, K: int, epochs: int | Sequence[int], schedule: Schedule, laps: int) -> Self:
+        """The plan of some epochs of each module, or of all.
+
+        Raises:
+            ValueError: arguments out of range.
+        """
+        if schedule not in ("parallel", "sequential", "end-to-end", "checkpointed"):
+            raise ValueError(
+                f"schedule must be 'parallel', 'sequential', 'end-to-end' or 'checkpointed', got {schedule!r}"
+            )
+        if laps < 1 or (laps > 1 and schedule != "sequential"):
+            raise ValueError(f"laps must be at least 1, and 1 where the schedule is not sequential, got {laps}")
+        number = K if schedule == "sequential" else 1
+        counts = [epochs] * number if isinstance(epochs, int) else list(epochs)
+        if len(counts) != number or min(counts) < 0:
+            raise ValueError(
+                f"epochs must be one number that is not negative, or in a sequential schedule one per module "
+                f"({K}), got {epochs}"
+            )
+        return cls(schedule=schedule, K=K, epochs=counts, laps=laps)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the network is trained end to end."""
+        return self.schedule in ("end-to-end", "checkpointed")
+
+    @property
+    def visits(self) -> list[Visit]:
+        """All epochs in order."""
+        if self.schedule != "sequential":
+            return [Visit(epoch=e) for e in range(self.epochs[0])]
+        return [
+            Visit(module=k, epoch=lap * n + e, lap=lap, last=e == n - 1)
+            for lap in range(self.laps)
+            for k, n in enumerate(self.epochs)
+            for e in range(n)
+        ]
+
+    def units(self, network: ModuleWise) -> Sequence[nn.Module]:
+        """What has an optimizer of its own: each module, or all parts with the last head."""
+        modules = network.modules_in_order
+        return [nn.ModuleList([*(m.part for m in modules), modules[-1].head])] if self.whole else modules
+
+    def trained(self, visit: Visit) -> dict[int, int]:
+        """The modules whose loss falls in an epoch, with the numbers of their optimizers."""
+        if self.whole:
+            return {self.K - 1: 0}
+        return {k: k for k in (range(self.K) if visit.module is None else [visit.module])}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint is to agree with."""
+        return {"plan": [self.laps, *self.epochs], "schedule": self.schedule}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """That a checkpoint is one of this plan; another number of epochs is one where all modules train at once.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if state.get("schedule", self.schedule) != self.schedule:
+            raise ValueError(f"schedule must be that of the checkpoint, {state['schedule']!r}, got {self.schedule!r}")
+        if self.schedule == "sequential" and state["plan"] != [self.laps, *self.epochs]:
+            raise ValueError(
+                f"epochs and laps must be those of the checkpoint, {state['plan'][1:]} and {state['plan'][0]}, got "
+                f"{self.epochs} and {self.laps}"
+            )
