@@ -126,12 +126,13 @@ class Receiver(_Edge):
 
     def _run(self) -> None:
         try:
-            while (message := self._message()) is not None:
+            while (message := self.receive()) is not None:
                 self.buffer.put(message)
         except BaseException as error:  # whatever ends the thread must end the training
             self.buffer.fail(error)
 
-    def _message(self) -> Message | None:
+    def receive(self) -> Message | None:
+        """The next batch, None at the end."""
         header = self._tensor((LARGEST + 5,), torch.int64).tolist()
         whole, samples, code, image_code, image_dims, *dims = header
         if whole < 0:
@@ -192,7 +193,7 @@ class Sender(_Edge):
                     self.changed.wait_for(lambda: bool(self.waiting))
                     message = self.waiting.popleft()
                     self.changed.notify_all()
-                self._message(message)
+                self.transmit(message)
                 if message is None:
                     return
         except BaseException as error:
@@ -200,9 +201,11 @@ class Sender(_Edge):
                 self.error = error
                 self.changed.notify_all()
 
-    def _message(self, message: Message | None) -> None:
+    def transmit(self, message: Message | None) -> None:
+        """Send a batch, or that it was the last."""
         if message is None:
-            return self._tensor(torch.full((LARGEST + 5,), -1))
+            self._tensor(torch.full((LARGEST + 5,), -1))
+            return
         state, images, y, whole = message
         dims = [*state.shape[1:], *[-1] * (LARGEST - state.ndim + 1)]
         image_dims = images.ndim - 1 if images.numel() else 0
@@ -213,7 +216,6 @@ class Sender(_Edge):
         if image_dims:
             self._tensor(torch.tensor(images.shape[1:]))
             self._tensor(images)
-        return None
 
     def _tensor(self, tensor: Tensor) -> None:
         distributed.send(tensor.to(self.device).contiguous(), self.peer, group=self.group)

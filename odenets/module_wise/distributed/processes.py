@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,15 +23,16 @@ from odenets.checkpoints import is_finite
 from odenets.errors import DivergedError, WorkerLostError
 from odenets.modes import inputs_for, to_training_mode, total_dtype
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
+from odenets.module_wise.distributed.checkpoints import ModuleCheckpoints
 from odenets.module_wise.modules import ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
-from odenets.module_wise.partition import even
+from odenets.module_wise.partition import even, shared_parameter
 from odenets.module_wise.steps import local_step
 from odenets.training.data import Batches
 from odenets.training.runs import Run
 from odenets.training.state import check_optimizer, check_precision
 
-__all__ = ["WorkerLostError", "fit_in_processes"]
+__all__ = ["check_apart", "fit_in_processes"]
 
 
 def fit_in_processes(
@@ -94,83 +95,83 @@ def fit_in_processes(
         raise ValueError(f"buffer must hold at least 1 batch, got {buffer}")
     if replicas < 1 or world % replicas:
         raise ValueError(f"replicas must divide the number of processes, {world}, got {replicas}")
-    stages = world // replicas
-    if stages > network.K:
-        raise ValueError(f"{stages} processes with modules of their own need as many modules, got {network.K}")
-    smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
-    if smallest < 2 * replicas:
+    groups = world // replicas
+    if groups > network.K:
+        raise ValueError(f"{groups} processes with modules of their own need as many modules, got {network.K}")
+    if batches.smallest < 2 * replicas:
         raise ValueError(
-            f"batches must hold at least {2 * replicas} samples, two per replica, the last holds {smallest}"
+            f"batches must hold at least {2 * replicas} samples, two per replica, the last holds {batches.smallest}"
         )
     worker = _Worker(
-        network, batches, epochs, optimizer, objective or greedy(), buffer, replicas, clip_norm, run, timeout, device
-    )
+        network=network, batches=batches, epochs=epochs, make_optimizer=optimizer, objective=objective or greedy(),
+        places=buffer, replicas=replicas, clip_norm=clip_norm, timeout=timeout, device=torch.device(device),
+        checkpoints=None if run is None else ModuleCheckpoints(run, network.K),
+    )  # fmt: skip
     with _stopping(worker):
         worker.train()
-    return _gather(network, worker)
+    return worker.gather()
 
 
+@dataclass(kw_only=True)
 class _Worker:
-    """The modules of one process, and its neighbors."""
+    """The modules of one process, and its neighbors.
 
-    def __init__(
-        self,
-        network: ModuleWise,
-        batches: Batches,
-        epochs: int,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        objective: ModuleObjective,
-        buffer: int,
-        replicas: int,
-        clip_norm: float | None,
-        run: Run | None,
-        timeout: float,
-        device: torch.device | str,
-    ) -> None:
-        self.network, self.batches, self.epochs, self.run = network, batches, epochs, run
-        self.clip_norm, self.timeout, self.places, self.replicas = clip_norm, timeout, buffer, replicas
-        self.device = torch.device(device)
-        rank, world = distributed.get_rank(), distributed.get_world_size()
-        self.stage, self.replica, self.stages = rank // replicas, rank % replicas, world // replicas
-        ends = [0, *even(network.K, self.stages)]
-        self.owned = [range(a, b) for a, b in pairwise(ends)]
-        self.own = self.owned[self.stage]
-        _check_apart(network, self.owned)
-        self.modules = [network.modules_in_order[k].to(self.device) for k in self.own]
-        self.optimizers = [optimizer(module.parameters()) for module in self.modules]
-        for made, module in zip(self.optimizers, self.modules, strict=True):
-            check_optimizer(made, module)
-        self.objectives = [made.to(self.device) for made in objectives_of(objective, self.own, network.K)]
-        self.with_images = any(module.local_loss is not None for module in network.modules_in_order)
-        self.rows: list[dict[str, Any]] = []
-        self.epoch = 0
+    The processes that share the batches of some modules are a rank group; a replica is a process' number in its group.
+    """
+
+    network: ModuleWise
+    batches: Batches
+    epochs: int
+    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    objective: ModuleObjective
+    places: int
+    replicas: int
+    clip_norm: float | None
+    timeout: float
+    device: torch.device
+    checkpoints: ModuleCheckpoints | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        rank, self.rank_groups = distributed.get_rank(), distributed.get_world_size() // self.replicas
+        self.rank_group, self.replica = divmod(rank, self.replicas)
+        self.owned = [range(a, b) for a, b in pairwise([0, *even(self.network.K, self.rank_groups)])]
+        self.own = self.owned[self.rank_group]
+        check_apart(self.network, self.owned)
+        self.modules = [self.network.modules_in_order[k].to(self.device) for k in self.own]
+        self.optimizers = [self.make_optimizer(module.parameters()) for module in self.modules]
+        for optimizer, module in zip(self.optimizers, self.modules, strict=True):
+            check_optimizer(optimizer, module)
+        self.objectives = [o.to(self.device) for o in objectives_of(self.objective, self.own, self.network.K)]
+        self.with_images = any(module.local_loss is not None for module in self.network.modules_in_order)
         self._make_groups()
 
     def _make_groups(self) -> None:
         """Groups of replicas, and of neighbors; every process makes all of them, in one order."""
-        for stage in range(self.stages):
-            group: Any = distributed.new_group([stage * self.replicas + r for r in range(self.replicas)])
-            if stage == self.stage:
+        for g in range(self.rank_groups):
+            group: Any = distributed.new_group([g * self.replicas + r for r in range(self.replicas)])
+            if g == self.rank_group:
                 self.group: Any = group
         self.receiver: Receiver | None = None
         self.sender: Sender | None = None
-        for stage in range(self.stages - 1):
+        where = self.device if distributed.get_backend() == "nccl" else torch.device("cpu")
+        for g in range(self.rank_groups - 1):
             for r in range(self.replicas):
-                one, other = stage * self.replicas + r, (stage + 1) * self.replicas + r
+                one, other = g * self.replicas + r, (g + 1) * self.replicas + r
                 group = distributed.new_group([one, other])
-                where = self.device if distributed.get_backend() == "nccl" else torch.device("cpu")
-                if (self.stage, self.replica) == (stage, r):
+                if (self.rank_group, self.replica) == (g, r):
                     self.sender = Sender(other, group, where)
-                if (self.stage, self.replica) == (stage + 1, r):
+                if (self.rank_group, self.replica) == (g + 1, r):
                     self.receiver = Receiver(one, group, where)
         for objective in self.objectives:
             objective.group = self.group
 
-    def name(self, stage: int) -> str:
+    def name(self, rank_group: int) -> str:
         """A process, as errors call it."""
-        first, last = self.owned[stage][0] + 1, self.owned[stage][-1] + 1
+        first, last = self.owned[rank_group][0] + 1, self.owned[rank_group][-1] + 1
         modules = f"module {first}" if first == last else f"modules {first} to {last}"
-        return f"the process of {modules} (rank {stage * self.replicas + self.replica})"
+        return f"the process of {modules} (rank {rank_group * self.replicas + self.replica})"
 
     def train(self) -> None:
         """All epochs, from where the checkpoints stand."""
@@ -178,17 +179,17 @@ class _Worker:
         to_training_mode(self.network)
         incoming = None
         if self.receiver is not None:
-            incoming = Buffer(self.places, self.timeout, self.name(self.stage - 1))
+            incoming = Buffer(self.places, self.timeout, self.name(self.rank_group - 1))
             self.receiver.start(incoming)
         if self.sender is not None:
-            self.sender.start(self.places == 1, self.timeout, self.name(self.stage + 1))
+            self.sender.start(self.places == 1, self.timeout, self.name(self.rank_group + 1))
         started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         while self.epoch < self.epochs:
-            totals, seen = torch.zeros(len(self.own), 2, dtype=total_dtype(self.device), device=self.device), 0
+            totals, samples = torch.zeros(len(self.own), 2, dtype=total_dtype(self.device), device=self.device), 0
             for message in self._messages(incoming):
                 totals += self._step(message)
-                seen += len(message.y)
-            loss, accuracy = (totals / seen).T.tolist()
+                samples += len(message.y)
+            loss, accuracy = (totals / samples).T.tolist()
             if not all(map(math.isfinite, loss)) or not all(map(is_finite, self.modules)):
                 raise DivergedError(
                     f"epoch {self.epoch + 1} diverged, with a training loss of {loss}; the last checkpoint stands"
@@ -211,125 +212,101 @@ class _Worker:
                 yield Message(state.to(self.device), images.to(self.device), y.to(self.device), whole)
             return
         for x, y in self.batches.epoch(self.epoch):
-            mine = slice(self.replica, None, self.replicas)
-            x, whole = inputs_for(self.modules[0], x[mine]).to(self.device), len(y)
-            yield Message(x, x if self.with_images else x.new_empty(0), y[mine].to(self.device), whole)
+            share = slice(self.replica, None, self.replicas)
+            x, whole = inputs_for(self.modules[0], x[share]).to(self.device), len(y)
+            yield Message(x, x if self.with_images else x.new_empty(0), y[share].to(self.device), whole)
 
     def _step(self, message: Message) -> Tensor:
         """A step of every module of this process, and the state behind them sent on."""
-        state, found = message.state, []
+        state, totals = message.state, []
         images = message.images if self.with_images else message.state
+        average = partial(self._average, len(message.y), message.whole) if self.replicas > 1 else None
         for module, objective, optimizer in zip(self.modules, self.objectives, self.optimizers, strict=True):
-
-            def share(optimizer: Optimizer) -> None:
-                self._average(optimizer, len(message.y), message.whole)
-
-            state, values = local_step(
-                module, objective, optimizer, state, images, message.y, clip_norm=self.clip_norm,
-                share=share if self.replicas > 1 else None,
-            )  # fmt: skip
-            found.append(values)
+            state, one = local_step(
+                module, objective, optimizer, state, images, message.y, clip_norm=self.clip_norm, share=average
+            )
+            totals.append(one)
         if self.sender is not None:
             self.sender.send(Message(state, message.images, message.y, message.whole))
-        return torch.stack(found)
+        return torch.stack(totals)
 
-    def _average(self, optimizer: Optimizer, samples: int, whole: int) -> None:
+    def _average(self, samples: int, whole: int, optimizer: Optimizer) -> None:
         """Gradients of the replicas, each of the mean over its share, become that of the mean over the batch."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in gradients]) * (samples / whole)
         try:
             distributed.all_reduce(flat, group=self.group)
         except RuntimeError as error:
-            raise WorkerLostError(f"a replica of {self.name(self.stage)} is gone ({error})") from error
+            raise WorkerLostError(f"a replica of {self.name(self.rank_group)} is gone ({error})") from error
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-    # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         """A checkpoint of each module after an epoch; the oldest go."""
         if self.replicas > 1:
             for module in self.modules:
                 for buffer in module.buffers():
-                    distributed.broadcast(buffer, self.stage * self.replicas, group=self.group)
-        if self.run is None or self.replica:
+                    distributed.broadcast(buffer, self.rank_group * self.replicas, group=self.group)
+        if self.checkpoints is None or self.replica:
             return
         for i, k in enumerate(self.own):
-            state = {
-                "module": self.modules[i].state_dict(),
-                "optimizer": self.optimizers[i].state_dict(),
-                "objective": self.objectives[i].state_dict(),
-                "rows": json.dumps([row for row in self.rows if row["module"] == k + 1]),
-                "epoch": self.epoch,
-            }
-            self.run.save_state(state, f"module{k + 1}-epoch{self.epoch}.pt")
-        # however far apart they are, all keep the newest epoch that all have completed
-        common = min(max(_checkpoints(self.run.folder, k), default=0) for k in range(self.network.K))
-        for k in self.own:
-            for epoch, path in _checkpoints(self.run.folder, k).items():
-                if epoch < common:
-                    path.unlink(missing_ok=True)
+            state = {name: one.state_dict() for name, one in self._parts(i).items()}
+            rows = json.dumps([row for row in self.rows if row["module"] == k + 1])
+            self.checkpoints.save(k, state | {"rows": rows, "epoch": self.epoch})
+        self.checkpoints.prune(self.own)
 
     def _resume(self) -> None:
         """Take up the newest epoch that all modules have completed."""
-        if self.run is None:
+        if self.checkpoints is None:
             return
-        found = [set(_checkpoints(self.run.folder, k)) for k in range(self.network.K)]
-        common = set.intersection(*found)
-        if all(found) and not common:
-            raise ValueError(f"the modules' checkpoints in {str(self.run.folder)!r} have no epoch in common")
-        newest = torch.tensor(max(common, default=0), device=self.device)
+        newest = torch.tensor(self.checkpoints.newest(), device=self.device)
         distributed.broadcast(newest, 0)
         self.epoch = int(newest)
         if not self.epoch:
             return
         for i, k in enumerate(self.own):
-            state = self.run.load_state(f"module{k + 1}-epoch{self.epoch}.pt")
-            assert state is not None
+            state = self.checkpoints.load(k, self.epoch)
             check_precision(self.modules[i], state["module"])
-            self.modules[i].load_state_dict(state["module"])
-            self.optimizers[i].load_state_dict(state["optimizer"])
-            self.objectives[i].load_state_dict(state["objective"])
+            for name, one in self._parts(i).items():
+                one.load_state_dict(state[name])
             self.rows += json.loads(state["rows"])
-        self.rows.sort(key=lambda row: (row["epoch"], row["module"]))
+        self.rows.sort(key=_order)
+
+    def _parts(self, i: int) -> dict[str, Any]:
+        """What a checkpoint of a module holds the state of."""
+        return {"module": self.modules[i], "optimizer": self.optimizers[i], "objective": self.objectives[i]}
+
+    def gather(self) -> list[dict[str, Any]]:
+        """All weights in all processes, and the metrics of all."""
+        distributed.barrier()
+        for g, own in enumerate(self.owned):
+            for k in own:
+                for value in self.network.modules_in_order[k].state_dict().values():
+                    if isinstance(value, Tensor):
+                        here = value.to(self.device)
+                        distributed.broadcast(here, g * self.replicas)
+                        value.copy_(here)
+        rows: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(rows, self.rows)
+        return sorted((row for first in rows[:: self.replicas] for row in first), key=_order)
 
 
-def _check_apart(network: ModuleWise, owned: list[range]) -> None:
-    """That no parameter is trained by two processes."""
-    owner: dict[int, int] = {}
-    for stage, own in enumerate(owned):
-        for k in own:
-            for name, p in network.modules_in_order[k].named_parameters():
-                if owner.setdefault(id(p), stage) != stage:
-                    raise ValueError(
-                        f"modules of different processes must not share parameters, but module {k + 1} shares its "
-                        f"{name}: one head for all modules takes one process (fit_modules)"
-                    )
+def _order(row: dict[str, Any]) -> tuple[int, int]:
+    return row["epoch"], row["module"]
 
 
-def _checkpoints(folder: Path, k: int) -> dict[int, Path]:
-    """The checkpoints of a module by epoch."""
-    found = {}
-    for path in folder.glob(f"module{k + 1}-epoch*.pt"):
-        if match := re.fullmatch(rf"module{k + 1}-epoch(\d+)\.pt", path.name):
-            found[int(match[1])] = path
-    return found
+def check_apart(network: ModuleWise, owned: Sequence[range]) -> None:
+    """That no parameter is trained by two processes.
 
-
-def _gather(network: ModuleWise, worker: _Worker) -> list[dict[str, Any]]:
-    """All weights and metrics in all processes."""
-    distributed.barrier()
-    for stage, own in enumerate(worker.owned):
-        for k in own:
-            for value in network.modules_in_order[k].state_dict().values():
-                if isinstance(value, Tensor):
-                    here = value.to(worker.device)
-                    distributed.broadcast(here, stage * worker.replicas)
-                    value.copy_(here)
-    rows: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(rows, worker.rows)
-    everything = [row for stage in range(worker.stages) for row in rows[stage * worker.replicas]]
-    return sorted(everything, key=lambda row: (row["epoch"], row["module"]))
+    Raises:
+        ValueError: modules of two share one.
+    """
+    owners = [process for process, own in enumerate(owned) for _ in own]
+    if shared := shared_parameter(network.modules_in_order, owners):
+        raise ValueError(
+            f"modules of different processes must not share parameters, but module {shared[1] + 1} shares its "
+            f"{shared[2]}: one head for all modules takes one process (fit_modules)"
+        )
 
 
 @contextmanager
@@ -338,8 +315,8 @@ def _stopping(worker: _Worker) -> Iterator[None]:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise WorkerLostError(
-            f"{worker.name(worker.stage)} was told to end after {worker.epoch} epochs: another process of the group "
-            "has died, or the run was stopped; the checkpoints stand"
+            f"{worker.name(worker.rank_group)} was told to end after {worker.epoch} epochs: another process of the "
+            "group has died, or the run was stopped; the checkpoints stand"
         )
 
     if threading.current_thread() is not threading.main_thread():

@@ -15,7 +15,7 @@ from odenets import load_weights, models
 from odenets.errors import WorkerLostError
 from odenets.module_wise import conv_head, fit_in_processes, fit_modules, split_into_modules
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
-from odenets.module_wise.distributed.processes import _check_apart
+from odenets.module_wise.distributed.processes import check_apart
 from odenets.training import datasets
 from tests.odenets.module_wise.distributed import train_modules
 
@@ -111,9 +111,9 @@ def test_modules_of_different_processes_share_nothing():
     modules = split_into_modules(
         network, 2, train.x[:2], head=conv_head(torch.rand(2, 8, 4, 4), 10), last_head="auxiliary"
     )
-    _check_apart(modules, [range(2)])
+    check_apart(modules, [range(2)])
     with pytest.raises(ValueError, match=r"must not share parameters, but module 2 shares its head"):
-        _check_apart(modules, [range(1), range(1, 2)])
+        check_apart(modules, [range(1), range(1, 2)])
 
 
 def message(i):
@@ -185,12 +185,12 @@ def test_what_is_sent_is_received_in_every_precision(monkeypatch, dtype, images)
     state, y = torch.randn(3, 4, 5).to(dtype), torch.tensor([1, 2, 3])
     pictures = torch.empty(0) if images is None else torch.rand(3, 1, 8, 8).to(images)
     sender, receiver = (kind(0, None, torch.device("cpu")) for kind in (Sender, Receiver))
-    sender._message(Message(state, pictures, y, 7))
-    came = receiver._message()
+    sender.transmit(Message(state, pictures, y, 7))
+    came = receiver.receive()
     assert came.whole == 7
     for one, other in ((came.state, state), (came.images, pictures), (came.y, y)):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
-    sender._message(None)
-    assert receiver._message() is None
+    sender.transmit(None)
+    assert receiver.receive() is None
     assert not line
