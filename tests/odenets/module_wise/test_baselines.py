@@ -24,13 +24,14 @@ def test_correlations_are_numpys():
     torch.testing.assert_close(correlations(rows), torch.corrcoef(rows))
 
 
-def test_predsim_is_the_distance_of_two_similarity_matrices():
-    state, y = torch.randn(6, 4, 5, 5), torch.tensor([0, 1, 2, 0, 1, 1])
+@pytest.mark.parametrize(("shape", "dtype"), [((6, 4, 5, 5), torch.float32), ((6, 5), torch.float64)])
+def test_predsim_is_the_distance_of_two_similarity_matrices(shape, dtype):
+    state, y = torch.randn(shape, dtype=dtype), torch.tensor([0, 1, 2, 0, 1, 1])
     loss = Similarity(state, 3, weight=2.0)
-    target = torch.corrcoef(F.one_hot(y, 3).float())
+    target = torch.corrcoef(F.one_hot(y, 3).to(dtype))
     expected = 2 * torch.linalg.matrix_norm(torch.corrcoef(loss.layer(state).flatten(1)) - target) ** 2 / 36
-    torch.testing.assert_close(loss(state, torch.zeros(6, 1), y), expected)
-    assert Similarity(torch.randn(6, 9), 3)(torch.randn(6, 9), torch.zeros(6, 1), y) > 0
+    tolerance = {"rtol": 0, "atol": 1e-14} if dtype == torch.float64 else {}
+    torch.testing.assert_close(loss(state, torch.zeros(6, 1), y), expected, **tolerance)
 
 
 def test_infopro_decodes_the_image():
@@ -73,18 +74,24 @@ def test_auglocal_on_an_adapted_network():
     assert all(output.shape == (2, 5) for output in modules.outputs(images))
 
 
-@pytest.mark.parametrize("rival", ["infopro", "predsim", "auglocal"])
-def test_rivals_train(rival):
-    net = network()
-    options = {
-        "infopro": lambda: {"local_loss": infopro()},
-        "predsim": lambda: {"local_loss": predsim(10, 0.1)},
-        "auglocal": lambda: {"head": auglocal(net, [2, 4], DIGITS.x[:4])},
-    }[rival]()
-    modules = split_into_modules(net, 2, DIGITS.x[:4], **options)
-    training = fit_modules(modules, data.Batches(DIGITS, 40, seed=0), epochs=10, optimizer=SGD)
+BASELINES = {
+    "infopro": lambda net: {"local_loss": infopro(1.0, 1.0)},
+    "predsim": lambda net: {"local_loss": predsim(10, 0.1)},
+    "auglocal": lambda net: {"head": auglocal(net, [2, 4], DIGITS.x[:4])},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_baselines_train_and_follow_the_networks_dtype(baseline, dtype):
+    net = network().to(dtype)
+    modules = split_into_modules(net, 2, DIGITS.x[:4], **BASELINES[baseline](net))
+    assert {p.dtype for p in modules.parameters()} == {dtype}
+    epochs = 10 if dtype == torch.float32 else 1
+    training = fit_modules(modules, data.Batches(DIGITS, 40, seed=0), epochs=epochs, optimizer=SGD)
     assert all(math.isfinite(row["train_loss"]) for row in training.rows)
-    assert min(modules.accuracies(data.Batches(datasets.load("digits")[1], 500))) > 0.6
+    if dtype == torch.float32:
+        assert min(modules.accuracies(data.Batches(datasets.load("digits")[1], 500))) > 0.6
 
 
 def test_errors():
@@ -96,8 +103,6 @@ def test_errors():
         infopro()(0, 2, torch.rand(2, 5), torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match="deepest must be at least shallowest"):
         auglocal(network(), [2, 4], DIGITS.x[:4], deepest=1, shallowest=2)
-    with pytest.raises(ValueError, match=r"head must hold one for each module but the last.*: 1, got 0"):
-        split_into_modules(network(), 2, DIGITS.x[:4], head=[])
 
 
 def test_infopro_decodes_in_the_order_of_its_paper():
@@ -114,29 +119,6 @@ def test_infopro_needs_pixels_between_0_and_1():
     for images in (torch.full((2, 1, 8, 8), 1.5), torch.full((2, 1, 8, 8), -0.5)):
         with pytest.raises(ValueError, match=r"InfoPro decodes images with pixels in \[0, 1\], got"):
             split_into_modules(network(), 2, images, local_loss=infopro())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rival", ["infopro", "predsim", "auglocal"])
-def test_rivals_follow_the_networks_dtype(rival, dtype):
-    net = network().to(dtype)
-    options = {
-        "infopro": lambda: {"local_loss": infopro(1.0, 1.0)},
-        "predsim": lambda: {"local_loss": predsim(10, 0.1)},
-        "auglocal": lambda: {"head": auglocal(net, [2, 4], DIGITS.x[:4])},
-    }[rival]()
-    modules = split_into_modules(net, 2, DIGITS.x[:4], **options)
-    assert {p.dtype for p in modules.parameters()} == {dtype}
-    training = fit_modules(modules, data.Batches(DIGITS, 40, seed=0), epochs=1, optimizer=SGD)
-    assert all(math.isfinite(row["train_loss"]) for row in training.rows)
-
-
-def test_predsim_in_float64_is_its_formula_in_float64():
-    state, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 1])
-    loss = Similarity(state, 4)
-    target = torch.corrcoef(F.one_hot(y, 4).double())
-    expected = (torch.corrcoef(loss.layer(state)) - target).square().mean()
-    torch.testing.assert_close(loss(state, torch.zeros(6, 1), y), expected, rtol=0, atol=1e-14)
 
 
 def test_auglocal_leaves_a_network_as_it_was():

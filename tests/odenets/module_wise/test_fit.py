@@ -82,16 +82,9 @@ def test_modules_train_one_after_another_and_those_before_stand_still():
         before = found
 
 
-def test_optimisers_and_multipliers_go_on_from_lap_to_lap():
-    training = fit_modules(
-        modules_of(),
-        BATCHES,
-        epochs=1,
-        optimizer=SGD,
-        schedule="sequential",
-        laps=3,
-        objective=trgl_multipliers(every=1),
-    )
+def test_optimizers_and_multipliers_go_on_from_lap_to_lap():
+    options = {"schedule": "sequential", "laps": 3, "objective": trgl_multipliers(every=1)}
+    training = fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, **options)
     assert [row["module"] for row in training.rows] == [1, 2, 3] * 3
     assert [row["epoch"] for row in training.rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert [objective.steps for objective in training.objectives] == [9, 9, 9]
@@ -124,23 +117,27 @@ def test_every_module_learns_in_every_schedule():
             assert list(last.values()) == pytest.approx(found)
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match="schedule must be"):
-        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="random")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="laps must be"):
-        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, laps=2)
-    with pytest.raises(ValueError, match="cache is for the sequential schedule"):
-        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, cache="memory")
-    with pytest.raises(ValueError, match="offload needs a cache"):
-        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", offload=True)
-    with pytest.raises(ValueError, match=r"one per module \(3\), got \[1, 2\]"):
-        fit_modules(modules_of(), BATCHES, epochs=[1, 2], optimizer=SGD, schedule="sequential")
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"schedule": "random"}, "schedule must be"),
+        ({"laps": 2}, "laps must be"),
+        ({"cache": "memory"}, "cache is for the sequential schedule"),
+        ({"schedule": "sequential", "offload": True}, "offload needs a cache"),
+        ({"schedule": "sequential", "epochs": [1, 2]}, r"one per module \(3\), got \[1, 2\]"),
+        ({"schedule": "sequential", "cache": "memory", "views": 0}, "views must be at least 1"),
+        ({"clip_norm": -1}, "clip_norm must be positive, got -1"),
+    ],
+)
+def test_bad_input(options, match):
+    with pytest.raises(ValueError, match=match):
+        fit_modules(modules_of(), BATCHES, optimizer=SGD, **{"epochs": 1} | options)
+
+
+def test_batch_norms_need_two_samples():
+    few = data.Batches(datasets.subsample(DIGITS, 81), 40)
     with pytest.raises(ValueError, match="at least 2 samples for batch norm, the last one holds 1"):
-        fit_modules(modules_of(), data.Batches(datasets.subsample(DIGITS, 81), 40), epochs=1, optimizer=SGD)
-    with pytest.raises(ValueError, match="clip_norm must be positive, got -1"):
-        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, clip_norm=-1)
-    with pytest.raises(ValueError, match="views must be at least 1"):
-        fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory", views=0)
+        fit_modules(modules_of(), few, epochs=1, optimizer=SGD)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
@@ -168,14 +165,7 @@ class Breaking(CrossEntropy):
         torch.nn.init.constant_(next(network.parameters()), torch.nan)
 
 
-def test_a_resumed_sequence_keeps_its_plan(tmp_path):
-    run = Run(tmp_path / "run", {})
-    fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, schedule="sequential", run=run)
-    with pytest.raises(ValueError, match=r"epochs and laps must be those of the checkpoint, \[1, 1, 1\] and 1, got"):
-        fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, schedule="sequential", run=run)
-
-
-def test_a_modulemoves_where_any_of_it_is_elsewhere():
+def test_a_module_moves_where_any_of_it_is_elsewhere():
     """Its weights are there already, but the optimizer's momentum is not."""
     modules = modules_of()
     training = fit_modules(modules, BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
@@ -293,6 +283,10 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"rate must be that of the checkpoint, which has 0 .* got 2"):
         fit_modules(modules_of(2), FEW, epochs=2, optimizer=SGD, run=run,
                     rate=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
+    sequence = {"optimizer": SGD, "schedule": "sequential", "run": Run(tmp_path / "sequence", {})}
+    fit_modules(modules_of(2), FEW, epochs=1, **sequence)
+    with pytest.raises(ValueError, match=r"epochs and laps must be those of the checkpoint, \[1, 1\] and 1, got"):
+        fit_modules(modules_of(2), FEW, epochs=2, **sequence)
 
 
 def test_modules_that_would_not_train_are_named():

@@ -91,27 +91,37 @@ def test_the_head_follows_the_shape():
     assert modules(images, module=1).shape == (2, 5)
 
 
-def test_errors():
-    with pytest.raises(ValueError, match="modules must be between 1 and the number of blocks, 4, got 5"):
-        split_into_modules(small(), 5, IMAGES)
-    with pytest.raises(ValueError, match="ends must rise"):
-        split_into_modules(small(), [3, 2], IMAGES)
+@pytest.mark.parametrize(
+    ("network", "split", "options", "error", "match"),
+    [
+        (small, 5, {}, ValueError, "modules must be between 1 and the number of blocks, 4, got 5"),
+        (small, [3, 2], {}, ValueError, "ends must rise"),
+        (small, 2, {"head": nn.Linear(3, 10)}, ValueError, r"head of module 1 does not fit states \(4, 8, 4, 4\)"),
+        (small, 2, {"head": lambda state, c: nn.Flatten()}, ValueError, r"head of module 1 must return \(4, 10\)"),
+        (small, 2, {"head": "mlp"}, ValueError, "head must be 'auto', 'conv', 'token', 'linear'"),
+        (small, 2, {"head": []}, ValueError, r"head must hold one for each module but the last.*: 1, got 0"),
+        (small, 2, {"balance": "weight"}, ValueError, "balance must be"),
+        (
+            lambda: nn.Linear(2, 2),
+            2,
+            {},
+            TypeError,
+            "network must be a Flow, a Network or an adapted model, got Linear",
+        ),
+    ],
+)
+def test_errors(network, split, options, error, match):
+    with pytest.raises(error, match=match):
+        split_into_modules(network(), split, IMAGES, **options)
+
+
+def test_errors_of_inputs():
     with pytest.raises(ValueError, match="at least two inputs"):
         split_into_modules(small(), 2, IMAGES[:1])
     with pytest.raises(ValueError, match="classes must be given"):
         split_into_modules(Flow(lambda: MLPField(2)), 1, torch.rand(2, 2))
-    with pytest.raises(ValueError, match=r"head of module 1 does not fit states \(4, 8, 4, 4\)"):
-        split_into_modules(small(), 2, IMAGES, head=nn.Linear(3, 10))
-    with pytest.raises(ValueError, match=r"head of module 1 must return \(4, 10\)"):
-        split_into_modules(small(), 2, IMAGES, head=lambda state, classes: nn.Flatten())
-    with pytest.raises(ValueError, match="head must be 'auto', 'conv', 'token', 'linear'"):
-        split_into_modules(small(), 2, IMAGES, head="mlp")
     with pytest.raises(ValueError, match="pool must be at most 4"):
         conv_head(torch.rand(2, 8, 4, 4), 10, pool=5)
-    with pytest.raises(ValueError, match="balance must be"):
-        split_into_modules(small(), 2, IMAGES, balance="weight")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="network must be"):
-        split_into_modules(nn.Linear(2, 2), 2, IMAGES)  # type: ignore[arg-type]
 
 
 def test_what_is_split_by_memory_is_more_even():
