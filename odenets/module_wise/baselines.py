@@ -9,21 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from odenets.adapting import AdaptedModel
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.heads import like
 from odenets.module_wise.modules import LocalLoss
-from odenets.module_wise.partition import At, blocks_of, cut
-from odenets.network import Network
+from odenets.module_wise.partition import At, Cuttable, blocks_of, cut
 
 __all__ = ["Reconstruction", "Similarity", "auglocal", "infopro", "predsim"]
 
 
 class Reconstruction(nn.Module):
-    """InfoPro's bound on the information that a state keeps of the image: how well a decoder gives it back.
+    """InfoPro's bound on the information of a state about the image: the loss of a decoder (Wang et al. 2021).
 
-    Bilinear interpolation to the image's size, conv3x3-BN-ReLU-conv3x3, binary cross-entropy, in this order (Wang et
-    al. 2021).
+    Bilinear interpolation to the image's size, conv3x3-BN-ReLU-conv3x3, binary cross-entropy, in this order.
 
     Args:
         channels: of the states.
@@ -47,11 +44,10 @@ class Reconstruction(nn.Module):
 
 
 def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
-    """InfoPro's second term, beside the cross-entropy of the head: the information about the image that is kept.
+    """InfoPro's term beside the cross-entropy of the head: the :class:`Reconstruction` of the image from the state.
 
     Args:
-        first, last: its weight for the first module and the last; linear in between. A module of weight 0 has no
-            decoder.
+        first, last: its weight for the first module and the last; linear in between. At weight 0 there is no decoder.
 
     Raises:
         ValueError: a negative weight, states that are no images, or images whose pixels leave [0, 1], for which the
@@ -68,7 +64,7 @@ def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
             raise ValueError(f"InfoPro decodes images with pixels in [0, 1], got {low:g} to {high:g}")
         weight = first + (last - first) * k / max(K - 1, 1)
         if not weight:
-            return _Nothing()
+            return _NoLoss()
         return like(Reconstruction(state.shape[1], images.shape[1], weight), state)
 
     return make
@@ -77,8 +73,8 @@ def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
 class Similarity(nn.Module):
     """PredSim's loss: states of one class are to be alike, ``|S(conv(H)) - S(Y)|_F^2 / B^2`` (Nokland and Eidnes 2019).
 
-    S is the matrix of cosines between the mean-free rows of its argument, Y the one-hot labels (appendix D of the
-    thesis). Where the states are no images the convolution is a linear layer.
+    S is the matrix of cosines between the mean-free rows of its argument, Y the one-hot labels [K24, appendix D].
+    Where the states are no images the convolution is a linear layer.
 
     Args:
         state: of the module, for its shape.
@@ -98,10 +94,10 @@ class Similarity(nn.Module):
 
     def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
         """The weighted loss of states ``(B, *S)`` with labels ``(B,)``."""
-        found = correlations(self.layer(state).flatten(1))
-        other = torch.full_like(found, -1.0 / (self.classes - 1))
-        target = torch.where(y[:, None] == y[None], torch.ones_like(found), other)  # S of one-hot rows
-        return self.weight * (found - target).square().mean()
+        cosines = correlations(self.layer(state).flatten(1))
+        other = torch.full_like(cosines, -1.0 / (self.classes - 1))
+        target = torch.where(y[:, None] == y[None], torch.ones_like(cosines), other)  # S of one-hot rows
+        return self.weight * (cosines - target).square().mean()
 
 
 def correlations(rows: Tensor) -> Tensor:
@@ -126,7 +122,7 @@ def predsim(classes: int, weight: float = 1.0) -> LocalLoss:
     return lambda k, K, state, images: Similarity(state, classes, weight)
 
 
-class _Nothing(nn.Module):
+class _NoLoss(nn.Module):
     """No loss."""
 
     def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
@@ -135,13 +131,7 @@ class _Nothing(nn.Module):
 
 
 def auglocal(
-    network: Network | AdaptedModel,
-    ends: Sequence[int],
-    x: Tensor,
-    *,
-    deepest: int = 4,
-    shallowest: int = 1,
-    at: At = "end",
+    network: Cuttable, ends: Sequence[int], x: Tensor, *, deepest: int = 4, shallowest: int = 1, at: At = "end"
 ) -> list[nn.Module]:
     """AugLocal's auxiliary networks: copies of a few later blocks and of the network's head (Ma et al., ICLR 2024).
 
@@ -153,7 +143,7 @@ def auglocal(
         ends: after how many blocks each module ends, the last with the network.
         x: a batch of inputs, by which shapes are found.
         deepest, shallowest: blocks in the auxiliary network of the first module, and of the last but one.
-        at: as the network is to be cut.
+        at: see :func:`~odenets.module_wise.partition.cut`.
 
     Returns:
         One auxiliary network per module but the last, for ``split_into_modules(network, ends, x, head=...)``.
@@ -168,8 +158,7 @@ def auglocal(
     heads = []
     for k, end in enumerate(ends[:-1]):
         left = len(blocks) - end
-        wanted = deepest - (deepest - shallowest) * k / max(len(ends) - 2, 1)
-        number = min(round(wanted), left)
+        number = min(round(deepest - (deepest - shallowest) * k / max(len(ends) - 2, 1)), left)
         chosen = {end + (j + 1) * left // number - 1 for j in range(number)}
         chosen |= {m for m in changing if m >= end}
         heads.append(nn.Sequential(*(copy.deepcopy(blocks[m]) for m in sorted(chosen)), copy.deepcopy(own)))

@@ -210,7 +210,7 @@ def _with_bar(visits: list[Visit], done: int, label: str | None) -> Iterator[Vis
 
 @dataclass(kw_only=True)
 class _Loop:
-    """One epoch after another, and what is kept between them.
+    """One epoch after another, and what goes on from one to the next.
 
     Attributes:
         training, plan: what is trained, and when.

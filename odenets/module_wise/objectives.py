@@ -23,16 +23,16 @@ def greedy(task: Callable[[], Objective] = CrossEntropy) -> ModuleObjective:
 def trgl(
     tau: float, task: Callable[[], Objective] = CrossEntropy, *, doubled: bool = True, cost: str = "action"
 ) -> ModuleObjective:
-    """``L + C / (2 tau_k)``, the proximal step of module k (eq. 31), with the same tau for all or twice it for the
+    """``L + C / (2 tau_k)``, the proximal step of module k [K24, eq. 31], with the same tau for all or twice it for the
     second half of the modules.
 
-    C is a mean over the D features of a state where eq. (31) has the squared norm, a sum: in its terms the step has
+    C is a mean over the D features of a state where [K24, eq. 31] has the squared norm, a sum: in its terms the step has
     size ``tau D``, so that one tau means steps of several sizes where the modules' states differ in dimension.
 
     Args:
         tau: of the first modules, positive; the smaller, the shorter the step.
-        task: makes the loss L; cross-entropy if not given, ``partial(CrossEntropy, 0.1)`` as in the thesis' experiments
-            on larger images.
+        task: makes the loss L; cross-entropy if not given, ``partial(CrossEntropy, 0.1)`` as in [K24] on larger
+            images.
         doubled: whether the modules of the second half have 2 tau.
         cost: "action", "residue" or "norm", see :class:`~odenets.least_action.Cost`.
 
@@ -60,10 +60,10 @@ def trgl_multipliers(
     cost: str = "action",
     update: Literal["before", "next", "after"] = "next",
 ) -> ModuleObjective:
-    """Weights that grow with the loss that is left, ``lambda_k += h L`` every s steps (eq. 33); ``lambda = 2 tau``.
+    """Weights that grow with the loss that is left, ``lambda_k += h L`` every s steps [K24, eq. 33]; ``lambda = 2 tau``.
 
     With label smoothing L never reaches 0, and lambda grows without bound. The cost is a mean over D features, see
-    :func:`trgl`: lambda is that of eq. (33) divided by D.
+    :func:`trgl`: lambda is that of [K24, eq. 33] divided by D.
 
     Args:
         lambda0: first lambda of the first module, positive.
@@ -71,9 +71,9 @@ def trgl_multipliers(
         every: s, steps between two changes.
         task: makes the loss L.
         growth: module k, from 1, begins with ``lambda0 k^growth``.
-        weigh: "divide" the cost, or "multiply" the loss, and with it the step, as eq. (33) is written.
+        weigh: "divide" the cost, or "multiply" the loss, and with it the step, as [K24, eq. 33] is written.
         cost: "action", "residue" or "norm".
-        update: "next", as eq. (33) has it, ``lambda_{i+1} = lambda_i + h L(theta_{i+1}, x_{i+1})`` after every s-th
+        update: "next", as [K24, eq. 33], ``lambda_{i+1} = lambda_i + h L(theta_{i+1}, x_{i+1})`` after every s-th
             step i: the step that follows begins with the change. "before", one step earlier, as the published code has
             it; or "after", see :class:`~odenets.least_action.LeastAction`.
 
@@ -94,18 +94,18 @@ def objectives_of(make: ModuleObjective, numbers: Iterable[int], K: int) -> list
     """The objectives of some of K modules.
 
     Raises:
-        TypeError: what is made is none.
+        TypeError: it makes another thing.
         ValueError: modules share one that remembers something, a multiplier, which would be changed by each.
     """
     if isinstance(make, Objective):
         raise TypeError(f"objective must make one for each module, lambda k, K: {type(make).__name__}(...), got one")
-    found = [make(k, K) for k in numbers]
-    for k, objective in enumerate(found):
+    objectives = [make(k, K) for k in numbers]
+    for k, objective in enumerate(objectives):
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must make an odenets Objective of each module, got {objective!r}")
-        if any(objective is other for other in found[:k]) and objective.state_dict():
+        if any(objective is other for other in objectives[:k]) and objective.state_dict():
             raise ValueError(
                 f"objective must make a new {type(objective).__name__} for each module, got one for several: it "
                 "remembers what is a module's own"
             )
-    return found
+    return objectives

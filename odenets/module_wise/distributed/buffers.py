@@ -182,7 +182,7 @@ class Sender(_Edge):
             self.changed.notify_all()
 
     def finish(self) -> None:
-        """Say that nothing more comes, and wait until it is said."""
+        """Say that nothing more comes, and wait until it is sent."""
         self.send(None)
         self.thread.join(self.timeout)
 
