@@ -1,4 +1,4 @@
-"""Module-wise training: a network in modules, each trained by its own loss, none by another's gradient [K24, section 4]."""
+"""Module-wise training: a network in modules, each trained by its own loss alone [K24, section 4]."""
 
 from odenets.errors import WorkerLostError
 from odenets.module_wise.baselines import auglocal, infopro, predsim

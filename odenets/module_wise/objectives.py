@@ -23,17 +23,16 @@ def greedy(task: Callable[[], Objective] = CrossEntropy) -> ModuleObjective:
 def trgl(
     tau: float, task: Callable[[], Objective] = CrossEntropy, *, doubled: bool = True, cost: str = "action"
 ) -> ModuleObjective:
-    """``L + C / (2 tau_k)``, the proximal step of module k [K24, eq. 31], with the same tau for all or twice it for the
-    second half of the modules.
+    """``L + C / (2 tau_k)``, the proximal step of module k [K24, eq. 31].
 
-    C is a mean over the D features of a state where [K24, eq. 31] has the squared norm, a sum: in its terms the step has
-    size ``tau D``, so that one tau means steps of several sizes where the modules' states differ in dimension.
+    C is a mean over the D features of a state where [K24] has the squared norm, a sum: in its terms the step has size
+    ``tau D``, so that one tau means steps of several sizes where the modules' states differ in dimension.
 
     Args:
         tau: of the first modules, positive; the smaller, the shorter the step.
         task: makes the loss L; cross-entropy if not given, ``partial(CrossEntropy, 0.1)`` as in [K24] on larger
             images.
-        doubled: whether the modules of the second half have 2 tau.
+        doubled: whether the modules of the second half have 2 tau; all have the same tau otherwise.
         cost: "action", "residue" or "norm", see :class:`~odenets.least_action.Cost`.
 
     Raises:
@@ -60,10 +59,10 @@ def trgl_multipliers(
     cost: str = "action",
     update: Literal["before", "next", "after"] = "next",
 ) -> ModuleObjective:
-    """Weights that grow with the loss that is left, ``lambda_k += h L`` every s steps [K24, eq. 33]; ``lambda = 2 tau``.
+    """Weights that grow with the loss that is left, ``lambda_k += h L`` every s steps; ``lambda = 2 tau`` [K24, eq. 33].
 
     With label smoothing L never reaches 0, and lambda grows without bound. The cost is a mean over D features, see
-    :func:`trgl`: lambda is that of [K24, eq. 33] divided by D.
+    :func:`trgl`: lambda is that of [K24] divided by D.
 
     Args:
         lambda0: first lambda of the first module, positive.

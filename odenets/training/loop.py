@@ -180,10 +180,9 @@ def _check_arguments(
 
 def _check_shares(batches: Batches, processes: int) -> None:
     """That each process has a sample of every batch."""
-    smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
-    if smallest < processes:
+    if batches.smallest < processes:
         raise ValueError(
-            f"batches must hold a sample for each of {processes} processes, got one of {smallest}: "
+            f"batches must hold a sample for each of {processes} processes, got one of {batches.smallest}: "
             "choose another batch size"
         )
 

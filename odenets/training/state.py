@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map_only
 
 from odenets.checkpoints import restore_structure, structure
+from odenets.modes import random_state, set_random_state
 from odenets.training.objectives import CrossEntropy, Objective
 
 __all__ = ["Training", "check_optimizer", "check_precision"]
@@ -54,9 +54,7 @@ class Training:
             "rows": json.dumps(self.rows),
             "evaluations": self.evaluations,
             "check_evaluations": self.check_evaluations,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
+        } | random_state()
 
     def snapshot(self) -> dict[str, Any]:
         """:meth:`state_dict` in tensors of its own, in the host's memory: training on does not change it."""
@@ -86,9 +84,7 @@ class Training:
         self.epoch = state["epoch"]
         self.rows = json.loads(state["rows"])
         self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        set_random_state(state)
 
 
 def check_precision(network: nn.Module, state: Mapping[str, Any]) -> None:
