@@ -210,15 +210,7 @@ def _with_bar(visits: list[Visit], done: int, label: str | None) -> Iterator[Vis
 
 @dataclass(kw_only=True)
 class _Loop:
-    """One epoch after another, and what goes on from one to the next.
-
-    Attributes:
-        training, plan: what is trained, and when.
-        batches, validation: on the network's device, in its dtype.
-        states: cached, before module ``before``; none yet if it is negative.
-        offload, clip_norm, device: as in :func:`fit_modules`.
-        frozen: modules that stay in eval mode.
-    """
+    """One epoch after another: the cache holds the states before module ``before``; ``frozen`` stays in eval mode."""
 
     training: ModuleTraining
     plan: Plan
@@ -247,7 +239,10 @@ class _Loop:
                 "rate or normalize the inputs; the last checkpoint stands"
             )
         training.done += 1
-        accuracies = self._validate() if visit.last else {}
+        accuracies = {}
+        if self.validation is not None and visit.last:
+            network = training.network.to(self.validation.data.x.device)
+            accuracies = dict(enumerate(network.accuracies(self.validation)))
         seconds = time.perf_counter() - self.started
         for i, (k, number) in enumerate(trained.items()):
             row = {"lap": visit.lap + 1, "module": k + 1, "epoch": visit.epoch + 1}
@@ -257,13 +252,6 @@ class _Loop:
         if training.rates:
             for number in trained.values():
                 training.rates[number].step()
-
-    def _validate(self) -> dict[int, float]:
-        """Validation accuracies by module."""
-        if self.validation is None:
-            return {}
-        network = self.training.network.to(self.validation.data.x.device)
-        return dict(enumerate(network.accuracies(self.validation)))
 
     def _train(self, visit: Visit) -> Tensor:
         """Summed loss and number of right answers of each module trained, ``(modules, 2)``."""

@@ -59,7 +59,7 @@ def trgl_multipliers(
     cost: str = "action",
     update: Literal["before", "next", "after"] = "next",
 ) -> ModuleObjective:
-    """Weights that grow with the loss that is left, ``lambda_k += h L`` every s steps; ``lambda = 2 tau`` [K24, eq. 33].
+    """Weights that grow with the loss that is left: ``lambda_k += h L`` every s steps, lambda = 2 tau [K24, eq. 33].
 
     With label smoothing L never reaches 0, and lambda grows without bound. The cost is a mean over D features, see
     :func:`trgl`: lambda is that of [K24] divided by D.

@@ -27,14 +27,7 @@ class Visit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All epochs of a training.
-
-    Attributes:
-        schedule: as :func:`~odenets.module_wise.fit_modules` describes.
-        K: number of modules.
-        epochs: of each module per lap, or of all.
-        laps: over the modules.
-    """
+    """All epochs of a training: ``epochs`` of each module per lap, or of all."""
 
     schedule: Schedule
     K: int

@@ -57,16 +57,13 @@ def fit_in_processes(
     Args:
         network: with the same weights in all processes; in the end all hold the trained weights of all modules. Inputs
             are taken to its dtype; modes are those of :func:`odenets.training.fit`.
-        batches: training data.
+        batches, optimizer, objective, clip_norm: as in :func:`~odenets.module_wise.fit_modules`.
         epochs: how many; each module takes ``epochs * len(batches)`` steps.
-        optimizer: makes the optimizer of one module from its parameters.
-        objective: makes the objective of each module; cross-entropy alone if not given.
         buffer: batches between two processes. With 1 each module takes every batch once and in order: the losses are
             those of the parallel schedule in one process, and the slowest process sets the pace. With more nobody
             waits: a module that is fast trains again on what it has, one that is slow leaves batches out, and ends on
             the last ones once those before it are done.
         replicas: processes per group of modules; each takes its share of every batch, and their gradients are averaged.
-        clip_norm: largest norm of a module's gradient.
         run: where each module keeps a checkpoint per epoch, on a file system that all processes share, from the newest
             epoch on that all modules have completed; the training goes on from there.
         timeout: seconds after which a process that is silent counts as lost.

@@ -75,7 +75,7 @@ def test_auglocal_on_an_adapted_network():
 
 
 BASELINES = {
-    "infopro": lambda net: {"local_loss": infopro(1.0, 1.0)},
+    "infopro": lambda net: {"local_loss": infopro()},
     "predsim": lambda net: {"local_loss": predsim(10, 0.1)},
     "auglocal": lambda net: {"head": auglocal(net, [2, 4], DIGITS.x[:4])},
 }

@@ -63,14 +63,8 @@ def test_one_head_for_all():
 
 def test_heads_of_the_literature():
     head = conv_head(torch.rand(2, 16, 32, 32), 10)
-    assert [type(layer).__name__ for layer in head] == [
-        "Conv2d",
-        "ReLU",
-        "AvgPool2d",
-        "BatchNorm2d",
-        "Rearrange",
-        "Linear",
-    ]
+    names = [type(layer).__name__ for layer in head]
+    assert names == ["Conv2d", "ReLU", "AvgPool2d", "BatchNorm2d", "Rearrange", "Linear"]
     assert head[2].kernel_size == 8  # as in the thesis' on CIFAR-100: 8 on 32 x 32, 4 on 16 x 16
     assert conv_head(torch.rand(2, 16, 16, 16), 10)[2].kernel_size == 4
     for state in (torch.rand(2, 5, 6), torch.rand(2, 5, 5, 6)):

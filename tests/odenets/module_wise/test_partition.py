@@ -16,38 +16,21 @@ tv = pytest.importorskip("torchvision.models")
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def resnet110():
-    return models.resnet110(blocks=3, channels=(4, 8, 16))
-
-
-def resnet():
-    return adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5))
-
-
-def vgg():
-    return adapt(tv.vgg11_bn(num_classes=5))
-
-
-def swin():
-    return adapt(tv.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5))
-
-
-def vit():
-    return adapt(tv.VisionTransformer(32, 16, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5))
-
-
-def timm_resnet():
-    timm = pytest.importorskip("timm")
-    return adapt(timm.create_model("resnet10t", num_classes=5))
-
-
-NETWORKS = [resnet110, resnet, vgg, swin, vit, timm_resnet]
+SWIN, VIT = ([4, 4], 16, [2, 2], [2, 4], [4, 4]), (32, 16, 3, 2, 16, 32)
+NETWORKS = {
+    "resnet110": lambda: models.resnet110(blocks=3, channels=(4, 8, 16)),
+    "resnet": lambda: adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5)),
+    "vgg": lambda: adapt(tv.vgg11_bn(num_classes=5)),
+    "swin": lambda: adapt(tv.SwinTransformer(*SWIN, num_classes=5)),
+    "vit": lambda: adapt(tv.VisionTransformer(*VIT, num_classes=5)),
+    "timm": lambda: adapt(pytest.importorskip("timm").create_model("resnet10t", num_classes=5)),
+}
 
 
 @pytest.mark.parametrize("at", ["end", "start"])
-@pytest.mark.parametrize("make", NETWORKS)
-def test_the_parts_of_a_network_are_the_network(make, at):
-    network = make().eval()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_parts_of_a_network_are_the_network(name, at):
+    network = NETWORKS[name]().eval()
     expected, records = network.record(IMAGES, action=measures.action)
     depth = blocks_of(network)
     for ends in ([depth], list(range(1, depth + 1)), [1, depth], [depth - 1, depth]):
@@ -69,7 +52,7 @@ def test_the_parts_of_a_network_are_the_network(make, at):
 def test_a_transition_belongs_to_either_side():
     shapes = {}
     for at in ("end", "start"):
-        (part, *_), _ = cut(resnet110(), [3, 9], at)
+        (part, *_), _ = cut(NETWORKS["resnet110"](), [3, 9], at)
         shapes[at] = part(IMAGES).shape[1]
     assert shapes == {"end": 4, "start": 8}
 
@@ -121,7 +104,7 @@ def test_residues_of_the_branch_end_in_a_batch_norm_which_is_said():
 
 
 def test_errors():
-    network = resnet110()
+    network = NETWORKS["resnet110"]()
     for ends in ([], [9, 3], [3, 3, 9], [0, 9], [3, 8], [3, 10]):
         with pytest.raises(ValueError, match="ends must rise from at least 1 to the number of blocks, 9, got"):
             cut(network, ends)
@@ -171,10 +154,10 @@ def test_a_model_that_cannot_be_traced_says_so():
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("make", [resnet110, resnet, swin])
+@pytest.mark.parametrize("name", ["resnet110", "resnet", "swin"])
 @pytest.mark.parametrize("split", [cut, balanced, auglocal])
-def test_a_cut_leaves_each_modules_own_mode(make, training, split):
-    network = make().train(training)
+def test_a_cut_leaves_each_modules_own_mode(name, training, split):
+    network = NETWORKS[name]().train(training)
     frozen = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.LayerNorm)]
     for module in frozen:
         module.train(not training)

@@ -110,16 +110,21 @@ def test_gradients_of_what_was_done_before_are_forgotten(step):
         assert torch.equal(p, q)
 
 
+def peak_of_step(network, K, make, x, y):
+    """Of the second parallel step."""
+    modules = split_into_modules(network, K, x[:2]).train()
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules.parts]
+    step = partial(parallel_step, modules, [make(k, K) for k in range(K)], optimizers, x, y)
+    step()
+    return measure_memory(step).peak
+
+
 def test_peak_memory_falls_with_the_number_of_modules():
     peaks = {}
     x, y = torch.rand(16, 1, 16, 16), torch.randint(10, (16,))
     for K in (1, 2, 4):
         torch.manual_seed(0)
-        network = split_into_modules(models.resnet9(1, 10, features=8, size=16, depth=8), K, x).train()
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in network.parts]
-        step = partial(parallel_step, network, [trgl(1.0)(k, K) for k in range(K)], optimizers, x, y)
-        step()
-        peaks[K] = measure_memory(step).peak
+        peaks[K] = peak_of_step(models.resnet9(1, 10, features=8, size=16, depth=8), K, trgl(1.0), x, y)
     assert peaks[2] < 0.75 * peaks[1]
     assert peaks[4] < 0.75 * peaks[2]
 
@@ -145,10 +150,10 @@ def test_records_of_the_modules_are_those_of_the_network():
     torch.manual_seed(0)
     network = models.resnet9(1, 10, features=8, size=8, depth=4).eval()
     modules = split_into_modules(network, 2, X)
-    expected, found = network.record(X, action=measures.action), modules.record(X, action=measures.action)
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
-    torch.testing.assert_close(found[1]["action"], expected[1]["action"], rtol=0, atol=0)
-    assert found[1].starts == (0, 2)
+    expected, joined = network.record(X, action=measures.action), modules.record(X, action=measures.action)
+    torch.testing.assert_close(joined[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(joined[1]["action"], expected[1]["action"], rtol=0, atol=0)
+    assert joined[1].starts == (0, 2)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["native", "adapted"])
@@ -158,23 +163,15 @@ def test_the_action_keeps_nothing_that_is_not_kept_anyway(adapted):
     for make in (greedy(), trgl(1.0)):
         torch.manual_seed(0)
         network = adapt(resnet18(num_classes=10)) if adapted else models.resnet110(blocks=2)
-        modules = split_into_modules(network, 2, x[:2]).train()
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
-        step = partial(parallel_step, modules, [make(k, 2) for k in range(2)], optimizers, x, y)
-        step()
-        peaks.append(measure_memory(step).peak)
+        peaks.append(peak_of_step(network, 2, make, x, y))
     assert peaks[1] < 1.01 * peaks[0]
 
 
 def test_shapes_alone_tell_the_same_memory():
     def peak():
         torch.manual_seed(0)
-        modules = split_into_modules(models.resnet110(blocks=2), 2, torch.rand(2, 3, 32, 32)).train()
-        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in modules.parts]
         x, y = torch.rand(8, 3, 32, 32), torch.randint(10, (8,))
-        step = partial(parallel_step, modules, [trgl(1.0)(k, 2) for k in range(2)], optimizers, x, y)
-        step()
-        return measure_memory(step).peak
+        return peak_of_step(models.resnet110(blocks=2), 2, trgl(1.0), x, y)
 
     real = peak()
     with FakeTensorMode():
@@ -183,7 +180,7 @@ def test_shapes_alone_tell_the_same_memory():
 
 def test_a_checkpointed_step_repeats_what_the_forward_pass_did():
     """With a power iteration, whose vector each pass moves, running statistics of every kind, and dropout."""
-    found = []
+    states = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         network = models.resnet9(1, 10, features=8, size=8, depth=2).double()
@@ -195,9 +192,9 @@ def test_a_checkpointed_step_repeats_what_the_forward_pass_did():
         for _ in range(2):
             end_to_end_step(modules, CrossEntropy(), torch.optim.SGD(network.parameters(), 0.1), X.double(), Y,
                             checkpointed=checkpointed)  # fmt: skip
-        found.append(network.state_dict())
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12, msg=name)
+        states.append(network.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-12, msg=name)
 
 
 def test_records_of_an_end_to_end_step_say_where_modules_begin():

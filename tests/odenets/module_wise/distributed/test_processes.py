@@ -19,21 +19,14 @@ from odenets.module_wise.distributed.processes import check_apart
 from odenets.training import datasets
 from tests.odenets.module_wise.distributed import train_modules
 
-SCRIPT = Path(train_modules.__file__)
-ROOT = SCRIPT.parents[4]
+ROOT = Path(train_modules.__file__).parents[4]
 
 
 def launch(folder, processes=2, trouble=None, dtype="float32", **options):
     arguments = [str(folder), json.dumps(trouble or {}), json.dumps(options), dtype]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*command, "-m", "tests.odenets.module_wise.distributed.train_modules", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        cwd=ROOT,
-        check=False,
-    )
+    command += ["-m", train_modules.__name__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, check=False)
 
 
 def alone(dtype="float32"):
@@ -41,13 +34,8 @@ def alone(dtype="float32"):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     network = train_modules.network(dtype)
-    training = fit_modules(
-        network,
-        train_modules.BATCHES,
-        epochs=train_modules.EPOCHS,
-        optimizer=train_modules.Troubled,
-        objective=train_modules.OBJECTIVE,
-    )
+    training = fit_modules(network, train_modules.BATCHES, epochs=train_modules.EPOCHS,
+                           optimizer=train_modules.Troubled, objective=train_modules.OBJECTIVE)  # fmt: skip
     torch.set_num_threads(threads)
     return network, training
 
@@ -64,10 +52,10 @@ def read(folder, rank=0, dtype="float32"):
 @pytest.mark.slow
 def test_two_processes_find_what_one_does_and_a_killed_one_ends_the_group(tmp_path):
     expected, training = alone()
-    found = launch(tmp_path, trouble={"1": {"kill": 15}})
-    assert found.returncode
-    assert "the process of modules 1 to 2 (rank 0) was told to end after" in found.stderr or (
-        "the process of modules 3 to 4 (rank 1) is gone" in found.stderr
+    result = launch(tmp_path, trouble={"1": {"kill": 15}})
+    assert result.returncode
+    assert "the process of modules 1 to 2 (rank 0) was told to end after" in result.stderr or (
+        "the process of modules 3 to 4 (rank 1) is gone" in result.stderr
     )
     kept = {path.name for path in tmp_path.glob("module*.pt")}
     assert {f"module{k}-epoch2.pt" for k in (1, 2, 3, 4)} <= kept
@@ -162,8 +150,8 @@ def test_without_a_group():
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_other_precisions_with_images_in_two_processes(tmp_path, dtype):
     expected, training = alone(dtype)
-    found = launch(tmp_path, dtype=dtype)
-    assert found.returncode == 0, found.stderr
+    result = launch(tmp_path, dtype=dtype)
+    assert result.returncode == 0, result.stderr
     network, rows = read(tmp_path, 1, dtype)
     assert losses(rows) == losses(training.rows)
     for name, value in network.state_dict().items():

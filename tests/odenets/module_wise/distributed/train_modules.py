@@ -1,4 +1,4 @@
-"""Train modules in as many processes as ``torchrun`` starts, as told on the command line; each writes what it found."""
+"""Train modules in as many processes as ``torchrun`` starts; each writes its weights and metrics."""
 
 import json
 import os
@@ -58,17 +58,8 @@ def main(folder: Path, trouble: dict, options: dict, dtype: str = "float32") -> 
     rank = distributed.get_rank()
     modules = network(dtype)
     run = Run(folder, {}, resume=True)
-    mine = trouble.get(str(rank), {})
-    rows = fit_in_processes(
-        modules,
-        BATCHES,
-        epochs=EPOCHS,
-        optimizer=partial(Troubled, **mine),
-        objective=OBJECTIVE,
-        run=run,
-        timeout=600,
-        **options,
-    )
+    rows = fit_in_processes(modules, BATCHES, epochs=EPOCHS, optimizer=partial(Troubled, **trouble.get(str(rank), {})),
+                            objective=OBJECTIVE, run=run, timeout=600, **options)  # fmt: skip
     save_weights(modules, folder / f"weights{rank}.safetensors")
     (folder / f"rows{rank}.json").write_text(json.dumps(rows))
     distributed.destroy_process_group()
