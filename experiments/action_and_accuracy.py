@@ -12,50 +12,42 @@ and whether it goes down the loss.
 
 from __future__ import annotations
 
-import os
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
+from lab import images
+from lab.config import ImageConfig
+from lab.experiment import Columns, Experiment, Figures, Jobs, command
+from lab.outcome import Outcome
 from lab.runs import Run
-from lab.statistics import correlation, mean_interval
-from lab.tables import table
-from lab.workers import Report, Workers
-from odenets import Network, initialize, measures, models, plotting
-from odenets.analysis.refinement import iterative_refinement
-from odenets.training import data, datasets
+from lab.statistics import correlation, mean_interval, percent
+from lab.workers import Report
+from odenets import Network, initialize, measures, plotting
+from odenets.analysis import iterative_refinement
+from odenets.training.data import Batches, TensorData
 from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
 from odenets.training.objectives import CrossEntropy
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """What to train.
 
     Attributes:
-        dataset: digits, mnist or cifar10.
-        folder: where torchvision's files lie; without it they are downloaded.
-        train_size: training images; all if 0.
+        train_size: training images; 0 takes all.
         orthogonal, normal: gains of the initializations.
         instances: per initialization.
         epochs: of training.
         batch_size: of training.
         learning_rate: of SGD with momentum 0.9.
-        quick: few instances and epochs: to see that it runs.
-        output: run folder.
-        resume: go on with what is there.
-        workers: processes; all cores if 0.
     """
 
-    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
-    folder: Path | None = None
     train_size: int = 500
     orthogonal: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0, 2.0)
     normal: tuple[float, ...] = (0.01, 0.05, 0.2, 0.5)
@@ -63,10 +55,7 @@ class Config:
     epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 0.01
-    quick: bool = False
     output: Path = Path("runs/action_and_accuracy")
-    resume: bool = False
-    workers: int = 0
 
     def __post_init__(self) -> None:
         if self.instances < 3:
@@ -86,77 +75,64 @@ class Job:
         return f"{self.initializer}_{self.gain:g}"
 
 
-def build(config: Config, dataset: data.TensorData, job: Job, seed: int) -> Network:
+def jobs(config: Config) -> Jobs[Job]:
+    """Every initialization."""
+    gains = {"orthogonal": config.orthogonal, "normal": config.normal}
+    return (yield [Job(initializer, gain) for initializer, values in gains.items() for gain in values])
+
+
+def build(config: Config, dataset: TensorData, job: Job, seed: int) -> Network:
     """ResNet-9 with the seed's weights, drawn as the job says."""
-    torch.manual_seed(seed)
-    channels, size = dataset.x.shape[1], dataset.x.shape[-1]
-    features = {"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset]
-    normalize = models.Normalize(list(dataset.mean), list(dataset.std))
-    network = models.resnet9(channels, dataset.classes, features=features, size=size, normalize=normalize)
-    return initialize(network, job.initializer, job.gain)
+    return initialize(images.resnet9(dataset, seed), job.initializer, job.gain)
 
 
-def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData]:
+def parts_of(config: Config) -> tuple[TensorData, TensorData]:
     """Training and test images."""
-    train, test = datasets.load(config.dataset, config.folder)
-    return datasets.subsample(train, config.train_size) if config.train_size else train, test
+    return images.train_and_test(config.dataset, config.folder, config.train_size)
 
 
-def train(config: Config, job: Job, report: Report) -> None:
-    """Train the instances of an initialization; what was found stands in its summary."""
-    run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
-    images, test = parts_of(config)
-    found = fit_instances(
-        [build(config, images, job, seed) for seed in range(config.instances)],
-        [data.Batches(images, config.batch_size, seed=seed) for seed in range(config.instances)],
+def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Train the instances of an initialization."""
+    train, test = parts_of(config)
+    trained = fit_instances(
+        [build(config, train, job, seed) for seed in range(config.instances)],
+        [Batches(train, config.batch_size, seed=seed) for seed in range(config.instances)],
         epochs=config.epochs,
         optimizer=partial(torch.optim.SGD, lr=config.learning_rate, momentum=0.9, weight_decay=1e-4),
         objective=CrossEntropy,
         report=report,
     )
-    looked = data.Batches(test, 500)
-    blocks = [iterative_refinement(network, looked) for network in found.networks]
-    run.finish(
-        asdict(job)
-        | {
-            "accuracy": [evaluate(network, looked).accuracy for network in found.networks],
-            "action": [action(network, looked) for network in found.networks],
-            "ratio": torch.stack([each.ratio for each in blocks]).tolist(),
-            "cosine": torch.stack([each.cosine for each in blocks]).tolist(),
-        },
-        seeds=list(range(config.instances)),
-    )
+    batches = Batches(test, 500)
+    blocks = [iterative_refinement(network, batches) for network in trained.networks]
+    return {
+        "accuracy": [evaluate(network, batches).accuracy for network in trained.networks],
+        "action": [action(network, batches) for network in trained.networks],
+        "ratio": torch.stack([each.ratio for each in blocks]).tolist(),
+        "cosine": torch.stack([each.cosine for each in blocks]).tolist(),
+    }
 
 
 @torch.no_grad()
-def action(network: Network, batches: data.Batches) -> float:
+def action(network: Network, batches: Batches) -> float:
     """Mean action of the network on a data set, in eval mode."""
     network.eval()
     totals = [network.record(x, action=measures.action)[1]["action"].sum() for x in batches.inputs()]
     return (torch.stack(totals).sum() / len(batches.data)).item()
 
 
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a job beside its own settings."""
-    names = ("dataset", "train_size", "instances", "epochs", "batch_size", "learning_rate")
-    return {name: getattr(config, name) for name in names}
-
-
-def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per initialization, and one over all: accuracy, action, and the correlation of accuracy with its log."""
+    everything = {name: [v for r in results for v in r[name]] for name in ("accuracy", "action")}
     rows = []
-    for r in results:
-        logs = np.log10(r["action"]).tolist()
-        row: dict[str, Any] = {"initializer": r["initializer"], "gain": r["gain"]}
-        row |= {"accuracy": mean_interval([100 * a for a in r["accuracy"]]), "log10_action": mean_interval(logs)}
-        rows.append(row | {"correlation": correlation(logs, r["accuracy"])})
-    logs = [v for r in results for v in np.log10(r["action"]).tolist()]
-    accuracy = [a for r in results for a in r["accuracy"]]
-    row = {"initializer": "all", "gain": None, "accuracy": mean_interval([100 * a for a in accuracy])}
-    return [*rows, row | {"log10_action": mean_interval(logs), "correlation": correlation(logs, accuracy)}]
+    for result in [*results, {"initializer": "all", "gain": None} | everything]:
+        logs = np.log10(result["action"]).tolist()
+        row = {name: result[name] for name in ("initializer", "gain")}
+        row |= {"accuracy": percent(result["accuracy"]), "log10_action": mean_interval(logs)}
+        rows.append(row | {"correlation": correlation(logs, result["accuracy"])})
+    return rows
 
 
-COLUMNS = {
+COLUMNS: Columns = {
     "initialization": "{initializer}",
     "gain": "{gain:g}",
     "test accuracy": "{accuracy:.2f}",
@@ -166,9 +142,9 @@ COLUMNS = {
 }
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says, in sentences."""
-    *each, whole = rows
+    *each, whole = outcome.rows
     r, p = whole["correlation"]
     within = [row for row in each if row["correlation"][1] < 0.05]
     negative = sum(row["correlation"][0] < 0 for row in within)
@@ -178,31 +154,41 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def main(config: Config) -> None:
-    """Train every initialization, print one table, write the run folder with its figures."""
-    if config.quick:
-        config = replace(config, orthogonal=(0.1, 1.0), normal=(0.1,), instances=3, epochs=1, train_size=100)
-    started = time.time()
-    parts_of(config)  # a wrong data folder shows here, before anything is written
-    gains = {"orthogonal": config.orthogonal, "normal": config.normal}
-    run = Run(config.output, science(config) | gains, resume=config.resume)
-    jobs = [Job(name, gain) for name, values in gains.items() for gain in values]
+def details(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What each block does, by initialization."""
+    return {"blocks": {r["name"].replace("_", " "): (r["ratio"], r["cosine"]) for r in results}}
 
-    def folder(job: Job) -> Path:
-        return config.output / job.name
 
-    with Workers(config.workers or os.cpu_count() or 1) as workers:
-        work, cost = partial(train, config), (lambda job: config.epochs * config.instances)
-        results = workers.complete(work, jobs, folder, cost=cost, label="initializations")
-    rows = summarize(results)
-    points = {job.name.replace("_", " "): (r["action"], r["accuracy"]) for job, r in zip(jobs, results, strict=True)}
-    blocks = {job.name.replace("_", " "): (r["ratio"], r["cosine"]) for job, r in zip(jobs, results, strict=True)}
-    figures = {"fig_11": plotting.action_against_accuracy(points), "fig_6": plotting.refinement_by_block(blocks)}
-    plotting.save(figures, run.folder / "figures")
-    seeds = range(config.instances)
-    trainings = [{"name": job.name, "job": job.name, "seed": seed} for job in jobs for seed in seeds]
-    print(run.conclude(trainings, ("job",), rows, table(rows, COLUMNS), verdict(rows), started=started))
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Accuracy against action, and what each block does."""
+    points = {
+        f"{row['initializer']} {row['gain']:g}": (
+            [10**log for log in row["log10_action"].values],
+            [right / 100 for right in row["accuracy"].values],
+        )
+        for row in outcome.rows[:-1]
+    }
+    return {
+        "fig_11": lambda: plotting.action_against_accuracy(points),
+        "fig_6": lambda: plotting.refinement_by_block(outcome.detail("blocks")),
+    }
 
+
+EXPERIMENT = Experiment(
+    config=Config,
+    data=parts_of,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=COLUMNS,
+    verdict=verdict,
+    details=details,
+    figures=figures,
+    quick=lambda c: replace(c, orthogonal=(0.1, 1.0), normal=(0.1,), instances=3, epochs=1, train_size=100),
+    selects=("orthogonal", "normal"),
+    seeds=lambda config, job: range(config.instances),
+    cost=lambda config, job: config.epochs * config.instances,
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)
