@@ -11,25 +11,27 @@ the last epoch, over seeds that share images and weights. And the accuracy of th
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
+from lab import images
+from lab.config import ImageConfig
+from lab.experiment import Columns, Experiment, Figures, Jobs, command
+from lab.modules import accuracies, after_each_module, difference, in_modules
+from lab.outcome import Outcome
 from lab.plotting import intervals
+from lab.results import best_settings, groups
 from lab.runs import Run
-from lab.statistics import Interval, mean_interval, paired_p_value
-from lab.tables import table
-from lab.workers import Report, Workers
-from odenets import Network, initialize, models, plotting, recalibrate
-from odenets.module_wise import ModuleWise, conv_head, fit_modules, greedy, split_into_modules, trgl
-from odenets.training import data, datasets
+from lab.statistics import Interval, percent
+from lab.workers import Report
+from odenets import initialize
+from odenets.module_wise import ModuleWise, fit_modules, greedy, trgl
+from odenets.training import datasets
+from odenets.training.data import Batches, TensorData
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,10 @@ CONDITIONS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ImageConfig):
     """What to train.
 
     Attributes:
-        dataset: digits, mnist or cifar10.
-        folder: where torchvision's files lie; without it they are downloaded.
         conditions: standard, sequential, same head, same head, sequential, 20 modules, few images, label noise.
         seeds: that are reported.
         tuning: seeds, of other images and weights, on which learning rate and tau are chosen.
@@ -76,14 +76,8 @@ class Config:
         batch_size: of training.
         learning_rates, taus: tried.
         validation_size: images to choose on.
-        quick: one condition, few seeds and epochs: to see that it runs.
-        output: run folder.
-        resume: go on with what is there.
-        workers: processes; all cores if 0.
     """
 
-    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
-    folder: Path | None = None
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     seeds: int = 5
     tuning: int = 2
@@ -92,10 +86,7 @@ class Config:
     learning_rates: tuple[float, ...] = (0.01, 0.05)
     taus: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
     validation_size: int = 300
-    quick: bool = False
     output: Path = Path("runs/module_depth")
-    resume: bool = False
-    workers: int = 0
 
     def __post_init__(self) -> None:
         if unknown := set(self.conditions) - set(CONDITIONS):
@@ -117,53 +108,36 @@ class Job:
     @property
     def name(self) -> str:
         """Of its folder."""
-        folder = self.condition.replace(", ", "_").replace(" ", "_")
-        return f"{folder}/lr{self.learning_rate:g}_tau{self.tau:g}_seed{self.seed}"
+        return f"{_file_name(self.condition)}/lr{self.learning_rate:g}_tau{self.tau:g}_seed{self.seed}"
 
 
-def parts_of(config: Config) -> tuple[data.TensorData, data.TensorData, data.TensorData]:
+def _file_name(condition: str) -> str:
+    return condition.replace(", ", "_").replace(" ", "_")
+
+
+def parts_of(config: Config) -> tuple[TensorData, TensorData, TensorData]:
     """Images to draw training images from, validation and test images."""
-    pool, test = datasets.load(config.dataset, config.folder)
-    pool, validation = datasets.hold_out(pool, config.validation_size, seed=0)
-    return pool, validation, test
+    return images.pool_validation_test(config.dataset, config.folder, config.validation_size)
 
 
-def training_images(pool: data.TensorData, condition: Condition, seed: int) -> data.TensorData:
+def training_images(pool: TensorData, condition: Condition, seed: int) -> TensorData:
     """The training images of a seed, with the condition's label noise."""
-    part = datasets.subsample(pool, condition.size, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    noisy = torch.rand(len(part), generator=generator) < condition.label_noise
-    labels = torch.where(noisy, torch.randint(part.classes, (len(part),), generator=generator), part.y)
-    return replace(part, y=labels)
+    return images.mislabel(datasets.subsample(pool, condition.size, seed=seed), condition.label_noise, seed)
 
 
-def build(config: Config, condition: Condition, pool: data.TensorData, seed: int) -> ModuleWise:
+def build(config: Config, condition: Condition, pool: TensorData, seed: int) -> ModuleWise:
     """One block per module, with the seed's weights."""
-    torch.manual_seed(seed)
-    channels, size = pool.x.shape[1], pool.x.shape[-1]
-    network: Network = models.resnet9(
-        channels,
-        pool.classes,
-        features={"digits": 16, "mnist": 32, "cifar10": 100}[config.dataset],
-        size=size,
-        depth=condition.modules,
-        normalize=models.Normalize([*pool.mean], [*pool.std]),
-    )
-    head: Any = "auto"
-    if condition.same_head:
-        with torch.no_grad():
-            head = conv_head(network.eval().encoder(pool.x[:2]), pool.classes)
-    modules = split_into_modules(network, condition.modules, pool.x[:2], head=head, last_head="auxiliary")
+    network = images.resnet9(pool, seed, depth=condition.modules)
+    modules = in_modules(network, condition.modules, pool, same_head=condition.same_head)
     return initialize(modules, "orthogonal", 0.1)
 
 
-def train(config: Config, job: Job, report: Report) -> None:
-    """Train the modules of a job; what was found stands in its summary."""
+def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Train the modules of a job."""
     condition = CONDITIONS[job.condition]
-    run = Run(config.output / job.name, asdict(job) | asdict(condition) | science(config), resume=True)
     pool, validation, test = parts_of(config)
-    images = training_images(pool, condition, job.seed)
-    batches = data.Batches(images, config.batch_size, seed=job.seed, crop=0 if config.dataset == "digits" else 4)
+    part = training_images(pool, condition, job.seed)
+    batches = Batches(part, config.batch_size, seed=job.seed, crop=0 if config.dataset == "digits" else 4)
     network = build(config, condition, pool, job.seed)
     training = fit_modules(
         network,
@@ -176,19 +150,14 @@ def train(config: Config, job: Job, report: Report) -> None:
         views=4,
         report=report,
     )
-    found = {"validation": network.accuracies(data.Batches(validation, 500))}
     last = {row["module"]: row["train_accuracy"] for row in training.rows}
-    found["train"] = [last[k + 1] for k in range(network.K)]
-    if not job.tuning:
-        found["test"] = network.accuracies(data.Batches(test, 100))
-        recalibrate(network, batches.inputs(), network)  # the last head alone, which may be that of other modules too
-        found["recalibrated"] = network.accuracies(data.Batches(test, 100))
-    run.finish(asdict(job) | found, seeds=[job.seed])
+    results = accuracies(network, batches, validation, None if job.tuning else test)
+    return results | {"train": [last[k + 1] for k in range(network.K)]}
 
 
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a job beside its own settings."""
-    return {name: getattr(config, name) for name in ("dataset", "epochs", "batch_size", "validation_size")}
+def jobs(config: Config) -> Jobs[Job]:
+    """Every learning rate and tau under every condition; then what is reported."""
+    return (yield choose(config, (yield candidates(config))))
 
 
 def candidates(config: Config) -> list[Job]:
@@ -202,63 +171,46 @@ def candidates(config: Config) -> list[Job]:
     ]
 
 
-def best(config: Config, tuned: list[dict[str, Any]], condition: str, taus: tuple[float, ...]) -> tuple[float, float]:
+def best(tuned: list[dict[str, Any]], condition: str, taus: tuple[float, ...]) -> tuple[float, float]:
     """Learning rate and tau that served the last module best on validation images."""
-    scores: dict[tuple[float, float], list[float]] = {}
-    for r in tuned:
-        if r["condition"] == condition and r["tau"] in taus:
-            scores.setdefault((r["learning_rate"], r["tau"]), []).append(r["validation"][-1])
-    return max(scores, key=lambda key: statistics.fmean(scores[key]))
+    results = [r for r in tuned if r["condition"] == condition and r["tau"] in taus]
+    chosen = best_settings(
+        results, ("learning_rate", "tau"), within=("condition",), score=lambda r: r["validation"][-1:]
+    )
+    return chosen[condition,]["learning_rate"], chosen[condition,]["tau"]
 
 
 def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
     """What is reported: with the action and without, and under the first condition every tau."""
-    chosen: dict[tuple[str, float, float], None] = {}
-    for condition in config.conditions:
-        chosen[condition, *best(config, tuned, condition, (0.0,))] = None
-        chosen[condition, *best(config, tuned, condition, config.taus)] = None
-        if condition == config.conditions[0]:
-            for tau in config.taus:
-                chosen[condition, *best(config, tuned, condition, (tau,))] = None
-    return [Job(*each, seed, tuning=False) for each in chosen for seed in range(config.seeds)]
+    first = config.conditions[0]
+    ways = [(c, taus) for c in config.conditions for taus in ((0.0,), config.taus)]
+    ways[2:2] = [(first, (tau,)) for tau in config.taus]
+    settings = dict.fromkeys((condition, *best(tuned, condition, taus)) for condition, taus in ways)
+    return [Job(*each, seed, tuning=False) for each in settings for seed in range(config.seeds)]
 
 
-def summarize(config: Config, tuned: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Two rows per condition, without the action and with it, differences paired over the seeds."""
     rows = []
-    for condition in config.conditions:
-        plain: list[dict[str, Any]] = []
-        for method, taus in (("VanGL", (0.0,)), ("TRGL", config.taus)):
-            rate, tau = best(config, tuned, condition, taus)
-            found = of(results, condition, rate, tau)
-            plain = plain or found
-            row: dict[str, Any] = {"condition": condition, "method": method, "learning_rate": rate, "tau": tau}
-            row["modules"] = over_modules(found, "test")
+    for condition, group in groups(results, "condition").items():
+        # what is best without the action comes first, then what is best with it; more taus follow them
+        plain, action, *_ = groups(group, "learning_rate", "tau").values()
+        for method, found in (("VanGL", plain), ("TRGL", action)):
+            row: dict[str, Any] = {"condition": condition[0], "method": method}
+            row |= {name: found[0][name] for name in ("learning_rate", "tau")}
+            row["modules"] = after_each_module(found, "test")
             row |= {"first": row["modules"][0], "last": row["modules"][-1]}
-            row["stagnation"] = mean_interval([100 * (r["test"][-1] - max(r["test"])) for r in found])
-            row["trained"] = mean_interval([100 * r["train"][0] for r in found])
-            row["recalibrated"] = mean_interval([100 * r["recalibrated"][-1] for r in found])
+            row["stagnation"] = percent(r["test"][-1] - max(r["test"]) for r in found)
+            row["trained"] = percent(r["train"][0] for r in found)
+            row["recalibrated"] = after_each_module(found, "recalibrated")[-1]
             if method == "TRGL":
                 for name, key, k in (("first", "test", 0), ("last", "test", -1), ("recalibrated", "recalibrated", -1)):
-                    a, b = ([100 * r[key][k] for r in rs] for rs in (found, plain))
-                    row[f"{name}_difference"] = mean_interval([x - y for x, y in zip(a, b, strict=True)])
-                    row[f"{name}_p"] = paired_p_value(a, b)
+                    row[f"{name}_difference"], row[f"{name}_p"] = difference(found, plain, key, k)
             rows.append(row)
     return rows
 
 
-def of(results: list[dict[str, Any]], condition: str, rate: float, tau: float) -> list[dict[str, Any]]:
-    """The results of a setting, by seed."""
-    found = [r for r in results if (r["condition"], r["learning_rate"], r["tau"]) == (condition, rate, tau)]
-    return sorted(found, key=lambda r: r["seed"])
-
-
-def over_modules(found: list[dict[str, Any]], key: str) -> list[Interval]:
-    """Accuracy (%) after each module."""
-    return [mean_interval([100 * r[key][k] for r in found]) for k in range(len(found[0][key]))]
-
-
-COLUMNS: dict[str, Any] = {
+COLUMNS: Columns = {
     "condition": "{condition}",
     "method": "{method}",
     "lr": "{learning_rate:g}",
@@ -274,66 +226,76 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says, in sentences: differences are called so where their 95 % interval leaves out 0."""
     lines = []
-    for row in rows:
+    for row in outcome.rows:
         if row["method"] == "VanGL":
             gain = row["last"].mean - row["first"].mean
             lines.append(f"{row['condition']}: VanGL goes {gain:+.2f} points from the first module to the last")
             continue
         for name in ("first", "last"):
-            found = row[f"{name}_difference"]
-            what = ("as good as", "above", "below")[found.sign]
-            lines.append(f"{row['condition']}: the {name} module of TRGL is {what} VanGL's, {found:.2f} points")
+            points = row[f"{name}_difference"]
+            what = ("as good as", "above", "below")[points.sign]
+            lines.append(f"{row['condition']}: the {name} module of TRGL is {what} VanGL's, {points:.2f} points")
     return lines
 
 
-def figures(config: Config, rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy over modules under each condition (Figs 18 and 42), and over tau under the first (Fig. 43)."""
-    found = {}
-    for condition in config.conditions:
-        series = {r["method"]: list(enumerate(r["modules"], 1)) for r in rows if r["condition"] == condition}
-        name = "fig_18_" + condition.replace(", ", "_").replace(" ", "_")
-        found[name] = intervals(series, xlabel="module", ylabel="test accuracy (%)")
+def details(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The accuracy of the last module by tau, under the first condition."""
     first = [r for r in results if r["condition"] == config.conditions[0]]
-    by_tau = {tau: [100 * r["test"][-1] for r in first if r["tau"] == tau] for tau in (0.0, *config.taus)}
-    # a setting can be reported at two learning rates only if two methods chose it; the one of its tau is the last
-    line = [(tau, mean_interval(by_tau[tau][-config.seeds :])) for tau in config.taus]
-    level = mean_interval(by_tau[0.0][-config.seeds :])
-    series = {"TRGL": line, "VanGL": [(tau, level) for tau in config.taus]}
-    label = "test accuracy of the last module (%)"
-    found["fig_43"] = intervals(series, xlabel="tau", ylabel=label, logarithmic=True)
-    return found
+    by_tau = {tau: group for (tau,), group in groups(first, "tau").items()}
+    # a tau can be reported at two learning rates only if two methods chose it; the one of its tau is the last
+    return {"by_tau": {f"{t:g}": percent(r["test"][-1] for r in of[-config.seeds :]) for t, of in by_tau.items()}}
 
 
-def main(config: Config) -> None:
-    """Choose, train, print one table, write the run folder with its figures."""
-    if config.quick:
-        config = replace(config, conditions=("few images",), seeds=2, tuning=2, epochs=1, learning_rates=(0.05,))
-        config = replace(config, taus=(0.1, 1.0))
-    started = time.time()
-    parts_of(config)  # a wrong data folder shows here, before anything is written
-    names = {name: getattr(config, name) for name in ("conditions", "seeds", "tuning", "learning_rates", "taus")}
-    run = Run(config.output, science(config) | names, resume=config.resume)
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Accuracy over modules under each condition (Figs 18 and 42), and over tau under the first (Fig. 43)."""
 
-    def folder(job: Job) -> Path:
-        return config.output / job.name
+    def over_tau() -> Any:
+        by_tau: dict[str, Interval] = outcome.detail("by_tau")
+        series = {"TRGL": [(t, by_tau[f"{t:g}"]) for t in config.taus], "VanGL": [(t, by_tau["0"]) for t in config.taus]}
+        return intervals(series, xlabel="tau", ylabel="test accuracy of the last module (%)", logarithmic=True)
 
-    def cost(job: Job) -> int:
-        condition = CONDITIONS[job.condition]
-        return config.epochs * (condition.modules if condition.schedule == "sequential" else 1)
+    return {
+        f"fig_18_{_file_name(condition)}": partial(
+            intervals,
+            {row["method"]: list(enumerate(row["modules"], 1)) for row in rows},
+            xlabel="module",
+            ylabel="test accuracy (%)",
+        )
+        for (condition,), rows in groups(outcome.rows, "condition").items()
+    } | {"fig_43": over_tau}
 
-    with Workers(config.workers or os.cpu_count() or 1) as workers:
-        complete = partial(workers.complete, partial(train, config), folder=folder, cost=cost)
-        tuned = complete(candidates(config), label="choosing")
-        jobs = choose(config, tuned)
-        results = complete(jobs, label="training")
-    rows = summarize(config, tuned, results)
-    plotting.save(figures(config, rows, results), run.folder / "figures")
-    trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
 
+def cost(config: Config, job: Job) -> int:
+    """Epochs of all modules together."""
+    condition = CONDITIONS[job.condition]
+    return config.epochs * (condition.modules if condition.schedule == "sequential" else 1)
+
+
+def quick(config: Config) -> Config:
+    """One condition, few seeds and epochs."""
+    config = replace(config, conditions=("few images",), seeds=2, tuning=2, epochs=1)
+    return replace(config, learning_rates=(0.05,), taus=(0.1, 1.0))
+
+
+EXPERIMENT = Experiment(
+    config=Config,
+    data=parts_of,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=COLUMNS,
+    verdict=verdict,
+    details=details,
+    figures=figures,
+    quick=quick,
+    selects=("conditions", "seeds", "tuning", "learning_rates", "taus"),
+    settings=lambda config, job: asdict(CONDITIONS[job.condition]),
+    cost=cost,
+    keys=("name", "seed"),
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)

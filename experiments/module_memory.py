@@ -11,7 +11,6 @@ tells. Beside the thesis' figures stand those of backpropagation that computes e
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,16 +20,17 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tqdm import tqdm
 
+from lab.config import Config as Common
+from lab.experiment import Columns, Experiment, Jobs, command
 from lab.networks import vision
+from lab.outcome import Outcome
 from lab.runs import Run
-from lab.tables import table
+from lab.workers import Report
 from odenets import AdaptedModel, Network, adapt, models
-from odenets.analysis.memory import measure_memory
+from odenets.analysis import measure_memory
 from odenets.module_wise import ModuleWise, end_to_end_step, greedy, parallel_step, split_into_modules, trgl
 
 METHODS = ("end-to-end", "checkpointed", "VanGL", "TRGL", "VanGL*", "TRGL*")
@@ -60,7 +60,7 @@ class Setting:
 
 
 def _vision(name: str, classes: int, stem: str, size: int) -> AdaptedModel:
-    return adapt(vision(name, classes, stem=stem, size=size))  # type: ignore[arg-type]
+    return adapt(vision(name, classes, stem=stem, size=size))  # type: ignore[arg-type] - one of the known stems
 
 
 SETTINGS = {
@@ -104,7 +104,7 @@ SPLITS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Common):
     """What to measure.
 
     Attributes:
@@ -112,15 +112,12 @@ class Config:
         methods: end-to-end, checkpointed, VanGL, TRGL; with a star, of equally heavy modules.
         batch_size: samples in a batch; the thesis' if 0.
         device: "cpu" counts on shapes alone; "cuda" takes the steps.
-        quick: one network, one number of modules, a small batch: to see that it runs.
-        output: run folder.
     """
 
     networks: tuple[str, ...] = tuple(SETTINGS)
     methods: tuple[str, ...] = METHODS
     batch_size: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
-    quick: bool = False
     output: Path = Path("runs/module_memory")
 
     def __post_init__(self) -> None:
@@ -129,6 +126,20 @@ class Config:
                 raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
         if self.batch_size < 0 or self.batch_size == 1:
             raise ValueError(f"batch_size must be at least 2, or 0 for the thesis', got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training step of a network in K modules."""
+
+    network: str
+    method: str
+    K: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.network}_{self.method.replace('*', '_balanced')}_{self.K}"
 
 
 def split(name: str, K: int) -> int | tuple[int, ...]:
@@ -154,10 +165,8 @@ def step_of(network: ModuleWise, method: str) -> Callable[[Tensor, Tensor], Tens
     """A training step by a method; SGD with momentum, as in the thesis."""
     sgd = partial(torch.optim.SGD, lr=0.003, momentum=0.9, weight_decay=2e-4)
     if method in ("end-to-end", "checkpointed"):
-        parts = [p for module in network.modules_in_order for p in module.part.parameters()]
-        optimizer = sgd([*parts, *network.modules_in_order[-1].head.parameters()])
-        kept = method == "checkpointed"
-        return partial(end_to_end_step, network, greedy()(0, 1), optimizer, checkpointed=kept)
+        optimizer = sgd(_trained(network, method))
+        return partial(end_to_end_step, network, greedy()(0, 1), optimizer, checkpointed=method == "checkpointed")
     make = trgl(0.5) if method.startswith("TRGL") else greedy()
     optimizers = [sgd(module.parameters()) for module in network.modules_in_order]
     return partial(parallel_step, network, [make(k, network.K) for k in range(network.K)], optimizers)
@@ -175,9 +184,9 @@ def peak(name: str, method: str, K: int, batch_size: int, device: str) -> dict[s
         network = modules_of(name, method, K, x)
         step = step_of(network, method)
         step(x, y)  # momentum is made in the first step
-        found = measure_memory(lambda: step(x, y), device).peak
+        highest = measure_memory(lambda: step(x, y), device).peak
         standing = sum(p.numel() * p.element_size() for p in {*_trained(network, method)})
-    return {"bytes": found + 2 * standing, "ends": network.ends}
+    return {"bytes": highest + 2 * standing, "ends": network.ends}
 
 
 def _trained(network: ModuleWise, method: str) -> list[nn.Parameter]:
@@ -187,24 +196,37 @@ def _trained(network: ModuleWise, method: str) -> list[nn.Parameter]:
     return list(network.parameters())
 
 
-def measure(config: Config) -> list[dict[str, Any]]:
+def jobs(config: Config) -> Jobs[Job]:
+    """Every network by every method in every number of modules."""
+    return (
+        yield [
+            Job(name, method, K)
+            for name in config.networks
+            for method in config.methods
+            for K in ((1,) if method == "end-to-end" else SETTINGS[name].modules)
+            if not (config.quick and K > 4)
+        ]
+    )
+
+
+def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+    """Measure the second step of a training."""
+    batch_size = config.batch_size or SETTINGS[job.network].batch_size
+    result = peak(job.network, job.method, job.K, batch_size, config.device)
+    report(1)
+    return {"batch_size": batch_size, **result}
+
+
+def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per network, method and number of modules."""
-    jobs: list[tuple[str, str, int]] = []
-    for name in config.networks:
-        for method in config.methods:
-            counts = (1,) if method == "end-to-end" else SETTINGS[name].modules
-            jobs += [(name, method, K) for K in counts if not (config.quick and K > 4)]
-    rows: list[dict[str, Any]] = []
-    for name, method, K in tqdm(jobs, desc="memory", unit="step"):
-        batch_size = config.batch_size or SETTINGS[name].batch_size
-        found = peak(name, method, K, batch_size, config.device)
-        rows.append({"network": name, "method": method, "K": K, "batch_size": batch_size, **found})
-    whole = {row["network"]: row["bytes"] for row in rows if row["method"] == "end-to-end"}
-    for row in rows:
+    whole = {r["network"]: r["bytes"] for r in results if r["method"] == "end-to-end"}
+    rows = []
+    for result in results:
+        row = {name: result[name] for name in ("network", "method", "K", "batch_size", "bytes", "ends")}
         if row["network"] in whole:
             row["saved"] = 100 * (1 - row["bytes"] / whole[row["network"]])
-        theirs = {(method, K): saved for method, K, saved in SETTINGS[row["network"]].thesis}
-        row["thesis"] = theirs.get((row["method"], row["K"]))
+        thesis = {(method, K): saved for method, K, saved in SETTINGS[row["network"]].thesis}
+        rows.append(row | {"thesis": thesis.get((row["method"], row["K"]))})
     return rows
 
 
@@ -214,7 +236,7 @@ def _sizes(row: Mapping[str, Any]) -> str:
     return " ".join(str(b - a) for a, b in zip((0, *ends), ends, strict=False)) if row["K"] > 1 else ""
 
 
-COLUMNS: dict[str, Any] = {
+COLUMNS: Columns = {
     "network": "{network}",
     "method": "{method}",
     "K": "{K}",
@@ -226,35 +248,33 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says, in sentences."""
-    of = {(row["network"], row["method"], row["K"]): row for row in rows}
+    by_way = {(row["network"], row["method"], row["K"]): row for row in outcome.rows}
     lines = []
-    for (name, method, K), row in of.items():
-        plain = of.get((name, method.replace("TRGL", "VanGL"), K))
-        if method.startswith("TRGL") and plain is not None:
-            more = 100 * (row["bytes"] / plain["bytes"] - 1)
-            kept = of.get((name, "checkpointed", K))
-            text = f"{name}, K = {K}: {method} takes {more:.2f} % more than {plain['method']}"
-            if kept is not None:
-                text += f", and {row['bytes'] / kept['bytes']:.2f} of checkpointed backpropagation"
-            lines.append(text)
+    for (name, method, K), row in by_way.items():
+        plain = by_way.get((name, method.replace("TRGL", "VanGL"), K))
+        if not method.startswith("TRGL") or plain is None:
+            continue
+        more = 100 * (row["bytes"] / plain["bytes"] - 1)
+        text = f"{name}, K = {K}: {method} takes {more:.2f} % more than {plain['method']}"
+        if checkpointed := by_way.get((name, "checkpointed", K)):
+            text += f", and {row['bytes'] / checkpointed['bytes']:.2f} of checkpointed backpropagation"
+        lines.append(text)
     return lines
 
 
-def main(config: Config) -> None:
-    """Measure, print one table, write the run folder."""
-    if config.quick:
-        config = replace(config, networks=("resnet110",), batch_size=8)
-    started = time.time()
-    run = Run(config.output, {"networks": config.networks, "methods": config.methods, "batch_size": config.batch_size})
-    rows = measure(config)
-    run.log([{key: value for key, value in row.items() if key != "ends"} for row in rows])
-    run.finish({"rows": rows}, seeds=[], started=started)
-    text = table(rows, COLUMNS) + "\n\n" + "\n".join(verdict(rows)) + "\n"
-    (run.folder / "table.md").write_text(text)
-    print(f"{text}\nrun folder: {run.folder}")
-
+EXPERIMENT = Experiment(
+    config=Config,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=COLUMNS,
+    verdict=verdict,
+    quick=lambda config: replace(config, networks=("resnet110",), batch_size=8),
+    selects=("networks", "methods"),
+    seeds=lambda config, job: (),
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)
