@@ -254,7 +254,10 @@ def figures(config: Config, outcome: Outcome) -> Figures:
 
     def over_tau() -> Any:
         by_tau: dict[str, Interval] = outcome.detail("by_tau")
-        series = {"TRGL": [(t, by_tau[f"{t:g}"]) for t in config.taus], "VanGL": [(t, by_tau["0"]) for t in config.taus]}
+        series = {
+            "TRGL": [(t, by_tau[f"{t:g}"]) for t in config.taus],
+            "VanGL": [(t, by_tau["0"]) for t in config.taus],
+        }
         return intervals(series, xlabel="tau", ylabel="test accuracy of the last module (%)", logarithmic=True)
 
     return {

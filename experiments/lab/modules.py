@@ -9,7 +9,8 @@ import torch
 
 from lab.statistics import Interval, paired, paired_p_value, percent
 from odenets import Network, recalibrate
-from odenets.module_wise import LocalLoss, ModuleWise, conv_head, split_into_modules
+from odenets.module_wise import ModuleWise, conv_head, split_into_modules
+from odenets.module_wise.modules import LocalLoss
 from odenets.training.data import Batches, TensorData
 
 __all__ = ["accuracies", "after_each_module", "difference", "in_modules"]
@@ -18,7 +19,12 @@ Results = Sequence[dict[str, Any]]
 
 
 def in_modules(
-    network: Any, split: int | Sequence[int], dataset: TensorData, *, same_head: bool, local_loss: LocalLoss | None = None
+    network: Any,
+    split: int | Sequence[int],
+    dataset: TensorData,
+    *,
+    same_head: bool,
+    local_loss: LocalLoss | None = None,
 ) -> ModuleWise:
     """A network in modules, the last one with an auxiliary head like the others.
 

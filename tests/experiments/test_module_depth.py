@@ -4,28 +4,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from module_depth import CONDITIONS, Config, best, build, candidates, choose, main, parts_of, training_images
+from module_depth import CONDITIONS, EXPERIMENT, Config, best, build, candidates, choose, parts_of, training_images
 
+from lab.experiment import run
 from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
 
 
-def test_a_run_leaves_its_table_and_figures_and_goes_on(tmp_path, capsys):
-    main(replace(TINY, output=tmp_path / "run"))
-    shown = capsys.readouterr().out
+def test_a_run_leaves_its_table_and_figures(tmp_path):
+    run(EXPERIMENT, replace(TINY, output=tmp_path / "run"))
     rows = read_summary(tmp_path / "run")["results"]["rows"]
     assert [(row["condition"], row["method"]) for row in rows] == [("few images", "VanGL"), ("few images", "TRGL")]
     for name in ("fig_18_few_images", "fig_43"):
         assert (tmp_path / "run" / "figures" / f"{name}.png").exists()
-    main(replace(TINY, output=tmp_path / "run", resume=True))
-    assert capsys.readouterr().out == shown
 
 
 def test_every_tau_is_reported_under_the_first_condition():
     config = Config(conditions=("standard", "label noise"), taus=(0.1, 1.0), learning_rates=(0.05,))
     tuned = [{**vars(job), "validation": [job.tau if job.tau < 1 else 0.05]} for job in candidates(config)]
-    assert best(config, tuned, "standard", config.taus) == (0.05, 0.1)
+    assert best(tuned, "standard", config.taus) == (0.05, 0.1)
     found = {(job.condition, job.tau) for job in choose(config, tuned)}
     assert found == {
         ("standard", 0.0),

@@ -1,16 +1,14 @@
 """Memory of module-wise training, on a small batch."""
 
-from dataclasses import replace
-
 import pytest
-from module_memory import COLUMNS, SETTINGS, Config, main, measure, peak, split, verdict
+from module_memory import EXPERIMENT, SETTINGS, Config, peak, split
 
-from lab.tables import table
+from lab.experiment import run
 from odenets.training.runs import read_summary
 
 
 def test_a_run_prints_its_table(tmp_path, capsys):
-    main(Config(quick=True, output=tmp_path / "run", methods=("end-to-end", "TRGL")))
+    run(EXPERIMENT, Config(quick=True, workers=1, output=tmp_path / "run", methods=("end-to-end", "TRGL")))
     shown = capsys.readouterr().out
     rows = read_summary(tmp_path / "run")["results"]["rows"]
     assert [(row["method"], row["K"]) for row in rows] == [("end-to-end", 1), ("TRGL", 2), ("TRGL", 4)]
@@ -38,11 +36,12 @@ def test_splits_of_the_thesis():
 
 @pytest.mark.slow
 def test_networks_of_table_31_are_measured(tmp_path):
-    config = replace(Config(), networks=("vgg19", "swin_t"), methods=("end-to-end", "VanGL", "TRGL"), batch_size=64)
-    rows = measure(config)
-    assert all(row["saved"] > 0 for row in rows if row["K"] > 1)
-    assert "TRGL takes" in verdict(rows)[0]
-    assert len(table(rows, COLUMNS).splitlines()) == 2 + 6
+    methods = ("end-to-end", "VanGL", "TRGL")
+    run(EXPERIMENT, Config(networks=("vgg19", "swin_t"), methods=methods, batch_size=64, output=tmp_path / "run"))
+    results = read_summary(tmp_path / "run")["results"]
+    assert len(results["rows"]) == 6
+    assert all(row["saved"] > 0 for row in results["rows"] if row["K"] > 1)
+    assert "TRGL takes" in results["verdict"][0]
 
 
 def test_errors():

@@ -5,36 +5,34 @@ from dataclasses import replace
 import pytest
 import torch
 from module_wise import (
+    EXPERIMENT,
     RIVALS,
     SETTINGS,
     Config,
     build,
     candidates,
     choose,
+    decisive,
     lengths,
     main,
     objective,
     parts_of,
-    science,
-    ways,
 )
 
+from lab.experiment import run
 from odenets.least_action import ActionPenalty
 from odenets.training.runs import read_summary
 
 TINY = Config(workers=1, quick=True)
 
 
-def test_a_run_prints_its_table_and_goes_on(tmp_path, capsys):
+def test_a_run_leaves_its_table_and_figures(tmp_path):
     config = replace(TINY, schedules=("parallel",), rivals=RIVALS, output=tmp_path / "run")
-    main(config)
-    shown = capsys.readouterr().out
+    run(EXPERIMENT, config)
     rows = read_summary(tmp_path / "run")["results"]["rows"]
-    assert [(row["schedule"], row["method"]) for row in rows] == ways(config)
+    assert [(row["schedule"], row["method"]) for row in rows] == [*config.ways]
     assert len(rows[0]["modules"]) == 10
     assert (tmp_path / "run" / "figures" / "modules_60_parallel.png").exists()
-    main(replace(config, resume=True))
-    assert capsys.readouterr().out == shown
 
 
 def test_the_settings_are_listed(capsys):
@@ -86,9 +84,9 @@ def test_one_classifier_for_all_where_the_thesis_has_one():
 
 
 def test_what_decides_a_job_is_written_down():
-    found = science(TINY)
-    assert found["setting"] == "digits"
-    assert found["same_head"] is False
+    setting = decisive(TINY, candidates(TINY)[0])
+    assert setting["sizes"] == (60,)
+    assert setting["same_head"] is False
 
 
 def test_errors():
