@@ -160,7 +160,7 @@ def draw(experiment: Experiment[C, J], folder: Path) -> str:
     """
     config = recorded(experiment.config, read_config(folder), folder)
     outcome, verdict = read_outcome(folder)
-    text = experiment.text(config, outcome.rows, verdict)
+    text = experiment.text(config, outcome.rows, verdict or experiment.verdict(config, outcome))
     (folder / "table.md").write_text(text)
     lines = []
     for name, make in experiment.figures(config, outcome).items():
