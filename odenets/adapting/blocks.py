@@ -11,19 +11,19 @@ from typing import cast
 
 from torch import nn
 
-__all__ = ["RULES", "Blocks", "Place", "Rule", "find_blocks"]
+__all__ = ["RULES", "BlockSpec", "Blocks", "Rule", "find_blocks"]
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockSpec:
     """Where the states of one block pass, by dotted names of modules of the model.
 
     Attributes:
         first: its input is x0.
         last: its output is x1; the same module as ``first``, but for layers that stand one after another.
-        kind: what it was taken for.
+        kind: the kind of block that it is.
         shortcut: its output is x0 instead, or None.
-        between: the first of these to be called is given the state between the two steps of the block; empty where the
+        mid: the first of these to be called is given the state between the two steps of the block; empty where the
             block is one step.
         branch: its output is what the block adds before its last activation, or None.
     """
@@ -32,7 +32,7 @@ class Place:
     last: str
     kind: str
     shortcut: str | None = None
-    between: tuple[str, ...] = ()
+    mid: tuple[str, ...] = ()
     branch: str | None = None
 
     @property
@@ -43,7 +43,7 @@ class Place:
     @property
     def steps(self) -> int:
         """Steps of one call."""
-        return 2 if self.between else 1
+        return 2 if self.mid else 1
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Rule:
     """A kind of residual block, recognized by the names of its parts.
 
     Attributes:
-        kind: how it is called where the blocks are listed.
+        kind: its name where the blocks are listed.
         parts: attributes, all of which the block has, be they None.
         flag: an attribute that is true of the blocks with a shortcut; those without do not count.
         shortcut: the part whose output is x0, where the block has it and it is a module: the projection of a block that
             changes the shape.
-        between: parts, the first of which to be called is given the state between the block's two steps: before the
+        mid: parts, the first of which to be called is given the state between the block's two steps: before the
             MLP of a transformer that is its norm, or with norms after the branches the MLP itself.
         branch: parts, the first of which that the block has, and that does anything, ends its branch, where an
             activation follows the addition.
@@ -69,7 +69,7 @@ class Rule:
     parts: tuple[str, ...] = ()
     flag: str | None = None
     shortcut: str | None = None
-    between: tuple[str, ...] = ()
+    mid: tuple[str, ...] = ()
     branch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Rule:
             return False
         return all(hasattr(module, part) for part in self.parts)
 
-    def place(self, name: str, module: nn.Module) -> Place:
+    def spec(self, name: str, module: nn.Module) -> BlockSpec:
         """Where the states of the block called ``name`` pass."""
         shortcut = None
         if self.shortcut is not None and isinstance(getattr(module, self.shortcut, None), nn.Module):
@@ -90,7 +90,7 @@ class Rule:
         parts = {part: getattr(module, part, None) for part in self.branch}
         ends = [part for part, m in parts.items() if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)]
         branch = f"{name}.{ends[0]}" if ends else None
-        return Place(name, name, self.kind, shortcut, tuple(f"{name}.{part}" for part in self.between), branch)
+        return BlockSpec(name, name, self.kind, shortcut, tuple(f"{name}.{part}" for part in self.mid), branch)
 
 
 RULES = (
@@ -112,8 +112,8 @@ RULES = (
     Rule("inverted residual", flag="apply_residual"),  # MNASNet
     Rule("inverted residual", flag="has_skip"),  # timm
     Rule("ConvNeXt", parts=("block", "layer_scale", "stochastic_depth")),
-    Rule("transformer", parts=("ln_1", "self_attention", "ln_2", "mlp"), between=("ln_2",)),  # ViT
-    Rule("transformer", parts=("norm1", "attn", "norm2", "mlp"), shortcut="shortcut", between=("norm2", "mlp")),
+    Rule("transformer", parts=("ln_1", "self_attention", "ln_2", "mlp"), mid=("ln_2",)),  # ViT
+    Rule("transformer", parts=("norm1", "attn", "norm2", "mlp"), shortcut="shortcut", mid=("norm2", "mlp")),
     Rule("residual", parts=("drop_path",), flag="shortcut", shortcut="shortcut"),  # timm: ConvNeXt, MaxViT
 )
 """The kinds of blocks that are known; ``adapt(model, [*RULES, Rule(...)])`` knows one more."""
@@ -121,7 +121,7 @@ RULES = (
 Blocks = Iterable[str | Rule] | Mapping[str, str | None]
 
 
-def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[Place, ...]:
+def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[BlockSpec, ...]:
     """The blocks of a model, in the order of its modules; :func:`odenets.adapt` says more.
 
     Raises:
@@ -132,61 +132,61 @@ def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[Place, 
     """
     modules = dict(model.named_modules())
     if blocks is None:
-        places = _by_rules(modules, RULES)
-        _tell_of_others(modules, places)
-        return places or _layers(model) or _none(model, RULES)
-    wanted = [blocks] if isinstance(blocks, str | Rule) else list(blocks)
-    if not wanted:
+        specs = _by_rules(modules, RULES)
+        _warn_of_others(modules, specs)
+        return specs or _layers(model) or _none(model, RULES)
+    entries = [blocks] if isinstance(blocks, str | Rule) else list(blocks)
+    if not entries:
         raise ValueError("blocks must hold at least one name or rule")
-    for block in wanted:
+    for block in entries:
         if not isinstance(block, str | Rule):
             raise TypeError(f"blocks must hold names of modules or rules, got {type(block).__name__}")
-    rules = [block for block in wanted if isinstance(block, Rule)]
+    rules = [block for block in entries if isinstance(block, Rule)]
     shortcuts = cast(Mapping[str, str | None], blocks) if isinstance(blocks, Mapping) else None
-    named = [_by_name(modules, block, shortcuts) for block in wanted if isinstance(block, str)]
-    taken = {place.first for place in named}
-    found = [place for place in _by_rules(modules, rules) if place.first not in taken]
-    if rules and not found:
+    named = [_by_name(modules, block, shortcuts) for block in entries if isinstance(block, str)]
+    names = {spec.first for spec in named}
+    ruled = [spec for spec in _by_rules(modules, rules) if spec.first not in names]
+    if rules and not ruled:
         _none(model, rules)
     order = {name: i for i, name in enumerate(modules)}
-    places = sorted([*named, *found], key=lambda place: order[place.first])
-    for outer, inner in pairwise(places):
+    specs = sorted([*named, *ruled], key=lambda spec: order[spec.first])
+    for outer, inner in pairwise(specs):
         if inner.first == outer.first or inner.first.startswith(outer.first + "."):
             raise ValueError(f"blocks must not overlap: {inner.name!r} lies in {outer.name!r}")
-    return tuple(places)
+    return tuple(specs)
 
 
-def _none(model: nn.Module, rules: Iterable[Rule]) -> tuple[Place, ...]:
-    looked = "; ".join(f"{rule.kind} ({', '.join((*rule.parts, *filter(None, [rule.flag])))})" for rule in rules)
+def _none(model: nn.Module, rules: Iterable[Rule]) -> tuple[BlockSpec, ...]:
+    kinds = "; ".join(f"{rule.kind} ({', '.join((*rule.parts, *filter(None, [rule.flag])))})" for rule in rules)
     children = ", ".join(name for name, _ in model.named_children())
     raise ValueError(
         f"no residual blocks found in {type(model).__name__}, which has {children or 'no parts'}. Looked for modules "
-        f"with these parts: {looked}; and for a plain chain of layers that keep the shape. Name the blocks by hand, "
+        f"with these parts: {kinds}; and for a plain chain of layers that keep the shape. Name the blocks by hand, "
         'adapt(model, ["layer1.0", "layer1.1"]), with the module of a projection where the shape changes, '
         'adapt(model, {"layer1.0": None, "layer2.0": "layer2.0.downsample"}), or give a Rule'
     )
 
 
-def _by_rules(modules: Mapping[str, nn.Module], rules: Iterable[Rule]) -> tuple[Place, ...]:
+def _by_rules(modules: Mapping[str, nn.Module], rules: Iterable[Rule]) -> tuple[BlockSpec, ...]:
     """The outermost modules that fit a rule; the model itself is none of its blocks."""
-    places: list[Place] = []
+    specs: list[BlockSpec] = []
     for name, module in modules.items():
-        if not name or (places and name.startswith(places[-1].first + ".")):
+        if not name or (specs and name.startswith(specs[-1].first + ".")):
             continue
         rule = next((rule for rule in rules if rule.fits(module)), None)
         if rule is not None:
-            places.append(rule.place(name, module))
-    return tuple(places)
+            specs.append(rule.spec(name, module))
+    return tuple(specs)
 
 
-def _tell_of_others(modules: Mapping[str, nn.Module], places: Iterable[Place]) -> None:
+def _warn_of_others(modules: Mapping[str, nn.Module], specs: Iterable[BlockSpec]) -> None:
     """Warn of modules that are of the class of a block but lack a part by which it is known."""
-    taken = {place.first for place in places}
-    kinds = {type(modules[name]): rule for name in taken for rule in RULES[::-1] if rule.fits(modules[name])}
+    names = {spec.first for spec in specs}
+    kinds = {type(modules[name]): rule for name in names for rule in RULES[::-1] if rule.fits(modules[name])}
     others = [
         name
         for name, module in modules.items()
-        if name not in taken and type(module) in kinds and kinds[type(module)].flag is None
+        if name not in names and type(module) in kinds and kinds[type(module)].flag is None
     ]
     if others:
         kind = type(modules[others[0]])
@@ -198,7 +198,7 @@ def _tell_of_others(modules: Mapping[str, nn.Module], places: Iterable[Place]) -
         )
 
 
-def _by_name(modules: Mapping[str, nn.Module], name: str, shortcuts: Mapping[str, str | None] | None) -> Place:
+def _by_name(modules: Mapping[str, nn.Module], name: str, shortcuts: Mapping[str, str | None] | None) -> BlockSpec:
     first, _, last = name.partition(":")
     shortcut = shortcuts[name] if shortcuts is not None else None
     for part in filter(None, [first, last, shortcut]):
@@ -210,14 +210,14 @@ def _by_name(modules: Mapping[str, nn.Module], name: str, shortcuts: Mapping[str
         raise ValueError(f"blocks must be names of modules within the model, got {name!r}")
     rule = next((rule for rule in RULES if rule.fits(modules[first])), None)
     if shortcuts is None and not last and rule is not None:
-        return rule.place(first, modules[first])
-    return Place(first, last or first, "by name", shortcut)
+        return rule.spec(first, modules[first])
+    return BlockSpec(first, last or first, "by name", shortcut)
 
 
 # -- plain networks -----------------------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module) -> tuple[Place, ...]:
+def _layers(model: nn.Module) -> tuple[BlockSpec, ...]:
     """The layers that keep the shape, each with the norm and activation after it, if the model is a plain network:
     one with most of its convolutions and linear layers in Sequentials that are the model or lie directly under it.
     """
@@ -228,7 +228,7 @@ def _layers(model: nn.Module) -> tuple[Place, ...]:
     weights = sum(_is_weight(module) for module in model.modules())
     if 2 * sum(_is_weight(module) for _, module in leaves) < max(weights, 1):
         return ()
-    places = []
+    specs = []
     for i, (name, module) in enumerate(leaves):
         if not _is_weight(module) or not _keeps_shape(module):
             continue
@@ -242,17 +242,17 @@ def _layers(model: nn.Module) -> tuple[Place, ...]:
             if last != name or not _is_of(after, "batchnorm", "instancenorm", "normalization"):
                 break
             last = name_after
-        places.append(Place(name, last, "layer"))
-    return tuple(places)
+        specs.append(BlockSpec(name, last, "layer"))
+    return tuple(specs)
 
 
 def _leaves(name: str, chain: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """The modules of a Sequential and of those in it, in order, with their names in the model."""
-    found: list[tuple[str, nn.Module]] = []
+    leaves: list[tuple[str, nn.Module]] = []
     for part, module in chain.named_children():
         full = f"{name}.{part}" if name else part
-        found += _leaves(full, module) if isinstance(module, nn.Sequential) else [(full, module)]
-    return found
+        leaves += _leaves(full, module) if isinstance(module, nn.Sequential) else [(full, module)]
+    return leaves
 
 
 def _is_weight(module: nn.Module) -> bool:

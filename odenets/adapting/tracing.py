@@ -8,11 +8,16 @@ from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.modes import keeping_modes
 
 __all__ = ["cut_adapted"]
+
+# What a forward pass that is called with proxies raises: fx itself (control flow, ``len``, a module that the model does
+# not hold), and Python where a proxy is no number (``range``, ``math.sqrt``), no key and no tensor (``assert``).
+UNTRACEABLE = (TraceError, RuntimeError, NameError, TypeError, KeyError, AssertionError)
 
 
 def cut_adapted(network: AdaptedModel, ends: Sequence[int], at: Literal["end", "start"] = "end") -> list[nn.Module]:
@@ -34,16 +39,16 @@ def cut_adapted(network: AdaptedModel, ends: Sequence[int], at: Literal["end", "
     _check_hooks(network.model, type(network.model).__name__)
     traced = {mode: _trace(network, mode) for mode in (True, False)}
     parts = {mode: _split(network, graph, ends, at) for mode, graph in traced.items()}
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     begin = 0
     for k, end in enumerate([*ends, None]):
         train, evaluate = parts[True][k], parts[False][k]
         part = train if train.code == evaluate.code else _ByMode(train, evaluate)
         for module in set(part.modules()) - set(network.model.modules()):  # the model's own keep their modes
             module.training = network.training
-        found.append(part if end is None else AdaptedModel(part, network.places[begin:end], part_of=network))
+        modules.append(part if end is None else AdaptedModel(part, network.blocks[begin:end], part_of=network))
         begin = end or begin
-    return found
+    return modules
 
 
 class _ByMode(nn.Module):
@@ -82,13 +87,13 @@ def _check_hooks(module: nn.Module, name: str) -> None:
 
 def _trace(network: AdaptedModel, training: bool) -> fx.GraphModule:
     model = network.model
-    blocks = frozenset(name for place in network.places for name in (place.first, place.last))
+    blocks = frozenset(name for block in network.blocks for name in (block.first, block.last))
     with keeping_modes(model):
         if model.training != training:
             model.train(training)
         try:
             return fx.GraphModule(model, _Tracer(blocks).trace(model))
-        except Exception as error:  # whatever a model does that tracing cannot follow
+        except UNTRACEABLE as error:
             raise ValueError(
                 f"{type(model).__name__} cannot be cut: torch.fx cannot trace its forward pass ({error})"
             ) from error
@@ -98,10 +103,10 @@ def _split(network: AdaptedModel, traced: fx.GraphModule, ends: Sequence[int], a
     """The graph in as many parts as there are ends, and the rest."""
     nodes = list(traced.graph.nodes)
     called = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
-    first = [called.get(place.first, -1) for place in network.places]
-    last = [called.get(place.last, -1) for place in network.places]
+    first = [called.get(block.first, -1) for block in network.blocks]
+    last = [called.get(block.last, -1) for block in network.blocks]
     calls = Counter(node.target for node in nodes if node.op == "call_module")
-    if any(calls[place.first] != 1 or calls[place.last] != 1 for place in network.places) or first != sorted(first):
+    if any(calls[block.first] != 1 or calls[block.last] != 1 for block in network.blocks) or first != sorted(first):
         raise ValueError("the model cannot be cut: it does not call its blocks once each, in the order of its modules")
     borders = [last[end - 1] if at == "end" or end == len(first) else first[end] - 1 for end in ends]
     order = {node: i for i, node in enumerate(nodes)}

@@ -101,7 +101,7 @@ def blocks_of(network: Cuttable) -> int:
     """
     if not isinstance(network, Cuttable):
         raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
-    return len(network.places) if isinstance(network, AdaptedModel) else network.depth
+    return len(network.blocks) if isinstance(network, AdaptedModel) else network.depth
 
 
 def cut(network: Cuttable, ends: Sequence[int], at: At = "end") -> tuple[list[Part] | list[AdaptedModel], nn.Module]:

@@ -76,8 +76,8 @@ TIMM = {
 def zero_branches(adapted, *parts):
     """Let every branch, or these parts of it, return 0; shortcuts stay."""
     modules = dict(adapted.model.named_modules())
-    kept = {p for place in adapted.places if place.shortcut for p in modules[place.shortcut].parameters()}
-    for place in adapted.places:
+    kept = {p for place in adapted.blocks if place.shortcut for p in modules[place.shortcut].parameters()}
+    for place in adapted.blocks:
         for block in [modules[f"{place.first}.{part}"] for part in parts] or [modules[place.first]]:
             for p in block.parameters():
                 if p not in kept:
@@ -182,7 +182,7 @@ def test_a_block_whose_branch_is_zero_does_not_move_its_state(family):
     zero_branches(adapted)
     with torch.no_grad():
         steps = adapted.steps(x)
-    projections = {place.name for place in adapted.places if place.shortcut}
+    projections = {place.name for place in adapted.blocks if place.shortcut}
     assert any(step.x0.abs().amax() > 0 for step in steps)
     for name, step in zip(adapted.names, steps, strict=True):
         assert torch.equal(step.x1, step.x0.relu() if name in projections else step.x0)
@@ -392,7 +392,7 @@ def seen(model, name):
 
 def test_a_named_block_that_fits_a_rule_is_what_the_rule_says():
     adapted = adapt(small_resnet(), ["layer2.0", "layer3.0"])
-    assert [place.shortcut for place in adapted.places] == ["layer2.0.downsample", "layer3.0.downsample"]
+    assert [place.shortcut for place in adapted.blocks] == ["layer2.0.downsample", "layer3.0.downsample"]
     whole = adapt(small_vit(), {"encoder.layers.encoder_layer_1": None})
     assert whole.depth == 1
     assert adapt(small_vit(), ["encoder.layers.encoder_layer_1"]).depth == 2
@@ -594,7 +594,7 @@ def test_threads_record_at_once():
         records = list(pool.map(lambda x: adapted.record(x, action=waits)[1]["action"], inputs))
     for values, wanted in zip(records, expected, strict=True):
         torch.testing.assert_close(values, wanted)
-    assert adapted._taps.on is None
+    assert adapted.hooks.current is None
 
 
 def test_blocks_may_be_called_by_keyword():
@@ -779,7 +779,7 @@ def test_nothing_is_kept_when_nothing_is_measured():
     largest = 4 * 64 * 16 * 16 * 2
     assert measured.peak <= plain.peak + 3 * largest
     assert measured.left < kept.left / 100
-    assert not adapted._taps.on
+    assert not adapted.hooks.current
 
 
 def test_a_pass_that_fails_leaves_nothing_behind():
@@ -790,7 +790,7 @@ def test_a_pass_that_fails_leaves_nothing_behind():
 
     with pytest.raises(RuntimeError, match="broken"):
         adapted.record(X, broken=broken)
-    assert adapted._taps.on is None
+    assert adapted.hooks.current is None
     assert adapted.record(X, action=measures.action)[1]["action"].shape == (4, 2)
 
 
@@ -984,7 +984,7 @@ def test_timm_models(name, depth):
         assert records["action"].shape == (depth, 1)
         zero_branches(adapted)
         steps = adapted.steps(x)
-    projections = {place.name for place in adapted.places if place.shortcut}
+    projections = {place.name for place in adapted.blocks if place.shortcut}
     for name_, step in zip(adapted.names, steps, strict=True):
         moved = step.x1 != step.x0
         assert not moved.any() or (name_ in projections and torch.equal(step.x1, step.x0.relu()))

@@ -1,0 +1,272 @@
+"""One forward pass of an adapted model: its steps, each measured as it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odenets.adapting.blocks import BlockSpec
+from odenets.measures import Measure, reductions_of
+from odenets.recording import Records, check_values
+from solvers import Step, get_tableau
+from solvers.reductions import displaced, mean_square_and_cosine
+
+__all__ = ["ForwardPass", "InPlaceChanges", "StepKey", "Visited", "flow_starts"]
+
+EULER = get_tableau("euler")
+
+
+class StepKey(NamedTuple):
+    """A step of a block, and how it is computed: in training mode, with gradients."""
+
+    block: BlockSpec
+    part: int
+    training: bool
+    gradients: bool
+
+
+@dataclass(frozen=True)
+class InPlaceChanges:
+    """What the passes of a model learn of changes in place.
+
+    Attributes:
+        inputs: whether a step writes into its input.
+        outputs: whether the output of a step is written into after it.
+    """
+
+    inputs: dict[StepKey, bool] = field(default_factory=dict)
+    outputs: dict[StepKey, bool] = field(default_factory=dict)
+
+
+class Visited(NamedTuple):
+    """A step of a pass: its block, which step of the block it is, the shape of the state's samples."""
+
+    block: BlockSpec
+    part: int
+    shape: tuple[int, ...]
+
+
+def flow_starts(visited: Sequence[Visited]) -> tuple[int, ...]:
+    """The steps at which the shape of the state changes, and the first."""
+    return tuple(m for m, step in enumerate(visited) if not m or step.shape != visited[m - 1].shape)
+
+
+class _Start(NamedTuple):
+    """The state at which a step begins, and a copy of it where the step may write into it."""
+
+    x0: Tensor
+    source: Tensor  # x0 as it passes, before it has the shape of the block's input
+    version: int
+    copy: Tensor | None
+    key: StepKey
+
+
+class _End(NamedTuple):
+    """A step that has ended, whose states are looked at again after the pass."""
+
+    start: _Start
+    x1: Tensor
+    version0: int
+    version1: int
+    copy: Tensor | None  # of x1
+
+
+class ForwardPass:
+    """The steps of one forward pass, each measured as it ends; its events are called by :class:`Hooks`.
+
+    Args:
+        measures: functions ``Step -> (B,)`` by name.
+        x: the input.
+        keep: whether steps are kept.
+        in_place: what earlier passes have learned; this one adds to it.
+    """
+
+    def __init__(self, measures: dict[str, Measure], x: Any, keep: bool, in_place: InPlaceChanges) -> None:
+        self.measures, self.reductions, self.x, self.keep = measures, reductions_of(measures.values()), x, keep
+        self.in_place = in_place
+        self.needs_states = bool(measures) or keep
+        self.all_reduced = all(
+            getattr(measure, "reduction", None) in ("action", "residue") for measure in measures.values()
+        )
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
+        self.steps: list[Step] = []
+        self.ends: list[_End] = []  # of steps that are kept or differentiated
+        self.visited: list[Visited] = []
+        self.starting: dict[BlockSpec, _Start] = {}
+        self.branches: dict[BlockSpec, Tensor] = {}
+        self.gradients = torch.is_grad_enabled()
+        self.without_gradients: BlockSpec | None = None
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def start(self, block: BlockSpec, x0: Any, training: bool, part: int = 0, source: Tensor | None = None) -> None:
+        """A step of the block begins at x0, which is copied unless the block is known not to write into it."""
+        x0, key = _tensor(block, x0), StepKey(block, part, training, torch.is_grad_enabled())
+        copied = self.needs_states and (torch.compiler.is_compiling() or self.in_place.inputs.get(key, True))
+        copy = x0.clone() if copied else None
+        self.starting[block] = _Start(x0, x0 if source is None else source, _version(x0), copy, key)
+
+    def restart(self, block: BlockSpec, x0: Any, training: bool) -> None:
+        """The step of the block begins at x0, the output of its shortcut, instead."""
+        before = self.starting.get(block)
+        if before is not None and before.version != _version(before.x0):
+            raise _changed(block)
+        self.start(block, x0, training)
+
+    def middle(self, block: BlockSpec, x: Any, training: bool) -> None:
+        """One step of the block ends at x, and the other begins."""
+        if block in self.starting and self.starting[block].key.part == 0:
+            shape = self.starting[block].x0.shape
+            source = x = _tensor(block, x)
+            if x.shape != shape and x.numel() == shape.numel():
+                x = x.reshape(shape)
+            self.end(block, x, training)
+            self.start(block, x, training, 1, source)
+
+    def branch(self, block: BlockSpec, r: Any, training: bool) -> None:
+        """The branch of the block gives r."""
+        if self.needs_states:
+            self.branches[block] = _tensor(block, r).clone()  # torchvision's blocks add to it in place
+
+    def end(self, block: BlockSpec, x1: Any, training: bool) -> None:
+        """A step of the block ends at x1."""
+        if block not in self.starting:
+            raise ValueError(f"block {block.name!r} ends before it starts: {block.last!r} is called first")
+        x1, start = _tensor(block, x1), self.starting.pop(block)
+        x0, key = start.x0, start.key
+        self._check_shapes(block, x0, x1)
+        counted, changed = not torch.compiler.is_compiling(), start.version != _version(x0)
+        if counted:
+            self.in_place.inputs[key] = changed or self.in_place.inputs.get(key, False)
+        if changed and (_memory(x1) is not _memory(x0) or (self.needs_states and start.copy is None)):
+            raise _changed(block)
+        self.visited.append(Visited(block, key.part, tuple(x0.shape[1:])))
+        if not self.needs_states:
+            return
+        if self.gradients and not torch.is_grad_enabled():
+            self.without_gradients = block
+        r = self._residue(block, x0, moves=x1 is not x0 or changed) if block.branch else None
+        copy1 = None
+        if counted and (self.keep or (torch.is_grad_enabled() and x1.requires_grad)):
+            copy1 = x1.clone() if changed or self.in_place.outputs.get(key, self.keep) else None
+            ended = start if self.keep else start._replace(copy=None)
+            self.ends.append(_End(ended, x1, _version(x0), _version(x1), copy1))
+        begin = start.copy if start.copy is not None and (changed or not counted) else x0
+        self._measure(begin, x1 if self.keep or copy1 is None else copy1, r)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def _check_shapes(self, block: BlockSpec, x0: Tensor, x1: Tensor) -> None:
+        if x0.shape != x1.shape:
+            raise ValueError(
+                f"block {block.name!r} changes the shape of the state, {tuple(x0.shape)} to {tuple(x1.shape)}: name "
+                f"the module of its shortcut, adapt(model, {{{block.name!r}: ...}}), or leave it out"
+            )
+        if isinstance(self.x, Tensor) and len(x0) != len(self.x):
+            raise ValueError(f"block {block.name!r} has states of shape {tuple(x0.shape)} for {len(self.x)} samples")
+
+    def _residue(self, block: BlockSpec, x0: Tensor, *, moves: bool) -> Tensor:
+        """What the branch of the block has given; zero where stochastic depth leaves the block out."""
+        r = self.branches.pop(block, None)
+        if r is None and moves:
+            raise ValueError(
+                f"block {block.name!r} does not call its branch {block.branch!r} in this pass: take "
+                'adapt(model, residue="displacement")'
+            )
+        return torch.zeros_like(x0) if r is None else r
+
+    def _measure(self, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
+        reductions = None
+        dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
+        x0, x1 = x0.to(dtype), x1.to(dtype)
+        if self.reductions:
+            square, cosine = displaced(x0, x1) if r is None else mean_square_and_cosine(r)
+            reductions = {"action": square, "residue": square, "cosine": cosine}  # an Euler step's action with h = 1
+        if r is None and (self.keep or not self.all_reduced):
+            r = x1 - x0
+        step = Step(float(len(self.visited) - 1), 1.0, x0, x1, () if r is None else (r,), EULER, reductions)
+        for name, measure in self.measures.items():
+            self.rows[name].append(check_values(name, measure(step), x0))
+        if self.keep:
+            self.steps.append(step)
+
+    # -- after the pass -----------------------------------------------------------------------------------------
+
+    def records(self) -> Records:
+        """The values of the measures."""
+        return Records({name: torch.stack(values) for name, values in self.rows.items()}, flow_starts(self.visited))
+
+    def close(self) -> list[str]:
+        """Learn which outputs have been written into since their steps ended.
+
+        Returns:
+            The blocks whose records have no gradients therefore.
+
+        Raises:
+            ValueError: a state of a step that is kept has been written into, and there is no copy of it.
+        """
+        later = []
+        for m, end in enumerate(self.ends):
+            start, written = end.start, _version(end.x1) != end.version1
+            name, outputs = start.key.block.name, self.in_place.outputs
+            outputs[start.key] = written or outputs.get(start.key, False)
+            if self.keep:
+                step = self.steps[m]
+                if step.x0 is start.x0 and _version(start.x0) != end.version0:
+                    unmoved = start.x0 is end.x1 and start.version == end.version0
+                    step = step._replace(x0=_copied(end.copy if unmoved else start.copy, name))
+                if step.x1 is end.x1 and written:
+                    step = step._replace(x1=_copied(end.copy, name))
+                self.steps[m] = step
+            elif written and end.copy is None:
+                later.append(name)
+        return later
+
+    def sources(self) -> Iterator[Tensor]:
+        """The states x0 of steps that are kept, as they pass, through which a loss of the output has gradients.
+
+        Raises:
+            ValueError: such a state is changed in place.
+        """
+        for start in (end.start for end in self.ends):
+            if start.version != _version(start.x0):
+                raise ValueError(
+                    f"block {start.key.block.name!r} has a state that is changed in place, of which there is no "
+                    "gradient: give it and the layers after it inplace=False"
+                )
+            yield start.source
+
+
+def _changed(block: BlockSpec) -> ValueError:
+    return ValueError(f"block {block.name!r} changes its input in place: give its first layers inplace=False")
+
+
+def _copied(x: Tensor | None, name: str) -> Tensor:
+    if x is None:
+        raise ValueError(
+            f"a state of block {name!r} is changed in place after it, and was not in earlier passes: call steps once "
+            "more, or take record, which measures steps as they end"
+        )
+    return x
+
+
+def _tensor(block: BlockSpec, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"block {block.name!r} must take and return a tensor, got {type(x).__name__}")
+    return x
+
+
+def _memory(x: Tensor) -> Tensor:
+    """The tensor itself, or that of which it is a view."""
+    return x if x._base is None else x._base
+
+
+def _version(x: Any) -> int:
+    """How often the tensor has been changed in place, where that is counted."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    return x._version
