@@ -247,6 +247,10 @@ class AdaptedModel(nn.Module):
     def _last_visited(self) -> list[Visited]:
         return self._visited or [Visited(block, part, ()) for block in self.blocks for part in range(block.steps)]
 
+    def extra_repr(self) -> str:
+        """The blocks, for the fingerprint of the network."""
+        return "; ".join(map(str, self.blocks))
+
     def __repr__(self) -> str:
         rows = []
         for m, (block, part, shape) in enumerate(self._last_visited()):

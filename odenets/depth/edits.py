@@ -1,0 +1,243 @@
+"""Edits of depth: blocks of a network are duplicated and merged, and its optimizer follows."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from odenets import measures
+from odenets.blocks import Block
+from odenets.depth.optimizers import adopt_copy, follow_network
+from odenets.depth.rule import DepthRule, block_errors, flow_network, plan
+from odenets.flow import Flow
+from odenets.network import Network
+from odenets.normalization import StageBatchNorm, recalibrate
+
+__all__ = ["DepthReport", "Edit", "adapt_depth", "not_finite_weights", "refine"]
+
+
+class Edit(NamedTuple):
+    """One change of depth.
+
+    Attributes:
+        kind: "duplicate", "merge" or "undo" (a merge that breaks the tolerance is taken back).
+        flow: index of the flow.
+        block: index of the block, counted before this round of edits.
+        error: the error that decided.
+        h: step size of the block before and after.
+    """
+
+    kind: Literal["duplicate", "merge", "undo"]
+    flow: int
+    block: int
+    error: float
+    h: tuple[float, float]
+
+    def __str__(self) -> str:
+        h, new = self.h
+        what = {"duplicate": "duplicated", "merge": "merged with the next", "undo": "merge taken back"}[self.kind]
+        return f"flow {self.flow} block {self.block}: {what}, error {self.error:.3g}, h {h:g} -> {new:g}"
+
+
+@dataclass(frozen=True)
+class DepthReport:
+    """The result of :func:`adapt_depth`.
+
+    Attributes:
+        errors: the errors that decided, one list per flow.
+        edits: the edits, in order.
+        evaluations: field evaluations per sample, summed over all samples, spent on measuring and recalibrating.
+    """
+
+    errors: list[list[float]]
+    edits: list[Edit]
+    evaluations: int
+
+
+def adapt_depth(
+    network: Network,
+    batches: Callable[[], Iterable[Tensor]],
+    rule: DepthRule,
+    optimizer: Optimizer | None = None,
+    *,
+    recalibration: Callable[[], Iterable[Tensor]] | None = None,
+) -> DepthReport:
+    """Apply the rule once to every flow of a network.
+
+    All edits are decided on one snapshot of the errors; the network is then measured again, and a merge after which
+    the block's error exceeds the tolerance is taken back (the "redo" of [K24, A.3]). Merges never cross a flow.
+
+    Args:
+        network: changed in place. Its first and last blocks stay; a flow keeps at least one block and its total time.
+        batches: makes the validation inputs anew at each call.
+        rule: the rule.
+        optimizer: its state follows the blocks: a copy gets its original's momentum or moments, a block that goes
+            takes its state along, and the parameters of each group end up in the network's order.
+        recalibration: makes inputs on which batch norms are recalibrated after an edit, and before the errors are
+            measured; if not given, those of ``batches``.
+
+    Returns:
+        :class:`DepthReport`: errors, a readable list of edits, and what the checks cost.
+
+    Copies of the network that were taken before, such as averages of its weights, keep the depth that they have: take
+    them anew. After an error nothing is edited.
+
+    Raises:
+        TypeError: another network.
+        ValueError: a flow is continuous, shared or used twice, or its method has no embedded error; weights are not
+            finite, which no step size mends; or the optimizer keeps state that is not of one parameter (LBFGS).
+    """
+    network = _checked(network, optimizer)
+    for name, make in {"batches": batches, "recalibration": recalibration or batches}.items():
+        if not callable(make):
+            raise TypeError(f"{name} must be a function that makes inputs anew at each call, got {type(make).__name__}")
+    spent = 0
+
+    def counted(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        nonlocal spent
+        before = spent
+        for x in inputs:
+            spent += len(x) * sum(flow.evaluations_per_pass(closing=True) for flow in network.flows)
+            yield x
+        if spent == before:
+            raise ValueError("batches and recalibration must make at least one batch of inputs at each call")
+
+    def renew() -> None:
+        recalibrate(network, counted((recalibration or batches)()), lambda x: network.record(x, error=measures.error))
+
+    renew()
+    errors = block_errors(network, counted(batches()), rule.norm)
+    with _editing(network, optimizer):
+        edits, merges = _edit(network, errors, rule, optimizer)
+        if merges:
+            renew()
+            after = block_errors(network, counted(batches()), rule.norm)
+            for merge in reversed(merges):  # from the last on, so that positions stay valid
+                error = after[merge.edit.flow][list(merge.flow.blocks).index(merge.block)]
+                if not error <= rule.tolerance:
+                    edits.append(merge.undo(error))
+    if edits:
+        renew()
+    return DepthReport(errors, edits, spent)
+
+
+def refine(network: Network, rule: DepthRule, optimizer: Optimizer | None = None) -> list[Edit]:
+    """Duplicate every block that the caps allow, as if all errors were too large; what to do when training diverges.
+
+    Raises:
+        TypeError, ValueError: as for :func:`adapt_depth`.
+    """
+    network = _checked(network, optimizer)
+    with _editing(network, optimizer):
+        return _edit(network, [[math.inf] * flow.depth for flow in network.flows], rule, optimizer)[0]
+
+
+def _checked(network: nn.Module, optimizer: Optimizer | None) -> Network:
+    """The network, if its blocks can be edited."""
+    network = flow_network(network)
+    for i, flow in enumerate(network.flows):
+        if flow.continuous or flow.shared:
+            raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")
+        _ = flow.tableau.error_order
+    blocks = [block for flow in network.flows for block in flow.blocks]
+    if len({*network.flows}) < len(network.flows) or len({*blocks}) < len(blocks):
+        raise ValueError("network uses a flow or a block twice: depth edits need each once")
+    if bad := not_finite_weights(network):
+        raise ValueError(
+            f"network has weights that are not finite, which no step size mends: {', '.join(bad[:4])}"
+            f"{' ...' * (len(bad) > 4)}; go back to a checkpoint before they were"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer must keep its state by parameter, which LBFGS does not: take SGD or Adam")
+    return network
+
+
+def not_finite_weights(network: nn.Module) -> list[str]:
+    """The parameters and buffers that are not finite, but for the statistics of batch norms, which are taken anew."""
+    norms = [m for m in network.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)]
+    anew = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return [
+        name
+        for name, tensor in tensors
+        if not nn.parameter.is_lazy(tensor) and id(tensor) not in anew and not tensor.detach().isfinite().all()
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Merge:
+    """A block that has taken the time of the one that followed it."""
+
+    flow: Flow
+    block: Block
+    following: Block
+    edit: Edit
+
+    def undo(self, error: float) -> Edit:
+        """Take the merge back, after which the block has this error."""
+        before, after = self.edit.h
+        self.block.h = before
+        blocks = list(self.flow.blocks)
+        blocks.insert(blocks.index(self.block) + 1, self.following)
+        self.flow.replace_blocks(blocks)
+        return Edit("undo", self.edit.flow, self.edit.block, error, (after, before))
+
+
+def _blocks(flow: Flow) -> list[Block]:
+    return [cast(Block, block) for block in flow.blocks]
+
+
+@contextmanager
+def _editing(network: Network, optimizer: Optimizer | None) -> Iterator[None]:
+    """Let the optimizer follow what happens to the blocks; after an exception they are what they were."""
+    before = {flow: [(block, block.h) for block in _blocks(flow)] for flow in network.flows}
+    listed = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
+    others = set(listed) - set(network.parameters())
+    try:
+        yield
+    except BaseException:
+        for flow, blocks in before.items():
+            for block, h in blocks:
+                block.h = h
+            flow.replace_blocks([block for block, _ in blocks])
+        raise
+    finally:
+        if optimizer is not None:
+            follow_network(optimizer, network, others)
+
+
+def _edit(
+    network: Network, errors: list[list[float]], rule: DepthRule, optimizer: Optimizer | None
+) -> tuple[list[Edit], list[_Merge]]:
+    """Apply the plan of the rule to the blocks of every flow."""
+    edits: list[Edit] = []
+    merges: list[_Merge] = []
+    for i, flow in enumerate(network.flows):
+        old, blocks = _blocks(flow), []
+        decisions = plan(errors[i], flow.h, rule)
+        for m, block in enumerate(old):
+            if m and decisions[m - 1] == "merge":
+                continue  # into the block before
+            blocks.append(block)
+            if decisions[m] == "duplicate":
+                edits.append(Edit("duplicate", i, m, errors[i][m], (block.h, block.h / 2)))
+                block.h /= 2
+                twin = copy.deepcopy(block)
+                if optimizer is not None:
+                    adopt_copy(optimizer, block, twin)
+                blocks.append(twin)
+            elif decisions[m] == "merge":
+                following = old[m + 1]
+                edits.append(Edit("merge", i, m, errors[i][m], (block.h, block.h + following.h)))
+                merges.append(_Merge(flow=flow, block=block, following=following, edit=edits[-1]))
+                block.h += following.h
+        flow.replace_blocks(blocks)
+    return edits, merges
