@@ -189,8 +189,7 @@ class AdaptedModel(nn.Module):
             ValueError: such a state is changed in place.
         """
         output, current = self._run(x, {}, keep=True)
-        states = list(current.sources())
-        return output, current.steps, states
+        return output, current.steps, list(current.sources())
 
     def _run(self, x: Tensor, measures: dict[str, Measure], keep: bool = False) -> tuple[Tensor, ForwardPass]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
@@ -232,8 +231,7 @@ class AdaptedModel(nn.Module):
         before = [(step.block, step.part) for step in self._last_visited()]
         if calls == before or self._warned:
             return
-        called = {block for block, _ in calls}
-        unused = [block.name for block in self.blocks if block not in called]
+        unused = [block.name for block in self.blocks if block not in dict(calls)]
         if unused or self._visited is not None:
             self._warned = True
             what = "blocks are called in another order or number than before"

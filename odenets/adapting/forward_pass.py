@@ -21,7 +21,7 @@ EULER = get_tableau("euler")
 
 
 class StepKey(NamedTuple):
-    """A step of a block, and how it is computed: in training mode, with gradients."""
+    """A step of a block, and whether it is computed in training mode and with gradients."""
 
     block: BlockSpec
     part: int
@@ -31,12 +31,7 @@ class StepKey(NamedTuple):
 
 @dataclass(frozen=True)
 class InPlaceChanges:
-    """What the passes of a model learn of changes in place.
-
-    Attributes:
-        inputs: whether a step writes into its input.
-        outputs: whether the output of a step is written into after it.
-    """
+    """What passes learn: whether a step writes into its input, and whether its output is written into after it."""
 
     inputs: dict[StepKey, bool] = field(default_factory=dict)
     outputs: dict[StepKey, bool] = field(default_factory=dict)
@@ -51,7 +46,7 @@ class Visited(NamedTuple):
 
 
 def flow_starts(visited: Sequence[Visited]) -> tuple[int, ...]:
-    """The steps at which the shape of the state changes, and the first."""
+    """The steps at which the state has another shape than before."""
     return tuple(m for m, step in enumerate(visited) if not m or step.shape != visited[m - 1].shape)
 
 
@@ -89,9 +84,7 @@ class ForwardPass:
         self.measures, self.reductions, self.x, self.keep = measures, reductions_of(measures.values()), x, keep
         self.in_place = in_place
         self.needs_states = bool(measures) or keep
-        self.all_reduced = all(
-            getattr(measure, "reduction", None) in ("action", "residue") for measure in measures.values()
-        )
+        self.all_reduced = all(getattr(m, "reduction", None) in ("action", "residue") for m in measures.values())
         self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         self.steps: list[Step] = []
         self.ends: list[_End] = []  # of steps that are kept or differentiated
@@ -100,8 +93,6 @@ class ForwardPass:
         self.branches: dict[BlockSpec, Tensor] = {}
         self.gradients = torch.is_grad_enabled()
         self.without_gradients: BlockSpec | None = None
-
-    # -- events -------------------------------------------------------------------------------------------------
 
     def start(self, block: BlockSpec, x0: Any, training: bool, part: int = 0, source: Tensor | None = None) -> None:
         """A step of the block begins at x0, which is copied unless the block is known not to write into it."""
@@ -158,8 +149,6 @@ class ForwardPass:
         begin = start.copy if start.copy is not None and (changed or not counted) else x0
         self._measure(begin, x1 if self.keep or copy1 is None else copy1, r)
 
-    # -- steps --------------------------------------------------------------------------------------------------
-
     def _check_shapes(self, block: BlockSpec, x0: Tensor, x1: Tensor) -> None:
         if x0.shape != x1.shape:
             raise ValueError(
@@ -193,8 +182,6 @@ class ForwardPass:
             self.rows[name].append(check_values(name, measure(step), x0))
         if self.keep:
             self.steps.append(step)
-
-    # -- after the pass -----------------------------------------------------------------------------------------
 
     def records(self) -> Records:
         """The values of the measures."""
@@ -232,7 +219,7 @@ class ForwardPass:
         Raises:
             ValueError: such a state is changed in place.
         """
-        for start in (end.start for end in self.ends):
+        for start, *_ in self.ends:
             if start.version != _version(start.x0):
                 raise ValueError(
                     f"block {start.key.block.name!r} has a state that is changed in place, of which there is no "

@@ -29,15 +29,11 @@ class Hooks:
     def attach(self, model: nn.Module, block: BlockSpec) -> None:
         """Let the modules of a block call the events of the pass."""
         inputs = {block.first: ForwardPass.start} | dict.fromkeys(block.mid, ForwardPass.middle)
-        outputs = [
-            (block.last, ForwardPass.end),
-            (block.shortcut, ForwardPass.restart),
-            (block.branch, ForwardPass.branch),
-        ]
+        outputs = {ForwardPass.end: block.last, ForwardPass.restart: block.shortcut, ForwardPass.branch: block.branch}
         for name, event in inputs.items():
             hook = partial(_input_hook, self, event, block)
             model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-        for name, event in outputs:
+        for event, name in outputs.items():
             if name is not None:
                 model.get_submodule(name).register_forward_hook(partial(_output_hook, self, event, block))
 

@@ -199,8 +199,8 @@ def _blocks(flow: Flow) -> list[Block]:
 def _editing(network: Network, optimizer: Optimizer | None) -> Iterator[None]:
     """Let the optimizer follow what happens to the blocks; after an exception they are what they were."""
     before = {flow: [(block, block.h) for block in _blocks(flow)] for flow in network.flows}
-    listed = [p for group in optimizer.param_groups for p in group["params"]] if optimizer is not None else []
-    others = set(listed) - set(network.parameters())
+    groups = optimizer.param_groups if optimizer is not None else []
+    others = {p for group in groups for p in group["params"]} - set(network.parameters())
     try:
         yield
     except BaseException:

@@ -1,0 +1,201 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from odenets import measures
+from odenets.adapting import adapt
+from odenets.analysis.memory import measure_memory
+from tests.odenets.adapting.models import SMALL, TINY, Calling, Repeated, Unit, X, small_resnet
+
+BUFFER = torch.empty(2, 3, 8, 8)
+ADDITIONS = {"new": torch.add, "in place": torch.Tensor.add_, "buffer": lambda x, r: torch.add(x, r, out=BUFFER)}
+
+
+def branchings(addition, after=None):
+    """Three residual blocks, how they add, and what is called after each."""
+    torch.manual_seed(2)
+    parts = [nn.Conv2d(3, 3, 1)]
+    for _ in range(3):
+        branch = nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1))
+        parts.append(Calling(lambda m, x: ADDITIONS[addition](x, m.branch(x)), branch=branch))
+        parts.append(Calling(lambda m, x: after(x)) if after else nn.Identity())
+    return nn.Sequential(*parts)
+
+
+QUANTITIES = {"action": measures.action, "cosine": measures.cosine, "displacement": measures.displacement}
+NAMES = ["1", "3", "5"]
+
+
+@pytest.mark.filterwarnings("ignore:the outputs of .* are changed in place")
+@pytest.mark.parametrize(
+    ("addition", "after", "mode"),
+    [
+        *[("in place", None, mode) for mode in ("gradients", "no_grad", "inference", "compiled")],
+        *[("new", F.relu_, mode) for mode in ("gradients", "no_grad", "inference")],
+        *[("buffer", None, mode) for mode in ("no_grad", "inference")],
+        *[("in place", F.relu_, mode) for mode in ("no_grad", "inference")],
+    ],
+)
+def test_records_and_steps_are_those_of_the_model_that_changes_nothing_in_place(addition, after, mode):
+    adapted = adapt(branchings(addition, after), NAMES)
+    plain = adapt(branchings("new", after and F.relu), NAMES)
+    context = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(mode, torch.enable_grad)
+    record = torch.compile(adapted.record, backend="aot_eager") if mode == "compiled" else adapted.record
+    for _ in range(2):  # what is learned in one pass serves the next
+        with context():
+            output, records = record(TINY, **QUANTITIES)
+            expected, values = plain.record(TINY, **QUANTITIES)
+            torch.testing.assert_close(output, expected)
+            for name in QUANTITIES:
+                torch.testing.assert_close(records[name], values[name], atol=1e-5, rtol=1e-4)
+            if mode != "compiled":
+                for step, unchanged in zip(adapted.steps(TINY), plain.steps(TINY), strict=True):
+                    for state in ("x0", "x1", "residue"):
+                        torch.testing.assert_close(getattr(step, state), getattr(unchanged, state))
+
+
+@pytest.mark.parametrize(("addition", "after"), [("in place", None), ("new", F.relu_)])
+@pytest.mark.filterwarnings("ignore:the outputs of .* are changed in place")
+def test_gradients_are_those_of_the_model_that_changes_nothing_in_place(addition, after):
+    adapted, plain = adapt(branchings(addition, after), NAMES), adapt(branchings("new", after and F.relu), NAMES)
+    adapted.record(TINY, action=measures.action)  # from which it is learned what is changed
+    for network in (adapted, plain):
+        output, records = network.record(TINY, action=measures.action)
+        (output.square().mean() + records["action"].sum()).backward()
+    for p, q in zip(adapted.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_outputs_changed_in_place_after_their_block_are_told_where_gradients_are_enabled():
+    adapted = adapt(branchings("new", F.relu_), NAMES)
+    with pytest.warns(UserWarning, match=r"outputs of 3 blocks \(1, ...\) are changed in place after them"):
+        adapted.record(TINY, action=measures.action)
+    adapted.record(TINY, action=measures.action)[1]["action"].sum().backward()
+
+
+def test_a_block_that_returns_its_input_does_not_move_it():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU(True))
+    adapted = adapt(model, ["1", "2"])
+    for _ in range(2):
+        with torch.no_grad():
+            records, start = adapted.record(TINY, action=measures.action)[1], model[0](TINY)
+        assert (records["action"][0] == 0).all()
+        expected = (start.relu() - start).square().flatten(1).mean(1)
+        torch.testing.assert_close(records["action"][1], expected)
+
+
+def test_nothing_is_copied_once_it_is_known_that_nothing_is_changed():
+    adapted = adapt(small_resnet().eval())
+    with torch.no_grad():
+        adapted.record(SMALL, action=measures.action)
+        before = measure_memory(lambda: adapted.model(SMALL)).peak
+        assert measure_memory(lambda: adapted.record(SMALL, action=measures.action)).peak < before + 2 * 64 * 8 * 8 * 4
+
+
+def test_nothing_is_kept_when_nothing_is_measured():
+    model = small_resnet()
+    adapted = adapt(copy.deepcopy(model))
+    adapted(X)
+    assert measure_memory(lambda: adapted(X)) == measure_memory(lambda: model(X))
+    with torch.no_grad():
+        plain = measure_memory(lambda: model(X))
+        measured = measure_memory(lambda: adapted.record(X, action=measures.action))
+        steps = measure_memory(lambda: adapted.steps(X))
+    largest = 4 * 64 * 16 * 16 * 2
+    assert measured.peak <= plain.peak + 3 * largest
+    assert measured.left < steps.left / 100
+
+
+def test_rows_come_in_the_order_in_which_blocks_are_called():
+    adapted = adapt(Calling(lambda m, x: m.a(m.b(m.a(x))), b=Unit(3, 3), a=Unit(3, 3)), ["a", "b"])
+    assert adapted.names == ("b", "a")
+    assert adapted.record(X, action=measures.action)[1]["action"].shape == (3, 2)
+    assert adapted.names == ("a", "b", "a")
+
+
+def test_every_call_of_a_block_counts():
+    adapted = adapt(Repeated(3), ["block", "other"])
+    records = adapted.record(TINY, action=measures.action)[1]
+    assert records["action"].shape == (4, 2)
+    assert adapted.depth == adapted.evaluations == len(adapted.steps(TINY)) == 4
+    assert adapted.h == (1.0,) * 4
+    assert adapted.names == ("block", "block", "block", "other")
+    assert "4 steps" in repr(adapted)
+
+
+def test_blocks_that_are_left_out_are_told_once():
+    adapted = adapt(Repeated(2, both=False), ["block", "other"])
+    with pytest.warns(UserWarning, match="1 of 2 blocks are not called, other: the rows of records are the steps"):
+        adapted.record(TINY, action=measures.action)
+    assert adapted.names == ("block", "block")
+    adapted.record(TINY, action=measures.action)
+
+
+def test_another_number_of_calls_is_told():
+    adapted = adapt(Repeated(2), ["block", "other"])
+    adapted.record(TINY, action=measures.action)
+    adapted.model.times = 1
+    with pytest.warns(UserWarning, match="called in another order or number than before"):
+        records = adapted.record(TINY, action=measures.action)[1]
+    assert len(records["action"]) == adapted.depth == 2
+
+
+def test_a_branch_that_is_not_called_is_told_from_a_block_that_is_left_out():
+    block = Calling(
+        lambda m, x: torch.relu(x + m.bn2(m.conv1(x))),
+        conv1=nn.Conv2d(3, 3, 1),
+        shortcut=None,
+        bn2=nn.InstanceNorm2d(3),
+    )
+    adapted = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), block), residue="branch")
+    assert (adapted.record(TINY, action=measures.action)[1]["action"] > 0).all()
+    block.function = lambda m, x: x
+    assert (adapted.record(TINY, action=measures.action)[1]["action"] == 0).all()
+    block.function = lambda m, x: x + m.conv1(x)
+    with pytest.raises(ValueError, match=r"does not call its branch '1.bn2' in this pass: .*displacement"):
+        adapted.record(TINY, action=measures.action)
+
+
+def test_checkpointing_that_takes_the_gradients_is_told():
+    model = Calling(lambda m, x: checkpoint(m.block, x, use_reentrant=True), block=Unit(3, 3))
+    adapted = adapt(model, ["block"])
+    with pytest.warns(UserWarning, match=r"'block' is computed without gradients, .* use_reentrant=True"):
+        adapted.record(TINY.clone().requires_grad_(), action=measures.action)
+
+
+# A block that begins with a ReLU in place adds to another state than its input.
+OVERWRITING = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), Calling(lambda m, x: torch.sin(torch.relu_(x)) + x)), ["1"])
+PROJECTION = Calling(lambda m, x: torch.relu_(x).mean() + m.shortcut(x), shortcut=nn.Conv2d(3, 4, 1))
+PROJECTING = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), PROJECTION), {"1": "1.shortcut"})
+UNUSED = adapt(Calling(lambda m, x: x, unused=nn.Linear(2, 2)), ["unused"])
+FOLDED = adapt(Calling(lambda m, x: m.block(x[None])[0], block=nn.ReLU()), ["block"])
+PAIR = adapt(Calling(lambda m, x: m.block(x)[0], block=Calling(lambda m, x: (x, x))), ["block"])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: adapt(small_resnet(), {"layer2.0": None})(X), ValueError, "'layer2.0' changes the shape .* shortcut"),
+        (lambda: adapt(small_resnet())(torch.full((1, 3, 8, 8), torch.nan)), ValueError, "x must be finite"),
+        (lambda: adapt(small_resnet())(X[:0]), ValueError, "at least one sample"),
+        (lambda: adapt(small_resnet()).record(X, action=1), TypeError, "measure 'action' must be a function"),
+        (lambda: adapt(small_resnet()).record(X, total=lambda step: step.x1.sum()), ValueError, "'total' must return"),
+        (lambda: adapt(small_resnet()).record(X, error=measures.error), ValueError, "euler carries no embedded error"),
+        (lambda: adapt(small_resnet(), ["layer2.0:layer1.0"])(X), ValueError, "'layer1.0' is called first"),
+        (lambda: OVERWRITING(X), ValueError, "'1' changes its input in place: .* inplace=False"),
+        (lambda: OVERWRITING.record(X, a=measures.action), ValueError, "changes its input in place"),
+        (lambda: OVERWRITING.steps(X), ValueError, "changes its input in place"),
+        (lambda: torch.inference_mode()(OVERWRITING.record)(X, a=measures.action), ValueError, "changes its input"),
+        (lambda: UNUSED(X), ValueError, "none of the blocks was called: unused$"),
+        (lambda: FOLDED(X), ValueError, r"states of shape \(1, 2.* for 2 samples"),
+        (lambda: PAIR(X), TypeError, "'block' must take and return a tensor, got tuple"),
+        (lambda: PROJECTING(X), ValueError, "changes its input in place"),
+    ],
+)
+def test_what_cannot_be_recorded_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

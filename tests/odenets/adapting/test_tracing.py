@@ -1,0 +1,45 @@
+import pytest
+
+from odenets.adapting import adapt
+from odenets.adapting.tracing import cut_adapted
+from tests.odenets.adapting.models import Calling, Repeated, Unit, small_resnet
+
+
+def test_to_be_cut_leaves_each_module_its_mode():
+    adapted = adapt(small_resnet())
+    adapted.model.bn1.eval()
+    adapted.model.layer2.eval()
+    modes = {name: module.training for name, module in adapted.model.named_modules()}
+    *parts, head = cut_adapted(adapted, [2, 4])
+    assert {name: module.training for name, module in adapted.model.named_modules()} == modes
+    assert all(part.training for part in (*parts, head))
+    assert not parts[0].eval().model.training
+
+
+def test_a_model_that_repeats_a_block_is_not_cut():
+    adapted = adapt(Repeated(2), ["block", "other"])
+    with pytest.raises(ValueError, match="does not call its blocks once each"):
+        cut_adapted(adapted, [1, 2])
+
+
+def test_a_model_with_hooks_outside_its_blocks_is_not_cut():
+    adapted = adapt(small_resnet())
+    outputs = []
+    adapted.model.layer2.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with pytest.raises(ValueError, match="'layer2' has hooks, which would be lost where it is cut"):
+        cut_adapted(adapted, [2, 4])
+    assert not outputs
+
+
+@pytest.mark.parametrize(
+    ("forward", "error", "message"),
+    [
+        (lambda model, x: model.block(x) + len(x), ValueError, "Calling cannot be cut: torch.fx cannot trace"),
+        (lambda model, x: model.block(x) + sum(range(x.ndim)), ValueError, "cannot be cut"),
+        (lambda model, x: model.block({"cpu": x}[x.device.type]), ValueError, "cannot be cut"),
+        (lambda model, x: model.blok(x), AttributeError, "has no attribute 'blok'"),
+    ],
+)
+def test_what_tracing_cannot_follow_is_told_from_a_mistake(forward, error, message):
+    with pytest.raises(error, match=message):
+        cut_adapted(adapt(Calling(forward, block=Unit(3, 3)), ["block"]), [1])
