@@ -125,14 +125,14 @@ class ForwardPass:
 
     def end(self, block: BlockSpec, x1: Any, training: bool) -> None:
         """A step of the block ends at x1."""
-        if block not in self.starting:
+        start = self.starting.pop(block, None)
+        if start is None:
             raise ValueError(f"block {block.name!r} ends before it starts: {block.last!r} is called first")
-        x1, start = _tensor(block, x1), self.starting.pop(block)
-        x0, key = start.x0, start.key
+        x0, x1, key = start.x0, _tensor(block, x1), start.key
         self._check_shapes(block, x0, x1)
         counted, changed = not torch.compiler.is_compiling(), start.version != _version(x0)
-        if counted:
-            self.in_place.inputs[key] = changed or self.in_place.inputs.get(key, False)
+        if counted and (changed or key not in self.in_place.inputs):
+            self.in_place.inputs[key] = changed
         if changed and (_memory(x1) is not _memory(x0) or (self.needs_states and start.copy is None)):
             raise _changed(block)
         self.visited.append(Visited(block, key.part, tuple(x0.shape[1:])))
@@ -200,7 +200,8 @@ class ForwardPass:
         for m, end in enumerate(self.ends):
             start, written = end.start, _version(end.x1) != end.version1
             name, outputs = start.key.block.name, self.in_place.outputs
-            outputs[start.key] = written or outputs.get(start.key, False)
+            if written or start.key not in outputs:
+                outputs[start.key] = written
             if self.keep:
                 step = self.steps[m]
                 if step.x0 is start.x0 and _version(start.x0) != end.version0:
