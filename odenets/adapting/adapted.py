@@ -173,7 +173,7 @@ class AdaptedModel(nn.Module):
         return output, current.records()
 
     def steps(self, x: Tensor, *, closing: bool = True) -> list[Step]:
-        """Every step for inputs ``x``, with its states; warns as :meth:`record` does.
+        """Every step for inputs ``x``, with its states, none with a closing stage; warns as :meth:`record` does.
 
         Raises:
             TypeError, ValueError: as there.

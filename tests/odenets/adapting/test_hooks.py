@@ -16,11 +16,11 @@ def test_a_pass_within_a_pass_is_its_own():
     adapted = adapt(Repeated(2), ["block", "other"])
     expected = adapted.record(TINY, action=measures.action)[1]["action"]
 
-    def looks_again(step):
+    def needs_second_forward(step):
         adapted(TINY)
         return adapted.record(TINY, action=measures.action)[1]["action"].sum(0)
 
-    records = adapted.record(TINY, action=measures.action, again=looks_again)[1]
+    records = adapted.record(TINY, action=measures.action, again=needs_second_forward)[1]
     torch.testing.assert_close(records["action"], expected)
     torch.testing.assert_close(records["again"], expected.sum(0).expand(3, 2))
 
