@@ -1,6 +1,6 @@
-"""The action of clean and of attacked images, and a test on it that has seen no attack (Fig. 21).
+"""The action of clean and of attacked images, and a test on it that has seen no attack [K24, fig. 21].
 
-Networks are trained plainly and with least action. The kinetic action of their way through the network is found for
+Networks are trained plainly and with least action. The kinetic action of their way through the network is computed for
 clean images and for images under FGM attacks of several sizes; an image is rejected where its action lies outside two
 quantiles of that of other clean images. Rates are over seeds.
 
@@ -10,178 +10,142 @@ quantiles of that of other clean images. Rates are over seeds.
 
 from __future__ import annotations
 
-import os
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import tyro
-from detection_setup import Config as Networks
-from detection_setup import Job, parts_of, trained, training
-from safetensors.numpy import load_file, save_file
+from detection_setup import Job, NetworkConfig, jobs, parts_of, trained
 
+from lab.experiment import Columns, Experiment, Figures, Row, command
+from lab.outcome import Outcome
+from lab.results import groups
 from lab.runs import Run
-from lab.statistics import mean_interval
-from lab.tables import table
-from lab.workers import Report, Workers
+from lab.statistics import percent
+from lab.workers import Report
 from odenets import plotting
 from odenets.detection import QuantileTest, Trajectory, in_batches, preset, run_attack, score, split
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(NetworkConfig):
     """What to train and attack.
 
     Attributes:
-        dataset: digits, mnist or cifar10.
-        folder: where torchvision's files lie; without it they are downloaded.
-        solver, depth, channels: of the network's blocks.
         epsilons: sizes of the FGM attacks in the maximum norm.
-        level: share of the clean images that the test may reject, half on each side; 0.04 in the thesis.
-        seeds: networks per method.
-        train_size, pool_size: images of the networks; images that are attacked.
-        epochs: of training.
-        quick: few images and epochs: to see that it runs.
-        output: folder of the run, with the networks.
-        resume: go on with what is there.
-        workers: processes; all cores if 0.
+        level: share of the clean images that the test may reject, half on each side; 0.04 in [K24].
     """
 
-    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
-    folder: Path | None = None
-    solver: str = "bs23"
-    depth: int = 4
-    channels: int = 16
     epsilons: tuple[float, ...] = (0.05, 0.1, 0.2)
     level: float = 0.04
-    seeds: int = 5
-    train_size: int = 900
     pool_size: int = 800
     epochs: int = 20
-    quick: bool = False
     output: Path = Path("runs/action_histogram")
-    resume: bool = False
-    workers: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.epsilons or min(self.epsilons) <= 0:
             raise ValueError(f"epsilons must be positive, at least one, got {self.epsilons}")
-        if self.seeds < 2:
-            raise ValueError(f"seeds must be at least 2, for intervals, got {self.seeds}")
-
-    @property
-    def networks(self) -> Networks:
-        """What they are, as the detection experiment has it."""
-        names = ("dataset", "folder", "solver", "depth", "channels", "train_size", "pool_size", "epochs", "output")
-        return Networks(**{name: getattr(self, name) for name in names})
 
 
-METHODS = ("vanilla", "least action")
-
-
-def look(config: Config, job: Job, report: Report) -> None:
+def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """The action of clean and attacked images, and how many of them the test rejects."""
-    run = Run(config.output / job.name, asdict(job) | science(config), resume=True)
-    train, pool = parts_of(config.networks)
-    network = trained(config.networks, job, train)
+    train, pool = parts_of(config)
+    network = trained(config, job, train)
     report(1)
-    sets = {"clean": pool.x}
-    success = {}
-    for eps in config.epsilons:
-        attacked = run_attack(network, preset("FGM", eps=eps), pool.x, pool.y, batch_size=200, seed=job.seed)
-        sets[f"eps = {eps:g}"], success[f"eps = {eps:g}"] = attacked.images, attacked.success.numpy()
-    action = Trajectory("action")
-    values = {name: in_batches(partial(action, network), network, x).numpy() for name, x in sets.items()}
+    attacks = {
+        f"eps = {eps:g}": run_attack(network, preset("FGM", eps=eps), pool.x, pool.y, batch_size=200, seed=job.seed)
+        for eps in config.epsilons
+    }
+    images = {"clean": pool.x} | {name: attack.images for name, attack in attacks.items()}
+    call = partial(Trajectory("action"), network)
+    actions = {name: in_batches(call, network, x).numpy() for name, x in images.items()}
     parts = split(len(pool), test=0.5, validation=0.1, seed=job.seed)
-    test = QuantileTest(config.level, side="both").fit(values["clean"][parts.fit])
-    held = parts.test.numpy()
-    rejected = {name: float((test.predict(value[held]) < 0).mean()) for name, value in values.items()}
-    fooled = {
-        name: float((test.predict(values[name][held]) < 0)[of[held]].mean())
-        for name, of in success.items()
-        if of[held].any()
+    test = QuantileTest(config.level, side="both").fit(actions["clean"][parts.fit])
+    held_out = {name: x[parts.test.numpy()] for name, x in actions.items()}
+    rejected = {name: test.predict(x) < 0 for name, x in held_out.items()}
+    fooled = {name: attack.success.numpy()[parts.test.numpy()] for name, attack in attacks.items()}
+    clean, *others = (-test.score_samples(x) for x in held_out.values())
+    results: Row = {
+        "rejected": {name: float(r.mean()) for name, r in rejected.items()},
+        "successful": {name: float(rejected[name][of].mean()) for name, of in fooled.items() if of.any()},
+        "auroc": {name: score(clean, x).auroc for name, x in zip(attacks, others, strict=True)},
     }
-    auroc = {
-        name: score(-test.score_samples(values["clean"][held]), -test.score_samples(value[held])).auroc
-        for name, value in values.items()
-        if name != "clean"
-    }
-    save_file({name: value.sum(1) for name, value in values.items()}, run.folder / "action.safetensors")
-    quantiles = np.quantile(values["clean"][parts.fit].sum(1), [config.level / 2, 1 - config.level / 2]).tolist()
-    found = {"rejected": rejected, "successful": fooled, "auroc": auroc, "quantiles": quantiles}
-    run.finish(asdict(job) | found, seeds=[job.seed])
+    if job.seed == 0:  # is drawn
+        limits = [config.level / 2, 1 - config.level / 2]
+        results["quantiles"] = np.quantile(actions["clean"][parts.fit].sum(1), limits).tolist()
+        results["action"] = {name: [float(f"{a:.5g}") for a in x.sum(1)] for name, x in actions.items()}
     report(1)
+    return results
 
 
-def science(config: Config) -> dict[str, Any]:
-    """What decides the outcome of a job."""
-    return training(config.networks) | {"epsilons": config.epsilons, "level": config.level}
-
-
-def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per method and set."""
+def summarize(config: Config, results: list[Row]) -> list[Row]:
+    """One row per method and set of images, differences to the first method paired over the seeds."""
     rows = []
-    for method in METHODS:
-        of = [r for r in results if r["method"] == method]
+    by_method = groups(results, "method")
+    for (method,), of in by_method.items():
         for name in of[0]["rejected"]:
-            row: dict[str, Any] = {"method": method, "images": name}
-            row["rejected"] = mean_interval([100 * r["rejected"][name] for r in of])
+            row: Row = {"method": method, "images": name, "rejected": percent(r["rejected"][name] for r in of)}
             if name != "clean":
-                row["auroc"] = mean_interval([100 * r["auroc"][name] for r in of])
-                found = [100 * r["successful"][name] for r in of if name in r["successful"]]
-                row["successful"] = mean_interval(found) if found else None
-                plain = [r for r in results if r["method"] == METHODS[0]]
-                if method != METHODS[0]:
-                    pairs = [100 * (r["auroc"][name] - p["auroc"][name]) for r, p in zip(of, plain, strict=True)]
-                    row["difference"] = mean_interval(pairs)
+                row["auroc"] = percent(r["auroc"][name] for r in of)
+                shares = [r["successful"][name] for r in of if name in r["successful"]]
+                row["successful"] = percent(shares) if shares else None
+                if method != config.methods[0]:
+                    pairs = zip(of, by_method[config.methods[0],], strict=True)
+                    row["difference"] = percent(r["auroc"][name] - plain["auroc"][name] for r, plain in pairs)
             rows.append(row)
     return rows
 
 
-COLUMNS = {
-    "network": "{method}",
-    "images": "{images}",
-    "rejected (%)": "{rejected:.1f}",
-    "of successful (%)": "{successful:.1f}",
-    "AUROC": "{auroc:.1f}",
-    "- vanilla": "{difference:.1f}",
-}
+def columns(config: Config) -> Columns:
+    """Of the table."""
+    return {
+        "network": "{method}",
+        "images": "{images}",
+        "rejected (%)": "{rejected:.1f}",
+        "of successful (%)": "{successful:.1f}",
+        "AUROC": "{auroc:.1f}",
+        f"- {config.methods[0]}": "{difference:.1f}",
+    }
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says, in sentences."""
     what = ("does not differ", "is larger", "is smaller")
     return [
-        f"{row['images']}: the area under the curve of the action alone {what[row['difference'].sign]} with least "
-        f"action, by {row['difference']:.1f} points (paired)"
-        for row in rows
+        f"{row['images']}: the area under the curve of the action alone {what[row['difference'].sign]} with "
+        f"{row['method']}, by {row['difference']:.1f} points (paired)"
+        for row in outcome.rows
         if "difference" in row
     ]
 
 
-def main(config: Config) -> None:
-    """Train, attack, print one table, write the run folder with its figure."""
-    if config.quick:
-        config = replace(config, seeds=2, train_size=200, pool_size=200, epochs=2, epsilons=config.epsilons[:2])
-    started = time.time()
-    parts_of(config.networks)  # a wrong data folder shows here, before anything is written
-    run = Run(config.output, science(config) | {"seeds": config.seeds}, resume=config.resume)
-    jobs = [Job(method, seed) for method in METHODS for seed in range(config.seeds)]
-    with Workers(config.workers or os.cpu_count() or 1) as workers:
-        results = workers.complete(
-            partial(look, config), jobs, lambda job: config.output / job.name, cost=lambda job: 2, label="action"
-        )
-    rows = summarize(config, results)
-    shown = {m: load_file(config.output / Job(m, 0).name / "action.safetensors") for m in METHODS}
-    lines = {r["method"]: r["quantiles"] for r in results if r["seed"] == 0}
-    figure = plotting.histograms(shown, xlabel="action", lines=lines)
-    plotting.save({"fig_21": figure}, run.folder / "figures")
-    trainings = [{"name": job.name, "job": job.name, "seed": job.seed} for job in jobs]
-    print(run.conclude(trainings, ("job", "seed"), rows, table(rows, COLUMNS), verdict(rows), started=started))
+def details(config: Config, results: list[Row]) -> dict[str, Any]:
+    """By method the actions and the quantiles of the first network."""
+    return {name: {r["method"]: r[name] for r in results if name in r} for name in ("action", "quantiles")}
 
+
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Histograms of the action, a panel per method."""
+    draw = partial(plotting.histograms, xlabel="action")
+    return {"fig_21": lambda: draw(outcome.detail("action"), lines=outcome.detail("quantiles"))}
+
+
+EXPERIMENT = Experiment(
+    config=Config,
+    data=parts_of,
+    jobs=jobs,
+    train=train,
+    summarize=summarize,
+    columns=columns,
+    verdict=verdict,
+    details=details,
+    figures=figures,
+    quick=lambda c: replace(c, seeds=2, train_size=200, pool_size=200, epochs=2, epsilons=c.epsilons[:2]),
+    selects=("methods", "seeds"),
+    cost=lambda config, job: 2,
+)
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command(EXPERIMENT, __doc__)

@@ -1,24 +1,21 @@
 """The action of clean and attacked digits."""
 
-from dataclasses import replace
-
 import pytest
-from action_histogram import Config, main
+from action_histogram import EXPERIMENT, Config
 
+from lab.experiment import draw, run
 from odenets.training.runs import read_summary
 
 
-def test_a_run_prints_its_table_and_goes_on(tmp_path, capsys):
-    config = Config(workers=1, quick=True, output=tmp_path / "run")
-    main(config)
-    shown = capsys.readouterr().out
-    rows = read_summary(tmp_path / "run")["results"]["rows"]
+def test_a_run_leaves_its_table_and_a_figure_that_is_drawn_again(tmp_path):
+    run(EXPERIMENT, Config(workers=1, quick=True, output=tmp_path))
+    rows = read_summary(tmp_path)["results"]["rows"]
     assert [(r["method"], r["images"]) for r in rows] == [
         (method, images) for method in ("vanilla", "least action") for images in ("clean", "eps = 0.05", "eps = 0.1")
     ]
-    assert (tmp_path / "run" / "figures" / "fig_21.png").exists()
-    main(replace(config, resume=True))
-    assert capsys.readouterr().out == shown
+    assert [row["images"] for row in rows if "difference" in row] == ["eps = 0.05", "eps = 0.1"]
+    (tmp_path / "figures" / "fig_21.png").unlink()
+    assert "fig_21.png is drawn" in draw(EXPERIMENT, tmp_path)
 
 
 def test_errors():
