@@ -37,7 +37,7 @@ from lab.runs import Run
 from lab.tables import table
 from lab.workers import Report, Workers
 from odenets import plotting
-from odenets.training.runs import read_config, read_metrics, read_summary
+from odenets.training.runs import read_config, read_metrics
 
 __all__ = ["Columns", "Experiment", "Figures", "Jobs", "Row", "command", "draw", "run"]
 
@@ -189,15 +189,15 @@ def _train_all(experiment: Experiment[C, J], config: C, folder: Path) -> tuple[l
                 )
                 for job in jobs
             ]
-            results = workers.complete(
+            finished = workers.complete(
                 partial(_train, experiment.train, config),
                 tasks,
                 lambda task: task.folder,
                 cost=lambda task: experiment.cost(config, task.job),
                 label=folder.name,
             )
-            summaries.update({task.job.name: read_summary(task.folder) for task in tasks})
-            return results
+            summaries.update({task.job.name: summary for task, summary in zip(tasks, finished, strict=True)})
+            return [summary["results"] for summary in finished]
 
         jobs = experiment.jobs(config)
         batch = next(jobs)

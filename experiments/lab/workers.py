@@ -100,7 +100,7 @@ class Workers:
         cost: Callable[[T], int],
         label: str,
     ) -> list[dict[str, Any]]:
-        """The results of jobs that each leave a finished run in a folder; those that are there are read, not run.
+        """The summaries of jobs that each leave a finished run in a folder; those that are there are read, not run.
 
         Args:
             work: a function at the top of a module, as for :meth:`map`.
@@ -119,7 +119,7 @@ class Workers:
         todo = sorted((job for job in jobs if not (folder(job) / "summary.json").exists()), key=lambda job: -cost(job))
         if todo:
             self.map(work, todo, total=sum(map(cost, todo)), label=label)
-        return [read_summary(folder(job))["results"] for job in jobs]
+        return [read_summary(folder(job)) for job in jobs]
 
 
 def _start(threads: int, progress: Any) -> None:

@@ -170,8 +170,6 @@ def columns_of(folder):
 @pytest.mark.parametrize("name", RESULTS)
 def test_table_and_figures_are_drawn_again(name, tmp_path):
     module = importlib.import_module(next(script for script in SCRIPTS if name.startswith(script)))
-    if not hasattr(module, "EXPERIMENT"):
-        pytest.skip("not on the common harness yet")
     folder = tmp_path / name
     shutil.copytree(RESULTS[name], folder, ignore=shutil.ignore_patterns("figures", "table.md"))
     shown = draw(module.EXPERIMENT, folder)

@@ -114,5 +114,5 @@ def test_finished_jobs_are_read_and_the_others_run_dearest_first(tmp_path):
 
     with Workers(1) as workers:
         found = workers.complete(work, [1, 3, 2], lambda job: tmp_path / str(job), cost=lambda job: job, label="jobs")
-    assert [result["square"] for result in found] == [1, 9, 4]
+    assert [summary["results"]["square"] for summary in found] == [1, 9, 4]
     assert done == [2, 1]
