@@ -22,11 +22,8 @@ import torch
 
 from lab import images
 from lab.config import ImageConfig
-from lab.experiment import Columns, Experiment, Figures, Jobs, command
-from lab.outcome import Outcome
-from lab.runs import Run
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.statistics import correlation, mean_interval, percent
-from lab.workers import Report
 from odenets import Network, initialize, measures, plotting
 from odenets.analysis import iterative_refinement
 from odenets.training.data import Batches, TensorData

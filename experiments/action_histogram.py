@@ -18,12 +18,9 @@ from typing import Any
 import numpy as np
 from detection_setup import Job, NetworkConfig, jobs, parts_of, trained
 
-from lab.experiment import Columns, Experiment, Figures, Row, command
-from lab.outcome import Outcome
+from lab.experiment import Columns, Experiment, Figures, Outcome, Report, Row, Run, command
 from lab.results import groups
-from lab.runs import Run
 from lab.statistics import percent
-from lab.workers import Report
 from odenets import plotting
 from odenets.detection import QuantileTest, Trajectory, in_batches, preset, run_attack, score, split
 

@@ -22,14 +22,11 @@ from lightning_fabric import Fabric
 
 from lab import images
 from lab.config import Config as CommonConfig
-from lab.experiment import Columns, Experiment, Figures, Jobs, command
-from lab.outcome import Outcome
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.plotting import depth as depth_figures
 from lab.progress import Progress
 from lab.results import groups
-from lab.runs import Run
 from lab.statistics import mean_interval
-from lab.workers import Report
 from odenets import Network, models
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule

@@ -25,11 +25,8 @@ from torch import Tensor, nn
 
 from lab.config import Config as CommonConfig
 from lab.config import check_among, check_at_least
-from lab.experiment import Columns, Experiment, Figures, Jobs, command
-from lab.outcome import Outcome
-from lab.runs import Run
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.statistics import Interval, mean_interval, paired, percent
-from lab.workers import Report
 from odenets import Flow, MLPField, Network, plotting
 from odenets.checkpoints import load_weights, save_weights
 from odenets.least_action import ActionPenalty, LeastAction

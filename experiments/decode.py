@@ -25,12 +25,9 @@ from torch.nn import functional as F
 
 from lab import images
 from lab.config import ImageConfig, check_at_least
-from lab.experiment import Columns, Experiment, Figures, Jobs, command
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.networks import resnet9_decoder
-from lab.outcome import Outcome
 from lab.progress import Progress
-from lab.runs import Run
-from lab.workers import Report
 from odenets import Network, load_weights, measures, plotting, save_weights
 from odenets.least_action import LeastAction
 from odenets.training import datasets

@@ -26,9 +26,7 @@ import torch
 from detection_setup import TRAJECTORY, Config, Job, attacked, foreign, jobs, kinds_of, parts_of, trained
 from detection_tables import columns, details, figures, summarize, verdict
 
-from lab.experiment import Experiment, Row, command
-from lab.runs import Run
-from lab.workers import Report
+from lab.experiment import Experiment, Report, Row, Run, command
 from odenets import Network
 from odenets.detection import (
     LID,

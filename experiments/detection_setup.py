@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from lab import images
 from lab.config import ImageConfig, check_among, check_at_least
-from lab.experiment import Jobs
-from lab.runs import Run
+from lab.experiment import Jobs, Run
 from odenets import Network, load_weights, models, save_weights
 from odenets.detection import (
     LID,

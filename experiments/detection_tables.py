@@ -12,8 +12,7 @@ import numpy as np
 from detection_setup import METHODS, TRAJECTORY, Config
 from matplotlib.figure import Figure
 
-from lab.experiment import Columns, Figures, Row
-from lab.outcome import Outcome
+from lab.experiment import Columns, Figures, Outcome, Row
 from lab.results import groups
 from lab.statistics import Interval, mean_interval, paired, paired_p_value, percent
 from odenets import plotting

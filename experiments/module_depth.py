@@ -20,14 +20,11 @@ import torch
 
 from lab import images
 from lab.config import ImageConfig
-from lab.experiment import Columns, Experiment, Figures, Jobs, command
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.modules import accuracies, after_each_module, difference, in_modules
-from lab.outcome import Outcome
 from lab.plotting import intervals
 from lab.results import best_settings, groups
-from lab.runs import Run
 from lab.statistics import Interval, percent
-from lab.workers import Report
 from odenets import initialize
 from odenets.module_wise import ModuleWise, fit_modules, greedy, trgl
 from odenets.training import datasets

@@ -24,11 +24,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab.config import Config as Common
-from lab.experiment import Columns, Experiment, Jobs, command
+from lab.experiment import Columns, Experiment, Jobs, Outcome, Report, Run, command
 from lab.networks import vision
-from lab.outcome import Outcome
-from lab.runs import Run
-from lab.workers import Report
 from odenets import AdaptedModel, Network, adapt, models
 from odenets.analysis import measure_memory
 from odenets.module_wise import ModuleWise, end_to_end_step, greedy, parallel_step, split_into_modules, trgl

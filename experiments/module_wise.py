@@ -26,15 +26,12 @@ from module_settings import SCHEDULES, SETTINGS, Setting
 
 from lab import images
 from lab.config import Config as Common
-from lab.experiment import Columns, Experiment, Figures, Jobs, run
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, run
 from lab.modules import accuracies, after_each_module, difference, in_modules
-from lab.outcome import Outcome
 from lab.plotting import intervals
 from lab.results import best_settings, groups
-from lab.runs import Run
 from lab.statistics import Interval, percent
 from lab.tables import table
-from lab.workers import Report
 from odenets import initialize
 from odenets.module_wise import (
     ModuleObjective,

@@ -38,14 +38,11 @@ from neural_ode_setup import Config, Job, build, field_of
 from torch import Tensor, nn
 
 from lab import images
-from lab.experiment import Columns, Experiment, Figures, Jobs, command
-from lab.outcome import Outcome
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.plotting import cost_of_solves, solves_while_training
 from lab.progress import Progress
 from lab.results import groups
-from lab.runs import Run
 from lab.statistics import mean_interval
-from lab.workers import Report
 from odenets import Flow, Network, measures
 from odenets.analysis.memory import measure_memory
 from odenets.checkpoints import save_weights

@@ -21,13 +21,10 @@ import torch
 
 from lab import images
 from lab.config import ImageConfig, check_at_least
-from lab.experiment import Columns, Experiment, Figures, Jobs, command
-from lab.outcome import Outcome
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.plotting import intervals
 from lab.results import best_settings
-from lab.runs import Run
 from lab.statistics import paired, percent
-from lab.workers import Report
 from odenets import Network, initialize
 from odenets.least_action import LeastAction
 from odenets.training import datasets

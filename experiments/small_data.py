@@ -37,12 +37,9 @@ from small_data_setup import (
 )
 from torch import Tensor
 
-from lab.experiment import Columns, Experiment, Jobs, command
-from lab.outcome import Outcome
+from lab.experiment import Columns, Experiment, Jobs, Outcome, Report, Run, command
 from lab.results import best_settings, groups
-from lab.runs import Run
 from lab.statistics import Interval, mean_interval, paired, paired_p_value
-from lab.workers import Report
 from odenets import Network, measures, recalibrate
 from odenets.training import datasets
 from odenets.training.data import Batches

@@ -39,7 +39,9 @@ from lab.workers import Report, Workers
 from odenets import plotting
 from odenets.training.runs import read_config, read_metrics
 
-__all__ = ["Columns", "Experiment", "Figures", "Jobs", "Row", "command", "draw", "run"]
+__all__ = [
+    "Columns", "Experiment", "Figures", "Jobs", "Outcome", "Report", "Row", "Run", "command", "draw", "run",
+]  # fmt: skip
 
 Row = dict[str, Any]
 Columns = Mapping[str, str | Callable[[Mapping[str, Any]], object]]

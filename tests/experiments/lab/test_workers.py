@@ -64,7 +64,6 @@ def test_a_job_that_leaves_no_run_is_told(tmp_path):
 SLEEPER = """
 import os, time
 from lab.workers import Workers
-from lab.runs import Run
 def work(item, report):
     print(os.getpid(), flush=True)
     time.sleep(3600)
@@ -79,7 +78,9 @@ if __name__ == "__main__":
 def test_workers_end_with_a_killed_parent(tmp_path):
     script = tmp_path / "sleeper.py"
     script.write_text(SLEEPER)
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # this checkout and its laboratory
+    command = [sys.executable, script]
+    with subprocess.Popen(command, env=os.environ | paths, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
