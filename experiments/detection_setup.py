@@ -135,10 +135,9 @@ class Config(NetworkConfig):
         if self.eps < 0:
             raise ValueError(f"eps must be positive, or 0 for the data set's, got {self.eps}")
         # what follows raises where it does not fit
+        kinds_of(self)
         for name in self.attacks:
             attack_of(self, name)
-        for magnitude in self.magnitudes:
-            Mahalanobis(magnitude=magnitude)
         split(self.pool_size, test=self.test, validation=self.validation)
 
     @property
