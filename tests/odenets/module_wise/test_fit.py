@@ -13,7 +13,7 @@ from odenets.module_wise.fit import move
 from odenets.training import data, datasets
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
-from tests.odenets.training.test_loop import NoDouble
+from tests.counting import NoDouble
 
 DIGITS = datasets.subsample(datasets.load("digits")[0], 120)
 BATCHES = data.Batches(DIGITS, 40, seed=0)
