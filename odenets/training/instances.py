@@ -1,4 +1,4 @@
-"""Many instances of a small network trained together, as one batch of networks, each as if it were alone.
+"""Many instances of a small network trained together, as one batch of networks, each to the result of its own training.
 
 An average over a hundred seeds is a hundred trainings. One by one they cost a hundred times the overhead of calling
 small operations; stacked by ``torch.func``, with a dimension of instances before all parameters, they cost it once.
@@ -7,7 +7,7 @@ small operations; stacked by ``torch.func``, with a dimension of instances befor
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ TOGETHER = 2**16
 
 @dataclass(frozen=True)
 class Instances:
-    """What became of n instances.
+    """Trained instances, n of them.
 
     Attributes:
         networks: the networks, trained.
@@ -64,19 +64,25 @@ class _Instance(nn.Module):
 
 
 class _Stack:
-    """The parameters and buffers of the instances still in training, a dimension of instances before each."""
+    """The instances still in training: their parameters and buffers, a dimension of instances before each."""
 
-    def __init__(self, instances: list[_Instance]) -> None:
+    def __init__(self, instances: list[_Instance], optimizer: Callable[[list[Tensor]], Optimizer]) -> None:
+        self.instances = instances
+        self.numbers = torch.arange(len(instances))
+        """Which instances the rows are."""
         self.one = copy.deepcopy(instances[0])
         self.parameters, self.buffers = stack_module_state(instances)  # type: ignore[arg-type]
         self.parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.parameters.items()}
+        self.optimizer = optimizer(self._trained)
+        if (groups := len(self.optimizer.param_groups)) != 1:
+            raise ValueError(f"optimizer must have one group of parameters, got {groups}")
 
     @property
-    def trained(self) -> list[Tensor]:
+    def _trained(self) -> list[Tensor]:
         """The parameters that are not frozen."""
         return [p for p in self.parameters.values() if p.requires_grad]
 
-    def call(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
+    def _call(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
         """Call every instance with its own inputs ``x`` ``(n, B, *S)`` and labels ``(n, B)``."""
 
         def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -85,33 +91,78 @@ class _Stack:
         in_dims = (0, 0, 0, None if y is None else 0)
         return torch.vmap(run, in_dims, randomness="different")(self.parameters, self.buffers, x, y)
 
-    def answers(self, row: int, x: Tensor) -> Tensor:
-        """The classes that one of them finds most likely for inputs ``(N, *S)``."""
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Train for an epoch: each instance's loss, summed over its samples."""
+        self.one.train()
+        objective, optimizer = self.one.objective, self.optimizer
+        total = torch.zeros(len(self.numbers), device=device_of(self.one))
+        for x, y in batches:
+            second_forward = objective.needs_second_forward
+            loss = self._call(x, y, "loss")
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            if second_forward:
+                self._call(x, y, "after step")
+            else:
+                objective.after_step(self.one.network, (x, y))
+            total += loss.detach() * y.shape[1]
+        return total
+
+    @torch.no_grad()
+    def accuracies(self, sets: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Share of right answers on each set, per row, in eval mode and one pass over all sets."""
+        if not sets:
+            return {}
+        self.one.eval()
+        x, y = (torch.cat([part[self.numbers] for part in parts], 1) for parts in zip(*sets.values(), strict=True))
+        if x[0].numel() > TOGETHER:
+            answers = torch.stack([self._answers(row, part) for row, part in enumerate(x)])
+        else:
+            answers = self._call(x, None, "output").argmax(2)
+        lengths = [x.shape[1] for x, _ in sets.values()]
+        right = (answers == y).float()
+        return {name: part.mean(1).cpu() for name, part in zip(sets, right.split(lengths, 1), strict=True)}
+
+    def _answers(self, row: int, x: Tensor) -> Tensor:
+        """The classes that one instance finds most likely for inputs ``(N, *S)``."""
         own = tuple({name: value[row] for name, value in values.items()} for values in (self.parameters, self.buffers))
         return torch.cat([functional_call(self.one, own, (part, None, "output")).argmax(1) for part in x.split(100)])
 
-    def write(self, instances: Sequence[_Instance], rows: Sequence[int]) -> None:
-        """Write rows of the stack into instances of their own."""
-        with torch.no_grad():
-            for instance, row in zip(instances, rows, strict=True):
-                own = {**dict(instance.named_parameters()), **dict(instance.named_buffers())}
-                for name, stacked in {**self.parameters, **self.buffers}.items():
-                    own[name].copy_(stacked[row])
-
-    def keep(self, rows: Tensor, optimizer: Optimizer) -> None:
-        """Go on with some of the rows; the optimizer's state follows."""
-        n = len(next(iter(self.parameters.values())))
-        (group,) = optimizer.param_groups
+    def end(self, rows: Tensor) -> None:
+        """Write some rows, a mask, into their instances and go on with the others; the optimizer's state follows."""
+        self._write(rows)
+        n = len(self.numbers)
+        self.numbers = self.numbers[~rows]
+        if not len(self.numbers):
+            return
+        others = (~rows).nonzero().flatten()
         for name, p in self.parameters.items():
-            kept = p.detach()[rows].requires_grad_(p.requires_grad)
-            state = optimizer.state.pop(p, {})
+            rest = p.detach()[others].requires_grad_(p.requires_grad)
+            state = self.optimizer.state.pop(p, {})
             if state:
-                optimizer.state[kept] = {
-                    key: v[rows] if isinstance(v, Tensor) and v.shape[:1] == (n,) else v for key, v in state.items()
+                self.optimizer.state[rest] = {
+                    key: v[others] if isinstance(v, Tensor) and v.shape[:1] == (n,) else v for key, v in state.items()
                 }
-            self.parameters[name] = kept
-        group["params"] = self.trained
-        self.buffers = {name: b[rows] for name, b in self.buffers.items()}
+            self.parameters[name] = rest
+        self.optimizer.param_groups[0]["params"] = self._trained
+        self.buffers = {name: b[others] for name, b in self.buffers.items()}
+
+    @torch.no_grad()
+    def _write(self, rows: Tensor) -> None:
+        """Write rows into instances; what objectives count in Python they count together, on the one that is called."""
+        counts = {
+            name.rpartition(".")[0]: state
+            for name, state in self.one.state_dict().items()
+            if name.endswith("_extra_state") and name.startswith("objective")
+        }
+        for row in rows.nonzero().flatten().tolist():
+            instance = self.instances[int(self.numbers[row])]
+            own = {**dict(instance.named_parameters()), **dict(instance.named_buffers())}
+            for name, stacked in {**self.parameters, **self.buffers}.items():
+                own[name].copy_(stacked[row])
+            for name, state in counts.items():
+                instance.get_submodule(name).set_extra_state(state)
 
 
 def fit_instances(
@@ -157,58 +208,35 @@ def fit_instances(
         instance.train()
         if any(nn.parameter.is_lazy(p) for p in instance.parameters()):
             instance.network(batch.data.x[:2])
-    stack = _Stack(instances)
-    made = optimizer(stack.trained)
-    if len(made.param_groups) != 1:
-        raise ValueError(f"optimizer must have one group of parameters, got {len(made.param_groups)}")
+    stack = _Stack(instances, optimizer)
     sets = {
         name: (torch.stack([d.x for d in data]), torch.stack([d.y for d in data])) for name, data in measured.items()
     }
-    drawn = _drawing(batches)
-    training = torch.arange(n)  # which instances the rows of the stack are
-    losses, ended, streak = (
-        torch.full((n, epochs), torch.nan),
-        torch.full((n,), epochs),
-        torch.zeros(n, dtype=torch.int),
-    )
+    batches_of = _drawing(batches)
+    losses = torch.full((n, epochs), torch.nan)
     accuracy = {name: torch.full((n, epochs), torch.nan) for name in sets}
+    ended, streak = torch.full((n,), epochs), torch.zeros(n, dtype=torch.int)
     for epoch in range(epochs):
-        stack.one.train()
-        total = torch.zeros(len(training), dtype=losses.dtype, device=device_of(stack.one))
-        for part in drawn(training, epoch):
-            needs_second_forward = stack.one.objective.needs_second_forward
-            loss = stack.call(*part, "loss")
-            made.zero_grad()
-            loss.sum().backward()
-            made.step()
-            if needs_second_forward:
-                stack.call(*part, "after step")
-            else:
-                stack.one.objective.after_step(stack.one.network, part)
-            total += loss.detach() * part[1].shape[1]
-        losses[training, epoch:] = (total / len(batches[0].data)).cpu()[:, None]
-        looked = (epoch + 1) % every == 0 or epoch + 1 == epochs
-        if looked:
-            for name, right in _accuracies(stack, sets, training).items():
-                accuracy[name][training, epoch:] = right[:, None]
-        report(len(training))
-        if not (looked and perfect):
+        numbers = stack.numbers
+        total = stack.train(batches_of(numbers, epoch))
+        losses[numbers, epoch:] = (total / len(batches[0].data)).cpu()[:, None]
+        measuring = (epoch + 1) % every == 0 or epoch + 1 == epochs
+        if measuring:
+            for name, right in stack.accuracies(sets).items():
+                accuracy[name][numbers, epoch:] = right[:, None]
+        report(len(numbers))
+        if not (measuring and perfect):
             continue
-        faultless = torch.stack([accuracy[name][training, epoch] == 1 for name in perfect]).all(0)
-        streak[training] = torch.where(faultless, streak[training] + 1, 0)
-        done = streak[training] >= patience
+        faultless = torch.stack([accuracy[name][numbers, epoch] == 1 for name in perfect]).all(0)
+        streak[numbers] = torch.where(faultless, streak[numbers] + 1, 0)
+        done = streak[numbers] >= patience
         if done.any():
-            rows = done.nonzero().flatten()
-            stack.write([instances[i] for i in training[rows].tolist()], rows.tolist())
-            _count(stack, [instances[i] for i in training[rows].tolist()])
-            ended[training[rows]] = epoch + 1
-            report(len(rows) * (epochs - epoch - 1))
-            training = training[~done]
-            if not len(training):
+            ended[numbers[done]] = epoch + 1
+            report(int(done.sum()) * (epochs - epoch - 1))
+            stack.end(done)
+            if not len(stack.numbers):
                 break
-            stack.keep((~done).nonzero().flatten(), made)
-    stack.write([instances[i] for i in training.tolist()], range(len(training)))
-    _count(stack, [instances[i] for i in training.tolist()])
+    stack.end(torch.ones(len(stack.numbers), dtype=torch.bool))
     return Instances(list(networks), [instance.objective for instance in instances], ended, losses, accuracy)
 
 
@@ -232,40 +260,16 @@ def _drawing(batches: Sequence[Batches]) -> Callable[[Tensor, int], Iterator[tup
     return plain
 
 
-def _count(stack: _Stack, instances: list[_Instance]) -> None:
-    """What the objectives count in Python they count together, on the one that is called."""
-    for name, state in stack.one.state_dict().items():
-        if name.endswith("_extra_state") and name.startswith("objective"):
-            for instance in instances:
-                instance.get_submodule(name.rpartition(".")[0]).set_extra_state(state)
-
-
-@torch.no_grad()
-def _accuracies(stack: _Stack, sets: dict[str, tuple[Tensor, Tensor]], training: Tensor) -> dict[str, Tensor]:
-    """Share of right answers on each set, per row of the stack, in eval mode and one pass over all sets."""
-    if not sets:
-        return {}
-    stack.one.eval()
-    x, y = (torch.cat([part[training] for part in parts], 1) for parts in zip(*sets.values(), strict=True))
-    if x[0].numel() > TOGETHER:
-        answers = torch.stack([stack.answers(row, part) for row, part in enumerate(x)])
-    else:
-        answers = stack.call(x, None, "output").argmax(2)
-    lengths = [x.shape[1] for x, _ in sets.values()]
-    right = (answers == y).float()
-    return {name: part.mean(1).cpu() for name, part in zip(sets, right.split(lengths, 1), strict=True)}
-
-
 def _check(
     n: int, batches: Sequence[Batches], measured: dict[str, Sequence[TensorData]], every: int, perfect: Sequence[str]
 ) -> None:
     if n < 1:
         raise ValueError("networks must hold at least one network")
-    for name, given in {"batches": [b.data for b in batches], **measured}.items():
-        if len(given) != n:
-            raise ValueError(f"{name} must hold one per network, {n}, got {len(given)}")
-        if len({d.x.shape for d in given}) > 1:
-            raise ValueError(f"{name} must be of one size, got {sorted({tuple(d.x.shape) for d in given})}")
+    for name, sets in {"batches": [b.data for b in batches], **measured}.items():
+        if len(sets) != n:
+            raise ValueError(f"{name} must hold one per network, {n}, got {len(sets)}")
+        if len({d.x.shape for d in sets}) > 1:
+            raise ValueError(f"{name} must be of one size, got {sorted({tuple(d.x.shape) for d in sets})}")
     if len({b.size for b in batches}) > 1:
         raise ValueError(f"batches must be of one size, got {sorted({b.size for b in batches})}")
     if every < 1:
