@@ -1,4 +1,4 @@
-"""Least action: train the network that solves the task while moving its data least (section 3.4).
+"""Least action: train the network that solves the task while moving its data least [K24, section 3.4].
 
 The problem ``min C subject to L = 0``, with L the loss of the task and C the cost of moving the data, is solved by the
 method of multipliers: ``L + C / lambda`` is minimized while lambda grows with the loss that is left. A fixed weight is
@@ -38,14 +38,14 @@ class Cost:
 
     Args:
         kind: "action", the kinetic action of the steps, the mean over the samples of ``sum_m h_m sum_i b_i <|p_i|^p>``,
-            which halving a block does not change; "residue", the thesis' sum over blocks of the mean of ``|r|^p``, h
-            left out, the same for Euler steps of size 1; "norm", the sum over blocks of the Frobenius norm, not
-            squared, of the batch's residues, as in its experiments in two dimensions.
+            which halving a block does not change; "residue", the sum over blocks of the mean of ``|r|^p`` of [K24],
+            h left out, the same for Euler steps of size 1; "norm", the sum over blocks of the Frobenius norm, not
+            squared, of the batch's residues, as in the experiments of [K24] in two dimensions.
         p: the exponent, 2 for the energy; "norm" knows no other.
 
-    The first two are means over the D features of a state, not sums: the squared norm of eq. (16) and (31) is D times
-    as large. For another p they are means of ``|r_i|^p`` over the features i, so that the ground cost is the p-th power
-    of the p-norm; eq. (16) has that of the Euclidean norm, which is another cost.
+    The first two are means over the D features of a state, not sums: the squared norm of [K24, eq. 16 and 31] is D
+    times as large. For another p they are means of ``|r_i|^p`` over the features i, so that the ground cost is the p-th
+    power of the p-norm; [K24, eq. 16] has that of the Euclidean norm, which is another cost.
 
     Raises:
         ValueError: an unknown kind, or p below 1.
@@ -118,11 +118,11 @@ class ActionPenalty(_WithCost):
 
 
 class LeastAction(_WithCost):
-    """``L + C / lambda``, where every s steps ``lambda += tau * L``: the method of multipliers (eq. 19, Algorithm 1).
+    """``L + C / lambda``, where every s steps ``lambda += tau * L`` [K24, eq. 19 and Algorithm 1].
 
-    The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of the thesis divided by D.
+    The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of [K24] divided by D.
     The objective counts the steps of one training: :func:`odenets.training.fit` tells it of each, a loop of one's own
-    calls :meth:`after_step`. Given to another training it goes on from its lambda.
+    calls :meth:`after_step`. In another training it goes on from its lambda.
 
     Args:
         task: what is to be solved, L; cross-entropy if not given.
@@ -132,10 +132,10 @@ class LeastAction(_WithCost):
         cost: "action", "residue" or "norm", see :class:`Cost`.
         p: exponent of the cost.
         update: "before", every s-th step begins with the change, by the loss of its batch, and takes the new lambda
-            already, as the published code has it; "next", the step after every s-th begins with it (eq. 33); "after",
-            every s-th step ends with it, by the loss of its batch with the new weights (eq. 19), which takes another
-            forward pass: in training mode, with running statistics and random state left as they were. Without
-            gradients the objective changes nothing.
+            already, as the published code has it; "next", the step after every s-th begins with it [K24, eq. 33];
+            "after", every s-th step ends with it, by the loss of its batch with the new weights [K24, eq. 19], which
+            takes another forward pass: in training mode, with running statistics and random state left as they were.
+            Without gradients the objective changes nothing.
         weigh: "divide" the cost by lambda, or "multiply" the loss by it: the same minimum, but then the loss' gradient,
             and with it the effective learning rate, grows with lambda.
 
@@ -175,13 +175,13 @@ class LeastAction(_WithCost):
         self.tau, self.every, self.update, self.weigh = tau, every, update, weigh
         self.steps = 0
         self._changed_in = -1
-        self._noticed: tuple[int, weakref.ref[nn.Parameter], int] | None = None
+        self._watched: tuple[int, weakref.ref[nn.Parameter], int] | None = None
         self.register_buffer("multiplier", torch.tensor(lambda0, dtype=total_dtype("cpu")))
 
     def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
         loss, cost = self.task(network, batch, output, records), self.cost(records)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._notice_steps(network)
+            self._watch_steps(network)
         if self.update != "after" and torch.is_grad_enabled() and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
             self._grow(loss, len(batch[1]))
@@ -197,24 +197,24 @@ class LeastAction(_WithCost):
         super().after_step(network, batch)
         self.steps += 1
 
-    def _notice_steps(self, network: nn.Module) -> None:
+    def _watch_steps(self, network: nn.Module) -> None:
         """Warn where weights change from one loss to the next and nobody says that a step was taken."""
         p = next((p for p in network.parameters() if type(p) is nn.Parameter and p.requires_grad), None)
         if p is None:
             return
-        if self._noticed is not None:
-            steps, known, version = self._noticed
-            if known() is p and steps == self.steps and version != p._version:
+        if self._watched is not None:
+            steps, parameter, version = self._watched
+            if parameter() is p and steps == self.steps and version != p._version:
                 warnings.warn(
                     "the weights have changed and after_step was not called, without which lambda stands still: call "
                     "objective.after_step(network, batch) after each step of the optimizer",
                     stacklevel=2,
                 )
-        self._noticed = self.steps, weakref.ref(p), p._version
+        self._watched = self.steps, weakref.ref(p), p._version
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied: not the parameter that was noticed."""
-        return self.__dict__ | {"_noticed": None}
+        """What is copied: all but the parameter whose version is watched."""
+        return self.__dict__ | {"_watched": None}
 
     @property
     def needs_second_forward(self) -> bool:
@@ -257,4 +257,4 @@ class LeastAction(_WithCost):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take up the number of steps."""
-        self.steps, self._changed_in, self._noticed = int(state), -1, None
+        self.steps, self._changed_in, self._watched = int(state), -1, None

@@ -161,7 +161,7 @@ class CrossEntropy(Objective):
 class ReverseCrossEntropy(Objective):
     """``-1/(C-1) sum over c != y of log softmax_c(-z)``: the classes that are not right are to be equally likely.
 
-    The network of Pang et al. (2018) has outputs ``-z`` while it learns and is asked with their negatives. Here z is
+    The network of Pang et al. (2018) has outputs ``-z`` in training and is used with their negatives. Here z is
     the network's output throughout, so that the most likely class is its largest, as for any other classifier, and an
     attacker who differentiates it knows of the negation.
     """

@@ -164,7 +164,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 def _json(value: Any) -> bytes:
     """Indented, but a list of numbers on one line; strings hold no line breaks as JSON."""
     text = json.dumps(value, indent=1, default=_plain)
-    return re.sub(r"\[\n([^][{}\"]*?)\n *\]", lambda found: f"[{' '.join(found[1].split())}]", text).encode()
+    return re.sub(r"\[\n([^][{}\"]*?)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text).encode()
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
