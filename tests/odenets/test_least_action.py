@@ -10,16 +10,10 @@ from torch.nn import functional as F
 from odenets import measures, models
 from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.module_wise import fit_modules, split_into_modules, trgl_multipliers
-from odenets.training import data, datasets
+from odenets.training import data
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
-
-
-@pytest.fixture(scope="module")
-def parts():
-    train, test = datasets.load("digits")
-    return datasets.split(train, test, size=250)
 
 
 def network(**options):

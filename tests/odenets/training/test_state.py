@@ -1,0 +1,126 @@
+import pytest
+import torch
+from torch import nn
+
+from odenets.depth import AdaptiveDepth, DepthRule
+from odenets.errors import DivergedError
+from odenets.training import data
+from odenets.training.loop import fit
+from odenets.training.objectives import CrossEntropy
+from odenets.training.runs import Run
+from tests.odenets.training.small import TENS, network, on_cpu, settings, sgd, tiny
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_after", [1, 2, 3])
+def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_after):
+    """Across depth edits: the tolerance duplicates at every check."""
+
+    class Kill(AdaptiveDepth):
+        def after_epoch(self, training, row):
+            super().after_epoch(training, row)
+            if training.epoch == kill_after + 1:
+                raise Killed
+
+    inputs = data.Batches(parts.validation, 500).inputs
+    rule = DepthRule(1e-7, max_depth=4)
+    whole = network(parts)
+    fit(whole, **settings(parts, callbacks=[AdaptiveDepth(rule, inputs)]))
+    assert whole.depth == 4
+    run = Run(tmp_path / "run", {"seed": 0})
+    with pytest.raises(Killed):
+        fit(network(parts), **settings(parts, callbacks=[Kill(rule, inputs)]), run=run)
+    torch.manual_seed(123)
+    resumed = network(parts)
+    run = Run(tmp_path / "run", {"seed": 0}, resume=True)
+    training = fit(resumed, **settings(parts, callbacks=[AdaptiveDepth(rule, inputs)]), run=run)
+    assert [row["epoch"] for row in training.rows] == [1, 2, 3, 4]
+    assert resumed.flows[0].h == whole.flows[0].h
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_divergence_is_an_error_that_keeps_the_checkpoint(parts, tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit(network(parts), **settings(parts, epochs=1), run=run)
+    state = run.load_state()
+
+    def wild(net):
+        return torch.optim.SGD(net.parameters(), 1e30)
+
+    with pytest.raises(DivergedError, match="lower the learning rate, refine the steps"):
+        fit(network(parts), **settings(parts, optimizer=wild, schedule=None))
+    assert run.load_state()["epoch"] == state["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "validated", "message"),
+    [(float("nan"), False, "weights that are not finite"), (3e38, True, "its validation loss is")],
+)
+def test_what_a_broken_epoch_leaves_is_not_saved(parts, tmp_path, value, validated, message):
+    """The second epoch's only step breaks the weights after its loss was finite."""
+
+    class Breaking(CrossEntropy):
+        steps = 0
+
+        def after_step(self, network, batch):
+            self.steps += 1
+            if self.steps == 2:
+                torch.nn.init.constant_(network.head[-1].weight, value)
+
+    run = Run(tmp_path / "run", {})
+    changes = {} if validated else {"validation": None}
+    whole = data.Batches(parts.train, len(parts.train))
+    with pytest.raises(DivergedError, match=message):
+        fit(network(parts), **settings(parts, batches=whole, objective=Breaking(), **changes), run=run)
+    state = run.load_state()
+    assert state["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["network"].values())
+    assert fit(network(parts), **settings(parts, batches=whole, **changes), run=run).epoch == 4
+
+
+def test_a_resumed_training_keeps_its_precision_to_the_last_bit(tmp_path):
+    whole = tiny()
+    fit(whole, TENS, epochs=3, optimizer=sgd, fabric=on_cpu("64-true"))
+    run, resumed = Run(tmp_path / "run", {}), tiny()
+    fit(tiny(), TENS, epochs=1, optimizer=sgd, fabric=on_cpu("64-true"), run=run)
+    fit(resumed, TENS, epochs=3, optimizer=sgd, fabric=on_cpu("64-true"), run=run)
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match=r"precision of the checkpoint, in which \S+ is torch.float64"):
+        fit(tiny(), TENS, epochs=4, optimizer=sgd, run=run)
+    with pytest.raises(ValueError, match="schedule must be that of the checkpoint, which has none"):
+        fit(tiny(), TENS, epochs=4, optimizer=sgd, fabric=on_cpu("64-true"), run=run,
+            schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
+
+
+def test_parameters_that_would_not_train_are_named():
+    other = tiny()
+    with pytest.raises(ValueError, match="optimizer must hold parameters of the network"):
+        fit(tiny(), TENS, epochs=1, optimizer=lambda net: sgd(other))
+    with pytest.warns(UserWarning, match=r"leaves out \d+ of \d+ parameters that require a gradient, encoder"):
+        fit(tiny(), TENS, epochs=1, optimizer=lambda net: sgd(net.head))
+    frozen = tiny().requires_grad_(False)
+    frozen.head.requires_grad_(True)
+    fit(frozen, TENS, epochs=1, optimizer=lambda net: sgd(net.head))
+
+    class NewHead:
+        def after_epoch(self, training, row):
+            training.network.head = tiny().head
+
+    with pytest.warns(UserWarning, match="leaves out 2 of"):
+        fit(tiny(), TENS, epochs=2, optimizer=sgd, callbacks=[NewHead()])
+
+    class Learned(CrossEntropy):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, network, batch, output, records):
+            return super().forward(network, batch, output * self.scale, records)
+
+    with pytest.warns(UserWarning, match="leaves out 1 of .*scale"):
+        fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=Learned())

@@ -1,0 +1,151 @@
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from odenets import Network, load_weights, models
+from odenets.least_action import ActionPenalty
+from odenets.training import data
+from odenets.training.loop import fit
+from odenets.training.objectives import CrossEntropy
+from tests.odenets.training import train_in_processes
+from tests.odenets.training.small import (
+    TENS,
+    in_double,
+    network,
+    sgd,
+    tiny,
+    trained,
+)
+
+
+def assert_same_weights(one, two, tolerance=1e-6):
+    for p, q in zip(one.network.parameters(), two.network.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("accumulate", [2, 5, 1000])
+def test_batches_in_parts_give_the_same_weights(parts, accumulate):
+    parts = in_double(parts)
+    whole, in_parts = trained(parts), trained(parts, accumulate=accumulate)
+    assert_same_weights(whole, in_parts)
+    assert in_parts.rows[-1]["train_loss"] == pytest.approx(whole.rows[-1]["train_loss"], rel=1e-6)
+    assert in_parts.evaluations == whole.evaluations
+
+
+def test_gradients_are_clipped_to_the_norm(parts):
+    batches = data.Batches(parts.train, len(parts.train))
+    start = torch.nn.utils.parameters_to_vector(network(parts, depth=2, solver="euler", h=1.0).parameters())
+    clipped = trained(parts, 1, batches=batches, clip_norm=0.01)
+    moved = torch.nn.utils.parameters_to_vector(clipped.network.parameters()) - start
+    assert moved.norm().item() == pytest.approx(0.02 * 0.01, rel=1e-2)
+    assert_same_weights(trained(in_double(parts), 1), trained(in_double(parts), 1, clip_norm=1e9))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_is_what_eager_is(parts, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    parts = in_double(parts)
+    compiled = trained(parts, compile=True)
+    assert_same_weights(trained(parts), compiled)
+    assert "record" not in vars(compiled.network)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_record_of_ones_own_is_there_after_compiling(fails, monkeypatch):
+    class Failing(CrossEntropy):
+        def forward(self, *args):
+            raise KeyError("failed")
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    net = tiny()
+    own = net.record = lambda x, **measures: Network.record(net, x, **measures)
+    with pytest.raises(KeyError) if fails else torch.enable_grad():
+        fit(net, TENS, epochs=1, optimizer=sgd, compile=True, objective=Failing() if fails else None)
+    assert vars(net)["record"] is own
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder in which two processes have written what came out."""
+    folder = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("train_in_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
+    subprocess.run(launch, check=True, capture_output=True, timeout=1200)
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(two_processes, tmp_path):
+    """Shares of a batch and the last batch of an epoch are of several sizes."""
+    train_in_processes.main(tmp_path, Fabric(accelerator="cpu", devices=1))
+    networks = []
+    for folder in (two_processes, tmp_path):
+        net = models.small_network(features=8, solver="euler", h=1.0, depth=2).double()
+        networks.append(load_weights(net, folder / "weights.safetensors"))
+    for p, q in zip(*(net.parameters() for net in networks), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    two, one = ([float(v) for v in (folder / "found.txt").read_text().split()] for folder in (two_processes, tmp_path))
+    assert two[:3] == pytest.approx(one[:3], rel=1e-3)
+    assert two[3] == one[3]
+
+
+@pytest.mark.slow
+def test_two_processes_edit_alike_and_go_on_from_one_checkpoint(two_processes):
+    """With batch norms, whose statistics each process takes of its own shares."""
+    found = [json.loads((two_processes / f"adaptive_{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert [depth for depth, _ in found[0]] == [2, 4, 8, 8]
+    one, two = (
+        load_weights(train_in_processes.two_flows(4), two_processes / f"adaptive_{rank}.safetensors").state_dict()
+        for rank in range(2)
+    )
+    for (name, p), q in zip(one.items(), two.values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (lambda loss: loss.item(), TypeError, "Wrong returns float"),
+        (lambda loss: loss.expand(2), ValueError, r"Wrong returns a loss of shape \(2,\)"),
+        (lambda loss: loss.detach(), ValueError, "the loss of Wrong depends on no parameter"),
+    ],
+)
+def test_losses_that_train_nothing_are_named(value, error, message):
+    class Wrong(CrossEntropy):
+        def forward(self, *args):
+            return value(super().forward(*args))
+
+    with pytest.raises(error, match=message):
+        fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=Wrong())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_objective_of_ones_own_may_look_again(wrapped):
+    """Its pass counts for no running statistic and draws for nobody else, be it the objective or the task of one."""
+
+    class Looking(CrossEntropy):
+        needs_second_forward = True  # type: ignore[assignment]
+        seen = 0
+
+        def after_step(self, network, batch):
+            network.record(batch[0])
+            self.seen += 1
+
+    states = []
+    for task in (CrossEntropy(), looking := Looking()):
+        net = tiny(norm="batch")
+        net.head = nn.Sequential(nn.Dropout2d(0.2), net.head)
+        torch.manual_seed(0)
+        fit(net, TENS, epochs=2, optimizer=sgd, objective=ActionPenalty(0.1, task) if wrapped else task)
+        states.append(net.state_dict())
+    assert looking.seen == 4
+    for one, other in zip(*(state.values() for state in states), strict=True):
+        assert torch.equal(one, other)
