@@ -58,17 +58,17 @@ def test_together_is_what_each_alone_is(name, norm, solver):
     # a bias before a batch norm has no gradient but rounding, which Adam would make a step of
     optimizer = sgd if norm == "batch" else adam
     networks = [network(i, norm, solver=solver) for i in range(N)]
-    found = together(OBJECTIVES[name], epochs=2, networks=networks, optimizer=optimizer)
-    for i, both in enumerate(found.networks):
+    result = together(OBJECTIVES[name], epochs=2, networks=networks, optimizer=optimizer)
+    for i, both in enumerate(result.networks):
         alone, objective = network(i, norm, solver=solver), OBJECTIVES[name]()
         batches = data.Batches(points(i), 8, seed=i)
         training = fit(alone, batches, epochs=2, optimizer=lambda net: optimizer(net.parameters()), objective=objective)
         for p, q in zip(alone.state_dict().items(), both.state_dict().items(), strict=True):
             torch.testing.assert_close(p[1], q[1], rtol=1e-6, atol=1e-7, msg=lambda m, p=p: f"{p[0]}: {m}")
-        for p, q in zip(objective.state_dict().values(), found.objectives[i].state_dict().values(), strict=True):
+        for p, q in zip(objective.state_dict().values(), result.objectives[i].state_dict().values(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
         losses = [row["train_loss"] for row in training.rows]
-        torch.testing.assert_close(found.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(result.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
 
 
 def test_frozen_parameters_stay_and_the_others_learn():
@@ -110,8 +110,8 @@ def test_augmented_images_are_those_of_each_alone():
         torch.manual_seed(seed)
         return models.resnet9(1, 10, features=4, size=8, depth=2).double()
 
-    found = fit_instances([images(i) for i in range(2)], batches, epochs=2, optimizer=sgd, objective=CrossEntropy)
-    for i, both in enumerate(found.networks):
+    result = fit_instances([images(i) for i in range(2)], batches, epochs=2, optimizer=sgd, objective=CrossEntropy)
+    for i, both in enumerate(result.networks):
         alone = images(i)
         fit(alone, batches[i], epochs=2, optimizer=lambda net: sgd(net.parameters()))
         for p, q in zip(alone.parameters(), both.parameters(), strict=True):
@@ -120,8 +120,8 @@ def test_augmented_images_are_those_of_each_alone():
 
 def test_accuracies_are_those_of_evaluate():
     sets = [points(100 + i, 80) for i in range(N)]
-    found = together(CrossEntropy, measured={"test": sets}, epochs=2)
-    for net, part, accuracy in zip(found.networks, sets, found.accuracy["test"], strict=True):
+    result = together(CrossEntropy, measured={"test": sets}, epochs=2)
+    for net, part, accuracy in zip(result.networks, sets, result.accuracy["test"], strict=True):
         assert evaluate(net, data.Batches(part, 100)).accuracy == pytest.approx(accuracy[-1].item())
 
 
@@ -138,12 +138,12 @@ def test_patience_counts_measurements():
     one = points(0)
     easy = [data.TensorData("easy", one.x[:1].expand(50, 2), one.y[:1].expand(50), 2, (0, 0), (1, 1))] * N
     batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(easy)]
-    found = fit_instances(
+    result = fit_instances(
         [network(i) for i in range(N)], batches, epochs=40, optimizer=adam, objective=CrossEntropy,
         measured={"train": easy}, every=4, perfect=["train"], patience=2,
     )  # fmt: skip
-    first = (found.accuracy["train"] == 1).float().argmax(1)
-    assert torch.equal(found.epochs, first + 1 + 4)
+    first = (result.accuracy["train"] == 1).float().argmax(1)
+    assert torch.equal(result.epochs, first + 1 + 4)
 
 
 def test_an_instance_ends_when_it_has_been_right_long_enough():
@@ -157,21 +157,21 @@ def test_an_instance_ends_when_it_has_been_right_long_enough():
     batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(parts())]
     options = {"optimizer": adam, "objective": OBJECTIVES["before"], "measured": {"train": parts()}}
     done = []
-    found = fit_instances(
+    result = fit_instances(
         [network(i) for i in range(N)], batches, epochs=12, perfect=["train"], patience=3, report=done.append, **options
     )
     whole = fit_instances([network(i) for i in range(N)], batches, epochs=12, **options)
-    last = int(found.epochs[1])
+    last = int(result.epochs[1])
     assert last < 12
-    assert (found.accuracy["train"][1, last - 3 : last] == 1).all()
-    assert (found.accuracy["train"][1, last:] == 1).all()
+    assert (result.accuracy["train"][1, last - 3 : last] == 1).all()
+    assert (result.accuracy["train"][1, last:] == 1).all()
     assert sum(done) == 12 * N
-    assert found.objectives[1].steps == last * 7
+    assert result.objectives[1].steps == last * 7
     for i in (0, 2, 3):
-        assert found.epochs[i] == 12 or (found.accuracy["train"][i, -1] == 1)
-        if found.epochs[i] == 12:
-            assert found.objectives[i].steps == 12 * 7
-            for p, q in zip(found.networks[i].parameters(), whole.networks[i].parameters(), strict=True):
+        assert result.epochs[i] == 12 or (result.accuracy["train"][i, -1] == 1)
+        if result.epochs[i] == 12:
+            assert result.objectives[i].steps == 12 * 7
+            for p, q in zip(result.networks[i].parameters(), whole.networks[i].parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
@@ -209,7 +209,7 @@ def test_operations_do_not_grow_with_the_instances():
     ],
 )
 def test_errors(changes, message):
-    given = {
+    arguments = {
         "networks": [network(0), network(1)],
         "batches": [data.Batches(points(i), 8) for i in range(2)],
         "epochs": 1,
@@ -217,20 +217,20 @@ def test_errors(changes, message):
         "objective": CrossEntropy,
     } | changes
     with pytest.raises(ValueError, match=message):
-        fit_instances(**given)
+        fit_instances(**arguments)
     with pytest.raises(ValueError, match="one size"):
         fit_instances(
-            **given
+            **arguments
             | {"batches": [data.Batches(points(0, size), 8) for size in (50, 60)]}
             | {"networks": [network(0), network(1)]}
         )
 
 
 def test_accuracies_one_by_one_are_those_together(monkeypatch):
-    found = []
+    accuracies = []
     for together_up_to in (0, instances.TOGETHER):
         monkeypatch.setattr(instances, "TOGETHER", together_up_to)
         networks = [network(i, "batch") for i in range(N)]
         sets = {"train": [points(i) for i in range(N)]}
-        found.append(together(CrossEntropy, networks=networks, optimizer=sgd, measured=sets).accuracy["train"])
-    assert torch.equal(*found)
+        accuracies.append(together(CrossEntropy, networks=networks, optimizer=sgd, measured=sets).accuracy["train"])
+    assert torch.equal(*accuracies)

@@ -56,8 +56,8 @@ def test_a_network_trained_by_it_has_its_largest_output_at_the_right_class():
 
 def test_label_smoothing_is_torch_s():
     output, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
-    found = CrossEntropy(0.1)(torch.nn.Identity(), (output, y), output, Records({}))
-    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(output, y, label_smoothing=0.1))
+    loss = CrossEntropy(0.1)(torch.nn.Identity(), (output, y), output, Records({}))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(output, y, label_smoothing=0.1))
 
 
 def test_label_smoothing_is_checked():

@@ -47,14 +47,14 @@ def test_mixed_precision_trains_with_measures_in_float32(parts):
     ],
 )
 def test_true_precisions_train_and_validate_as_a_network_of_that_dtype_does(precision, objective):
-    """With parts of batches, clipping and validation; once converted by Fabric, once given in the dtype."""
-    converted, given = tiny(norm="batch"), tiny(DTYPES[precision], norm="batch")
+    """With parts of batches, clipping and validation; once converted by Fabric, once a network of the dtype."""
+    converted, direct = tiny(norm="batch"), tiny(DTYPES[precision], norm="batch")
     options = {"epochs": 2, "optimizer": sgd, "validation": TENS, "clip_norm": 1.0, "accumulate": 2}
-    found = [fit(converted, TENS, **options, objective=objective(), fabric=on_cpu(precision)),
-             fit(given, TENS, **options, objective=objective())]  # fmt: skip
-    assert found[0].rows[1]["train_loss"] == pytest.approx(found[1].rows[1]["train_loss"], rel=1e-3)
-    assert found[0].rows[1]["validation_loss"] < found[0].rows[0]["train_loss"]
-    for p, q in zip(converted.parameters(), given.parameters(), strict=True):
+    one, two = [fit(converted, TENS, **options, objective=objective(), fabric=on_cpu(precision)),
+             fit(direct, TENS, **options, objective=objective())]  # fmt: skip
+    assert one.rows[1]["train_loss"] == pytest.approx(two.rows[1]["train_loss"], rel=1e-3)
+    assert one.rows[1]["validation_loss"] < one.rows[0]["train_loss"]
+    for p, q in zip(converted.parameters(), direct.parameters(), strict=True):
         assert p.dtype == q.dtype == DTYPES[precision]
         torch.testing.assert_close(p, q, rtol=0, atol=0.02 if precision != "64-true" else 1e-12)
 
@@ -96,8 +96,8 @@ def test_a_device_without_float64_trains_and_validates(update):
     outside, objective = LeastAction(update=update), LeastAction(update=update)
     expected = fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=outside, validation=TENS)
     with NoDouble():
-        found = fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=objective, validation=TENS)
+        training = fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=objective, validation=TENS)
     assert objective.multiplier.dtype == torch.float32
     assert objective.multiplier.item() == pytest.approx(outside.multiplier.item(), rel=1e-5)
     for name in ("train_loss", "validation_loss", "validation_accuracy"):
-        assert found.rows[0][name] == pytest.approx(expected.rows[0][name], rel=1e-5)
+        assert training.rows[0][name] == pytest.approx(expected.rows[0][name], rel=1e-5)

@@ -91,7 +91,9 @@ def test_two_processes_find_what_one_does(two_processes, tmp_path):
         networks.append(load_weights(net, folder / "weights.safetensors"))
     for p, q in zip(*(net.parameters() for net in networks), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-    two, one = ([float(v) for v in (folder / "found.txt").read_text().split()] for folder in (two_processes, tmp_path))
+    two, one = (
+        [float(v) for v in (folder / "figures.txt").read_text().split()] for folder in (two_processes, tmp_path)
+    )
     assert two[:3] == pytest.approx(one[:3], rel=1e-3)
     assert two[3] == one[3]
 
@@ -99,9 +101,9 @@ def test_two_processes_find_what_one_does(two_processes, tmp_path):
 @pytest.mark.slow
 def test_two_processes_edit_alike_and_go_on_from_one_checkpoint(two_processes):
     """With batch norms, whose statistics each process takes of its own shares."""
-    found = [json.loads((two_processes / f"adaptive_{rank}.json").read_text()) for rank in range(2)]
-    assert found[0] == found[1]
-    assert [depth for depth, _ in found[0]] == [2, 4, 8, 8]
+    one, two = [json.loads((two_processes / f"adaptive_{rank}.json").read_text()) for rank in range(2)]
+    assert one == two
+    assert [depth for depth, _ in one] == [2, 4, 8, 8]
     one, two = (
         load_weights(train_in_processes.two_flows(4), two_processes / f"adaptive_{rank}.safetensors").state_dict()
         for rank in range(2)

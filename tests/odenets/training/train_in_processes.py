@@ -41,8 +41,8 @@ def main(folder: Path, launcher: Fabric) -> None:
     if launcher.is_global_zero:
         save_weights(network, folder / "weights.safetensors")
         row = training.rows[-1]
-        found = [objective.multiplier.item(), row["train_loss"], row["train_accuracy"], row["evaluations"]]
-        (folder / "found.txt").write_text(" ".join(map(str, found)))
+        figures = [objective.multiplier.item(), row["train_loss"], row["train_accuracy"], row["evaluations"]]
+        (folder / "figures.txt").write_text(" ".join(map(str, figures)))
 
 
 def two_flows(depth: int = 1) -> Network:
@@ -82,8 +82,8 @@ def adaptive(folder: Path, launcher: Fabric) -> None:
             fabric=launcher,
         )
     save_weights(network, folder / f"adaptive_{launcher.global_rank}.safetensors")
-    found = [(row["depth"], row["validation_loss"]) for row in training.rows]
-    (folder / f"adaptive_{launcher.global_rank}.json").write_text(json.dumps(found))
+    depths = [(row["depth"], row["validation_loss"]) for row in training.rows]
+    (folder / f"adaptive_{launcher.global_rank}.json").write_text(json.dumps(depths))
 
 
 if __name__ == "__main__":
