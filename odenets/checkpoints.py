@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from odenets.errors import needs
 from odenets.files import write_atomically
 from odenets.flow import Flow
 from odenets.modes import device_of, dtype_of
@@ -109,7 +110,8 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     """
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before saving it")
-    from safetensors.torch import save
+    with needs("training"):
+        from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(network).items()}
     data = save(tensors, metadata={"format": "pt", "structure": json.dumps(structure(network))})
@@ -130,7 +132,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         FileNotFoundError: no such file.
         ValueError: the file is not from this package, or the network has other flows.
     """
-    from safetensors import safe_open
+    with needs("training"):
+        from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():

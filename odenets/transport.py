@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odenets.errors import needs
 from odenets.flow import Flow
 from odenets.modes import device_of, dtype_of, evaluating
 from odenets.network import Network
@@ -102,9 +103,10 @@ def _ordered(points: np.ndarray) -> np.ndarray:
 
 def _least_cost(a: np.ndarray, b: np.ndarray, p: int) -> float:
     """Least mean cost of a map from one cloud onto the other."""
-    import ot
-    from scipy.optimize import linear_sum_assignment
-    from scipy.spatial.distance import cdist
+    with needs("experiments"):
+        import ot
+        from scipy.optimize import linear_sum_assignment
+        from scipy.spatial.distance import cdist
 
     cost = cdist(a, b, "euclidean" if p == 1 else "sqeuclidean")  # by differences: products lose digits far away
     scale = math.frexp(cost.max())[1]

@@ -53,10 +53,56 @@ EXTRAS = ["lightning_fabric", "matplotlib", "ot", "safetensors", "scipy", "sklea
 EXTRAS += ["torchvision", "tqdm", "tyro"]
 
 
-def test_the_core_needs_no_extras():
-    code = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
-    code += "import torch, odenets, solvers, odenets.depth; odenets.Flow(solver='bs23')(torch.randn(2, 3))"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+WITHOUT_EXTRAS = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({EXTRAS}))
+import torch, odenets, odenets.training, solvers
+"""
+
+
+def run(code):
+    script = [sys.executable, "-c", WITHOUT_EXTRAS + code]
+    return subprocess.run(script, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_every_module_but_those_of_optional_rooms_is_there_without_the_extras():
+    """What they all need their rooms say at the door."""
+    lines = run("""
+for package in (odenets, solvers):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=lambda name: None):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            print(module.name, error)
+""")
+    expected = {"odenets.plotting": "experiments"}
+    assert {line.split()[0] for line in lines} == set(expected)
+    for line in lines:
+        assert line.endswith(f"is needed here and not installed: pip install odenets[{expected[line.split()[0]]}]")
+
+
+@pytest.mark.parametrize(
+    ("use", "library", "extra"),
+    [
+        ("odenets.training.fit(net, data, epochs=1, optimizer=sgd)", "lightning_fabric", "training"),
+        ("odenets.save_weights(net, 'weights')", "safetensors", "training"),
+        ("odenets.training.load('digits')", "sklearn", "experiments"),
+        ("odenets.training.load('mnist')", "torchvision", "experiments"),
+    ],
+)
+def test_what_lacks_an_extra_names_it_where_it_is_used(use, library, extra):
+    lines = run(f"""
+sgd = lambda network: torch.optim.SGD(network.parameters(), 0.1)
+net = odenets.models.points_network()
+points = odenets.training.TensorData("points", torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), 2, (0, 0), (1, 1))
+data = odenets.training.Batches(points, 2)
+net(points.x)
+try:
+    {use}
+except ModuleNotFoundError as error:
+    print(error)
+""")
+    assert lines == [f"{library} is needed here and not installed: pip install odenets[{extra}]"]
 
 
 def test_only_plotting_imports_matplotlib():

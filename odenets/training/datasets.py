@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odenets.errors import needs
 from odenets.training.data import Split, TensorData
 
 __all__ = ["NAMES", "hold_out", "load", "points", "split", "subsample"]
@@ -111,7 +112,8 @@ def subsample(data: TensorData, size: int, *, seed: int = 0) -> TensorData:
 
 def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the rest and of a part, a fraction or a number, that holds as much of every class."""
-    from sklearn.model_selection import train_test_split
+    with needs("experiments"):
+        from sklearn.model_selection import train_test_split
 
     if not (0 < part < 1 or (isinstance(part, int) and 0 < part < len(y))):
         raise ValueError(f"part must be a fraction in (0, 1) or a number of samples below {len(y)}, got {part!r}")
@@ -138,7 +140,8 @@ def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor
 
 
 def _digits() -> TensorData:
-    from sklearn.datasets import load_digits
+    with needs("experiments"):
+        from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images / 16).float().reshape(-1, 1, 8, 8)
@@ -152,7 +155,8 @@ def points(name: str, size: int, seed: int) -> TensorData:
     Raises:
         ValueError: another name.
     """
-    from sklearn.datasets import make_circles, make_moons
+    with needs("experiments"):
+        from sklearn.datasets import make_circles, make_moons
 
     if name == "circles":
         x, y = make_circles(size, noise=0.05, factor=0.3, random_state=seed)
@@ -164,7 +168,8 @@ def points(name: str, size: int, seed: int) -> TensorData:
 
 
 def _torchvision(name: str, folder: str | Path | None, download: bool) -> tuple[TensorData, TensorData]:
-    from torchvision import datasets
+    with needs("experiments"):
+        from torchvision import datasets
 
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f"folder {str(folder)!r} does not exist; give the one that holds torchvision's {name}")

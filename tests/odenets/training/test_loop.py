@@ -144,3 +144,8 @@ def test_outputs_that_are_no_tensors_are_the_objectives_matter(how):
 def test_a_loss_function_is_no_objective():
     with pytest.raises(TypeError, match=r"objective must be an odenets Objective, got CrossEntropyLoss\(\)"):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=nn.CrossEntropyLoss())  # type: ignore[arg-type]
+
+
+def test_a_network_that_records_nothing_is_no_network():
+    with pytest.raises(TypeError, match=r"records its steps, an odenets.Recorder, got Linear: odenets.adapt makes one"):
+        fit(nn.Linear(2, 2), TENS, epochs=1, optimizer=sgd)  # type: ignore[arg-type]
