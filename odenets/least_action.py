@@ -86,11 +86,9 @@ class _WithCost(Objective):
 
     @property
     def needs_second_forward(self) -> bool:
-        """Whether the task looks at the network again."""
         return self.task.needs_second_forward
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
-        """Tell the task."""
         self.task.after_step(network, batch)
 
 
@@ -100,8 +98,7 @@ class ActionPenalty(_WithCost):
     Args:
         weight: of the cost, not negative.
         task: what is to be solved; cross-entropy if not given.
-        cost: "action", "residue" or "norm", see :class:`Cost`.
-        p: exponent of the cost.
+        cost, p: kind and exponent of the :class:`Cost`.
 
     Raises:
         ValueError: a weight that is negative or not finite, or what :class:`Cost` raises.
@@ -129,8 +126,7 @@ class LeastAction(_WithCost):
         lambda0: first lambda, positive.
         tau: how fast lambda grows, positive.
         every: s, steps of the optimizer between two changes of lambda, a whole number.
-        cost: "action", "residue" or "norm", see :class:`Cost`.
-        p: exponent of the cost.
+        cost, p: kind and exponent of the :class:`Cost`.
         update: "before", every s-th step begins with the change, by the loss of its batch, and takes the new lambda
             already, as the published code has it; "next", the step after every s-th begins with it [K24, eq. 33];
             "after", every s-th step ends with it, by the loss of its batch with the new weights [K24, eq. 19], which
@@ -218,7 +214,6 @@ class LeastAction(_WithCost):
 
     @property
     def needs_second_forward(self) -> bool:
-        """Whether lambda will grow by the loss of the weights after the coming step."""
         return super().needs_second_forward or (self.update == "after" and self._due)
 
     @property
@@ -252,9 +247,7 @@ class LeastAction(_WithCost):
         self.multiplier += self.tau * loss
 
     def get_extra_state(self) -> Tensor:
-        """The number of steps taken."""
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take up the number of steps."""
         self.steps, self._changed_in, self._watched = int(state), -1, None

@@ -62,13 +62,9 @@ def load(
 def split(
     train: TensorData, test: TensorData, *, validation: float = 0.2, size: int | None = None, seed: int = 0
 ) -> Split:
-    """Cut a stratified validation part off the training part, by seed.
+    """Cut a stratified validation part, a fraction of it, off the training part, by seed.
 
-    Args:
-        train, test: as :func:`load` returns them.
-        validation: fraction of ``train`` for validation.
-        size: samples to keep for training and validation together, stratified; all if not given.
-        seed: decides which.
+    With ``size``, training and validation together are that many samples, stratified.
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a fraction in (0, 1), got {validation}")

@@ -79,7 +79,6 @@ class _Stack:
 
     @property
     def _trained(self) -> list[Tensor]:
-        """The parameters that are not frozen."""
         return [p for p in self.parameters.values() if p.requires_grad]
 
     def _call(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
@@ -189,9 +188,8 @@ def fit_instances(
         objective: makes the objective of one instance.
         measured: data sets of each instance, by name, on which accuracies are measured.
         every: epochs from one measurement to the next; the last epoch is always measured.
-        perfect: names of data sets; an instance ends once it was right on all of them at ``patience`` measurements
+        perfect, patience: names of data sets; an instance ends once it was right on all of them at so many measurements
             running.
-        patience: see there.
         report: called with the number of epochs done, summed over the instances; one that ends early reports all.
 
     Returns:

@@ -90,9 +90,9 @@ def fit(
         callbacks: called between epochs.
         loss_limit: an epoch whose mean training loss is above this has diverged, like one after which a loss, of
             training or validation, or a weight is not finite.
-        run: where checkpoints are kept; if it holds one called ``checkpoint`` the training goes on from there and
-            ends, on one device, with the same weights to the last bit as if it had never stopped. Of several processes
-            only the first needs one: it reads for all.
+        run: holds the resume state called ``checkpoint``; where there is one the training goes on from it and ends, on
+            one device, with the weights of a training that never stopped, to the last bit. Of several processes only
+            the first needs a run.
         checkpoint: name of the resume state.
         clip_norm: largest norm of the gradient of all parameters together; it is scaled down to this.
         accumulate: parts in which a batch comes, one after the other, for less memory: the gradient is that of the
@@ -122,9 +122,9 @@ def fit(
             f"network must be a module that records its steps, an odenets.Recorder, got {type(network).__name__}: "
             "odenets.adapt makes one of any residual network"
         )
-    objective = _check_arguments(objective, epochs=epochs, clip_norm=clip_norm, accumulate=accumulate)
+    objective = objective or CrossEntropy()
     fabric = fabric or _one_cpu()
-    _check_shares(batches, fabric.world_size)
+    _check_arguments(batches, objective, fabric.world_size, epochs=epochs, clip_norm=clip_norm, accumulate=accumulate)
     run = run if fabric.is_global_zero else None
     objective.to(fabric.device)
     network.to(fabric.device, _weights_dtype(fabric, network))
@@ -161,26 +161,21 @@ def fit(
 
 
 def _check_arguments(
-    objective: Objective | None, *, epochs: int, clip_norm: float | None, accumulate: int
-) -> Objective:
-    """The objective, :class:`CrossEntropy` if not given."""
+    batches: Batches, objective: object, processes: int, *, epochs: int, clip_norm: float | None, accumulate: int
+) -> None:
     if epochs < 0:
         raise ValueError(f"epochs must not be negative, got {epochs}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    if objective is not None and not isinstance(objective, Objective):
+    if not isinstance(objective, Objective):
         raise TypeError(
             f"objective must be an odenets Objective, got {objective!r}: a task of one's own is a subclass whose "
             "forward returns its loss"
         )
-    return objective or CrossEntropy()
-
-
-def _check_shares(batches: Batches, processes: int) -> None:
-    """That each process has a sample of every batch."""
-    if batches.smallest < processes:
+    smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
+    if smallest < processes:
         raise ValueError(
             f"batches must hold a sample for each of {processes} processes, got one of {batches.smallest}: "
             "choose another batch size"

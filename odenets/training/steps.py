@@ -21,13 +21,9 @@ __all__ = ["Stepper"]
 
 
 class Stepper:
-    """Takes steps of a training's optimizer.
+    """Takes steps of a training's optimizer, with the parameters that the network has when this is made.
 
-    Args:
-        training: whose network, optimizer and objective; made anew where blocks of the network are.
-        fabric: as set up for the processes and the precision.
-        clip_norm, accumulate, compile: as for :func:`odenets.training.fit`.
-        validated: whether the output must be logits.
+    Options are those of :func:`odenets.training.fit`; ``validated`` says that the output must be logits.
     """
 
     def __init__(

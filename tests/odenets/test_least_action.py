@@ -1,6 +1,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ def batch(parts):
 
 def residues(net, x):
     return [step.x1 - step.x0 for step in net.steps(x)]
+
+
+def train(net, part, size, lr=0.05, momentum=0.0, seed=None, epochs=1, **options):
+    sgd = lambda net: torch.optim.SGD(net.parameters(), lr, momentum=momentum)  # noqa: E731
+    return fit(net, data.Batches(part, size, seed=seed), epochs=epochs, optimizer=sgd, **options)
 
 
 def value(objective, net, batch):
@@ -99,11 +105,12 @@ def by_hand(net, batches, *, lambda0, tau, every, update, weigh, steps):
 def test_multipliers_and_weights_are_those_of_the_algorithm(parts, update, weigh, every):
     """In float64, where a few steps do not amplify rounding to what a step changes."""
     options = {"lambda0": 0.5, "tau": 0.2, "every": every, "update": update, "weigh": weigh}
-    batches = data.Batches(replace(parts.train, x=parts.train.x.double()), 32)
+    part = replace(parts.train, x=parts.train.x.double())
+    batches = data.Batches(part, 32)
     one, two = network().double(), network().double()
     expected = by_hand(one, list(batches.epoch(0)), steps=len(batches), **options)
     objective = LeastAction(**options, cost="residue")
-    fit(two, batches, epochs=1, optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.01), objective=objective)
+    train(two, part, 32, 0.01, objective=objective)
     assert objective.multiplier.item() == pytest.approx(expected[-1], rel=1e-6)
     assert objective.steps == len(expected)
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
@@ -121,14 +128,7 @@ def test_a_batch_in_parts_changes_the_multiplier_once(parts):
     multipliers = []
     for accumulate in (1, 4):
         objective = LeastAction(lambda0=1.0, tau=0.1)
-        fit(
-            network(),
-            data.Batches(parts.train.subset(torch.arange(64)), 64),
-            epochs=1,
-            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.1),
-            objective=objective,
-            accumulate=accumulate,
-        )
+        train(network(), parts.train.subset(torch.arange(64)), 64, objective=objective, accumulate=accumulate)
         multipliers.append(objective.multiplier.item())
     first = F.cross_entropy(network()(parts.train.x[:16]), parts.train.y[:16]).item()
     assert multipliers[1] == pytest.approx(1 + 0.1 * first, rel=1e-6)
@@ -140,13 +140,7 @@ def test_action_falls_in_training(parts):
     for name, objective in (("plain", CrossEntropy()), ("least action", LeastAction(lambda0=1, tau=0.1, every=5))):
         net = network()
         before = net.record(parts.train.x, action=measures.action)[1]["action"].sum(0).mean()
-        fit(
-            net,
-            data.Batches(parts.train, 32, seed=0),
-            epochs=15,
-            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.05, momentum=0.9),
-            objective=objective,
-        )
+        train(net, parts.train, 32, momentum=0.9, seed=0, epochs=15, objective=objective)
         ends[name] = net.record(parts.train.x, action=measures.action)[1]["action"].sum(0).mean()
     assert ends["least action"] < before
     assert ends["least action"] < 0.5 * ends["plain"]
@@ -163,18 +157,14 @@ def test_killed_and_resumed_goes_on_with_its_multiplier(parts, tmp_path):
             if training.epoch == 3:
                 raise Killed
 
-    settings = {
-        "batches": data.Batches(parts.train, 32, seed=0),
-        "epochs": 4,
-        "optimizer": lambda net: torch.optim.SGD(net.parameters(), 0.02, momentum=0.9),
-    }
+    four = partial(train, part=parts.train, size=32, lr=0.02, momentum=0.9, seed=0, epochs=4)
     whole, objective = network(), LeastAction(every=4)
-    fit(whole, **settings, objective=objective)
+    four(whole, objective=objective)
     run = Run(tmp_path / "run", {})
     with pytest.raises(Killed):
-        fit(network(), **settings, objective=LeastAction(every=4), callbacks=[Kill()], run=run)
+        four(network(), objective=LeastAction(every=4), callbacks=[Kill()], run=run)
     again, resumed = network(), LeastAction(every=4)
-    fit(again, **settings, objective=resumed, run=run)
+    four(again, objective=resumed, run=run)
     assert torch.equal(resumed.multiplier, objective.multiplier)
     assert resumed.steps == objective.steps
     for p, q in zip(whole.parameters(), again.parameters(), strict=True):
@@ -269,9 +259,8 @@ def test_looking_again_moves_neither_statistics_nor_random_state(parts, solver, 
         net.encoder = torch.nn.Sequential(net.encoder, spectral)
         objective = LeastAction(task and task(), tau=1e-12, update=update)
         torch.manual_seed(5)
-        fit(net, data.Batches(parts.train.subset(torch.arange(60)), 20, seed=0), epochs=2,
-            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.05), objective=objective,
-            accumulate=accumulate)  # fmt: skip
+        sixty = parts.train.subset(torch.arange(60))
+        train(net, sixty, 20, seed=0, epochs=2, objective=objective, accumulate=accumulate)
         states.append((net.state_dict(), torch.get_rng_state()))
     for state, random in states[1:]:
         assert torch.equal(random, states[0][1])

@@ -83,15 +83,6 @@ def test_frozen_parameters_stay_and_the_others_learn():
             assert torch.equal(p, q) != p.requires_grad
 
 
-@pytest.mark.parametrize("norm", [None, "batch"])
-def test_networks_of_double_precision_train(norm):
-    networks = [network(i, norm).double() for i in range(N)]
-    batches = [data.Batches(replace(points(i), x=points(i).x.double()), 8, seed=i) for i in range(N)]
-    whole = fit_instances(networks, batches, epochs=1, optimizer=sgd, objective=CrossEntropy)
-    assert {p.dtype for net in whole.networks for p in net.parameters()} == {torch.float64}
-    assert whole.train_loss.isfinite().all()
-
-
 def test_batch_norm_of_instances_knows_that_its_closing_stage_has_no_statistics():
     whole = together(
         CrossEntropy, epochs=1, networks=[network(i, "batch", solver="bs23") for i in range(N)], optimizer=sgd
@@ -203,6 +194,8 @@ def test_operations_do_not_grow_with_the_instances():
     ("changes", "message"),
     [
         ({"batches": []}, "batches must hold one per network, 2, got 0"),
+        ({"batches": [data.Batches(points(0, size), 8) for size in (50, 60)]}, "batches must be of one size"),
+        ({"batches": [data.Batches(points(0), size) for size in (8, 9)]}, "batches must be of one size"),
         ({"measured": {"test": [1]}}, "test must hold one per network"),
         ({"perfect": ["train"]}, "perfect names"),
         ({"networks": []}, "at least one network"),
@@ -218,12 +211,6 @@ def test_errors(changes, message):
     } | changes
     with pytest.raises(ValueError, match=message):
         fit_instances(**arguments)
-    with pytest.raises(ValueError, match="one size"):
-        fit_instances(
-            **arguments
-            | {"batches": [data.Batches(points(0, size), 8) for size in (50, 60)]}
-            | {"networks": [network(0), network(1)]}
-        )
 
 
 def test_accuracies_one_by_one_are_those_together(monkeypatch):
