@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from odenets.checkpoints import is_finite
-from odenets.errors import DivergedError, needs
-from odenets.modes import to_training_mode, total_dtype
-from odenets.module_wise.activation_cache import States, pass_through
+from odenets.errors import DivergedError
+from odenets.modes import random_state, set_random_state, to_training_mode, total_dtype
+from odenets.module_wise.activation_cache import ActivationCache, pass_through
 from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_of
 from odenets.module_wise.partition import shared_parameter
@@ -163,40 +163,17 @@ def fit_modules(
     batches = replace(batches, data=data_for(network, batches.data))
     if validation is not None:
         validation = Batches(data_for(network, validation.data), validation.size)
-    plan = _plan(schedule, counts, laps)
-    loop = _Loop(training, batches, schedule, cache, views, offload, clip_norm, torch.device(device))
-    started = time.perf_counter() - (training.rows[-1]["seconds"] if training.rows else 0.0)
-    with needs("training"):
-        from tqdm import tqdm
-    bar = tqdm(total=len(plan), initial=training.done, desc=progress, disable=progress is None, unit="epoch")
-    with bar:
-        for visit in plan[training.done :]:
-            totals = loop.epoch(visit)
-            loss, accuracy = (totals / len(batches.data)).T.tolist()
-            if not (finite := all(map(math.isfinite, loss))) or not is_finite(network):
-                left = ", and left weights or buffers that are not finite" if finite else ""
-                raise DivergedError(
-                    f"epoch {training.done + 1} diverged, with a training loss of {loss}{left}: lower the learning "
-                    "rate or normalize the inputs; the last checkpoint stands"
-                )
-            training.done += 1
-            trained = range(K) if visit.module is None else [visit.module]
-            measured = _measured(network, validation, visit, whole)
-            seconds = time.perf_counter() - started
-            for i, k in enumerate([K - 1] if whole else trained):
-                row: dict[str, Any] = {"lap": visit.lap + 1, "module": k + 1, "epoch": visit.epoch + 1}
-                row |= {"train_loss": loss[i], "train_accuracy": accuracy[i]}
-                row["validation_accuracy"] = measured.get(k)
-                row["learning_rate"] = optimizers[0 if whole else k].param_groups[0]["lr"]
-                training.rows.append(row | {"seconds": seconds})
-            if training.rates:
-                for k in [0] if whole else trained:
-                    training.rates[k].step()
-            if run is not None:
-                run.save_state(training.state_dict() | {"plan": [laps, *counts], "schedule": schedule}, checkpoint)
-                run.log(training.rows)
-            bar.update()
-            report(1)
+    states = None if cache is None else ActivationCache(batches, views, None if cache == "memory" else cache)
+    loop = _Loop(
+        training=training, plan=plan, batches=batches, validation=validation, states=states, offload=offload,
+        clip_norm=clip_norm, device=torch.device(device),
+    )  # fmt: skip
+    for visit in _with_bar(plan.visits, training.done, progress):
+        loop.run(visit)
+        if run is not None:
+            run.save_state(training.state_dict() | plan.state_dict(), checkpoint)
+            run.log(training.rows)
+        report(1)
     network.to(device)
     to_training_mode(network, loop.frozen)
     return training

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from odenets import measures, models
-from odenets.module_wise import fit_modules, module_wise, trgl_multipliers
+from odenets.module_wise import fit_modules, split_into_modules, trgl_multipliers
 from odenets.training import data
 
 
@@ -15,7 +15,7 @@ def test_modules_look_again_without_a_trace(parts):
     counts = {}
     for update in ("before", "after"):
         net = models.resnet9(1, 10, features=4, size=8, depth=2)
-        modules = module_wise(net, 2, parts.train.x[:4])
+        modules = split_into_modules(net, 2, parts.train.x[:4])
         fit_modules(modules, data.Batches(parts.train.subset(torch.arange(60)), 20), epochs=2,
                     optimizer=partial(torch.optim.SGD, lr=0.01),
                     objective=trgl_multipliers(every=1, update=update))  # fmt: skip
@@ -29,7 +29,7 @@ def test_growing_weights_of_modules_are_those_of_equation_33(parts):
     torch.manual_seed(0)
     x, y, s, h = parts.train.x.double(), parts.train.y, 3, 0.2
     net = models.resnet9(1, 10, features=4, size=8, depth=1, norm=None).double()
-    modules = module_wise(net, 1, x[:4])
+    modules = split_into_modules(net, 1, x[:4])
     twin = copy.deepcopy(modules).train()
     training = fit_modules(modules, data.Batches(replace(parts.train, x=x), 20), epochs=1,
                            optimizer=partial(torch.optim.SGD, lr=0.01),
