@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from solvers.controllers import Controller, ControllerState
-from solvers.errors import MaxStepsError, NonFiniteError, StepUnderflowError
+from solvers.errors import NonFiniteError, failure
+from solvers.first_step import first_step
 from solvers.solution import Statistics
-from solvers.step import Field, Step, check_unchanged, rk_step, velocity, versions_of
+from solvers.step import Field, Step, rk_step, velocity
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype
 
-__all__ = ["adaptive_steps", "fixed_steps", "span"]
+__all__ = ["Observer", "adaptive_steps", "fixed_steps", "span"]
+
+Observer = Callable[[str, Any, Tensor, Any], None]
+_Bad = tuple[int | None, int | None]
 
 
 def span(t: float, t_next: float) -> float:
@@ -31,10 +36,12 @@ def span(t: float, t_next: float) -> float:
 def fixed_steps(
     field: Field,
     x: Tensor,
-    times: list[float],
+    times: Iterable[Any],
     tableau: ButcherTableau,
     *,
     closing: bool = False,
+    inward: bool = False,
+    observe: Observer | None = None,
     stats: Statistics | None = None,
 ) -> Iterator[Step]:
     """Steps from each time to the next, reusing the closing stage of FSAL methods; never waits for the device.
@@ -42,29 +49,26 @@ def fixed_steps(
     Args:
         field: velocity ``v(t, x)``.
         x: state at ``times[0]``, ``(B, *S)``.
-        times: the grid.
+        times: the grid: numbers, or scalar tensors, which gradients flow to.
         tableau: the method.
         closing: whether each step carries its closing stage.
+        inward: evaluate the field just inside each step, at its first and last instant.
+        observe: called as ``observe("step", t, x, h)``.
         stats: counts to add to.
     """
     stats = Statistics() if stats is None else stats
     first = None
     for t, t_next in pairwise(times):
-        step = rk_step(field, t, x, span(t, t_next), tableau, first, closing=closing)
+        h: Any = t_next - t if isinstance(t, Tensor) else span(t, t_next)
+        if observe is not None:
+            observe("step", t, x, h)
+        v = _inside(field, t, t_next, x.dtype) if inward else field
+        step = rk_step(v, t, x, h, tableau, first, closing=closing)
         stats.evaluations += len(step.stages) - (first is not None)
         stats.accepted += 1
         first = step.stages[-1] if tableau.fsal and closing else None
         x = step.x1
         yield step
-
-
-def _first_not_finite(step: Step) -> tuple[int | None, int | None]:
-    """The first stage that holds NaN or infinity, and its first such sample where the state is a batch."""
-    for i, p in enumerate(step.stages):
-        bad = ~p.detach().isfinite()
-        if bad.any():
-            return i, int(bad.flatten(1).any(1).nonzero()[0]) if p.ndim > 1 else None
-    return None, None
 
 
 def adaptive_steps(
@@ -76,14 +80,13 @@ def adaptive_steps(
     tolerance: Tolerance,
     controller: Controller,
     *,
-    overshoot: bool = False,
     stops: Sequence[float] = (),
     jumps: Sequence[float] = (),
-    observe: Callable[[str, float, Tensor, float], None] | None = None,
+    observe: Observer | None = None,
     stats: Statistics | None = None,
 ) -> Iterator[Step]:
     """Accepted steps from t0 to t1 under error control; waits for the device once per attempted step
-    (and once to choose the first step, if it is not given).
+    (and three times to choose the first step, if it is not given).
 
     The step size is chosen by the detached error: gradients flow through the accepted steps, not through the choice.
 
@@ -92,7 +95,6 @@ def adaptive_steps(
         x: state at t0.
         t0, t1: start and end.
         tableau, tolerance, controller: the method, what it accepts, and how it chooses its steps.
-        overshoot: let the last step end where the controller wants, at t1 or past it.
         stops: times at which a step ends.
         jumps: stops at which the field is discontinuous: it is evaluated on either side of them, never across.
         observe: called as ``observe(what, t, x, h)`` with what = "step", "accept" or "reject".
@@ -102,75 +104,32 @@ def adaptive_steps(
         StepUnderflowError, MaxStepsError, NonFiniteError: the solve cannot go on.
     """
     stats = Statistics() if stats is None else stats
-    order, direction = tableau.error_order, 1 if t1 >= t0 else -1
-    t, first = t0, None
-    ahead = sorted({s for s in (*stops, *jumps) if direction * (s - t0) > 0}, key=lambda s: -direction * s)
-    discontinuous = set(jumps)
-    largest = torch.finfo(torch.promote_types(real_dtype(x), torch.float32)).max
-    h = tolerance.first_step
-    if h is None and t != t1:
-        first = velocity(field, t, x)
-        version = versions_of([first])
-        h = tolerance.choose_first_step(field, t, x, first, direction, order, abs(t1 - t))
-        check_unchanged([first], version)
-        stats.evaluations += 2
-        if not math.isfinite(h):
-            bad = _first_not_finite(Step(t, math.nan, x, x, (first,), tableau))[1]
-            raise NonFiniteError("the field is not finite at the first state", t=t, h=math.nan, stage=0, sample=bad)
-    state = ControllerState(h if h is not None else 0.0)
-    ratio, finite, bad_stage, bad_sample = math.nan, True, None, None
-    while direction * (t1 - t) > 0:
-        smallest, left = 10 * math.ulp(t), abs(t1 - t)
+    order, bounds, min_step = tableau.error_order, _Bounds(x, t0, t1, stops, jumps, tolerance), tolerance.min_step
+    t, size, first, ratio, bad = t0, tolerance.first_step, None, math.nan, None
+    if size is None:
+        size, first = _first(field, x, t0, t1, tableau, tolerance, stats)
+    state = ControllerState(size)
+    while bounds.direction * (t1 - t) > 0:
         if stats.accepted + stats.rejected >= tolerance.max_steps:
-            raise MaxStepsError(
-                f"{tolerance.max_steps} attempted steps did not reach t1 = {t1:g}; last error ratio {ratio:.3g}: "
-                "raise max_steps, loosen the tolerance, or the problem is stiff",
-                t=t, h=direction * state.h, stage=None,
-            )  # fmt: skip
-        size = min(max(state.h, tolerance.min_step), tolerance.max_step)
-        if left <= smallest:
-            size = left  # the end is within the resolution of time
-        elif size < smallest:
-            if not finite:
-                raise _no_smaller_step(t, direction * size, bad_stage, bad_sample)
-            raise StepUnderflowError(
-                f"the error asks for a step below {smallest:.3g}; last error ratio {ratio:.3g}: "
-                "the problem is stiff or discontinuous here, or the tolerance is below rounding",
-                t=t, h=direction * size, stage=None,
-            )  # fmt: skip
-        if size > largest:
-            if left > largest:
-                raise NonFiniteError(
-                    f"steps grow beyond {largest:.3g}: the velocity vanishes and nothing ends the solve before "
-                    f"t1 = {t1:g}; give max_step or another t1",
-                    t=t, h=direction * size, stage=None,
-                )  # fmt: skip
-            size = largest
-        t_next = t + direction * size
-        if left <= size and not overshoot:
-            t_next = t1
-        clipped = bool(ahead) and direction * (t_next - ahead[-1]) > 0
-        if clipped:
-            t_next = ahead[-1]
+            h = bounds.direction * state.h
+            raise failure("max_steps", t=t, h=h, attempts=tolerance.max_steps, t1=t1, ratio=ratio)
+        size, last = bounds.size(t, state.h, ratio, bad)
+        t_next, clipped = bounds.end(t, size)
         h = span(t, t_next)
         if observe is not None:
             observe("step", t, x, h)
-        v = _one_sided(field, t, t_next, discontinuous, x.dtype) if discontinuous else field
+        v = bounds.one_sided(field, t, t_next) if bounds.jumps else field
         step = rk_step(v, t, x, h, tableau, first)
         stats.evaluations += len(step.stages) - (first is not None)
         with torch.no_grad():
             ratio = tolerance.ratio(step)
-        finite = math.isfinite(ratio)
-        if not finite:
-            bad_stage, bad_sample = _first_not_finite(step)
-            if bad_stage == 0:
-                raise NonFiniteError(
-                    "the field is not finite at an accepted state", t=t, h=h, stage=0, sample=bad_sample
-                )
+        bad = None if math.isfinite(ratio) else _first_not_finite(step)
+        if bad is not None and bad[0] == 0:
+            raise NonFiniteError("the field is not finite at an accepted state", t=t, h=h, stage=0, sample=bad[1])
         state = _checked(controller(state._replace(h=abs(h)), ratio, order), controller)
-        if state.accepted or min(size, abs(h)) <= tolerance.min_step or left <= smallest:
-            if not finite:
-                raise _no_smaller_step(t, h, bad_stage, bad_sample)
+        if state.accepted or min(size, abs(h)) <= min_step or last:
+            if bad is not None:
+                raise failure("not_finite", t=t, h=h, stage=bad[0], sample=bad[1])
             state = state._replace(accepted=True)
         if observe is not None:
             observe("accept" if state.accepted else "reject", t, x, h)
@@ -181,11 +140,85 @@ def adaptive_steps(
         stats.accepted += 1
         if clipped:  # by a stop, not by the error: what comes behind it may be as large as before
             state = state._replace(h=max(state.h, size))
-        first = step.stages[-1] if tableau.fsal and t_next not in discontinuous else None
+        first = step.stages[-1] if tableau.fsal and t_next not in bounds.jumps else None
         t, x = t_next, step.x1
-        if ahead and t == ahead[-1]:
-            ahead.pop()
         yield step
+
+
+class _Bounds:
+    """What bounds the steps beside their error: the limits, the end of the solve, stops and jumps."""
+
+    def __init__(
+        self, x: Tensor, t0: float, t1: float, stops: Sequence[float], jumps: Sequence[float], tolerance: Tolerance
+    ) -> None:
+        self.t1, self.direction, self.jumps, self.dtype = t1, 1 if t1 >= t0 else -1, set(jumps), x.dtype
+        ahead = {s for s in (*stops, *jumps) if self.direction * (s - t0) > 0}
+        self.ahead = sorted(ahead, key=lambda s: -self.direction * s)
+        self.min_step, self.max_step = tolerance.min_step, tolerance.max_step
+        self.largest = torch.finfo(torch.promote_types(real_dtype(x), torch.float32)).max
+
+    def size(self, t: float, h: float, ratio: float, bad: _Bad | None) -> tuple[float, bool]:
+        """The size of the next step where the controller asks for h, and whether the end is as near as time resolves.
+
+        Args:
+            t, h: start and size.
+            ratio, bad: of the last attempt, its error ratio and where it was not finite, for errors.
+        """
+        smallest, left = 10 * math.ulp(t), abs(self.t1 - t)
+        size = min(max(h, self.min_step), self.max_step)
+        if left <= smallest:
+            size = left
+        elif size < smallest:
+            if bad is not None:
+                raise failure("not_finite", t=t, h=self.direction * size, stage=bad[0], sample=bad[1])
+            raise failure("underflow", t=t, h=self.direction * size, ratio=ratio, smallest=smallest)
+        if size > self.largest:
+            if left > self.largest:
+                raise NonFiniteError(
+                    f"steps grow beyond {self.largest:.3g}: the velocity vanishes and nothing ends the solve before "
+                    f"t1 = {self.t1:g}; give max_step or another t1",
+                    t=t, h=self.direction * size, stage=None,
+                )  # fmt: skip
+            size = self.largest
+        return size, left <= smallest
+
+    def end(self, t: float, size: float) -> tuple[float, bool]:
+        """Where a step of a size ends, and whether a stop clips it."""
+        t_next = self.t1 if abs(self.t1 - t) <= size else t + self.direction * size
+        ahead = self.ahead
+        while ahead and self.direction * (ahead[-1] - t) <= 0:
+            ahead.pop()
+        if ahead and self.direction * (t_next - ahead[-1]) > 0:
+            return ahead[-1], True
+        return t_next, False
+
+    def one_sided(self, field: Field, t: float, t_next: float) -> Field:
+        """The field of a step, on its side of the jumps at which it begins or ends."""
+        return _inside(field, t, t_next, self.dtype, begins=t in self.jumps, ends=t_next in self.jumps)
+
+
+def _first(
+    field: Field, x: Tensor, t0: float, t1: float, tableau: ButcherTableau, tolerance: Tolerance, stats: Statistics
+) -> tuple[float, Tensor | None]:
+    """The size to attempt first, and the velocity at the start."""
+    if t0 == t1:
+        return 0.0, None
+    first, direction = velocity(field, t0, x), 1 if t1 >= t0 else -1
+    h = first_step(field, t0, x, first, direction, tableau.error_order, abs(t1 - t0), tolerance)
+    stats.evaluations += 2
+    if not math.isfinite(h):
+        bad = _first_not_finite(Step(t0, math.nan, x, x, (first,), tableau))
+        raise NonFiniteError("the field is not finite at the first state", t=t0, h=math.nan, stage=0, sample=bad[1])
+    return h, first
+
+
+def _first_not_finite(step: Step) -> _Bad:
+    """The first stage that holds NaN or infinity, and its first such sample where the state is a batch."""
+    stages = step.not_finite()
+    stage = min((int(i) for i in stages if i >= 0), default=None)
+    if stage is None or step.x0.ndim < 2:
+        return stage, None
+    return stage, int((stages == stage).argmax())
 
 
 def _checked(state: ControllerState, controller: Controller) -> ControllerState:
@@ -201,16 +234,13 @@ def _checked(state: ControllerState, controller: Controller) -> ControllerState:
     return state
 
 
-def _no_smaller_step(t: float, h: float, stage: int | None, sample: int | None) -> NonFiniteError:
-    return NonFiniteError("NaN or infinity, and no smaller step avoids it", t=t, h=h, stage=stage, sample=sample)
-
-
-def _one_sided(field: Field, t: float, t_next: float, jumps: set[float], dtype: torch.dtype) -> Field:
-    """The field at times strictly inside a step where the step begins or ends at a jump, in the state's precision."""
+def _inside(field: Field, t: Any, t_next: Any, dtype: torch.dtype, *, begins: bool = True, ends: bool = True) -> Field:
+    """The field at times strictly inside a step, in the state's precision, at its first and its last instant."""
     real = torch.promote_types(dtype.to_real(), torch.float32)
-
-    def beside(time: float, towards: float) -> float:
-        return torch.nextafter(torch.tensor(time, dtype=real), torch.tensor(towards, dtype=real)).item()
-
-    low, high = sorted((beside(t, t_next) if t in jumps else t, beside(t_next, t) if t_next in jumps else t_next))
-    return lambda s, x: field(min(max(s, low), high), x)  # type: ignore[type-var]
+    start, end = (torch.as_tensor(time, dtype=real).detach() for time in (t, t_next))
+    after, before = torch.nextafter(start, end), torch.nextafter(end, start)
+    if isinstance(t, Tensor):
+        low, high = torch.minimum(after, before), torch.maximum(after, before)
+        return lambda s, x: field(s + (s.clamp(low, high) - s).detach(), x)  # type: ignore[union-attr]
+    least, most = sorted((after.item() if begins else t, before.item() if ends else t_next))
+    return lambda s, x: field(min(max(s, least), most), x)  # type: ignore[type-var]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from solvers.methods import get_tableau
-from solvers.step import Field, Step, beside, rk_step, velocity, versions_of
-from solvers.validation import real_dtype
+from solvers.step import Field, Step, rk_step, velocity, versions_of
+from solvers.validation import real_dtype, to_state_shape
 
-__all__ = ["Event", "change", "changes", "crossing", "crossings", "link", "until", "values"]
+__all__ = ["Event", "attach_event_gradient", "changes", "crossing", "first_crossing_fn", "values"]
 
 Event = Callable[[Any, Tensor], Tensor]
 
 
-def until(entries: Event, t: Any, x: Tensor, *, each: bool = False) -> Event:
+def first_crossing_fn(entries: Event, t: Any, x: Tensor, *, each: bool = False) -> Event:
     """``entries`` as a function that is positive until the first of its entries changes sign.
 
     Args:
@@ -34,22 +34,22 @@ def until(entries: Event, t: Any, x: Tensor, *, each: bool = False) -> Event:
 
     def rows(s: Any, x: Tensor) -> Tensor:
         version = versions_of([x])
-        found = entries(s, x)
+        value = entries(s, x)
         if version != versions_of([x]):
             raise ValueError("event must not write into its input: let it begin with x = x.clone()")
-        if type(found) is not Tensor and not isinstance(found, Tensor | int | float | np.ndarray | np.generic):
-            raise TypeError(f"event must return a tensor or a number, got {type(found).__name__}")
-        found = torch.as_tensor(found, device=x.device)
-        if found.is_complex():
-            raise TypeError(f"event must return real numbers or comparisons, got {found.dtype}")
-        if found.numel() == 0 or (each and found.shape[:1] != x.shape[:1]):
+        if type(value) is not Tensor and not isinstance(value, Tensor | int | float | np.ndarray | np.generic):
+            raise TypeError(f"event must return a tensor or a number, got {type(value).__name__}")
+        value = torch.as_tensor(value, device=x.device)
+        if value.is_complex():
+            raise TypeError(f"event must return real numbers or comparisons, got {value.dtype}")
+        if value.numel() == 0 or (each and value.shape[:1] != x.shape[:1]):
             shape = f"({len(x)}, ...) with control='sample'" if each else "at least one number"
-            raise ValueError(f"event must return {shape}, got shape {tuple(found.shape)}")
-        if found.dtype == torch.bool:
-            found = torch.where(found, 1.0, -1.0)
-        elif not found.is_floating_point():
-            found = found.to(torch.float32)
-        return found.reshape(len(x), -1) if each else found.reshape(-1)
+            raise ValueError(f"event must return {shape}, got shape {tuple(value.shape)}")
+        if value.dtype == torch.bool:
+            value = torch.where(value, 1.0, -1.0)
+        elif not value.is_floating_point():
+            value = value.to(torch.float32)
+        return value.reshape(len(x), -1) if each else value.reshape(-1)
 
     signs = rows(t, x).detach().sign()
     if not each and bool((signs == 0).any()):
@@ -76,7 +76,7 @@ def values(event: Event, t: Any, x: Tensor, among: Any = None) -> Any:
 
 
 def changes(
-    step: Step, inside: Callable[[Any], Tensor], event: Event, start: Any, end: Any, among: Any = None
+    step: Step, state_at: Callable[[Any], Tensor], event: Event, start: Any, end: Any, among: Any = None
 ) -> tuple[Any, Any, Any]:
     """Whether an event function leaves the positive in a step, and between which parts of it for the first time.
 
@@ -89,7 +89,7 @@ def changes(
 
     Args:
         step: the step.
-        inside: the state at a fraction of it.
+        state_at: the state at a fraction of it.
         event: positive at the start of the step, a scalar or ``(B,)``.
         start, end: its values there.
         among: the samples that are looked at, ``(B,)``.
@@ -98,7 +98,7 @@ def changes(
         Whether it changes, and the fractions of the step before and behind the change; of the shape of ``start``.
     """
     if np.ndim(start) == 0:  # in numbers first, since this is done at every step
-        middle = float(values(event, step.t + 0.5 * step.h, inside(0.5)))
+        middle = float(values(event, step.t + 0.5 * step.h, state_at(0.5)))
         if 32 * abs(middle - (start + end) / 2) <= min(start, middle, end):
             return False, 0.0, 1.0
     among = np.ones_like(np.atleast_1d(start), dtype=bool) if among is None else among
@@ -106,7 +106,7 @@ def changes(
     n, first, resolved = 1, np.zeros_like(rows[0]), False
     while not resolved and n < 64:
         n *= 2
-        new = (np.atleast_1d(values(event, step.t + k / n * step.h, inside(k / n), among)) for k in range(1, n, 2))
+        new = (np.atleast_1d(values(event, step.t + k / n * step.h, state_at(k / n), among)) for k in range(1, n, 2))
         rows = [row for pair in zip(rows, new, strict=False) for row in pair] + rows[-1:]
         v = np.stack(rows)
         first = np.where((v[1:] <= 0).any(0), 1 + (v[1:] <= 0).argmax(0), n + 1)
@@ -115,28 +115,52 @@ def changes(
     return (met, high - 1 / n, high) if np.ndim(start) else (bool(met[0]), float(high[0] - 1 / n), float(high[0]))
 
 
-def change(
+def crossing(
     step: Step,
-    inside: Callable[[], Callable[[Any], Tensor]],
+    interpolate: Callable[[], Callable[[Any], Tensor]],
     event: Event,
     start: Any,
     end: Any,
     among: Any = None,
     *,
     costs: bool,
-) -> tuple[Callable[[Any], Tensor], Any, Any, Any] | None:
-    """The state inside a step in which the event function changes, and what :func:`changes` returns; None without one.
+    width: float | None = None,
+) -> tuple[Callable[[Any], Tensor], Any, Any] | None:
+    """Where an event function leaves the positive in a step for the first time, found by bisection.
 
     Args:
-        step, event, start, end, among: as there.
-        inside: makes the state at a fraction of the step.
+        step, event, start, end, among: as in :func:`changes`.
+        interpolate: makes the state at a fraction of the step.
         costs: whether it takes a field evaluation: then a parabola is looked at first.
+        width: how close in time; the resolution of time there, or that of a part of the step, if not given.
+
+    Returns:
+        The state at a fraction of the step; whether the function leaves the positive; and at which fraction. None
+        where it does not.
     """
     if costs and not np.any(changes(step, _parabola(step), event, start, end, among)[0]):
         return None
-    at = inside()
-    met, low, high = changes(step, at, event, start, end, among)
-    return (at, met, low, high) if np.any(met) else None
+    state_at = interpolate()
+    met, low, high = changes(step, state_at, event, start, end, among)
+    if not np.any(met):
+        return None
+    width, each = _resolution(step) if width is None else width, np.ndim(met) > 0
+    longest = float(torch.as_tensor(step.h).detach().abs().max()) * float(np.max(high - low))
+    for _ in range(max(1, min(60, math.ceil(math.log2(max(longest, 1e-300) / max(width, 1e-300)))))):
+        middle = (low + high) / 2
+        theta = to_state_shape(middle, step.x0) if each else middle
+        positive = values(event, step.t + theta * step.h, state_at(theta), met if each else None) > 0
+        if each:
+            low, high = np.where(positive, middle, low), np.where(positive, high, middle)
+        else:
+            low, high = (middle, high) if positive else (low, middle)
+    return state_at, met, (low + high) / 2
+
+
+def _resolution(step: Step) -> float:
+    span = max(float(torch.as_tensor(t).detach().abs().max()) for t in (step.t, step.t + step.h))
+    size, kind = torch.as_tensor(step.h).detach(), step.h.dtype if isinstance(step.h, Tensor) else torch.float64
+    return max(torch.finfo(kind).eps * float(size.abs().max()), torch.finfo(torch.float64).eps * span, 1e-300)
 
 
 def _parabola(step: Step) -> Callable[[Any], Tensor]:
@@ -154,43 +178,6 @@ def _resolved(v: np.ndarray, first: np.ndarray) -> bool:
     change = np.where(k == first, before - here, here - after)
     least = np.minimum(np.minimum(before, here), after)
     return bool(((k > first) | (bend <= np.where(k + 1 < first, least, change))).all())
-
-
-def crossing(step: Step, inside: Callable[[Any], Tensor], event: Event, width: float, low: float, high: float) -> float:
-    """Where in the step, as a fraction of it, a scalar event function first leaves the positive; to ``width`` in time.
-
-    Args:
-        step: the step.
-        inside: the state at a fraction of it.
-        event: positive at the start of the step, not at its end.
-        width: in time.
-        low, high: fractions of the step before and behind the change, as :func:`changes` finds them.
-    """
-    for _ in range(_halvings(abs(float(step.h)) * (high - low), width)):
-        middle = (low + high) / 2
-        if values(event, step.t + middle * step.h, inside(middle)) > 0:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def crossings(
-    step: Step, inside: Callable[[Any], Tensor], event: Event, width: float, low: Any, high: Any, among: Any
-) -> Any:
-    """:func:`crossing` for the samples ``among`` of a step with a size per sample, ``(B,)``."""
-    assert isinstance(step.h, Tensor)
-    longest = float(step.h.detach().abs().max())
-    for _ in range(_halvings(longest * float((high - low).max()), width)):
-        middle = (low + high) / 2
-        theta = beside(middle, step.x0)
-        positive = values(event, step.t + theta * step.h, inside(theta), among) > 0
-        low, high = np.where(positive, middle, low), np.where(positive, high, middle)
-    return (low + high) / 2
-
-
-def _halvings(h: float, width: float) -> int:
-    return max(1, min(60, math.ceil(math.log2(max(h, 1e-300) / max(width, 1e-300)))))
 
 
 class _WithoutSlope(torch.autograd.Function):
@@ -213,10 +200,12 @@ class _WithoutSlope(torch.autograd.Function):
         )
 
 
-def link(field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attach_event_gradient(
+    field: Field, event: Event, s: Tensor, x: Tensor, met: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Time and state of the event with the gradients of the implicit function ``event(t, x(t)) = 0``.
 
-    Newton steps from the event found, which change no value: the event function is constant along the solution it
+    Newton steps from the event, which change no value: the event function is constant along the solution it
     defines, so ``t - event / (d event / dt)`` has the derivatives of t. A second step makes those of second order
     right. Where the event function has no slope, a backward pass raises.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
@@ -23,11 +24,11 @@ from solvers.methods import get_tableau
 from solvers.packing import Packing
 from solvers.sample_loop import align, within
 from solvers.solution import SampleSolution, Solution, Statistics
-from solvers.solve import Task, follow
-from solvers.step import Field, beside
+from solvers.solve import Task, even_grid, with_gradient
+from solvers.step import Field
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
-from solvers.validation import real_dtype
+from solvers.validation import real_dtype, to_state_shape
 
 __all__ = ["integrate"]
 
@@ -128,13 +129,12 @@ def integrate(
     largest = torch.finfo(torch.promote_types(real_dtype(x), torch.float32)).max
     if not longest < math.inf or (steps is not None and longest / steps > largest):
         raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
-    tolerance, controller = tolerance or _TOLERANCE, controller or _CONTROLLER
-    raises = on_limit == "raise"
-    if per_sample:
-        v = within(v, start, end, x)
     task = Task(
-        v, x, start, end, tableau, steps, tolerance, controller, keep, entries, raises, packing.unpack, per_sample
-    )
+        field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
+        grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,
+        controller=controller or _CONTROLLER, keep=keep, event=entries, raises=on_limit == "raise",
+        unpack=packing.unpack, per_sample=per_sample,
+    )  # fmt: skip
     if gradient == "direct" or not torch.is_grad_enabled():
         plain = packing.single and not (x.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling())
         solution = task.solve()
@@ -206,29 +206,30 @@ def _captured(field: Any, parameters: Any, args: Sequence[Any], gradient: str, s
 
 
 def _by_recomputing(task: Task, captured: Captured | None) -> Solution:
-    """Find the steps without a graph where they are not given, then take them with one that keeps little."""
+    """Choose the steps without a graph where they are not given, then take them with one that keeps little."""
     forward = nullcontext() if captured is None else captured.forward(task.x0.device)
-    if task.steps is not None and task.event is None:
-        stats = Statistics(task.steps * task.tableau.interior, task.steps)
-        found = Solution(tuple(task.grid), (task.x0,), stats=stats)
+    if task.grid is not None and task.event is None:
+        times = tuple(task.grid.times)
+        stats = Statistics((len(times) - 1) * task.tableau.interior, len(times) - 1)
+        solution = Solution(times=times, states=(task.x0,), stats=stats)
         with forward:
-            return follow(task, found, _recomputed(task, captured, found))
+            return with_gradient(task, solution, _recomputed(task, captured, solution))
     with forward, torch.no_grad():
-        found = task._replace(keep="states").solve()
+        solution = replace(task, keep="states").solve()
     with nullcontext() if captured is None else captured.again(look=False):
-        x = _recomputed(task, captured, found)
-        if isinstance(found, SampleSolution) and task.event is None:
-            _check_apart(task, found, x.detach())
-        return follow(task, found, x)
+        x = _recomputed(task, captured, solution)
+        if isinstance(solution, SampleSolution) and task.event is None:
+            _check_apart(task, solution, x.detach())
+        return with_gradient(task, solution, x)
 
 
-def _check_apart(task: Task, found: SampleSolution, x: Tensor) -> None:
+def _check_apart(task: Task, solution: SampleSolution, x: Tensor) -> None:
     """That samples are solved as if each were alone: taken again, the k-th steps of all of them stand side by side.
 
     Raises:
         ValueError: another state than before, beyond ten times the tolerance.
     """
-    before, after = found.x1, task.unpack(x)
+    before, after = solution.x1, task.unpack(x)
     if not isinstance(before, Tensor):
         before, after = (
             torch.cat([part.reshape(len(part), -1) for part in tree_leaves(states)], 1) for states in (before, after)
@@ -243,17 +244,17 @@ def _check_apart(task: Task, found: SampleSolution, x: Tensor) -> None:
         )
 
 
-def _recomputed(task: Task, captured: Captured | None, found: Solution) -> Tensor:
-    """The last state, by the steps found."""
+def _recomputed(task: Task, captured: Captured | None, solution: Solution) -> Tensor:
+    """The last state, by the steps of a solution."""
     steps: list[Any]
-    if isinstance(found, SampleSolution):
-        times = torch.stack(found.times).numpy()
+    if isinstance(solution, SampleSolution):
+        times = torch.stack(solution.times).numpy()
         starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
-        steps = [(beside(t, task.x0), beside(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
+        steps = [(to_state_shape(t, task.x0), to_state_shape(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
         real = real_dtype(task.x0)
         field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
     else:
-        steps = [(a, b - a) for a, b in pairwise(found.times)]
+        steps = [(a, b - a) for a, b in pairwise(solution.times)]
         field = task.field
     take = recomputed if captured is None else _eagerly()
     return take(captured, field, task.x0, steps, task.tableau)
@@ -267,17 +268,18 @@ def _eagerly() -> Callable[..., Tensor]:
 
 def _by_backsolving(task: Task, captured: Captured) -> Solution:
     """Solve without a graph, and the adjoint backwards when its gradient is asked for."""
+    plain = replace(task, keep="last", unpack=lambda x: x)
     with captured.forward(task.x0.device), torch.no_grad():
-        found = task._replace(keep="last", unpack=lambda x: x).solve()
-    t0, t1, x1 = task.t0, found.t1, found.x1
-    tolerance = seminorm(task.tolerance, task.x0, captured.tensors) if task.steps is None else task.tolerance
-    plain = task._replace(tolerance=tolerance, keep="last", event=None, raises=True, unpack=lambda z: z)
+        solution = plain.solve()
+    t0, t1, x1 = task.t0, solution.t1, solution.x1
+    if task.grid is None:
+        plain = replace(plain, tolerance=seminorm(task.tolerance, task.x0, captured.tensors))
+    elif t0 != t1:
+        plain = replace(plain, grid=even_grid(t1, t0, len(tuple(task.grid.times)) - 1))
 
     def backward(system: Field, z: Tensor) -> Tensor:
-        return plain._replace(field=system, x0=z, t0=t1, t1=t0).solve().x1
+        return replace(plain, field=system, x0=z, t0=t1, t1=t0, event=None, raises=True).solve().x1
 
     x = x1 if t0 == t1 else backsolved(captured, task.field, task.x0, x1, backward)
-    if found.event_time is None:
-        return follow(task, found, x)
-    with captured.again():
-        return follow(task, found, x)
+    with nullcontext() if solution.event_time is None else captured.again():
+        return with_gradient(task, solution, x)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from solvers.controllers import SampleController, SampleStates
-from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
+from solvers.errors import SolverError, failure
+from solvers.first_step import first_step
 from solvers.solution import SampleStatistics
-from solvers.step import Field, Step, beside, check_unchanged, rk_step, velocity, versions_of
+from solvers.step import Field, Step, rk_step, velocity
 from solvers.tableaus import ButcherTableau
-from solvers.tolerance import Tolerance, numbers
-from solvers.validation import real_dtype
+from solvers.tolerance import Tolerance
+from solvers.validation import real_dtype, to_state_shape
 
 __all__ = ["Round", "SampleLoop", "align", "within"]
 
@@ -101,13 +102,11 @@ class SampleLoop:
         order = self.tableau.error_order
         if not self.moving.any():
             return
-        first = velocity(self.field, beside(self.t, self.x), self.x)
-        version = versions_of([first])
+        first = velocity(self.field, to_state_shape(self.t, self.x), self.x)
         self._count(1)
         states = self._first_states(first, order)
-        check_unchanged([first], version)
         ratio, bad_stage = np.full_like(self.t, np.nan), np.where(np.isfinite(states.h), -1, 0)
-        attempts, largest = 0, min(self.tolerance.max_step, torch.finfo(beside(self.t, self.x).dtype).max)
+        attempts, largest = 0, min(self.tolerance.max_step, torch.finfo(to_state_shape(self.t, self.x).dtype).max)
         while self.moving.any():
             size = np.clip(states.h, self.tolerance.min_step, largest)
             left = np.abs(self.t1 - self.t)
@@ -118,7 +117,9 @@ class SampleLoop:
                 return
             last = (size >= left) | near
             h = self.direction * np.where(self.moving, np.where(last, left, size), 0.0)
-            step = rk_step(self.field, beside(self._t, self.x), self.x, beside(h, self.x), self.tableau, first)
+            step = rk_step(
+                self.field, to_state_shape(self._t, self.x), self.x, to_state_shape(h, self.x), self.tableau, first
+            )
             self._count(len(step.stages) - (first is not None))
             attempts += 1
             with torch.no_grad():
@@ -131,7 +132,7 @@ class SampleLoop:
             taken = self.moving & (states.accepted | near)
             accepted = taken & finite
             if not finite.all():
-                bad_stage = np.where(finite, bad_stage, _first_not_finite(step))
+                bad_stage = np.where(finite, bad_stage, step.not_finite())
                 self._hopeless = taken & ~finite  # no smaller step is allowed, or asked for by the controller
                 if torch.is_grad_enabled():  # a NaN beside good samples would reach their gradients: all try again
                     states = states._replace(h=np.where(accepted, np.abs(h), states.h), errors=before)
@@ -142,7 +143,7 @@ class SampleLoop:
                 first = step.stages[0]
                 continue
             everyone = bool(accepted.all())  # a sample at rest may have no finite velocity
-            took = beside(accepted, self.x)
+            took = to_state_shape(accepted, self.x)
             self.x = step.x1 if everyone else torch.where(took, step.x1, self.x)
             first = step.stages[-1] if self.tableau.fsal else None
             if first is not None and not everyone:
@@ -159,7 +160,7 @@ class SampleLoop:
     def move(self, samples: Array, t: Array, x: Tensor) -> None:
         """Let the samples of a mask end at the times and states given for them."""
         self.t = self._t = t
-        self.x = torch.where(beside(samples, x), x, self.x)
+        self.x = torch.where(to_state_shape(samples, x), x, self.x)
         self.stop(samples)
 
     def _count(self, calls: int) -> None:
@@ -167,16 +168,11 @@ class SampleLoop:
         self.counts[0] += calls * self.moving
 
     def _first_states(self, first: Tensor, order: int) -> SampleStates:
-        size = self.tolerance.first_step
-        if size is None:
-            with torch.no_grad():
-                t, direction = (beside(v, self.x) for v in (self.t, self.direction))
-                span = beside(np.abs(self.t1 - self.t), self.x).flatten()
-            found = self.tolerance.choose_first_steps(self.field, t, self.x, first, direction, order, span)
-            h = np.array(numbers(found))
+        h = np.full_like(self.t, self.tolerance.first_step or 0.0)
+        if self.tolerance.first_step is None:
+            left = np.abs(self.t1 - self.t)
+            h = first_step(self.field, self.t, self.x, first, self.direction, order, left, self.tolerance)
             self._count(1)
-        else:
-            h = np.full_like(self.t, size)
         ones = np.ones_like(self.t)
         return SampleStates(h, np.ones_like(self.moving), (ones, ones))
 
@@ -184,30 +180,18 @@ class SampleLoop:
         self, size: Array, smallest: Array, near: Array, ratio: Array, bad_stage: Array, attempts: int
     ) -> None:
         stuck = self.moving & (~(near | (size >= smallest)) | self._hopeless)
-        if attempts >= self.tolerance.max_steps:
+        over = attempts >= self.tolerance.max_steps
+        if over:
             stuck = self.moving.copy()
         for i in map(int, stuck.nonzero()[0]):
-            where: dict[str, Any] = {"t": float(self.t[i]), "h": float(self.direction[i] * size[i]), "sample": i}
-            last = f"last error ratio {ratio[i]:.3g}"
-            if attempts >= self.tolerance.max_steps:
-                error: SolverError = MaxStepsError(
-                    f"{attempts} attempted steps did not reach t1 = {self.t1[i]:g}; {last}: "
-                    "raise max_steps, loosen the tolerance, or the problem is stiff",
-                    stage=None, **where,
-                )  # fmt: skip
-            elif not np.isfinite(ratio[i]):
-                stage = int(bad_stage[i])
-                error = NonFiniteError(
-                    "NaN or infinity, and no smaller step avoids it", stage=stage if stage >= 0 else None, **where
-                )
-            elif np.isnan(size[i]):
+            finite = bool(np.isfinite(ratio[i]))
+            if finite and np.isnan(size[i]) and not over:
                 raise ValueError(f"controller must return step sizes h >= 0, got nan from {self.controller!r:.80}")
-            else:
-                error = StepUnderflowError(
-                    f"the error asks for a step below {smallest[i]:.3g}; {last}: "
-                    "the problem is stiff or discontinuous here, or the tolerance is below rounding",
-                    stage=None, **where,
-                )  # fmt: skip
+            error = failure(
+                "max_steps" if over else "underflow" if finite else "not_finite",
+                t=float(self.t[i]), h=float(self.direction[i] * size[i]), sample=i, ratio=ratio[i], attempts=attempts,
+                stage=int(bad_stage[i]) if bad_stage[i] >= 0 else None, t1=self.t1[i], smallest=smallest[i],
+            )  # fmt: skip
             if self.raises:
                 raise error
             self.failures[i] = error
@@ -218,7 +202,7 @@ class SampleLoop:
     def _park(self, samples: Array) -> None:
         """Put samples beside one that goes on, so that no NaN of theirs reaches a gradient; keep their states."""
         other = int(self.moving.nonzero()[0][0])
-        mask = beside(samples, self.x)
+        mask = to_state_shape(samples, self.x)
         self._parked.append((mask, self.x))
         self.x = torch.where(mask, self.x[other].detach(), self.x)
         self._t = np.where(samples, self.t[other], self._t)
@@ -276,7 +260,7 @@ def _inward(low: Array, high: Array, x: Tensor) -> tuple[Tensor, Tensor]:
         narrow = [(low, np.inf), (high, -np.inf)]
         low, high = (_rounded(exact, np.float32(end)) for exact, end in narrow)
         low, high = np.minimum(low, high), np.maximum(low, high)
-    bounds = (beside(low, x), beside(high, x))
+    bounds = (to_state_shape(low, x), to_state_shape(high, x))
     if real.itemsize == 4 or real == torch.float64:
         return bounds
     lows, highs = (b.cpu().to(real) for b in bounds)
@@ -291,10 +275,3 @@ def _rounded(exact: Array, towards: np.float32) -> Array:
     with np.errstate(over="ignore"):
         near = exact.astype(np.float32)
     return np.where((near < exact) if towards > 0 else (near > exact), np.nextafter(near, towards), near)
-
-
-def _first_not_finite(step: Step) -> Array:
-    """The first stage of each sample that holds NaN or infinity, -1 where none does, ``(B,)``."""
-    bad = torch.stack([(~p.detach().isfinite()).flatten(1).any(1) for p in step.stages])
-    found = np.array(bad.tolist())
-    return np.where(found.any(0), found.argmax(0), -1)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from solvers.interpolation import interpolant
-from solvers.step import Field, Step, beside
+from solvers.interpolation import Interpolant
+from solvers.step import Step
 
-__all__ = ["SampleSolution", "SampleStatistics", "Solution", "Statistics", "Status"]
-
-Status = Literal["finished", "event", "max_steps", "underflow", "not_finite"]
+__all__ = ["SampleSolution", "SampleStatistics", "Solution", "Statistics"]
 
 
 @dataclass
@@ -34,7 +27,7 @@ class Statistics:
     rejected: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Solution:
     """Result of :func:`~solvers.integrate`; ``solution(t)`` is the state at any time solved, with ``keep="steps"``.
 
@@ -46,6 +39,7 @@ class Solution:
         status: "finished", "event", or why the solve stopped before its end.
         event_time: the time of the event, a tensor that gradients flow through, float64 or, on a device that has none,
             float32; None if there was none. ``t1`` is the same as a number.
+        interpolant: the state at a time, with ``keep="steps"``.
     """
 
     times: tuple[Any, ...]
@@ -54,9 +48,7 @@ class Solution:
     stats: Statistics = field(default_factory=Statistics)
     status: Any = "finished"
     event_time: Tensor | None = None
-    _field: Field | None = field(default=None, repr=False)
-    _unpack: Callable[[Tensor], Any] = field(default=lambda x: x, repr=False)
-    _x0: Tensor | None = field(default=None, repr=False)
+    interpolant: Interpolant | None = field(default=None, repr=False)
 
     @property
     def x1(self) -> Any:
@@ -80,30 +72,9 @@ class Solution:
         Raises:
             ValueError: ``keep`` was not "steps", or t lies outside.
         """
-        if self._field is None:
+        if self.interpolant is None:
             raise ValueError("solution(t) needs the steps: integrate with keep='steps'")
-        if isinstance(t, Tensor) and t.ndim > 1:
-            raise ValueError(f"t must be a number or have one dimension, got shape {tuple(t.shape)}")
-        if isinstance(t, Tensor) and t.ndim:
-            return self._unpack(torch.stack([self._at(time) for time in t.unbind()]))
-        return self._unpack(self._at(t))
-
-    def _at(self, t: float | Tensor) -> Tensor:
-        first, last, time = self.times[0], self.times[-1], _number(t)
-        direction = 1 if last >= first else -1
-        slack = _rounding(t) * max(abs(first), abs(last))
-        if not direction * first - slack <= direction * time <= direction * last + slack:
-            raise ValueError(f"t must lie between {first:g} and {last:g}, got {time:g}")
-        assert self._field is not None
-        assert self._x0 is not None
-        if first == last:
-            return self._x0
-        ends = [direction * float(step.t + step.h) for step in self.steps[:-1]]
-        step = self.steps[bisect_left(ends, direction * time)]
-        theta: Any = (time - step.t) / step.h if step.h else 0.0
-        if isinstance(t, Tensor) and step.h:  # the value from numbers, the gradient from t
-            theta = theta + (t - t.detach()) / step.h
-        return interpolant(step, self._field)(theta)
+        return self.interpolant(t)
 
 
 @dataclass(frozen=True)
@@ -115,7 +86,7 @@ class SampleStatistics:
     rejected: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SampleSolution(Solution):
     """Result of :func:`~solvers.integrate` with ``control="sample"``.
 
@@ -130,50 +101,3 @@ class SampleSolution(Solution):
 
     samples: tuple[Tensor, ...] = ()
     sample_stats: SampleStatistics | None = None
-
-    def _at(self, t: float | Tensor) -> Tensor:
-        ends, time = [time.numpy() for time in self.times], _number(t)
-        first, last = ends[0], ends[-1]
-        slack = _rounding(t) * np.maximum(np.abs(first), np.abs(last))
-        outside = (time < np.minimum(first, last) - slack) | (time > np.maximum(first, last) + slack)
-        if outside.any():
-            i = int(outside.argmax())
-            raise ValueError(f"t must lie between {first[i]:g} and {last[i]:g} for sample {i}, got {time:g}")
-        within = np.clip(time, np.minimum(first, last), np.maximum(first, last))
-        assert self._x0 is not None
-        assert self._field is not None
-        waiting = first != last
-        rest = (~waiting).nonzero()[0]
-        rows, order = [self._x0[torch.from_numpy(rest)]], [rest]
-        for step, samples, start, end in zip(self.steps, self.samples, ends, ends[1:], strict=False):
-            samples = samples.numpy()
-            start, end = start[samples], end[samples]
-            here = waiting[samples] & ((end - within[samples]) * (end - start) >= 0)
-            if here.any():
-                part = step.of_samples(torch.from_numpy(here.nonzero()[0]).to(step.x0.device))
-                assert isinstance(part.h, Tensor)
-                inside = interpolant(part, partial(self._velocity, torch.from_numpy(samples[here]).to(step.x0.device)))
-                # the step of a sample that met its event goes on beyond it: theta is a part of h
-                theta = beside(within[samples[here]] - start[here], step.x0) / part.h
-                if isinstance(t, Tensor):
-                    theta = theta + (t - t.detach()) / part.h
-                rows.append(inside(theta))
-                order.append(samples[here])
-                waiting[samples[here]] = False
-        return torch.cat(rows)[torch.from_numpy(np.concatenate(order).argsort())]
-
-    def _velocity(self, samples: Tensor, t: Any, x: Tensor) -> Tensor:
-        """The field for some samples, asked with all of them in their places: it may know them by position."""
-        assert self._x0 is not None
-        assert self._field is not None
-        times = beside(self.times[0].numpy(), self._x0).to(t.dtype).index_copy(0, samples, t)
-        return self._field(times, self._x0.detach().to(x.dtype).index_copy(0, samples, x))[samples]
-
-
-def _rounding(t: float | Tensor) -> float:
-    """How far a time may lie outside for the precision in which it is given."""
-    return torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
-
-
-def _number(t: float | Tensor) -> float:
-    return t.detach().item() if isinstance(t, Tensor) else float(t)

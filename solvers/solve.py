@@ -2,31 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.batch_loop import adaptive_steps, fixed_steps, span
-from solvers.errors import SolverError
-from solvers.events import Event, change, crossing, crossings, link, until, values
-from solvers.interpolation import interpolant
+from solvers.batch_loop import Observer, adaptive_steps, fixed_steps, span
+from solvers.errors import SolverError, Status
+from solvers.events import Event, attach_event_gradient, crossing, first_crossing_fn, values
+from solvers.interpolation import Interpolant, SampleInterpolant, interpolant
 from solvers.sample_loop import SampleLoop
-from solvers.solution import SampleSolution, Solution, Statistics, Status
-from solvers.step import Field, Step, advance, beside, check_unchanged, versions_of
+from solvers.solution import SampleSolution, Solution, Statistics
+from solvers.step import Field, Step, check_unchanged, step_state, versions_of
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
-from solvers.validation import exact
+from solvers.validation import exact, to_state_shape
 
-__all__ = ["Task", "follow"]
+__all__ = ["Grid", "Outputs", "Task", "even_grid", "with_gradient"]
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Fixed steps.
+
+    Attributes:
+        times: the ends of the steps, numbers or scalar tensors that gradients flow to.
+        numbers: these tensors as numbers, where outputs or events lie between them.
+        inward: whether the field is evaluated just inside a step, at its first and last instant.
+        linear: whether the state is linear inside a step.
+    """
+
+    times: Iterable[Any]
+    numbers: Sequence[float] | None = None
+    inward: bool = False
+    linear: bool = False
+
+
+def even_grid(t0: float, t1: float, steps: int) -> Grid:
+    """Equal steps; none in no time."""
+    if t0 == t1:
+        return Grid(times=[t0])
+    return Grid(times=[t0 + (t1 - t0) * i / steps for i in range(steps)] + [t1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outputs:
+    """Times at which the state is an output, the first state's among them.
+
+    Attributes:
+        times: as numbers.
+        t: as a tensor, ``(n,)``, which gradients may flow to.
+    """
+
+    times: Sequence[float]
+    t: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
     """What is to be solved, checked.
 
     Attributes:
@@ -34,10 +72,13 @@ class Task(NamedTuple):
         x0: the first state.
         t0, t1: numbers, or with a step size per sample arrays ``(B,)`` float64.
         tableau: the method.
-        steps: the number of equal steps, or None for error control.
+        grid: fixed steps, or None for error control.
         tolerance, controller: of error control.
-        keep: "last", "states" or "steps".
+        stops, jumps, observe: of :func:`~solvers.batch_loop.adaptive_steps`.
+        keep: "last", "states", "steps" or "outputs".
+        outputs: the times of the outputs; that of an event gets the precision and the gradient of the first.
         event: ``(t, x)`` to a tensor, or None.
+        width: how close in time an event is found; as close as time resolves, if None.
         raises: whether a solve that cannot go on raises.
         unpack: a state as the caller gave it.
         per_sample: whether every sample has its own time and step size.
@@ -48,124 +89,168 @@ class Task(NamedTuple):
     t0: Any
     t1: Any
     tableau: ButcherTableau
-    steps: int | None
+    grid: Grid | None
     tolerance: Tolerance
     controller: Any
-    keep: str
-    event: Event | None
-    raises: bool
-    unpack: Callable[[Tensor], Any]
+    stops: Sequence[float] = ()
+    jumps: Sequence[float] = ()
+    observe: Observer | None = None
+    keep: str = "last"
+    outputs: Outputs | None = None
+    event: Event | None = None
+    width: float | None = None
+    raises: bool = True
+    unpack: Callable[[Tensor], Any] = lambda x: x
     per_sample: bool = False
 
     def solve(self) -> Solution:
         """Solve it."""
         return _solve_samples(self) if self.per_sample else _solve_batch(self)
 
+    def time(self, t: Any) -> Tensor:
+        """A number as a tensor, to which gradients flow as to the first output time."""
+        if self.outputs is None:
+            return exact(t, self.x0.device)
+        return self.outputs.t[0] + (t - self.t0)
+
+    def inside(self, step: Step) -> Callable[[Any], Tensor]:
+        """The state at a fraction of a step."""
+        if self.grid is not None and self.grid.linear:
+            return lambda theta: step.x0 + theta * (step.x1 - step.x0)
+        return interpolant(step, self.field)
+
     @property
-    def grid(self) -> list[float]:
-        """The times of equal steps; no steps in no time."""
-        assert self.steps is not None
-        if self.t0 == self.t1:
-            return [self.t0]
-        return [self.t0 + (self.t1 - self.t0) * i / self.steps for i in range(self.steps)] + [self.t1]
+    def inside_costs(self) -> bool:
+        """Whether :meth:`inside` takes a field evaluation."""
+        return self.tableau.dense is None and not (self.grid is not None and self.grid.linear)
 
 
 def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
-    stats, x, t = Statistics(), task.x0, task.t0
-    watched = task.event is not None
-    if task.steps is not None:
-        grid = task.grid
-        if task.keep == "last" and not watched:
-            for start, end in pairwise(grid):
-                x = advance(task.field, start, x, span(start, end), task.tableau)
-            stats = Statistics((len(grid) - 1) * task.tableau.interior, len(grid) - 1)
-            return Solution((task.t1,), (task.unpack(x),), (), stats)
-        loop = fixed_steps(task.field, x, grid, task.tableau, closing=watched or task.keep == "steps", stats=stats)
-    else:
-        loop = adaptive_steps(task.field, x, t, task.t1, task.tableau, task.tolerance, task.controller, stats=stats)
-    kept, costs = _Kept(task, [t], [x]), task.tableau.dense is None
+    stats, x, grid, event = Statistics(), task.x0, task.grid, task.event
+    if grid is not None and task.keep == "last" and event is None and task.outputs is None:
+        for start, end in pairwise(grid.times):
+            x = step_state(task.field, start, x, span(start, end), task.tableau)
+            stats.accepted += 1
+        stats.evaluations = stats.accepted * task.tableau.interior
+        return Solution(times=(task.t1,), states=(task.unpack(x),), stats=stats)
+    kept, numbers, value = _Kept(task), None, 1.0
     try:
-        event = until(task.event, t, x) if task.event is not None else None
-        value = 1.0 if event is None else values(event, t, x)
-        if value <= 0:
-            return kept.solution(stats, "event", exact(t, x.device))
+        if event is not None:
+            event = first_crossing_fn(event, task.t0, x)
+            value = values(event, task.t0, x)
+            if value <= 0:
+                return kept.solution(stats, "event", task.time(task.t0))
+        if grid is not None:
+            numbers = None if grid.numbers is None else iter(grid.numbers[1:])
+            loop = fixed_steps(
+                task.field, x, grid.times, task.tableau, closing=event is not None or task.keep == "steps",
+                inward=grid.inward, observe=task.observe, stats=stats,
+            )  # fmt: skip
+        else:
+            loop = adaptive_steps(
+                task.field, x, task.t0, task.t1, task.tableau, task.tolerance, task.controller,
+                stops=task.stops, jumps=task.jumps, observe=task.observe, stats=stats,
+            )  # fmt: skip
         for step in loop:
-            t, x = float(step.t + step.h), step.x1
+            t: Any = step.t + step.h if numbers is None else next(numbers)
             if event is not None:
-                before, value = value, values(event, t, x)
-                found = change(step, partial(interpolant, step, task.field), event, before, value, costs=costs)
-                if found is not None:
-                    inside, _, low, high = found
-                    t = step.t + crossing(step, inside, event, _width(step), low, high) * step.h
-                    time, x = link(task.field, event, exact(t, x.device), inside((t - step.t) / step.h))
+                before, value = value, values(event, t, step.x1)
+                met = crossing(
+                    step, partial(task.inside, step), event, before, value, costs=task.inside_costs, width=task.width
+                )
+                if met is not None:
+                    state_at, _, theta = met
+                    t = step.t + theta * step.h
+                    x = state_at((t - step.t) / step.h)
+                    time, x = attach_event_gradient(task.field, event, task.time(t), x)
                     kept.add(t, x, step)
                     return kept.solution(stats, "event", time)
-            kept.add(t, x, step)
+            kept.add(t, step.x1, step)
     except SolverError as error:
         error.solution = kept.solution(replace(stats), error.status)
         if task.raises:
             raise
         return error.solution
-    kept.times[-1] = task.t1
+    if task.outputs is None:
+        kept.times[-1] = task.t1
     return kept.solution(stats)
 
 
-@dataclass
 class _Kept:
     """What is kept of a solve on its way."""
 
-    task: Task
-    times: list[Any]
-    states: list[Tensor]
-
-    def __post_init__(self) -> None:
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.times: list[Any] = [task.t0]
+        self.states: list[Tensor] = [task.x0]
         self.steps: list[Step] = []
         self.versions: list[list[int] | None] = []
         self.samples: list[Tensor] = []
 
     def add(self, t: Any, x: Tensor, step: Step) -> None:
         """A step, and where it leads."""
-        if self.task.keep == "last":
+        keep = self.task.keep
+        if keep == "last":
             self.times[-1], self.states[-1] = t, x
-            return
-        self.times.append(t)
-        self.states.append(x)
-        if self.task.keep == "steps":
-            self.steps.append(step)
-            self.versions.append(versions_of(step.stages))
+        elif keep == "outputs":
+            self._add_outputs(t, step)
+        else:
+            self.times.append(t)
+            self.states.append(x)
+            if keep == "steps":
+                self.steps.append(step)
+                self.versions.append(versions_of(step.stages))
+
+    def _add_outputs(self, end: float, step: Step) -> None:
+        """The states at the output times that lie in a step."""
+        outputs, adaptive, state_at = self.task.outputs, self.task.grid is None, None
+        assert outputs is not None
+        start, size = (self.times[-1], end - self.times[-1]) if isinstance(step.h, Tensor) else (step.t, step.h)
+        self.times[-1] = end
+        for i in range(len(self.states), len(outputs.times)):
+            theta, t = (outputs.times[i] - start) / size, outputs.times[i]
+            if theta > 1 + 1e-12:
+                return
+            if abs(theta - 1) <= 1e-12 and not (adaptive and outputs.t.requires_grad):
+                self.states.append(step.x1)
+                continue
+            if outputs.t.requires_grad:
+                t = outputs.t[i]
+                theta = (t - outputs.t[0] - (step.t - outputs.times[0]) if adaptive else t - step.t) / step.h
+            elif not adaptive:
+                theta = (t - step.t) / step.h
+            state_at = state_at or self.task.inside(step)
+            self.states.append(state_at(theta))
 
     def solution(self, stats: Statistics, status: Status = "finished", event_time: Tensor | None = None) -> Solution:
         """As the caller sees it."""
-        return Solution(*self._common(stats, status, event_time))
+        times = tuple(self.times)
+        dense = Interpolant(times=times, **self._path()) if self.task.keep == "steps" else None
+        common = self._common(status, event_time)
+        return Solution(times=times, stats=stats, interpolant=dense, **common)
 
     def sample_solution(self, loop: SampleLoop, status: Any, event_time: Tensor | None) -> SampleSolution:
         """The same, with control per sample."""
         counts = loop.stats
         stats = Statistics(loop.calls, int(counts.accepted.sum()), int(counts.rejected.sum()))
-        _, *common = self._common(stats, status, event_time)
-        times = tuple(exact(t, torch.device("cpu")) for t in self.times)
+        times, samples = tuple(exact(t, torch.device("cpu")) for t in self.times), tuple(self.samples)
+        keep = self.task.keep == "steps"
+        dense = SampleInterpolant(times=times, samples=samples, **self._path()) if keep else None
+        common = self._common(status, event_time)
         return SampleSolution(
-            times,
-            *common,
-            samples=tuple(self.samples),
-            sample_stats=counts,
+            times=times, stats=stats, samples=samples, sample_stats=counts, interpolant=dense, **common
         )
 
-    def _common(self, stats: Statistics, status: Any, event_time: Tensor | None) -> tuple[Any, ...]:
+    def _common(self, status: Any, event_time: Tensor | None) -> dict[str, Any]:
         for step, versions in zip(self.steps, self.versions, strict=True):
             check_unchanged(step.stages, versions)
-        dense = self.task.field if self.task.keep == "steps" else None
         states = tuple(self.task.unpack(x) for x in self.states)
-        common = (tuple(self.times), states, tuple(self.steps), stats, status, event_time)
-        return *common, dense, self.task.unpack, self.task.x0
+        return {"states": states, "steps": tuple(self.steps), "status": status, "event_time": event_time}
 
-
-def _width(step: Step) -> float:
-    """How close in time an event in a step is found: the resolution of time there, or that of a part of the step."""
-    span = max(float(torch.as_tensor(t).detach().abs().max()) for t in (step.t, step.t + step.h))
-    size, kind = torch.as_tensor(step.h).detach(), step.h.dtype if isinstance(step.h, Tensor) else torch.float64
-    return max(torch.finfo(kind).eps * float(size.abs().max()), torch.finfo(torch.float64).eps * span, 1e-300)
+    def _path(self) -> dict[str, Any]:
+        task = self.task
+        return {"field": task.field, "x0": task.x0, "steps": self.steps, "unpack": task.unpack}
 
 
 def _solve_samples(task: Task) -> SampleSolution:
@@ -173,31 +258,39 @@ def _solve_samples(task: Task) -> SampleSolution:
     loop = SampleLoop(
         task.field, task.x0, task.t0, task.t1, task.tableau, task.tolerance, task.controller, raises=task.raises
     )
-    kept, costs = _Kept(task, [loop.t], [loop.states]), task.tableau.dense is None
+    kept = _Kept(task)
+    kept.times = [loop.t]
     event, times, value = None, None, np.ones_like(loop.t)
     met = np.zeros_like(loop.moving)
     if task.event is not None:
-        event, begin = until(task.event, beside(loop.t, task.x0), task.x0, each=True), beside(loop.t, task.x0)
+        begin = to_state_shape(loop.t, task.x0)
+        event = first_crossing_fn(task.event, begin, task.x0, each=True)
         value = values(event, begin, task.x0)
         met = value <= 0
-        times = exact(np.where(met, loop.t, np.nan), task.x0.device)
+        times = task.time(np.where(met, loop.t, np.nan))
         loop.stop(met)
     before = loop.t
     try:
         for step, accepted, t, x in loop.rounds():
             if event is not None and times is not None:
-                end = values(event, beside(t, x), x, accepted)
-                found = change(step, partial(interpolant, step, loop.field), event, value, end, accepted, costs=costs)
+                end = values(event, to_state_shape(t, x), x, accepted)
+                change = crossing(
+                    step, partial(task.inside, step), event, value, end, accepted, costs=task.inside_costs
+                )
                 value = np.where(accepted, end, value)
-                if found is not None:
-                    now, times, t, x = _at_events(loop, step, event, found, before, times, (t, x))
+                if change is not None:
+                    state_at, now, theta = change
+                    mask, t = torch.from_numpy(now).to(x.device), np.where(now, before + theta * (t - before), t)
+                    s, there = task.time(t).view_as(step.h), state_at(to_state_shape(theta, x))  # type: ignore[arg-type]
+                    s, there = attach_event_gradient(task.field, event, s, there, mask)
+                    times, x = torch.where(mask, s.flatten(), times), torch.where(to_state_shape(now, x), there, x)
                     loop.move(now, t, x)
                     met = met | now
             before = t
             if task.keep == "steps":
                 samples = torch.from_numpy(accepted).nonzero().flatten()
                 kept.samples.append(samples)
-                step = step if len(samples) == len(x) else step.of_samples(samples.to(x.device))
+                step = step if len(samples) == len(x) else step.select(samples.to(x.device))
             kept.add(t, x, step)
     except SolverError as error:
         error.solution = kept.sample_solution(loop, _status(loop, met, error), times)
@@ -206,54 +299,26 @@ def _solve_samples(task: Task) -> SampleSolution:
 
 
 def _status(loop: SampleLoop, met: np.ndarray, error: SolverError | None = None) -> tuple[Status, ...]:
-    found: list[Status] = ["event" if m else "finished" for m in met.tolist()]
+    status: list[Status] = ["event" if m else "finished" for m in met.tolist()]
     for i, failure in {**loop.failures, **({error.sample: error} if error else {})}.items():
         if i is not None:
-            found[i] = failure.status
-    return tuple(found)
+            status[i] = failure.status
+    return tuple(status)
 
 
-def _at_events(
-    loop: SampleLoop,
-    step: Step,
-    event: Event,
-    found: tuple[Callable[[Any], Tensor], Any, Any, Any],
-    before: np.ndarray,
-    times: Tensor,
-    after: tuple[np.ndarray, Tensor],
-) -> tuple[np.ndarray, Tensor, np.ndarray, Tensor]:
-    """The samples that meet their event inside the step, the event times, and times and states with those moved there.
-
-    Args:
-        loop: the solve.
-        step: the step.
-        event: positive until the event, ``(B,)``.
-        found: the result of :func:`~solvers.events.change`.
-        before: times at the start of the step, ``(B,)``.
-        times: event times so far, ``(B,)``.
-        after: times and states at the end of the step.
-    """
-    inside, now, low, high = found
-    t, x = after
-    theta = crossings(step, inside, event, _width(step), low, high, now)
-    at = np.where(now, before + theta * (t - before), t)
-    mask = torch.from_numpy(now).to(x.device)
-    s = exact(at, x.device).view_as(step.h)  # type: ignore[arg-type]
-    s, end = link(loop.field, event, s, inside(beside(theta, x)), mask)
-    return now, torch.where(mask, s.flatten(), times), at, torch.where(beside(now, x), end, x)
-
-
-def follow(task: Task, found: Solution, x: Tensor) -> Solution:
-    """``found`` with its last state replaced by ``x``, which carries the gradient, and so its event time."""
-    time = found.event_time
+def with_gradient(task: Task, solution: Solution, x: Tensor) -> Solution:
+    """The solution with ``x`` as its last state, which carries the gradient, and its event time with that gradient."""
+    time = solution.event_time
     if time is not None and task.event is not None:
-        if isinstance(found, SampleSolution):
-            event = until(task.event, beside(task.t0, task.x0), task.x0, each=True)
-            ends = found.times[-1].numpy().astype(np.float64)
+        if isinstance(solution, SampleSolution):
+            start = to_state_shape(task.t0, task.x0)
+            event = first_crossing_fn(task.event, start, task.x0, each=True)
+            ends = solution.t1.numpy().astype(np.float64)
             moved = ~time.isnan() & torch.from_numpy(ends != task.t0).to(time.device)
-            s = exact(ends, x.device).view(-1, *[1] * (x.ndim - 1))
-            s, x = link(task.field, event, s, x, moved)
+            s = exact(ends, x.device).view_as(start)
+            s, x = attach_event_gradient(task.field, event, s, x, moved)
             time = torch.where(moved, s.flatten(), time)
-        elif found.times[-1] != task.t0:
-            time, x = link(task.field, until(task.event, task.t0, task.x0), time, x)
-    return replace(found, times=found.times[-1:], states=(task.unpack(x),), event_time=time)
+        elif solution.t1 != task.t0:
+            event = first_crossing_fn(task.event, task.t0, task.x0)
+            time, x = attach_event_gradient(task.field, event, time, x)
+    return replace(solution, times=solution.times[-1:], states=(task.unpack(x),), event_time=time)

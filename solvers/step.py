@@ -15,9 +15,8 @@ from torch.compiler import is_compiling
 from solvers.kernels.aten import combination
 from solvers.reductions import SMALL, combine, finish_step
 from solvers.tableaus import ButcherTableau
-from solvers.validation import real_dtype
 
-__all__ = ["Field", "Step", "advance", "beside", "check_unchanged", "rk_step", "velocity", "versions_of"]
+__all__ = ["Field", "Step", "check_unchanged", "rk_step", "step_state", "velocity", "versions_of"]
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
 _SEVERAL = (list, tuple)
@@ -115,11 +114,20 @@ class Step(NamedTuple):
             x = x + (weight * self.h).to(p.dtype) * p
         return x
 
-    def of_samples(self, samples: Tensor) -> Step:
+    def select(self, samples: Tensor) -> Step:
         """The step of the samples alone, where t and h have a row for each."""
         t, h = (v[samples] if isinstance(v, Tensor) and v.ndim else v for v in (self.t, self.h))
         stages = tuple(p[samples] for p in self.stages)
         return Step(t, h, self.x0[samples], self.x1[samples], stages, self.tableau)
+
+    def not_finite(self) -> np.ndarray:
+        """The first stage of each sample that holds NaN or infinity, -1 where none does, ``(B,)``.
+
+        A state of less than two dimensions is one sample.
+        """
+        rows = len(self.x0) if self.x0.ndim > 1 else 1
+        bad = torch.stack([(~p.detach().isfinite()).reshape(rows, -1).any(1) for p in self.stages]).cpu().numpy()
+        return np.where(bad.any(0), bad.argmax(0), -1)
 
     def _needs_stages(self, weights: Sequence[float], what: str) -> None:
         if any(weights[len(self.stages) :]):
@@ -209,13 +217,13 @@ def rk_step(
     return Step(t, h, x, x1, stages, tableau, computed)
 
 
-def advance(
+def step_state(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
 ) -> Tensor:
     """The state at the end of a step; :func:`rk_step` says more."""
     if not is_compiling() and is_inference_mode_enabled():
         with _counting():
-            return advance(field, t, _countable(x), h, tableau)
+            return step_state(field, t, _countable(x), h, tableau)
     stages, versions, add = _evaluate(field, t, x, h, tableau, ends=True)
     if versions and len(stages) > 1:
         check_unchanged(stages, versions)
@@ -332,14 +340,3 @@ def _overwritten(stage: int) -> ValueError:
         f"field must not write into its input: stage {stage} changed x in place; let it begin with x = x.clone(), or "
         "make its first operation a new tensor, as nn.ReLU(inplace=False)"
     )
-
-
-def beside(values: np.ndarray, x: Tensor) -> Tensor:
-    """A value per sample, ``(B,)``, as it broadcasts against states ``(B, *S)`` on their device.
-
-    Numbers of float64 or float32 states keep that precision, narrower ones get float32.
-    """
-    if values.dtype == np.float64 and real_dtype(x) != torch.float64:
-        with np.errstate(over="ignore"):
-            values = values.astype(np.float32)
-    return torch.from_numpy(values).to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))

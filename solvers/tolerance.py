@@ -1,21 +1,20 @@
-"""What an adaptive solve accepts: the error ratio of a step, the first step, the limits."""
+"""What an adaptive solve accepts: the error of a step over its tolerance, and the limits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from solvers.reductions import SMALL, finish_step
-from solvers.step import Field, Step, velocity
-from solvers.validation import is_mapped
+from solvers.step import Step
+from solvers.validation import to_host
 
-__all__ = ["Tolerance", "numbers"]
+__all__ = ["Tolerance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +24,7 @@ class Tolerance:
     Attributes:
         rtol, atol: the error of each feature is divided by ``atol + rtol * max(|x0|, |x1|)``; a step is good if the
             root mean square of these ratios, over the batch and the features, is at most 1. Numbers, or tensors that
-            broadcast against the state. The thesis (appendix A.3) has ``eps * (1 + max(|order3|, |order2|))``, the two
+            broadcast against the state. [K24, appendix A.3] has ``eps * (1 + max(|order3|, |order2|))``, the two
             solutions at the end of the step, for one sample: here ``rtol = atol = eps``, the states at the two ends of
             the step as in Hairer, Norsett and Wanner (II.4), and the mean also over the batch, unless
             ``control="sample"``. An error of 0 is within any tolerance.
@@ -75,38 +74,36 @@ class Tolerance:
         """The error over its tolerance, ``error / (atol + rtol * max(|x0|, |x1|))``, in float32 or wider."""
         if error.dtype in (torch.float16, torch.bfloat16):
             error, x0, x1 = error.float(), x0.float(), x1.float()
-        return self._over(error, torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol))
+        return self.over(error, torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol))
 
-    def _over(self, value: Tensor, scale: Tensor) -> Tensor:
+    def over(self, value: Tensor, scale: Tensor) -> Tensor:
+        """``value / scale``, and 0 where the value is 0."""
         quotient = value / scale
         return torch.where(value == 0, 0, quotient) if self._exact else quotient
 
-    def size(self, scaled: Tensor) -> Tensor:
-        """The norm of :meth:`scaled`, a scalar tensor; nothing here waits for the device."""
+    def size(self, scaled: Tensor, *, each: bool = False) -> Tensor:
+        """The norm of :meth:`scaled`, a scalar tensor, or that of each sample, ``(B,)``; never waits for the device."""
         if self.norm is not None:
-            return torch.as_tensor(self.norm(scaled), device=scaled.device).abs()
+            norms = torch.vmap(self.norm)(scaled) if each else torch.as_tensor(self.norm(scaled), device=scaled.device)
+            return norms.abs()
+        if each:
+            return torch.linalg.vector_norm(scaled.flatten(1), dim=1) / math.sqrt(scaled[0].numel())
         return torch.linalg.vector_norm(scaled) / math.sqrt(scaled.numel())
-
-    def sizes(self, scaled: Tensor) -> Tensor:
-        """The norm of each sample, ``(B,)``."""
-        if self.norm is not None:
-            return torch.vmap(self.norm)(scaled).abs()
-        return torch.linalg.vector_norm(scaled.flatten(1), dim=1) / math.sqrt(scaled[0].numel())
 
     def ratio(self, step: Step) -> float:
         """Norm of the embedded error of a step over its tolerance; waits for the device, once."""
-        if (each := self._in_one_pass(step)) is not None:
-            return numbers(torch.linalg.vector_norm(each)) / math.sqrt(len(each))
+        if (rows := self._in_one_pass(step)) is not None:
+            return to_host(torch.linalg.vector_norm(rows)) / math.sqrt(len(rows))
         scaled = self.scaled(step.error(), step.x0, step.x1)
         if self.norm is None:  # the root of the count as a number: a tensor operation less
-            return numbers(torch.linalg.vector_norm(scaled)) / math.sqrt(scaled.numel())
-        return numbers(self.size(scaled))
+            return to_host(torch.linalg.vector_norm(scaled)) / math.sqrt(scaled.numel())
+        return to_host(self.size(scaled))
 
     def ratios(self, step: Step) -> np.ndarray:
         """:meth:`ratio` for each sample, ``(B,)``."""
-        if (each := self._in_one_pass(step)) is None:
-            each = self.sizes(self.scaled(step.error(), step.x0, step.x1))
-        return np.array(numbers(each))
+        if (rows := self._in_one_pass(step)) is None:
+            rows = self.size(self.scaled(step.error(), step.x0, step.x1), each=True)
+        return np.array(to_host(rows))
 
     def _in_one_pass(self, step: Step) -> Tensor | None:
         """:meth:`ratios` of large states, if tolerances and norm are the usual ones."""
@@ -115,80 +112,7 @@ class Tolerance:
             return None
         if isinstance(self.rtol, Tensor) or isinstance(self.atol, Tensor) or self._exact:
             return None
-        _, found = finish_step(
+        _, reductions = finish_step(
             x, step.stages, step.tableau, step.h, state=False, error=True, rtol=self.rtol, atol=self.atol
         )
-        return found["error"]
-
-    def choose_first_step(
-        self,
-        field: Field,
-        t: float,
-        x: Tensor,
-        first: Tensor,
-        direction: int,
-        order: int,
-        span: float = math.inf,
-    ) -> float:
-        """Starting step of Hairer, Norsett, Wanner (II.4): one field evaluation, two waits for the device.
-
-        Args:
-            field: velocity ``v(t, x)``.
-            t, x: where the solve begins.
-            first: the velocity there.
-            direction: 1 or -1, of time.
-            order: order q of the lower solution.
-            span: how far the solve goes; the field is not asked beyond. It is asked with gradients as the solve is.
-        """
-        scale = self._scale(x.detach())
-        d0, d1 = (numbers(self.size(self._over(v.detach(), scale))) for v in (x, first))
-        if not math.isfinite(d0 + d1):
-            return math.nan
-        h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, span * (1 - 1e-15))
-        second = velocity(field, t + direction * h0, torch.add(x, first.detach(), alpha=direction * h0))
-        change = second.detach() - first.detach()
-        slope = max(numbers(self.size(self._over(change, scale))) / h0, d1) if h0 else d1
-        if not math.isfinite(slope):
-            return h0  # so far the field is not defined: let the error control find how far it is
-        return min(100 * h0, max(1e-6, h0 * 1e-3) if slope <= 1e-15 else (0.01 / slope) ** (1 / (order + 1)))
-
-    def choose_first_steps(
-        self,
-        field: Field,
-        t: Tensor,
-        x: Tensor,
-        first: Tensor,
-        direction: Tensor,
-        order: int,
-        span: Tensor,
-    ) -> Tensor:
-        """:meth:`choose_first_step` for each sample, ``(B,)``; ``t`` and ``direction`` broadcast against the state."""
-        scale = self._scale(x.detach())
-        d0, d1 = (self.sizes(self._over(v.detach(), scale)) for v in (x, first))
-        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-        near = torch.where(span > 0, torch.minimum(h0, span.to(h0)), 0)  # where it is 0 no step will be taken
-        h = direction * near.reshape(direction.shape).to(direction.dtype)
-        second = velocity(field, t + h, torch.addcmul(x, first.detach(), h).to(x.dtype))
-        h0 = torch.where(near > 0, near, h0)
-        slope = torch.maximum(self.sizes(self._over(second.detach() - first.detach(), scale)) / h0, d1)
-        h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / slope) ** (1 / (order + 1)))
-        h1 = torch.where(slope.isfinite() | ~(d0 + d1).isfinite(), h1, h0)
-        return torch.minimum(100 * h0, h1)
-
-    def _scale(self, x: Tensor) -> Tensor:
-        real = torch.promote_types(x.dtype, torch.float32).to_real()
-        return x.abs().to(real).mul_(self.rtol).add_(self.atol)
-
-
-def numbers(x: Tensor) -> Any:
-    """The values of a tensor, as a number or a list; waits for the device.
-
-    Raises:
-        RuntimeError: under ``torch.vmap``, where a tensor has no values.
-    """
-    if is_mapped(x):
-        raise RuntimeError(
-            "an adaptive solve chooses its steps by numbers and cannot be mapped by torch.vmap: give the samples as "
-            "one batch to integrate(..., control='sample'), where each has its own steps, or take fixed steps"
-        )
-    return x.tolist() if x.ndim else x.item()
+        return reductions["error"]

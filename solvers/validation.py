@@ -1,4 +1,4 @@
-"""Checks at the door: what a solver takes, and what torch does with the tensors meanwhile."""
+"""Checks of what a solver takes; numbers of the host as tensors, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_finite", "check_state", "exact", "is_mapped", "is_transformed", "real_dtype"]
+__all__ = [
+    "check_finite",
+    "check_state",
+    "exact",
+    "is_mapped",
+    "is_transformed",
+    "real_dtype",
+    "to_host",
+    "to_state_shape",
+]
 
 
 def check_state(x: object, name: str = "x") -> None:
@@ -58,6 +67,31 @@ def exact(numbers: Any, device: torch.device) -> Tensor:
         return torch.from_numpy(wide).to(device)
     except (TypeError, RuntimeError):
         return torch.from_numpy(wide.astype(np.float32)).to(device)
+
+
+def to_state_shape(values: np.ndarray, x: Tensor) -> Tensor:
+    """A value per sample, ``(B,)``, as it broadcasts against states ``(B, *S)`` on their device.
+
+    Numbers of float64 or float32 states keep that precision, narrower ones get float32.
+    """
+    if values.dtype == np.float64 and real_dtype(x) != torch.float64:
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
+    return torch.from_numpy(values).to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+
+
+def to_host(x: Tensor) -> Any:
+    """The values of a tensor, as a number or a list; waits for the device.
+
+    Raises:
+        RuntimeError: under ``torch.vmap``, where a tensor has no values.
+    """
+    if is_mapped(x):
+        raise RuntimeError(
+            "an adaptive solve chooses its steps by numbers and cannot be mapped by torch.vmap: give the samples as "
+            "one batch to integrate(..., control='sample'), where each has its own steps, or take fixed steps"
+        )
+    return x.tolist() if x.ndim else x.item()
 
 
 def is_transformed(x: Tensor) -> bool:

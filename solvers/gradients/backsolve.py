@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,15 +101,7 @@ def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Toler
             return value
         return packing.expand((value, value, *[1.0] * len(params)), real_dtype(like))
 
-    return Tolerance(
-        expand(tolerance.rtol),
-        expand(tolerance.atol),
-        norm,
-        tolerance.first_step,
-        tolerance.min_step,
-        tolerance.max_step,
-        tolerance.max_steps,
-    )
+    return replace(tolerance, rtol=expand(tolerance.rtol), atol=expand(tolerance.atol), norm=norm)
 
 
 def stored(rate: Tensor, like: Tensor) -> Tensor:
@@ -138,23 +131,23 @@ class _Backsolve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         with ctx.captured.again(cut=True) as params:
-            return _Backsolve._solved(ctx, grads[0], params)
+            return _solved_backwards(ctx, grads[0], params)
 
-    @staticmethod
-    def _solved(ctx: Any, grad: Tensor, params: Sequence[Tensor]) -> Any:
-        (x1,) = ctx.saved_tensors
-        dtype = torch.promote_types(x1.dtype, torch.float32)
-        end = x1.to(dtype)
-        start = (end, grad.to(dtype), *(torch.zeros_like(stored(p, end)) for p in params))
-        packing = Packing(start, "x1")
 
-        def system(t: Any, z: Tensor) -> Tensor:
-            y, a = (part.to(x1.dtype) for part in packing.unpack(z)[:2])
-            if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-                rates: tuple[Tensor, ...] = _Rates.apply(ctx.captured, ctx.field, t, params, y, a, *ctx.params)  # type: ignore[assignment]
-            else:
-                rates = adjoint_rates(ctx.field, t, y, a, params)
-            return packing.pack(tuple(stored(rate, z) for rate in rates), "field")
+def _solved_backwards(ctx: Any, grad: Tensor, params: Sequence[Tensor]) -> Any:
+    (x1,) = ctx.saved_tensors
+    dtype = torch.promote_types(x1.dtype, torch.float32)
+    end = x1.to(dtype)
+    start = (end, grad.to(dtype), *(torch.zeros_like(stored(p, end)) for p in params))
+    packing = Packing(start, "x1")
 
-        _, a, *sums = packing.unpack(ctx.solve(system, packing.pack(start)))
-        return (None, None, None, None, a.to(x1.dtype), *map(restored, sums, ctx.params))
+    def system(t: Any, z: Tensor) -> Tensor:
+        y, a = (part.to(x1.dtype) for part in packing.unpack(z)[:2])
+        if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+            rates: tuple[Tensor, ...] = _Rates.apply(ctx.captured, ctx.field, t, params, y, a, *ctx.params)  # type: ignore[assignment]
+        else:
+            rates = adjoint_rates(ctx.field, t, y, a, params)
+        return packing.pack(tuple(stored(rate, z) for rate in rates), "field")
+
+    _, a, *sums = packing.unpack(ctx.solve(system, packing.pack(start)))
+    return (None, None, None, None, a.to(x1.dtype), *map(restored, sums, ctx.params))

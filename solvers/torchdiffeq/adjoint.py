@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from solvers.events import link
+from solvers.events import attach_event_gradient, first_crossing_fn
 from solvers.gradients.backsolve import adjoint_rates, restored, stored
 from solvers.gradients.captured import Captured, owner_of
-from solvers.torchdiffeq.events import ended, event_of, find_event
-from solvers.torchdiffeq.odeint import odeint, solve
-from solvers.torchdiffeq.problem import ADAPTIVE, Problem, check_options, largest_rms, make_problem
+from solvers.packing import Packing
+from solvers.solve import Outputs, Task
+from solvers.torchdiffeq.odeint import find_event, odeint, solve
+from solvers.torchdiffeq.problem import ADAPTIVE, check_options, ending_at, largest_rms, make_task
 from solvers.validation import real_dtype
 
 __all__ = ["odeint_adjoint"]
@@ -72,69 +73,74 @@ def odeint_adjoint(
     captured = Captured(func, adjoint_params, names=("func", "adjoint_params", "odeint"))
     if not torch.is_grad_enabled():
         return odeint(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn)
-    problem = make_problem(captured, y0, t, rtol, atol, method, options, watched=func)
-    with captured.forward(problem.x0.device):
-        event = None if event_fn is None else event_of(problem, event_fn)
-        if event is not None:
-            with torch.no_grad():
-                time, _ = find_event(problem, event)
-            if time == problem.times[0]:
-                return problem.t[0], problem.packing.unpack(torch.stack([problem.x0, problem.x0]))
-            problem = ended(problem, time)
-        with torch.no_grad():
-            states = solve(problem._replace(t=problem.t.detach()))
+    packing, fixed_t = Packing(y0), t.detach() if isinstance(t, Tensor) else t
+    task = make_task(captured, packing, y0, fixed_t, rtol, atol, method, options, event_fn, watched=func)
+    t, event = t.to(task.x0.device), None
+    with captured.forward(task.x0.device), torch.no_grad():
+        if task.event is not None:
+            time = find_event(task).t1
+            if time == task.t0:
+                return t[0], packing.unpack(torch.stack([task.x0, task.x0]))
+            event = first_crossing_fn(task.event, task.t0, task.x0)
+            task = ending_at(task, time, options)
+        states = solve(task)
+    if event is not None:
+        t = torch.stack([t[0].to(_outputs(task).t), _outputs(task).t[1]])
     if adjoint_options.get("norm") is not None or back in ADAPTIVE:
-        norm = _adjoint_norm(adjoint_options.get("norm"), problem.tolerance.norm or _rms, problem)
+        norm = _adjoint_norm(adjoint_options.get("norm"), task.tolerance.norm or _rms, packing)
         adjoint_options = {**adjoint_options, "norm": norm}
     solving = {
-        "rtol": _spread("adjoint_rtol", rtol if adjoint_rtol is None else adjoint_rtol, problem, captured.tensors),
-        "atol": _spread("adjoint_atol", atol if adjoint_atol is None else adjoint_atol, problem, captured.tensors),
+        "rtol": _spread("adjoint_rtol", rtol if adjoint_rtol is None else adjoint_rtol, packing, task.x0, captured),
+        "atol": _spread("adjoint_atol", atol if adjoint_atol is None else adjoint_atol, packing, task.x0, captured),
         "method": back,
         "options": adjoint_options,
     }
-    plain = problem._replace(observe=None)
-    x: Any = _Adjoint.apply(plain, captured, solving, [states], problem.x0, problem.t, *captured.tensors)
+    x: Any = _Adjoint.apply(task, captured, solving, [states], task.x0, t, *captured.tensors)
     if event is None:
-        return problem.packing.unpack(x)
+        return packing.unpack(x)
     # the state carries the gradient to t[0]: at a fixed time, so that this one is fixed
     with captured.again():
-        s = torch.tensor(problem.times[1], dtype=problem.time_dtype, device=x.device)
-        at, end = link(problem.field, event, s, x[-1])
-    return at.to(problem.t.dtype), problem.packing.unpack(torch.stack([problem.x0, end]))
+        at, end = attach_event_gradient(task.field, event, _outputs(task).t[1], x[-1])
+    return at, packing.unpack(torch.stack([task.x0, end]))
+
+
+def _outputs(task: Task) -> Outputs:
+    assert task.outputs is not None
+    return task.outputs
 
 
 def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / max(x.numel(), 1) ** 0.5
 
 
-def _adjoint_norm(given: Any, norm: Callable[[Tensor], Tensor], problem: Problem) -> Callable[[Sequence[Tensor]], Any]:
-    if callable(given):
-        if problem.packing.single:
-            return given
+def _adjoint_norm(
+    adjoint_norm: Any, norm: Callable[[Tensor], Tensor], packing: Packing
+) -> Callable[[Sequence[Tensor]], Any]:
+    if callable(adjoint_norm):
+        if packing.single:
+            return adjoint_norm
 
         def spread(parts: Sequence[Tensor]) -> Any:
             grad_t, y, grad_y, *rest = parts
-            states = [problem.packing.unpack(x) for x in (y, grad_y)]
+            states = [packing.unpack(x) for x in (y, grad_y)]
             flat = [part for s in states for part in (s.values() if isinstance(s, dict) else s)]
-            return given((grad_t, *flat, *rest))
+            return adjoint_norm((grad_t, *flat, *rest))
 
         return spread
-    if given not in (None, "seminorm"):
-        raise ValueError(f"adjoint_options: norm must be a function or 'seminorm', got {given!r}")
 
     def largest(parts: Sequence[Tensor]) -> Tensor:
         grad_t, y, grad_y, *rest = parts
         norms = [grad_t.abs(), norm(y), norm(grad_y)]
-        if given is None and any(part.numel() for part in rest):
+        if adjoint_norm is None and any(part.numel() for part in rest):
             norms.append(largest_rms(rest))
         return torch.stack([torch.as_tensor(n, device=y.device).to(grad_t.abs().dtype) for n in norms]).max()
 
     return largest
 
 
-def _spread(name: str, tolerance: Any, problem: Problem, params: Sequence[Tensor]) -> Any:
+def _spread(name: str, tolerance: Any, packing: Packing, x0: Tensor, captured: Captured) -> Any:
     """A tolerance of the state as one of the backward solve: a number, or one per part of its state."""
-    packing, count = problem.packing, len(params)
+    count = len(captured.tensors)
     if isinstance(tolerance, Tensor) and not tolerance.ndim:
         return float(tolerance)
     if isinstance(tolerance, tuple | list) and (packing.single or len(tolerance) != len(packing.shapes)):
@@ -145,7 +151,7 @@ def _spread(name: str, tolerance: Any, problem: Problem, params: Sequence[Tensor
                 f"{count} parameters, got {len(tolerance)}"
             )
         return tuple(tolerance)
-    each = packing.expand(tolerance, torch.promote_types(real_dtype(problem.x0), torch.float32))
+    each = packing.expand(tolerance, torch.promote_types(real_dtype(x0), torch.float32))
     if not isinstance(each, Tensor):
         return each
     positive = each[each > 0]
@@ -156,8 +162,8 @@ def _spread(name: str, tolerance: Any, problem: Problem, params: Sequence[Tensor
 class _Augmented:
     """The adjoint system ``(grad_t, y, grad_y, *grad_params)``, with the adjoint callbacks of the field."""
 
-    def __init__(self, problem: Problem, func: Any, params: Sequence[Tensor], needs_t: bool) -> None:
-        self.problem, self.params, self.needs_t = problem, params, needs_t
+    def __init__(self, task: Task, func: Any, params: Sequence[Tensor], needs_t: bool) -> None:
+        self.task, self.params, self.needs_t = task, params, needs_t
         for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
             callback = getattr(func, name + "_adjoint", None)
             if callback is not None:
@@ -165,8 +171,8 @@ class _Augmented:
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         _, y, a, *_ = state
-        dtype = self.problem.x0.dtype
-        v, *rates = adjoint_rates(self.problem.field, t, y.to(dtype), a.to(dtype), self.params, needs_t=self.needs_t)
+        dtype = self.task.x0.dtype
+        v, *rates = adjoint_rates(self.task.field, t, y.to(dtype), a.to(dtype), self.params, needs_t=self.needs_t)
         rates.insert(0, rates.pop() if self.needs_t else torch.zeros_like(t))
         grad_t, grad_y, *grads = (stored(rate, a) for rate in rates)
         return (grad_t, v.to(a), grad_y, *grads)
@@ -176,7 +182,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        problem: Problem,
+        task: Task,
         captured: Captured,
         solving: Any,
         states: Any,
@@ -184,7 +190,7 @@ class _Adjoint(torch.autograd.Function):
         t: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        ctx.problem, ctx.captured, ctx.solving, ctx.params = problem, captured, solving, params
+        ctx.task, ctx.captured, ctx.solving, ctx.params = task, captured, solving, params
         out = states.pop()
         ctx.save_for_backward(t, out)
         return out
@@ -193,28 +199,28 @@ class _Adjoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> Any:  # type: ignore[override]
         with ctx.captured.again(cut=True) as params:
-            return _Adjoint._solved(ctx, grads, params)
+            return _solved_backwards(ctx, grads, params)
 
-    @staticmethod
-    def _solved(ctx: Any, grads: Tensor, params: Sequence[Tensor]) -> Any:
-        t, states = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        needs_t = ctx.needs_input_grad[5]
-        augmented = _Augmented(problem, ctx.captured.field, params, needs_t)
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        grads, since = grads.to(dtype), torch.zeros((), dtype=dtype, device=states.device)
-        grad_t = torch.zeros(len(t), dtype=dtype, device=states.device)
-        a = grads[-1]
-        sums = [torch.zeros_like(stored(p, a)) for p in params]
-        for i in range(len(t) - 1, 0, -1):
-            if needs_t:
-                moved = (problem.field(problem.times[i], states[i]).conj() * grads[i]).sum()
-                grad_t[i] = moved
-                since = since - moved
-            start = (since, states[i].to(dtype), a, *sums)
-            span = t.detach()[[i, i - 1]]
-            since, _, a, *sums = (part[-1] for part in odeint(augmented, start, span, **ctx.solving))
-            a = a + grads[i - 1]
-        grad_t[0] = since
-        times = grad_t.real.to(t.dtype) if needs_t else None
-        return (None, None, None, None, a.to(states.dtype), times, *map(restored, sums, ctx.params))
+
+def _solved_backwards(ctx: Any, grads: Tensor, params: Sequence[Tensor]) -> Any:
+    t, states = ctx.saved_tensors
+    task: Task = ctx.task
+    needs_t = ctx.needs_input_grad[5]
+    augmented = _Augmented(task, ctx.captured.field, params, needs_t)
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    grads, since = grads.to(dtype), torch.zeros((), dtype=dtype, device=states.device)
+    grad_t = torch.zeros(len(t), dtype=dtype, device=states.device)
+    a = grads[-1]
+    sums = [torch.zeros_like(stored(p, a)) for p in params]
+    for i in range(len(t) - 1, 0, -1):
+        if needs_t:
+            moved = (task.field(_outputs(task).times[i], states[i]).conj() * grads[i]).sum()
+            grad_t[i] = moved
+            since = since - moved
+        start = (since, states[i].to(dtype), a, *sums)
+        span = t.detach()[[i, i - 1]]
+        since, _, a, *sums = (part[-1] for part in odeint(augmented, start, span, **ctx.solving))
+        a = a + grads[i - 1]
+    grad_t[0] = since
+    times = grad_t.real.to(t.dtype) if needs_t else None
+    return (None, None, None, None, a.to(states.dtype), times, *map(restored, sums, ctx.params))

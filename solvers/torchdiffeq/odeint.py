@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.step import Step
-from solvers.torchdiffeq.events import event_of, find_event, link_event
-from solvers.torchdiffeq.problem import (
-    METHODS,
-    Problem,
-    error_controlled,
-    inside,
-    make_problem,
-    output_times_are_the_grid,
-    over_grid,
-)
+from solvers.errors import MaxStepsError
+from solvers.packing import Packing
+from solvers.solution import Solution
+from solvers.solve import Task
+from solvers.torchdiffeq.problem import MAX_STEPS_TO_EVENT, METHODS, make_task
 
-__all__ = ["METHODS", "odeint", "odeint_event", "solve"]
-
-MOST_STEPS = 10_000_000
+__all__ = ["METHODS", "find_event", "odeint", "odeint_event", "solve"]
 
 
 def odeint(
@@ -72,17 +62,13 @@ def odeint(
         ValueError, TypeError: an argument is out of range or not supported; the message says what is.
         SolverError: the solve cannot go on.
     """
-    problem = make_problem(func, y0, t, rtol, atol, method, options)
+    packing = Packing(y0)
+    task = make_task(func, packing, y0, t, rtol, atol, method, options, event_fn)
     if event_fn is None:
-        return problem.packing.unpack(solve(problem))
-    event = event_of(problem, event_fn)
-    time, x = link_event(problem, event, *find_event(problem, event))
-    return time.to(problem.t.dtype), problem.packing.unpack(torch.stack([problem.x0, x]))
-
-
-def solve(problem: Problem) -> Tensor:
-    """The packed states at the output times, ``(n, N)``."""
-    return torch.stack([problem.x0, *_outputs(problem)])
+        return packing.unpack(solve(task))
+    solution = find_event(task)
+    assert solution.event_time is not None
+    return solution.event_time.to(t.dtype), packing.unpack(torch.stack([task.x0, solution.x1]))
 
 
 def odeint_event(
@@ -102,88 +88,37 @@ def odeint_event(
     return odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
 
 
-def _outputs(problem: Problem) -> Iterator[Tensor]:
-    """The states at ``times[1:]``."""
-    if len(problem.times) == 1:
-        return
-    if problem.adaptive:
-        yield from _interpolated(problem)
-        return
-    grid = _grid(problem)
-    if output_times_are_the_grid(problem.options):
-        yield from (step.x1 for step in over_grid(problem, grid))
-        return
-    ends = [*_numbers(grid)[1:-1], problem.times[-1]]
-    i = 1
-    for step, end in zip(over_grid(problem, grid), ends, strict=True):
-        while i < len(problem.times) and problem.direction * (problem.times[i] - end) <= 0:
-            at = problem.t[i].to(problem.time_dtype) if problem.t.requires_grad else problem.times[i]
-            yield step.x1 if problem.times[i] == end else inside(problem, step)((at - step.t) / step.h)
-            i += 1
+def solve(task: Task) -> Tensor:
+    """The packed states at the output times, ``(n, N)``.
+
+    Raises:
+        SolverError: the solve cannot go on.
+    """
+    try:
+        return torch.stack(task.solve().states)
+    except MaxStepsError as error:
+        error.args = (str(error).replace("max_steps", "max_num_steps"),)
+        raise
 
 
-def _interpolated(problem: Problem) -> Iterator[Tensor]:
-    times, t = problem.times, problem.t.to(problem.time_dtype)
-    i = 1
-    for step in error_controlled(problem, times[-1]):
-        while i < len(times):
-            theta: Any = (times[i] - step.t) / step.h
-            if theta > 1 + 1e-12:
-                break
-            if problem.t.requires_grad:
-                theta = (t[i] - t[0] - (step.t - times[0])) / step.h
-                yield step.at(theta) if problem.tableau.dense else _moved(problem, step, theta)
-            else:
-                yield step.x1 if abs(theta - 1) <= 1e-12 else step.at(theta)
-            i += 1
+def find_event(task: Task) -> Solution:
+    """The solve up to its event: the first change, also in a step, to the absolute tolerance in time.
 
-
-def _moved(problem: Problem, step: Step, theta: Tensor) -> Tensor:
-    """The end of a step with the gradient of its time."""
-    velocity = problem.field(float(step.t + step.h), step.x1)
-    return step.x1 + ((theta - theta.detach()) * step.h).to(velocity.dtype) * velocity
-
-
-def _numbers(grid: list[Any]) -> list[float]:
-    return [float(s) for s in grid] if not isinstance(grid[0], Tensor) else torch.stack(grid).detach().tolist()
-
-
-def _grid(problem: Problem) -> list[Any]:
-    """The times of the steps: those of the output, or what the options say."""
-    options, times = problem.options, problem.times
-    step_size, constructor = options.get("step_size"), options.get("grid_constructor")
-    t = problem.t.to(problem.time_dtype)
-    if constructor is not None:
-        return _constructed(problem, constructor)
-    if step_size is not None:
-        count = abs(times[-1] - times[0]) / float(step_size)
-        if count > MOST_STEPS:
-            raise ValueError(
-                f"options: step_size {step_size} makes {count:.3g} steps, more than {MOST_STEPS}: raise it"
-            )
-        grid = [times[0] + problem.direction * k * float(step_size) for k in range(math.ceil(count - 1e-9))]
-        if not t.requires_grad:
-            return [*grid, times[-1]]
-        return [t[0] + (s - times[0]) for s in grid] + [t[-1]]
-    return list(t) if t.requires_grad else times
-
-
-def _constructed(problem: Problem, constructor: Callable[..., Tensor]) -> list[Any]:
-    """The grid of the caller, whose ends may differ from the times in the rounding of a narrower dtype."""
-    times = problem.times
-    grid = constructor(problem.field, problem.x0, problem.t)
-    if not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) < 2 or not grid.is_floating_point():
-        what = f"{grid.dtype} {tuple(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
-        raise TypeError(f"options: grid_constructor must return at least two times, floating (n,), got {what}")
-    numbers = grid.detach().tolist()
-    slack = 2 * max(torch.finfo(x.dtype).eps for x in (grid, problem.t, problem.x0))
-    for number, time, name in ((numbers[0], times[0], "begin at t[0]"), (numbers[-1], times[-1], "end at t[-1]")):
-        if not abs(number - time) <= slack * max(abs(number), abs(time)):
-            raise ValueError(f"options: the grid must {name} = {time:.9g}, got {number:.9g}")
-    numbers = [times[0], *numbers[1:-1], times[-1]]
-    if not all(problem.direction * (b - a) >= 0 for a, b in pairwise(numbers)):
-        raise ValueError("options: the grid must go from t[0] to t[-1] without turning back")
-    keep = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1])]
-    if grid.requires_grad:
-        return list(grid.to(problem.x0.device, problem.time_dtype)[keep])
-    return [numbers[i] for i in keep]
+    Raises:
+        ValueError: no event within the steps of a fixed method, or before time overflows, or one that is NaN.
+        SolverError: an adaptive solve cannot go on, or meets no event in its ``max_num_steps``.
+    """
+    try:
+        solution = task.solve()
+    except MaxStepsError as error:
+        limit = task.tolerance.max_steps
+        error.args = (f"no event within {limit} attempted steps: raise max_num_steps, or check event_fn",)
+        raise
+    except ValueError as error:
+        error.args = (str(error).replace("event must return numbers, got NaN", "event_fn must not be NaN, as it is"),)
+        raise
+    if solution.event_time is None and task.grid is None:
+        raise ValueError("no event before time overflows: check event_fn, or the direction of t")
+    if solution.event_time is None:
+        raise ValueError(f"no event within {MAX_STEPS_TO_EVENT} steps: raise step_size or check event_fn")
+    return solution

@@ -1,48 +1,34 @@
-"""An initial value problem as torchdiffeq's callers state it: arguments checked, and its steps."""
+"""An initial value problem as torchdiffeq's callers state it, as a :class:`~solvers.solve.Task` for the engine."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from solvers.batch_loop import adaptive_steps
 from solvers.controllers import ControllerState
-from solvers.errors import MaxStepsError
-from solvers.interpolation import interpolant
 from solvers.methods import get_tableau
 from solvers.packing import Packing
-from solvers.step import Field, Step, rk_step
-from solvers.tableaus import ButcherTableau
+from solvers.solve import Grid, Outputs, Task
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype
 
-__all__ = [
-    "ADAPTIVE",
-    "METHODS",
-    "Problem",
-    "check_options",
-    "error_controlled",
-    "inside",
-    "largest_rms",
-    "linear",
-    "make_problem",
-    "over_grid",
-]
+__all__ = ["ADAPTIVE", "METHODS", "check_options", "ending_at", "largest_rms", "make_task"]
 
 ADAPTIVE = {"bosh3": "bs23", "dopri5": "dopri5", "tsit5": "tsit5", "fehlberg2": "fehlberg2", "adaptive_heun": "heun"}
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38"}
 METHODS = (*ADAPTIVE, *FIXED)
-MAX_NUM_STEPS = 100_000
+MAX_NUM_STEPS, MAX_STEPS_TO_EVENT, MAX_GRID_STEPS = 100_000, 20_000, 10_000_000
 
 _ADAPTIVE_OPTIONS = {"norm", "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor"}
 _ADAPTIVE_OPTIONS |= {"max_num_steps", "jump_t", "step_t", "dtype"}
+_RULE = {"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2}
 _FIXED_OPTIONS = {"step_size", "grid_constructor", "perturb", "interp"}
 
 
@@ -63,61 +49,30 @@ class _Rule:
         return ControllerState(state.h * min(self.ifactor, factor), error <= 1)
 
 
-class Problem(NamedTuple):
-    """A checked initial value problem on one tensor.
-
-    Attributes:
-        field: velocity ``v(t, x)``, for times as numbers.
-        x0: the first state.
-        times: the output times as numbers; in a graph of torch.compile as tensors.
-        t: the output times as given, on the state's device.
-        packing: how states are laid out.
-        tableau: the method.
-        adaptive: whether it chooses its steps.
-        options: checked.
-        tolerance: of an adaptive method.
-        observe: calls the callbacks of the field, or None.
-        time_dtype: of tensors that hold a time; numbers are float64.
-    """
-
-    field: Field
-    x0: Tensor
-    times: list[Any]
-    t: Tensor
-    packing: Packing
-    tableau: ButcherTableau
-    adaptive: bool
-    options: dict[str, Any]
-    tolerance: Tolerance
-    observe: Callable[[str, float, Tensor, float], None] | None
-    time_dtype: torch.dtype
-
-    @property
-    def direction(self) -> int:
-        """1 forward in time, -1 backward."""
-        return -1 if len(self.times) > 1 and self.times[1] < self.times[0] else 1
-
-
-def make_problem(
+def make_task(
     func: Any,
+    packing: Packing,
     y0: Any,
     t: Tensor,
     rtol: Any,
     atol: Any,
     method: str | None,
     options: dict[str, Any] | None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     watched: Any = None,
-) -> Problem:
-    """Check the arguments of :func:`odeint`; ``watched``: what has the callbacks, if not ``func``."""
+) -> Task:
+    """Check the arguments of :func:`odeint`; ``watched``: what has the callbacks, if not ``func``.
+
+    States are packed; the outputs are those at the times ``t``, or the event is looked for.
+    """
     method = method or "dopri5"
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not supported; supported are {', '.join(METHODS)}")
     adaptive = method in ADAPTIVE
     options = dict(options or {})
     check_options(method, options)
-    packing = Packing(y0)
     x0 = packing.pack(y0)
-    times = _check_times(t, numbers=adaptive or not output_times_are_the_grid(options))
+    times = _check_times(t, numbers=adaptive or not _steps_to_outputs(options))
     t = t.to(x0.device)
     real = torch.promote_types(real_dtype(x0), torch.float32)
     if not adaptive and not torch.compiler.is_compiling() and abs(times[-1] - times[0]) > torch.finfo(real).max:
@@ -135,19 +90,118 @@ def make_problem(
     norm = options.get("norm")
     if norm is None and not packing.single:
         norm = largest_rms
-    limits = {"max_num_steps": MAX_NUM_STEPS, "min_step": 0.0, "max_step": math.inf, "first_step": None} | options
+    first_step = options.get("first_step")
     tolerance = Tolerance(
         rtol=_tolerance("rtol", rtol, packing, x0, real),
         atol=_tolerance("atol", atol, packing, x0, real),
         norm=norm if norm is None or packing.single else lambda scaled: norm(packing.unpack(scaled)),
-        first_step=None if limits["first_step"] is None else float(limits["first_step"]),
-        min_step=float(limits["min_step"]),
-        max_step=float(limits["max_step"]),
-        max_steps=int(limits["max_num_steps"]),
+        first_step=None if first_step is None else float(first_step),
+        min_step=float(options.get("min_step", 0.0)),
+        max_step=float(options.get("max_step", math.inf)),
+        max_steps=int(options.get("max_num_steps", MAX_NUM_STEPS)),
     )
     tableau = get_tableau((ADAPTIVE if adaptive else FIXED)[method])
-    observe = _observer(func if watched is None else watched, packing, method, wide)
-    return Problem(field, x0, times, t, packing, tableau, adaptive, options, tolerance, observe, wide)
+    outputs, stops = Outputs(times=times, t=t.to(wide)), _numbers(options.get("step_t"))
+    if tableau.dense is None and event_fn is None:  # then a step ends at each output time
+        stops += times[1:]
+    task = Task(
+        field=field, x0=x0, t0=times[0], t1=times[-1], tableau=tableau, tolerance=tolerance,
+        grid=None if adaptive or event_fn is not None else _grid(field, x0, t, outputs, options),
+        controller=_Rule(**{n: float(options.get(n, v)) for n, v in _RULE.items()}),
+        stops=stops if adaptive else (), jumps=_numbers(options.get("jump_t")),
+        observe=_observer(func if watched is None else watched, packing, method, wide),
+        keep="outputs" if adaptive or not _steps_to_outputs(options) else "states", outputs=outputs,
+    )  # fmt: skip
+    return task if event_fn is None else _to_event(task, event_fn, packing, adaptive, options)
+
+
+def _to_event(task: Task, event_fn: Any, packing: Packing, adaptive: bool, options: dict[str, Any]) -> Task:
+    """The task of finding an event, from the first time on, in the direction of the second."""
+    assert task.outputs is not None
+    if len(task.outputs.times) != 2:
+        count = len(task.outputs.times)
+        raise ValueError(f"t must hold two times with event_fn, a start and a direction, got {count}")
+    wide, direction = task.outputs.t.dtype, _direction(task.outputs.times)
+
+    def event(s: Any, x: Tensor) -> Tensor:
+        s = s if isinstance(s, Tensor) else torch.tensor(s, dtype=wide, device=x.device)
+        return event_fn(s.to(wide), packing.unpack(x))
+
+    width = float(torch.as_tensor(task.tolerance.atol).min())
+    task = replace(task, keep="last", event=event, width=width)
+    if adaptive:
+        latest = 1e-3 * torch.finfo(torch.promote_types(real_dtype(task.x0), torch.float32)).max
+        limit = int(options.get("max_num_steps", MAX_STEPS_TO_EVENT))
+        return replace(task, t1=direction * latest, tolerance=replace(task.tolerance, max_steps=limit))
+    if options.get("step_size") is None:
+        raise ValueError("options: event_fn with a fixed method needs step_size")
+    h = direction * float(options["step_size"])
+    return replace(task, grid=_as_grid((task.t0 + k * h for k in range(MAX_STEPS_TO_EVENT + 1)), options))
+
+
+def ending_at(task: Task, time: float, options: dict[str, Any] | None) -> Task:
+    """The task of finding an event at ``time`` as one whose outputs are the states at its start and there."""
+    assert task.outputs is not None
+    times, t, options = [task.t0, time], task.outputs.t, options or {}
+    outputs = Outputs(times=times, t=torch.stack([t[0], t.new_tensor(time)]))
+    grid = None if task.grid is None else _grid(task.field, task.x0, outputs.t, outputs, options)
+    stops = [*task.stops, time] if task.tableau.dense is None else task.stops
+    limit = int(options.get("max_num_steps", MAX_NUM_STEPS))
+    tolerance = replace(task.tolerance, max_steps=limit)
+    return replace(
+        task, t1=time, outputs=outputs, keep="outputs", event=None, grid=grid, stops=stops, tolerance=tolerance
+    )
+
+
+def _grid(field: Any, x0: Tensor, t: Tensor, outputs: Outputs, options: dict[str, Any]) -> Grid:
+    """The steps of a fixed method: from each output time to the next, or what the options say."""
+    times, wide = outputs.times, outputs.t
+    step_size, constructor = options.get("step_size"), options.get("grid_constructor")
+    if constructor is not None and len(times) > 1:
+        return _constructed(field, x0, t, outputs, options)
+    if step_size is None:
+        return _as_grid(list(wide) if wide.requires_grad else times, options, times)
+    count = abs(times[-1] - times[0]) / float(step_size)
+    if count > MAX_GRID_STEPS:
+        raise ValueError(
+            f"options: step_size {step_size} makes {count:.3g} steps, more than {MAX_GRID_STEPS}: raise it"
+        )
+    grid = [times[0] + _direction(times) * k * float(step_size) for k in range(math.ceil(count - 1e-9))]
+    if not wide.requires_grad:
+        return _as_grid([*grid, times[-1]], options)
+    return _as_grid([*(wide[0] + (s - times[0]) for s in grid), wide[-1]], options, [*grid, times[-1]])
+
+
+def _constructed(field: Any, x0: Tensor, t: Tensor, outputs: Outputs, options: dict[str, Any]) -> Grid:
+    """The grid of the caller, whose ends may differ from the times in the rounding of a narrower dtype."""
+    times = outputs.times
+    grid = options["grid_constructor"](field, x0, t)
+    if not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) < 2 or not grid.is_floating_point():
+        what = f"{grid.dtype} {tuple(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
+        raise TypeError(f"options: grid_constructor must return at least two times, floating (n,), got {what}")
+    numbers = grid.detach().tolist()
+    slack = 2 * max(torch.finfo(x.dtype).eps for x in (grid, t, x0))
+    for number, time, name in ((numbers[0], times[0], "begin at t[0]"), (numbers[-1], times[-1], "end at t[-1]")):
+        if not abs(number - time) <= slack * max(abs(number), abs(time)):
+            raise ValueError(f"options: the grid must {name} = {time:.9g}, got {number:.9g}")
+    numbers = [times[0], *numbers[1:-1], times[-1]]
+    if not all(_direction(times) * (b - a) >= 0 for a, b in pairwise(numbers)):
+        raise ValueError("options: the grid must go from t[0] to t[-1] without turning back")
+    keep = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1])]
+    numbers = [numbers[i] for i in keep]
+    if not grid.requires_grad:
+        return _as_grid(numbers, options)
+    return _as_grid(list(grid.to(x0.device, outputs.t.dtype)[keep]), options, numbers)
+
+
+def _as_grid(times: Iterable[Any], options: dict[str, Any], numbers: Any = None) -> Grid:
+    linear = options.get("interp", "linear") == "linear"
+    return Grid(times=times, numbers=numbers, inward=options.get("perturb", False), linear=linear)
+
+
+def _direction(times: Any) -> int:
+    """1 forward in time, -1 backward."""
+    return -1 if len(times) > 1 and times[1] < times[0] else 1
 
 
 def _returned(v: Any, x: Tensor) -> Tensor:
@@ -202,11 +256,11 @@ def check_options(method: str, options: dict[str, Any], name: str = "options", n
             bounds = {"safety": "positive and finite", "ifactor": "at least 1 and finite", "dfactor": "between 0 and 1"}
             raise ValueError(f"{name}: {option} must be {bounds[option]}, got {options[option]}")
     for option in ("step_t", "jump_t"):
-        if not all(math.isfinite(s) for s in _stops(options.get(option))):
+        if not all(math.isfinite(s) for s in _numbers(options.get(option))):
             raise ValueError(f"{name}: {option} must be finite, got {options[option]}")
 
 
-def _stops(times: Any) -> list[float]:
+def _numbers(times: Any) -> list[float]:
     """Times as numbers, of a tensor, a sequence or one number."""
     if times is None:
         return []
@@ -215,7 +269,7 @@ def _stops(times: Any) -> list[float]:
     return [float(s) for s in times] if hasattr(times, "__iter__") else [float(times)]
 
 
-def output_times_are_the_grid(options: dict[str, Any]) -> bool:
+def _steps_to_outputs(options: dict[str, Any]) -> bool:
     """Whether a fixed method steps from each output time to the next."""
     return options.get("step_size") is None and options.get("grid_constructor") is None
 
@@ -277,66 +331,3 @@ def _observer(
             callbacks[what](time, packing.unpack(x), size)
 
     return observe
-
-
-def error_controlled(problem: Problem, end: float) -> Iterator[Step]:
-    """Accepted steps to ``end``, and not beyond; a method without an interpolant ends one at each output time."""
-    options = problem.options
-    rule = _Rule(*(float(options.get(n, v)) for n, v in (("safety", 0.9), ("ifactor", 10.0), ("dfactor", 0.2))))
-    stops, jumps = (_stops(options.get(name)) for name in ("step_t", "jump_t"))
-    try:
-        yield from adaptive_steps(
-            problem.field,
-            problem.x0,
-            problem.times[0],
-            end,
-            problem.tableau,
-            problem.tolerance,
-            rule,
-            stops=stops if problem.tableau.dense is not None else [*stops, *problem.times[1:]],
-            jumps=jumps,
-            observe=problem.observe,
-        )
-    except MaxStepsError as error:
-        error.args = (str(error).replace("max_steps", "max_num_steps"),)
-        raise
-
-
-def over_grid(problem: Problem, grid: list[Any]) -> Iterator[Step]:
-    """Steps over a grid of numbers, or of scalar tensors if gradients flow to the times."""
-    perturb, tableau, x = problem.options.get("perturb", False), problem.tableau, problem.x0
-    fields: Any = problem.field
-    for s, s_next in pairwise(grid):
-        if perturb:
-            fields = [_nudged(problem.field, c, s, s_next, x) for c in tableau.c]
-        if problem.observe is not None:
-            problem.observe("step", s, x, s_next - s)
-        step = rk_step(fields, s, x, s_next - s, tableau, closing=False)
-        x = step.x1
-        yield step
-
-
-def _nudged(field: Field, c: float, s: Any, s_next: Any, x: Tensor) -> Field:
-    """A stage's field just inside the step, at its first and last instant."""
-    if c not in (0.0, 1.0):
-        return field
-    dtype = torch.promote_types(real_dtype(x), torch.float32)
-    ends = (s, s_next) if c == 0 else (s_next, s)
-    at, towards = (torch.as_tensor(v, dtype=dtype, device=x.device) for v in ends)
-    return lambda _, x: field(at + (torch.nextafter(at, towards) - at).detach(), x)
-
-
-def inside(problem: Problem, step: Step) -> Callable[[Any], Tensor]:
-    """The state at a fraction of a step, a number or a tensor.
-
-    The interpolant of the method; where it has none, cubic Hermite, at a field evaluation; of a fixed method linear,
-    unless its options say cubic.
-    """
-    if not linear(problem):
-        return interpolant(step, problem.field)
-    return lambda theta: step.x0 + theta * (step.x1 - step.x0)
-
-
-def linear(problem: Problem) -> bool:
-    """Whether the state is linear inside a step."""
-    return not problem.adaptive and problem.options.get("interp", "linear") == "linear"

@@ -54,8 +54,8 @@ def test_field_calls_are_those_of_the_sample_that_needs_most(pendulums):
 
 def test_one_wait_for_the_device_per_attempt(pendulums, monkeypatch):
     calls = []
-    numbers = solvers.tolerance.numbers
-    monkeypatch.setattr(solvers.tolerance, "numbers", lambda x: calls.append(0) or numbers(x))
+    to_host = solvers.tolerance.to_host
+    monkeypatch.setattr(solvers.tolerance, "to_host", lambda x: calls.append(0) or to_host(x))
     solution = integrate(swing, pendulums, 0.0, 2.0, control="sample", tolerance=Tolerance(1e-6, 1e-8, first_step=0.01))
     attempts = solution.sample_stats.accepted + solution.sample_stats.rejected
     assert len(calls) == attempts.max()

@@ -6,7 +6,7 @@ import torch
 from scipy.integrate import RK23, RK45
 
 from solvers import ButcherTableau, get_tableau, rk_step
-from solvers.step import advance
+from solvers.step import step_state
 from tests.counting import Operations
 
 NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
@@ -274,10 +274,10 @@ def test_writes_are_noticed_in_inference_mode(given):
             rk_step(lambda t, x: x.relu_() * -2, 0.0, x0.clone(), 0.1, bs23)
         with pytest.raises(ValueError, match="must not write into what it has returned: stage"):
             rk_step(reusing, 0.0, x0, 0.1, bs23)
-        for step in (rk_step, advance):
+        for step in (rk_step, step_state):
             end = step(lambda t, x: -x, 0.0, x0, 0.1, bs23)
-            end = end if step is advance else end.x1
-            torch.testing.assert_close(end, advance(lambda t, x: -x, 0.0, x, 0.1, bs23))
+            end = end if step is step_state else end.x1
+            torch.testing.assert_close(end, step_state(lambda t, x: -x, 0.0, x, 0.1, bs23))
             assert not end.requires_grad
 
 

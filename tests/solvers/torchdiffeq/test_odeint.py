@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from solvers import SolverError, odeint, odeint_adjoint, odeint_event
-from solvers.torchdiffeq.events import MAX_NUM_STEPS
-from solvers.torchdiffeq.problem import make_problem
+from solvers.packing import Packing
+from solvers.torchdiffeq.problem import MAX_STEPS_TO_EVENT, make_task
 from tests.counting import NoDouble
 
 D = torch.float64
@@ -403,8 +403,8 @@ def test_a_search_for_an_event_that_never_comes_ends(field, options, message):
 
 def test_an_adaptive_search_has_as_many_attempts_as_a_fixed_one():
     """And a solve five times as many, not 2^31."""
-    assert MAX_NUM_STEPS == 20_000
-    assert make_problem(Forced(), Y, T, 1e-3, 1e-3, None, None).tolerance.max_steps == 100_000
+    assert MAX_STEPS_TO_EVENT == 20_000
+    assert make_task(Forced(), Packing(Y), Y, T, 1e-3, 1e-3, None, None).tolerance.max_steps == 100_000
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
