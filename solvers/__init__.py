@@ -1,11 +1,21 @@
 """Explicit Runge-Kutta methods on tensors: tableau, step, controllers, integrate."""
 
-from solvers.controllers import PI, PID, Controller, ControllerState, Fixed, HalveDouble, I
+from solvers.controllers import (
+    PI,
+    PID,
+    Controller,
+    ControllerState,
+    Fixed,
+    HalveDouble,
+    I,
+    SampleController,
+    SampleStates,
+)  # fmt: skip
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, StepUnderflowError
 from solvers.integrate import integrate
 from solvers.methods import get_tableau
 from solvers.reductions import combine, finish_step
-from solvers.solution import Solution, Statistics
+from solvers.solution import SampleSolution, SampleStatistics, Solution, Statistics
 from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau, Embedded
 from solvers.tolerance import Tolerance
@@ -25,6 +35,10 @@ __all__ = [
     "I",
     "MaxStepsError",
     "NonFiniteError",
+    "SampleController",
+    "SampleSolution",
+    "SampleStates",
+    "SampleStatistics",
     "Solution",
     "SolverError",
     "Statistics",

@@ -26,7 +26,7 @@ _Bad = tuple[int | None, int | None]
 
 
 def span(t: float, t_next: float) -> float:
-    """The step size from t to t_next, rounded so that ``t + h``, where a field is asked, does not lie beyond t_next."""
+    """The step size from t to t_next, rounded so that the field is evaluated at ``t + h``, not beyond t_next."""
     h = t_next - t
     if (h > 0 and t + h > t_next) or (h < 0 and t + h < t_next):
         h = math.nextafter(h, 0.0)

@@ -86,7 +86,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class HalveDouble:
-    """Halve h if the error exceeds 1, double it if the error is below 1/K (appendix A.3; Quarteroni et al. 2007).
+    """Halve h if the error exceeds 1, double it if it is below 1/K ([K24, appendix A.3]; Quarteroni et al. 2007).
 
     Attributes:
         K: 8 for BS23, since doubling h multiplies its error by 8 where the field is smooth: a smaller K oscillates. On

@@ -35,7 +35,7 @@ def first_step(
         first: the velocity there.
         direction: 1 or -1, of time.
         order: order q of the lower solution.
-        span: how far the solve goes; the field is not asked beyond.
+        span: how far the solve goes; the field is not evaluated beyond.
         tolerance: what the error is divided by.
 
     Raises:

@@ -2,69 +2,56 @@
 
 from __future__ import annotations
 
-from solvers.tableaus import ButcherTableau, Embedded
+from solvers.tableaus import ButcherTableau, Embedded, Row
 
 __all__ = ["get_tableau"]
 
-EULER = ButcherTableau("euler", 1, (0.0,), ((),), (1.0,), (("euler", Embedded(1, (1.0,))),))
 
-MIDPOINT = ButcherTableau(
-    "midpoint",
-    2,
-    (0.0, 1 / 2),
-    ((), (1 / 2,)),
-    (0.0, 1.0),
-    (("euler", Embedded(1, (1.0, 0.0))), ("midpoint", Embedded(2, (0.0, 1.0)))),
-    low="euler",
-)
+def _method(
+    name: str, *, order: int, c: Row, a: tuple[Row, ...], b: Row, output: str | None = None, low: str | None = None,
+    dense: tuple[Row, ...] | None = None, **outputs: tuple[int, Row],
+) -> ButcherTableau:  # fmt: skip
+    """A tableau with Euler's output, further ones by name, each an order and its weights, and its own as ``output``."""
+    embedded = {"euler": (1, (1.0, *[0.0] * (len(c) - 1)))} | outputs | {output or f"order{order}": (order, b)}
+    solutions = tuple((key, Embedded(*solution)) for key, solution in embedded.items())
+    return ButcherTableau(name=name, order=order, c=c, a=a, b=b, embedded=solutions, low=low, dense=dense)
 
-HEUN = ButcherTableau(
-    "heun",
-    2,
-    (0.0, 1.0),
-    ((), (1.0,)),
-    (1 / 2, 1 / 2),
-    (("euler", Embedded(1, (1.0, 0.0))), ("heun", Embedded(2, (1 / 2, 1 / 2)))),
-    low="euler",
-)
+
+EULER = _method("euler", order=1, c=(0.0,), a=((),), b=(1.0,), output="euler")
+
+MIDPOINT = _method("midpoint", order=2, c=(0.0, 1 / 2), a=((), (1 / 2,)), b=(0.0, 1.0), output="midpoint", low="euler")
+
+HEUN = _method("heun", order=2, c=(0.0, 1.0), a=((), (1.0,)), b=(1 / 2, 1 / 2), output="heun", low="euler")
 
 # The classic method of Kutta (1901), not the 3/8 rule.
-RK4 = ButcherTableau(
+RK4 = _method(
     "rk4",
-    4,
-    (0.0, 1 / 2, 1 / 2, 1.0),
-    ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
-    (1 / 6, 1 / 3, 1 / 3, 1 / 6),
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0))),
-        ("midpoint", Embedded(2, (0.0, 1.0, 0.0, 0.0))),
-        ("order4", Embedded(4, (1 / 6, 1 / 3, 1 / 3, 1 / 6))),
-    ),
+    order=4,
+    c=(0.0, 1 / 2, 1 / 2, 1.0),
+    a=((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
+    b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
+    midpoint=(2, (0.0, 1.0, 0.0, 0.0)),
 )
 
-# Bogacki and Shampine (1989), A 3(2) pair of Runge-Kutta formulas; equations (46) and (47) of the thesis.
-BS23 = ButcherTableau(
+# Bogacki and Shampine (1989), A 3(2) pair of Runge-Kutta formulas; [K24, eq. 46 and 47].
+BS23 = _method(
     "bs23",
-    3,
-    (0.0, 1 / 2, 3 / 4, 1.0),
-    ((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
-    (2 / 9, 1 / 3, 4 / 9, 0.0),
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0))),
-        ("midpoint", Embedded(2, (0.0, 1.0, 0.0, 0.0))),
-        ("order2", Embedded(2, (7 / 24, 1 / 4, 1 / 3, 1 / 8))),
-        ("order3", Embedded(3, (2 / 9, 1 / 3, 4 / 9, 0.0))),
-    ),
+    order=3,
+    c=(0.0, 1 / 2, 3 / 4, 1.0),
+    a=((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
+    b=(2 / 9, 1 / 3, 4 / 9, 0.0),
+    midpoint=(2, (0.0, 1.0, 0.0, 0.0)),
+    order2=(2, (7 / 24, 1 / 4, 1 / 3, 1 / 8)),
     low="order2",
     dense=((1.0, -4 / 3, 5 / 9), (0.0, 1.0, -2 / 3), (0.0, 4 / 3, -8 / 9), (0.0, -1.0, 1.0)),  # cubic Hermite
 )
 
 # Dormand and Prince (1980), A family of embedded Runge-Kutta formulae.
-DOPRI5 = ButcherTableau(
+DOPRI5 = _method(
     "dopri5",
-    5,
-    (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-    (
+    order=5,
+    c=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+    a=(
         (),
         (1 / 5,),
         (3 / 40, 9 / 40),
@@ -73,15 +60,8 @@ DOPRI5 = ButcherTableau(
         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
         (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
     ),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
-        (
-            "order4",
-            Embedded(4, (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)),
-        ),
-        ("order5", Embedded(5, (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0))),
-    ),
+    b=(35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0),
+    order4=(4, (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)),
     low="order4",
     dense=(  # Shampine (1986), Some practical Runge-Kutta formulas
         (1.0, -8048581381 / 2820520608, 8663915743 / 2820520608, -12715105075 / 11282082432),
@@ -102,11 +82,11 @@ _TSIT5_ERROR = (
     -0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629,
     0.5823571654525552, -0.45808210592918697, 1 / 66,
 )  # fmt: skip
-TSIT5 = ButcherTableau(
+TSIT5 = _method(
     "tsit5",
-    5,
-    (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
-    (
+    order=5,
+    c=(0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
+    a=(
         (),
         (0.161,),
         (-0.008480655492356989, 0.335480655492357),
@@ -115,12 +95,8 @@ TSIT5 = ButcherTableau(
         (5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383),
         _TSIT5_B[:-1],
     ),
-    _TSIT5_B,
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
-        ("order4", Embedded(4, tuple(b + e for b, e in zip(_TSIT5_B, _TSIT5_ERROR, strict=True)))),
-        ("order5", Embedded(5, _TSIT5_B)),
-    ),
+    b=_TSIT5_B,
+    order4=(4, tuple(b + e for b, e in zip(_TSIT5_B, _TSIT5_ERROR, strict=True))),
     low="order4",
     dense=(
         (1.0, -2.763706197274826, 2.9132554618219126, -1.0530884977290216),
@@ -134,38 +110,26 @@ TSIT5 = ButcherTableau(
 )
 
 # Fehlberg's RK1(2) (NASA TR R-315, 1969).
-FEHLBERG2 = ButcherTableau(
+FEHLBERG2 = _method(
     "fehlberg2",
-    2,
-    (0.0, 1 / 2, 1.0),
-    ((), (1 / 2,), (1 / 256, 255 / 256)),
-    (1 / 512, 255 / 256, 1 / 512),
-    (
-        ("euler", Embedded(1, (1.0, 0.0, 0.0))),
-        ("midpoint", Embedded(2, (0.0, 1.0, 0.0))),
-        ("order1", Embedded(1, (1 / 256, 255 / 256, 0.0))),
-        ("order2", Embedded(2, (1 / 512, 255 / 256, 1 / 512))),
-    ),
+    order=2,
+    c=(0.0, 1 / 2, 1.0),
+    a=((), (1 / 2,), (1 / 256, 255 / 256)),
+    b=(1 / 512, 255 / 256, 1 / 512),
+    midpoint=(2, (0.0, 1.0, 0.0)),
+    order1=(1, (1 / 256, 255 / 256, 0.0)),
     low="order1",
 )
 
-HEUN3 = ButcherTableau(
-    "heun3",
-    3,
-    (0.0, 1 / 3, 2 / 3),
-    ((), (1 / 3,), (0.0, 2 / 3)),
-    (1 / 4, 0.0, 3 / 4),
-    (("euler", Embedded(1, (1.0, 0.0, 0.0))), ("order3", Embedded(3, (1 / 4, 0.0, 3 / 4)))),
-)
+HEUN3 = _method("heun3", order=3, c=(0.0, 1 / 3, 2 / 3), a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4))
 
 # Kutta's 3/8 rule, which torchdiffeq calls rk4.
-RK4_38 = ButcherTableau(
+RK4_38 = _method(
     "rk4_38",
-    4,
-    (0.0, 1 / 3, 2 / 3, 1.0),
-    ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
-    (1 / 8, 3 / 8, 3 / 8, 1 / 8),
-    (("euler", Embedded(1, (1.0, 0.0, 0.0, 0.0))), ("order4", Embedded(4, (1 / 8, 3 / 8, 3 / 8, 1 / 8)))),
+    order=4,
+    c=(0.0, 1 / 3, 2 / 3, 1.0),
+    a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+    b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
 )
 
 _TABLEAUS = {
@@ -185,7 +149,7 @@ def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
     """
     if isinstance(name, ButcherTableau):
         return name
-    found = _TABLEAUS.get(_ALIASES.get(name, name))
-    if found is None:
+    tableau = _TABLEAUS.get(_ALIASES.get(name, name))
+    if tableau is None:
         raise ValueError(f"unknown solver {name!r}; known are {', '.join([*_TABLEAUS, *_ALIASES])}")
-    return found
+    return tableau

@@ -44,7 +44,7 @@ class SampleLoop:
 
     Times and step sizes are float64 arrays on the host, where the controller works on all of them at once; the device
     is waited for once per attempt. A finished sample stays in the batch and takes steps of size 0 until the last has
-    finished, so that whatever the field knows of its samples, by position, stays true. The field is asked within
+    finished, so that whatever the field knows of its samples, by position, stays true. The field is evaluated within
     ``[t0, t1]`` of each sample, rounded to the precision of the state. An interval too short for a number of that
     precision is over at once.
 
@@ -133,7 +133,7 @@ class SampleLoop:
             accepted = taken & finite
             if not finite.all():
                 bad_stage = np.where(finite, bad_stage, step.not_finite())
-                self._hopeless = taken & ~finite  # no smaller step is allowed, or asked for by the controller
+                self._hopeless = taken & ~finite  # no smaller step is allowed, or chosen by the controller
                 if torch.is_grad_enabled():  # a NaN beside good samples would reach their gradients: all try again
                     states = states._replace(h=np.where(accepted, np.abs(h), states.h), errors=before)
                     accepted = np.zeros_like(accepted)

@@ -113,15 +113,15 @@ class Task:
             return exact(t, self.x0.device)
         return self.outputs.t[0] + (t - self.t0)
 
-    def inside(self, step: Step) -> Callable[[Any], Tensor]:
+    def state_in(self, step: Step) -> Callable[[Any], Tensor]:
         """The state at a fraction of a step."""
         if self.grid is not None and self.grid.linear:
             return lambda theta: step.x0 + theta * (step.x1 - step.x0)
         return interpolant(step, self.field)
 
     @property
-    def inside_costs(self) -> bool:
-        """Whether :meth:`inside` takes a field evaluation."""
+    def state_costs(self) -> bool:
+        """Whether :meth:`state_in` takes a field evaluation."""
         return self.tableau.dense is None and not (self.grid is not None and self.grid.linear)
 
 
@@ -134,13 +134,13 @@ def _solve_batch(task: Task) -> Solution:
             stats.accepted += 1
         stats.evaluations = stats.accepted * task.tableau.interior
         return Solution(times=(task.t1,), states=(task.unpack(x),), stats=stats)
-    kept, numbers, value = _Kept(task), None, 1.0
+    collector, numbers, value = _Collector(task), None, 1.0
     try:
         if event is not None:
             event = first_crossing_fn(event, task.t0, x)
             value = values(event, task.t0, x)
             if value <= 0:
-                return kept.solution(stats, "event", task.time(task.t0))
+                return collector.solution(stats, "event", task.time(task.t0))
         if grid is not None:
             numbers = None if grid.numbers is None else iter(grid.numbers[1:])
             loop = fixed_steps(
@@ -157,27 +157,27 @@ def _solve_batch(task: Task) -> Solution:
             if event is not None:
                 before, value = value, values(event, t, step.x1)
                 met = crossing(
-                    step, partial(task.inside, step), event, before, value, costs=task.inside_costs, width=task.width
+                    step, partial(task.state_in, step), event, before, value, costs=task.state_costs, width=task.width
                 )
                 if met is not None:
                     state_at, _, theta = met
                     t = step.t + theta * step.h
                     x = state_at((t - step.t) / step.h)
                     time, x = attach_event_gradient(task.field, event, task.time(t), x)
-                    kept.add(t, x, step)
-                    return kept.solution(stats, "event", time)
-            kept.add(t, step.x1, step)
+                    collector.add(t, x, step)
+                    return collector.solution(stats, "event", time)
+            collector.add(t, step.x1, step)
     except SolverError as error:
-        error.solution = kept.solution(replace(stats), error.status)
+        error.solution = collector.solution(replace(stats), error.status)
         if task.raises:
             raise
         return error.solution
     if task.outputs is None:
-        kept.times[-1] = task.t1
-    return kept.solution(stats)
+        collector.times[-1] = task.t1
+    return collector.solution(stats)
 
 
-class _Kept:
+class _Collector:
     """What is kept of a solve on its way."""
 
     def __init__(self, task: Task) -> None:
@@ -220,7 +220,7 @@ class _Kept:
                 theta = (t - outputs.t[0] - (step.t - outputs.times[0]) if adaptive else t - step.t) / step.h
             elif not adaptive:
                 theta = (t - step.t) / step.h
-            state_at = state_at or self.task.inside(step)
+            state_at = state_at or self.task.state_in(step)
             self.states.append(state_at(theta))
 
     def solution(self, stats: Statistics, status: Status = "finished", event_time: Tensor | None = None) -> Solution:
@@ -258,8 +258,8 @@ def _solve_samples(task: Task) -> SampleSolution:
     loop = SampleLoop(
         task.field, task.x0, task.t0, task.t1, task.tableau, task.tolerance, task.controller, raises=task.raises
     )
-    kept = _Kept(task)
-    kept.times = [loop.t]
+    collector = _Collector(task)
+    collector.times = [loop.t]
     event, times, value = None, None, np.ones_like(loop.t)
     met = np.zeros_like(loop.moving)
     if task.event is not None:
@@ -275,7 +275,7 @@ def _solve_samples(task: Task) -> SampleSolution:
             if event is not None and times is not None:
                 end = values(event, to_state_shape(t, x), x, accepted)
                 change = crossing(
-                    step, partial(task.inside, step), event, value, end, accepted, costs=task.inside_costs
+                    step, partial(task.state_in, step), event, value, end, accepted, costs=task.state_costs
                 )
                 value = np.where(accepted, end, value)
                 if change is not None:
@@ -289,13 +289,13 @@ def _solve_samples(task: Task) -> SampleSolution:
             before = t
             if task.keep == "steps":
                 samples = torch.from_numpy(accepted).nonzero().flatten()
-                kept.samples.append(samples)
+                collector.samples.append(samples)
                 step = step if len(samples) == len(x) else step.select(samples.to(x.device))
-            kept.add(t, x, step)
+            collector.add(t, x, step)
     except SolverError as error:
-        error.solution = kept.sample_solution(loop, _status(loop, met, error), times)
+        error.solution = collector.sample_solution(loop, _status(loop, met, error), times)
         raise
-    return kept.sample_solution(loop, _status(loop, met), times)
+    return collector.sample_solution(loop, _status(loop, met), times)
 
 
 def _status(loop: SampleLoop, met: np.ndarray, error: SolverError | None = None) -> tuple[Status, ...]:

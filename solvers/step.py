@@ -37,7 +37,7 @@ class Step(NamedTuple):
         x0: state at the start, ``(B, *S)``.
         x1: state at the end, ``(B, *S)``.
         stages: velocities ``p_i``, each ``(B, *S)``. The closing stages, on which ``x1`` does not depend, are absent
-            if they were not asked for: the last one of an FSAL method, and all behind the solution of
+            if the step is taken without them: the last one of an FSAL method, and all behind the solution of
             :meth:`~solvers.ButcherTableau.forwarding`.
         tableau: the method.
         reductions: numbers of each sample computed with ``x1``, by the names of :func:`solvers.finish_step`, or None.
@@ -203,7 +203,7 @@ def rk_step(
             error="error" in reductions and len(stages) == tableau.stages,
             action="action" in reductions, residue="residue" in reductions,
         )  # fmt: skip
-        assert end is not None  # for it was asked
+        assert end is not None
         x1 = end
     else:
         x1 = add(x, stages, tableau.b, h)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["ButcherTableau", "Embedded"]
+__all__ = ["ButcherTableau", "Embedded", "Row"]
 
 Row = tuple[float, ...]
 
@@ -86,7 +86,6 @@ class ButcherTableau:
                 raise ValueError(f"{self.name}: weights of embedded {name!r} must sum to 1, got {sum(solution.b)!r}")
         if self.low is not None and self.low not in dict(self.embedded):
             raise ValueError(f"{self.name}: low must name an embedded solution {self.outputs}, got {self.low!r}")
-
         if self.dense is not None:
             ends = [sum(row) for row in self.dense]
             if len(ends) != stages or any(abs(end - b) > 1e-9 for end, b in zip(ends, self.b, strict=True)):
@@ -137,7 +136,7 @@ class ButcherTableau:
         return tuple(weights)
 
     def forwarding(self, name: str) -> ButcherTableau:
-        """The method that carries the embedded output ``name`` on instead of its own solution (eq. 43 of the thesis).
+        """The method that carries the embedded output ``name`` on instead of its own solution [K24, eq. 43].
 
         The error is then measured against the same lower solution, or, if that is the one carried on, against the
         former solution.

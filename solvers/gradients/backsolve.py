@@ -35,15 +35,15 @@ def adjoint_rates(
     """
     with torch.enable_grad():
         y = y.requires_grad_() if graph else y.detach().requires_grad_()
-        wanted = [y, *params]
+        inputs = [y, *params]
         if needs_t:
             t = t.detach().requires_grad_()
-            wanted.append(t)
+            inputs.append(t)
         v = field(t, y)
-        grads: Sequence[Tensor | None] = [None] * len(wanted)
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
         if v.requires_grad:
-            grads = torch.autograd.grad(v, wanted, -a, allow_unused=True, create_graph=graph)
-    rates = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True))
+            grads = torch.autograd.grad(v, inputs, -a, allow_unused=True, create_graph=graph)
+    rates = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))
     return (v if graph else v.detach(), *rates)
 
 

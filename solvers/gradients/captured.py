@@ -236,14 +236,14 @@ class Captured:
 
     def _note(self, outputs: list[Tensor], mark: int, inputs: list[Tensor], first: bool) -> None:
         candidates = {id(x): x for x in (*self.tensors, *self._inputs, *self._now.values())} | self._snapshot.weights
-        made = {(x.grad_fn, x.output_nr): x for x in candidates.values() if x.grad_fn is not None}
+        by_edge = {(x.grad_fn, x.output_nr): x for x in candidates.values() if x.grad_fn is not None}
         own = {id(x) for x in inputs}
-        stops = set(made) | {(x.grad_fn, x.output_nr) for x in inputs if x.grad_fn is not None}
+        stops = set(by_edge) | {(x.grad_fn, x.output_nr) for x in inputs if x.grad_fn is not None}
         leaves, outside = _reads(outputs, mark, stops)
         leaves = [x for x in leaves if id(x) not in own]
-        self._read |= {id(x) for x in (*leaves, *(made[edge] for edge in outside if edge in made))}
+        self._read |= {id(x) for x in (*leaves, *(by_edge[edge] for edge in outside if edge in by_edge))}
         self._known |= {
-            id(x): Known.of(x) for x in (*leaves, *(made[edge] for edge in outside if edge in made))
+            id(x): Known.of(x) for x in (*leaves, *(by_edge[edge] for edge in outside if edge in by_edge))
             if not self._back and id(x) in candidates and id(x) not in self._known
         }  # fmt: skip
         if not self._open:
@@ -258,7 +258,7 @@ class Captured:
                     f"would be lost: hand over what gets gradients in {self._names[1]}"
                 )
         if not self._back:
-            self._claim([made[edge] for edge in outside if edge in made])
+            self._claim([by_edge[edge] for edge in outside if edge in by_edge])
             self._claim([x for x in leaves if id(x) in candidates])
         unclaimed = {id(x): x for x in leaves if id(x) not in candidates}
         if first:

@@ -237,9 +237,9 @@ def _loosened(value: Any, index: dict[int, int]) -> Callable[[list[nn.Module]], 
         name, cells = value.__name__, [_loose_cell(cell, index) for cell in value.__closure__ or ()]
 
         def function(modules: list[nn.Module]) -> FunctionType:
-            found = FunctionType(code, names, name, defaults, tuple(cell(modules) for cell in cells))
-            found.__kwdefaults__ = keywords
-            return found
+            rebuilt = FunctionType(code, names, name, defaults, tuple(cell(modules) for cell in cells))
+            rebuilt.__kwdefaults__ = keywords
+            return rebuilt
 
         return function
     return lambda modules: value
