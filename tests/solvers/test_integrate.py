@@ -1,5 +1,4 @@
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,35 +11,16 @@ from scipy.integrate import RK23, solve_ivp
 from solvers import (
     PI,
     PID,
-    ControllerState,
-    Fixed,
     HalveDouble,
     I,
-    MaxStepsError,
-    NonFiniteError,
     SolverError,
-    StepUnderflowError,
     Tolerance,
     integrate,
 )
-from tests.counting import Counted, Operations
+from tests.counting import Counted
+from tests.solvers.problems import CONTROLS, decay, lotka, van_der_pol
 
-
-def decay(t, x):
-    return -x + math.cos(3 * t)
-
-
-def lotka_volterra(t, x):
-    a, b = x[:, :1], x[:, 1:]
-    return torch.cat([1.5 * a - a * b, a * b - 3 * b], 1)
-
-
-def van_der_pol(t, x):
-    a, b = x[:, :1], x[:, 1:]
-    return torch.cat([b, 5 * (1 - a**2) * b - a], 1)
-
-
-PROBLEMS = [(decay, [1.0], 5.0), (lotka_volterra, [1.0, 1.0], 8.0), (van_der_pol, [2.0, 0.0], 12.0)]
+PROBLEMS = [(decay, [1.0], 5.0), (lotka, [1.0, 1.0], 8.0), (van_der_pol, [2.0, 0.0], 12.0)]
 
 
 @pytest.mark.parametrize(("field", "start", "end"), PROBLEMS)
@@ -80,14 +60,14 @@ def test_fixed_steps_equal_torchdiffeq(method, field, start, end):
 def test_adaptive_solves_agree_with_scipy(solver, controller):
     x0 = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
     exact = solve_ivp(
-        lambda t, y: lotka_volterra(t, torch.from_numpy(y)[None])[0].numpy(),
+        lambda t, y: lotka(t, torch.from_numpy(y)[None])[0].numpy(),
         (0, 3),
         [1, 1],
         rtol=1e-11,
         atol=1e-12,
     )
     tolerance = Tolerance(rtol=1e-6, atol=1e-8)
-    ours = integrate(lotka_volterra, x0, 0.0, 3.0, solver=solver, tolerance=tolerance, controller=controller)
+    ours = integrate(lotka, x0, 0.0, 3.0, solver=solver, tolerance=tolerance, controller=controller)
     np.testing.assert_allclose(ours.x1[0].numpy(), exact.y[:, -1], rtol=1e-3)
     assert ours.times[-1] == 3.0
 
@@ -113,50 +93,6 @@ def test_there_and_back(t0, length, backwards, rtol, batch, features):
     assert (back.x1 - x0).abs().max() < 500 * rtol
 
 
-@pytest.mark.parametrize("keep", ["last", "states", "steps"])
-def test_evaluations_are_counted_and_the_closing_stage_reused(keep):
-    x0 = torch.randn(3, 2, dtype=torch.float64)
-    field = Counted(decay)
-    fixed = integrate(field, x0, 0.0, 1.0, steps=10, keep=keep)
-    assert fixed.stats.evaluations == field.calls == (31 if keep == "steps" else 30)
-    field = Counted(decay)
-    adaptive = integrate(field, x0, 0.0, 5.0, tolerance=Tolerance(first_step=1.0), keep=keep)
-    stats = adaptive.stats
-    assert stats.rejected > 0
-    assert stats.evaluations == field.calls == 1 + 3 * (stats.accepted + stats.rejected)
-    assert len(adaptive.steps) == (stats.accepted if keep == "steps" else 0)
-    assert len(adaptive.states) == (1 if keep == "last" else 1 + stats.accepted)
-
-
-def test_synchronizations():
-    x0 = torch.randn(3, 2)
-    with Operations() as operations:
-        integrate(decay, x0, 0.0, 1.0, steps=10)
-    assert operations.synchronizations == 0
-    with Operations() as operations:
-        solution = integrate(decay, x0, 0.0, 5.0, tolerance=Tolerance(first_step=0.1))
-    attempts = solution.stats.accepted + solution.stats.rejected
-    assert operations.synchronizations == attempts
-
-
-def test_operations_per_attempted_adaptive_step():
-    p = torch.randn(4, 3)
-    field, ends, totals, attempts = (lambda t, x: p), (1.0, 2.0), [], []
-    for end in ends:
-        with Operations() as operations:
-            solution = integrate(
-                field,
-                torch.ones(4, 3),
-                0.0,
-                end,
-                tolerance=Tolerance(first_step=0.1, max_step=0.1),
-                keep="last",
-            )
-        totals.append(operations.total)
-        attempts.append(solution.stats.accepted + solution.stats.rejected)
-    assert (totals[1] - totals[0]) / (attempts[1] - attempts[0]) <= 17
-
-
 def test_gradients_flow_through_accepted_steps():
     x0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     flow = lambda x, **options: integrate(lambda t, x: torch.sin(x), x, 0.0, 1.0, **options).x1  # noqa: E731
@@ -164,32 +100,6 @@ def test_gradients_flow_through_accepted_steps():
     (exact,) = torch.autograd.grad(flow(x0, steps=100, solver="rk4").square().sum(), x0)
     (adaptive,) = torch.autograd.grad(flow(x0, tolerance=Tolerance(1e-7, 1e-7)).square().sum(), x0)
     torch.testing.assert_close(adaptive, exact, rtol=1e-5, atol=1e-5)
-
-
-def test_step_underflow_says_where_and_keeps_the_rest():
-    blow_up = lambda t, x: x**2  # noqa: E731
-    with pytest.raises(StepUnderflowError, match=r"last error ratio.*stiff.*t = 1.*, h = ") as caught:
-        integrate(blow_up, torch.ones(1, 1, dtype=torch.float64), 0.0, 2.0)
-    assert caught.value.t == pytest.approx(1.0, abs=1e-2)
-    assert caught.value.solution.times[-1] == caught.value.t
-    assert caught.value.solution.stats.accepted == len(caught.value.solution.states) - 1
-
-
-def test_too_many_steps():
-    with pytest.raises(MaxStepsError, match="5 attempted steps did not reach t1 = 10") as caught:
-        integrate(decay, torch.ones(1, 1), 0.0, 10.0, tolerance=Tolerance(max_steps=5))
-    assert caught.value.stage is None
-    assert caught.value.solution.stats.accepted + caught.value.solution.stats.rejected == 5
-
-
-def test_non_finite_field_names_the_stage():
-    wall = lambda t, x: torch.where(x > 2, torch.nan, torch.ones_like(x))  # noqa: E731
-    with pytest.raises(NonFiniteError, match="NaN or infinity, and no smaller step avoids it") as caught:
-        integrate(wall, torch.ones(1, 1, dtype=torch.float64), 0.0, 2.0, tolerance=Tolerance(max_step=0.3))
-    assert caught.value.stage in (1, 2, 3)
-    assert caught.value.t == pytest.approx(1.0, abs=1e-6)
-    with pytest.raises(NonFiniteError, match="stage 0"):
-        integrate(lambda t, x: x * math.nan, torch.ones(1, 1), 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -240,47 +150,10 @@ def test_bad_arguments_are_named(change, error, message):
         integrate(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rtol": -1.0}, "rtol must be finite and not negative, got -1.0"),
-        ({"atol": math.nan}, "atol must be finite"),
-        ({"rtol": 0.0, "atol": 0.0}, "must not both be 0"),
-        ({"first_step": 0.0}, "first_step must be positive"),
-        ({"max_step": 0.0}, "max_step must be positive"),
-        ({"max_steps": 0}, "max_steps must be at least 1"),
-        ({"max_steps": math.nan}, "max_steps must be at least 1 and finite"),
-        ({"max_steps": math.inf}, "max_steps must be at least 1 and finite"),
-    ],
-)
-def test_tolerances_are_checked(change, message):
-    with pytest.raises(ValueError, match=message):
-        Tolerance(**change)
-
-
 def test_nothing_to_do():
     solution = integrate(decay, torch.ones(1, 1), 1.0, 1.0)
     assert solution.stats.accepted == 0
     assert solution.times == (1.0,)
-
-
-@pytest.mark.parametrize("control", ["batch", "sample"])
-def test_large_states_take_the_steps_of_small_ones(control):
-    small = torch.tensor([[1.0, 0.5], [0.3, -0.2]], dtype=torch.float64)
-    large = small.repeat(1, 20_000)
-
-    def swing(t, x):
-        return torch.stack([x[:, 1::2], -x[:, ::2].sin()], -1).flatten(1)
-
-    tolerance = Tolerance(rtol=1e-6, atol=1e-8)
-    one, many = (
-        integrate(swing, x, 0.0, 3.0, solver="bs23", control=control, tolerance=tolerance) for x in (small, large)
-    )
-    assert one.stats.evaluations == many.stats.evaluations
-    torch.testing.assert_close(many.x1[:, :2], one.x1, rtol=1e-9, atol=1e-9)
-
-
-CONTROLS = [{}, {"control": "sample"}]
 
 
 class Energy(torch.nn.Module):
@@ -372,127 +245,6 @@ def test_the_first_call_of_an_adaptive_solve_is_checked_as_any_stage(control, wr
         integrate(wrong, torch.ones(2, 2), 0.0, 1.0, control=control)
 
 
-def stiff(t, x):
-    return -200.0 * (x - 1.0)
-
-
-@pytest.mark.parametrize("options", CONTROLS)
-@pytest.mark.parametrize("t0", [0.0, 0.3, -0.7, 967.1378944377053, 1e5 + 0.1])
-@pytest.mark.parametrize("direction", [1, -1])
-def test_a_step_that_asks_for_min_step_is_accepted(t0, direction, options):
-    """Read back from the times it may differ from min_step by rounding."""
-    field = Counted(lambda t, x: direction * stiff(t, x))
-    tolerance = Tolerance(1e-6, 1e-6, min_step=0.2, max_steps=200)
-    solution = integrate(
-        field, torch.zeros(1, 1, dtype=torch.float64), t0, t0 + 3 * direction, tolerance=tolerance, **options
-    )
-    assert solution.stats.accepted <= 60
-
-
-@pytest.mark.parametrize("options", CONTROLS)
-def test_no_smaller_step_than_min_step_is_tried_where_the_field_is_not_finite(options):
-    field = Counted(lambda t, x: torch.where(torch.as_tensor(t) > 0.5, torch.nan, torch.ones_like(x)))
-    with pytest.raises(NonFiniteError, match="no smaller step avoids it"):
-        integrate(field, torch.ones(1, 1), 0.0, 1.0, tolerance=Tolerance(min_step=0.01), **options)
-    assert field.calls < 100
-
-
-@dataclass(frozen=True)
-class Stubborn:
-    """Returns the same whatever the error."""
-
-    h: float
-    accepted: bool
-
-    def __call__(self, state, error, order):
-        return ControllerState(self.h, self.accepted)
-
-    def each(self, states, error, order):
-        full = np.full_like(states.h, self.h)
-        return states._replace(h=full, accepted=np.full(full.shape, self.accepted))
-
-
-@pytest.mark.parametrize("options", CONTROLS)
-@pytest.mark.parametrize("accepted", [True, False])
-@pytest.mark.parametrize(
-    ("h", "error"),
-    [
-        (0.0, StepUnderflowError),
-        (math.nan, ValueError),
-        (-1.0, (ValueError, SolverError)),
-        (1e-300, SolverError),
-    ],
-)
-def test_a_solve_ends_whatever_its_controller_returns(h, error, accepted, options):
-    with pytest.raises(error):
-        integrate(
-            decay if not options else lambda t, x: -x, torch.ones(2, 1, dtype=torch.float64), 0.0, 1.0,
-            controller=Stubborn(h, accepted), tolerance=Tolerance(max_steps=50), **options,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("options", CONTROLS)
-def test_infinite_steps_go_to_the_end(options):
-    x0 = torch.ones(2, 1, dtype=torch.float64)
-    solution = integrate(lambda t, x: 0 * x, x0, 0.0, 7.0, controller=Stubborn(math.inf, True), **options)
-    assert torch.equal(solution.x1, x0)
-    with pytest.raises(MaxStepsError):
-        integrate(
-            lambda t, x: 0 * x, x0, 0.0, 7.0, controller=Stubborn(math.inf, False), tolerance=Tolerance(max_steps=9),
-            **options,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("options", CONTROLS)
-@pytest.mark.parametrize("edge", [0.55, 0.95])
-def test_accepted_steps_are_finite_whatever_accepts_them(edge, options):
-    wall = lambda t, x: torch.where(torch.as_tensor(t) > edge, torch.nan, torch.ones_like(x))  # noqa: E731
-    with pytest.raises(NonFiniteError, match="no smaller step avoids it"):
-        integrate(wall, torch.ones(2, 1), 0.0, 1.0, controller=Fixed(), tolerance=Tolerance(first_step=0.1), **options)
-
-
-@pytest.mark.parametrize("options", CONTROLS)
-def test_a_field_that_vanishes_lets_steps_grow_to_a_far_end(options):
-    x0 = torch.ones(2, 1)
-    assert torch.equal(integrate(lambda t, x: 0 * x, x0, 0.0, 1e30, **options).x1, x0)
-    with pytest.raises((NonFiniteError, MaxStepsError)):  # no number of float32 is as large as the steps there
-        integrate(lambda t, x: 0 * x, x0, 0.0, 1e300, tolerance=Tolerance(max_steps=500), **options)
-
-
-@pytest.mark.parametrize("options", CONTROLS)
-@pytest.mark.parametrize("atol", [0.0, torch.tensor([0.0, 1e-6], dtype=torch.float64)])
-@pytest.mark.parametrize("repeats", [1, 20_000])
-def test_zeros_without_error_are_within_a_relative_tolerance(atol, repeats, options):
-    if isinstance(atol, torch.Tensor):
-        atol = atol.repeat(repeats)
-    x0 = torch.tensor([[0.0, 1.0]], dtype=torch.float64).repeat(1, repeats)
-    solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, tolerance=Tolerance(1e-6, atol), **options)
-    torch.testing.assert_close(solution.x1, x0 / math.e, rtol=1e-5, atol=0)
-
-
-SHORT = [
-    (0.0, 1.1e-283),
-    (0.0, -5e-324),
-    (1.0, math.nextafter(1.0, 2)),
-    (-3.0, math.nextafter(-3.0, -9)),
-    (2, 2 + 1e-9),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
-@pytest.mark.parametrize("options", [{"steps": 3}, {"steps": 2, "keep": "steps"}, *CONTROLS, {"solver": "heun"}])
-@pytest.mark.parametrize(("t0", "t1"), SHORT)
-def test_an_interval_below_the_resolution_of_time_is_over_at_once(t0, t1, options, dtype):
-    x0 = torch.tensor([[0.5], [1.0]]).to(dtype)
-    field = Counted(lambda t, x: -x * (1 + t))
-    solution = integrate(field, x0, t0, t1, **options)
-    torch.testing.assert_close(solution.x1, x0, rtol=1e-8 if dtype == torch.float64 else 1e-6, atol=0)
-    assert field.calls <= 10
-    assert set(np.atleast_1d(solution.status)) == {"finished"}
-    if "keep" in options:
-        torch.testing.assert_close(solution((t0 + t1) / 2), x0)
-
-
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint", "backsolve"])
 @pytest.mark.parametrize("options", [{"steps": 3}, *CONTROLS])
 def test_no_time_is_the_first_state_and_no_field_call(gradient, options):
@@ -507,38 +259,6 @@ def test_no_time_is_the_first_state_and_no_field_call(gradient, options):
     assert torch.equal(solution.x1, x0)
     assert torch.equal(gradient_of_x0, torch.ones(3, 2))
     assert field.calls == 0
-
-
-@pytest.mark.parametrize("t0", [0.0, 0.1, -1.3, 1e8 + 0.3])
-@pytest.mark.parametrize("length", [0.3, -0.7, 1e-7, 3.1])
-def test_the_field_is_asked_within_the_interval(t0, length):
-    """To the last bit: a step's end in floating point is not beyond t1."""
-    t1 = t0 + length
-
-    def field(t, x):
-        assert min(t0, t1) <= t <= max(t0, t1)
-        return torch.sin(3 * x)
-
-    x0 = torch.ones(1, 1, dtype=torch.float64)
-    for options in ({}, {"steps": 7}, {"steps": 3, "solver": "dopri5", "keep": "steps"}, {"solver": "heun"}):
-        solution = integrate(field, x0, t0, t1, **options)
-        assert solution.t1 == t1
-        if "keep" in options:
-            solution((t0 + t1) / 2)
-
-
-def test_times_of_states_in_float32_are_float64():
-    seen = []
-    t0 = 1e8
-
-    def field(t, x):
-        seen.append(t - t0)
-        return torch.full_like(x, math.cos(t - t0))
-
-    for options in ({"steps": 8}, {}):
-        solution = integrate(field, torch.zeros(1, 1), t0, t0 + 1, **options)
-        assert solution.x1.item() == pytest.approx(math.sin(1), rel=1e-3)
-    assert len({round(s, 6) for s in seen}) > 10
 
 
 def _gradient_of_energy(t, x):

@@ -1,193 +1,25 @@
 """What a backward pass reads is what the forward pass read, in every way that calls the field again."""
 
-import collections
-import functools
-import gc
-import weakref
-
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from solvers import Tolerance, integrate, odeint, odeint_adjoint
-from solvers.gradients.captured import tensors_of
-
-D = torch.float64
-X0 = torch.tensor([[1.0, 0.5], [0.2, -1.0], [0.3, 0.3]], dtype=D)
-
-
-def adjoint(field, x, parameters=None):
-    t = torch.tensor([0.0, 0.5], dtype=D)
-    return odeint_adjoint(field, x, t, rtol=1e-6, atol=1e-7, adjoint_params=parameters)[-1]
-
-
-def by(gradient, **options):
-    def solve(field, x, parameters=None, args=()):
-        more = {"parameters": parameters, "args": args, **options}
-        return integrate(field, x, 0.0, 0.5, gradient=gradient, solver="dopri5", **more).x1
-
-    return solve
-
-
-TIGHT = {"tolerance": Tolerance(1e-6, 1e-7)}
-SOLVES = {
-    "odeint_adjoint": adjoint,
-    "backsolve": by("backsolve", **TIGHT),
-    "backsolve, steps": by("backsolve", steps=12),
-    "checkpoint": by("checkpoint", **TIGHT),
-    "checkpoint, steps": by("checkpoint", steps=5),
-}
-directly = by("direct", **TIGHT)
-every = pytest.mark.parametrize("way", SOLVES)
-solving_backwards = pytest.mark.parametrize("way", ["odeint_adjoint", "backsolve", "backsolve, steps"])
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(2, 2, dtype=D), nn.Linear(2, 2, dtype=D)
-        self.calls = 0
-
-    def forward(self, t, x):
-        self.calls += 1
-        return torch.tanh(self.a(x)) * self.b(x)
-
-    def velocity(self, t, x):
-        return self(t, x)
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6)
-
-
-def gradients(make, solve, change=lambda net: None, tensors=lambda net: list(net.parameters())):
-    net = make()
-    wanted = tensors(net)
-    x1 = solve(net)
-    change(net)
-    return torch.autograd.grad(x1.square().sum(), wanted)
-
-
-def replace_data(net):
-    for p in net.parameters():
-        p.data = p.data + 1
-
-
-CHANGES = {
-    "the module is replaced": lambda net: setattr(net, "a", nn.Linear(2, 2, dtype=D)),
-    "it is deleted": lambda net: delattr(net, "a"),
-    "a parameter is replaced": lambda net: setattr(net.a, "weight", nn.Parameter(torch.ones(2, 2, dtype=D))),
-    "other weights are assigned": lambda net: net.load_state_dict(nn.Module.state_dict(Other()), assign=True),
-    "the data is replaced": replace_data,
-}
-
-
-class Other(Net):
-    def __init__(self):
-        super().__init__()
-        nn.init.ones_(self.a.weight)
-
-
-FIELDS = {
-    "module": lambda net: net,
-    "method": lambda net: net.velocity,
-    "partial": lambda net: functools.partial(net.velocity),
-    "closure": lambda net: lambda t, x: net(t, x),
-}
-
-
-@every
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_becomes_of_a_module_after_the_forward_pass_does_not_matter(way, change):
-    expected = gradients(Net, lambda net: directly(net, X0))
-    close(gradients(Net, lambda net: SOLVES[way](net, X0), CHANGES[change]), expected)
-
-
-@every
-@pytest.mark.parametrize("kind", FIELDS)
-def test_fields_that_hold_modules(way, kind):
-    """The parameters of methods and partials are known; a closure says them. Replaced modules are found in all."""
-    expected = gradients(Net, lambda net: directly(net, X0))
-
-    def solve(net):
-        parameters = net.parameters() if kind == "closure" and not way.startswith("checkpoint") else None
-        return SOLVES[way](FIELDS[kind](net), X0, parameters)
-
-    close(gradients(Net, solve, CHANGES["the module is replaced"]), expected)
-
-
-@every
-@pytest.mark.parametrize("change", ["step", "load_state_dict"])
-def test_weights_changed_in_place_are_noticed(way, change):
-    net = Net()
-    x1 = SOLVES[way](net, X0)
-    if change == "step":
-        with torch.no_grad():
-            net.a.weight += 1
-    else:
-        net.load_state_dict(Other().state_dict())
-    with pytest.raises(RuntimeError, match=r"changed in place since the forward pass.*call backward\(\) before"):
-        x1.sum().backward()
-
-
-@every
-def test_a_closure_whose_tensor_is_replaced_is_noticed(way):
-    w = torch.ones(2, dtype=D, requires_grad=True)
-    parameters = None if way.startswith("checkpoint") else [w]
-    x1 = SOLVES[way](lambda t, x: -x * w, X0, parameters)
-    w.data = torch.zeros(2, dtype=D)
-    with pytest.raises(RuntimeError, match="was replaced since the forward pass"):
-        x1.sum().backward()
-
-
-class Held(nn.Module):
-    """Calls a solve, as the field of a larger network."""
-
-    def __init__(self, solve):
-        super().__init__()
-        self.field, self.head, self.solve = Net(), nn.Linear(2, 1, dtype=D), solve
-
-    def forward(self, x):
-        return self.head(self.solve(self.field, x))
-
-
-@every
-@pytest.mark.parametrize("leaves", [True, False])
-def test_functional_calls(way, leaves):
-    net = Held(SOLVES[way])
-    other = {name: (1.1 * p.detach()).requires_grad_() for name, p in net.named_parameters()}
-    x1 = functional_call(net, {name: p if leaves else p * 1 for name, p in other.items()}, (X0,))
-    found = torch.autograd.grad(x1.sum(), list(other.values()))
-    net.load_state_dict({name: p.detach() for name, p in other.items()})
-    close(found, torch.autograd.grad(net.head(directly(net.field, X0)).sum(), list(net.parameters())))
-
-
-def replica(module):
-    """As ``nn.parallel.replicate`` wires them: weights are tensors on a graph, and no parameters."""
-    copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
-    for m, copy in copies.items():
-        copy._former_parameters = collections.OrderedDict()
-        for name, child in m._modules.items():
-            setattr(copy, name, copies[child])
-        for name, p in m._parameters.items():
-            copy._former_parameters[name] = w = p * 1.0
-            setattr(copy, name, w)
-    return copies[module]
-
-
-@every
-@pytest.mark.parametrize("part", ["field", "method", "network"])
-def test_replicas_of_data_parallel(way, part):
-    net = Held(SOLVES[way])
-    expected = torch.autograd.grad(net.head(directly(net.field, X0)).sum(), list(net.parameters()))
-    copy = replica(net)
-    if part == "network":
-        x1 = copy(X0)
-    else:
-        x1 = copy.head(SOLVES[way](copy.field if part == "field" else copy.field.velocity, X0))
-    close(torch.autograd.grad(x1.sum(), list(net.parameters())), expected)
+from tests.solvers.gradients.ways import (
+    SOLVES,
+    TIGHT,
+    X0,
+    D,
+    Held,
+    Net,
+    by,
+    close,
+    directly,
+    every,
+    gradients,
+    solving_backwards,
+)
 
 
 class Unregistered(nn.Module):
@@ -350,49 +182,6 @@ def test_noise_drawn_once_for_a_solve_is_no_random_field(way):
     assert net.a.weight.grad.abs().sum() > 0
 
 
-@every
-@pytest.mark.parametrize("kept", ["x1", "loss", "by a method", "by a closure"])
-def test_a_solution_kept_on_its_module_is_freed_with_it(way, kept):
-    net = Net()
-    if kept == "by a closure":
-        parameters = None if way.startswith("checkpoint") else tensors_of("parameters", net)
-        net.kept = [(lambda m: SOLVES[way](lambda t, x: m(t, x), X0, parameters))(net)]
-    else:
-        net.kept = SOLVES[way](net.velocity if kept == "by a method" else net, X0)
-        net.kept = net.kept if kept == "x1" else net.kept.sum()
-    reference = weakref.ref(net)
-    del net
-    if reference() is not None:  # only a cycle waits for the collector
-        gc.collect()
-    assert reference() is None
-
-
-@every
-@pytest.mark.parametrize("kind", ["module", "method", "closure"])
-def test_a_module_that_nobody_holds_any_more_still_gives_its_gradient(way, kind):
-    expected = gradients(Net, lambda net: directly(net, X0))
-    net = Net()
-    wanted = list(net.parameters())
-    x1 = SOLVES[way](FIELDS[kind](net), X0, None if kind != "closure" or way.startswith("checkpoint") else wanted)
-    del net
-    close(torch.autograd.grad(x1.square().sum(), wanted), expected)
-
-
-@every
-def test_the_module_itself_is_called_again_and_left_as_it_is(way):
-    net = Net()
-    x1 = SOLVES[way](net, X0)
-    calls, before = net.calls, {name: id(p) for name, p in net.named_parameters()}
-    net.eval()
-    x1.sum().backward(retain_graph=True)
-    assert net.calls > calls
-    assert not net.training
-    assert {name: id(p) for name, p in net.named_parameters()} == before
-    first = net.a.weight.grad.clone()
-    x1.sum().backward()
-    torch.testing.assert_close(net.a.weight.grad, 2 * first)
-
-
 class Hamiltonian(nn.Module):
     """Velocity from the gradient of a scalar, which the field takes itself."""
 
@@ -424,16 +213,6 @@ def test_what_is_missing_a_gradient_for_another_reason_is_told(way):
 
     with pytest.raises(RuntimeError, match="does not require grad"):
         SOLVES[way](Wrong(), X0)
-
-
-@every
-def test_frozen_parameters_get_none_and_the_state_still_does(way):
-    net, x = Net(), X0.clone().requires_grad_()
-    net.b.requires_grad_(False)
-    SOLVES[way](net, x).sum().backward()
-    assert net.b.weight.grad is None
-    assert net.a.weight.grad.abs().sum() > 0
-    close(x.grad, torch.autograd.grad(directly(net, x).sum(), x)[0])
 
 
 @every
@@ -475,122 +254,3 @@ def test_autocast_holds_in_the_backward_pass(way):
     x1.sum().backward()
     assert len(seen) > forward
     assert set(seen) == {torch.bfloat16}
-
-
-# -- what is passed as parameters and arguments -------------------------------------------------------------------
-
-
-def of_weight(make):
-    """Gradients to a weight that a closure reads, directly and with ``make(weight)`` as parameters."""
-    w = nn.Parameter(torch.tensor([[0.5, -0.3], [0.2, 0.8]], dtype=D))
-    field = lambda t, x: torch.tanh(x @ w)  # noqa: E731
-    (expected,) = torch.autograd.grad(directly(field, X0).sum(), w)
-    return field, make(w), w, expected
-
-
-@solving_backwards
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda w: (w,),
-        lambda w: [w, w, torch.ones(2, dtype=D), nn.Parameter(torch.ones(1, dtype=D))],
-        lambda w: (p for p in [w]),
-        lambda w: {"w": w},
-        lambda w: {w},
-        lambda w: nn.ParameterList([w]),
-    ],
-    ids=["tuple", "repeated, frozen, unused", "generator", "dictionary", "set", "module"],
-)
-def test_collections_of_parameters(way, make):
-    field, parameters, w, expected = of_weight(make)
-    (found,) = torch.autograd.grad(SOLVES[way](field, X0, parameters).sum(), w)
-    close(found, expected)
-
-
-@solving_backwards
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda w: w, TypeError, "must be a collection of tensors, got one tensor"),
-        (lambda w: "w", TypeError, "must be a collection of tensors, got str"),
-        (lambda w: 1.0, TypeError, "must be a collection of tensors, got float"),
-        (lambda w: [w, None], TypeError, "must hold tensors, got NoneType at position 1"),
-        (lambda w: [("w", w)], TypeError, "must hold tensors, got tuple at position 0"),
-        (lambda w: iter(()), ValueError, "the iterator yields nothing, it can be read once only"),
-        (lambda w: tuple(w), ValueError, "hand over the tensor that is read"),
-        (lambda w: [w.T], ValueError, "hand over the tensor that is read"),
-    ],
-)
-def test_what_is_no_collection_of_parameters_is_refused(way, make, error, message):
-    field, parameters, *_ = of_weight(make)
-    name = "adjoint_params" if way == "odeint_adjoint" else "parameters"
-    with pytest.raises(error, match=f"{name}.*{message}"):
-        SOLVES[way](field, X0, parameters)
-
-
-@solving_backwards
-def test_a_closure_over_a_module_must_say_its_parameters(way):
-    net = Net()
-    with pytest.raises(ValueError, match="torch module"):
-        SOLVES[way](lambda t, x: net(t, x), X0)
-
-
-def test_a_tensor_is_collected_once():
-    w = nn.Parameter(torch.ones(2))
-    assert tensors_of("parameters", [w, nn.ParameterList([w]), w]) == [w]
-
-
-BACKSOLVES = pytest.mark.parametrize("way", ["backsolve", "backsolve, steps"])
-
-
-@BACKSOLVES
-@pytest.mark.parametrize("nested", ["tuple", "dictionary", "module", "computed", "also a parameter"])
-def test_tensors_in_args_get_their_gradient(way, nested):
-    layer = nn.Linear(2, 2, dtype=D)
-    wanted = list(layer.parameters())
-    args = {
-        "tuple": lambda: ((tuple(wanted),), lambda t, x, p: torch.tanh(x @ p[0].T + p[1])),
-        "dictionary": lambda: (({"p": [wanted]},), lambda t, x, d: torch.tanh(x @ d["p"][0][0].T + d["p"][0][1])),
-        "module": lambda: ((layer,), lambda t, x, m: torch.tanh(m(x))),
-        "computed": lambda: ((layer(torch.ones(2, dtype=D)).exp(),), lambda t, x, c: x * c),
-        "also a parameter": lambda: ((*wanted, wanted[0]), lambda t, x, w, b, again: torch.tanh(x @ w.T + b) @ again),
-    }[nested]
-    passed, field = args()
-    expected = torch.autograd.grad(by("direct", **TIGHT)(field, X0, args=passed).sum(), wanted)
-    passed, field = args()
-    x1 = SOLVES[way](field, X0, wanted if nested in ("computed", "also a parameter") else (), passed)
-    close(torch.autograd.grad(x1.sum(), wanted), expected)
-
-
-@solving_backwards
-def test_the_first_state_may_also_be_a_parameter(way):
-    x = X0.clone().requires_grad_()
-    field = lambda t, y: -y + torch.sin(x)  # noqa: E731
-    expected = torch.autograd.grad(directly(field, x).square().sum(), x)
-    close(torch.autograd.grad(SOLVES[way](field, x, [x]).square().sum(), x), expected)
-
-
-@solving_backwards
-def test_a_complex_parameter_of_a_real_state(way):
-    c = torch.tensor(0.3 + 0.7j, dtype=torch.complex128, requires_grad=True)
-    field = lambda t, x: (c * x * (1 + 1j)).real  # noqa: E731
-    expected = torch.autograd.grad(directly(field, X0).sum(), c)
-    close(torch.autograd.grad(SOLVES[way](field, X0, [c]).sum(), c), expected)
-
-
-@pytest.mark.parametrize("way", ["odeint_adjoint", "backsolve"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_adjoint_of_a_narrow_state_is_carried_in_float32(way, dtype):
-    """x' = -w x, and a field that adds little at every step: the sum over 200 steps keeps what is small."""
-    w, x = nn.Parameter(torch.tensor(0.5, dtype=dtype)), torch.ones(1, 4, dtype=dtype)
-    if way == "odeint_adjoint":
-        t, options = torch.tensor([0.0, 1.0]), {"step_size": 0.25}
-        back = {"adjoint_method": "rk4", "adjoint_options": {"step_size": 0.005}}
-        x1 = odeint_adjoint(lambda t, y: -w * y, x, t, method="rk4", options=options, adjoint_params=[w], **back)[-1]
-        (found,) = torch.autograd.grad(x1.float().sum(), w)
-    else:
-        tolerance = Tolerance(1e-2, 1e-2, max_step=0.25)
-        x1 = integrate(lambda t, y: -w * y, x, 0.0, 1.0, tolerance=tolerance, gradient=way, parameters=[w]).x1
-        (found,) = torch.autograd.grad(x1.float().sum(), w)
-    assert found.dtype == dtype
-    assert found.item() == pytest.approx(-4 * torch.tensor(-0.5).exp().item(), rel=0.03)
