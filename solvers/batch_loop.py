@@ -17,7 +17,6 @@ from solvers.solution import Statistics
 from solvers.step import Field, Step, rk_step, velocity
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
-from solvers.validation import real_dtype
 
 __all__ = ["Observer", "adaptive_steps", "fixed_steps", "span"]
 
@@ -155,7 +154,7 @@ class _Bounds:
         ahead = {s for s in (*stops, *jumps) if self.direction * (s - t0) > 0}
         self.ahead = sorted(ahead, key=lambda s: -self.direction * s)
         self.min_step, self.max_step = tolerance.min_step, tolerance.max_step
-        self.largest = torch.finfo(torch.promote_types(real_dtype(x), torch.float32)).max
+        self.largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
 
     def size(self, t: float, h: float, ratio: float, bad: _Bad | None) -> tuple[float, bool]:
         """The size of the next step where the controller asks for h, and whether the end is as near as time resolves.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from solvers.step import Field, check_unchanged, velocity, versions_of
 from solvers.tolerance import Tolerance
-from solvers.validation import to_host, to_state_shape
+from solvers.validation import to_state_shape
 
 __all__ = ["first_step"]
 
@@ -46,10 +47,7 @@ def first_step(
     real = torch.promote_types(x.dtype, torch.float32).to_real()
     scale = x.detach().abs().to(real).mul_(tolerance.rtol).add_(tolerance.atol)
 
-    def size(value: Tensor) -> Any:
-        norm = to_host(tolerance.size(tolerance.over(value, scale), each=each))
-        return np.array(norm) if each else norm
-
+    size = partial(tolerance.size_over, scale=scale, each=each)
     d0, d1 = size(x.detach()), size(slope)
     finite = isfinite(d0 + d1)
     if not (finite.any() if each else finite):

@@ -123,17 +123,17 @@ def integrate(
         call = v
         v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
-    x = packing.pack(x0)
+    x = x0 if packing.single else packing.pack(x0)
     start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
     longest = end - start if not per_sample else 2 * np.abs(end / 2 - start / 2).max().item()
-    largest = torch.finfo(torch.promote_types(real_dtype(x), torch.float32)).max
+    largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
     if not longest < math.inf or (steps is not None and longest / steps > largest):
         raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
     task = Task(
         field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
         grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,
         controller=controller or _CONTROLLER, keep=keep, event=entries, raises=on_limit == "raise",
-        unpack=packing.unpack, per_sample=per_sample,
+        unpack=(lambda x: x) if packing.single else packing.unpack, per_sample=per_sample,
     )  # fmt: skip
     if gradient == "direct" or not torch.is_grad_enabled():
         plain = packing.single and not (x.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling())

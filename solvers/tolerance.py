@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from solvers.reductions import SMALL, finish_step
 from solvers.step import Step
-from solvers.validation import to_host
+from solvers.validation import is_mapped
 
-__all__ = ["Tolerance"]
+__all__ = ["Tolerance", "to_host"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +75,9 @@ class Tolerance:
         """The error over its tolerance, ``error / (atol + rtol * max(|x0|, |x1|))``, in float32 or wider."""
         if error.dtype in (torch.float16, torch.bfloat16):
             error, x0, x1 = error.float(), x0.float(), x1.float()
-        return self.over(error, torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol))
+        return self._over(error, torch.maximum(x0.abs(), x1.abs()).mul_(self.rtol).add_(self.atol))
 
-    def over(self, value: Tensor, scale: Tensor) -> Tensor:
-        """``value / scale``, and 0 where the value is 0."""
+    def _over(self, value: Tensor, scale: Tensor) -> Tensor:
         quotient = value / scale
         return torch.where(value == 0, 0, quotient) if self._exact else quotient
 
@@ -89,6 +89,11 @@ class Tolerance:
         if each:
             return torch.linalg.vector_norm(scaled.flatten(1), dim=1) / math.sqrt(scaled[0].numel())
         return torch.linalg.vector_norm(scaled) / math.sqrt(scaled.numel())
+
+    def size_over(self, value: Tensor, scale: Tensor, *, each: bool = False) -> Any:
+        """The norm of ``value / scale`` as a number, or an array ``(B,)``; waits for the device."""
+        size = to_host(self.size(self._over(value, scale), each=each))
+        return np.array(size) if each else size
 
     def ratio(self, step: Step) -> float:
         """Norm of the embedded error of a step over its tolerance; waits for the device, once."""
@@ -116,3 +121,20 @@ class Tolerance:
             x, step.stages, step.tableau, step.h, state=False, error=True, rtol=self.rtol, atol=self.atol
         )
         return reductions["error"]
+
+
+def to_host(x: Tensor) -> Any:
+    """The values of a tensor, as a number or a list; waits for the device.
+
+    Raises:
+        RuntimeError: under ``torch.vmap``, where a tensor has no values.
+    """
+    try:
+        return x.tolist() if x.ndim else x.item()
+    except RuntimeError:
+        if not is_mapped(x):
+            raise
+    raise RuntimeError(
+        "an adaptive solve chooses its steps by numbers and cannot be mapped by torch.vmap: give the samples as "
+        "one batch to integrate(..., control='sample'), where each has its own steps, or take fixed steps"
+    )

@@ -15,7 +15,6 @@ __all__ = [
     "is_mapped",
     "is_transformed",
     "real_dtype",
-    "to_host",
     "to_state_shape",
 ]
 
@@ -78,20 +77,6 @@ def to_state_shape(values: np.ndarray, x: Tensor) -> Tensor:
         with np.errstate(over="ignore"):
             values = values.astype(np.float32)
     return torch.from_numpy(values).to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
-
-
-def to_host(x: Tensor) -> Any:
-    """The values of a tensor, as a number or a list; waits for the device.
-
-    Raises:
-        RuntimeError: under ``torch.vmap``, where a tensor has no values.
-    """
-    if is_mapped(x):
-        raise RuntimeError(
-            "an adaptive solve chooses its steps by numbers and cannot be mapped by torch.vmap: give the samples as "
-            "one batch to integrate(..., control='sample'), where each has its own steps, or take fixed steps"
-        )
-    return x.tolist() if x.ndim else x.item()
 
 
 def is_transformed(x: Tensor) -> bool:
