@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.controllers import Controller, ControllerState
+from solvers.controllers import Controller, ControllerState, check_returned
 from solvers.errors import NonFiniteError, failure
 from solvers.first_step import first_step
 from solvers.solution import Statistics
@@ -125,7 +125,10 @@ def adaptive_steps(
         bad = None if math.isfinite(ratio) else _first_not_finite(step)
         if bad is not None and bad[0] == 0:
             raise NonFiniteError("the field is not finite at an accepted state", t=t, h=h, stage=0, sample=bad[1])
-        state = _checked(controller(state._replace(h=abs(h)), ratio, order), controller)
+        state = controller(state._replace(h=abs(h)), ratio, order)
+        check_returned(state, ControllerState, controller)
+        if not state.h >= 0:
+            raise ValueError(f"controller must return a step size h >= 0, got {state.h} from {controller!r:.80}")
         if state.accepted or min(size, abs(h)) <= min_step or last:
             if bad is not None:
                 raise failure("not_finite", t=t, h=h, stage=bad[0], sample=bad[1])
@@ -218,19 +221,6 @@ def _first_not_finite(step: Step) -> _Bad:
     if stage is None or step.x0.ndim < 2:
         return stage, None
     return stage, int((stages == stage).argmax())
-
-
-def _checked(state: ControllerState, controller: Controller) -> ControllerState:
-    """What a controller returned.
-
-    Raises:
-        TypeError, ValueError: it is no state, or its step size is negative or NaN.
-    """
-    if not isinstance(state, ControllerState):
-        raise TypeError(f"controller must return a ControllerState, got {type(state).__name__} from {controller!r:.80}")
-    if not state.h >= 0:
-        raise ValueError(f"controller must return a step size h >= 0, got {state.h} from {controller!r:.80}")
-    return state
 
 
 def _inside(field: Field, t: Any, t_next: Any, dtype: torch.dtype, *, begins: bool = True, ends: bool = True) -> Field:

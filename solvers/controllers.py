@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +18,7 @@ __all__ = [
     "I",
     "SampleController",
     "SampleStates",
+    "check_returned",
 ]
 
 Array = np.ndarray
@@ -70,6 +71,17 @@ class SampleController(Protocol):
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The states after a step of each sample, as ``__call__`` finds them one by one; ``error`` is ``(B,)``."""
         ...
+
+
+def check_returned(state: Any, kind: type, controller: Any) -> None:
+    """Whether a controller returned a state.
+
+    Raises:
+        TypeError: it did not.
+    """
+    if not isinstance(state, kind):
+        name = "SampleStates" if kind is SampleStates else "a ControllerState"
+        raise TypeError(f"controller must return {name}, got {type(state).__name__} from {controller!r:.80}")
 
 
 @dataclass(frozen=True)

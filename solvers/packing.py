@@ -31,9 +31,7 @@ class Packing:
         self.single = isinstance(state, Tensor)
         if not self.single and not isinstance(state, tuple | Mapping):
             raise TypeError(f"{name} must be a tensor, or a tuple or dictionary of tensors, got {type(state).__name__}")
-        parts = self._parts(state)
-        if not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError(f"{name} must hold tensors, got {[type(part).__name__ for part in parts]}")
+        parts = self._parts(state, name)
         if sum(part.numel() for part in parts) == 0:
             raise ValueError(f"{name} must hold at least one number, got shapes {[tuple(p.shape) for p in parts]}")
         if len({(part.dtype, part.device) for part in parts}) > 1:
@@ -50,10 +48,11 @@ class Packing:
         self.batched = batched
         self.shapes = [part.shape[batched:] for part in parts]
 
-    def _parts(self, state: Any) -> tuple[Any, ...]:
-        if self.single:
-            return (state,)
-        return tuple(state) if self.keys is None else tuple(state[key] for key in self.keys)
+    def _parts(self, state: Any, name: str) -> tuple[Any, ...]:
+        parts = (state,) if self.single else tuple(state) if self.keys is None else tuple(state[k] for k in self.keys)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"{name} must hold tensors, got {[type(part).__name__ for part in parts]}")
+        return parts
 
     def pack(self, state: Any, name: str = "y0") -> Tensor:
         """The state as one tensor.
@@ -67,9 +66,7 @@ class Packing:
             raise ValueError(f"{name} must be a dictionary with keys {list(self.keys)}, got {state!r:.100}")
         if self.keys is None and not (isinstance(state, tuple | list) and len(state) == len(self.shapes)):
             raise ValueError(f"{name} must be a tuple of {len(self.shapes)} tensors, got {type(state).__name__}")
-        parts = self._parts(state)
-        if not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError(f"{name} must hold tensors, got {[type(part).__name__ for part in parts]}")
+        parts = self._parts(state, name)
         shapes = [part.shape[self.batched :] for part in parts]
         if shapes != self.shapes:
             raise ValueError(
@@ -92,7 +89,7 @@ class Packing:
         """A tolerance per part as one per number, of a dtype; a number or tensor stays."""
         if self.single or isinstance(tolerance, int | float | Tensor):
             return tolerance
-        parts = self._parts(tolerance)
+        parts = tuple(tolerance if self.keys is None else (tolerance[key] for key in self.keys))
         if len(parts) != len(self.shapes):
             raise ValueError(f"a tolerance per part needs {len(self.shapes)} entries, got {len(parts)}")
         wide = [torch.as_tensor(p, dtype=dtype) for p in parts]

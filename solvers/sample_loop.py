@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.controllers import SampleController, SampleStates
+from solvers.controllers import SampleController, SampleStates, check_returned
 from solvers.errors import SolverError, failure
 from solvers.first_step import first_step
 from solvers.solution import SampleStatistics
@@ -39,6 +40,7 @@ class Round(NamedTuple):
     x: Tensor
 
 
+@dataclass(kw_only=True, eq=False)
 class SampleLoop:
     """The adaptive loop with a time and a step size per sample.
 
@@ -48,33 +50,28 @@ class SampleLoop:
     ``[t0, t1]`` of each sample, rounded to the precision of the state. An interval too short for a number of that
     precision is over at once.
 
-    Args:
+    Attributes:
         field: velocity ``v(t, x)``, with ``t`` of shape ``(B, 1, ..., 1)``, as :func:`within` makes it.
-        x: states at the start, ``(B, *S)``.
-        t0, t1: start and end of each sample, ``(B,)`` float64.
+        x: the states, ``(B, *S)``.
+        t, t1: time and end of each sample, ``(B,)`` float64.
         tableau, tolerance, controller: the method, what it accepts, how it chooses its steps.
         raises: whether a sample that cannot go on ends the solve; else it stays where it is and the others go on.
     """
 
-    def __init__(
-        self,
-        field: Field,
-        x: Tensor,
-        t0: Array,
-        t1: Array,
-        tableau: ButcherTableau,
-        tolerance: Tolerance,
-        controller: SampleController,
-        *,
-        raises: bool = True,
-    ) -> None:
-        self.field = field
-        self.x, self.t, self.t1 = x, t0, np.where(_over_at_once(t0, t1, x), t0, t1)
-        self.tableau, self.tolerance, self.controller, self.raises = tableau, tolerance, controller, raises
-        self.direction = np.where(t1 >= t0, 1.0, -1.0)
+    field: Field
+    x: Tensor
+    t: Array
+    t1: Array
+    tableau: ButcherTableau
+    tolerance: Tolerance
+    controller: SampleController
+    raises: bool = True
+
+    def __post_init__(self) -> None:
+        self.direction = np.where(self.t1 >= self.t, 1.0, -1.0)
+        self.t1 = np.where(_over_at_once(self.t, self.t1, self.x), self.t, self.t1)
         self.moving = self.t != self.t1
-        self.calls = 0
-        self.counts = np.zeros((3, len(x)), dtype=np.int64)
+        self.calls, self.counts = 0, np.zeros((3, len(self.x)), dtype=np.int64)
         self.failures: dict[int, SolverError] = {}
         self._hopeless: Array | bool = False
         self._parked: list[tuple[Tensor, Tensor]] = []
@@ -126,7 +123,8 @@ class SampleLoop:
                 ratio = self.tolerance.ratios(step)
             finite = np.isfinite(ratio) | ~self.moving
             before = states.errors
-            states = _checked(self.controller.each(states._replace(h=np.abs(h)), ratio, order), self.controller)
+            states = self.controller.each(states._replace(h=np.abs(h)), ratio, order)
+            check_returned(states, SampleStates, self.controller)
             if self.tolerance.min_step:
                 near = near | (np.minimum(size, np.abs(h)) <= self.tolerance.min_step)
             taken = self.moving & (states.accepted | near)
@@ -226,25 +224,9 @@ def within(field: Field, t0: Array, t1: Array, x: Tensor) -> Field:
     """The field at times in the precision of the state and within the interval of each sample.
 
     It gets a tensor of its own, so that no write of its own reaches the times of a solve.
-
-    Args:
-        field: velocity ``v(t, x)``, with ``t`` of shape ``(B, 1, ..., 1)``.
-        t0, t1: start and end of each sample, ``(B,)`` float64.
-        x: a state, ``(B, *S)``.
     """
     real, (low, high) = real_dtype(x), _inward(np.minimum(t0, t1), np.maximum(t0, t1), x)
     return lambda t, x: field(t.to(real).clamp(low, high), x)  # type: ignore[union-attr]
-
-
-def _checked(states: SampleStates, controller: SampleController) -> SampleStates:
-    """What a controller returned.
-
-    Raises:
-        TypeError: it is no state.
-    """
-    if not isinstance(states, SampleStates):
-        raise TypeError(f"controller must return SampleStates, got {type(states).__name__} from {controller!r:.80}")
-    return states
 
 
 def _over_at_once(t0: Array, t1: Array, x: Tensor) -> Array:

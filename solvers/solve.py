@@ -223,41 +223,45 @@ class _Collector:
             state_at = state_at or self.task.state_in(step)
             self.states.append(state_at(theta))
 
-    def solution(self, stats: Statistics, status: Status = "finished", event_time: Tensor | None = None) -> Solution:
+    def solution(self, stats: Statistics, status: Any = "finished", event_time: Tensor | None = None) -> Solution:
         """As the caller sees it."""
-        times = tuple(self.times)
-        dense = Interpolant(times=times, **self._path()) if self.task.keep == "steps" else None
-        common = self._common(status, event_time)
-        return Solution(times=times, stats=stats, interpolant=dense, **common)
+        task, times, steps, dense = self.task, tuple(self.times), tuple(self.steps), None
+        if task.keep == "steps":
+            for step, versions in zip(steps, self.versions, strict=True):
+                check_unchanged(step.stages, versions)
+            dense = Interpolant(field=task.field, x0=task.x0, times=times, steps=steps, unpack=task.unpack)
+        states = tuple([task.unpack(x) for x in self.states])
+        return Solution(
+            times=times,
+            states=states,
+            steps=steps,
+            stats=stats,
+            status=status,
+            event_time=event_time,
+            interpolant=dense,
+        )
 
     def sample_solution(self, loop: SampleLoop, status: Any, event_time: Tensor | None) -> SampleSolution:
         """The same, with control per sample."""
-        counts = loop.stats
+        task, counts, samples = self.task, loop.stats, tuple(self.samples)
         stats = Statistics(loop.calls, int(counts.accepted.sum()), int(counts.rejected.sum()))
-        times, samples = tuple(exact(t, torch.device("cpu")) for t in self.times), tuple(self.samples)
-        keep = self.task.keep == "steps"
-        dense = SampleInterpolant(times=times, samples=samples, **self._path()) if keep else None
-        common = self._common(status, event_time)
-        return SampleSolution(
-            times=times, stats=stats, samples=samples, sample_stats=counts, interpolant=dense, **common
+        self.times = [exact(t, torch.device("cpu")) for t in self.times]
+        whole = self.solution(stats, status, event_time)
+        dense = whole.interpolant and SampleInterpolant(
+            field=task.field, x0=task.x0, times=whole.times, steps=whole.steps, unpack=task.unpack, samples=samples
         )
-
-    def _common(self, status: Any, event_time: Tensor | None) -> dict[str, Any]:
-        for step, versions in zip(self.steps, self.versions, strict=True):
-            check_unchanged(step.stages, versions)
-        states = tuple(self.task.unpack(x) for x in self.states)
-        return {"states": states, "steps": tuple(self.steps), "status": status, "event_time": event_time}
-
-    def _path(self) -> dict[str, Any]:
-        task = self.task
-        return {"field": task.field, "x0": task.x0, "steps": self.steps, "unpack": task.unpack}
+        return SampleSolution(
+            times=whole.times, states=whole.states, steps=whole.steps, stats=stats, status=status,
+            event_time=event_time, interpolant=dense, samples=samples, sample_stats=counts,
+        )  # fmt: skip
 
 
 def _solve_samples(task: Task) -> SampleSolution:
     """With a time and a step size per sample."""
     loop = SampleLoop(
-        task.field, task.x0, task.t0, task.t1, task.tableau, task.tolerance, task.controller, raises=task.raises
-    )
+        field=task.field, x=task.x0, t=task.t0, t1=task.t1, tableau=task.tableau, tolerance=task.tolerance,
+        controller=task.controller, raises=task.raises,
+    )  # fmt: skip
     collector = _Collector(task)
     collector.times = [loop.t]
     event, times, value = None, None, np.ones_like(loop.t)

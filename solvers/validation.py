@@ -8,15 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "check_finite",
-    "check_state",
-    "exact",
-    "is_mapped",
-    "is_transformed",
-    "real_dtype",
-    "to_state_shape",
-]
+__all__ = ["check_finite", "check_state", "exact", "is_mapped", "is_transformed", "real_dtype", "to_state_shape"]
 
 
 def check_state(x: object, name: str = "x") -> None:

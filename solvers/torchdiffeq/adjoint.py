@@ -181,14 +181,7 @@ class _Augmented:
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        task: Task,
-        captured: Captured,
-        solving: Any,
-        states: Any,
-        x0: Tensor,
-        t: Tensor,
-        *params: Tensor,
+        ctx: Any, task: Task, captured: Captured, solving: Any, states: Any, x0: Tensor, t: Tensor, *params: Tensor
     ) -> Tensor:
         ctx.task, ctx.captured, ctx.solving, ctx.params = task, captured, solving, params
         out = states.pop()

@@ -101,14 +101,16 @@ def make_task(
         max_steps=int(options.get("max_num_steps", MAX_NUM_STEPS)),
     )
     tableau = get_tableau((ADAPTIVE if adaptive else FIXED)[method])
-    outputs, stops = Outputs(times=times, t=t.to(wide)), _numbers(options.get("step_t"))
-    if tableau.dense is None and event_fn is None:  # then a step ends at each output time
-        stops += times[1:]
+    outputs, rule = Outputs(times=times, t=t.to(wide)), None
+    stops, jumps = (_numbers(options.get(name)) for name in ("step_t", "jump_t"))
+    if adaptive:
+        rule = _Rule(**{name: float(options.get(name, value)) for name, value in _RULE.items()})
+        if tableau.dense is None and event_fn is None:  # then a step ends at each output time
+            stops += times[1:]
     task = Task(
         field=field, x0=x0, t0=times[0], t1=times[-1], tableau=tableau, tolerance=tolerance,
         grid=None if adaptive or event_fn is not None else _grid(field, x0, t, outputs, options),
-        controller=_Rule(**{n: float(options.get(n, v)) for n, v in _RULE.items()}),
-        stops=stops if adaptive else (), jumps=_numbers(options.get("jump_t")),
+        controller=rule, stops=stops, jumps=jumps,
         observe=_observer(func if watched is None else watched, packing, method, wide),
         keep="outputs" if adaptive or not _steps_to_outputs(options) else "states", outputs=outputs,
     )  # fmt: skip

@@ -51,12 +51,7 @@ def test_operations_per_attempted_adaptive_step():
     for end in ends:
         with Operations() as operations:
             solution = integrate(
-                field,
-                torch.ones(4, 3),
-                0.0,
-                end,
-                tolerance=Tolerance(first_step=0.1, max_step=0.1),
-                keep="last",
+                field, torch.ones(4, 3), 0.0, end, tolerance=Tolerance(first_step=0.1, max_step=0.1), keep="last"
             )
         totals.append(operations.total)
         attempts.append(solution.stats.accepted + solution.stats.rejected)
@@ -134,12 +129,7 @@ class Stubborn:
 @pytest.mark.parametrize("accepted", [True, False])
 @pytest.mark.parametrize(
     ("h", "error"),
-    [
-        (0.0, StepUnderflowError),
-        (math.nan, ValueError),
-        (-1.0, (ValueError, SolverError)),
-        (1e-300, SolverError),
-    ],
+    [(0.0, StepUnderflowError), (math.nan, ValueError), (-1.0, (ValueError, SolverError)), (1e-300, SolverError)],
 )
 def test_a_solve_ends_whatever_its_controller_returns(h, error, accepted, options):
     with pytest.raises(error):

@@ -8,15 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import RK23, solve_ivp
 
-from solvers import (
-    PI,
-    PID,
-    HalveDouble,
-    I,
-    SolverError,
-    Tolerance,
-    integrate,
-)
+from solvers import PI, PID, HalveDouble, I, SolverError, Tolerance, integrate
 from tests.counting import Counted
 from tests.solvers.problems import CONTROLS, decay, lotka, van_der_pol
 
@@ -60,11 +52,7 @@ def test_fixed_steps_equal_torchdiffeq(method, field, start, end):
 def test_adaptive_solves_agree_with_scipy(solver, controller):
     x0 = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
     exact = solve_ivp(
-        lambda t, y: lotka(t, torch.from_numpy(y)[None])[0].numpy(),
-        (0, 3),
-        [1, 1],
-        rtol=1e-11,
-        atol=1e-12,
+        lambda t, y: lotka(t, torch.from_numpy(y)[None])[0].numpy(), (0, 3), [1, 1], rtol=1e-11, atol=1e-12
     )
     tolerance = Tolerance(rtol=1e-6, atol=1e-8)
     ours = integrate(lotka, x0, 0.0, 3.0, solver=solver, tolerance=tolerance, controller=controller)
@@ -105,11 +93,7 @@ def test_gradients_flow_through_accepted_steps():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (
-            {"x0": torch.ones(2, 2, dtype=torch.long)},
-            TypeError,
-            "x0 must be floating or complex, got torch.int64",
-        ),
+        ({"x0": torch.ones(2, 2, dtype=torch.long)}, TypeError, "x0 must be floating or complex, got torch.int64"),
         ({"x0": torch.ones(0, 2)}, ValueError, "x0 must hold at least one number"),
         ({"x0": torch.ones(2), "control": "sample"}, ValueError, r"x0 must have shape \(B, \*S\)"),
         ({"x0": [1.0]}, TypeError, "x0 must be a tensor"),
@@ -209,13 +193,7 @@ def test_a_field_that_overwrites_the_state_is_refused_in_every_mode(options, gra
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        *CONTROLS,
-        {"tolerance": Tolerance(first_step=0.1)},
-        {"steps": 3},
-        {"steps": 3, "solver": "rk4"},
-    ],
+    "options", [*CONTROLS, {"tolerance": Tolerance(first_step=0.1)}, {"steps": 3}, {"steps": 3, "solver": "rk4"}]
 )
 def test_a_field_that_reuses_its_memory_is_refused(options):
     buffer = torch.empty(2, 1)

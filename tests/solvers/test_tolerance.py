@@ -3,10 +3,7 @@ import math
 import pytest
 import torch
 
-from solvers import (
-    Tolerance,
-    integrate,
-)
+from solvers import Tolerance, integrate
 from tests.solvers.problems import CONTROLS
 
 

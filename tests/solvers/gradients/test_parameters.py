@@ -6,18 +6,7 @@ from torch import nn
 
 from solvers import Tolerance, integrate, odeint_adjoint
 from solvers.gradients.captured import tensors_of
-from tests.solvers.gradients.ways import (
-    SOLVES,
-    TIGHT,
-    X0,
-    D,
-    Net,
-    by,
-    close,
-    directly,
-    every,
-    solving_backwards,
-)
+from tests.solvers.gradients.ways import SOLVES, TIGHT, X0, D, Net, by, close, directly, every, solving_backwards
 
 
 def of_weight(make):

@@ -11,17 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from solvers.gradients.captured import tensors_of
-from tests.solvers.gradients.ways import (
-    SOLVES,
-    X0,
-    D,
-    Held,
-    Net,
-    close,
-    directly,
-    every,
-    gradients,
-)
+from tests.solvers.gradients.ways import SOLVES, X0, D, Held, Net, close, directly, every, gradients
 
 
 def replace_data(net):

@@ -122,10 +122,7 @@ def test_memory_does_not_hold_the_steps():
         ({"func": lambda t, y: -y}, "func must be a torch module"),
         ({"options": {}, "method": "rk4", "adjoint_method": "dopri5"}, "adjoint_options must be given"),
         ({"adjoint_options": {"norm": "max"}}, "norm must be a function or 'seminorm', got 'max'"),
-        (
-            {"adjoint_options": {"norm": "seminorm"}, "method": "rk4"},
-            "adjoint_options .* not supported by rk4",
-        ),
+        ({"adjoint_options": {"norm": "seminorm"}, "method": "rk4"}, "adjoint_options .* not supported by rk4"),
         ({"adjoint_options": {"step": 1}}, "adjoint_options .* not supported by dopri5"),
     ],
 )

@@ -35,8 +35,7 @@ def test_adaptive_methods_agree_with_torchdiffeq(method, problem, backwards, dty
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4_38"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"step_size": 0.07}, {"step_size": 0.07, "interp": "cubic"}, {"step_size": 0.05, "perturb": True}],
+    "options", [{}, {"step_size": 0.07}, {"step_size": 0.07, "interp": "cubic"}, {"step_size": 0.05, "perturb": True}]
 )
 @pytest.mark.parametrize("backwards", [False, True])
 def test_fixed_methods_equal_torchdiffeq(method, options, backwards):
