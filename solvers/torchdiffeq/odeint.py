@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.errors import MaxStepsError
+from solvers.errors import SolverError
 from solvers.packing import Packing
 from solvers.solution import Solution
 from solvers.solve import Task
@@ -96,8 +96,9 @@ def solve(task: Task) -> Tensor:
     """
     try:
         return torch.stack(task.solve().states)
-    except MaxStepsError as error:
+    except SolverError as error:
         error.args = (str(error).replace("max_steps", "max_num_steps"),)
+        error.solution = None  # whose states are packed
         raise
 
 
@@ -110,9 +111,10 @@ def find_event(task: Task) -> Solution:
     """
     try:
         solution = task.solve()
-    except MaxStepsError as error:
-        limit = task.tolerance.max_steps
-        error.args = (f"no event within {limit} attempted steps: raise max_num_steps, or check event_fn",)
+    except SolverError as error:
+        limit, error.solution = task.tolerance.max_steps, None
+        if error.status == "max_steps":
+            error.args = (f"no event within {limit} attempted steps: raise max_num_steps, or check event_fn",)
         raise
     except ValueError as error:
         error.args = (str(error).replace("event must return numbers, got NaN", "event_fn must not be NaN, as it is"),)

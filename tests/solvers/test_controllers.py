@@ -80,9 +80,9 @@ def test_coefficients_are_checked(make, message):
 )
 def test_each_sample_is_controlled_as_if_alone(controller, samples, order):
     h, accepted, last, before, error = (np.array(column) for column in zip(*samples, strict=True))
-    found = controller.each(SampleStates(h, accepted, (last, before)), error, order)
+    result = controller.each(SampleStates(h, accepted, (last, before)), error, order)
     for i, (h, accepted, last, before, error) in enumerate(samples):
         one = controller(ControllerState(h, accepted, (last, before)), error, order)
-        assert found.h[i] == pytest.approx(one.h, rel=1e-12)
-        assert found.accepted[i] == one.accepted
-        assert [e[i] for e in found.errors] == pytest.approx(one.errors)
+        assert result.h[i] == pytest.approx(one.h, rel=1e-12)
+        assert result.accepted[i] == one.accepted
+        assert [e[i] for e in result.errors] == pytest.approx(one.errors)

@@ -11,15 +11,15 @@ from tests.solvers.problems import D, lotka
 @pytest.mark.parametrize("control", ["batch", "sample"])
 def test_the_first_step_is_looked_for_within_the_solve(control):
     """A slow start, from which the usual guess would go to where the field is not defined, or overflows."""
-    asked = []
+    times = []
 
     def field(t, x):
-        asked.append(float(torch.as_tensor(t).max()))
+        times.append(float(torch.as_tensor(t).max()))
         return 1e-4 * torch.exp(torch.as_tensor(5 * t)) + 0 * x
 
     growth = integrate(field, torch.ones(2, 1), 0.0, 1.0, control=control)
     torch.testing.assert_close(growth.x1, torch.full((2, 1), 1 + 1e-4 * (math.exp(5) - 1) / 5), rtol=1e-3, atol=0)
-    assert max(asked) <= 1
+    assert max(times) <= 1
     circle = integrate(
         lambda t, x: 1e-4 * (1 - torch.as_tensor(t).double() ** 2).sqrt() + 0 * x, torch.ones(2, 1, dtype=D), 0.0, 1.0,
         control=control,

@@ -168,12 +168,12 @@ def test_a_field_may_differentiate_inside(options, event):
     plain, alone = Energy(alone=False), Energy(alone=True)
     alone.load_state_dict(plain.state_dict())
     tolerance = None if "steps" in options else Tolerance(1e-5, 1e-7, first_step=None)
-    found = []
+    result = []
     for field in (plain, alone):
         x0 = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
         solution = integrate(field, x0, 0.0, 1.0, tolerance=tolerance, **options, **event)
-        found.append((solution.x1, torch.autograd.grad(solution.x1.square().sum(), x0)[0]))
-    torch.testing.assert_close(*found)
+        result.append((solution.x1, torch.autograd.grad(solution.x1.square().sum(), x0)[0]))
+    torch.testing.assert_close(*result)
     with torch.no_grad():
         solution = integrate(alone, torch.ones(3, 2, dtype=torch.float64), 0.0, 1.0, tolerance=tolerance, **options)
     energies = [alone.net(x).sum().item() for x in (torch.ones(3, 2, dtype=torch.float64), solution.x1)]
@@ -253,9 +253,9 @@ def test_a_field_that_asks_gradients_of_its_input_leaves_no_mark_without_gradien
     x0 = torch.ones(2, 3)
     with torch.no_grad():
         solution = integrate(_gradient_of_energy, x0, 0.0, 1.0, **options)
-        wanted = integrate(_gradient_of_energy, x0.clone().requires_grad_(), 0.0, 1.0, **options)
+        reference = integrate(_gradient_of_energy, x0.clone().requires_grad_(), 0.0, 1.0, **options)
     assert not any(x.requires_grad for x in (x0, solution.x1, *solution.states))
-    assert torch.equal(solution.x1, wanted.x1.detach())
+    assert torch.equal(solution.x1, reference.x1.detach())
     tuples = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
     with torch.no_grad():
         integrate(lambda t, x: (x[1], -x[0]), tuples, 0.0, 1.0, keep="states")

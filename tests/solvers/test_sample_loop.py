@@ -39,9 +39,9 @@ def test_a_sample_is_solved_as_if_it_were_alone(solver, controller, pendulums):
         alone = integrate(swing, pendulums[i : i + 1], 0.0, 2.0, **options)
         torch.testing.assert_close(together.x1[i], alone.x1[0], rtol=1e-6, atol=1e-9)
         counts.append((alone.stats.accepted, alone.stats.rejected))
-    found = together.sample_stats
-    assert list(zip(found.accepted.tolist(), found.rejected.tolist(), strict=True)) == counts
-    assert found.accepted[3] > 3 * found.accepted[0]
+    result = together.sample_stats
+    assert list(zip(result.accepted.tolist(), result.rejected.tolist(), strict=True)) == counts
+    assert result.accepted[3] > 3 * result.accepted[0]
 
 
 def test_field_calls_are_those_of_the_sample_that_needs_most(pendulums):
@@ -180,14 +180,14 @@ def test_dense_solution(solver, pendulums):
     tight = Tolerance(1e-5, 1e-7) if solver == "heun" else TIGHT
     solution = integrate(swing, pendulums, 0.0, 2.0, control="sample", keep="steps", tolerance=tight, solver=solver)
     times = torch.linspace(0, 2, 9, dtype=D)
-    found = solution(times)
-    assert found.shape == (9, 4, 3)
+    result = solution(times)
+    assert result.shape == (9, 4, 3)
     for i in range(4):
         exact = solve_ivp(
             lambda t, y: swing(t, torch.from_numpy(y)[None])[0].numpy(),
             (0, 2), pendulums[i].numpy(), rtol=1e-10, atol=1e-12, t_eval=times.numpy(),
         )  # fmt: skip
-        np.testing.assert_allclose(found[:, i].numpy(), exact.y.T, rtol=3e-3, atol=3e-3)
+        np.testing.assert_allclose(result[:, i].numpy(), exact.y.T, rtol=3e-3, atol=3e-3)
     torch.testing.assert_close(solution(2.0), solution.x1, rtol=1e-6, atol=1e-8)
     with pytest.raises(ValueError, match=r"t must lie between 0 and 2 for sample 0, got 2.1"):
         solution(2.1)
@@ -216,9 +216,9 @@ def test_dense_solution_of_samples_that_met_their_event(solver):
     for i in range(2):
         time = solution.event_time[i]
         at = torch.stack([0 * time, time / 3, time * 0.9]).clamp(max=float(solution.t1.min()))
-        found = solution(at)
+        result = solution(at)
         exact = torch.stack([x0[i, 0] - 9.81 * at**2 / 2, -9.81 * at], -1)
-        torch.testing.assert_close(found[:, i], exact, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(result[:, i], exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(solution(solution.t1.min())[0], solution.x1[0], rtol=1e-6, atol=1e-8)
 
 

@@ -36,9 +36,9 @@ def test_dense_solution_of_fixed_steps(solver):
     solution = integrate(field, X0, 0.0, 2.0, solver=solver, steps=64, keep="steps")
     calls = field.calls
     assert solution.stats.evaluations == calls  # nothing was spent on the interpolant
-    found = solution(1.234)
+    result = solution(1.234)
     assert field.calls == calls + (solver not in ("bs23", "dopri5", "tsit5"))
-    torch.testing.assert_close(found, X0 * math.exp(math.sin(1.234)), rtol=0.05 if solver == "euler" else 1e-3, atol=0)
+    torch.testing.assert_close(result, X0 * math.exp(math.sin(1.234)), rtol=0.05 if solver == "euler" else 1e-3, atol=0)
 
 
 def test_gradients_flow_to_the_time():
@@ -79,24 +79,24 @@ def test_dictionaries_tuples_and_arguments(control, gradient):
     x0 = {"xy": X0, "length": torch.zeros(2, dtype=D)}
     scale = torch.tensor(0.5, dtype=D, requires_grad=True)
     options = {"tolerance": Tolerance(1e-8, 1e-8), "control": control, "gradient": gradient, "args": (scale,)}
-    found = integrate(parts, x0, 0.0, 2.0, **options)
-    assert set(found.x1) == {"xy", "length"}
+    result = integrate(parts, x0, 0.0, 2.0, **options)
+    assert set(result.x1) == {"xy", "length"}
     plain = integrate(lotka, X0, 0.0, 1.0, tolerance=Tolerance(1e-9, 1e-9))
-    torch.testing.assert_close(found.x1["xy"], plain.x1, rtol=1e-6, atol=1e-6)
-    assert found.x1["length"].shape == (2,)
-    assert torch.autograd.grad(found.x1["length"].sum(), scale)[0] > 0
+    torch.testing.assert_close(result.x1["xy"], plain.x1, rtol=1e-6, atol=1e-6)
+    assert result.x1["length"].shape == (2,)
+    assert torch.autograd.grad(result.x1["length"].sum(), scale)[0] > 0
     pair = integrate(
         lambda t, s, scale: tuple(parts(t, {"xy": s[0], "length": s[1]}, scale).values()),
         (X0, x0["length"]), 0.0, 2.0, **options,
     )  # fmt: skip
-    torch.testing.assert_close(pair.x1[0], found.x1["xy"])
+    torch.testing.assert_close(pair.x1[0], result.x1["xy"])
 
 
 def test_a_dictionary_has_a_dense_solution():
     x0 = {"xy": X0, "length": torch.zeros(2, dtype=D)}
-    found = integrate(parts, x0, 0.0, 1.0, keep="steps", args=(1.0,))(torch.tensor([0.2, 0.5]))
-    assert found["xy"].shape == (2, 2, 2)
-    assert found["length"].shape == (2, 2)
+    result = integrate(parts, x0, 0.0, 1.0, keep="steps", args=(1.0,))(torch.tensor([0.2, 0.5]))
+    assert result["xy"].shape == (2, 2, 2)
+    assert result["length"].shape == (2, 2)
 
 
 def test_a_field_that_returns_another_structure():

@@ -51,7 +51,8 @@ def test_odeint_over_its_output_times_compiles_to_one_graph(method, field, x):
 def test_an_adaptive_step_compiles_to_one_graph(field, x):
     def attempt(t, h, x, first):
         step = rk_step(field, t, x, h, get_tableau("bs23"), first)
-        return step.x1, step.stages[-1], TOLERANCE.size(TOLERANCE.scaled(step.error(), step.x0, step.x1))
+        size = TOLERANCE.size(TOLERANCE.scaled(step.error(), step.x0, step.x1))
+        return step.x1, step.residue, step.stages[-1], size
 
     fast = compiled(attempt)
     for t, h in ((0.1, 0.2), (0.3, 0.05)):
@@ -71,8 +72,8 @@ def test_fixed_solves_map(field, x):
 
     torch.testing.assert_close(torch.vmap(solve)(x), solve(x))
     weights = torch.randn(4, 3, 3, dtype=D)
-    found = torch.vmap(lambda w: integrate(lambda t, x: x @ w, x, 0.0, 1.0, steps=4, solver="rk4").x1)(weights)
-    for w, many in zip(weights, found, strict=True):
+    result = torch.vmap(lambda w: integrate(lambda t, x: x @ w, x, 0.0, 1.0, steps=4, solver="rk4").x1)(weights)
+    for w, many in zip(weights, result, strict=True):
         torch.testing.assert_close(many, integrate(lambda t, x, w=w: x @ w, x, 0.0, 1.0, steps=4, solver="rk4").x1)
 
 
@@ -154,8 +155,10 @@ def test_autocast(options, gradient):
         x1 = integrate(Field(), x, 0.0, 1.0, gradient=gradient, **options).x1
     assert x1.dtype == torch.float32
     torch.testing.assert_close(x1, exact, rtol=0.05, atol=0.05)
-    found = torch.autograd.grad(x1.square().sum(), (x, net[0].weight))
-    torch.testing.assert_close(found, torch.autograd.grad(exact.square().sum(), (x, net[0].weight)), rtol=0.1, atol=0.1)
+    result = torch.autograd.grad(x1.square().sum(), (x, net[0].weight))
+    torch.testing.assert_close(
+        result, torch.autograd.grad(exact.square().sum(), (x, net[0].weight)), rtol=0.1, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("keep", ["states", "steps"])

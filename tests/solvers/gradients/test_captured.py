@@ -98,8 +98,8 @@ def test_cached_parametrizations_give_the_gradient_or_are_refused(way):
                 SOLVES[way](net, X0)
             return
         x1 = SOLVES[way](net, X0)
-    wanted = list(net.parameters())
-    close(torch.autograd.grad(x1.sum(), wanted), torch.autograd.grad(directly(net, X0).sum(), wanted))
+    tensors = list(net.parameters())
+    close(torch.autograd.grad(x1.sum(), tensors), torch.autograd.grad(directly(net, X0).sum(), tensors))
 
 
 class BatchNormed(nn.Module):
@@ -196,12 +196,12 @@ class Hamiltonian(nn.Module):
 
 
 @every
-@pytest.mark.parametrize("wanted", [True, False])
-def test_a_field_that_differentiates_inside_needs_no_graph_of_the_solve(way, wanted):
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_field_that_differentiates_inside_needs_no_graph_of_the_solve(way, with_gradient):
     net = Hamiltonian()
     parameters = list(net.parameters())
     expected = torch.autograd.grad(directly(net, X0.clone().requires_grad_()).square().sum(), parameters)
-    x = X0.clone().requires_grad_(wanted)
+    x = X0.clone().requires_grad_(with_gradient)
     close(torch.autograd.grad(SOLVES[way](net, x).square().sum(), parameters), expected)
 
 

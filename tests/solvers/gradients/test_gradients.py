@@ -76,26 +76,26 @@ def test_event_gradients(check, gradient, control):
 @pytest.mark.parametrize("control", ["batch", "sample"])
 def test_recomputing_gives_the_same_gradients(control, inputs):
     x, w = inputs
-    found = []
+    result = []
     for gradient in ("direct", "checkpoint"):
         solution = integrate(
             field, x, 0.0, 2.0, **options(gradient, control, args=(w,), tolerance=Tolerance(1e-5, 1e-7))
         )
-        found.append((solution.x1, *torch.autograd.grad(solution.x1.square().sum(), (x, w))))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+        result.append((solution.x1, *torch.autograd.grad(solution.x1.square().sum(), (x, w))))
+    torch.testing.assert_close(result[0], result[1], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("steps", [None, 200])
 def test_solving_backwards_gives_the_gradients_of_the_ode(steps, inputs):
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
     x, _ = inputs
-    found = []
+    result = []
     for gradient in ("direct", "backsolve"):
         module = _Autonomous(net)
         tolerance = None if steps else Tolerance(1e-9, 1e-9)
         x1 = integrate(module, x, 0.0, 1.0, solver="dopri5", steps=steps, tolerance=tolerance, gradient=gradient).x1
-        found.append(torch.autograd.grad(x1.square().sum(), (x, *net.parameters())))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+        result.append(torch.autograd.grad(x1.square().sum(), (x, *net.parameters())))
+    torch.testing.assert_close(result[0], result[1], rtol=1e-6, atol=1e-7)
 
 
 class _Autonomous(nn.Module):

@@ -32,8 +32,8 @@ def of_weight(make):
 )
 def test_collections_of_parameters(way, make):
     field, parameters, w, expected = of_weight(make)
-    (found,) = torch.autograd.grad(SOLVES[way](field, X0, parameters).sum(), w)
-    close(found, expected)
+    (result,) = torch.autograd.grad(SOLVES[way](field, X0, parameters).sum(), w)
+    close(result, expected)
 
 
 @solving_backwards
@@ -76,19 +76,19 @@ BACKSOLVES = pytest.mark.parametrize("way", ["backsolve", "backsolve, steps"])
 @pytest.mark.parametrize("nested", ["tuple", "dictionary", "module", "computed", "also a parameter"])
 def test_tensors_in_args_get_their_gradient(way, nested):
     layer = nn.Linear(2, 2, dtype=D)
-    wanted = list(layer.parameters())
+    tensors = list(layer.parameters())
     args = {
-        "tuple": lambda: ((tuple(wanted),), lambda t, x, p: torch.tanh(x @ p[0].T + p[1])),
-        "dictionary": lambda: (({"p": [wanted]},), lambda t, x, d: torch.tanh(x @ d["p"][0][0].T + d["p"][0][1])),
+        "tuple": lambda: ((tuple(tensors),), lambda t, x, p: torch.tanh(x @ p[0].T + p[1])),
+        "dictionary": lambda: (({"p": [tensors]},), lambda t, x, d: torch.tanh(x @ d["p"][0][0].T + d["p"][0][1])),
         "module": lambda: ((layer,), lambda t, x, m: torch.tanh(m(x))),
         "computed": lambda: ((layer(torch.ones(2, dtype=D)).exp(),), lambda t, x, c: x * c),
-        "also a parameter": lambda: ((*wanted, wanted[0]), lambda t, x, w, b, again: torch.tanh(x @ w.T + b) @ again),
+        "also a parameter": lambda: ((*tensors, tensors[0]), lambda t, x, w, b, again: torch.tanh(x @ w.T + b) @ again),
     }[nested]
     passed, field = args()
-    expected = torch.autograd.grad(by("direct", **TIGHT)(field, X0, args=passed).sum(), wanted)
+    expected = torch.autograd.grad(by("direct", **TIGHT)(field, X0, args=passed).sum(), tensors)
     passed, field = args()
-    x1 = SOLVES[way](field, X0, wanted if nested in ("computed", "also a parameter") else (), passed)
-    close(torch.autograd.grad(x1.sum(), wanted), expected)
+    x1 = SOLVES[way](field, X0, tensors if nested in ("computed", "also a parameter") else (), passed)
+    close(torch.autograd.grad(x1.sum(), tensors), expected)
 
 
 @solving_backwards
@@ -116,13 +116,13 @@ def test_the_adjoint_of_a_narrow_state_is_carried_in_float32(way, dtype):
         t, options = torch.tensor([0.0, 1.0]), {"step_size": 0.25}
         back = {"adjoint_method": "rk4", "adjoint_options": {"step_size": 0.005}}
         x1 = odeint_adjoint(lambda t, y: -w * y, x, t, method="rk4", options=options, adjoint_params=[w], **back)[-1]
-        (found,) = torch.autograd.grad(x1.float().sum(), w)
+        (result,) = torch.autograd.grad(x1.float().sum(), w)
     else:
         tolerance = Tolerance(1e-2, 1e-2, max_step=0.25)
         x1 = integrate(lambda t, y: -w * y, x, 0.0, 1.0, tolerance=tolerance, gradient=way, parameters=[w]).x1
-        (found,) = torch.autograd.grad(x1.float().sum(), w)
-    assert found.dtype == dtype
-    assert found.item() == pytest.approx(-4 * torch.tensor(-0.5).exp().item(), rel=0.03)
+        (result,) = torch.autograd.grad(x1.float().sum(), w)
+    assert result.dtype == dtype
+    assert result.item() == pytest.approx(-4 * torch.tensor(-0.5).exp().item(), rel=0.03)
 
 
 @every

@@ -92,9 +92,9 @@ def test_functional_calls(way, leaves):
     net = Held(SOLVES[way])
     other = {name: (1.1 * p.detach()).requires_grad_() for name, p in net.named_parameters()}
     x1 = functional_call(net, {name: p if leaves else p * 1 for name, p in other.items()}, (X0,))
-    found = torch.autograd.grad(x1.sum(), list(other.values()))
+    result = torch.autograd.grad(x1.sum(), list(other.values()))
     net.load_state_dict({name: p.detach() for name, p in other.items()})
-    close(found, torch.autograd.grad(net.head(directly(net.field, X0)).sum(), list(net.parameters())))
+    close(result, torch.autograd.grad(net.head(directly(net.field, X0)).sum(), list(net.parameters())))
 
 
 def replica(module):
@@ -145,10 +145,10 @@ def test_a_solution_kept_on_its_module_is_freed_with_it(way, kept):
 def test_a_module_that_nobody_holds_any_more_still_gives_its_gradient(way, kind):
     expected = gradients(Net, lambda net: directly(net, X0))
     net = Net()
-    wanted = list(net.parameters())
-    x1 = SOLVES[way](FIELDS[kind](net), X0, None if kind != "closure" or way.startswith("checkpoint") else wanted)
+    tensors = list(net.parameters())
+    x1 = SOLVES[way](FIELDS[kind](net), X0, None if kind != "closure" or way.startswith("checkpoint") else tensors)
     del net
-    close(torch.autograd.grad(x1.square().sum(), wanted), expected)
+    close(torch.autograd.grad(x1.square().sum(), tensors), expected)
 
 
 @every

@@ -51,16 +51,16 @@ class Net(nn.Module):
         return self(t, x)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-6)
+def close(result, expected):
+    torch.testing.assert_close(result, expected, rtol=2e-4, atol=1e-6)
 
 
 def gradients(make, solve, change=lambda net: None, tensors=lambda net: list(net.parameters())):
     net = make()
-    wanted = tensors(net)
+    inputs = tensors(net)
     x1 = solve(net)
     change(net)
-    return torch.autograd.grad(x1.square().sum(), wanted)
+    return torch.autograd.grad(x1.square().sum(), inputs)
 
 
 class Held(nn.Module):

@@ -33,23 +33,23 @@ def gradients(solve, method="dopri5", backwards=False, **options):
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "tsit5"])
 def test_gradients_are_those_through_the_solver_and_torchdiffeqs(method, backwards):
-    found = gradients(odeint_adjoint, method, backwards)
+    result = gradients(odeint_adjoint, method, backwards)
     through = gradients(odeint, method, backwards)
     theirs = gradients(torchdiffeq.odeint_adjoint, "dopri5", backwards)
-    for ours, direct, reference in zip(found, through, theirs, strict=True):
+    for ours, direct, reference in zip(result, through, theirs, strict=True):
         torch.testing.assert_close(ours, direct, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
 def test_fixed_method_with_more_steps_backward():
-    found = gradients(
+    result = gradients(
         odeint_adjoint,
         "rk4",
         options={"step_size": 0.01},
         adjoint_method="midpoint",
         adjoint_options={"step_size": 0.002},
     )
-    for ours, exact in zip(found, gradients(odeint), strict=True):
+    for ours, exact in zip(result, gradients(odeint), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
 
 
@@ -104,8 +104,8 @@ def test_event_times_have_gradients():
 
     x = torch.tensor([10.0], dtype=D, requires_grad=True)
     v = torch.tensor([2.0], dtype=D, requires_grad=True)
-    found = torch.autograd.grad(landing(odeint_adjoint, x, v), (x, v))
-    torch.testing.assert_close(found, torch.autograd.grad(landing(odeint, x, v), (x, v)), rtol=1e-6, atol=1e-8)
+    result = torch.autograd.grad(landing(odeint_adjoint, x, v), (x, v))
+    torch.testing.assert_close(result, torch.autograd.grad(landing(odeint, x, v), (x, v)), rtol=1e-6, atol=1e-8)
 
 
 def test_memory_does_not_hold_the_steps():
@@ -192,8 +192,8 @@ def test_a_complex_state_with_a_tolerance_per_entry():
     atol = torch.tensor([1e-8, 1e-7])
     t = torch.tensor([0.0, 1.0], dtype=D)
     y = odeint_adjoint(lambda t, y: 1j * y, x, t, rtol=1e-7, atol=atol, adjoint_params=())[-1]
-    (found,) = torch.autograd.grad(y.real.sum(), x)
-    torch.testing.assert_close(found, torch.exp(torch.tensor(-1j)).to(found).expand(2), rtol=1e-5, atol=0)
+    (result,) = torch.autograd.grad(y.real.sum(), x)
+    torch.testing.assert_close(result, torch.exp(torch.tensor(-1j)).to(result).expand(2), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
@@ -219,7 +219,7 @@ def test_adjoint_callbacks_that_its_method_does_not_call_are_warned_about():
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_event_time_moves_with_the_start_by_either_gradient(reverse):
     """dy/dt = t + 2 from y(t0) = 1 to y = c: the time is a root of (t^2 - t0^2) / 2 + 2 (t - t0) = c - 1."""
-    t0, found = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), []
+    t0, result = torch.tensor(0.3, dtype=torch.float64, requires_grad=True), []
     y0 = torch.ones(1, dtype=torch.float64)
     for solve in (odeint, odeint_adjoint):
         extra = {"adjoint_params": ()} if solve is odeint_adjoint else {}
@@ -227,9 +227,9 @@ def test_the_event_time_moves_with_the_start_by_either_gradient(reverse):
             lambda t, y: t + 2 + 0 * y, y0, t0, event_fn=lambda t, y: y[0] - (-0.3 if reverse else 2.0),
             reverse_time=reverse, odeint_interface=solve, rtol=1e-9, atol=1e-9, **extra,
         )  # fmt: skip
-        found.append((time.item(), torch.autograd.grad(time, t0)[0].item()))
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
-    assert found[1][1] == pytest.approx((0.3 + 2) / (found[1][0] + 2), rel=1e-6)
+        result.append((time.item(), torch.autograd.grad(time, t0)[0].item()))
+    assert result[0] == pytest.approx(result[1], rel=1e-6)
+    assert result[1][1] == pytest.approx((0.3 + 2) / (result[1][0] + 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("way", ["backsolve", "odeint_adjoint"])

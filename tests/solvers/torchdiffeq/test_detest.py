@@ -45,13 +45,13 @@ def scipys(problem, times):
         return problem.field(t, torch.from_numpy(y)).numpy()
 
     tight = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-13}
-    found = solve_ivp(field, (0.0, times[-1].item()), problem.y0.numpy(), t_eval=times.numpy(), **tight)
-    return torch.from_numpy(np.ascontiguousarray(found.y.T))
+    result = solve_ivp(field, (0.0, times[-1].item()), problem.y0.numpy(), t_eval=times.numpy(), **tight)
+    return torch.from_numpy(np.ascontiguousarray(result.y.T))
 
 
-def error(found, expected):
+def error(result, expected):
     """The largest difference over the largest state, which is at least 1."""
-    return ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    return ((result.double() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
 def condition(name):
@@ -104,17 +104,17 @@ def test_fields_take_batches(name):
 def test_forward_in_float64(name, method):
     problem, rtol = PROBLEMS[name], TOLERANCE[method]
     times, expected = reference(name, problem.end)
-    found, _ = watch(odeint, problem, problem.y0, times, method, rtol)
-    assert error(found, expected) < condition(name) * rtol
+    result, _ = watch(odeint, problem, problem.y0, times, method, rtol)
+    assert error(result, expected) < condition(name) * rtol
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize(("method", "rtol"), [("dopri5", 1e-5), ("bosh3", 1e-4)])
 def test_forward_in_float32(name, method, rtol):
     times, expected = reference(name, 5.0)
-    found, _ = watch(odeint, PROBLEMS[name], PROBLEMS[name].y0.float(), times.float(), method, rtol)
-    assert found.dtype == torch.float32
-    assert error(found, expected) < condition(name) * rtol
+    result, _ = watch(odeint, PROBLEMS[name], PROBLEMS[name].y0.float(), times.float(), method, rtol)
+    assert result.dtype == torch.float32
+    assert error(result, expected) < condition(name) * rtol
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -122,8 +122,8 @@ def test_forward_in_float32(name, method, rtol):
 def test_backward_returns_to_the_start(name, method, rtol):
     """From the reference's state at the end to t = 0, with several output times."""
     times, expected = reference(name, BACKWARDS[name])
-    found, _ = watch(odeint, PROBLEMS[name], expected[-1], times.flip(0), method, rtol)
-    assert error(found.flip(0), expected) < 400 * rtol
+    result, _ = watch(odeint, PROBLEMS[name], expected[-1], times.flip(0), method, rtol)
+    assert error(result.flip(0), expected) < 400 * rtol
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -146,13 +146,13 @@ def test_bosh3_takes_the_steps_of_torchdiffeq(name, backwards):
     problem = PROBLEMS[name]
     times, states = reference(name, min(BACKWARDS[name], 5.0) if backwards else 5.0, count=4)
     times, start = (times.flip(0), states[-1]) if backwards else (times, problem.y0)
-    found, ours = watch(odeint, problem, start, times, "bosh3", 1e-4)
+    result, ours = watch(odeint, problem, start, times, "bosh3", 1e-4)
     expected, theirs = watch(torchdiffeq.odeint, problem, start, times, "bosh3", 1e-4)
     assert ours.calls == theirs.calls
     if name != "C2":
         torch.testing.assert_close(ours.steps, theirs.steps, rtol=1e-6, atol=1e-9)
     # Not closer than this: torchdiffeq interpolates with a quartic through a midpoint, this package with bs23's cubic.
-    assert error(found, expected) < 100 * 1e-4
+    assert error(result, expected) < 100 * 1e-4
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -166,11 +166,11 @@ def test_dopri5_takes_the_steps_of_torchdiffeq_at_two_thirds_of_the_tolerance(na
     end = min(BACKWARDS[name], 4.0) if backwards else 4.0
     times, states = reference(name, end)
     times, start = (times.flip(0), states[-1]) if backwards else (times, problem.y0)
-    found, ours = watch(odeint, problem, start, times, "dopri5", 1.5e-6, first_step=0.01)
+    result, ours = watch(odeint, problem, start, times, "dopri5", 1.5e-6, first_step=0.01)
     expected, theirs = watch(torchdiffeq.odeint, problem, start, times, "dopri5", 1e-6, first_step=0.01)
     assert ours.calls == theirs.calls
     torch.testing.assert_close(ours.steps, theirs.steps, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_dopri5_at_the_same_tolerance_takes_a_tenth_more_calls_than_torchdiffeq():
@@ -194,6 +194,6 @@ def test_fixed_steps_converge_with_the_order(name, end, solver, order):
     x0 = problem.y0.expand(1, -1)
     errors = []
     for steps in (40, 80):
-        found = integrate(problem.field, x0, 0.0, end, solver=solver, steps=steps, keep="last").x1
-        errors.append(torch.linalg.vector_norm(found - exact).item())
+        result = integrate(problem.field, x0, 0.0, end, solver=solver, steps=steps, keep="last").x1
+        errors.append(torch.linalg.vector_norm(result - exact).item())
     assert 2 ** (order - 0.8) < errors[0] / errors[1] < 2 ** (order + 1.5)

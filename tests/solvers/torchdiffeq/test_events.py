@@ -33,8 +33,8 @@ def test_event_time_and_its_gradient(method):
     torch.testing.assert_close(landing(x, v)[0], end[0], rtol=1e-8, atol=1e-8)
     for exact, i in ((end, 0), (v - 9.81 * end, 2)):
         expected = torch.autograd.grad(exact.sum(), (x, v), retain_graph=True)
-        found = torch.autograd.grad(landing(x, v)[i], (x, v))
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+        result = torch.autograd.grad(landing(x, v)[i], (x, v))
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_events_of_fixed_methods_backwards_and_of_several_entries():

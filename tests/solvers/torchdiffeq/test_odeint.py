@@ -28,9 +28,9 @@ def test_adaptive_methods_agree_with_torchdiffeq(method, problem, backwards, dty
     t = t.flip(0) if backwards else t
     rtol = 1e-4 if dtype == torch.float32 else 1e-7 if method not in ("adaptive_heun", "fehlberg2") else 1e-5
     with torch.no_grad():
-        found = odeint(field, y0, t, method=method, rtol=rtol, atol=rtol / 10)
+        result = odeint(field, y0, t, method=method, rtol=rtol, atol=rtol / 10)
         expected = torchdiffeq.odeint(field, y0.double(), t.double(), method="dopri5", rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(found.double(), expected, rtol=300 * rtol, atol=300 * rtol)
+    torch.testing.assert_close(result.double(), expected, rtol=300 * rtol, atol=300 * rtol)
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4_38"])
@@ -42,9 +42,9 @@ def test_fixed_methods_equal_torchdiffeq(method, options, backwards):
     t = torch.linspace(0.3, 1.3, 6, dtype=D)
     t = t.flip(0) if backwards else t
     y0 = torch.tensor([1.0, 0.5], dtype=D)
-    found = odeint(Forced(), y0, t, method=method, options=options)
+    result = odeint(Forced(), y0, t, method=method, options=options)
     expected = torchdiffeq.odeint(Forced(), y0, t, method=THEIRS.get(method, method), options=options)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_rk4_is_the_classic_one():
@@ -87,7 +87,7 @@ def test_states_of_several_tensors(kind):
 
     expected = torchdiffeq.odeint(pair, (a, b), t, method="bosh3", rtol=1e-8, atol=(1e-8, 1e-9))
     if kind == "tuple":
-        found = odeint(pair, (a, b), t, method="bosh3", rtol=1e-8, atol=(1e-8, 1e-9))
+        result = odeint(pair, (a, b), t, method="bosh3", rtol=1e-8, atol=(1e-8, 1e-9))
     else:
         named = odeint(
             lambda t, s: dict(zip("ab", pair(t, (s["a"], s["b"])), strict=True)),
@@ -97,8 +97,8 @@ def test_states_of_several_tensors(kind):
             rtol=1e-8,
             atol=1e-8,
         )
-        found = (named["a"], named["b"])
-    for ours, theirs in zip(found, expected, strict=True):
+        result = (named["a"], named["b"])
+    for ours, theirs in zip(result, expected, strict=True):
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -108,10 +108,10 @@ def test_other_dtypes_on_exponential_decay(dtype):
     y0 = torch.ones(3, dtype=dtype)
     rate = 1j if dtype.is_complex else -1.0
     tolerance = {torch.complex128: 1e-8, torch.float32: 1e-5}.get(dtype, 1e-2)
-    found = odeint(lambda t, y: rate * y, y0, torch.tensor([0.0, 1.0]), method="bosh3", rtol=tolerance, atol=tolerance)
-    assert found.dtype == dtype
+    result = odeint(lambda t, y: rate * y, y0, torch.tensor([0.0, 1.0]), method="bosh3", rtol=tolerance, atol=tolerance)
+    assert result.dtype == dtype
     expected = torch.exp(torch.tensor(rate * 1.0)).to(dtype).expand(3)
-    torch.testing.assert_close(found[-1], expected, rtol=10 * tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(result[-1], expected, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_the_field_is_asked_between_the_first_and_the_last_time_only(method, bac
 
     t = torch.tensor([0.0, 0.4, 1.0], dtype=D)
     t = t.flip(0) if backwards else t
-    found = odeint(field, torch.zeros(1, dtype=D), t, method=method, rtol=1e-5, atol=1e-5)
+    result = odeint(field, torch.zeros(1, dtype=D), t, method=method, rtol=1e-5, atol=1e-5)
     exact = -2 / 3 * (1 - t) ** 1.5
-    torch.testing.assert_close(found[:, 0], exact - exact[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result[:, 0], exact - exact[0], rtol=1e-3, atol=1e-4)
     assert min(seen) >= 0
     assert max(seen) <= 1
 
@@ -196,8 +196,8 @@ def test_no_tensor_is_in_float64_where_none_is_asked_for(method, solve, what):
     if what == "stops" and method != "rk4":
         options |= {"step_t": torch.tensor([0.5]), "jump_t": torch.tensor([0.3])}
     with NoDouble():
-        found = solve(field, y0, t, method=method, options=options, **more)
-        time, y = found if what == "event" else (None, found)
+        result = solve(field, y0, t, method=method, options=options, **more)
+        time, y = result if what == "event" else (None, result)
         (y[0] if what == "tuple" else y)[-1].sum().backward()
     assert field.rate.grad is not None
     if time is not None:
@@ -214,9 +214,9 @@ def test_no_tensor_is_in_float64_where_none_is_asked_for(method, solve, what):
 def test_exponentials_of_any_shape_at_any_times(shape, times, backwards, method):
     t = torch.tensor(sorted(times, reverse=backwards), dtype=D)
     y0 = torch.rand(shape, dtype=D) + 0.5
-    found = odeint(lambda t, y: -y, y0, t, method=method, rtol=1e-7, atol=1e-9)
+    result = odeint(lambda t, y: -y, y0, t, method=method, rtol=1e-7, atol=1e-9)
     decay = torch.exp(-(t - t[0])).reshape(-1, *[1] * len(shape))
-    torch.testing.assert_close(found, y0 * decay, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result, y0 * decay, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,7 +229,7 @@ def test_no_output_is_lost_where_the_state_is_narrower_than_the_times(dtype, way
         options = {
             "grid_constructor": lambda f, y, t: torch.stack([t[0], *(t[-1] * k / 7 for k in range(1, 7)), t[-1]])
         }
-    found = odeint(lambda t, y: -y, torch.ones(2, 3, dtype=dtype), t, method="rk4", options=options)
-    assert found.shape == (3, 2, 3)
+    result = odeint(lambda t, y: -y, torch.ones(2, 3, dtype=dtype), t, method="rk4", options=options)
+    assert result.shape == (3, 2, 3)
     expected = (-t.detach()).exp().to(dtype)[:, None, None].expand(3, 2, 3)
-    torch.testing.assert_close(found.detach(), expected, rtol=3e-2, atol=1e-3)
+    torch.testing.assert_close(result.detach(), expected, rtol=3e-2, atol=1e-3)

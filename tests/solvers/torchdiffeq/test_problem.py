@@ -42,11 +42,11 @@ def test_a_callers_own_grid_of_any_precision(of_times, of_grid, dtype, backwards
     grid = grid.flip(0) if backwards else grid
     t = grid[[0, 7, 20, 30]].to(of_times)
     options = {"grid_constructor": lambda f, y, t: grid.to(of_grid)}
-    found = odeint(lambda t, y: -y, torch.ones(1, dtype=dtype), t, method="rk4", options=options)
+    result = odeint(lambda t, y: -y, torch.ones(1, dtype=dtype), t, method="rk4", options=options)
     expected = torch.exp(t[0].double() - t.double())[:, None]
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
     theirs = torchdiffeq.odeint(lambda t, y: -y, torch.ones(1, dtype=D), grid[[0, 7, 20, 30]], method="rk4")
-    torch.testing.assert_close(found.double(), theirs, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result.double(), theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_grid_constructor_gets_the_times_as_they_are():
@@ -60,8 +60,8 @@ def test_a_grid_constructor_gets_the_times_as_they_are():
 
 def test_many_small_steps_end_at_the_last_time():
     t = torch.linspace(0.0, 0.59, 6)
-    found = odeint(lambda t, y: -y, torch.ones(1), t, method="euler", options={"step_size": 1e-4})
-    torch.testing.assert_close(found[:, 0], torch.exp(-t), rtol=2e-4, atol=0)
+    result = odeint(lambda t, y: -y, torch.ones(1), t, method="euler", options={"step_size": 1e-4})
+    torch.testing.assert_close(result[:, 0], torch.exp(-t), rtol=2e-4, atol=0)
 
 
 def test_stops_given_as_numbers_keep_their_precision():
@@ -199,10 +199,10 @@ def test_a_step_clipped_by_a_stop_is_no_underflow(method, stop):
     """Ten steps of 0.1 end a rounding before 1."""
     t = torch.tensor([0.0, 1.0, 2.0] if stop == "output" else [0.0, 2.0], dtype=torch.float64)
     options = {"max_step": 0.1, "first_step": 0.1} | ({} if stop == "output" else {stop: torch.tensor([1.0])})
-    found = odeint(
+    result = odeint(
         lambda t, y: -y, torch.ones(2, dtype=torch.float64), t, method=method, rtol=1e-2, atol=1e-2, options=options
     )
-    torch.testing.assert_close(found[-1], torch.full((2,), math.exp(-2), dtype=torch.float64), rtol=1e-2, atol=0)
+    torch.testing.assert_close(result[-1], torch.full((2,), math.exp(-2), dtype=torch.float64), rtol=1e-2, atol=0)
 
 
 def test_jumps_are_not_crossed():
