@@ -23,7 +23,7 @@ from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import exact, to_state_shape
 
-__all__ = ["Grid", "Outputs", "Task", "even_grid", "with_gradient"]
+__all__ = ["Grid", "Task", "even_grid", "with_gradient"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +51,6 @@ def even_grid(t0: float, t1: float, steps: int) -> Grid:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Outputs:
-    """Times at which the state is an output, the first state's among them.
-
-    Attributes:
-        times: as numbers.
-        t: as a tensor, ``(n,)``, which gradients may flow to.
-    """
-
-    times: Sequence[float]
-    t: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """What is to be solved, checked.
 
@@ -76,7 +63,8 @@ class Task:
         tolerance, controller: of error control.
         stops, jumps, observe: of :func:`~solvers.batch_loop.adaptive_steps`.
         keep: "last", "states", "steps" or "outputs".
-        outputs: the times of the outputs; that of an event gets the precision and the gradient of the first.
+        at: the times of the outputs, the first state's among them.
+        t: the same as a tensor ``(n,)``, which gradients may flow to; the time of an event is as its first.
         event: ``(t, x)`` to a tensor, or None.
         width: how close in time an event is found; as close as time resolves, if None.
         raises: whether a solve that cannot go on raises.
@@ -96,7 +84,8 @@ class Task:
     jumps: Sequence[float] = ()
     observe: Observer | None = None
     keep: str = "last"
-    outputs: Outputs | None = None
+    at: Sequence[float] = ()
+    t: Any = None
     event: Event | None = None
     width: float | None = None
     raises: bool = True
@@ -109,9 +98,7 @@ class Task:
 
     def time(self, t: Any) -> Tensor:
         """A number as a tensor, to which gradients flow as to the first output time."""
-        if self.outputs is None:
-            return exact(t, self.x0.device)
-        return self.outputs.t[0] + (t - self.t0)
+        return exact(t, self.x0.device) if self.t is None else self.t[0] + (t - self.t0)
 
     def state_in(self, step: Step) -> Callable[[Any], Tensor]:
         """The state at a fraction of a step."""
@@ -128,7 +115,7 @@ class Task:
 def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
     stats, x, grid, event = Statistics(), task.x0, task.grid, task.event
-    if grid is not None and task.keep == "last" and event is None and task.outputs is None:
+    if grid is not None and task.keep == "last" and event is None and task.t is None:
         for start, end in pairwise(grid.times):
             x = step_state(task.field, start, x, span(start, end), task.tableau)
             stats.accepted += 1
@@ -172,7 +159,7 @@ def _solve_batch(task: Task) -> Solution:
         if task.raises:
             raise
         return error.solution
-    if task.outputs is None:
+    if task.t is None:
         collector.times[-1] = task.t1
     return collector.solution(stats)
 
@@ -204,22 +191,20 @@ class _Collector:
 
     def _add_outputs(self, end: float, step: Step) -> None:
         """The states at the output times that lie in a step."""
-        outputs, adaptive, state_at = self.task.outputs, self.task.grid is None, None
-        assert outputs is not None
+        at, t, adaptive, state_at = self.task.at, self.task.t, self.task.grid is None, None
         start, size = (self.times[-1], end - self.times[-1]) if isinstance(step.h, Tensor) else (step.t, step.h)
         self.times[-1] = end
-        for i in range(len(self.states), len(outputs.times)):
-            theta, t = (outputs.times[i] - start) / size, outputs.times[i]
+        for i in range(len(self.states), len(at)):
+            theta: Any = (at[i] - start) / size
             if theta > 1 + 1e-12:
                 return
-            if abs(theta - 1) <= 1e-12 and not (adaptive and outputs.t.requires_grad):
+            if abs(theta - 1) <= 1e-12 and not (adaptive and t.requires_grad):
                 self.states.append(step.x1)
                 continue
-            if outputs.t.requires_grad:
-                t = outputs.t[i]
-                theta = (t - outputs.t[0] - (step.t - outputs.times[0]) if adaptive else t - step.t) / step.h
+            if t.requires_grad and adaptive:
+                theta = (t[i] - t[0] - (step.t - at[0])) / step.h
             elif not adaptive:
-                theta = (t - step.t) / step.h
+                theta = ((t[i] if t.requires_grad else at[i]) - step.t) / step.h
             state_at = state_at or self.task.state_in(step)
             self.states.append(state_at(theta))
 

@@ -13,7 +13,7 @@ from solvers.events import attach_event_gradient, first_crossing_fn
 from solvers.gradients.backsolve import adjoint_rates, restored, stored
 from solvers.gradients.captured import Captured, owner_of
 from solvers.packing import Packing
-from solvers.solve import Outputs, Task
+from solvers.solve import Task
 from solvers.torchdiffeq.odeint import find_event, odeint, solve
 from solvers.torchdiffeq.problem import ADAPTIVE, check_options, ending_at, largest_rms, make_task
 from solvers.validation import real_dtype
@@ -85,7 +85,7 @@ def odeint_adjoint(
             task = ending_at(task, time, options)
         states = solve(task)
     if event is not None:
-        t = torch.stack([t[0].to(_outputs(task).t), _outputs(task).t[1]])
+        t = torch.stack([t[0].to(task.t), task.t[1]])
     if adjoint_options.get("norm") is not None or back in ADAPTIVE:
         norm = _adjoint_norm(adjoint_options.get("norm"), task.tolerance.norm or _rms, packing)
         adjoint_options = {**adjoint_options, "norm": norm}
@@ -100,13 +100,8 @@ def odeint_adjoint(
         return packing.unpack(x)
     # the state carries the gradient to t[0]: at a fixed time, so that this one is fixed
     with captured.again():
-        at, end = attach_event_gradient(task.field, event, _outputs(task).t[1], x[-1])
+        at, end = attach_event_gradient(task.field, event, task.t[1], x[-1])
     return at, packing.unpack(torch.stack([task.x0, end]))
-
-
-def _outputs(task: Task) -> Outputs:
-    assert task.outputs is not None
-    return task.outputs
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -207,7 +202,7 @@ def _solved_backwards(ctx: Any, grads: Tensor, params: Sequence[Tensor]) -> Any:
     sums = [torch.zeros_like(stored(p, a)) for p in params]
     for i in range(len(t) - 1, 0, -1):
         if needs_t:
-            moved = (task.field(_outputs(task).times[i], states[i]).conj() * grads[i]).sum()
+            moved = (task.field(task.at[i], states[i]).conj() * grads[i]).sum()
             grad_t[i] = moved
             since = since - moved
         start = (since, states[i].to(dtype), a, *sums)

@@ -15,7 +15,7 @@ from torch import Tensor
 from solvers.controllers import ControllerState
 from solvers.methods import get_tableau
 from solvers.packing import Packing
-from solvers.solve import Grid, Outputs, Task
+from solvers.solve import Grid, Task
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype
 
@@ -101,29 +101,26 @@ def make_task(
         max_steps=int(options.get("max_num_steps", MAX_NUM_STEPS)),
     )
     tableau = get_tableau((ADAPTIVE if adaptive else FIXED)[method])
-    outputs, rule = Outputs(times=times, t=t.to(wide)), None
-    stops, jumps = (_numbers(options.get(name)) for name in ("step_t", "jump_t"))
+    rule, (stops, jumps) = None, (_numbers(options.get(name)) for name in ("step_t", "jump_t"))
     if adaptive:
         rule = _Rule(**{name: float(options.get(name, value)) for name, value in _RULE.items()})
         if tableau.dense is None and event_fn is None:  # then a step ends at each output time
             stops += times[1:]
     task = Task(
         field=field, x0=x0, t0=times[0], t1=times[-1], tableau=tableau, tolerance=tolerance,
-        grid=None if adaptive or event_fn is not None else _grid(field, x0, t, outputs, options),
+        grid=None if adaptive or event_fn is not None else _grid(field, x0, t, times, t.to(wide), options),
         controller=rule, stops=stops, jumps=jumps,
         observe=_observer(func if watched is None else watched, packing, method, wide),
-        keep="outputs" if adaptive or not _steps_to_outputs(options) else "states", outputs=outputs,
+        keep="outputs" if adaptive or not _steps_to_outputs(options) else "states", at=times, t=t.to(wide),
     )  # fmt: skip
     return task if event_fn is None else _to_event(task, event_fn, packing, adaptive, options)
 
 
 def _to_event(task: Task, event_fn: Any, packing: Packing, adaptive: bool, options: dict[str, Any]) -> Task:
     """The task of finding an event, from the first time on, in the direction of the second."""
-    assert task.outputs is not None
-    if len(task.outputs.times) != 2:
-        count = len(task.outputs.times)
-        raise ValueError(f"t must hold two times with event_fn, a start and a direction, got {count}")
-    wide, direction = task.outputs.t.dtype, _direction(task.outputs.times)
+    if len(task.at) != 2:
+        raise ValueError(f"t must hold two times with event_fn, a start and a direction, got {len(task.at)}")
+    wide, direction = task.t.dtype, _direction(task.at)
 
     def event(s: Any, x: Tensor) -> Tensor:
         s = s if isinstance(s, Tensor) else torch.tensor(s, dtype=wide, device=x.device)
@@ -143,24 +140,19 @@ def _to_event(task: Task, event_fn: Any, packing: Packing, adaptive: bool, optio
 
 def ending_at(task: Task, time: float, options: dict[str, Any] | None) -> Task:
     """The task of finding an event at ``time`` as one whose outputs are the states at its start and there."""
-    assert task.outputs is not None
-    times, t, options = [task.t0, time], task.outputs.t, options or {}
-    outputs = Outputs(times=times, t=torch.stack([t[0], t.new_tensor(time)]))
-    grid = None if task.grid is None else _grid(task.field, task.x0, outputs.t, outputs, options)
+    at, t, options = [task.t0, time], torch.stack([task.t[0], task.t.new_tensor(time)]), options or {}
+    grid = None if task.grid is None else _grid(task.field, task.x0, t, at, t, options)
     stops = [*task.stops, time] if task.tableau.dense is None else task.stops
     limit = int(options.get("max_num_steps", MAX_NUM_STEPS))
     tolerance = replace(task.tolerance, max_steps=limit)
-    return replace(
-        task, t1=time, outputs=outputs, keep="outputs", event=None, grid=grid, stops=stops, tolerance=tolerance
-    )
+    return replace(task, t1=time, at=at, t=t, keep="outputs", event=None, grid=grid, stops=stops, tolerance=tolerance)
 
 
-def _grid(field: Any, x0: Tensor, t: Tensor, outputs: Outputs, options: dict[str, Any]) -> Grid:
+def _grid(field: Any, x0: Tensor, t: Tensor, times: list[Any], wide: Tensor, options: dict[str, Any]) -> Grid:
     """The steps of a fixed method: from each output time to the next, or what the options say."""
-    times, wide = outputs.times, outputs.t
     step_size, constructor = options.get("step_size"), options.get("grid_constructor")
     if constructor is not None and len(times) > 1:
-        return _constructed(field, x0, t, outputs, options)
+        return _constructed(field, x0, t, times, wide, options)
     if step_size is None:
         return _as_grid(list(wide) if wide.requires_grad else times, options, times)
     count = abs(times[-1] - times[0]) / float(step_size)
@@ -174,9 +166,8 @@ def _grid(field: Any, x0: Tensor, t: Tensor, outputs: Outputs, options: dict[str
     return _as_grid([*(wide[0] + (s - times[0]) for s in grid), wide[-1]], options, [*grid, times[-1]])
 
 
-def _constructed(field: Any, x0: Tensor, t: Tensor, outputs: Outputs, options: dict[str, Any]) -> Grid:
+def _constructed(field: Any, x0: Tensor, t: Tensor, times: list[Any], wide: Tensor, options: dict[str, Any]) -> Grid:
     """The grid of the caller, whose ends may differ from the times in the rounding of a narrower dtype."""
-    times = outputs.times
     grid = options["grid_constructor"](field, x0, t)
     if not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) < 2 or not grid.is_floating_point():
         what = f"{grid.dtype} {tuple(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
@@ -193,7 +184,7 @@ def _constructed(field: Any, x0: Tensor, t: Tensor, outputs: Outputs, options: d
     numbers = [numbers[i] for i in keep]
     if not grid.requires_grad:
         return _as_grid(numbers, options)
-    return _as_grid(list(grid.to(x0.device, outputs.t.dtype)[keep]), options, numbers)
+    return _as_grid(list(grid.to(x0.device, wide.dtype)[keep]), options, numbers)
 
 
 def _as_grid(times: Iterable[Any], options: dict[str, Any], numbers: Any = None) -> Grid:
