@@ -2,11 +2,10 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.training.loop import fit
+from tests.counting import NoDouble
 from tests.odenets.training.small import TENS, on_cpu, sgd, tiny, trained
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -79,16 +78,6 @@ def test_a_training_in_float64_is_one_throughout(fabric):
 def test_mixed_precision_of_a_float64_network_is_refused():
     with pytest.raises(ValueError, match="precision 'bf16-mixed' mixes float32 weights"):
         fit(tiny(torch.float64), TENS, epochs=1, optimizer=sgd, fabric=on_cpu("bf16-mixed"))
-
-
-class NoDouble(TorchDispatchMode):
-    """A device that has no float64."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(output)):
-            raise TypeError("the device does not support float64")
-        return output
 
 
 @pytest.mark.parametrize("update", ["before", "after"])
