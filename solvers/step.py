@@ -12,8 +12,7 @@ from torch import Tensor, is_inference_mode_enabled
 from torch._C._functorch import maybe_current_level
 from torch.compiler import is_compiling
 
-from solvers.kernels.aten import combination
-from solvers.reductions import SMALL, combine, finish_step
+from solvers.reductions import SMALL, combination, combine, finish_step
 from solvers.tableaus import ButcherTableau
 
 __all__ = ["Field", "Step", "check_unchanged", "rk_step", "step_state", "velocity", "versions_of"]

@@ -6,22 +6,29 @@ import pytest
 import torch
 
 from solvers import get_tableau
-from solvers.kernels import aten, gpu
-from solvers.kernels.contract import Asked, Finish
+from solvers.reductions import reference, triton
+from solvers.reductions.reference import Reductions, ReductionSpec
 
 BS23 = get_tableau("bs23")
 B, E = BS23.b, BS23.error_weights
-ALL = Asked(B, E, 0.1, 0.01, state=True, error=True, action=True, residue=True)
-ASKED = {
-    "state": Asked(B, state=True),
-    "error": Asked(B, E, error=True),
-    "scaled": Asked(B, E, 0.1, 0.01, error=True),
-    "absolute": Asked(B, E, 0.0, 0.3, error=True),
-    "residue": Asked(B, residue=True),
+
+
+def spec(**wanted):
+    return ReductionSpec(b=B, e=E, **wanted)
+
+
+ALL = spec(atol=0.3, state=True, error=True, action=True, residue=True)
+SPECS = {
+    "state": spec(state=True),
+    "error": spec(error=True),
+    "scaled": spec(rtol=0.1, atol=0.01, error=True),
+    "absolute": spec(atol=0.3, error=True),
+    "action": spec(action=True),
+    "residue": spec(residue=True),
     "all": ALL,
-    **{f"action {p}": Asked(B, power=p, action=True) for p in (1.0, 2.0, 2.5, 3.0)},
+    "all, scaled": spec(rtol=0.1, atol=0.01, state=True, error=True, action=True, residue=True),
 }
-SHAPES = [(1, 1), (3, 1), (2, 5), (7, 33), (300, 3), (2, 2 * gpu.PART + 3), (1, 5, 1029), (2, 3, 5, 7)]
+SHAPES = [(1, 1), (3, 1), (2, 5), (7, 33), (300, 3), (2, 2 * triton.PART + 3), (1, 5, 1029), (2, 3, 5, 7)]
 NEAR = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
@@ -45,27 +52,50 @@ def close(found, expected, near):
             torch.testing.assert_close(ours.double(), theirs.double(), rtol=near, atol=near, equal_nan=True)
 
 
-def check(ops, h, asked, needs=(True,) * 5):
-    """Forward and backward beside the expression in float64."""
-    x0, stages = (ops[0] if asked.state or asked.scaled else None), ops[1:]
-    wide = [None if x is None else x.double() for x in (x0, *stages)]
-    size = h.double() if isinstance(h, torch.Tensor) else h
-    near = NEAR[stages[0].dtype]
-    found, expected = gpu.forward(x0, stages, h, asked), aten.forward(wide[0], wide[1:], size, asked)
-    close(found, expected, near)
-    close(gpu.forward(x0, stages, h, asked), found, 0)
-    grads = Finish(*(None if v is None else torch.randn_like(v) for v in found))
-    outer = Finish(*(None if g is None else g.double() for g in grads))
-    needs = (needs[0] and x0 is not None, *needs[1:])
-    back = gpu.backward(x0, stages, h, asked, grads, found, needs)
-    assert [grad is not None for grad in back] == list(needs)
-    close(back, aten.backward(wide[0], wide[1:], size, asked, outer, needs), 10 * near)
+def gradients(values, outer, inputs, needs):
+    """Those of the inputs that need one, by torch."""
+    pairs = [(v, g) for v, g in zip(values, outer, strict=True) if v is not None and g is not None]
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    grads = iter(torch.autograd.grad([v for v, _ in pairs], wanted, [g for _, g in pairs], materialize_grads=True))
+    return [next(grads) if need else None for need in needs]
 
 
-@pytest.mark.parametrize("asked", ASKED.values(), ids=list(ASKED))
+def check(ops, h, spec, needs=(True,) * 4):
+    """Forward and, where the error is not scaled, backward beside the expression in float64."""
+    x0, stages = (ops[0] if spec.state or spec.scaled else None), ops[1:]
+    wide = [None if x is None else x.double().requires_grad_() for x in (x0, *stages)]
+    size, near = h.double() if isinstance(h, torch.Tensor) else h, NEAR[stages[0].dtype]
+    values, expected = triton.finish_step(x0, stages, h, spec), reference.finish_step(wide[0], wide[1:], size, spec)
+    close(values.values, expected.values, near)
+    close(triton.finish_step(x0, stages, h, spec).values, values.values, 0)
+    grads = Reductions.of(None if v is None else torch.randn_like(v) for v in values.values)
+    outer = [None if g is None else g.double() for g in grads.values]
+    if spec.scaled:
+        return
+    ours = triton.finish_step_backward(x0, stages, h, spec, grads, needs)
+    assert [grad is not None for grad in ours] == list(needs)
+    close(ours, gradients(expected.values, outer, wide[1:], needs), 10 * near)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_odd_shapes(asked, shape):
-    check(operands(shape), 0.3, asked)
+def test_odd_shapes(spec, shape):
+    check(operands(shape), 0.3, spec)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 2.5, 3.0])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0)], ids=str)
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_row_moments(power, weights, mean, shape):
+    rows = [x.requires_grad_() for x in operands(shape)[: len(weights)]]
+    expected = reference.row_moments(rows, weights, power, mean)
+    values = triton.row_moments(rows, weights, power, mean)
+    close(values, expected, 1e-12)
+    outer = [None if v is None else torch.randn_like(v) for v in values]
+    needs = [True] * len(weights)
+    ours = triton.row_moments_backward(rows, weights, power, *outer, needs)
+    close(ours, gradients(expected, outer, rows, needs), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
@@ -76,49 +106,57 @@ def test_dtypes_layouts_and_step_sizes(dtype, sized):
     check([x.transpose(1, 2) for x in operands((3, 5, 4), dtype)], h, ALL)
 
 
-@pytest.mark.parametrize("needed", range(5))
+@pytest.mark.parametrize("needed", range(4))
 def test_one_gradient(needed):
-    check(operands((2, 9)), 0.3, ALL, [i == needed for i in range(5)])
+    check(operands((2, 9)), 0.3, ALL, [i == needed for i in range(4)])
+
+
+def test_the_only_stage_from_the_ends():
+    x0, p, *_ = operands((2, 9))
+    one = ReductionSpec(b=(0.5,), e=(0.0,), state=True, action=True, residue=True)
+    values = triton.finish_step(x0, [p], 0.3, one)
+    direct = triton.finish_step_backward(x0, [p], 0.3, one, values, [True])
+    close(triton.finish_step_backward(x0, [values.x1], 0.3, one, values, [True], ends=True), direct, 1e-12)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
-@pytest.mark.parametrize("asked", ASKED.values(), ids=list(ASKED))
-def test_extreme_numbers(value, asked):
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_extreme_numbers(value, spec):
     ops = operands((3, 5))
     for x in ops:
         x[1] = value
     ops[0][2], ops[1][2], ops[2][2], ops[3][2], ops[4][2] = 1.0, 0.0, 0.0, 0.0, 0.5  # |x0| = |x1|
-    x0 = ops[0] if asked.state or asked.scaled else None
-    found = gpu.forward(x0, ops[1:], 0.3, asked)
-    close(found, aten.forward(x0, ops[1:], 0.3, asked), 1e-12)
+    x0 = ops[0] if spec.state or spec.scaled else None
+    values = triton.finish_step(x0, ops[1:], 0.3, spec)
+    close(values.values, reference.finish_step(x0, ops[1:], 0.3, spec).values, 1e-12)
     if value == 0.0:
-        check(ops, 0.3, asked)
+        check(ops, 0.3, spec)
 
 
 def test_a_stage_that_is_not_read_spoils_nothing():
     ops = operands((2, 5))
     ops[4].fill_(math.nan)
-    found = gpu.forward(ops[0], ops[1:], 0.3, Asked(B, state=True, action=True, residue=True))
-    assert all(v.isfinite().all() for v in found if v is not None)
+    values = triton.finish_step(ops[0], ops[1:], 0.3, spec(state=True, action=True, residue=True))
+    assert all(v.isfinite().all() for v in values.values if v is not None)
 
 
-@pytest.mark.parametrize("asked", [ASKED["state"], ALL], ids=["state", "all"])
-@pytest.mark.parametrize(("shape", "kernels"), [((128, 64), 1), ((2, 2 * gpu.PART), 2)])
-def test_launches(monkeypatch, asked, shape, kernels):
+@pytest.mark.parametrize("spec", [SPECS["state"], ALL], ids=["state", "all"])
+@pytest.mark.parametrize(("shape", "kernels"), [((128, 64), 1), ((2, 2 * triton.PART), 2)])
+def test_launches(monkeypatch, spec, shape, kernels):
     """One kernel forward and one backward; a second one only adds up the sums of rows that were cut."""
     launched = []
     for name in ("_finish", "_add_parts", "_finish_backward"):
-        kernel = getattr(gpu, name)
+        kernel = getattr(triton, name)
 
         class Counting:
             def __getitem__(self, grid, kernel=kernel, name=name):
                 return lambda *args, **kwargs: launched.append(name) or kernel[grid](*args, **kwargs)
 
-        monkeypatch.setattr(gpu, name, Counting())
+        monkeypatch.setattr(triton, name, Counting())
     ops = operands(shape, torch.float32)
-    found = gpu.forward(ops[0], ops[1:], 0.3, asked)
-    assert launched == (["_finish", "_add_parts"] if kernels == 2 and asked.error else ["_finish"])
+    values = triton.finish_step(ops[0], ops[1:], 0.3, spec)
+    assert launched == (["_finish", "_add_parts"] if kernels == 2 and spec.error else ["_finish"])
     launched.clear()
-    gpu.backward(ops[0], ops[1:], 0.3, asked, found, found, [True] * 5)
+    triton.finish_step_backward(ops[0], ops[1:], 0.3, spec, values, [True] * 4)
     assert launched == ["_finish_backward"]

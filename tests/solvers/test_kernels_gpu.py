@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import torch
-from solvers.kernels import gpu
+from solvers.reductions import triton as gpu
 from triton import language as tl
 
 dtype, stages, sized, parts = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True", int(sys.argv[4])
@@ -40,7 +40,7 @@ def build(kernel, types, constants):
 
 
 types = {"x0": one, "stages": (one,) * stages, "sizes": value, "h": "fp64", "batch": "i32", "n": "i32"}
-values = {name: value for name in ("error", "action", "square", "cosine")}
+values = {name: value for name in ("error", "action", "square", "mean")}
 build(
     gpu._finish,
     types | values | {"x1": one, "sums": value},
@@ -48,11 +48,11 @@ build(
 )
 build(
     gpu._finish_backward,
-    types | {k: v for k, v in values.items() if k != "action"}
-    | {"grad": one, "g_error": value, "g_action": value, "g_square": value, "g_cosine": value}
-    | {"grad_x0": one, "grads": (one,) * stages, "tiles": "i32"},
-    numbers | rows | {"has_grad": True, "has_error": True, "has_action": True, "has_square": True, "has_cosine": True}
-    | {"needs_x0": True, "needs": (True,) * stages},
+    types | {"grad": one, "g_error": value, "g_action": value, "g_square": value, "g_mean": value}
+    | {"grads": (one,) * stages, "tiles": "i32"},
+    {k: v for k, v in numbers.items() if k != "rtol"} | rows
+    | {"has_grad": True, "has_error": True, "has_action": True, "has_square": True, "has_mean": True}
+    | {"needs": (True,) * stages},
 )
 if parts > 1:
     types = {"sums": value, "sizes": value, "h": "fp64", "batch": "i32", "n": "i32"} | values

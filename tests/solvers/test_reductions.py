@@ -6,27 +6,25 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from solvers import get_tableau, reductions
-from solvers.kernels import operator
-from solvers.kernels.aten import expression
-from solvers.kernels.contract import Asked
+from solvers import get_tableau
 from solvers.reductions import (
     combine,
     displaced,
     finish_step,
+    functional,
     mean_square,
     mean_square_and_cosine,
     power_mean,
     root_mean_square,
     weighted_action,
 )
+from solvers.reductions.reference import ReductionSpec
+from tests.counting import VIEWS
 
 D = torch.float64
 WEIGHTS = (2 / 9, 1 / 3, 0.0, 4 / 9)
-
-
-WORTH = 1 << 20  # bytes read from which threads share the work
 
 
 def stages(r):
@@ -61,12 +59,10 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, to
 LARGE = 1 << 16  # more than a block and a segment of any kernel
 
 
-@pytest.fixture(autouse=True, params=["expression", "aten", "cpu"])
-def kernel(request, monkeypatch):
+@pytest.fixture(autouse=True, params=["expression", "operator"])
+def route(request, monkeypatch):
     """Every route to a result; memory that nobody wrote to holds NaN."""
-    monkeypatch.setattr(reductions, "SMALL", sys.maxsize if request.param == "expression" else -1)
-    if request.param == "aten":
-        monkeypatch.setattr(operator, "_numba", lambda: None)
+    monkeypatch.setattr(functional, "SMALL", sys.maxsize if request.param == "expression" else -1)
     torch.use_deterministic_algorithms(True)
     yield request.param
     torch.use_deterministic_algorithms(False)
@@ -175,29 +171,44 @@ def test_transforms(name):
     )
 
 
-ASKED = {
-    "state": Asked((0.5, 0.25), (0.0, 0.0), state=True),
-    "all": Asked((0.5, 0.25), (0.5, -0.5), rtol=0.1, atol=0.1, state=True, error=True, action=True, residue=True),
-    "values": Asked((0.5, 0.25), (0.5, -0.5), power=3.0, error=True, action=True),
+SPECS = {
+    "state": ReductionSpec(b=(0.5, 0.25), e=(0.0, 0.0), state=True),
+    "all": ReductionSpec(
+        b=(0.5, 0.25), e=(0.5, -0.5), rtol=0.1, atol=0.1, state=True, error=True, action=True, residue=True
+    ),
+    "values": ReductionSpec(b=(0.5, 0.25), e=(0.5, -0.5), error=True, action=True),
 }
 
 
+def check_operator(operator, x, p, call):
+    """What torch asks of an operator, and its values under vmap and autocast."""
+    torch.library.opcheck(operator, call(x, p))
+    x, p = x.detach(), p.detach()
+    mapped = torch.vmap(lambda p: operator(*call(x, p)), 1)(torch.stack([p, p + 1], 1))
+    for i in range(2):
+        torch.testing.assert_close(tuple(v[i] for v in mapped), operator(*call(x, p + i)))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(operator(*call(x, p)), (plain := operator(*call(x, p))), rtol=0, atol=0)
+    assert all(v.dtype == torch.float32 for v in plain)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.parametrize("asked", ASKED.values(), ids=list(ASKED))
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 @pytest.mark.parametrize("sized", [False, True])
-def test_torch_accepts_the_operator(asked, sized, kernel):
-    if kernel == "expression":
-        pytest.skip("no operator")
+def test_torch_accepts_the_finish_of_a_step(spec, sized):
     x, p = torch.randn(2, 4, 3, 5, requires_grad=True).unbind()
     sizes = torch.rand(4) if sized else None
-    bits = asked.state + 2 * asked.error + 4 * asked.action + 8 * asked.residue
-    numbers = (0.3, asked.b, asked.e, asked.rtol, asked.atol, asked.power, bits)
-    torch.library.opcheck(torch.ops.odenets.finish_step.default, (x, [p, p.detach() + 1], sizes, *numbers))
-    x, p = x.detach(), p.detach()
-    run = torch.ops.odenets.finish_step.default
-    mapped = torch.vmap(lambda p: run(x, [p, x], sizes, *numbers), 1)(torch.stack([p, p + 1], 1))
-    for i in range(2):
-        torch.testing.assert_close(tuple(v[i] for v in mapped), run(x, [p + i, x], sizes, *numbers))
+    operator = torch.ops.solvers.finish_step.default
+    check_operator(operator, x, p, lambda x, p: (x, [p, p.detach() + 1], sizes, 0.3, *spec.numbers))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("power", [2.0, 3.0])
+@pytest.mark.parametrize("mean", [False, True])
+def test_torch_accepts_row_moments(power, mean):
+    x, p = torch.randn(2, 4, 3, 5, requires_grad=True).unbind()
+    operator = torch.ops.solvers.row_moments.default
+    check_operator(operator, x, p, lambda x, p: ([p, x], (1.0, -0.5), power, mean))
 
 
 def test_forward_mode_gives_tangents():
@@ -216,25 +227,36 @@ def test_autocast_changes_nothing():
         assert mean_square(r.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_evaluation_is_one_operation_forward_and_one_backward(name, kernel):
-    if kernel == "expression":
-        pytest.skip("a chain of operations")
-    from tests.counting import Operations
+class Watching(TorchDispatchMode):
+    """Sees every operation on more than a number per sample, views aside, and lets it through."""
 
+    def __init__(self):
+        super().__init__()
+        self.large = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if func not in VIEWS and any(x.numel() > 4 for x in tensors):
+            self.large.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_evaluation_reads_its_operands_by_one_operator_forward_and_one_backward(name, route):
+    if route == "expression":
+        pytest.skip("a chain of operations")
     r = torch.randn(4, 100, requires_grad=True)
-    with Operations() as operations:
-        found = OURS[name](r)
-    made = len(stages(r)) if name == "weighted_action" else 0
-    assert operations.counts[torch.ops.odenets.finish_step.default] == 1
-    assert operations.total <= 1 + 2 * made
-    if kernel == "cpu" and not made:
-        with Operations() as operations:
-            torch.autograd.grad(found[0].sum(), r)
-        assert operations.counts[torch.ops.odenets.finish_step_backward.default] == 1
-        assert {func.name() for func in operations.counts} <= {
-            "odenets::finish_step_backward", "aten::sum", "aten::ones_like", "aten::expand"
-        }  # fmt: skip
+    with Watching() as other:
+        _ = stages(r) if name == "weighted_action" else ()
+    with Watching() as forward:
+        values = OURS[name](r)
+    operator = "solvers.finish_step" if name == "weighted_action" else "solvers.row_moments"
+    assert forward.large == [*other.large, f"{operator}.default"]
+    if name != "weighted_action":
+        with Watching() as backward:
+            torch.autograd.grad(values[0].sum(), r)
+        assert backward.large == [f"{operator}_backward.default"]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -292,22 +314,21 @@ def test_gradients_of_the_finish_of_a_step(check, scaled, sized):
 
 @pytest.mark.parametrize("of", ["x1", "error", "action", "residue", "cosine"])
 @pytest.mark.parametrize("needed", [0, 1, 3, 4])
-def test_each_gradient_alone_is_that_of_the_expression(of, needed):
+def test_each_gradient_alone_is_that_of_the_expression(of, needed, monkeypatch):
     operands = [torch.randn(3, 2, 4, 4).contiguous(memory_format=torch.channels_last) for _ in range(5)]
     operands[needed].requires_grad_()
     tableau = get_tableau("bs23")
-    x1, found = finish_step(
-        operands[0], operands[1:], tableau, 0.4, error=True, action=True, residue=True, rtol=0.1, atol=0.1
-    )
-    found["x1"] = x1
-    asked = Asked(tableau.b, tableau.error_weights, 0.1, 0.1, state=True, error=True, action=True, residue=True)
-    names = ("x1", "error", "action", "residue", "cosine")
-    expected = dict(zip(names, expression(operands[0], operands[1:], 0.4, asked), strict=True))
+    wanted = {"error": True, "action": True, "residue": True, "rtol": 0.1, "atol": 0.1}
+    x1, values = finish_step(operands[0], operands[1:], tableau, 0.4, **wanted)
+    values["x1"] = x1
+    monkeypatch.setattr(functional, "SMALL", sys.maxsize)
+    x1, expected = finish_step(operands[0], operands[1:], tableau, 0.4, **wanted)
+    expected["x1"] = x1
     if not expected[of].requires_grad:
         return
     (ours,), (theirs,) = (
-        torch.autograd.grad(values[of].sum(), operands[needed], allow_unused=True, materialize_grads=True)
-        for values in (found, expected)
+        torch.autograd.grad(v[of].sum(), operands[needed], allow_unused=True, materialize_grads=True)
+        for v in (values, expected)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -330,9 +351,7 @@ def test_no_numbers_no_error(shape):
     x1.sum().backward()
 
 
-def test_a_state_alone_keeps_nothing_for_its_gradient(kernel):
-    if kernel == "expression":
-        pytest.skip("the graph of additions keeps nothing either")
+def test_a_state_alone_keeps_nothing_for_its_gradient():
     x, p, q = torch.randn(3, 2, 5, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -342,26 +361,24 @@ def test_a_state_alone_keeps_nothing_for_its_gradient(kernel):
     torch.testing.assert_close(grad, torch.full_like(grad, 0.05))
 
 
-@pytest.mark.parametrize("team", ["torch's threads", "no team"])
-def test_threads_change_no_bit(kernel, team, monkeypatch):
-    if kernel != "cpu":
+def test_threads_change_no_bit(route):
+    if route == "expression":
         pytest.skip("torch's own sums depend on them")
-    if team == "no team":  # where torch was built with another runtime
-        monkeypatch.setattr("solvers.kernels.threads._parallel", lambda: None)
-    x0, *p = torch.randn(5, 7, 33 * LARGE, requires_grad=True).unbind()
-    assert 5 * x0.nbytes > 4 * WORTH
+    x0, *p = torch.randn(5, 7, 33 * LARGE + 5, requires_grad=True).unbind()
+    one = torch.randn(1, 33 * LARGE + 5)
 
     def run(threads):
         torch.set_num_threads(threads)
-        x1, found = finish_step(x0, p, get_tableau("bs23"), 0.1, error=True, action=True, residue=True)
-        return x1, *found.values(), *torch.autograd.grad(x1.sum() + sum(found.values()).sum(), [x0, *p])
+        x1, values = finish_step(x0, p, get_tableau("bs23"), 0.1, error=True, action=True, residue=True)
+        grads = torch.autograd.grad(x1.sum() + sum(values.values()).sum(), [x0, *p])
+        return x1, *values.values(), *grads, *mean_square_and_cosine(one), power_mean(one, 3)
 
     before = torch.get_num_threads()
     try:
-        one, three = run(1), run(3)
+        one_thread, three_threads = run(1), run(3)
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one_thread, three_threads, strict=True))
 
 
 def finish(solver="heun", stages=2, p=0, h=0.1, **asked):
@@ -434,14 +451,14 @@ def test_the_displacement_between_two_states_is_not_kept():
 
 @pytest.mark.parametrize("h", [0.5, 1.0])
 @pytest.mark.parametrize("without", ["action", "residue", "nothing"])
-def test_a_single_stage_is_found_again_from_the_states(kernel, h, without):
+def test_a_single_stage_is_found_again_from_the_states(route, h, without):
     x0, p = (torch.randn(3, 20000, dtype=torch.float64, requires_grad=True) for _ in range(2))
     euler = get_tableau("euler")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
         x1, found = finish_step(x0, (p,), euler, h, action=True, residue=True)
     assert x1 is not None
-    if kernel != "expression":
+    if route != "expression":
         assert {x0.data_ptr(), x1.data_ptr()} <= set(kept)
         assert p.data_ptr() not in kept
 
@@ -462,38 +479,3 @@ def test_a_single_stage_is_found_again_from_the_states(kernel, h, without):
     torch.testing.assert_close(once, theirs)
     again = [torch.autograd.grad(sum((g * g).sum() for g in grads), [x0, p]) for grads in (ours, theirs)]
     torch.testing.assert_close(*again)
-
-
-class Watching(TorchDispatchMode):
-    """Sees every operation and lets it through."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("solver", ["euler", "bs23"])
-@pytest.mark.parametrize("sized", [False, True])
-def test_what_nobody_watches_goes_by_the_shorter_way_to_the_same_bits(solver, sized, kernel):
-    tableau = get_tableau(solver)
-    generator = torch.Generator().manual_seed(0)
-    x0, *stages = (torch.randn(3, 20000, generator=generator) for _ in range(1 + tableau.interior))
-    operands = [x.requires_grad_() for x in (x0, *stages)]
-    h = torch.tensor([0.5, 1.0, 2.0]) if sized else 1.0
-
-    def run():
-        x1, found = finish_step(x0, stages, tableau, h, action=True, residue=True)
-        assert x1 is not None
-        loss = x1.square().sum() + found["action"].sum() + found["cosine"].sum()
-        return [x1, *found.values(), *torch.autograd.grad(loss, operands)]
-
-    alone = run()
-    with Watching() as watching:
-        watched = run()
-    operators = {"odenets.finish_step.default", "odenets.finish_step_backward.default"}
-    assert operators & set(watching.seen) == (set() if kernel == "expression" else operators)
-    assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))

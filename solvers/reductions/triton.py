@@ -1,4 +1,4 @@
-"""The finish of a step on a GPU: one Triton kernel forward, one backward.
+"""The reductions on a GPU: one Triton kernel forward, one backward.
 
 A program takes a tile: several rows where they are short, one row or a part of a long one. Parts of a row leave their
 sums to a second kernel, which adds them in order: nothing depends on what runs first, or on the size of the device.
@@ -18,21 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from solvers.kernels.contract import Asked, Finish, rows_of, wide_dtype
+from solvers.reductions.reference import Reductions, ReductionSpec, rows_of, wide_dtype
 
-__all__ = ["backward", "forward", "serves"]
+__all__ = ["finish_step", "finish_step_backward", "row_moments", "row_moments_backward"]
 
 TILE = 1 << 10  # numbers of an operand that a program holds at a time
 PART = 1 << 13  # numbers of a row from which it may be cut
 PROGRAMS = 1 << 11  # programs wanted of a launch
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def serves(stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> bool:
-    """Whether these kernels know the dtype."""
-    return stages[0].dtype in DTYPES
 
 
 @triton.jit
@@ -58,24 +52,34 @@ def _sign(x):
 
 
 @triton.jit
+def _slope(p, power: tl.constexpr):
+    """``sgn(p) |p|^(power-1)``."""
+    if power == 2:
+        return p
+    if power == 1:
+        return _sign(p)
+    return _sign(p) * _power(p, power - 1)
+
+
+@triton.jit
 def _store_values(
-    e, a, s, t, size, rows, inside, n, error, action, square, cosine,
+    e, a, s, t, size, rows, inside, n, error, action, square, mean,
     has_error: tl.constexpr, has_action: tl.constexpr, has_residue: tl.constexpr,
 ):  # fmt: skip
     """The values of each row from its sums."""
     count = tl.full(e.shape, 0, e.dtype) + n
     if has_error:
-        tl.store(error + rows, tl.sqrt(e / count), inside)
+        tl.store(error + rows, e / count, inside)
     if has_action:
         tl.store(action + rows, a / count * size, inside)
     if has_residue:
         tl.store(square + rows, s / count, inside)
-        tl.store(cosine + rows, tl.where(s == 0, 0, t / tl.where(s == 0, 1, tl.sqrt(s) * tl.sqrt(count))), inside)
+        tl.store(mean + rows, t / count, inside)
 
 
 @triton.jit
 def _finish(
-    x0, stages, sizes, h: tl.float64, x1, error, action, square, cosine, sums, batch, n,
+    x0, stages, sizes, h: tl.float64, x1, error, action, square, mean, sums, batch, n,
     b: tl.constexpr, e: tl.constexpr, rtol: tl.constexpr, atol: tl.constexpr, power: tl.constexpr,
     has_state: tl.constexpr, has_error: tl.constexpr, has_action: tl.constexpr, has_residue: tl.constexpr,
     sized: tl.constexpr, parts: tl.constexpr, span: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -102,11 +106,11 @@ def _finish(
                 if b[k] != 0:
                     r += b[k] * p
                     if has_action:
-                        sum_a += b[k] * _power(p, power)
+                        sum_a += b[k] * p * p
                 if has_error and e[k] != 0:
                     d += e[k] * p
         if has_residue:
-            sum_s += r * r
+            sum_s += _power(r, power)
             sum_t += r
         if has_state or (has_error and rtol != 0):
             x = tl.load(x0 + where, mask, 0).to(wide)
@@ -125,7 +129,7 @@ def _finish(
     total_s, total_t = tl.sum(sum_s, 1), tl.sum(sum_t, 1)
     if parts == 1:
         _store_values(
-            total_e, total_a, total_s, total_t, size, rows, inside, n, error, action, square, cosine,
+            total_e, total_a, total_s, total_t, size, rows, inside, n, error, action, square, mean,
             has_error, has_action, has_residue,
         )  # fmt: skip
     elif has_error or has_action or has_residue:
@@ -138,7 +142,7 @@ def _finish(
 
 @triton.jit
 def _add_parts(
-    sums, sizes, h: tl.float64, error, action, square, cosine, batch, n,
+    sums, sizes, h: tl.float64, error, action, square, mean, batch, n,
     has_error: tl.constexpr, has_action: tl.constexpr, has_residue: tl.constexpr,
     sized: tl.constexpr, parts: tl.constexpr, ROWS: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
@@ -156,21 +160,18 @@ def _add_parts(
         a += tl.load(source + batch, inside, 0)
         s += tl.load(source + 2 * batch, inside, 0)
         t += tl.load(source + 3 * batch, inside, 0)
-    _store_values(e, a, s, t, size, rows, inside, n, error, action, square, cosine, has_error, has_action, has_residue)
+    _store_values(e, a, s, t, size, rows, inside, n, error, action, square, mean, has_error, has_action, has_residue)
 
 
 @triton.jit
 def _finish_backward(
-    x0, stages, sizes, h: tl.float64, grad, g_error, g_action, g_square, g_cosine, error, square, cosine,
-    grad_x0, grads, batch, n, tiles,
-    b: tl.constexpr, e: tl.constexpr, rtol: tl.constexpr, atol: tl.constexpr, power: tl.constexpr,
+    stages, sizes, h: tl.float64, grad, g_error, g_action, g_square, g_mean, grads, batch, n, tiles,
+    b: tl.constexpr, e: tl.constexpr, atol: tl.constexpr, power: tl.constexpr,
     has_grad: tl.constexpr, has_error: tl.constexpr, has_action: tl.constexpr, has_square: tl.constexpr,
-    has_cosine: tl.constexpr, needs_x0: tl.constexpr, needs: tl.constexpr, sized: tl.constexpr,
+    has_mean: tl.constexpr, needs: tl.constexpr, sized: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """Gradients as :func:`solvers.kernels.cpu._backward` writes them down."""
-    scaled: tl.constexpr = has_error and rtol != 0
-    needs_r: tl.constexpr = has_square or has_cosine or scaled
+    """Gradients as :func:`solvers.reductions.aten.finish_step_backward` writes them down."""
     rows = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     cols = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)
     inside = rows < batch
@@ -182,45 +183,26 @@ def _finish_backward(
     r = tl.zeros((ROWS, COLS), wide)
     d = tl.zeros((ROWS, COLS), wide)
     u = tl.zeros((ROWS, COLS), wide)
-    if has_square or has_cosine or has_error:
+    if has_square or has_error:
         for k in tl.static_range(len(b)):
-            if (needs_r and b[k] != 0) or (has_error and e[k] != 0):
+            if (has_square and b[k] != 0) or (has_error and e[k] != 0):
                 p = tl.load(stages[k] + where, mask, 0).to(wide)
-                if needs_r and b[k] != 0:
+                if has_square and b[k] != 0:
                     r += b[k] * p
                 if has_error and e[k] != 0:
                     d += e[k] * p
     if has_grad:
         u += tl.load(grad + where, mask, 0).to(wide)
-    on_x0 = u
     if has_error:
-        rms = tl.load(error + rows, inside, 0)
-        pull = tl.load(g_error + rows, inside, 0)
-        pull = tl.where(rms == 0, 0, pull) / tl.where(rms == 0, 1, rms * count)
-        if scaled:
-            x = tl.load(x0 + where, mask, 0).to(wide)
-            end_state = x + step * r
-            low, high = tl.abs(x), tl.abs(end_state)
-            share = tl.where(high > low, 1.0, tl.where(high == low, 0.5, 0.0)).to(wide)
-            s = atol + rtol * tl.where(low > high, low, high)
-            q = step * d / s
-            back = pull[:, None] * rtol * q * q / s
-            on_x0 = u - back * (share * _sign(end_state) + (1 - share) * _sign(x))
-            u -= back * share * _sign(end_state)
-            d = pull[:, None] * q * step / s
-        else:
-            d *= pull[:, None] * (step / atol) * (step / atol)
-    if needs_x0:
-        tl.store(grad_x0 + where, on_x0.to(grad_x0.dtype.element_ty), mask)
+        pull = 2 * tl.load(g_error + rows, inside, 0) / count
+        d *= pull[:, None] * (step / atol) * (step / atol)
     u *= step
     if has_square:
-        u += (2 * tl.load(g_square + rows, inside, 0) / count)[:, None] * r
-    if has_cosine:
-        mean = tl.load(square + rows, inside, 0)
-        slope = tl.where(mean == 0, 0, tl.load(g_cosine + rows, inside, 0)) / tl.where(mean == 0, 1, mean * count)
-        u += (slope * tl.sqrt(mean))[:, None] - (slope * tl.load(cosine + rows, inside, 0))[:, None] * r
+        u += (power * tl.load(g_square + rows, inside, 0) / count)[:, None] * _slope(r, power)
+    if has_mean:
+        u += (tl.load(g_mean + rows, inside, 0) / count)[:, None]
     if has_action:
-        slope_a = (tl.load(g_action + rows, inside, 0) * size * power / count)[:, None]
+        slope_a = (2 * tl.load(g_action + rows, inside, 0) * size / count)[:, None]
     for k in tl.static_range(len(b)):
         if needs[k]:
             out = b[k] * u
@@ -228,74 +210,97 @@ def _finish_backward(
                 out = tl.zeros((ROWS, COLS), wide)
             if has_action and b[k] != 0:
                 p = tl.load(stages[k] + where, mask, 0).to(wide)
-                if power == 2:
-                    out += b[k] * slope_a * p
-                elif power == 1:
-                    out += b[k] * slope_a * _sign(p)
-                else:
-                    out += b[k] * slope_a * _sign(p) * _power(p, power - 1)
+                out += b[k] * slope_a * p
             if has_error and e[k] != 0:
                 out += e[k] * d
             tl.store(grads[k] + where, out.to(grads[k].dtype.element_ty), mask)
 
 
-def forward(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, asked: Asked) -> Finish:
-    """What :func:`solvers.kernels.aten.expression` finds."""
+def finish_step(
+    x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec, power: float = 2.0
+) -> Reductions:
+    """As :func:`solvers.reductions.reference.finish_step`, with ``<|r|^power>`` for the mean square."""
     operands = rows_of([*stages, *([] if x0 is None else [x0])])
     first, batch = operands[0], len(operands[0])
     n, wide = first[0].numel(), wide_dtype(first)
     rows, cols, parts = _tiling(batch, n)
     span = triton.cdiv(triton.cdiv(n, parts), cols) * cols
-    x1 = torch.empty_like(first) if asked.state else None
-    wants = (asked.error, asked.action, asked.residue, asked.residue)
+    x1 = torch.empty_like(first) if spec.state else None
+    wants = (spec.error, spec.action, spec.residue, spec.residue)
     values = [first.new_empty(batch, dtype=wide) if want else None for want in wants]
     given = [first if v is None else v for v in values]  # a pointer that is not followed
     sums = first.new_empty((parts, 4, batch), dtype=wide) if parts > 1 and any(wants) else first
     size, number = (h, 0.0) if isinstance(h, Tensor) else (first, h)
     shape: dict[str, Any] = {"sized": isinstance(h, Tensor), "parts": parts, "wide": WIDE[wide]}
-    flags = {"has_error": asked.error, "has_action": asked.action, "has_residue": asked.residue}
+    flags = {"has_error": spec.error, "has_action": spec.action, "has_residue": spec.residue}
     with _on(first):
         _finish[(triton.cdiv(batch, rows), parts)](
             operands[-1], tuple(operands[: len(stages)]), size, number, first if x1 is None else x1, *given, sums,
-            batch, n, asked.b, _error_weights(asked), asked.rtol, asked.atol, asked.power, has_state=asked.state,
+            batch, n, spec.b, spec.e, spec.rtol, spec.atol, power, has_state=spec.state,
             span=span, ROWS=rows, COLS=cols, **flags, **shape,
         )  # fmt: skip
         if parts > 1 and any(wants):
             _add_parts[(triton.cdiv(batch, 128),)](sums, size, number, *given, batch, n, ROWS=128, **flags, **shape)
-    return Finish(x1, *values)
+    return Reductions.of([x1, *values])
 
 
-def backward(
+def finish_step_backward(
     x0: Tensor | None,
     stages: Sequence[Tensor],
     h: float | Tensor,
-    asked: Asked,
-    grads: Finish,
-    values: Finish,
+    spec: ReductionSpec,
+    grads: Reductions,
     needs: Sequence[bool],
+    ends: bool = False,
+    power: float = 2.0,
 ) -> list[Tensor | None]:
-    """Gradients as :func:`solvers.kernels.aten.backward` finds them, from the values found by :func:`forward` too."""
-    operands = rows_of([*stages, *(x for x in (x0, grads.x1) if x is not None)])
+    """As :func:`solvers.reductions.aten.finish_step_backward`, with ``<|r|^power>`` for the mean square."""
+    if ends:
+        stages = [(stages[0] - x0) / (h * spec.b[0])]  # type: ignore[operator]
+    operands = rows_of(list(stages) if grads.x1 is None else [*stages, grads.x1])
     first, batch = operands[0], len(operands[0])
     n, wide = first[0].numel(), wide_dtype(first)
     rows, cols, _ = _tiling(batch, n)
     tiles = triton.cdiv(n, cols)
-    found = [torch.empty_like(first) if need else None for need in needs]
-    to = [first if grad is None else grad for grad in found]
+    out = [torch.empty_like(first) if need else None for need in needs]
+    to = [first if grad is None else grad for grad in out]
     size, number = (h, 0.0) if isinstance(h, Tensor) else (first, h)
-    pulls = [first if g is None else g.contiguous() for g in grads[1:]]
-    kept = [first if v is None else v for v in (values.error, values.square, values.cosine)]
+    pulls = [first if g is None else g.contiguous() for g in grads.values[1:]]
     with _on(first):
         _finish_backward[(triton.cdiv(batch, rows) * tiles,)](
-            first if x0 is None else operands[len(stages)], tuple(operands[: len(stages)]), size, number,
-            operands[-1], *pulls, *kept, to[0], tuple(to[1:]), batch, n, tiles,
-            asked.b, _error_weights(asked), asked.rtol, asked.atol, asked.power,
+            tuple(operands[: len(stages)]), size, number, operands[-1], *pulls, tuple(to), batch, n, tiles,
+            spec.b, spec.e, spec.atol, power,
             has_grad=grads.x1 is not None, has_error=grads.error is not None, has_action=grads.action is not None,
-            has_square=grads.square is not None, has_cosine=grads.cosine is not None,
-            needs_x0=bool(needs[0]), needs=tuple(bool(need) for need in needs[1:]), sized=isinstance(h, Tensor),
+            has_square=grads.square is not None, has_mean=grads.mean is not None,
+            needs=tuple(bool(need) for need in needs), sized=isinstance(h, Tensor),
             ROWS=rows, COLS=cols, wide=WIDE[wide],
         )  # fmt: skip
-    return found
+    return out
+
+
+def row_moments(
+    rows: Sequence[Tensor], weights: Sequence[float], power: float, mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`solvers.reductions.reference.row_moments`."""
+    values = finish_step(None, rows, 1.0, _residue(weights), power)
+    return values.square, values.mean if mean else None  # type: ignore[return-value]
+
+
+def row_moments_backward(
+    rows: Sequence[Tensor],
+    weights: Sequence[float],
+    power: float,
+    grad_power: Tensor | None,
+    grad_mean: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """As :func:`solvers.reductions.aten.row_moments_backward`."""
+    grads = Reductions(square=grad_power, mean=grad_mean)
+    return finish_step_backward(None, rows, 1.0, _residue(weights), grads, needs, power=power)
+
+
+def _residue(weights: Sequence[float]) -> ReductionSpec:
+    return ReductionSpec(b=tuple(weights), e=(0.0,) * len(weights), residue=True)
 
 
 def _tiling(batch: int, n: int) -> tuple[int, int, int]:
@@ -304,10 +309,6 @@ def _tiling(batch: int, n: int) -> tuple[int, int, int]:
     rows = max(1, TILE // cols) if batch > 1 else 1
     parts = max(1, min(n // PART, PROGRAMS // batch)) if n >= 2 * PART else 1
     return rows, cols, parts
-
-
-def _error_weights(asked: Asked) -> tuple[float, ...]:
-    return tuple(asked.e) if asked.error else (0.0,) * len(asked.b)
 
 
 def _on(x: Tensor) -> Any:

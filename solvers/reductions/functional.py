@@ -1,12 +1,12 @@
 """Per-sample reductions of stages and residues, and the finish of a step: each operand read once, forward and backward.
 
-All are one operator of ``torch.library``, ``torch.ops.odenets.finish_step``, asked for one thing or another, behind
-functions that check their arguments. Its kernels are loops over cached blocks on CPUs (``pip install odenets[cpu]``;
-torch's own operations on blocks without it) and Triton kernels on GPUs. Under ``torch.compile``, the transforms of
-``torch.func`` and forward-mode differentiation, and for the few numbers that a call of the operator would cost more
-than it saves, the functions use the plain expression, which a compiler fuses, and which can be transformed and has
-tangents. Sums are accumulated in float32 or wider, and come in that precision; for a given shape they are the same to
-the bit whatever the number of threads.
+The functions check their arguments and call one of two operators of ``torch.library``,
+``torch.ops.solvers.row_moments`` and ``torch.ops.solvers.finish_step``, whose kernels are torch's own operations on
+cached blocks on CPUs and Triton kernels on GPUs. Under ``torch.compile``, the transforms of ``torch.func`` and
+forward-mode differentiation, for complex numbers, and for the few numbers that a call of an operator would cost more
+than it saves, they use the plain expression, which a compiler fuses, and which can be transformed and has tangents.
+Sums are accumulated in float32 or wider, and come in that precision. Sums of operands as they are do not depend on the
+number of threads; what torch adds up elementwise first, such as x1, may in its last bit.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from solvers.kernels.aten import combination, expression
-from solvers.kernels.contract import Asked, Finish
-from solvers.kernels.operator import finish
+from solvers.reductions import operator, reference
+from solvers.reductions.reference import HALF, Reductions, ReductionSpec, combination, wide_dtype
 from solvers.tableaus import ButcherTableau
-from solvers.validation import is_transformed, real_dtype
+from solvers.validation import is_transformed
 
 __all__ = [
     "combine",
@@ -38,11 +37,6 @@ __all__ = [
 
 SMALL = 1 << 14  # numbers of an operand on a CPU up to which the plain expression is the faster one
 
-MEAN_SQUARE = Asked((1.0,), action=True)
-ROOT_MEAN_SQUARE = Asked((0.0,), (1.0,), error=True)
-RESIDUE = Asked((1.0,), residue=True)
-DISPLACEMENT = Asked((1.0, -1.0), residue=True)
-
 
 def mean_square(r: Tensor) -> Tensor:
     """``<r^2>``, the mean over the features, ``(B,)``.
@@ -56,12 +50,12 @@ def mean_square(r: Tensor) -> Tensor:
     >>> mean_square(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([12.5000,  0.5000])
     """
-    return _asked(_finish(None, [_checked(r)], 1.0, MEAN_SQUARE).action)
+    return _row_moments([_checked(r)])[0]
 
 
 def root_mean_square(r: Tensor) -> Tensor:
     """``sqrt(<r^2>)``, ``(B,)``; the gradient where r = 0 is 0. Arguments as for :func:`mean_square`."""
-    return _asked(_finish(None, [_checked(r)], 1.0, ROOT_MEAN_SQUARE).error)
+    return _root(mean_square(r))
 
 
 def power_mean(r: Tensor, p: float) -> Tensor:
@@ -76,7 +70,7 @@ def power_mean(r: Tensor, p: float) -> Tensor:
     """
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be finite and at least 1, got {p}")
-    return _asked(_finish(None, [_checked(r)], 1.0, MEAN_SQUARE._replace(power=float(p))).action)
+    return _row_moments([_checked(r)], power=float(p))[0]
 
 
 def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +78,7 @@ def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
 
     Arguments as for :func:`mean_square`.
     """
-    found = _finish(None, [_checked(r)], 1.0, RESIDUE)
-    return _asked(found.square), _asked(found.cosine)
+    return _square_and_cosine(*_row_moments([_checked(r)], mean=True))
 
 
 def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +92,7 @@ def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not _same(_checked(x1, "x1"), _checked(x0, "x0")):
         raise ValueError(f"x0 and x1 must have one shape, dtype and device, got {_kind(x0)} and {_kind(x1)}")
-    found = _finish(None, [x1, x0], 1.0, DISPLACEMENT)
-    return _asked(found.square), _asked(found.cosine)
+    return _square_and_cosine(*_row_moments([x1, x0], (1.0, -1.0), mean=True))
 
 
 def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -115,9 +107,8 @@ def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float
         TypeError, ValueError: stages of several shapes, dtypes or devices, or not as many as the weights need.
     """
     read, used = _read(stages, weights)
-    if not read:
-        raise ValueError("weights must not all be 0")
-    return _asked(_finish(None, read, _per_sample(h, read[0]), Asked(used, action=True)).action)
+    spec = ReductionSpec(b=used, e=(0.0,) * len(used), action=True)
+    return _finish_step(None, read, _per_sample(h, read[0]), spec).action  # type: ignore[return-value]
 
 
 def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -125,10 +116,8 @@ def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float]
     own; the gradient where it is 0 is 0. Arguments as for :func:`weighted_action`.
     """
     read, used = _read(stages, weights)
-    if not read:
-        raise ValueError("weights must not all be 0")
-    asked = Asked((0.0,) * len(used), used, error=True)
-    return _asked(_finish(None, read, _per_sample(h, read[0]), asked).error)
+    size = _per_sample(h, read[0])
+    return _root(_row_moments(read, used)[0]) * abs(size)
 
 
 def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -140,13 +129,17 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
         weights: one per stage.
         h: step size, a number or a tensor that broadcasts against ``x``.
     """
-    if not torch.compiler.is_compiling() and x.numel() > SMALL and x.ndim > 1 and not _plain([x, *stages]):
-        pairs = [(p, float(w)) for p, w in zip(stages, weights, strict=False) if w]
-        sizes = _sizes(h, x)
-        if len(pairs) > 1 and sizes is not None and all(_same(p, x) for p, _ in pairs):
-            asked = Asked(tuple(w for _, w in pairs), state=True)
-            return _asked(finish(x, [p for p, _ in pairs], sizes, asked).x1)
-    return combination(x, stages, weights, h)
+    pairs = [(p, float(w)) for p, w in zip(stages, weights, strict=False) if w]
+    if len(pairs) < 2 or x.ndim < 2 or not _large([x, *stages]) or not all(_same(p, x) for p, _ in pairs):
+        return combination(x, stages, weights, h)
+    if x.device.type == "cpu":
+        return _combine_in_place(x, pairs, h)
+    sizes = _sizes(h, x)
+    if sizes is None:
+        return combination(x, stages, weights, h)
+    used = tuple(w for _, w in pairs)
+    spec = ReductionSpec(b=used, e=(0.0,) * len(used), state=True)
+    return operator.finish_step(x, [p for p, _ in pairs], sizes, spec).x1  # type: ignore[return-value]
 
 
 def finish_step(
@@ -162,7 +155,7 @@ def finish_step(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The state at the end of a step, ``(B, *S)``, and what is asked of the step by name, each ``(B,)``.
+    """The state at the end of a step, ``(B, *S)``, and reductions of the step by name, each ``(B,)``.
 
     Each operand is read once and the state written once; the backward pass gives the gradients of the state and of
     every stage at once.
@@ -172,7 +165,7 @@ def finish_step(
         stages: velocities, each ``(B, *S)``: all of the method's, or all but the closing one where that is not needed.
         tableau: the method.
         h: step size, a number or one per sample.
-        state: whether the state is asked; None comes in its place otherwise.
+        state: whether the state is computed; None comes in its place otherwise.
         error: "error", the root mean square of the embedded error over the features; divided, if rtol or atol is
             given, by ``atol + rtol * max(|x0|, |x1|)``.
         action: "action", ``h sum_i b_i <p_i^2>``.
@@ -185,8 +178,8 @@ def finish_step(
 
     >>> from solvers import get_tableau
     >>> x = torch.ones(2, 3)
-    >>> x1, found = finish_step(x, [-x, -0.9 * x], get_tableau("heun"), 0.1, error=True, action=True)
-    >>> x1[0, 0].item(), found["error"], found["action"]
+    >>> x1, values = finish_step(x, [-x, -0.9 * x], get_tableau("heun"), 0.1, error=True, action=True)
+    >>> x1[0, 0].item(), values["error"], values["action"]
     (0.9049999713897705, tensor([0.0050, 0.0050]), tensor([0.0905, 0.0905]))
     """
     _checked(x0, "x0")
@@ -207,36 +200,71 @@ def finish_step(
     rtol, atol = (rtol or 0.0, atol or 0.0) if scaled else (0.0, 1.0)
     if not (0 <= rtol < math.inf and 0 <= atol < math.inf and rtol + atol > 0):
         raise ValueError(f"rtol and atol must be finite, not negative and not both 0, got {rtol} and {atol}")
-    asked = Asked(
-        tableau.b[: len(stages)], (weights or ())[: len(stages)], float(rtol), float(atol),
-        state=state, error=error, action=action, residue=residue,
+    spec = ReductionSpec(
+        b=tableau.b[: len(stages)], e=(weights or (0.0,) * tableau.stages)[: len(stages)], rtol=float(rtol),
+        atol=float(atol), state=state, error=error, action=action, residue=residue,
     )  # fmt: skip
-    if not any((state, error, action, residue)):
+    if not any(spec.wanted):
         return None, {}
-    found = _finish(x0, list(stages), _per_sample(h, x0), asked)
-    values = {"error": found.error, "action": found.action, "residue": found.square, "cosine": found.cosine}
-    return found.x1, {name: value for name, value in values.items() if value is not None}
+    size = _per_sample(h, x0)
+    if spec.wanted == (True, False, False, False, False) and not isinstance(size, Tensor):
+        return combine(x0, stages, spec.b, size), {}
+    step = _finish_step(x0, stages, size, spec)
+    values = {} if step.error is None else {"error": _root(step.error)}
+    values |= {} if step.action is None else {"action": step.action}
+    if step.square is not None and step.mean is not None:
+        values["residue"], values["cosine"] = _square_and_cosine(step.square, step.mean)
+    return step.x1, values
 
 
-def _finish(x0: Tensor | None, stages: list[Tensor], h: float | Tensor, asked: Asked) -> Finish:
-    """By the operator where it serves, else by the plain expression."""
-    p = stages[0]
-    operands = stages if x0 is None else [x0, *stages]
-    if torch.compiler.is_compiling() or (p.numel() <= SMALL and p.device.type == "cpu") or _plain(operands):
-        return expression(x0, stages, h, asked)
-    return finish(x0, stages, h, asked)
+def _finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec) -> Reductions:
+    by = operator if _large(stages if x0 is None else [x0, *stages]) else reference
+    return by.finish_step(x0, stages, h, spec)
 
 
-def _plain(operands: Sequence[Tensor]) -> bool:
-    """Whether only the plain expression serves: for torch.func and tangents, and for complex numbers."""
-    if operands[0].is_complex() or any(is_transformed(x) for x in operands):
-        return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in operands)
+def _row_moments(
+    rows: Sequence[Tensor], weights: Sequence[float] = (1.0,), power: float = 2.0, mean: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    by = operator if _large(rows) else reference
+    return by.row_moments(rows, weights, power, mean)
 
 
-def _asked(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
+def _large(operands: Sequence[Tensor]) -> bool:
+    """Whether an operator serves and pays: not for graphs, torch.func and tangents, nor for few or complex numbers."""
+    x = operands[0]
+    if torch.compiler.is_compiling() or x.numel() <= (SMALL if x.device.type == "cpu" else 0):
+        return False
+    if not operator.has_kernel(x) or any(is_transformed(x) for x in operands):
+        return False
+    return all(forward_ad.unpack_dual(x).tangent is None for x in operands)
+
+
+def _combine_in_place(x: Tensor, pairs: Sequence[tuple[Tensor, float]], h: float | Tensor) -> Tensor:
+    """:func:`combination` into one new tensor: an allocation costs more than an addition."""
+    wide = [(p.float() if p.dtype in HALF else p, w) for p, w in pairs]
+    (p, weight), *rest = wide
+    if not isinstance(h, Tensor):
+        total = torch.add(x.to(p.dtype), p, alpha=h * weight)
+        for p, weight in rest:
+            total.add_(p, alpha=h * weight)
+        return total.to(x.dtype)
+    total = p * weight
+    for p, weight in rest:
+        total.add_(p, alpha=weight)
+    return total.mul_(h).add_(x).to(x.dtype)
+
+
+def _root(square: Tensor) -> Tensor:
+    """The square root, whose gradient at 0 is 0."""
+    rest = square == 0
+    return torch.where(rest, 0, torch.where(rest, 1, square).sqrt())
+
+
+def _square_and_cosine(square: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean square and the cosine with the ones, which is 0 where the mean square is."""
+    assert mean is not None
+    rest = square == 0
+    return square, torch.where(rest, 0, mean) / torch.where(rest, 1, square).sqrt()
 
 
 def _checked(r: Tensor, name: str = "r") -> Tensor:
@@ -250,7 +278,7 @@ def _checked(r: Tensor, name: str = "r") -> Tensor:
 
 
 def _read(stages: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tensor], tuple[float, ...]]:
-    """The stages whose weight is not 0, and those weights."""
+    """The stages whose weight is not 0, and those weights, of which there must be some."""
     if len(stages) < len(weights) and any(weights[len(stages) :]):
         raise ValueError(f"weights ask for {len(weights)} stages, got {len(stages)}")
     if len(stages) > len(weights):
@@ -261,6 +289,8 @@ def _read(stages: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tens
             raise ValueError(
                 f"stages must have one shape, dtype and device, got {_kind(p)} beside {_kind(pairs[0][0])}"
             )
+    if not pairs:
+        raise ValueError("weights must not all be 0")
     return [p for p, _ in pairs], tuple(w for _, w in pairs)
 
 
@@ -278,7 +308,7 @@ def _sizes(h: float | Tensor, x: Tensor) -> float | Tensor | None:
         return h
     if h.device != x.device and h.ndim:
         return None
-    h = h.to(x.device, torch.promote_types(real_dtype(x), torch.float32))
+    h = h.to(x.device, wide_dtype(x))
     if h.numel() == 1:
         return h.reshape(1).expand(len(x))
     return h.reshape(-1) if h.numel() == len(x) == len(h) else None
