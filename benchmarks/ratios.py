@@ -3,9 +3,10 @@
     python -m benchmarks.ratios
     python -m benchmarks.ratios --against ../before --rounds 40
 
-Each tree has a process of its own, on one thread, and both take every case in turns: what else the machine does meets
-both. A figure is the median over rounds of the processor time of a case over that of its floor, the bare calls of its
-fields or the bare network; with another checkout, also the median of the ratios of one to the other, round by round.
+Each tree has a process of its own and both take every case in turns: what else the machine does meets both. A figure
+is the median over rounds of the processor time of a case (on several threads the time of the clock) over that of its
+floor: the bare calls of its fields, the bare network, or copies of the tensors that a reduction reads and writes. With
+another checkout also the median of the ratios of one to the other, round by round.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import tyro
 from tabulate import tabulate
+from torch import Tensor
 
 SHORTEST = 0.03
 """Seconds of a round, at least: work and floor are taken again and again, in turns."""
@@ -37,16 +40,18 @@ class Options:
         against: another checkout of this repository.
         rounds: of each case.
         only: cases whose name holds this.
+        threads: of either process.
     """
 
     against: Path | None = None
     rounds: int = 20
     only: str = ""
+    threads: int = 1
 
 
 def cases() -> dict[str, Case]:
     """By name: a piece of work and its floor."""
-    return solves() | networks()
+    return solves() | networks() | reductions()
 
 
 def solves() -> dict[str, Case]:
@@ -79,8 +84,8 @@ def networks() -> dict[str, Case]:
     x = torch.randn(16, 3, 32, 32)
     result = {}
     for name, network in {
-        "ResNet-9, Euler": models.resnet9(3, 10, solver="euler"),
-        "ResNet-9, BS23": models.resnet9(3, 10, solver="bs23"),
+        "ResNet-9, Euler": models.resnet9(3, 10, size=32, solver="euler"),
+        "ResNet-9, BS23": models.resnet9(3, 10, size=32, solver="bs23"),
         "small network, BS23": models.small_network(3, 10, size=32, solver="bs23", depth=4),
         "adapted ResNet-18": adapt(resnet18(num_classes=10)),
     }.items():
@@ -94,10 +99,63 @@ def networks() -> dict[str, Case]:
     return result
 
 
+def reductions() -> dict[str, Case]:
+    """Reductions and the finish of a step, over copies of what they read and write at least."""
+    from solvers import combine, finish_step, get_tableau
+    from solvers.reductions import displaced, mean_square, mean_square_and_cosine, weighted_action
+
+    bs23, euler, weights = get_tableau("bs23"), get_tableau("euler"), (2 / 9, 1 / 3, 4 / 9)
+
+    def finish(x0: Tensor, *p: Tensor, **reductions: bool) -> list[Tensor]:
+        x1, values = finish_step(x0, p, euler if len(p) == 1 else bs23, 1.0, action=True, **reductions)
+        return [x for x in (x1, *values.values()) if x is not None]
+
+    operations: dict[str, tuple[int, int, Callable[..., Sequence[Tensor]]]] = {  # read, written, the operation
+        "mean square": (1, 0, lambda r: [mean_square(r)]),
+        "mean square and cosine": (1, 0, mean_square_and_cosine),
+        "displacement, mean square and cosine": (2, 0, displaced),
+        "action of three stages": (3, 0, lambda *p: [weighted_action(p, weights, 0.1)]),
+        "combination of three stages": (4, 1, lambda x, *p: [combine(x, p, weights, 0.1)]),
+        "Euler step with action": (2, 1, finish),
+        "BS23 step with action": (4, 1, finish),
+        "BS23 step with action and error": (5, 1, partial(finish, error=True)),
+    }
+    result = {}
+    for size, batch in (("3 MB", 32), ("13 MB", 128), ("51 MB", 500)):
+        for name, (reads, writes, operation) in operations.items():
+            for backward in (False, True):
+                label = f"{name}, {size}, {'with gradients' if backward else 'forward'}"
+                result[label] = _reduction(operation, (batch, 100, 16, 16), reads, writes, backward)
+    return result
+
+
+@cache
+def _operands(shape: tuple[int, ...], gradients: bool) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=gradients) for _ in range(6)]
+
+
+def _reduction(
+    operation: Callable[..., Sequence[Tensor]], shape: tuple[int, ...], reads: int, writes: int, backward: bool
+) -> Case:
+    def work() -> None:
+        operands = _operands(shape, backward)[:reads]
+        values = operation(*operands)
+        if backward:
+            torch.autograd.grad([v.sum() for v in values], operands)
+
+    def floor() -> None:
+        to, *operands = _operands(shape, False)
+        for i in range(max(1, (reads + writes) * (2 if backward else 1) // 2)):
+            to.copy_(operands[i % 5])
+
+    return work, floor
+
+
 def serve() -> None:
     """Take cases from the standard input by name, and answer with the time of its work over that of its floor."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     known = cases()
     print("\t".join(known), flush=True)
     for line in sys.stdin:
@@ -105,9 +163,9 @@ def serve() -> None:
         seconds, spent = [0.0, 0.0], 0.0
         while spent < SHORTEST:
             for i, part in enumerate((floor, work)):
-                begin = time.process_time()
+                begin = clock()
                 part()
-                seconds[i] += time.process_time() - begin
+                seconds[i] += clock() - begin
             spent = sum(seconds)
         print(seconds[1] / seconds[0], flush=True)
 
@@ -115,8 +173,8 @@ def serve() -> None:
 class Tree:
     """A checkout and the process that runs its code."""
 
-    def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    def __init__(self, folder: Path, threads: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
         code = f"import runpy, sys; runpy.run_path({__file__!r}, run_name='serve')"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], cwd=folder, env=environment, text=True,
@@ -141,7 +199,8 @@ class Tree:
 def main(options: Options) -> None:
     """Print a table of ratios."""
     here = Path(__file__).parents[1]
-    trees = [Tree(here)] + ([Tree(options.against.resolve())] if options.against else [])
+    folders = [here, options.against.resolve()] if options.against else [here]
+    trees = [Tree(folder, options.threads) for folder in folders]
     names = [name for name in trees[0].names if options.only in name and all(name in tree.names for tree in trees)]
     for tree in trees:  # warm
         for name in names:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from solvers.reductions.reference import HALF, Reductions, ReductionSpec, rows_of, wide_dtype
+from solvers.reductions.reference import HALF, Reductions, ReductionSpec, rows_of, wide, wide_dtype
 
 __all__ = ["finish_step", "finish_step_backward", "row_moments", "row_moments_backward"]
 
@@ -84,7 +84,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
         r = _combination(p, spec.b, scratch) if many else None
         start = end = None
         if state is not None:
-            start = _wide(state[block])
+            start = wide(state[block])
             terms: list[Term] = [(start, 1.0)]
             terms += _times(size, [(q, b) for q, b in zip(p, spec.b, strict=True) if b]) if r is None else [(r, size)]
             end = _sum(terms, scratch("x1", start) if x1 is None else _table(x1)[block], scratch)
@@ -94,7 +94,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
         if spec.action:
             for q, b in zip(p, spec.b, strict=True):
                 if b:
-                    sums["action"].add_powers(block, _wide(q), 2, b)
+                    sums["action"].add_powers(block, wide(q), 2, b)
         if spec.error:
             d = _combination(p, spec.e, scratch, "d")
             if spec.scaled and start is not None and end is not None:
@@ -240,15 +240,11 @@ def _scale(start: Tensor, end: Tensor, spec: ReductionSpec, scratch: _Scratch) -
     return torch.maximum(low, high, out=low).mul_(spec.rtol).add_(spec.atol)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x
-
-
 def _combination(rows: Sequence[Tensor], weights: Sequence[float], scratch: _Scratch, name: str = "r") -> Tensor:
     """``sum_i w_i x_i`` over the weights that are not 0; the tensor itself where there is one, of weight 1."""
     terms: list[Term] = [(x, w) for x, w in zip(rows, weights, strict=True) if w]
     if len(terms) == 1 and terms[0][1] == 1:
-        return _wide(terms[0][0])
+        return wide(terms[0][0])
     return _sum(terms, scratch(name, rows[0]), scratch)
 
 
@@ -268,7 +264,7 @@ def _sum(terms: list[Term], out: Tensor, scratch: _Scratch) -> Tensor:
     to = scratch("wide", out) if out.dtype in HALF else out
     if not terms:
         return out.zero_()
-    (x, factor), *rest = [(_wide(x), factor) for x, factor in terms]
+    (x, factor), *rest = [(wide(x), factor) for x, factor in terms]
     if not isinstance(factor, Tensor) and factor == 1 and rest and not isinstance(rest[0][1], Tensor):
         torch.add(x, rest[0][0], alpha=rest[0][1], out=to)
         rest = rest[1:]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from solvers.reductions import operator, reference
-from solvers.reductions.reference import HALF, Reductions, ReductionSpec, combination, wide_dtype
+from solvers.reductions.reference import Reductions, ReductionSpec, combination, wide, wide_dtype
 from solvers.tableaus import ButcherTableau
 from solvers.validation import is_transformed
 
@@ -241,8 +241,7 @@ def _large(operands: Sequence[Tensor]) -> bool:
 
 def _combine_in_place(x: Tensor, pairs: Sequence[tuple[Tensor, float]], h: float | Tensor) -> Tensor:
     """:func:`combination` into one new tensor: an allocation costs more than an addition."""
-    wide = [(p.float() if p.dtype in HALF else p, w) for p, w in pairs]
-    (p, weight), *rest = wide
+    (p, weight), *rest = [(wide(p), w) for p, w in pairs]
     if not isinstance(h, Tensor):
         total = torch.add(x.to(p.dtype), p, alpha=h * weight)
         for p, weight in rest:

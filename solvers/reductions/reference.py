@@ -15,7 +15,17 @@ from torch import Tensor
 
 from solvers.validation import real_dtype
 
-__all__ = ["HALF", "ReductionSpec", "Reductions", "combination", "finish_step", "row_moments", "rows_of", "wide_dtype"]
+__all__ = [
+    "HALF",
+    "ReductionSpec",
+    "Reductions",
+    "combination",
+    "finish_step",
+    "row_moments",
+    "rows_of",
+    "wide",
+    "wide_dtype",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -113,7 +123,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
             scaled = scaled / spec.atol
         error = _mean_power(scaled, 2)
     if spec.action:
-        powers = (_mean_power(_wide(q), 2) * b for q, b in zip(stages, spec.b, strict=True) if b)
+        powers = (_mean_power(wide(q), 2) * b for q, b in zip(stages, spec.b, strict=True) if b)
         action = h * sum(powers, start=torch.zeros((), device=p.device))
     if spec.residue:
         square, mean = row_moments(stages, spec.b, 2, True)
@@ -174,13 +184,14 @@ def rows_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """A tensor in float32 or wider."""
     return x.float() if x.dtype in HALF else x
 
 
 def _weighted(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum_i w_i x_i`` over the weights that are not 0, in float32 or wider."""
-    (x, weight), *rest = [(_wide(x), w) for x, w in zip(rows, weights, strict=True) if w != 0]
+    (x, weight), *rest = [(wide(x), w) for x, w in zip(rows, weights, strict=True) if w != 0]
     total = x if weight == 1 else x * weight
     for x, weight in rest:
         total = torch.add(total, x, alpha=weight)

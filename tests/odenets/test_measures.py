@@ -150,7 +150,7 @@ def test_a_recorded_block_is_finished_in_one_operation():
     named = {"action": measures.action, "residue": measures.residue, "cosine": measures.cosine}
     with Operations() as operations:
         flow.record(x, **named)
-    assert operations.counts[torch.ops.odenets.finish_step.default] == 1
+    assert operations.counts[torch.ops.solvers.finish_step.default] == 1
 
 
 def test_a_partial_of_a_measure_reads_what_the_measure_reads():
