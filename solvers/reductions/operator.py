@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.reductions import aten, reference
+from solvers.reductions import aten, autograd
 from solvers.reductions.reference import HALF, Reductions, ReductionSpec, wide_dtype
 
 __all__ = ["finish_step", "has_kernel", "row_moments"]
@@ -43,7 +43,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
     sizes, number = (h, 1.0) if isinstance(h, Tensor) else (None, float(h))
     x0 = x0 if spec.state or spec.scaled else None
     if torch.is_grad_enabled():
-        values = _FinishStep.apply(x0, sizes, (number, *spec.numbers), *stages)
+        values = autograd.FinishStep.apply(x0, sizes, (number, *spec.numbers), *stages)
     else:
         values = torch.ops.solvers.finish_step.default(x0, stages, sizes, number, *spec.numbers)
     return Reductions.of(value if wanted else None for value, wanted in zip(values, spec.wanted, strict=True))
@@ -54,7 +54,7 @@ def row_moments(
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`solvers.reductions.reference.row_moments`, in one pass over memory, forward and backward."""
     if torch.is_grad_enabled():
-        of_power, of_mean = _RowMoments.apply((weights, power, mean), *rows)
+        of_power, of_mean = autograd.RowMoments.apply((weights, power, mean), *rows)
     else:
         of_power, of_mean = torch.ops.solvers.row_moments.default(rows, weights, power, mean)
     return of_power, of_mean if mean else None
@@ -117,124 +117,6 @@ def _fake_moments_backward(rows: list[Tensor], *rest: Any) -> list[Tensor]:
     return _full([torch.empty_like(rows[0]) if need else None for need in rest[-1]], rows[0])
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------
-
-
-class _FinishStep(torch.autograd.Function):
-    """The operator with its gradients for eager calls: torch.library searches nested arguments, which takes longer."""
-
-    @staticmethod
-    def forward(ctx: Any, x0: Tensor | None, sizes: Tensor | None, numbers: Any, *stages: Tensor) -> Any:  # type: ignore[override]
-        inputs = (x0, stages, sizes, *numbers)
-        values = torch.ops.solvers.finish_step.default(*inputs)
-        _keep_step(ctx, inputs, values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]
-        of_x0, of_stages, of_sizes = _step_gradients(ctx, outer)
-        return (of_x0, of_sizes, None, *of_stages)
-
-
-class _RowMoments(torch.autograd.Function):
-    """As :class:`_FinishStep`."""
-
-    @staticmethod
-    def forward(ctx: Any, numbers: Any, *rows: Tensor) -> Any:  # type: ignore[override]
-        values = torch.ops.solvers.row_moments.default(rows, *numbers)
-        _keep_rows(ctx, (rows, *numbers), values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]
-        return (None, *_moments_gradients(ctx, outer))
-
-
-def _needs(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad
-
-
-def _keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep what the gradients need.
-
-    Those of a state alone do not depend on what it is made of, and nothing is kept. The velocity of a single stage lies
-    between the states, which the layers before and after the step keep anyway.
-    """
-    x0, stages, sizes, ctx.h, *numbers = inputs
-    ctx.spec = spec = ReductionSpec.of(numbers)
-    ctx.needs = _needs(x0), [_needs(p) for p in stages], _needs(sizes)
-    linear = not any(spec.wanted[1:]) and not _needs(sizes)
-    exact = len(stages) == 1 and stages[0].dtype in (torch.float32, torch.float64)
-    ctx.ends = exact and not linear and spec.state and sizes is None and ctx.h * spec.b[0] != 0
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(sizes, *(() if linear else (x0, output[0]) if ctx.ends else (x0, *stages)))
-
-
-def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list[Tensor | None], Any]:
-    """The gradients of the state, the stages and the step sizes."""
-    spec, (needs_x0, needs_stages, needs_sizes) = ctx.spec, ctx.needs
-    grads = [grad if wanted else None for grad, wanted in zip(outer, spec.wanted, strict=True)]
-    if all(grad is None for grad in grads):
-        return None, [None] * len(needs_stages), None
-    sizes, *kept = ctx.saved_tensors
-    x0, *stages = kept or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
-    if torch.is_grad_enabled() or needs_sizes or (spec.scaled and grads[1] is not None):
-        stages = [(stages[0] - x0) / (ctx.h * spec.b[0])] if ctx.ends else stages
-        of_x0, of_sizes, *of_stages = _differentiable(
-            lambda x0, h, *stages: reference.finish_step(x0, stages, h, spec).values,
-            (x0, ctx.h if sizes is None else sizes, *stages),
-            grads,
-        )
-        return of_x0, of_stages, of_sizes
-    of_x0 = grads[0] if needs_x0 else None
-    if not any(needs_stages):
-        return of_x0, [None] * len(needs_stages), None
-    backward = torch.ops.solvers.finish_step_backward.default
-    of_stages = backward(x0, stages, sizes, ctx.h, *spec.numbers, grads, needs_stages, ctx.ends)
-    return of_x0, [grad if need else None for grad, need in zip(of_stages, needs_stages, strict=True)], None
-
-
-def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, *ctx.numbers = inputs
-    ctx.needs = [_needs(x) for x in rows]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*rows)
-
-
-def _moments_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> list[Tensor | None]:
-    rows, grads = ctx.saved_tensors, [outer[0], outer[1] if ctx.numbers[2] else None]
-    if all(grad is None for grad in grads):
-        return [None] * len(rows)
-    if torch.is_grad_enabled():
-        return _differentiable(lambda *rows: reference.row_moments(rows, *ctx.numbers), rows, grads)
-    of_rows = torch.ops.solvers.row_moments_backward.default(rows, *ctx.numbers, grads, ctx.needs)
-    return [grad if need else None for grad, need in zip(of_rows, ctx.needs, strict=True)]
-
-
-def _step_backward(ctx: Any, *outer: Tensor | None) -> Any:
-    return (*_step_gradients(ctx, outer), *(None,) * (1 + len(ctx.spec.numbers)))
-
-
-def _moments_backward(ctx: Any, *outer: Tensor | None) -> Any:
-    return (_moments_gradients(ctx, outer), None, None, None)
-
-
-def _differentiable(
-    function: Callable[..., Iterable[Tensor | None]], operands: Sequence[Any], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """The gradient of each operand that is a tensor, by operations that can be differentiated again."""
-    where = [i for i, x in enumerate(operands) if isinstance(x, Tensor)]
-
-    def values(*tensors: Tensor) -> tuple[Tensor, ...]:
-        by_place = dict(zip(where, tensors, strict=True))
-        results = function(*(by_place.get(i, x) for i, x in enumerate(operands)))
-        return tuple(v for v, grad in zip(results, grads, strict=True) if v is not None and grad is not None)
-
-    pull: Any = torch.func.vjp(values, *(operands[i] for i in where))[1]
-    by_place = dict(zip(where, pull(tuple(grad for grad in grads if grad is not None)), strict=True))
-    return [by_place.get(i) for i in range(len(operands))]
-
-
 # -- mapping ------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +147,9 @@ for _name, _kernel, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
     torch.library.register_fake(f"solvers::{_name}", _fake, lib=_library)
-torch.library.register_autograd("solvers::finish_step", _step_backward, setup_context=_keep_step, lib=_library)
-torch.library.register_autograd("solvers::row_moments", _moments_backward, setup_context=_keep_rows, lib=_library)
-for _name in ("finish_step", "row_moments"):
+for _name, _backward, _keep in (
+    ("finish_step", autograd.step_backward, autograd.keep_step),
+    ("row_moments", autograd.moments_backward, autograd.keep_rows),
+):
+    torch.library.register_autograd(f"solvers::{_name}", _backward, setup_context=_keep, lib=_library)
     torch.library.register_vmap(f"solvers::{_name}", _mapped(_name), lib=_library)
