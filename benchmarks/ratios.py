@@ -156,10 +156,10 @@ def serve() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    known = cases()
-    print("\t".join(known), flush=True)
+    served = cases()
+    print("\t".join(served), flush=True)
     for line in sys.stdin:
-        work, floor = known[line.rstrip("\n")]
+        work, floor = served[line.rstrip("\n")]
         seconds, spent = [0.0, 0.0], 0.0
         while spent < SHORTEST:
             for i, part in enumerate((floor, work)):

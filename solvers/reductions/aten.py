@@ -74,8 +74,8 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
     x1 = torch.empty_like(operands[0]) if spec.state else None
     sums = {
         name: _Sums(tables[0])
-        for name, wanted in (("error", spec.error), ("action", spec.action), ("square", spec.residue))
-        if wanted
+        for name, each in (("error", spec.error), ("action", spec.action), ("square", spec.residue))
+        if each
     }
     mean, scratch = _Sums(tables[0]) if spec.residue else None, _Scratch()
     for block in _blocks(tables[0], whole=state is None and not (spec.residue or spec.error)):

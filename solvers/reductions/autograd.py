@@ -57,7 +57,7 @@ def keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     x0, stages, sizes, ctx.h, *numbers = inputs
     ctx.spec = spec = ReductionSpec.of(numbers)
     ctx.needs = [_needs(p) for p in stages], _needs(sizes)
-    linear = not any(spec.wanted[1:]) and not _needs(sizes)
+    linear = not any(spec.computed[1:]) and not _needs(sizes)
     exact = len(stages) == 1 and stages[0].dtype in (torch.float32, torch.float64)
     ctx.ends = exact and not linear and spec.state and sizes is None and ctx.h * spec.b[0] != 0
     ctx.set_materialize_grads(False)
@@ -67,11 +67,11 @@ def keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list[Tensor | None], Any]:
     """The gradients of the state, the stages and the step sizes."""
     spec, (needs_stages, needs_sizes) = ctx.spec, ctx.needs
-    grads = [grad if wanted else None for grad, wanted in zip(outer, spec.wanted, strict=True)]
+    grads = [grad if computed else None for grad, computed in zip(outer, spec.computed, strict=True)]
     if all(grad is None for grad in grads):
         return None, [None] * len(needs_stages), None
-    sizes, *kept = ctx.saved_tensors
-    x0, *stages = kept or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
+    sizes, *saved = ctx.saved_tensors
+    x0, *stages = saved or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
     if torch.is_grad_enabled() or needs_sizes or (spec.scaled and grads[1] is not None):
         stages = [(stages[0] - x0) / (ctx.h * spec.b[0])] if ctx.ends else stages
         of_x0, of_sizes, *of_stages = _differentiable(

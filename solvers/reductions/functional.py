@@ -204,10 +204,10 @@ def finish_step(
         b=tableau.b[: len(stages)], e=(weights or (0.0,) * tableau.stages)[: len(stages)], rtol=float(rtol),
         atol=float(atol), state=state, error=error, action=action, residue=residue,
     )  # fmt: skip
-    if not any(spec.wanted):
+    if not any(spec.computed):
         return None, {}
     size = _per_sample(h, x0)
-    if spec.wanted == (True, False, False, False, False) and not isinstance(size, Tensor):
+    if spec.computed == (True, False, False, False, False) and not isinstance(size, Tensor):
         return combine(x0, stages, spec.b, size), {}
     step = _finish_step(x0, stages, size, spec)
     values = {} if step.error is None else {"error": _root(step.error)}

@@ -46,7 +46,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
         values = autograd.FinishStep.apply(x0, sizes, (number, *spec.numbers), *stages)
     else:
         values = torch.ops.solvers.finish_step.default(x0, stages, sizes, number, *spec.numbers)
-    return Reductions.of(value if wanted else None for value, wanted in zip(values, spec.wanted, strict=True))
+    return Reductions.of(value if computed else None for value, computed in zip(values, spec.computed, strict=True))
 
 
 def row_moments(
@@ -99,14 +99,16 @@ def _row_moments_backward(
 
 
 def _fake_step(x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, h: float, *numbers: Any) -> Any:
-    p, (state, *others) = stages[0], ReductionSpec.of(numbers).wanted
-    values = (p.new_empty(len(p), dtype=wide_dtype(p)) if wanted else None for wanted in others)
+    p, (state, *others) = stages[0], ReductionSpec.of(numbers).computed
+    values = (p.new_empty(len(p), dtype=wide_dtype(p)) if computed else None for computed in others)
     return tuple(_full([torch.empty_like(p) if state else None, *values], p))
 
 
 def _fake_moments(rows: list[Tensor], weights: list[float], power: float, mean: bool) -> Any:
     x = rows[0]
-    return tuple(_full([x.new_empty(len(x), dtype=wide_dtype(x)) if wanted else None for wanted in (True, mean)], x))
+    return tuple(
+        _full([x.new_empty(len(x), dtype=wide_dtype(x)) if computed else None for computed in (True, mean)], x)
+    )
 
 
 def _fake_step_backward(x0: Tensor | None, stages: list[Tensor], *rest: Any) -> list[Tensor]:

@@ -67,7 +67,7 @@ class ReductionSpec:
         )
 
     @property
-    def wanted(self) -> tuple[bool, ...]:
+    def computed(self) -> tuple[bool, ...]:
         """Which of :attr:`Reductions.values` are computed."""
         return self.state, self.error, self.action, self.residue, self.residue
 
@@ -133,7 +133,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
 def row_moments(
     rows: Sequence[Tensor], weights: Sequence[float], power: float, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``<|r|^power>`` and, if wanted, ``<r>`` of ``r = sum_i w_i x_i``, each ``(B,)``.
+    """``<|r|^power>`` and, if computed, ``<r>`` of ``r = sum_i w_i x_i``, each ``(B,)``.
 
     Args:
         rows: ``(B, *S)`` each; one of weight 0 is not read.

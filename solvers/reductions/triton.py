@@ -226,21 +226,21 @@ def finish_step(
     rows, cols, parts = _tiling(batch, n)
     span = triton.cdiv(triton.cdiv(n, parts), cols) * cols
     x1 = torch.empty_like(first) if spec.state else None
-    wants = (spec.error, spec.action, spec.residue, spec.residue)
-    values = [first.new_empty(batch, dtype=wide) if want else None for want in wants]
-    given = [first if v is None else v for v in values]  # a pointer that is not followed
-    sums = first.new_empty((parts, 4, batch), dtype=wide) if parts > 1 and any(wants) else first
+    computed = (spec.error, spec.action, spec.residue, spec.residue)
+    values = [first.new_empty(batch, dtype=wide) if each else None for each in computed]
+    pointers = [first if v is None else v for v in values]  # one of None is not followed
+    sums = first.new_empty((parts, 4, batch), dtype=wide) if parts > 1 and any(computed) else first
     size, number = (h, 0.0) if isinstance(h, Tensor) else (first, h)
     shape: dict[str, Any] = {"sized": isinstance(h, Tensor), "parts": parts, "wide": WIDE[wide]}
     flags = {"has_error": spec.error, "has_action": spec.action, "has_residue": spec.residue}
     with _on(first):
         _finish[(triton.cdiv(batch, rows), parts)](
-            operands[-1], tuple(operands[: len(stages)]), size, number, first if x1 is None else x1, *given, sums,
+            operands[-1], tuple(operands[: len(stages)]), size, number, first if x1 is None else x1, *pointers, sums,
             batch, n, spec.b, spec.e, spec.rtol, spec.atol, power, has_state=spec.state,
             span=span, ROWS=rows, COLS=cols, **flags, **shape,
         )  # fmt: skip
-        if parts > 1 and any(wants):
-            _add_parts[(triton.cdiv(batch, 128),)](sums, size, number, *given, batch, n, ROWS=128, **flags, **shape)
+        if parts > 1 and any(computed):
+            _add_parts[(triton.cdiv(batch, 128),)](sums, size, number, *pointers, batch, n, ROWS=128, **flags, **shape)
     return Reductions.of([x1, *values])
 
 

@@ -41,12 +41,12 @@ def poisoned():
 
 
 def operands(shape, dtype=torch.float64, layout=torch.contiguous_format):
-    made = torch.randn(5, *shape, dtype=torch.float64).to(dtype)
-    return [x.contiguous(memory_format=layout) if x.ndim == 4 else x.clone() for x in made]
+    tensors = torch.randn(5, *shape, dtype=torch.float64).to(dtype)
+    return [x.contiguous(memory_format=layout) if x.ndim == 4 else x.clone() for x in tensors]
 
 
-def close(found, expected, near):
-    for ours, theirs in zip(found, expected, strict=True):
+def close(values, expected, near):
+    for ours, theirs in zip(values, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours.double(), theirs.double(), rtol=near, atol=near, equal_nan=True)

@@ -27,16 +27,16 @@ b, e = (0.5,) * stages, (0.25,) * stages
 accumulator = tl.float64 if wide == "fp64" else tl.float32
 rows = {"sized": sized, "ROWS": 4 if parts == 1 else 1, "COLS": 256, "wide": accumulator}
 numbers = {"b": b, "e": e, "rtol": 0.1, "atol": 0.01, "power": 2.0}
-has = {"has_error": True, "has_action": True, "has_residue": True}
+flags = {"has_error": True, "has_action": True, "has_residue": True}
 
 
 def build(kernel, types, constants):
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in constants.items()}
-    made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
-    assert made.asm["cubin"]
-    assert not re.search(r"\\b(atom|red)\\.", made.asm["ptx"])
+    kernel = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert kernel.asm["cubin"]
+    assert not re.search(r"\\b(atom|red)\\.", kernel.asm["ptx"])
 
 
 types = {"x0": one, "stages": (one,) * stages, "sizes": value, "h": "fp64", "batch": "i32", "n": "i32"}
@@ -44,7 +44,7 @@ values = {name: value for name in ("error", "action", "square", "mean")}
 build(
     gpu._finish,
     types | values | {"x1": one, "sums": value},
-    numbers | has | rows | {"has_state": True, "parts": parts, "span": 512},
+    numbers | flags | rows | {"has_state": True, "parts": parts, "span": 512},
 )
 build(
     gpu._finish_backward,
@@ -57,17 +57,17 @@ build(
 if parts > 1:
     types = {"sums": value, "sizes": value, "h": "fp64", "batch": "i32", "n": "i32"} | values
     del rows["COLS"]
-    build(gpu._add_parts, types, has | rows | {"parts": parts, "ROWS": 128})
+    build(gpu._add_parts, types, flags | rows | {"parts": parts, "ROWS": 128})
 """
 
 
 def run(*command, **environment):
-    made = subprocess.run(
+    process = subprocess.run(
         [sys.executable, *command], cwd=HERE.parents[1], text=True, capture_output=True,
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), **environment},
     )  # fmt: skip
-    assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
-    return made.stdout
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    return process.stdout
 
 
 @pytest.mark.parametrize("which", ["one_gradient or launches", pytest.param("test", marks=pytest.mark.slow)])

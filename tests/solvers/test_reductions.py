@@ -92,12 +92,12 @@ def laid_out(r, layout):
     seed=st.integers(0, 10_000),
 )
 def test_any_shape_dtype_and_layout(name, batch, features, dtype, layout, magnitude, seed):
-    made = torch.randn(batch, *features, generator=torch.Generator().manual_seed(seed), dtype=D)
-    r = laid_out((magnitude * made).to(dtype), layout)
+    noise = torch.randn(batch, *features, generator=torch.Generator().manual_seed(seed), dtype=D)
+    r = laid_out((magnitude * noise).to(dtype), layout)
     if name == "weighted_action" and dtype in (torch.bfloat16, torch.float16):
-        return  # its stages are made in that precision
-    found, expected = OURS[name](r), REFERENCE[name](r.double())
-    for ours, theirs in zip(found, expected, strict=True):
+        return  # its stages have that precision
+    values, expected = OURS[name](r), REFERENCE[name](r.double())
+    for ours, theirs in zip(values, expected, strict=True):
         assert ours.shape == (batch,)
         assert ours.dtype == torch.promote_types(dtype, torch.float32)
         torch.testing.assert_close(ours.double(), theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 1e-3)
@@ -135,11 +135,11 @@ def test_gradients_are_those_of_the_reference_in_the_dtype_of_the_operand(name, 
 @pytest.mark.parametrize("name", NAMES)
 def test_at_rest_values_and_gradients_are_finite(name):
     r = torch.zeros(2, 3, requires_grad=True)
-    found = OURS[name](r)
-    (grad,) = torch.autograd.grad(sum(v.sum() for v in found), r)
+    values = OURS[name](r)
+    (grad,) = torch.autograd.grad(sum(v.sum() for v in values), r)
     assert grad.isfinite().all()
     if name != "weighted_action":
-        assert all(torch.equal(v, torch.zeros(2)) for v in found)
+        assert all(torch.equal(v, torch.zeros(2)) for v in values)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,8 +160,8 @@ def test_transforms(name):
     for i, one in enumerate((r, direction)):
         torch.testing.assert_close(tuple(v[i] for v in mapped), OURS[name](one))
     leaf = r.clone().requires_grad_()
-    found, tangents = torch.func.jvp(OURS[name], (r,), (direction,))
-    torch.testing.assert_close(found, OURS[name](r))
+    values, tangents = torch.func.jvp(OURS[name], (r,), (direction,))
+    torch.testing.assert_close(values, OURS[name](r))
     for i, tangent in enumerate(tangents):
         (grad,) = torch.autograd.grad(OURS[name](leaf)[i].sum(), leaf)
         torch.testing.assert_close(tangent.sum(), (grad * direction).sum())
@@ -271,13 +271,13 @@ def test_an_evaluation_reads_its_operands_by_one_operator_forward_and_one_backwa
     seed=st.integers(0, 10_000),
 )
 def test_the_finish_of_a_step(solver, batch, features, dtype, layout, scaled, sized, seed):
-    tableau, made = get_tableau(solver), torch.Generator().manual_seed(seed)
-    draw = lambda: laid_out(torch.randn(batch, *features, generator=made, dtype=D).to(dtype), layout)  # noqa: E731
+    tableau, generator = get_tableau(solver), torch.Generator().manual_seed(seed)
+    draw = lambda: laid_out(torch.randn(batch, *features, generator=generator, dtype=D).to(dtype), layout)  # noqa: E731
     x0, p = draw(), [draw() for _ in range(tableau.stages)]
-    h = torch.rand(batch, generator=made) + 0.1 if sized else 0.3
+    h = torch.rand(batch, generator=generator) + 0.1 if sized else 0.3
     tolerances = {"rtol": 0.1, "atol": 0.01} if scaled else {}
     error = tableau.error_weights is not None
-    x1, found = finish_step(x0, p, tableau, h, error=error, action=True, residue=True, **tolerances)
+    x1, values = finish_step(x0, p, tableau, h, error=error, action=True, residue=True, **tolerances)
     wide, size = [q.double() for q in p], h.double().reshape(-1, *[1] * len(features)) if sized else h
     r = sum(w * q for w, q in zip(tableau.b, wide, strict=True))
     expected = x0.double() + size * r
@@ -285,15 +285,15 @@ def test_the_finish_of_a_step(solver, batch, features, dtype, layout, scaled, si
     near = TOLERANCE[dtype] if dtype in (torch.float64, torch.float32) else 2e-2
     torch.testing.assert_close(x1.double(), expected, rtol=near, atol=near)
     near = 1e-4 if dtype == torch.float32 else near
-    torch.testing.assert_close(found["residue"].double(), r.square().flatten(1).mean(1), rtol=near, atol=near)
+    torch.testing.assert_close(values["residue"].double(), r.square().flatten(1).mean(1), rtol=near, atol=near)
     action = sum(w * q.square().flatten(1).mean(1) for w, q in zip(tableau.b, wide, strict=True))
     action = action * (h.double() if sized else h)
-    torch.testing.assert_close(found["action"].double(), action, rtol=near, atol=near)
+    torch.testing.assert_close(values["action"].double(), action, rtol=near, atol=near)
     if error:
         eps = size * sum(w * q for w, q in zip(tableau.error_weights, wide, strict=True))
         eps = eps / (0.01 + 0.1 * torch.maximum(x0.double().abs(), expected.abs())) if scaled else eps
         torch.testing.assert_close(
-            found["error"].double(), eps.square().flatten(1).mean(1).sqrt(), rtol=near, atol=near
+            values["error"].double(), eps.square().flatten(1).mean(1).sqrt(), rtol=near, atol=near
         )
 
 
@@ -304,8 +304,8 @@ def test_gradients_of_the_finish_of_a_step(check, scaled, sized):
     tolerances = {"rtol": 0.1, "atol": 0.01} if scaled else {}
 
     def finish(h, x0, *p):
-        x1, found = finish_step(x0, p, get_tableau("bs23"), h, error=True, action=True, residue=True, **tolerances)
-        return x1, *found.values()
+        x1, values = finish_step(x0, p, get_tableau("bs23"), h, error=True, action=True, residue=True, **tolerances)
+        return x1, *values.values()
 
     operands = [torch.randn(2, 3, dtype=D, requires_grad=True) for _ in range(5)]
     h = torch.rand(2, dtype=D, requires_grad=True) if sized else 0.3
@@ -335,19 +335,19 @@ def test_each_gradient_alone_is_that_of_the_expression(of, needed, monkeypatch):
 
 def test_a_stage_that_is_not_read_spoils_nothing():
     x0, *p = torch.randn(4, 2, 3).requires_grad_()
-    x1, found = finish_step(
+    x1, values = finish_step(
         x0, [*p, torch.full_like(x0, math.nan)], get_tableau("bs23"), 0.1, action=True, residue=True
     )
-    (x1.sum() + sum(v.sum() for v in found.values())).backward(inputs=[x0])
+    (x1.sum() + sum(v.sum() for v in values.values())).backward(inputs=[x0])
     assert x1.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_no_numbers_no_error(shape):
     x0 = torch.zeros(shape, requires_grad=True)
-    x1, found = finish_step(x0, [x0, x0], get_tableau("heun"), 0.1, error=True, action=True, residue=True)
+    x1, values = finish_step(x0, [x0, x0], get_tableau("heun"), 0.1, error=True, action=True, residue=True)
     assert x1.shape == shape
-    assert all(len(v) == len(x0) for v in found.values())
+    assert all(len(v) == len(x0) for v in values.values())
     x1.sum().backward()
 
 
@@ -381,9 +381,9 @@ def test_threads_change_no_bit(route):
     assert all(torch.equal(a, b) for a, b in zip(one_thread, three_threads, strict=True))
 
 
-def finish(solver="heun", stages=2, p=0, h=0.1, **asked):
+def finish(solver="heun", stages=2, p=0, h=0.1, **options):
     x0 = torch.ones(2, 2)
-    return finish_step(x0, [x0 if isinstance(p, int) else p] * stages, get_tableau(solver), h, **asked)
+    return finish_step(x0, [x0 if isinstance(p, int) else p] * stages, get_tableau(solver), h, **options)
 
 
 @pytest.mark.parametrize(
@@ -440,9 +440,9 @@ def test_bad_arguments_are_named(call, error, message):
 def test_the_displacement_between_two_states_is_not_kept():
     generator = torch.Generator().manual_seed(0)
     x0, x1 = (torch.randn(4, 20000, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    found = displaced(x0, x1)
-    torch.testing.assert_close(found, mean_square_and_cosine(x1 - x0))
-    ours = torch.autograd.grad([v.sum() for v in found], [x0, x1])
+    values = displaced(x0, x1)
+    torch.testing.assert_close(values, mean_square_and_cosine(x1 - x0))
+    ours = torch.autograd.grad([v.sum() for v in values], [x0, x1])
     plain = torch.autograd.grad([v.sum() for v in mean_square_and_cosine(x1 - x0)], [x0, x1])
     torch.testing.assert_close(ours, plain)
     with pytest.raises(ValueError, match="x0 and x1 must have one shape"):
@@ -454,20 +454,20 @@ def test_the_displacement_between_two_states_is_not_kept():
 def test_a_single_stage_is_found_again_from_the_states(route, h, without):
     x0, p = (torch.randn(3, 20000, dtype=torch.float64, requires_grad=True) for _ in range(2))
     euler = get_tableau("euler")
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
-        x1, found = finish_step(x0, (p,), euler, h, action=True, residue=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        x1, values = finish_step(x0, (p,), euler, h, action=True, residue=True)
     assert x1 is not None
     if route != "expression":
-        assert {x0.data_ptr(), x1.data_ptr()} <= set(kept)
-        assert p.data_ptr() not in kept
+        assert {x0.data_ptr(), x1.data_ptr()} <= set(saved)
+        assert p.data_ptr() not in saved
 
-    def loss(x1, found):
-        of_action = 0 if without == "action" else found["action"].sum()
-        return x1.square().sum() + of_action + (without != "residue") * (found["residue"] * found["cosine"]).sum()
+    def loss(x1, values):
+        of_action = 0 if without == "action" else values["action"].sum()
+        return x1.square().sum() + of_action + (without != "residue") * (values["residue"] * values["cosine"]).sum()
 
-    once = torch.autograd.grad(loss(x1, found), [x0, p], retain_graph=True)
-    ours = torch.autograd.grad(loss(x1, found), [x0, p], create_graph=True)
+    once = torch.autograd.grad(loss(x1, values), [x0, p], retain_graph=True)
+    ours = torch.autograd.grad(loss(x1, values), [x0, p], create_graph=True)
     plain_x1 = x0 + h * p
     plain = {
         "action": h * p.square().mean(1),
