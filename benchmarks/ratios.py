@@ -79,18 +79,20 @@ def networks() -> dict[str, Case]:
     """Networks that are measured, over the same without."""
     from torchvision.models import resnet18
 
-    from odenets import adapt, measures, models
+    from odenets import Flow, adapt, measures, models
 
-    x = torch.randn(16, 3, 32, 32)
+    images, vectors = torch.randn(16, 3, 32, 32), torch.randn(512, 128)
     result = {}
     for name, network in {
+        "flow of MLPs, BS23": Flow(solver="bs23", depth=4),
         "ResNet-9, Euler": models.resnet9(3, 10, size=32, solver="euler"),
         "ResNet-9, BS23": models.resnet9(3, 10, size=32, solver="bs23"),
         "small network, BS23": models.small_network(3, 10, size=32, solver="bs23", depth=4),
         "adapted ResNet-18": adapt(resnet18(num_classes=10)),
     }.items():
+        x = vectors if isinstance(network, Flow) else images
 
-        def train(network: torch.nn.Module = network, **recorded: object) -> None:
+        def train(network: torch.nn.Module = network, x: Tensor = x, **recorded: object) -> None:
             output, records = network.record(x, **recorded)  # type: ignore[operator]
             loss = output.square().mean() + sum(values.mean() for values in records.values())
             loss.backward()

@@ -5,8 +5,8 @@ The functions check their arguments and call one of two operators of ``torch.lib
 cached blocks on CPUs and Triton kernels on GPUs. Under ``torch.compile``, the transforms of ``torch.func`` and
 forward-mode differentiation, for complex numbers, and for the few numbers that a call of an operator would cost more
 than it saves, they use the plain expression, which a compiler fuses, and which can be transformed and has tangents.
-Sums are accumulated in float32 or wider, and come in that precision. Sums of operands as they are do not depend on the
-number of threads; what torch adds up elementwise first, such as x1, may in its last bit.
+Sums are accumulated in float32 or wider, and come in that precision. The operators' are taken over segments that the
+shape alone decides: on a CPU they are the same to the bit whatever the number of threads.
 """
 
 from __future__ import annotations
