@@ -185,6 +185,9 @@ class _Sums:
 
     def _segments(self, block: Block, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The sums of the whole segments of a block beside their numbers, and of the rest."""
+        if self.sums.shape[1] == 1:
+            yield self.sums[block[0], 0], x
+            return
         sums = self.sums[block[0], block[1].start // self.length :]
         whole = x.shape[1] // self.length
         if whole:
