@@ -18,14 +18,14 @@ class FinishStep(torch.autograd.Function):
     """The operator with its gradients for eager calls: torch.library searches nested arguments, which takes longer."""
 
     @staticmethod
-    def forward(ctx: Any, x0: Tensor | None, sizes: Tensor | None, numbers: Any, *stages: Tensor) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, x0: Tensor | None, sizes: Tensor | None, numbers: Any, *stages: Tensor) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
         inputs = (x0, stages, sizes, *numbers)
         values = torch.ops.solvers.finish_step.default(*inputs)
         keep_step(ctx, inputs, values)
         return values
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
         of_x0, of_stages, of_sizes = _step_gradients(ctx, outer)
         return (of_x0, of_sizes, None, *of_stages)
 
@@ -34,13 +34,13 @@ class RowMoments(torch.autograd.Function):
     """As :class:`FinishStep`."""
 
     @staticmethod
-    def forward(ctx: Any, numbers: Any, *rows: Tensor) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, numbers: Any, *rows: Tensor) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
         values = torch.ops.solvers.row_moments.default(rows, *numbers)
         keep_rows(ctx, (rows, *numbers), values)
         return values
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
         return (None, *_moments_gradients(ctx, outer))
 
 

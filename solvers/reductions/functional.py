@@ -108,7 +108,7 @@ def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float
     """
     read, used = _read(stages, weights)
     spec = ReductionSpec(b=used, e=(0.0,) * len(used), action=True)
-    return _finish_step(None, read, _per_sample(h, read[0]), spec).action  # type: ignore[return-value]
+    return _finish_step(None, read, _per_sample(h, read[0]), spec).action  # type: ignore[return-value]  # spec computes it
 
 
 def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
         return combination(x, stages, weights, h)
     used = tuple(w for _, w in pairs)
     spec = ReductionSpec(b=used, e=(0.0,) * len(used), state=True)
-    return operator.finish_step(x, [p for p, _ in pairs], sizes, spec).x1  # type: ignore[return-value]
+    return operator.finish_step(x, [p for p, _ in pairs], sizes, spec).x1  # type: ignore[return-value]  # spec computes it
 
 
 def finish_step(
@@ -317,7 +317,7 @@ def _per_sample(h: float | Tensor, x: Tensor) -> float | Tensor:
     sizes = _sizes(h, x)
     if sizes is None:
         raise ValueError(
-            f"h must be a number or one per sample on {x.device}, got shape {tuple(h.shape)} on {h.device} "  # type: ignore[union-attr]
+            f"h must be a number or one per sample on {x.device}, got shape {tuple(h.shape)} on {h.device} "  # type: ignore[union-attr]  # a tensor, else there are sizes
             f"for {len(x)} samples"
         )
     return sizes

@@ -256,7 +256,7 @@ def finish_step_backward(
 ) -> list[Tensor | None]:
     """As :func:`solvers.reductions.aten.finish_step_backward`, with ``<|r|^power>`` for the mean square."""
     if ends:
-        stages = [(stages[0] - x0) / (h * spec.b[0])]  # type: ignore[operator]
+        stages = [(stages[0] - x0) / (h * spec.b[0])]  # type: ignore[operator]  # ends has x0
     operands = rows_of(list(stages) if grads.x1 is None else [*stages, grads.x1])
     first, batch = operands[0], len(operands[0])
     n, wide = first[0].numel(), wide_dtype(first)
@@ -283,7 +283,7 @@ def row_moments(
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`solvers.reductions.reference.row_moments`."""
     values = finish_step(None, rows, 1.0, _residue(weights), power)
-    return values.square, values.mean if mean else None  # type: ignore[return-value]
+    return values.square, values.mean if mean else None  # type: ignore[return-value]  # spec computes it
 
 
 def row_moments_backward(
