@@ -171,16 +171,8 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     }
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    details=details,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda c: replace(c, orthogonal=(0.1, 1.0), normal=(0.1,), instances=3, epochs=1, train_size=100),
     selects=("orthogonal", "normal"),
     seeds=lambda config, job: range(config.instances),

@@ -129,16 +129,10 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     return {"fig_21": lambda: draw(outcome.detail("action"), lines=outcome.detail("quantiles"))}
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
+EXPERIMENT = Experiment.of(
+    __name__,
     jobs=jobs,
-    train=train,
-    summarize=summarize,
     columns=columns,
-    verdict=verdict,
-    details=details,
-    figures=figures,
     quick=lambda c: replace(c, seeds=2, train_size=200, pool_size=200, epochs=2, epsilons=c.epsilons[:2]),
     selects=("methods", "seeds"),
     cost=lambda config, job: 2,

@@ -105,7 +105,7 @@ class Job:
         return f"{self.network.replace(' ', '-')}-T{self.total_time:g}-seed{self.seed}"
 
 
-def split(config: Config) -> Split:
+def parts_of(config: Config) -> Split:
     """The data, cut the same for every job."""
     return images.split(config.dataset, config.folder, config.train_size, config.test_size)
 
@@ -155,7 +155,7 @@ def build(config: Config, dataset: TensorData, job: Job) -> Network:
 
 def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     """Train and evaluate one network."""
-    parts = split(config)
+    parts = parts_of(config)
     augmented = parts.train.x.shape[-1] > 8 and "mnist" not in config.dataset
     batches = Batches(parts.train, config.batch_size, seed=job.seed, crop=4 * augmented, flip=augmented)
     checked = parts.validation.subset(torch.arange(min(config.check_samples, len(parts.validation))))
@@ -278,15 +278,8 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     }
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=split,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda config: replace(config, seeds=(0,), epochs=2, train_size=300, deep=4, max_depth=8),
     selects=("seeds", "deep", "total_time", "long_time"),
     cost=lambda config, job: config.epochs,

@@ -320,14 +320,8 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     return drawn
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda config: replace(config, instances=4, epochs=3),
     selects=("tables",),
     settings=lambda config, cell: asdict(SETTINGS[cell.table]),

@@ -202,15 +202,8 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     return {Job(method).name: partial(pictures, Job(method).name) for method in METHODS}
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda config: replace(config, train_size=200, epochs=2, pretraining=2),
     seeds=lambda config, job: (config.seed,),
     cost=lambda config, job: config.pretraining if job.method == "autoencoder" else config.epochs,

@@ -167,16 +167,9 @@ def clock(config: Config, job: Job, network: Network, train: TensorData, pool: T
     return {"seconds": row, "images": len(pool)}
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=columns,
-    verdict=verdict,
-    details=details,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
+    jobs=jobs, summarize=summarize, columns=columns, verdict=verdict, details=details, figures=figures,
     quick=lambda c: replace(
         c, seeds=2, methods=c.methods[:1], attacks=c.attacks[:2], train_size=200, pool_size=200, epochs=3, iterations=2,
         magnitudes=(0.0,), starts=1, rounds=1, queries=(2, 100), steps=10,

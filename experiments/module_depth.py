@@ -280,20 +280,10 @@ def quick(config: Config) -> Config:
     return replace(config, learning_rates=(0.05,), taus=(0.1, 1.0))
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    details=details,
-    figures=figures,
-    quick=quick,
+EXPERIMENT = Experiment.of(
+    __name__,
     selects=("conditions", "seeds", "tuning", "learning_rates", "taus"),
     settings=lambda config, job: asdict(CONDITIONS[job.condition]),
-    cost=cost,
     keys=("name", "seed"),
 )
 

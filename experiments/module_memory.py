@@ -261,13 +261,8 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
     return lines
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda config: replace(config, networks=("resnet110",), batch_size=8),
     selects=("networks", "methods"),
     seeds=lambda config, job: (),

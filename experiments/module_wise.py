@@ -299,7 +299,7 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     }
 
 
-def decisive(config: Config, job: Job) -> dict[str, Any]:
+def settings(config: Config, job: Job) -> dict[str, Any]:
     """What the setting holds."""
     return {name: value for name, value in vars(config.table).items() if name not in ("build", "thesis")}
 
@@ -312,19 +312,10 @@ def listing() -> str:
     return table(({"name": name} | vars(setting) for name, setting in SETTINGS.items()), columns)
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda config: replace(config, seeds=2, tuning=2),
     selects=("seeds", "tuning", "rivals", "sizes", "schedules", "list"),
-    settings=decisive,
-    cost=cost,
     keys=("name", "seed"),
 )
 

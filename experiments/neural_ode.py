@@ -55,7 +55,7 @@ from odenets.training.state import Training
 from solvers import Tolerance
 
 
-def split(config: Config) -> Split:
+def parts_of(config: Config) -> Split:
     """The data, cut the same for every job."""
     return images.split(config.dataset, config.folder, config.train_size, config.test_size)
 
@@ -135,7 +135,7 @@ class Metered(Callback):
 
 def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     """Train and measure one network."""
-    parts = split(config)
+    parts = parts_of(config)
     batches = Batches(parts.train.to(config.device), config.batch_size, seed=job.seed)
     validation, test = (Batches(part.to(config.device), 500) for part in (parts.validation, parts.test))
     network = build(config, parts.train, job.way, job.seed)
@@ -280,15 +280,8 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     }
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=split,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda config: replace(config, seeds=config.seeds[:1], epochs=1, train_size=200, test_size=100, probes=1),
     selects=("seeds", "ways"),
     cost=lambda config, job: config.epochs,

@@ -192,15 +192,8 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     return {"fig_14": lambda: intervals(series, xlabel="blocks", ylabel="test accuracy (%)")}
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    figures=figures,
+EXPERIMENT = Experiment.of(
+    __name__,
     quick=lambda config: replace(
         config, depths=(2, 4), instances=2, tuning=2, epochs=2, learning_rates=(0.01,), lambdas=(1.0,)
     ),

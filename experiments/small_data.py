@@ -209,15 +209,8 @@ def quick(config: Config) -> Config:
     return replace(config, learning_rates=(0.03,), weights=(1.0,), lambdas=(1.0,))
 
 
-EXPERIMENT = Experiment(
-    config=Config,
-    data=parts_of,
-    jobs=jobs,
-    train=train,
-    summarize=summarize,
-    columns=COLUMNS,
-    verdict=verdict,
-    quick=quick,
+EXPERIMENT = Experiment.of(
+    __name__,
     selects=(
         *("sizes", "conditions", "instances", "tuning", "learning_rates", "weights", "lambdas"),
         *("protocol_only", "together"),

@@ -8,7 +8,7 @@ A script is a frozen :class:`~lab.config.Config`, jobs, what to train, what to r
     def train(config, job, run, report):    # in a worker; run keeps checkpoints, report moves the progress bar
         return {"accuracy": ...}        # stands in the job's summary, beside the job's own fields and its name
 
-    EXPERIMENT = Experiment(config=Config, jobs=jobs, train=train, ...)
+    EXPERIMENT = Experiment.of(__name__, selects=("depths",), ...)
 
     if __name__ == "__main__":
         command(EXPERIMENT, __doc__)
@@ -21,9 +21,10 @@ table and the figures of a finished run again, and says what it lacks for the ot
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -95,6 +96,20 @@ class Experiment(Generic[C, J]):
     details: Callable[[C, list[Row]], Mapping[str, Any]] = lambda config, results: {}
     figures: Callable[[C, Outcome], Figures] = lambda config, outcome: {}
     keys: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, script: str, **others: Any) -> Experiment[Any, Any]:
+        """The experiment of a script, whose ``Config``, ``COLUMNS`` and functions have the names above; and others.
+
+        What loads the data is ``parts_of`` there.
+
+        Raises:
+            TypeError: the script lacks something, which the message names.
+        """
+        names = {field.name: field.name for field in fields(cls) if field.name not in ("keys", "seeds", "selects")}
+        names |= {"config": "Config", "columns": "COLUMNS", "data": "parts_of"}
+        here = vars(sys.modules[script])
+        return cls(**{name: here[its] for name, its in names.items() if its in here} | others)
 
     def text(self, config: C, rows: list[Row], verdict: list[str]) -> str:
         """Table and verdict."""

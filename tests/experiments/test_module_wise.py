@@ -12,7 +12,6 @@ from module_wise import (
     build,
     candidates,
     choose,
-    decisive,
     lengths,
     main,
     objective,
@@ -84,7 +83,7 @@ def test_one_classifier_for_all_where_the_thesis_has_one():
 
 
 def test_what_decides_a_job_is_written_down():
-    setting = decisive(TINY, candidates(TINY)[0])
+    setting = EXPERIMENT.settings(TINY, candidates(TINY)[0])
     assert setting["sizes"] == (60,)
     assert setting["same_head"] is False
 

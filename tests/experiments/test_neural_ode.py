@@ -2,7 +2,7 @@ from itertools import islice
 
 import pytest
 import torch
-from neural_ode import EXPERIMENT, Meter, cost_of_action, split, step, step_memory
+from neural_ode import EXPERIMENT, Meter, cost_of_action, parts_of, step, step_memory
 from neural_ode_setup import Config, build, field_of
 
 from lab.experiment import run
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts():
-    return split(Config(train_size=100))
+    return parts_of(Config(train_size=100))
 
 
 @pytest.fixture

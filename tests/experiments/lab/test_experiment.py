@@ -160,3 +160,10 @@ def test_processes_are_those_of_the_device():
 def test_shares_in_percent_and_paired_differences():
     assert percent([0.25, 0.5]).values == (25.0, 50.0)
     assert paired([3.0, 2.0], [1.0, 1.0]).values == (2.0, 1.0)
+
+
+def test_a_script_s_experiment_is_made_of_its_names_and_it_is_said_what_it_lacks():
+    here = Experiment.of(__name__, summarize=len, columns={}, verdict=len, quick=len)
+    assert (here.config, here.jobs, here.train, here.selects) == (Config, jobs, train, ())
+    with pytest.raises(TypeError, match="'summarize', 'columns', 'verdict', and 'quick'"):
+        Experiment.of(__name__)
