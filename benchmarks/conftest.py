@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from lab.environment import environment
+from lab.runs import environment
 
 
 @pytest.fixture(params=["cpu", "cuda"])

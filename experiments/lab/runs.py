@@ -1,17 +1,19 @@
-"""A folder per training or experiment: a run of the library that records commits, and what it was made in."""
+"""A folder per training or experiment: a run of the library that records commits and what it was made in."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lab.environment import environment
+import odenets
 from odenets.training import runs
 
-__all__ = ["Run"]
+__all__ = ["Run", "environment"]
 
 
 class Run(runs.Run):
@@ -48,3 +50,35 @@ class Run(runs.Run):
     def finish(self, results: Mapping[str, Any], *, seeds: list[int], started: float | None = None) -> None:
         super().finish(results, seeds=seeds, started=started)
         (self.folder / "parts.json").unlink(missing_ok=True)
+
+
+def environment(folder: Path = Path(__file__).parent) -> dict[str, Any]:
+    """:func:`odenets.training.runs.environment` and commits, None outside of repositories.
+
+    ``commit`` is that of a folder's repository, here that of the experiments; ``modified`` tells whether tracked files
+    differ from it, or Python files are not in it. Where the package odenets lies in a repository, ``package_commit`` is
+    that one's, with "-dirty" where files differ.
+    """
+    commit = _git(folder, "rev-parse", "--verify", "HEAD")
+    modified = None
+    if commit is not None:
+        files = _git(folder, "status", "--porcelain", "--untracked-files=all")
+        modified = files is None or any(line[:2] != "??" or line.endswith(".py") for line in files.splitlines())
+    here = Path(odenets.__file__).resolve()
+    package = None
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name):
+        package = _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return runs.environment() | {"commit": commit, "modified": modified, "package_commit": package}
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What git answers for a folder; None where it fails or is not there."""
+    names = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}  # which a hook sets, of another repository
+    variables = {name: value for name, value in os.environ.items() if name not in names}
+    try:
+        done = subprocess.run(
+            ["git", "-C", folder, *command], env=variables, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

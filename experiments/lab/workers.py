@@ -43,24 +43,17 @@ class Workers:
     def __init__(self, workers: int = 1, threads: int = 1) -> None:
         if workers < 1 or threads < 1:
             raise ValueError(f"workers and threads must be at least 1, got {workers} and {threads}")
-        self.workers, self.threads, self.entered = workers, threads, False
-
-    def __enter__(self) -> Workers:
-        self.entered = True
-        if self.workers == 1:
-            self._before = torch.get_num_threads()
-            torch.set_num_threads(self.threads)
-        else:
+        self.workers, self.threads = workers, threads
+        if workers > 1:
             context = multiprocessing.get_context("spawn")
             self._progress = context.SimpleQueue()
-            self._pool = ProcessPoolExecutor(self.workers, context, _start, (self.threads, self._progress))
+            self._pool = ProcessPoolExecutor(workers, context, _start, (threads, self._progress))
+
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.entered = False
-        if self.workers == 1:
-            torch.set_num_threads(self._before)
-        else:
+        if self.workers > 1:
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def map(self, work: Callable[[T, Report], R], items: Sequence[T], *, total: int, label: str) -> list[R]:
@@ -74,13 +67,15 @@ class Workers:
 
         Raises:
             Exception: the first that a job raised; jobs not yet begun are dropped.
-            RuntimeError: outside of a ``with`` statement.
         """
-        if not self.entered:
-            raise RuntimeError("Workers must be used in a with statement, with Workers(...) as workers: ...")
         with tqdm(total=total, desc=label, unit="epoch") as bar:
             if self.workers == 1:
-                return [work(item, bar.update) for item in items]
+                before = torch.get_num_threads()
+                torch.set_num_threads(self.threads)
+                try:
+                    return [work(item, bar.update) for item in items]
+                finally:
+                    torch.set_num_threads(before)
             futures = [self._pool.submit(_run, work, item) for item in items]
             pending = set(futures)
             while pending:
@@ -103,11 +98,9 @@ class Workers:
         """The summaries of jobs that each leave a finished run in a folder; those that are there are read, not run.
 
         Args:
-            work: a function at the top of a module, as for :meth:`map`.
-            jobs: picklable arguments; the dearest are begun first.
+            work, jobs, label: as for :meth:`map`; the dearest jobs are begun first.
             folder: of a job.
             cost: units of work of a job.
-            label: of the progress bar.
 
         Raises:
             ValueError: two jobs have one folder.

@@ -117,15 +117,6 @@ def test_after_a_resume_the_summary_states_commit_and_seconds_of_every_part(conf
     assert not list(config.output.rglob("parts.json"))
 
 
-def test_a_part_without_a_checkpoint_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "environment", lambda: {"commit": "one", "modified": False})
-    runs.Run(tmp_path / "run", {}).begin()
-    again = runs.Run(tmp_path / "run", {}, resume=True)
-    again.begin()
-    again.finish({}, seeds=[0])
-    assert len(read_summary(tmp_path / "run")["environment"]["parts"]) == 1
-
-
 def test_a_finished_run_is_drawn_again_and_says_what_it_lacks(config):
     run(EXPERIMENT, config)
     text = (config.output / "table.md").read_text()

@@ -41,16 +41,6 @@ def test_arguments_are_checked():
         Workers(0)
 
 
-def test_workers_work_within_a_with_statement():
-    pool = Workers(1)
-    with pytest.raises(RuntimeError, match="must be used in a with statement"):
-        pool.map(work, [1], total=1, label="jobs")
-    with pool:
-        pool.map(work, [1], total=1, label="jobs")
-    with pytest.raises(RuntimeError, match="must be used in a with statement"):
-        pool.map(work, [1], total=1, label="jobs")
-
-
 def test_jobs_that_would_write_over_one_another_are_refused(tmp_path):
     with Workers(1) as pool, pytest.raises(ValueError, match=r"a folder of their own, got twice: .*1$"):
         pool.complete(lambda job, report: None, [1, 2, 3], lambda job: tmp_path / str(job % 2), cost=int, label="jobs")
