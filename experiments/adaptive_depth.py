@@ -18,35 +18,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning_fabric import Fabric
 
 from lab import images
-from lab.config import Config as CommonConfig
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.plotting import depth as depth_figures
-from lab.progress import Progress
 from lab.results import groups
 from lab.statistics import mean_interval
+from lab.training import TrainingConfig, fit_network, parts_of
 from odenets import Network, models
 from odenets.checkpoints import save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
-from odenets.training.data import Batches, Split, TensorData
+from odenets.training.data import Batches, TensorData
 from odenets.training.evaluation import evaluate, evaluate_schemes
-from odenets.training.loop import Callback, fit
+from odenets.training.loop import Callback
 from odenets.training.runs import read_metrics
 from solvers import get_tableau
 
 
 @dataclass(frozen=True)
-class Config(CommonConfig):
+class Config(TrainingConfig):
     """What is trained.
 
     Attributes:
-        dataset: digits, circles and moons come with scikit-learn, the others through torchvision.
-        folder: where torchvision's files lie; without it they are downloaded once.
-        train_size: samples for training and validation, stratified; 0 takes all.
-        test_size: the same for the test.
         tolerance: largest embedded error of a block, root mean square over features, mean over samples.
         K: blocks are merged below ``tolerance / K``.
         check_samples: validation samples on which the errors are measured after an epoch.
@@ -57,19 +51,11 @@ class Config(CommonConfig):
         max_depth: largest number of blocks.
         total_time: sum of the step sizes.
         long_time: total time of the second part; 0 leaves it out.
-        seeds: of weights and batch order.
-        epochs: of every training.
-        batch_size: samples per step.
-        learning_rate: at the start, for SGD with momentum 0.9; a cosine brings it to 0.
         loss_limit: an epoch whose mean training loss is above this has diverged.
         full_passes: also test every embedded scheme by a pass of its own.
-        device: "cpu" or "cuda".
     """
 
     dataset: Literal["digits", "circles", "moons", "mnist", "fashion-mnist", "cifar10", "cifar100"] = "digits"
-    folder: Path | None = None
-    train_size: int = 0
-    test_size: int = 0
     tolerance: float = 3e-3
     K: float = 8.0
     check_samples: int = 128
@@ -78,13 +64,8 @@ class Config(CommonConfig):
     max_depth: int = 32
     total_time: float = 1.0
     long_time: float = 8.0
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 10
-    batch_size: int = 64
-    learning_rate: float = 0.02
     loss_limit: float = 20.0
     full_passes: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
     output: Path = Path("runs/adaptive_depth")
 
 
@@ -103,11 +84,6 @@ class Job:
     def name(self) -> str:
         """Of the job's folder."""
         return f"{self.network.replace(' ', '-')}-T{self.total_time:g}-seed{self.seed}"
-
-
-def parts_of(config: Config) -> Split:
-    """The data, cut the same for every job."""
-    return images.split(config.dataset, config.folder, config.train_size, config.test_size)
 
 
 def jobs(config: Config) -> Jobs[Job]:
@@ -159,25 +135,15 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     augmented = parts.train.x.shape[-1] > 8 and "mnist" not in config.dataset
     batches = Batches(parts.train, config.batch_size, seed=job.seed, crop=4 * augmented, flip=augmented)
     checked = parts.validation.subset(torch.arange(min(config.check_samples, len(parts.validation))))
-    callbacks: list[Callback] = [Progress(report, run)]
+    callbacks: list[Callback] = []
     if job.adaptive:
         rule = DepthRule(config.tolerance, config.K, config.max_depth)
         inputs = Batches(checked.to(config.device), 512).inputs
         callbacks.append(AdaptiveDepth(rule, inputs, until=config.epochs - config.epochs // 4))
     network = build(config, parts.train, job)
     try:
-        training = fit(
-            network,
-            batches,
-            epochs=config.epochs,
-            optimizer=lambda net: torch.optim.SGD(net.parameters(), config.learning_rate, momentum=0.9),
-            schedule=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs),
-            validation=Batches(parts.validation, 500),
-            callbacks=callbacks,
-            loss_limit=config.loss_limit,
-            run=run,
-            fabric=Fabric(accelerator=config.device, devices=1),
-        )
+        options = {"validation": Batches(parts.validation, 500), "loss_limit": config.loss_limit}
+        training = fit_network(config, network, batches, run, report, callbacks=callbacks, **options)
     except DivergedError as error:
         epochs = len(read_metrics(run.folder))
         report(config.epochs - epochs)

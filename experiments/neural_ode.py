@@ -33,31 +33,24 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from neural_ode_setup import Config, Job, build, field_of
 from torch import Tensor, nn
 
-from lab import images
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.plotting import cost_of_solves, solves_while_training
-from lab.progress import Progress
 from lab.results import groups
 from lab.statistics import mean_interval
+from lab.training import fit_network, parts_of
 from odenets import Flow, Network, measures
 from odenets.analysis.memory import measure_memory
 from odenets.checkpoints import save_weights
 from odenets.least_action import ActionPenalty
-from odenets.training.data import Batches, Split
+from odenets.training.data import Batches
 from odenets.training.evaluation import evaluate
-from odenets.training.loop import Callback, fit
+from odenets.training.loop import Callback
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.state import Training
 from solvers import Tolerance
-
-
-def parts_of(config: Config) -> Split:
-    """The data, cut the same for every job."""
-    return images.split(config.dataset, config.folder, config.train_size, config.test_size)
 
 
 def jobs(config: Config) -> Jobs[Job]:
@@ -141,17 +134,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     network = build(config, parts.train, job.way, job.seed)
     objective = ActionPenalty(config.weight) if job.action else CrossEntropy()
     with Meter(network, config.device) as meter:
-        rows = fit(
-            network,
-            batches,
-            epochs=config.epochs,
-            optimizer=lambda net: torch.optim.SGD(net.parameters(), config.learning_rate, momentum=0.9),
-            schedule=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs),
-            objective=objective,
-            callbacks=[Metered(meter, validation), Progress(report, run)],
-            run=run,
-            fabric=Fabric(accelerator=config.device, devices=1),
-        ).rows
+        options = {"objective": objective, "callbacks": [Metered(meter, validation)]}
+        rows = fit_network(config, network, batches, run, report, **options).rows
     save_weights(network, run.folder / "weights.safetensors")
     probes = list(islice(batches.epoch(config.epochs), config.probes))
     return {

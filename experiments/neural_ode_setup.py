@@ -14,7 +14,8 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from lab import images
-from lab.config import ImageConfig, check_at_least
+from lab.config import check_at_least
+from lab.training import TrainingConfig
 from odenets import Flow, Network
 from odenets.fields import ConvField
 from odenets.measures import Measure
@@ -26,52 +27,33 @@ Way = Literal["odeint bosh3", "odeint dopri5", "adjoint bosh3", "adjoint dopri5"
 
 
 @dataclass(frozen=True)
-class Config(ImageConfig):
+class Config(TrainingConfig):
     """What is trained.
 
     Attributes:
-        dataset: digits come with scikit-learn, MNIST through torchvision.
-        train_size: samples for training and validation, stratified; 0 takes all.
-        test_size: the same for the test.
         ways: who solves the flow, by which method.
         rtol, atol: of every solve.
         weight: of the mean action in the objective that has it.
         total_time: the flow runs over ``[0, total_time]``.
         features: channels of the state.
         time: whether the field reads t.
-        seeds: of weights and batch order.
-        epochs: of every training.
-        batch_size: samples per step.
-        learning_rate: at the start, for SGD with momentum 0.9; a cosine brings it to 0.
         probes: batches on which a trained network is measured.
-        device: "cpu" or "cuda".
 
     Raises:
         ValueError: a number is out of range, or a way unknown.
     """
 
     dataset: Literal["digits", "mnist"] = "digits"
-    train_size: int = 0
-    test_size: int = 0
-    ways: tuple[Way, ...] = (
-        "odeint bosh3",
-        "odeint dopri5",
-        "adjoint dopri5",
-        "flow bs23",
-        "flow dopri5",
-    )
+    ways: tuple[Way, ...] = ("odeint bosh3", "odeint dopri5", "adjoint dopri5", "flow bs23", "flow dopri5")
     rtol: float = 1e-3
     atol: float = 1e-6
     weight: float = 0.1
     total_time: float = 1.0
     features: int = 16
     time: bool = True
-    seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 3
-    batch_size: int = 64
     learning_rate: float = 0.05
     probes: int = 5
-    device: Literal["cpu", "cuda"] = "cpu"
     output: Path = Path("runs/neural_ode")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,73 @@
+"""A training that several experiments share: SGD on a part of a data set, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+
+from lab import images
+from lab.config import Config
+from lab.progress import Progress
+from lab.runs import Run
+from lab.workers import Report
+from odenets import Network
+from odenets.training.data import Batches, Split
+from odenets.training.loop import Callback, fit
+from odenets.training.state import Training
+
+__all__ = ["TrainingConfig", "fit_network", "parts_of"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Config):
+    """On what a network is trained, and how.
+
+    Attributes:
+        dataset: digits, circles and moons come with scikit-learn, the others through torchvision.
+        folder: where torchvision's files lie; without it they are downloaded once.
+        train_size: samples for training and validation, stratified; 0 takes all.
+        test_size: the same for the test.
+        seeds: of weights and batch order.
+        epochs: of every training.
+        batch_size: samples per step.
+        learning_rate: at the start, for SGD with momentum 0.9; a cosine brings it to 0.
+        device: "cpu" or "cuda".
+    """
+
+    dataset: str = "digits"
+    folder: Path | None = None
+    train_size: int = 0
+    test_size: int = 0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 0.02
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def parts_of(config: TrainingConfig) -> Split:
+    """The data, cut the same for every job."""
+    return images.split(config.dataset, config.folder, config.train_size, config.test_size)
+
+
+def fit_network(
+    config: TrainingConfig, network: Network, batches: Batches, run: Run, report: Report,
+    *, callbacks: Sequence[Callback] = (), **options: Any,
+) -> Training:  # fmt: skip
+    """Train a network; the options are those of :func:`odenets.training.loop.fit`."""
+    return fit(
+        network,
+        batches,
+        epochs=config.epochs,
+        optimizer=lambda net: torch.optim.SGD(net.parameters(), config.learning_rate, momentum=0.9),
+        schedule=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs),
+        callbacks=[*callbacks, Progress(report, run)],
+        run=run,
+        fabric=Fabric(accelerator=config.device, devices=1),
+        **options,
+    )
