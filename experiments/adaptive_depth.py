@@ -14,14 +14,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from lab import images
+from lab import images, plotting
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
-from lab.plotting import depth as depth_figures
 from lab.results import groups
 from lab.statistics import mean_interval
 from lab.training import TrainingConfig, fit_network, parts_of
@@ -236,11 +236,11 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
 
 def figures(config: Config, outcome: Outcome) -> Figures:
     """Depth over epochs, errors of the blocks, accuracy against cost."""
-    adaptive = lambda: depth_figures.epochs_of(outcome.metrics, "adaptive")  # noqa: E731
+    of = partial(plotting.epochs_of, networks="adaptive")
     return {
-        "depth": lambda: depth_figures.depth_and_steps(adaptive()),
-        "errors": lambda: depth_figures.block_errors(adaptive(), config.tolerance, config.K),
-        "cost": lambda: depth_figures.accuracy_against_cost(outcome.rows, depth_figures.epochs_of(outcome.metrics)),
+        "depth": lambda: plotting.depth_and_steps(of(outcome.metrics)),
+        "errors": lambda: plotting.block_errors(of(outcome.metrics), config.tolerance, config.K),
+        "cost": lambda: plotting.accuracy_against_cost(outcome.rows, plotting.epochs_of(outcome.metrics)),
     }
 
 

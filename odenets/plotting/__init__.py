@@ -7,21 +7,9 @@ with needs("experiments"):
 
 from odenets.plotting.detection import histograms, operating_characteristics
 from odenets.plotting.figures import save
-from odenets.plotting.transport import (
-    action_against_accuracy,
-    clouds,
-    displacements,
-    pictures,
-    refinement_by_block,
-)
+from odenets.plotting.transport import action_against_accuracy, clouds, displacements, pictures, refinement_by_block
 
 __all__ = [
-    "action_against_accuracy",
-    "clouds",
-    "displacements",
-    "histograms",
-    "operating_characteristics",
-    "pictures",
-    "refinement_by_block",
-    "save",
-]
+    "action_against_accuracy", "clouds", "displacements", "histograms", "operating_characteristics", "pictures",
+    "refinement_by_block", "save",
+]  # fmt: skip

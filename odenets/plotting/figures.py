@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-__all__ = ["MARKERS", "log_x", "new_figure", "save"]
+__all__ = ["MARKERS", "legend_beside", "log_x", "new_figure", "save"]
 
 MARKERS = "os^Dv<>p*X"
 
@@ -32,6 +32,11 @@ def log_x(axis: Axes) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def legend_beside(axis: Axes) -> None:
+    """A legend to the right of the axes."""
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
 
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:

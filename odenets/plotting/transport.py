@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from odenets.plotting.figures import MARKERS, log_x, new_figure
+from odenets.plotting.figures import MARKERS, legend_beside, log_x, new_figure
 from odenets.transport import Moves
 
 __all__ = ["action_against_accuracy", "clouds", "displacements", "pictures", "refinement_by_block"]
@@ -60,7 +60,7 @@ def action_against_accuracy(points: Mapping[str, tuple[Sequence[float], Sequence
     axis.plot(10**ends, np.polynomial.Polynomial.fit(x, y, 1)(ends), "k--", linewidth=1)
     log_x(axis)
     axis.set(xlabel="action on test images", ylabel="test accuracy (%)")
-    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+    legend_beside(axis)
     return figure
 
 
@@ -74,7 +74,7 @@ def refinement_by_block(blocks: Mapping[str, tuple[Sequence[Sequence[float]], Se
     axes[0, 0].set(xlabel="block", ylabel="displacement over state", yscale="log")
     axes[0, 1].set(xlabel="block", ylabel="cosine with the loss gradient")
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
-    axes[0, 1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+    legend_beside(axes[0, 1])
     return figure
 
 
