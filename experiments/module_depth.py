@@ -1,4 +1,4 @@
-"""Where greedy modules stagnate, and what the action does there (Figs 18, 42 and 43).
+"""Where greedy modules stagnate, and what the action does there [K24, figs 18, 42 and 43].
 
 The accuracy after each module, with the action and without, under conditions that might make early modules overfit and
 late ones add nothing or harm: modules in sequence, one classifier for all, many modules, few images, labels with noise.
@@ -12,21 +12,20 @@ the last epoch, over seeds that share images and weights. And the accuracy of th
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
+from matplotlib.figure import Figure
 
 from lab import images
-from lab.config import ImageConfig
-from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
-from lab.modules import accuracies, after_each_module, difference, in_modules
+from lab.config import ImageConfig, check_at_least
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Row, Run, command
+from lab.modules import accuracies, accuracy_row, difference, in_modules, over_modules, sgd_in_modules
 from lab.plotting import intervals
 from lab.results import best_settings, groups
 from lab.statistics import Interval, percent
 from odenets import initialize
-from odenets.module_wise import ModuleWise, fit_modules, greedy, trgl
+from odenets.module_wise import ModuleWise, greedy, trgl
 from odenets.training import datasets
 from odenets.training.data import Batches, TensorData
 
@@ -88,8 +87,7 @@ class Config(ImageConfig):
     def __post_init__(self) -> None:
         if unknown := set(self.conditions) - set(CONDITIONS):
             raise ValueError(f"conditions must be among {'; '.join(CONDITIONS)}, got {', '.join(sorted(unknown))}")
-        if min(self.seeds, self.tuning) < 2:
-            raise ValueError(f"seeds and tuning must be at least 2, got {self.seeds} and {self.tuning}")
+        check_at_least(self, 2, "seeds", "tuning")
 
 
 @dataclass(frozen=True)
@@ -129,25 +127,17 @@ def build(config: Config, condition: Condition, pool: TensorData, seed: int) -> 
     return initialize(modules, "orthogonal", 0.1)
 
 
-def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Train the modules of a job."""
     condition = CONDITIONS[job.condition]
     pool, validation, test = parts_of(config)
     part = training_images(pool, condition, job.seed)
     batches = Batches(part, config.batch_size, seed=job.seed, crop=0 if config.dataset == "digits" else 4)
     network = build(config, condition, pool, job.seed)
-    training = fit_modules(
-        network,
-        batches,
-        epochs=config.epochs,
-        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
-        objective=trgl(job.tau) if job.tau else greedy(),
-        schedule=condition.schedule,
-        cache="memory" if condition.schedule == "sequential" else None,
-        views=4,
-        report=report,
-    )
-    last = {row["module"]: row["train_accuracy"] for row in training.rows}
+    objective = trgl(job.tau) if job.tau else greedy()
+    epochs = {"epochs": config.epochs, "objective": objective, "report": report}
+    rows = sgd_in_modules(network, batches, job.learning_rate, condition.schedule, **epochs)
+    last = {row["module"]: row["train_accuracy"] for row in rows}
     results = accuracies(network, batches, validation, None if job.tuning else test)
     return results | {"train": [last[k + 1] for k in range(network.K)]}
 
@@ -168,16 +158,15 @@ def candidates(config: Config) -> list[Job]:
     ]
 
 
-def best(tuned: list[dict[str, Any]], condition: str, taus: tuple[float, ...]) -> tuple[float, float]:
+def best(tuned: list[Row], condition: str, taus: tuple[float, ...]) -> tuple[float, float]:
     """Learning rate and tau that served the last module best on validation images."""
     results = [r for r in tuned if r["condition"] == condition and r["tau"] in taus]
-    chosen = best_settings(
-        results, ("learning_rate", "tau"), within=("condition",), score=lambda r: r["validation"][-1:]
-    )
-    return chosen[condition,]["learning_rate"], chosen[condition,]["tau"]
+    names = ("learning_rate", "tau")
+    (chosen,) = best_settings(results, names, within=(), score=lambda r: r["validation"][-1:]).values()
+    return chosen["learning_rate"], chosen["tau"]
 
 
-def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
+def choose(config: Config, tuned: list[Row]) -> list[Job]:
     """What is reported: with the action and without, and under the first condition every tau."""
     first = config.conditions[0]
     ways = [(c, taus) for c in config.conditions for taus in ((0.0,), config.taus)]
@@ -186,23 +175,19 @@ def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
     return [Job(*each, seed, tuning=False) for each in settings for seed in range(config.seeds)]
 
 
-def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[Row]) -> list[Row]:
     """Two rows per condition, without the action and with it, differences paired over the seeds."""
     rows = []
-    for condition, group in groups(results, "condition").items():
+    for (condition,), group in groups(results, "condition").items():
         # what is best without the action comes first, then what is best with it; more taus follow them
         plain, action, *_ = groups(group, "learning_rate", "tau").values()
-        for method, found in (("VanGL", plain), ("TRGL", action)):
-            row: dict[str, Any] = {"condition": condition[0], "method": method}
-            row |= {name: found[0][name] for name in ("learning_rate", "tau")}
-            row["modules"] = after_each_module(found, "test")
-            row |= {"first": row["modules"][0], "last": row["modules"][-1]}
-            row["stagnation"] = percent(r["test"][-1] - max(r["test"]) for r in found)
-            row["trained"] = percent(r["train"][0] for r in found)
-            row["recalibrated"] = after_each_module(found, "recalibrated")[-1]
+        for method, of in (("VanGL", plain), ("TRGL", action)):
+            row: Row = {"condition": condition, "method": method, **accuracy_row(of)}
+            row["stagnation"] = percent(r["test"][-1] - max(r["test"]) for r in of)
+            row["trained"] = percent(r["train"][0] for r in of)
             if method == "TRGL":
                 for name, key, k in (("first", "test", 0), ("last", "test", -1), ("recalibrated", "recalibrated", -1)):
-                    row[f"{name}_difference"], row[f"{name}_p"] = difference(found, plain, key, k)
+                    row[f"{name}_difference"], row[f"{name}_p"] = difference(of, plain, key, k)
             rows.append(row)
     return rows
 
@@ -238,7 +223,7 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
     return lines
 
 
-def details(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
+def details(config: Config, results: list[Row]) -> Row:
     """The accuracy of the last module by tau, under the first condition."""
     first = [r for r in results if r["condition"] == config.conditions[0]]
     by_tau = {tau: group for (tau,), group in groups(first, "tau").items()}
@@ -247,9 +232,9 @@ def details(config: Config, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def figures(config: Config, outcome: Outcome) -> Figures:
-    """Accuracy over modules under each condition (Figs 18 and 42), and over tau under the first (Fig. 43)."""
+    """Accuracy over modules under each condition [K24, figs 18 and 42], and over tau under the first [K24, fig. 43]."""
 
-    def over_tau() -> Any:
+    def over_tau() -> Figure:
         by_tau: dict[str, Interval] = outcome.detail("by_tau")
         series = {
             "TRGL": [(t, by_tau[f"{t:g}"]) for t in config.taus],
@@ -257,15 +242,8 @@ def figures(config: Config, outcome: Outcome) -> Figures:
         }
         return intervals(series, xlabel="tau", ylabel="test accuracy of the last module (%)", logarithmic=True)
 
-    return {
-        f"fig_18_{_file_name(condition)}": partial(
-            intervals,
-            {row["method"]: list(enumerate(row["modules"], 1)) for row in rows},
-            xlabel="module",
-            ylabel="test accuracy (%)",
-        )
-        for (condition,), rows in groups(outcome.rows, "condition").items()
-    } | {"fig_43": over_tau}
+    conditions = groups(outcome.rows, "condition").items()
+    return {f"fig_18_{_file_name(c)}": over_modules(rows) for (c,), rows in conditions} | {"fig_43": over_tau}
 
 
 def cost(config: Config, job: Job) -> int:

@@ -1,9 +1,9 @@
-"""Memory of module-wise training (tables 9 and 31): peaks of a training step against backpropagation end to end.
+"""Memory of module-wise training [K24, tables 9 and 31]: peaks of a training step against backpropagation end to end.
 
 A training step is taken on tensors of the right shape and without numbers (torch's fake tensors), and the bytes of all
 tensors that live at once are counted: activations, gradients and temporaries, with the weights and the optimizer's
 state. On small networks the count is that of a real step to the byte. On a GPU the step is taken, and torch's allocator
-tells. Beside the thesis' figures stand those of backpropagation that computes every module again (checkpointing).
+tells. Beside the figures of [K24] stand those of backpropagation that computes every module again (checkpointing).
 
     python experiments/module_memory.py
     python experiments/module_memory.py --networks resnet50 swin_t
@@ -24,80 +24,44 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab.config import Config as Common
-from lab.experiment import Columns, Experiment, Jobs, Outcome, Report, Run, command
+from lab.config import check_among
+from lab.experiment import Columns, Experiment, Jobs, Outcome, Report, Row, Run, command
 from lab.networks import vision
-from odenets import AdaptedModel, Network, adapt, models
+from lab.settings import read_settings
+from lab.thesis import thesis
+from odenets import adapt, models
 from odenets.analysis import measure_memory
 from odenets.module_wise import ModuleWise, end_to_end_step, greedy, parallel_step, split_into_modules, trgl
 
 METHODS = ("end-to-end", "checkpointed", "VanGL", "TRGL", "VanGL*", "TRGL*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """A network, its images and its batches.
 
     Attributes:
-        build: makes the network.
         size: height and width of the images.
         batch_size: of training.
+        classes: of the images.
+        stem: of the network, see :func:`lab.networks.vision`.
         modules: numbers of modules.
+        split: after how many blocks each of four modules ends, where [K24] says so.
         head: of the modules.
         at: what transitions belong to.
-        thesis: memory saved (%) by method and number of modules.
     """
 
-    build: Callable[[], Network | AdaptedModel]
     size: int
     batch_size: int
+    classes: int = 200
+    stem: Literal["imagenet", "cifar", "tinyimagenet"] = "imagenet"
     modules: tuple[int, ...] = (4,)
+    split: tuple[int, ...] = ()
     head: str = "conv"
     at: Literal["end", "start"] = "end"
-    thesis: tuple[tuple[str, int, float], ...] = ()
 
 
-def _vision(name: str, classes: int, stem: str, size: int) -> AdaptedModel:
-    return adapt(vision(name, classes, stem=stem, size=size))  # type: ignore[arg-type] - one of the known stems
-
-
-SETTINGS = {
-    "resnet110": Setting(
-        partial(models.resnet110, classes=10),
-        96,
-        64,
-        (2, 4, 8, 16),
-        thesis=(
-            *(("VanGL", 4, 27), ("VanGL", 8, 50), ("VanGL", 16, 61), ("VanGL*", 4, 41)),
-            *(("TRGL", 4, 24), ("TRGL", 8, 48), ("TRGL", 16, 58), ("TRGL*", 4, 39)),
-        ),
-    ),
-    "vgg19": Setting(
-        partial(_vision, "vgg19", 200, "imagenet", 64), 64, 256, thesis=(("VanGL", 4, 27), ("TRGL", 4, 21))
-    ),
-    "resnet50": Setting(
-        partial(_vision, "resnet50", 200, "tinyimagenet", 64), 64, 256, thesis=(("VanGL", 4, 26), ("TRGL", 4, 20))
-    ),
-    "resnet101": Setting(
-        partial(_vision, "resnet101", 200, "tinyimagenet", 64), 64, 256, thesis=(("VanGL", 4, 24), ("TRGL", 4, 11))
-    ),
-    "resnet152": Setting(
-        partial(_vision, "resnet152", 200, "tinyimagenet", 64), 64, 256, thesis=(("VanGL", 4, 21), ("TRGL", 4, 8))
-    ),
-    "swin_t": Setting(
-        partial(_vision, "swin_t", 10, "cifar", 32),
-        32,
-        1024,
-        head="token",
-        at="start",
-        thesis=(("VanGL", 4, 32), ("TRGL", 4, 30)),
-    ),
-}
-SPLITS = {
-    "resnet50": (3, 7, 13, 16),
-    "resnet101": (7, 16, 25, 33),
-    "resnet152": (11, 24, 37, 50),
-    "swin_t": (2, 4, 10, 12),
-}
+SETTINGS = read_settings(Setting, Path(__file__).with_suffix(".toml"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +71,7 @@ class Config(Common):
     Attributes:
         networks: resnet110 (table 9), vgg19, resnet50, resnet101, resnet152, swin_t (table 31).
         methods: end-to-end, checkpointed, VanGL, TRGL; with a star, of equally heavy modules.
-        batch_size: samples in a batch; the thesis' if 0.
+        batch_size: samples in a batch; that of [K24] if 0.
         device: "cpu" counts on shapes alone; "cuda" takes the steps.
     """
 
@@ -118,9 +82,8 @@ class Config(Common):
     output: Path = Path("runs/module_memory")
 
     def __post_init__(self) -> None:
-        for name, given, known in (("networks", self.networks, SETTINGS), ("methods", self.methods, METHODS)):
-            if unknown := set(given) - set(known):
-                raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        check_among(self, "networks", SETTINGS)
+        check_among(self, "methods", METHODS)
         if self.batch_size < 0 or self.batch_size == 1:
             raise ValueError(f"batch_size must be at least 2, or 0 for the thesis', got {self.batch_size}")
 
@@ -139,27 +102,20 @@ class Job:
         return f"{self.network}_{self.method.replace('*', '_balanced')}_{self.K}"
 
 
-def split(name: str, K: int) -> int | tuple[int, ...]:
-    """The thesis' split where it names one."""
-    return SPLITS[name] if K == 4 and name in SPLITS else K
-
-
 def modules_of(name: str, method: str, K: int, x: Tensor) -> ModuleWise:
-    """The network of a setting in modules."""
-    setting = SETTINGS[name]
-    heavy = method.endswith("*")
-    return split_into_modules(
-        setting.build(),
-        K if heavy else split(name, K),
-        x[:2],
-        balance="memory" if heavy else "blocks",
-        head=setting.head,
-        at=setting.at,
-    ).train()
+    """The network of a setting in modules; with a star equally heavy ones, in four those of [K24]."""
+    setting, heavy = SETTINGS[name], method.endswith("*")
+    if name == "resnet110":
+        network = models.resnet110(classes=setting.classes)
+    else:
+        network = adapt(vision(name, setting.classes, stem=setting.stem, size=setting.size))
+    split = setting.split if setting.split and K == 4 and not heavy else K
+    balance = "memory" if heavy else "blocks"
+    return split_into_modules(network, split, x[:2], balance=balance, head=setting.head, at=setting.at).train()
 
 
 def step_of(network: ModuleWise, method: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A training step by a method; SGD with momentum, as in the thesis."""
+    """A training step by a method, as in [K24] with SGD with momentum."""
     sgd = partial(torch.optim.SGD, lr=0.003, momentum=0.9, weight_decay=2e-4)
     if method in ("end-to-end", "checkpointed"):
         optimizer = sgd(_trained(network, method))
@@ -169,7 +125,7 @@ def step_of(network: ModuleWise, method: str) -> Callable[[Tensor, Tensor], Tens
     return partial(parallel_step, network, [make(k, network.K) for k in range(network.K)], optimizers)
 
 
-def peak(name: str, method: str, K: int, batch_size: int, device: str) -> dict[str, Any]:
+def peak(name: str, method: str, K: int, batch_size: int, device: str) -> Row:
     """The most bytes that live at once in a training step, weights and optimizer included."""
     setting = SETTINGS[name]
     with ExitStack() as shapes:
@@ -195,18 +151,12 @@ def _trained(network: ModuleWise, method: str) -> list[nn.Parameter]:
 
 def jobs(config: Config) -> Jobs[Job]:
     """Every network by every method in every number of modules."""
-    return (
-        yield [
-            Job(name, method, K)
-            for name in config.networks
-            for method in config.methods
-            for K in ((1,) if method == "end-to-end" else SETTINGS[name].modules)
-            if not (config.quick and K > 4)
-        ]
-    )
+    ways = [(name, method) for name in config.networks for method in config.methods]
+    numbers = {way: (1,) if way[1] == "end-to-end" else SETTINGS[way[0]].modules for way in ways}
+    return (yield [Job(*way, K) for way in ways for K in numbers[way] if not (config.quick and K > 4)])
 
 
-def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Measure the second step of a training."""
     batch_size = config.batch_size or SETTINGS[job.network].batch_size
     result = peak(job.network, job.method, job.K, batch_size, config.device)
@@ -214,7 +164,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     return {"batch_size": batch_size, **result}
 
 
-def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[Row]) -> list[Row]:
     """One row per network, method and number of modules."""
     whole = {r["network"]: r["bytes"] for r in results if r["method"] == "end-to-end"}
     rows = []
@@ -222,8 +172,8 @@ def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
         row = {name: result[name] for name in ("network", "method", "K", "batch_size", "bytes", "ends")}
         if row["network"] in whole:
             row["saved"] = 100 * (1 - row["bytes"] / whole[row["network"]])
-        thesis = {(method, K): saved for method, K, saved in SETTINGS[row["network"]].thesis}
-        rows.append(row | {"thesis": thesis.get((row["method"], row["K"]))})
+        table = ("9", row["K"]) if row["network"] == "resnet110" else ("31", row["network"])
+        rows.append(row | {"thesis": thesis(*table, row["method"])})
     return rows
 
 

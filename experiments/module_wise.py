@@ -1,7 +1,7 @@
-"""Module-wise training: greedy modules with and without the action, in sequence, in laps, in parallel (section 4).
+"""Module-wise training: greedy modules with and without the action, in sequence, in laps, in parallel [K24, section 4].
 
 Modules of a residual network are trained each by its own loss, with (TRGL) or without (VanGL) the action of its blocks,
-beside the network end to end and, where asked, three baselines: InfoPro, PredSim and AugLocal. Every method's learning
+beside the network end to end and, on request, three baselines: InfoPro, PredSim and AugLocal. Every method's learning
 rate and tau are chosen on validation images, by the last module; what is reported is the accuracy on test images after
 the last epoch, after the last module and after the one that is best on validation images, over seeds that share images
 and, but for the baselines, whose losses and heads are drawn among them, weights at the start, so that differences are
@@ -26,12 +26,13 @@ from module_settings import SCHEDULES, SETTINGS, Setting
 
 from lab import images
 from lab.config import Config as Common
-from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, run
-from lab.modules import accuracies, after_each_module, difference, in_modules
-from lab.plotting import intervals
+from lab.config import check_among, check_at_least
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Row, Run, run
+from lab.modules import accuracies, accuracy_row, difference, in_modules, over_modules, sgd_in_modules
 from lab.results import best_settings, groups
-from lab.statistics import Interval, percent
+from lab.statistics import percent
 from lab.tables import table
+from lab.thesis import beside_thesis
 from odenets import initialize
 from odenets.module_wise import (
     ModuleObjective,
@@ -39,7 +40,6 @@ from odenets.module_wise import (
     auglocal,
     blocks_of,
     even,
-    fit_modules,
     greedy,
     infopro,
     predsim,
@@ -88,16 +88,13 @@ class Config(Common):
     def __post_init__(self) -> None:
         if self.setting not in SETTINGS:
             raise ValueError(f"setting must be one of {', '.join(SETTINGS)}, got {self.setting!r}")
-        if min(self.seeds, self.tuning) < 2:
-            raise ValueError(f"seeds and tuning must be at least 2, got {self.seeds} and {self.tuning}")
-        if unknown := set(self.schedules) - set(SCHEDULES):
-            raise ValueError(f"schedules must be among {', '.join(SCHEDULES)}, got {', '.join(sorted(unknown))}")
-        if unknown := set(self.rivals) - set(RIVALS):
-            raise ValueError(f"rivals must be among {', '.join(RIVALS)}, got {', '.join(sorted(unknown))}")
+        check_at_least(self, 2, "seeds", "tuning")
+        check_among(self, "schedules", SCHEDULES)
+        check_among(self, "rivals", RIVALS)
 
     @property
     def table(self) -> Setting:
-        """The setting, with what is asked otherwise."""
+        """The setting, with what the command line says otherwise."""
         setting = SETTINGS[self.setting]
         changes: dict[str, Any] = {"sizes": self.sizes, "schedules": self.schedules}
         if self.epochs:
@@ -159,11 +156,10 @@ def objective(setting: Setting, job: Job) -> ModuleObjective:
 def lengths(setting: Setting, schedule: str) -> list[int]:
     """Epochs of each module in a visit, or of all."""
     every, first, lap = setting.epochs
-    if schedule == "sequential":
-        return [first + setting.more[0] * k for k in range(setting.modules)]
-    if schedule == "laps":
-        return [lap + setting.more[1] * k for k in range(setting.modules)]
-    return [every]
+    if schedule not in ("sequential", "laps"):
+        return [every]
+    start, more = (first, setting.more[0]) if schedule == "sequential" else (lap, setting.more[1])
+    return [start + more * k for k in range(setting.modules)]
 
 
 def cost(config: Config, job: Job) -> int:
@@ -171,29 +167,22 @@ def cost(config: Config, job: Job) -> int:
     return sum(lengths(config.table, job.schedule)) * (config.table.laps if job.schedule == "laps" else 1)
 
 
-def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Train the modules of a job."""
     setting = config.table
     pool, validation, test = parts_of(config)
-    batches = Batches(
-        datasets.subsample(pool, job.size, seed=job.seed) if job.size < len(pool) else pool,
-        setting.batch_size,
-        seed=job.seed,
-        crop=0 if setting.dataset == "digits" else 4,
-        flip=setting.dataset.startswith("cifar"),
-    )
-    sequential = job.schedule in ("sequential", "laps")
+    part = datasets.subsample(pool, job.size, seed=job.seed) if job.size < len(pool) else pool
+    crop, flip = 0 if setting.dataset == "digits" else 4, setting.dataset.startswith("cifar")
+    batches = Batches(part, setting.batch_size, seed=job.seed, crop=crop, flip=flip)
     network = build(setting, pool, job.seed, job.method)
-    fit_modules(
+    sgd_in_modules(
         network,
         batches,
+        job.learning_rate,
+        "sequential" if job.schedule == "laps" else job.schedule,
         epochs=lengths(setting, job.schedule),
-        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
         objective=objective(setting, job),
-        schedule="sequential" if sequential else job.schedule,  # type: ignore[arg-type] - one of the known ones
         laps=setting.laps if job.schedule == "laps" else 1,
-        cache="memory" if sequential else None,
-        views=4,
         report=report,
     )
     return accuracies(network, batches, validation, None if job.tuning else test)
@@ -217,35 +206,25 @@ def candidates(config: Config) -> list[Job]:
     ]
 
 
-def choose(config: Config, tuned: list[dict[str, Any]]) -> list[Job]:
+def choose(config: Config, tuned: list[Row]) -> list[Job]:
     """Per size, schedule and method the jobs to report, with what served the last module best on validation images."""
-    best = best_settings(
-        tuned,
-        ("learning_rate", "tau"),
-        within=("size", "schedule", "method"),
-        score=lambda r: r["validation"][-1:],
-    )
-    return [
-        Job(*way, **settings, seed=seed, tuning=False) for way, settings in best.items() for seed in range(config.seeds)
-    ]
+    names, within = ("learning_rate", "tau"), ("size", "schedule", "method")
+    best = best_settings(tuned, names, within=within, score=lambda r: r["validation"][-1:])
+    return [Job(*way, **s, seed=seed, tuning=False) for way, s in best.items() for seed in range(config.seeds)]
 
 
-def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[Row]) -> list[Row]:
     """One row per size, schedule and method; differences to VanGL in the same schedule paired over the seeds."""
-    rows, names = [], ("size", "schedule", "method")
-    by_way = groups(results, *names)
-    for way, group in by_way.items():
-        row: dict[str, Any] = dict(zip(names, way, strict=True))
-        row |= {name: group[0][name] for name in ("learning_rate", "tau")}
-        row |= {"last": percent(r["test"][-1] for r in group), "modules": after_each_module(group, "test")}
+    rows = []
+    by_way = groups(results, "size", "schedule", "method")
+    for (size, schedule, method), group in by_way.items():
+        row: Row = {"size": size, "schedule": schedule, "method": method, **accuracy_row(group)}
         row["best"] = percent(r["test"][r["validation"].index(max(r["validation"]))] for r in group)
-        row |= {"first": row["modules"][0], "recalibrated": after_each_module(group, "recalibrated")[-1]}
-        if row["method"] != "VanGL" and (plain := by_way.get((*way[:2], "VanGL"))):
+        if method != "VanGL" and (plain := by_way.get((size, schedule, "VanGL"))):
             for name, key in (("difference", "test"), ("recalibrated_difference", "recalibrated")):
                 row[name], row[f"{name}_p"] = difference(group, plain, key)
-        if way in config.table.thesis:
-            thesis = Interval(*config.table.thesis[way], 10)
-            row |= {"thesis": thesis, "meets": row["best" if config.table.best else "last"].meets(thesis)}
+        column = method if method == schedule else f"{schedule} {method}"
+        row |= beside_thesis(row["best" if config.table.best else "last"], config.table.thesis, size, column)
         rows.append(row)
     return rows
 
@@ -286,22 +265,14 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
 
 
 def figures(config: Config, outcome: Outcome) -> Figures:
-    """Accuracy after each module, a figure per size and schedule (Figs 18 and 42)."""
-    return {
-        f"modules_{size}_{schedule}": partial(
-            intervals,
-            {row["method"]: list(enumerate(row["modules"], 1)) for row in rows},
-            xlabel="module",
-            ylabel="test accuracy (%)",
-        )
-        for (size, schedule), rows in groups(outcome.rows, "size", "schedule").items()
-        if any(row["method"] == "VanGL" for row in rows)
-    }
+    """Accuracy after each module, a figure per size and schedule [K24, figs 18 and 42]."""
+    ways = groups(outcome.rows, "size", "schedule").items()
+    return {f"modules_{n}_{way}": over_modules(rows) for (n, way), rows in ways if rows[0]["method"] == "VanGL"}
 
 
-def settings(config: Config, job: Job) -> dict[str, Any]:
+def settings(config: Config, job: Job) -> Row:
     """What the setting holds."""
-    return {name: value for name, value in vars(config.table).items() if name not in ("build", "thesis")}
+    return {name: value for name, value in vars(config.table).items() if name not in ("network", "thesis")}
 
 
 def listing() -> str:

@@ -1,21 +1,26 @@
-"""What the experiments on module-wise training share: networks in modules, accuracies after each, rows over seeds."""
+"""What the experiments on module-wise training share: their training, accuracies after each module, rows over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
+from lab.experiment import Row
+from lab.plotting import intervals
 from lab.statistics import Interval, paired, paired_p_value, percent
 from odenets import Network, recalibrate
-from odenets.module_wise import ModuleWise, conv_head, split_into_modules
+from odenets.module_wise import ModuleWise, conv_head, fit_modules, split_into_modules
 from odenets.module_wise.modules import LocalLoss
 from odenets.training.data import Batches, TensorData
 
-__all__ = ["accuracies", "after_each_module", "difference", "in_modules"]
+__all__ = ["accuracies", "accuracy_row", "difference", "in_modules", "over_modules", "sgd_in_modules"]
 
-Results = Sequence[dict[str, Any]]
+Rows = list[Row]
+Results = Sequence[Row]
 
 
 def in_modules(
@@ -43,6 +48,25 @@ def in_modules(
     return split_into_modules(network, split, x, head=head, last_head="auxiliary", local_loss=local_loss)
 
 
+def sgd_in_modules(
+    network: ModuleWise, batches: Batches, learning_rate: float, schedule: str, **options: Any
+) -> list[Row]:
+    """Train modules by SGD, those in sequence on states in memory of four views of each image.
+
+    Args:
+        network: the modules.
+        batches: of training.
+        learning_rate: of all modules.
+        schedule, options: of :func:`odenets.module_wise.fit_modules`.
+
+    Returns:
+        A row per module and epoch.
+    """
+    sgd = partial(torch.optim.SGD, lr=learning_rate, momentum=0.9, weight_decay=1e-4)
+    options |= {"schedule": schedule, "cache": "memory" if schedule == "sequential" else None, "views": 4}
+    return fit_modules(network, batches, optimizer=sgd, **options).rows
+
+
 def accuracies(
     network: ModuleWise, batches: Batches, validation: TensorData, test: TensorData | None
 ) -> dict[str, list[float]]:
@@ -57,12 +81,21 @@ def accuracies(
     return results
 
 
-def after_each_module(results: Results, key: str) -> list[Interval]:
-    """Accuracies (%) over seeds after each module."""
-    return [percent(values) for values in zip(*(r[key] for r in results), strict=True)]
+def accuracy_row(results: Results) -> Row:
+    """Learning rate and tau of a method, and accuracies (%) over seeds after each module; recalibrated: the last."""
+    modules = [percent(values) for values in zip(*(r["test"] for r in results), strict=True)]
+    row = {name: results[0][name] for name in ("learning_rate", "tau")}
+    row |= {"modules": modules, "first": modules[0], "last": modules[-1]}
+    return row | {"recalibrated": percent(r["recalibrated"][-1] for r in results)}
 
 
 def difference(results: Results, others: Results, key: str, module: int = -1) -> tuple[Interval, float]:
     """Points of accuracy between two methods after a module, paired over the seeds, and the p-value."""
     one, other = ([100 * r[key][module] for r in each] for each in (results, others))
     return paired(one, other), paired_p_value(one, other)
+
+
+def over_modules(rows: Iterable[Row]) -> Callable[[], Figure]:
+    """The figure of accuracies after each module, a line per row."""
+    lines = {row["method"]: list(enumerate(row["modules"], 1)) for row in rows}
+    return partial(intervals, lines, xlabel="module", ylabel="test accuracy (%)")
