@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from lab.config import Config as CommonConfig
 from lab.config import check_among, check_at_least
-from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
-from lab.statistics import Interval, mean_interval, paired, percent
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Row, Run, command
+from lab.statistics import mean_interval, paired, percent
+from lab.thesis import beside_thesis, thesis
 from odenets import Flow, MLPField, Network, plotting
 from odenets.checkpoints import load_weights, save_weights
 from odenets.least_action import ActionPenalty, LeastAction
@@ -37,34 +38,10 @@ from odenets.training.objectives import CrossEntropy, Objective
 from odenets.transport import moves, states_of
 
 METHODS = ("resnet", "fixed lambda", "lap")
+NORMS = ("plain", "batch norm")
 
-# mean and half-width of the 95 % interval over 100 instances, without and with batch norm [K24, tables 19 to 22]
-THESIS: dict[str, dict[str, tuple[tuple[float, float], tuple[float, float]]]] = {
-    "19": {
-        "resnet": ((76.6, 3.5), (75.4, 3.1)),
-        "fixed lambda": ((76.5, 3.5), (75.6, 3.3)),
-        "lap": ((82.1, 2.6), (84.6, 3.1)),
-    },
-    "20": {
-        "resnet": ((89.1, 0.9), (99.4, 0.4)),
-        "fixed lambda": ((69.7, 4.0), (99.5, 0.6)),
-        "lap": ((75.7, 2.9), (99.8, 0.2)),
-    },
-    "21": {
-        "resnet": ((88.2, 2.3), (92.9, 2.0)),
-        "fixed lambda": ((93.5, 2.1), (94.4, 2.0)),
-        "lap": ((95.8, 1.8), (96.0, 1.3)),
-    },
-    "22": {
-        "resnet": ((90.2, 1.3), (98.0, 0.8)),
-        "fixed lambda": ((89.7, 1.5), (99.7, 0.2)),
-        "lap": ((79.1, 3.9), (99.4, 0.4)),
-    },
-}
 PERFECT = ("train", "test")
 """Data sets on which a network is to be right, three epochs running."""
-
-THESIS_EPOCHS = {("resnet", False): 73, ("resnet", True): 71, ("fixed lambda", False): 54, ("fixed lambda", True): 64}
 
 
 @dataclass(frozen=True)
@@ -92,7 +69,7 @@ class Config(CommonConfig):
     """What to train.
 
     Attributes:
-        tables: of the thesis, 19 to 22; "epochs" for the epochs to 100 % of F.5.2, "figures" for its well initialized
+        tables: of [K24], 19 to 22; "epochs" for the epochs to 100 % of F.5.2, "figures" for its well initialized
             network of nine blocks.
         instances: per cell.
         epochs: at most; an instance ends after three epochs without a fault on training and test points.
@@ -164,7 +141,7 @@ def build(setting: Setting, norm: bool, seed: int) -> Network:
 
 
 def objective(method: str, setting: Setting) -> Objective:
-    """What a method minimizes, with the thesis' settings: the unsquared norm, lambda as a factor of the loss."""
+    """What a method minimizes, as in [K24]: the unsquared norm, lambda as a factor of the loss."""
     match method:
         case "resnet":
             return CrossEntropy()
@@ -175,13 +152,13 @@ def objective(method: str, setting: Setting) -> Objective:
 
 
 def points_of(config: Config, setting: Setting, seed: int) -> dict[str, TensorData]:
-    """The points of an instance: training and test as in the thesis, and others to choose on and to report."""
+    """The points of an instance: training and test as in [K24], and others to choose on and to report."""
     train, test = datasets.hold_out(datasets.points(config.dataset, setting.points, seed), 0.2, seed=seed)
     chosen, fresh = (datasets.points(config.dataset, n, seed + k) for n, k in ((200, 1_000_000), (1000, 2_000_000)))
     return {"train": train, "test": test, "validation": chosen, "fresh": fresh}
 
 
-def train(config: Config, cell: Cell, run: Run, report: Report) -> dict[str, Any]:
+def train(config: Config, cell: Cell, run: Run, report: Report) -> Row:
     """Train the instances of a cell, and keep the weights of the first."""
     setting = SETTINGS[cell.table]
     parts = [points_of(config, setting, seed) for seed in range(config.instances)]
@@ -204,19 +181,19 @@ def train(config: Config, cell: Cell, run: Run, report: Report) -> dict[str, Any
         "arrived": torch.stack([(trained.accuracy[name][:, -3:] == 1).all(1) for name in PERFECT]).all(0),
     }
     save_weights(trained.networks[0], run.folder / "weights.safetensors")
-    values: dict[str, Any] = {name: value.tolist() for name, value in results.items()}
+    values: Row = {name: value.tolist() for name, value in results.items()}
     if cell.table == "figures":
         test = [part["test"].x for part in parts[:10]]
         values["gap"] = [moves(network, x).gap for network, x in zip(trained.networks, test, strict=False)]
     return values
 
 
-def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per cell, the thesis' figures and the paired difference to the plain network beside ours."""
+def summarize(config: Config, results: list[Row]) -> list[Row]:
+    """One row per cell, [K24]'s figures and the paired difference to the plain network beside ours."""
     cells = {(r["table"], r["method"], r["norm"]): r for r in results}
     rows = []
     for (table, method, norm), r in cells.items():
-        row: dict[str, Any] = {"table": table, "method": method, "norm": norm}
+        row: Row = {"table": table, "method": method, "norm": norm}
         row |= {"maximum": percent(r["max"]), "last": percent(r["last"])}
         arrived = [n for n, faultless in zip(r["epochs"], r["arrived"], strict=True) if faultless]
         row |= {"chosen": percent(r["chosen"]), "arrived": len(arrived), "instances": len(r["arrived"])}
@@ -225,10 +202,8 @@ def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
         if method != "resnet":
             for name in ("max", "chosen"):
                 row[f"{name}_difference"] = 100 * paired(r[name], cells[table, "resnet", norm][name])
-        if table in THESIS and config.dataset == "circles":
-            mean, half_width = THESIS[table][method][norm]
-            thesis = Interval(mean, half_width, 100)
-            row |= {"thesis": thesis, "meets": row["maximum"].meets(thesis)}
+        if config.dataset == "circles":
+            row |= beside_thesis(row["maximum"], table, method, NORMS[norm])
         if "gap" in r:
             row["gap"] = mean_interval(r["gap"])
         rows.append(row)
@@ -266,13 +241,13 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
                 f"{claim}: {row['max_difference']:.1f} points at the maximum over epochs, "
                 f"{row['chosen_difference']:.1f} at the epoch chosen on validation (paired)"
             )
-    for (method, norm), epochs in THESIS_EPOCHS.items():
+    for method, norm in ((m, n) for m in METHODS for n in (False, True)):
         if ("epochs", method, norm) in rows:
             row = rows["epochs", method, norm]
             after = f", after {row['epochs']:.1f} epochs" if "epochs" in row else ""
             lines.append(
                 f"two blocks, {method}{', batch norm' * norm}: {row['arrived']} of {row['instances']} end with three "
-                f"epochs without a fault{after} (thesis {epochs})"
+                f"epochs without a fault{after} (thesis {thesis('F.5.2', method, NORMS[norm])})"
             )
     gaps = {method: rows["figures", method, False]["gap"] for method in METHODS if ("figures", method, False) in rows}
     if gaps:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detection_setup import METHODS, TRAJECTORY, Config
+from detection_setup import TRAJECTORY, Config
 from matplotlib.figure import Figure
 
 from lab.experiment import Columns, Figures, Outcome, Row
 from lab.results import groups
 from lab.statistics import Interval, mean_interval, paired, paired_p_value, percent
+from lab.thesis import thesis
 from odenets import plotting
 from odenets.detection import FALSE_POSITIVE_RATES
 
@@ -46,38 +47,9 @@ ADAPTIVE_COLUMNS: Columns = {
     "L2 distance": "{l2.mean:.2f}",
 }
 TIMING_COLUMNS = {"": "{what}", "ms per image": "{milliseconds:.3f}", "over a forward pass": "{over_forward:.2f}"}
-_SEEN = ("FGM", "APGD", "BIM", "AA", "DF", "CW", "HSJ", "BA")
-
-
-def _of(attacks: tuple[str, ...], *values: float) -> dict[str, float]:
-    return dict(zip(attacks, values, strict=True))
-
-
-# of ResNet-110 on CIFAR-10, by setting, network and features: accuracy (%) [K24, tables 12 to 14]; there with attacks
-# whose images were clipped before normalization, parts that overlapped, and the best of several detectors on test
-THESIS: dict[tuple[str, str, str], dict[str, float]] = {
-    ("seen", "vanilla", TRAJECTORY): _of(_SEEN, 97.1, 94.1, 97.5, 88.9, 99.9, 98.0, 99.9, 96.6),
-    ("seen", "least action", TRAJECTORY): _of(_SEEN, 98.7, 97.5, 99.3, 94.1, 99.8, 98.0, 99.9, 97.0),
-    ("seen", "vanilla", "Mahalanobis"): _of(_SEEN, 87.8, 82.1, 86.8, 80.5, 91.5, 85.6, 85.5, 80.2),
-    ("seen", "least action", "Mahalanobis"): _of(_SEEN, 95.6, 90.7, 95.4, 90.0, 96.7, 93.4, 94.6, 89.6),
-    ("seen", "vanilla", "scenes"): _of(_SEEN, 94.6, 94.3, 95.0, 88.8, 99.8, 93.9, 99.7, 92.1),
-    ("unseen", "vanilla", TRAJECTORY): _of(_SEEN[1:], 89.32, 96.02, 85.1, 91.02, 93.18, 93.0, 90.92),
-    ("unseen", "vanilla", "Mahalanobis"): _of(_SEEN[1:], 77.34, 77.24, 72.12, 80.12, 79.92, 79.7, 79.32),
-    ("unseen", "vanilla", "scenes"): _of(_SEEN[1:], 92.08, 93.88, 51.82, 51.4, 50.84, 52.12, 59.88),
-    **{("ood", m, TRAJECTORY): {"cifar100": share} for m, share in zip(METHODS, (98.3, 98.3, 98.42), strict=True)},
-    **{("ood", m, "Mahalanobis"): {"cifar100": share} for m, share in zip(METHODS, (86.88, 94.84, 94.82), strict=True)},
-}
-# of the successful ones among seen attacks, the share (%) that the trajectory detects [K24, table 38]
-THESIS_SUCCESSFUL = {
-    "vanilla": _of(_SEEN[:7], 97.7, 99.3, 98.3, 100, 100, 98.6, 100),
-    "least action": _of(_SEEN[:7], 98.6, 99.4, 99.6, 100, 99.9, 98.7, 99.9),
-}
-# of their successful images of CW that are detected, the share (%) that evades [K24, section 5.4.5]
-THESIS_EVADED = {
-    ("vanilla", "black box"): 16.5,
-    ("least action", "black box"): 6.8,
-    ("least action", "features"): 14.0,
-}
+TABLES = {"seen": "12", "unseen": "13", "ood": "14"}
+"""Of [K24], by network and features: accuracy (%) of ResNet-110 on CIFAR-10, with attacks whose images were clipped
+before normalization, parts that overlapped, and the best of several detectors on test."""
 
 
 def columns(config: Config) -> Columns:
@@ -133,15 +105,14 @@ def comparison_rows(config: Config, method: str, of: list[Row]) -> list[Row]:
     return rows
 
 
-def _of_thesis(config: Config, row: Row) -> dict[str, float | None]:
+def _of_thesis(config: Config, row: Row) -> Row:
     """Accuracy of ResNet-110 in [K24]; where foreign images are told from clean ones, of those seen alone."""
-    tested = Path(row["tested"]).stem
-    thesis: dict[str, float | None] = {}
+    tested, beside = Path(row["tested"]).stem, {}
     if config.setting != "ood" or row["seen"] == row["tested"]:
-        thesis["thesis"] = THESIS.get((config.setting, row["method"], row["kind"]), {}).get(tested)
+        beside["thesis"] = thesis(TABLES[config.setting], f"{row['method']}, {row['kind']}", tested)
     if config.setting == "seen" and row["kind"] == TRAJECTORY:
-        thesis["thesis_successful"] = THESIS_SUCCESSFUL.get(row["method"], {}).get(tested)
-    return thesis
+        beside["thesis_successful"] = thesis("38", row["method"], tested)
+    return beside
 
 
 def adaptive_rows(config: Config, method: str, of: list[Row]) -> list[Row]:
@@ -155,7 +126,7 @@ def adaptive_rows(config: Config, method: str, of: list[Row]) -> list[Row]:
         row["evading"] = sum(round(r["evaded"][attack] * r["starts"]) for r in begun)
         row["evaded"] = percent(r["evaded"][attack] for r in begun)
         row["l2"] = mean_interval([r["l2"][attack] for r in begun])
-        rows.append(row | ({"thesis": THESIS_EVADED.get((method, attack))} if config.dataset == "cifar10" else {}))
+        rows.append(row | ({"thesis": thesis("5.4.5", method, attack)} if config.dataset == "cifar10" else {}))
     return rows
 
 

@@ -134,9 +134,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     part = training_images(pool, condition, job.seed)
     batches = Batches(part, config.batch_size, seed=job.seed, crop=0 if config.dataset == "digits" else 4)
     network = build(config, condition, pool, job.seed)
-    objective = trgl(job.tau) if job.tau else greedy()
-    epochs = {"epochs": config.epochs, "objective": objective, "report": report}
-    rows = sgd_in_modules(network, batches, job.learning_rate, condition.schedule, **epochs)
+    options = {"objective": trgl(job.tau) if job.tau else greedy(), "epochs": config.epochs, "report": report}
+    rows = sgd_in_modules(network, batches, job.learning_rate, condition.schedule, **options)
     last = {row["module"]: row["train_accuracy"] for row in rows}
     results = accuracies(network, batches, validation, None if job.tuning else test)
     return results | {"train": [last[k + 1] for k in range(network.K)]}

@@ -25,7 +25,6 @@ import torch
 from small_data_setup import (
     METHODS,
     PROTOCOL,
-    THESIS,
     WAYS,
     Config,
     Job,
@@ -37,15 +36,17 @@ from small_data_setup import (
 )
 from torch import Tensor
 
-from lab.experiment import Columns, Experiment, Jobs, Outcome, Report, Run, command
+from lab.experiment import Columns, Experiment, Jobs, Outcome, Report, Row, Run, command
 from lab.results import best_settings, groups
-from lab.statistics import Interval, mean_interval, paired, paired_p_value
+from lab.statistics import mean_interval, paired, paired_p_value
+from lab.thesis import beside_thesis
 from odenets import Network, measures, recalibrate
 from odenets.training import datasets
 from odenets.training.data import Batches
 from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
 
+TABLES = {"digits": "", "mnist": "1", "cifar10": "18"}  # of [K24]
 PROTOCOL_SETTINGS = {"learning_rate": 0.01, "weight": 0.0}
 
 
@@ -67,7 +68,7 @@ def candidates(config: Config, condition: str, size: int) -> list[Job]:
     ]
 
 
-def choose(tuned: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+def choose(tuned: list[Row]) -> dict[tuple[str, str], dict[str, Any]]:
     """Per method, and per way of taking batch norm's statistics, the settings best on validation images."""
     names = ("learning_rate", "weight")
     return {
@@ -101,7 +102,7 @@ def jobs(config: Config) -> Jobs[Job]:
     return [*tuned, *results]
 
 
-def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
+def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Train the instances of a job."""
     pool, validation, test = parts_of(config)
     crop, flip = 0 if config.dataset == "digits" else 4, config.dataset == "cifar10"
@@ -143,7 +144,7 @@ def action(network: Network, x: Tensor) -> float:
     return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
 
 
-def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(config: Config, results: list[Row]) -> list[Row]:
     """One row per condition, size, method and way, differences to the plain network paired over the instances."""
     kinds = [(METHODS, "last", "running"), (METHODS, "recalibrated", "recomputed")]
     kinds += [(PROTOCOL, "max", "running, max over epochs"), (PROTOCOL, "last", "running")]
@@ -167,11 +168,9 @@ def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
                 if plain:
                     row |= {"difference": paired(accuracy, plain), "p": paired_p_value(accuracy, plain)}
                 plain = plain or accuracy
-                kind = method.removeprefix("thesis: ").removesuffix(", divided")
-                figure = THESIS.get(config.dataset, {}).get(size, {}).get(kind)
-                if figure and condition == "standard" and way == "max":
-                    thesis = Interval(*figure, 20)
-                    row |= {"thesis": thesis, "meets": row["accuracy"].meets(thesis)}
+                if condition == "standard" and way == "max":
+                    kind = method.removeprefix("thesis: ").removesuffix(", divided")
+                    row |= beside_thesis(row["accuracy"], TABLES[config.dataset], size, kind)
                 rows.append(row)
     return rows
 

@@ -17,35 +17,12 @@ from odenets.training.objectives import CrossEntropy, Objective
 
 METHODS = ("vanilla", "fixed weight", "least action")
 PROTOCOL = ("thesis: vanilla", "thesis: least action", "thesis: least action, divided")
-THESIS_SETTINGS = {  # lambda0, tau, s and epochs: F.2 and table 1, table 2; digits are trained as MNIST
+THESIS_SETTINGS = {  # lambda0, tau, s, epochs [K24, F.2, tables 1 and 2]; digits are trained as MNIST
     "digits": (5.0, 1.0, 5, 30),
     "mnist": (5.0, 1.0, 5, 30),
     "cifar10": (0.1, 0.1, 50, 200),
 }
 WAYS = ("last", "recalibrated")  # batch norm's running statistics after the last epoch, or statistics computed anew
-
-
-# highest test accuracy over epochs, mean and half-width of the 95 % interval: table 1 (50 runs), tables 2 and 18 (20)
-THESIS: dict[str, dict[int, dict[str, tuple[float, float]]]] = {
-    "mnist": {
-        500: {"vanilla": (90.8, 0.4), "least action": (90.9, 0.2)},
-        400: {"vanilla": (88.4, 0.5), "least action": (88.4, 0.4)},
-        300: {"vanilla": (83.5, 0.5), "least action": (86.2, 0.4)},
-        200: {"vanilla": (74.9, 1.0), "least action": (82.0, 0.5)},
-        100: {"vanilla": (56.4, 1.5), "least action": (70.0, 1.0)},
-    },
-    "cifar10": {
-        50000: {"vanilla": (91.49, 0.1), "least action": (91.94, 0.1)},
-        30000: {"vanilla": (88.61, 0.14), "least action": (89.41, 0.1)},
-        20000: {"vanilla": (85.73, 0.14), "least action": (86.74, 0.13)},
-        10000: {"vanilla": (79.25, 0.25), "least action": (80.9, 0.16)},
-        5000: {"vanilla": (70.32, 0.32), "least action": (72.58, 0.21)},
-        4000: {"vanilla": (67.8, 0.26), "least action": (70.12, 0.3)},
-        1000: {"vanilla": (49.22, 0.52), "least action": (51.14, 0.45)},
-        500: {"vanilla": (41.55, 0.41), "least action": (42.92, 0.37)},
-        100: {"vanilla": (26.98, 0.99), "least action": (25.34, 0.76)},
-    },
-}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from circles import EXPERIMENT, METHODS, SETTINGS, THESIS, Boundary, Cell, Config, build, objective, points_of
+from circles import EXPERIMENT, SETTINGS, Boundary, Cell, Config, build, objective, points_of
 
 from lab.experiment import run
 from odenets.least_action import LeastAction
@@ -51,12 +51,7 @@ def test_weights_are_drawn_as_said(initial, table):
 
 def test_the_points_of_an_instance_are_different_ones():
     parts = points_of(Config(), SETTINGS["21"], 0)
-    assert {name: len(part) for name, part in parts.items()} == {
-        "train": 40,
-        "test": 10,
-        "validation": 200,
-        "fresh": 1000,
-    }
+    assert {name: len(p) for name, p in parts.items()} == {"train": 40, "test": 10, "validation": 200, "fresh": 1000}
     everything = torch.cat([part.x for part in parts.values()])
     assert len(everything.unique(dim=0)) == len(everything)
 
@@ -66,7 +61,6 @@ def test_the_methods_are_those_of_the_thesis():
     assert isinstance(lap, LeastAction)
     assert (lap.tau, lap.every, lap.update, lap.weigh, lap.cost.kind) == (0.1, 5, "after", "multiply", "norm")
     assert lap.multiplier.item() == pytest.approx(0.1)
-    assert set(METHODS) == set(THESIS["19"])
 
 
 def test_least_action_moves_the_points_less_and_more_directly():

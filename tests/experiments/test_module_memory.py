@@ -1,7 +1,9 @@
 """Memory of module-wise training, on a small batch."""
 
 import pytest
-from module_memory import EXPERIMENT, SETTINGS, Config, peak, split
+import torch
+from module_memory import EXPERIMENT, SETTINGS, Config, modules_of, peak
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab.experiment import run
 from odenets.training.runs import read_summary
@@ -28,10 +30,13 @@ def test_memory_saved_on_resnet110_is_at_least_the_thesis():
             assert found <= 1.03 * peak("resnet110", "VanGL", K, 64, "cpu")["bytes"]
 
 
-def test_splits_of_the_thesis():
-    assert split("resnet110", 4) == 4
-    assert split("resnet101", 4) == (7, 16, 25, 33)
-    assert set(SETTINGS) >= {"resnet50", "vgg19", "swin_t"}
+def test_four_modules_end_where_the_thesis_has_them():
+    with FakeTensorMode():
+        x = torch.rand(2, 3, 64, 64)
+        assert modules_of("resnet50", "VanGL", 4, x).ends == (3, 7, 13, 16)
+        assert modules_of("resnet50", "VanGL*", 4, x).ends != (3, 7, 13, 16)
+        assert modules_of("resnet110", "VanGL", 4, x).K == 4
+    assert SETTINGS["resnet101"].split == (7, 16, 25, 33)
 
 
 @pytest.mark.slow

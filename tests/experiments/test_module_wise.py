@@ -19,6 +19,8 @@ from module_wise import (
 )
 
 from lab.experiment import run
+from lab.statistics import Interval
+from lab.thesis import thesis
 from odenets.least_action import ActionPenalty
 from odenets.training.runs import read_summary
 
@@ -63,6 +65,12 @@ def test_epochs_of_the_thesis():
     assert lengths(setting, "parallel") == [300]
 
 
+def test_settings_name_a_table_of_the_thesis_that_has_their_figures():
+    for setting in SETTINGS.values():
+        figures = [thesis(setting.thesis, n, f"{way} TRGL") for n in setting.sizes for way in setting.schedules]
+        assert any(isinstance(figure, Interval) for figure in figures) == bool(setting.thesis)
+
+
 def test_seeds_share_weights_at_the_start_and_methods_differ_in_the_objective():
     pool = parts_of(Config())[0]
     setting = Config().table
@@ -77,7 +85,7 @@ def test_seeds_share_weights_at_the_start_and_methods_differ_in_the_objective():
 
 
 def test_one_classifier_for_all_where_the_thesis_has_one():
-    setting = replace(SETTINGS["mnist-20-1"], modules=10, build=SETTINGS["digits"].build)
+    setting = replace(SETTINGS["mnist-20-1"], modules=10, network=SETTINGS["digits"].network)
     modules = build(setting, parts_of(Config())[0], 0)
     assert len({id(module.head) for module in modules.modules_in_order}) == 1
 
