@@ -39,7 +39,6 @@ from odenets.transport import moves, states_of
 
 METHODS = ("resnet", "fixed lambda", "lap")
 NORMS = ("plain", "batch norm")
-
 PERFECT = ("train", "test")
 """Data sets on which a network is to be right, three epochs running."""
 
@@ -226,35 +225,34 @@ COLUMNS: Columns = {
 }
 
 
+CLAIMS = {
+    ("19", "lap", False): "least action over the plain network of one block",
+    ("21", "fixed lambda", False): "fixed lambda over the plain network with 50 points",
+    ("22", "lap", False): "least action over the plain network at N(0, 5) without batch norm",
+}
+
+
 def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the table says of the claims, in sentences."""
-    rows = {(row["table"], row["method"], row["norm"]): row for row in outcome.rows}
     lines = []
-    for key, claim in (
-        (("19", "lap", False), "least action over the plain network of one block"),
-        (("21", "fixed lambda", False), "fixed lambda over the plain network with 50 points"),
-        (("22", "lap", False), "least action over the plain network at N(0, 5) without batch norm"),
-    ):
-        if key in rows:
-            row = rows[key]
+    rows = {(row["table"], row["method"], row["norm"]): row for row in outcome.rows}
+    for cell, claim in CLAIMS.items():
+        if row := rows.get(cell):
             lines.append(
                 f"{claim}: {row['max_difference']:.1f} points at the maximum over epochs, "
                 f"{row['chosen_difference']:.1f} at the epoch chosen on validation (paired)"
             )
-    for method, norm in ((m, n) for m in METHODS for n in (False, True)):
-        if ("epochs", method, norm) in rows:
-            row = rows["epochs", method, norm]
-            after = f", after {row['epochs']:.1f} epochs" if "epochs" in row else ""
-            lines.append(
-                f"two blocks, {method}{', batch norm' * norm}: {row['arrived']} of {row['instances']} end with three "
-                f"epochs without a fault{after} (thesis {thesis('F.5.2', method, NORMS[norm])})"
-            )
-    gaps = {method: rows["figures", method, False]["gap"] for method in METHODS if ("figures", method, False) in rows}
-    if gaps:
+    for (table, method, norm), row in rows.items():
+        if table != "epochs":
+            continue
+        after = f", after {row['epochs']:.1f} epochs" if "epochs" in row else ""
         lines.append(
-            "way of the points over the shortest (root mean square displacement over W2, minus 1): "
-            + ", ".join(f"{method} {gap:.3f}" for method, gap in gaps.items())
+            f"two blocks, {method}{', batch norm' * norm}: {row['arrived']} of {row['instances']} end with three "
+            f"epochs without a fault{after} (thesis {thesis('F.5.2', method, NORMS[norm])})"
         )
+    if gaps := [f"{row['method']} {row['gap']:.3f}" for row in outcome.rows if "gap" in row]:
+        way = "way of the points over the shortest (root mean square displacement over W2, minus 1): "
+        lines.append(way + ", ".join(gaps))
     return lines
 
 
@@ -280,18 +278,16 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     good = {"vanilla": plain, "least action": least}
     drawn: Figures = {}
     if "figures" in config.tables:
-        drawn |= {
-            "fig_38": partial(clouds, {"lambda 0.07": fixed}, range(10)),
-            "fig_22": partial(clouds, good, (0, 6, 9), strange=40),
-            "fig_37": lambda: plotting.displacements({t: moves(network(cell), test.x) for t, cell in good.items()}),
-        }
+        drawn["fig_38"] = partial(clouds, {"lambda 0.07": fixed}, range(10))
+        drawn["fig_22"] = partial(clouds, good, (0, 6, 9), strange=40)
+        drawn["fig_37"] = lambda: plotting.displacements({t: moves(network(cell), test.x) for t, cell in good.items()})
     if "22" in config.tables:
-        named = {"resnet": bad, "resnet, bn": bad_bn, "fixed lambda, bn": bad_fixed}
-        for number, (title, cell) in zip((39, 40, 41), named.items(), strict=True):
-            drawn[f"fig_{number}"] = partial(clouds, {title: cell}, range(10))
-        if "figures" in config.tables:
-            shown = {"good start": plain, "N(0, 5), bn": bad_bn, "lambda 0.04": bad_fixed}
-            drawn["fig_12"] = partial(clouds, shown, (0, 1, 5, 9))
+        drawn["fig_39"] = partial(clouds, {"resnet": bad}, range(10))
+        drawn["fig_40"] = partial(clouds, {"resnet, bn": bad_bn}, range(10))
+        drawn["fig_41"] = partial(clouds, {"fixed lambda, bn": bad_fixed}, range(10))
+    if {"22", "figures"} <= {*config.tables}:
+        shown = {"good start": plain, "N(0, 5), bn": bad_bn, "lambda 0.04": bad_fixed}
+        drawn["fig_12"] = partial(clouds, shown, (0, 1, 5, 9))
     return drawn
 
 

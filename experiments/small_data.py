@@ -17,34 +17,14 @@ wider networks, none with batch norm in its blocks, a bad start.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from operator import itemgetter
-from typing import Any
 
-import torch
-from small_data_setup import (
-    METHODS,
-    PROTOCOL,
-    WAYS,
-    Config,
-    Job,
-    build,
-    epochs_of,
-    objective,
-    parts_of,
-    training_images,
-)
-from torch import Tensor
+from small_data_setup import METHODS, PROTOCOL, WAYS, Config, Job, epochs_of, parts_of, train
 
-from lab.experiment import Columns, Experiment, Jobs, Outcome, Report, Row, Run, command
+from lab.experiment import Columns, Experiment, Jobs, Outcome, Row, command
 from lab.results import best_settings, groups
 from lab.statistics import mean_interval, paired, paired_p_value
 from lab.thesis import beside_thesis
-from odenets import Network, measures, recalibrate
-from odenets.training import datasets
-from odenets.training.data import Batches
-from odenets.training.evaluation import evaluate
-from odenets.training.instances import fit_instances
 
 TABLES = {"digits": "", "mnist": "1", "cifar10": "18"}  # of [K24]
 PROTOCOL_SETTINGS = {"learning_rate": 0.01, "weight": 0.0}
@@ -68,7 +48,7 @@ def candidates(config: Config, condition: str, size: int) -> list[Job]:
     ]
 
 
-def choose(tuned: list[Row]) -> dict[tuple[str, str], dict[str, Any]]:
+def choose(tuned: list[Row]) -> dict[tuple[str, str], Row]:
     """Per method, and per way of taking batch norm's statistics, the settings best on validation images."""
     names = ("learning_rate", "weight")
     return {
@@ -78,7 +58,7 @@ def choose(tuned: list[Row]) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Job]:
+def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, str], Row]) -> list[Job]:
     """The jobs whose test accuracy is reported, each only once."""
     ways: dict[tuple[str, float, float], tuple[str, ...]] = {(method, 0.01, 0.0): WAYS for method in PROTOCOL}
     for (method, way), settings in chosen.items():
@@ -100,48 +80,6 @@ def jobs(config: Config) -> Jobs[Job]:
     at = groups(tuned, "condition", "size")
     results = yield [job for place in places for job in reported(config, *place, choose(at.get(place, [])))]
     return [*tuned, *results]
-
-
-def train(config: Config, job: Job, run: Run, report: Report) -> Row:
-    """Train the instances of a job."""
-    pool, validation, test = parts_of(config)
-    crop, flip = 0 if config.dataset == "digits" else 4, config.dataset == "cifar10"
-    batches = [
-        Batches(training_images(pool, job, seed), config.batch_size, seed=seed, crop=crop, flip=flip)
-        for seed in job.seeds
-    ]
-    shown = [validation if job.tuning else test] * len(job.seeds)
-    if job.method in PROTOCOL:
-        size = min(config.protocol_size, len(test))
-        shown = [datasets.subsample(test, size, seed=seed) for seed in job.seeds]
-    trained = fit_instances(
-        [build(config, job, pool, seed) for seed in job.seeds],
-        batches,
-        epochs=epochs_of(config, job),
-        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
-        objective=lambda: objective(config, job),
-        measured={"test": shown} if job.method in PROTOCOL else None,
-        every=config.protocol_every,
-        report=report,
-    )
-    results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
-    for network, batch, part in zip(trained.networks, batches, shown, strict=True):
-        for way in WAYS:
-            if way not in job.ways:
-                continue
-            if way == "recalibrated":
-                recalibrate(network, batch.inputs())
-            results[f"action_{way}"].append(action(network.eval(), batch.data.x))
-            results[way].append(evaluate(network, Batches(part, 100)).accuracy)
-    if job.method in PROTOCOL:
-        results["max"] = trained.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
-    return results
-
-
-@torch.no_grad()
-def action(network: Network, x: Tensor) -> float:
-    """Mean action of the network on training images."""
-    return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
 
 
 def summarize(config: Config, results: list[Row]) -> list[Row]:
@@ -210,6 +148,8 @@ def quick(config: Config) -> Config:
 
 EXPERIMENT = Experiment.of(
     __name__,
+    data=parts_of,
+    train=train,
     selects=(
         *("sizes", "conditions", "instances", "tuning", "learning_rates", "weights", "lambdas"),
         *("protocol_only", "together"),

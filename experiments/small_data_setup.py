@@ -1,18 +1,23 @@
-"""What the small-data experiment trains: configuration, conditions, methods, networks, images."""
+"""What the small-data experiment trains: configuration, conditions, methods, networks, images, their training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lab import images
 from lab.config import ImageConfig, check_among, check_at_least
-from odenets import Network, initialize
+from lab.experiment import Report, Row, Run
+from odenets import Network, initialize, measures, recalibrate
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.training import datasets
-from odenets.training.data import TensorData
+from odenets.training.data import Batches, TensorData
+from odenets.training.evaluation import evaluate
+from odenets.training.instances import fit_instances
 from odenets.training.objectives import CrossEntropy, Objective
 
 METHODS = ("vanilla", "fixed weight", "least action")
@@ -99,10 +104,8 @@ class Config(ImageConfig):
 
     def __post_init__(self) -> None:
         check_at_least(self, 2, "instances", "tuning")
-        if self.together < 1 or self.features < 0:
-            raise ValueError(
-                f"together must be at least 1 and features not negative, got {self.together} and {self.features}"
-            )
+        check_at_least(self, 1, "together")
+        check_at_least(self, 0, "features")
         if not self.sizes or min(self.sizes) < 10:
             raise ValueError(f"sizes must hold numbers of at least 10 images, got {self.sizes}")
         check_among(self, "conditions", CONDITIONS)
@@ -174,3 +177,45 @@ def training_images(pool: TensorData, job: Job, seed: int) -> TensorData:
     """The training images of a seed, with the label noise of the job's condition."""
     part = datasets.subsample(pool, job.size, seed=seed)
     return images.mislabel(part, CONDITIONS[job.condition].label_noise, seed)
+
+
+def train(config: Config, job: Job, run: Run, report: Report) -> Row:
+    """Train the instances of a job."""
+    pool, validation, test = parts_of(config)
+    crop, flip = 0 if config.dataset == "digits" else 4, config.dataset == "cifar10"
+    batches = [
+        Batches(training_images(pool, job, seed), config.batch_size, seed=seed, crop=crop, flip=flip)
+        for seed in job.seeds
+    ]
+    shown = [validation if job.tuning else test] * len(job.seeds)
+    if job.method in PROTOCOL:
+        size = min(config.protocol_size, len(test))
+        shown = [datasets.subsample(test, size, seed=seed) for seed in job.seeds]
+    trained = fit_instances(
+        [build(config, job, pool, seed) for seed in job.seeds],
+        batches,
+        epochs=epochs_of(config, job),
+        optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
+        objective=lambda: objective(config, job),
+        measured={"test": shown} if job.method in PROTOCOL else None,
+        every=config.protocol_every,
+        report=report,
+    )
+    results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
+    for network, batch, part in zip(trained.networks, batches, shown, strict=True):
+        for way in WAYS:
+            if way not in job.ways:
+                continue
+            if way == "recalibrated":
+                recalibrate(network, batch.inputs())
+            results[f"action_{way}"].append(action(network.eval(), batch.data.x))
+            results[way].append(evaluate(network, Batches(part, 100)).accuracy)
+    if job.method in PROTOCOL:
+        results["max"] = trained.accuracy["test"].nan_to_num(0.0).amax(1).tolist()  # NaN before the first look
+    return results
+
+
+@torch.no_grad()
+def action(network: Network, x: Tensor) -> float:
+    """Mean action of the network on training images."""
+    return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()

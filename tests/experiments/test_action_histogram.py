@@ -1,6 +1,5 @@
 """The action of clean and attacked digits."""
 
-import pytest
 from action_histogram import EXPERIMENT, Config
 
 from lab.experiment import draw, run
@@ -16,10 +15,3 @@ def test_a_run_leaves_its_table_and_a_figure_that_is_drawn_again(tmp_path):
     assert [row["images"] for row in rows if "difference" in row] == ["eps = 0.05", "eps = 0.1"]
     (tmp_path / "figures" / "fig_21.png").unlink()
     assert "fig_21.png is drawn" in draw(EXPERIMENT, tmp_path)
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="epsilons must be positive"):
-        Config(epsilons=(0.0,))
-    with pytest.raises(ValueError, match="seeds must be at least 2"):
-        Config(seeds=1)

@@ -1,10 +1,10 @@
 """The circles experiment on a few instances."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from circles import EXPERIMENT, SETTINGS, Boundary, Cell, Config, build, objective, points_of
+from circles import EXPERIMENT, SETTINGS, Boundary, Config, build, objective, points_of
 
 from lab.experiment import run
 from odenets.least_action import LeastAction
@@ -86,12 +86,3 @@ def test_least_action_moves_the_points_less_and_more_directly():
     }
     assert moved["lap"] < moved["resnet"]
     assert excess["lap"] < excess["resnet"]
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="tables must be among"):
-        Config(tables=("18",))
-    with pytest.raises(ValueError, match="at least 1"):
-        Config(instances=0)
-    assert Cell("19", "fixed lambda", True).name == "19_fixed_lambda_bn"
-    assert asdict(Config())["dataset"] == "circles"

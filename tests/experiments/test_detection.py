@@ -149,24 +149,3 @@ def test_the_figures_of_the_thesis_stand_beside_those_on_cifar10_alone():
     shown = table(rows, COLUMNS)
     assert "| cifar100 |" in shown
     assert "thesis (ResNet-110)" in shown
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"methods": ("plain",)}, "methods must be among vanilla"),
-        ({"modes": ("special",)}, "modes must be among general, conditional, ensemble, got special"),
-        ({"seeds": 1}, "seeds must be at least 2"),
-        ({"setting": "unseen", "attacks": ("FGM",)}, "for setting 'unseen' two or more"),
-        ({"attacks": ("PGD",)}, "PGD"),
-        ({"setting": "ood", "foreign": ()}, "foreign must name a set from elsewhere for setting 'ood'"),
-        ({"setting": "ood", "foreign": ("fotos",)}, "or a FILE.npz that is there, got 'fotos'"),
-        ({"magnitudes": ()}, "modes and magnitudes must hold"),
-        ({"magnitudes": (-1.0,)}, "magnitude must not be negative"),
-        ({"eps": -0.1}, "eps must be positive, or 0"),
-        ({"test": 1.5}, "test and validation must be shares"),
-    ],
-)
-def test_errors(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**settings)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from module_depth import CONDITIONS, EXPERIMENT, Config, best, build, candidates, choose, parts_of, training_images
 
@@ -43,10 +42,3 @@ def test_conditions_are_as_said():
     shared = build(Config(), CONDITIONS["same head"], pool, 0)
     assert len({id(module.head) for module in shared.modules_in_order}) == 1
     assert build(Config(), CONDITIONS["20 modules"], pool, 0).K == 20
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="conditions must be among standard; sequential"):
-        Config(conditions=("deep",))
-    with pytest.raises(ValueError, match="seeds and tuning"):
-        Config(tuning=1)

@@ -47,10 +47,3 @@ def test_networks_of_table_31_are_measured(tmp_path):
     assert len(results["rows"]) == 6
     assert all(row["saved"] > 0 for row in results["rows"] if row["K"] > 1)
     assert "TRGL takes" in results["verdict"][0]
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="networks must be among resnet110"):
-        Config(networks=("resnet9",))
-    with pytest.raises(ValueError, match="batch_size"):
-        Config(batch_size=1)

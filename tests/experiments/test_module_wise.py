@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from module_wise import (
     EXPERIMENT,
@@ -94,14 +93,3 @@ def test_what_decides_a_job_is_written_down():
     setting = EXPERIMENT.settings(TINY, candidates(TINY)[0])
     assert setting["sizes"] == (60,)
     assert setting["same_head"] is False
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="setting must be one of digits"):
-        Config(setting="table 25")
-    with pytest.raises(ValueError, match="seeds and tuning"):
-        Config(seeds=1)
-    with pytest.raises(ValueError, match="schedules must be among"):
-        Config(schedules=("random",))
-    with pytest.raises(ValueError, match="rivals must be among InfoPro"):
-        Config(rivals=("DGL",))

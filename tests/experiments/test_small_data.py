@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import small_data
 import torch
 from small_data import EXPERIMENT, candidates, choose, jobs, reported
 from small_data_setup import (
@@ -16,6 +15,7 @@ from small_data_setup import (
     epochs_of,
     objective,
     parts_of,
+    train,
     training_images,
 )
 
@@ -56,21 +56,25 @@ def test_settings_are_chosen_on_validation_alone():
 
 def test_parts_are_disjoint():
     pool, validation, test = parts_of(Config())
-    train, theirs = datasets.load("digits")
+    images, theirs = datasets.load("digits")
     assert torch.equal(test.x, theirs.x)
-    found, whole = ([sorted(map(tuple, p.flatten(1).tolist())) for p in x] for x in ([pool.x, validation.x], [train.x]))
+    found, whole = (
+        [sorted(map(tuple, p.flatten(1).tolist())) for p in x] for x in ([pool.x, validation.x], [images.x])
+    )
     assert sorted(found[0] + found[1]) == whole[0]
     assert len(validation) == 300
 
 
 def test_rates_are_chosen_on_validation_images_and_accuracies_are_those_on_test_images(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(small_data, "evaluate", lambda network, batches: seen.append(batches.data) or Evaluation(0, 1))
+    monkeypatch.setattr(
+        small_data_setup, "evaluate", lambda network, batches: seen.append(batches.data) or Evaluation(0, 1)
+    )
     _, validation, test = parts_of(TINY)
     for tuning, images in ((True, validation), (False, test)):
         seen.clear()
         config = replace(TINY, epochs=1, output=tmp_path / str(tuning))
-        small_data.train(config, Job("standard", 50, "vanilla", 0.1, 0.0, (0, 1), tuning=tuning), None, print)
+        train(config, Job("standard", 50, "vanilla", 0.1, 0.0, (0, 1), tuning=tuning), None, print)
         assert len(seen) == 4
         assert all(torch.equal(part.x, images.x) for part in seen)
 
@@ -120,17 +124,6 @@ def test_the_conditions():
     assert any(isinstance(m, StageBatchNorm) for m in built["standard"].modules())
     assert not any(isinstance(m, StageBatchNorm) for m in built["no batch norm"].modules())
     assert built["bad start"].flows[0].blocks[0].fields[0].conv1.weight.std() > 0.4  # type: ignore[union-attr]
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="conditions must be among standard, label noise"):
-        Config(conditions=("noise",))
-    with pytest.raises(ValueError, match="instances and tuning"):
-        Config(instances=1)
-    with pytest.raises(ValueError, match="sizes"):
-        Config(sizes=(5,))
-    with pytest.raises(ValueError, match="together must be at least 1"):
-        Config(together=0)
 
 
 def test_settings_are_chosen_on_the_mean_over_all_groups_of_tuning_seeds():
