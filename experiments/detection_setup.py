@@ -208,8 +208,7 @@ def trained(config: NetworkConfig, job: Job, train: TensorData) -> Network:
     if run.finished:
         load_weights(network, folder / "weights.safetensors")
         return network.eval()
-    crop, flip = 0 if config.dataset == "digits" else 4, config.dataset == "cifar10"
-    batches = Batches(train, config.batch_size, seed=job.seed, crop=crop, flip=flip)
+    batches = images.batches(train, config.batch_size, job.seed)
     sgd = partial(torch.optim.SGD, lr=config.learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=config.epochs)
     fit(

@@ -47,7 +47,7 @@ from odenets.module_wise import (
     trgl,
 )
 from odenets.training import datasets
-from odenets.training.data import Batches, TensorData
+from odenets.training.data import TensorData
 from odenets.training.objectives import CrossEntropy
 
 METHODS = ("VanGL", "TRGL")
@@ -172,8 +172,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     setting = config.table
     pool, validation, test = parts_of(config)
     part = datasets.subsample(pool, job.size, seed=job.seed) if job.size < len(pool) else pool
-    crop, flip = 0 if setting.dataset == "digits" else 4, setting.dataset.startswith("cifar")
-    batches = Batches(part, setting.batch_size, seed=job.seed, crop=crop, flip=flip)
+    batches = images.batches(part, setting.batch_size, job.seed)
     network = build(setting, pool, job.seed, job.method)
     sgd_in_modules(
         network,

@@ -182,11 +182,7 @@ def training_images(pool: TensorData, job: Job, seed: int) -> TensorData:
 def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Train the instances of a job."""
     pool, validation, test = parts_of(config)
-    crop, flip = 0 if config.dataset == "digits" else 4, config.dataset == "cifar10"
-    batches = [
-        Batches(training_images(pool, job, seed), config.batch_size, seed=seed, crop=crop, flip=flip)
-        for seed in job.seeds
-    ]
+    batches = [images.batches(training_images(pool, job, seed), config.batch_size, seed) for seed in job.seeds]
     shown = [validation if job.tuning else test] * len(job.seeds)
     if job.method in PROTOCOL:
         size = min(config.protocol_size, len(test))

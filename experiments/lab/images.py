@@ -10,9 +10,9 @@ import torch
 
 from odenets import Network, models
 from odenets.training import datasets
-from odenets.training.data import Split, TensorData
+from odenets.training.data import Batches, Split, TensorData
 
-__all__ = ["mislabel", "normalize", "pool_validation_test", "resnet9", "split", "train_and_test"]
+__all__ = ["batches", "mislabel", "normalize", "pool_validation_test", "resnet9", "split", "train_and_test"]
 
 FEATURES = {"digits": 16, "mnist": 32, "cifar10": 100}
 """Channels of ResNet-9 by data set; those of the thesis but for digits."""
@@ -47,6 +47,12 @@ def mislabel(part: TensorData, share: float, seed: int) -> TensorData:
     noisy = torch.rand(len(part), generator=generator) < share
     labels = torch.randint(part.classes, (len(part),), generator=generator)
     return replace(part, y=torch.where(noisy, labels, part.y))
+
+
+def batches(part: TensorData, batch_size: int, seed: int) -> Batches:
+    """Batches of training images in the order of a seed: all but digits cropped, and CIFAR's flipped."""
+    crop, flip = 0 if part.name == "digits" else 4, part.name.startswith("cifar")
+    return Batches(part, batch_size, seed=seed, crop=crop, flip=flip)
 
 
 def normalize(dataset: TensorData) -> models.Normalize:

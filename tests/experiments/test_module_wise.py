@@ -3,19 +3,8 @@
 from dataclasses import replace
 
 import torch
-from module_wise import (
-    EXPERIMENT,
-    RIVALS,
-    SETTINGS,
-    Config,
-    build,
-    candidates,
-    choose,
-    lengths,
-    main,
-    objective,
-    parts_of,
-)
+from module_settings import SETTINGS
+from module_wise import EXPERIMENT, RIVALS, Config, build, candidates, choose, lengths, main, objective, parts_of
 
 from lab.experiment import run
 from lab.statistics import Interval

@@ -4,20 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_data import EXPERIMENT, candidates, choose, jobs, reported
-from small_data_setup import (
-    CONDITIONS,
-    METHODS,
-    PROTOCOL,
-    Config,
-    Job,
-    build,
-    epochs_of,
-    objective,
-    parts_of,
-    train,
-    training_images,
-)
+from small_data import EXPERIMENT, Config, Job, candidates, choose, epochs_of, jobs, parts_of, reported, train
+from small_data_setup import CONDITIONS, METHODS, PROTOCOL, build, objective, training_images
 
 from lab.experiment import run
 from odenets.least_action import ActionPenalty, LeastAction
@@ -67,9 +55,7 @@ def test_parts_are_disjoint():
 
 def test_rates_are_chosen_on_validation_images_and_accuracies_are_those_on_test_images(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        small_data_setup, "evaluate", lambda network, batches: seen.append(batches.data) or Evaluation(0, 1)
-    )
+    monkeypatch.setattr("small_data_setup.evaluate", lambda _, batches: seen.append(batches.data) or Evaluation(0, 1))
     _, validation, test = parts_of(TINY)
     for tuning, images in ((True, validation), (False, test)):
         seen.clear()
