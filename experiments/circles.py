@@ -28,7 +28,7 @@ from lab.config import check_among, check_at_least
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Row, Run, command
 from lab.statistics import mean_interval, paired, percent
 from lab.thesis import beside_thesis, thesis
-from odenets import Flow, MLPField, Network, plotting
+from odenets import Flow, MLPField, Network, initialize, plotting
 from odenets.checkpoints import load_weights, save_weights
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.training import datasets
@@ -128,15 +128,8 @@ def build(setting: Setting, norm: bool, seed: int) -> Network:
     torch.manual_seed(seed)
     field = partial(MLPField, 2, 2, activation="relu", norm="batch" if norm else None)
     network = Network(nn.Identity(), Flow(field, solver="euler", h=1.0, depth=setting.blocks), Boundary())
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            if setting.initial == "normal":
-                nn.init.normal_(layer.weight, std=5.0)
-                nn.init.normal_(layer.bias, std=5.0)
-            else:
-                nn.init.kaiming_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
-    return network
+    normal = setting.initial == "normal"
+    return initialize(network, setting.initial, 5.0 if normal else 1.0, biases=normal)
 
 
 def objective(method: str, setting: Setting) -> Objective:
