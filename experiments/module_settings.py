@@ -28,7 +28,7 @@ class Setting:
         network: name and arguments.
         sizes: numbers of training images, validation images not among them.
         modules: K.
-        split: after how many blocks each module ends; evenly if not given.
+        split: after how many blocks each module ends; evenly if empty.
         schedules: of the table.
         epochs: of a parallel or end-to-end training; of the first module of a sequential one; of that in a lap.
         more: by how many the epochs of a module exceed those of the module before, in sequence and in a lap.

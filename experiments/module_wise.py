@@ -62,8 +62,8 @@ class Config(Common):
         setting: a table's configuration by name, or digits.
         list: show the names and end.
         folder: where torchvision's files lie; without it they are downloaded.
-        sizes: numbers of training images; the setting's if not given.
-        schedules: sequential, laps, parallel; the setting's if not given.
+        sizes: numbers of training images; those of the setting if none.
+        schedules: sequential, laps, parallel; those of the setting if none.
         rivals: InfoPro (its weight falls from 1 to 0 over the modules), PredSim (weight 1), AugLocal (heads of at most
             four later blocks), in the parallel schedule.
         seeds: that are reported, per method.

@@ -1,13 +1,13 @@
 """What the action buys on few images [K24, tables 1, 2 and 18], every method at its own best learning rate.
 
 Three methods train ResNet-9 on a few labeled images: the plain network, a fixed weight of the action, and multipliers
-that grow. The thesis trained all at one learning rate, with a lambda that multiplies the loss and so the step, and
-reported the highest accuracy over epochs on test images. Here each method's learning rate and weight are chosen on
-validation images; the accuracy is that after the last epoch on all test images, over instances that share their images
-and weights at the start, so that differences are paired; and beside it stands the accuracy with batch norm's statistics
-recomputed on the training images, since after few steps the running ones lag behind the weights. The thesis' own
-protocol has rows of its own. Other conditions than its own, where the action may help: labels with noise, deeper and
-wider networks, none with batch norm in its blocks, a bad start.
+that grow. [K24] trains all at one learning rate, with a lambda that multiplies the loss and so the step, and reports
+the highest accuracy over epochs on test images. Here each method's learning rate and weight are chosen on validation
+images; the accuracy is that after the last epoch on all test images, over instances that share their images and weights
+at the start, so that differences are paired; and beside it stands the accuracy with batch norm's statistics recomputed
+on the training images, since after few steps the running ones lag behind the weights. The protocol of [K24] has rows of
+its own. Other conditions, where the action may help: labels with noise, deeper and wider networks, none with batch norm
+in its blocks, a bad start.
 
     python experiments/small_data.py
     python experiments/small_data.py --dataset mnist --folder DIR --sizes 100
@@ -72,7 +72,7 @@ def reported(config: Config, condition: str, size: int, chosen: dict[tuple[str, 
 
 
 def jobs(config: Config) -> Jobs[Job]:
-    """What is chosen from, unless the thesis' protocol is all that is wanted; then what is reported."""
+    """What is chosen from, unless the protocol of [K24] stands alone; then what is reported."""
     places = [(condition, size) for condition in config.conditions for size in config.sizes]
     tuned = []
     if not config.protocol_only:

@@ -74,13 +74,13 @@ class Config(ImageConfig):
         weights: tried for the fixed weight.
         lambdas: first lambdas tried for the method of multipliers, with tau = 1 and a change every 5 steps.
         validation_size, test_size: images to choose on; test images, all if 0.
-        protocol_epochs: of the thesis' protocol; the thesis' own, 30 and for CIFAR-10 200, if 0.
-        protocol_size, protocol_every: test images, at most, at which the thesis' protocol looks while it trains (the
-            thesis at a random half, after every epoch), and epochs from one look to the next.
-        protocol_only: nothing but the thesis' protocol, so that nothing is chosen.
+        protocol_epochs: of the protocol of [K24]; its own, 30 and for CIFAR-10 200, if 0.
+        protocol_size, protocol_every: test images, at most, at which the protocol looks while it trains ([K24] at a
+            random half, after every epoch), and epochs from one look to the next.
+        protocol_only: nothing but the protocol, so that nothing is chosen.
         together: instances that are trained as one batch of networks: many where they are small, 1 where a network
             alone keeps the processor busy.
-        features: channels; the thesis' (MNIST 32, CIFAR-10 100), 16 for digits, if 0.
+        features: channels; those of [K24] (MNIST 32, CIFAR-10 100), 16 for digits, if 0.
     """
 
     sizes: tuple[int, ...] = (100, 200, 500)
@@ -140,9 +140,9 @@ def objective(config: Config, job: Job) -> Objective:
             return ActionPenalty(job.weight)
         case "least action":
             return LeastAction(lambda0=job.weight, tau=1.0, every=5)
-        case "thesis: least action":  # as in the thesis' code: lambda multiplies the loss, and with it the step
+        case "thesis: least action":  # as in the code of [K24]: lambda multiplies the loss, and with it the step
             return LeastAction(lambda0=lambda0, tau=tau, every=every, weigh="multiply", update="after")
-        case "thesis: least action, divided":  # as in its text: lambda divides the action (Algorithm 1)
+        case "thesis: least action, divided":  # as in its text: lambda divides the action [K24, algorithm 1]
             return LeastAction(lambda0=lambda0, tau=tau, every=every, weigh="divide", update="after")
     return CrossEntropy()
 
