@@ -107,9 +107,7 @@ class Detector(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any, predicted: Any = None) -> np.ndarray:
         """Probability of being adversarial minus 1/2, ``(N,)``; positive where ``predict`` says adversarial.
 
-        Args:
-            X: features, ``(N, F)``.
-            predicted: predicted classes, ``(N,)``; needed unless the mode is "general".
+        Arguments as for :meth:`fit`.
 
         Raises:
             ValueError: no predicted classes where they are needed, another number of features or of classes than of
@@ -143,14 +141,7 @@ class Detector(ClassifierMixin, BaseEstimator):
     def score(  # type: ignore[override] - the third argument is that of the other methods here
         self, X: Any, y: Any, predicted: Any = None, *, sample_weight: Any = None
     ) -> float:
-        """Accuracy of :meth:`predict`.
-
-        Args:
-            X: features, ``(N, F)``.
-            y: labels, ``(N,)``.
-            predicted: predicted classes, ``(N,)``; needed unless the mode is "general".
-            sample_weight: of the samples, ``(N,)``.
-        """
+        """Accuracy of :meth:`predict`, of samples weighted by ``(N,)``; other arguments as for :meth:`fit`."""
         return float(accuracy_score(y, self.predict(X, predicted), sample_weight=sample_weight))
 
     def _new(self) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from odenets.errors import needs
+
 if TYPE_CHECKING or find_spec("sklearn"):
     from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin, clone, is_outlier_detector
     from sklearn.ensemble import RandomForestClassifier
@@ -14,7 +16,8 @@ if TYPE_CHECKING or find_spec("sklearn"):
 else:
 
     def _missing(*args: Any, **kwargs: Any) -> Any:
-        raise ModuleNotFoundError("detectors need scikit-learn: pip install odenets[detection]", name="sklearn")
+        with needs("detection"):
+            import sklearn  # noqa: F401
 
     class BaseEstimator:
         __new__ = _missing

@@ -12,6 +12,7 @@ import numpy as np
 from odenets.detection.detector import Detector
 from odenets.detection.features import LID, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory
 from odenets.detection.quantile import QuantileTest
+from odenets.errors import needs
 from odenets.files import write_atomically
 
 __all__ = ["read", "trusted_types", "write"]
@@ -79,10 +80,8 @@ def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _skops() -> Any:
-    try:
+    with needs("detection"):
         import skops.io
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("detectors are saved by skops: pip install odenets[detection]") from error
     return skops.io
 
 

@@ -155,15 +155,10 @@ class Pipeline:
     def load(
         cls, path: str | Path, network: nn.Module, *, trusted: Sequence[str] = (), batch_size: int = 256
     ) -> Pipeline:
-        """Load what :meth:`save` wrote.
-
-        Args:
-            path, trusted: as for :func:`~.persistence.read`.
-            network: with the weights it had.
-            batch_size: images in a pass.
+        """Load what :meth:`save` wrote, for a network with the weights it had; ``batch_size`` images in a pass.
 
         Raises:
-            FileNotFoundError, ModuleNotFoundError, ValueError: as there, or another network.
+            FileNotFoundError, ModuleNotFoundError, ValueError: as :func:`~.persistence.read`, or another network.
         """
         content = read(Path(path), trusted)
         if set(content) != {"network", "features", "detector"}:

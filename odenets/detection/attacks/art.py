@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from odenets.errors import needs
 from odenets.modes import device_of
 
 __all__ = ["CLASSES", "DECISION_BASED", "decision_attack", "gradient_attack", "known_settings", "load_art"]
@@ -51,19 +52,11 @@ class _StuckError(Exception):
 
 
 def load_art() -> ModuleType:
-    """ART, with the parts that are used here.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
+    """ART, with the parts that are used here."""
+    with needs("detection"):
         import art
         import art.attacks.evasion
         import art.estimators.classification
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "attacks need the Adversarial Robustness Toolbox: pip install odenets[detection]", name=error.name
-        ) from error
     return art
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -16,12 +17,12 @@ from odenets.checkpoints import fingerprint
 from odenets.detection.attacks.art import CLASSES, DECISION_BASED, decision_attack, gradient_attack, load_art
 from odenets.detection.attacks.caching import BatchFolder, key_of
 from odenets.detection.attacks.presets import Attack, checked, preset
-from odenets.detection.attacks.progress import with_progress
 from odenets.detection.features.base import check_images
 from odenets.detection.isolation import Logits, frozen, seeded
+from odenets.errors import needs
 from odenets.modes import device_of
 
-__all__ = ["Attacked", "check_labels", "run_attack"]
+__all__ = ["Attacked", "check_labels", "run_attack", "with_progress"]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -117,13 +118,23 @@ def run_attack(
         logits = Logits(victim)
         classes = _classes(logits, attack, images, labels) if missing else 0
         for i in with_progress(missing, progress, "batch", done=len(batches)):
+            x, y = parts[i]
             with seeded(seed, i, device=device_of(victim)):
-                batches[i] = _attack_batch(logits, attack, *parts[i], classes)
+                batches[i] = _attack_batch(logits, attack, x, y, classes)
             store.write(i, batches[i])
     names = ("images", "clean", "predicted")
     joined = {name: torch.cat([batches[i][name] for i in range(len(parts))]) for name in names}
     moved = (joined["images"] - images).flatten(1)
     return Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **joined)
+
+
+def with_progress(items: Sequence[Any], label: str | None, unit: str, *, done: int = 0) -> Iterable[Any]:
+    """The items, with a bar that counts them after those already done; without a label the items alone."""
+    if label is None:
+        return items
+    with needs("detection"):
+        from tqdm import tqdm
+    return tqdm(items, label, total=done + len(items), initial=done, unit=unit, leave=False)
 
 
 def check_labels(labels: Tensor, count: int) -> Tensor:

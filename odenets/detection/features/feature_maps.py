@@ -68,14 +68,9 @@ def pooled(state: Tensor) -> Tensor:
 
 
 def feature_map_values(network: nn.Module, x: Tensor, values: Callable[[Tensor], Tensor] = pooled) -> list[Tensor]:
-    """Values of all inputs at :func:`feature_maps_of`, a batch at a time and in eval mode.
+    """Values ``(B, *S) -> (B, F)`` of all inputs at each of :func:`feature_maps_of`, ``(N, F)`` on the CPU.
 
-    Args:
-        network, x: as there; the network's mode is restored.
-        values: function of a state ``(B, *S) -> (B, F)``.
-
-    Returns:
-        For each feature map ``(N, F)``, on the CPU.
+    They are taken a batch at a time and in eval mode; the network's mode is restored.
     """
     sizes: list[int] = []
 

@@ -56,11 +56,9 @@ class LID(Features):
         self.states: list[np.ndarray] = []
 
     def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> LID:
-        """Draw the reference images and keep their states.
+        """Draw the reference images among clean training images ``(N, C, H, W)`` and keep their states in eval mode.
 
-        Args:
-            network: whose states are read, in eval mode.
-            x, y: clean training images, ``(N, C, H, W)``; labels are not used.
+        Labels are not used.
 
         Raises:
             ValueError: fewer images than the reference is to hold, or states that are not finite.
@@ -94,19 +92,12 @@ class LID(Features):
 
 
 def local_dimension(x: Tensor, reference: Tensor, k: int) -> Tensor:
-    """Maximum-likelihood estimate of the local intrinsic dimensionality, from the k nearest points of a reference.
+    """Maximum-likelihood estimate of the local intrinsic dimensionality of points ``(B, D)``, ``(B,)`` float64.
 
-    ``-(1/k sum_i log(r_i / r_k))^-1`` with ``r_1 <= ... <= r_k`` the distances to these. A point that is itself in the
+    ``-(1/k sum_i log(r_i / r_k))^-1`` with ``r_1 <= ... <= r_k`` the distances to the k nearest points of a reference
+    ``(R, D)``. A point that is itself in the
     reference is no neighbor of its own; where the others are fewer than k, all of them count. At most 1e6, where all
-    distances are equal or there are no neighbors.
-
-    Args:
-        x: points, ``(B, D)``.
-        reference: points, ``(R, D)``.
-        k: number of neighbors, at most R.
-
-    Returns:
-        ``(B,)`` float64; NaN for a point that is not finite.
+    distances are equal or there are no neighbors; NaN for a point that is not finite.
 
     Raises:
         ValueError: more neighbors than points, or a reference that is not finite.

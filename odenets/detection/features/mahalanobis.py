@@ -71,12 +71,9 @@ class Mahalanobis(Features):
         self.factor: list[np.ndarray] = []
 
     def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Mahalanobis:
-        """Take the means of the classes and the covariance they share.
+        """Take the means of the classes and the covariance they share, in eval mode.
 
-        Args:
-            network: whose states are read, in eval mode.
-            x: training images, ``(N, C, H, W)``.
-            y: their labels 0, 1, ..., ``(N,)``.
+        Of training images ``(N, C, H, W)`` with labels 0, 1, ..., ``(N,)``.
 
         Raises:
             ValueError: labels that do not fit the images or leave a class out, or states that are not finite or do not

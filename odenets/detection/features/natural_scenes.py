@@ -55,12 +55,10 @@ class NaturalSceneStatistics(Features):
 
 
 def contrast_normalized(brightness: Tensor) -> Tensor:
-    """``(I - mu) / (sigma + 1)``, mu and sigma the local mean and standard deviation, ``(B, H, W)`` float64.
+    """``(I - mu) / (sigma + 1)``, mu and sigma the local mean and standard deviation of brightness I in [0, 255].
 
     They are weighted by a Gaussian window of 7 x 7 pixels with a standard deviation of 7/6; outside the image I = 0.
-
-    Args:
-        brightness: I in [0, 255], ``(B, H, W)``.
+    ``(B, H, W)``, float64.
     """
     image = brightness.double().unsqueeze(1)
     window = torch.exp(-torch.arange(-3.0, 4.0, dtype=torch.float64, device=image.device).square() / (2 * (7 / 6) ** 2))

@@ -67,16 +67,16 @@ class Trajectory(Features):
         by_kind: dict[str, dict[str, Measure]] = {
             "residue": {"residue": measures.residue},
             "cosine": {"cosine": measures.cosine},
-            "embedding": {"embedding": _state_square, "embedding cosine": _state_cosine},
+            "embedding": {"embedding": _square, "embedding cosine": _cosine},
             "action": {"action": measures.action},
             "stages": {
-                f"stage {i + 1}{name}": interior(partial(measure, i))
-                for name, measure in (("", _stage_square), (" cosine", _stage_cosine))
+                f"stage {i + 1}{name}": partial(measure, stage=i)
+                for name, measure in (("", _square), (" cosine", _cosine))
                 for i in range(stages)
             },
             "error": {"error": measures.error},
         }
-        waves = {f"cosine {k}": interior(partial(_wave_cosine, k)) for k in range(1, self.vectors + 1)}
+        waves = {f"cosine {k}": partial(_wave_cosine, k) for k in range(1, self.vectors + 1)}
         return {name: measure for kind in self.kinds for name, measure in by_kind[kind].items()} | waves
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
@@ -112,23 +112,16 @@ def _stages(network: nn.Module) -> int:
 
 
 @interior
-def _state_square(step: Step) -> Tensor:
-    return mean_square(step.x1)
+def _square(step: Step, stage: int | None = None) -> Tensor:
+    return mean_square(step.x1 if stage is None else step.stages[stage])
 
 
 @interior
-def _state_cosine(step: Step) -> Tensor:
-    return mean_square_and_cosine(step.x1)[1]
+def _cosine(step: Step, stage: int | None = None) -> Tensor:
+    return mean_square_and_cosine(step.x1 if stage is None else step.stages[stage])[1]
 
 
-def _stage_square(i: int, step: Step) -> Tensor:
-    return mean_square(step.stages[i])
-
-
-def _stage_cosine(i: int, step: Step) -> Tensor:
-    return mean_square_and_cosine(step.stages[i])[1]
-
-
+@interior
 def _wave_cosine(k: int, step: Step) -> Tensor:
     """Cosine of the residue with the k-th wave."""
     r = step.residue.flatten(1)

@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from odenets.detection import Detector
+from tests.odenets.detection.victims import refused
 
 RNG = np.random.default_rng(0)
 
@@ -151,15 +152,10 @@ def test_predicted_classes_are_whole_numbers(predicted):
 
 def test_errors():
     X, y, predicted = by_class(20)
-    with pytest.raises(ValueError, match="one class only"):
-        Detector().fit(X, np.zeros(20))
-    with pytest.raises(ValueError, match="mode must be"):
-        Detector(mode="either").fit(X, y)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="predicted must hold the predicted class"):
-        Detector(mode="ensemble").fit(X, y)
+    refused("one class only", Detector().fit, X, np.zeros(20))
+    refused("mode must be", Detector(mode="either").fit, X, y)
+    refused("predicted must hold the predicted class", Detector(mode="ensemble").fit, X, y)
     with pytest.raises(ValueError, match=r"predicted must hold one class per sample, \(20,\), got \(3,\)"):
         Detector(mode="ensemble").fit(X, y, predicted[:3])
-    with pytest.raises(ValueError, match="must have predict_proba, got Perceptron"):
-        Detector(Perceptron()).fit(X, y)
-    with pytest.raises(ValueError, match="NaN"):
-        Detector().fit(np.full((20, 1), np.nan), y)
+    refused("must have predict_proba, got Perceptron", Detector(Perceptron()).fit, X, y)
+    refused("NaN", Detector().fit, np.full((20, 1), np.nan), y)

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from odenets.detection import Detector, Parts, Samples, choose_and_score, score, split
+from tests.odenets.detection.victims import refused
 
 RNG = np.random.default_rng(0)
 
@@ -34,17 +35,13 @@ def test_parts_that_overlap_are_refused():
     one = torch.arange(3)
     with pytest.raises(ValueError, match="fit and test must be disjoint, they share 2 indices"):
         Parts(torch.arange(10, 12), one, torch.tensor([5]), torch.tensor([1, 2, 3]))
-    with pytest.raises(ValueError, match="validation must hold at least one"):
-        Parts(one, one + 3, torch.tensor([], dtype=torch.long), one + 6)
-    with pytest.raises(ValueError, match=r"shares in \(0, 1\)"):
-        split(10, test=1.0)
-    with pytest.raises(ValueError, match="train must be between"):
-        split(10, train=10)
+    refused("validation must hold at least one", Parts, one, one + 3, torch.tensor([], dtype=torch.long), one + 6)
+    refused(r"shares in \(0, 1\)", split, 10, test=1.0)
+    refused("train must be between", split, 10, train=10)
     for wrong in (torch.tensor([7, 7]), torch.tensor([-1]), torch.tensor([False])):
         with pytest.raises(ValueError, match=r"fit must hold indices 0, 1, \.\.\., none of them twice and no mask"):
             Parts(one, wrong, one + 3, one + 10)
-    with pytest.raises(ValueError, match="fit must hold at least one"):
-        split(40, test=0.9, validation=0.9)
+    refused("fit must hold at least one", split, 40, test=0.9, validation=0.9)
 
 
 def test_scores():
@@ -78,8 +75,7 @@ def test_without_successful_attacks_there_is_no_rate():
     ],
 )
 def test_scores_are_checked(clean, adversarial, options, match):
-    with pytest.raises(ValueError, match=match):
-        score(clean, adversarial, **options)
+    refused(match, score, clean, adversarial, **options)
 
 
 N = 300
@@ -164,18 +160,14 @@ def test_sets_that_do_not_fit_are_refused():
     clean = samples(0, 0)
     with pytest.raises(ValueError, match=r"and no others, got \('general', 'special'\)"):
         choose_and_score(clean, clean, {}, modes=("general", "special"))
-    with pytest.raises(ValueError, match="modes must hold"):
-        choose_and_score(clean, clean, {}, modes=())
+    refused("modes must hold", choose_and_score, clean, clean, {}, modes=())
     with pytest.raises(ValueError, match="seen must have the features of the clean samples, it lacks poor"):
         choose_and_score(clean, samples(1, 1, ("good",)), {})
-    with pytest.raises(ValueError, match="noisy must have the features"):
-        choose_and_score(clean, clean, {}, noisy=samples(1, 1, ("good",)))
-    with pytest.raises(ValueError, match="X must hold the features of at least one candidate"):
-        replace(clean, X={})
+    refused("noisy must have the features", choose_and_score, clean, clean, {}, noisy=samples(1, 1, ("good",)))
+    refused("X must hold the features of at least one candidate", replace, clean, X={})
     with pytest.raises(ValueError, match=r"X\['good'\] must hold one row for each of 300 predicted classes, got 299"):
         replace(clean, X={"good": clean.X["good"][1:]})
-    with pytest.raises(ValueError, match="successful must hold one row for each"):
-        replace(clean, successful=np.ones(3, dtype=bool))
+    refused("successful must hold one row for each", replace, clean, successful=np.ones(3, dtype=bool))
     with pytest.raises(ValueError, match="parts must be of the 300 samples, got index 309"):
         replace(clean, parts=split(310, test=0.3, validation=0.3))
 
@@ -184,7 +176,6 @@ def test_copies_of_the_clean_samples_are_cut_as_these():
     """Otherwise a detector would be tested on images that it was fitted on."""
     clean, seen = samples(0, 0), samples(1, 1)
     other = replace(seen, parts=split(N, test=0.3, validation=0.3, seed=1))
-    with pytest.raises(ValueError, match="seen must have the parts of the clean samples"):
-        choose_and_score(clean, other, {"": other})
+    refused("seen must have the parts of the clean samples", choose_and_score, clean, other, {"": other})
     fewer = Samples({name: x[:200] for name, x in seen.X.items()}, seen.predicted[:200], split(200, seed=1))
     assert choose_and_score(clean, seen, {"": fewer}).scores[""].auroc > 0.5

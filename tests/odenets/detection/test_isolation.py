@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from odenets import Network
 from odenets.detection import PRESETS, preset, run_attack
 from odenets.detection.isolation import frozen
-from tests.odenets.detection.victims import SHORT, digits, same, unchanged, victim
+from tests.odenets.detection.victims import SHORT, digits, refused, same, unchanged, victim
 
 
 def partly_trained() -> Network:
@@ -141,8 +141,7 @@ def test_probabilities_are_no_logits_for_gradients(batch):
 
 def test_logits_and_gradients_that_are_not_finite_are_no_attack(batch):
     x, y = batch
-    with pytest.raises(ValueError, match="network must return finite logits, got NaN"):
-        run_attack(Wrapped(lambda z: z * torch.nan), "FGM", x, y)
+    refused("network must return finite logits, got NaN", run_attack, Wrapped(lambda z: z * torch.nan), "FGM", x, y)
     root = Wrapped(lambda z: z + 0 * (z - z.detach()).abs().sqrt())  # its gradient is 0 * infinity
     for name in ("FGM", "DF"):
         with pytest.raises(ValueError, match="network must have finite gradients to be attacked, got NaN"):

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 import odenets.detection
 from odenets import models
 from odenets.detection import Detector, Pipeline, QuantileTest, Trajectory
-from tests.odenets.detection.victims import CLEAN, NEW, ODD, network
+from tests.odenets.detection.victims import CLEAN, NEW, ODD, network, refused
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,7 @@ class Own(Trajectory):
 def test_types_of_the_user_are_loaded_where_they_are_trusted(tmp_path):
     pipeline = Pipeline(network(), Own(), Detector(LogisticRegression())).fit(CLEAN, ODD)
     path, name = pipeline.save(tmp_path / "detector.skops"), f"{Own.__module__}.Own"
-    with pytest.raises(ValueError, match=f"types that are not trusted, so nothing of it was loaded: {name}"):
-        Pipeline.load(path, network())
+    refused(f"types that are not trusted, so nothing of it was loaded: {name}", Pipeline.load, path, network())
     assert type(Pipeline.load(path, network(), trusted=[name]).features) is Own
 
 
@@ -84,29 +83,24 @@ def test_what_is_tampered_with_or_foreign_is_refused_and_nothing_of_it_runs(tmp_
     path = tmp_path / "detector.skops"
 
     path.write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(ValueError, match=r"holds no detector: it was not written by Pipeline.save"):
-        Pipeline.load(path, network())
+    refused(r"holds no detector: it was not written by Pipeline.save", Pipeline.load, path, network())
     assert not Harmful.ran
 
     skops.io.dump({"detector": Foreign()}, path)
-    with pytest.raises(ValueError, match=r"types that are not trusted, so nothing of it was loaded: .*Foreign"):
-        Pipeline.load(path, network())
+    refused(r"types that are not trusted, so nothing of it was loaded: .*Foreign", Pipeline.load, path, network())
 
     skops.io.dump({"detector": 3}, path)
-    with pytest.raises(ValueError, match="holds no detector"):
-        Pipeline.load(path, network())
+    refused("holds no detector", Pipeline.load, path, network())
 
     pipeline.save(path)
     rewritten(path, lambda schema: schema.replace(b"odenets.detection.detector", b"os"))
-    with pytest.raises(ValueError, match=r"not trusted, so nothing of it was loaded: os.Detector"):
-        Pipeline.load(path, network())
+    refused(r"not trusted, so nothing of it was loaded: os.Detector", Pipeline.load, path, network())
 
     pipeline.save(path)
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 0xFF
     path.write_bytes(bytes(damaged))
-    with pytest.raises(ValueError, match=r"damaged|holds no detector"):
-        Pipeline.load(path, network())
+    refused(r"damaged|holds no detector", Pipeline.load, path, network())
 
 
 def test_a_tree_that_leads_out_of_itself_is_refused(tmp_path):
@@ -142,7 +136,5 @@ def test_another_network_is_refused(tmp_path):
     path = Pipeline(network(), detector=Detector(LogisticRegression())).fit(CLEAN, ODD).save(tmp_path / "detector")
     torch.manual_seed(1)
     other = models.small_network(solver="bs23", depth=2, normalize=models.Normalize([0.3], [0.4]))
-    with pytest.raises(ValueError, match="fitted on another network, or on other weights"):
-        Pipeline.load(path, other)
-    with pytest.raises(FileNotFoundError, match="no detector at"):
-        Pipeline.load(tmp_path / "nowhere", network())
+    refused("fitted on another network, or on other weights", Pipeline.load, path, other)
+    refused("no detector at", Pipeline.load, tmp_path / "nowhere", network(), error=FileNotFoundError)

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier
 from torch import nn
@@ -113,3 +114,9 @@ def unchanged(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         assert state() == before
+
+
+def refused(match: str, call: Any, *args: Any, error: type[Exception] = ValueError, **options: Any) -> None:
+    """The call raises such an error."""
+    with pytest.raises(error, match=match):
+        call(*args, **options)

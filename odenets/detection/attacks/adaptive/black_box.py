@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from odenets.detection.attacks.adaptive.evasion import Evasion, checked_pool, detected_by, judge, starting_points
 from odenets.detection.attacks.art import decision_attack
-from odenets.detection.attacks.generation import Attacked
-from odenets.detection.attacks.presets import checked, preset
-from odenets.detection.attacks.progress import with_progress
+from odenets.detection.attacks.generation import Attacked, with_progress
+from odenets.detection.attacks.presets import preset
 from odenets.detection.isolation import Logits, frozen, seeded
 from odenets.modes import device_of
 
@@ -63,7 +62,7 @@ def black_box(
         [K24, section 5.4.5], first attack. Chen, Jordan, Wainwright. HopSkipJumpAttack: a query-efficient
         decision-based attack. IEEE S&P 2020.
     """
-    hop_skip_jump = dict(checked(preset("HSJ", **settings)).settings)
+    hop_skip_jump = dict(preset("HSJ", **settings).settings)
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
     more = start.images[:0] if pool is None else checked_pool(pool, start)

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from odenets.detection.attacks.adaptive.evasion import Evasion, Features, Target, checked_pool, judge, starting_points
 from odenets.detection.attacks.art import decision_attack
-from odenets.detection.attacks.generation import Attacked
-from odenets.detection.attacks.presets import checked, preset
-from odenets.detection.attacks.progress import with_progress
+from odenets.detection.attacks.generation import Attacked, with_progress
+from odenets.detection.attacks.presets import preset
 from odenets.detection.features.base import in_batches
 from odenets.detection.isolation import Logits, frozen, seeded
 from odenets.modes import device_of
@@ -71,7 +70,7 @@ def feature_attack(
         [K24, section 5.4.5], second attack. Carlini, Wagner. Adversarial examples are not easily detected: bypassing
         ten detection methods. AISec 2017.
     """
-    hop_skip_jump = dict(checked(preset("HSJ", **settings)).settings)
+    hop_skip_jump = dict(preset("HSJ", **settings).settings)
     if rounds < 1 or steps < 1 or not weights:
         raise ValueError(f"rounds and steps must be at least 1 and weights not empty, got {rounds}, {steps}, {weights}")
     with frozen(network) as network:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from odenets.detection.attacks.adaptive.evasion import Evasion, Features, Target, judge, starting_points
 from odenets.detection.attacks.adaptive.surrogate import Score, Surrogate, scores_of
-from odenets.detection.attacks.generation import Attacked
-from odenets.detection.attacks.progress import with_progress
+from odenets.detection.attacks.generation import Attacked, with_progress
 from odenets.detection.isolation import Logits, frozen
 from odenets.modes import device_of
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from odenets.detection import PRESETS, Attacked, preset, run_attack
-from tests.odenets.detection.victims import SHORT, same, victim
+from tests.odenets.detection.victims import SHORT, refused, same, victim
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -99,8 +99,7 @@ def test_networks_of_two_classes_are_attacked(batch):
     ],
 )
 def test_images_and_labels_are_checked(images, labels, error, match):
-    with pytest.raises(error, match=match):
-        run_attack(victim(), "FGM", images, torch.tensor(labels))
+    refused(match, run_attack, victim(), "FGM", images, torch.tensor(labels), error=error)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])

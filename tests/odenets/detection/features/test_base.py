@@ -10,7 +10,7 @@ from torch import nn
 
 from odenets import Flow, Network, models
 from odenets.detection import Detector, Features, Pipeline, Trajectory, check_images, in_batches
-from tests.odenets.detection.victims import unchanged
+from tests.odenets.detection.victims import refused, unchanged
 
 X = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -49,8 +49,7 @@ def test_in_batches_leaves_modes_and_random_states_also_after_an_exception(fails
 def test_in_batches_needs_inputs_and_a_batch_size():
     network = models.small_network(depth=1)
     for x, batch_size in ((X, 0), (X[:0], 1)):
-        with pytest.raises(ValueError, match=f"batch_size be at least 1, got {len(x)} and {batch_size}"):
-            in_batches(network, network, x, batch_size)
+        refused(f"batch_size be at least 1, got {len(x)} and {batch_size}", in_batches, network, network, x, batch_size)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +64,7 @@ def test_in_batches_needs_inputs_and_a_batch_size():
     ],
 )
 def test_images_are_checked(images, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        check_images(images)
+    refused(message, check_images, images, error=(TypeError, ValueError))
 
 
 class StepLengths(Features):

@@ -5,6 +5,7 @@ from torchvision.models import resnet18
 import odenets
 from odenets import models
 from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of, pooled
+from tests.odenets.detection.victims import refused
 
 
 def test_one_flow_has_two_feature_maps():
@@ -87,10 +88,8 @@ def test_values_of_batches_are_those_in_eval_mode():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"got ResNet: pass odenets\.adapt"):
-        feature_maps_of(resnet18(), torch.rand(2, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"state must be a batch \(B, C, \.\.\.\), got shape \(3,\)"):
-        pooled(torch.rand(3))
+    refused(r"got ResNet: pass odenets\.adapt", feature_maps_of, resnet18(), torch.rand(2, 3, 32, 32))
+    refused(r"state must be a batch \(B, C, \.\.\.\), got shape \(3,\)", pooled, torch.rand(3))
 
 
 @torch.no_grad()

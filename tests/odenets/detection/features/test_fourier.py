@@ -4,8 +4,13 @@ import torch
 
 import odenets
 from odenets.detection.features.fourier import FourierSpectrum
+from tests.odenets.detection.victims import refused
 
 network = odenets.models.small_network(depth=1)
+
+
+def test_parts():
+    refused("part must be 'magnitude' or 'phase', got 'power'", FourierSpectrum, "power")
 
 
 @pytest.mark.parametrize(("part", "values"), [("magnitude", np.abs), ("phase", np.angle)])
@@ -45,26 +50,6 @@ def test_flat_images_are_finite_and_so_are_their_gradients(part, gray):
     spectrum = FourierSpectrum(part)(network, x)
     assert spectrum.isfinite().all()
     assert torch.autograd.grad(spectrum.sum(), x)[0].isfinite().all()
-
-
-def test_the_network_plays_no_part():
-    features = FourierSpectrum("phase")
-    assert features.fit(network, torch.rand(2, 1, 8, 8), torch.arange(2)) is features
-    x = torch.rand(2, 1, 8, 8)
-    assert torch.equal(features(network, x), features(odenets.Flow(), x))
-
-
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (lambda: FourierSpectrum("power"), "part must be 'magnitude' or 'phase', got 'power'"),
-        (lambda: FourierSpectrum()(network, torch.rand(3, 8)), r"x must be a batch \(N, C, H, W\)"),
-        (lambda: FourierSpectrum()(network, torch.rand(3, 1, 8, 8) + 1), r"pixels in \[0, 1\]"),
-    ],
-)
-def test_errors(run, message):
-    with pytest.raises(ValueError, match=message):
-        run()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,9 +4,9 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from odenets import models
-from odenets.detection import in_batches
 from odenets.detection.features.feature_maps import feature_maps_of
 from odenets.detection.features.lid import LARGEST, LID, local_dimension
+from tests.odenets.detection.victims import refused
 
 
 def network():
@@ -85,14 +85,6 @@ def test_features_are_dimensions_of_each_state_among_those_of_training_images():
         torch.testing.assert_close(dimensions[:, i].double(), expected, rtol=1e-4, atol=0)
 
 
-@torch.no_grad()
-def test_features_do_not_depend_on_the_batch():
-    net, (x, y) = network(), images()
-    fitted = LID(k=5, reference=30).fit(net, x, y)
-    batches = in_batches(lambda part: fitted(net, part), net, x, batch_size=7)
-    torch.testing.assert_close(batches, fitted(net, x), rtol=1e-3, atol=0)
-
-
 def test_reference_is_drawn_by_the_seed():
     net, (x, y) = network(), images()
     one, same, other = (LID(k=5, reference=20, seed=seed).fit(net, x, y).states[0] for seed in (0, 0, 1))
@@ -123,15 +115,7 @@ def test_what_is_not_finite_has_no_dimension(value):
     dimensions = local_dimension(points, near, 12)
     assert dimensions[1].isnan()
     assert torch.equal(dimensions[[0, 2]], expected[[0, 2]])
-    with pytest.raises(ValueError, match="reference must be finite, got NaN or infinity"):
-        local_dimension(near, points, 2)
-
-
-def test_a_diverging_network_is_an_error():
-    net, (x, y) = network(), images()
-    net.encoder[-1].weight.data.fill_(torch.inf)
-    with pytest.raises(ValueError, match="network must have finite states on the reference images"):
-        LID(k=5, reference=20).fit(net, x, y)
+    refused("reference must be finite, got NaN or infinity", local_dimension, near, points, 2)
 
 
 @torch.no_grad()
@@ -152,20 +136,8 @@ def test_gradient_is_that_of_differences():
     assert torch.autograd.gradcheck(lambda x: local_dimension(x, near, 10), x)
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (lambda net, x, y: LID(k=1), "k must be at least 2, got 1"),
-        (lambda net, x, y: LID(k=20, reference=20), "reference must be more than the k = 20"),
-        (lambda net, x, y: LID().fit(net, x, y), "at least the reference = 100 images, got 60"),
-        (lambda net, x, y: LID()(net, x), "before it is called"),
-        (
-            lambda net, x, y: LID(k=5, reference=20).fit(net, x, y)(models.small_network(features=4), x),
-            "network must be the one of fit",
-        ),
-        (lambda net, x, y: local_dimension(torch.rand(2, 3), torch.rand(5, 3), 6), "between 1 and the 5 points"),
-    ],
-)
-def test_errors(run, message):
-    with pytest.raises(ValueError, match=message):
-        run(network(), *images())
+def test_errors():
+    refused("k must be at least 2, got 1", LID, k=1)
+    refused("reference must be more than the k = 20", LID, k=20, reference=20)
+    refused("at least the reference = 100 images, got 60", LID().fit, network(), *images())
+    refused("between 1 and the 5 points", local_dimension, torch.rand(2, 3), torch.rand(5, 3), 6)

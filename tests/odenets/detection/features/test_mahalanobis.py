@@ -5,10 +5,9 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import EmpiricalCovariance
 
 from odenets import Flow, Network, models
-from odenets.detection.features.base import in_batches
 from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of, pooled
 from odenets.detection.features.mahalanobis import MAGNITUDES, Mahalanobis
-from tests.odenets.detection.victims import Affine
+from tests.odenets.detection.victims import Affine, refused
 
 
 def network():
@@ -103,25 +102,6 @@ def test_input_step_stays_among_images(images):
     assert len({tuple(part.flatten().tolist()) for part in seen[1:]}) == 4  # a step of its own for every state
 
 
-def test_features_are_those_of_a_batch_within_no_grad(images):
-    net, (x, y) = network(), images
-    fitted = Mahalanobis(magnitude=0.002).fit(net, x, y)
-    alone = fitted(net, x[:20]).detach()
-    batches = in_batches(lambda part: fitted(net, part), net, x[:20], batch_size=10)
-    torch.testing.assert_close(batches, alone, rtol=1e-2, atol=1e-2)
-    assert all(p.grad is None for p in net.parameters())
-
-
-@pytest.mark.parametrize("magnitude", [0.0, 0.002])
-def test_gradients_pass(images, magnitude):
-    net, (x, y) = network(), images
-    fitted = Mahalanobis(magnitude=magnitude).fit(net, x, y)
-    x = x[:3].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(fitted(net, x).sum(), x)
-    assert gradient.isfinite().all()
-    assert gradient.abs().max() > 0
-
-
 def test_gradient_is_that_of_differences():
     net = models.points_network(2, 3, depth=2).double()
     x, y = well_conditioned()
@@ -157,38 +137,6 @@ def test_labels_may_come_in_any_order(images):
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (lambda net, x, y: Mahalanobis(magnitude=-1.0), "magnitude must not be negative, got -1.0"),
-        (lambda net, x, y: Mahalanobis(magnitude=2.0), r"at most 1, in units of pixels in \[0, 1\], got 2.0"),
-        (lambda net, x, y: Mahalanobis()(net, x), "before it is called"),
-        (lambda net, x, y: Mahalanobis().fit(net, x, y + 1), r"no image of \[0\]"),
-        (lambda net, x, y: Mahalanobis().fit(net, x, y - 1), "got -1"),
-        (lambda net, x, y: Mahalanobis().fit(net, x, y[:2]), "one integer label"),
-        (lambda net, x, y: Mahalanobis().fit(net, x, y.float()), "float32"),
-        (lambda net, x, y: Mahalanobis().fit(net, x[:0], y[:0]), "each of 0 images"),
-        (lambda net, x, y: Mahalanobis().fit(net, 0 * x, y), "equal ones in state 0"),
-        (lambda net, x, y: Mahalanobis(magnitude=0.01).fit(net, x, y)(net, x + 1), r"pixels in \[0, 1\]"),
-        (
-            lambda net, x, y: Mahalanobis().fit(net, x, y)(models.resnet110(blocks=1, channels=(4, 8)), x),
-            r"\[4, 4, 8\]",
-        ),
-    ],
-)
-def test_errors(images, run, message):
-    x, y = images
-    with pytest.raises(ValueError, match=message):
-        run(network(), x, y)
-
-
-def test_a_diverging_network_is_an_error(images):
-    net, (x, y) = network(), images
-    net.transitions[0].weight.data.fill_(torch.inf)
-    with pytest.raises(ValueError, match="infinity in state 2"):
-        Mahalanobis().fit(net, x, y)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_networks_and_images_of_any_precision(images, dtype):
@@ -204,22 +152,12 @@ def test_networks_and_images_of_any_precision(images, dtype):
     assert fitted(net, x[:5].to(dtype)).isfinite().all()
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_the_mode_of_the_caller_does_not_matter(images, mode):
-    net, (x, y) = network(), images
-    expected = Mahalanobis(magnitude=0.002).fit(net, x, y)(net, x[:5])
-    with mode():
-        scores = Mahalanobis(magnitude=0.002).fit(net, x, y)(net, x[:5].clone())
-    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
-
-
 def test_a_network_made_in_inference_mode_has_no_input_step(images):
     x, y = images
     with torch.inference_mode():
         net = network()
         fitted = Mahalanobis(magnitude=0.002).fit(net, x, y)
-        with pytest.raises(ValueError, match=r"made outside torch\.inference_mode for an input step"):
-            fitted(net, x[:5])
+        refused(r"made outside torch\.inference_mode for an input step", fitted, net, x[:5])
 
 
 def on_states(gain, offset):
@@ -246,14 +184,28 @@ def relative_confidences(gain, offset, x, y):
 def test_rounding_of_constant_states_is_no_variance():
     """0.1 is no binary number: the mean of a class differs from its members in the last digit."""
     x, y = torch.randn(30, 2), torch.arange(30) % 3
-    with pytest.raises(ValueError, match="equal ones in state 0"):
-        relative_confidences(0.0, 1e6 + 0.1, x, y)
+    refused("equal ones in state 0", relative_confidences, 0.0, 1e6 + 0.1, x, y)
     noise = 1e-7 * torch.randn(30, 2)  # below the last digit of a million in single precision
-    with pytest.raises(ValueError, match="equal ones in state 0"):
-        relative_confidences(1.0, 1e6 + 0.1, noise, y)
+    refused("equal ones in state 0", relative_confidences, 1.0, 1e6 + 0.1, noise, y)
 
 
 @torch.no_grad()
 def test_labels_of_bytes_count_to_255():
     x, y = torch.randn(512, 2), (torch.arange(512) % 256).to(torch.uint8)
     assert len(Mahalanobis().fit(on_states(1.0, 0.0), x, y).means[0]) == 256
+
+
+def test_errors(images):
+    net, (x, y), features = network(), images, Mahalanobis(magnitude=0.01)
+    refused("magnitude must not be negative, got -1.0", Mahalanobis, magnitude=-1.0)
+    refused(r"at most 1, in units of pixels in \[0, 1\], got 2.0", Mahalanobis, magnitude=2.0)
+    refused(r"no image of \[0\]", features.fit, net, x, y + 1)
+    refused("got -1", features.fit, net, x, y - 1)
+    refused("one integer label", features.fit, net, x, y[:2])
+    refused("float32", features.fit, net, x, y.float())
+    refused("each of 0 images", features.fit, net, x[:0], y[:0])
+    refused("equal ones in state 0", features.fit, net, 0 * x, y)
+    refused(r"pixels in \[0, 1\]", features.fit(net, x, y), net, x + 1)
+    refused(r"\[4, 4, 8\]", features, models.resnet110(blocks=1, channels=(4, 8)), x)
+    net.transitions[0].weight.data.fill_(torch.inf)
+    refused("infinity in state 2", features.fit, net, x, y)

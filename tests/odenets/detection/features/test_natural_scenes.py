@@ -13,6 +13,7 @@ from odenets.detection.features.natural_scenes import (
     contrast_normalized,
     generalized_gaussian,
 )
+from tests.odenets.detection.victims import refused
 
 network = odenets.models.small_network(depth=1)
 statistics = NaturalSceneStatistics()
@@ -125,22 +126,5 @@ def test_noise_changes_the_statistics_of_a_smooth_image():
     assert ((changed - clean).mean(0) > 0.1).all()
 
 
-def test_statistics_are_those_of_each_image():
-    x = torch.rand(5, 1, 16, 16)
-    alone = torch.cat([statistics(network, each[None]) for each in x])
-    torch.testing.assert_close(statistics(network, x), alone)
-
-
-def test_the_network_plays_no_part():
-    x = torch.rand(2, 1, 8, 8)
-    assert statistics.fit(network, x, torch.arange(2)) is statistics
-    assert torch.equal(statistics(network, x), statistics(odenets.Flow(), x))
-
-
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [(torch.ones(2, 2, 8, 8), "gray or RGB"), (2 * torch.ones(2, 1, 8, 8), r"\[0, 1\]"), (torch.ones(8, 8), "batch")],
-)
-def test_errors(images, message):
-    with pytest.raises(ValueError, match=message):
-        statistics(network, images)
+def test_images_are_gray_or_rgb():
+    refused("gray or RGB", statistics, network, torch.ones(2, 2, 8, 8))

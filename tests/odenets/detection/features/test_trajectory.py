@@ -8,7 +8,7 @@ from torchvision.models import resnet18
 import odenets
 from odenets import Flow, Network, measures, models
 from odenets.detection import Trajectory
-from tests.odenets.detection.victims import Affine
+from tests.odenets.detection.victims import Affine, refused
 
 X = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -152,13 +152,8 @@ def test_inputs_of_a_network_with_complex_weights_stay_real():
 
 def test_errors():
     network = models.small_network(solver="euler", h=1.0, depth=2)
-    with pytest.raises(ValueError, match="kinds must be among residue, cosine"):
-        Trajectory("norm")
-    with pytest.raises(ValueError, match="vectors must not be negative"):
-        Trajectory(vectors=-1)
-    with pytest.raises(ValueError, match="'stages' where a block has one"):
-        Trajectory("stages")(network, X)
-    with pytest.raises(ValueError, match="carries no embedded error"):
-        Trajectory("error")(network, X)
-    with pytest.raises(TypeError, match=r"must record its steps, got Linear: pass odenets.adapt"):
-        Trajectory()(nn.Linear(2, 2), X)
+    refused("kinds must be among residue, cosine", Trajectory, "norm")
+    refused("vectors must not be negative", Trajectory, vectors=-1)
+    refused("'stages' where a block has one", Trajectory("stages"), network, X)
+    refused("carries no embedded error", Trajectory("error"), network, X)
+    refused(r"must record its steps, got Linear: pass odenets.adapt", Trajectory(), nn.Linear(2, 2), X, error=TypeError)

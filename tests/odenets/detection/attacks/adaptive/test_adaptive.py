@@ -8,7 +8,7 @@ import torch
 
 from odenets.detection import Trajectory, preset, run_attack
 from odenets.detection.attacks.adaptive import ProjectedDescent, black_box, distill, feature_attack, surrogate_attack
-from tests.odenets.detection.victims import detection, digits, features_of, unchanged, victim
+from tests.odenets.detection.victims import detection, digits, features_of, refused, unchanged, victim
 
 HSJ = {"max_iter": 3, "max_eval": 100, "init_eval": 20}
 LIMIT = 0.345
@@ -141,8 +141,7 @@ def test_starts_and_detectors_are_checked(attacked):
         black_box(victim(), lambda x: torch.full((len(x),), 0.3), start, images)
     with pytest.raises(ValueError, match=r"pool must hold images \(1, 8, 8\), got shape \(2, 1, 9, 9\)"):
         black_box(victim(), too_bright_image, start, images, pool=torch.zeros(2, 1, 9, 9))
-    with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
-        black_box(victim(), too_bright_image, start, images, trials=0)
+    refused("trials must be at least 1, got 0", black_box, victim(), too_bright_image, start, images, trials=0)
     with pytest.raises(ValueError, match="HSJ has no setting iterations; known are norm, max_iter"):
         black_box(victim(), too_bright_image, start, images, iterations=5)
     with pytest.raises(ValueError, match=r"rounds and steps must be at least 1 and weights not empty, got 0"):
@@ -241,8 +240,7 @@ def test_a_gradient_that_is_not_finite_is_no_attack(attacked):
     ],
 )
 def test_settings_of_the_descent_are_checked(options, match):
-    with pytest.raises(ValueError, match=match):
-        ProjectedDescent(**options)
+    refused(match, ProjectedDescent, **options)
 
 
 def test_features_that_are_not_finite_or_do_not_vary(attacked):
@@ -260,5 +258,4 @@ def test_features_that_are_not_finite_or_do_not_vary(attacked):
     options = {"weights": [(10.0, 0.1)], "rounds": 2, "steps": 4, **HSJ}
     result = feature_attack(victim(), with_constant, bright, start, images, **options)
     assert result.share >= 0.5
-    with pytest.raises(ValueError, match="features must be finite"):
-        feature_attack(victim(), with_nan, bright, start, images, **options)
+    refused("features must be finite", feature_attack, victim(), with_nan, bright, start, images, **options)

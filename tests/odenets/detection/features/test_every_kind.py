@@ -1,0 +1,59 @@
+"""What holds of every kind of features."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from odenets import Flow, models
+from odenets.detection import LID, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory, in_batches
+from tests.odenets.detection.victims import refused
+
+X, Y = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10
+KINDS = [
+    *(Trajectory(), LID(k=5, reference=30), Mahalanobis(), Mahalanobis(magnitude=0.002, relative=True)),
+    *(FourierSpectrum(), FourierSpectrum("phase"), NaturalSceneStatistics()),
+]
+
+
+def network():
+    torch.manual_seed(0)
+    return models.small_network(solver="bs23", depth=2).eval()
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_an_image_has_its_features_in_any_batch_and_mode_of_the_caller(kind, mode):
+    net = network()
+    expected = kind.fit(net, X, Y)(net, X).detach()
+    with mode():
+        features = kind.fit(net, X.clone(), Y.clone())
+        batches = in_batches(lambda part: features(net, part), net, X.clone(), batch_size=7)
+    assert batches.dtype == torch.float32
+    torch.testing.assert_close(batches, expected, rtol=1e-3, atol=1e-3)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1], ids=repr)
+def test_gradients_pass(kind):
+    net, x = network(), X[:3].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(kind.fit(net, X, Y)(net, x).sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS[-3:], ids=repr)
+def test_the_network_plays_no_part_in_features_of_the_image(kind):
+    assert kind.fit(network(), X, Y) is kind
+    assert torch.equal(kind(network(), X), kind(Flow(), X))
+    refused(r"x must be a batch \(N, C, H, W\)", kind, network(), X[0, 0])
+    refused(r"pixels in \[0, 1\]", kind, network(), X + 1)
+
+
+@pytest.mark.parametrize("kind", [LID(k=5, reference=30), Mahalanobis()], ids=repr)
+def test_features_are_fitted_to_one_network_that_does_not_diverge(kind):
+    net = network()
+    refused("before it is called", kind, net, X)
+    refused("network must be the one of fit", kind.fit(net, X, Y), models.small_network(features=4), X)
+    net.encoder[-1].weight.data.fill_(torch.inf)
+    refused("network must have finite states.*, got NaN or infinity", kind.fit, net, X, Y)
