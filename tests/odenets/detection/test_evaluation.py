@@ -1,6 +1,7 @@
 """Disjoint parts, scores beside scikit-learn's and counts by hand, choices on validation samples."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,14 +34,13 @@ def test_parts_are_disjoint_and_all_there(samples, train, test, validation, seed
 
 def test_parts_that_overlap_are_refused():
     one = torch.arange(3)
-    with pytest.raises(ValueError, match="fit and test must be disjoint, they share 2 indices"):
-        Parts(torch.arange(10, 12), one, torch.tensor([5]), torch.tensor([1, 2, 3]))
+    refused("fit and test must be disjoint, they share 2 indices", Parts, one + 10, one, torch.tensor([5]), one + 1)
     refused("validation must hold at least one", Parts, one, one + 3, torch.tensor([], dtype=torch.long), one + 6)
     refused(r"shares in \(0, 1\)", split, 10, test=1.0)
     refused("train must be between", split, 10, train=10)
     for wrong in (torch.tensor([7, 7]), torch.tensor([-1]), torch.tensor([False])):
-        with pytest.raises(ValueError, match=r"fit must hold indices 0, 1, \.\.\., none of them twice and no mask"):
-            Parts(one, wrong, one + 3, one + 10)
+        message = r"fit must hold indices 0, 1, \.\.\., none of them twice and no mask"
+        refused(message, Parts, one, wrong, one + 3, one + 10)
     refused("fit must hold at least one", split, 40, test=0.9, validation=0.9)
 
 
@@ -64,18 +64,12 @@ def test_without_successful_attacks_there_is_no_rate():
     assert np.isnan(score(np.zeros(3), np.ones(2), successful=np.zeros(2, bool)).detected_successful)
 
 
-@pytest.mark.parametrize(
-    ("clean", "adversarial", "options", "match"),
-    [
-        ([np.nan], [1, 1], {}, "clean must hold finite scores"),
-        ([0, 0], [], {}, "adversarial must hold finite scores"),
-        ([0, 0], [1, 1], {"successful": [True] * 3}, "successful must hold one per"),
-        ([0, 0], [1, 1], {"successful": [3, 5]}, "successful must hold True or False, no indices"),
-        ([0, 0], [1, 1], {"threshold": float("nan")}, "threshold must be finite, got nan"),
-    ],
-)
-def test_scores_are_checked(clean, adversarial, options, match):
-    refused(match, score, clean, adversarial, **options)
+def test_scores_are_checked():
+    refused("clean must hold finite scores", score, [np.nan], [1, 1])
+    refused("adversarial must hold finite scores", score, [0, 0], [])
+    refused("successful must hold one per", score, [0, 0], [1, 1], successful=[True] * 3)
+    refused("successful must hold True or False, no indices", score, [0, 0], [1, 1], successful=[3, 5])
+    refused("threshold must be finite, got nan", score, [0, 0], [1, 1], threshold=np.nan)
 
 
 N = 300
@@ -110,9 +104,8 @@ def test_scores_are_those_of_a_classifier_fitted_by_hand():
     fit, test = PARTS.fit.numpy(), PARTS.test.numpy()
     X = np.concatenate([clean.X["good"][fit], seen.X["good"][fit]])
     y = np.repeat([0, 1], len(fit))
-    scores = (
-        LogisticRegression().fit(X, y).decision_function(np.concatenate([clean.X["good"][test], seen.X["good"][test]]))
-    )
+    X_test = np.concatenate([clean.X["good"][test], seen.X["good"][test]])
+    scores = LogisticRegression().fit(X, y).decision_function(X_test)
     truth = np.repeat([0, 1], len(test))
     assert choice.scores[""].auroc == choice.agnostic[""] == pytest.approx(roc_auc_score(truth, scores))
     assert choice.scores[""].accuracy == pytest.approx(((scores > 0) == truth).mean())
@@ -157,19 +150,17 @@ def test_the_ensemble_is_fitted_once_for_all_modes(monkeypatch):
 
 
 def test_sets_that_do_not_fit_are_refused():
-    clean = samples(0, 0)
-    with pytest.raises(ValueError, match=r"and no others, got \('general', 'special'\)"):
-        choose_and_score(clean, clean, {}, modes=("general", "special"))
-    refused("modes must hold", choose_and_score, clean, clean, {}, modes=())
-    with pytest.raises(ValueError, match="seen must have the features of the clean samples, it lacks poor"):
-        choose_and_score(clean, samples(1, 1, ("good",)), {})
-    refused("noisy must have the features", choose_and_score, clean, clean, {}, noisy=samples(1, 1, ("good",)))
+    clean, good, choose = samples(0, 0), samples(1, 1, ("good",)), partial(choose_and_score, tested={})
+    refused(r"and no others, got \('general', 'special'\)", choose, clean, clean, modes=("general", "special"))
+    refused("modes must hold", choose, clean, clean, modes=())
+    refused("seen must have the features of the clean samples, it lacks poor", choose, clean, good)
+    refused("noisy must have the features", choose, clean, clean, noisy=good)
     refused("X must hold the features of at least one candidate", replace, clean, X={})
-    with pytest.raises(ValueError, match=r"X\['good'\] must hold one row for each of 300 predicted classes, got 299"):
-        replace(clean, X={"good": clean.X["good"][1:]})
+    X = {"good": clean.X["good"][1:]}
+    refused(r"X\['good'\] must hold one row for each of 300 predicted classes, got 299", replace, clean, X=X)
     refused("successful must hold one row for each", replace, clean, successful=np.ones(3, dtype=bool))
-    with pytest.raises(ValueError, match="parts must be of the 300 samples, got index 309"):
-        replace(clean, parts=split(310, test=0.3, validation=0.3))
+    parts = split(310, test=0.3, validation=0.3)
+    refused("parts must be of the 300 samples, got index 309", replace, clean, parts=parts)
 
 
 def test_copies_of_the_clean_samples_are_cut_as_these():

@@ -87,13 +87,12 @@ def test_fitting_and_scoring_leave_the_network_as_it_was():
 
 def test_errors():
     pipeline = Pipeline(network())
-    with pytest.raises(TypeError, match=r"must record its steps, got Sequential: pass odenets.adapt"):
-        Pipeline(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"got RandomForestClassifier: pass Detector\(RandomForestClassifier\(...\)\)"):
-        Pipeline(network(), detector=RandomForestClassifier())
+    refused("must record its steps, got Linear: pass odenets.adapt", Pipeline, nn.Linear(64, 10), error=TypeError)
+    match = r"got RandomForestClassifier: pass Detector\(RandomForestClassifier\(...\)\)"
+    refused(match, Pipeline, network(), detector=RandomForestClassifier(), error=TypeError)
     refused(r"adversarial must hold at least 10 images, got 3: too few attacks", pipeline.fit, CLEAN, ODD[:3])
     refused("Detector is fitted on adversarial images too", pipeline.fit, CLEAN)
-    with pytest.raises(ValueError, match="QuantileTest is fitted on no adversarial images"):
-        Pipeline(network(), Trajectory("action"), QuantileTest()).fit(CLEAN, ODD)
+    by_quantile = Pipeline(network(), Trajectory("action"), QuantileTest())
+    refused("QuantileTest is fitted on no adversarial images", by_quantile.fit, CLEAN, ODD)
     refused(r"adversarial must have pixels in \[0, 1\]", pipeline.fit, CLEAN, 2 * ODD)
     refused("images must be finite", pipeline.predict, torch.full((2, 1, 8, 8), torch.nan))

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from torch import nn
 
 from odenets.detection import PRESETS, Attack, preset, run_attack
 from tests.odenets.detection.victims import refused, victim
@@ -22,16 +22,15 @@ def test_attacks_and_settings_are_checked(batch):
     refused(r"unknown attack 'PGD'; known are FGM, BIM, APGD", preset, "PGD")
     refused("unknown attack 'PGD'", run_attack, victim(), "PGD", x, y)
     refused(r"FGM has no setting epsilon; known are norm, eps, eps_step", preset, "FGM", epsilon=0.1)
-    with pytest.raises(ValueError, match=r"BA has no setting verbose; known are delta, epsilon"):
-        run_attack(victim(), Attack("BA", (("verbose", True),)), x, y)
-    with pytest.raises(TypeError, match=r"eps of FGM must be a number, a bool or a string, got array"):
-        preset("FGM", eps=np.ones(2))
+    loud = Attack("BA", (("verbose", True),))
+    refused("BA has no setting verbose; known are delta, epsilon", run_attack, victim(), loud, x, y)
+    match = "eps of FGM must be a number, a bool or a string, got array"
+    refused(match, preset, "FGM", eps=np.ones(2), error=TypeError)
     refused("batch_size must be at least 1, got 0", run_attack, victim(), "FGM", x, y, batch_size=0)
     refused("seed must not be negative, got -1", run_attack, victim(), "FGM", x, y, seed=-1)
-    with pytest.raises(ValueError, match=r"AA compares three logits of a network, got one with 2"):
-        run_attack(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), "AA", x, y % 2)
-    with pytest.raises(ValueError, match="network has a flow without a field"):
-        run_attack(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2)), "FGM", x, y)
+    two, lazy = (nn.Sequential(nn.Flatten(), last) for last in (nn.Linear(64, 2), nn.LazyLinear(2)))
+    refused("AA compares three logits of a network, got one with 2", run_attack, two, "AA", x, y % 2)
+    refused("network has a flow without a field", run_attack, lazy, "FGM", x, y)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from odenets import Flow, models
 from odenets.detection import LID, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory, in_batches
+from odenets.detection.features.feature_maps import feature_maps_of
 from tests.odenets.detection.victims import refused
 
 X, Y = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10
@@ -34,10 +35,23 @@ def test_an_image_has_its_features_in_any_batch_and_mode_of_the_caller(kind, mod
     assert all(p.grad is None for p in net.parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS[:3], ids=repr)
+def test_images_are_taken_to_the_precision_of_the_network(kind, dtype):
+    expected = kind.fit(network(), X, Y)(network(), X)
+    net = network().to(dtype)
+    assert {state.dtype for state in feature_maps_of(net, X)} == {dtype}
+    features = kind.fit(net, X, Y)(net, X)
+    assert torch.equal(features, kind.fit(net, X.to(dtype), Y)(net, X.to(dtype)))
+    assert features.dtype == (dtype if dtype == torch.float64 and kind is KINDS[0] else torch.float32)
+    assert (features / expected - 1).abs().median() < (1e-4 if dtype == torch.float64 else 0.2)
+
+
 @pytest.mark.parametrize("kind", KINDS[:-1], ids=repr)
 def test_gradients_pass(kind):
     net, x = network(), X[:3].clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(kind.fit(net, X, Y)(net, x).sum(), x)
+    (gradient,) = torch.autograd.grad(kind.fit(net, X, Y)(net, x).square().sum(), x)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
 

@@ -54,11 +54,9 @@ def check(result, start, images, detector):
 
 
 def test_the_black_box_is_led_to_the_wrong_class_undetected(attacked):
-    start, images = attacked
-    result = black_box(victim(), too_bright_image, start, images, pool=images, **HSJ)
-    check(result, start, images, too_bright_image)
+    result, again = (black_box(victim(), too_bright_image, *attacked, pool=attacked[1], **HSJ) for _ in range(2))
+    check(result, *attacked, too_bright_image)
     assert result.share >= 0.25
-    again = black_box(victim(), too_bright_image, start, images, pool=images, **HSJ)
     assert torch.equal(result.images, again.images)
 
 
@@ -87,10 +85,9 @@ def test_the_start_remains_where_nothing_evades(attacked):
 
 
 def test_features_are_matched_and_the_network_stays_fooled(attacked):
-    start, images = attacked
     options = {"weights": [(10.0, 0.1)], "rounds": 3, "steps": 8, **HSJ}
-    result = feature_attack(victim(), quadrants, too_bright, start, images, **options)
-    check(result, start, images, too_bright_image)
+    result = feature_attack(victim(), quadrants, too_bright, *attacked, **options)
+    check(result, *attacked, too_bright_image)
     assert result.share >= 0.5
 
 
@@ -129,27 +126,28 @@ def test_a_forest_on_the_trajectory_is_evaded():
 
 def test_starts_and_detectors_are_checked(attacked):
     start, images = attacked
-    with pytest.raises(ValueError, match=r"images must be the clean ones of start, \(4, 1, 8, 8\), got shape \(3"):
-        black_box(victim(), too_bright_image, start, images[:3])
-    with pytest.raises(ValueError, match="start must hold detected images, got 4 that the detector does not tell"):
-        black_box(victim(), lambda x: torch.zeros(len(x)), start, images)
+
+    def attack(detector=too_bright_image, start=start, images=images, **options):
+        return black_box(victim(), detector, start, images, **options)
+
+    refused(r"images must be the clean ones of start, \(4, 1, 8, 8\), got shape \(3", attack, images=images[:3])
+    undetected = lambda x: torch.zeros(len(x))  # noqa: E731
+    refused("start must hold detected images, got 4 that the detector does not tell", attack, detector=undetected)
     other = copy.deepcopy(victim())
     other.head[-1].bias.data[start.labels[0]] += 1e3
-    with pytest.raises(ValueError, match=r"start must hold images that fool this network, got \d that it has right"):
-        black_box(other, too_bright_image, start, images)
-    with pytest.raises(ValueError, match=r"detector must say 0 or 1 of each of 4 samples, got shape \(4,\) and values"):
-        black_box(victim(), lambda x: torch.full((len(x),), 0.3), start, images)
-    with pytest.raises(ValueError, match=r"pool must hold images \(1, 8, 8\), got shape \(2, 1, 9, 9\)"):
-        black_box(victim(), too_bright_image, start, images, pool=torch.zeros(2, 1, 9, 9))
-    refused("trials must be at least 1, got 0", black_box, victim(), too_bright_image, start, images, trials=0)
-    with pytest.raises(ValueError, match="HSJ has no setting iterations; known are norm, max_iter"):
-        black_box(victim(), too_bright_image, start, images, iterations=5)
-    with pytest.raises(ValueError, match=r"rounds and steps must be at least 1 and weights not empty, got 0"):
-        feature_attack(victim(), quadrants, too_bright, start, images, rounds=0)
-    _, test = digits()
-    everything = run_attack(victim(), preset("FGM", eps=0.01), test.x[:20], test.y[:20])
-    with pytest.raises(ValueError, match=r"start must hold successful adversarial images, got \d+ others"):
-        black_box(victim(), too_bright_image, everything, test.x[:20])
+    message = r"start must hold images that fool this network, got \d that it has right"
+    refused(message, black_box, other, too_bright_image, *attacked)
+    unsure = lambda x: torch.full((len(x),), 0.3)  # noqa: E731
+    refused(r"detector must say 0 or 1 of each of 4 samples, got shape \(4,\) and values", attack, detector=unsure)
+    larger = torch.zeros(2, 1, 9, 9)
+    refused(r"pool must hold images \(1, 8, 8\), got shape \(2, 1, 9, 9\)", attack, pool=larger)
+    refused("trials must be at least 1, got 0", attack, trials=0)
+    refused("HSJ has no setting iterations; known are norm, max_iter", attack, iterations=5)
+    message = "rounds and steps must be at least 1 and weights not empty, got 0"
+    refused(message, feature_attack, victim(), quadrants, too_bright, *attacked, rounds=0)
+    x, y = (part[:20] for part in (digits()[1].x, digits()[1].y))
+    everything = run_attack(victim(), preset("FGM", eps=0.01), x, y)
+    refused(r"start must hold successful adversarial images, got \d+ others", attack, start=everything, images=x)
 
 
 # -- precision, modes of the caller, traces ---------------------------------------------------------------------------
@@ -189,10 +187,9 @@ def test_networks_of_any_precision_are_attacked(attacked, name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_mode_of_the_caller_does_not_matter(attacked, name, mode):
-    start, images = attacked
-    expected = attacks_on(victim())[name](start, images)
+    expected = attacks_on(victim())[name](*attacked)
     with mode():
-        result = attacks_on(victim())[name](start, images.clone())
+        result = attacks_on(victim())[name](attacked[0], attacked[1].clone())
     assert torch.equal(result.images, expected.images)
     assert torch.equal(result.detected, expected.detected)
 
@@ -206,46 +203,31 @@ def test_network_and_random_states_are_restored(attacked, name):
 
 
 def test_a_network_of_the_features_gets_no_gradients(attacked):
-    start, images = attacked
-    reader = torch.nn.Linear(4, 4)
-    with torch.no_grad():
-        reader.weight.copy_(torch.eye(4))
-        reader.bias.zero_()
-
-    def features(network, x):
-        return reader(quadrants(network, x))
-
-    feature_attack(victim(), features, too_bright, start, images, weights=[(1.0, 1.0)], rounds=1, steps=1, **HSJ)
+    reader = torch.nn.Linear(4, 4, bias=False)
+    torch.nn.init.eye_(reader.weight)
+    options = {"weights": [(1.0, 1.0)], "rounds": 1, "steps": 1, **HSJ}
+    feature_attack(victim(), lambda network, x: reader(quadrants(network, x)), too_bright, *attacked, **options)
     assert reader.weight.grad is None
 
 
 def test_a_gradient_that_is_not_finite_is_no_attack(attacked):
-    start, images = attacked
-
     def rooted(network, x):
         return quadrants(network, x) + (x - x.detach()).square().flatten(1).sum(1, keepdim=True).sqrt()
 
     surrogate = distill(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
-    with pytest.raises(ValueError, match="features and network must have finite gradients"):
-        surrogate_attack(victim(), rooted, score, surrogate, start, images, descent=ProjectedDescent(steps=1))
+    options = {"descent": ProjectedDescent(steps=1)}
+    message = "features and network must have finite gradients"
+    refused(message, surrogate_attack, victim(), rooted, score, surrogate, *attacked, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"eps": 8.0}, "eps must be at most 1, in units of pixels"),
-        ({"eps": 0}, "eps must be positive, steps at least 1 and weights not empty, got 0"),
-        ({"norm": 1}, "norm must be 'inf' or 2, got 1"),
-        ({"step_size": 0.0}, "step_size must be positive"),
-    ],
-)
-def test_settings_of_the_descent_are_checked(options, match):
-    refused(match, ProjectedDescent, **options)
+def test_settings_of_the_descent_are_checked():
+    refused("eps must be at most 1, in units of pixels", ProjectedDescent, eps=8.0)
+    refused("eps must be positive, steps at least 1 and weights not empty, got 0", ProjectedDescent, eps=0)
+    refused("norm must be 'inf' or 2, got 1", ProjectedDescent, norm=1)
+    refused("step_size must be positive", ProjectedDescent, step_size=0.0)
 
 
 def test_features_that_are_not_finite_or_do_not_vary(attacked):
-    start, images = attacked
-
     def with_constant(network, x):
         return torch.cat([quadrants(network, x), torch.full((len(x), 1), 1e8 + 0.1)], 1)
 
@@ -256,6 +238,6 @@ def test_features_that_are_not_finite_or_do_not_vary(attacked):
         return z.nan_to_num(1)[:, :4].mean(1) > LIMIT
 
     options = {"weights": [(10.0, 0.1)], "rounds": 2, "steps": 4, **HSJ}
-    result = feature_attack(victim(), with_constant, bright, start, images, **options)
+    result = feature_attack(victim(), with_constant, bright, *attacked, **options)
     assert result.share >= 0.5
-    refused("features must be finite", feature_attack, victim(), with_nan, bright, start, images, **options)
+    refused("features must be finite", feature_attack, victim(), with_nan, bright, *attacked, **options)
