@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,31 +16,30 @@ from odenets.detection.attacks import generation
 from tests.odenets.detection.victims import SHORT, same, victim
 
 
-@pytest.mark.parametrize("damage", ["cut", "too few", "too bright"])
-def test_a_damaged_batch_is_computed_again(batch, tmp_path, damage):
-    x, y = batch
-    whole = run_attack(victim(), "FGM", x, y, batch_size=5, cache=tmp_path)
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda stored: save(stored)[:50],
+        lambda stored: save(stored | {"predicted": stored["predicted"][:2].clone()}),
+        lambda stored: save(stored | {"images": stored["images"] + 2}),
+    ],
+    ids=["cut", "too few", "too bright"],
+)
+def test_a_damaged_batch_is_computed_again(batch, tmp_path, damaged):
+    whole = run_attack(victim(), "FGM", *batch, batch_size=5, cache=tmp_path)
     path = next(tmp_path.glob("*/batch-00001.safetensors"))
     stored = load(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:50])
-    elif damage == "too few":
-        path.write_bytes(save(stored | {"predicted": stored["predicted"][:2].clone()}))
-    else:
-        path.write_bytes(save(stored | {"images": stored["images"] + 2}))
-    assert same(run_attack(victim(), "FGM", x, y, batch_size=5, cache=tmp_path), whole)
+    path.write_bytes(damaged(stored))
+    assert same(run_attack(victim(), "FGM", *batch, batch_size=5, cache=tmp_path), whole)
     assert torch.equal(load(path.read_bytes())["predicted"], stored["predicted"])
 
 
 @pytest.mark.parametrize("name", ["APGD", "HSJ", "BA"])
 def test_interrupted_and_resumed_is_the_same_to_the_last_bit(batch, name, tmp_path, monkeypatch):
-    x, y = batch
-    chosen = preset(name, **SHORT[name])
-    whole = run_attack(victim(), chosen, x, y, batch_size=5)
-    assert same(whole, run_attack(victim(), chosen, x, y, batch_size=5))
-
-    right = generation._attack_batch
-    done = []
+    attack = partial(run_attack, victim(), preset(name, **SHORT[name]), *batch, batch_size=5)
+    whole = attack()
+    assert same(whole, attack())
+    right, done = generation._attack_batch, []
 
     def killed(*arguments):
         if len(done) == 1:
@@ -50,24 +50,23 @@ def test_interrupted_and_resumed_is_the_same_to_the_last_bit(batch, name, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(generation, "_attack_batch", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_attack(victim(), chosen, x, y, batch_size=5, cache=tmp_path)
+            attack(cache=tmp_path)
     (folder,) = tmp_path.iterdir()
     assert sorted(p.name for p in folder.iterdir()) == ["attack.json", "batch-00000.safetensors"]
     first = (folder / "batch-00000.safetensors").stat().st_mtime_ns
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002 - the state that ART draws from
-    assert same(run_attack(victim(), chosen, x, y, batch_size=5, cache=tmp_path), whole)
+    assert same(attack(cache=tmp_path), whole)
     assert (folder / "batch-00000.safetensors").stat().st_mtime_ns == first
 
 
 def test_nothing_is_attacked_twice(batch, tmp_path):
-    x, y = batch
     network, calls = copy.deepcopy(victim()), []
     network.register_forward_hook(lambda *_: calls.append(1))
-    whole = run_attack(network, "FGM", x, y, batch_size=5, cache=tmp_path)
+    whole = run_attack(network, "FGM", *batch, batch_size=5, cache=tmp_path)
     assert calls
     calls.clear()
-    assert same(run_attack(network, "FGM", x, y, batch_size=5, cache=str(tmp_path)), whole)
+    assert same(run_attack(network, "FGM", *batch, batch_size=5, cache=str(tmp_path)), whole)
     assert not calls
     (folder,) = tmp_path.iterdir()
     about = json.loads((folder / "attack.json").read_text())
@@ -77,19 +76,14 @@ def test_nothing_is_attacked_twice(batch, tmp_path):
     assert about["weights"] == fingerprint(network)
 
 
-@pytest.mark.parametrize("change", ["seed", "settings", "images", "labels", "weights"])
+@pytest.mark.parametrize("change", ["seed", "settings", "images", "labels"])
 def test_another_attack_has_a_folder_of_its_own(batch, change, tmp_path):
     x, y = batch
     run_attack(victim(), "FGM", x, y, cache=tmp_path)
-    network, chosen = copy.deepcopy(victim()), preset("FGM", **({"eps": 0.1} if change == "settings" else {}))
-    if change == "weights":
-        with torch.no_grad():
-            network.head[1].bias[0] += 1e-3
-    if change == "images":
-        x = torch.cat([x[:-1], x[-1:].flip(2)])
-    if change == "labels":
-        y = y.flip(0)
-    run_attack(network, chosen, x, y, cache=tmp_path, seed=int(change == "seed"))
+    attack = preset("FGM", eps=0.1) if change == "settings" else "FGM"
+    x = torch.cat([x[:-1], x[-1:].flip(2)]) if change == "images" else x
+    y = y.flip(0) if change == "labels" else y
+    run_attack(victim(), attack, x, y, cache=tmp_path, seed=int(change == "seed"))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -108,17 +102,24 @@ class Tempered(nn.Module):
         return self.temperature * self.network(x + self.offset + self.shifts[0] + self.more)
 
 
-@pytest.mark.parametrize("change", ["temperature", "shifts", "more", "offset", "dtype"])
-def test_what_no_state_dictionary_holds_has_a_folder_of_its_own(batch, change, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda network: nn.init.zeros_(network.network.head[1].bias),
+        lambda network: setattr(network, "temperature", 2.0),
+        lambda network: setattr(network, "shifts", [0.1]),
+        lambda network: setattr(network, "more", torch.ones(()) / 10),
+        lambda network: setattr(network, "offset", torch.ones(1) / 10),
+        nn.Module.double,
+    ],
+    ids=["weights", "number", "list", "tensor", "buffer", "dtype"],
+)
+def test_another_network_has_a_folder_of_its_own(batch, change, tmp_path):
     network = Tempered()
     run_attack(network, "FGM", *batch, cache=tmp_path)
     run_attack(Tempered().train(), "FGM", *batch, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    values = {"temperature": 2.0, "shifts": [0.1], "more": torch.ones(()) / 10, "offset": torch.ones(1) / 10}
-    if change == "dtype":
-        network.double()
-    else:
-        setattr(network, change, values[change])
+    change(network)
     run_attack(network, "FGM", *batch, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,9 +77,9 @@ def test_autoattack_leaves_misclassified_images_and_they_are_no_success(batch):
 
 
 def test_draws_follow_the_seed(batch):
-    x, y = batch[0][:3], batch[1][:3]
-    chosen = preset("HSJ", **SHORT["HSJ"])
-    assert not torch.equal(run_attack(victim(), chosen, x, y).images, run_attack(victim(), chosen, x, y, seed=1).images)
+    attack, x, y = preset("HSJ", **SHORT["HSJ"]), batch[0][:3], batch[1][:3]
+    one, other = (run_attack(victim(), attack, x, y, seed=seed).images for seed in (0, 1))
+    assert not torch.equal(one, other)
 
 
 def test_networks_of_two_classes_are_attacked(batch):
@@ -88,23 +89,17 @@ def test_networks_of_two_classes_are_attacked(batch):
     assert result.success_rate > 0.5
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "error", "match"),
-    [
-        (torch.full((2, 1, 8, 8), 1.5), [0, 1], ValueError, r"images must have pixels in \[0, 1\], got \[1.5, 1.5\]"),
-        (torch.zeros(2, 1, 8, 8), [0, 10], ValueError, r"labels must lie in \[0, classes\).*got 10.*\(1, 10\)"),
-        (torch.zeros(2, 1, 8, 8), [0, -1], ValueError, "labels must not be negative, got -1"),
-        (torch.zeros(2, 1, 8, 8), [0], ValueError, r"one entry for each of 2 images, got shape \(1,\)"),
-        (torch.zeros(2, 1, 8, 8), [0.0, 1.0], TypeError, "labels must be an int64 tensor, got torch.float32"),
-    ],
-)
-def test_images_and_labels_are_checked(images, labels, error, match):
-    refused(match, run_attack, victim(), "FGM", images, torch.tensor(labels), error=error)
+def test_images_and_labels_are_checked(batch):
+    x, attack = batch[0][:2], partial(run_attack, victim(), "FGM")
+    refused(r"images must have pixels in \[0, 1\], got \[1.5, 1.5\]", attack, 0 * x + 1.5, torch.tensor([0, 1]))
+    refused(r"labels must lie in \[0, classes\).*got 10.*\(1, 10\)", attack, x, torch.tensor([0, 10]))
+    refused("labels must not be negative, got -1", attack, x, torch.tensor([0, -1]))
+    refused(r"one entry for each of 2 images, got shape \(1,\)", attack, x, torch.tensor([0]))
+    refused("labels must be an int64 tensor, got torch.float32", attack, x, torch.zeros(2), error=TypeError)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_labels_of_any_integers_serve(batch, dtype):
-    x, y = batch
-    result = run_attack(victim(), "FGM", x, y.to(dtype))
+    result = run_attack(victim(), "FGM", batch[0], batch[1].to(dtype))
     assert result.labels.dtype == torch.int64
-    assert same(result, run_attack(victim(), "FGM", x, y))
+    assert same(result, run_attack(victim(), "FGM", *batch))

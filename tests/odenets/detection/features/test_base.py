@@ -44,47 +44,32 @@ def test_in_batches_leaves_modes_and_random_states_also_after_an_exception(fails
 
 def test_in_batches_needs_inputs_and_a_batch_size():
     network = models.small_network(depth=1)
-    for x, batch_size in ((X, 0), (X[:0], 1)):
-        refused(f"batch_size be at least 1, got {len(x)} and {batch_size}", in_batches, network, network, x, batch_size)
+    refused("batch_size be at least 1, got 5 and 0", in_batches, network, network, X, 0)
+    refused("batch_size be at least 1, got 0 and 1", in_batches, network, network, X[:0], 1)
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        (torch.full((2, 1, 8, 8), 1.5), r"pixels in \[0, 1\], got \[1.5, 1.5\]: normalize inside"),
-        (torch.full((2, 1, 8, 8), torch.nan), "finite"),
-        (torch.rand(8, 8), "batch"),
-        (torch.ones(2, 1, 8, 8, dtype=torch.long), "floating"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), r"got torch\.uint8: divide bytes by 255"),
-        (torch.full((2, 1, 8, 8), 255.0), r"got \[255, 255\].*divide what is in \[0, 255\] by 255"),
-    ],
-)
-def test_images_are_checked(images, message):
-    refused(message, check_images, images, error=(TypeError, ValueError))
+def test_images_are_checked():
+    x = torch.ones(2, 1, 8, 8)
+    refused(r"pixels in \[0, 1\], got \[1.5, 1.5\]: normalize inside", check_images, 1.5 * x)
+    refused(r"got \[255, 255\].*divide what is in \[0, 255\] by 255", check_images, 255 * x)
+    refused("finite", check_images, torch.nan * x)
+    refused("batch", check_images, x[0, 0])
+    refused("floating", check_images, x.long(), error=TypeError)
+    refused(r"got torch\.uint8: divide bytes by 255", check_images, x.byte(), error=TypeError)
 
 
 class StepLengths(Features):
-    """A kind of one's own: how far the state moves in each block, in deviations over training images."""
-
-    def __init__(self):
-        self.mean, self.std = torch.zeros(1), torch.ones(1)
-
-    def fit(self, network, x, y):
-        self.mean, self.std = torch.zeros(1), torch.ones(1)
-        lengths = in_batches(lambda part: self(network, part), network, x)
-        self.mean, self.std = lengths.mean(0), lengths.std(0)
-        return self
+    """A kind of one's own: how far the state moves in each block."""
 
     def __call__(self, network, x):
         _, records = network.record(x, length=lambda step: (step.x1 - step.x0).flatten(1).norm(dim=1))
-        return (records["length"].T - self.mean) / self.std
+        return records["length"].T
 
 
 def test_features_of_a_users_own_class_serve_a_detector():
     torch.manual_seed(0)
     network = models.small_network(solver="bs23", depth=3).eval()
     clean, odd = 0.3 * torch.rand(60, 1, 8, 8), torch.rand(60, 1, 8, 8)
-    features = StepLengths().fit(network, clean[:20], torch.zeros(20))
-    torch.testing.assert_close(in_batches(lambda x: features(network, x), network, clean[:20]).mean(0), torch.zeros(3))
+    features = StepLengths().fit(network, clean, torch.zeros(60))
     pipeline = Pipeline(network, features, Detector(random_state=0)).fit(clean[:40], odd[:40])
     assert pipeline.evaluate(clean[40:], odd[40:]).auroc > 0.9
