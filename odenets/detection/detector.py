@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from odenets.detection.estimators import (
 
 __all__ = ["MODES", "Detector"]
 
-MODES = ("general", "conditional", "ensemble")
+Mode = Literal["general", "conditional", "ensemble"]
+MODES = get_args(Mode)
 
 
 class Detector(ClassifierMixin, BaseEstimator):
@@ -53,13 +54,7 @@ class Detector(ClassifierMixin, BaseEstimator):
     array([0, 1])
     """
 
-    def __init__(
-        self,
-        estimator: Any = None,
-        *,
-        mode: Literal["general", "conditional", "ensemble"] = "general",
-        random_state: int | None = None,
-    ) -> None:
+    def __init__(self, estimator: Any = None, *, mode: Mode = "general", random_state: int | None = None) -> None:
         self.estimator = estimator
         self.mode = mode
         self.random_state = random_state
@@ -89,10 +84,8 @@ class Detector(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             raise ValueError(f"y must hold clean and adversarial samples, got one class only: {self.classes_[0]!r}")
         if len(self.classes_) > 2:
-            raise ValueError(
-                f"Only binary classification is supported: y must be clean or adversarial, got {len(self.classes_)} "
-                "classes"
-            )
+            rule = "Only binary classification is supported: y must be clean or adversarial"
+            raise ValueError(f"{rule}, got {len(self.classes_)} classes")
         predicted = self._checked(predicted, len(X))
         self.fitted_mode_ = self.mode
         self.general_ = self._new().fit(X, labels)

@@ -60,13 +60,12 @@ def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
         unknown = sorted(set(io.get_untrusted_types(file=path)) - {*trusted})
     except Exception as error:  # whatever a foreign file does to the reader
         raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save ({error})") from error
+    names = ", ".join(unknown)
     if unknown and all(name.startswith("odenets.") for name in unknown):
-        raise ValueError(
-            f"{path} was written by another version of odenets, with types that this one does not load: "
-            f"{', '.join(unknown)}; fit the pipeline again and save it"
-        )
+        rule = "was written by another version of odenets, with types that this one does not load"
+        raise ValueError(f"{path} {rule}: {names}; fit the pipeline again and save it")
     if unknown:
-        raise ValueError(f"{path} holds types that are not trusted, so nothing of it was loaded: {', '.join(unknown)}")
+        raise ValueError(f"{path} holds types that are not trusted, so nothing of it was loaded: {names}")
     try:
         content = io.load(path, trusted=trusted)
     except Exception as error:

@@ -78,9 +78,8 @@ class Pipeline:
             with np.errstate(over="ignore"):
                 X = X.astype(np.float32)
         if not (np.isfinite(X).all() and np.isfinite(predicted).all()):
-            raise ValueError(
-                "features and logits must be finite, got NaN or infinity: does the network diverge on these images?"
-            )
+            rule = "features and logits must be finite, got NaN or infinity"
+            raise ValueError(f"{rule}: does the network diverge on these images?")
         return X, predicted.astype(np.int64)
 
     def fit(self, clean: Tensor, adversarial: Tensor | None = None, *, noisy: Tensor | None = None) -> Pipeline:
@@ -134,12 +133,7 @@ class Pipeline:
         return (self.scores(images) > 0).astype(int)
 
     def evaluate(self, clean: Tensor, adversarial: Tensor, *, successful: Tensor | None = None) -> Scores:
-        """Score the detector on images that it was not fitted on.
-
-        Args:
-            clean, adversarial: images ``(N, C, H, W)``.
-            successful: which of the adversarial images fool the network, ``(N,)`` of bool.
-        """
+        """Score the detector on images ``(N, C, H, W)`` that it was not fitted on, as :func:`~.evaluation.score`."""
         mask = None if successful is None else torch.as_tensor(successful).cpu().numpy()
         return score(self.scores(clean), self.scores(adversarial), successful=mask)
 

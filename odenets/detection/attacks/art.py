@@ -69,13 +69,9 @@ def known_settings(name: str) -> list[str]:
 def gradient_attack(
     network: nn.Module, name: str, settings: Mapping[str, Any], images: np.ndarray, labels: np.ndarray, classes: int
 ) -> np.ndarray:
-    """Adversarial images of a batch by an attack that uses gradients, ``(B, C, H, W)`` float32.
+    """Images of a batch ``(B, C, H, W)`` float32, moved away from their labels ``(B,)`` by an attack by gradients.
 
-    Args:
-        network: from float32 pixels in [0, 1] to float32 logits, frozen, on a CPU or a CUDA device.
-        name, settings: of an attack that is not :data:`DECISION_BASED`.
-        images, labels: ``(B, C, H, W)`` float32, and ``(B,)``, from which the attack moves away.
-        classes: number of logits.
+    The network is frozen, on a CPU or a CUDA device, and gives float32 logits, as many as ``classes``, of such pixels.
     """
     art, device = load_art(), device_of(network)
     if device.type not in ("cpu", "cuda"):
@@ -110,7 +106,7 @@ def decision_attack(
     clip: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
 ) -> np.ndarray | None:
-    """An adversarial point near ``x``, from queries whether points are adversarial.
+    """An adversarial point near ``x``, ``(*S,)`` float32, by queries alone; None if no candidate is adversarial.
 
     ART's class attacks a black box of two classes, aiming at "adversarial". Its first adversarial point is an argument,
     because the one that ART draws depends on no seed. ART's HopSkipJump halves its step until the point is adversarial
@@ -124,9 +120,6 @@ def decision_attack(
         first: candidates for the first adversarial point, each ``(*S,)``; the first that is adversarial is taken.
         clip: range of the entries.
         batch_size: points per query.
-
-    Returns:
-        ``(*S,)`` float32; None if no candidate is adversarial.
     """
     art = load_art()
     initial = next((point for point in first if adversarial(point[None])[0]), None)

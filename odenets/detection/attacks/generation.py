@@ -215,11 +215,9 @@ def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> 
             "weak: leave the softmax out",
             stacklevel=3,
         )
-    if int(labels.max()) >= classes:
-        raise ValueError(
-            f"labels must lie in [0, classes) of the network's logits (B, classes), got {int(labels.max())} "
-            f"and logits of shape {(1, classes)}"
-        )
+    if (largest := int(labels.max())) >= classes:
+        rule = "labels must lie in [0, classes) of the network's logits (B, classes)"
+        raise ValueError(f"{rule}, got {largest} and logits of shape {(1, classes)}")
     if attack.name == "AA" and classes < 3:
         raise ValueError(f"AA compares three logits of a network, got one with {classes}: choose another attack")
     return classes

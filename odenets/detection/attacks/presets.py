@@ -35,28 +35,23 @@ class Attack:
         if self.name not in CLASSES:
             raise ValueError(f"unknown attack {self.name!r}; known are {', '.join(CLASSES)}")
         for setting, value in self.settings:
+            title = f"{setting} of {self.name}"
             if not isinstance(value, Setting):
-                raise TypeError(f"{setting} of {self.name} must be a number, a bool or a string, got {value!r}")
-            self._check(setting, value)
+                raise TypeError(f"{title} must be a number, a bool or a string, got {value!r}")
+            if setting == "norm":
+                if value not in ("inf", inf, 1, 2):
+                    raise ValueError(f"{title} must be 'inf', 1 or 2, got {value!r}")
+            elif setting == "eps" and isinstance(value, str):
+                raise TypeError(f"{title} must be a number, got {value!r}")
+            elif setting in _COUNTS:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ValueError(f"{title} must be a whole number, at least 1, got {value!r}")
+            elif isinstance(value, float | int) and not (isfinite(value) and value >= 0):
+                raise ValueError(f"{title} must be finite and not negative, got {value}")
         settings = dict(self.settings)
-        if settings.get("norm", "inf") in ("inf", inf) and float(settings.get("eps", 0)) > 1:
-            raise ValueError(
-                f"eps of {self.name} must be at most 1, in units of pixels in [0, 1], got {settings['eps']}: "
-                f"{settings['eps']} / 255 if bytes are meant"
-            )
-
-    def _check(self, setting: str, value: Setting) -> None:
-        title = f"{setting} of {self.name}"
-        if setting == "norm":
-            if value not in ("inf", inf, 1, 2):
-                raise ValueError(f"{title} must be 'inf', 1 or 2, got {value!r}")
-        elif setting == "eps" and isinstance(value, str):
-            raise TypeError(f"{title} must be a number, got {value!r}")
-        elif setting in _COUNTS:
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{title} must be a whole number, at least 1, got {value!r}")
-        elif isinstance(value, float | int) and not (isfinite(value) and value >= 0):
-            raise ValueError(f"{title} must be finite and not negative, got {value}")
+        if settings.get("norm", "inf") in ("inf", inf) and float(eps := settings.get("eps", 0)) > 1:
+            rule = f"eps of {self.name} must be at most 1, in units of pixels in [0, 1]"
+            raise ValueError(f"{rule}, got {eps}: {eps} / 255 if bytes are meant")
 
 
 PRESETS = MappingProxyType(

@@ -21,10 +21,7 @@ class Features:
     """
 
     def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Self:
-        """Take statistics of the images ``(N, C, H, W)`` that the network was trained on, with their labels.
-
-        Features that need none do nothing.
-        """
+        """Take the statistics that it needs of the network's training images ``(N, C, H, W)``, with their labels."""
         return self
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
@@ -40,10 +37,7 @@ class Features:
 def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
     """``call`` of all inputs, a batch at a time, in eval mode and on the network's device, ``(N, ...)`` on the CPU.
 
-    Args:
-        call: function of a batch.
-        network: its modes are restored, and so are the random states, from which it may draw.
-        x: inputs, ``(N, ...)``.
+    The network's modes are restored, and so are the random states, from which it may draw.
 
     Raises:
         ValueError: no inputs, or batch_size below 1.

@@ -104,18 +104,18 @@ class Mahalanobis(Features):
         if not self.means:
             raise ValueError("Mahalanobis must be fitted to training images before it is called: fit(network, x, y)")
         if self.magnitude == 0:
-            return torch.stack(self._confidences(network, x), 1).float()
+            return torch.stack([self._confidence(i, z) for i, z in enumerate(self._states(network, x))], 1).float()
         x = check_images(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         moved = [(x + self.magnitude * way).clamp(0, 1) for way in self._directions(network, x)]
-        return torch.stack([self._confidences(network, near, i + 1)[i] for i, near in enumerate(moved)], 1).float()
+        states = [self._states(network, near, i + 1)[i] for i, near in enumerate(moved)]
+        return torch.stack([self._confidence(i, z) for i, z in enumerate(states)], 1).float()
 
     def _directions(self, network: nn.Module, x: Tensor) -> list[Tensor]:
         """Signs of the gradient of each state's confidence, ``(B, C, H, W)``."""
         if any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers())):
-            raise ValueError(
-                "network must be made outside torch.inference_mode for an input step, which takes gradients"
-            )
+            rule = "network must be made outside torch.inference_mode for an input step, which takes gradients"
+            raise ValueError(rule)
         gradients = []
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
@@ -144,10 +144,6 @@ class Mahalanobis(Features):
             square = square - _square_distances(z, self.mean[i], self.factor[i])[:, 0]
         return -square / 2
 
-    def _confidences(self, network: nn.Module, x: Tensor, count: int | None = None) -> list[Tensor]:
-        """Of each state, or of the first ``count``, ``(B,)`` float64."""
-        return [self._confidence(i, z) for i, z in enumerate(self._states(network, x, count))]
-
     def __repr__(self) -> str:
         return f"Mahalanobis(magnitude={self.magnitude:g}, relative={self.relative})"
 
@@ -171,9 +167,8 @@ def _factor(centered: np.ndarray, rounding: float, state: int) -> np.ndarray:
 
 def _labels(x: Tensor, y: Tensor) -> np.ndarray:
     if len(x) == 0 or y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(
-            f"y must hold one integer label for each of {len(x)} images, got {y.dtype} of shape {tuple(y.shape)}"
-        )
+        got = f"{y.dtype} of shape {tuple(y.shape)}"
+        raise ValueError(f"y must hold one integer label for each of {len(x)} images, got {got}")
     labels = y.cpu().long().numpy()
     if labels.min() < 0:
         raise ValueError(f"y must hold labels 0, 1, ..., got {labels.min()}")

@@ -4,6 +4,7 @@ import io
 import pickle
 import sys
 import zipfile
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -64,10 +65,6 @@ class Harmful:
         return setattr, (Harmful, "ran", True)
 
 
-class Foreign:
-    """Of a type that nobody trusts."""
-
-
 def rewritten(path, change):
     """The archive with its schema changed."""
     copy = io.BytesIO()
@@ -84,8 +81,6 @@ def test_what_is_tampered_with_or_foreign_is_refused_and_nothing_of_it_runs(tmp_
     path.write_bytes(pickle.dumps(Harmful()))
     refused(r"holds no detector: it was not written by Pipeline.save", Pipeline.load, path, network())
     assert not Harmful.ran
-    skops.io.dump({"detector": Foreign()}, path)
-    refused(r"types that are not trusted, so nothing of it was loaded: .*Foreign", Pipeline.load, path, network())
     skops.io.dump({"detector": 3}, path)
     refused("holds no detector", Pipeline.load, path, network())
     pipeline.save(path)
@@ -103,7 +98,7 @@ def test_a_tree_that_leads_out_of_itself_or_of_its_features_is_refused(tmp_path)
     match = "a tree whose branches lead out of it or of its features"
     pipeline = Pipeline(network(), detector=Detector(random_state=0)).fit(CLEAN, ODD)
     estimator = pipeline.detector.general_.estimators_[3]
-    state = estimator.tree_.__getstate__()
+    state = deepcopy(estimator.tree_.__getstate__())
     inner = state["nodes"]["left_child"] != -1
     estimator.tree_.children_left[0] += 1000 + estimator.tree_.node_count
     refused(match, Pipeline.load, pipeline.save(tmp_path / "detector.skops"), network())

@@ -78,23 +78,16 @@ def starting_points(
     """
     images = check_images(images).detach().float().cpu()
     if images.shape != start.images.shape:
-        raise ValueError(
-            f"images must be the clean ones of start, {tuple(start.images.shape)}, got shape {tuple(images.shape)}"
-        )
-    if not start.success.all():
-        raise ValueError(
-            f"start must hold successful adversarial images, got {int((~start.success).sum())} others: "
-            "start.subset(start.success), and the clean images likewise"
-        )
+        shape, other = tuple(start.images.shape), tuple(images.shape)
+        raise ValueError(f"images must be the clean ones of start, {shape}, got shape {other}")
+    if others := int((~start.success).sum()):
+        remedy = "start.subset(start.success), and the clean images likewise"
+        raise ValueError(f"start must hold successful adversarial images, got {others} others: {remedy}")
     before = judge(network, detector, start.images, start.labels, images, batch_size)
-    if not before.wrong.all():
-        raise ValueError(
-            f"start must hold images that fool this network, got {int((~before.wrong).sum())} that it has right"
-        )
-    if before.evaded.any():
-        raise ValueError(
-            f"start must hold detected images, got {int(before.evaded.sum())} that the detector does not tell"
-        )
+    if right := int((~before.wrong).sum()):
+        raise ValueError(f"start must hold images that fool this network, got {right} that it has right")
+    if evading := int(before.evaded.sum()):
+        raise ValueError(f"start must hold detected images, got {evading} that the detector does not tell")
     return images
 
 
@@ -120,8 +113,7 @@ def detected_by(detector: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     with torch.no_grad():
         answer = torch.as_tensor(detector(x))
     if answer.shape != (len(x),) or not ((answer == 0) | (answer == 1)).all():
-        raise ValueError(
-            f"detector must say 0 or 1 of each of {len(x)} samples, got shape {tuple(answer.shape)}"
-            + (f" and values such as {answer.flatten()[0].item()}" if answer.numel() else "")
-        )
+        values = f" and values such as {answer.flatten()[0].item()}" if answer.numel() else ""
+        got = f"shape {tuple(answer.shape)}{values}"
+        raise ValueError(f"detector must say 0 or 1 of each of {len(x)} samples, got {got}")
     return answer.bool()

@@ -52,15 +52,13 @@ def feature_attack(
     evades both; the start image if none does.
 
     Args:
-        network: from pixels in [0, 1] to logits.
         features: of network and images, ``(B, F)``, differentiable.
         detector: of features ``(B, F)`` on the CPU alone, 1 or True where detected, ``(B,)``.
-        start, images, progress, settings: as for :func:`~odenets.detection.attacks.adaptive.black_box`.
+        network, start, images, seed, progress, settings: as for :func:`~odenets.detection.attacks.adaptive.black_box`.
         pool: further clean images, ``(K, C, H, W)`` in [0, 1], from whose features HopSkipJump may begin.
         weights: the pairs (c1, c2).
         rounds, steps: L-BFGS is restarted ``rounds`` times and takes ``steps`` steps each time; the cross-entropy is
             unbounded, so that many short rounds reach nearer images than few long ones.
-        seed: of HopSkipJump; image i draws from ``(seed, i)``.
         batch_size: images or features at a time.
 
     Raises:

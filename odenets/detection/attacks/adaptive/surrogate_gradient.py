@@ -45,10 +45,8 @@ class ProjectedDescent:
         if self.norm not in ("inf", 2):
             raise ValueError(f"norm must be 'inf' or 2, got {self.norm!r}")
         if not self.eps > 0 or self.steps < 1 or not self.weights:
-            raise ValueError(
-                "eps must be positive, steps at least 1 and weights not empty, "
-                f"got {self.eps}, {self.steps}, {self.weights}"
-            )
+            got = f"{self.eps}, {self.steps}, {self.weights}"
+            raise ValueError(f"eps must be positive, steps at least 1 and weights not empty, got {got}")
         if self.norm == "inf" and self.eps > 1:
             raise ValueError(f"eps must be at most 1, in units of pixels in [0, 1], got {self.eps}")
         if self.step_size is not None and not self.step_size > 0:
@@ -97,11 +95,10 @@ def surrogate_attack(
     is none, it is the start image, which may lie outside the ball.
 
     Args:
-        network: from pixels in [0, 1] to logits.
         features: of network and images, ``(B, F)``, differentiable.
         score: the detector: of features ``(N, F)`` as an array, scores in [0, 1].
         surrogate: of the detector, from :func:`~odenets.detection.attacks.adaptive.surrogate.distill`.
-        start, images, progress: as for :func:`~odenets.detection.attacks.adaptive.black_box`.
+        network, start, images, progress: as for :func:`~odenets.detection.attacks.adaptive.black_box`.
         descent: ball, steps and weights.
         threshold: score above which the detector detects.
         batch_size: images at a time.
@@ -118,9 +115,8 @@ def surrogate_attack(
     def detector(z: Tensor) -> Tensor:
         return torch.from_numpy(scores_of(score, z.numpy()) > threshold)
 
-    device = device_of(network)
     with frozen(network) as network:
-        target = Target(network, features, detector)
+        target, device = Target(network, features, detector), device_of(network)
         images = starting_points(network, target.detects_images, start, images, batch_size)
         frozen_surrogate = copy.deepcopy(surrogate).to(device).eval().requires_grad_(False)
         final = start.images.clone()

@@ -23,23 +23,15 @@ def test_hop_skip_jump_ends_where_rounding_lets_no_step_succeed():
 
 
 def test_without_a_first_adversarial_point_there_is_no_result():
-    def never(points):
-        return np.zeros(len(points), dtype=bool)
-
-    assert art.decision_attack("BA", {}, never, np.zeros((1, 2, 2)), [np.ones((1, 2, 2))]) is None
+    x = np.zeros((1, 2, 2))
+    assert art.decision_attack("BA", {}, lambda points: points[:, 0, 0, 0] > 1, x, [x + 1]) is None
 
 
 def test_art_and_the_preset_agree_on_what_autoattack_is_made_of(batch):
     """As the docstring says: two Auto-PGDs without targets, DeepFool in L2 in the place of FAB, Square."""
     library = art.load_art()
-    estimator = library.estimators.classification.PyTorchClassifier(
-        victim(),
-        loss=nn.CrossEntropyLoss(),
-        input_shape=(1, 8, 8),
-        nb_classes=10,
-        clip_values=(0, 1),
-        device_type="cpu",
-    )
+    options = {"input_shape": (1, 8, 8), "nb_classes": 10, "clip_values": (0, 1), "device_type": "cpu"}
+    estimator = library.estimators.classification.PyTorchClassifier(victim(), loss=nn.CrossEntropyLoss(), **options)
     parts = library.attacks.evasion.AutoAttack(estimator).attacks
     names = [type(part).__name__ for part in parts]
     assert names == ["AutoProjectedGradientDescent", "AutoProjectedGradientDescent", "DeepFool", "SquareAttack"]

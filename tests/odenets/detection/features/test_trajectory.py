@@ -104,10 +104,8 @@ def test_output_and_features_come_from_one_pass():
 
 def test_gradients_pass_through_features():
     network = models.small_network(solver="bs23", depth=2).double().eval()
-    x = X[:2].double().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: Trajectory("residue", "cosine", "error")(network, x).double(), x, atol=1e-3
-    )
+    x, features = X[:2].double().requires_grad_(), Trajectory("residue", "cosine", "error")
+    assert torch.autograd.gradcheck(lambda x: features(network, x), x, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

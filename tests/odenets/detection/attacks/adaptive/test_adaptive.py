@@ -107,11 +107,8 @@ def test_the_surrogate_leads_past_the_detector_inside_the_ball(attacked, norm, e
 def test_a_forest_on_the_trajectory_is_evaded():
     _, test = digits()
 
-    def detects(z):
-        return torch.from_numpy(detection().predict(z.numpy())).bool()
-
     def of_image(x):
-        return detects(features_of(x))
+        return torch.from_numpy(detection().predict(features_of(x).numpy())).bool()
 
     fgm = run_attack(victim(), preset("FGM", eps=0.15), test.x, test.y)
     index = (fgm.success & of_image(fgm.images)).nonzero()[:4, 0]
@@ -148,9 +145,6 @@ def test_starts_and_detectors_are_checked(attacked):
     x, y = (part[:20] for part in (digits()[1].x, digits()[1].y))
     everything = run_attack(victim(), preset("FGM", eps=0.01), x, y)
     refused(r"start must hold successful adversarial images, got \d+ others", attack, start=everything, images=x)
-
-
-# -- precision, modes of the caller, traces ---------------------------------------------------------------------------
 
 
 def attacks_on(network):
@@ -231,13 +225,11 @@ def test_features_that_are_not_finite_or_do_not_vary(attacked):
     def with_constant(network, x):
         return torch.cat([quadrants(network, x), torch.full((len(x), 1), 1e8 + 0.1)], 1)
 
-    def with_nan(network, x):
-        return with_constant(network, x) * torch.nan
-
     def bright(z):
         return z.nan_to_num(1)[:, :4].mean(1) > LIMIT
 
     options = {"weights": [(10.0, 0.1)], "rounds": 2, "steps": 4, **HSJ}
     result = feature_attack(victim(), with_constant, bright, *attacked, **options)
     assert result.share >= 0.5
+    with_nan = lambda network, x: with_constant(network, x) * torch.nan  # noqa: E731
     refused("features must be finite", feature_attack, victim(), with_nan, bright, *attacked, **options)
