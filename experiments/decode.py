@@ -27,7 +27,7 @@ from lab import images
 from lab.config import ImageConfig, check_at_least
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
 from lab.networks import resnet9_decoder
-from lab.progress import Progress
+from lab.training import Progress
 from odenets import Network, load_weights, measures, plotting, save_weights
 from odenets.least_action import LeastAction
 from odenets.training import datasets

@@ -59,16 +59,17 @@ def jobs(config: Config) -> Jobs[Job]:
     return sorted(results, key=lambda r: (r["action"], config.ways.index(r["way"]), r["seed"]))
 
 
-class Meter:
+class Meter(Callback):
     """Counts the field's calls up to the head and after it, and the seconds, while a network is in training mode.
 
     Args:
         network: with one flow.
         device: seconds are of the processor on a CPU, of the clock elsewhere.
+        validation: images on which the accuracy is measured after an epoch.
     """
 
-    def __init__(self, network: Network, device: str) -> None:
-        self.network, self.device = network, device
+    def __init__(self, network: Network, device: str, validation: Batches | None = None) -> None:
+        self.network, self.device, self.validation = network, device, validation
         self._reset()
 
     def _now(self) -> float:
@@ -113,17 +114,11 @@ class Meter:
         self._reset()
         return taken
 
-
-class Metered(Callback):
-    """Reads the meter after each epoch, and measures the accuracy on validation images."""
-
-    def __init__(self, meter: Meter, validation: Batches) -> None:
-        self.meter, self.validation = meter, validation
-
     def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
         """One epoch more."""
-        row |= self.meter.take()
-        row["validation_accuracy"] = evaluate(training.network, self.validation).accuracy
+        row |= self.take()
+        if self.validation is not None:
+            row["validation_accuracy"] = evaluate(training.network, self.validation).accuracy
 
 
 def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
@@ -133,9 +128,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     validation, test = (Batches(part.to(config.device), 500) for part in (parts.validation, parts.test))
     network = build(config, parts.train, job.way, job.seed)
     objective = ActionPenalty(config.weight) if job.action else CrossEntropy()
-    with Meter(network, config.device) as meter:
-        options = {"objective": objective, "callbacks": [Metered(meter, validation)]}
-        rows = fit_network(config, network, batches, run, report, **options).rows
+    with Meter(network, config.device, validation) as meter:
+        rows = fit_network(config, network, batches, run, report, objective=objective, callbacks=[meter]).rows
     save_weights(network, run.folder / "weights.safetensors")
     probes = list(islice(batches.epoch(config.epochs), config.probes))
     return {

@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from lab import images
-from lab.config import check_at_least
+from lab.config import check_among, check_at_least
 from lab.training import TrainingConfig
 from odenets import Flow, Network
 from odenets.fields import ConvField
@@ -38,9 +38,6 @@ class Config(TrainingConfig):
         features: channels of the state.
         time: whether the field reads t.
         probes: batches on which a trained network is measured.
-
-    Raises:
-        ValueError: a number is out of range, or a way unknown.
     """
 
     dataset: Literal["digits", "mnist"] = "digits"
@@ -63,9 +60,7 @@ class Config(TrainingConfig):
         for name in ("ways", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one")
-        for way in self.ways:
-            if way not in get_args(Way):
-                raise ValueError(f"unknown way {way!r}; known are {', '.join(get_args(Way))}")
+        check_among(self, "ways", get_args(Way))
         if self.weight < 0:
             raise ValueError(f"weight must not be negative, got {self.weight}")
 

@@ -33,10 +33,10 @@ import tyro
 from matplotlib.figure import Figure
 
 from lab.config import Config, recorded, science
-from lab.outcome import Outcome, read_outcome
+from lab.results import Outcome, read_outcome
 from lab.runs import Run
 from lab.tables import table
-from lab.workers import Report, Workers
+from lab.workers import Report, Task, Workers
 from odenets import plotting
 from odenets.training.runs import read_config, read_metrics
 
@@ -121,16 +121,6 @@ def _seeds(job: Any) -> Sequence[int]:
     return job.seeds if hasattr(job, "seeds") else (job.seed,)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A job on its way to a worker."""
-
-    job: Any
-    folder: Path
-    settings: dict[str, Any]
-    seeds: list[int]
-
-
 def command(experiment: Experiment[C, J], description: str | None) -> None:
     """Run an experiment as the command line says."""
     run(experiment, tyro.cli(experiment.config, description=description))
@@ -197,22 +187,12 @@ def _train_all(experiment: Experiment[C, J], config: C, folder: Path) -> tuple[l
     with Workers(config.processes) as workers:
 
         def complete(jobs: Sequence[Any]) -> list[Row]:
-            tasks = [
-                _Task(
-                    job,
-                    folder / job.name,
-                    {**asdict(job), **shared, **experiment.settings(config, job)},
-                    [*experiment.seeds(config, job)],
-                )
-                for job in jobs
-            ]
-            finished = workers.complete(
-                partial(_train, experiment.train, config),
-                tasks,
-                lambda task: task.folder,
-                cost=lambda task: experiment.cost(config, task.job),
-                label=folder.name,
-            )
+            tasks = []
+            for job in jobs:
+                settings = {**asdict(job), **shared, **experiment.settings(config, job)}
+                seeds, cost = [*experiment.seeds(config, job)], experiment.cost(config, job)
+                tasks.append(Task(job, folder / job.name, settings, seeds, cost))
+            finished = workers.complete(partial(_train, experiment.train, config), tasks, folder.name)
             summaries.update({task.job.name: summary for task, summary in zip(tasks, finished, strict=True)})
             return [summary["results"] for summary in finished]
 
@@ -225,7 +205,7 @@ def _train_all(experiment: Experiment[C, J], config: C, folder: Path) -> tuple[l
                 return end.value, summaries
 
 
-def _train(train: Callable[..., Mapping[str, Any]], config: Config, task: _Task, report: Report) -> None:
+def _train(train: Callable[..., Mapping[str, Any]], config: Config, task: Task, report: Report) -> None:
     """Train a job in a folder of its own; its results stand in its summary."""
     run = Run(task.folder, task.settings, resume=True)
     run.begin()

@@ -55,21 +55,18 @@ class Interval:
         return not abs(self.mean - other.mean) > self.half_width + other.half_width
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean and Student-t interval, ``mean +- t_{n-1} s / sqrt(n)``; NaN where values are not all finite.
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % Student-t interval, ``mean +- t_{n-1} s / sqrt(n)``; NaN where values are not all finite.
 
     Args:
         values: one per seed, also an array or a tensor.
-        confidence: of the interval, in (0, 1).
 
     Raises:
-        ValueError: no values, or a confidence outside (0, 1).
+        ValueError: no values.
     """
     each = tuple(map(float, values))
     if not each:
         raise ValueError("values must hold at least one number")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
     n = len(each)
     if n == 1:
         return Interval(each[0], math.nan, 1, each)
@@ -77,7 +74,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         return Interval(math.nan, math.nan, n, each)
     from scipy.stats import t
 
-    quantile = float(t.ppf((1 + confidence) / 2, n - 1))
+    quantile = float(t.ppf(0.975, n - 1))
     return Interval(statistics.fmean(each), quantile * statistics.stdev(each) / math.sqrt(n), n, each)
 
 

@@ -1,4 +1,4 @@
-"""A training that several experiments share: SGD on a part of a data set, on a CPU or a GPU."""
+"""A training that several experiments share, and its place under the progress bar of all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lightning_fabric import Fabric
 
 from lab import images
 from lab.config import Config
-from lab.progress import Progress
 from lab.runs import Run
 from lab.workers import Report
 from odenets import Network
@@ -20,7 +19,20 @@ from odenets.training.data import Batches, Split
 from odenets.training.loop import Callback, fit
 from odenets.training.state import Training
 
-__all__ = ["TrainingConfig", "fit_network", "parts_of"]
+__all__ = ["Progress", "TrainingConfig", "fit_network", "parts_of"]
+
+
+class Progress(Callback):
+    """Moves the bar on after each epoch, and at once past those that a checkpoint holds."""
+
+    def __init__(self, report: Report, run: Run) -> None:
+        self.report = report
+        state = run.load_state()
+        report(state["epoch"] if state else 0)
+
+    def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
+        """One epoch more."""
+        self.report(1)
 
 
 @dataclass(frozen=True)

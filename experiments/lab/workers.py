@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from odenets.training.runs import read_summary
 
-__all__ = ["Report", "Workers"]
+__all__ = ["Report", "Task", "Workers"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,28 +27,38 @@ Report = Callable[[int], object]
 _progress: Any = None
 
 
+@dataclass(frozen=True)
+class Task:
+    """A job on its way to a worker; its cost is in units of the progress bar."""
+
+    job: Any
+    folder: Path
+    settings: dict[str, Any]
+    seeds: list[int]
+    cost: int
+
+
 class Workers:
     """Processes for independent jobs, to be used in a ``with`` statement.
 
-    Each computes with the same number of threads, so that results do not depend on how many workers there are, where
-    each job seeds what it draws. A worker ends when the process that started it does, however that one ended.
+    Each computes on one thread, so that results do not depend on how many workers there are, where each job seeds what
+    it draws. A worker ends when the process that started it does, however that one ended.
 
     Args:
         workers: number of processes; 1 works in this one.
-        threads: of each process.
 
     Raises:
-        ValueError: fewer than one worker or thread.
+        ValueError: fewer than one worker.
     """
 
-    def __init__(self, workers: int = 1, threads: int = 1) -> None:
-        if workers < 1 or threads < 1:
-            raise ValueError(f"workers and threads must be at least 1, got {workers} and {threads}")
-        self.workers, self.threads = workers, threads
+    def __init__(self, workers: int = 1) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.workers = workers
         if workers > 1:
             context = multiprocessing.get_context("spawn")
             self._progress = context.SimpleQueue()
-            self._pool = ProcessPoolExecutor(workers, context, _start, (threads, self._progress))
+            self._pool = ProcessPoolExecutor(workers, context, _start, (self._progress,))
 
     def __enter__(self) -> Workers:
         return self
@@ -71,7 +82,7 @@ class Workers:
         with tqdm(total=total, desc=label, unit="epoch") as bar:
             if self.workers == 1:
                 before = torch.get_num_threads()
-                torch.set_num_threads(self.threads)
+                torch.set_num_threads(1)
                 try:
                     return [work(item, bar.update) for item in items]
                 finally:
@@ -87,38 +98,30 @@ class Workers:
             return [future.result() for future in futures]
 
     def complete(
-        self,
-        work: Callable[[T, Report], object],
-        jobs: Sequence[T],
-        folder: Callable[[T], Path],
-        *,
-        cost: Callable[[T], int],
-        label: str,
+        self, work: Callable[[Task, Report], object], tasks: Sequence[Task], label: str
     ) -> list[dict[str, Any]]:
-        """The summaries of jobs that each leave a finished run in a folder; those that are there are read, not run.
+        """The summaries of tasks that each leave a finished run in a folder; those that are there are read, not run.
 
         Args:
-            work, jobs, label: as for :meth:`map`; the dearest jobs are begun first.
-            folder: of a job.
-            cost: units of work of a job.
+            work, tasks, label: as for :meth:`map`; the tasks that cost most are begun first.
 
         Raises:
-            ValueError: two jobs have one folder.
-            FileNotFoundError: a job leaves no finished run.
+            ValueError: two tasks have one folder.
+            FileNotFoundError: a task leaves no finished run.
         """
-        folders = [folder(job) for job in jobs]
+        folders = [task.folder for task in tasks]
         if twice := sorted({str(path) for path in folders if folders.count(path) > 1}):
             raise ValueError(f"jobs must each have a folder of their own, got twice: {', '.join(twice[:4])}")
-        todo = sorted((job for job in jobs if not (folder(job) / "summary.json").exists()), key=lambda job: -cost(job))
+        todo = sorted((t for t in tasks if not (t.folder / "summary.json").exists()), key=lambda task: -task.cost)
         if todo:
-            self.map(work, todo, total=sum(map(cost, todo)), label=label)
-        return [read_summary(folder(job)) for job in jobs]
+            self.map(work, todo, total=sum(task.cost for task in todo), label=label)
+        return [read_summary(folder) for folder in folders]
 
 
-def _start(threads: int, progress: Any) -> None:
+def _start(progress: Any) -> None:
     global _progress
     _progress = progress
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

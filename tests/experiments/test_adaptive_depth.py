@@ -2,8 +2,8 @@ import pytest
 from adaptive_depth import EXPERIMENT, Config, figures
 
 from lab.experiment import run
-from lab.outcome import read_outcome
 from lab.plotting import block_errors, epochs_of
+from lab.results import read_outcome
 from odenets import plotting
 from odenets.training.runs import read_metrics, read_summary
 
@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_the_run_folder_holds_everything(folder, capsys):
+def test_the_run_folder_holds_everything(folder):
     rows = read_summary(folder)["results"]["rows"]
     deep = next(row for row in rows if row["network"] == "adaptive from 4")
     for seed, depth in zip(TINY["seeds"], deep["final_depths"], strict=True):
@@ -32,15 +32,6 @@ def test_the_run_folder_holds_everything(folder, capsys):
     assert all(f"| {row['network']} " in text for row in rows)
     assert len(read_metrics(folder)) >= 3 * 2 * 4
     assert {path.name for path in (folder / "figures").iterdir()} >= {"depth.png", "errors.png", "cost.png"}
-
-
-def test_a_finished_run_is_read_and_not_trained_again(folder, capsys):
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")}
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        run(EXPERIMENT, Config(**TINY, output=folder))
-    run(EXPERIMENT, Config(**TINY, output=folder, resume=True))
-    assert (folder / "table.md").read_text().strip() in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")} == before
 
 
 def test_figures_show_the_run(folder, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lab.runs import Run
-from lab.workers import Workers
+from lab.workers import Task, Workers
 
 
 def work(item, report):
@@ -21,7 +21,7 @@ def work(item, report):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_results_come_in_order_from_processes_of_so_many_threads(workers):
     before = torch.get_num_threads()
-    with Workers(workers, threads=1) as pool:
+    with Workers(workers) as pool:
         first = pool.map(work, [3, 1, 2], total=3, label="first")
         second = pool.map(work, [4], total=1, label="second")
     assert [value for value, _, _ in first + second] == [9, 1, 4, 16]
@@ -37,18 +37,22 @@ def test_an_error_in_a_job_comes_through(workers):
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="workers and threads must be at least 1, got 0 and 1"):
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         Workers(0)
+
+
+def task(folder, cost):
+    return Task(None, folder, {}, [], cost)
 
 
 def test_jobs_that_would_write_over_one_another_are_refused(tmp_path):
     with Workers(1) as pool, pytest.raises(ValueError, match=r"a folder of their own, got twice: .*1$"):
-        pool.complete(lambda job, report: None, [1, 2, 3], lambda job: tmp_path / str(job % 2), cost=int, label="jobs")
+        pool.complete(lambda task, report: None, [task(tmp_path / str(job % 2), job) for job in (1, 2, 3)], "jobs")
 
 
 def test_a_job_that_leaves_no_run_is_told(tmp_path):
     with Workers(1) as pool, pytest.raises(FileNotFoundError, match="holds no finished run"):
-        pool.complete(lambda job, report: None, [1], lambda job: tmp_path / str(job), cost=int, label="jobs")
+        pool.complete(lambda task, report: None, [task(tmp_path / "1", 1)], "jobs")
 
 
 SLEEPER = """
@@ -89,21 +93,16 @@ def _alive(pid):
         return file.read().rpartition(")")[2].split()[0] != "Z"
 
 
-def leave(folder, job, report):
-    run = Run(folder / str(job), {"job": job})
-    report(job)
-    run.finish({"square": job * job}, seeds=[0])
-
-
 def test_finished_jobs_are_read_and_the_others_run_dearest_first(tmp_path):
-    leave(tmp_path, 3, lambda n: None)
     done = []
 
-    def work(job, report):
-        done.append(job)
-        leave(tmp_path, job, report)
+    def leave(task, report):
+        Run(task.folder, {}).finish({"square": task.cost**2}, seeds=[0])
+        done.append(task.cost)
 
+    tasks = [task(tmp_path / str(job), job) for job in (1, 3, 2)]
+    leave(tasks[1], None)
     with Workers(1) as workers:
-        found = workers.complete(work, [1, 3, 2], lambda job: tmp_path / str(job), cost=lambda job: job, label="jobs")
+        found = workers.complete(leave, tasks, "jobs")
     assert [summary["results"]["square"] for summary in found] == [1, 9, 4]
-    assert done == [2, 1]
+    assert done == [3, 2, 1]
