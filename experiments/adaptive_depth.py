@@ -12,7 +12,6 @@ diverge.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
 from odenets.training.data import Batches, TensorData
 from odenets.training.evaluation import evaluate, evaluate_schemes
-from odenets.training.loop import Callback
 from odenets.training.runs import read_metrics
 from solvers import get_tableau
 
@@ -134,23 +132,25 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     parts = parts_of(config)
     augmented = parts.train.x.shape[-1] > 8 and "mnist" not in config.dataset
     batches = Batches(parts.train, config.batch_size, seed=job.seed, crop=4 * augmented, flip=augmented)
-    checked = parts.validation.subset(torch.arange(min(config.check_samples, len(parts.validation))))
-    callbacks: list[Callback] = []
+    options: dict[str, Any] = {"validation": Batches(parts.validation, 500), "loss_limit": config.loss_limit}
     if job.adaptive:
         rule = DepthRule(config.tolerance, config.K, config.max_depth)
+        checked = parts.validation.subset(torch.arange(min(config.check_samples, len(parts.validation))))
         inputs = Batches(checked.to(config.device), 512).inputs
-        callbacks.append(AdaptiveDepth(rule, inputs, until=config.epochs - config.epochs // 4))
+        options["callbacks"] = [AdaptiveDepth(rule, inputs, until=config.epochs - config.epochs // 4)]
     network = build(config, parts.train, job)
     try:
-        options = {"validation": Batches(parts.validation, 500), "loss_limit": config.loss_limit}
-        training = fit_network(config, network, batches, run, report, callbacks=callbacks, **options)
+        training = fit_network(config, network, batches, run, report, **options)
     except DivergedError as error:
         epochs = len(read_metrics(run.folder))
         report(config.epochs - epochs)
         return {"diverged": True, "message": str(error), "final_depth": network.depth, "epochs": epochs}
     save_weights(network, run.folder / "weights.safetensors")
     test, validation = (Batches(part.to(config.device), 500) for part in (parts.test, parts.validation))
-    result: dict[str, Any] = {
+    schemes = {"schemes": evaluate_schemes(network, test)}
+    if config.full_passes:
+        schemes["full_passes"] = evaluate_schemes(network, test, full_passes=True)
+    return {
         "diverged": False,
         "final_depth": network.depth,
         "h": [h for flow in network.flows for h in flow.h],
@@ -161,12 +161,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
         "seconds": training.rows[-1]["seconds"],
         "validation": evaluate(network, validation).accuracy,
         "solution": evaluate(network, test).accuracy,
-        "schemes": {name: each.accuracy for name, each in evaluate_schemes(network, test).items()},
+        **{kind: {name: each.accuracy for name, each in of.items()} for kind, of in schemes.items()},
     }
-    if config.full_passes:
-        passes = evaluate_schemes(network, test, full_passes=True)
-        result["full_passes"] = {name: each.accuracy for name, each in passes.items()}
-    return result
 
 
 def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -188,17 +184,15 @@ def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
     return rows
 
 
-def _scheme(name: str) -> Callable[[Mapping[str, Any]], str]:
-    """The test accuracy of an embedded scheme, in percent."""
-    return lambda row: f"{100 * row['schemes'][name]:.2f}"
-
-
 COLUMNS: Columns = {
     "network": "{network}",
     "T": "{total_time}",
     "diverged": "{diverged} of {seeds}",
     "blocks": lambda row: " ".join(map(str, row["final_depths"])),
-    **{name: _scheme(name) for name in ("order3", "order2", "midpoint", "euler", "ensemble")},
+    **{
+        name: lambda row, name=name: f"{100 * row['schemes'][name]:.2f}"
+        for name in ("order3", "order2", "midpoint", "euler", "ensemble")
+    },
     "ensemble of passes": lambda row: f"{100 * row['full_passes']['ensemble']:.2f}",
     "parameters": "{parameters:,.0f}",
     "evals/forward": "{evaluations_per_forward:.1f}",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from lab import images
@@ -115,21 +115,6 @@ def pretrain(config: Config, autoencoder: nn.Module, train: TensorData, report: 
     return (error / len(train)).item()
 
 
-class Frozen(nn.Module):
-    """A module that stays as it is: its weights have no gradients, its batch norms keep their statistics."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Frozen:
-        """Stays in eval mode."""
-        return super().train(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
-
-
 def objective(config: Config, method: str) -> Objective:
     """What a method minimizes."""
     lambda0, tau, every = SETTINGS[config.dataset]
@@ -146,7 +131,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
         save_weights(autoencoder, run.folder / "weights.safetensors")
         return {"error": error**0.5}
     load_weights(autoencoder, config.output / "autoencoder" / "weights.safetensors")
-    network.encoder = Frozen(network.encoder)
+    network.encoder.requires_grad_(False).eval()  # fit leaves its batch norms their statistics
     fit(
         network,
         Batches(train, config.batch_size, seed=config.seed),

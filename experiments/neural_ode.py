@@ -240,11 +240,9 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
             f"accuracy {100 * ours['test']:.2f} beside {100 * theirs['test']:.2f} %, {meet}"
         )
     for (way,), group in groups(outcome.rows, "way").items():
-        costs = [row["cost"] for row in group]
-        evaluations = [f"{100 * cost['evaluations']:+.0f} %" for cost in costs]
-        seconds = [f"{100 * cost['seconds']:+.0f} %" for cost in costs]
+        cost = {n: " and ".join(f"{100 * row['cost'][n]:+.0f} %" for row in group) for n in ("evaluations", "seconds")}
         lines.append(
-            f"the action costs {way} {' and '.join(evaluations)} evaluations, {' and '.join(seconds)} time "
+            f"the action costs {way} {cost['evaluations']} evaluations, {cost['seconds']} time "
             "(on networks trained without and with it)"
         )
     return lines

@@ -98,20 +98,10 @@ def field_of(flow: Flow) -> nn.Module:
 
 
 class TorchdiffeqFlow(Flow):
-    """A continuous flow that torchdiffeq solves; of the measures it knows the action, as an extra state.
+    """A continuous flow that torchdiffeq solves, or its adjoint; it knows the action, as an extra state."""
 
-    Args:
-        field: velocity field.
-        solver: "bosh3" or "dopri5".
-        adjoint: ``odeint_adjoint`` instead of ``odeint``.
-        tolerance: rtol and atol.
-        total_time: end time.
-    """
-
-    def __init__(
-        self, field: nn.Module, *, solver: str, adjoint: bool, tolerance: Tolerance, total_time: float = 1.0
-    ) -> None:
-        super().__init__(field, solver=solver, tolerance=tolerance, total_time=total_time)
+    def __init__(self, field: nn.Module, *, solver: str, adjoint: bool, tolerance: Tolerance, **options: Any) -> None:
+        super().__init__(field, solver=solver, tolerance=tolerance, **options)
         solve: Callable[..., Any] = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
         self.odeint = partial(solve, method=solver, rtol=tolerance.rtol, atol=tolerance.atol)
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from action_and_accuracy import EXPERIMENT, Config, Job, action, build, parts_of, summarize
 
 from lab.experiment import run
@@ -14,12 +13,8 @@ from odenets.training.runs import read_summary
 def test_a_run_leaves_its_table_and_figures(tmp_path):
     run(EXPERIMENT, Config(workers=1, quick=True, output=tmp_path / "run"))
     rows = read_summary(tmp_path / "run")["results"]["rows"]
-    assert [(row["initializer"], row["gain"]) for row in rows] == [
-        ("orthogonal", 0.1),
-        ("orthogonal", 1.0),
-        ("normal", 0.1),
-        ("all", None),
-    ]
+    initial = [("orthogonal", 0.1), ("orthogonal", 1.0), ("normal", 0.1), ("all", None)]
+    assert [(row["initializer"], row["gain"]) for row in rows] == initial
     assert {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")} == {"fig_6", "fig_11"}
     cosine = read_summary(tmp_path / "run" / "orthogonal_1")["results"]["cosine"]
     assert np.array(cosine).shape == (3, 9)
@@ -54,4 +49,3 @@ def test_the_correlation_within_and_over_all():
 def test_errors():
     with pytest.raises(ValueError, match="at least 3"):
         Config(instances=2)
-    assert torch.is_tensor(parts_of(Config(train_size=0))[0].x)
