@@ -24,7 +24,8 @@ _SEVERAL = (list, tuple)
 def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
     """``h * sum_i w_i p_i``: as many tensor operations as non-zero weights."""
     (p, weight), *rest = [(p, w) for p, w in zip(stages, weights, strict=False) if w != 0]
-    return combine(p * (h * weight), [p for p, _ in rest], [w for _, w in rest], h)
+    add = combination if p.numel() <= SMALL else combine
+    return add(p * (h * weight), [p for p, _ in rest], [w for _, w in rest], h)
 
 
 class Step(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from solvers.reductions.reference import HALF, Reductions, ReductionSpec, rows_of, wide, wide_dtype
 
-__all__ = ["finish_step", "finish_step_backward", "row_moments", "row_moments_backward"]
+__all__ = ["finish_step", "finish_step_backward", "row_moments", "row_moments_backward", "scaled_error"]
 
 BLOCK = 1 << 18  # numbers of one operand that a thread works on at a time
 SEGMENT = 1 << 14  # numbers of a row under one sum: fewer than torch shares among threads
@@ -158,6 +158,21 @@ def finish_step_backward(
                 own += (_times(b, terms) if b else []) + (_times(e, d) if e else [])
                 _sum(own, _table(grad)[block], scratch)
     return out
+
+
+def scaled_error(
+    x0: Tensor, x1: Tensor, stages: Sequence[Tensor], weights: Sequence[float], rtol: float, atol: float
+) -> Tensor:
+    """``<(sum_i e_i p_i / (atol + rtol max(|x0|, |x1|)))^2>``, ``(B,)``."""
+    start, end, *tables = [_table(x) for x in rows_of([x0, x1, *stages])]
+    sums, scratch = _Sums(start), _Scratch()
+    for block in _blocks(start):
+        low, high = wide(start[block]), wide(end[block])
+        scale, d = torch.abs(low, out=scratch("scale", low)), torch.abs(high, out=scratch("d", high))
+        torch.maximum(scale, d, out=scale).mul_(rtol).add_(atol)
+        _sum([(x[block], e) for x, e in zip(tables, weights, strict=True) if e], d, scratch)
+        sums.add_powers(block, d.div_(scale), 2)
+    return sums.mean()
 
 
 class _Sums:

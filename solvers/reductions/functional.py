@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from solvers.reductions import operator, reference
+from solvers.reductions import aten, operator, reference
 from solvers.reductions.reference import Reductions, ReductionSpec, combination, wide, wide_dtype
 from solvers.tableaus import ButcherTableau
 from solvers.validation import is_transformed
@@ -26,6 +26,7 @@ from solvers.validation import is_transformed
 __all__ = [
     "combine",
     "displaced",
+    "error_ratios",
     "finish_step",
     "mean_square",
     "mean_square_and_cosine",
@@ -215,6 +216,17 @@ def finish_step(
     if step.square is not None and step.mean is not None:
         values["residue"], values["cosine"] = _square_and_cosine(step.square, step.mean)
     return step.x1, values
+
+
+def error_ratios(
+    x0: Tensor, x1: Tensor, stages: Sequence[Tensor], tableau: ButcherTableau, h: float | Tensor, rtol: float, atol: float
+) -> Tensor:
+    """The scaled "error" of :func:`finish_step` where the state at the end is known, without gradients, ``(B,)``."""
+    if x0.device.type == "cpu" and _large([x0, x1, *stages]):
+        weights = tableau.error_weights
+        assert weights is not None
+        return aten.scaled_error(x0, x1, stages, weights, rtol, atol).sqrt_() * abs(_per_sample(h, x0))
+    return finish_step(x0, stages, tableau, h, state=False, error=True, rtol=rtol, atol=atol)[1]["error"]
 
 
 def _finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec) -> Reductions:
