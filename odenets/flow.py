@@ -251,10 +251,10 @@ class Flow(nn.Module):
         self.materialize(x)
         if self.tolerance is not None:
             self.statistics = Statistics()
-            field, t1 = self._blocks()[0].fields[0], self.total_time
             yield from adaptive_steps(
-                field, x, 0.0, t1, self.tableau, self.tolerance, self.controller, stats=self.statistics
-            )
+                self._blocks()[0].fields[0], x, t0=0.0, t1=self.total_time, tableau=self.tableau,
+                tolerance=self.tolerance, controller=self.controller, stats=self.statistics,
+            )  # fmt: skip
             return
         t, first, blocks = self.start, None, self._blocks()
         closing = closing or self.takes_closing

@@ -73,12 +73,12 @@ def fixed_steps(
 def adaptive_steps(
     field: Field,
     x: Tensor,
+    *,
     t0: float,
     t1: float,
     tableau: ButcherTableau,
     tolerance: Tolerance,
     controller: Controller,
-    *,
     stops: Sequence[float] = (),
     jumps: Sequence[float] = (),
     observe: Observer | None = None,

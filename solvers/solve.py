@@ -136,8 +136,8 @@ def _solve_batch(task: Task) -> Solution:
             )  # fmt: skip
         else:
             loop = adaptive_steps(
-                task.field, x, task.t0, task.t1, task.tableau, task.tolerance, task.controller,
-                stops=task.stops, jumps=task.jumps, observe=task.observe, stats=stats,
+                task.field, x, t0=task.t0, t1=task.t1, tableau=task.tableau, tolerance=task.tolerance,
+                controller=task.controller, stops=task.stops, jumps=task.jumps, observe=task.observe, stats=stats,
             )  # fmt: skip
         for step in loop:
             t: Any = step.t + step.h if numbers is None else next(numbers)
@@ -217,14 +217,9 @@ class _Collector:
             dense = Interpolant(field=task.field, x0=task.x0, times=times, steps=steps, unpack=task.unpack)
         states = tuple([task.unpack(x) for x in self.states])
         return Solution(
-            times=times,
-            states=states,
-            steps=steps,
-            stats=stats,
-            status=status,
-            event_time=event_time,
+            times=times, states=states, steps=steps, stats=stats, status=status, event_time=event_time,
             interpolant=dense,
-        )
+        )  # fmt: skip
 
     def sample_solution(self, loop: SampleLoop, status: Any, event_time: Tensor | None) -> SampleSolution:
         """The same, with control per sample."""

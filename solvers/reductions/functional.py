@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ def finish_step(
 
 
 def error_ratios(
-    x0: Tensor, x1: Tensor, stages: Sequence[Tensor], tableau: ButcherTableau, h: float | Tensor, rtol: float, atol: float
+    x0: Tensor, x1: Tensor, stages: Sequence[Tensor], tableau: ButcherTableau, h: Any, rtol: float, atol: float
 ) -> Tensor:
     """The scaled "error" of :func:`finish_step` where the state at the end is known, without gradients, ``(B,)``."""
     if x0.device.type == "cpu" and _large([x0, x1, *stages]):

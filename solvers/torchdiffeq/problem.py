@@ -79,12 +79,14 @@ def make_task(
         raise ValueError(f"t must span a time that is finite in {real}, got {times[0]:g} to {times[-1]:g}")
     wide = options.get("dtype", torch.float64 if adaptive and x0.device.type != "mps" else t.dtype)
     wide = torch.promote_types(wide, real)
-    origin = t[0].to(wide) if t.requires_grad else None
+    origin, single = t[0].to(wide) if t.requires_grad else None, packing.single
 
     def field(s: float | Tensor, x: Tensor) -> Tensor:
-        if not isinstance(s, Tensor):
+        if isinstance(s, Tensor):
+            s = s.to(real)
+        else:
             s = torch.tensor(s, dtype=real, device=x.device) if origin is None else (origin + (s - times[0])).to(real)
-        v = packing.pack(func(s.to(real), packing.unpack(x)), "func")  # type: ignore[union-attr]
+        v = func(s, x) if single else packing.pack(func(s, packing.unpack(x)), "func")
         return v if type(v) is Tensor and v.dtype == x.dtype and v.shape == x.shape else _returned(v, x)
 
     norm = options.get("norm")

@@ -63,8 +63,8 @@ if parts > 1:
 
 def run(*command, **environment):
     process = subprocess.run(
-        [sys.executable, *command], cwd=HERE.parents[1], text=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), **environment},
+        [sys.executable, *command], cwd=HERE.parents[2], text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[2]), **environment},
     )  # fmt: skip
     assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
     return process.stdout
