@@ -33,16 +33,9 @@ def span(t: float, t_next: float) -> float:
 
 
 def fixed_steps(
-    field: Field,
-    x: Tensor,
-    times: Iterable[Any],
-    tableau: ButcherTableau,
-    *,
-    closing: bool = False,
-    inward: bool = False,
-    observe: Observer | None = None,
-    stats: Statistics | None = None,
-) -> Iterator[Step]:
+    field: Field, x: Tensor, times: Iterable[Any], tableau: ButcherTableau, *, closing: bool = False,
+    inward: bool = False, observe: Observer | None = None, stats: Statistics | None = None
+) -> Iterator[Step]:  # fmt: skip
     """Steps from each time to the next, reusing the closing stage of FSAL methods; never waits for the device.
 
     Args:
@@ -71,19 +64,10 @@ def fixed_steps(
 
 
 def adaptive_steps(
-    field: Field,
-    x: Tensor,
-    *,
-    t0: float,
-    t1: float,
-    tableau: ButcherTableau,
-    tolerance: Tolerance,
-    controller: Controller,
-    stops: Sequence[float] = (),
-    jumps: Sequence[float] = (),
-    observe: Observer | None = None,
-    stats: Statistics | None = None,
-) -> Iterator[Step]:
+    field: Field, x: Tensor, *, t0: float, t1: float, tableau: ButcherTableau, tolerance: Tolerance,
+    controller: Controller, stops: Sequence[float] = (), jumps: Sequence[float] = (), observe: Observer | None = None,
+    stats: Statistics | None = None
+) -> Iterator[Step]:  # fmt: skip
     """Accepted steps from t0 to t1 under error control; waits for the device once per attempted step
     (and three times to choose the first step, if it is not given).
 

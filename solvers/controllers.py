@@ -9,17 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 __all__ = [
-    "PI",
-    "PID",
-    "Controller",
-    "ControllerState",
-    "Fixed",
-    "HalveDouble",
-    "I",
-    "SampleController",
-    "SampleStates",
+    "PI", "PID", "Controller", "ControllerState", "Fixed", "HalveDouble", "I", "SampleController", "SampleStates",
     "check_returned",
-]
+]  # fmt: skip
 
 Array = np.ndarray
 

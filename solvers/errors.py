@@ -53,36 +53,23 @@ class NonFiniteError(SolverError):
 
 
 def failure(
-    status: Status,
-    *,
-    t: float,
-    h: float,
-    stage: int | None = None,
-    sample: int | None = None,
-    ratio: float = math.nan,
-    attempts: int = 0,
-    t1: float = math.nan,
-    smallest: float = math.nan,
-) -> SolverError:
-    """The error of a loop that cannot go on.
+    status: Status, *, t: float, h: float, stage: int | None = None, sample: int | None = None,
+    ratio: float = math.nan, attempts: int = 0, t1: float = math.nan, smallest: float = math.nan,
+) -> SolverError:  # fmt: skip
+    """The error of a loop that cannot go on: ``attempts`` led not to ``t1``, or no step is below the ``smallest``.
 
     Args:
         status: "max_steps", "underflow" or "not_finite".
         t, h, stage, sample: where, as in :class:`SolverError`.
         ratio: the last error ratio.
-        attempts, t1: the steps attempted, and where they should have led.
-        smallest: the least step size.
     """
-    if status == "max_steps":
-        return MaxStepsError(
-            f"{attempts} attempted steps did not reach t1 = {t1:g}; last error ratio {ratio:.3g}: "
-            "raise max_steps, loosen the tolerance, or the problem is stiff",
-            t=t, h=h, stage=None, sample=sample,
-        )  # fmt: skip
+    if status == "not_finite":
+        return NonFiniteError("NaN or infinity, and no smaller step avoids it", t=t, h=h, stage=stage, sample=sample)
+    kind, what, remedy = MaxStepsError, f"{attempts} attempted steps did not reach t1 = {t1:g}", (
+        "raise max_steps, loosen the tolerance, or the problem is stiff"
+    )  # fmt: skip
     if status == "underflow":
-        return StepUnderflowError(
-            f"the error asks for a step below {smallest:.3g}; last error ratio {ratio:.3g}: "
-            "the problem is stiff or discontinuous here, or the tolerance is below rounding",
-            t=t, h=h, stage=None, sample=sample,
+        kind, what, remedy = StepUnderflowError, f"the error asks for a step below {smallest:.3g}", (
+            "the problem is stiff or discontinuous here, or the tolerance is below rounding"
         )  # fmt: skip
-    return NonFiniteError("NaN or infinity, and no smaller step avoids it", t=t, h=h, stage=stage, sample=sample)
+    return kind(f"{what}; last error ratio {ratio:.3g}: {remedy}", t=t, h=h, stage=None, sample=sample)

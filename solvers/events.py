@@ -116,16 +116,9 @@ def changes(
 
 
 def crossing(
-    step: Step,
-    interpolate: Callable[[], Callable[[Any], Tensor]],
-    event: Event,
-    start: Any,
-    end: Any,
-    among: Any = None,
-    *,
-    costs: bool,
-    width: float | None = None,
-) -> tuple[Callable[[Any], Tensor], Any, Any] | None:
+    step: Step, interpolate: Callable[[], Callable[[Any], Tensor]], event: Event, start: Any, end: Any,
+    among: Any = None, *, costs: bool, width: float | None = None
+) -> tuple[Callable[[Any], Tensor], Any, Any] | None:  # fmt: skip
     """Where an event function leaves the positive in a step for the first time, found by bisection.
 
     Args:

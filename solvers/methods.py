@@ -25,13 +25,9 @@ HEUN = _method("heun", order=2, c=(0.0, 1.0), a=((), (1.0,)), b=(1 / 2, 1 / 2), 
 
 # The classic method of Kutta (1901), not the 3/8 rule.
 RK4 = _method(
-    "rk4",
-    order=4,
-    c=(0.0, 1 / 2, 1 / 2, 1.0),
-    a=((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
-    b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
-    midpoint=(2, (0.0, 1.0, 0.0, 0.0)),
-)
+    "rk4", order=4, c=(0.0, 1 / 2, 1 / 2, 1.0), a=((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
+    b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), midpoint=(2, (0.0, 1.0, 0.0, 0.0)),
+)  # fmt: skip
 
 # Bogacki and Shampine (1989), A 3(2) pair of Runge-Kutta formulas; [K24, eq. 46 and 47].
 BS23 = _method(
@@ -111,26 +107,17 @@ TSIT5 = _method(
 
 # Fehlberg's RK1(2) (NASA TR R-315, 1969).
 FEHLBERG2 = _method(
-    "fehlberg2",
-    order=2,
-    c=(0.0, 1 / 2, 1.0),
-    a=((), (1 / 2,), (1 / 256, 255 / 256)),
-    b=(1 / 512, 255 / 256, 1 / 512),
-    midpoint=(2, (0.0, 1.0, 0.0)),
-    order1=(1, (1 / 256, 255 / 256, 0.0)),
-    low="order1",
-)
+    "fehlberg2", order=2, c=(0.0, 1 / 2, 1.0), a=((), (1 / 2,), (1 / 256, 255 / 256)), b=(1 / 512, 255 / 256, 1 / 512),
+    midpoint=(2, (0.0, 1.0, 0.0)), order1=(1, (1 / 256, 255 / 256, 0.0)), low="order1",
+)  # fmt: skip
 
 HEUN3 = _method("heun3", order=3, c=(0.0, 1 / 3, 2 / 3), a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4))
 
 # Kutta's 3/8 rule, which torchdiffeq calls rk4.
 RK4_38 = _method(
-    "rk4_38",
-    order=4,
-    c=(0.0, 1 / 3, 2 / 3, 1.0),
-    a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+    "rk4_38", order=4, c=(0.0, 1 / 3, 2 / 3, 1.0), a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
     b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
-)
+)  # fmt: skip
 
 _TABLEAUS = {
     tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5)

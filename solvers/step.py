@@ -231,14 +231,9 @@ def step_state(
 
 
 def _evaluate(
-    field: Field | Sequence[Field],
-    t: float | Tensor,
-    x: Tensor,
-    h: float | Tensor,
-    tableau: ButcherTableau,
-    stages: tuple[Tensor, ...] = (),
-    ends: bool = False,
-) -> tuple[tuple[Tensor, ...], list[int] | None, Callable[..., Tensor]]:
+    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau,
+    stages: tuple[Tensor, ...] = (), ends: bool = False
+) -> tuple[tuple[Tensor, ...], list[int] | None, Callable[..., Tensor]]:  # fmt: skip
     """The stages that the end of a step needs, those given first; their versions, or None; and what adds them up.
 
     Where the step ``ends`` with it, nothing calls the field again while the last stage is in use.

@@ -36,7 +36,8 @@ class NoDouble(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)):
+        wide = (torch.float64, torch.complex128)
+        if any(isinstance(x, torch.Tensor) and x.dtype in wide for x in tree_leaves(out)):
             raise TypeError(f"this device has no float64, which {func} makes")
         return out
 

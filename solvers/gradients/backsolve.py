@@ -76,12 +76,7 @@ def backsolved(captured: Captured, field: Field, x0: Tensor, x1: Tensor, backwar
     ``da/dt = -a^T dv/dx``, ``dL/dtheta = -int a^T dv/dtheta dt``; the state is solved backwards along with them (Chen
     et al., 2018, Neural ordinary differential equations). A gradient of this gradient goes through the backward solve.
 
-    Args:
-        captured: what of the field gets gradients, and is to be as in the forward pass.
-        field: velocity ``v(t, x)``, which calls it.
-        x0: state at the start.
-        x1: state at the end.
-        backward: solves from the end to the start, a vector ``(x, a, *params)``.
+    The field calls ``captured``; ``backward`` solves from the end to the start, a vector ``(x, a, *params)``.
     """
     return _Backsolve.apply(captured, field, backward, x1, x0, *captured.tensors)  # type: ignore[return-value]
 

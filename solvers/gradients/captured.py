@@ -71,15 +71,9 @@ class Captured:
     """
 
     def __init__(
-        self,
-        field: Callable[..., Any],
-        parameters: Any,
-        args: Sequence[Any] = (),
-        *,
-        names: tuple[str, str, str],
-        recompute: bool = False,
-        random: bool = False,
-    ) -> None:
+        self, field: Callable[..., Any], parameters: Any, args: Sequence[Any] = (), *, names: tuple[str, str, str],
+        recompute: bool = False, random: bool = False
+    ) -> None:  # fmt: skip
         self._names, self._random, self._recompute = names, random, recompute
         self._open = parameters is None or recompute
         owner = owner_of(field) if parameters is None else parameters

@@ -45,10 +45,9 @@ def recomputed(
 
     Args:
         captured: what the field reads, to be as in the forward pass; None in a graph of torch.compile, which holds it.
-        field: velocity ``v(t, x)``, which calls it; gradients flow to whatever it reads.
-        x: state at the start, ``(B, *S)``.
+        field, x, tableau: the velocity, which calls it, the state at the start and the method; gradients flow to
+            whatever the field reads.
         steps: start and size of each.
-        tableau: the method.
     """
 
     def one(x: Tensor, t: Time, h: Time) -> Tensor:

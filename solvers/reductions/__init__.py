@@ -16,16 +16,6 @@ from solvers.reductions.functional import (
 from solvers.reductions.reference import combination
 
 __all__ = [
-    "SMALL",
-    "combination",
-    "combine",
-    "displaced",
-    "error_ratios",
-    "finish_step",
-    "mean_square",
-    "mean_square_and_cosine",
-    "power_mean",
-    "root_mean_square",
-    "weighted_action",
-    "weighted_root_mean_square",
-]
+    "SMALL", "combination", "combine", "displaced", "error_ratios", "finish_step", "mean_square",
+    "mean_square_and_cosine", "power_mean", "root_mean_square", "weighted_action", "weighted_root_mean_square",
+]  # fmt: skip

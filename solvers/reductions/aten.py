@@ -38,13 +38,9 @@ def row_moments(
 
 
 def row_moments_backward(
-    rows: Sequence[Tensor],
-    weights: Sequence[float],
-    power: float,
-    grad_power: Tensor | None,
-    grad_mean: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
+    rows: Sequence[Tensor], weights: Sequence[float], power: float, grad_power: Tensor | None, grad_mean: Tensor | None,
+    needs: Sequence[bool]
+) -> list[Tensor | None]:  # fmt: skip
     """The gradient ``w_i (P sgn(r) |r|^(power-1) + M)`` of each operand that needs one, P and M by :func:`_pull`."""
     rows = rows_of(rows)
     tables = [_table(x) for x in rows]
@@ -72,11 +68,8 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
     tables = [_table(x) for x in operands]
     state = None if x0 is None else tables.pop()
     x1 = torch.empty_like(operands[0]) if spec.state else None
-    sums = {
-        name: _Sums(tables[0])
-        for name, each in (("error", spec.error), ("action", spec.action), ("square", spec.residue))
-        if each
-    }
+    computed = {"error": spec.error, "action": spec.action, "square": spec.residue}
+    sums = {name: _Sums(tables[0]) for name, each in computed.items() if each}
     mean, scratch = _Sums(tables[0]) if spec.residue else None, _Scratch()
     for block in _blocks(tables[0], whole=state is None and not (spec.residue or spec.error)):
         p, size = [x[block] for x in tables], _size(h, block)
@@ -109,23 +102,14 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
 
 
 def finish_step_backward(
-    x0: Tensor | None,
-    stages: Sequence[Tensor],
-    h: float | Tensor,
-    spec: ReductionSpec,
-    grads: Reductions,
-    needs: Sequence[bool],
-    ends: bool = False,
-) -> list[Tensor | None]:
+    x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec, grads: Reductions,
+    needs: Sequence[bool], ends: bool = False
+) -> list[Tensor | None]:  # fmt: skip
     """The gradient ``b (h g + R r + M) + A b p + e E eps`` of each stage that needs one; the error is not scaled.
 
-    A, R, M and E are by :func:`_pull` from the gradients of the action, the mean square, the mean and the error.
-
-    Args:
-        x0, stages, h, spec: as for :func:`finish_step`; x0 is read between the ends only.
-        grads: of what :func:`finish_step` returns, None for 0.
-        needs: whether each stage needs a gradient.
-        ends: the tensor given as the only stage is the state at the end instead, and the stage ``(x1 - x0) / (h b)``.
+    A, R, M and E are by :func:`_pull` from the ``grads`` of the action, the mean square, the mean and the error, None
+    for 0. With ``ends`` the tensor given as the only stage is the state at the end, and the stage
+    ``(x1 - x0) / (h b)``; x0 is read then only.
     """
     operands = rows_of([x for x in (*stages, grads.x1, x0 if ends else None) if x is not None])
     out = [torch.empty_like(operands[0]) if need else None for need in needs]
@@ -147,11 +131,8 @@ def finish_step_backward(
         if mean is not None:
             terms.append((mean[rows].expand_as(p[0]), 1.0))
         terms = _shared(terms, needs, scratch)
-        d = (
-            []
-            if error is None
-            else _shared([(_combination(p, spec.e, scratch, "d"), error[rows])], needs, scratch, "e")
-        )
+        d: list[Term] = [] if error is None else [(_combination(p, spec.e, scratch, "d"), error[rows])]
+        d = _shared(d, needs, scratch, "e")
         for q, b, e, grad in zip(p, spec.b, spec.e, out, strict=True):
             if grad is not None:
                 own: list[Term] = [(q, action[rows] * b)] if action is not None and b else []

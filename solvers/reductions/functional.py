@@ -25,17 +25,9 @@ from solvers.tableaus import ButcherTableau
 from solvers.validation import is_transformed
 
 __all__ = [
-    "combine",
-    "displaced",
-    "error_ratios",
-    "finish_step",
-    "mean_square",
-    "mean_square_and_cosine",
-    "power_mean",
-    "root_mean_square",
-    "weighted_action",
-    "weighted_root_mean_square",
-]
+    "combine", "displaced", "error_ratios", "finish_step", "mean_square", "mean_square_and_cosine", "power_mean",
+    "root_mean_square", "weighted_action", "weighted_root_mean_square",
+]  # fmt: skip
 
 SMALL = 1 << 14  # numbers of an operand on a CPU up to which the plain expression is the faster one
 

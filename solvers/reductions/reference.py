@@ -16,16 +16,8 @@ from torch import Tensor
 from solvers.validation import real_dtype
 
 __all__ = [
-    "HALF",
-    "ReductionSpec",
-    "Reductions",
-    "combination",
-    "finish_step",
-    "row_moments",
-    "rows_of",
-    "wide",
-    "wide_dtype",
-]
+    "HALF", "ReductionSpec", "Reductions", "combination", "finish_step", "row_moments", "rows_of", "wide", "wide_dtype",
+]  # fmt: skip
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -100,14 +92,7 @@ class Reductions:
 
 
 def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec) -> Reductions:
-    """The end of a step.
-
-    Args:
-        x0: state ``(B, *S)``, if the state or a scaled error is computed.
-        stages: velocities ``(B, *S)``.
-        h: step size, a number or one per sample, ``(B,)``.
-        spec: what is computed.
-    """
+    """The end of a step of size h, a number or ``(B,)``; x0 is read for the state and for a scaled error."""
     p = stages[0]
     size = h.reshape(-1, *[1] * (p.ndim - 1)) if isinstance(h, Tensor) else h
     x1 = error = action = square = mean = start = end = None
@@ -133,14 +118,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
 def row_moments(
     rows: Sequence[Tensor], weights: Sequence[float], power: float, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """``<|r|^power>`` and, if computed, ``<r>`` of ``r = sum_i w_i x_i``, each ``(B,)``.
-
-    Args:
-        rows: ``(B, *S)`` each; one of weight 0 is not read.
-        weights: one per tensor.
-        power: at least 1.
-        mean: whether ``<r>`` is computed.
-    """
+    """``<|r|^power>`` and, with ``mean``, ``<r>`` of ``r = sum_i w_i x_i``, each ``(B,)``; weights 0 are skipped."""
     r = _weighted(rows, weights)
     return _mean_power(r, power), _mean(r) if mean else None
 
@@ -148,10 +126,7 @@ def row_moments(
 def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
     """``x + h sum_i w_i p_i`` in the dtype of x, one operation per weight that is not 0, in float32 or wider.
 
-    Args:
-        x, stages: ``(B, *S)``.
-        weights: one per stage; more of either are not read.
-        h: a number, or a tensor that broadcasts against x.
+    There may be more stages than weights, or weights than stages; h is a number or broadcasts against x.
     """
     if x.dtype in HALF:
         return combination(x.float(), stages, weights, h).to(x.dtype)

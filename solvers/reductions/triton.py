@@ -245,15 +245,9 @@ def finish_step(
 
 
 def finish_step_backward(
-    x0: Tensor | None,
-    stages: Sequence[Tensor],
-    h: float | Tensor,
-    spec: ReductionSpec,
-    grads: Reductions,
-    needs: Sequence[bool],
-    ends: bool = False,
-    power: float = 2.0,
-) -> list[Tensor | None]:
+    x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec, grads: Reductions,
+    needs: Sequence[bool], ends: bool = False, power: float = 2.0
+) -> list[Tensor | None]:  # fmt: skip
     """As :func:`solvers.reductions.aten.finish_step_backward`, with ``<|r|^power>`` for the mean square."""
     if ends:
         stages = [(stages[0] - x0) / (h * spec.b[0])]  # type: ignore[operator]  # ends has x0
@@ -287,13 +281,9 @@ def row_moments(
 
 
 def row_moments_backward(
-    rows: Sequence[Tensor],
-    weights: Sequence[float],
-    power: float,
-    grad_power: Tensor | None,
-    grad_mean: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
+    rows: Sequence[Tensor], weights: Sequence[float], power: float, grad_power: Tensor | None, grad_mean: Tensor | None,
+    needs: Sequence[bool]
+) -> list[Tensor | None]:  # fmt: skip
     """As :func:`solvers.reductions.aten.row_moments_backward`."""
     grads = Reductions(square=grad_power, mean=grad_mean)
     return finish_step_backward(None, rows, 1.0, _residue(weights), grads, needs, power=power)

@@ -168,12 +168,8 @@ def test_a_field_that_vanishes_lets_steps_grow_to_a_far_end(options):
 
 
 SHORT = [
-    (0.0, 1.1e-283),
-    (0.0, -5e-324),
-    (1.0, math.nextafter(1.0, 2)),
-    (-3.0, math.nextafter(-3.0, -9)),
-    (2, 2 + 1e-9),
-]
+    (0.0, 1.1e-283), (0.0, -5e-324), (1.0, math.nextafter(1.0, 2)), (-3.0, math.nextafter(-3.0, -9)), (2, 2 + 1e-9),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])

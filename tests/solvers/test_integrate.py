@@ -37,12 +37,9 @@ def test_i_controller_takes_the_steps_of_scipy(field, start, end, first_step):
 def test_fixed_steps_equal_torchdiffeq(method, field, start, end):
     x0 = torch.tensor([start], dtype=torch.float64)
     theirs = torchdiffeq.odeint(
-        lambda t, x: field(t.item(), x),
-        x0,
-        torch.tensor([0.0, 1.0], dtype=torch.float64),
-        method=method,
+        lambda t, x: field(t.item(), x), x0, torch.tensor([0.0, 1.0], dtype=torch.float64), method=method,
         options={"step_size": 1 / 64},
-    )
+    )  # fmt: skip
     ours = integrate(field, x0, 0.0, 1.0, solver=method, steps=64)
     torch.testing.assert_close(ours.x1, theirs[-1], rtol=1e-13, atol=1e-13)
 

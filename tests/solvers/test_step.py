@@ -141,12 +141,6 @@ def test_step_size_may_be_a_tensor_per_sample():
         torch.testing.assert_close(together.error()[i : i + 1], alone.error())
 
 
-def test_step_is_immutable():
-    step = rk_step(field, 0.0, torch.randn(2, 2), 0.1, get_tableau("euler"))
-    with pytest.raises(AttributeError):
-        step.h = 1.0
-
-
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [

@@ -43,12 +43,9 @@ def test_gradients_are_those_through_the_solver_and_torchdiffeqs(method, backwar
 
 def test_fixed_method_with_more_steps_backward():
     result = gradients(
-        odeint_adjoint,
-        "rk4",
-        options={"step_size": 0.01},
-        adjoint_method="midpoint",
+        odeint_adjoint, "rk4", options={"step_size": 0.01}, adjoint_method="midpoint",
         adjoint_options={"step_size": 0.002},
-    )
+    )  # fmt: skip
     for ours, exact in zip(result, gradients(odeint), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
 
@@ -87,25 +84,6 @@ def test_tuples_and_what_gets_gradients():
         assert (grads[2] is not None) == known
         if known:
             torch.testing.assert_close(grads[2], -2 * y.detach().sum(), rtol=1e-5, atol=1e-6)
-
-
-def test_event_times_have_gradients():
-    def landing(interface, x, v):
-        return odeint_event(
-            lambda t, s: (s[1], torch.full_like(s[1], -9.81)),
-            (x, v),
-            torch.zeros((), dtype=D),
-            event_fn=lambda t, s: s[0],
-            odeint_interface=interface,
-            rtol=1e-9,
-            atol=1e-10,
-            **({"adjoint_params": ()} if interface is odeint_adjoint else {}),
-        )[0]
-
-    x = torch.tensor([10.0], dtype=D, requires_grad=True)
-    v = torch.tensor([2.0], dtype=D, requires_grad=True)
-    result = torch.autograd.grad(landing(odeint_adjoint, x, v), (x, v))
-    torch.testing.assert_close(result, torch.autograd.grad(landing(odeint, x, v), (x, v)), rtol=1e-6, atol=1e-8)
 
 
 def test_memory_does_not_hold_the_steps():

@@ -17,13 +17,8 @@ TOLERANCE = {"dopri5": 1e-6, "tsit5": 1e-6, "bosh3": 1e-5}
 
 # The largest error of a good solve over its tolerance: what the problem makes of a local error within its interval.
 CONDITION = {"A": 10, "B": 70, "C": 20, "D": 500, "E": 40} | {
-    "A3": 30,
-    "A5": 30,
-    "C5": 150,
-    "D4": 1000,
-    "D5": 4000,
-    "E3": 200,
-}
+    "A3": 30, "A5": 30, "C5": 150, "D4": 1000, "D5": 4000, "E3": 200,
+}  # fmt: skip
 # Backwards, modes that decay grow: of diffusion by exp(4 t), of C2 by exp(9 t).
 BACKWARDS = dict.fromkeys(PROBLEMS, 2.0) | {"C2": 0.5, "C3": 1.0, "C4": 1.0}
 BACKWARDS |= dict.fromkeys(("A3", "B1", "B4", "B5", "C5", "D1", "D2", "D3", "E1"), 20.0)

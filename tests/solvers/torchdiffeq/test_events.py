@@ -18,13 +18,15 @@ def ball(t, state):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "tsit5", "fehlberg2"])
-def test_event_time_and_its_gradient(method):
+@pytest.mark.parametrize("interface", [odeint, odeint_adjoint])
+def test_event_time_and_its_gradient(interface, method):
     """A falling ball: it lands at t = (v + sqrt(v^2 + 2 g x)) / g."""
 
     def landing(x, v):
         t, states = odeint_event(
-            ball, (x, v), torch.zeros((), dtype=D), event_fn=lambda t, s: s[0], method=method, rtol=1e-8, atol=1e-10
-        )
+            ball, (x, v), torch.zeros((), dtype=D), event_fn=lambda t, s: s[0], method=method, rtol=1e-8, atol=1e-10,
+            odeint_interface=interface, **({"adjoint_params": ()} if interface is odeint_adjoint else {}),
+        )  # fmt: skip
         return torch.cat([t.reshape(1), states[0][-1], states[1][-1]])
 
     x = torch.tensor([10.0], dtype=D, requires_grad=True)
@@ -40,15 +42,10 @@ def test_event_time_and_its_gradient(method):
 def test_events_of_fixed_methods_backwards_and_of_several_entries():
     start = torch.zeros((), dtype=D)
     t, y = odeint_event(
-        lambda t, y: torch.ones_like(y),
-        torch.zeros(1, dtype=D),
-        start,
-        event_fn=lambda t, y: torch.cat([y + 0.5, y + 0.3]),
-        reverse_time=True,
-        method="rk4",
-        options={"step_size": 0.2},
-        atol=1e-10,
-    )
+        lambda t, y: torch.ones_like(y), torch.zeros(1, dtype=D), start,
+        event_fn=lambda t, y: torch.cat([y + 0.5, y + 0.3]), reverse_time=True, method="rk4",
+        options={"step_size": 0.2}, atol=1e-10,
+    )  # fmt: skip
     assert t.item() == pytest.approx(-0.3, abs=1e-8)
     assert y[-1].item() == pytest.approx(-0.3, abs=1e-8)
 

@@ -90,13 +90,9 @@ def test_states_of_several_tensors(kind):
         result = odeint(pair, (a, b), t, method="bosh3", rtol=1e-8, atol=(1e-8, 1e-9))
     else:
         named = odeint(
-            lambda t, s: dict(zip("ab", pair(t, (s["a"], s["b"])), strict=True)),
-            {"a": a, "b": b},
-            t,
-            method="bosh3",
-            rtol=1e-8,
-            atol=1e-8,
-        )
+            lambda t, s: dict(zip("ab", pair(t, (s["a"], s["b"])), strict=True)), {"a": a, "b": b}, t, method="bosh3",
+            rtol=1e-8, atol=1e-8,
+        )  # fmt: skip
         result = (named["a"], named["b"])
     for ours, theirs in zip(result, expected, strict=True):
         assert ours.shape == theirs.shape
