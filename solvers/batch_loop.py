@@ -146,9 +146,7 @@ class _Bounds:
     def size(self, t: float, h: float, ratio: float, bad: _Bad | None) -> tuple[float, bool]:
         """The size of the next step where the controller asks for h, and whether the end is as near as time resolves.
 
-        Args:
-            t, h: start and size.
-            ratio, bad: of the last attempt, its error ratio and where it was not finite, for errors.
+        The error ratio of the last attempt, and where it was not finite, are for errors.
         """
         smallest, left = 10 * math.ulp(t), abs(self.t1 - t)
         size = min(max(h, self.min_step), self.max_step)

@@ -152,16 +152,9 @@ def _checked(p: Tensor, x: Tensor, stage: int) -> Tensor:
 
 
 def rk_step(
-    field: Field | Sequence[Field],
-    t: float | Tensor,
-    x: Tensor,
-    h: float | Tensor,
-    tableau: ButcherTableau,
-    first: Tensor | None = None,
-    *,
-    closing: bool = True,
-    reductions: Collection[str] = (),
-) -> Step:
+    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau,
+    first: Tensor | None = None, *, closing: bool = True, reductions: Collection[str] = ()
+) -> Step:  # fmt: skip
     """One step from ``x`` at ``t``.
 
     A field may return its input, or the same tensor again and again, but neither write into its input nor into what it

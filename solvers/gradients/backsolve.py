@@ -30,8 +30,7 @@ def adjoint_rates(
         field: velocity ``v(t, y)``.
         t, y, a: time, state and adjoint, whose own history is left out.
         params: what else gets a rate, zero where the field does not read it.
-        needs_t: whether t, a tensor, gets one.
-        graph: whether what is returned depends on y, on a and on the params.
+        needs_t, graph: whether t, a tensor, gets one, and whether the rates depend on y, on a and on the params.
     """
     with torch.enable_grad():
         y = y.requires_grad_() if graph else y.detach().requires_grad_()

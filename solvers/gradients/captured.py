@@ -179,8 +179,6 @@ class Captured:
             )
         self.tensors = [x for x in self.tensors if id(x) not in behind]
 
-    # -- what it reads ---------------------------------------------------------------------------------------------
-
     def _watch(self, *args: Any) -> Any:
         """The first two calls of a pass: which tensors with a gradient does the field read, does it draw at random?"""
         first, graph = self._calls == 0, torch.is_grad_enabled()
@@ -235,11 +233,10 @@ class Captured:
         stops = set(by_edge) | {(x.grad_fn, x.output_nr) for x in inputs if x.grad_fn is not None}
         leaves, outside = _reads(outputs, mark, stops)
         leaves = [x for x in leaves if id(x) not in own]
-        self._read |= {id(x) for x in (*leaves, *(by_edge[edge] for edge in outside if edge in by_edge))}
-        self._known |= {
-            id(x): Known.of(x) for x in (*leaves, *(by_edge[edge] for edge in outside if edge in by_edge))
-            if not self._back and id(x) in candidates and id(x) not in self._known
-        }  # fmt: skip
+        read = {id(x): x for x in (*leaves, *(by_edge[edge] for edge in outside if edge in by_edge))}
+        self._read |= set(read)
+        if not self._back:
+            self._known |= {k: Known.of(x) for k, x in read.items() if k in candidates and k not in self._known}
         if not self._open:
             return
         for node, number in () if self._recompute else outside:

@@ -137,18 +137,10 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
 
 
 def finish_step(
-    x0: Tensor,
-    stages: Sequence[Tensor],
-    tableau: ButcherTableau,
-    h: float | Tensor,
-    *,
-    state: bool = True,
-    error: bool = False,
-    action: bool = False,
-    residue: bool = False,
-    rtol: float | None = None,
-    atol: float | None = None,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
+    x0: Tensor, stages: Sequence[Tensor], tableau: ButcherTableau, h: float | Tensor, *, state: bool = True,
+    error: bool = False, action: bool = False, residue: bool = False, rtol: float | None = None,
+    atol: float | None = None
+) -> tuple[Tensor | None, dict[str, Tensor]]:  # fmt: skip
     """The state at the end of a step, ``(B, *S)``, and reductions of the step by name, each ``(B,)``.
 
     Each operand is read once and the state written once; the backward pass gives the gradients of the state and of

@@ -60,9 +60,6 @@ def row_moments(
     return of_power, of_mean if mean else None
 
 
-# -- kernels ------------------------------------------------------------------------------------------------------
-
-
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
@@ -117,9 +114,6 @@ def _fake_step_backward(x0: Tensor | None, stages: list[Tensor], *rest: Any) -> 
 
 def _fake_moments_backward(rows: list[Tensor], *rest: Any) -> list[Tensor]:
     return _full([torch.empty_like(rows[0]) if need else None for need in rest[-1]], rows[0])
-
-
-# -- mapping ------------------------------------------------------------------------------------------------------
 
 
 def _mapped(name: str) -> Callable[..., Any]:

@@ -18,16 +18,10 @@ __all__ = ["METHODS", "find_event", "odeint", "odeint_event", "solve"]
 
 
 def odeint(
-    func: Callable[[Tensor, Any], Any],
-    y0: Any,
-    t: Tensor,
-    *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
-    method: str | None = None,
-    options: dict[str, Any] | None = None,
-    event_fn: Callable[[Tensor, Any], Tensor] | None = None,
-) -> Any:
+    func: Callable[[Tensor, Any], Any], y0: Any, t: Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9,
+    method: str | None = None, options: dict[str, Any] | None = None,
+    event_fn: Callable[[Tensor, Any], Tensor] | None = None
+) -> Any:  # fmt: skip
     """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, as ``torchdiffeq.odeint`` does.
 
     ``rk4`` is the classic method of Kutta; torchdiffeq's ``rk4`` is the 3/8 rule and is called ``rk4_38`` here.
@@ -72,15 +66,9 @@ def odeint(
 
 
 def odeint_event(
-    func: Callable[[Tensor, Any], Any],
-    y0: Any,
-    t0: Tensor | float,
-    *,
-    event_fn: Callable[[Tensor, Any], Tensor],
-    reverse_time: bool = False,
-    odeint_interface: Callable[..., Any] = odeint,
-    **kwargs: Any,
-) -> Any:
+    func: Callable[[Tensor, Any], Any], y0: Any, t0: Tensor | float, *, event_fn: Callable[[Tensor, Any], Tensor],
+    reverse_time: bool = False, odeint_interface: Callable[..., Any] = odeint, **kwargs: Any
+) -> Any:  # fmt: skip
     """The event time and the states at the start and there, from ``t0`` on, as torchdiffeq's function of this name."""
     t0 = torch.as_tensor(t0).reshape(())
     t0 = t0 if t0.is_floating_point() else t0.to(torch.get_default_dtype())

@@ -86,14 +86,11 @@ def make_task(
         norm = largest_rms
     first_step = options.get("first_step")
     tolerance = Tolerance(
-        rtol=_tolerance("rtol", rtol, packing, x0, real),
-        atol=_tolerance("atol", atol, packing, x0, real),
+        rtol=_tolerance("rtol", rtol, packing, x0, real), atol=_tolerance("atol", atol, packing, x0, real),
         norm=norm if norm is None or packing.single else lambda scaled: norm(packing.unpack(scaled)),
-        first_step=None if first_step is None else float(first_step),
-        min_step=float(options.get("min_step", 0.0)),
-        max_step=float(options.get("max_step", math.inf)),
-        max_steps=int(options.get("max_num_steps", MAX_NUM_STEPS)),
-    )
+        first_step=None if first_step is None else float(first_step), min_step=float(options.get("min_step", 0.0)),
+        max_step=float(options.get("max_step", math.inf)), max_steps=int(options.get("max_num_steps", MAX_NUM_STEPS)),
+    )  # fmt: skip
     tableau = get_tableau((ADAPTIVE if adaptive else FIXED)[method])
     rule, (stops, jumps) = None, (_numbers(options.get(name)) for name in ("step_t", "jump_t"))
     if adaptive:
@@ -234,14 +231,13 @@ def check_options(method: str, options: dict[str, Any], name: str = "options", n
     steps = options.get("max_num_steps", MAX_NUM_STEPS)
     if not (int(steps) == steps and steps >= 1):
         raise ValueError(f"{name}: max_num_steps must be a whole number, at least 1, got {steps}")
-    for option, right in {
-        "safety": lambda x: 0 < x < math.inf,
-        "ifactor": lambda x: 1 <= x < math.inf,
-        "dfactor": lambda x: 0 < x < 1,
-    }.items():
+    for option, right, bounds in (
+        ("safety", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("ifactor", lambda x: 1 <= x < math.inf, "at least 1 and finite"),
+        ("dfactor", lambda x: 0 < x < 1, "between 0 and 1"),
+    ):
         if option in options and not right(float(options[option])):
-            bounds = {"safety": "positive and finite", "ifactor": "at least 1 and finite", "dfactor": "between 0 and 1"}
-            raise ValueError(f"{name}: {option} must be {bounds[option]}, got {options[option]}")
+            raise ValueError(f"{name}: {option} must be {bounds}, got {options[option]}")
     for option in ("step_t", "jump_t"):
         if not all(math.isfinite(s) for s in _numbers(options.get(option))):
             raise ValueError(f"{name}: {option} must be finite, got {options[option]}")

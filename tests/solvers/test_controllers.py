@@ -62,20 +62,13 @@ def test_coefficients_are_checked(make, message):
         make()
 
 
+BEFORE, ERROR = st.floats(1e-12, 1), st.floats(0, 1e6) | st.sampled_from([math.nan, math.inf, 0.0])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     controller=st.sampled_from([I(), PI(), PID(), PID(facmin=0.95), HalveDouble(), HalveDouble(3.0), Fixed()]),
-    samples=st.lists(
-        st.tuples(
-            st.floats(1e-6, 10),
-            st.booleans(),
-            st.floats(1e-12, 1),
-            st.floats(1e-12, 1),
-            st.one_of(st.floats(0, 1e6), st.just(math.nan), st.just(math.inf), st.just(0.0)),
-        ),
-        min_size=1,
-        max_size=5,
-    ),
+    samples=st.lists(st.tuples(st.floats(1e-6, 10), st.booleans(), BEFORE, BEFORE, ERROR), min_size=1, max_size=5),
     order=st.integers(1, 4),
 )
 def test_each_sample_is_controlled_as_if_alone(controller, samples, order):

@@ -9,8 +9,8 @@ import solvers.tolerance
 from solvers import PI, MaxStepsError, NonFiniteError, StepUnderflowError, Tolerance, integrate
 from solvers.sample_loop import align
 from tests.counting import Counted
+from tests.solvers.problems import D
 
-D = torch.float64
 TIGHT = Tolerance(1e-6, 1e-8)
 
 
@@ -19,6 +19,11 @@ def swing(t, x):
     angle, speed, frequency = x.unbind(-1)
     time = t.squeeze(-1) if isinstance(t, torch.Tensor) else t
     return torch.stack([speed, -(frequency**2) * angle.sin() + 0.1 * np.cos(1.0) * time, 0 * frequency], -1)
+
+
+def scipys(pendulum, t0, t1, **options):
+    velocity = lambda t, y: swing(t, torch.from_numpy(y)[None])[0].numpy()  # noqa: E731
+    return solve_ivp(velocity, (t0, t1), pendulum.numpy(), rtol=1e-10, atol=1e-12, **options)
 
 
 @pytest.fixture
@@ -68,10 +73,7 @@ def test_each_sample_has_its_own_times(pendulums):
     assert torch.equal(solution.times[0], t0.double())
     torch.testing.assert_close(solution.x1[1], pendulums[1])
     for i in (0, 2, 3):
-        exact = solve_ivp(
-            lambda t, y: swing(t, torch.from_numpy(y)[None])[0].numpy(),
-            (t0[i].item(), t1[i].item()), pendulums[i].numpy(), rtol=1e-10, atol=1e-12,
-        )  # fmt: skip
+        exact = scipys(pendulums[i], t0[i].item(), t1[i].item())
         np.testing.assert_allclose(solution.x1[i].numpy(), exact.y[:, -1], rtol=1e-4, atol=1e-5)
 
 
@@ -79,7 +81,7 @@ def test_each_sample_has_its_own_times(pendulums):
 @given(
     batch=st.integers(1, 5),
     features=st.lists(st.integers(1, 3), min_size=1, max_size=3),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.complex64, torch.complex128]),
+    dtype=st.sampled_from([D, torch.float32, torch.complex64, torch.complex128]),
     rtol=st.floats(1e-5, 1e-2),
     t1=st.floats(-1, 2),
 )
@@ -183,10 +185,7 @@ def test_dense_solution(solver, pendulums):
     result = solution(times)
     assert result.shape == (9, 4, 3)
     for i in range(4):
-        exact = solve_ivp(
-            lambda t, y: swing(t, torch.from_numpy(y)[None])[0].numpy(),
-            (0, 2), pendulums[i].numpy(), rtol=1e-10, atol=1e-12, t_eval=times.numpy(),
-        )  # fmt: skip
+        exact = scipys(pendulums[i], 0.0, 2.0, t_eval=times.numpy())
         np.testing.assert_allclose(result[:, i].numpy(), exact.y.T, rtol=3e-3, atol=3e-3)
     torch.testing.assert_close(solution(2.0), solution.x1, rtol=1e-6, atol=1e-8)
     with pytest.raises(ValueError, match=r"t must lie between 0 and 2 for sample 0, got 2.1"):
@@ -233,7 +232,7 @@ def test_dense_solution_of_a_field_that_knows_its_samples_by_position(solver, ra
     torch.testing.assert_close(solution(0.5), (-rates / 2).exp(), rtol=1e-2, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [D, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"gradient": "checkpoint"}, {"solver": "heun", "keep": "steps"}])
 def test_the_field_is_asked_within_the_interval_of_each_sample(dtype, options):
     """Also by the probe for the first step, by samples at rest, and where times are rounded to narrow numbers."""

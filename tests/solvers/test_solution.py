@@ -136,7 +136,9 @@ def test_a_time_at_the_end_may_be_rounded():
 
 @pytest.mark.parametrize("steps", [None, 2])
 def test_a_solve_of_no_time_is_its_first_state(steps):
-    assert torch.equal(integrate(lotka, X0, 1.0, 1.0, steps=steps, keep="steps")(1.0), X0)
+    none = integrate(lotka, X0, 1.0, 1.0, steps=steps, keep="steps")
+    assert torch.equal(none(1.0), X0)
+    assert (none.times, none.stats.accepted) == ((1.0,), 0)
     at_once = integrate(lotka, X0, 0.0, 1.0, steps=steps, keep="steps", event=lambda t, x: x[0, 0] - 1)
     assert at_once.status == "event"
     assert torch.equal(at_once(0.0), X0)

@@ -8,6 +8,7 @@ from scipy.integrate import RK23, RK45
 from solvers import ButcherTableau, get_tableau, rk_step
 from solvers.step import step_state
 from tests.counting import Operations
+from tests.solvers.problems import D
 
 NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
 
@@ -37,7 +38,7 @@ def test_every_output_converges_at_its_order(method, output):
     tableau = carried_on(get_tableau(method), output)
     counts, errors = [256, 512, 1024] if (method, tableau.order) in LATE else [128, 256, 512], []
     for n in counts:
-        x, worst = torch.ones(1, 1, dtype=torch.float64), 0.0
+        x, worst = torch.ones(1, 1, dtype=D), 0.0
         for i in range(n):
             x = rk_step(lambda t, x: -3 * math.cos(3 * t) * x, 2 * i / n, x, 2 / n, tableau).x1
             worst = max(worst, abs(x.item() - math.exp(-math.sin(6 * (i + 1) / n))))
@@ -46,8 +47,8 @@ def test_every_output_converges_at_its_order(method, output):
 
 
 def test_bs23_error_falls_with_h_cubed_when_tied_and_with_h_when_untied():
-    x = torch.randn(8, 3, dtype=torch.float64)
-    matrices = [torch.randn(3, 3, dtype=torch.float64) for _ in range(4)]
+    x = torch.randn(8, 3, dtype=D)
+    matrices = [torch.randn(3, 3, dtype=D) for _ in range(4)]
     untied = [lambda t, x, a=a: torch.sin(x @ a) for a in matrices]
     bs23 = get_tableau("bs23")
     for fields, ratio, tolerance in ((untied[0], 8, 1), (untied, 2, 0.1)):
@@ -62,9 +63,7 @@ def test_the_interpolant_meets_both_ends_and_its_order_between(name, order):
 
     sizes, errors = [0.1, 0.05, 0.025], []
     for h in sizes:
-        step = rk_step(
-            field, 0.4, torch.tensor([[math.exp(-math.sin(1.2))]], dtype=torch.float64), h, get_tableau(name)
-        )
+        step = rk_step(field, 0.4, torch.tensor([[math.exp(-math.sin(1.2))]], dtype=D), h, get_tableau(name))
         torch.testing.assert_close(step.at(0.0), step.x0)
         torch.testing.assert_close(step.at(1.0), step.x1)
         thetas = [0.15, 0.4, 0.55, 0.85]
@@ -78,9 +77,9 @@ def test_the_interpolant_is_scipys(name, scipys):
 
 
 def test_the_interpolant_takes_a_tensor_and_its_gradient_is_the_velocity_at_the_ends():
-    step = rk_step(field, 0.3, torch.ones(1, 1, dtype=torch.float64), 0.1, get_tableau("bs23"))
+    step = rk_step(field, 0.3, torch.ones(1, 1, dtype=D), 0.1, get_tableau("bs23"))
     for theta, stage in ((0.0, 0), (1.0, 3)):
-        theta = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+        theta = torch.tensor(theta, dtype=D, requires_grad=True)
         torch.testing.assert_close(step.at(theta), step.at(theta.item()))
         (slope,) = torch.autograd.grad(step.at(theta).sum(), theta)
         torch.testing.assert_close(slope / 0.1, step.stages[stage].sum())
@@ -94,7 +93,7 @@ def test_the_interpolant_takes_a_tensor_and_its_gradient_is_the_velocity_at_the_
 @pytest.mark.parametrize("name", NAMES)
 def test_error_is_the_difference_of_the_outputs(name):
     tableau = get_tableau(name)
-    step = rk_step(field, 0.3, torch.randn(4, 2, dtype=torch.float64), 0.1, tableau)
+    step = rk_step(field, 0.3, torch.randn(4, 2, dtype=D), 0.1, tableau)
     torch.testing.assert_close(step.residue, (step.x1 - step.x0) / 0.1)
     if tableau.low is None:
         with pytest.raises(ValueError, match="carries no embedded error"):
@@ -132,8 +131,8 @@ def test_closing_stage_is_optional_and_reused():
 
 
 def test_step_size_may_be_a_tensor_per_sample():
-    x = torch.randn(5, 3, dtype=torch.float64)
-    sizes = torch.rand(5, 1, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=D)
+    sizes = torch.rand(5, 1, dtype=D)
     together = rk_step(lambda t, x: torch.sin(x), 0.0, x, sizes, get_tableau("bs23"))
     for i in range(5):
         alone = rk_step(lambda t, x: torch.sin(x), 0.0, x[i : i + 1], sizes[i].item(), get_tableau("bs23"))
@@ -145,7 +144,7 @@ def test_step_size_may_be_a_tensor_per_sample():
     ("bad", "error", "message"),
     [
         (lambda t, x: x[:1], ValueError, r"keep the shape of x: stage 0 has shape \(1, 2\), x has \(3, 2\)"),
-        (lambda t, x: x.double(), TypeError, r"keep the dtype of x: stage 0 is torch.float64"),
+        (lambda t, x: x.double(), TypeError, r"keep the dtype of x: stage 0 is D"),
         (lambda t, x: x.to("meta"), ValueError, r"keep the device of x: stage 0 is on meta"),
         (lambda t, x: [x], TypeError, r"must return a tensor, got list"),
     ],
@@ -204,7 +203,7 @@ def test_writes_into_the_points_between_the_states_do_no_harm(name):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("same", [lambda t, x: x, lambda t, x: x.view_as(x), lambda t, x: x.detach()])
 def test_a_field_may_return_its_input(same, requires_grad):
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=requires_grad)
+    x = torch.randn(3, 2, dtype=D, requires_grad=requires_grad)
     x1 = x
     for i in range(10):
         x1 = rk_step(same, i / 10, x1, 0.1, get_tableau("dopri5")).x1

@@ -5,8 +5,14 @@ import pytest
 import torch
 
 from solvers import ButcherTableau, Embedded, Tolerance, get_tableau, integrate, rk_step
+from tests.counting import Counted
+from tests.solvers.problems import D
 
 NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
+
+
+def field(t, x):
+    return torch.sin(x) + t
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,17 +80,10 @@ def test_the_solution_needs_the_stages_that_it_reads(solver, output, interior):
     method = get_tableau(solver)
     forwarding = method.forwarding(output)
     assert (forwarding.interior, forwarding.stages) == (interior, method.stages)
-    calls = []
-
-    def field(t, x):
-        calls.append(t)
-        return torch.sin(x) + t
-
-    x = torch.randn(3, 2, dtype=torch.float64)
+    x, counted = torch.randn(3, 2, dtype=D), Counted(field)
     whole = rk_step(field, 0.3, x, 0.1, method)
-    calls.clear()
-    step = rk_step(field, 0.3, x, 0.1, forwarding, closing=False)
-    assert len(calls) == len(step.stages) == interior
+    step = rk_step(counted, 0.3, x, 0.1, forwarding, closing=False)
+    assert counted.calls == len(step.stages) == interior
     torch.testing.assert_close(step.x1, whole.output(output))
     closed = rk_step(field, 0.3, x, 0.1, forwarding)
     assert all(torch.allclose(p, q) for p, q in zip(closed.stages, whole.stages, strict=True))
@@ -105,16 +104,11 @@ def test_a_step_without_closing_stages_says_which_it_needs():
 
 @pytest.mark.parametrize("control", ["fixed", "adaptive"])
 def test_solves_with_another_output_count_what_they_evaluate(control):
-    calls = []
-
-    def field(t, x):
-        calls.append(t)
-        return -x
-
+    counted = Counted(lambda t, x: -x)
     options = {"steps": 5} if control == "fixed" else {"tolerance": Tolerance(1e-3, 1e-4)}
     midpoint = get_tableau("bs23").forwarding("midpoint")
-    solution = integrate(field, torch.ones(2, 1), 0.0, 1.0, solver=midpoint, **options)
-    assert solution.stats.evaluations == len(calls)
+    solution = integrate(counted, torch.ones(2, 1), 0.0, 1.0, solver=midpoint, **options)
+    assert solution.stats.evaluations == counted.calls
     torch.testing.assert_close(solution.x1, torch.full((2, 1), math.exp(-1)), rtol=1e-2, atol=0)
 
 
@@ -126,11 +120,7 @@ def test_forwarding_carries_another_output_on():
     assert order2.forwarding("order3").error_weights == bs23.error_weights
     assert order2.forwarding("order3").fsal
     midpoint = bs23.forwarding("midpoint")
-    x = torch.randn(3, 2, dtype=torch.float64)
-
-    def field(t, x):
-        return torch.sin(x) + t
-
+    x = torch.randn(3, 2, dtype=D)
     step = rk_step(field, 0.3, x, 0.1, midpoint)
     torch.testing.assert_close(step.x1, rk_step(field, 0.3, x, 0.1, get_tableau("midpoint")).x1)
     with pytest.raises(ValueError, match="bs23 has no output 'rk4'"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from solvers import Tolerance, integrate
-from tests.solvers.problems import CONTROLS
+from tests.solvers.problems import CONTROLS, D
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_tolerances_are_checked(change, message):
 
 @pytest.mark.parametrize("control", ["batch", "sample"])
 def test_large_states_take_the_steps_of_small_ones(control):
-    small = torch.tensor([[1.0, 0.5], [0.3, -0.2]], dtype=torch.float64)
+    small = torch.tensor([[1.0, 0.5], [0.3, -0.2]], dtype=D)
     large = small.repeat(1, 20_000)
 
     def swing(t, x):
@@ -42,11 +42,11 @@ def test_large_states_take_the_steps_of_small_ones(control):
 
 
 @pytest.mark.parametrize("options", CONTROLS)
-@pytest.mark.parametrize("atol", [0.0, torch.tensor([0.0, 1e-6], dtype=torch.float64)])
+@pytest.mark.parametrize("atol", [0.0, torch.tensor([0.0, 1e-6], dtype=D)])
 @pytest.mark.parametrize("repeats", [1, 20_000])
 def test_zeros_without_error_are_within_a_relative_tolerance(atol, repeats, options):
     if isinstance(atol, torch.Tensor):
         atol = atol.repeat(repeats)
-    x0 = torch.tensor([[0.0, 1.0]], dtype=torch.float64).repeat(1, repeats)
+    x0 = torch.tensor([[0.0, 1.0]], dtype=D).repeat(1, repeats)
     solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, tolerance=Tolerance(1e-6, atol), **options)
     torch.testing.assert_close(solution.x1, x0 / math.e, rtol=1e-5, atol=0)

@@ -32,29 +32,20 @@ def options(gradient, control, **others):
     return {"gradient": gradient, "control": control, "parameters": (), **others}
 
 
-@pytest.mark.parametrize(("gradient", "control"), MODES)
+CASES = [(gradient, {"control": control}) for gradient, control in MODES]
+CASES += [("direct", {"steps": 3}), ("checkpoint", {"steps": 5}), ("backsolve", {"steps": 20})]
+
+
+@pytest.mark.parametrize(("gradient", "how"), CASES)
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_adaptive_gradients(check, gradient, control, inputs):
-    loose = {"atol": 1e-5, "rtol": 1e-3} if gradient == "backsolve" else {}
-    tolerance = Tolerance(1e-8, 1e-8) if gradient == "backsolve" else Tolerance(1e-2, 1e-2)
+def test_gradients(check, gradient, how, inputs):
+    near, loose = (1e-8, {"atol": 1e-5, "rtol": 1e-3}) if gradient == "backsolve" else (1e-2, {})
+    more = {"solver": "rk4"} if "steps" in how else {"tolerance": Tolerance(near, near), "solver": "dopri5"}
     # A sample per solve: finite differences must not meet another choice of steps.
     x, w = (inputs[0][:1].detach().requires_grad_(), inputs[1])
 
     def solve(x, w):
-        more = {"args": (w,), "tolerance": tolerance, "solver": "dopri5"}
-        return integrate(field, x, 0.0, 0.5, **options(gradient, control, **more)).x1
-
-    assert check(solve, (x, w), **loose)
-
-
-@pytest.mark.parametrize(("gradient", "steps"), [("direct", 3), ("checkpoint", 5), ("backsolve", 20)])
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_fixed_gradients(check, gradient, steps, inputs):
-    loose = {"atol": 1e-5, "rtol": 1e-3} if gradient == "backsolve" else {}
-    x, w = (inputs[0][:1].detach().requires_grad_(), inputs[1])
-
-    def solve(x, w):
-        return integrate(field, x, 0.0, 0.5, **options(gradient, "batch", args=(w,), steps=steps, solver="rk4")).x1
+        return integrate(field, x, 0.0, 0.5, gradient=gradient, parameters=(), args=(w,), **how, **more).x1
 
     assert check(solve, (x, w), **loose)
 
@@ -105,24 +96,6 @@ class _Autonomous(nn.Module):
 
     def forward(self, t, x):
         return self.net(x)
-
-
-def test_a_frozen_or_unused_parameter_gets_none(inputs):
-    class Partly(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used = nn.Parameter(torch.ones(2, dtype=D))
-            self.idle = nn.Parameter(torch.ones(2, dtype=D))
-            self.frozen = nn.Parameter(torch.ones(2, dtype=D), requires_grad=False)
-
-        def forward(self, t, x):
-            return x * self.used * self.frozen
-
-    module = Partly()
-    integrate(module, inputs[0], 0.0, 1.0, gradient="backsolve", steps=4).x1.sum().backward()
-    assert module.frozen.grad is None
-    assert torch.equal(module.idle.grad, torch.zeros(2, dtype=D))
-    assert module.used.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("tolerance", [Tolerance(1e-3, torch.tensor([1e-4, 1e-3])), Tolerance(1e-3, 1e-4), None])

@@ -107,6 +107,14 @@ def test_a_complex_parameter_of_a_real_state(way):
     close(torch.autograd.grad(SOLVES[way](field, X0, [c]).sum(), c), expected)
 
 
+@solving_backwards
+def test_a_real_parameter_of_a_complex_state(way):
+    w, x = nn.Parameter(torch.tensor(2.0, dtype=D)), torch.ones(1, 1, dtype=torch.complex128)
+    field = lambda t, x: -1j * w * x  # noqa: E731
+    expected = torch.autograd.grad(directly(field, x).real.sum(), w)
+    close(torch.autograd.grad(SOLVES[way](field, x, [w]).real.sum(), w), expected)
+
+
 @pytest.mark.parametrize("way", ["odeint_adjoint", "backsolve"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_adjoint_of_a_narrow_state_is_carried_in_float32(way, dtype):
@@ -129,7 +137,9 @@ def test_the_adjoint_of_a_narrow_state_is_carried_in_float32(way, dtype):
 def test_frozen_parameters_get_none_and_the_state_still_does(way):
     net, x = Net(), X0.clone().requires_grad_()
     net.b.requires_grad_(False)
+    net.idle = nn.Parameter(torch.ones(2, dtype=D))
     SOLVES[way](net, x).sum().backward()
     assert net.b.weight.grad is None
+    assert way.startswith("checkpoint") or torch.equal(net.idle.grad, torch.zeros(2, dtype=D))
     assert net.a.weight.grad.abs().sum() > 0
     close(x.grad, torch.autograd.grad(directly(net, x).sum(), x)[0])

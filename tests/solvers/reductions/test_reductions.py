@@ -135,8 +135,21 @@ SPECS = {
 }
 
 
-def check_operator(operator, x, p, call):
+CALLS = {f"finish_step {name} {sized}": (spec, sized) for name, spec in SPECS.items() for sized in (False, True)}
+CALLS |= {f"row_moments {power} {mean}": (power, mean) for power in (2.0, 3.0) for mean in (False, True)}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_accepts_the_operators(name):
     """What torch asks of an operator, and its values under vmap and autocast."""
+    (x, p), (what, how), sizes = torch.randn(2, 4, 3, 5, requires_grad=True).unbind(), CALLS[name], torch.rand(4)
+    if name.startswith("finish_step"):
+        operator = torch.ops.solvers.finish_step.default
+        call = lambda x, p: (x, [p, p.detach() + 1], sizes if how else None, 0.3, *what.numbers)  # noqa: E731
+    else:
+        operator = torch.ops.solvers.row_moments.default
+        call = lambda x, p: ([p, x], (1.0, -0.5), what, how)  # noqa: E731
     torch.library.opcheck(operator, call(x, p))
     x, p = x.detach(), p.detach()
     mapped = torch.vmap(lambda p: operator(*call(x, p)), 1)(torch.stack([p, p + 1], 1))
@@ -145,25 +158,6 @@ def check_operator(operator, x, p, call):
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(operator(*call(x, p)), (plain := operator(*call(x, p))), rtol=0, atol=0)
     assert all(v.dtype == torch.float32 for v in plain)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-@pytest.mark.parametrize("sized", [False, True])
-def test_torch_accepts_the_finish_of_a_step(spec, sized):
-    x, p = torch.randn(2, 4, 3, 5, requires_grad=True).unbind()
-    sizes = torch.rand(4) if sized else None
-    operator = torch.ops.solvers.finish_step.default
-    check_operator(operator, x, p, lambda x, p: (x, [p, p.detach() + 1], sizes, 0.3, *spec.numbers))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
-@pytest.mark.parametrize("power", [2.0, 3.0])
-@pytest.mark.parametrize("mean", [False, True])
-def test_torch_accepts_row_moments(power, mean):
-    x, p = torch.randn(2, 4, 3, 5, requires_grad=True).unbind()
-    operator = torch.ops.solvers.row_moments.default
-    check_operator(operator, x, p, lambda x, p: ([p, x], (1.0, -0.5), power, mean))
 
 
 def test_forward_mode_gives_tangents():

@@ -12,10 +12,8 @@ class Lotka(nn.Module):
     def __init__(self):
         super().__init__()
         self.rates = nn.Parameter(torch.tensor([1.5, 1.0, 3.0, 1.0], dtype=D))
-        self.calls = 0
 
     def forward(self, t, y):
-        self.calls += 1
         a, b, c, d = self.rates.to(y.dtype)
         u, v = y.unbind(-1)
         return torch.stack([u * (a - b * v), v * (d * u - c)], -1)

@@ -3,9 +3,8 @@ import torch
 import torchdiffeq
 from torch import nn
 
-from solvers import Tolerance, integrate, odeint, odeint_adjoint, odeint_event
-
-D = torch.float64
+from solvers import odeint, odeint_adjoint, odeint_event
+from tests.solvers.torchdiffeq.fields import D
 
 
 class Field(nn.Module):
@@ -208,19 +207,3 @@ def test_the_event_time_moves_with_the_start_by_either_gradient(reverse):
         result.append((time.item(), torch.autograd.grad(time, t0)[0].item()))
     assert result[0] == pytest.approx(result[1], rel=1e-6)
     assert result[1][1] == pytest.approx((0.3 + 2) / (result[1][0] + 2), rel=1e-6)
-
-
-@pytest.mark.parametrize("way", ["backsolve", "odeint_adjoint"])
-def test_complex_states_with_a_real_parameter(way):
-    """x' = -i w x: the gradient of the real part at 1 is that of cos(w)."""
-    w = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-    x0 = torch.ones(1, 1, dtype=torch.complex128)
-    field = lambda t, x: -1j * w * x  # noqa: E731
-    if way == "backsolve":
-        tolerance = Tolerance(1e-8, 1e-9)
-        x = integrate(field, x0, 0.0, 1.0, gradient=way, parameters=[w], tolerance=tolerance, solver="dopri5").x1
-    else:
-        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        x = odeint_adjoint(field, x0, t, adjoint_params=[w], rtol=1e-8, atol=1e-9)[-1]
-    (gradient,) = torch.autograd.grad(x.real.sum(), w)
-    assert gradient.item() == pytest.approx(-torch.tensor(2.0).sin().item(), rel=1e-5)

@@ -55,27 +55,6 @@ def test_rk4_is_the_classic_one():
     torch.testing.assert_close(odeint(Forced(), y0, t, method="rk4_38"), theirs)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("rtol", [1e-3, 1e-6])
-def test_bosh3_takes_as_many_evaluations_as_torchdiffeq(problem, rtol):
-    """Told to end a step at the last time, as ``odeint`` does: else it steps past it."""
-    make, start = PROBLEMS[problem]
-    y0, t = torch.tensor(start, dtype=D), torch.tensor([0.0, 1.0, 5.0], dtype=D)
-    counts = []
-    for solve in (odeint, torchdiffeq.odeint):
-        calls = [0]
-        inner = make()
-
-        def field(t, y, calls=calls, inner=inner):
-            calls[0] += 1
-            return inner(t, y)
-
-        options = {"step_t": t[-1:]} if solve is torchdiffeq.odeint else {}
-        solve(field, y0, t, method="bosh3", rtol=rtol, atol=rtol / 100, options=options)
-        counts.append(calls[0])
-    assert counts[0] == counts[1]
-
-
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_states_of_several_tensors(kind):
     a, b = torch.randn(3, 2, dtype=D), torch.randn(4, dtype=D)
