@@ -103,9 +103,7 @@ def _fake_step(x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, h:
 
 def _fake_moments(rows: list[Tensor], weights: list[float], power: float, mean: bool) -> Any:
     x = rows[0]
-    return tuple(
-        _full([x.new_empty(len(x), dtype=wide_dtype(x)) if computed else None for computed in (True, mean)], x)
-    )
+    return tuple(_full([x.new_empty(len(x), dtype=wide_dtype(x)) if each else None for each in (True, mean)], x))
 
 
 def _fake_step_backward(x0: Tensor | None, stages: list[Tensor], *rest: Any) -> list[Tensor]:

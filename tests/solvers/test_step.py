@@ -144,7 +144,7 @@ def test_step_size_may_be_a_tensor_per_sample():
     ("bad", "error", "message"),
     [
         (lambda t, x: x[:1], ValueError, r"keep the shape of x: stage 0 has shape \(1, 2\), x has \(3, 2\)"),
-        (lambda t, x: x.double(), TypeError, r"keep the dtype of x: stage 0 is D"),
+        (lambda t, x: x.double(), TypeError, r"keep the dtype of x: stage 0 is torch.float64"),
         (lambda t, x: x.to("meta"), ValueError, r"keep the device of x: stage 0 is on meta"),
         (lambda t, x: [x], TypeError, r"must return a tensor, got list"),
     ],
