@@ -146,9 +146,9 @@ def dtype_of(network: nn.Module, default: torch.dtype | None = None) -> torch.dt
 
 
 def inputs_for(network: nn.Module, x: Tensor) -> Tensor:
-    """Inputs on the device of a network and, where both are real and floating, in its dtype."""
-    dtype = dtype_of(network, x.dtype)
-    return x.to(device_of(network, x.device), dtype if x.is_floating_point() and dtype.is_floating_point else x.dtype)
+    """Inputs on the device of a network and, where they are floating, in its precision."""
+    dtype = dtype_of(network, x.dtype).to_real() if x.is_floating_point() else x.dtype
+    return x.to(device_of(network, x.device), dtype)
 
 
 def total_dtype(device: torch.device | str) -> torch.dtype:

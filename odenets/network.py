@@ -1,4 +1,4 @@
-"""Network: an encoder, flows with transitions between them, and a head (``F . T . E`` of [K24])."""
+"""Flows one after another: as a chain, and as a network with an encoder and a head (``F . T . E`` of [K24])."""
 
 from __future__ import annotations
 
@@ -11,14 +11,66 @@ from torch import Tensor, nn
 from odenets.flow import Flow
 from odenets.measures import Measure
 from odenets.modes import device_of, dtype_of
-from odenets.recording import Records
+from odenets.recording import Joined, Records
 from solvers import Step
 from solvers.validation import check_state
 
-__all__ = ["Network"]
+__all__ = ["Chain", "Network"]
 
 
-class Network(nn.Module):
+class Chain(Joined):
+    """Flows and other layers, one after another; states are not checked, so that a diverging network can be measured.
+
+    Attributes:
+        readout: that of the last flow, where it is the last layer.
+    """
+
+    readout = "solution"
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The flows and other layers in order."""
+        raise NotImplementedError
+
+    @property
+    def flows(self) -> list[Flow]:
+        """The flows, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, Flow)]
+
+    @property
+    def recorders(self) -> list[Flow]:
+        return self.flows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output for inputs ``x`` ``(B, ...)``: that of :meth:`record`."""
+        return self.record(x)[0]
+
+    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+        """The last state, and the flows' records joined: per measure ``(blocks of all flows, B)``.
+
+        ``records.starts`` holds the row at which each flow begins.
+        """
+        layers, parts = self.layers, []
+        for i, layer in enumerate(layers, 1):
+            if isinstance(layer, Flow):
+                x, records = layer.record(x, self.readout if i == len(layers) else "solution", False, **measures)
+                parts.append((records, layer.depth))
+            else:
+                x = layer(x)
+        return x, Records.join(parts)
+
+    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
+        """Every step of every flow for inputs ``x``."""
+        for layer in self.layers:
+            if isinstance(layer, Flow):
+                for step in layer.steps(x, closing=closing, check=False):
+                    yield step
+                    x = step.x1
+            else:
+                x = layer(x)
+
+
+class Network(Chain):
     """``head . flow_n . transition_{n-1} . ... . flow_1 . encoder``.
 
     Args:
@@ -62,14 +114,10 @@ class Network(nn.Module):
         return [cast(Flow, flow) for flow in self._flows]
 
     @property
-    def depth(self) -> int:
-        """Number of blocks of all flows."""
-        return sum(flow.depth for flow in self.flows)
-
-    @property
-    def h(self) -> tuple[float, ...]:
-        """Step size of each block of all flows."""
-        return tuple(h for flow in self.flows for h in flow.h)
+    def layers(self) -> list[nn.Module]:
+        """The flows and the transitions between them."""
+        first, *others = self._flows
+        return [first, *(layer for pair in zip(self.transitions, others, strict=True) for layer in pair)]
 
     @property
     def evaluations(self) -> int:
@@ -101,33 +149,14 @@ class Network(nn.Module):
                 ) from error
             raise
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The head's output for inputs ``x`` ``(B, ...)``."""
-        return self.record(x)[0]
-
     def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
-        """The head's output, and the flows' records joined: per measure ``(blocks of all flows, B)``.
-
-        ``records.starts`` holds the row at which each flow begins.
-        """
-        x = self._encode(x)
-        parts = []
-        for i, flow in enumerate(self.flows):
-            if i:
-                x = self.transitions[i - 1](x)
-            x, records = flow.record(x, self.readout if i == len(self._flows) - 1 else "solution", False, **measures)
-            parts.append((records, flow.depth))
-        return self.head(x), Records.join(parts)
+        """The head's output, and the flows' records joined as those of a :class:`Chain`."""
+        x, records = super().record(self._encode(x), **measures)
+        return self.head(x), records
 
     def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``."""
-        x = self._encode(x)
-        for i, flow in enumerate(self.flows):
-            if i:
-                x = self.transitions[i - 1](x)
-            for step in flow.steps(x, closing=closing, check=False):
-                yield step
-                x = step.x1
+        return super().steps(self._encode(x), closing=closing)
 
     def outputs(self, x: Tensor, *, full_passes: bool = False) -> dict[str, Tensor]:
         """The head's output for every embedded scheme of the last flow, and for their average, "ensemble".

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from odenets.measures import Measure
 from solvers import Step
 
-__all__ = ["Recorder", "Records", "check_values", "measure_steps"]
+__all__ = ["Joined", "Recorder", "Records", "check_values", "measure_steps"]
 
 
 class Records(dict[str, Tensor]):
@@ -68,6 +68,30 @@ class Recorder(Protocol):
     def steps(self, x: Tensor, *, closing: bool = True) -> Iterable[Step]:
         """Every step for inputs ``x``, one after the other; without ``closing``, steps may lack their closing stage."""
         ...
+
+
+class Joined(nn.Module):
+    """A module that consists of recorders, whose steps are theirs, one after the other."""
+
+    @property
+    def recorders(self) -> Sequence[Recorder]:
+        """What it consists of."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Number of steps."""
+        return sum(recorder.depth for recorder in self.recorders)
+
+    @property
+    def h(self) -> tuple[float, ...]:
+        """Step size of each."""
+        return tuple(h for recorder in self.recorders for h in recorder.h)
+
+    @property
+    def evaluations(self) -> int:
+        """Field evaluations of one forward pass."""
+        return sum(recorder.evaluations for recorder in self.recorders)
 
 
 def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, Measure]) -> tuple[Step, Records]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from odenets.errors import needs
 from odenets.flow import Flow
-from odenets.modes import device_of, dtype_of, evaluating
+from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 
 __all__ = ["LARGEST", "Moves", "moves", "states_of", "wasserstein"]
@@ -140,10 +140,8 @@ def states_of(network: Network | Flow, x: Tensor) -> list[Tensor]:
             f"network must be a Network or a Flow, got {type(network).__name__}: of an adapted model measure each, "
             "wasserstein(step.x0, step.x1) for step in adapted.steps(x)"
         )
-    if x.is_floating_point():
-        x = x.to(dtype_of(network, x.dtype).to_real())
     with evaluating(network):
-        steps = list(network.steps(x.to(device_of(network, x.device)), closing=False))
+        steps = list(network.steps(inputs_for(network, x), closing=False))
     return [steps[0].x0, *(step.x1 for step in steps)]
 
 

@@ -30,7 +30,7 @@ def adapt(
     ``x1 - x0``, after its last activation if it has one, or else what its branch gives before that.
 
     - A block that keeps the shape: x0 is its input, x1 its output. With a ReLU at the end, as in ResNet, ResNeXt and
-      RegNet, ``r = relu(x0 + f) - x0 = max(f, -x0)`` for a branch f. (The thesis' own ResNeXt adds ``relu(f)``, so that
+      RegNet, ``r = relu(x0 + f) - x0 = max(f, -x0)`` for a branch f. (The ResNeXt of [K24] adds ``relu(f)``, so that
       its residues are not negative; torchvision's may be.)
     - A block with a projection (ResNet, RegNet): x0 is the projection's output. It may be negative, and then r is not
       zero where the branch is.
@@ -47,7 +47,7 @@ def adapt(
             to the output of the last. A dictionary, ``{"layer1.0": None, "layer2.0": "layer2.0.downsample"}``: one step
             each, from the output of the shortcut named, or from the input. Rules, ``[*RULES, Rule(...)]``.
         residue: "displacement", ``x1 - x0``; or "branch", of blocks with an activation behind the addition (ResNet,
-            RegNet) the output of their branch instead, as the published code of the thesis has it. A branch that ends
+            RegNet) the output of their branch instead, as the published code of [K24] has it. A branch that ends
             in a batch norm has, in training, the mean square ``gamma^2 + beta^2`` per channel whatever goes into it: a
             penalty on it acts on these two vectors alone, and a warning says so.
 

@@ -20,17 +20,16 @@ __all__ = ["cut_adapted"]
 UNTRACEABLE = (TraceError, RuntimeError, NameError, TypeError, KeyError, AssertionError)
 
 
-def cut_adapted(network: AdaptedModel, ends: Sequence[int], at: Literal["end", "start"] = "end") -> list[nn.Module]:
-    """The parts of an adapted network, which share its modules; the last holds what comes after all blocks.
+def cut_adapted(
+    network: AdaptedModel, ends: Sequence[int], at: Literal["end", "start"] = "end"
+) -> tuple[list[AdaptedModel], nn.Module]:
+    """The parts of an adapted network, which share its modules, and the module of what comes after all blocks.
 
     Args:
         network: to be cut; its forward pass must be one that torch.fx can trace.
         ends: after how many of its blocks each part ends, rising; the last is the number of blocks.
         at: whether what stands between two blocks belongs to the later part ("end", the cut is at the end of the
             earlier block) or to the earlier ("start").
-
-    Returns:
-        One :class:`AdaptedModel` per part, and the module after the last block.
 
     Raises:
         ValueError: the model, or a module of it that is not within a block, has hooks, which a graph leaves out; it
@@ -40,15 +39,14 @@ def cut_adapted(network: AdaptedModel, ends: Sequence[int], at: Literal["end", "
     traced = {mode: _trace(network, mode) for mode in (True, False)}
     parts = {mode: _split(network, graph, ends, at) for mode, graph in traced.items()}
     modules: list[nn.Module] = []
-    begin = 0
-    for k, end in enumerate([*ends, None]):
-        train, evaluate = parts[True][k], parts[False][k]
+    for train, evaluate in zip(parts[True], parts[False], strict=True):
         part = train if train.code == evaluate.code else _ByMode(train, evaluate)
         for module in set(part.modules()) - set(network.model.modules()):  # the model's own keep their modes
             module.training = network.training
-        modules.append(part if end is None else AdaptedModel(part, network.blocks[begin:end], part_of=network))
-        begin = end or begin
-    return modules
+        modules.append(part)
+    *modules, head = modules
+    cuts = zip(modules, pairwise([0, *ends]), strict=True)
+    return [AdaptedModel(part, network.blocks[a:b], part_of=network) for part, (a, b) in cuts], head
 
 
 class _ByMode(nn.Module):

@@ -42,7 +42,7 @@ class DepthRule:
             blocks that is 8 with smooth fields, and 5.5 to 5.8 with ReLU; 3 suits untied ones, for which it is 2.
         max_depth: largest number of blocks per flow.
         min_h: smallest step size.
-        norm: "rms" over the features, independent of the dimension, or "raw" for the thesis' 2-norm.
+        norm: "rms" over the features, independent of the dimension, or "raw" for the 2-norm of [K24].
     """
 
     tolerance: float

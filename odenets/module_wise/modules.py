@@ -14,7 +14,7 @@ from odenets.measures import Measure
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.heads import Head, check_head, like, make_head, modules_of
 from odenets.module_wise.partition import At, Cuttable, Part, balanced, blocks_of, cut, even
-from odenets.recording import Records
+from odenets.recording import Joined, Records
 from odenets.training.data import Batches
 from odenets.training.objectives import logits_and_labels
 from solvers import Step
@@ -26,7 +26,7 @@ LocalLoss = Callable[[int, int, Tensor, Tensor], nn.Module]
 with ``(state, images, labels)`` that returns a scalar."""
 
 
-class LocalModule(nn.Module):
+class LocalModule(Joined):
     """Consecutive blocks with a head: ``F_k`` on ``T_k``. Records and steps are those of its blocks.
 
     Attributes:
@@ -42,19 +42,8 @@ class LocalModule(nn.Module):
         self.part, self.head, self.local_loss = part, head, local_loss
 
     @property
-    def depth(self) -> int:
-        """Number of steps."""
-        return self.part.depth
-
-    @property
-    def h(self) -> tuple[float, ...]:
-        """Step size of each."""
-        return self.part.h
-
-    @property
-    def evaluations(self) -> int:
-        """Field evaluations of one forward pass."""
-        return self.part.evaluations
+    def recorders(self) -> list[Part | AdaptedModel]:
+        return [self.part]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and state for the state before."""
@@ -76,7 +65,7 @@ class LocalModule(nn.Module):
         return self.part.steps(x, closing=closing)
 
 
-class ModuleWise(nn.Module):
+class ModuleWise(Joined):
     """K modules one after another; :func:`split_into_modules` makes it from a network, whose weights it shares.
 
     Attributes:
@@ -100,19 +89,8 @@ class ModuleWise(nn.Module):
         return [cast(LocalModule, part) for part in self.parts]
 
     @property
-    def depth(self) -> int:
-        """Number of steps of all modules."""
-        return sum(module.depth for module in self.modules_in_order)
-
-    @property
-    def h(self) -> tuple[float, ...]:
-        """Step size of each."""
-        return tuple(h for module in self.modules_in_order for h in module.h)
-
-    @property
-    def evaluations(self) -> int:
-        """Field evaluations of one forward pass."""
-        return sum(module.evaluations for module in self.modules_in_order)
+    def recorders(self) -> list[LocalModule]:
+        return self.modules_in_order
 
     def forward(self, x: Tensor, module: int | None = None) -> Tensor:
         """Logits after a module, from 1 on, the last if not given, ``(B, classes)``; those behind it are not called.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -13,11 +13,8 @@ from odenets.adapting import AdaptedModel
 from odenets.adapting.tracing import cut_adapted
 from odenets.analysis.memory import measure_memory
 from odenets.flow import Flow
-from odenets.measures import Measure
 from odenets.modes import inputs_for, keeping_modes, keeping_state
-from odenets.network import Network
-from odenets.recording import Records
-from solvers import Step
+from odenets.network import Chain, Network
 
 __all__ = [
     "At",
@@ -36,8 +33,8 @@ At = Literal["end", "start"]
 Cuttable = Flow | Network | AdaptedModel
 
 
-class Part(nn.Module):
-    """Flows and other layers, one after another; states are not checked, so that a diverging network can be measured.
+class Part(Chain):
+    """Some flows and other layers of a network.
 
     Args:
         pieces: in order.
@@ -48,49 +45,9 @@ class Part(nn.Module):
         self.pieces = nn.ModuleList(pieces)
 
     @property
-    def flows(self) -> list[Flow]:
-        """The flows among the pieces."""
-        return [piece for piece in self.pieces if isinstance(piece, Flow)]
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return sum(flow.depth for flow in self.flows)
-
-    @property
-    def h(self) -> tuple[float, ...]:
-        """Step size of each block."""
-        return tuple(h for flow in self.flows for h in flow.h)
-
-    @property
-    def evaluations(self) -> int:
-        """Field evaluations of one forward pass."""
-        return sum(flow.evaluations for flow in self.flows)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The last state for inputs ``x`` ``(B, ...)``."""
-        return self.record(x)[0]
-
-    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
-        """The last state, and per measure ``(blocks, B)``."""
-        parts = []
-        for piece in self.pieces:
-            if not isinstance(piece, Flow):
-                x = piece(x)
-                continue
-            x, records = piece.record(x, "solution", False, **measures)
-            parts.append((records, piece.depth))
-        return x, Records.join(parts)
-
-    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
-        """Every step of every flow."""
-        for piece in self.pieces:
-            if not isinstance(piece, Flow):
-                x = piece(x)
-                continue
-            for step in piece.steps(x, closing=closing, check=False):
-                yield step
-                x = step.x1
+    def layers(self) -> list[nn.Module]:
+        """The pieces."""
+        return list(self.pieces)
 
 
 def blocks_of(network: Cuttable) -> int:
@@ -127,8 +84,7 @@ def cut(network: Cuttable, ends: Sequence[int], at: At = "end") -> tuple[list[Pa
         raise ValueError(f"at must be 'end' or 'start', got {at!r}")
     if isinstance(network, AdaptedModel):
         with keeping_modes(network):
-            *parts, head = cut_adapted(network, ends, at)
-        return cast(list[AdaptedModel], parts), head
+            return cut_adapted(network, ends, at)
     if isinstance(network, Flow):
         return [Part([network.part(a, b)]) for a, b in pairwise([0, *ends])], nn.Identity()
     if network.readout != "solution":

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from odenets.modes import evaluating, inputs_for, keeping_state, total_dtype
 from odenets.network import Network
-from odenets.training.data import Batches, TensorData
+from odenets.training.data import Batches
 from odenets.training.objectives import logits_and_labels, right_answers
 
 __all__ = ["Evaluation", "evaluate", "evaluate_schemes"]
@@ -60,14 +60,12 @@ def _evaluate(
             for name, output in outputs(inputs_for(network, x)).items():
                 output, y = logits_and_labels(output, y.to(output.device) if isinstance(output, Tensor) else y)
                 if name not in totals:
-                    _check_classes(output, data)
+                    logits = output.shape[1]
+                    if logits < data.classes and logits <= (largest := int(data.y.max())):
+                        raise ValueError(
+                            f"the network has {logits} logits, and the labels of {data.name} go up to {largest}"
+                        )
                     totals[name] = torch.zeros(2, dtype=total_dtype(output.device), device=output.device)
                 totals[name] += torch.stack([F.cross_entropy(output, y, reduction="sum"), right_answers(output, y)])
     values = (torch.stack(list(totals.values())) / len(data)).tolist()
     return {name: Evaluation(*value) for name, value in zip(totals, values, strict=True)}
-
-
-def _check_classes(output: Tensor, data: TensorData) -> None:
-    """That there is a logit for each label."""
-    if output.shape[1] < data.classes and output.shape[1] <= (largest := int(data.y.max())):
-        raise ValueError(f"the network has {output.shape[1]} logits, and the labels of {data.name} go up to {largest}")

@@ -123,12 +123,17 @@ def fit(
             "odenets.adapt makes one of any residual network"
         )
     objective = objective or CrossEntropy()
-    fabric = fabric or _one_cpu()
+    if fabric is None:
+        with needs("training"):
+            from lightning_fabric import Fabric
+        fabric = Fabric(accelerator="cpu", devices=1)
     _check_arguments(batches, objective, fabric.world_size, epochs=epochs, clip_norm=clip_norm, accumulate=accumulate)
     run = run if fabric.is_global_zero else None
     objective.to(fabric.device)
     network.to(fabric.device, _weights_dtype(fabric, network))
-    _materialize(network, batches)
+    if any(nn.parameter.is_lazy(p) for p in network.parameters()):  # they are made from the first input
+        with torch.no_grad(), keeping_state(network), evaluating(network):
+            network(inputs_for(network, batches.data.x[:2]))
     first = optimizer(network)
     training = Training(network, first, schedule(first) if schedule else None, objective)
     state = fabric.broadcast(run.load_state(checkpoint) if run else None)
@@ -174,18 +179,11 @@ def _check_arguments(
             f"objective must be an odenets Objective, got {objective!r}: a task of one's own is a subclass whose "
             "forward returns its loss"
         )
-    smallest = len(batches.data) % batches.size or min(batches.size, len(batches.data))
-    if smallest < processes:
+    if batches.smallest < processes:
         raise ValueError(
             f"batches must hold a sample for each of {processes} processes, got one of {batches.smallest}: "
             "choose another batch size"
         )
-
-
-def _one_cpu() -> Fabric:
-    with needs("training"):
-        from lightning_fabric import Fabric
-    return Fabric(accelerator="cpu", devices=1)
 
 
 def _weights_dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
@@ -197,13 +195,6 @@ def _weights_dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
             'take precision="64-true", or network.float()'
         )
     return CONVERTING.get(precision)
-
-
-def _materialize(network: nn.Module, batches: Batches) -> None:
-    """Give a network whose parameters are made from its first input that input."""
-    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
-        with torch.no_grad(), keeping_state(network), evaluating(network):
-            network(inputs_for(network, batches.data.x[:2]))
 
 
 @contextmanager

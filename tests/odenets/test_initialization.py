@@ -5,6 +5,7 @@ from torch.nn.utils import prune
 
 from odenets import Flow, Network, models
 from odenets.initialization import INITIALIZERS, initialize
+from tests.odenets.checks import assert_same
 
 
 def network(**options):
@@ -59,8 +60,7 @@ def test_norms_are_reset_and_the_seed_decides(name):
         torch.manual_seed(5)
         assert initialize(net, name) is net
         nets.append(net)
-    for p, q in zip(*(net.parameters() for net in nets), strict=True):
-        assert torch.equal(p, q)
+    assert_same(*nets)
     assert all((p == 1).all() for n, p in nets[0].named_parameters() if "norm" in n and n.endswith("weight"))
     with torch.no_grad():
         assert nets[0](torch.rand(2, 1, 8, 8)).isfinite().all()
@@ -84,8 +84,7 @@ def test_the_memory_format_decides_nothing(name, layout):
     for net in nets:
         torch.manual_seed(3)
         initialize(net, name, 0.1)
-    for p, q in zip(*(net.parameters() for net in nets), strict=True):
-        assert torch.equal(p, q)
+    torch.testing.assert_close(*([*net.parameters()] for net in nets), rtol=0, atol=0)
     assert [p.stride() for p in nets[1].parameters()] == strides
 
 

@@ -1,7 +1,6 @@
 import copy
 import pickle
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.training import data
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.training.runs import Run
+from tests.odenets.checks import assert_same, unchanged
 
 
 def network(**options):
@@ -65,23 +64,6 @@ def test_the_norm_has_a_gradient_where_nothing_moves(batch):
     assert all(p.grad.eq(0).all() for p in net.flows[0].parameters())
 
 
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "bs23"])
-def test_the_action_is_the_same_for_halved_blocks_of_a_constant_field(solver):
-    class Constant(torch.nn.Module):
-        def forward(self, t, x):
-            return torch.ones_like(x)
-
-    costs = []
-    for depth in (1, 2):
-        net = models.points_network(2, 2, solver=solver, depth=depth, total_time=1.0)
-        for block in net.flows[0].blocks:
-            block.fields[0] = Constant()
-        _, records = net.record(torch.randn(4, 2), action=(cost := Cost("action")).measure)
-        costs.append(cost(records))
-    torch.testing.assert_close(costs[0], costs[1])
-    torch.testing.assert_close(costs[0], torch.tensor(1.0))
-
-
 def by_hand(net, batches, *, lambda0, tau, every, update, weigh, steps):
     """Algorithm 1, written out; the multipliers after each step."""
     optimizer, multiplier, multipliers = torch.optim.SGD(net.parameters(), 0.01), lambda0, []
@@ -113,8 +95,7 @@ def test_multipliers_and_weights_are_those_of_the_algorithm(parts, update, weigh
     train(two, part, 32, 0.01, objective=objective)
     assert objective.multiplier.item() == pytest.approx(expected[-1], rel=1e-6)
     assert objective.steps == len(expected)
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    assert_same(one, two, 1e-6, 1e-6)
 
 
 def test_the_new_multiplier_applies_to_the_step_that_changed_it(batch):
@@ -144,31 +125,6 @@ def test_action_falls_in_training(parts):
         ends[name] = net.record(parts.train.x, action=measures.action)[1]["action"].sum(0).mean()
     assert ends["least action"] < before
     assert ends["least action"] < 0.5 * ends["plain"]
-
-
-def test_killed_and_resumed_goes_on_with_its_multiplier(parts, tmp_path):
-    class Killed(Exception):
-        pass
-
-    class Kill:
-        recovers = False
-
-        def after_epoch(self, training, row):
-            if training.epoch == 3:
-                raise Killed
-
-    four = partial(train, part=parts.train, size=32, lr=0.02, momentum=0.9, seed=0, epochs=4)
-    whole, objective = network(), LeastAction(every=4)
-    four(whole, objective=objective)
-    run = Run(tmp_path / "run", {})
-    with pytest.raises(Killed):
-        four(network(), objective=LeastAction(every=4), callbacks=[Kill()], run=run)
-    again, resumed = network(), LeastAction(every=4)
-    four(again, objective=resumed, run=run)
-    assert torch.equal(resumed.multiplier, objective.multiplier)
-    assert resumed.steps == objective.steps
-    for p, q in zip(whole.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -284,11 +240,9 @@ def test_looking_again_is_in_training_mode(batch):
 def test_a_failing_second_look_leaves_the_statistics(batch):
     net, objective = network(norm="batch"), LeastAction(update="after")
     value(objective, net, batch).backward()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
     net.head.register_forward_pre_hook(lambda module, args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with unchanged(net), pytest.raises(ZeroDivisionError):
         objective.after_step(net, batch)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("move", [lambda o: o.half(), lambda o: o.to(torch.bfloat16), lambda o: o.to("cpu"),

@@ -1,44 +1,22 @@
 """A network's modes are its own again after it was looked at; its device and dtype are those of its weights."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
 import odenets
-from odenets.modes import (
-    device_of,
-    dtype_of,
-    evaluating,
-    inputs_for,
-    keeping_modes,
-    keeping_state,
-    total_dtype,
-)
+from odenets.modes import device_of, dtype_of, evaluating, inputs_for, keeping_modes, keeping_state, total_dtype
+from tests.odenets.checks import unchanged
 
 
-def frozen_part():
+def test_each_modules_own_mode_is_restored_also_after_an_exception():
     network = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()).eval())
-    return network, [module.training for module in network.modules()]
-
-
-def test_evaluating_restores_each_modules_own_mode():
-    network, modes = frozen_part()
-    with evaluating(network):
+    with unchanged(network), evaluating(network):
         assert not any(module.training for module in network.modules())
-    assert [module.training for module in network.modules()] == modes
-
-
-def test_modes_are_restored_after_an_exception():
-    network, modes = frozen_part()
-
-    def fail():
-        with keeping_modes(network):
-            network.train()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert [module.training for module in network.modules()] == modes
+    with unchanged(network), pytest.raises(KeyError), keeping_modes(network):
+        {}[network.train()]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -85,8 +63,7 @@ def test_passes_in_training_mode_leave_buffers_and_random_state(fails):
 
     norm, counting = nn.BatchNorm1d(2), Counting()
     network = nn.Sequential(norm, nn.Dropout(), counting, norm).eval()
-    buffers, random = dict(network.named_buffers()), torch.get_rng_state()
-    before = {name: value.clone() for name, value in buffers.items()}
+    buffers = dict(network.named_buffers())
 
     def look():
         with keeping_state(network, norm):
@@ -96,16 +73,9 @@ def test_passes_in_training_mode_leave_buffers_and_random_state(fails):
             if fails:
                 raise KeyError
 
-    if fails:
-        with pytest.raises(KeyError):
-            look()
-    else:
+    with unchanged(network), pytest.raises(KeyError) if fails else nullcontext():
         look()
-    assert not network.training
-    assert torch.equal(torch.get_rng_state(), random)
-    for name, value in network.named_buffers():
-        assert value is buffers[name]
-        assert torch.equal(value, before[name])
+    assert all(value is buffers[name] for name, value in network.named_buffers())
 
 
 def test_a_graph_from_before_is_not_disturbed():
@@ -118,11 +88,11 @@ def test_a_graph_from_before_is_not_disturbed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_inputs_follow_a_network_where_both_are_real(dtype):
+def test_inputs_follow_a_network_in_its_real_precision(dtype):
     network = nn.Linear(2, 2).to(dtype)
     assert inputs_for(network, torch.ones(3, 2)).dtype == dtype
     assert inputs_for(network, torch.ones(3, 2, dtype=torch.long)).dtype == torch.long
-    assert inputs_for(nn.Linear(2, 2, dtype=torch.complex64), torch.ones(3, 2)).dtype == torch.float32
+    assert inputs_for(nn.Linear(2, 2, dtype=torch.complex64), torch.ones(3, 2, dtype=dtype)).dtype == torch.float32
     assert inputs_for(nn.Flatten(), torch.ones(3, 2, dtype=dtype)).dtype == dtype
 
 

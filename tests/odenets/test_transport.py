@@ -12,6 +12,7 @@ from torch import nn
 
 from odenets import Flow, Network, adapt, models
 from odenets.transport import Moves, moves, states_of, wasserstein
+from tests.odenets.checks import unchanged
 
 
 def network(dimensions=2, depth=4, **flow):
@@ -171,11 +172,11 @@ def test_the_gap_of_what_does_not_move_is_zero():
 def test_states_leave_the_modes_of_each_module_also_after_an_exception():
     net = network().train()
     net.head.eval()
-    before = [module.training for module in net.modules()]
-    states_of(net, torch.randn(6, 2))
-    with pytest.raises((RuntimeError, ValueError)):
-        states_of(net, torch.randn(6, 5))
-    assert [module.training for module in net.modules()] == before
+    good, bad = torch.randn(6, 2), torch.randn(6, 5)
+    with unchanged(net):
+        states_of(net, good)
+    with unchanged(net), pytest.raises((RuntimeError, ValueError)):
+        states_of(net, bad)
 
 
 @pytest.mark.parametrize("measure", [states_of, moves])

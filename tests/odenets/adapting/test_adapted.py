@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from odenets import Flow, Network, measures
 from odenets.adapting import AdaptedModel, adapt
 from tests.odenets.adapting.models import FAMILIES, SMALL, X, small_resnet, small_vit, zero_branches
+from tests.odenets.checks import assert_same_gradients
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -24,8 +25,7 @@ def test_the_function_and_the_gradients_stay_those_of_the_model(family):
     assert records.starts == starts
     expected.square().sum().backward()
     output.square().sum().backward()
-    for p, q in zip(plain.parameters(), adapted.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    assert_same_gradients(plain, adapted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,8 +141,7 @@ def test_an_adapted_resnet_is_the_native_network_with_its_weights():
     assert records.starts == expected[1].starts == (0, 2, 3, 5)
     for name in quantities:
         torch.testing.assert_close(records[name], expected[1][name])
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    assert_same_gradients(model, twin)
 
 
 def test_gradients_of_records_reach_the_weights_of_their_branches():

@@ -10,6 +10,7 @@ from odenets import measures
 from odenets.adapting import adapt
 from odenets.analysis.memory import measure_memory
 from tests.odenets.adapting.models import SMALL, TINY, Calling, Repeated, Unit, X, small_resnet
+from tests.odenets.checks import assert_same_gradients
 
 BUFFER = torch.empty(2, 3, 8, 8)
 ADDITIONS = {"new": torch.add, "in place": torch.Tensor.add_, "buffer": lambda x, r: torch.add(x, r, out=BUFFER)}
@@ -66,8 +67,7 @@ def test_gradients_are_those_of_the_model_that_changes_nothing_in_place(addition
     for network in (adapted, plain):
         output, records = network.record(TINY, action=measures.action)
         (output.square().mean() + records["action"].sum()).backward()
-    for p, q in zip(adapted.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    assert_same_gradients(adapted, plain)
 
 
 def test_outputs_changed_in_place_after_their_block_are_told_where_gradients_are_enabled():

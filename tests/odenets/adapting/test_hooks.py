@@ -10,6 +10,7 @@ from torch import nn
 from odenets import measures
 from odenets.adapting import adapt
 from tests.odenets.adapting.models import FAMILIES, TINY, Calling, Repeated, Unit, X, small_resnet
+from tests.odenets.checks import assert_same_gradients
 
 
 def test_a_pass_within_a_pass_is_its_own():
@@ -94,8 +95,7 @@ def test_a_pickled_network_and_a_replica_record_the_same():
     grads = [p.grad.clone() for p in adapted.parameters()]
     adapted.zero_grad()
     expected.sum().backward()
-    for p, grad in zip(adapted.parameters(), grads, strict=True):
-        torch.testing.assert_close(grad, p.grad)
+    torch.testing.assert_close(grads, [p.grad for p in adapted.parameters()])
 
 
 @pytest.mark.parametrize("family", ["resnet", "vit"])
@@ -154,5 +154,4 @@ def test_data_parallel_training_finds_the_same_gradients(tmp_path):
         nn.parallel.DistributedDataParallel(Calling(loss, network=adapted))(X).backward()
     finally:
         torch.distributed.destroy_process_group()
-    for p, q in zip(adapted.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    assert_same_gradients(adapted, twin)

@@ -3,15 +3,15 @@ import pytest
 from odenets.adapting import adapt
 from odenets.adapting.tracing import cut_adapted
 from tests.odenets.adapting.models import Calling, Repeated, Unit, small_resnet
+from tests.odenets.checks import unchanged
 
 
 def test_to_be_cut_leaves_each_module_its_mode():
     adapted = adapt(small_resnet())
     adapted.model.bn1.eval()
     adapted.model.layer2.eval()
-    modes = {name: module.training for name, module in adapted.model.named_modules()}
-    *parts, head = cut_adapted(adapted, [2, 4])
-    assert {name: module.training for name, module in adapted.model.named_modules()} == modes
+    with unchanged(adapted.model):
+        parts, head = cut_adapted(adapted, [2, 4])
     assert all(part.training for part in (*parts, head))
     assert not parts[0].eval().model.training
 
@@ -34,6 +34,7 @@ def test_a_model_with_hooks_outside_its_blocks_is_not_cut():
 @pytest.mark.parametrize(
     ("forward", "error", "message"),
     [
+        (lambda model, x: model.block(x) if x.sum() > 0 else x, ValueError, "Calling cannot be cut: torch.fx cannot"),
         (lambda model, x: model.block(x) + len(x), ValueError, "Calling cannot be cut: torch.fx cannot trace"),
         (lambda model, x: model.block(x) + sum(range(x.ndim)), ValueError, "cannot be cut"),
         (lambda model, x: model.block({"cpu": x}[x.device.type]), ValueError, "cannot be cut"),

@@ -5,6 +5,8 @@ from torch.nn import functional as F
 
 from odenets import Flow, MLPField, Network, adapt, models
 from odenets.analysis.refinement import iterative_refinement
+from tests.odenets.adapting.models import Calling
+from tests.odenets.checks import unchanged
 
 
 class DownTheLoss(nn.Module):
@@ -60,38 +62,22 @@ def test_blocks_of_several_flows_are_those_of_finite_differences(solver):
     assert refinement.cosine[1].item() == pytest.approx(along / (gradient.norm() * moved.norm()).item(), rel=1e-4)
 
 
-class Tupled(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x), x
-
-
-class Residual(nn.Module):
-    def __init__(self, field):
-        super().__init__()
-        self.field = field
-
-    def forward(self, x):
-        return x + self.field(0.0, x)
+def residual(field):
+    return Calling(lambda m, x: x + m.field(0.0, x), field=field)
 
 
 def test_an_adapted_model_is_measured_as_the_network_of_its_steps():
     fields, head = [MLPField(3), MLPField(3)], nn.Linear(3, 2)
-    model = nn.Sequential(nn.Linear(2, 3), *map(Residual, fields), nn.Dropout(), head)
+    model = nn.Sequential(nn.Linear(2, 3), *map(residual, fields), nn.Dropout(), head)
     model[1].eval()
     network = Network(model[0], Flow(iter(fields).__next__, solver="euler", depth=2, h=1.0), head)
     batches = [(torch.randn(n, 2), torch.arange(n) % 2) for n in (5, 3)]
     expected = iterative_refinement(network, batches)
-    modes = [module.training for module in model.modules()]
     adapted = adapt(model, ["1", "2"])
-    with torch.inference_mode():
+    with unchanged(model), torch.inference_mode():
         measured = iterative_refinement(adapted, batches)
     torch.testing.assert_close(measured.ratio, expected.ratio)
     torch.testing.assert_close(measured.cosine, expected.cosine)
-    assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -123,12 +109,8 @@ def test_both_steps_of_a_transformer_block_have_a_gradient(flat):
 
 
 def test_a_model_is_refused_whose_states_have_no_gradient():
-    class Adds(Residual):
-        def forward(self, x):
-            x += self.field(0.0, x)
-            return x
-
-    adapted = adapt(nn.Sequential(nn.Linear(3, 3), Adds(lambda t, x: torch.sin(1.0 + 0 * x))), ["1"])
+    adds = Calling(lambda m, x: x.add_(torch.sin(1.0 + 0 * x)))
+    adapted = adapt(nn.Sequential(nn.Linear(3, 3), adds), ["1"])
     with pytest.raises(ValueError, match="block '1' has a state that is changed in place"):
         iterative_refinement(adapted, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
 
@@ -136,18 +118,15 @@ def test_a_model_is_refused_whose_states_have_no_gradient():
 def test_modes_are_restored_each_module_its_own_also_after_an_error():
     net = models.resnet_km(2, 1, 1, 3, channels=4, norm="group").train()
     net.head.eval()
-    modes = [module.training for module in net.modules()]
-    with pytest.raises(RuntimeError):
-        iterative_refinement(
-            net, [(torch.rand(1, 1, 8, 8), torch.tensor([0])), (torch.rand(1, 2, 8, 8), torch.tensor([0]))]
-        )
-    assert [module.training for module in net.modules()] == modes
+    batches = [(torch.rand(1, channels, 8, 8), torch.tensor([0])) for channels in (1, 2)]
+    with unchanged(net), pytest.raises(RuntimeError):
+        iterative_refinement(net, batches)
 
 
 def test_errors():
     with pytest.raises(TypeError, match=r"got Sequential: pass adapt\(network\)"):
         iterative_refinement(nn.Sequential(nn.Linear(3, 2)), [])
-    tupled = adapt(Tupled(nn.Linear(3, 3)), ["layer"])
+    tupled = adapt(Calling(lambda m, x: (m.layer(x), x), layer=nn.Linear(3, 3)), ["layer"])
     with pytest.raises(TypeError, match="network must return logits, got tuple"):
         iterative_refinement(tupled, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
     with pytest.raises(ValueError, match="at least one batch"):

@@ -9,6 +9,7 @@ from odenets import adapt, models
 from odenets.module_wise import auglocal, blocks_of, fit_modules, infopro, predsim, split_into_modules
 from odenets.module_wise.baselines import Reconstruction, Similarity, correlations
 from odenets.training import data, datasets
+from tests.odenets.checks import unchanged
 
 DIGITS = datasets.subsample(datasets.load("digits")[0], 120)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -124,14 +125,8 @@ def test_infopro_needs_pixels_between_0_and_1():
 def test_auglocal_leaves_a_network_as_it_was():
     net = network().train()
     net.flows[0].blocks[1].eval()
-    modes, random = [module.training for module in net.modules()], torch.get_rng_state()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    auglocal(net, [2, 4], DIGITS.x[:4])
-    assert [module.training for module in net.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    handle = net.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with unchanged(net):
         auglocal(net, [2, 4], DIGITS.x[:4])
-    handle.remove()
-    assert [module.training for module in net.modules()] == modes
+    net.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with unchanged(net), pytest.raises(ZeroDivisionError):
+        auglocal(net, [2, 4], DIGITS.x[:4])

@@ -5,8 +5,11 @@ from torch import nn
 from odenets import Flow, MLPField, adapt, models
 from odenets.module_wise import ModuleWise, conv_head, linear_head, split_into_modules, token_head
 from odenets.training import data
+from tests.odenets.adapting.models import Calling
+from tests.odenets.checks import unchanged
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+FOUR = data.Batches(data.TensorData("four", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 3)
 
 
 def small(depth=4):
@@ -95,13 +98,7 @@ def test_the_head_follows_the_shape():
         (small, 2, {"head": "mlp"}, ValueError, "head must be 'auto', 'conv', 'token', 'linear'"),
         (small, 2, {"head": []}, ValueError, r"head must hold one for each module but the last.*: 1, got 0"),
         (small, 2, {"balance": "weight"}, ValueError, "balance must be"),
-        (
-            lambda: nn.Linear(2, 2),
-            2,
-            {},
-            TypeError,
-            "network must be a Flow, a Network or an adapted model, got Linear",
-        ),
+        (lambda: nn.Linear(2, 2), 2, {}, TypeError, "must be a Flow, a Network or an adapted model, got Linear"),
     ],
 )
 def test_errors(network, split, options, error, match):
@@ -137,10 +134,8 @@ DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 def test_heads_follow_the_networks_dtype(dtype, balance, head):
     modules = split_into_modules(small().to(dtype), 2, IMAGES, balance=balance, head=head, last_head="auxiliary")
     assert {p.dtype for p in modules.parameters()} == {dtype}
-    labels = torch.arange(4)
-    batches = data.Batches(data.TensorData("four", IMAGES, labels, 10, (0.0,), (1.0,)), 3)
     assert torch.equal(modules.predict(IMAGES), modules.eval()(IMAGES.to(dtype)).argmax(1))
-    assert modules.accuracies(batches)[1] == (modules(IMAGES.to(dtype)).argmax(1) == labels).float().mean()
+    assert modules.accuracies(FOUR)[1] == (modules(IMAGES.to(dtype)).argmax(1) == FOUR.data.y).float().mean()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,17 +160,11 @@ def test_splitting_leaves_a_network_as_it_was_and_new_layers_take_its_mode(balan
     network = small().train(training)
     network.encoder.train(not training)
     network.head = nn.Sequential(nn.Dropout(), network.head).train(not training)
-    modes = [module.training for module in network.modules()]
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    random = torch.get_rng_state()
-    modules = split_into_modules(network, 2, IMAGES, balance=balance, head=lambda state, classes: Fixed(classes))
-    assert [module.training for module in network.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
-    assert modules.training == modules.modules_in_order[0].head.training == training
-    modules.predict(IMAGES)
-    modules.accuracies(data.Batches(data.TensorData("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2))
-    assert [module.training for module in network.modules()] == modes
+    with unchanged(network):
+        modules = split_into_modules(network, 2, IMAGES, balance=balance, head=lambda state, classes: Fixed(classes))
+        assert modules.training == modules.modules_in_order[0].head.training == training
+        modules.predict(IMAGES)
+        modules.accuracies(FOUR)
 
 
 class Fixed(nn.Module):
@@ -192,34 +181,18 @@ class Fixed(nn.Module):
 def test_modes_come_back_after_an_exception():
     network = small().train()
     network.encoder.eval()
-    modes = [module.training for module in network.modules()]
-    handle = network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
-    for balance in ("blocks", "memory"):
-        with pytest.raises(ZeroDivisionError):
-            split_into_modules(network, 2, IMAGES, balance=balance)
-        assert [module.training for module in network.modules()] == modes
-    handle.remove()
     modules = split_into_modules(network, 2, IMAGES)
-    handle = network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
-    batches = data.Batches(data.TensorData("x", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 2)
-    for look in (lambda: modules.predict(IMAGES), lambda: modules.accuracies(batches)):
-        with pytest.raises(ZeroDivisionError):
+    network.flows[0].blocks[2].fields[0].register_forward_pre_hook(lambda module, args: 1 / 0)
+    splits = [lambda b=b: split_into_modules(network, 2, IMAGES, balance=b) for b in ("blocks", "memory")]
+    for look in (*splits, lambda: modules.predict(IMAGES), lambda: modules.accuracies(FOUR)):
+        with unchanged(network), pytest.raises(ZeroDivisionError):
             look()
-        assert [module.training for module in network.modules()] == modes
 
 
 @pytest.mark.parametrize("how", [lambda z: (z, None), lambda z: {"logits": z}])
 def test_heads_whose_outputs_are_no_tensors_are_named(how):
-    class Answering(nn.Module):
-        def __init__(self, head):
-            super().__init__()
-            self.head = head
-
-        def forward(self, x):
-            return how(self.head(x))
-
     network = small()
-    network.head = Answering(network.head)
+    network.head = Calling(lambda m, x: how(m.head(x)), head=network.head)
     with pytest.raises(ValueError, match="classes must be given: the network's output is a"):
         split_into_modules(network, 2, IMAGES)
     with pytest.raises(TypeError, match=r"head of module 2 must return logits, a tensor \(4, 10\), got (tuple|dict)"):

@@ -10,6 +10,8 @@ from odenets import Flow, MLPField, adapt, measures, models
 from odenets.module_wise import auglocal, balanced, blocks_of, cut, even
 from odenets.module_wise.partition import activation_memory, lightest
 from odenets.recording import Recorder
+from tests.odenets.adapting.models import Calling
+from tests.odenets.checks import unchanged
 
 tv = pytest.importorskip("torchvision.models")
 
@@ -57,6 +59,10 @@ def test_a_transition_belongs_to_either_side():
     assert shapes == {"end": 4, "start": 8}
 
 
+def basic_block():
+    return tv.resnet.BasicBlock(4, 4)
+
+
 class Clock(nn.Module):
     def forward(self, t, x):
         return torch.full_like(x, t)
@@ -71,16 +77,10 @@ def test_a_part_of_a_flow_keeps_its_times():
 
 
 def test_training_mode_decides_what_a_traced_part_computes():
-    class Dropping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = (tv.resnet.BasicBlock(4, 4) for _ in range(2))
+    def dropping(m, x):
+        return m.second(nn.functional.dropout(m.first(x), 0.5, training=m.training)).mean((2, 3))
 
-        def forward(self, x):
-            x = nn.functional.dropout(self.first(x), 0.5, training=self.training)
-            return self.second(x).mean((2, 3))
-
-    network = adapt(Dropping())
+    network = adapt(Calling(dropping, first=basic_block(), second=basic_block()))
     (one, two), _ = cut(network, [1, 2])
     x = torch.rand(2, 4, 8, 8)
     two.train()
@@ -128,29 +128,9 @@ def test_hooks_of_a_model_are_not_lost_in_silence():
 
 
 def test_only_one_tensor_may_cross_a_cut():
-    class Skipping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = (tv.resnet.BasicBlock(4, 4) for _ in range(2))
-
-        def forward(self, x):
-            return self.second(self.first(x)) + x
-
+    skipping = Calling(lambda m, x: m.second(m.first(x)) + x, first=basic_block(), second=basic_block())
     with pytest.raises(ValueError, match="cannot be cut after block 1: x, first would cross"):
-        cut(adapt(Skipping()), [1, 2])
-
-
-def test_a_model_that_cannot_be_traced_says_so():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block = tv.resnet.BasicBlock(4, 4)
-
-        def forward(self, x):
-            return self.block(x) if x.sum() > 0 else x
-
-    with pytest.raises(ValueError, match=r"Branching cannot be cut: torch\.fx cannot trace"):
-        cut(adapt(Branching()), [1])
+        cut(adapt(skipping), [1, 2])
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -161,12 +141,11 @@ def test_a_cut_leaves_each_modules_own_mode(name, training, split):
     frozen = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.LayerNorm)]
     for module in frozen:
         module.train(not training)
-    modes = [module.training for module in network.modules()]
-    if split is balanced:
-        balanced(network, 2, IMAGES)
-    else:
-        split(network, [1, blocks_of(network)], *([IMAGES] if split is auglocal else []))
-    assert [module.training for module in network.modules()] == modes
+    with unchanged(network):
+        if split is balanced:
+            balanced(network, 2, IMAGES)
+        else:
+            split(network, [1, blocks_of(network)], *([IMAGES] if split is auglocal else []))
 
 
 @pytest.mark.parametrize(
@@ -192,11 +171,10 @@ def test_no_split_has_a_lighter_heaviest_module(weights, data):
 
 def test_activation_memory_falls_with_the_resolution():
     network = models.resnet110(blocks=2)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    sizes = activation_memory(network, torch.rand(2, 3, 32, 32))
+    with unchanged(network):
+        sizes = activation_memory(network, IMAGES)
     assert sizes[1] == pytest.approx(2 * sizes[3], rel=0.1)  # twice the channels on a quarter of the places
     assert sizes[3] == pytest.approx(2 * sizes[5], rel=0.1)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_equally_heavy_modules_of_resnet110_lie_near_the_thesis_ones():

@@ -14,14 +14,23 @@ from odenets.module_wise import end_to_end_step, greedy, parallel_step, split_in
 from odenets.training import data
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
+from tests.odenets.checks import assert_same
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.rand(6, 1, 8, 8, generator=GENERATOR), torch.randint(10, (6,), generator=GENERATOR)
 
 
-def modules_of(seed=0, K=3, **options):
+def small(seed, depth):
     torch.manual_seed(seed)
-    return split_into_modules(models.resnet9(1, 10, features=8, size=8, depth=2 * K), K, X, **options).train()
+    return models.resnet9(1, 10, features=8, size=8, depth=depth)
+
+
+def modules_of(seed=0, K=3, **options):
+    return split_into_modules(small(seed, 2 * K), K, X, **options).train()
+
+
+def sgd_of_each(modules):
+    return [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules.parts]
 
 
 class Keeping(torch.optim.SGD):
@@ -44,21 +53,18 @@ def test_gradients_of_a_parallel_step_are_those_of_each_module_alone(make):
         objective = make(k, 3)
         logits, state, records = module.forward_with_records(x.detach(), objective.measures)
         objective(module, (x, Y), logits, records).backward()
-        for seen, p in zip(optimizers[k].seen, module.parameters(), strict=True):
-            torch.testing.assert_close(seen, p.grad)
+        torch.testing.assert_close(optimizers[k].seen, [p.grad for p in module.parameters()])
         x = state
 
 
 def test_nothing_reaches_another_module():
     network = modules_of()
     objectives = [greedy()(k, 3) for k in range(3)]
-    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in network.parts]
     clean = copy.deepcopy(network)
     for p in network.modules_in_order[1].parameters():
         p.register_hook(lambda g: torch.full_like(g, torch.nan))  # the gradients of the second module are poisoned
-    parallel_step(network, objectives, optimizers, X, Y)
-    clean_optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in clean.parts]
-    parallel_step(clean, objectives, clean_optimizers, X, Y)
+    parallel_step(network, objectives, sgd_of_each(network), X, Y)
+    parallel_step(clean, objectives, sgd_of_each(clean), X, Y)
     for k, (poisoned, module) in enumerate(zip(network.parts, clean.parts, strict=True)):
         for p, q in zip(poisoned.parameters(), module.parameters(), strict=True):
             assert p.isnan().all() if k == 1 else torch.equal(p, q)
@@ -79,9 +85,8 @@ def test_trgl_weighs_the_action_of_the_second_half_with_twice_tau():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
-    torch.manual_seed(1)
-    network = models.resnet9(1, 10, features=8, size=8, depth=4)
-    modules, x = split_into_modules(network, 2, X).double().train(), X.double()
+    network = small(1, 4).double()
+    modules, x = split_into_modules(network, 2, X).train(), X.double()
     plain = copy.deepcopy(network)
     sgd = partial(torch.optim.SGD, lr=0.1)
     objective = ActionPenalty(0.5)
@@ -89,32 +94,27 @@ def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
         end_to_end_step(modules, objective, sgd(network.parameters()), x, Y, checkpointed=checkpointed)
     batches = data.Batches(data.TensorData("x", x, Y, 10, (0.0,), (1.0,)), 6)
     fit(plain, batches, epochs=2, optimizer=lambda n: sgd(n.parameters()), objective=ActionPenalty(0.5))
-    for (name, p), (_, q) in zip(network.state_dict().items(), plain.state_dict().items(), strict=True):
-        torch.testing.assert_close(p, q, msg=name)
+    assert_same(network, plain, 1e-7, 1e-7)
 
 
 @pytest.mark.parametrize("step", ["parallel", "end-to-end"])
 def test_gradients_of_what_was_done_before_are_forgotten(step):
-    torch.manual_seed(1)
-    modules = split_into_modules(models.resnet9(1, 10, features=8, size=8, depth=4), 2, X).train()
+    modules = modules_of(1, 2)
     clean = copy.deepcopy(modules)
     for p in modules.parameters():
         p.grad = torch.ones_like(p)
     for network in (modules, clean):
-        optimizers = [torch.optim.SGD(module.parameters(), 0.1) for module in network.modules_in_order]
         if step == "parallel":
-            parallel_step(network, [CrossEntropy()] * 2, optimizers, X, Y)
+            parallel_step(network, [CrossEntropy()] * 2, sgd_of_each(network), X, Y)
         else:
             end_to_end_step(network, CrossEntropy(), torch.optim.SGD(network.parameters(), 0.1), X, Y)
-    for p, q in zip(modules.parameters(), clean.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert_same(modules, clean)
 
 
 def peak_of_step(network, K, make, x, y):
     """Of the second parallel step."""
     modules = split_into_modules(network, K, x[:2]).train()
-    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules.parts]
-    step = partial(parallel_step, modules, [make(k, K) for k in range(K)], optimizers, x, y)
+    step = partial(parallel_step, modules, [make(k, K) for k in range(K)], sgd_of_each(modules), x, y)
     step()
     return measure_memory(step).peak
 
@@ -141,14 +141,12 @@ def test_a_local_loss_trains_with_its_module():
 
     network = modules_of(local_loss=lambda k, K, state, images: Pull())
     assert all(module.local_loss.scale.item() == 1 for module in network.modules_in_order)  # type: ignore[union-attr]
-    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in network.parts]
-    parallel_step(network, [greedy()(k, 3) for k in range(3)], optimizers, X, Y)
+    parallel_step(network, [greedy()(k, 3) for k in range(3)], sgd_of_each(network), X, Y)
     assert all(module.local_loss.scale.item() < 1 for module in network.modules_in_order)  # type: ignore[union-attr]
 
 
 def test_records_of_the_modules_are_those_of_the_network():
-    torch.manual_seed(0)
-    network = models.resnet9(1, 10, features=8, size=8, depth=4).eval()
+    network = small(0, 4).eval()
     modules = split_into_modules(network, 2, X)
     expected, joined = network.record(X, action=measures.action), modules.record(X, action=measures.action)
     torch.testing.assert_close(joined[0], expected[0], rtol=0, atol=0)
@@ -180,10 +178,9 @@ def test_shapes_alone_tell_the_same_memory():
 
 def test_a_checkpointed_step_repeats_what_the_forward_pass_did():
     """With a power iteration, whose vector each pass moves, running statistics of every kind, and dropout."""
-    states = []
+    networks = []
     for checkpointed in (False, True):
-        torch.manual_seed(0)
-        network = models.resnet9(1, 10, features=8, size=8, depth=2).double()
+        network = small(0, 2).double()
         extra = [nn.InstanceNorm2d(8, track_running_stats=True), nn.Dropout(0.3),
                  torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))]  # fmt: skip
         network.encoder = nn.Sequential(network.encoder, *extra).double()
@@ -192,9 +189,8 @@ def test_a_checkpointed_step_repeats_what_the_forward_pass_did():
         for _ in range(2):
             end_to_end_step(modules, CrossEntropy(), torch.optim.SGD(network.parameters(), 0.1), X.double(), Y,
                             checkpointed=checkpointed)  # fmt: skip
-        states.append(network.state_dict())
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-12, msg=name)
+        networks.append(network)
+    assert_same(*networks, atol=1e-12)
 
 
 def test_records_of_an_end_to_end_step_say_where_modules_begin():
@@ -212,6 +208,5 @@ def test_records_of_an_end_to_end_step_say_where_modules_begin():
 def test_a_module_of_which_nothing_trains_is_named():
     modules = modules_of()
     modules.modules_in_order[1].requires_grad_(False)
-    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules.parts]
     with pytest.raises(ValueError, match="the loss of CrossEntropy depends on no parameter that requires a gradient"):
-        parallel_step(modules, [CrossEntropy() for _ in range(3)], optimizers, X, Y)
+        parallel_step(modules, [CrossEntropy() for _ in range(3)], sgd_of_each(modules), X, Y)

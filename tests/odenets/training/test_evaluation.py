@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from odenets.training import data
 from odenets.training.evaluation import evaluate, evaluate_schemes
+from tests.odenets.checks import unchanged
 from tests.odenets.training.small import TENS, TWENTY, Restless, tiny
 
 
@@ -24,13 +25,8 @@ def test_evaluation_leaves_a_network_as_it_was(look, fails):
     net = tiny(norm="batch", solver="bs23")
     net.encoder = nn.Sequential(net.encoder, Restless(fails))
     net.flows[0].eval()
-    modes, state = [m.training for m in net.modules()], {n: v.clone() for n, v in net.state_dict().items()}
-    random = torch.get_rng_state()
-    with pytest.raises(KeyError) if fails else torch.no_grad():
+    with unchanged(net), pytest.raises(KeyError) if fails else torch.no_grad():
         look(net, TENS)
-    assert [m.training for m in net.modules()] == modes
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_evaluation_is_of_the_samples_as_they_are():

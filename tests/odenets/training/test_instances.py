@@ -13,6 +13,8 @@ from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
+from tests.counting import Operations
+from tests.odenets.checks import assert_same
 
 N = 4
 
@@ -20,6 +22,12 @@ N = 4
 def points(seed, size=50):
     part = datasets.subsample(datasets.load("circles", seed=seed)[0], size, seed=seed)
     return replace(part, x=part.x.double())  # whatever order sums are taken in
+
+
+def easy():
+    """One point alone."""
+    one = points(0)
+    return replace(one, x=one.x[:1].expand(50, 2), y=one.y[:1].expand(50))
 
 
 def network(seed, norm=None, **flow):
@@ -63,10 +71,8 @@ def test_together_is_what_each_alone_is(name, norm, solver):
         alone, objective = network(i, norm, solver=solver), OBJECTIVES[name]()
         batches = data.Batches(points(i), 8, seed=i)
         training = fit(alone, batches, epochs=2, optimizer=lambda net: optimizer(net.parameters()), objective=objective)
-        for p, q in zip(alone.state_dict().items(), both.state_dict().items(), strict=True):
-            torch.testing.assert_close(p[1], q[1], rtol=1e-6, atol=1e-7, msg=lambda m, p=p: f"{p[0]}: {m}")
-        for p, q in zip(objective.state_dict().values(), result.objectives[i].state_dict().values(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert_same(alone, both, 1e-6, 1e-7)
+        assert_same(objective, result.objectives[i], 1e-6, 1e-7)
         losses = [row["train_loss"] for row in training.rows]
         torch.testing.assert_close(result.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
 
@@ -105,8 +111,7 @@ def test_augmented_images_are_those_of_each_alone():
     for i, both in enumerate(result.networks):
         alone = images(i)
         fit(alone, batches[i], epochs=2, optimizer=lambda net: sgd(net.parameters()))
-        for p, q in zip(alone.parameters(), both.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert_same(alone, both, 1e-6, 1e-7)
 
 
 def test_accuracies_are_those_of_evaluate():
@@ -126,12 +131,11 @@ def test_accuracies_are_measured_as_often_as_asked():
 
 def test_patience_counts_measurements():
     """An easy task, right from the first measurement on, of which there is one every fourth epoch."""
-    one = points(0)
-    easy = [data.TensorData("easy", one.x[:1].expand(50, 2), one.y[:1].expand(50), 2, (0, 0), (1, 1))] * N
-    batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(easy)]
+    parts = [easy()] * N
+    batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(parts)]
     result = fit_instances(
         [network(i) for i in range(N)], batches, epochs=40, optimizer=adam, objective=CrossEntropy,
-        measured={"train": easy}, every=4, perfect=["train"], patience=2,
+        measured={"train": parts}, every=4, perfect=["train"], patience=2,
     )  # fmt: skip
     first = (result.accuracy["train"] == 1).float().argmax(1)
     assert torch.equal(result.epochs, first + 1 + 4)
@@ -139,14 +143,9 @@ def test_patience_counts_measurements():
 
 def test_an_instance_ends_when_it_has_been_right_long_enough():
     """The others go on as if nothing had happened, and it keeps its weights and figures."""
-
-    def parts():
-        sets = [points(i) for i in range(N)]
-        easy = data.TensorData("easy", sets[0].x[:1].expand(50, 2), sets[0].y[:1].expand(50), 2, (0, 0), (1, 1))
-        return [sets[0], easy, *sets[2:]]
-
-    batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(parts())]
-    options = {"optimizer": adam, "objective": OBJECTIVES["before"], "measured": {"train": parts()}}
+    parts = [points(0), easy(), points(2), points(3)]
+    batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(parts)]
+    options = {"optimizer": adam, "objective": OBJECTIVES["before"], "measured": {"train": parts}}
     done = []
     result = fit_instances(
         [network(i) for i in range(N)], batches, epochs=12, perfect=["train"], patience=3, report=done.append, **options
@@ -162,30 +161,20 @@ def test_an_instance_ends_when_it_has_been_right_long_enough():
         assert result.epochs[i] == 12 or (result.accuracy["train"][i, -1] == 1)
         if result.epochs[i] == 12:
             assert result.objectives[i].steps == 12 * 7
-            for p, q in zip(result.networks[i].parameters(), whole.networks[i].parameters(), strict=True):
-                torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            assert_same(result.networks[i], whole.networks[i], 1e-6, 1e-7)
 
 
 def test_operations_do_not_grow_with_the_instances():
     """One call per operation, however many instances: what makes it fast."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
     calls = []
     for n in (4, 16):
         networks = [network(i) for i in range(n)]
         batches = [data.Batches(points(i), 8, seed=i) for i in range(n)]
         counted = []
         for epochs in (1, 2):
-            with Count() as count:
+            with Operations() as operations:
                 fit_instances(networks, batches, epochs=epochs, optimizer=adam, objective=CrossEntropy)
-            counted.append(count.calls)
+            counted.append(operations.total)
         calls.append(counted[1] - counted[0])
     assert calls[1] < calls[0] + 12 * 8  # of an epoch: what grows is drawing the orders
 

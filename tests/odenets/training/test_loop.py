@@ -9,7 +9,8 @@ from odenets.training import data
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import fit
 from odenets.training.objectives import Objective
-from tests.odenets.training.small import TENS, Answering, Restless, network, settings, sgd, tiny
+from tests.odenets.checks import assert_same
+from tests.odenets.training.small import TENS, Restless, answering, network, settings, sgd, tiny
 
 
 def test_learns(parts):
@@ -73,7 +74,7 @@ def test_a_part_in_eval_mode_keeps_its_statistics_and_a_network_in_eval_mode_is_
 
 
 def test_a_network_in_eval_mode_within_a_new_module_is_trained():
-    net = adapt(nn.Sequential(models.Normalize([0.0], [1.0]), Answering(lambda z: z).eval()), ["1.model.1"])
+    net = adapt(nn.Sequential(models.Normalize([0.0], [1.0]), answering(lambda z: z).eval()), ["1.model.1"])
     assert net.training
     fit(net, TENS, epochs=1, optimizer=sgd)
     assert all(module.training for module in net.modules())
@@ -100,8 +101,7 @@ def test_validation_changes_nothing_in_a_training_that_draws():
         nets.append(net)
         torch.manual_seed(3)
         fit(net, TENS, epochs=2, optimizer=sgd, validation=validation)
-    for p, q in zip(*(net.state_dict().values() for net in nets), strict=True):
-        assert torch.equal(p, q)
+    assert_same(*nets)
 
 
 def test_the_shape_of_a_lazy_network_is_found_without_a_trace():
@@ -128,7 +128,7 @@ class OfLogits(Objective):
 def test_outputs_that_are_no_tensors_are_the_objectives_matter(how):
     def network():
         torch.manual_seed(0)
-        return adapt(Answering(how), ["model.1"])
+        return adapt(answering(how), ["model.1"])
 
     with pytest.raises(TypeError, match=r"must return logits, a floating tensor \(B, classes\), got (tuple|dict)"):
         evaluate(network(), TENS)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.training.loop import fit
 from tests.counting import NoDouble
+from tests.odenets.checks import assert_same
 from tests.odenets.training.small import TENS, on_cpu, sgd, tiny, trained
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -71,8 +72,7 @@ def test_a_training_in_float64_is_one_throughout(fabric):
         optimizer.zero_grad()
         (F.cross_entropy(two(x), y) + 0.5 * cost).backward()
         optimizer.step()
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-13)
+    assert_same(one, two, atol=1e-13)
 
 
 def test_mixed_precision_of_a_float64_network_is_refused():

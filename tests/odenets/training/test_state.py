@@ -4,10 +4,12 @@ from torch import nn
 
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
+from odenets.least_action import LeastAction
 from odenets.training import data
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
+from tests.odenets.checks import assert_same
 from tests.odenets.training.small import TENS, network, on_cpu, settings, sgd, tiny
 
 
@@ -17,7 +19,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("kill_after", [1, 2, 3])
 def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_after):
-    """Across depth edits: the tolerance duplicates at every check."""
+    """Across depth edits, the tolerance duplicates at every check, and with the multiplier of its objective."""
 
     class Kill(AdaptiveDepth):
         def after_epoch(self, training, row):
@@ -28,19 +30,21 @@ def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_aft
     inputs = data.Batches(parts.validation, 500).inputs
     rule = DepthRule(1e-7, max_depth=4)
     whole = network(parts)
-    fit(whole, **settings(parts, callbacks=[AdaptiveDepth(rule, inputs)]))
+    objectives = [LeastAction(every=4) for _ in range(3)]
+    fit(whole, **settings(parts, callbacks=[AdaptiveDepth(rule, inputs)], objective=objectives[0]))
     assert whole.depth == 4
     run = Run(tmp_path / "run", {"seed": 0})
     with pytest.raises(Killed):
-        fit(network(parts), **settings(parts, callbacks=[Kill(rule, inputs)]), run=run)
+        fit(network(parts), **settings(parts, callbacks=[Kill(rule, inputs)], objective=objectives.pop()), run=run)
     torch.manual_seed(123)
     resumed = network(parts)
     run = Run(tmp_path / "run", {"seed": 0}, resume=True)
-    training = fit(resumed, **settings(parts, callbacks=[AdaptiveDepth(rule, inputs)]), run=run)
+    settings_ = settings(parts, callbacks=[AdaptiveDepth(rule, inputs)], objective=objectives[1])
+    training = fit(resumed, **settings_, run=run)
     assert [row["epoch"] for row in training.rows] == [1, 2, 3, 4]
     assert resumed.flows[0].h == whole.flows[0].h
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same(whole, resumed)
+    assert_same(*objectives)
 
 
 def test_divergence_is_an_error_that_keeps_the_checkpoint(parts, tmp_path):
@@ -88,8 +92,7 @@ def test_a_resumed_training_keeps_its_precision_to_the_last_bit(tmp_path):
     run, resumed = Run(tmp_path / "run", {}), tiny()
     fit(tiny(), TENS, epochs=1, optimizer=sgd, fabric=on_cpu("64-true"), run=run)
     fit(resumed, TENS, epochs=3, optimizer=sgd, fabric=on_cpu("64-true"), run=run)
-    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert_same(whole, resumed)
     with pytest.raises(ValueError, match=r"precision of the checkpoint, in which \S+ is torch.float64"):
         fit(tiny(), TENS, epochs=4, optimizer=sgd, run=run)
     with pytest.raises(ValueError, match="schedule must be that of the checkpoint, which has none"):

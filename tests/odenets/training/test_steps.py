@@ -14,27 +14,16 @@ from odenets.least_action import ActionPenalty
 from odenets.training import data
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
+from tests.odenets.checks import assert_same
 from tests.odenets.training import train_in_processes
-from tests.odenets.training.small import (
-    TENS,
-    in_double,
-    network,
-    sgd,
-    tiny,
-    trained,
-)
-
-
-def assert_same_weights(one, two, tolerance=1e-6):
-    for p, q in zip(one.network.parameters(), two.network.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+from tests.odenets.training.small import TENS, in_double, network, sgd, tiny, trained
 
 
 @pytest.mark.parametrize("accumulate", [2, 5, 1000])
 def test_batches_in_parts_give_the_same_weights(parts, accumulate):
     parts = in_double(parts)
     whole, in_parts = trained(parts), trained(parts, accumulate=accumulate)
-    assert_same_weights(whole, in_parts)
+    assert_same(whole.network, in_parts.network, 1e-6, 1e-6)
     assert in_parts.rows[-1]["train_loss"] == pytest.approx(whole.rows[-1]["train_loss"], rel=1e-6)
     assert in_parts.evaluations == whole.evaluations
 
@@ -45,7 +34,8 @@ def test_gradients_are_clipped_to_the_norm(parts):
     clipped = trained(parts, 1, batches=batches, clip_norm=0.01)
     moved = torch.nn.utils.parameters_to_vector(clipped.network.parameters()) - start
     assert moved.norm().item() == pytest.approx(0.02 * 0.01, rel=1e-2)
-    assert_same_weights(trained(in_double(parts), 1), trained(in_double(parts), 1, clip_norm=1e9))
+    one, two = trained(in_double(parts), 1), trained(in_double(parts), 1, clip_norm=1e9)
+    assert_same(one.network, two.network, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -53,7 +43,7 @@ def test_compiled_training_is_what_eager_is(parts, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     parts = in_double(parts)
     compiled = trained(parts, compile=True)
-    assert_same_weights(trained(parts), compiled)
+    assert_same(trained(parts).network, compiled.network, 1e-6, 1e-6)
     assert "record" not in vars(compiled.network)
 
 
@@ -86,8 +76,7 @@ def test_two_processes_find_what_one_does(two_processes, tmp_path):
     for folder in (two_processes, tmp_path):
         net = models.small_network(features=8, solver="euler", h=1.0, depth=2).double()
         networks.append(load_weights(net, folder / "weights.safetensors"))
-    for p, q in zip(*(net.parameters() for net in networks), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert_same(*networks, 1e-6, 1e-7)
     two, one = (
         [float(v) for v in (folder / "figures.txt").read_text().split()] for folder in (two_processes, tmp_path)
     )
@@ -101,12 +90,8 @@ def test_two_processes_edit_alike_and_go_on_from_one_checkpoint(two_processes):
     one, two = [json.loads((two_processes / f"adaptive_{rank}.json").read_text()) for rank in range(2)]
     assert one == two
     assert [depth for depth, _ in one] == [2, 4, 8, 8]
-    one, two = (
-        load_weights(train_in_processes.two_flows(4), two_processes / f"adaptive_{rank}.safetensors").state_dict()
-        for rank in range(2)
-    )
-    for (name, p), q in zip(one.items(), two.values(), strict=True):
-        assert torch.equal(p, q), name
+    files = [two_processes / f"adaptive_{rank}.safetensors" for rank in range(2)]
+    assert_same(*(load_weights(train_in_processes.two_flows(4), file) for file in files))
 
 
 @pytest.mark.parametrize(
@@ -138,13 +123,12 @@ def test_an_objective_of_ones_own_may_look_again(wrapped):
             network.record(batch[0])
             self.seen += 1
 
-    states = []
+    nets = []
     for task in (CrossEntropy(), looking := Looking()):
         net = tiny(norm="batch")
         net.head = nn.Sequential(nn.Dropout2d(0.2), net.head)
         torch.manual_seed(0)
         fit(net, TENS, epochs=2, optimizer=sgd, objective=ActionPenalty(0.1, task) if wrapped else task)
-        states.append(net.state_dict())
+        nets.append(net)
     assert looking.seen == 4
-    for one, other in zip(*(state.values() for state in states), strict=True):
-        assert torch.equal(one, other)
+    assert_same(*nets)
