@@ -14,7 +14,7 @@ from odenets.flow import Flow
 from odenets.models.normalize import Normalize
 from odenets.network import Network
 
-__all__ = ["residual", "resnet9", "resnet110", "resnet_km", "unit_steps", "wide_resnet"]
+__all__ = ["activated_conv", "residual", "resnet9", "resnet110", "resnet_km", "unit_steps", "wide_resnet"]
 
 
 def unit_steps(flow: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +25,18 @@ def unit_steps(flow: dict[str, Any]) -> dict[str, Any]:
 def residual(flow: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a flow; those of a residual network, Euler steps with h = 1, unless told otherwise."""
     return unit_steps({"solver": "euler", **flow})
+
+
+def activated_conv(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
+    """A convolution, batch norm, ReLU."""
+    convolution = nn.Conv2d(channels, out, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(out), nn.ReLU()]
+
+
+def _normed_head(channels: int, classes: int) -> nn.Sequential:
+    """Batch norm, ReLU, the mean over the places, a linear layer."""
+    pool = Reduce("b c h w -> b c", "mean")
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), pool, nn.Linear(channels, classes))
 
 
 def resnet9(
@@ -50,12 +62,8 @@ def resnet9(
     half = (size + 1) // 2
     encoder = nn.Sequential(
         normalize or nn.Identity(),
-        nn.Conv2d(in_channels, features // 2, 3, padding=1, bias=False),
-        nn.BatchNorm2d(features // 2),
-        nn.ReLU(),
-        nn.Conv2d(features // 2, features, 5, stride=2, padding=2, bias=False),
-        nn.BatchNorm2d(features),
-        nn.ReLU(),
+        *activated_conv(in_channels, features // 2, 3),
+        *activated_conv(features // 2, features, 5, stride=2),
     )
     head = nn.Sequential(
         Rearrange("b c h w -> b (c h w)"),
@@ -131,10 +139,7 @@ def wide_resnet(
     )
     flows = [_flow(c, blocks, norm, flow) for c in channels]
     transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
-    head = nn.Sequential(
-        nn.BatchNorm2d(channels[-1]), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(channels[-1], classes)
-    )
-    return Network(encoder, flows, head, transitions=transitions, readout=readout)
+    return Network(encoder, flows, _normed_head(channels[-1], classes), transitions=transitions, readout=readout)
 
 
 def resnet_km(
@@ -163,17 +168,11 @@ def resnet_km(
     """
     if K < 1 or M < 1:
         raise ValueError(f"K and M must be at least 1, got {K} and {M}")
-    encoder = nn.Sequential(
-        normalize or nn.Identity(),
-        nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-    )
+    encoder = nn.Sequential(normalize or nn.Identity(), *activated_conv(in_channels, channels, 3, stride=2))
     modules = [(channels, (K + 1) // 2), (2 * channels, K // 2)]
     flows = [_flow(c, k * M, norm, flow) for c, k in modules if k]
     transitions = [nn.Conv2d(channels, 2 * channels, 1, stride=2, bias=False)] * (K > 1)
-    width = channels * len(flows)
-    head = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(width, classes))
+    head = _normed_head(channels * len(flows), classes)
     return Network(encoder, flows, head, transitions=transitions, readout=readout)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from odenets.fields import ResNeXtField
 from odenets.flow import Flow
 from odenets.models.normalize import Normalize
-from odenets.models.resnets import residual
+from odenets.models.resnets import activated_conv, residual
 from odenets.network import Network
 
 __all__ = ["resnext50"]
@@ -44,23 +44,13 @@ def resnext50(
         others: see :mod:`odenets.models`.
     """
     channels = [256 * 2**i for i in range(len(blocks))]
-    encoder = nn.Sequential(
-        normalize or nn.Identity(),
-        *_activated(in_channels, 32, 3),
-        *_activated(32, 64, 3),
-        *_activated(64, channels[0], 1),
-    )
+    sizes = [(in_channels, 32, 3), (32, 64, 3), (64, channels[0], 1)]
+    encoder = nn.Sequential(normalize or nn.Identity(), *(layer for size in sizes for layer in activated_conv(*size)))
 
     def flow_of(i: int) -> Flow:
         hidden = groups * width * 2**i
         return Flow(lambda: ResNeXtField(channels[i], hidden, groups, norm=norm), depth=blocks[i], **residual(flow))
 
-    transitions = [nn.Sequential(*_activated(a, b, 1, stride=2)) for a, b in pairwise(channels)]
+    transitions = [nn.Sequential(*activated_conv(a, b, 1, stride=2)) for a, b in pairwise(channels)]
     head = nn.Sequential(Reduce("b c h w -> b c", "mean"), nn.Linear(channels[-1], classes))
     return Network(encoder, [flow_of(i) for i in range(len(blocks))], head, transitions=transitions, readout=readout)
-
-
-def _activated(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
-    """A convolution, batch norm, ReLU."""
-    convolution = nn.Conv2d(channels, out, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
-    return [convolution, nn.BatchNorm2d(out), nn.ReLU()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from odenets.module_wise.partition import shared_parameter
 from odenets.module_wise.schedule import Plan, Schedule, Visit
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
 from odenets.training.data import Batches, data_for
+from odenets.training.loop import progress_bar
 from odenets.training.objectives import Objective
 from odenets.training.runs import Run
 from odenets.training.state import check_optimizer, check_precision
@@ -168,12 +169,14 @@ def fit_modules(
         training=training, plan=plan, batches=batches, validation=validation, states=states, offload=offload,
         clip_norm=clip_norm, device=torch.device(device),
     )  # fmt: skip
-    for visit in _with_bar(plan.visits, training.done, progress):
-        loop.run(visit)
-        if run is not None:
-            run.save_state(training.state_dict() | plan.state_dict(), checkpoint)
-            run.log(training.rows)
-        report(1)
+    with progress_bar(progress, len(plan.visits), training.done) as show:
+        for visit in plan.visits[training.done :]:
+            loop.run(visit)
+            if run is not None:
+                run.save_state(training.state_dict() | plan.state_dict(), checkpoint)
+                run.log(training.rows)
+            report(1)
+            show(training.rows[-1])
     network.to(device)
     to_training_mode(network, loop.frozen)
     return training
@@ -193,19 +196,6 @@ def _check(network: ModuleWise, plan: Plan, batches: Batches, cached: bool, offl
             f"cache is for modules that share no weights, but modules {first + 1} and {second + 1} share {name}: "
             "cache=None computes the states anew"
         )
-
-
-def _with_bar(visits: list[Visit], done: int, label: str | None) -> Iterator[Visit]:
-    """What is left of the epochs, below a progress bar if there is a label."""
-    if label is None:
-        yield from visits[done:]
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=len(visits), initial=done, desc=label, unit="epoch") as bar:
-        for visit in visits[done:]:
-            yield visit
-            bar.update()
 
 
 @dataclass(kw_only=True)

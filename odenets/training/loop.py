@@ -29,7 +29,7 @@ from odenets.training.steps import Stepper
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Callback", "fit"]
+__all__ = ["Callback", "fit", "progress_bar"]
 
 CONVERTING = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Fabric's precisions in which weights are converted."""
@@ -151,7 +151,7 @@ def fit(
         loss_limit=loss_limit,
         step_options={"clip_norm": clip_norm, "accumulate": accumulate, "compile": compile},
     )
-    with _progress_bar(progress, epochs, training.epoch) as show:
+    with progress_bar(progress, epochs, training.epoch) as show:
         while training.epoch < epochs:
             row = loop.epoch()
             if row is None:
@@ -198,7 +198,7 @@ def _weights_dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
 
 
 @contextmanager
-def _progress_bar(label: str | None, epochs: int, done: int) -> Iterator[Callable[[dict[str, Any]], object]]:
+def progress_bar(label: str | None, epochs: int, done: int) -> Iterator[Callable[[dict[str, Any]], object]]:
     """What shows an epoch's row in a bar; nothing without a label."""
     if label is None:
         yield lambda row: None

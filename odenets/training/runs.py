@@ -134,10 +134,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the folder holds no run.
     """
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"folder {str(folder)!r} holds no run: config.json is missing")
-    return json.loads(path.read_text())
+    return _read(folder, "config.json", "run")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, str]]:
@@ -155,9 +152,13 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the folder holds no finished run.
     """
-    path = Path(folder) / "summary.json"
+    return _read(folder, "summary.json", "finished run")
+
+
+def _read(folder: str | Path, name: str, what: str) -> dict[str, Any]:
+    path = Path(folder) / name
     if not path.exists():
-        raise FileNotFoundError(f"folder {str(folder)!r} holds no finished run: summary.json is missing")
+        raise FileNotFoundError(f"folder {str(folder)!r} holds no {what}: {name} is missing")
     return json.loads(path.read_text())
 
 

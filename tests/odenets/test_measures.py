@@ -7,6 +7,7 @@ from torch import nn
 from odenets import Flow, MLPField, measures
 from solvers import get_tableau, integrate, rk_step
 from tests.counting import Counted, Operations
+from tests.odenets.adapting.models import Calling
 
 
 class Moving(nn.Module):
@@ -47,13 +48,9 @@ def test_action_is_the_kinetic_energy_integrated_beside_the_state_at_no_extra_ev
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "bs23"])
 def test_action_and_displacement_do_not_change_when_a_constant_step_is_cut(solver):
-    class Constant(nn.Module):
-        def forward(self, t, x):
-            return torch.full_like(x, 3.0)
-
-    x = torch.zeros(2, 4)
+    x, constant = torch.zeros(2, 4), Calling(lambda m, t, x: torch.full_like(x, 3.0))
     for depth in (1, 5):
-        flow = Flow(Constant(), solver=solver, depth=depth, total_time=2.0, shared=True)
+        flow = Flow(constant, solver=solver, depth=depth, total_time=2.0, shared=True)
         _, records = flow.record(
             x, action=measures.action, displacement=measures.displacement, residue=measures.residue
         )

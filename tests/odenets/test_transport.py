@@ -12,6 +12,7 @@ from torch import nn
 
 from odenets import Flow, Network, adapt, models
 from odenets.transport import Moves, moves, states_of, wasserstein
+from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import unchanged
 
 
@@ -146,23 +147,18 @@ def test_clouds_follow_the_precision_of_the_network(network_dtype):
 
 def test_the_displacements_of_large_half_precision_states_are_finite():
     """The square of 300 is beyond a half's largest number."""
-    flow = Flow(lambda: Constant(), solver="euler", h=1.0, depth=2)
+    flow = Flow(constant, solver="euler", h=1.0, depth=2)
     result = moves(flow, torch.randn(4, 3).half())
     assert result.mean == pytest.approx([300 * math.sqrt(3)] * 2, rel=1e-2)
     assert result.w2 == pytest.approx(result.root_mean_square, rel=1e-9)
 
 
-class Constant(nn.Module):
-    def __init__(self, velocity=300.0):
-        super().__init__()
-        self.velocity = velocity
-
-    def forward(self, t, x):
-        return torch.full_like(x, self.velocity)
+def constant(velocity=300.0):
+    return Calling(lambda m, t, x: torch.full_like(x, velocity))
 
 
 def test_the_gap_of_what_does_not_move_is_zero():
-    still = moves(Flow(lambda: Constant(0.0), solver="euler", h=1.0, depth=2), torch.randn(4, 2))
+    still = moves(Flow(lambda: constant(0.0), solver="euler", h=1.0, depth=2), torch.randn(4, 2))
     assert (still.w2 == 0).all()
     assert still.gap == 0
     one = np.ones(1)
@@ -202,7 +198,7 @@ def test_an_adapted_model_is_named(measure):
             lambda: wasserstein(*(torch.tensor([[1.0], [size]], dtype=torch.float64) for size in (1e-200, 2e-200))),
             "within 150 orders of magnitude",
         ),
-        (lambda: moves(Flow(lambda: Constant(torch.inf), depth=2), torch.randn(4, 2)), "finite states.*after block 1"),
+        (lambda: moves(Flow(lambda: constant(torch.inf), depth=2), torch.randn(4, 2)), "finite states.*after block 1"),
         (lambda: moves(Network(nn.Identity(), [Flow(), Flow()], nn.Identity(), transitions=[nn.Identity()]),
                        torch.randn(4, 2)), "must have one flow, got 2"),
         (lambda: moves(nn.Linear(2, 2), torch.randn(4, 2)), "must be a Network or a Flow, got Linear"),

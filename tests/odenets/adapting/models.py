@@ -79,7 +79,7 @@ class Unit(nn.Module):
 
 
 class Calling(nn.Module):
-    """A model of these modules whose forward pass is a function of it and of its input."""
+    """A model of these modules whose forward pass is a function of it and of its inputs."""
 
     def __init__(self, function, **modules):
         super().__init__()
@@ -87,8 +87,8 @@ class Calling(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
 
-    def forward(self, x):
-        return self.function(self, x)
+    def forward(self, *inputs, **named):
+        return self.function(self, *inputs, **named)
 
 
 class Repeated(nn.Module):

@@ -42,18 +42,13 @@ def test_an_early_exit_does_not_call_later_modules():
 
 
 def test_accuracy_after_each_module_and_the_best():
-    class Constant(nn.Module):
-        def __init__(self, label):
-            super().__init__()
-            self.label = label
-
-        def forward(self, x):
-            return nn.functional.one_hot(torch.full((len(x),), self.label), 3).float()
+    def constant(label):
+        return Calling(lambda m, x: nn.functional.one_hot(torch.full((len(x),), label), 3).float())
 
     labels = torch.tensor([0, 1, 1, 2, 1, 0])
     batches = data.Batches(data.TensorData("six", torch.rand(6, 2), labels, 3, (0.0,), (1.0,)), 4)
     label, flow = iter([0, 1, 2]), Flow(lambda: MLPField(2), depth=3)
-    modules = split_into_modules(flow, 3, torch.rand(2, 2), classes=3, head=lambda state, c: Constant(next(label)))
+    modules = split_into_modules(flow, 3, torch.rand(2, 2), classes=3, head=lambda state, c: constant(next(label)))
     assert modules.accuracies(batches) == pytest.approx([2 / 6, 3 / 6, 1 / 6])
     assert modules.best(batches) == 2
 
@@ -161,21 +156,11 @@ def test_splitting_leaves_a_network_as_it_was_and_new_layers_take_its_mode(balan
     network.encoder.train(not training)
     network.head = nn.Sequential(nn.Dropout(), network.head).train(not training)
     with unchanged(network):
-        modules = split_into_modules(network, 2, IMAGES, balance=balance, head=lambda state, classes: Fixed(classes))
+        head = Calling(lambda m, x: x.flatten(1)[:, :10])  # draws no weights
+        modules = split_into_modules(network, 2, IMAGES, balance=balance, head=lambda state, classes: head)
         assert modules.training == modules.modules_in_order[0].head.training == training
         modules.predict(IMAGES)
         modules.accuracies(FOUR)
-
-
-class Fixed(nn.Module):
-    """A head that draws no weights."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.classes = classes
-
-    def forward(self, x):
-        return x.flatten(1)[:, : self.classes]
 
 
 def test_modes_come_back_after_an_exception():

@@ -9,6 +9,7 @@ from torch import nn
 from odenets import models, recalibrate
 from odenets.module_wise import split_into_modules
 from odenets.normalization import StageBatchNorm
+from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import unchanged
 from tests.odenets.normalization.networks import X, network, trained
 
@@ -181,14 +182,6 @@ def test_all_heads_of_modules_are_recalibrated(last_head):
 def test_a_shared_norm_averages_over_all_its_calls():
     norm = nn.BatchNorm1d(2)
 
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = norm
-
-        def forward(self, x):
-            return self.norm(x) + self.norm(x + 2)
-
     x = torch.randn(8, 2)
-    recalibrate(Twice(), [x])
+    recalibrate(Calling(lambda m, x: m.norm(x) + m.norm(x + 2), norm=norm), [x])
     torch.testing.assert_close(norm.running_mean, x.mean(0) + 1)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from odenets.normalization import StageBatchNorm
 from odenets.training import data
 from odenets.training.evaluation import evaluate_schemes
 from solvers import get_tableau
+from tests.odenets.adapting.models import Calling
 from tests.odenets.normalization.networks import X, network, trained
 
 
@@ -88,15 +90,9 @@ def _copied(net):
     return other
 
 
-def _loaded(net):
+def _loaded(net, assign=False):
     other = network().eval()
-    other.load_state_dict(net.state_dict())
-    return other
-
-
-def _assigned(net):
-    other = network().eval()
-    other.load_state_dict(net.state_dict(), assign=True)
+    other.load_state_dict(net.state_dict(), assign=assign)
     return other
 
 
@@ -108,7 +104,7 @@ def _read_before(net):
     return other.eval()
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, _copied, _loaded, _assigned, _read_before])
+@pytest.mark.parametrize("way", [copy.deepcopy, _copied, _loaded, partial(_loaded, assign=True), _read_before])
 def test_statistics_that_came_another_way_are_known(way):
     with pytest.raises(ValueError, match="no statistics of stage 4"):
         way(trained()).record(X, error=measures.error)
@@ -160,7 +156,7 @@ def test_closing_stages_that_stay_behind_further_training_are_refused(way):
 def test_closing_fields_that_stay_behind_further_training_are_refused(norm):
     net = network(stage_fields="untied")
     if norm == "torch's":
-        net = Network(nn.Identity(), Flow(Plain, solver="bs23", depth=2, stage_fields="untied"), net.head)
+        net = Network(nn.Identity(), Flow(plain, solver="bs23", depth=2, stage_fields="untied"), net.head)
     _trained_on(net)
     net(X)
     with pytest.raises(ValueError, match="closing fields of block 1 have statistics that are behind further training"):
@@ -186,18 +182,12 @@ def test_errors_measured_now_and_then_in_training_keep_closing_stages_with_the_o
         net.record(X, error=measures.error)
 
 
-class Plain(nn.Module):
+def plain():
     """A field with torch's own batch norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, t, x):
-        return self.conv(self.norm(x))
+    return Calling(lambda m, t, x: m.conv(m.norm(x)), norm=nn.BatchNorm2d(3), conv=nn.Conv2d(3, 3, 3, padding=1))
 
 
-@pytest.mark.parametrize("field", [Plain, lambda: ConvField(3, norm="batch")], ids=["torch's", "ours"])
+@pytest.mark.parametrize("field", [plain, lambda: ConvField(3, norm="batch")], ids=["torch's", "ours"])
 def test_closing_fields_of_untied_blocks_without_statistics_are_refused(field):
     flow = Flow(field, solver="bs23", depth=2, stage_fields="untied")
     flow.eval().record(X, error=measures.error)  # new, as it is

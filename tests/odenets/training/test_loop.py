@@ -80,6 +80,11 @@ def test_a_network_in_eval_mode_within_a_new_module_is_trained():
     assert all(module.training for module in net.modules())
 
 
+def test_rows_of_an_adapted_model_hold_its_steps():
+    row = fit(adapt(answering(lambda z: z), ["model.1"]), TENS, epochs=1, optimizer=sgd).rows[0]
+    assert (row["depth"], row["h"], row["evaluations"]) == (1, "1", 20)
+
+
 def test_a_callback_that_leaves_eval_mode_does_not_thaw_or_freeze():
     class Looking:
         def after_epoch(self, training, row):

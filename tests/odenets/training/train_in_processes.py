@@ -23,21 +23,17 @@ def parts() -> data.Split:
     return datasets.split(*datasets.load("digits"), size=250)
 
 
+def sgd(network):
+    return torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
+
+
 def main(folder: Path, launcher: Fabric) -> None:
     """The first process writes weights and figures."""
     torch.manual_seed(0)
     network = models.small_network(features=8, solver="euler", h=1.0, depth=2).double()
     train = parts().train
-    objective = LeastAction(tau=0.5, every=3)
-    training = fit(
-        network,
-        data.Batches(replace(train, x=train.x.double()), 33, seed=0),
-        epochs=3,
-        optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.02, momentum=0.9),
-        objective=objective,
-        clip_norm=1.0,
-        fabric=launcher,
-    )
+    objective, batches = LeastAction(tau=0.5, every=3), data.Batches(replace(train, x=train.x.double()), 33, seed=0)
+    training = fit(network, batches, epochs=3, optimizer=sgd, objective=objective, clip_norm=1.0, fabric=launcher)
     if launcher.is_global_zero:
         save_weights(network, folder / "weights.safetensors")
         row = training.rows[-1]
@@ -74,7 +70,7 @@ def adaptive(folder: Path, launcher: Fabric) -> None:
             network,
             data.Batches(held.train, 33, seed=0),
             epochs=epochs,
-            optimizer=lambda net: torch.optim.SGD(net.parameters(), 0.02, momentum=0.9),
+            optimizer=sgd,
             objective=Starting(),
             validation=data.Batches(held.validation, 100),
             callbacks=[AdaptiveDepth(DepthRule(1e-7, max_depth=4), inputs, until=3)],

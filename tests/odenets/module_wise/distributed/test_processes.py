@@ -17,16 +17,19 @@ from odenets.module_wise import conv_head, fit_in_processes, fit_modules, split_
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
 from odenets.module_wise.distributed.processes import check_apart
 from odenets.training import datasets
+from tests.odenets.checks import assert_same
 from tests.odenets.module_wise.distributed import train_modules
 
 ROOT = Path(train_modules.__file__).parents[4]
 
 
-def launch(folder, processes=2, trouble=None, dtype="float32", **options):
+def launch(folder, processes=2, trouble=None, dtype="float32", fails=False, **options):
     arguments = [str(folder), json.dumps(trouble or {}), json.dumps(options), dtype]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", train_modules.__name__, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, check=False)
+    assert bool(result.returncode) == fails, result.stderr
+    return result.stderr
 
 
 def alone(dtype="float32"):
@@ -52,21 +55,18 @@ def read(folder, rank=0, dtype="float32"):
 @pytest.mark.slow
 def test_two_processes_find_what_one_does_and_a_killed_one_ends_the_group(tmp_path):
     expected, training = alone()
-    result = launch(tmp_path, trouble={"1": {"kill": 15}})
-    assert result.returncode
-    assert "the process of modules 1 to 2 (rank 0) was told to end after" in result.stderr or (
-        "the process of modules 3 to 4 (rank 1) is gone" in result.stderr
+    said = launch(tmp_path, trouble={"1": {"kill": 15}}, fails=True)
+    assert "the process of modules 1 to 2 (rank 0) was told to end after" in said or (
+        "the process of modules 3 to 4 (rank 1) is gone" in said
     )
     kept = {path.name for path in tmp_path.glob("module*.pt")}
     assert {f"module{k}-epoch2.pt" for k in (1, 2, 3, 4)} <= kept
     assert not {f"module{k}-epoch4.pt" for k in (3, 4)} & kept
-    resumed = launch(tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    launch(tmp_path)
     for rank in (0, 1):
         network, rows = read(tmp_path, rank)
         assert losses(rows) == losses(training.rows)
-        for name, value in network.state_dict().items():
-            assert torch.equal(value, expected.state_dict()[name]), name
+        assert_same(network, expected)
 
 
 @pytest.mark.slow
@@ -74,23 +74,20 @@ def test_with_a_larger_buffer_nobody_waits_for_a_slow_process(tmp_path):
     """The slow one stands still from its second batch on until the other has taken its last step."""
     for slow, fast in (("0", "1"), ("1", "0")):
         folder, last = tmp_path / slow, str(tmp_path / f"last step of {fast}")
-        result = launch(folder, trouble={slow: {"wait": last}, fast: {"last": last}}, buffer=3)
-        assert result.returncode == 0, result.stderr
+        launch(folder, trouble={slow: {"wait": last}, fast: {"last": last}}, buffer=3)
         assert all(row["train_loss"] > 0 for row in read(folder)[1])
 
 
 @pytest.mark.slow
 def test_replicas_share_batches(tmp_path):
-    result = launch(tmp_path, processes=4, replicas=2)
-    assert result.returncode == 0, result.stderr
+    launch(tmp_path, processes=4, replicas=2)
     training = alone()[1]
     network, rows = read(tmp_path)
     first = {key: value for key, value in losses(rows).items() if key[1] == 1}
     for (module, _), loss in first.items():  # a replica's own share of the loss
         assert loss == pytest.approx(losses(training.rows)[module, 1], rel=0.3)
     for rank in (1, 2, 3):
-        other = read(tmp_path, rank)[0]
-        assert all(torch.equal(p, q) for p, q in zip(network.parameters(), other.parameters(), strict=True))
+        assert_same(network, read(tmp_path, rank)[0])
 
 
 def test_modules_of_different_processes_share_nothing():
@@ -150,12 +147,10 @@ def test_without_a_group():
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_other_precisions_with_images_in_two_processes(tmp_path, dtype):
     expected, training = alone(dtype)
-    result = launch(tmp_path, dtype=dtype)
-    assert result.returncode == 0, result.stderr
+    launch(tmp_path, dtype=dtype)
     network, rows = read(tmp_path, 1, dtype)
     assert losses(rows) == losses(training.rows)
-    for name, value in network.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[name]), name
+    assert_same(network, expected)
 
 
 @pytest.mark.parametrize("images", [None, torch.float32, torch.float64, torch.bfloat16])
