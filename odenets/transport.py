@@ -86,7 +86,8 @@ def wasserstein(x: Tensor, y: Tensor, p: int = 2) -> float:
     exponent = math.frexp(max(np.abs(a).max(), np.abs(b).max()))[1]
     a, b = np.ldexp(a, -exponent), np.ldexp(b, -exponent)  # exact, so that no square leaves the range of float64
     least = _least_cost(a, b, p)
-    if least < np.finfo(float).tiny / np.finfo(float).eps and not np.array_equal(_ordered(a), _ordered(b)):
+    same = (points[np.lexsort(points.T)] for points in (a, b))
+    if least < np.finfo(float).tiny / np.finfo(float).eps and not np.array_equal(*same):
         raise ValueError("x and y must hold coordinates within 150 orders of magnitude: squares of some are lost")
     return math.ldexp(least ** (1 / p), exponent)
 
@@ -95,10 +96,6 @@ def _coordinates(x: Tensor) -> Tensor:
     """Float64 coordinates ``(N, D)`` on the CPU."""
     x = x.detach().cpu()
     return (torch.view_as_real(x) if x.is_complex() else x).double().flatten(1)
-
-
-def _ordered(points: np.ndarray) -> np.ndarray:
-    return points[np.lexsort(points.T)]
 
 
 def _least_cost(a: np.ndarray, b: np.ndarray, p: int) -> float:

@@ -8,6 +8,7 @@ from torch import nn
 import odenets
 from odenets import ConvField, Flow, MLPField, measures
 from solvers import Tolerance, get_tableau
+from tests.odenets.networks import Calling
 
 VECTORS, IMAGES = torch.randn(5, 3), torch.randn(4, 8, 6, 6)
 
@@ -42,33 +43,23 @@ def test_records_compile_without_graph_break():
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(VECTORS), run(VECTORS))
 
 
-class HandWritten(nn.Module):
-    """A pre-activation residual network, He et al. 2016."""
+def preactivation_resnet(channels, depth):
+    """He et al. 2016, written by hand."""
 
-    def __init__(self, channels, depth):
-        super().__init__()
-        branch = lambda: nn.Sequential(  # noqa: E731
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        )
-        self.branches = nn.ModuleList(branch() for _ in range(depth))
+    def half():
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        return nn.BatchNorm2d(channels), nn.ReLU(), conv
 
-    def forward(self, x):
-        for branch in self.branches:
-            x = x + branch(x)
-        return x
+    branches = [nn.Sequential(*half(), *half()) for _ in range(depth)]
+    return nn.Sequential(*(Calling(lambda m, x: x + m.branch(x), branch=branch) for branch in branches))
 
 
 def test_euler_with_h_one_is_a_preactivation_resnet():
-    by_hand = HandWritten(8, 4)
+    by_hand = preactivation_resnet(8, 4)
     flow = Flow(lambda: ConvField(8, norm="batch"), solver="euler", depth=4, h=1.0)
-    for branch, block in zip(by_hand.branches, flow.blocks, strict=True):
+    for residual, block in zip(by_hand, flow.blocks, strict=True):
         for layer, name in ((0, "norm1"), (2, "conv1"), (3, "norm2"), (5, "conv2")):
-            getattr(block.fields[0], name).weight.data.copy_(branch[layer].weight.data)
+            getattr(block.fields[0], name).weight.data.copy_(residual.branch[layer].weight.data)
     x, y = IMAGES.clone().requires_grad_(), IMAGES.clone().requires_grad_()
     for mode in (True, False):
         ours, theirs = flow.train(mode)(x), by_hand.train(mode)(y)

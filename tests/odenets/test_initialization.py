@@ -12,6 +12,12 @@ def network(**options):
     return models.resnet9(features=16, size=8, depth=2, **options)
 
 
+LAYOUTS = {
+    "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded view": lambda w: torch.stack([w, w], -1)[..., 0],
+}
+
+
 def layers(net):
     return [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
 
@@ -67,19 +73,13 @@ def test_norms_are_reset_and_the_seed_decides(name):
 
 
 @pytest.mark.parametrize("name", INITIALIZERS)
-@pytest.mark.parametrize("layout", ["channels last", "transposed", "expanded view"])
+@pytest.mark.parametrize("layout", ["channels last", *LAYOUTS])
 def test_the_memory_format_decides_nothing(name, layout):
     nets = [nn.Sequential(nn.Conv2d(4, 6, 3), nn.ConvTranspose2d(6, 4, 2), nn.Flatten(), nn.Linear(5, 3)) for _ in "ab"]
     if layout == "channels last":
         nets[1].to(memory_format=torch.channels_last)
     for layer in layers(nets[1]) if layout != "channels last" else ():
-        w = layer.weight.detach()
-        view = (
-            w.transpose(0, 1).contiguous().transpose(0, 1)
-            if layout == "transposed"
-            else torch.stack([w, w], -1)[..., 0]
-        )
-        layer.weight = nn.Parameter(view)
+        layer.weight = nn.Parameter(LAYOUTS[layout](layer.weight.detach()))
     strides = [p.stride() for p in nets[1].parameters()]
     for net in nets:
         torch.manual_seed(3)

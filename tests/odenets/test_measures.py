@@ -7,7 +7,7 @@ from torch import nn
 from odenets import Flow, MLPField, measures
 from solvers import get_tableau, integrate, rk_step
 from tests.counting import Counted, Operations
-from tests.odenets.adapting.models import Calling
+from tests.odenets.networks import Calling
 
 
 class Moving(nn.Module):
@@ -51,9 +51,7 @@ def test_action_and_displacement_do_not_change_when_a_constant_step_is_cut(solve
     x, constant = torch.zeros(2, 4), Calling(lambda m, t, x: torch.full_like(x, 3.0))
     for depth in (1, 5):
         flow = Flow(constant, solver=solver, depth=depth, total_time=2.0, shared=True)
-        _, records = flow.record(
-            x, action=measures.action, displacement=measures.displacement, residue=measures.residue
-        )
+        _, records = flow.record(x, **{name: getattr(measures, name) for name in ("action", "displacement", "residue")})
         torch.testing.assert_close(records["action"].sum(0), torch.full((2,), 18.0))
         torch.testing.assert_close(records["displacement"].sum(0), torch.full((2,), 6.0))
         torch.testing.assert_close(records["residue"], torch.full((depth, 2), 9.0))
@@ -67,11 +65,6 @@ def test_a_field_at_rest_has_a_cosine_of_zero_and_finite_gradients():
     assert records["cosine"].tolist() == [[0.0] * 4]
     records["cosine"].sum().backward()
     assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
-
-
-def test_error_needs_an_embedded_method():
-    with pytest.raises(ValueError, match="no embedded error"):
-        Flow(MLPField(3), solver="euler").record(torch.randn(2, 3), error=measures.error)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "bs23"])

@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from odenets import Flow, MLPField, Network, Recorder, Records, adapt, measures
-from tests.odenets.adapting.models import Calling
+from tests.odenets.networks import Calling
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch import nn
 
 from odenets import Flow, Network, adapt, models
 from odenets.transport import Moves, moves, states_of, wasserstein
-from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import unchanged
+from tests.odenets.networks import Calling
 
 
 def network(dimensions=2, depth=4, **flow):

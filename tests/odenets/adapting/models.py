@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from odenets import measures
+from tests.odenets.networks import Unit
+
 tv = pytest.importorskip("torchvision.models")
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 SMALL = X[:, :, :32, :32].contiguous()
+QUANTITIES = {name: getattr(measures, name) for name in ("action", "residue", "cosine", "displacement")}
 TINY = X[:, :, :8, :8].contiguous()
 
 
@@ -64,31 +68,6 @@ def zero_branches(adapted, *parts):
             for p in module.parameters():
                 if p not in shortcuts:
                     nn.init.zeros_(p)
-
-
-class Unit(nn.Module):
-    """A residual block whose parts have names of their own."""
-
-    def __init__(self, channels, wider):
-        super().__init__()
-        self.widen = nn.Conv2d(channels, wider, 1) if wider != channels else None
-        self.way = nn.Conv2d(channels, wider, 3, padding=1)
-
-    def forward(self, x):
-        return (x if self.widen is None else self.widen(x)) + self.way(x)
-
-
-class Calling(nn.Module):
-    """A model of these modules whose forward pass is a function of it and of its inputs."""
-
-    def __init__(self, function, **modules):
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, *inputs, **named):
-        return self.function(self, *inputs, **named)
 
 
 class Repeated(nn.Module):

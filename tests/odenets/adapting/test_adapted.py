@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from odenets import Flow, Network, measures
 from odenets.adapting import AdaptedModel, adapt
-from tests.odenets.adapting.models import FAMILIES, SMALL, X, small_resnet, small_vit, zero_branches
+from tests.odenets.adapting.models import FAMILIES, QUANTITIES, SMALL, X, small_resnet, small_vit, zero_branches
 from tests.odenets.checks import assert_same_gradients
 
 
@@ -34,9 +34,7 @@ def test_records_are_those_of_the_steps(family):
     adapted = adapt(make().eval())
     with torch.no_grad():
         steps = adapted.steps(x)
-        output, records = adapted.record(
-            x, action=measures.action, residue=measures.residue, cosine=measures.cosine, norm=measures.displacement
-        )
+        output, records = adapted.record(x, **QUANTITIES)
         assert torch.equal(adapted(x), output)
     assert [step.t for step in steps] == list(range(adapted.depth))
     for m, step in enumerate(steps):
@@ -46,7 +44,7 @@ def test_records_are_those_of_the_steps(family):
         square = (step.x1 - step.x0).square().flatten(1).mean(1)
         for name in ("action", "residue"):
             torch.testing.assert_close(records[name][m], square)
-        torch.testing.assert_close(records["norm"][m], square.sqrt())
+        torch.testing.assert_close(records["displacement"][m], square.sqrt())
         r = step.residue.double().flatten(1)
         cosine = (r.mean(1) / r.square().mean(1).sqrt()).float()
         torch.testing.assert_close(records["cosine"][m], cosine, atol=1e-5, rtol=1e-4)
@@ -131,15 +129,14 @@ def test_an_adapted_resnet_is_the_native_network_with_its_weights():
     model = small_resnet(layers=(2, 1, 2, 1)).double()
     twin = copy.deepcopy(model)
     x, y = SMALL.double(), torch.tensor([1, 3])
-    quantities = {name: getattr(measures, name) for name in ("action", "residue", "cosine", "displacement")}
     for network in (adapt(model), native(twin)):
-        output, records = network.record(x, **quantities)
+        output, records = network.record(x, **QUANTITIES)
         (F.cross_entropy(output, y) + records["action"].mean(1).sum()).backward()
         if isinstance(network, AdaptedModel):
             expected = output, records
     torch.testing.assert_close(output, expected[0])
     assert records.starts == expected[1].starts == (0, 2, 3, 5)
-    for name in quantities:
+    for name in QUANTITIES:
         torch.testing.assert_close(records[name], expected[1][name])
     assert_same_gradients(model, twin)
 

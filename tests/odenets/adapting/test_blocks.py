@@ -4,7 +4,8 @@ from torch import nn
 
 from odenets import measures
 from odenets.adapting import RULES, Rule, adapt
-from tests.odenets.adapting.models import Calling, Unit, X, small_resnet, small_vit, tv, zero_branches
+from tests.odenets.adapting.models import X, small_resnet, small_vit, tv, zero_branches
+from tests.odenets.networks import Calling, Unit
 
 TIMM = {
     "resnet18": 8, "resnext50_32x4d": 16, "resnetv2_50": 16, "regnetx_002": 13, "regnety_002": 13,

@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from odenets import measures
 from odenets.adapting import adapt
 from odenets.analysis.memory import measure_memory
-from tests.odenets.adapting.models import SMALL, TINY, Calling, Repeated, Unit, X, small_resnet
+from tests.odenets.adapting.models import SMALL, TINY, Repeated, X, small_resnet
 from tests.odenets.checks import assert_same_gradients
+from tests.odenets.networks import Calling, Unit
 
 BUFFER = torch.empty(2, 3, 8, 8)
 ADDITIONS = {"new": torch.add, "in place": torch.Tensor.add_, "buffer": lambda x, r: torch.add(x, r, out=BUFFER)}

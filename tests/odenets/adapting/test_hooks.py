@@ -9,8 +9,9 @@ from torch import nn
 
 from odenets import measures
 from odenets.adapting import adapt
-from tests.odenets.adapting.models import FAMILIES, TINY, Calling, Repeated, Unit, X, small_resnet
+from tests.odenets.adapting.models import FAMILIES, QUANTITIES, TINY, Repeated, X, small_resnet
 from tests.odenets.checks import assert_same_gradients
+from tests.odenets.networks import Calling, Unit
 
 
 def test_a_pass_within_a_pass_is_its_own():
@@ -117,10 +118,9 @@ def test_record_compiles_without_a_graph_break(family):
 def test_under_autocast_records_stay_float32(family):
     make, x, _ = FAMILIES[family]
     adapted = adapt(make().eval())
-    quantities = {name: getattr(measures, name) for name in ("action", "residue", "cosine", "displacement")}
-    expected = adapted.record(x, **quantities)[1]
+    expected = adapted.record(x, **QUANTITIES)[1]
     with torch.autocast("cpu", torch.bfloat16):
-        output, records = adapted.record(x, **quantities)
+        output, records = adapted.record(x, **QUANTITIES)
         only = adapted.record(x, action=measures.action)[1]
     assert output.dtype == torch.bfloat16
     for name, values in records.items():

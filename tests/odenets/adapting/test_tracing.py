@@ -2,8 +2,9 @@ import pytest
 
 from odenets.adapting import adapt
 from odenets.adapting.tracing import cut_adapted
-from tests.odenets.adapting.models import Calling, Repeated, Unit, small_resnet
+from tests.odenets.adapting.models import Repeated, small_resnet
 from tests.odenets.checks import unchanged
+from tests.odenets.networks import Calling, Unit
 
 
 def test_to_be_cut_leaves_each_module_its_mode():
@@ -22,13 +23,15 @@ def test_a_model_that_repeats_a_block_is_not_cut():
         cut_adapted(adapted, [1, 2])
 
 
-def test_a_model_with_hooks_outside_its_blocks_is_not_cut():
-    adapted = adapt(small_resnet())
-    outputs = []
-    adapted.model.layer2.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with pytest.raises(ValueError, match="'layer2' has hooks, which would be lost where it is cut"):
+@pytest.mark.parametrize(("name", "called"), [("layer2", "'layer2'"), ("", "ResNet")])
+def test_a_model_with_hooks_outside_its_blocks_is_not_cut(name, called):
+    adapted, inputs = adapt(small_resnet()), []
+    hook = adapted.model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args))
+    with pytest.raises(ValueError, match=f"{called} has hooks, which would be lost where it is cut: make what they do"):
         cut_adapted(adapted, [2, 4])
-    assert not outputs
+    assert not inputs
+    hook.remove()
+    cut_adapted(adapted, [2, 4])
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from odenets import Flow, MLPField, Network, adapt, models
 from odenets.analysis.refinement import iterative_refinement
-from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import unchanged
+from tests.odenets.networks import Calling
 
 
 class DownTheLoss(nn.Module):
@@ -81,25 +81,21 @@ def test_an_adapted_model_is_measured_as_the_network_of_its_steps():
     assert all(p.grad is None for p in model.parameters())
 
 
-class Transformer(nn.Module):
+def transformer(first, second, flat):
     """Two steps; between them the state may pass with its tokens in one row."""
 
-    def __init__(self, first, second, flat):
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = nn.Identity(), first, nn.Identity(), second
-        self.flat = flat
+    def forward(m, x):
+        x = x + m.attn(0.0, m.norm1(x))
+        between = x.flatten(1, -2) if flat else x
+        return (between + m.mlp(0.0, m.norm2(between))).reshape(x.shape)
 
-    def forward(self, x):
-        x = x + self.attn(0.0, self.norm1(x))
-        shape = x.shape
-        x = x.reshape(shape[0], -1, shape[-1]) if self.flat else x
-        return (x + self.mlp(0.0, self.norm2(x))).reshape(shape)
+    return Calling(forward, norm1=nn.Identity(), attn=first, norm2=nn.Identity(), mlp=second)
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_both_steps_of_a_transformer_block_have_a_gradient(flat):
     fields, head = [MLPField(3) for _ in range(4)], nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    blocks = [Transformer(*fields[:2], flat), Transformer(*fields[2:], flat)]
+    blocks = [transformer(*fields[:2], flat), transformer(*fields[2:], flat)]
     network = Network(nn.Linear(2, 3), Flow(iter(fields).__next__, solver="euler", depth=4, h=1.0), head)
     batches = [(torch.randn(5, 2, 2, 2), torch.arange(5) % 2)]
     expected = iterative_refinement(network, batches)

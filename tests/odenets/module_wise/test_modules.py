@@ -5,8 +5,8 @@ from torch import nn
 from odenets import Flow, MLPField, adapt, models
 from odenets.module_wise import ModuleWise, conv_head, linear_head, split_into_modules, token_head
 from odenets.training import data
-from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import unchanged
+from tests.odenets.networks import Calling
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 FOUR = data.Batches(data.TensorData("four", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 3)

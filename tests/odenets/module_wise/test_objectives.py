@@ -14,8 +14,8 @@ from odenets.module_wise import fit_modules, split_into_modules, trgl, trgl_mult
 from odenets.training import data, datasets
 from odenets.training.objectives import Objective
 from odenets.transport import wasserstein
-from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import assert_same
+from tests.odenets.networks import Calling
 
 
 class Quadratic(Objective):

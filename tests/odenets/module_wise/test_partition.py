@@ -10,8 +10,8 @@ from odenets import Flow, MLPField, adapt, measures, models
 from odenets.module_wise import auglocal, balanced, blocks_of, cut, even
 from odenets.module_wise.partition import activation_memory, lightest
 from odenets.recording import Recorder
-from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import unchanged
+from tests.odenets.networks import Calling
 
 tv = pytest.importorskip("torchvision.models")
 
@@ -111,15 +111,6 @@ def test_errors():
         cut(Flow(lambda: MLPField(2), depth=4, shared=True), [2, 4])
     with pytest.raises(ValueError, match="reads out 'ensemble'"):
         cut(models.resnet9(readout="ensemble", solver="bs23"), [3, 9])
-
-
-def test_hooks_of_a_model_are_not_lost_in_silence():
-    model = tv.resnet18(num_classes=4)
-    hook = model.register_forward_pre_hook(lambda module, args: (args[0] - 1,))
-    with pytest.raises(ValueError, match=r"ResNet has hooks, which would be lost where it is cut: make what they do"):
-        cut(adapt(model), [4, 8])
-    hook.remove()
-    cut(adapt(model), [4, 8])
 
 
 def test_only_one_tensor_may_cross_a_cut():

@@ -9,21 +9,17 @@ from torch import nn
 from odenets import models, recalibrate
 from odenets.module_wise import split_into_modules
 from odenets.normalization import StageBatchNorm
-from tests.odenets.adapting.models import Calling
 from tests.odenets.checks import unchanged
+from tests.odenets.networks import Calling
 from tests.odenets.normalization.networks import X, network, trained
 
 
 @pytest.mark.parametrize("solver", ["bs23", "dopri5", "rk4"])
 def test_recalibrated_statistics_are_those_of_the_states_of_each_stage(solver):
     net = trained(solver)
-    *_, step = (
-        net.flows[0].train().steps(X)
-    )  # each batch normalized with its own statistics, as while it is recalibrated
-    points = [
-        step.x0 + step.h * sum((a * p for a, p in zip(row, step.stages, strict=False)), torch.zeros(()))
-        for row in step.tableau.a
-    ]
+    *_, step = net.flows[0].train().steps(X)  # with a batch's own statistics, as while it is recalibrated
+    velocities = [sum((a * p for a, p in zip(row, step.stages, strict=False)), X * 0) for row in step.tableau.a]
+    points = [step.x0 + step.h * velocity for velocity in velocities]
     recalibrate(net, [X])
     field = net.flows[0].blocks[1].fields[0]
     mean = torch.stack([x.mean((0, 2, 3)) for x in points])

@@ -16,7 +16,7 @@ from odenets.normalization import StageBatchNorm
 from odenets.training import data
 from odenets.training.evaluation import evaluate_schemes
 from solvers import get_tableau
-from tests.odenets.adapting.models import Calling
+from tests.odenets.networks import Calling
 from tests.odenets.normalization.networks import X, network, trained
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from odenets import models
 from odenets.training import data
 from odenets.training.loop import fit
-from tests.odenets.adapting.models import Calling, Unit
+from tests.odenets.networks import Calling, Unit
 
 
 def network(parts, depth=1, **options):

@@ -17,6 +17,7 @@ from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, right_answers
 
 GENERATOR = torch.Generator().manual_seed(0)
+BATCH = torch.rand(3, 1, 8, 8, generator=GENERATOR), torch.tensor([0, 1, 2])
 
 
 def value(objective, output, y):
@@ -68,8 +69,7 @@ def test_label_smoothing_is_torch_s():
 )
 @pytest.mark.parametrize("recorded", [{}, {"displacement": measures.displacement}])
 def test_measures_that_were_not_recorded_are_named(objective, recorded):
-    network = models.small_network(solver="euler", h=1.0, depth=2)
-    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    network, (x, y) = models.small_network(solver="euler", h=1.0, depth=2), BATCH
     names = re.escape(str(list(objective.measures)))
     with pytest.raises(ValueError, match=rf"records must hold {names}, which .* reads, got") as error:
         objective(network, (x, y), *network.record(x, **recorded))
@@ -79,11 +79,8 @@ def test_measures_that_were_not_recorded_are_named(objective, recorded):
 
 
 def test_an_objective_without_measures_needs_no_records():
-    network = models.small_network(solver="euler", h=1.0, depth=2)
-    x, y = torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 2])
-    torch.testing.assert_close(
-        greedy()(0, 2)(network, (x, y), *network.record(x)), F.cross_entropy(network(x), y), rtol=0, atol=0
-    )
+    network, (x, y) = models.small_network(solver="euler", h=1.0, depth=2), BATCH
+    assert greedy()(0, 2)(network, (x, y), *network.record(x)) == F.cross_entropy(network(x), y)
 
 
 @pytest.mark.parametrize("objective", [CrossEntropy(), CrossEntropy(0.1), ReverseCrossEntropy()])

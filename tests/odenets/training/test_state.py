@@ -13,10 +13,6 @@ from tests.odenets.checks import assert_same
 from tests.odenets.training.small import TENS, network, on_cpu, settings, sgd, tiny
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("kill_after", [1, 2, 3])
 def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_after):
     """Across depth edits, the tolerance duplicates at every check, and with the multiplier of its objective."""
@@ -25,7 +21,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_aft
         def after_epoch(self, training, row):
             super().after_epoch(training, row)
             if training.epoch == kill_after + 1:
-                raise Killed
+                raise InterruptedError
 
     inputs = data.Batches(parts.validation, 500).inputs
     rule = DepthRule(1e-7, max_depth=4)
@@ -34,7 +30,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_aft
     fit(whole, **settings(parts, callbacks=[AdaptiveDepth(rule, inputs)], objective=objectives[0]))
     assert whole.depth == 4
     run = Run(tmp_path / "run", {"seed": 0})
-    with pytest.raises(Killed):
+    with pytest.raises(InterruptedError):
         fit(network(parts), **settings(parts, callbacks=[Kill(rule, inputs)], objective=objectives.pop()), run=run)
     torch.manual_seed(123)
     resumed = network(parts)
