@@ -221,10 +221,9 @@ def _layers(model: nn.Module) -> tuple[BlockSpec, ...]:
     """The layers that keep the shape, each with the norm and activation after it, if the model is a plain network:
     one with most of its convolutions and linear layers in Sequentials that are the model or lie directly under it.
     """
-    chains = dict([("", model)] if isinstance(model, nn.Sequential) else model.named_children())
-    leaves = [
-        leaf for name, chain in chains.items() if isinstance(chain, nn.Sequential) for leaf in _leaves(name, chain)
-    ]
+    children = [("", model)] if isinstance(model, nn.Sequential) else model.named_children()
+    chains = [(name, chain) for name, chain in children if isinstance(chain, nn.Sequential)]
+    leaves = [leaf for name, chain in chains for leaf in _leaves(name, chain)]
     weights = sum(_is_weight(module) for module in model.modules())
     if 2 * sum(_is_weight(module) for _, module in leaves) < max(weights, 1):
         return ()

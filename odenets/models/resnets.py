@@ -72,9 +72,7 @@ def resnet9(
         nn.ReLU(),
         nn.Linear(10 * classes, classes),
     )
-    return Network(
-        encoder, Flow(lambda: ConvField(features, norm=norm), depth=depth, **residual(flow)), head, readout=readout
-    )
+    return Network(encoder, _flow(features, depth, norm, flow), head, readout=readout)
 
 
 def resnet110(
@@ -100,9 +98,8 @@ def resnet110(
         others: see :mod:`odenets.models`.
     """
     first, *_, last = channels
-    encoder = nn.Sequential(
-        normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first)
-    )
+    convolution = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
+    encoder = nn.Sequential(normalize or nn.Identity(), convolution, nn.BatchNorm2d(first))
     flows = [_flow(c, blocks, norm, flow, leading=i > 0) for i, c in enumerate(channels)]
     transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
     head = nn.Sequential(Reduce("b c h w -> b c", "mean"), nn.Linear(last, classes))

@@ -108,14 +108,9 @@ def _uncompiled() -> AbstractContextManager[object]:
 def taking_closing_stages(network: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """Flows that hold norms take the closing stages of all their blocks for a while, unless another one is frozen."""
     chosen = set(norms)
-    flows: list[Any] = [
-        flow
-        for flow in network.modules()
-        if getattr(flow, "closing_apart", False)
-        and chosen.issuperset(
-            m for m in flow.modules() if isinstance(m, StageBatchNorm | nn.modules.batchnorm._BatchNorm)
-        )
-    ]
+    kinds = StageBatchNorm | nn.modules.batchnorm._BatchNorm
+    flows: list[Any] = [flow for flow in network.modules() if getattr(flow, "closing_apart", False)]
+    flows = [flow for flow in flows if chosen.issuperset(m for m in flow.modules() if isinstance(m, kinds))]
     for flow in flows:
         flow.takes_closing = True
     try:

@@ -31,9 +31,7 @@ def test_a_part_has_hooks_and_a_mode_of_its_own(ends):
     assert fired == ["part", "part"]
     part.register_buffer("extra", torch.zeros(1))
     assert not list(flow.buffers())
-    assert [id(p) for p in part.parameters()] == [
-        id(p) for block in flow.blocks[slice(*ends)] for p in block.parameters()
-    ]
+    assert [*map(id, part.parameters())] == [*map(id, flow.blocks[slice(*ends)].parameters())]
     part.eval()
     assert flow.training
     assert flow.blocks.training

@@ -47,9 +47,8 @@ def test_kaiming_keeps_the_size_of_gradients_and_states():
 
 
 def test_all_kinds_of_convolutions_and_norms_without_biases():
-    net = initialize(
-        nn.Sequential(nn.Conv1d(4, 8, 3), nn.ConvTranspose2d(4, 8, 2), nn.LayerNorm(8, bias=False)), "normal", 7.0
-    )
+    net = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ConvTranspose2d(4, 8, 2), nn.LayerNorm(8, bias=False))
+    initialize(net, "normal", 7.0)
     for layer in net[:2]:
         assert layer.weight.std().item() == pytest.approx(7, rel=0.25)
         assert not layer.bias.any()

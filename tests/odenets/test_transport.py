@@ -102,9 +102,8 @@ def test_far_points_do_not_hide_the_near_ones(p, far, first):
 @pytest.mark.parametrize("size", [1e-7, 1e-11])
 def test_small_clusters_far_apart(size):
     """Within each of three clusters the points are shifted; costs between them are 1e14 times larger or more."""
-    x = size * torch.randn(30, 2, dtype=torch.float64) + torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(
-        10, 1
-    )
+    centers = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(10, 1)
+    x = size * torch.randn(30, 2, dtype=torch.float64) + centers
     y = x[torch.randperm(30)] + size * torch.tensor([3.0, 4.0])
     assert wasserstein(x, y) == pytest.approx(5 * size, rel=1e-3 if size < 1e-8 else 1e-6)  # 1 + 1e-11 has few digits
 

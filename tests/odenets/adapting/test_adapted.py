@@ -72,10 +72,8 @@ def test_the_two_steps_of_a_transformer_block_are_its_attention_and_its_mlp(fami
     for name, p in adapted.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(p)  # so that every branch moves
-    vit = family == "vit"
-    zero_branches(
-        adapted, *[("ln_1", "self_attention") if vit else ("norm1", "attn"), ("ln_2" if vit else "norm2", "mlp")][half]
-    )
+    parts = [("ln_1", "self_attention"), ("ln_2", "mlp")] if family == "vit" else [("norm1", "attn"), ("norm2", "mlp")]
+    zero_branches(adapted, *parts[half])
     with torch.no_grad():
         action = adapted.record(x, action=measures.action)[1]["action"].amax(1)
     assert (action[half::2] == 0).all()

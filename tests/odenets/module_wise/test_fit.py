@@ -91,9 +91,8 @@ def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
 def test_every_module_learns_in_every_schedule():
     validation = data.Batches(datasets.load("digits")[1], 500)
     for options in ({}, {"schedule": "sequential"}, {"schedule": "sequential", "laps": 2}):
-        training = fit_modules(
-            modules_of(), BATCHES, epochs=4, optimizer=SGD, objective=trgl(1.0), validation=validation, **options
-        )
+        fixed = {"epochs": 4, "optimizer": SGD, "objective": trgl(1.0), "validation": validation}
+        training = fit_modules(modules_of(), BATCHES, **fixed, **options)
         accuracies = training.network.accuracies(validation)
         assert min(accuracies) > 0.6
         last = {row["module"]: row["validation_accuracy"] for row in training.rows}

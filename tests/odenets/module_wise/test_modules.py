@@ -66,9 +66,8 @@ def test_heads_of_the_literature():
     assert head[2].kernel_size == 8  # as in the thesis' on CIFAR-100: 8 on 32 x 32, 4 on 16 x 16
     assert conv_head(torch.rand(2, 16, 16, 16), 10)[2].kernel_size == 4
     for state in (torch.rand(2, 5, 6), torch.rand(2, 5, 5, 6)):
-        torch.testing.assert_close(
-            token_head(state, 3)[:2](state), nn.functional.layer_norm(state, (6,)).flatten(1, -2).mean(1)
-        )
+        expected = nn.functional.layer_norm(state, (6,)).flatten(1, -2).mean(1)
+        torch.testing.assert_close(token_head(state, 3)[:2](state), expected)
     assert linear_head(torch.rand(2, 3, 4), 7)(torch.rand(5, 3, 4)).shape == (5, 7)
 
 

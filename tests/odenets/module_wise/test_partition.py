@@ -135,7 +135,7 @@ def test_a_cut_leaves_each_modules_own_mode(name, training, split):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "modules", "sizes"), [(54, 2, [27, 27]), (54, 4, [14, 14, 13, 13]), (5, 5, [1, 1, 1, 1, 1])]
+    ("blocks", "modules", "sizes"), [(54, 2, [27, 27]), (54, 4, [14, 14, 13, 13]), (5, 5, [1] * 5)]
 )
 def test_even_modules_are_those_of_the_thesis(blocks, modules, sizes):
     assert [b - a for a, b in pairwise([0, *even(blocks, modules)])] == sizes

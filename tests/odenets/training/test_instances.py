@@ -90,9 +90,8 @@ def test_frozen_parameters_stay_and_the_others_learn():
 
 
 def test_batch_norm_of_instances_knows_that_its_closing_stage_has_no_statistics():
-    whole = together(
-        CrossEntropy, epochs=1, networks=[network(i, "batch", solver="bs23") for i in range(N)], optimizer=sgd
-    )
+    networks = [network(i, "batch", solver="bs23") for i in range(N)]
+    whole = together(CrossEntropy, epochs=1, networks=networks, optimizer=sgd)
     for net in whole.networks:
         with pytest.raises(ValueError, match="no statistics of stage 4"):
             net.eval().ensemble(points(0).x)
@@ -147,9 +146,8 @@ def test_an_instance_ends_when_it_has_been_right_long_enough():
     batches = [data.Batches(part, 8, seed=i) for i, part in enumerate(parts)]
     options = {"optimizer": adam, "objective": OBJECTIVES["before"], "measured": {"train": parts}}
     done = []
-    result = fit_instances(
-        [network(i) for i in range(N)], batches, epochs=12, perfect=["train"], patience=3, report=done.append, **options
-    )
+    ending = options | {"perfect": ["train"], "patience": 3, "report": done.append}
+    result = fit_instances([network(i) for i in range(N)], batches, epochs=12, **ending)
     whole = fit_instances([network(i) for i in range(N)], batches, epochs=12, **options)
     last = int(result.epochs[1])
     assert last < 12

@@ -77,9 +77,8 @@ def test_two_processes_find_what_one_does(two_processes, tmp_path):
         net = models.small_network(features=8, solver="euler", h=1.0, depth=2).double()
         networks.append(load_weights(net, folder / "weights.safetensors"))
     assert_same(*networks, 1e-6, 1e-7)
-    two, one = (
-        [float(v) for v in (folder / "figures.txt").read_text().split()] for folder in (two_processes, tmp_path)
-    )
+    texts = [(folder / "figures.txt").read_text() for folder in (two_processes, tmp_path)]
+    two, one = ([float(v) for v in text.split()] for text in texts)
     assert two[:3] == pytest.approx(one[:3], rel=1e-3)
     assert two[3] == one[3]
 
