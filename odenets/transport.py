@@ -86,8 +86,8 @@ def wasserstein(x: Tensor, y: Tensor, p: int = 2) -> float:
     exponent = math.frexp(max(np.abs(a).max(), np.abs(b).max()))[1]
     a, b = np.ldexp(a, -exponent), np.ldexp(b, -exponent)  # exact, so that no square leaves the range of float64
     least = _least_cost(a, b, p)
-    same = (points[np.lexsort(points.T)] for points in (a, b))
-    if least < np.finfo(float).tiny / np.finfo(float).eps and not np.array_equal(*same):
+    one, other = (points[np.lexsort(points.T)] for points in (a, b))
+    if least < np.finfo(float).tiny / np.finfo(float).eps and not np.array_equal(one, other):
         raise ValueError("x and y must hold coordinates within 150 orders of magnitude: squares of some are lost")
     return math.ldexp(least ** (1 / p), exponent)
 

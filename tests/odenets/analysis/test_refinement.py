@@ -28,10 +28,8 @@ class DownTheLoss(nn.Module):
 def test_a_step_down_the_gradient_has_cosine_minus_one(rate):
     head = nn.Linear(3, 2)
     network = Network(nn.Identity(), Flow(DownTheLoss(head, rate), solver="euler", h=1.0), head)
-    x = torch.randn(8, 3)
-    refinement = iterative_refinement(
-        network, [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(5)]
-    )
+    x, y = torch.randn(8, 3), torch.zeros(8, dtype=torch.long)
+    refinement = iterative_refinement(network, zip(x.split(5), y.split(5), strict=True))
     torch.testing.assert_close(refinement.cosine, torch.tensor([-1.0 if rate > 0 else 1.0]))
     (step,) = network.steps(x)
     expected = ((step.x1 - step.x0).norm(dim=1) / x.norm(dim=1)).mean()

@@ -134,11 +134,9 @@ def test_a_cut_leaves_each_modules_own_mode(name, training, split):
             split(network, [1, blocks_of(network)], *([IMAGES] if split is auglocal else []))
 
 
-@pytest.mark.parametrize(
-    ("blocks", "modules", "sizes"), [(54, 2, [27, 27]), (54, 4, [14, 14, 13, 13]), (5, 5, [1] * 5)]
-)
-def test_even_modules_are_those_of_the_thesis(blocks, modules, sizes):
-    assert [b - a for a, b in pairwise([0, *even(blocks, modules)])] == sizes
+@pytest.mark.parametrize(("blocks", "K", "sizes"), [(54, 2, [27, 27]), (54, 4, [14, 14, 13, 13]), (5, 5, [1] * 5)])
+def test_even_modules_are_those_of_the_thesis(blocks, K, sizes):
+    assert [b - a for a, b in pairwise([0, *even(blocks, K)])] == sizes
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.data())
