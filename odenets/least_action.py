@@ -78,7 +78,7 @@ class _WithCost(Objective):
 
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
         task = task or CrossEntropy()
-        cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]
+        cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
         if task.measures.get(cost.kind, cost.measure) is not cost.measure:
             raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
         super().__init__({**task.measures, cost.kind: cost.measure})
@@ -188,7 +188,7 @@ class LeastAction(_WithCost):
         """Count the step; with ``update="after"`` let lambda grow by the loss of the new weights."""
         if self.update == "after" and self._due:
             with torch.no_grad(), keeping_state(network):
-                output, records = network.record(batch[0], **self.task.measures)  # type: ignore[operator]
+                output, records = network.record(batch[0], **self.task.measures)  # type: ignore[operator]  # it records
                 self._grow(self.task(network, batch, output, records), len(batch[1]))
         super().after_step(network, batch)
         self.steps += 1

@@ -41,7 +41,7 @@ M = TypeVar("M", bound=Callable[..., Tensor])
 
 def interior(measure: M) -> M:
     """Mark a measure that never reads the closing stage of an FSAL method, so that none is evaluated for it."""
-    measure.interior = True  # type: ignore[attr-defined]
+    measure.interior = True  # type: ignore[attr-defined]  # functions take attributes
     return measure
 
 
@@ -61,7 +61,7 @@ def _reduction(name: str) -> Callable[[M], M]:
     """Mark a measure that is read off a reduction of the step."""
 
     def mark(measure: M) -> M:
-        measure.reduction = name  # type: ignore[attr-defined]
+        measure.reduction = name  # type: ignore[attr-defined]  # functions take attributes
         return measure
 
     return mark

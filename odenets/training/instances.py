@@ -71,7 +71,7 @@ class _Stack:
         self.numbers = torch.arange(len(instances))
         """Which instances the rows are."""
         self.one = copy.deepcopy(instances[0])
-        self.parameters, self.buffers = stack_module_state(instances)  # type: ignore[arg-type]
+        self.parameters, self.buffers = stack_module_state(instances)  # type: ignore[arg-type]  # any list of modules
         self.parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.parameters.items()}
         self.optimizer = optimizer(self._trained)
         if (groups := len(self.optimizer.param_groups)) != 1:

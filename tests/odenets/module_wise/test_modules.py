@@ -183,13 +183,13 @@ def test_heads_whose_outputs_are_no_tensors_are_named(how):
         split_into_modules(network, 2, IMAGES, classes=10)
 
 
-@pytest.mark.parametrize(("last", "wanted"), [("own", 1), ("auxiliary", 2)])
+@pytest.mark.parametrize(("last", "needed"), [("own", 1), ("auxiliary", 2)])
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_as_many_heads_as_modules_need(last, wanted, number):
+def test_as_many_heads_as_modules_need(last, needed, number):
     heads = [linear_head(torch.rand(2, 8, 4, 4), 10) for _ in range(number)]
-    if number == wanted:
+    if number == needed:
         modules = split_into_modules(small(), 2, IMAGES, head=heads, last_head=last)
         assert [module.head for module in modules.modules_in_order][:number] == heads
         return
-    with pytest.raises(ValueError, match=f"head must hold one for each module.*: {wanted}, got {number}"):
+    with pytest.raises(ValueError, match=f"head must hold one for each module.*: {needed}, got {number}"):
         split_into_modules(small(), 2, IMAGES, head=heads, last_head=last)

@@ -59,9 +59,9 @@ def test_two_processes_find_what_one_does_and_a_killed_one_ends_the_group(tmp_pa
     assert "the process of modules 1 to 2 (rank 0) was told to end after" in said or (
         "the process of modules 3 to 4 (rank 1) is gone" in said
     )
-    kept = {path.name for path in tmp_path.glob("module*.pt")}
-    assert {f"module{k}-epoch2.pt" for k in (1, 2, 3, 4)} <= kept
-    assert not {f"module{k}-epoch4.pt" for k in (3, 4)} & kept
+    saved = {path.name for path in tmp_path.glob("module*.pt")}
+    assert {f"module{k}-epoch2.pt" for k in (1, 2, 3, 4)} <= saved
+    assert not {f"module{k}-epoch4.pt" for k in (3, 4)} & saved
     launch(tmp_path)
     for rank in (0, 1):
         network, rows = read(tmp_path, rank)
