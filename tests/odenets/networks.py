@@ -16,7 +16,7 @@ class Unit(nn.Module):
 
 
 class Calling(nn.Module):
-    """A model of these modules whose forward pass is a function of it and of its inputs."""
+    """A model of these modules whose forward pass is a function of it and of its input."""
 
     def __init__(self, function, **modules):
         super().__init__()
@@ -24,5 +24,12 @@ class Calling(nn.Module):
         for name, module in modules.items():
             self.add_module(name, module)
 
-    def forward(self, *inputs, **named):
-        return self.function(self, *inputs, **named)
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Velocity(Calling):
+    """The same as a velocity field."""
+
+    def forward(self, t, x):
+        return self.function(self, t, x)

@@ -7,7 +7,7 @@ from torch import nn
 from odenets import Flow, MLPField, measures
 from solvers import get_tableau, integrate, rk_step
 from tests.counting import Counted, Operations
-from tests.odenets.networks import Calling
+from tests.odenets.networks import Velocity
 
 
 class Moving(nn.Module):
@@ -48,7 +48,7 @@ def test_action_is_the_kinetic_energy_integrated_beside_the_state_at_no_extra_ev
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "bs23"])
 def test_action_and_displacement_do_not_change_when_a_constant_step_is_cut(solver):
-    x, constant = torch.zeros(2, 4), Calling(lambda m, t, x: torch.full_like(x, 3.0))
+    x, constant = torch.zeros(2, 4), Velocity(lambda m, t, x: torch.full_like(x, 3.0))
     for depth in (1, 5):
         flow = Flow(constant, solver=solver, depth=depth, total_time=2.0, shared=True)
         _, records = flow.record(x, **{name: getattr(measures, name) for name in ("action", "displacement", "residue")})

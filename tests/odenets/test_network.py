@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from odenets import Flow, MLPField, Network, Recorder, Records, adapt, measures
-from tests.odenets.networks import Calling
+from tests.odenets.networks import Velocity
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_network_takes_what_a_flow_overrides(readout):
 
 
 def test_a_network_that_diverges_can_be_measured():
-    flows = [Flow(Calling(lambda m, t, x: x * torch.inf), solver="bs23", shared=True) for _ in range(2)]
+    flows = [Flow(Velocity(lambda m, t, x: x * torch.inf), solver="bs23", shared=True) for _ in range(2)]
     net = Network(nn.Identity(), flows, nn.Identity(), transitions=[nn.Identity()])
     assert net.record(X, action=measures.action)[1]["action"].shape == (2, 5)
     assert len(list(net.steps(X))) == 2

@@ -13,7 +13,7 @@ from torch import nn
 from odenets import Flow, Network, adapt, models
 from odenets.transport import Moves, moves, states_of, wasserstein
 from tests.odenets.checks import unchanged
-from tests.odenets.networks import Calling
+from tests.odenets.networks import Velocity
 
 
 def network(dimensions=2, depth=4, **flow):
@@ -153,7 +153,7 @@ def test_the_displacements_of_large_half_precision_states_are_finite():
 
 
 def constant(velocity=300.0):
-    return Calling(lambda m, t, x: torch.full_like(x, velocity))
+    return Velocity(lambda m, t, x: torch.full_like(x, velocity))
 
 
 def test_the_gap_of_what_does_not_move_is_zero():

@@ -11,7 +11,7 @@ from odenets.module_wise import auglocal, balanced, blocks_of, cut, even
 from odenets.module_wise.partition import activation_memory, lightest
 from odenets.recording import Recorder
 from tests.odenets.checks import unchanged
-from tests.odenets.networks import Calling
+from tests.odenets.networks import Calling, Velocity
 
 tv = pytest.importorskip("torchvision.models")
 
@@ -64,7 +64,7 @@ def basic_block():
 
 
 def test_a_part_of_a_flow_keeps_its_times():
-    flow = Flow(lambda: Calling(lambda m, t, x: torch.full_like(x, t)), solver="euler", h=[1.0, 2.0, 3.0], depth=3)
+    flow = Flow(lambda: Velocity(lambda m, t, x: torch.full_like(x, t)), solver="euler", h=[1.0, 2.0, 3.0], depth=3)
     x = torch.zeros(2, 1)
     (one, two, three), _ = cut(flow, [1, 2, 3])
     assert [step.t for step in flow.part(1, 3).steps(x)] == [1.0, 3.0]

@@ -16,7 +16,7 @@ from odenets.normalization import StageBatchNorm
 from odenets.training import data
 from odenets.training.evaluation import evaluate_schemes
 from solvers import get_tableau
-from tests.odenets.networks import Calling
+from tests.odenets.networks import Velocity
 from tests.odenets.normalization.networks import X, network, trained
 
 
@@ -184,7 +184,7 @@ def test_errors_measured_now_and_then_in_training_keep_closing_stages_with_the_o
 
 def plain():
     """A field with torch's own batch norm."""
-    return Calling(lambda m, t, x: m.conv(m.norm(x)), norm=nn.BatchNorm2d(3), conv=nn.Conv2d(3, 3, 3, padding=1))
+    return Velocity(lambda m, t, x: m.conv(m.norm(x)), norm=nn.BatchNorm2d(3), conv=nn.Conv2d(3, 3, 3, padding=1))
 
 
 @pytest.mark.parametrize("field", [plain, lambda: ConvField(3, norm="batch")], ids=["torch's", "ours"])
