@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ class Workers:
     """Processes for independent jobs, to be used in a ``with`` statement.
 
     Each computes on one thread, so that results do not depend on how many workers there are, where each job seeds what
-    it draws. A worker ends when the process that started it does, however that one ended.
+    it draws. A worker ends when the process that started it does, however that one ended, and at once when the ``with``
+    statement ends by an error.
 
     Args:
         workers: number of processes; 1 works in this one.
@@ -58,13 +60,16 @@ class Workers:
         if workers > 1:
             context = multiprocessing.get_context("spawn")
             self._progress = context.SimpleQueue()
-            self._pool = ProcessPoolExecutor(workers, context, _start, (self._progress,))
+            alive, self._alive = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(workers, context, _start, (self._progress, alive))
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self.workers > 1:
+            if kind is not None:
+                self._alive.close()  # ends the workers, also those that wait to report
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def map(self, work: Callable[[T, Report], R], items: Sequence[T], *, total: int, label: str) -> list[R]:
@@ -118,7 +123,7 @@ class Workers:
         return [read_summary(folder) for folder in folders]
 
 
-def _start(progress: Any) -> None:
+def _start(progress: Any, alive: Any) -> None:
     global _progress
     _progress = progress
     torch.set_num_threads(1)
@@ -126,7 +131,7 @@ def _start(progress: Any) -> None:
 
     def follow() -> None:
         if parent is not None:
-            parent.join()
+            multiprocessing.connection.wait([parent.sentinel, alive])
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,10 @@ from lab.workers import Task, Workers
 
 def work(item, report):
     report(1)
+    while item is None:
+        time.sleep(1)
+        for _ in range(20_000):  # more than a pipe holds unread
+            report(1)
     if item < 0:
         raise ArithmeticError("item below zero")
     return item * item, os.getpid(), torch.get_num_threads()
@@ -30,10 +35,15 @@ def test_results_come_in_order_from_processes_of_so_many_threads(workers):
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_job_comes_through(workers):
+@pytest.mark.parametrize(("workers", "items"), [(1, [1, -1, 2]), (2, [None, -1])])
+def test_an_error_in_a_job_comes_through_and_ends_the_others(workers, items):
+    before = set(multiprocessing.active_children())
     with pytest.raises(ArithmeticError, match="item below zero"), Workers(workers) as pool:
-        pool.map(work, [1, -1, 2], total=3, label="jobs")
+        pool.map(work, items, total=3, label="jobs")
+    deadline = time.monotonic() + 60
+    while (left := set(multiprocessing.active_children()) - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 def test_arguments_are_checked():
