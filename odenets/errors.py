@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 __all__ = ["DivergedError", "WorkerLostError", "needs"]
 
@@ -33,6 +35,8 @@ def needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         name = (error.name or str(error)).partition(".")[0]
+        if sys.modules.get(name) is not None or find_spec(name) is not None:
+            raise  # it is there, and lacks something of its own
         raise ModuleNotFoundError(
             f"{name} is needed here and not installed: pip install odenets[{extra}]", name=name
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ __all__ = ["write_atomically"]
 def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]) -> Path:
     """Write a file beside its place and move it there; folders are made.
 
-    Several processes may write the same file at once: the last one's stays.
+    Several threads, processes and machines may write the same file at once: the last one's stays.
 
     Args:
         path: of the file.
@@ -20,7 +21,7 @@ def write_atomically(path: str | Path, content: bytes | Callable[[Path], object]
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         if callable(content):
             content(partial)

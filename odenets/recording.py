@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from odenets.measures import Measure
 from solvers import Step
 
-__all__ = ["Joined", "Recorder", "Records", "check_values", "measure_steps"]
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+__all__ = ["Joined", "Recorder", "Records", "check_values", "is_recorder", "measure_steps"]
 
 
 class Records(dict[str, Tensor]):
@@ -28,7 +31,14 @@ class Records(dict[str, Tensor]):
         Args:
             parts: the records of each, with the same measures, and its number of blocks, which counts where there is
                 no measure.
+
+        Raises:
+            ValueError: parts that were measured by different measures.
         """
+        parts = [*parts]
+        names = [set(records) for records, _ in parts]
+        if any(each != names[0] for each in names):
+            raise ValueError(f"parts must have the same measures, got {' and '.join(map(str, map(sorted, names)))}")
         rows: dict[str, list[Tensor]] = {}
         starts, begin = [], 0
         for records, depth in parts:
@@ -70,6 +80,11 @@ class Recorder(Protocol):
         ...
 
 
+def is_recorder(network: object) -> TypeIs[Recorder]:
+    """Whether a network records its steps; its properties, which may cost or raise, are not asked for."""
+    return all(callable(getattr(network, name, None)) for name in ("record", "steps"))
+
+
 class Joined(nn.Module):
     """A module that consists of recorders, whose steps are theirs, one after the other."""
 
@@ -102,7 +117,8 @@ def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, Measu
     """
     for name, measure in measures.items():
         if not callable(measure):
-            hint = "; the readout is positional: record(x, 'ensemble')" if name == "readout" else ""
+            positional = name in ("readout", "check")
+            hint = f"; {name} is positional: record(x, 'solution', False)" if positional else ""
             raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}{hint}")
     rows: dict[str, list[Tensor]] = {name: [] for name in measures}
     last = None

@@ -18,7 +18,7 @@ from odenets.detection.features import Features, Trajectory
 from odenets.detection.features.base import check_images, in_batches
 from odenets.detection.isolation import checked_logits
 from odenets.detection.persistence import read, write
-from odenets.recording import Recorder
+from odenets.recording import is_recorder
 
 __all__ = ["FEWEST", "Pipeline"]
 
@@ -45,7 +45,7 @@ class Pipeline:
     def __init__(
         self, network: nn.Module, features: Features | None = None, detector: Any = None, *, batch_size: int = 256
     ) -> None:
-        if not isinstance(network, Recorder):
+        if not is_recorder(network):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
         self.network = network
         self.features = features or Trajectory()

@@ -238,7 +238,7 @@ def test_wrong_measures_are_named():
         flow.record(VECTORS, total=lambda step: step.x1.sum())
     with pytest.raises(TypeError, match="measure 'action' must be a function"):
         flow.record(VECTORS, action="action")
-    with pytest.raises(TypeError, match="the readout is positional"):
+    with pytest.raises(TypeError, match="readout is positional"):
         flow.record(VECTORS, readout="ensemble")
     with pytest.raises(ValueError, match="euler carries no embedded error"):
         Flow(solver="euler").record(VECTORS, error=measures.error)

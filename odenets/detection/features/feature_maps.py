@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from odenets.detection.features.base import in_batches
 from odenets.detection.isolation import to_network
-from odenets.recording import Recorder
+from odenets.recording import is_recorder
 
 __all__ = ["feature_map_values", "feature_maps_of", "pooled"]
 
@@ -37,7 +37,7 @@ def feature_maps_of(network: nn.Module, x: Tensor, count: int | None = None) -> 
     >>> [tuple(state.shape) for state in feature_maps_of(network, torch.rand(5, 3, 8, 8))]
     [(5, 16, 8, 8), (5, 16, 8, 8), (5, 32, 4, 4), (5, 64, 2, 2)]
     """
-    if not isinstance(network, Recorder):
+    if not is_recorder(network):
         raise ValueError(f"network must have steps, got {type(network).__name__}: pass odenets.adapt(network)")
     maps: list[Tensor] = []
     for step in network.steps(to_network(network, x), closing=False):

@@ -13,7 +13,7 @@ from odenets import measures
 from odenets.detection.features.base import Features
 from odenets.detection.isolation import to_network
 from odenets.measures import Measure, interior
-from odenets.recording import Recorder
+from odenets.recording import Recorder, is_recorder
 from solvers import Step
 from solvers.reductions import mean_square, mean_square_and_cosine
 
@@ -90,7 +90,7 @@ class Trajectory(Features):
 
     def output_and_features(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output and the features of a batch, in one pass."""
-        if not isinstance(network, Recorder):
+        if not is_recorder(network):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
         output, records = network.record(to_network(network, x), **self.measures(network))
         return output, torch.cat([values.T for values in records.values()], 1)
