@@ -96,13 +96,13 @@ class Config(Common):
     def table(self) -> Setting:
         """The setting, with what the command line says otherwise."""
         setting = SETTINGS[self.setting]
-        changes: dict[str, Any] = {"sizes": self.sizes, "schedules": self.schedules}
-        if self.epochs:
-            changes["epochs"] = (self.epochs, *setting.epochs[1:])
         if self.quick:
-            changes |= {"sizes": (60,), "epochs": (1, 1, 1), "more": (0, 0), "laps": 2, "learning_rates": (0.05,)}
-            changes |= {"taus": (0.5,), "end_to_end_rates": (0.05,)}
-        return replace(setting, **{name: value for name, value in changes.items() if value})
+            setting = replace(setting, sizes=(60,), epochs=(1, 1, 1), more=(0, 0), laps=2, learning_rates=(0.05,))
+            setting = replace(setting, taus=(0.5,), end_to_end_rates=(0.05,))
+        given: dict[str, Any] = {"sizes": self.sizes, "schedules": self.schedules}
+        if self.epochs:
+            given["epochs"] = (self.epochs, *setting.epochs[1:])
+        return replace(setting, **{name: value for name, value in given.items() if value})
 
     @property
     def ways(self) -> tuple[tuple[str, str], ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-__all__ = ["Config", "ImageConfig", "check_among", "check_at_least", "recorded", "science"]
+__all__ = ["Config", "ImageConfig", "check_among", "check_at_least", "keep_given", "recorded", "science"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Config:
     """How an experiment runs.
 
     Attributes:
-        quick: few and small trainings: to see that it runs.
+        quick: few and small trainings: to see that it runs. What is given otherwise than its default stays as given.
         workers: trainings side by side, each on one thread; 0 takes one per core on a CPU, one on a GPU.
         output: run folder.
         resume: go on with the run in the folder.
@@ -68,6 +68,16 @@ def science(config: Config, without: Collection[str] = ()) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in {*PLACE, *without}}
 
 
+def keep_given(quick: C, config: C) -> C:
+    """A quick configuration with what another one holds otherwise than by default.
+
+    >>> keep_given(ImageConfig(workers=1, dataset="mnist"), ImageConfig(workers=3)).workers
+    3
+    """
+    given = {field: getattr(config, field.name) for field in fields(config)}
+    return replace(quick, **{field.name: value for field, value in given.items() if value != _default(field)})
+
+
 def check_at_least(config: Config, least: int, *names: str) -> None:
     """Raise ValueError where one of some settings is too small."""
     values = [getattr(config, name) for name in names]
@@ -91,8 +101,11 @@ def recorded(cls: type[C], settings: Mapping[str, Any], folder: Path) -> C:
     """
     config = object.__new__(cls)
     for field in fields(cls):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        value = settings.get(field.name, default)
+        value = settings.get(field.name, _default(field))
         object.__setattr__(config, field.name, tuple(value) if isinstance(value, list) else value)
     object.__setattr__(config, "output", folder)
     return config
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()

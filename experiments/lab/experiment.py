@@ -32,7 +32,7 @@ from typing import Any, Generic, TypeVar
 import tyro
 from matplotlib.figure import Figure
 
-from lab.config import Config, recorded, science
+from lab.config import Config, keep_given, recorded, science
 from lab.results import Outcome, read_outcome
 from lab.runs import Run
 from lab.tables import table
@@ -137,7 +137,7 @@ def run(experiment: Experiment[C, J], config: C) -> None:
         print(draw(experiment, config.draw))
         return
     if config.quick:
-        config = experiment.quick(config)
+        config = keep_given(experiment.quick(config), config)
     started = time.time()
     experiment.data(config)
     whole = Run(config.run_folder, science(config), resume=config.resume)

@@ -82,3 +82,8 @@ def test_what_decides_a_job_is_written_down():
     setting = EXPERIMENT.settings(TINY, candidates(TINY)[0])
     assert setting["sizes"] == (60,)
     assert setting["same_head"] is False
+
+
+def test_the_quick_setting_keeps_what_is_given():
+    assert TINY.table.sizes == (60,)
+    assert (replace(TINY, sizes=(30,)).table.sizes, replace(TINY, epochs=3).table.epochs) == ((30,), (3, 1, 1))

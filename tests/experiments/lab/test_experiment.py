@@ -136,9 +136,10 @@ def test_a_finished_run_is_drawn_again_and_says_what_it_lacks(config):
     assert "holds no 'largest' beside its rows" in draw(EXPERIMENT, alone)
 
 
-def test_the_quick_run_is_recorded_as_such(config):
-    run(EXPERIMENT, replace(config, quick=True))
-    assert read_summary(config.output)["seeds"] == [0]
+@pytest.mark.parametrize(("seeds", "quick"), [((0, 1), [0]), ((4, 5), [4, 5])])
+def test_the_quick_run_is_recorded_as_such_and_keeps_what_is_given(config, seeds, quick):
+    run(EXPERIMENT, replace(config, quick=True, seeds=seeds))
+    assert read_summary(config.output)["seeds"] == quick
     assert read_config(config.output)["quick"] is True
 
 
