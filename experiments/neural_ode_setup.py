@@ -14,7 +14,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from lab import images
-from lab.config import check_among, check_at_least
+from lab.config import check_among, check_any, check_at_least
 from lab.training import TrainingConfig
 from odenets import Flow, Network
 from odenets.fields import ConvField
@@ -54,12 +54,11 @@ class Config(TrainingConfig):
     output: Path = Path("runs/neural_ode")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Tolerance(self.rtol, self.atol)
         for name in ("features", "epochs", "batch_size", "probes"):
             check_at_least(self, 1, name)
-        for name in ("ways", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must hold at least one")
+        check_any(self, "ways")
         check_among(self, "ways", get_args(Way))
         if self.weight < 0:
             raise ValueError(f"weight must not be negative, got {self.weight}")

@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-__all__ = ["Config", "ImageConfig", "check_among", "check_at_least", "keep_given", "recorded", "science"]
+__all__ = ["Config", "ImageConfig", "check_among", "check_any", "check_at_least", "keep_given", "recorded", "science"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ def check_at_least(config: Config, least: int, *names: str) -> None:
     values = [getattr(config, name) for name in names]
     if min(values) < least:
         raise ValueError(f"{' and '.join(names)} must be at least {least}, got {' and '.join(map(str, values))}")
+
+
+def check_any(config: Config, *names: str) -> None:
+    """Raise ValueError where one of some settings is empty."""
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"{name} must hold at least one")
 
 
 def check_among(config: Config, name: str, known: Collection[str]) -> None:

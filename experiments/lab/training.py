@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 
 from lab import images
-from lab.config import Config
+from lab.config import Config, check_any
 from lab.runs import Run
 from lab.workers import Report
 from odenets import Network
@@ -60,6 +60,9 @@ class TrainingConfig(Config):
     batch_size: int = 64
     learning_rate: float = 0.02
     device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        check_any(self, "seeds")
 
 
 def parts_of(config: TrainingConfig) -> Split:

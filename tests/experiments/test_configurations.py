@@ -10,6 +10,7 @@ import pytest
     [
         ("action_histogram", {"epsilons": (0.0,)}, "epsilons must be positive"),
         ("action_histogram", {"seeds": 1}, "seeds must be at least 2"),
+        ("adaptive_depth", {"seeds": ()}, "seeds must hold at least one"),
         ("circles", {"tables": ("18",)}, "tables must be among"),
         ("circles", {"instances": 0}, "at least 1"),
         ("detection", {"methods": ("plain",)}, "methods must be among vanilla"),
