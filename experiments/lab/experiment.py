@@ -38,7 +38,7 @@ from lab.runs import Run
 from lab.tables import table
 from lab.workers import Report, Task, Workers
 from odenets import plotting
-from odenets.training.runs import read_config, read_metrics
+from odenets.training.runs import read_config, read_metrics, read_summary
 
 __all__ = [
     "Columns", "Experiment", "Figures", "Jobs", "Outcome", "Report", "Row", "Run", "command", "draw", "run",
@@ -131,7 +131,7 @@ def run(experiment: Experiment[C, J], config: C) -> None:
 
     Raises:
         FileExistsError: the folder holds a run and ``config.resume`` is false.
-        ValueError: the run in the folder was made with another configuration.
+        ValueError: the run in the folder was made with another configuration, or its summary is empty or broken.
     """
     if config.draw is not None:
         print(draw(experiment, config.draw))
@@ -141,6 +141,8 @@ def run(experiment: Experiment[C, J], config: C) -> None:
     started = time.time()
     experiment.data(config)
     whole = Run(config.run_folder, science(config), resume=config.resume)
+    if whole.finished:
+        read_summary(whole.folder)  # raises where it is broken
     results, summaries = _train_all(experiment, config, whole.folder)
     if experiment.keys:
         folders = [(r, whole.folder / r["name"]) for r in results]

@@ -111,16 +111,17 @@ class Workers:
             work, tasks, label: as for :meth:`map`; the tasks that cost most are begun first.
 
         Raises:
-            ValueError: two tasks have one folder.
+            ValueError: two tasks have one folder, or the summary in one is empty or broken; nothing is run.
             FileNotFoundError: a task leaves no finished run.
         """
         folders = [task.folder for task in tasks]
         if twice := sorted({str(path) for path in folders if folders.count(path) > 1}):
             raise ValueError(f"jobs must each have a folder of their own, got twice: {', '.join(twice[:4])}")
-        todo = sorted((t for t in tasks if not (t.folder / "summary.json").exists()), key=lambda task: -task.cost)
+        there = {path: read_summary(path) for path in folders if (path / "summary.json").exists()}
+        todo = sorted((task for task in tasks if task.folder not in there), key=lambda task: -task.cost)
         if todo:
             self.map(work, todo, total=sum(task.cost for task in todo), label=label)
-        return [read_summary(folder) for folder in folders]
+        return [there.get(path) or read_summary(path) for path in folders]
 
 
 def _start(progress: Any, alive: Any) -> None:

@@ -133,6 +133,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no run.
+        ValueError: the file is empty or broken.
     """
     return _read(folder, "config.json", "run")
 
@@ -151,15 +152,19 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
+        ValueError: the file is empty or broken.
     """
-    return _read(folder, "summary.json", "finished run")
+    return _read(folder, "summary.json", "finished run", "; delete it and resume the run")
 
 
-def _read(folder: str | Path, name: str, what: str) -> dict[str, Any]:
+def _read(folder: str | Path, name: str, what: str, remedy: str = "") -> dict[str, Any]:
     path = Path(folder) / name
     if not path.exists():
         raise FileNotFoundError(f"folder {str(folder)!r} holds no {what}: {name} is missing")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is empty or broken ({error}){remedy}") from error
 
 
 def _json(value: Any) -> bytes:

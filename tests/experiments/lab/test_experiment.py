@@ -99,6 +99,9 @@ def test_a_run_leaves_everything_and_is_not_made_again(config, capsys):
     run(EXPERIMENT, replace(config, resume=True))
     assert (config.output / "table.md").read_text() in capsys.readouterr().out
     assert read_summary(config.output) == summary
+    (config.output / "summary.json").write_text("")
+    with pytest.raises(ValueError, match="is empty or broken"):
+        run(EXPERIMENT, replace(config, resume=True))
 
 
 def test_after_a_resume_the_summary_states_commit_and_seconds_of_every_part(config, monkeypatch):

@@ -116,3 +116,7 @@ def test_finished_jobs_are_read_and_the_others_run_dearest_first(tmp_path):
         found = workers.complete(leave, tasks, "jobs")
     assert [summary["results"]["square"] for summary in found] == [1, 9, 4]
     assert done == [3, 2, 1]
+    (tasks[0].folder / "summary.json").write_text("")
+    with Workers(1) as workers, pytest.raises(ValueError, match=r"1.summary\.json' is empty or broken .*; delete it"):
+        workers.complete(leave, [*tasks, task(tmp_path / "4", 4)], "jobs")
+    assert done == [3, 2, 1]
