@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from odenets.files import write_atomically
 from odenets.flow import Flow
 from odenets.modes import device_of, dtype_of
 
-__all__ = ["fingerprint", "is_finite", "load_weights", "restore_structure", "save_weights", "structure"]
+__all__ = ["fingerprint", "is_finite", "load_weights", "map_state", "restore_structure", "save_weights", "structure"]
 
 
 def structure(network: nn.Module) -> dict[str, Any]:
@@ -89,6 +91,26 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def map_state(function: Callable[[Any], Any], value: Any) -> Any:
+    """A state, nested dictionaries, lists and tuples, with the function's results for all else in it.
+
+    A ``state_dict`` keeps its ``_metadata``, the versions by which modules know which states to migrate.
+    """
+    if isinstance(value, dict):
+        mapped = {map_state(function, key): map_state(function, item) for key, item in value.items()}
+        versions = getattr(value, "_metadata", None)
+        return mapped if versions is None else _with_versions(mapped, map_state(function, versions))
+    if type(value) in (list, tuple):
+        return type(value)(map_state(function, item) for item in value)
+    return function(value)
+
+
+def _with_versions(state: dict[str, Any], versions: Any) -> OrderedDict[str, Any]:
+    versioned: Any = OrderedDict(state)  # a dict has no attributes
+    versioned._metadata = versions
+    return versioned
+
+
 def _tensors(network: nn.Module) -> dict[str, Any]:
     """The state of a network.
 
@@ -113,8 +135,10 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     with needs("training"):
         from safetensors.torch import save
 
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(network).items()}
-    data = save(tensors, metadata={"format": "pt", "structure": json.dumps(structure(network))})
+    state = _tensors(network)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    described = {"structure": structure(network), "versions": getattr(state, "_metadata", {})}
+    data = save(tensors, metadata={"format": "pt"} | {key: json.dumps(value) for key, value in described.items()})
     return write_atomically(path, data)
 
 
@@ -144,5 +168,6 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
             raise ValueError(f"{path} holds no flow structure: it was not written by odenets.save_weights")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     restore_structure(network, json.loads(metadata["structure"]))
-    network.load_state_dict(tensors)
+    versions = metadata.get("versions")
+    network.load_state_dict(_with_versions(tensors, json.loads(versions)) if versions else tensors)
     return network

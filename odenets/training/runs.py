@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from odenets.checkpoints import map_state
 from odenets.files import write_atomically
 
 __all__ = ["Run", "environment", "read_config", "read_metrics", "read_summary"]
@@ -107,7 +108,7 @@ class Run:
 
         NumPy's scalars, which a schedule may leave in it and which :meth:`load_state` does not trust, become Python's.
         """
-        write_atomically(self.folder / name, lambda path: torch.save(_without_numpy(state), path))
+        write_atomically(self.folder / name, lambda path: torch.save(map_state(_without_numpy, state), path))
 
     def load_state(self, name: str = "resume.pt") -> dict[str, Any] | None:
         """The last resume state, or None; nothing but tensors and plain values is unpickled."""
@@ -181,11 +182,6 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
 
 
 def _without_numpy(value: Any) -> Any:
-    """A state whose NumPy scalars are Python's."""
-    if isinstance(value, dict):
-        return {_without_numpy(key): _without_numpy(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_without_numpy, value))
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils._pytree import tree_map_only
 
-from odenets.checkpoints import restore_structure, structure
+from odenets.checkpoints import map_state, restore_structure, structure
 from odenets.modes import random_state, set_random_state
 from odenets.training.objectives import CrossEntropy, Objective
 
@@ -58,7 +57,9 @@ class Training:
 
     def snapshot(self) -> dict[str, Any]:
         """:meth:`state_dict` in tensors of its own, in the host's memory: training on does not change it."""
-        return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), self.state_dict())
+        return map_state(
+            lambda value: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value, self.state_dict()
+        )
 
     def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Any], Optimizer]) -> None:
         """Take up :meth:`state_dict`: blocks first, then the optimizer on their parameters.

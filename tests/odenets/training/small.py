@@ -79,3 +79,14 @@ def answering(how):
     """A residual network whose output is a function of the logits."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), Unit(4, 4), nn.Flatten(), nn.Linear(144, 10))
     return Calling(lambda m, x: how(m.model(x)), model=model)
+
+
+class Migrating(nn.Linear):
+    """Version 2 of a layer, whose weights were half as large before."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version", 1) < 2:
+            state_dict[f"{prefix}weight"] = 2 * state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

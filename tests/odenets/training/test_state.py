@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from odenets.checkpoints import load_weights, save_weights
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.errors import DivergedError
 from odenets.least_action import LeastAction
@@ -10,7 +11,7 @@ from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
 from tests.odenets.checks import assert_same
-from tests.odenets.training.small import TENS, network, on_cpu, settings, sgd, tiny
+from tests.odenets.training.small import TENS, Migrating, network, on_cpu, settings, sgd, tiny
 
 
 @pytest.mark.parametrize("kill_after", [1, 2, 3])
@@ -123,3 +124,22 @@ def test_parameters_that_would_not_train_are_named():
 
     with pytest.warns(UserWarning, match="leaves out 1 of .*scale"):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=Learned())
+
+
+def test_modules_that_migrate_older_states_do_not_migrate_those_of_their_version(tmp_path):
+    """Out of a resume state, out of a snapshot and out of a file."""
+
+    def make():
+        net = tiny()
+        net.head = nn.Sequential(nn.Flatten(), Migrating(256, 10))
+        return net
+
+    one, other = make(), make()
+    run = Run(tmp_path / "run", {})
+    training = fit(one, TENS, epochs=1, optimizer=sgd, run=run)
+    fit(other, TENS, epochs=1, optimizer=sgd, run=run)
+    assert_same(one, other)
+    training.load_state_dict(training.snapshot(), sgd)
+    assert_same(one, other)
+    load_weights(one, save_weights(one, tmp_path / "net.safetensors"))
+    assert_same(one, other)
