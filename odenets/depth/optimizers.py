@@ -31,10 +31,11 @@ def follow_network(optimizer: Optimizer, network: nn.Module, others: set[Any]) -
     position: dict[Any, int] = {p: i for i, p in enumerate(network.parameters())}
     names = {p: name for name, p in network.named_parameters()}
     for group in optimizer.param_groups:
+        held = dict(zip(group["params"], group.get("param_names", ()), strict=False))  # copies come unnamed at the end
         for p in group["params"]:
             if p not in position and p not in others:
                 optimizer.state.pop(p, None)
         stay = [p for p in group["params"] if p in position or p in others]
         group["params"][:] = sorted(stay, key=lambda p: position.get(p, -1))
         if "param_names" in group:
-            group["param_names"] = [names.get(p, "") for p in group["params"]]
+            group["param_names"] = [{**held, **names}[p] for p in group["params"]]

@@ -29,7 +29,7 @@ from odenets.training.data import Batches, data_for
 from odenets.training.loop import progress_bar
 from odenets.training.objectives import Objective
 from odenets.training.runs import Run
-from odenets.training.state import check_optimizer, check_precision
+from odenets.training.state import check_optimizer, check_precision, load_optimizer, optimizer_state
 
 __all__ = ["ModuleTraining", "fit_modules", "move"]
 
@@ -58,7 +58,7 @@ class ModuleTraining:
         return {
             "network": self.network.state_dict(),
             "objectives": self.objectives.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer_state(optimizer, self.network) for optimizer in self.optimizers],
             "rates": [rate.state_dict() for rate in self.rates],
             "done": self.done,
             "rows": json.dumps(self.rows),
@@ -68,7 +68,7 @@ class ModuleTraining:
         """Take up :meth:`state_dict`.
 
         Raises:
-            ValueError: weights of another precision, or learning-rate schedules on one side only.
+            ValueError: weights of another precision, another optimizer, or learning-rate schedules on one side only.
         """
         if len(self.rates) != len(state["rates"]):
             raise ValueError(
@@ -79,7 +79,7 @@ class ModuleTraining:
         self.network.load_state_dict(state["network"])
         self.objectives.load_state_dict(state["objectives"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, self.network, saved)
         for rate, saved in zip(self.rates, state["rates"], strict=True):
             rate.load_state_dict(saved)
         self.done, self.rows = state["done"], json.loads(state["rows"])

@@ -115,7 +115,8 @@ def fit(
         TypeError: a network that records nothing, no objective, or an output that it, or with validation the
             evaluation, cannot read.
         ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimizer without
-            the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision.
+            the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision or
+            optimizer.
     """
     if not (isinstance(network, nn.Module) and callable(getattr(network, "record", None))):
         raise TypeError(
@@ -138,7 +139,10 @@ def fit(
     training = Training(network, first, schedule(first) if schedule else None, objective)
     state = fabric.broadcast(run.load_state(checkpoint) if run else None)
     if state is not None:
-        training.load_state_dict(state, optimizer)
+        try:
+            training.load_state_dict(state, optimizer)
+        except ValueError as error:
+            raise ValueError(f"{f'checkpoint {run.folder / checkpoint}: ' if run else ''}{error}") from error
     if validation is not None:
         validation = Batches(data_for(network, validation.data), validation.size)
     loop = _Loop(

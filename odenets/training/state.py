@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from odenets.checkpoints import map_state, restore_structure, structure
 from odenets.modes import random_state, set_random_state
 from odenets.training.objectives import CrossEntropy, Objective
 
-__all__ = ["Training", "check_optimizer", "check_precision"]
+__all__ = ["Training", "check_optimizer", "check_precision", "load_optimizer", "optimizer_state"]
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Training:
         return {
             "structure": structure(self.network),
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.network),
             "schedule": self.schedule.state_dict() if self.schedule else None,
             "objective": self.objective.state_dict(),
             "epoch": self.epoch,
@@ -65,7 +66,7 @@ class Training:
         """Take up :meth:`state_dict`: blocks first, then the optimizer on their parameters.
 
         Raises:
-            ValueError: weights of another precision, or a schedule on one side only.
+            ValueError: weights of another precision, another optimizer, or a schedule on one side only.
         """
         if (self.schedule is None) != (state["schedule"] is None):
             which = "one, and this training has none" if self.schedule is None else "none, and this training has one"
@@ -78,7 +79,7 @@ class Training:
         if held != [[id(p) for p in group["params"]] for group in fresh.param_groups]:
             self.optimizer.param_groups[:] = fresh.param_groups
             self.optimizer.state.clear()
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, self.network, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
@@ -86,6 +87,39 @@ class Training:
         self.rows = json.loads(state["rows"])
         self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
         set_random_state(state)
+
+
+def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, Any]:
+    """Its ``state_dict``, its class, and the names that the network has for the parameters of each group."""
+    return optimizer.state_dict() | {"class": type(optimizer).__name__, "names": _names(optimizer, network)}
+
+
+def load_optimizer(optimizer: Optimizer, network: nn.Module, state: dict[str, Any]) -> None:
+    """Take up :func:`optimizer_state`, whatever the order of the parameters within the groups.
+
+    Raises:
+        ValueError: it is that of another optimizer, or of other parameters.
+    """
+    kind, names = type(optimizer).__name__, _names(optimizer, network)
+    if state.get("class", kind) != kind:
+        raise ValueError(f"optimizer must be that of the checkpoint, {state['class']}, got {kind}")
+    saved = state.get("names", names)
+    if [sorted(group) for group in saved] != [sorted(group) for group in names]:
+        raise ValueError("optimizer must hold the parameters that it held in the checkpoint, in the same groups")
+    groups = []
+    for group, old, new in zip(state["param_groups"], saved, names, strict=True):
+        of = {key: dict(zip(old, group[key], strict=True)) for key in ("params", "param_names") if key in group}
+        groups.append(group | {key: [by_name[name] for name in new] for key, by_name in of.items()})
+    optimizer.load_state_dict(state | {"param_groups": groups})
+
+
+def _names(optimizer: Optimizer, network: nn.Module) -> list[list[str]]:
+    """The names of the parameters of each group; of those that are not the network's, their numbers in the group."""
+    names, groups = {p: name for name, p in network.named_parameters()}, []
+    for group in optimizer.param_groups:
+        numbers = itertools.count()
+        groups.append([names.get(p) or f"#{next(numbers)}" for p in group["params"]])
+    return groups
 
 
 def check_precision(network: nn.Module, state: Mapping[str, Any]) -> None:

@@ -49,11 +49,12 @@ def test_an_optimizer_s_other_parameters_and_its_own_list_stay():
 
 def test_names_of_parameters_follow_the_blocks():
     net = network(depth=2, gain=10.0)
-    optimizer = torch.optim.SGD(net.named_parameters(), 0.01, momentum=0.9)
+    other = ("temperature", nn.Parameter(torch.ones(())))
+    optimizer = torch.optim.SGD([*net.named_parameters(), other], 0.01, momentum=0.9)
     adapt_depth(net, lambda: [X], DepthRule(1e-9), optimizer)
     (group,) = optimizer.param_groups
     assert net.depth == 4
-    assert list(zip(group["param_names"], group["params"], strict=True)) == list(net.named_parameters())
+    assert list(zip(group["param_names"], group["params"], strict=True)) == [other, *net.named_parameters()]
 
 
 def test_unused_optimizer_parameters_and_frozen_ones():

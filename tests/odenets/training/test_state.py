@@ -44,6 +44,39 @@ def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_aft
     assert_same(*objectives)
 
 
+def backwards(net):
+    return torch.optim.SGD([*net.named_parameters()][::-1], 0.05, momentum=0.9)
+
+
+def head_first(net):
+    others = [p for part in (net.encoder, *net.flows) for p in part.parameters()]
+    return torch.optim.Adam([{"params": [*net.head.parameters()], "lr": 0.01}, {"params": others}], 0.02)
+
+
+@pytest.mark.parametrize("optimizer", [backwards, head_first])
+def test_an_optimizer_in_another_order_than_the_network_goes_on_as_it_was(tmp_path, optimizer):
+    """Also across depth edits, which sort its groups as the network lists its parameters."""
+    callback = AdaptiveDepth(DepthRule(1e-9, max_depth=4), TENS.inputs, every=2)
+    run, whole, resumed = Run(tmp_path / "run", {}), tiny(solver="bs23"), tiny(solver="bs23")
+    training = fit(whole, TENS, epochs=4, optimizer=optimizer, callbacks=[callback])
+    fit(tiny(solver="bs23"), TENS, epochs=2, optimizer=optimizer, callbacks=[callback], run=run)
+    fit(resumed, TENS, epochs=4, optimizer=optimizer, callbacks=[callback], run=run)
+    assert whole.depth == 4
+    assert_same(whole, resumed)
+    for group in training.optimizer.param_groups:
+        names = {p: name for name, p in whole.named_parameters()}
+        assert group.get("param_names", []) in ([], [names[p] for p in group["params"]])
+
+
+def test_a_checkpoint_of_another_optimizer_is_named(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit(tiny(), TENS, epochs=1, optimizer=sgd, run=run)
+    with pytest.raises(ValueError, match=r"checkpoint .*resume.pt: optimizer must be that of .*, SGD, got Adam"):
+        fit(tiny(), TENS, epochs=2, optimizer=lambda net: torch.optim.Adam(net.parameters()), run=run)
+    with pytest.raises(ValueError, match=r"resume.pt: optimizer must hold the parameters that it held"):
+        fit(tiny(), TENS, epochs=2, optimizer=lambda net: sgd(net.head), run=run)
+
+
 def test_divergence_is_an_error_that_keeps_the_checkpoint(parts, tmp_path):
     run = Run(tmp_path / "run", {})
     fit(network(parts), **settings(parts, epochs=1), run=run)
