@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -14,7 +15,16 @@ from odenets.fields import VelocityField, reset_modules
 from odenets.normalization import StageBatchNorm
 from solvers import ButcherTableau
 
-__all__ = ["Block", "FieldSource", "StageFields", "Velocity", "check_sharing", "make_blocks", "step_sizes"]
+__all__ = [
+    "Block",
+    "FieldSource",
+    "StageFields",
+    "Velocity",
+    "check_sharing",
+    "copy_block",
+    "make_blocks",
+    "step_sizes",
+]
 
 StageFields = Literal["tied", "chained", "untied"]
 FieldSource = nn.Module | Callable[[], nn.Module]
@@ -44,6 +54,18 @@ class Block(nn.Module):
 
     def extra_repr(self) -> str:
         return f"h={self.h:.12g}"
+
+
+def copy_block(block: Block, whole: nn.Module) -> Block:
+    """A copy of a block of a whole, which shares what the block shares with other parts of it."""
+    elsewhere = _held(whole) - _held(block)
+    return copy.deepcopy(block, {id(one): one for one in elsewhere})
+
+
+def _held(module: nn.Module) -> Counter[Any]:
+    """How often a module holds each module and parameter."""
+    every = *module.named_modules(remove_duplicate=False), *module.named_parameters(remove_duplicate=False)
+    return Counter(one for _, one in every)
 
 
 def check_sharing(stage_fields: StageFields, shared: bool) -> None:

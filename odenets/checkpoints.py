@@ -49,7 +49,7 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
         if saved[name]["input_shape"] is not None:
             dtype = getattr(torch, saved[name]["dtype"]) if "dtype" in saved[name] else dtype_of(network)
             flow.materialize(torch.zeros(1, *saved[name]["input_shape"], dtype=dtype, device=device_of(network)))
-        flow.resize(saved[name]["h"])
+        flow.resize(saved[name]["h"], network)
 
 
 def is_finite(network: nn.Module) -> bool:

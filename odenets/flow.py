@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self, cast
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from odenets.blocks import Block, FieldSource, StageFields, Velocity, check_sharing, make_blocks, step_sizes
+from odenets.blocks import Block, FieldSource, StageFields, Velocity, check_sharing, copy_block, make_blocks, step_sizes
 from odenets.fields import field_for
 from odenets.measures import Measure, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
@@ -169,15 +168,15 @@ class Flow(nn.Module):
             self.train(self.training)
         self.input_shape = self.input_shape or tuple(x.shape[1:])
 
-    def resize(self, sizes: Sequence[float]) -> None:
-        """Give the flow one block per step size, new ones copied from its last; used when saved weights are loaded."""
+    def resize(self, sizes: Sequence[float], whole: nn.Module | None = None) -> None:
+        """Give the flow one block per step size, new ones copied from its last, as a part of the whole if given."""
         if (self.shared or self.continuous) and len(sizes) != self.depth:
             raise ValueError(f"a shared or continuous flow keeps its depth {self.depth}, got {len(sizes)}")
         self._sizes = tuple(map(float, sizes))
         if self.shared or not len(self.blocks):
             return
         blocks = [cast(Block, block) for block in self.blocks[: len(sizes)]]
-        blocks += [copy.deepcopy(blocks[-1]) for _ in range(len(sizes) - len(blocks))]
+        blocks += [copy_block(blocks[-1], whole or self) for _ in range(len(sizes) - len(blocks))]
         for block, size in zip(blocks, self._sizes, strict=True):
             block.h = size
         self.replace_blocks(blocks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from odenets import measures
-from odenets.blocks import Block
+from odenets.blocks import Block, copy_block
 from odenets.depth.optimizers import adopt_copy, follow_network
 from odenets.depth.rule import DepthRule, block_errors, flow_network, plan
 from odenets.flow import Flow
@@ -230,7 +229,7 @@ def _edit(
             if decisions[m] == "duplicate":
                 edits.append(Edit("duplicate", i, m, errors[i][m], (block.h, block.h / 2)))
                 block.h /= 2
-                twin = copy.deepcopy(block)
+                twin = copy_block(block, network)
                 if optimizer is not None:
                     adopt_copy(optimizer, block, twin)
                 blocks.append(twin)

@@ -14,6 +14,8 @@ __all__ = ["adopt_copy", "follow_network"]
 def adopt_copy(optimizer: Optimizer, original: nn.Module, twin: nn.Module) -> None:
     """Put the twin's parameters into the groups of their originals, with copies of the state."""
     for p, q in zip(original.parameters(), twin.parameters(), strict=True):
+        if p is q:
+            continue  # it is of other blocks too
         q.grad = None
         group = next((group for group in optimizer.param_groups if any(p is r for r in group["params"])), None)
         if group is None:

@@ -3,8 +3,9 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from odenets import Flow, MLPField, Network
+from odenets import Flow, MLPField, Network, load_weights, save_weights
 from odenets.depth import DepthRule, adapt_depth
 from tests.odenets.depth.networks import X, check_alignment, network, train
 
@@ -35,6 +36,36 @@ def test_a_weight_that_another_block_shares_trains_on_when_its_block_goes():
     assert net.flows[0].h == (0.5, 0.5)
     check_alignment(net, optimizer)
     assert all(p in optimizer.state for p in field.parameters())
+
+
+def test_a_layer_that_fields_share_stays_one(tmp_path):
+    """With the other blocks and with the head, after duplicating, a step and loading."""
+
+    class Sharing(nn.Module):
+        def __init__(self, layer, weight):
+            super().__init__()
+            self.layer, self.weight, self.bias = layer, weight, nn.Parameter(torch.zeros(3))
+
+        def forward(self, t, x):
+            return F.linear(torch.tanh(self.layer(x)), self.weight, self.bias)
+
+    def make():
+        layer, head = nn.Linear(3, 3), nn.Linear(3, 3)
+        return Network(nn.Identity(), Flow(lambda: Sharing(layer, head.weight), depth=2), head)
+
+    net, other = make(), make()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    train(net, optimizer)
+    adapt_depth(net, lambda: [X], DepthRule(1e-12), optimizer)
+    train(net, optimizer)
+    check_alignment(net, optimizer)
+    load_weights(other, save_weights(net, tmp_path / "net.safetensors"))
+    for one in (net, other):
+        fields = [block.fields[0] for block in one.flows[0].blocks]
+        assert len(fields) == 4
+        assert all(field.layer is fields[0].layer and field.weight is one.head.weight for field in fields)
+        assert len({field.bias for field in fields}) == 4
+    torch.testing.assert_close(net(X), other(X), rtol=0, atol=0)
 
 
 def test_an_optimizer_s_other_parameters_and_its_own_list_stay():
