@@ -91,18 +91,24 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def map_state(function: Callable[[Any], Any], value: Any) -> Any:
-    """A state, nested dictionaries, lists and tuples, with the function's results for all else in it.
+def map_state(leaf: Callable[[str, Any], Any], value: Any, place: str = "state") -> Any:
+    """A state, nested dictionaries, lists and tuples, with a function's results for all else in it.
 
     A ``state_dict`` keeps its ``_metadata``, the versions by which modules know which states to migrate.
+
+    Args:
+        leaf: called with the place in the state, such as ``state['rows'][0]``, and what is there.
+        value: the state.
+        place: of the value.
     """
     if isinstance(value, dict):
-        mapped = {map_state(function, key): map_state(function, item) for key, item in value.items()}
-        versions = getattr(value, "_metadata", None)
-        return mapped if versions is None else _with_versions(mapped, map_state(function, versions))
+        mapped = {map_state(leaf, k, place): map_state(leaf, item, f"{place}[{k!r}]") for k, item in value.items()}
+        if (versions := getattr(value, "_metadata", None)) is not None:
+            return _with_versions(mapped, map_state(leaf, versions, f"{place}._metadata"))
+        return mapped
     if type(value) in (list, tuple):
-        return type(value)(map_state(function, item) for item in value)
-    return function(value)
+        return type(value)(map_state(leaf, item, f"{place}[{i}]") for i, item in enumerate(value))
+    return leaf(place, value)
 
 
 def _with_versions(state: dict[str, Any], versions: Any) -> OrderedDict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.metadata
+import io
 import json
 import platform
 import re
@@ -107,8 +108,12 @@ class Run:
         """Write a resume state atomically: a kill leaves either the old one or the new one.
 
         NumPy's scalars, which a schedule may leave in it and which :meth:`load_state` does not trust, become Python's.
+
+        Raises:
+            TypeError: something else in it could not be loaded again.
         """
-        write_atomically(self.folder / name, lambda path: torch.save(map_state(_without_numpy, state), path))
+        loadable = map_state(_loadable, state)
+        write_atomically(self.folder / name, lambda path: torch.save(loadable, path))
 
     def load_state(self, name: str = "resume.pt") -> dict[str, Any] | None:
         """The last resume state, or None; nothing but tensors and plain values is unpickled."""
@@ -181,8 +186,22 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
     return json.dumps(one[key], sort_keys=True) == json.dumps(other[key], sort_keys=True)
 
 
-def _without_numpy(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+def _loadable(place: str, value: Any) -> Any:
+    """A value of a state as it can be loaded without trust."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, int, float, str, torch.Tensor, torch.nn.Parameter):
+        return value
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise TypeError(
+            f"{place} must be a tensor or plain value to be saved and loaded again, got {type(value).__name__}"
+        ) from error
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -58,9 +58,7 @@ class Training:
 
     def snapshot(self) -> dict[str, Any]:
         """:meth:`state_dict` in tensors of its own, in the host's memory: training on does not change it."""
-        return map_state(
-            lambda value: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value, self.state_dict()
-        )
+        return map_state(_copied, self.state_dict())
 
     def load_state_dict(self, state: dict[str, Any], make_optimizer: Callable[[Any], Optimizer]) -> None:
         """Take up :meth:`state_dict`: blocks first, then the optimizer on their parameters.
@@ -87,6 +85,10 @@ class Training:
         self.rows = json.loads(state["rows"])
         self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
         set_random_state(state)
+
+
+def _copied(place: str, value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,25 @@ def test_states_hold_no_code(tmp_path):
     torch.save({"x": Run}, tmp_path / "run" / "resume.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         run.load_state()
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    """As a schedule leaves it whose function is an object with an array."""
+
+    class Warmup:
+        def __init__(self):
+            self.rates = np.linspace(0.1, 1.0, 5)
+
+        def __call__(self, epoch):
+            return self.rates[min(epoch, 4)]
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)], 0.1), Warmup())
+    run = Run(tmp_path / "run", {})
+    with pytest.raises(TypeError, match=r"state\['schedule'\]\['lr_lambdas'\]\[0\]\['rates'\] must be .* got ndarray"):
+        run.save_state({"schedule": schedule.state_dict()})
+    assert run.load_state() is None
+    run.save_state({"milestones": Counter([1, 2]), "size": torch.Size([2]), "bias": torch.nn.Parameter(torch.ones(1))})
+    assert run.load_state()["size"] == (2,)
 
 
 def test_states_may_hold_numpy_s_scalars(tmp_path):
