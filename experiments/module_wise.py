@@ -27,7 +27,7 @@ from module_settings import SCHEDULES, SETTINGS, Setting
 from lab import images
 from lab.config import Config as Common
 from lab.config import check_among, check_at_least
-from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Row, Run, run
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Row, Run, start
 from lab.modules import accuracies, accuracy_row, difference, in_modules, over_modules, sgd_in_modules
 from lab.results import best_settings, groups
 from lab.statistics import percent
@@ -295,7 +295,7 @@ def main(config: Config) -> None:
     if config.list:
         print(listing())
     else:
-        run(EXPERIMENT, config)
+        start(EXPERIMENT, config)
 
 
 if __name__ == "__main__":

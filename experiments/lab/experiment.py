@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ from odenets import plotting
 from odenets.training.runs import read_config, read_metrics, read_summary
 
 __all__ = [
-    "Columns", "Experiment", "Figures", "Jobs", "Outcome", "Report", "Row", "Run", "command", "draw", "run",
+    "Columns", "Experiment", "Figures", "Jobs", "Outcome", "Report", "Row", "Run", "command", "draw", "run", "start",
 ]  # fmt: skip
 
 Row = dict[str, Any]
@@ -123,7 +124,27 @@ def _seeds(job: Any) -> Sequence[int]:
 
 def command(experiment: Experiment[C, J], description: str | None) -> None:
     """Run an experiment as the command line says."""
-    run(experiment, tyro.cli(experiment.config, description=description))
+    start(experiment, tyro.cli(experiment.config, description=description))
+
+
+def start(experiment: Experiment[C, J], config: C) -> None:
+    """:func:`run` for a command line: what cannot begin is said in a line, with exit status 2."""
+    if config.draw is not None:
+        with _in_a_line(FileNotFoundError):
+            print(draw(experiment, config.draw))
+        return
+    with _in_a_line(OSError, ValueError):
+        begun = _begin(experiment, config)
+    _complete(experiment, *begun)
+
+
+@contextmanager
+def _in_a_line(*errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def run(experiment: Experiment[C, J], config: C) -> None:
@@ -136,13 +157,23 @@ def run(experiment: Experiment[C, J], config: C) -> None:
     if config.draw is not None:
         print(draw(experiment, config.draw))
         return
+    _complete(experiment, *_begin(experiment, config))
+
+
+def _begin(experiment: Experiment[C, J], config: C) -> tuple[C, Run]:
+    """The configuration and the run folder of an experiment that can begin."""
     if config.quick:
         config = keep_given(experiment.quick(config), config)
-    started = time.time()
     experiment.data(config)
     whole = Run(config.run_folder, science(config), resume=config.resume)
     if whole.finished:
         read_summary(whole.folder)  # raises where it is broken
+    return config, whole
+
+
+def _complete(experiment: Experiment[C, J], config: C, whole: Run) -> None:
+    """Train what is not there yet; print and write what a run leaves."""
+    started = time.time()
     results, summaries = _train_all(experiment, config, whole.folder)
     if experiment.keys:
         folders = [(r, whole.folder / r["name"]) for r in results]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lab import runs
 from lab.config import Config as CommonConfig
-from lab.experiment import Experiment, draw, run
+from lab.experiment import Experiment, command, draw, run
 from lab.results import best_settings, groups
 from lab.statistics import mean_interval, paired, percent
 from odenets.training.runs import read_config, read_metrics, read_summary
@@ -102,6 +102,20 @@ def test_a_run_leaves_everything_and_is_not_made_again(config, capsys):
     (config.output / "summary.json").write_text("")
     with pytest.raises(ValueError, match="is empty or broken"):
         run(EXPERIMENT, replace(config, resume=True))
+
+
+def test_what_cannot_begin_is_said_in_a_line(config, monkeypatch, capsys):
+    (config.output / "1").mkdir(parents=True)
+    for arguments, message in (
+        (["--draw", str(config.output)], "holds no run: config.json is missing"),
+        (["--output", str(config.output)], "is not empty and holds no run"),
+    ):
+        monkeypatch.setattr("sys.argv", ["here/script.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            command(EXPERIMENT, None)
+        shown = capsys.readouterr().err
+        assert (end.value.code, shown.count("\n"), message in shown) == (2, 1, True)
+        assert shown.startswith("script.py: folder")
 
 
 def test_after_a_resume_the_summary_states_commit_and_seconds_of_every_part(config, monkeypatch):
