@@ -37,3 +37,9 @@ def test_a_function_gets_truth_values_as_they_are():
     rows = [{"action": True, "n": 1}, {"action": False, "n": 2}]
     shown = table(rows, {"n": "{n}", "": lambda row: "+ action" if row["action"] else ""})
     assert [line.strip("| ").endswith("+ action") for line in shown.splitlines()[2:]] == [True, False]
+
+
+@pytest.mark.parametrize("format", ["name", "{{name}}", "{}"])
+def test_a_format_that_names_no_value_is_refused(format):
+    with pytest.raises(ValueError, match="column 'network' must be a format that names a value"):
+        lines({"network": format})
