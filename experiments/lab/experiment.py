@@ -2,21 +2,31 @@
 
 A script is a frozen :class:`~lab.config.Config`, jobs, what to train, what to report; ``no_batchnorm.py`` is short::
 
+    class Config(lab.config.Config): ...    # a frozen dataclass, every field with a default
+
     def jobs(config):                   # a generator: jobs out, their results in; returns those that are reported
         return (yield [Job(depth, seed) for depth in config.depths for seed in config.seeds])
 
-    def train(config, job, run, report):    # in a worker; run keeps checkpoints, report moves the progress bar
+    def train(config, job, run, report):    # in a worker; run keeps checkpoints, report(n) moves the progress bar
         return {"accuracy": ...}        # stands in the job's summary, beside the job's own fields and its name
 
-    EXPERIMENT = Experiment.of(__name__, selects=("depths",), ...)
+    def summarize(config, results):     # rows of the table
+        return [{"depth": ..., "accuracy": mean_interval(...)}, ...]
+
+    COLUMNS = {"blocks": "{depth}", "test accuracy": "{accuracy:.2f}"}
+
+    EXPERIMENT = Experiment.of(__name__, selects=("depths",))   # verdict, quick, figures and others if there are any
 
     if __name__ == "__main__":
         command(EXPERIMENT, __doc__)
 
+:class:`lab.training.Progress` is the callback that calls ``report`` after an epoch, where ``cost`` counts epochs. A
+script elsewhere runs with this folder on the path: ``PYTHONPATH=experiments python elsewhere/script.py``.
+
 :func:`run` loads the data before anything is written, opens the run folder, trains what is not there yet in worker
 processes, writes table, verdict, figures and one summary. A run that was interrupted goes on with ``--resume``; its
-summary lists under ``parts`` the commit and the seconds of every part of every training. ``--draw FOLDER`` makes the
-table and the figures of a finished run again, and says what it lacks for the others.
+summary lists under ``environment``, ``parts`` the commit and the seconds of every part of every training. ``--draw
+FOLDER`` makes the table and the figures of a finished run again, and says what it lacks for the others.
 """
 
 from __future__ import annotations
@@ -36,7 +46,7 @@ from matplotlib.figure import Figure
 from lab.config import Config, keep_given, recorded, science
 from lab.results import Outcome, read_outcome
 from lab.runs import Run
-from lab.tables import table
+from lab.tables import check_columns, table
 from lab.workers import Report, Task, Workers
 from odenets import plotting
 from odenets.training.runs import read_config, read_metrics, read_summary
@@ -71,7 +81,7 @@ class Experiment(Generic[C, J]):
         summarize: rows of the table, from the results.
         columns: of the table, as :func:`lab.tables.table` reads them, or what makes them from the configuration.
         verdict: what the rows say of the claims, in sentences.
-        quick: the configuration of a few minutes.
+        quick: the configuration of a few minutes; without it ``--quick`` is refused.
         selects: settings that say which jobs there are and not how one of them turns out.
         settings: what decides the outcome of a job beside the configuration and its own fields.
         seeds: of a job without a field ``seed`` or ``seeds``.
@@ -87,8 +97,8 @@ class Experiment(Generic[C, J]):
     train: Callable[[C, J, Run, Report], Mapping[str, Any]]
     summarize: Callable[[C, list[Row]], list[Row]]
     columns: Columns | Callable[[C], Columns]
-    verdict: Callable[[C, Outcome], list[str]]
-    quick: Callable[[C], C]
+    verdict: Callable[[C, Outcome], list[str]] = lambda config, outcome: []
+    quick: Callable[[C], C] | None = None
     selects: tuple[str, ...] = ()
     settings: Callable[[C, J], Mapping[str, Any]] = lambda config, job: {}
     seeds: Callable[[C, J], Sequence[int]] = lambda config, job: _seeds(job)
@@ -114,8 +124,11 @@ class Experiment(Generic[C, J]):
 
     def text(self, config: C, rows: list[Row], verdict: list[str]) -> str:
         """Table and verdict."""
-        columns = self.columns(config) if callable(self.columns) else self.columns
-        return table(rows, columns) + "\n\n" + "\n".join(verdict) + "\n"
+        return table(rows, self.columns_of(config)) + "\n\n" + "\n".join(verdict) + "\n"
+
+    def columns_of(self, config: C) -> Columns:
+        """Columns of the table."""
+        return self.columns(config) if callable(self.columns) else self.columns
 
 
 def _seeds(job: Any) -> Sequence[int]:
@@ -152,7 +165,8 @@ def run(experiment: Experiment[C, J], config: C) -> None:
 
     Raises:
         FileExistsError: the folder holds a run and ``config.resume`` is false.
-        ValueError: the run in the folder was made with another configuration, or its summary is empty or broken.
+        ValueError: the run in the folder was made with another configuration, or its summary is empty or broken; a
+            column names no value; ``config.quick`` without a quick configuration.
     """
     if config.draw is not None:
         print(draw(experiment, config.draw))
@@ -163,7 +177,10 @@ def run(experiment: Experiment[C, J], config: C) -> None:
 def _begin(experiment: Experiment[C, J], config: C) -> tuple[C, Run]:
     """The configuration and the run folder of an experiment that can begin."""
     if config.quick:
+        if experiment.quick is None:
+            raise ValueError("--quick needs an experiment with a quick configuration: Experiment(quick=...)")
         config = keep_given(experiment.quick(config), config)
+    check_columns(experiment.columns_of(config))
     experiment.data(config)
     whole = Run(config.run_folder, science(config), resume=config.resume)
     if whole.finished:

@@ -1,7 +1,7 @@
 """The harness on an experiment that draws a number per seed."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -160,6 +160,17 @@ def test_the_quick_run_is_recorded_as_such_and_keeps_what_is_given(config, seeds
     assert read_config(config.output)["quick"] is True
 
 
+def test_verdict_and_quick_may_be_left_out_and_columns_are_checked_before_a_training(config):
+    plain = {f.name: getattr(EXPERIMENT, f.name) for f in fields(EXPERIMENT) if f.name not in ("verdict", "quick")}
+    with pytest.raises(ValueError, match="--quick needs an experiment with a quick configuration"):
+        run(Experiment(**plain), replace(config, quick=True))
+    with pytest.raises(ValueError, match="column 'scale' must be a format that names a value"):
+        run(Experiment(**plain | {"columns": {"scale": "scale"}}), config)
+    assert not config.output.exists()
+    run(Experiment(**plain), config)
+    assert len((config.output / "table.md").read_text().split("\n\n")[0].splitlines()) == 3  # heading, rule, row
+
+
 def test_processes_are_those_of_the_device():
     assert CommonConfig(workers=3).processes == 3
     assert CommonConfig().processes >= 1
@@ -172,7 +183,7 @@ def test_shares_in_percent_and_paired_differences():
 
 
 def test_a_script_s_experiment_is_made_of_its_names_and_it_is_said_what_it_lacks():
-    here = Experiment.of(__name__, summarize=len, columns={}, verdict=len, quick=len)
+    here = Experiment.of(__name__, summarize=len, columns={})
     assert (here.config, here.jobs, here.train, here.selects) == (Config, jobs, train, ())
-    with pytest.raises(TypeError, match="'summarize', 'columns', 'verdict', and 'quick'"):
+    with pytest.raises(TypeError, match="'summarize' and 'columns'"):
         Experiment.of(__name__)
