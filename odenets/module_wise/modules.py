@@ -71,7 +71,10 @@ class ModuleWise(Joined):
     Attributes:
         parts: the modules.
         ends: after how many blocks of the network each ends.
+        trained_by: what trains it; :func:`odenets.training.fit` would train its last head alone.
     """
+
+    trained_by = "odenets.module_wise.fit_modules"
 
     def __init__(self, parts: Sequence[LocalModule], ends: Sequence[int]) -> None:
         super().__init__()

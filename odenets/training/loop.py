@@ -112,7 +112,7 @@ def fit(
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
-        TypeError: a network that records nothing, no objective, or an output that it, or with validation the
+        TypeError: a network that records nothing or consists of modules, no objective, or an output that it, or with validation the
             evaluation, cannot read.
         ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimizer without
             the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision or
@@ -123,6 +123,8 @@ def fit(
             f"network must be a module that records its steps, an odenets.Recorder, got {type(network).__name__}: "
             "odenets.adapt makes one of any residual network"
         )
+    if trainer := getattr(network, "trained_by", None):
+        raise TypeError(f"network must be one that is trained as a whole, got {type(network).__name__}: take {trainer}")
     objective = objective or CrossEntropy()
     if fabric is None:
         with needs("training"):

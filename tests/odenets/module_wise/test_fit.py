@@ -12,6 +12,7 @@ from odenets.least_action import LeastAction
 from odenets.module_wise import fit_modules, split_into_modules, trgl, trgl_multipliers
 from odenets.module_wise.fit import move
 from odenets.training import data, datasets
+from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
 from odenets.training.runs import Run
 from tests.counting import NoDouble
@@ -53,6 +54,11 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, options):
     assert resumed.done == whole.done > 2
     assert_same(resumed.network, whole.network)
     assert resumed.objectives.state_dict() == whole.objectives.state_dict()
+
+
+def test_modules_are_no_network_to_train_as_a_whole():
+    with pytest.raises(TypeError, match=r"as a whole, got ModuleWise: take odenets.module_wise.fit_modules"):
+        fit(modules_of(), BATCHES, epochs=1, optimizer=lambda net: SGD(net.parameters()))
 
 
 def test_modules_train_one_after_another_and_those_before_stand_still():
