@@ -266,7 +266,7 @@ class _Loop:
         if parameters == self._parameters:
             return
         self._step = None
-        check_optimizer(self.training.optimizer, self.training.network, self.training.objective)
+        check_optimizer(self.training.optimizer, self.training.network, self.training.objective, stacklevel=5)
         if self.fabric.world_size > 1:
             gc.collect()  # so that no hooks of an earlier set-up are left
         options = self.step_options | {"validated": self.validation is not None}

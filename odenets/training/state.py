@@ -139,8 +139,8 @@ def check_precision(network: nn.Module, state: Mapping[str, Any]) -> None:
             )
 
 
-def check_optimizer(optimizer: Optimizer, *trained: nn.Module) -> None:
-    """That an optimizer trains what requires a gradient.
+def check_optimizer(optimizer: Optimizer, *trained: nn.Module, stacklevel: int = 3) -> None:
+    """That an optimizer trains what requires a gradient; a warning is of the line so many calls above.
 
     Raises:
         ValueError: it holds no such parameter.
@@ -160,5 +160,5 @@ def check_optimizer(optimizer: Optimizer, *trained: nn.Module) -> None:
         warnings.warn(
             f"the optimizer leaves out {len(left)} of {len(names)} parameters that require a gradient, {left[0]} among "
             "them, which will not change: give it all, or freeze these with requires_grad_(False)",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

@@ -139,7 +139,7 @@ class _Worker:
         self.modules = [self.network.modules_in_order[k].to(self.device) for k in self.own]
         self.optimizers = [self.make_optimizer(module.parameters()) for module in self.modules]
         for optimizer, module in zip(self.optimizers, self.modules, strict=True):
-            check_optimizer(optimizer, module)
+            check_optimizer(optimizer, module, stacklevel=5)
         self.objectives = [o.to(self.device) for o in objectives_of(self.objective, self.own, self.network.K)]
         self.with_images = any(module.local_loss is not None for module in self.network.modules_in_order)
         self._make_groups()

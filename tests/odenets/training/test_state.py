@@ -134,8 +134,9 @@ def test_parameters_that_would_not_train_are_named():
     other = tiny()
     with pytest.raises(ValueError, match="optimizer must hold parameters of the network"):
         fit(tiny(), TENS, epochs=1, optimizer=lambda net: sgd(other))
-    with pytest.warns(UserWarning, match=r"leaves out \d+ of \d+ parameters that require a gradient, encoder"):
+    with pytest.warns(UserWarning, match=r"leaves out \d+ of \d+ parameters that require a gradient, encoder") as seen:
         fit(tiny(), TENS, epochs=1, optimizer=lambda net: sgd(net.head))
+    assert [warning.filename for warning in seen] == [__file__]
     frozen = tiny().requires_grad_(False)
     frozen.head.requires_grad_(True)
     fit(frozen, TENS, epochs=1, optimizer=lambda net: sgd(net.head))
