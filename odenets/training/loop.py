@@ -112,8 +112,8 @@ def fit(
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
-        TypeError: a network that records nothing or consists of modules, no objective, or an output that it, or with validation the
-            evaluation, cannot read.
+        TypeError: a network that records nothing or consists of modules, no objective, or an output that it, or with
+            validation the evaluation, cannot read.
         ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimizer without
             the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision or
             optimizer.
@@ -139,6 +139,7 @@ def fit(
             network(inputs_for(network, batches.data.x[:2]))
     first = optimizer(network)
     training = Training(network, first, schedule(first) if schedule else None, objective)
+    training.precision = fabric.strategy.precision
     state = fabric.broadcast(run.load_state(checkpoint) if run else None)
     if state is not None:
         try:

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,6 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from odenets.checkpoints import map_state, restore_structure, structure
 from odenets.modes import random_state, set_random_state
 from odenets.training.objectives import CrossEntropy, Objective
+
+if TYPE_CHECKING:
+    from lightning_fabric.plugins import Precision
 
 __all__ = ["Training", "check_optimizer", "check_precision", "load_optimizer", "optimizer_state"]
 
@@ -31,6 +34,7 @@ class Training:
         rows: one dictionary of metrics per completed epoch.
         evaluations: field evaluations per sample, summed over all samples of all training steps so far.
         check_evaluations: the same for what callbacks measured besides.
+        precision: Fabric's, which may scale losses by a factor that follows from earlier steps.
     """
 
     network: Any
@@ -41,6 +45,7 @@ class Training:
     rows: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 0
     check_evaluations: int = 0
+    precision: Precision | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, as tensors and plain values."""
@@ -50,6 +55,7 @@ class Training:
             "optimizer": optimizer_state(self.optimizer, self.network),
             "schedule": self.schedule.state_dict() if self.schedule else None,
             "objective": self.objective.state_dict(),
+            "precision": self.precision.state_dict() if self.precision else {},
             "epoch": self.epoch,
             "rows": json.dumps(self.rows),
             "evaluations": self.evaluations,
@@ -81,6 +87,8 @@ class Training:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
+        if self.precision and state.get("precision"):
+            self.precision.load_state_dict(state["precision"])
         self.epoch = state["epoch"]
         self.rows = json.loads(state["rows"])
         self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]

@@ -1,10 +1,12 @@
 import pytest
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from torch.nn import functional as F
 
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.training.loop import fit
+from odenets.training.runs import Run
 from tests.counting import NoDouble
 from tests.odenets.checks import assert_same
 from tests.odenets.training.small import TENS, on_cpu, sgd, tiny, trained
@@ -73,6 +75,26 @@ def test_a_training_in_float64_is_one_throughout(fabric):
         (F.cross_entropy(two(x), y) + 0.5 * cost).backward()
         optimizer.step()
     assert_same(one, two, atol=1e-13)
+
+
+def test_a_resumed_training_goes_on_with_the_scale_of_its_losses(tmp_path):
+    """Which doubles every three steps; also one that goes back to the snapshot from before an epoch."""
+
+    def scaling():
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+
+    run, whole, resumed = Run(tmp_path / "run", {}), tiny(), tiny()
+    training = fit(whole, TENS, epochs=3, optimizer=sgd, fabric=scaling())
+    fit(tiny(), TENS, epochs=1, optimizer=sgd, fabric=scaling(), run=run)
+    again = fit(resumed, TENS, epochs=3, optimizer=sgd, fabric=scaling(), run=run)
+    assert_same(whole, resumed)
+    assert training.precision.state_dict() == again.precision.state_dict()
+    assert training.precision.state_dict()["scale"] == 16.0
+    before = training.snapshot()
+    training.precision.scaler.update(1.0)
+    training.load_state_dict(before, sgd)
+    assert training.precision.state_dict()["scale"] == 16.0
 
 
 def test_mixed_precision_of_a_float64_network_is_refused():
