@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -102,10 +103,22 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Take up :func:`random_state`."""
+    """Take up :func:`random_state`.
+
+    Warns:
+        UserWarning: it is of another number of CUDA devices, of which the first are taken up.
+    """
     torch.set_rng_state(state["rng"])
-    if state.get("cuda_rng") and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    saved = state.get("cuda_rng")
+    if not saved or not torch.cuda.is_available():
+        return
+    if (here := torch.cuda.device_count()) != len(saved):
+        warnings.warn(
+            f"the random state is of {len(saved)} CUDA devices, and there are {here}: that of the first "
+            f"{min(here, len(saved))} is taken up",
+            stacklevel=2,
+        )
+    torch.cuda.set_rng_state_all(saved[:here])
 
 
 def _restore(module: nn.Module, modes: dict[nn.Module, bool], inherited: bool) -> None:

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 import odenets
-from odenets.modes import device_of, dtype_of, evaluating, inputs_for, keeping_modes, keeping_state, total_dtype
+from odenets.modes import (
+    device_of,
+    dtype_of,
+    evaluating,
+    inputs_for,
+    keeping_modes,
+    keeping_state,
+    set_random_state,
+    total_dtype,
+)
 from tests.odenets.checks import unchanged
 
 
@@ -76,6 +85,16 @@ def test_passes_in_training_mode_leave_buffers_and_random_state(fails):
     with unchanged(network), pytest.raises(KeyError) if fails else nullcontext():
         look()
     assert all(value is buffers[name] for name, value in network.named_buffers())
+
+
+def test_the_random_state_of_more_devices_than_there_are_is_that_of_the_first(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", taken.append)
+    with pytest.warns(UserWarning, match="is of 2 CUDA devices, and there are 1: that of the first 1"):
+        set_random_state({"rng": torch.get_rng_state(), "cuda_rng": ["first", "second"]})
+    assert taken == [["first"]]
 
 
 def test_a_graph_from_before_is_not_disturbed():
