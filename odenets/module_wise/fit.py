@@ -29,7 +29,7 @@ from odenets.training.data import Batches, data_for
 from odenets.training.loop import progress_bar
 from odenets.training.objectives import Objective
 from odenets.training.runs import Run
-from odenets.training.state import check_optimizer, check_precision, load_optimizer, optimizer_state
+from odenets.training.state import check_optimizer, check_precision, load_optimizer, make_schedule, optimizer_state
 
 __all__ = ["ModuleTraining", "fit_modules", "move"]
 
@@ -155,7 +155,7 @@ def fit_modules(
         if schedule != "sequential" or plan.epochs[k]:
             check_optimizer(one, unit)
     objectives = objectives_of(objective or greedy(), [network.K - 1] if plan.whole else range(network.K), network.K)
-    rates = [rate(one) for one in optimizers] if rate else []
+    rates = [made for one in optimizers if (made := make_schedule(rate, one))]
     training = ModuleTraining(network, nn.ModuleList(objectives).to(device), optimizers, rates)
     state = run.load_state(checkpoint) if run else None
     if state is not None:

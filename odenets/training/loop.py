@@ -23,7 +23,7 @@ from odenets.training.data import Batches, data_for
 from odenets.training.evaluation import Evaluation, evaluate
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.runs import Run
-from odenets.training.state import Training, check_optimizer
+from odenets.training.state import Training, check_optimizer, make_schedule
 from odenets.training.steps import Stepper
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def fit(
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
-        TypeError: a network that records nothing or consists of modules, no objective, or an output that it, or with
-            validation the evaluation, cannot read.
+        TypeError: a network that records nothing or consists of modules, no objective, a schedule whose steps need a
+            metric, or an output that the objective, or with validation the evaluation, cannot read.
         ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimizer without
             the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision or
             optimizer.
@@ -138,7 +138,7 @@ def fit(
         with torch.no_grad(), keeping_state(network), evaluating(network):
             network(inputs_for(network, batches.data.x[:2]))
     first = optimizer(network)
-    training = Training(network, first, schedule(first) if schedule else None, objective)
+    training = Training(network, first, make_schedule(schedule, first), objective)
     training.precision = fabric.strategy.precision
     state = fabric.broadcast(run.load_state(checkpoint) if run else None)
     if state is not None:

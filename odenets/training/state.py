@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from odenets.checkpoints import map_state, restore_structure, structure
 from odenets.modes import random_state, set_random_state
@@ -20,7 +20,7 @@ from odenets.training.objectives import CrossEntropy, Objective
 if TYPE_CHECKING:
     from lightning_fabric.plugins import Precision
 
-__all__ = ["Training", "check_optimizer", "check_precision", "load_optimizer", "optimizer_state"]
+__all__ = ["Training", "check_optimizer", "check_precision", "load_optimizer", "make_schedule", "optimizer_state"]
 
 
 @dataclass
@@ -97,6 +97,21 @@ class Training:
 
 def _copied(place: str, value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def make_schedule(make: Callable[[Optimizer], LRScheduler] | None, optimizer: Optimizer) -> LRScheduler | None:
+    """The learning-rate schedule of an optimizer, if there is one.
+
+    Raises:
+        TypeError: its steps need a metric.
+    """
+    schedule = make(optimizer) if make else None
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise TypeError(
+            "a learning-rate schedule must step without a metric, got ReduceLROnPlateau: take one of epochs alone, or "
+            "lower the rate in a callback"
+        )
+    return schedule
 
 
 def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, Any]:

@@ -151,6 +151,11 @@ def test_a_loss_function_is_no_objective():
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=nn.CrossEntropyLoss())  # type: ignore[arg-type]
 
 
+def test_a_schedule_that_needs_a_metric_is_refused():
+    with pytest.raises(TypeError, match="schedule must step without a metric, got ReduceLROnPlateau"):
+        fit(tiny(), TENS, epochs=1, optimizer=sgd, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
 def test_a_network_that_records_nothing_is_no_network():
     with pytest.raises(TypeError, match=r"records its steps, an odenets.Recorder, got Linear: odenets.adapt makes one"):
         fit(nn.Linear(2, 2), TENS, epochs=1, optimizer=sgd)  # type: ignore[arg-type]
