@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -20,8 +20,8 @@ __all__ = [
     "FieldSource",
     "StageFields",
     "Velocity",
+    "block_list",
     "check_sharing",
-    "copy_block",
     "make_blocks",
     "step_sizes",
 ]
@@ -52,14 +52,27 @@ class Block(nn.Module):
             return [partial(field, stage=i) if isinstance(field, VelocityField) else field for i in range(stages)]
         return fields if len(fields) == stages else [*fields, (following or self).fields[0]]
 
+    def copy_within(self, whole: nn.Module) -> Block:
+        """A copy, which shares what the block shares with other parts of the whole that it is in."""
+        elsewhere = _held(whole) - _held(self)
+        return copy.deepcopy(self, {id(one): one for one in elsewhere})
+
     def extra_repr(self) -> str:
         return f"h={self.h:.12g}"
 
 
-def copy_block(block: Block, whole: nn.Module) -> Block:
-    """A copy of a block of a whole, which shares what the block shares with other parts of it."""
-    elsewhere = _held(whole) - _held(block)
-    return copy.deepcopy(block, {id(one): one for one in elsewhere})
+def block_list(blocks: Iterable[nn.Module]) -> list[Block]:
+    """The blocks as a list.
+
+    Raises:
+        TypeError: there are none, or one of them is something else.
+    """
+    blocks = list(blocks)
+    other = next((block for block in blocks if not isinstance(block, Block)), None)
+    if other is not None or not blocks:
+        got = "none" if other is None else type(other).__name__
+        raise TypeError(f"blocks must be at least one odenets.Block, Block([field], h), got {got}")
+    return cast(list[Block], blocks)
 
 
 def _held(module: nn.Module) -> Counter[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from odenets.blocks import Block, FieldSource, StageFields, Velocity, check_sharing, copy_block, make_blocks, step_sizes
+from odenets.blocks import Block, FieldSource, StageFields, Velocity, block_list, check_sharing, make_blocks, step_sizes
 from odenets.fields import field_for
 from odenets.measures import Measure, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
@@ -82,8 +82,7 @@ class Flow(nn.Module):
         if controller is not None and tolerance is None:
             raise ValueError("controller chooses the steps of a continuous flow: give tolerance too")
         self.stage_fields: StageFields = stage_fields
-        self.shared = shared
-        self.tolerance = tolerance
+        self.shared, self.tolerance = shared, tolerance
         self.controller = controller or I()
         self.statistics = Statistics()
         self.input_shape: tuple[int, ...] | None = None
@@ -93,15 +92,17 @@ class Flow(nn.Module):
         if field is None:
             self.field_of_first_input = UninitializedParameter()
         elif isinstance(field, tuple):
-            self.blocks.extend(field)
+            self.blocks.extend(block_list(field))
         else:
             self._make_blocks(field)
 
     @classmethod
     def of(cls, blocks: Sequence[Block], h: Sequence[float] | None = None, start: float = 0.0, **settings: Any) -> Self:
         """A flow of these blocks as they are, from time ``start``; settings are the other arguments of the class."""
-        h = [block.h for block in blocks] if h is None else h
+        h = [block.h for block in block_list(blocks)] if h is None else h
         flow = cls(tuple(blocks), depth=len(h), h=h, **settings)
+        if flow.h != flow._sizes:
+            raise ValueError(f"h must be each block's own, {flow.h}, unless one block is shared, got {flow._sizes}")
         flow.start = start
         return flow
 
@@ -176,14 +177,14 @@ class Flow(nn.Module):
         if self.shared or not len(self.blocks):
             return
         blocks = [cast(Block, block) for block in self.blocks[: len(sizes)]]
-        blocks += [copy_block(blocks[-1], whole or self) for _ in range(len(sizes) - len(blocks))]
+        blocks += [blocks[-1].copy_within(whole or self) for _ in range(len(sizes) - len(blocks))]
         for block, size in zip(blocks, self._sizes, strict=True):
             block.h = size
         self.replace_blocks(blocks)
 
     def replace_blocks(self, blocks: Iterable[nn.Module]) -> None:
         """Take other blocks, each a :class:`Block`, in this order; the modes of the flow and of the blocks stay."""
-        blocks = list(blocks)
+        blocks = block_list(blocks)
         del self.blocks[:]
         self.blocks.extend(blocks)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from odenets import measures
-from odenets.blocks import Block, copy_block
+from odenets.blocks import Block
 from odenets.depth.optimizers import adopt_copy, follow_network
 from odenets.depth.rule import DepthRule, block_errors, flow_network, plan
 from odenets.flow import Flow
@@ -229,7 +229,7 @@ def _edit(
             if decisions[m] == "duplicate":
                 edits.append(Edit("duplicate", i, m, errors[i][m], (block.h, block.h / 2)))
                 block.h /= 2
-                twin = copy_block(block, network)
+                twin = block.copy_within(network)
                 if optimizer is not None:
                     adopt_copy(optimizer, block, twin)
                 blocks.append(twin)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from odenets import Flow, MLPField
+from odenets import Block, Flow, MLPField
 from solvers import PI, Tolerance
 
 VECTORS = torch.randn(5, 3)
@@ -79,6 +79,22 @@ def test_the_whole_of_a_shared_or_continuous_flow_is_a_part(settings):
     part = flow.part(0, flow.depth)
     assert torch.equal(part(VECTORS), flow(VECTORS))
     assert (part.h, part.controller, part.tolerance) == (flow.h, flow.controller, flow.tolerance)
+
+
+@pytest.mark.parametrize("blocks", [(), (MLPField(3),)])
+def test_what_is_no_block_is_refused(blocks):
+    got = "MLPField" if blocks else "none"
+    for make in (Flow, Flow.of, Flow(MLPField(3)).replace_blocks):
+        with pytest.raises(TypeError, match=rf"odenets.Block, Block\(\[field\], h\), got {got}"):
+            make(blocks)
+
+
+def test_step_sizes_of_blocks_are_their_own_unless_one_is_shared():
+    block = Block([MLPField(3)], 0.5)
+    with pytest.raises(ValueError, match=r"h must be each block's own, \(0.5,\), .* got \(0.25,\)"):
+        Flow.of([block], [0.25])
+    assert Flow.of([block], (0.5,)).h == (0.5,)
+    assert Flow.of([block], [0.25, 0.5], shared=True).h == (0.25, 0.5)
 
 
 def test_a_flow_without_a_field_has_no_parts():
