@@ -1,7 +1,7 @@
 """The reductions on a CPU in torch's own operations, over blocks that stay in its caches.
 
 Every operand is read from memory once, forward and backward, and temporaries are no larger than a block. Sums are taken
-over segments of a fixed length, which are added in order: they do not depend on the number of threads.
+over segments that the shape alone decides, and do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from solvers.reductions.reference import HALF, Reductions, ReductionSpec, rows_o
 __all__ = ["finish_step", "finish_step_backward", "row_moments", "row_moments_backward", "scaled_error"]
 
 BLOCK = 1 << 18  # numbers of one operand that a thread works on at a time
-SEGMENT = 1 << 14  # numbers of a row under one sum: fewer than torch shares among threads
+SEGMENT = 1 << 9  # numbers of a row under one sum: torch's norms add in order, and lose a digit beyond
+SHARED = 1 << 14  # sums of a row that are added at once: fewer than torch shares among threads
 
 Block = tuple[slice, slice]
 Factor = float | Tensor  # a number, or one per row, (rows, 1)
@@ -29,9 +30,13 @@ def row_moments(
     """As :func:`solvers.reductions.reference.row_moments`."""
     tables = [_table(x) for x in rows_of(rows)]
     powers, sums, scratch = _Sums(tables[0]), _Sums(tables[0]) if mean else None, _Scratch()
-    for block in _blocks(tables[0], whole=len(rows) == 1 and not mean):
+    for block in _blocks(tables[0], whole=len(rows) == 1 and power == 2 and not mean):
         r = _combination([x[block] for x in tables], weights, scratch)
-        powers.add_powers(block, r, power)
+        if power == 2:
+            powers.add_squares(block, r)
+        else:
+            size = torch.abs(r, out=scratch("power", r))
+            powers.add(block, size if power == 1 else size.pow_(power))
         if sums is not None:
             sums.add(block, r)
     return powers.mean(), None if sums is None else sums.mean()
@@ -82,17 +87,17 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
             terms += _times(size, [(q, b) for q, b in zip(p, spec.b, strict=True) if b]) if r is None else [(r, size)]
             end = _sum(terms, scratch("x1", start) if x1 is None else _table(x1)[block], scratch)
         if mean is not None and r is not None:
-            sums["square"].add_powers(block, r, 2)
+            sums["square"].add_squares(block, r)
             mean.add(block, r)
         if spec.action:
             for q, b in zip(p, spec.b, strict=True):
                 if b:
-                    sums["action"].add_powers(block, wide(q), 2, b)
+                    sums["action"].add_squares(block, wide(q), b)
         if spec.error:
             d = _combination(p, spec.e, scratch, "d")
             if spec.scaled and start is not None and end is not None:
                 d = torch.div(d, _scale(start, end, spec, scratch), out=scratch("q", d))
-            sums["error"].add_powers(block, d, 2)
+            sums["error"].add_squares(block, d)
     values = {name: each.mean() for name, each in sums.items()}
     if spec.action:
         values["action"] = values["action"] * h
@@ -152,7 +157,7 @@ def scaled_error(
         scale, d = torch.abs(low, out=scratch("scale", low)), torch.abs(high, out=scratch("d", high))
         torch.maximum(scale, d, out=scale).mul_(rtol).add_(atol)
         _sum([(x[block], e) for x, e in zip(tables, weights, strict=True) if e], d, scratch)
-        sums.add_powers(block, d.div_(scale), 2)
+        sums.add_squares(block, d.div_(scale))
     return sums.mean()
 
 
@@ -164,11 +169,10 @@ class _Sums:
         self.length = _segment(self.features)
         self.sums = table.new_zeros(batch, -(-self.features // self.length), dtype=wide_dtype(table))
 
-    def add_powers(self, block: Block, x: Tensor, power: float, weight: float = 1.0) -> None:
-        """Add ``weight * |x|^power``."""
+    def add_squares(self, block: Block, x: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight * x^2``."""
         for sums, part in self._segments(block, x):
-            norm = torch.linalg.vector_norm(part, power, -1)
-            sums.add_(norm if power == 1 else norm.pow_(power), alpha=weight)
+            sums.add_(torch.linalg.vector_norm(part, 2, -1).square_(), alpha=weight)
 
     def add(self, block: Block, x: Tensor) -> None:
         """Add x."""
@@ -177,7 +181,8 @@ class _Sums:
 
     def mean(self) -> Tensor:
         """The mean over the features, ``(B,)``."""
-        return self.sums.sum(1) / self.features
+        parts = [part.sum(1) for part in self.sums.split(SHARED, 1)]
+        return (parts[0] if len(parts) == 1 else torch.stack(parts, 1).sum(1)) / self.features
 
     def _segments(self, block: Block, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The sums of the whole segments of a block beside their numbers, and of the rest."""

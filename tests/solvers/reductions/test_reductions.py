@@ -9,7 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from solvers import reductions
-from solvers.reductions import mean_square, mean_square_and_cosine, power_mean, root_mean_square, weighted_action
+from solvers.reductions import (
+    mean_square,
+    mean_square_and_cosine,
+    power_mean,
+    root_mean_square,
+    weighted_action,
+    weighted_root_mean_square,
+)
 from solvers.reductions.reference import ReductionSpec
 from tests.counting import VIEWS
 from tests.solvers.reductions.operands import LARGE, SHAPES, TOLERANCE, D, laid_out
@@ -66,6 +73,23 @@ def test_shapes_beside_the_block(name, shape):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-7)
     again = OURS[name](r)
     assert all(torch.equal(a, b) for a, b in zip(OURS[name](r), again, strict=True))
+
+
+@pytest.mark.parametrize("rows", ["constant", "normal"])
+@pytest.mark.parametrize("features", [40_000, 25_600, 3589])
+def test_sums_of_long_rows_are_within_1e_6_of_float64(rows, features):
+    r = torch.full((4, features), 0.7) if rows == "constant" else torch.randn(4, features)
+    r.requires_grad_()
+    wide = r.detach().double().requires_grad_()
+    for name, function in (
+        OURS | {"displacement": lambda r: (weighted_root_mean_square([r, r], (0.3, 0.5), 0.1),)}
+    ).items():
+        for ours, theirs in zip(function(r), function(wide), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6 if name.endswith("cosine") else 0)
+            (grad,), (expected,) = (
+                torch.autograd.grad(v.sum(), x, retain_graph=True) for v, x in ((ours, r), (theirs, wide))
+            )
+            torch.testing.assert_close(grad.double(), expected, rtol=1e-6, atol=1e-6 / features)
 
 
 @pytest.mark.parametrize("name", NAMES)
