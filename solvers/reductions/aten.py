@@ -76,9 +76,10 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
     computed = {"error": spec.error, "action": spec.action, "square": spec.residue}
     sums = {name: _Sums(tables[0]) for name, each in computed.items() if each}
     mean, scratch = _Sums(tables[0]) if spec.residue else None, _Scratch()
+    e, scale = _error_weights(h, spec)
     for block in _blocks(tables[0], whole=state is None and not (spec.residue or spec.error)):
         p, size = [x[block] for x in tables], _size(h, block)
-        many = spec.residue or isinstance(size, Tensor)
+        many = spec.residue or (state is not None and isinstance(size, Tensor))
         r = _combination(p, spec.b, scratch) if many else None
         start = end = None
         if state is not None:
@@ -94,15 +95,13 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
                 if b:
                     sums["action"].add_squares(block, wide(q), b)
         if spec.error:
-            d = _combination(p, spec.e, scratch, "d")
+            d = _error(p, e, scale, block, scratch)
             if spec.scaled and start is not None and end is not None:
                 d = torch.div(d, _scale(start, end, spec, scratch), out=scratch("q", d))
             sums["error"].add_squares(block, d)
     values = {name: each.mean() for name, each in sums.items()}
     if spec.action:
         values["action"] = values["action"] * h
-    if spec.error:
-        values["error"] = values["error"] * (h if spec.scaled else h / spec.atol) ** 2
     return Reductions(x1=x1, mean=None if mean is None else mean.mean(), **values)
 
 
@@ -123,7 +122,7 @@ def finish_step_backward(
     outer = None if grads.x1 is None else tables.pop()
     action = None if grads.action is None else _pull(grads.action * h, tables[0], 2)
     square, mean = _pull(grads.square, tables[0], 2), _pull(grads.mean, tables[0])
-    error = None if grads.error is None else _pull(grads.error * (h / spec.atol) ** 2, tables[0], 2)
+    error, (weights, scale) = _pull(grads.error, tables[0], 2), _error_weights(h, spec)
     for block in _blocks(tables[0]):
         rows, p = block[0], [x[block] for x in tables]
         if start is not None:
@@ -136,9 +135,11 @@ def finish_step_backward(
         if mean is not None:
             terms.append((mean[rows].expand_as(p[0]), 1.0))
         terms = _shared(terms, needs, scratch)
-        d: list[Term] = [] if error is None else [(_combination(p, spec.e, scratch, "d"), error[rows])]
-        d = _shared(d, needs, scratch, "e")
-        for q, b, e, grad in zip(p, spec.b, spec.e, out, strict=True):
+        d: list[Term] = []
+        if error is not None:
+            pull = error[rows] if scale is None else error[rows] * scale[rows].unsqueeze(1)
+            d = _shared([(_error(p, weights, scale, block, scratch), pull)], needs, scratch, "e")
+        for q, b, e, grad in zip(p, spec.b, weights, out, strict=True):
             if grad is not None:
                 own: list[Term] = [(q, action[rows] * b)] if action is not None and b else []
                 own += (_times(b, terms) if b else []) + (_times(e, d) if e else [])
@@ -146,18 +147,16 @@ def finish_step_backward(
     return out
 
 
-def scaled_error(
-    x0: Tensor, x1: Tensor, stages: Sequence[Tensor], weights: Sequence[float], rtol: float, atol: float
-) -> Tensor:
-    """``<(sum_i e_i p_i / (atol + rtol max(|x0|, |x1|)))^2>``, ``(B,)``."""
+def scaled_error(x0: Tensor, x1: Tensor, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec) -> Tensor:
+    """``<(h sum_i e_i p_i / (atol + rtol max(|x0|, |x1|)))^2>``, ``(B,)``."""
     start, end, *tables = [_table(x) for x in rows_of([x0, x1, *stages])]
-    sums, scratch = _Sums(start), _Scratch()
+    sums, scratch, (e, size) = _Sums(start), _Scratch(), _error_weights(h, spec)
     for block in _blocks(start):
-        low, high = wide(start[block]), wide(end[block])
-        scale, d = torch.abs(low, out=scratch("scale", low)), torch.abs(high, out=scratch("d", high))
-        torch.maximum(scale, d, out=scale).mul_(rtol).add_(atol)
-        _sum([(x[block], e) for x, e in zip(tables, weights, strict=True) if e], d, scratch)
-        sums.add_squares(block, d.div_(scale))
+        d = _error([x[block] for x in tables], e, size, block, scratch)
+        if spec.scaled:
+            scale = _scale(wide(start[block]), wide(end[block]), spec, scratch)
+            d = torch.div(d, scale, out=scale)
+        sums.add_squares(block, d)
     return sums.mean()
 
 
@@ -237,6 +236,23 @@ def _size(h: float | Tensor, block: Block) -> Factor:
 def _pull(grad: Tensor | None, table: Tensor, factor: float = 1.0) -> Tensor | None:
     """The gradient of a mean over the features as a factor of each number of a row, ``(B, 1)``."""
     return None if grad is None else (grad * (factor / max(1, table.shape[1]))).unsqueeze(1)
+
+
+def _error_weights(h: float | Tensor, spec: ReductionSpec) -> tuple[list[float], Tensor | None]:
+    """The weights of the error times the step size, over atol unless the states scale it; h where it is ``(B,)``.
+
+    Sizes enter before squares are taken, which else overflow where the error does not.
+    """
+    factor = (1.0 if isinstance(h, Tensor) else h) / (1.0 if spec.scaled else spec.atol)
+    return [e * factor for e in spec.e], h if isinstance(h, Tensor) else None
+
+
+def _error(
+    p: Sequence[Tensor], weights: Sequence[float], size: Tensor | None, block: Block, scratch: _Scratch
+) -> Tensor:
+    """The error of a block, with what :func:`_error_weights` gives."""
+    d = _combination(p, weights, scratch, "d")
+    return d if size is None else torch.mul(d, _size(size, block), out=scratch("d", d))
 
 
 def _scale(start: Tensor, end: Tensor, spec: ReductionSpec, scratch: _Scratch) -> Tensor:

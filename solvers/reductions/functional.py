@@ -110,8 +110,8 @@ def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float]
     own; the gradient where it is 0 is 0. Arguments as for :func:`weighted_action`.
     """
     read, used = _read(stages, weights)
-    size = _per_sample(h, read[0])
-    return _root(_row_moments(read, used)[0]) * abs(size)
+    spec = ReductionSpec(b=(0.0,) * len(used), e=used, error=True)
+    return _root(_finish_step(None, read, _per_sample(h, read[0]), spec).error)  # type: ignore[arg-type]  # spec computes it
 
 
 def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -210,7 +210,8 @@ def error_ratios(
     if x0.device.type == "cpu" and _large([x0, x1, *stages]):
         weights = tableau.error_weights
         assert weights is not None
-        return aten.scaled_error(x0, x1, stages, weights, rtol, atol).sqrt_() * abs(_per_sample(h, x0))
+        spec = ReductionSpec(b=tableau.b, e=weights, rtol=rtol, atol=atol, error=True)
+        return aten.scaled_error(x0, x1, stages, _per_sample(h, x0), spec).sqrt_()
     return finish_step(x0, stages, tableau, h, state=False, error=True, rtol=rtol, atol=atol)[1]["error"]
 
 

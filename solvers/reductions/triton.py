@@ -119,11 +119,10 @@ def _finish(
                 tl.store(x1 + where, end_state.to(x1.dtype.element_ty), mask)
             if has_error and rtol != 0:
                 low, high = tl.abs(x), tl.abs(end_state)
-                d /= atol + rtol * tl.where(low > high, low, high)
+                d = d * size[:, None] / (atol + rtol * tl.where(low > high, low, high))
         if has_error:
             if rtol == 0:
-                d /= atol
-            d *= size[:, None]
+                d = d * size[:, None] / atol
             sum_e += tl.where(mask, d * d, 0)
     total_e, total_a = tl.sum(sum_e, 1), tl.sum(sum_a, 1)
     total_s, total_t = tl.sum(sum_s, 1), tl.sum(sum_t, 1)
@@ -195,7 +194,7 @@ def _finish_backward(
         u += tl.load(grad + where, mask, 0).to(wide)
     if has_error:
         pull = 2 * tl.load(g_error + rows, inside, 0) / count
-        d *= pull[:, None] * (step / atol) * (step / atol)
+        d = d * (step / atol) * pull[:, None] * (step / atol)  # in an order that neither overflows nor underflows
     u *= step
     if has_square:
         u += (power * tl.load(g_square + rows, inside, 0) / count)[:, None] * _slope(r, power)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from solvers import get_tableau, reductions
-from solvers.reductions import combine, finish_step, functional, weighted_action
+from solvers.reductions import combine, finish_step, functional, weighted_action, weighted_root_mean_square
 from tests.solvers.reductions.operands import LARGE, SHAPES, TOLERANCE, D, laid_out
 
 pytestmark = pytest.mark.usefixtures("route")
@@ -40,6 +40,26 @@ def test_the_finish_of_a_step(solver, batch, features, dtype, layout, scaled, si
         torch.testing.assert_close(
             values["error"].double(), eps.square().flatten(1).mean(1).sqrt(), rtol=near, atol=near
         )
+
+
+@pytest.mark.parametrize(("size", "h"), [(1e25, 1e-20), (1e-25, 1e20)])
+@pytest.mark.parametrize("sized", [False, True])
+def test_errors_are_scaled_by_the_step_before_they_are_squared(size, h, sized):
+    x0, p, q = torch.zeros(2, 20_000), *(size * torch.randn(2, 2, 20_000)).requires_grad_().unbind()
+    steps, tableau = torch.full((2,), h) if sized else h, get_tableau("heun")
+    expected = (h * (q - p).double() / 2).square().mean(1).sqrt()
+    of_p = torch.autograd.grad(expected.sum(), p)[0].double()
+    for value in (
+        weighted_root_mean_square([p, q], tableau.error_weights, steps),
+        finish_step(x0, [p, q], tableau, steps, error=True, atol=1.0)[1]["error"],
+        finish_step(x0, [p, q], tableau, steps, error=True, atol=1.0, rtol=1e-30)[1]["error"],
+    ):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(value.sum(), p, retain_graph=True)
+        torch.testing.assert_close(grad.double(), of_p, rtol=1e-5, atol=float(of_p.abs().max()) * 1e-6)
+    for rtol in (0.0, 1e-30):
+        ratios = reductions.error_ratios(x0, x0, [p.detach(), q.detach()], tableau, steps, rtol, 1.0)
+        torch.testing.assert_close(ratios.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
