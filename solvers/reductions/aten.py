@@ -106,27 +106,22 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
 
 
 def finish_step_backward(
-    x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec, grads: Reductions,
-    needs: Sequence[bool], ends: bool = False
-) -> list[Tensor | None]:  # fmt: skip
+    stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec, grads: Reductions, needs: Sequence[bool]
+) -> list[Tensor | None]:
     """The gradient ``b (h g + R r + M) + A b p + e E eps`` of each stage that needs one; the error is not scaled.
 
     A, R, M and E are by :func:`_pull` from the ``grads`` of the action, the mean square, the mean and the error, None
-    for 0. With ``ends`` the tensor given as the only stage is the state at the end, and the stage
-    ``(x1 - x0) / (h b)``; x0 is read then only.
+    for 0.
     """
-    operands = rows_of([x for x in (*stages, grads.x1, x0 if ends else None) if x is not None])
+    operands = rows_of(list(stages) if grads.x1 is None else [*stages, grads.x1])
     out = [torch.empty_like(operands[0]) if need else None for need in needs]
     tables, scratch = [_table(x) for x in operands], _Scratch()
-    start = tables.pop() if ends else None
     outer = None if grads.x1 is None else tables.pop()
     action = None if grads.action is None else _pull(grads.action * h, tables[0], 2)
     square, mean = _pull(grads.square, tables[0], 2), _pull(grads.mean, tables[0])
     error, (weights, scale) = _pull(grads.error, tables[0], 2), _error_weights(h, spec)
     for block in _blocks(tables[0]):
         rows, p = block[0], [x[block] for x in tables]
-        if start is not None:
-            p = [torch.sub(p[0], start[block], out=scratch("p", p[0])).div_(h * spec.b[0])]
         terms: list[Term] = []
         if square is not None:
             terms.append((_combination(p, spec.b, scratch), square[rows]))

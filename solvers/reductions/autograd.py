@@ -49,19 +49,13 @@ def _needs(x: Tensor | None) -> bool:
 
 
 def keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep what the gradients need.
-
-    Those of a state alone do not depend on what it is made of, and nothing is kept. The velocity of a single stage lies
-    between the states, which the layers before and after the step keep anyway.
-    """
+    """Keep what the gradients need: nothing for those of a state alone, which do not depend on what it is made of."""
     x0, stages, sizes, ctx.h, *numbers = inputs
     ctx.spec = spec = ReductionSpec.of(numbers)
     ctx.needs = [_needs(p) for p in stages], _needs(sizes)
     linear = not any(spec.computed[1:]) and not _needs(sizes)
-    exact = len(stages) == 1 and stages[0].dtype in (torch.float32, torch.float64)
-    ctx.ends = exact and not linear and spec.state and sizes is None and ctx.h * spec.b[0] != 0
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(sizes, *(() if linear else (x0, output[0]) if ctx.ends else (x0, *stages)))
+    ctx.save_for_backward(sizes, *(() if linear else (x0, *stages)))
 
 
 def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list[Tensor | None], Any]:
@@ -73,7 +67,6 @@ def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list
     sizes, *saved = ctx.saved_tensors
     x0, *stages = saved or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
     if torch.is_grad_enabled() or needs_sizes or (spec.scaled and grads[1] is not None):
-        stages = [(stages[0] - x0) / (ctx.h * spec.b[0])] if ctx.ends else stages
         of_x0, of_sizes, *of_stages = _differentiable(
             lambda x0, h, *stages: reference.finish_step(x0, stages, h, spec).values,
             (x0, ctx.h if sizes is None else sizes, *stages),
@@ -83,7 +76,7 @@ def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list
     if not any(needs_stages):
         return grads[0], [None] * len(needs_stages), None
     backward = torch.ops.solvers.finish_step_backward.default
-    return grads[0], backward(x0, stages, sizes, ctx.h, *spec.numbers, grads, needs_stages, ctx.ends), None
+    return grads[0], backward(stages, sizes, ctx.h, *spec.numbers, grads, needs_stages), None
 
 
 def keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -20,12 +20,12 @@ from solvers.reductions.reference import HALF, Reductions, ReductionSpec, wide_d
 __all__ = ["finish_step", "has_kernel", "row_moments"]
 
 _SPEC = "float[] b, float[] e, float rtol, float atol, bool state, bool error, bool action, bool residue"
-_STEP = f"Tensor? x0, Tensor[] stages, Tensor? sizes, float h, {_SPEC}"
+_STAGES = f"Tensor[] stages, Tensor? sizes, float h, {_SPEC}"
 _ROWS = "Tensor[] rows, float[] weights, float power, bool mean"
 _library = torch.library.Library("solvers", "DEF")
 for _schema in (
-    f"finish_step({_STEP}) -> (Tensor x1, Tensor error, Tensor action, Tensor square, Tensor mean)",
-    f"finish_step_backward({_STEP}, Tensor?[] grads, bool[] needs, bool ends) -> Tensor[]",
+    f"finish_step(Tensor? x0, {_STAGES}) -> (Tensor x1, Tensor error, Tensor action, Tensor square, Tensor mean)",
+    f"finish_step_backward({_STAGES}, Tensor?[] grads, bool[] needs) -> Tensor[]",
     f"row_moments({_ROWS}) -> (Tensor power, Tensor mean)",
     f"row_moments_backward({_ROWS}, Tensor?[] grads, bool[] needs) -> Tensor[]",
 ):
@@ -79,10 +79,10 @@ def _finish_step(x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, 
     return tuple(_full(_kernels(p).finish_step(x0, stages, size, ReductionSpec.of(numbers)).values, p))
 
 
-def _finish_step_backward(x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, h: float, *rest: Any) -> Any:
-    *numbers, grads, needs, ends = rest
+def _finish_step_backward(stages: list[Tensor], sizes: Tensor | None, h: float, *rest: Any) -> Any:
+    *numbers, grads, needs = rest
     p, size, spec = stages[0], h if sizes is None else sizes, ReductionSpec.of(numbers)
-    return _full(_kernels(p).finish_step_backward(x0, stages, size, spec, Reductions.of(grads), needs, ends), p)
+    return _full(_kernels(p).finish_step_backward(stages, size, spec, Reductions.of(grads), needs), p)
 
 
 def _row_moments(rows: list[Tensor], *numbers: Any) -> Any:
@@ -106,8 +106,8 @@ def _fake_moments(rows: list[Tensor], weights: list[float], power: float, mean: 
     return tuple(_full([x.new_empty(len(x), dtype=wide_dtype(x)) if each else None for each in (True, mean)], x))
 
 
-def _fake_step_backward(x0: Tensor | None, stages: list[Tensor], *rest: Any) -> list[Tensor]:
-    return _full([torch.empty_like(stages[0]) if need else None for need in rest[-2]], stages[0])
+def _fake_step_backward(stages: list[Tensor], *rest: Any) -> list[Tensor]:
+    return _full([torch.empty_like(stages[0]) if need else None for need in rest[-1]], stages[0])
 
 
 def _fake_moments_backward(rows: list[Tensor], *rest: Any) -> list[Tensor]:

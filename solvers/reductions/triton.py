@@ -244,12 +244,10 @@ def finish_step(
 
 
 def finish_step_backward(
-    x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec, grads: Reductions,
-    needs: Sequence[bool], ends: bool = False, power: float = 2.0
+    stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec, grads: Reductions, needs: Sequence[bool],
+    power: float = 2.0
 ) -> list[Tensor | None]:  # fmt: skip
     """As :func:`solvers.reductions.aten.finish_step_backward`, with ``<|r|^power>`` for the mean square."""
-    if ends:
-        stages = [(stages[0] - x0) / (h * spec.b[0])]  # type: ignore[operator]  # ends has x0
     operands = rows_of(list(stages) if grads.x1 is None else [*stages, grads.x1])
     first, batch = operands[0], len(operands[0])
     n, wide = first[0].numel(), wide_dtype(first)
@@ -285,7 +283,7 @@ def row_moments_backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """As :func:`solvers.reductions.aten.row_moments_backward`."""
     grads = Reductions(square=grad_power, mean=grad_mean)
-    return finish_step_backward(None, rows, 1.0, _residue(weights), grads, needs, power=power)
+    return finish_step_backward(rows, 1.0, _residue(weights), grads, needs, power=power)
 
 
 def _residue(weights: Sequence[float]) -> ReductionSpec:

@@ -72,7 +72,7 @@ def check(ops, h, spec, needs=(True,) * 4):
     outer = [None if g is None else g.double() for g in grads.values]
     if spec.scaled:
         return
-    ours = triton.finish_step_backward(x0, stages, h, spec, grads, needs)
+    ours = triton.finish_step_backward(stages, h, spec, grads, needs)
     assert [grad is not None for grad in ours] == list(needs)
     close(ours, gradients(expected.values, outer, wide[1:], needs), 10 * near)
 
@@ -109,14 +109,6 @@ def test_dtypes_layouts_and_step_sizes(dtype, sized):
 @pytest.mark.parametrize("needed", range(4))
 def test_one_gradient(needed):
     check(operands((2, 9)), 0.3, ALL, [i == needed for i in range(4)])
-
-
-def test_the_only_stage_from_the_ends():
-    x0, p, *_ = operands((2, 9))
-    one = ReductionSpec(b=(0.5,), e=(0.0,), state=True, action=True, residue=True)
-    values = triton.finish_step(x0, [p], 0.3, one)
-    direct = triton.finish_step_backward(x0, [p], 0.3, one, values, [True])
-    close(triton.finish_step_backward(x0, [values.x1], 0.3, one, values, [True], ends=True), direct, 1e-12)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -158,5 +150,5 @@ def test_launches(monkeypatch, spec, shape, kernels):
     values = triton.finish_step(ops[0], ops[1:], 0.3, spec)
     assert launched == (["_finish", "_add_parts"] if kernels == 2 and spec.error else ["_finish"])
     launched.clear()
-    triton.finish_step_backward(ops[0], ops[1:], 0.3, spec, values, [True] * 4)
+    triton.finish_step_backward(ops[1:], 0.3, spec, values, [True] * 4)
     assert launched == ["_finish_backward"]
