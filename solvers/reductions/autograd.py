@@ -64,19 +64,28 @@ def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list
     grads = [grad if computed else None for grad, computed in zip(outer, spec.computed, strict=True)]
     if all(grad is None for grad in grads):
         return None, [None] * len(needs_stages), None
+    reads_error = spec.error and grads[1] is not None
+    read = [b != 0 or (reads_error and e != 0) for b, e in zip(spec.b, spec.e, strict=True)]
+    needs_stages = [need and each for need, each in zip(needs_stages, read, strict=True)]
     sizes, *saved = ctx.saved_tensors
     x0, *stages = saved or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
-    if torch.is_grad_enabled() or needs_sizes or (spec.scaled and grads[1] is not None):
+    if torch.is_grad_enabled() or needs_sizes or (spec.scaled and reads_error):
         of_x0, of_sizes, *of_stages = _differentiable(
             lambda x0, h, *stages: reference.finish_step(x0, stages, h, spec).values,
             (x0, ctx.h if sizes is None else sizes, *stages),
             grads,
         )
-        return of_x0, of_stages, of_sizes
+        return of_x0, _only(of_stages, needs_stages), of_sizes
     if not any(needs_stages):
         return grads[0], [None] * len(needs_stages), None
     backward = torch.ops.solvers.finish_step_backward.default
-    return grads[0], backward(stages, sizes, ctx.h, *spec.numbers, grads, needs_stages), None
+    of_stages = backward(stages, sizes, ctx.h, *spec.numbers, grads, needs_stages)
+    return grads[0], _only(of_stages, needs_stages), None
+
+
+def _only(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """None for what is not needed, as a stage that nothing reads: a zero costs a pass backward through its field."""
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

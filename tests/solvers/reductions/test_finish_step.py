@@ -116,6 +116,18 @@ def test_no_numbers_no_error(shape):
     x1.sum().backward()
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("of", ["x1", "action", "residue"])
+def test_a_stage_that_is_not_read_gets_no_gradient(sized, of, create_graph):
+    x0, *p = torch.randn(5, 2, 3).requires_grad_()
+    h = torch.rand(2).requires_grad_(create_graph) if sized else 0.1
+    x1, values = finish_step(x0, p, get_tableau("bs23"), h, error=True, action=True, residue=True)
+    loss = (values | {"x1": x1})[of].sum()
+    grads = torch.autograd.grad(loss, p, allow_unused=True, create_graph=create_graph)
+    assert [grad is None for grad in grads] == [False, False, False, True]
+
+
 def test_a_state_alone_keeps_nothing_for_its_gradient():
     x, p, q = torch.randn(3, 2, 5, requires_grad=True)
     saved = []
