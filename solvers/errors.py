@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -17,21 +19,28 @@ class SolverError(RuntimeError):
     """A solve that cannot go on.
 
     Attributes:
+        what: what went wrong, without where.
         t: time at the start of the step that failed.
         h: size of that step.
         stage: index of the stage concerned, or None when it is the step as a whole.
         sample: index of the first sample concerned, or None when it is the batch as a whole.
-        solution: the accepted part of the solve.
+        solution: the accepted part of the solve; without its interpolant, which needs the field, once pickled.
     """
 
     status: Status = "finished"
 
     def __init__(self, what: str, *, t: float, h: float, stage: int | None, sample: int | None = None) -> None:
+        self.what, self.t, self.h, self.stage, self.sample = what, t, h, stage, sample
         where = "the step as a whole" if stage is None else f"stage {stage}"
         where += "" if sample is None else f", sample {sample}"
         super().__init__(f"{what} (t = {t:.6g}, h = {h:.6g}, {where})")
-        self.t, self.h, self.stage, self.sample = t, h, stage, sample
         self.solution: Solution | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        kind, state = partial(type(self), t=self.t, h=self.h, stage=self.stage, sample=self.sample), dict(vars(self))
+        if self.solution is not None:
+            state["solution"] = replace(self.solution, interpolant=None)
+        return kind, (self.what,), state
 
 
 class StepUnderflowError(SolverError):

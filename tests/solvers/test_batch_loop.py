@@ -1,4 +1,5 @@
 import math
+import pickle
 from dataclasses import dataclass
 
 import numpy as np
@@ -216,6 +217,20 @@ def test_the_first_stage_and_sample_that_are_not_finite_are_named():
     assert caught.value.t == pytest.approx(1.0, abs=1e-6)
     with pytest.raises(NonFiniteError, match=r"first state.*stage 0, sample 1"):
         integrate(wall, 3 + x0, 0.0, 2.0)
+
+
+@pytest.mark.parametrize("kind", [SolverError, StepUnderflowError, MaxStepsError, NonFiniteError])
+def test_errors_come_whole_from_other_processes(kind):
+    error = kind("what is wrong", t=0.5, h=0.1, stage=1, sample=2)
+    error.solution = integrate(decay, torch.ones(1, 1, requires_grad=True), 0.0, 1.0, keep="steps")
+    error.add_note("of a job")
+    copied = pickle.loads(pickle.dumps(error))
+    assert type(copied) is kind
+    assert str(copied) == str(error)
+    assert (copied.t, copied.h, copied.stage, copied.sample) == (0.5, 0.1, 1, 2)
+    assert copied.__notes__ == ["of a job"]
+    torch.testing.assert_close(copied.solution.x1, error.solution.x1)
+    assert len(copied.solution.steps) == len(error.solution.steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
