@@ -10,6 +10,7 @@ from torch import Tensor
 
 from solvers.reductions import reference
 from solvers.reductions.reference import ReductionSpec
+from solvers.validation import is_transformed
 
 __all__ = ["FinishStep", "RowMoments", "keep_rows", "keep_step", "moments_backward", "step_backward"]
 
@@ -69,7 +70,7 @@ def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list
     needs_stages = [need and each for need, each in zip(needs_stages, read, strict=True)]
     sizes, *saved = ctx.saved_tensors
     x0, *stages = saved or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
-    if torch.is_grad_enabled() or needs_sizes or (spec.scaled and reads_error):
+    if torch.is_grad_enabled() or needs_sizes or (spec.scaled and reads_error) or _mapped(grads):
         of_x0, of_sizes, *of_stages = _differentiable(
             lambda x0, h, *stages: reference.finish_step(x0, stages, h, spec).values,
             (x0, ctx.h if sizes is None else sizes, *stages),
@@ -99,7 +100,7 @@ def _moments_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> list[Tensor 
     rows, grads = ctx.saved_tensors, [outer[0], outer[1] if ctx.numbers[2] else None]
     if all(grad is None for grad in grads):
         return [None] * len(rows)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _mapped(grads):
         return _differentiable(lambda *rows: reference.row_moments(rows, *ctx.numbers), rows, grads)
     return torch.ops.solvers.row_moments_backward.default(rows, *ctx.numbers, grads, ctx.needs)
 
@@ -110,6 +111,12 @@ def step_backward(ctx: Any, *outer: Tensor | None) -> Any:
 
 def moments_backward(ctx: Any, *outer: Tensor | None) -> Any:
     return (_moments_gradients(ctx, outer), None, None, None)
+
+
+def _mapped(grads: Sequence[Tensor | None]) -> bool:
+    """Whether several gradients are taken at once: the older of torch's two ways knows no operators but its own."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor
+    return any(grad is not None and (is_transformed(grad) or legacy(grad)) for grad in grads)
 
 
 def _differentiable(

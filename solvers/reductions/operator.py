@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from solvers.reductions import aten, autograd
-from solvers.reductions.reference import HALF, Reductions, ReductionSpec, wide_dtype
+from solvers.reductions.reference import HALF, Reductions, ReductionSpec, rows_of, wide_dtype
 
 __all__ = ["finish_step", "has_kernel", "row_moments"]
 
@@ -119,7 +119,7 @@ def _mapped(name: str) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
         def joined(x: Any, dim: Any) -> Any:
-            if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor):
+            if isinstance(x, (list, tuple)) and any(isinstance(each, Tensor) for each in x):
                 return [joined(each, d) for each, d in zip(x, dim, strict=True)]
             if not isinstance(x, Tensor):
                 return x
@@ -127,7 +127,8 @@ def _mapped(name: str) -> Callable[..., Any]:
 
         operator = getattr(torch.ops.solvers, name).default
         values = operator(*(joined(x, dim) for x, dim in zip(arguments, in_dims, strict=True)))
-        return tuple(v.unflatten(0, (info.batch_size, -1)) for v in values), (0,) * len(values)
+        kind = type(values)
+        return kind(v.unflatten(0, (info.batch_size, -1)) for v in values), kind([0] * len(values))
 
     return rule
 
@@ -141,9 +142,9 @@ for _name, _kernel, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
     torch.library.register_fake(f"solvers::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"solvers::{_name}", _mapped(_name), lib=_library)
 for _name, _backward, _keep in (
     ("finish_step", autograd.step_backward, autograd.keep_step),
     ("row_moments", autograd.moments_backward, autograd.keep_rows),
 ):
     torch.library.register_autograd(f"solvers::{_name}", _backward, setup_context=_keep, lib=_library)
-    torch.library.register_vmap(f"solvers::{_name}", _mapped(_name), lib=_library)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solvers import reductions
+from solvers import finish_step, get_tableau, reductions
 from solvers.reductions import (
     mean_square,
     mean_square_and_cosine,
@@ -148,6 +148,26 @@ def test_transforms(name):
         torch.func.grad(lambda r: sum(v.sum() for v in OURS[name](r)))(r),
         torch.autograd.grad(sum(v.sum() for v in OURS[name](leaf)), leaf)[0],
     )
+
+
+def test_many_gradients_at_once():
+    """By each of the ways of torch to map gradients."""
+    r = torch.randn(2, 3, 4, dtype=D)
+    euler, heun = get_tableau("euler"), get_tableau("heun")
+    functions = OURS | {
+        "step": lambda r: finish_step(r, [2 * r], euler, 0.3, action=True)[1]["action"],
+        "error": lambda r: finish_step(r, [r, 2 * r], heun, 0.3, error=True, residue=True)[1]["error"],
+    }
+    for function in functions.values():
+        one = lambda r, function=function: tree_leaves(function(r))[-1]  # noqa: E731
+        expected = torch.autograd.functional.jacobian(one, r)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(one, r, vectorize=True), expected)
+        leaf = r.clone().requires_grad_()
+        values, rows = one(leaf), torch.eye(2, dtype=D)
+        pull = lambda row, v=values, x=leaf: torch.autograd.grad(v, x, row, retain_graph=True)[0]  # noqa: E731
+        torch.testing.assert_close(torch.vmap(pull)(rows), expected)
+        batched = torch.autograd.grad(values, leaf, rows, is_grads_batched=True)[0]
+        torch.testing.assert_close(batched, expected)
 
 
 SPECS = {
