@@ -96,7 +96,8 @@ def _row_moments_backward(
 
 
 def _fake_step(x0: Tensor | None, stages: list[Tensor], sizes: Tensor | None, h: float, *numbers: Any) -> Any:
-    p, (state, *others) = stages[0], ReductionSpec.of(numbers).computed
+    p = rows_of([*stages, *([] if x0 is None else [x0])])[0]
+    state, *others = ReductionSpec.of(numbers).computed
     values = (p.new_empty(len(p), dtype=wide_dtype(p)) if computed else None for computed in others)
     return tuple(_full([torch.empty_like(p) if state else None, *values], p))
 
@@ -107,11 +108,14 @@ def _fake_moments(rows: list[Tensor], weights: list[float], power: float, mean: 
 
 
 def _fake_step_backward(stages: list[Tensor], *rest: Any) -> list[Tensor]:
-    return _full([torch.empty_like(stages[0]) if need else None for need in rest[-1]], stages[0])
+    grads, needs = rest[-2:]
+    p = rows_of(stages if grads[0] is None else [*stages, grads[0]])[0]
+    return _full([torch.empty_like(p) if need else None for need in needs], p)
 
 
 def _fake_moments_backward(rows: list[Tensor], *rest: Any) -> list[Tensor]:
-    return _full([torch.empty_like(rows[0]) if need else None for need in rest[-1]], rows[0])
+    p = rows_of(rows)[0]
+    return _full([torch.empty_like(p) if need else None for need in rest[-1]], p)
 
 
 def _mapped(name: str) -> Callable[..., Any]:

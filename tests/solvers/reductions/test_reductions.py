@@ -204,6 +204,36 @@ def test_torch_accepts_the_operators(name):
     assert all(v.dtype == torch.float32 for v in plain)
 
 
+LAYOUTS = {
+    "channels last": lambda r: r.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda r: r.transpose(2, 3).contiguous().transpose(2, 3),
+    "permuted": lambda r: r.movedim(0, 2).contiguous().movedim(2, 0),
+    "contiguous": lambda r: r,
+}
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+def test_operators_say_how_their_results_are_laid_out_and_can_be_mapped(first, second, route):
+    if route == "expression":
+        pytest.skip("no operator")
+    (x, p), g, solvers = torch.randn(2, 3, 4, 5, 6).unbind(), torch.rand(3), torch.ops.solvers
+    x, p = LAYOUTS[first](x), LAYOUTS[second](p)
+    step, weights, needs = ([p, p + 1], None, 0.3, *SPECS["all"].numbers), ((1.0, -0.5), 3.0, True), [True, False]
+    calls = {
+        solvers.finish_step: lambda x: (x, *step),
+        solvers.finish_step_backward: lambda x: (*step, [x, g, g, None, g], needs),
+        solvers.row_moments: lambda x: ([x, p], *weights),
+        solvers.row_moments_backward: lambda x: ([x, p], *weights, [None, g], needs),
+    }
+    for operator, arguments in calls.items():
+        call = lambda x, run=operator.default, arguments=arguments: run(*arguments(x))  # noqa: E731
+        torch.library.opcheck(operator.default, arguments(x))
+        mapped = torch.vmap(call)(torch.stack([x, x + 1]))
+        for i in range(2):
+            torch.testing.assert_close([v[i] for v in mapped], list(call(x + i)))
+
+
 def test_forward_mode_gives_tangents():
     r, direction = torch.randn(3, 4, dtype=D), torch.randn(3, 4, dtype=D)
     with torch.autograd.forward_ad.dual_level():
