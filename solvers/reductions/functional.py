@@ -70,9 +70,9 @@ def power_mean(r: Tensor, p: float) -> Tensor:
 def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
     """``<r^2>`` and the cosine of r with the vector of ones, both ``(B,)`` (eq. 34); the cosine is 0 where r = 0.
 
-    Arguments as for :func:`mean_square`.
+    Without features the mean is NaN, as torch's is, and the cosine 0. Arguments as for :func:`mean_square`.
     """
-    return _square_and_cosine(*_row_moments([_checked(r)], mean=True))
+    return _square_and_cosine(r, *_row_moments([_checked(r)], mean=True))
 
 
 def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not _same(_checked(x1, "x1"), _checked(x0, "x0")):
         raise ValueError(f"x0 and x1 must have one shape, dtype and device, got {_kind(x0)} and {_kind(x1)}")
-    return _square_and_cosine(*_row_moments([x1, x0], (1.0, -1.0), mean=True))
+    return _square_and_cosine(x0, *_row_moments([x1, x0], (1.0, -1.0), mean=True))
 
 
 def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def finish_step(
     values = {} if step.error is None else {"error": _root(step.error)}
     values |= {} if step.action is None else {"action": step.action}
     if step.square is not None and step.mean is not None:
-        values["residue"], values["cosine"] = _square_and_cosine(step.square, step.mean)
+        values["residue"], values["cosine"] = _square_and_cosine(x0, step.square, step.mean)
     return step.x1, values
 
 
@@ -257,10 +257,10 @@ def _root(square: Tensor) -> Tensor:
     return torch.where(rest, 0, torch.where(rest, 1, square).sqrt())
 
 
-def _square_and_cosine(square: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean square and the cosine with the ones, which is 0 where the mean square is."""
+def _square_and_cosine(r: Tensor, square: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean square and the cosine with the ones, which is 0 where the mean square is, and if r has no features."""
     assert mean is not None
-    rest = square == 0
+    rest = square == 0 if r.numel() else torch.ones_like(square, dtype=torch.bool)
     return square, torch.where(rest, 0, mean) / torch.where(rest, 1, square).sqrt()
 
 

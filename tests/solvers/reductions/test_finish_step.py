@@ -113,6 +113,8 @@ def test_no_numbers_no_error(shape):
     x1, values = finish_step(x0, [x0, x0], get_tableau("heun"), 0.1, error=True, action=True, residue=True)
     assert x1.shape == shape
     assert all(len(v) == len(x0) for v in values.values())
+    assert not values["cosine"].any()
+    assert torch.equal(reductions.mean_square_and_cosine(x0)[1], torch.zeros(len(x0)))
     x1.sum().backward()
 
 
