@@ -68,6 +68,7 @@ class SampleLoop:
     raises: bool = True
 
     def __post_init__(self) -> None:
+        self.tolerance.check_per_sample(self.x)
         self.direction = np.where(self.t1 >= self.t, 1.0, -1.0)
         self.t1 = np.where(_over_at_once(self.t, self.t1, self.x), self.t, self.t1)
         self.moving = self.t != self.t1

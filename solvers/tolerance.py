@@ -25,7 +25,8 @@ class Tolerance:
     Attributes:
         rtol, atol: the error of each feature is divided by ``atol + rtol * max(|x0|, |x1|)``; a step is good if the
             root mean square of these ratios, over the batch and the features, is at most 1. Numbers, or tensors that
-            broadcast against the state. [K24, appendix A.3] has ``eps * (1 + max(|order3|, |order2|))``, the two
+            broadcast against the state: ``(D,)`` is one per feature of the last dimension, ``(B, 1, ..., 1)`` one per
+            sample. [K24, appendix A.3] has ``eps * (1 + max(|order3|, |order2|))``, the two
             solutions at the end of the step, for one sample: here ``rtol = atol = eps``, the states at the two ends of
             the step as in Hairer, Norsett and Wanner (II.4), and the mean also over the batch, unless
             ``control="sample"``. An error of 0 is within any tolerance.
@@ -70,6 +71,21 @@ class Tolerance:
             raise ValueError(f"max_steps must be at least 1 and finite, got {self.max_steps}")
         exact = bool((self.atol == 0).any()) if isinstance(self.atol, Tensor) else self.atol == 0
         object.__setattr__(self, "_exact", exact)
+
+    def check_per_sample(self, x0: Tensor) -> None:
+        """Reject tolerances that look as if there were one per sample and would be one per feature.
+
+        Raises:
+            ValueError: rtol or atol has the shape ``(B,)`` of several samples.
+        """
+        for name in ("rtol", "atol"):
+            value, batch = getattr(self, name), len(x0)
+            if isinstance(value, Tensor) and value.shape == (batch,) and batch > 1:
+                one_each = (batch, *[1] * (x0.ndim - 1))
+                raise ValueError(
+                    f"{name} of shape ({batch},) is one per feature of the last dimension, and there are as many "
+                    f"samples: give shape {one_each} for one per sample, (1, {batch}) for one per feature"
+                )
 
     def scaled(self, error: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         """The error over its tolerance, ``error / (atol + rtol * max(|x0|, |x1|))``, in float32 or wider."""

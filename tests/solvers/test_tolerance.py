@@ -50,3 +50,18 @@ def test_zeros_without_error_are_within_a_relative_tolerance(atol, repeats, opti
     x0 = torch.tensor([[0.0, 1.0]], dtype=D).repeat(1, repeats)
     solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, tolerance=Tolerance(1e-6, atol), **options)
     torch.testing.assert_close(solution.x1, x0 / math.e, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_a_tolerance_per_sample_is_not_taken_for_one_per_feature(name):
+    x0, tolerance = torch.ones(3, 3, dtype=D), torch.tensor([1e-2, 1e-5, 1e-8], dtype=D)
+
+    def solve(value):
+        tolerances = Tolerance(**{name: value})
+        return integrate(lambda t, x: -x, x0, 0.0, 1.0, control="sample", tolerance=tolerances)
+
+    with pytest.raises(ValueError, match=rf"{name} of shape \(3,\) is one per feature .* \(3, 1\) for one per sample"):
+        solve(tolerance)
+    accepted = solve(tolerance[:, None]).sample_stats.accepted
+    assert accepted[0] < accepted[2] or name == "atol"
+    assert len(set(solve(tolerance[None]).sample_stats.accepted.tolist())) == 1
