@@ -115,7 +115,7 @@ def moments_backward(ctx: Any, *outer: Tensor | None) -> Any:
 
 def _mapped(grads: Sequence[Tensor | None]) -> bool:
     """Whether several gradients are taken at once: the older of torch's two ways knows no operators but its own."""
-    legacy = torch._C._functorch.is_legacy_batchedtensor
+    legacy = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]  # as in validation
     return any(grad is not None and (is_transformed(grad) or legacy(grad)) for grad in grads)
 
 
