@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from odenets.detection import features
 from odenets.detection.detector import Detector
-from odenets.detection.features import LID, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory
 from odenets.detection.quantile import QuantileTest
 from odenets.errors import needs
 from odenets.files import write_atomically
@@ -28,8 +28,8 @@ def _tree_type() -> type:
 
 def trusted_types() -> list[str]:
     """Types that a file may hold besides those that skops trusts: numbers, arrays, scikit-learn's estimators."""
-    features = (Trajectory, FourierSpectrum, LID, Mahalanobis, NaturalSceneStatistics)
-    types = (Detector, QuantileTest, *features, _tree_type())
+    kinds = (getattr(features, name) for name in features.__all__)
+    types = (Detector, QuantileTest, *kinds, _tree_type())
     return [f"{each.__module__}.{each.__qualname__}" for each in types]
 
 
@@ -65,7 +65,10 @@ def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
         rule = "was written by another version of odenets, with types that this one does not load"
         raise ValueError(f"{path} {rule}: {names}; fit the pipeline again and save it")
     if unknown:
-        raise ValueError(f"{path} holds types that are not trusted, so nothing of it was loaded: {names}")
+        raise ValueError(
+            f"{path} holds types that are not trusted, so nothing of it was loaded: {names}; "
+            f"trusted={unknown} loads them"
+        )
     try:
         content = io.load(path, trusted=trusted)
     except Exception as error:

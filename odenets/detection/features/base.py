@@ -26,7 +26,12 @@ class Features:
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
         """Features of a batch, ``(B, F)``, float32 or wider; gradients pass where the features are differentiable."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(network, x), features of a batch (B, F)")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if hasattr(cls, "look"):
+            raise TypeError(f"{cls.__name__}.look is never called: its name is output_and_features")
 
     def output_and_features(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output and the features of a batch, in one pass where that is possible."""

@@ -73,3 +73,16 @@ def test_features_of_a_users_own_class_serve_a_detector():
     features = StepLengths().fit(network, clean, torch.zeros(60))
     pipeline = Pipeline(network, features, Detector(random_state=0)).fit(clean[:40], odd[:40])
     assert pipeline.evaluate(clean[40:], odd[40:]).auroc > 0.9
+
+
+def test_a_kind_of_features_says_what_it_lacks():
+    class Nothing(Features):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Nothing must define __call__"):
+        Nothing()(nn.Identity(), torch.rand(2, 1, 8, 8))
+    with pytest.raises(TypeError, match=r"Looking.look is never called: its name is output_and_features"):
+
+        class Looking(Features):
+            def look(self, network, x):
+                return x
