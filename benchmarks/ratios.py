@@ -93,7 +93,7 @@ def networks() -> dict[str, Case]:
         x = vectors if isinstance(network, Flow) else images
 
         def train(network: torch.nn.Module = network, x: Tensor = x, **recorded: object) -> None:
-            output, records = network.record(x, **recorded)  # type: ignore[operator]
+            output, records = network.record(x, **recorded)  # type: ignore[operator] - a Recorder
             loss = output.square().mean() + sum(values.mean() for values in records.values())
             loss.backward()
 

@@ -93,7 +93,7 @@ class WithAction(nn.Module):
 
 def field_of(flow: Flow) -> nn.Module:
     """The velocity field of a continuous flow."""
-    return flow.blocks[0].fields[0]  # type: ignore[index,return-value]
+    return flow.blocks[0].fields[0]  # type: ignore[index,return-value] - a Block
 
 
 class TorchdiffeqFlow(Flow):

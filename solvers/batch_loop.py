@@ -212,6 +212,6 @@ def _inside(field: Field, t: Any, t_next: Any, dtype: torch.dtype, *, begins: bo
     after, before = torch.nextafter(start, end), torch.nextafter(end, start)
     if isinstance(t, Tensor):
         low, high = torch.minimum(after, before), torch.maximum(after, before)
-        return lambda s, x: field(s + (s.clamp(low, high) - s).detach(), x)  # type: ignore[union-attr]
+        return lambda s, x: field(s + (s.clamp(low, high) - s).detach(), x)  # type: ignore[union-attr] - a tensor here
     least, most = sorted((after.item() if begins else t, before.item() if ends else t_next))
-    return lambda s, x: field(min(max(s, least), most), x)  # type: ignore[type-var]
+    return lambda s, x: field(min(max(s, least), most), x)  # type: ignore[type-var] - a number here

@@ -219,7 +219,7 @@ def attach_event_gradient(
         where = x if x.requires_grad else x.detach().requires_grad_()
         value = event(at, where)
         if not value.requires_grad:
-            return _WithoutSlope.apply(s, x)  # type: ignore[return-value]
+            return _WithoutSlope.apply(s, x)  # type: ignore[return-value] - apply is untyped
         slope_t, slope_x = torch.autograd.grad(value.sum(), (at, where), create_graph=True, allow_unused=True)
         rate = torch.zeros_like(value) if slope_t is None else slope_t.reshape(value.shape).to(value.dtype)
         if slope_x is not None:
@@ -229,7 +229,7 @@ def attach_event_gradient(
         if met is not None:
             fall, rate = fall * met, torch.where(met, rate, 1.0)
         if bool((rate.detach() == 0).any()):
-            return _WithoutSlope.apply(s, x)  # type: ignore[return-value]
+            return _WithoutSlope.apply(s, x)  # type: ignore[return-value] - apply is untyped
         moved = (fall / rate).reshape(s.shape)
         x = rk_step(field, s, x, moved.to(real_dtype(x)), get_tableau(method), step, closing=False).x1
         s = s + moved

@@ -263,7 +263,7 @@ def _recomputed(task: Task, captured: Captured | None, solution: Solution) -> Te
 @cache
 def _eagerly() -> Callable[..., Tensor]:
     """:func:`recomputed` outside graphs, for it remembers what the field reads."""
-    return torch.compiler.disable(recomputed)  # type: ignore[return-value]
+    return torch.compiler.disable(recomputed)  # type: ignore[return-value] - the same function
 
 
 def _by_backsolving(task: Task, captured: Captured) -> Solution:

@@ -227,7 +227,7 @@ def within(field: Field, t0: Array, t1: Array, x: Tensor) -> Field:
     It gets a tensor of its own, so that no write of its own reaches the times of a solve.
     """
     real, (low, high) = real_dtype(x), _inward(np.minimum(t0, t1), np.maximum(t0, t1), x)
-    return lambda t, x: field(t.to(real).clamp(low, high), x)  # type: ignore[union-attr]
+    return lambda t, x: field(t.to(real).clamp(low, high), x)  # type: ignore[union-attr] - a tensor here
 
 
 def _over_at_once(t0: Array, t1: Array, x: Tensor) -> Array:

@@ -238,8 +238,8 @@ def _evaluate(
         for i in range(len(stages), tableau.interior):
             point = combine(x, stages, a[i], h) if i else x
             point = x.clone() if point is x else point  # lest a write of the field reaches x
-            v = field if one else field[i]  # type: ignore[index]
-            p = _checked(v(t + c[i] * h if i else t, point), x, i)  # type: ignore[operator]
+            v = field if one else field[i]  # type: ignore[index] - one, or one per stage
+            p = _checked(v(t + c[i] * h if i else t, point), x, i)  # type: ignore[operator] - one, or one per stage
             stages = (*stages, p if ends and i == tableau.interior - 1 else p.clone())
         return stages, None, combine
     shape, dtype, device, version = x.shape, x.dtype, x.device, x._version

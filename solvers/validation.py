@@ -37,7 +37,7 @@ def check_finite(x: Tensor, name: str) -> None:
         return
     try:  # the sum of finite numbers takes one pass; where it overflows every number is looked at
         total = x.detach().sum()
-        torch._assert_async(total - total == 0)  # type: ignore[attr-defined]
+        torch._assert_async(total - total == 0)  # type: ignore[attr-defined] - torch's own, untyped
     except RuntimeError:
         bad = ~x.detach().isfinite()
         samples = bad.flatten(1).any(1).nonzero().flatten().tolist() if x.ndim > 1 else []
@@ -73,16 +73,16 @@ def to_state_shape(values: np.ndarray, x: Tensor) -> Tensor:
 
 def is_transformed(x: Tensor) -> bool:
     """Whether a transform of ``torch.func`` is at work on the tensor: vmap, grad, jvp and what is made of them."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined] - torch's own, untyped
 
 
 def is_mapped(x: Tensor) -> bool:
     """Whether the tensor stands for many under ``torch.vmap``, within grad or jvp too, and has no values of its own."""
-    mapped = torch._C._functorch.is_batchedtensor  # type: ignore[attr-defined]
+    mapped = torch._C._functorch.is_batchedtensor  # type: ignore[attr-defined] - torch's own, untyped
     if mapped(x) or torch.compiler.is_compiling():  # which does not trace what follows
         return mapped(x)
     while is_transformed(x):
-        x = torch._C._functorch.get_unwrapped(x)  # type: ignore[attr-defined]
+        x = torch._C._functorch.get_unwrapped(x)  # type: ignore[attr-defined] - torch's own, untyped
         if mapped(x):
             return True
     return False

@@ -93,7 +93,7 @@ def paired_p_value(one: Sequence[float], other: Sequence[float]) -> float:
 
     if all(a == b for a, b in zip(one, other, strict=True)):
         return 1.0
-    return float(ttest_rel(one, other).pvalue)  # type: ignore[attr-defined]
+    return float(ttest_rel(one, other).pvalue)  # type: ignore[attr-defined] - SciPy has no types for it
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -112,7 +112,7 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     if len(set(x)) == 1 or len(set(y)) == 1:
         return 0.0, 1.0
     result = pearsonr(x, y)
-    return float(result.statistic), float(result.pvalue)  # type: ignore[attr-defined]
+    return float(result.statistic), float(result.pvalue)  # type: ignore[attr-defined] - SciPy has no types for it
 
 
 def percent(values: Iterable[float]) -> Interval:

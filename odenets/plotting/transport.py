@@ -14,7 +14,7 @@ __all__ = ["action_against_accuracy", "clouds", "displacements", "pictures", "re
 
 
 def clouds(states: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, after: Sequence[int]) -> Figure:
-    """Point clouds after some blocks, a row per network (Figs 12, 22, 38 to 41).
+    """Point clouds after some blocks, a row per network [K24, Figs 12, 22, 38 to 41].
 
     Args:
         states: per network the states before and after every block, ``depth + 1`` arrays ``(N, 2)``.

@@ -59,7 +59,7 @@ class _Rates(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override] - torch's has *grads
         y, a = ctx.saved_tensors
         y, a = y.detach(), a.detach().requires_grad_()
         with ctx.captured.again(cut=True) as params:

@@ -68,7 +68,7 @@ def power_mean(r: Tensor, p: float) -> Tensor:
 
 
 def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
-    """``<r^2>`` and the cosine of r with the vector of ones, both ``(B,)`` (eq. 34); the cosine is 0 where r = 0.
+    """``<r^2>`` and the cosine of r with the vector of ones, both ``(B,)`` [K24, eq. 34]; the cosine is 0 where r = 0.
 
     Without features the mean is NaN, as torch's is, and the cosine 0. Arguments as for :func:`mean_square`.
     """

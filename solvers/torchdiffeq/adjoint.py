@@ -185,7 +185,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grads: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grads: Tensor) -> Any:  # type: ignore[override] - torch's has *grads
         with ctx.captured.again(cut=True) as params:
             return _solved_backwards(ctx, grads, params)
 
