@@ -50,13 +50,19 @@ def _needs(x: Tensor | None) -> bool:
 
 
 def keep_step(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep what the gradients need: nothing for those of a state alone, which do not depend on what it is made of."""
+    """Keep what the gradients need: nothing for those of a state alone, which do not depend on what it is made of.
+
+    The velocity of a single stage lies between the states, which the layers before and after the step keep anyway:
+    their difference is it, but where a small step would leave nothing of it but rounding.
+    """
     x0, stages, sizes, ctx.h, *numbers = inputs
     ctx.spec = spec = ReductionSpec.of(numbers)
     ctx.needs = [_needs(p) for p in stages], _needs(sizes)
     linear = not any(spec.computed[1:]) and not _needs(sizes)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(sizes, *(() if linear else (x0, *stages)))
+    single = len(stages) == 1 and stages[0].dtype in (torch.float32, torch.float64)
+    ctx.between = single and not linear and spec.state and sizes is None and abs(ctx.h * spec.b[0]) >= 0.5
+    ctx.save_for_backward(sizes, *(() if linear else (x0, output[0]) if ctx.between else (x0, *stages)))
 
 
 def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list[Tensor | None], Any]:
@@ -70,6 +76,8 @@ def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list
     needs_stages = [need and each for need, each in zip(needs_stages, read, strict=True)]
     sizes, *saved = ctx.saved_tensors
     x0, *stages = saved or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
+    if ctx.between:
+        stages = [(stages[0] - x0) / (ctx.h * spec.b[0])]
     if torch.is_grad_enabled() or needs_sizes or (spec.scaled and reads_error) or _mapped(grads):
         of_x0, of_sizes, *of_stages = _differentiable(
             lambda x0, h, *stages: reference.finish_step(x0, stages, h, spec).values,

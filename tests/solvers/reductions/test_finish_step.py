@@ -160,9 +160,10 @@ def test_threads_change_no_bit(route):
     assert all(torch.equal(a, b) for a, b in zip(one_thread, three_threads, strict=True))
 
 
+@pytest.mark.parametrize(("h", "size"), [(0.01, 100), (1.0, 5)], ids=["a small step", "a residual block"])
 @pytest.mark.parametrize("without", ["action", "residue", "nothing"])
-def test_gradients_of_a_single_stage_are_those_of_the_expression_whatever_the_state(without):
-    h, x0, p = 0.01, 100 + torch.randn(3, 20000).requires_grad_(), torch.randn(3, 20000, requires_grad=True)
+def test_gradients_of_a_single_stage_are_those_of_the_expression_whatever_the_state(without, h, size):
+    x0, p = size + torch.randn(3, 20000).requires_grad_(), torch.randn(3, 20000, requires_grad=True)
     x1, values = finish_step(x0, (p,), get_tableau("euler"), h, action=True, residue=True)
     wide = p.detach().double().requires_grad_()
     squares = wide.square().mean(1)
