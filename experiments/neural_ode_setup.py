@@ -18,7 +18,7 @@ from lab.config import check_among, check_any, check_at_least
 from lab.training import TrainingConfig
 from odenets import Flow, Network
 from odenets.fields import ConvField
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from odenets.recording import Records
 from odenets.training.data import TensorData
 from solvers import Statistics, Step, Tolerance
@@ -108,7 +108,7 @@ class TorchdiffeqFlow(Flow):
         raise NotImplementedError("torchdiffeq does not show its steps")
 
     def record(
-        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: Measure
+        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: StepFunction
     ) -> tuple[Tensor, Records]:
         if readout != "solution" or set(measures) - {"action"}:
             raise ValueError(f"torchdiffeq gives the solution and the action, not {readout!r} and {sorted(measures)}")

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from odenets.blocks import Block, FieldSource, StageFields, Velocity, block_list, check_sharing, make_blocks, step_sizes
 from odenets.fields import field_for
-from odenets.measures import Measure, needs_closing, reductions_of
+from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
@@ -278,7 +278,7 @@ class Flow(nn.Module):
         return self.record(x, readout)[0]
 
     def record(
-        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: Measure
+        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: StepFunction
     ) -> tuple[Tensor, Records]:
         """The end state and one ``(blocks, B)`` tensor per measure.
 
@@ -287,7 +287,7 @@ class Flow(nn.Module):
         Args:
             x, check: as in :meth:`steps`.
             readout: "solution", or "ensemble" for the average of the last step's embedded outputs.
-            measures: functions ``Step -> (B,)`` by name. Unless all are marked :func:`~odenets.measures.interior` every
+            measures: functions ``Step -> (B,)`` by name. Unless all have ``closing=False`` every
                 block evaluates its closing stages.
 
         Raises:

@@ -18,14 +18,13 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, distributed, nn
 
 from odenets import measures
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records
 from odenets.training.objectives import Batch, CrossEntropy, Objective
@@ -57,9 +56,9 @@ class Cost:
         if not (math.isfinite(p) and p >= 1) or (kind == "norm" and p != 2):
             raise ValueError(f"p must be at least 1, and 2 for the cost 'norm', got {p}")
         self.kind = kind
-        self.measure: Measure = {
-            "action": measures.action if p == 2 else measures.interior(partial(measures.action, p=p)),
-            "residue": measures.residue if p == 2 else measures.interior(partial(measures.residue, p=p)),
+        self.measure: StepFunction = {
+            "action": measures.action if p == 2 else measures.action.bind(p=p),
+            "residue": measures.residue if p == 2 else measures.residue.bind(p=p),
             "norm": measures.square_norm,
         }[kind]
 
@@ -79,7 +78,7 @@ class _WithCost(Objective):
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
         task = task or CrossEntropy()
         cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
-        if task.measures.get(cost.kind, cost.measure) is not cost.measure:
+        if task.measures.get(cost.kind, cost.measure) != cost.measure:
             raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
         super().__init__({**task.measures, cost.kind: cost.measure})
         self.task, self.cost = task, cost

@@ -1,21 +1,31 @@
-"""Measures on a solver step: functions ``Step -> (B,)``.
+"""Measures on a solver step: values that map a ``Step`` to one number per sample, ``(B,)``.
 
-A measure is any such function; one that reads no closing stage says so with :func:`interior`, and a step is then
-taken without that evaluation:
+Any function ``Step -> (B,)`` is a measure. One that :func:`measure` marks says besides what it reads, so that a step
+evaluates no stage and makes no pass over memory that nobody needs; it is frozen, it can be compared, pickled and
+composed, and options are bound to it:
 
 >>> import torch, odenets
 >>> flow = odenets.Flow(solver="bs23", depth=2)
->>> x1, records = flow.record(torch.randn(4, 3), action=action, peak=lambda step: step.x1.abs().amax(1))
->>> records["action"].shape, records["peak"].shape
+>>> @measure(closing=False)
+... def peak(step):
+...     return step.x1.abs().amax(1)
+>>> x1, records = flow.record(torch.randn(4, 3), cubic=action.bind(p=3), both=action + 0.1 * error, peak=peak)
+>>> records["cubic"].shape, records["peak"].shape
 (torch.Size([2, 4]), torch.Size([2, 4]))
+>>> peak.closing, (action + error).closing, action.bind(p=3) == action.bind(p=3)
+(False, True, True)
 """
 
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -24,47 +34,197 @@ from solvers.reductions import power_mean, weighted_action, weighted_root_mean_s
 
 __all__ = [
     "Measure",
+    "StepFunction",
     "action",
     "cosine",
     "displacement",
     "error",
-    "interior",
+    "integrand_of",
+    "measure",
     "needs_closing",
     "reductions_of",
     "residue",
     "square_norm",
 ]
 
-Measure = Callable[[Step], Tensor]
-M = TypeVar("M", bound=Callable[..., Tensor])
+StepFunction = Callable[[Step], Tensor]
+"""A measure: a :class:`Measure`, or a plain function."""
 
 
-def interior(measure: M) -> M:
-    """Mark a measure that never reads the closing stage of an FSAL method, so that none is evaluated for it."""
-    measure.interior = True  # type: ignore[attr-defined]  # functions take attributes
-    return measure
+@dataclass(frozen=True)
+class Measure:
+    """A measure and what it reads of a step; :func:`measure` makes one of a function.
+
+    Measures are added, subtracted, multiplied and divided, with each other and with numbers, and mapped.
+
+    Attributes:
+        function: a step, and options by name, to ``(B,)``.
+        closing: whether it may read the closing stage of an FSAL method.
+        reductions: what it reads of ``step.reductions``, if that is there: "error", "action", "residue".
+        integrand: a velocity ``(B, *S)``, and the same options, to ``(B,)``, where the measure of a step is the
+            integral of that over the step, so that a solve that keeps no steps can integrate it beside the state.
+        options: bound by :meth:`bind`, name and value.
+    """
+
+    function: Callable[..., Tensor]
+    closing: bool = True
+    reductions: frozenset[str] = frozenset()
+    integrand: Callable[..., Tensor] | None = None
+    options: tuple[tuple[str, Any], ...] = field(default=())
+
+    def __call__(self, step: Step, **options: Any) -> Tensor:
+        """The measure of a step, one number per sample, ``(B,)``."""
+        return self.function(step, **dict(self.options), **options)
+
+    @property
+    def name(self) -> str:
+        """That of its function."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def bind(self, **options: Any) -> Measure:
+        """The same measure with options, such as ``action.bind(p=3)``; it is computed from the stages."""
+        if not options:
+            return self
+        return replace(self, options=tuple(sorted((dict(self.options) | options).items())), reductions=frozenset())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Measure:
+        """A function of the measure, such as ``action.map(torch.sqrt)``."""
+        return _composed(function, self)
+
+    def __add__(self, other: Any) -> Measure:
+        return _composed(operator.add, self, other)
+
+    def __radd__(self, other: Any) -> Measure:
+        return _composed(operator.add, other, self)
+
+    def __sub__(self, other: Any) -> Measure:
+        return _composed(operator.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Measure:
+        return _composed(operator.sub, other, self)
+
+    def __mul__(self, other: Any) -> Measure:
+        return _composed(operator.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Measure:
+        return _composed(operator.mul, other, self)
+
+    def __truediv__(self, other: Any) -> Measure:
+        return _composed(operator.truediv, self, other)
+
+    def __rtruediv__(self, other: Any) -> Measure:
+        return _composed(operator.truediv, other, self)
+
+    def __neg__(self) -> Measure:
+        return _composed(operator.neg, self)
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options)
+        return f"<measure {self.name}{options}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name, where a module holds the measure of the function under the function's name."""
+        module, name = getattr(self.function, "__module__", ""), getattr(self.function, "__qualname__", "")
+        named = getattr(sys.modules.get(module), name, None)
+        if isinstance(named, Measure) and named.bind(**dict(self.options)) == self:
+            return _by_name, (module, name, self.options)
+        return Measure, (self.function, self.closing, self.reductions, self.integrand, self.options)
 
 
-def needs_closing(measure: Measure) -> bool:
-    """Whether a measure may read the closing stage: true unless it, or what it is a partial of, is :func:`interior`."""
-    while isinstance(measure, partial) and not hasattr(measure, "interior"):
+def _by_name(module: str, name: str, options: tuple[tuple[str, Any], ...]) -> Measure:
+    return getattr(import_module(module), name).bind(**dict(options))
+
+
+@dataclass(frozen=True)
+class _Composed:
+    """A function of measures and numbers as a function of a step."""
+
+    function: Callable[..., Tensor]
+    operands: tuple[Any, ...]
+
+    def __call__(self, step: Step) -> Tensor:
+        return self.function(*(one(step) if callable(one) else one for one in self.operands))
+
+
+def _composed(function: Callable[..., Any], *operands: Any) -> Measure:
+    """Composed measures: what all of them read.
+
+    Raises:
+        TypeError: an operand is neither a measure nor a number.
+    """
+    for one in operands:
+        if not callable(one) and not isinstance(one, int | float | Tensor):
+            raise TypeError(f"a measure is composed with measures and numbers, got {type(one).__name__}")
+    measures = [one for one in operands if callable(one)]
+    read = reductions_of(measures) if all(reductions_of([one]) for one in measures) else frozenset()
+    return Measure(_Composed(function, operands), any(map(needs_closing, measures)), read)
+
+
+@overload
+def measure(function: Callable[..., Tensor], /) -> Measure: ...
+@overload
+def measure(
+    *, closing: bool = True, reduction: str | None = None, integrand: Callable[..., Tensor] | None = None
+) -> Callable[[Callable[..., Tensor]], Measure]: ...
+def measure(
+    function: Callable[..., Tensor] | None = None,
+    /,
+    *,
+    closing: bool = True,
+    reduction: str | None = None,
+    integrand: Callable[..., Tensor] | None = None,
+) -> Any:
+    """Make a :class:`Measure` of a function ``Step -> (B,)``, as a decorator.
+
+    Args:
+        function: the function; with options it is a decorator of it.
+        closing: False says that it never reads the closing stage of an FSAL method, which is then not evaluated.
+        reduction: what it reads of ``step.reductions``, "error", "action" or "residue", where that is not None.
+        integrand: what the measure integrates over a step, see :class:`Measure`.
+
+    Raises:
+        TypeError: no function.
+        ValueError: an unknown reduction.
+    """
+    if reduction not in (None, "error", "action", "residue"):
+        raise ValueError(f"reduction must be 'error', 'action' or 'residue', got {reduction!r}")
+    made = partial(Measure, closing=closing, reductions=frozenset({reduction} - {None}), integrand=integrand)
+    if function is None:
+        return lambda function: made(_function(function))
+    return made(_function(function))
+
+
+def _function(function: Any) -> Callable[..., Tensor]:
+    if not callable(function):
+        raise TypeError(f"a measure must be a function Step -> (B,), got {type(function).__name__}")
+    return function
+
+
+def needs_closing(measure: StepFunction) -> bool:
+    """Whether a measure may read the closing stage: true unless it, or what it is a partial of, says otherwise."""
+    while isinstance(measure, partial):
         measure = measure.func
-    return not getattr(measure, "interior", False)
+    return getattr(measure, "closing", True)
 
 
-def reductions_of(measures: Iterable[Measure]) -> frozenset[str]:
+def reductions_of(measures: Iterable[StepFunction]) -> frozenset[str]:
     """The reductions that these measures read, computed while a step's state is (``rk_step(..., reductions=...)``)."""
-    return frozenset(name for measure in measures if (name := getattr(measure, "reduction", None)))
+    return frozenset().union(*(getattr(measure, "reductions", ()) for measure in measures))
 
 
-def _reduction(name: str) -> Callable[[M], M]:
-    """Mark a measure that is read off a reduction of the step."""
+def integrand_of(name: str, measure: StepFunction) -> Callable[[Tensor], Tensor]:
+    """What a measure integrates over a step: a function of a velocity ``(B, *S)``, ``(B,)``.
 
-    def mark(measure: M) -> M:
-        measure.reduction = name  # type: ignore[attr-defined]  # functions take attributes
-        return measure
-
-    return mark
+    Raises:
+        ValueError: it is no integral over the step.
+    """
+    integrand = getattr(measure, "integrand", None)
+    if integrand is None:
+        raise ValueError(
+            f"measure {name!r} is no integral over time, and gradient='checkpoint' and 'backsolve' keep no steps to "
+            "measure: take gradient='direct', or a measure with an integrand, as the action"
+        )
+    return partial(integrand, **dict(getattr(measure, "options", ())))
 
 
 def _computed(step: Step, name: str) -> Tensor | None:
@@ -78,8 +238,11 @@ def _residue(step: Step, name: str) -> Tensor:
     return value
 
 
-@interior
-@_reduction("action")
+def _mean_power(v: Tensor, p: float = 2.0) -> Tensor:
+    return power_mean(v, p)
+
+
+@measure(closing=False, reduction="action", integrand=_mean_power)
 def action(step: Step, p: float = 2.0) -> Tensor:
     """Kinetic action ``h sum_i b_i <|p_i|^p>``, ``<.>`` the mean over features, ``(B,)``.
 
@@ -87,7 +250,7 @@ def action(step: Step, p: float = 2.0) -> Tensor:
     Euler with h = 1 it is the transport cost as computed in [K24], ``<r^2>``: the cost ``|r|^2`` of its section 3
     over the dimension of the state (with another p, ``|r|_p^p`` over it). A weight ``1 / (2 tau)`` on it is thus a
     proximal step of size ``tau`` times the dimension; :func:`square_norm` is the cost without the mean. For another
-    exponent record ``functools.partial(action, p=...)``.
+    exponent record ``action.bind(p=...)``.
     """
     if p != 2:
         pairs = zip(step.tableau.b, step.stages, strict=False)
@@ -97,8 +260,7 @@ def action(step: Step, p: float = 2.0) -> Tensor:
     return weighted_action(step.stages, step.tableau.b, step.h) if value is None else value
 
 
-@interior
-@_reduction("residue")
+@measure(closing=False, reduction="residue")
 def residue(step: Step, p: float = 2.0) -> Tensor:
     """Mean over the features of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``.
 
@@ -107,21 +269,19 @@ def residue(step: Step, p: float = 2.0) -> Tensor:
     return _residue(step, "residue") if p == 2 else power_mean(step.residue, p)
 
 
-@interior
-@_reduction("residue")
+@measure(closing=False, reduction="residue")
 def square_norm(step: Step) -> Tensor:
     """Sum of the squares of the residue over the features, ``(B,)``."""
     return residue(step) * math.prod(step.x0.shape[1:])
 
 
-@interior
-@_reduction("residue")
+@measure(closing=False, reduction="residue")
 def cosine(step: Step) -> Tensor:
     """Cosine of the residue with the vector of ones, ``(B,)`` (last features of [K24, eq. 34]); 0 where r = 0."""
     return _residue(step, "cosine")
 
 
-@_reduction("error")
+@measure(reduction="error")
 def error(step: Step) -> Tensor:
     """Root mean square over the features of the embedded error, ``(B,)``.
 
@@ -135,7 +295,7 @@ def error(step: Step) -> Tensor:
     return value
 
 
-@interior
+@measure(closing=False)
 def displacement(step: Step) -> Tensor:
     """Root mean square over the features of the displacement ``x1 - x0 = h r``, ``(B,)``."""
     return weighted_root_mean_square(step.stages, step.tableau.b, step.h)

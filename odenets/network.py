@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.flow import Flow
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from odenets.modes import device_of, dtype_of
 from odenets.recording import Joined, Records
 from solvers import Step
@@ -45,7 +45,7 @@ class Chain(Joined):
         """The output for inputs ``x`` ``(B, ...)``: that of :meth:`record`."""
         return self.record(x)[0]
 
-    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The last state, and the flows' records joined: per measure ``(blocks of all flows, B)``.
 
         ``records.starts`` holds the row at which each flow begins.
@@ -149,7 +149,7 @@ class Network(Chain):
                 ) from error
             raise
 
-    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The head's output, and the flows' records joined as those of a :class:`Chain`."""
         x, records = super().record(self._encode(x), **measures)
         return self.head(x), records

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from solvers import Step
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Recorder(Protocol):
         """Field evaluations of one forward pass."""
         ...
 
-    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The output for inputs ``x``, and per measure ``(depth, B)``."""
         ...
 
@@ -109,7 +109,7 @@ class Joined(nn.Module):
         return sum(recorder.evaluations for recorder in self.recorders)
 
 
-def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, Measure]) -> tuple[Step, Records]:
+def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, StepFunction]) -> tuple[Step, Records]:
     """The last of the steps from ``x``, and the records of all: each is measured as it is taken.
 
     Raises:

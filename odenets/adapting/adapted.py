@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from odenets.adapting.blocks import Blocks, BlockSpec, find_blocks
 from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts
 from odenets.adapting.hooks import Hooks
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from odenets.recording import Records
 from solvers import Step
 from solvers.validation import check_state
@@ -143,7 +143,7 @@ class AdaptedModel(nn.Module):
         """The model's output for inputs ``x`` ``(B, ...)``."""
         return self.record(x)[0]
 
-    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The model's output, and one ``(blocks, B)`` tensor per measure, in the order in which the blocks are called.
 
         Each step is measured as its block ends, and nothing of it is kept but what gradients need. ``records.starts``
@@ -191,7 +191,7 @@ class AdaptedModel(nn.Module):
         output, current = self._run(x, {}, keep=True)
         return output, current.steps, list(current.sources())
 
-    def _run(self, x: Tensor, measures: dict[str, Measure], keep: bool = False) -> tuple[Tensor, ForwardPass]:
+    def _run(self, x: Tensor, measures: dict[str, StepFunction], keep: bool = False) -> tuple[Tensor, ForwardPass]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # where changes in place are counted
                 return self._run(x.clone() if isinstance(x, Tensor) else x, measures, keep)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odenets.adapting.blocks import BlockSpec
-from odenets.measures import Measure, reductions_of
+from odenets.measures import StepFunction, reductions_of
 from odenets.recording import Records, check_values
 from solvers import Step, get_tableau
 from solvers.reductions import displaced, mean_square_and_cosine
@@ -80,11 +80,12 @@ class ForwardPass:
         in_place: what earlier passes have learned; this one adds to it.
     """
 
-    def __init__(self, measures: dict[str, Measure], x: Any, keep: bool, in_place: InPlaceChanges) -> None:
+    def __init__(self, measures: dict[str, StepFunction], x: Any, keep: bool, in_place: InPlaceChanges) -> None:
         self.measures, self.reductions, self.x, self.keep = measures, reductions_of(measures.values()), x, keep
         self.in_place = in_place
         self.needs_states = bool(measures) or keep
-        self.all_reduced = all(getattr(m, "reduction", None) in ("action", "residue") for m in measures.values())
+        read = (reductions_of([one]) for one in measures.values())
+        self.all_reduced = all(one and one <= {"action", "residue"} for one in read)
         self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         self.steps: list[Step] = []
         self.ends: list[_End] = []  # of steps that are kept or differentiated

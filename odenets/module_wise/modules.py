@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from odenets.adapting import AdaptedModel
 from odenets.flow import Flow
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.module_wise.heads import Head, check_head, like, make_head, modules_of
 from odenets.module_wise.partition import At, Cuttable, Part, balanced, blocks_of, cut, even
@@ -50,12 +50,12 @@ class LocalModule(Joined):
         state = self.part(x)
         return self.head(state), state
 
-    def forward_with_records(self, x: Tensor, measures: dict[str, Measure]) -> tuple[Tensor, Tensor, Records]:
+    def forward_with_records(self, x: Tensor, measures: dict[str, StepFunction]) -> tuple[Tensor, Tensor, Records]:
         """Logits and state, and per measure ``(blocks, B)``."""
         state, records = self.part.record(x, **measures)
         return self.head(state), state, records
 
-    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The logits, and per measure ``(blocks, B)``."""
         logits, _, records = self.forward_with_records(x, measures)
         return logits, records
@@ -109,7 +109,7 @@ class ModuleWise(Joined):
             x = local.part(x)
         return last(x)[0]
 
-    def record(self, x: Tensor, /, **measures: Measure) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
         """Logits after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows."""
         parts = []
         for module in self.modules_in_order:

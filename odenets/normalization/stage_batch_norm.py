@@ -151,7 +151,7 @@ class StageBatchNorm(nn.Module):
                 f"batch norm has {what} of stage {stage + 1} of {len(known)}, {which} of "
                 f"{[i for i, each in enumerate(known, 1) if each == most]}: training does not take the closing stages, "
                 "which embedded errors and outputs read. Call odenets.recalibrate(network, batches) first; mark a "
-                "measure that reads none with odenets.measures.interior"
+                "measure that reads none, @odenets.measures.measure(closing=False)"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **named: Any) -> None:

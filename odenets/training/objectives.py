@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from odenets.modes import keeping_state
 from odenets.recording import Records
 
@@ -91,9 +91,9 @@ class Objective(nn.Module):
 
     group: Any = None
 
-    def __init__(self, measures: Mapping[str, Measure] | None = None) -> None:
+    def __init__(self, measures: Mapping[str, StepFunction] | None = None) -> None:
         super().__init__()
-        self.measures: dict[str, Measure] = dict(measures or {})
+        self.measures: dict[str, StepFunction] = dict(measures or {})
 
     def __call__(self, network: nn.Module, batch: Batch, output: Tensor, records: Mapping[str, Tensor]) -> Tensor:
         """:meth:`forward`, once all measures are there.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from odenets.measures import Measure
+from odenets.measures import StepFunction
 from odenets.modes import total_dtype
 from odenets.recording import Recorder, Records
 from odenets.training.objectives import after_step, check_loss, logits_and_labels, right_answers
@@ -76,7 +76,7 @@ class _Recording(nn.Module):
     Fabric rebuilds dictionaries in outputs, so that the rows at which flows begin come beside the records.
     """
 
-    def __init__(self, network: Recorder, measures: dict[str, Measure], compile: bool) -> None:
+    def __init__(self, network: Recorder, measures: dict[str, StepFunction], compile: bool) -> None:
         super().__init__()
         self.network, self.measures = network, measures
         self.record = torch.compile(network.record) if compile else network.record

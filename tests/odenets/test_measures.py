@@ -1,3 +1,5 @@
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -102,7 +104,8 @@ def test_a_partial_of_a_measure_reads_what_the_measure_reads():
         assert not measures.needs_closing(partial(partial(measures.residue), p=p))
     assert measures.needs_closing(partial(lambda step, p: step.x1.sum(1), p=1))
     assert measures.needs_closing(measures.error)
-    assert not measures.needs_closing(measures.interior(partial(lambda step, p: step.x1.sum(1), p=1)))
+    closed = measures.measure(closing=False)(lambda step, p: step.x1.sum(1))
+    assert not measures.needs_closing(partial(closed, p=1)) and not measures.needs_closing(closed.bind(p=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -131,3 +134,43 @@ def test_measures_are_their_definitions_and_of_narrow_states_in_float32(name, dt
         "displacement": h * residue.square().mean(2).sqrt(),
     }
     torch.testing.assert_close(measured.double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("composed", "expected", "closing"),
+    [
+        (2 * measures.action + measures.residue, lambda a, r, e: 2 * a + r, False),
+        (measures.error - measures.action / 3, lambda a, r, e: e - a / 3, True),
+        (1 / (1 + measures.residue.map(torch.sqrt)), lambda a, r, e: 1 / (1 + r.sqrt()), False),
+        (-(measures.action * measures.error), lambda a, r, e: -a * e, True),
+        (1 - measures.action, lambda a, r, e: 1 - a, False),
+    ],
+)
+def test_composed_measures_are_the_arithmetic_of_their_parts_and_read_what_they_read(x, composed, expected, closing):
+    flow = Flow(lambda: MLPField(6), solver="bs23", depth=2).double()
+    parts = {"action": measures.action, "residue": measures.residue, "error": measures.error}
+    _, records = flow.record(x, composed=composed, **parts)
+    torch.testing.assert_close(records["composed"], expected(*(records[name] for name in parts)))
+    assert measures.needs_closing(composed) is closing
+
+
+@pytest.mark.parametrize("one", [measures.action, measures.action.bind(p=3.0), 2 * measures.error.map(torch.log)])
+def test_measures_are_equal_to_their_copies_and_frozen(one):
+    assert pickle.loads(pickle.dumps(one)) == one == copy.deepcopy(one)
+    assert len({one, copy.copy(one)}) == 1
+    with pytest.raises(AttributeError):
+        one.closing = True
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: measures.measure(3), TypeError, "must be a function Step -> .* got int"),
+        (lambda: measures.measure(reduction="acton"), ValueError, "reduction must be 'error', 'action' or 'residue'"),
+        (lambda: measures.action + "error", TypeError, "composed with measures and numbers, got str"),
+        (lambda: measures.integrand_of("error", measures.error), ValueError, "'error' is no integral"),
+    ],
+)
+def test_what_is_no_measure_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from odenets import measures
 from odenets.detection.features.base import Features
 from odenets.detection.isolation import to_network
-from odenets.measures import Measure, interior
+from odenets.measures import StepFunction, measure
 from odenets.recording import Recorder, is_recorder
 from solvers import Step
 from solvers.reductions import mean_square, mean_square_and_cosine
@@ -55,7 +55,7 @@ class Trajectory(Features):
             raise ValueError(f"vectors must not be negative, got {vectors}")
         self.kinds, self.vectors = kinds, vectors
 
-    def measures(self, network: nn.Module) -> dict[str, Measure]:
+    def measures(self, network: nn.Module) -> dict[str, StepFunction]:
         """What the network records, by name.
 
         Raises:
@@ -64,19 +64,19 @@ class Trajectory(Features):
         stages = _stages(network)
         if "stages" in self.kinds and stages == 1:
             raise ValueError("kinds must not hold 'stages' where a block has one: it is the residue")
-        by_kind: dict[str, dict[str, Measure]] = {
+        by_kind: dict[str, dict[str, StepFunction]] = {
             "residue": {"residue": measures.residue},
             "cosine": {"cosine": measures.cosine},
             "embedding": {"embedding": _square, "embedding cosine": _cosine},
             "action": {"action": measures.action},
             "stages": {
-                f"stage {i + 1}{name}": partial(measure, stage=i)
-                for name, measure in (("", _square), (" cosine", _cosine))
+                f"stage {i + 1}{name}": one.bind(stage=i)
+                for name, one in (("", _square), (" cosine", _cosine))
                 for i in range(stages)
             },
             "error": {"error": measures.error},
         }
-        waves = {f"cosine {k}": partial(_wave_cosine, k) for k in range(1, self.vectors + 1)}
+        waves = {f"cosine {k}": _wave_cosine.bind(k=k) for k in range(1, self.vectors + 1)}
         return {name: measure for kind in self.kinds for name, measure in by_kind[kind].items()} | waves
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
@@ -111,18 +111,18 @@ def _stages(network: nn.Module) -> int:
     return min((flow.tableau.interior for flow in flows if hasattr(flow, "tableau")), default=1)
 
 
-@interior
+@measure(closing=False)
 def _square(step: Step, stage: int | None = None) -> Tensor:
     return mean_square(step.x1 if stage is None else step.stages[stage])
 
 
-@interior
+@measure(closing=False)
 def _cosine(step: Step, stage: int | None = None) -> Tensor:
     return mean_square_and_cosine(step.x1 if stage is None else step.stages[stage])[1]
 
 
-@interior
-def _wave_cosine(k: int, step: Step) -> Tensor:
+@measure(closing=False)
+def _wave_cosine(step: Step, k: int) -> Tensor:
     """Cosine of the residue with the k-th wave."""
     r = step.residue.flatten(1)
     r = r.to(torch.promote_types(r.dtype, torch.float32))
