@@ -155,7 +155,7 @@ def _composed(function: Callable[..., Any], *operands: Any) -> Measure:
     for one in operands:
         if not callable(one) and not isinstance(one, int | float | Tensor):
             raise TypeError(f"a measure is composed with measures and numbers, got {type(one).__name__}")
-    measures = [one for one in operands if callable(one)]
+    measures: list[Any] = [one for one in operands if callable(one)]
     read = reductions_of(measures) if all(reductions_of([one]) for one in measures) else frozenset()
     return Measure(_Composed(function, operands), any(map(needs_closing, measures)), read)
 
@@ -188,16 +188,12 @@ def measure(
     """
     if reduction not in (None, "error", "action", "residue"):
         raise ValueError(f"reduction must be 'error', 'action' or 'residue', got {reduction!r}")
-    made = partial(Measure, closing=closing, reductions=frozenset({reduction} - {None}), integrand=integrand)
-    if function is None:
-        return lambda function: made(_function(function))
-    return made(_function(function))
-
-
-def _function(function: Any) -> Callable[..., Tensor]:
-    if not callable(function):
+    made = partial(
+        Measure, closing=closing, reductions=frozenset([reduction] if reduction else ()), integrand=integrand
+    )
+    if function is not None and not callable(function):
         raise TypeError(f"a measure must be a function Step -> (B,), got {type(function).__name__}")
-    return function
+    return made if function is None else made(function)
 
 
 def needs_closing(measure: StepFunction) -> bool:

@@ -105,7 +105,8 @@ def test_a_partial_of_a_measure_reads_what_the_measure_reads():
     assert measures.needs_closing(partial(lambda step, p: step.x1.sum(1), p=1))
     assert measures.needs_closing(measures.error)
     closed = measures.measure(closing=False)(lambda step, p: step.x1.sum(1))
-    assert not measures.needs_closing(partial(closed, p=1)) and not measures.needs_closing(closed.bind(p=1))
+    assert not measures.needs_closing(partial(closed, p=1))
+    assert not measures.needs_closing(closed.bind(p=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
