@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,9 +99,20 @@ def _keeping_random_state(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of torch's generators, of the CPU and of every CUDA device, as a checkpoint holds them."""
+    """The states of the global generators as a checkpoint holds them: torch's, of CUDA too, Python's and NumPy's."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - what datasets draw from
+    return {
+        "rng": torch.get_rng_state(),
+        "cuda_rng": cuda,
+        "python_rng": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
+        "numpy_rng": {
+            "name": str(name),
+            "keys": torch.tensor(np.asarray(keys).astype(np.int64)),
+            "rest": [int(position), int(has_gauss), float(cached)],
+        },
+    }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
@@ -109,6 +122,11 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         UserWarning: it is of another number of CUDA devices, of which the first are taken up.
     """
     torch.set_rng_state(state["rng"])
+    if python := state.get("python_rng"):
+        random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
+    if numpy := state.get("numpy_rng"):
+        keys = numpy["keys"].numpy().astype(np.uint32)
+        np.random.set_state((numpy["name"], keys, *numpy["rest"]))  # noqa: NPY002
     saved = state.get("cuda_rng")
     if not saved or not torch.cuda.is_available():
         return

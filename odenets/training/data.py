@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +141,12 @@ class Batches:
     def in_order(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches ``(x, y)`` in the order of the data, without augmentation."""
         yield from zip(self.data.x.split(self.size), self.data.y.split(self.size), strict=True)
+
+    def with_data(self, data: TensorData) -> Self:
+        """The same batches, of a subclass too, of other data."""
+        other = copy.copy(self)
+        object.__setattr__(other, "data", data)
+        return other
 
     def inputs(self) -> Iterator[Tensor]:
         """The inputs in order, without augmentation."""

@@ -1,0 +1,286 @@
+"""Sources: any iterable of batches as every training reads it, epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset, IterableDataset
+
+from odenets.modes import device_of, dtype_of, random_state, set_random_state
+from odenets.training.data import Batches, TensorData, data_for
+
+__all__ = ["Collate", "Source", "arguments", "part", "samples_in"]
+
+Collate = Callable[[Any], tuple[Any, Any]]
+"""Makes ``(inputs, targets)`` of what an iterable yields."""
+
+PARTS = ("", "sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
+"""Where an iterable holds what decides its order: itself, and the parts of a DataLoader."""
+
+
+class Source:
+    """The batches ``(inputs, targets)`` of an iterable.
+
+    ``inputs`` is a tensor ``(B, ...)`` or a tuple ``(x, *args)``, ``targets`` whatever the objective reads.
+
+    Attributes:
+        data: the iterable: a DataLoader, a list, an iterator, which has one epoch, or what else yields batches.
+        collate: makes the pair of what ``data`` yields; None where it yields pairs.
+        name: of the argument, for errors.
+    """
+
+    def __init__(self, data: Iterable[Any], collate: Collate | None = None, name: str = "batches") -> None:
+        self.data, self.collate, self.name = data, collate, name
+        self._place: tuple[torch.device, torch.dtype] | None = None
+        self._begun: _Begun | None = None
+        self._spent = False
+
+    @staticmethod
+    def of(data: Any, collate: Collate | None = None, name: str = "batches") -> Source:
+        """The source of any data.
+
+        Raises:
+            TypeError: it is no iterable of batches, or ``collate`` is no function.
+            ValueError: it holds no batch.
+        """
+        if isinstance(data, Source):
+            return data
+        if collate is not None and not callable(collate):
+            raise TypeError(f"collate must be a function batch -> (inputs, targets), got {type(collate).__name__}")
+        if isinstance(data, Batches):
+            return _InMemory(data, collate, name)
+        if isinstance(data, TensorData):
+            remedy = "pass odenets.training.Batches(data, size)"
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            remedy = "pass torch.utils.data.DataLoader(dataset, batch_size)"
+        elif isinstance(data, Tensor | str | bytes | Mapping | nn.Module) or not isinstance(data, Iterable):
+            remedy = "pass a DataLoader, or a list of pairs (inputs, targets)"
+        else:
+            source = Source(data, collate, name)
+            if source.length == 0:
+                raise source._empty()
+            return source
+        raise TypeError(f"{name} must be an iterable of batches, got {type(data).__name__}: {remedy}")
+
+    @property
+    def length(self) -> int | None:
+        """Batches of an epoch; None where the iterable does not know."""
+        try:
+            return len(self.data)  # type: ignore[arg-type]  # that is the question
+        except (TypeError, NotImplementedError):
+            return None
+
+    @property
+    def has_one_epoch(self) -> bool:
+        """Whether the data is an iterator, which cannot begin anew."""
+        return isinstance(self.data, Iterator)
+
+    def move_to(self, network: nn.Module) -> None:
+        """From now on batches come on the device of a network and in its precision.
+
+        Floating inputs are taken to its dtype, floating targets to that or float32, whichever is finer; whole numbers
+        keep theirs.
+        """
+        self._place = device_of(network), dtype_of(network).to_real()
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Any, Any]]:
+        """The batches of an epoch; samplers with ``set_epoch`` are told its number.
+
+        Raises:
+            TypeError: a batch is no pair, or its inputs are no tensors.
+            ValueError: no batch, one without samples, or a second epoch of an iterator.
+        """
+        number = 0
+        for number, batch in enumerate(self._begin(epoch), 1):
+            yield self._pair(batch, number)
+        if not number:
+            raise self._empty()
+
+    def in_order(self) -> Iterator[tuple[Any, Any]]:
+        """The batches for an evaluation: one pass, after which seeded samplers stand where they stood.
+
+        :class:`~odenets.training.Batches` come in the order of their data, without augmentation.
+        """
+        state = self.state_dict()
+        try:
+            yield from self.epoch(0)
+        finally:
+            self.load_state_dict(state)
+
+    def first(self, epoch: int = 0) -> tuple[Any, Any]:
+        """The first batch of an epoch, which begins with it all the same; random state is left as it was."""
+        if self._begun is None:
+            before, generators = random_state(), self.state_dict()
+            iterator = self._begin(epoch)
+            batches = [*islice(iterator, 1)]
+            self._begun = _Begun(epoch, batches, iterator, generators, random_state())
+            set_random_state(before)
+        if not self._begun.batches:
+            raise self._empty()
+        return self._pair(self._begun.batches[0], 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states of the generators that a loader and its samplers hold, by where they are."""
+        return {place: generator.get_state() for place, generator in self._generators().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up :meth:`state_dict`.
+
+        Raises:
+            ValueError: other parts hold generators.
+        """
+        generators = self._generators()
+        if set(generators) != set(state):
+            raise ValueError(
+                f"{self.name} must hold the seeded generators that it held in the checkpoint, {sorted(state)}, got "
+                f"{sorted(generators)}"
+            )
+        self._begun = None if not self.has_one_epoch else self._begun
+        for place, generator in generators.items():
+            generator.set_state(state[place])
+
+    def _begin(self, epoch: int) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        if begun is not None and (begun.epoch == epoch or self.has_one_epoch):
+            set_random_state(begun.after)
+            return chain(begun.batches, begun.iterator)
+        if begun is not None:
+            self.load_state_dict(begun.generators)
+        if self.has_one_epoch and self._spent:
+            raise ValueError(
+                f"{self.name} is an iterator ({type(self.data).__name__}), which gives one epoch: pass a list or a "
+                "DataLoader, which begin anew"
+            )
+        self._spent = True
+        for part in self._parts().values():
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+        return iter(self.data)
+
+    def _pair(self, batch: Any, number: int) -> tuple[Any, Any]:
+        which = f"batch {number} of {self.name}"
+        if self.collate is not None:
+            batch, which = self.collate(batch), f"what collate returns for {which}"
+        if not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise TypeError(
+                f"{which} must be a pair (inputs, targets), got {_described(batch)}: "
+                + ("return two" if self.collate else "give collate=, a function batch -> (inputs, targets)")
+            )
+        inputs, targets = batch
+        inputs = tuple(inputs) if isinstance(inputs, list) else inputs  # as torch's default_collate makes them
+        if samples_in(inputs, which) == 0:
+            raise ValueError(f"{which} must hold samples, got none")
+        if self._place is None:
+            return inputs, targets
+        device, dtype = self._place
+        finer = torch.promote_types(dtype, torch.float32)
+        return _moved(inputs, device, dtype), _moved(targets, device, finer)
+
+    def _parts(self) -> dict[str, Any]:
+        """What decides the order, each once."""
+        parts: dict[str, Any] = {}
+        for place in PARTS:
+            part = self.data
+            for name in filter(None, place.split(".")):
+                part = getattr(part, name, None)
+            if part is not None and not any(part is other for other in parts.values()):
+                parts[place] = part
+        return parts
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        generators: dict[str, torch.Generator] = {}
+        for place, part in self._parts().items():
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator) and not any(generator is g for g in generators.values()):
+                generators[place or "loader"] = generator
+        return generators
+
+    def _empty(self) -> ValueError:
+        return ValueError(f"{self.name} must hold at least one batch, got none of {type(self.data).__name__}")
+
+
+class _InMemory(Source):
+    """Batches of tensors in memory, which are moved at once."""
+
+    data: Batches
+
+    def move_to(self, network: nn.Module) -> None:
+        super().move_to(network)
+        self.data = self.data.with_data(data_for(network, self.data.data))
+
+    def in_order(self) -> Iterator[tuple[Any, Any]]:
+        for number, batch in enumerate(self.data.in_order(), 1):
+            yield self._pair(batch, number)
+
+    def first(self, epoch: int = 0) -> tuple[Any, Any]:
+        return self._pair(next(self.data.in_order()), 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def _begin(self, epoch: int) -> Iterator[Any]:
+        return self.data.epoch(epoch)
+
+
+@dataclass
+class _Begun:
+    """An epoch of which the first batch is drawn: with what it began, and the random state after that."""
+
+    epoch: int
+    batches: list[Any]
+    iterator: Iterator[Any]
+    generators: dict[str, Tensor]
+    after: dict[str, Any]
+
+
+def arguments(inputs: Any) -> tuple[Any, ...]:
+    """The arguments ``(x, *args)`` of a network for the inputs of a batch, a tensor or that tuple."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def samples_in(inputs: Any, which: str = "a batch") -> int:
+    """Samples in the inputs of a batch: the length of their first tensor.
+
+    Raises:
+        TypeError: that is no tensor ``(B, ...)``.
+    """
+    leaf = inputs if isinstance(inputs, Tensor) else next(iter(tree_leaves(inputs)), None)
+    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        raise TypeError(f"the inputs of {which} must be tensors (B, ...), got {_described(leaf)}")
+    return len(leaf)
+
+
+def part(batch: Any, index: slice) -> Any:
+    """The samples at ``index`` of a pair ``(inputs, targets)``: of every tensor that has one row a sample."""
+    n = samples_in(batch[0])
+
+    def rows(leaf: Any) -> Any:
+        return leaf[index] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n else leaf
+
+    return tree_map(rows, tuple(batch))
+
+
+def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        wanted = dtype if leaf.is_floating_point() else leaf.dtype
+        return leaf.to(device, wanted, non_blocking=device.type == "cuda")
+
+    return moved(tree) if isinstance(tree, Tensor) else tree_map(moved, tree)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {len(value)} parts"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with {list(value)[:6]}"
+    if isinstance(value, Tensor):
+        return f"one tensor {tuple(value.shape)}"
+    return type(value).__name__
