@@ -1,17 +1,46 @@
-"""Residual networks as explicit Runge-Kutta integrators over learned velocity fields."""
+"""Residual networks as explicit Runge-Kutta integrators over learned velocity fields.
 
-from importlib.metadata import PackageNotFoundError, version
+``import odenets`` loads nothing else: every name here, and every module of the package, such as
+``odenets.training.fit``, loads on its first use (PEP 562). ``dir(odenets)`` lists them.
+"""
 
-from odenets import fields, measures, models
-from odenets.adapting import AdaptedModel, adapt
-from odenets.blocks import Block
-from odenets.checkpoints import load_weights, save_weights
-from odenets.fields import ConvField, MLPField
-from odenets.flow import Flow
-from odenets.initialization import initialize
-from odenets.network import Network
-from odenets.normalization import recalibrate
-from odenets.recording import Recorder, Records
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from odenets import adapting as adapting
+    from odenets import analysis as analysis
+    from odenets import blocks as blocks
+    from odenets import checkpoints as checkpoints
+    from odenets import depth as depth
+    from odenets import detection as detection
+    from odenets import errors as errors
+    from odenets import fields as fields
+    from odenets import files as files
+    from odenets import flow as flow
+    from odenets import initialization as initialization
+    from odenets import least_action as least_action
+    from odenets import measures as measures
+    from odenets import models as models
+    from odenets import modes as modes
+    from odenets import module_wise as module_wise
+    from odenets import network as network
+    from odenets import normalization as normalization
+    from odenets import plotting as plotting
+    from odenets import recording as recording
+    from odenets import training as training
+    from odenets import transport as transport
+    from odenets.adapting import AdaptedModel, adapt
+    from odenets.blocks import Block
+    from odenets.checkpoints import load_weights, save_weights
+    from odenets.fields import ConvField, MLPField
+    from odenets.flow import Flow
+    from odenets.initialization import initialize
+    from odenets.network import Network
+    from odenets.normalization import recalibrate
+    from odenets.recording import Recorder, Records
+
+    __version__: str
 
 __all__ = [
     "AdaptedModel",
@@ -32,7 +61,93 @@ __all__ = [
     "save_weights",
 ]
 
-try:
-    __version__ = version("odenets")
-except PackageNotFoundError:  # run from its sources
-    __version__ = "unknown"
+_HOMES = {
+    "AdaptedModel": "adapting",
+    "Block": "blocks",
+    "ConvField": "fields",
+    "Flow": "flow",
+    "MLPField": "fields",
+    "Network": "network",
+    "Recorder": "recording",
+    "Records": "recording",
+    "adapt": "adapting",
+    "initialize": "initialization",
+    "load_weights": "checkpoints",
+    "recalibrate": "normalization",
+    "save_weights": "checkpoints",
+}
+_ROOMS = (
+    "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "plotting",
+    "training", "transport",
+)  # fmt: skip
+_ELSEWHERE = {
+    "Adapted": "odenets.AdaptedModel",
+    "AdaptiveDepth": "odenets.depth.AdaptiveDepth",
+    "Batches": "odenets.training.Batches",
+    "Detector": "odenets.detection.Detector",
+    "LeastAction": "odenets.least_action.LeastAction",
+    "Pipeline": "odenets.detection.Pipeline",
+    "Step": "solvers.Step",
+    "data": "odenets.training",
+    "evaluate": "odenets.training.evaluate",
+    "fit": "odenets.training.fit",
+    "fit_modules": "odenets.module_wise.fit_modules",
+    "instances": "odenets.training.fit_instances",
+    "integrate": "solvers.integrate",
+    "memory": "odenets.analysis.measure_memory",
+    "objectives": "odenets.training",
+    "odeint": "solvers.odeint",
+    "refinement": "odenets.analysis.iterative_refinement",
+    "runs": "odenets.training.Run",
+    "split_into_modules": "odenets.module_wise.split_into_modules",
+}
+
+if not TYPE_CHECKING:  # a type checker that sees this function takes every name for one of the package
+
+    def __getattr__(name: str):
+        from importlib.util import find_spec
+
+        if name == "__version__":
+            value = _version()
+        elif name in _HOMES:
+            value = getattr(_load(_HOMES[name]), name)
+        elif name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            return _load(name)  # which makes it an attribute
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_remedy(name)}", name=name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_ROOMS, "__version__"})
+
+
+def _load(name: str) -> ModuleType:
+    """A module of the package; an AttributeError of its own is not that of a missing name."""
+    from importlib import import_module
+
+    try:
+        return import_module(f"{__name__}.{name}")
+    except AttributeError as error:
+        raise ImportError(f"{__name__}.{name} does not load: {error}", name=f"{__name__}.{name}") from error
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("odenets")
+    except PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
+def _remedy(name: str) -> str:
+    from difflib import get_close_matches
+
+    if name.startswith("_"):
+        return ""
+    if name in _ELSEWHERE:
+        return f": it is {_ELSEWHERE[name]}"
+    near = get_close_matches(name, [*__dir__(), *_ELSEWHERE], cutoff=0.7)
+    return f": did you mean {' or '.join(_ELSEWHERE.get(n, f'odenets.{n}') for n in near)}?" if near else ""
