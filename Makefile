@@ -32,7 +32,7 @@ benchmarks: .venv/installed
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[experiments,detection,dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:

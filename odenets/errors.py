@@ -25,11 +25,13 @@ class WorkerLostError(RuntimeError):
 def needs(extra: str) -> Iterator[None]:
     """Around the imports of optional libraries: one that is not installed is an error that names the extra with it.
 
+    One that is installed and does not load, or is too old to have what is imported, raises its own error, with a note.
+
     >>> with needs("training"):
     ...     import no_such_library
     Traceback (most recent call last):
         ...
-    ModuleNotFoundError: no_such_library is needed here and not installed: pip install odenets[training]
+    ModuleNotFoundError: no_such_library is needed here and not installed: pip install 'odenets[training]'
     """
     try:
         yield
@@ -38,5 +40,8 @@ def needs(extra: str) -> Iterator[None]:
         if sys.modules.get(name) is not None or find_spec(name) is not None:
             raise  # it is there, and lacks something of its own
         raise ModuleNotFoundError(
-            f"{name} is needed here and not installed: pip install odenets[{extra}]", name=name
+            f"{name} is needed here and not installed: pip install 'odenets[{extra}]'", name=name
         ) from error
+    except ImportError as error:
+        error.add_note(f"pip install --upgrade 'odenets[{extra}]' brings the versions that this needs")
+        raise

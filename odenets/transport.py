@@ -100,7 +100,7 @@ def _coordinates(x: Tensor) -> Tensor:
 
 def _least_cost(a: np.ndarray, b: np.ndarray, p: int) -> float:
     """Least mean cost of a map from one cloud onto the other."""
-    with needs("experiments"):
+    with needs("transport"):
         import ot
         from scipy.optimize import linear_sum_assignment
         from scipy.spatial.distance import cdist

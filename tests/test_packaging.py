@@ -49,58 +49,6 @@ def test_imports_run_one_way():
         assert not {"experiments", "benchmarks", "tests"} & {name.split(".")[0] for name in imports(path)}
 
 
-EXTRAS = ["lightning_fabric", "matplotlib", "ot", "safetensors", "scipy", "sklearn", "tabulate", "torchdiffeq"]
-EXTRAS += ["art", "skops", "torchvision", "tqdm", "tyro"]
-
-
-WITHOUT_EXTRAS = f"""
-import importlib, pkgutil, sys
-sys.modules.update(dict.fromkeys({EXTRAS}))
-import torch, odenets, odenets.training, solvers
-"""
-
-
-def run(code):
-    script = [sys.executable, "-c", WITHOUT_EXTRAS + code]
-    return subprocess.run(script, check=True, capture_output=True, text=True).stdout.splitlines()
-
-
-def test_every_module_but_the_plots_is_there_without_the_extras():
-    lines = run("""
-for package in (odenets, solvers):
-    for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=lambda name: None):
-        try:
-            importlib.import_module(module.name)
-        except ModuleNotFoundError as error:
-            print(module.name, error)
-""")
-    assert lines == ["odenets.plotting matplotlib is needed here and not installed: pip install odenets[experiments]"]
-
-
-@pytest.mark.parametrize(
-    ("use", "library", "extra"),
-    [
-        ("odenets.training.fit(net, data, epochs=1, optimizer=sgd)", "lightning_fabric", "training"),
-        ("odenets.save_weights(net, 'weights')", "safetensors", "training"),
-        ("odenets.training.load('digits')", "sklearn", "experiments"),
-        ("odenets.training.load('mnist')", "torchvision", "experiments"),
-    ],
-)
-def test_what_lacks_an_extra_names_it_where_it_is_used(use, library, extra):
-    lines = run(f"""
-sgd = lambda network: torch.optim.SGD(network.parameters(), 0.1)
-net = odenets.models.points_network()
-points = odenets.training.TensorData("points", torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), 2, (0, 0), (1, 1))
-data = odenets.training.Batches(points, 2)
-net(points.x)
-try:
-    {use}
-except ModuleNotFoundError as error:
-    print(error)
-""")
-    assert lines == [f"{library} is needed here and not installed: pip install odenets[{extra}]"]
-
-
 def test_only_plotting_imports_matplotlib():
     found = [p for p in (ROOT / "odenets").rglob("*.py") if any(n.startswith("matplotlib") for n in imports(p))]
     assert {path.relative_to(ROOT / "odenets").parts[0] for path in found} == {"plotting"}

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from odenets.errors import needs
 
 if TYPE_CHECKING or find_spec("sklearn"):
-    from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin, clone, is_outlier_detector
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    with needs("detection"):
+        from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin, clone, is_outlier_detector
+        from sklearn.ensemble import RandomForestClassifier
+        from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
+        from sklearn.utils.multiclass import check_classification_targets
+        from sklearn.utils.validation import check_is_fitted, validate_data
 else:
 
     def _missing(*args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,8 @@ __all__ = ["read", "trusted_types", "write"]
 @cache
 def _tree_type() -> type:
     """scikit-learn's type of fitted decision trees, which has no public name."""
-    from sklearn.tree import DecisionTreeClassifier
+    with needs("detection"):
+        from sklearn.tree import DecisionTreeClassifier
 
     return type(DecisionTreeClassifier().fit([[0.0], [1.0]], [0, 1]).tree_)
 

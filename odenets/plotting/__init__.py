@@ -1,10 +1,5 @@
 """Figures; the one part of the package that imports matplotlib."""
 
-from odenets.errors import needs
-
-with needs("experiments"):
-    import matplotlib  # noqa: F401
-
 from odenets.plotting.detection import histograms, operating_characteristics
 from odenets.plotting.figures import save
 from odenets.plotting.transport import action_against_accuracy, clouds, displacements, pictures, refinement_by_block

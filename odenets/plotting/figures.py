@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+
+from odenets.errors import needs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["MARKERS", "legend_beside", "log_x", "new_figure", "save"]
 
@@ -28,6 +31,9 @@ def save(figures: Mapping[str, Figure], folder: str | Path, *, formats: tuple[st
 
 def log_x(axis: Axes) -> None:
     """A logarithmic x axis with few, plain labels."""
+    with needs("plot"):
+        from matplotlib.ticker import LogLocator, NullFormatter
+
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
@@ -41,6 +47,10 @@ def legend_beside(axis: Axes) -> None:
 
 def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     """A figure and its axes, ``(rows, columns)``."""
+    with needs("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
     figure = Figure(figsize=(max(4.2 * columns, 7.0 if columns == 1 else 0), 3.4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)

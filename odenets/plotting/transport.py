@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from odenets.plotting.figures import MARKERS, legend_beside, log_x, new_figure
 from odenets.transport import Moves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["action_against_accuracy", "clouds", "displacements", "pictures", "refinement_by_block"]
 

@@ -108,7 +108,7 @@ def subsample(data: TensorData, size: int, *, seed: int = 0) -> TensorData:
 
 def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the rest and of a part, a fraction or a number, that holds as much of every class."""
-    with needs("experiments"):
+    with needs("training"):
         from sklearn.model_selection import train_test_split
 
     if not (0 < part < 1 or (isinstance(part, int) and 0 < part < len(y))):
@@ -136,7 +136,7 @@ def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor
 
 
 def _digits() -> TensorData:
-    with needs("experiments"):
+    with needs("training"):
         from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -151,7 +151,7 @@ def points(name: str, size: int, seed: int) -> TensorData:
     Raises:
         ValueError: another name.
     """
-    with needs("experiments"):
+    with needs("training"):
         from sklearn.datasets import make_circles, make_moons
 
     if name == "circles":

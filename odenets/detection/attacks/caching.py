@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odenets.errors import needs
 from odenets.files import write_atomically
 
 __all__ = ["BatchFolder", "key_of"]
@@ -40,8 +41,9 @@ class BatchFolder:
         """Those of the first ``batches`` batches that are there and intact, by number."""
         if self.folder is None or not self.folder.is_dir():
             return {}
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        with needs("detection"):
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
 
         tensors = {}
         for i in range(batches):
@@ -53,7 +55,8 @@ class BatchFolder:
         """Write a batch, atomically."""
         if self.folder is None:
             return
-        from safetensors.torch import save
+        with needs("detection"):
+            from safetensors.torch import save
 
         about = self.folder / "attack.json"
         if not about.exists():

@@ -111,7 +111,7 @@ def test_a_tree_that_leads_out_of_itself_or_of_its_features_is_refused(tmp_path)
 def test_without_skops(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "skops", None)
     monkeypatch.setitem(sys.modules, "skops.io", None)
-    save, extra = Pipeline(network()).save, r"pip install odenets\[detection\]"
+    save, extra = Pipeline(network()).save, r"pip install 'odenets\[detection\]'"
     refused(extra, save, tmp_path / "detector.skops", error=ModuleNotFoundError)
 
 

@@ -55,5 +55,5 @@ def test_a_ball_of_l2_may_be_larger_than_a_pixel(batch):
 
 def test_missing_art_names_the_extra(batch, monkeypatch):
     monkeypatch.setitem(sys.modules, "art", None)
-    refused(r"pip install odenets\[detection\]", run_attack, victim(), "FGM", *batch, error=ModuleNotFoundError)
-    refused(r"pip install odenets\[detection\]", preset, "FGM", eps=0.1, error=ModuleNotFoundError)
+    refused(r"pip install 'odenets\[detection\]'", run_attack, victim(), "FGM", *batch, error=ModuleNotFoundError)
+    refused(r"pip install 'odenets\[detection\]'", preset, "FGM", eps=0.1, error=ModuleNotFoundError)
