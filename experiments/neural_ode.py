@@ -146,8 +146,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
 
 def step(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -> None:
     """Forward and backward pass of one batch."""
-    output, records = network.record(batch[0], **objective.measures)
-    objective(network, batch, output, records).backward()
+    objective(network, *batch).backward()
 
 
 def step_memory(network: Network, batch: tuple[Tensor, Tensor], objective: Objective) -> int:

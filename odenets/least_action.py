@@ -8,15 +8,12 @@ its relaxation.
 >>> objective = LeastAction(lambda0=1.0, tau=0.1, every=5)
 >>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
 >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=2)
->>> output, records = network.record(x, **objective.measures)
->>> loss = objective(network, (x, y), output, records)
+>>> loss = objective(network, x, y)
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
@@ -26,7 +23,7 @@ from torch import Tensor, distributed, nn
 from odenets import measures
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
-from odenets.recording import Records
+from odenets.recording import Records, record
 from odenets.training.objectives import Batch, CrossEntropy, Objective
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
@@ -83,6 +80,10 @@ class _WithCost(Objective):
         super().__init__({**task.measures, cost.kind: cost.measure})
         self.task, self.cost = task, cost
 
+    def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """The task's: what moving the data costs is no part of it."""
+        return self.task.validation_loss(network, batch, output, records)
+
     @property
     def needs_second_forward(self) -> bool:
         return self.task.needs_second_forward
@@ -109,8 +110,9 @@ class ActionPenalty(_WithCost):
             raise ValueError(f"weight must be finite and not negative, got {weight}")
         self.weight = weight
 
-    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        return self.task(network, batch, output, records) + self.weight * self.cost(records)
+    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        self.check_records(records)
+        return self.task.loss(network, batch, output, records) + self.weight * self.cost(records)
 
 
 class LeastAction(_WithCost):
@@ -170,16 +172,14 @@ class LeastAction(_WithCost):
         self.tau, self.every, self.update, self.weigh = tau, every, update, weigh
         self.steps = 0
         self._changed_in = -1
-        self._watched: tuple[int, weakref.ref[nn.Parameter], int] | None = None
         self.register_buffer("multiplier", torch.tensor(lambda0, dtype=total_dtype("cpu")))
 
-    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        loss, cost = self.task(network, batch, output, records), self.cost(records)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._watch_steps(network)
+    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        self.check_records(records)
+        loss, cost = self.task.loss(network, batch, output, records), self.cost(records)
         if self.update != "after" and torch.is_grad_enabled() and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
-            self._grow(loss, len(batch[1]))
+            self._grow(loss, _samples(batch))
         weight = self.multiplier.to(torch.promote_types(loss.dtype, torch.float32))
         return loss + cost / weight if self.weigh == "divide" else weight * loss + cost
 
@@ -187,29 +187,10 @@ class LeastAction(_WithCost):
         """Count the step; with ``update="after"`` let lambda grow by the loss of the new weights."""
         if self.update == "after" and self._due:
             with torch.no_grad(), keeping_state(network):
-                output, records = network.record(batch[0], **self.task.measures)  # type: ignore[operator]  # it records
-                self._grow(self.task(network, batch, output, records), len(batch[1]))
+                output, records = record(network, batch[0], self.task.measures)
+                self._grow(self.task.loss(network, batch, output, records), _samples(batch))
         super().after_step(network, batch)
         self.steps += 1
-
-    def _watch_steps(self, network: nn.Module) -> None:
-        """Warn where weights change from one loss to the next and nobody says that a step was taken."""
-        p = next((p for p in network.parameters() if type(p) is nn.Parameter and p.requires_grad), None)
-        if p is None:
-            return
-        if self._watched is not None:
-            steps, parameter, version = self._watched
-            if parameter() is p and steps == self.steps and version != p._version:
-                warnings.warn(
-                    "the weights have changed and after_step was not called, without which lambda stands still: call "
-                    "objective.after_step(network, batch) after each step of the optimizer",
-                    stacklevel=2,
-                )
-        self._watched = self.steps, weakref.ref(p), p._version
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied: all but the parameter whose version is watched."""
-        return self.__dict__ | {"_watched": None}
 
     @property
     def needs_second_forward(self) -> bool:
@@ -249,4 +230,10 @@ class LeastAction(_WithCost):
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.steps, self._changed_in, self._watched = int(state), -1, None
+        self.steps, self._changed_in = int(state), -1
+
+
+def _samples(batch: Batch) -> int:
+    """How many samples a batch holds."""
+    x = batch[0]
+    return len(x[0] if isinstance(x, tuple | list) else x)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import getattr_static
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from solvers import Step
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-__all__ = ["Joined", "Recorder", "Records", "check_values", "is_recorder", "measure_steps"]
+__all__ = ["Joined", "Recorder", "Recording", "Records", "check_values", "is_recorder", "measure_steps", "record"]
 
 
 class Records(dict[str, Tensor]):
@@ -107,6 +108,57 @@ class Joined(nn.Module):
     def evaluations(self) -> int:
         """Field evaluations of one forward pass."""
         return sum(recorder.evaluations for recorder in self.recorders)
+
+
+class Recording(nn.Module):
+    """A network whose forward pass is its ``record``, to be wrapped by what calls only that.
+
+    ``DistributedDataParallel(Recording(network, objective.measures))`` averages the gradients of what was measured too,
+    and ``torch.compile`` compiles it.
+
+    Args:
+        network: a module that records its steps.
+        measures: what it records, by name.
+        compile: whether ``record`` is compiled.
+    """
+
+    def __init__(self, network: Recorder, measures: Mapping[str, StepFunction], compile: bool = False) -> None:
+        super().__init__()
+        self.network, self.measures = network, dict(measures)
+        self.record: Callable[..., tuple[Any, Records]] = torch.compile(network.record) if compile else network.record
+        self.training = network.training  # type: ignore[attr-defined]  # a recorder that is a module
+
+    def forward(self, x: Tensor, *args: Any) -> tuple[Any, dict[str, Tensor], tuple[int, ...]]:
+        """The output, the records as a plain dictionary, which wrappers may rebuild, and their ``starts``."""
+        output, records = self.record(x, *args, **self.measures)
+        return output, dict(records), records.starts
+
+
+def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]) -> tuple[Any, Records]:
+    """The output and records of a network, or of what wraps a :class:`Recording` of it.
+
+    Args:
+        inputs: x, or ``(x, *args)``.
+
+    Raises:
+        TypeError: a network that records nothing, or in a wrapper whose forward pass does not.
+        ValueError: a Recording of other measures.
+    """
+    inputs = inputs if isinstance(inputs, tuple | list) else (inputs,)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a module that records its steps, got {type(network).__name__}")
+    recording = next((module for module in network.modules() if isinstance(module, Recording)), None)
+    if recording is None:
+        if callable(getattr_static(network, "record", None)):
+            return network.record(*inputs, **measures)  # type: ignore[operator]  # a Recorder
+        raise TypeError(
+            f"network must be a module that records its steps, an odenets.Recorder, got {type(network).__name__}: "
+            "odenets.adapt makes one of any residual network"
+        )
+    if missing := [name for name in measures if name not in recording.measures]:
+        raise ValueError(f"Recording must have the measures of the objective, got none named {missing}")
+    output, values, starts = network(*inputs)
+    return output, Records(values, tuple(starts))
 
 
 def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, StepFunction]) -> tuple[Step, Records]:

@@ -49,7 +49,7 @@ def local_step(
     """
     x = x.detach()
     logits, state, records = module.forward_with_records(x, objective.measures)
-    loss = objective(module, (x, y), logits, records)
+    loss = objective.loss(module, (x, y), logits, records)
     if module.local_loss is not None:
         loss = loss + module.local_loss(state, images, y)
     check_loss(loss, objective)
@@ -120,7 +120,7 @@ def end_to_end_step(
             state, *rows = run(state)
         parts.append((Records(dict(zip(measures, rows, strict=True))), module.depth))
     logits, records = network.modules_in_order[-1].head(state), Records.join(parts)
-    loss = objective(network, (x, y), logits, records)
+    loss = objective.loss(network, (x, y), logits, records)
     check_loss(loss, objective)
     totals = _totals(loss, logits, y)
     optimizer.zero_grad()

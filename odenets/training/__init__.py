@@ -6,7 +6,7 @@ from odenets.training.datasets import hold_out, load, points, split, subsample
 from odenets.training.evaluation import Evaluation, evaluate, evaluate_schemes
 from odenets.training.instances import Instances, fit_instances
 from odenets.training.loop import Callback, fit
-from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
+from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, Task
 from odenets.training.runs import Run
 from odenets.training.state import Training
 
@@ -21,6 +21,7 @@ __all__ = [
     "ReverseCrossEntropy",
     "Run",
     "Split",
+    "Task",
     "TensorData",
     "Training",
     "evaluate",

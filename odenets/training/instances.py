@@ -60,7 +60,7 @@ class _Instance(nn.Module):
             self.objective.after_step(self.network, (x, y))
             return x.new_zeros(())
         output, records = self.network.record(x, **self.objective.measures)
-        return self.objective(self.network, (x, y), output, records)
+        return self.objective.loss(self.network, (x, y), output, records)
 
 
 class _Stack:

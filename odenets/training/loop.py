@@ -183,8 +183,8 @@ def _check_arguments(
         raise ValueError(f"accumulate must be at least 1, got {accumulate}")
     if not isinstance(objective, Objective):
         raise TypeError(
-            f"objective must be an odenets Objective, got {objective!r}: a task of one's own is a subclass whose "
-            "forward returns its loss"
+            f"objective must be an odenets Objective, got {objective!r}: odenets.training.Task makes one of any "
+            "function (output, y) -> loss"
         )
     if batches.smallest < processes:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,20 +13,23 @@ from torch.utils._pytree import tree_leaves
 
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state
-from odenets.recording import Records
+from odenets.recording import Records, record
 
 __all__ = [
     "Batch",
     "CrossEntropy",
     "Objective",
     "ReverseCrossEntropy",
+    "Task",
     "after_step",
     "check_loss",
     "logits_and_labels",
     "right_answers",
+    "targets_of",
 ]
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]
+"""Inputs, a tensor x or a tuple ``(x, *args)`` with what the velocity fields get besides, and targets."""
 
 
 def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -74,15 +77,34 @@ def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _labels(batch: Any) -> Any:
+def targets_of(batch: Any) -> Any:
+    """The second of a pair.
+
+    Raises:
+        TypeError: a batch is no pair.
+    """
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise TypeError(f"batch must be a pair (inputs, labels), got {got}")
+        raise TypeError(f"batch must be a pair (inputs, targets), got {got}")
     return batch[1]
 
 
 class Objective(nn.Module):
-    """What is minimized. What it must remember from step to step are its buffers: they are saved and restored.
+    """What is minimized, a function of a network's output and of what was measured on its steps.
+
+    In a loop of one's own it is called with the network and a batch:
+
+    >>> import odenets
+    >>> network, objective = odenets.models.small_network(solver="euler", h=1.0, depth=2), CrossEntropy()
+    >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    >>> for x, y in [(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))]:
+    ...     loss = objective(network, x, y)  # records what it measures, weighs and counts
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     optimizer.step()
+
+    A subclass overrides :meth:`loss`. What it must remember from step to step are its buffers: they are saved and
+    restored.
 
     Attributes:
         measures: the measures that the network is to record, by name.
@@ -95,8 +117,64 @@ class Objective(nn.Module):
         super().__init__()
         self.measures: dict[str, StepFunction] = dict(measures or {})
 
-    def __call__(self, network: nn.Module, batch: Batch, output: Tensor, records: Mapping[str, Tensor]) -> Tensor:
-        """:meth:`forward`, once all measures are there.
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            raise TypeError(
+                f"an objective overrides loss(self, network, batch, output, records), got {cls.__name__} with forward, "
+                "which records and calls it"
+            )
+
+    def forward(self, network: nn.Module, x: Any, y: Any, *rest: Any) -> Tensor:
+        """Record, and the loss, a scalar to call ``backward`` on.
+
+        Args:
+            network: a :class:`~odenets.Recorder`, or a :class:`~odenets.recording.Recording` of one in whatever wraps
+                it: ``DistributedDataParallel(Recording(network, objective.measures))``.
+            x: inputs, a tensor or a tuple ``(x, *args)``.
+            y: targets.
+
+        Raises:
+            TypeError: a network that records nothing or is wrapped without Recording, or no loss.
+            ValueError: a loss that is no scalar, or depends on no parameter.
+        """
+        if rest:
+            raise TypeError(
+                f"an objective is called with (network, x, y), got {3 + len(rest)} arguments: with output and records "
+                "at hand take objective.loss(network, (x, y), output, records)"
+            )
+        output, records = record(network, x, self.measures)
+        loss = self.loss(network, (x, y), output, records)
+        check_loss(loss, self)
+        return loss
+
+    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            network: the network, in training mode.
+            batch: inputs and targets.
+            output: the network's output.
+            records: per measure ``(blocks, B)``.
+        """
+        self.check_records(records)
+        raise NotImplementedError(f"{type(self).__name__} must override loss(self, network, batch, output, records)")
+
+    def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """What validation reports, a scalar: :meth:`loss`, or what a subclass says; arguments as there."""
+        return self.loss(network, batch, output, records)
+
+    @property
+    def task(self) -> Objective:
+        """What is to be solved: the part without the cost of moving the data; itself where there is no cost."""
+        return self._modules.get("task") or self  # type: ignore[return-value]  # a subclass' attribute of that name
+
+    @task.setter
+    def task(self, task: Objective) -> None:  # torch keeps modules without asking here
+        raise TypeError(f"task must be an objective, got {type(task).__name__}")
+
+    def check_records(self, records: Mapping[str, Tensor]) -> None:
+        """That all measures are there.
 
         Raises:
             TypeError: records are no mapping.
@@ -109,18 +187,6 @@ class Objective(nn.Module):
                 f"records must hold {missing}, which {type(self).__name__} reads, got {list(records)}: record them, "
                 "output, records = network.record(x, **objective.measures)"
             )
-        return super().__call__(network, batch, output, records)
-
-    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        """The loss, a scalar.
-
-        Args:
-            network: the network, in training mode.
-            batch: inputs and labels.
-            output: the network's output, ``(B, classes)``.
-            records: per measure ``(blocks, B)``.
-        """
-        raise NotImplementedError
 
     @property
     def needs_second_forward(self) -> bool:
@@ -133,6 +199,36 @@ class Objective(nn.Module):
         Where it calls the network, which :attr:`needs_second_forward` says, the network's buffers and random state are
         then put back: running statistics count a batch once.
         """
+
+
+class Task(Objective):
+    """Any function of the output and the targets, such as ``Task(F.mse_loss)`` for a regression.
+
+    Args:
+        function: ``(output, y) -> loss``, a scalar tensor; a module such as ``nn.HuberLoss()`` moves with it, and what
+            it learns is the objective's. Targets are of any kind that the function understands.
+
+    Raises:
+        TypeError: no function, or an objective, which is a task already.
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        if isinstance(function, Objective):
+            raise TypeError(f"function must be of (output, y), got the objective {type(function).__name__}: take it")
+        if isinstance(function, type) or not callable(function):
+            raise TypeError(f"function must be of (output, y), such as F.mse_loss or nn.MSELoss(), got {function!r}")
+        self.function = function
+
+    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        value = self.function(output, targets_of(batch))
+        if not isinstance(value, Tensor) or value.ndim:
+            got = f"shape {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+            name = getattr(self.function, "__name__", type(self.function).__name__)
+            raise (ValueError if isinstance(value, Tensor) else TypeError)(
+                f"the function of a Task must return a scalar tensor, the mean over the batch, but {name} returns {got}"
+            )
+        return value
 
 
 class CrossEntropy(Objective):
@@ -153,9 +249,13 @@ class CrossEntropy(Objective):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         self.label_smoothing = label_smoothing
 
-    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        output, y = logits_and_labels(output, _labels(batch))
+    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        output, y = logits_and_labels(output, targets_of(batch))
         return F.cross_entropy(output, y, label_smoothing=self.label_smoothing)
+
+    def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """Cross-entropy without label smoothing."""
+        return F.cross_entropy(*logits_and_labels(output, targets_of(batch)))
 
 
 class ReverseCrossEntropy(Objective):
@@ -166,12 +266,16 @@ class ReverseCrossEntropy(Objective):
     attacker who differentiates it knows of the negation.
     """
 
-    def forward(self, network: nn.Module, batch: Batch, output: Tensor, records: Records) -> Tensor:
-        output, y = logits_and_labels(output, _labels(batch))
+    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        output, y = logits_and_labels(output, targets_of(batch))
         if y.is_floating_point():
             raise ValueError(f"labels must be classes (B,), whole numbers, got shares of the classes {_shape(y)}")
         others = F.log_softmax(-output, 1).scatter(1, y[:, None], 0.0).sum(1)
         return -others.mean() / (output.shape[1] - 1)
+
+    def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """Cross-entropy, as for any other classifier."""
+        return F.cross_entropy(*logits_and_labels(output, targets_of(batch)))
 
 
 def check_loss(loss: Any, objective: Objective) -> None:
@@ -186,7 +290,7 @@ def check_loss(loss: Any, objective: Objective) -> None:
         raise TypeError(f"objective must return a loss, a scalar tensor, but {name} returns {type(loss).__name__}")
     if loss.ndim:
         raise ValueError(f"objective must return a scalar, but {name} returns a loss of shape {tuple(loss.shape)}")
-    if not loss.requires_grad:
+    if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(f"the loss of {name} depends on no parameter that requires a gradient: nothing would train")
 
 

@@ -6,11 +6,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from odenets.measures import StepFunction
 from odenets.modes import total_dtype
-from odenets.recording import Recorder, Records
+from odenets.recording import Recording, Records
 from odenets.training.objectives import after_step, check_loss, logits_and_labels, right_answers
 from odenets.training.state import Training
 
@@ -38,7 +37,7 @@ class Stepper:
     ) -> None:
         self.network, self.objective, self.fabric = training.network, training.objective, fabric
         self.clip_norm, self.accumulate, self.validated = clip_norm, accumulate, validated
-        recording = _Recording(training.network, training.objective.measures, compile)
+        recording = Recording(training.network, training.objective.measures, compile)
         self.module, self.optimizer = fabric.setup(recording, training.optimizer)
         # or Fabric would round outputs to the default dtype
         self._context = fabric.init_tensor if fabric.strategy.precision.precision == "64-true" else nullcontext
@@ -57,7 +56,7 @@ class Stepper:
                     output, records, starts = self.module(part[0])
                 if self.validated:
                     logits_and_labels(output, part[1])
-                loss = self.objective(self.network, part, output, Records(records, starts))
+                loss = self.objective.loss(self.network, part, output, Records(records, starts))
                 check_loss(loss, self.objective)
                 fabric.backward(loss * (len(part[0]) * shares / whole))
             with torch.no_grad():
@@ -68,19 +67,3 @@ class Stepper:
         with fabric.autocast():
             after_step(self.objective, self.network, parts[-1])
         return totals
-
-
-class _Recording(nn.Module):
-    """A network whose forward pass is its ``record``, so that precision and processes are Fabric's matter.
-
-    Fabric rebuilds dictionaries in outputs, so that the rows at which flows begin come beside the records.
-    """
-
-    def __init__(self, network: Recorder, measures: dict[str, StepFunction], compile: bool) -> None:
-        super().__init__()
-        self.network, self.measures = network, measures
-        self.record = torch.compile(network.record) if compile else network.record
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[int, ...]]:
-        output, records = self.record(x, **self.measures)
-        return output, dict(records), records.starts

@@ -1,5 +1,4 @@
 import copy
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -34,8 +33,7 @@ def train(net, part, size, lr=0.05, momentum=0.0, seed=None, epochs=1, **options
 
 
 def value(objective, net, batch):
-    output, records = net.record(batch[0], **objective.measures)
-    return objective(net, batch, output, records)
+    return objective(net, *batch)
 
 
 @pytest.mark.parametrize("kind", ["action", "residue"])
@@ -102,7 +100,7 @@ def test_the_new_multiplier_applies_to_the_step_that_changed_it(batch):
     net, objective = network(), LeastAction(lambda0=0.5, tau=2.0)
     output, records = net.record(batch[0], **objective.measures)
     loss, cost = F.cross_entropy(output, batch[1]), records["action"].sum(0).mean()
-    torch.testing.assert_close(objective(net, batch, output, records), loss + cost / (0.5 + 2.0 * loss))
+    torch.testing.assert_close(objective.loss(net, batch, output, records), loss + cost / (0.5 + 2.0 * loss))
 
 
 def test_a_batch_in_parts_changes_the_multiplier_once(parts):
@@ -137,7 +135,7 @@ def test_compiled_is_what_eager_is(batch, autocast, backend):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output, records = record(batch[0], **objective.measures)
         assert records["action"].dtype == torch.float32
-        loss = objective(net, batch, output.float(), records)
+        loss = objective.loss(net, batch, output.float(), records)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in net.parameters())])
     for eager, compiled in zip(*results, strict=True):
@@ -149,7 +147,7 @@ def test_another_task_and_its_measures(batch):
         def __init__(self):
             super().__init__({"peak": lambda step: step.x1.flatten(1).amax(1)})
 
-        def forward(self, network, batch, output, records):
+        def loss(self, network, batch, output, records):
             return records["peak"].mean()
 
     net, objective = network(), ActionPenalty(0.5, Task())
@@ -253,20 +251,6 @@ def test_the_multiplier_keeps_its_precision(move):
     assert objective.multiplier.dtype == torch.float64
     output, y = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True), torch.tensor([0, 1, 2])
     for _ in range(3):
-        objective(torch.nn.Identity(), (output, y), output, {"action": torch.ones(2, 3, dtype=torch.bfloat16)})
+        objective.loss(torch.nn.Identity(), (output, y), output, {"action": torch.ones(2, 3, dtype=torch.bfloat16)})
         objective.after_step(torch.nn.Identity(), (output, y))
     assert objective.multiplier.item() - 1e4 == pytest.approx(3e-3 * torch.tensor(4.0).log().item(), rel=1e-6)
-
-
-def test_a_loop_that_forgets_its_steps_is_told(batch):
-    net, objective = network(), LeastAction(every=50)
-    optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    value(objective, net, batch).backward()
-    value(objective, net, batch).backward()  # in parts
-    optimizer.step()
-    objective.after_step(net, batch)
-    value(objective, net, batch).backward()
-    optimizer.step()
-    with pytest.warns(UserWarning, match="after_step was not called, without which lambda stands still"):
-        value(objective, net, batch)
-    assert pickle.loads(pickle.dumps(objective)).multiplier == objective.multiplier

@@ -165,8 +165,8 @@ def test_a_module_moves_where_any_of_it_is_elsewhere():
 
 
 class NotFinite(CrossEntropy):
-    def forward(self, network, batch, output, records):
-        return super().forward(network, batch, output, records) * torch.nan
+    def loss(self, network, batch, output, records):
+        return super().loss(network, batch, output, records) * torch.nan
 
 
 FEW = data.Batches(datasets.subsample(DIGITS, 40), 20, seed=0)

@@ -24,7 +24,7 @@ class Quadratic(Objective):
         super().__init__()
         self.target = target
 
-    def forward(self, network, batch, output, records):
+    def loss(self, network, batch, output, records):
         return (output - self.target).square().mean() / 2
 
 

@@ -52,7 +52,7 @@ def test_gradients_of_a_parallel_step_are_those_of_each_module_alone(make):
     for k, module in enumerate(alone.modules_in_order):
         objective = make(k, 3)
         logits, state, records = module.forward_with_records(x.detach(), objective.measures)
-        objective(module, (x, Y), logits, records).backward()
+        objective.loss(module, (x, Y), logits, records).backward()
         torch.testing.assert_close(optimizers[k].seen, [p.grad for p in module.parameters()])
         x = state
 
@@ -195,9 +195,9 @@ def test_a_checkpointed_step_repeats_what_the_forward_pass_did():
 
 def test_records_of_an_end_to_end_step_say_where_modules_begin():
     class Looking(CrossEntropy):
-        def forward(self, network, batch, output, records):
+        def loss(self, network, batch, output, records):
             self.starts = records.starts
-            return super().forward(network, batch, output, records)
+            return super().loss(network, batch, output, records)
 
     modules, objective = modules_of(), Looking()
     objective.measures["action"] = measures.action

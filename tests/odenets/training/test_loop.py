@@ -125,7 +125,7 @@ def test_no_gradients_are_left():
 class OfLogits(Objective):
     """Cross-entropy of what stands first in a tuple, or under "logits"."""
 
-    def forward(self, network, batch, output, records):
+    def loss(self, network, batch, output, records):
         return F.cross_entropy(output["logits"] if isinstance(output, dict) else output[0], batch[1])
 
 

@@ -21,7 +21,7 @@ BATCH = torch.rand(3, 1, 8, 8, generator=GENERATOR), torch.tensor([0, 1, 2])
 
 
 def value(objective, output, y):
-    return objective(torch.nn.Identity(), (output, y), output, Records({}))
+    return objective.loss(torch.nn.Identity(), (output, y), output, Records({}))
 
 
 def test_reverse_cross_entropy_is_that_with_reversed_labels():
@@ -72,15 +72,15 @@ def test_measures_that_were_not_recorded_are_named(objective, recorded):
     network, (x, y) = models.small_network(solver="euler", h=1.0, depth=2), BATCH
     names = re.escape(str(list(objective.measures)))
     with pytest.raises(ValueError, match=rf"records must hold {names}, which .* reads, got") as error:
-        objective(network, (x, y), *network.record(x, **recorded))
+        objective.loss(network, (x, y), *network.record(x, **recorded))
     assert "network.record(x, **objective.measures)" in str(error.value)
     with pytest.raises(TypeError, match="records must hold measures by name, got tuple"):
-        objective(network, (x, y), network(x), ())
+        objective.loss(network, (x, y), network(x), ())
 
 
 def test_an_objective_without_measures_needs_no_records():
     network, (x, y) = models.small_network(solver="euler", h=1.0, depth=2), BATCH
-    assert greedy()(0, 2)(network, (x, y), *network.record(x)) == F.cross_entropy(network(x), y)
+    assert greedy()(0, 2)(network, x, y) == F.cross_entropy(network(x), y)
 
 
 @pytest.mark.parametrize("objective", [CrossEntropy(), CrossEntropy(0.1), ReverseCrossEntropy()])
@@ -134,8 +134,8 @@ def test_outputs_and_labels_that_fit_no_cross_entropy_are_named(objective, outpu
 @pytest.mark.parametrize(("batch", "got"), [(LABELS, "Tensor"), ({"x": 1, "y": 2}, "dict"), ((1, 2, 3), "3 parts")])
 def test_a_batch_that_is_no_pair_is_named(batch, got):
     for objective in (CrossEntropy(), ReverseCrossEntropy()):
-        with pytest.raises(TypeError, match=rf"batch must be a pair \(inputs, labels\), got {got}"):
-            objective(torch.nn.Identity(), batch, torch.rand(3, 4), Records({}))
+        with pytest.raises(TypeError, match=rf"batch must be a pair \(inputs, targets\), got {got}"):
+            objective.loss(torch.nn.Identity(), batch, torch.rand(3, 4), Records({}))
 
 
 def test_shares_are_no_labels_of_the_reverse_cross_entropy():

@@ -18,9 +18,9 @@ def test_mixed_precision_trains_with_measures_in_float32(parts):
     seen = []
 
     class Seeing(LeastAction):
-        def forward(self, network, batch, output, records):
+        def loss(self, network, batch, output, records):
             seen.append({records["action"].dtype, output.dtype})
-            return super().forward(network, batch, output, records)
+            return super().loss(network, batch, output, records)
 
     calls = []
 

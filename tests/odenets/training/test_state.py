@@ -153,8 +153,8 @@ def test_parameters_that_would_not_train_are_named():
             super().__init__()
             self.scale = nn.Parameter(torch.ones(()))
 
-        def forward(self, network, batch, output, records):
-            return super().forward(network, batch, output * self.scale, records)
+        def loss(self, network, batch, output, records):
+            return super().loss(network, batch, output * self.scale, records)
 
     with pytest.warns(UserWarning, match="leaves out 1 of .*scale"):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=Learned())

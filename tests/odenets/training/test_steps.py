@@ -103,8 +103,8 @@ def test_two_processes_edit_alike_and_go_on_from_one_checkpoint(two_processes):
 )
 def test_losses_that_train_nothing_are_named(value, error, message):
     class Wrong(CrossEntropy):
-        def forward(self, *args):
-            return value(super().forward(*args))
+        def loss(self, *args):
+            return value(super().loss(*args))
 
     with pytest.raises(error, match=message):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=Wrong())

@@ -51,9 +51,9 @@ def two_flows(depth: int = 1) -> Network:
 class Starting(CrossEntropy):
     """Wants to be told at which row each flow begins."""
 
-    def forward(self, network, batch, output, records):
+    def loss(self, network, batch, output, records):
         assert records.starts == (0, network.flows[0].depth)
-        return super().forward(network, batch, output, records)
+        return super().loss(network, batch, output, records)
 
 
 def adaptive(folder: Path, launcher: Fabric) -> None:
