@@ -1,7 +1,12 @@
 """``import odenets``: what it offers, what it loads, and what it says of names that it has not."""
 
+import copy
 import importlib
+import json
+import pickle
 import pkgutil
+import pydoc
+import re
 import subprocess
 import sys
 import traceback
@@ -9,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import odenets
 import solvers
@@ -49,20 +55,26 @@ def test_no_name_is_that_of_a_module_too():
 
 
 def test_an_import_loads_nothing_else_and_its_names_nothing_but_torch_numpy_and_einops():
-    alone, all_of_it = printed("""
+    alone, names, rooms = printed("""
 import sys
+def loaded(before):
+    return {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names - {"einops"}
 before = set(sys.modules)
 import odenets
-print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
+print(*loaded(before))
 import torch, numpy, einops
 before = set(sys.modules)
 from odenets import *
-print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names - {"einops"})
+print(*sorted(loaded(before)))
+for room in dir(odenets):
+    room == "detection" or getattr(odenets, room)  # whose detectors are scikit-learn's
+print(*sorted(loaded(before)))
 """)
     assert alone == "odenets"
-    assert set(all_of_it.split()) <= {"odenets", "solvers"}
+    assert names == rooms == "odenets solvers"
 
 
+@pytest.mark.slow
 def test_what_walks_over_all_modules_loads_nothing():
     """As unittest's assertWarns, inspect and torch.package do."""
     lines = printed("""
@@ -116,3 +128,142 @@ def resolve(path):
     for name in path.split(".")[1:]:
         value = getattr(value, name)
     return value
+
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/references.md", "experiments/README.md", "tests/README.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_name_in_a_document_is_there(document):
+    text = (ROOT / document).read_text()
+    text = re.sub(r"^\+.*$", "", text, flags=re.MULTILINE)  # what a change of CONTRIBUTING adds
+    for name in set(re.findall(r"(?<![\w.])(?:odenets|solvers)(?:\.[A-Za-z_]\w*)+", text)):
+        resolve(name)
+    for package, names in set(re.findall(r"from ((?:odenets|solvers)[\w.]*) import ([\w, ]+)", text)):
+        for name in names.split(","):
+            resolve(f"{package}.{name.split()[0]}")
+
+
+def test_every_name_that_a_docstring_refers_to_is_there():
+    sources = [path.read_text() for package in ("odenets", "solvers") for path in (ROOT / package).rglob("*.py")]
+    for name in set(re.findall(r":\w+:`~?((?:odenets|solvers)\.[\w.]+)`", "".join(sources))):
+        resolve(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "odenets.AdaptedModel",
+        "odenets.depth.DepthReport",
+        "odenets.module_wise.LocalModule",
+        "odenets.transport.wasserstein",
+        "solvers.Solution.x1",
+        "solvers.Tolerance",
+    ],
+)
+def test_names_that_stay(name):
+    resolve(name)
+    assert hasattr(odenets.least_action.LeastAction(), "multiplier")
+
+
+@pytest.mark.slow
+def test_threads_may_use_all_of_it_at_once():
+    lines = printed("""
+import sys, threading
+import odenets
+sys.setswitchinterval(1e-6)
+names = 2 * dir(odenets)
+start, failed = threading.Barrier(len(names)), []
+def use(name):
+    start.wait()
+    try:
+        getattr(odenets, name)
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=use, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(failed)
+""")
+    assert lines == ["[]"]
+
+
+@pytest.mark.slow
+def test_no_import_warns():
+    assert (
+        printed("from odenets import *; import odenets; odenets.training.fit; odenets.module_wise", "-W", "error") == []
+    )
+
+
+def test_a_reload_keeps_classes():
+    flow, room = odenets.Flow(), odenets.training
+    importlib.reload(odenets)
+    assert isinstance(flow, odenets.Flow)
+    assert odenets.training is room
+
+
+@pytest.mark.slow
+def test_objects_are_copied_and_pickled_and_read_where_nothing_is_loaded(tmp_path):
+    network = odenets.models.points_network()
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(copy.deepcopy(network)(x).shape, network(x).shape)
+    content = pickle.dumps((odenets.MLPField(2), odenets.training.Batches, odenets.least_action.LeastAction()))
+    (tmp_path / "pickled").write_bytes(content)
+    lines = printed(f"import pickle; print(*map(repr, pickle.load(open({str(tmp_path / 'pickled')!r}, 'rb'))))")
+    assert "odenets.training.data.Batches" in " ".join(lines)
+
+
+@pytest.mark.slow
+def test_a_compiler_takes_a_name_that_is_not_loaded_yet():
+    lines = printed("""
+import torch, odenets
+odenets.Flow
+calls = torch.compile(lambda x: x + len(odenets.transport.__all__), backend="eager", fullgraph=True)
+print(calls(torch.zeros(1)).item() > 0)
+""")
+    assert lines == ["True"]
+
+
+def test_a_module_that_breaks_while_it_loads_is_not_a_missing_name(monkeypatch):
+    monkeypatch.delitem(vars(odenets), "transport", raising=False)
+    broken = AttributeError("module 'torch' has no attribute 'linalgebra'")
+
+    def import_module(name):
+        raise broken
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(
+        ImportError, match=r"odenets.transport does not load: module 'torch' has no attribute"
+    ) as raised:
+        odenets.transport  # noqa: B018
+    assert raised.value.__cause__ is broken
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_names_and_no_others(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import odenets
+from odenets import Flow, Network, measures, training
+from typing_extensions import assert_type
+
+reveal_type(odenets.training.fit)
+reveal_type(odenets.models.resnet9())
+assert_type(odenets.Flow(), Flow)
+assert_type(odenets.__version__, str)
+odenets.detection.Pipeline, odenets.least_action.LeastAction, odenets.depth, odenets.module_wise.fit_modules
+odenets.analysis, odenets.plotting, odenets.transport.wasserstein, odenets.measures.action
+odenets.fitt
+""")
+    command = [sys.executable, "-m", "pyright", "--outputjson", str(script)]
+    report = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout)
+    messages = [each["message"] for each in report["generalDiagnostics"] if each["severity"] == "error"]
+    assert messages == ['"fitt" is not a known attribute of module "odenets"']
+    assert 'Type of "odenets.models.resnet9()" is "Network"' in str(report)
+
+
+def test_help_lists_the_face():
+    text = pydoc.render_doc(odenets, renderer=pydoc.plaintext)
+    assert all(name in text for name in FACE)
