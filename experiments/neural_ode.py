@@ -1,4 +1,4 @@
-"""One classifier with a continuous flow, solved by this package and by torchdiffeq: accuracy and what it costs.
+"""One classifier with a neural ODE, solved by this package and by torchdiffeq: accuracy and what it costs.
 
     python experiments/neural_ode.py
     python experiments/neural_ode.py --dataset mnist --train-size 2000 --test-size 2000 --epochs 3 --seeds 0
@@ -33,7 +33,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from neural_ode_setup import Config, Job, build, field_of
+from neural_ode_setup import Config, Job, build
 from torch import Tensor, nn
 
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Report, Run, command
@@ -41,10 +41,11 @@ from lab.plotting import cost_of_solves, solves_while_training
 from lab.results import groups
 from lab.statistics import mean_interval
 from lab.training import fit_network, parts_of
-from odenets import Flow, Network, measures
+from odenets import Network, measures
 from odenets.analysis.memory import measure_memory
 from odenets.checkpoints import save_weights
 from odenets.least_action import ActionPenalty
+from odenets.neural_ode import NeuralODE
 from odenets.training.data import Batches
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import Callback
@@ -85,7 +86,7 @@ class Meter(Callback):
     def __enter__(self) -> Meter:
         self.hooks = [
             self.network.encoder.register_forward_pre_hook(self._begin),
-            field_of(self.network.flows[0]).register_forward_hook(self._call),
+            self.network.flows[0].field.register_forward_hook(self._call),
             self.network.head.register_forward_pre_hook(self._end),
         ]
         return self
@@ -175,8 +176,8 @@ def errors(config: Config, network: Network, x: Tensor) -> dict[str, float]:
     """Of the end state, in units of the tolerance, and of the action, relative; and the action itself."""
     network.eval()
     flow, start = network.flows[0], network.encoder(x)
-    field = copy.deepcopy(field_of(flow)).double()
-    exact = Flow(field, solver="dopri5", total_time=config.total_time, tolerance=Tolerance(1e-7, 1e-7))
+    field = copy.deepcopy(flow.field).double()
+    exact = NeuralODE(field, t1=config.total_time, tolerance=Tolerance(1e-7, 1e-7))
     end, records = exact.record(start.double(), action=measures.action)
     action = records["action"].sum(0)
     solution, recorded = flow.record(start, action=measures.action)

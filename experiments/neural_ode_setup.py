@@ -1,4 +1,4 @@
-"""What the neural-ODE experiment trains: configuration, and the networks that torchdiffeq and flows solve."""
+"""What the neural-ODE experiment trains: configuration, and the networks that torchdiffeq and this package solve."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torchdiffeq
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lab import images
 from lab.config import check_among, check_any, check_at_least
 from lab.training import TrainingConfig
-from odenets import Flow, Network
+from odenets import Network
 from odenets.fields import ConvField
 from odenets.measures import StepFunction
+from odenets.neural_ode import NeuralODE
 from odenets.recording import Records
 from odenets.training.data import TensorData
 from solvers import Statistics, Step, Tolerance
@@ -91,28 +92,26 @@ class WithAction(nn.Module):
         return v, v.square().flatten(1).mean(1)
 
 
-def field_of(flow: Flow) -> nn.Module:
-    """The velocity field of a continuous flow."""
-    return flow.blocks[0].fields[0]  # type: ignore[index,return-value] - a Block
-
-
-class TorchdiffeqFlow(Flow):
-    """A continuous flow that torchdiffeq solves, or its adjoint; it knows the action, as an extra state."""
+class TorchdiffeqODE(NeuralODE):
+    """A neural ODE that torchdiffeq solves, or its adjoint; it knows the action, as an extra state."""
 
     def __init__(self, field: nn.Module, *, solver: str, adjoint: bool, tolerance: Tolerance, **options: Any) -> None:
         super().__init__(field, solver=solver, tolerance=tolerance, **options)
         solve: Callable[..., Any] = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
         self.odeint = partial(solve, method=solver, rtol=tolerance.rtol, atol=tolerance.atol)
 
+    def forward(self, x: Tensor, /, *args: Any, at: Any = None) -> Tensor:
+        return self.record(x)[0]
+
     def steps(self, *_: Any, **__: Any) -> Iterator[Step]:
         raise NotImplementedError("torchdiffeq does not show its steps")
 
     def record(
-        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: StepFunction
+        self, x: Tensor, /, *args: Any, readout: str = "solution", check: bool = True, **measures: StepFunction
     ) -> tuple[Tensor, Records]:
         if readout != "solution" or set(measures) - {"action"}:
             raise ValueError(f"torchdiffeq gives the solution and the action, not {readout!r} and {sorted(measures)}")
-        field, times = field_of(self), x.new_tensor([0.0, self.total_time])
+        field, times = cast(nn.Module, self.field), x.new_tensor([self.t0, self.t1])
         self.statistics = Statistics()
         counting = field.register_forward_hook(self._count)
         try:
@@ -140,7 +139,7 @@ def build(config: Config, dataset: TensorData, way: Way, seed: int) -> Network:
     cells = encoder(dataset.x[:1]).numel()
     head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(cells, dataset.classes))
     who, solver = way.split()
-    options: dict[str, Any] = {"solver": solver, "total_time": config.total_time}
+    options: dict[str, Any] = {"solver": solver, "t1": config.total_time}
     options["tolerance"] = Tolerance(config.rtol, config.atol)
-    flow = Flow(field, **options) if who == "flow" else TorchdiffeqFlow(field, adjoint=who == "adjoint", **options)
-    return Network(encoder, flow, head)
+    ode = NeuralODE(field, **options) if who == "flow" else TorchdiffeqODE(field, adjoint=who == "adjoint", **options)
+    return Network(encoder, ode, head)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ __all__ = [
     "StageFields",
     "Velocity",
     "block_list",
+    "check_arguments",
     "check_sharing",
     "make_blocks",
     "step_sizes",
@@ -44,13 +46,20 @@ class Block(nn.Module):
         self.fields = nn.ModuleList(fields)
         self.h = h
 
-    def velocities(self, stages: int, stage_fields: StageFields, following: Block | None = None) -> list[Velocity]:
-        """One callable per stage; the first field of the ``following`` block where this one has none for the last."""
-        fields: list[Velocity] = list(self.fields)
+    def velocities(
+        self, stages: int, stage_fields: StageFields, following: Block | None = None, args: Sequence[Any] = ()
+    ) -> list[Velocity]:
+        """One ``v(t, x)`` per stage, to which the fields' further arguments are bound.
+
+        Where this block has none for the last stage it is the first field of the ``following`` one.
+        """
+        fields: list[Any] = list(self.fields)
         if stage_fields == "tied":
             field = fields[0]
-            return [partial(field, stage=i) if isinstance(field, VelocityField) else field for i in range(stages)]
-        return fields if len(fields) == stages else [*fields, (following or self).fields[0]]
+            fields = [partial(field, stage=i) if isinstance(field, VelocityField) else field for i in range(stages)]
+        elif len(fields) < stages:
+            fields.append((following or self).fields[0])
+        return [_conditioned(field, args) for field in fields] if args else fields
 
     def copy_within(self, whole: nn.Module) -> Block:
         """A copy, which shares what the block shares with other parts of the whole that it is in."""
@@ -59,6 +68,49 @@ class Block(nn.Module):
 
     def extra_repr(self) -> str:
         return f"h={self.h:.12g}"
+
+
+def _conditioned(field: Callable[..., Tensor], args: Sequence[Any]) -> Velocity:
+    return lambda t, x: field(t, x, *args)
+
+
+def check_arguments(field: Any, args: Sequence[Any] | None) -> None:
+    """That a field takes t, x and these further arguments, or, where they are None, t and x at least.
+
+    Raises:
+        TypeError: it does not.
+    """
+    function = field.forward if isinstance(field, nn.Module) else field
+    stage = isinstance(field, VelocityField)
+    plain = getattr(function, "__func__", function)
+    problem = _mismatch(plain, plain is not function, None if args is None else len(args), stage)
+    if problem is None:
+        return
+    name = type(field).__name__ if isinstance(field, nn.Module) else getattr(field, "__name__", repr(field))
+    if args:
+        raise TypeError(
+            f"field must take t, x and what follows x in the call, {len(args)} further, as def forward(self, t, x, c), "
+            f"got {name}: {problem}"
+        )
+    raise TypeError(
+        f"field must take t and x, as def forward(self, t, x), got {name}: {problem}; wrap a network without t in a "
+        "module that drops it, and give what a field takes besides after x, flow(x, c)"
+    )
+
+
+@lru_cache(maxsize=256)
+def _mismatch(function: Any, method: bool, further: int | None, stage: bool) -> str | None:
+    """Why a field's function cannot be called with t, x and so many further arguments, if it cannot."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of what is compiled
+        return None
+    bind = signature.bind_partial if further is None else signature.bind
+    try:
+        bind(*[None] * method, 0.0, None, *[None] * (further or 0), **({"stage": 0} if stage else {}))
+    except TypeError as error:
+        return f"{error} in {signature}"
+    return None
 
 
 def block_list(blocks: Iterable[nn.Module]) -> list[Block]:
@@ -137,15 +189,32 @@ def make_blocks(
 def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
     """The given field itself the first time, then copies of it with parameters drawn anew."""
     if not isinstance(source, nn.Module):
+        if _mismatch(source, False, 0, False) is None and _requires_arguments(source):
+            raise TypeError(
+                f"field must be a module v(t, x), or a function without arguments that makes one, got a function of t "
+                f"and x, {source!r:.80}: odenets.NeuralODE takes it as it is; here, put it into the forward of a module"
+            )
         field = source()
         if not isinstance(field, nn.Module):
             raise TypeError(f"field must make a torch module, got {type(field).__name__}")
+        check_arguments(field, None)
         return field
     if first:
+        check_arguments(source, None)
         return source
     field = copy.deepcopy(source)
     getattr(field, "reset_parameters", partial(reset_modules, field))()
     return field
+
+
+def _requires_arguments(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:
+        pass
+    return False
 
 
 def _with_stages(field: nn.Module, stages: int) -> nn.Module:

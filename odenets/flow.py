@@ -10,13 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from odenets.blocks import Block, FieldSource, StageFields, Velocity, block_list, check_sharing, make_blocks, step_sizes
+from odenets.blocks import (
+    Block,
+    FieldSource,
+    StageFields,
+    Velocity,
+    block_list,
+    check_arguments,
+    check_sharing,
+    make_blocks,
+    step_sizes,
+)
 from odenets.fields import field_for
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
 from odenets.recording import Records, measure_steps
-from solvers import ButcherTableau, Controller, I, Statistics, Step, Tolerance, get_tableau, rk_step
-from solvers.batch_loop import adaptive_steps
+from solvers import ButcherTableau, Step, get_tableau, rk_step
 from solvers.step import check_unchanged, versions_of
 from solvers.validation import check_state
 
@@ -44,11 +53,11 @@ class Flow(nn.Module):
             ``get_tableau("bs23").forwarding("order2")``; "chained", where the closing stage of an FSAL method uses the
             first field of the next block. Only tied blocks have the method's order: see :meth:`solvers.Step.error`.
         shared: one block, used ``depth`` times.
-        tolerance: makes a neural ODE, one field over ``[0, h]`` with steps chosen by the embedded error.
-        controller: step-size rule of a continuous flow.
 
     Raises:
         ValueError: arguments that are out of range or exclude each other.
+        TypeError: a field that takes no t, or ``tolerance``, which is one of :class:`~odenets.NeuralODE`: one field
+            integrated with steps that its error chooses.
 
     >>> import torch
     >>> flow = Flow(solver="bs23", depth=3)
@@ -66,25 +75,15 @@ class Flow(nn.Module):
         total_time: float | None = None,
         stage_fields: StageFields = "tied",
         shared: bool = False,
-        tolerance: Tolerance | None = None,
-        controller: Controller | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        _check_settings(unknown)
         self.tableau = get_tableau(solver)
         check_sharing(stage_fields, shared)
         self._sizes = step_sizes(h, total_time, depth)
-        if tolerance is not None:
-            if depth > 1 or stage_fields != "tied":
-                raise ValueError(
-                    "tolerance makes a continuous flow, one field with tied stages: leave out depth and stage_fields"
-                )
-            _ = self.tableau.error_order  # raises where the method has no embedded error
-        if controller is not None and tolerance is None:
-            raise ValueError("controller chooses the steps of a continuous flow: give tolerance too")
         self.stage_fields: StageFields = stage_fields
-        self.shared, self.tolerance = shared, tolerance
-        self.controller = controller or I()
-        self.statistics = Statistics()
+        self.shared = shared
         self.input_shape: tuple[int, ...] | None = None
         self.takes_closing = False  # whether passes take all closing stages, as while statistics are recomputed
         self.start = 0.0  # the time of its first state; that of a part of a flow lies later
@@ -123,19 +122,12 @@ class Flow(nn.Module):
         return math.fsum(self.h)
 
     @property
-    def continuous(self) -> bool:
-        """Whether the steps are chosen by error control."""
-        return self.tolerance is not None
-
-    @property
     def evaluations(self) -> int:
-        """Field evaluations of one forward pass; of a continuous flow, those of its last one."""
+        """Field evaluations of one forward pass."""
         return self.evaluations_per_pass()
 
     def evaluations_per_pass(self, *, closing: bool = False, readout: str = "solution") -> int:
         """Field evaluations of one pass; with the closing stages of all blocks, or of the last for "ensemble"."""
-        if self.continuous:
-            return self.statistics.evaluations
         interior, stages = self.tableau.interior, self.tableau.stages
         if closing and self.tableau.fsal and self._passes_on:
             return self.depth * (stages - 1) + 1
@@ -155,7 +147,7 @@ class Flow(nn.Module):
     @property
     def closing_apart(self) -> bool:
         """Whether its closing stages, which forward passes do not take, have batch norm statistics of their own."""
-        if self.continuous or self.stage_fields == "chained" or self.tableau.interior == self.tableau.stages:
+        if self.stage_fields == "chained" or self.tableau.interior == self.tableau.stages:
             return False
         return self.stage_fields == "untied" or self._stage_statistics
 
@@ -171,8 +163,8 @@ class Flow(nn.Module):
 
     def resize(self, sizes: Sequence[float], whole: nn.Module | None = None) -> None:
         """Give the flow one block per step size, new ones copied from its last, as a part of the whole if given."""
-        if (self.shared or self.continuous) and len(sizes) != self.depth:
-            raise ValueError(f"a shared or continuous flow keeps its depth {self.depth}, got {len(sizes)}")
+        if self.shared and len(sizes) != self.depth:
+            raise ValueError(f"a shared flow keeps its depth {self.depth}, got {len(sizes)}")
         self._sizes = tuple(map(float, sizes))
         if self.shared or not len(self.blocks):
             return
@@ -197,9 +189,9 @@ class Flow(nn.Module):
         """
         if not 0 <= first < last <= self.depth:
             raise ValueError(f"a flow of {self.depth} blocks has no part from {first} to {last}")
-        together = self.shared or self.continuous or self.stage_fields == "chained"
+        together = self.shared or self.stage_fields == "chained"
         if together and (first, last) != (0, self.depth):
-            raise ValueError("a shared, continuous or chained flow has no parts: its blocks share fields")
+            raise ValueError("a shared or chained flow has no parts: its blocks share fields")
         if not len(self.blocks):
             raise ValueError("the flow has no field yet: call it once before it is cut")
         if (kind := type(self)).__init__ is not Flow.__init__:
@@ -211,25 +203,24 @@ class Flow(nn.Module):
             solver=self.tableau,
             stage_fields=self.stage_fields,
             shared=self.shared,
-            tolerance=self.tolerance,
-            controller=self.controller if self.continuous else None,
         )
         part.training, part.blocks.training, part.input_shape = self.training, self.blocks.training, self.input_shape
         return part
 
     def _make_blocks(self, source: FieldSource) -> None:
-        sizes = self._sizes[:1] if self.shared or self.continuous else self._sizes
+        sizes = self._sizes[:1] if self.shared else self._sizes
         self.blocks.extend(make_blocks(source, sizes, self.tableau, self.stage_fields))
 
     def _blocks(self) -> list[Block]:
         """The block of each step."""
         return [cast(Block, block) for block in self.blocks] * (len(self._sizes) if self.shared else 1)
 
-    def steps(self, x: Tensor, *, closing: bool = True, check: bool = True) -> Iterator[Step]:
+    def steps(self, x: Tensor, *args: Any, closing: bool = True, check: bool = True) -> Iterator[Step]:
         """Every step from ``x`` to the total time, each still as it was when the next one has been taken.
 
         Args:
             x: state at time 0, ``(B, *S)``, floating and finite.
+            args: what the fields take besides, ``v(t, x, *args)``.
             closing: whether each step carries the closing stage of an FSAL method.
             check: False does not look at x, so that a network that diverges can be measured.
 
@@ -239,96 +230,99 @@ class Flow(nn.Module):
         if check:
             check_state(x)
         stages, versions = (), None
-        for step in self._steps(x, closing):
+        for step in self._steps(x, args, closing):
             check_unchanged(stages, versions)
             stages, versions = step.stages, versions_of(step.stages)
             yield step
 
     def _steps(
-        self, x: Tensor, closing: bool, reductions: frozenset[str] = frozenset(), ensemble: bool = False
+        self,
+        x: Tensor,
+        args: Sequence[Any],
+        closing: bool,
+        reductions: frozenset[str] = frozenset(),
+        ensemble: bool = False,
     ) -> Iterator[Step]:
         """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
         self.materialize(x)
-        if self.tolerance is not None:
-            self.statistics = Statistics()
-            yield from adaptive_steps(
-                self._blocks()[0].fields[0], x, t0=0.0, t1=self.total_time, tableau=self.tableau,
-                tolerance=self.tolerance, controller=self.controller, stats=self.statistics,
-            )  # fmt: skip
-            return
         t, first, blocks = self.start, None, self._blocks()
+        if not torch.compiler.is_compiling():
+            check_arguments(blocks[0].fields[0], args)
         closing = closing or self.takes_closing
         passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == len(blocks) - 1)
-            fields = self._velocities(blocks, m, self.tableau, closes)
+            fields = self._velocities(blocks, m, self.tableau, closes, args)
             step = rk_step(fields, t, x, h, self.tableau, first, closing=closes, reductions=reductions)
             yield step
             t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None
 
-    def _velocities(self, blocks: list[Block], m: int, method: ButcherTableau, closing: bool) -> list[Velocity]:
+    def _velocities(
+        self, blocks: list[Block], m: int, method: ButcherTableau, closing: bool, args: Sequence[Any]
+    ) -> list[Velocity]:
         """The fields of block m at the stages of a method; refuses those of closing stages without statistics."""
         block, following = blocks[m], blocks[m + 1] if m + 1 < len(blocks) else None
         if self.stage_fields == "untied" and (closing or method.interior > self.tableau.interior):
             check_closing_statistics(block.fields, self.tableau.interior, m)
-        return block.velocities(method.stages, self.stage_fields, following)
+        return block.velocities(method.stages, self.stage_fields, following, args)
 
-    def forward(self, x: Tensor, readout: str = "solution") -> Tensor:
+    def forward(self, x: Tensor, /, *args: Any, readout: str = "solution") -> Tensor:
         """The state at the total time, ``(B, *S)``: that of :meth:`record`."""
-        return self.record(x, readout)[0]
+        return self.record(x, *args, readout=readout)[0]
 
     def record(
-        self, x: Tensor, readout: str = "solution", check: bool = True, /, **measures: StepFunction
+        self, x: Tensor, /, *args: Any, readout: str = "solution", check: bool = True, **measures: StepFunction
     ) -> tuple[Tensor, Records]:
         """The end state and one ``(blocks, B)`` tensor per measure.
 
         Each step is measured as it is taken; nothing of it is kept but what gradients need.
 
         Args:
-            x, check: as in :meth:`steps`.
+            x, args, check: as in :meth:`steps`.
             readout: "solution", or "ensemble" for the average of the last step's embedded outputs.
-            measures: functions ``Step -> (B,)`` by name. Unless all have ``closing=False`` every
-                block evaluates its closing stages.
+            measures: functions ``Step -> (B,)`` by name. Unless all have ``closing=False`` every block evaluates its
+                closing stages.
 
         Raises:
-            TypeError, ValueError: x is no batch of states, or a measure does not return ``(B,)``.
+            TypeError, ValueError: x is no batch of states, fields that take no such arguments, or a measure that does
+                not return ``(B,)``.
         """
         if check:
             check_state(x)
         if readout not in ("solution", "ensemble"):
             raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
         closing = any(needs_closing(measure) for measure in measures.values())
-        steps = self._steps(x, closing, reductions_of(measures.values()), readout == "ensemble")
+        steps = self._steps(x, args, closing, reductions_of(measures.values()), readout == "ensemble")
         last, records = measure_steps(steps, x, measures)
         if readout == "solution":
             return last.x1, records
         return torch.stack([last.output(name) for name in self.tableau.outputs]).mean(0), records
 
-    def outputs(self, x: Tensor, *, full_passes: bool = False, check: bool = True) -> dict[str, Tensor]:
+    def outputs(self, x: Tensor, /, *args: Any, full_passes: bool = False, check: bool = True) -> dict[str, Tensor]:
         """The embedded outputs by name, each ``(B, *S)``, of the last block.
 
         Args:
-            x, check: as in :meth:`steps`.
+            x, args, check: as in :meth:`steps`.
             full_passes: instead, one pass per scheme, in which every block carries its output on [K24, eq. 43].
         """
         if check:
             check_state(x)
-        if self.continuous or not full_passes:
-            *_, last = self._steps(x, closing=False, ensemble=True)
+        if not full_passes:
+            *_, last = self._steps(x, args, closing=False, ensemble=True)
             return {name: last.output(name) for name in self.tableau.outputs}
         self.materialize(x)
         ends, blocks = {}, self._blocks()
         for name in self.tableau.outputs:
             t, end, scheme = self.start, x, self.tableau.forwarding(name)
             for m, h in enumerate(self.h):
-                fields = self._velocities(blocks, m, scheme, False)
+                fields = self._velocities(blocks, m, scheme, False, args)
                 t, end = t + h, rk_step(fields, t, end, h, scheme, closing=False).x1
             ends[name] = end
         return ends
 
-    def ensemble(self, x: Tensor, *, full_passes: bool = False) -> Tensor:
+    def ensemble(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> Tensor:
         """Average of :meth:`outputs`, ``(B, *S)`` [K24, section 6.2.1]."""
-        return torch.stack(tuple(self.outputs(x, full_passes=full_passes).values())).mean(0)
+        return torch.stack(tuple(self.outputs(x, *args, full_passes=full_passes).values())).mean(0)
 
     def get_extra_state(self) -> Tensor:
         """The step sizes, so that they travel with ``state_dict``, ``(depth,)`` float64."""
@@ -346,5 +340,19 @@ class Flow(nn.Module):
 
     def extra_repr(self) -> str:
         blocks = f"depth={self.depth}, stage_fields={self.stage_fields}"
-        kind = f"{self.tolerance}, {self.controller}" if self.continuous else blocks
-        return f"solver={self.tableau.name}, {kind}, total_time={self.total_time:g}"
+        return f"solver={self.tableau.name}, {blocks}, total_time={self.total_time:g}"
+
+
+def _check_settings(unknown: dict[str, Any]) -> None:
+    """Refuse settings that a flow does not have.
+
+    Raises:
+        TypeError: any.
+    """
+    if {"tolerance", "controller"} & set(unknown):
+        raise TypeError(
+            "Flow has a block for each step and takes no tolerance: one field whose steps are chosen by their error is "
+            'odenets.NeuralODE(field, solver="bs23", tolerance=Tolerance(rtol=1e-3))'
+        )
+    if unknown:
+        raise TypeError(f"Flow takes no {', '.join(map(repr, unknown))}")

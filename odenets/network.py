@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from odenets.flow import Flow
 from odenets.measures import StepFunction
 from odenets.modes import device_of, dtype_of
+from odenets.neural_ode import NeuralODE
 from odenets.recording import Joined, Records
 from solvers import Step
 from solvers.validation import check_state
@@ -33,37 +34,40 @@ class Chain(Joined):
         raise NotImplementedError
 
     @property
-    def flows(self) -> list[Flow]:
-        """The flows, first to last."""
-        return [layer for layer in self.layers if isinstance(layer, Flow)]
+    def flows(self) -> list[Any]:
+        """The flows and neural ODEs, first to last."""
+        return [layer for layer in self.layers if isinstance(layer, Flow | NeuralODE)]
 
     @property
-    def recorders(self) -> list[Flow]:
+    def recorders(self) -> list[Any]:
         return self.flows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, /, *args: Any) -> Tensor:
         """The output for inputs ``x`` ``(B, ...)``: that of :meth:`record`."""
-        return self.record(x)[0]
+        return self.record(x, *args)[0]
 
-    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The last state, and the flows' records joined: per measure ``(blocks of all flows, B)``.
+
+        ``args`` go to the velocity fields of all flows, ``v(t, x, *args)``, and to no other layer.
 
         ``records.starts`` holds the row at which each flow begins.
         """
         layers, parts = self.layers, []
         for i, layer in enumerate(layers, 1):
-            if isinstance(layer, Flow):
-                x, records = layer.record(x, self.readout if i == len(layers) else "solution", False, **measures)
+            if isinstance(layer, Flow | NeuralODE):
+                readout = self.readout if i == len(layers) else "solution"
+                x, records = layer.record(x, *args, readout=readout, check=False, **measures)
                 parts.append((records, layer.depth))
             else:
                 x = layer(x)
         return x, Records.join(parts)
 
-    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
+    def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``."""
         for layer in self.layers:
-            if isinstance(layer, Flow):
-                for step in layer.steps(x, closing=closing, check=False):
+            if isinstance(layer, Flow | NeuralODE):
+                for step in layer.steps(x, *args, closing=closing, check=False):
                     yield step
                     x = step.x1
             else:
@@ -88,14 +92,14 @@ class Network(Chain):
     def __init__(
         self,
         encoder: nn.Module,
-        flows: Flow | Sequence[Flow],
+        flows: Flow | NeuralODE | Sequence[Flow | NeuralODE],
         head: nn.Module,
         *,
         transitions: Sequence[nn.Module] = (),
         readout: str = "solution",
     ) -> None:
         super().__init__()
-        flows = [flows] if isinstance(flows, Flow) else list(flows)
+        flows = [flows] if isinstance(flows, Flow | NeuralODE) else list(flows)
         if not flows:
             raise ValueError("flows must hold at least one flow")
         if len(transitions) != len(flows) - 1:
@@ -109,9 +113,9 @@ class Network(Chain):
         self.readout = readout
 
     @property
-    def flows(self) -> list[Flow]:
-        """The flows, first to last."""
-        return [cast(Flow, flow) for flow in self._flows]
+    def flows(self) -> list[Any]:
+        """The flows and neural ODEs, first to last."""
+        return [*self._flows]
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -149,31 +153,32 @@ class Network(Chain):
                 ) from error
             raise
 
-    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The head's output, and the flows' records joined as those of a :class:`Chain`."""
-        x, records = super().record(self._encode(x), **measures)
+        x, records = super().record(self._encode(x), *args, **measures)
         return self.head(x), records
 
-    def steps(self, x: Tensor, *, closing: bool = True) -> Iterator[Step]:
+    def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``."""
-        return super().steps(self._encode(x), closing=closing)
+        return super().steps(self._encode(x), *args, closing=closing)
 
-    def outputs(self, x: Tensor, *, full_passes: bool = False) -> dict[str, Tensor]:
+    def outputs(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> dict[str, Tensor]:
         """The head's output for every embedded scheme of the last flow, and for their average, "ensemble".
 
         Args:
             x: inputs.
+            args: what the fields take besides.
             full_passes: let every block of the last flow carry the scheme on, one pass each, instead of reading all
                 schemes off its last block.
         """
         *before, last = self.flows
         x = self._encode(x)
         for flow, transition in zip(before, self.transitions, strict=True):
-            x = transition(flow.record(x, "solution", False)[0])
-        states = last.outputs(x, full_passes=full_passes, check=False)
+            x = transition(flow.record(x, *args, check=False)[0])
+        states = last.outputs(x, *args, full_passes=full_passes, check=False)
         states["ensemble"] = torch.stack(tuple(states.values())).mean(0)
         return {name: self.head(state) for name, state in states.items()}
 
-    def ensemble(self, x: Tensor, *, full_passes: bool = False) -> Tensor:
+    def ensemble(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> Tensor:
         """The head's output for the average of the last flow's embedded outputs [K24, section 6.2.1]."""
-        return self.outputs(x, full_passes=full_passes)["ensemble"]
+        return self.outputs(x, *args, full_passes=full_passes)["ensemble"]

@@ -72,11 +72,11 @@ class Recorder(Protocol):
         """Field evaluations of one forward pass."""
         ...
 
-    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
-        """The output for inputs ``x``, and per measure ``(depth, B)``."""
+    def record(self, x: Tensor, /, *args: Any, **measures: Any) -> tuple[Tensor, Records]:
+        """The output for inputs ``x``, and per measure ``(depth, B)``; ``args`` go to the velocity fields."""
         ...
 
-    def steps(self, x: Tensor, *, closing: bool = True) -> Iterable[Step]:
+    def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterable[Step]:
         """Every step for inputs ``x``, one after the other; without ``closing``, steps may lack their closing stage."""
         ...
 
@@ -169,9 +169,7 @@ def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, StepF
     """
     for name, measure in measures.items():
         if not callable(measure):
-            positional = name in ("readout", "check")
-            hint = f"; {name} is positional: record(x, 'solution', False)" if positional else ""
-            raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}{hint}")
+            raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
     rows: dict[str, list[Tensor]] = {name: [] for name in measures}
     last = None
     for last in steps:

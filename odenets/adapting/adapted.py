@@ -139,11 +139,11 @@ class AdaptedModel(nn.Module):
         """The module of each step; in the order of the rows of ``record`` from the first pass on."""
         return tuple(step.block.name for step in self._last_visited())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The model's output for inputs ``x`` ``(B, ...)``."""
-        return self.record(x)[0]
+    def forward(self, x: Tensor, /, *args: Any) -> Tensor:
+        """The model's output for inputs ``x`` ``(B, ...)``, and what the model takes besides."""
+        return self.record(x, *args)[0]
 
-    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
+    def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The model's output, and one ``(blocks, B)`` tensor per measure, in the order in which the blocks are called.
 
         Each step is measured as its block ends, and nothing of it is kept but what gradients need. ``records.starts``
@@ -151,6 +151,7 @@ class AdaptedModel(nn.Module):
 
         Args:
             x: inputs, ``(B, ...)``.
+            args: what the model takes besides.
             measures: functions ``Step -> (B,)`` by name.
 
         Raises:
@@ -168,17 +169,17 @@ class AdaptedModel(nn.Module):
         if not measures and self._visited is not None:
             self._check_input(x)
             with self.hooks.running(None):
-                return self.model(x), Records({}, flow_starts(self._visited))
-        output, current = self._run(x, measures)
+                return self.model(x, *args), Records({}, flow_starts(self._visited))
+        output, current = self._run(x, args, measures)
         return output, current.records()
 
-    def steps(self, x: Tensor, *, closing: bool = True) -> list[Step]:
+    def steps(self, x: Tensor, *args: Any, closing: bool = True) -> list[Step]:
         """Every step for inputs ``x``, with its states, none with a closing stage; warns as :meth:`record` does.
 
         Raises:
             TypeError, ValueError: as there.
         """
-        return self._run(x, {}, keep=True)[1].steps
+        return self._run(x, args, {}, keep=True)[1].steps
 
     def differentiable_steps(self, x: Tensor) -> tuple[Any, list[Step], list[Tensor]]:
         """The model's output, every step, and the states x0 through which a loss of the output can be differentiated.
@@ -188,17 +189,19 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: such a state is changed in place.
         """
-        output, current = self._run(x, {}, keep=True)
+        output, current = self._run(x, (), {}, keep=True)
         return output, current.steps, list(current.sources())
 
-    def _run(self, x: Tensor, measures: dict[str, StepFunction], keep: bool = False) -> tuple[Tensor, ForwardPass]:
+    def _run(
+        self, x: Tensor, args: tuple[Any, ...], measures: dict[str, StepFunction], keep: bool = False
+    ) -> tuple[Tensor, ForwardPass]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # where changes in place are counted
-                return self._run(x.clone() if isinstance(x, Tensor) else x, measures, keep)
+                return self._run(x.clone() if isinstance(x, Tensor) else x, args, measures, keep)
         self._check_input(x)
         current = ForwardPass(measures, x, keep, self.hooks.in_place)
         with self.hooks.running(current):
-            output = self.model(x)
+            output = self.model(x, *args)
         if not current.visited:
             names = [block.name for block in self.blocks]
             raise ValueError(f"none of the blocks was called: {', '.join(names[:4])}{' ...' * (len(names) > 4)}")

@@ -18,6 +18,7 @@ from odenets.depth.optimizers import adopt_copy, follow_network
 from odenets.depth.rule import DepthRule, block_errors, flow_network, plan
 from odenets.flow import Flow
 from odenets.network import Network
+from odenets.neural_ode import NeuralODE
 from odenets.normalization import StageBatchNorm, recalibrate
 
 __all__ = ["DepthReport", "Edit", "adapt_depth", "not_finite_weights", "refine"]
@@ -91,7 +92,7 @@ def adapt_depth(
 
     Raises:
         TypeError: another network.
-        ValueError: a flow is continuous, shared or used twice, or its method has no embedded error; weights are not
+        ValueError: a flow is a neural ODE, shared or used twice, or its method has no embedded error; weights are not
             finite, which no step size mends; or the optimizer keeps state that is not of one parameter (LBFGS).
     """
     network = _checked(network, optimizer)
@@ -143,7 +144,7 @@ def _checked(network: nn.Module, optimizer: Optimizer | None) -> Network:
     """The network, if its blocks can be edited."""
     network = flow_network(network)
     for i, flow in enumerate(network.flows):
-        if flow.continuous or flow.shared:
+        if isinstance(flow, NeuralODE) or flow.shared:
             raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")
         _ = flow.tableau.error_order
     blocks = [block for flow in network.flows for block in flow.blocks]

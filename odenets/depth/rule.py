@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from odenets import measures
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
+from odenets.neural_ode import NeuralODE
 from solvers import Step
 
 __all__ = ["DepthRule", "block_errors", "flow_network", "plan"]
@@ -78,7 +79,7 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
 
     Raises:
         TypeError: another network, or one tensor in place of batches.
-        ValueError: no batch, another norm, a continuous flow or one without embedded error, or batch norms that have
+        ValueError: no batch, another norm, a neural ODE or a flow without embedded error, or batch norms that have
             statistics of some stages only: training does not take the closing stage, which the error reads, so that
             they are to be recalibrated before.
     """
@@ -86,8 +87,8 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
     if norm not in ("rms", "raw"):
         raise ValueError(f"norm must be 'rms' or 'raw', got {norm!r}")
     for i, flow in enumerate(network.flows):
-        if flow.continuous:
-            raise ValueError(f"flow {i} is continuous: its steps are no blocks")
+        if isinstance(flow, NeuralODE):
+            raise ValueError(f"flow {i} is a neural ODE: its steps are no blocks")
     if isinstance(batches, Tensor):
         raise TypeError("batches must hold inputs, tensors (B, ...), got one tensor: pass [x]")
     errors, starts = [], (0,)

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 from neural_ode import EXPERIMENT, Meter, cost_of_action, parts_of, step, step_memory
-from neural_ode_setup import Config, build, field_of
+from neural_ode_setup import Config, build
 
 from lab.experiment import run
 from lab.plotting import cost_of_solves, solves_while_training
@@ -100,7 +100,7 @@ def test_the_meter_counts_calls_forward_and_in_backward(parts, batch, way):
     net = network(parts, way, 1e-4)
     calls = []
     with Meter(net, "cpu") as meter:
-        hook = field_of(net.flows[0]).register_forward_hook(lambda *_: calls.append(1))
+        hook = net.flows[0].field.register_forward_hook(lambda *_: calls.append(1))
         for _ in range(2):
             net(batch[0]).sum().backward()
         found = meter.take()

@@ -9,7 +9,6 @@ from torch import nn
 
 from odenets import ConvField, Flow, MLPField, measures
 from odenets.fields import VelocityField
-from solvers import Tolerance
 from tests.odenets.normalization.networks import X, trained
 
 VECTORS = torch.randn(5, 3)
@@ -65,8 +64,6 @@ def test_shared_flow_uses_one_field():
         ({"h": 0.1, "total_time": 1.0}, "exclude each other"),
         ({"stage_fields": "loose"}, "stage_fields must be"),
         ({"solver": "rk5"}, "unknown solver"),
-        ({"tolerance": Tolerance(), "depth": 2}, "continuous flow"),
-        ({"tolerance": Tolerance(), "solver": "euler"}, "no embedded error"),
         ({"shared": True, "stage_fields": "untied"}, "stage_fields must be 'tied'"),
     ],
 )

@@ -88,7 +88,7 @@ def test_the_fingerprint_tells_what_no_weight_does():
     close.flows[0].resize([0.5, 0.5 + 1e-8])
     assert fingerprint(network) != fingerprint(close)
     flows = [
-        Flow(MLPField(2, 3), solver="bs23", tolerance=Tolerance(rtol), controller=controller)
+        NeuralODE(MLPField(2, 3), solver="bs23", tolerance=Tolerance(rtol), controller=controller)
         for rtol, controller in ((1e-1, I()), (1e-6, I()), (1e-1, PI()))
     ]
     for flow in flows[1:]:

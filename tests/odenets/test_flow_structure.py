@@ -8,7 +8,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from odenets import Block, Flow, MLPField
-from solvers import PI, Tolerance
 
 VECTORS = torch.randn(5, 3)
 
@@ -57,8 +56,8 @@ def test_a_part_of_a_compiled_flow_is_the_part():
 
 def test_a_part_keeps_what_a_class_overrides_and_lacks_no_setting_of_it():
     class Doubling(Flow):
-        def forward(self, x, readout="solution"):
-            return 2 * super().forward(x, readout)
+        def forward(self, x, **options):
+            return 2 * super().forward(x, **options)
 
     flow = Doubling(MLPField(3), depth=3)
     *_, last = flow.part(0, 2).steps(VECTORS)
@@ -73,12 +72,11 @@ def test_a_part_keeps_what_a_class_overrides_and_lacks_no_setting_of_it():
         Scaled(MLPField(3), depth=3, scale=2.0).part(0, 2)
 
 
-@pytest.mark.parametrize("settings", [{"shared": True, "depth": 3}, {"tolerance": Tolerance(), "controller": PI()}])
-def test_the_whole_of_a_shared_or_continuous_flow_is_a_part(settings):
-    flow = Flow(MLPField(3), solver="bs23", total_time=2.0, **settings)
+def test_the_whole_of_a_shared_flow_is_a_part():
+    flow = Flow(MLPField(3), solver="bs23", total_time=2.0, shared=True, depth=3)
     part = flow.part(0, flow.depth)
     assert torch.equal(part(VECTORS), flow(VECTORS))
-    assert (part.h, part.controller, part.tolerance) == (flow.h, flow.controller, flow.tolerance)
+    assert part.h == flow.h
 
 
 @pytest.mark.parametrize("blocks", [(), (MLPField(3),)])
@@ -146,12 +144,11 @@ def test_step_sizes_travel_with_the_state():
         Flow(MLPField(3), depth=3).load_state_dict(flow.state_dict())
 
 
-def test_step_sizes_of_a_state_reach_shared_continuous_and_lazy_flows():
-    for settings in ({"shared": True, "depth": 2}, {"tolerance": Tolerance(0.1, 0.1)}):
-        flow, other = (Flow(MLPField(3), total_time=total, **settings) for total in (3.0, 1.0))
-        other.load_state_dict(flow.state_dict())
-        assert other.h == flow.h
-        assert torch.equal(other(VECTORS), flow(VECTORS))
+def test_step_sizes_of_a_state_reach_shared_and_lazy_flows():
+    flow, other = (Flow(MLPField(3), total_time=total, shared=True, depth=2) for total in (3.0, 1.0))
+    other.load_state_dict(flow.state_dict())
+    assert other.h == flow.h
+    assert torch.equal(other(VECTORS), flow(VECTORS))
     lazy = Flow(depth=2)
     lazy.set_extra_state(torch.tensor([0.3, 0.7]))
     lazy(VECTORS)

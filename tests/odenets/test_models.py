@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from odenets import measures, models
-from solvers import Tolerance, get_tableau
+from solvers import get_tableau
 
 
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 9), ("midpoint", 18), ("rk4", 36), ("bs23", 27)])
@@ -51,11 +51,6 @@ def test_the_step_size_is_one_whatever_the_method(name, solver):
         assert set(build(solver=solver, h=0.25).h) == {0.25}
         for flow in build(solver=solver, total_time=2.0).flows:
             assert flow.total_time == pytest.approx(2.0)
-
-
-def test_a_continuous_network_runs_to_one():
-    net = models.points_network(tolerance=Tolerance(1e-2, 1e-2))
-    assert net.flows[0].total_time == 1.0
 
 
 @pytest.mark.parametrize("size", [28, 32, 33])

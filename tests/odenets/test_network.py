@@ -34,7 +34,7 @@ def test_a_network_takes_what_a_flow_overrides(readout):
     """Such as one that another library integrates."""
 
     class Doubling(Flow):
-        def record(self, x, readout="solution", check=True, /, **measures):
+        def record(self, x, /, *, readout="solution", check=True, **measures):
             return 2 * x, Records(dict.fromkeys(measures, x[None, :, 0]))
 
         def steps(self, x, **options):

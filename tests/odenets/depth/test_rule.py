@@ -7,10 +7,9 @@ from torch import nn
 
 from odenets import ConvField, Flow, MLPField, Network, recalibrate
 from odenets.depth import DepthRule, block_errors, plan
-from solvers import Tolerance
 from tests.odenets.depth.networks import X, network
 
-CONTINUOUS = Network(nn.Identity(), Flow(MLPField(3), tolerance=Tolerance(1e-3, 1e-3)), nn.Linear(3, 2))
+CONTINUOUS = Network(nn.Identity(), NeuralODE(MLPField(3)), nn.Linear(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_errors_are_not_measured_on_statistics_that_were_never_taken():
     [
         (lambda: block_errors(network(), []), ValueError, "at least one batch"),
         (lambda: block_errors(network(), X), TypeError, r"batches must hold inputs.*got one tensor: pass \[x\]"),
-        (lambda: block_errors(CONTINUOUS, [X]), ValueError, "flow 0 is continuous"),
+        (lambda: block_errors(CONTINUOUS, [X]), ValueError, "flow 0 is a neural ODE"),
         (lambda: block_errors(network(), [X], "l1"), ValueError, "norm must be 'rms' or 'raw', got 'l1'"),
         (lambda: block_errors(nn.Linear(3, 3), [X]), TypeError, "must be an odenets.Network, .* got Linear"),
         (lambda: plan([1.0], [0.5, 0.5], DepthRule(1.0)), ValueError, "a number per block, got 1 and 2"),

@@ -58,14 +58,14 @@ def test_states_from_before_recalibrations_were_counted_are_taken():
 @torch.no_grad()
 def test_statistics_are_known_to_a_compiled_flow():
     flow = network().flows[0].part(0, 1).train()
-    run = torch.compile(lambda x, readout: flow(x, readout), backend="eager")
+    run = torch.compile(lambda x, readout: flow(x, readout=readout), backend="eager")
     run(X, "solution")
     assert flow.blocks[0].fields[0].norm1._known == [2, 2, 2, 0]
     flow.eval()
     with pytest.raises(ValueError, match="no statistics of stage 4"):
         run(X, "ensemble")
     recalibrate(flow, [X])
-    torch.testing.assert_close(run(X, "ensemble"), flow(X, "ensemble"))
+    torch.testing.assert_close(run(X, "ensemble"), flow(X, readout="ensemble"))
     flow.train()
     run(X, "solution")
     flow.eval()
@@ -79,7 +79,7 @@ def test_statistics_are_known_under_vmap():
     one = copy.deepcopy(flows[0]).train()
 
     def call(readout, p, b):
-        return functional_call(one, (p, b), (X, readout))
+        return functional_call(one, (p, b), (X,), {"readout": readout})
 
     torch.vmap(partial(call, "solution"))(parameters, buffers)
     one.eval()

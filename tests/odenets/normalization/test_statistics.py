@@ -31,7 +31,7 @@ READERS = {
     "outputs": lambda net: net.outputs(X),
     "ensemble": lambda net: net.ensemble(X),
     "ensemble of the flow": lambda net: net.flows[0].ensemble(X),
-    "flow's readout": lambda net: net.flows[0](X, "ensemble"),
+    "flow's readout": lambda net: net.flows[0](X, readout="ensemble"),
     "full passes": lambda net: net.outputs(X, full_passes=True),
     "Trajectory": lambda net: Trajectory("error")(net, X),
     "schemes": lambda net: evaluate_schemes(net, data.Batches(dataset(), 6)),
