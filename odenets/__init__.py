@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from odenets import modes as modes
     from odenets import module_wise as module_wise
     from odenets import network as network
+    from odenets import neural_ode as neural_ode
     from odenets import normalization as normalization
     from odenets import plotting as plotting
     from odenets import recording as recording
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from odenets.flow import Flow
     from odenets.initialization import initialize
     from odenets.network import Network
+    from odenets.neural_ode import NeuralODE
     from odenets.normalization import recalibrate
     from odenets.recording import Recorder, Records
 
@@ -49,6 +51,7 @@ __all__ = [
     "Flow",
     "MLPField",
     "Network",
+    "NeuralODE",
     "Recorder",
     "Records",
     "adapt",
@@ -68,6 +71,7 @@ _HOMES = {
     "Flow": "flow",
     "MLPField": "fields",
     "Network": "network",
+    "NeuralODE": "neural_ode",
     "Recorder": "recording",
     "Records": "recording",
     "adapt": "adapting",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from odenets.fields import VelocityField, reset_modules
@@ -77,9 +78,13 @@ def _conditioned(field: Callable[..., Tensor], args: Sequence[Any]) -> Velocity:
 def check_arguments(field: Any, args: Sequence[Any] | None) -> None:
     """That a field takes t, x and these further arguments, or, where they are None, t and x at least.
 
+    Nothing is looked at in a compiled graph.
+
     Raises:
         TypeError: it does not.
     """
+    if torch.compiler.is_compiling():
+        return
     function = field.forward if isinstance(field, nn.Module) else field
     stage = isinstance(field, VelocityField)
     plain = getattr(function, "__func__", function)

@@ -246,8 +246,7 @@ class Flow(nn.Module):
         """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
         self.materialize(x)
         t, first, blocks = self.start, None, self._blocks()
-        if not torch.compiler.is_compiling():
-            check_arguments(blocks[0].fields[0], args)
+        check_arguments(blocks[0].fields[0], args)
         closing = closing or self.takes_closing
         passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):

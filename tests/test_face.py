@@ -21,7 +21,7 @@ import solvers
 
 ROOT = Path(__file__).parent.parent
 FACE = {
-    "AdaptedModel", "Block", "ConvField", "Flow", "MLPField", "Network", "Recorder", "Records", "adapt", "fields",
+    "AdaptedModel", "Block", "ConvField", "Flow", "MLPField", "Network", "NeuralODE", "Recorder", "Records", "adapt", "fields",
     "initialize", "load_weights", "measures", "models", "recalibrate", "save_weights",
 }  # fmt: skip
 ROOMS = {

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
-from odenets import Flow, MLPField, Network, adapt, load_weights, models, save_weights
+from odenets import Flow, MLPField, Network, NeuralODE, adapt, load_weights, models, save_weights
 from odenets.checkpoints import fingerprint
 from solvers import PI, I, Tolerance
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from odenets import Flow, MLPField, Network, Recorder, Records, adapt, measures
+from odenets import Flow, MLPField, Network, NeuralODE, Recorder, Records, adapt, measures
 from tests.odenets.networks import Velocity
 
 
@@ -126,3 +126,45 @@ def test_inputs_of_another_device_are_named(network):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make(Flow(MLPField(3)))
+
+
+class Conditioned(nn.Module):
+    def forward(self, t, x, c, scale=1.0):
+        return scale * (c - x)
+
+
+@pytest.mark.parametrize("stage_fields", ["tied", "untied", "chained"])
+def test_what_follows_x_reaches_every_field(stage_fields):
+    flow = Flow(Conditioned, solver="bs23", depth=3, stage_fields=stage_fields)
+    network = Network(
+        nn.Identity(),
+        [flow, NeuralODE(Conditioned(), steps=3, solver="bs23")],
+        nn.Identity(),
+        transitions=[nn.Identity()],
+    )
+    x, c = torch.randn(2, 5, 6)
+    bound = Flow(lambda: Velocity(lambda m, t, x: 2 * (c - x)), solver="bs23", depth=3)
+    expected = bound(bound(x))
+    torch.testing.assert_close(network(x, c, 2.0), expected)
+    torch.testing.assert_close(network.record(x, c, 2.0, action=measures.action)[0], expected)
+    torch.testing.assert_close([*network.steps(x, c, 2.0)][-1].x1, expected)
+    torch.testing.assert_close(flow.outputs(x, c, 2.0)["order2"], bound.outputs(x)["order2"])
+    torch.testing.assert_close(flow.ensemble(x, c, 2.0, full_passes=True), bound.ensemble(x, full_passes=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Flow(MLPField(6))(X, X), "field must take t, x and what follows x in the call, 1 further"),
+        (lambda: Flow(MLPField(6), stage_fields="untied")(X, X), "field must take t, x and what follows x"),
+        (lambda: Flow(Conditioned)(X), r"field must take t and x.*missing a required argument: 'c'"),
+        (lambda: Flow(nn.Linear(6, 6)), "field must take t and x.*wrap a network without t"),
+        (lambda: Flow(lambda: nn.Linear(6, 6)), "field must take t and x"),
+        (lambda: Flow(lambda t, x: -x), "got a function of t and x.*odenets.NeuralODE takes it as it is"),
+        (lambda: Flow(MLPField(6), steps=3), "Flow takes no 'steps'"),
+        (lambda: Flow(MLPField(6))(X, "ensemble"), "what follows x in the call"),
+    ],
+)
+def test_fields_of_other_arguments_are_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

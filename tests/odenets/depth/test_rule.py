@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import ConvField, Flow, MLPField, Network, recalibrate
+from odenets import ConvField, Flow, MLPField, Network, NeuralODE, recalibrate
 from odenets.depth import DepthRule, block_errors, plan
 from tests.odenets.depth.networks import X, network
 
