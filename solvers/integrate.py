@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 from solvers.controllers import Controller, I, SampleController
-from solvers.gradients.backsolve import backsolved, seminorm
-from solvers.gradients.captured import Captured, owner_of
-from solvers.gradients.checkpoint import recomputed
+from solvers.gradient_modes import by_backsolving, by_recomputing, captured_field
+from solvers.gradients.captured import Captured
 from solvers.methods import get_tableau
+from solvers.output_times import output_times
+from solvers.outputs import batch_readings
 from solvers.packing import Packing
-from solvers.sample_loop import align, within
-from solvers.solution import SampleSolution, Solution, Statistics
-from solvers.solve import Task, even_grid, with_gradient
+from solvers.sample_loop import within
+from solvers.solution import Solution
+from solvers.solve import Task, even_grid
 from solvers.step import Field
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
-from solvers.validation import real_dtype, to_state_shape
 
 __all__ = ["integrate"]
 
@@ -47,6 +44,7 @@ def integrate(
     controller: Controller | None = None,
     control: Literal["batch", "sample"] = "batch",
     keep: Literal["last", "states", "steps"] = "states",
+    at: Sequence[Any] | np.ndarray | Tensor | None = None,
     event: Callable[..., Tensor] | None = None,
     on_limit: Literal["raise", "return"] = "raise",
     gradient: Literal["direct", "checkpoint", "backsolve"] = "direct",
@@ -70,6 +68,14 @@ def integrate(
         control: one step size for the batch, whose error is taken as a whole, or one for each sample, as if it were
             alone; as many field calls as the sample that needs most.
         keep: only the last state, every state, or every step with its stages, for ``solution(t)``.
+        at: times ``(n,)`` between t0 and t1, in the direction of the solve, or with ``control="sample"`` also
+            ``(B, n)``, those of each sample; equal neighbors may fill up a shorter row. ``solution.times`` are then
+            these times and ``solution.states`` the states there, both tensors, ``(n,)`` and ``(n, B, *S)``, or
+            ``(B, n)`` and ``(B, n, *S)``; ``solution.x1`` is the state at t1 as ever, and ``keep="steps"`` keeps the
+            steps beside them. The steps are those taken without ``at``: a state inside a step is that of the method's
+            interpolant or, where it has none, of cubic Hermite, at a field evaluation a step. A state is NaN where the
+            solve ended before the time, at its event or where it could not go on. Gradients flow to ``at`` with
+            ``gradient="direct"``. In a graph of ``torch.compile`` a list of floats.
         event: ``(t, x)`` to a tensor or a number: the solve ends where an entry changes sign, or a comparison turns,
             for the first time; with ``control="sample"`` the entries ``(B, ...)`` end their own sample. Changes inside
             a step are looked for on its interpolant, at 3 to 63 points; what comes and goes in less than a 64th of a
@@ -97,27 +103,21 @@ def integrate(
     >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, solver="rk4", steps=10)
     >>> round(solution.x1.item(), 5), solution.stats.evaluations
     (0.36788, 40)
+    >>> solution = integrate(lambda t, x: -x, torch.ones(2, 1), 0.0, 1.0, steps=10, at=[0.25, 0.5])
+    >>> solution.states.shape, round(solution.states[0, 0, 0].item(), 3)
+    (torch.Size([2, 2, 1]), 0.779)
     """
-    tableau = get_tableau(solver)
-    _one_of("control", control, ("batch", "sample"))
-    _one_of("keep", keep, ("last", "states", "steps"))
-    _one_of("on_limit", on_limit, ("raise", "return"))
-    _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve"))
+    tableau, per_sample = get_tableau(solver), control == "sample"
+    _check_choices(control, keep, on_limit, gradient, at)
+    _check_kinds(field, tolerance, controller, event, args)
+    _check_steps(steps, tolerance, controller)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
-    if steps is not None and not (isinstance(steps, Integral) and not isinstance(steps, bool) and steps >= 1):
-        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
-    _check_kinds(tolerance, controller, event, args)
-    if steps is not None and (tolerance is not None or controller is not None):
-        raise ValueError("steps excludes tolerance and controller: a solve is fixed or adaptive")
-    if gradient != "direct" and keep == "steps":
-        raise ValueError(f"gradient={gradient!r} keeps no steps: leave out keep='steps'")
-    per_sample = control == "sample"
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
     captured = None
     graph = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
     if gradient != "direct" and torch.is_grad_enabled() and not graph:
-        captured = _captured(field, parameters, args, gradient, steps is None or event is not None)
+        captured = captured_field(field, parameters, args, gradient, steps is None or event is not None)
     v: Field = field if captured is None else captured
     if args or not packing.single:
         call = v
@@ -135,17 +135,74 @@ def integrate(
         controller=controller or _CONTROLLER, keep=keep, event=entries, raises=on_limit == "raise",
         unpack=(lambda x: x) if packing.single else packing.unpack, per_sample=per_sample,
     )  # fmt: skip
+    if at is not None:
+        task = _with_outputs(task, at, gradient)
+    try:
+        return _solved(task, captured, gradient, single=packing.single)
+    except TypeError as error:
+        _check_call(field, t0, x0, args, error)
+        raise
+
+
+def _with_outputs(task: Task, at: Any, gradient: str) -> Task:
+    """The task with output times; fixed steps carry their closing stage where the interpolant in them needs it."""
+    times, t = output_times(at, task.t0, task.t1, task.x0, gradient=gradient)
+    closing = False
+    if task.grid is not None and task.tableau.dense is not None:
+        closing = t.requires_grad or any(r.inside for r in batch_readings(times, tuple(task.grid.times))[1])
+    keep = "steps" if task.keep == "steps" else "last"
+    return replace(task, outputs=True, at=times, t=t, closing=closing, keep=keep)
+
+
+def _solved(task: Task, captured: Captured | None, gradient: str, *, single: bool) -> Solution:
     if gradient == "direct" or not torch.is_grad_enabled():
-        plain = packing.single and not (x.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        plain = single and not (task.x0.requires_grad or torch.is_grad_enabled() or torch.compiler.is_compiling())
         solution = task.solve()
-        for state in solution.states if plain else ():
+        for state in (solution.x1, *(() if task.outputs else solution.states)) if plain else ():
             if state.requires_grad:  # the field has said so of its input, to use autograd inside
                 state.requires_grad_(False)
         return solution
     if gradient == "checkpoint":
-        return _by_recomputing(task, captured)
+        return by_recomputing(task, captured)
     assert captured is not None
-    return _by_backsolving(task, captured)
+    return by_backsolving(task, captured)
+
+
+def _check_call(field: Any, t: Any, x: Any, args: Sequence[Any], error: TypeError) -> None:
+    """Name the field where an error came of its not taking ``(t, x, *args)``."""
+    plain = isinstance(field, nn.Module) and type(field).__call__ is nn.Module.__call__
+    try:
+        signature = inspect.signature(field.forward if plain else field)
+    except (TypeError, ValueError):  # of some builtin functions nothing is known
+        return
+    try:
+        signature.bind(t, x, *args)
+    except TypeError as reason:
+        name = getattr(field, "__name__", type(field).__name__)
+        handed = f"v(t, x, *args) with {len(args)} of args" if args else "v(t, x)"
+        remedy = "args holds what it takes beside t and x"
+        if not args and "missing" not in str(reason):
+            remedy = "wrap it, as lambda t, x: net(x)"
+        raise TypeError(f"field must be {handed}, but {name} takes {signature} ({reason}): {remedy}") from error
+
+
+def _check_choices(control: Any, keep: Any, on_limit: Any, gradient: Any, at: Any) -> None:
+    _one_of("control", control, ("batch", "sample"))
+    _one_of("keep", keep, ("last", "states", "steps"))
+    _one_of("on_limit", on_limit, ("raise", "return"))
+    _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve"))
+    if gradient != "direct" and keep == "steps":
+        raise ValueError(f"gradient={gradient!r} keeps no steps: leave out keep='steps'")
+    if at is not None and keep == "last":
+        raise ValueError("at keeps the states at its times: leave out keep='last'")
+
+
+def _check_steps(steps: Any, tolerance: Any, controller: Any) -> None:
+    whole = isinstance(steps, Integral) and not isinstance(steps, bool)
+    if steps is not None and not (whole and int(steps) >= 1):
+        raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
+    if steps is not None and (tolerance is not None or controller is not None):
+        raise ValueError("steps excludes tolerance and controller: a solve is fixed or adaptive")
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -153,7 +210,9 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, got {value!r}")
 
 
-def _check_kinds(tolerance: Any, controller: Any, event: Any, args: Any) -> None:
+def _check_kinds(field: Any, tolerance: Any, controller: Any, event: Any, args: Any) -> None:
+    if not callable(field):
+        raise TypeError(f"field must be a function v(t, x), got {type(field).__name__}")
     if tolerance is not None and not isinstance(tolerance, Tolerance):
         raise TypeError(f"tolerance must be a Tolerance, as Tolerance(rtol=1e-3), got {type(tolerance).__name__}")
     if controller is not None and (not callable(controller) or isinstance(controller, type)):
@@ -193,93 +252,3 @@ def _time(name: str, t: Any, samples: int | None) -> Any:
     if not np.isfinite(t).all():
         raise ValueError(f"{name} must be finite, got {t.tolist()}")
     return np.broadcast_to(t, samples).copy()
-
-
-def _captured(field: Any, parameters: Any, args: Sequence[Any], gradient: str, searching: bool) -> Captured:
-    """The field with what gets gradients; ``searching``: its steps are found before they are taken."""
-    if gradient == "backsolve" and parameters is None and owner_of(field) is None:
-        raise ValueError("gradient='backsolve' needs a torch module as field, or parameters to say what gets gradients")
-    recompute = gradient == "checkpoint"
-    instead = "gradient='direct'" if searching or recompute else "gradient='direct' or 'checkpoint'"
-    names = ("field", "parameters", instead)
-    return Captured(field, parameters, args, names=names, recompute=recompute, random=recompute and not searching)
-
-
-def _by_recomputing(task: Task, captured: Captured | None) -> Solution:
-    """Choose the steps without a graph where they are not given, then take them with one that keeps little."""
-    forward = nullcontext() if captured is None else captured.forward(task.x0.device)
-    if task.grid is not None and task.event is None:
-        times = tuple(task.grid.times)
-        stats = Statistics((len(times) - 1) * task.tableau.interior, len(times) - 1)
-        solution = Solution(times=times, states=(task.x0,), stats=stats)
-        with forward:
-            return with_gradient(task, solution, _recomputed(task, captured, solution))
-    with forward, torch.no_grad():
-        solution = replace(task, keep="states").solve()
-    with nullcontext() if captured is None else captured.again(look=False):
-        x = _recomputed(task, captured, solution)
-        if isinstance(solution, SampleSolution) and task.event is None:
-            _check_apart(task, solution, x.detach())
-        return with_gradient(task, solution, x)
-
-
-def _check_apart(task: Task, solution: SampleSolution, x: Tensor) -> None:
-    """That samples are solved as if each were alone: taken again, the k-th steps of all of them stand side by side.
-
-    Raises:
-        ValueError: another state than before, beyond ten times the tolerance.
-    """
-    before, after = solution.x1, task.unpack(x)
-    if not isinstance(before, Tensor):
-        before, after = (
-            torch.cat([part.reshape(len(part), -1) for part in tree_leaves(states)], 1) for states in (before, after)
-        )
-    size = torch.maximum(before.abs(), after.abs()).to(torch.promote_types(real_dtype(x), torch.float32))
-    rounding = 1000 * torch.finfo(real_dtype(x)).eps
-    if bool(((after - before).abs() > 10 * (task.tolerance.atol + task.tolerance.rtol * size) + rounding * size).any()):
-        raise ValueError(
-            "field must treat each sample as if it were alone with control='sample' and gradient='checkpoint', which "
-            "takes their steps again in another order, but reads the others of the batch (batch norm in training "
-            "mode?): use gradient='direct', or control='batch'"
-        )
-
-
-def _recomputed(task: Task, captured: Captured | None, solution: Solution) -> Tensor:
-    """The last state, by the steps of a solution."""
-    steps: list[Any]
-    if isinstance(solution, SampleSolution):
-        times = torch.stack(solution.times).numpy()
-        starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
-        steps = [(to_state_shape(t, task.x0), to_state_shape(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
-        real = real_dtype(task.x0)
-        field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
-    else:
-        steps = [(a, b - a) for a, b in pairwise(solution.times)]
-        field = task.field
-    take = recomputed if captured is None else _eagerly()
-    return take(captured, field, task.x0, steps, task.tableau)
-
-
-@cache
-def _eagerly() -> Callable[..., Tensor]:
-    """:func:`recomputed` outside graphs, for it remembers what the field reads."""
-    return torch.compiler.disable(recomputed)  # type: ignore[return-value] - the same function
-
-
-def _by_backsolving(task: Task, captured: Captured) -> Solution:
-    """Solve without a graph, and the adjoint backwards when its gradient is asked for."""
-    plain = replace(task, keep="last", unpack=lambda x: x)
-    with captured.forward(task.x0.device), torch.no_grad():
-        solution = plain.solve()
-    t0, t1, x1 = task.t0, solution.t1, solution.x1
-    if task.grid is None:
-        plain = replace(plain, tolerance=seminorm(task.tolerance, task.x0, captured.tensors))
-    elif t0 != t1:
-        plain = replace(plain, grid=even_grid(t1, t0, len(tuple(task.grid.times)) - 1))
-
-    def backward(system: Field, z: Tensor) -> Tensor:
-        return replace(plain, field=system, x0=z, t0=t1, t1=t0, event=None, raises=True).solve().x1
-
-    x = x1 if t0 == t1 else backsolved(captured, task.field, task.x0, x1, backward)
-    with nullcontext() if solution.event_time is None else captured.again():
-        return with_gradient(task, solution, x)

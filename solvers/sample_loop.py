@@ -101,7 +101,7 @@ class SampleLoop:
         if not self.moving.any():
             return
         first = velocity(self.field, to_state_shape(self.t, self.x), self.x)
-        self._count(1)
+        self.count(1)
         states = self._first_states(first, order)
         ratio, bad_stage = np.full_like(self.t, np.nan), np.where(np.isfinite(states.h), -1, 0)
         attempts, largest = 0, min(self.tolerance.max_step, torch.finfo(to_state_shape(self.t, self.x).dtype).max)
@@ -118,7 +118,7 @@ class SampleLoop:
             step = rk_step(
                 self.field, to_state_shape(self._t, self.x), self.x, to_state_shape(h, self.x), self.tableau, first
             )
-            self._count(len(step.stages) - (first is not None))
+            self.count(len(step.stages) - (first is not None))
             attempts += 1
             with torch.no_grad():
                 ratio = self.tolerance.ratios(step)
@@ -162,16 +162,20 @@ class SampleLoop:
         self.x = torch.where(to_state_shape(samples, x), x, self.x)
         self.stop(samples)
 
-    def _count(self, calls: int) -> None:
+    def count(self, calls: int, samples: Array | None = None) -> None:
+        """Field calls, made for some samples, by position, or for those that move."""
         self.calls += calls
-        self.counts[0] += calls * self.moving
+        if samples is None:
+            self.counts[0] += calls * self.moving
+        else:
+            self.counts[0][np.unique(samples)] += calls
 
     def _first_states(self, first: Tensor, order: int) -> SampleStates:
         h = np.full_like(self.t, self.tolerance.first_step or 0.0)
         if self.tolerance.first_step is None:
             left = np.abs(self.t1 - self.t)
             h = first_step(self.field, self.t, self.x, first, self.direction, order, left, self.tolerance)
-            self._count(1)
+            self.count(1)
         ones = np.ones_like(self.t)
         return SampleStates(h, np.ones_like(self.moving), (ones, ones))
 

@@ -32,33 +32,42 @@ class Solution:
     """Result of :func:`~solvers.integrate`; ``solution(t)`` is the state at any time solved, with ``keep="steps"``.
 
     Attributes:
-        times: the time of each kept state, ``times[0] = t0``.
-        states: the kept states, each as ``x0``; only the last one with ``keep="last"``.
+        times: the time of each kept state, ``times[0] = t0``; with ``at`` those times, a tensor ``(n,)`` or ``(B, n)``.
+        states: the kept states, each as ``x0``; only the last one with ``keep="last"``. They are a tuple, for a tensor
+            of all of them would be a copy, of twice the memory: ``torch.stack(solution.states)`` makes it. With ``at``
+            they are the states at these times as one tensor ``(n, B, *S)``, or ``(B, n, *S)`` for times of each sample
+            (``(n, *x0.shape)`` for an x0 without batch; a tuple or dictionary of such tensors for one of tensors). A
+            state is NaN where the solve did not reach the time: it met its event before, or could not go on.
         steps: the accepted steps, with ``keep="steps"``.
         stats: counts.
         status: "finished", "event", or why the solve stopped before its end.
         event_time: the time of the event, a tensor that gradients flow through, float64 or, on a device that has none,
             float32; None if there was none. ``t1`` is the same as a number.
+        step_times: where the accepted steps begin and end, t0 first; none where only the last or the states of ``at``
+            are kept.
+        end: with ``at``, time and state at the end, which are ``t1`` and ``x1``.
         interpolant: the state at a time, with ``keep="steps"``.
     """
 
-    times: tuple[Any, ...]
-    states: tuple[Any, ...]
+    times: Any
+    states: Any
     steps: tuple[Step, ...] = ()
     stats: Statistics = field(default_factory=Statistics)
     status: Any = "finished"
     event_time: Tensor | None = None
+    step_times: tuple[Any, ...] = ()
+    end: tuple[Any, Any] | None = field(default=None, repr=False)
     interpolant: Interpolant | None = field(default=None, repr=False)
 
     @property
     def x1(self) -> Any:
-        """The last state, as ``x0``."""
-        return self.states[-1]
+        """The state at the end of the solve, as ``x0``."""
+        return self.states[-1] if self.end is None else self.end[1]
 
     @property
     def t1(self) -> Any:
-        """The time of the last state."""
-        return self.times[-1]
+        """The time at the end of the solve."""
+        return self.times[-1] if self.end is None else self.end[0]
 
     def __call__(self, t: float | Tensor) -> Any:
         """The state at ``t``, from the interpolant of the method or, where it has none, cubic Hermite.
@@ -66,7 +75,7 @@ class Solution:
         Nothing of it is computed during the solve. A method without interpolant costs a field evaluation a time.
 
         Args:
-            t: a time between ``times[0]`` and ``t1``, or ``(n,)`` of them, then in a new first dimension; gradients
+            t: a time between t0 and ``t1``, or ``(n,)`` of them, then in a new first dimension; gradients
                 flow to it.
 
         Raises:
@@ -90,12 +99,12 @@ class SampleStatistics:
 class SampleSolution(Solution):
     """Result of :func:`~solvers.integrate` with ``control="sample"``.
 
-    Every entry of ``times`` is a ``(B,)`` tensor; a sample that was rejected or had finished repeats its time and
-    state. ``status`` holds one entry per sample, ``event_time`` is ``(B,)`` with NaN where there was no event,
-    ``stats`` counts field calls and the steps of all samples together.
+    Every entry of ``times`` and ``step_times`` is a ``(B,)`` tensor (not with ``at``), ``t1`` is one; a sample that was
+    rejected or had finished repeats its time and state. ``status`` holds one entry per sample, ``event_time`` is
+    ``(B,)`` with NaN where there was no event, ``stats`` counts field calls and the steps of all samples together.
 
     Attributes:
-        samples: the samples that took each of ``steps``, from ``times[k]`` to ``times[k + 1]``.
+        samples: the samples that took each of ``steps``, from ``step_times[k]`` to ``step_times[k + 1]``.
         sample_stats: the counts of each sample.
     """
 

@@ -16,6 +16,7 @@ from solvers.batch_loop import Observer, adaptive_steps, fixed_steps, span
 from solvers.errors import SolverError, Status
 from solvers.events import Event, attach_event_gradient, crossing, first_crossing_fn, values
 from solvers.interpolation import Interpolant, SampleInterpolant, interpolant
+from solvers.outputs import BatchOutputs, SampleOutputs
 from solvers.sample_loop import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.step import Field, Step, check_unchanged, step_state, versions_of
@@ -62,9 +63,12 @@ class Task:
         grid: fixed steps, or None for error control.
         tolerance, controller: of error control.
         stops, jumps, observe: of :func:`~solvers.batch_loop.adaptive_steps`.
-        keep: "last", "states", "steps" or "outputs".
-        at: the times of the outputs, the first state's among them.
-        t: the same as a tensor ``(n,)``, which gradients may flow to; the time of an event is as its first.
+        keep: "last", "times" (of every state, of which the last is kept), "states" or "steps".
+        outputs: whether the states are those at the times ``at``.
+        at: these times, from t0 on, numbers; per sample an array ``(B, n)``.
+        t: the same as a tensor, which gradients may flow to; ``(n,)`` where they are those of every sample.
+        origin: t0 as a tensor that gradients may flow to, from which times are counted, or None.
+        closing: whether fixed steps carry their closing stage.
         event: ``(t, x)`` to a tensor, or None.
         width: how close in time an event is found; as close as time resolves, if None.
         raises: whether a solve that cannot go on raises.
@@ -84,8 +88,11 @@ class Task:
     jumps: Sequence[float] = ()
     observe: Observer | None = None
     keep: str = "last"
-    at: Sequence[float] = ()
+    outputs: bool = False
+    at: Any = ()
     t: Any = None
+    origin: Tensor | None = None
+    closing: bool = False
     event: Event | None = None
     width: float | None = None
     raises: bool = True
@@ -97,8 +104,8 @@ class Task:
         return _solve_samples(self) if self.per_sample else _solve_batch(self)
 
     def time(self, t: Any) -> Tensor:
-        """A number as a tensor, to which gradients flow as to the first output time."""
-        return exact(t, self.x0.device) if self.t is None else self.t[0] + (t - self.t0)
+        """A number as a tensor, to which gradients flow as to the origin."""
+        return exact(t, self.x0.device) if self.origin is None else self.origin + (t - self.t0)
 
     def state_in(self, step: Step) -> Callable[[Any], Tensor]:
         """The state at a fraction of a step."""
@@ -115,13 +122,13 @@ class Task:
 def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
     stats, x, grid, event = Statistics(), task.x0, task.grid, task.event
-    if grid is not None and task.keep == "last" and event is None and task.t is None:
+    if grid is not None and task.keep == "last" and event is None and task.origin is None and not task.outputs:
         for start, end in pairwise(grid.times):
             x = step_state(task.field, start, x, span(start, end), task.tableau)
             stats.accepted += 1
         stats.evaluations = stats.accepted * task.tableau.interior
         return Solution(times=(task.t1,), states=(task.unpack(x),), stats=stats)
-    collector, numbers, value = _Collector(task), None, 1.0
+    collector, numbers, value = _Collector(task, _batch_outputs(task)), None, 1.0
     try:
         if event is not None:
             event = first_crossing_fn(event, task.t0, x)
@@ -131,8 +138,8 @@ def _solve_batch(task: Task) -> Solution:
         if grid is not None:
             numbers = None if grid.numbers is None else iter(grid.numbers[1:])
             loop = fixed_steps(
-                task.field, x, grid.times, task.tableau, closing=event is not None or task.keep == "steps",
-                inward=grid.inward, observe=task.observe, stats=stats,
+                task.field, x, grid.times, task.tableau, inward=grid.inward, observe=task.observe, stats=stats,
+                closing=task.closing or event is not None or task.keep == "steps",
             )  # fmt: skip
         else:
             loop = adaptive_steps(
@@ -151,62 +158,57 @@ def _solve_batch(task: Task) -> Solution:
                     t = step.t + theta * step.h
                     x = state_at((t - step.t) / step.h)
                     time, x = attach_event_gradient(task.field, event, task.time(t), x)
-                    collector.add(t, x, step)
+                    collector.add(t, x, step, stats, end=step.t + step.h)
                     return collector.solution(stats, "event", time)
-            collector.add(t, step.x1, step)
+            collector.add(t, step.x1, step, stats)
     except SolverError as error:
         error.solution = collector.solution(replace(stats), error.status)
         if task.raises:
             raise
         return error.solution
-    if task.t is None:
+    if task.origin is None:
         collector.times[-1] = task.t1
     return collector.solution(stats)
+
+
+def _batch_outputs(task: Task) -> BatchOutputs | None:
+    if not task.outputs:
+        return None
+    return BatchOutputs(task.at, task.t, task.x0, task.t0, origin=task.origin, adaptive=task.grid is None)
 
 
 class _Collector:
     """What is kept of a solve on its way."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, outputs: BatchOutputs | SampleOutputs | None) -> None:
+        self.task, self.outputs = task, outputs
         self.times: list[Any] = [task.t0]
         self.states: list[Tensor] = [task.x0]
         self.steps: list[Step] = []
         self.versions: list[list[int] | None] = []
         self.samples: list[Tensor] = []
 
-    def add(self, t: Any, x: Tensor, step: Step) -> None:
-        """A step, and where it leads."""
+    def add(self, t: Any, x: Tensor, step: Step, stats: Statistics | None = None, end: Any = None) -> None:
+        """A step, and where it leads; ``end``: of a step that goes on behind its event at t."""
         keep = self.task.keep
+        if isinstance(self.outputs, BatchOutputs) and stats is not None:
+            start, size = step.t, step.h
+            if isinstance(size, Tensor):  # in numbers
+                start, size = self.times[-1], (t if end is None else end) - self.times[-1]
+            reading = self.outputs.reading(step, start, size, None if end is None else t)  # type: ignore[arg-type]
+            self.outputs.states += reading(step, partial(self.task.state_in, step))
+            stats.evaluations += self.task.state_costs and reading.inside
+        if keep in ("last", "times"):
+            self.states[-1] = x
+        else:
+            self.states.append(x)
         if keep == "last":
-            self.times[-1], self.states[-1] = t, x
-        elif keep == "outputs":
-            self._add_outputs(t, step)
+            self.times[-1] = t
         else:
             self.times.append(t)
-            self.states.append(x)
-            if keep == "steps":
-                self.steps.append(step)
-                self.versions.append(versions_of(step.stages))
-
-    def _add_outputs(self, end: float, step: Step) -> None:
-        """The states at the output times that lie in a step."""
-        at, t, adaptive, state_at = self.task.at, self.task.t, self.task.grid is None, None
-        start, size = (self.times[-1], end - self.times[-1]) if isinstance(step.h, Tensor) else (step.t, step.h)
-        self.times[-1] = end
-        for i in range(len(self.states), len(at)):
-            theta: Any = (at[i] - start) / size
-            if theta > 1 + 1e-12:
-                return
-            if abs(theta - 1) <= 1e-12 and not (adaptive and t.requires_grad):
-                self.states.append(step.x1)
-                continue
-            if t.requires_grad and adaptive:
-                theta = (t[i] - t[0] - (step.t - at[0])) / step.h
-            elif not adaptive:
-                theta = ((t[i] if t.requires_grad else at[i]) - step.t) / step.h
-            state_at = state_at or self.task.state_in(step)
-            self.states.append(state_at(theta))
+        if keep == "steps":
+            self.steps.append(step)
+            self.versions.append(versions_of(step.stages))
 
     def solution(self, stats: Statistics, status: Any = "finished", event_time: Tensor | None = None) -> Solution:
         """As the caller sees it."""
@@ -215,11 +217,13 @@ class _Collector:
             for step, versions in zip(steps, self.versions, strict=True):
                 check_unchanged(step.stages, versions)
             dense = Interpolant(field=task.field, x0=task.x0, times=times, steps=steps, unpack=task.unpack)
-        states = tuple([task.unpack(x) for x in self.states])
-        return Solution(
-            times=times, states=states, steps=steps, stats=stats, status=status, event_time=event_time,
-            interpolant=dense,
-        )  # fmt: skip
+        common: Any = {"steps": steps, "stats": stats, "status": status, "event_time": event_time, "interpolant": dense}
+        if task.keep != "last":
+            common["step_times"] = times
+        if self.outputs is not None:
+            end = (times[-1], task.unpack(self.states[-1]))
+            return Solution(times=task.t, states=task.unpack(self.outputs.stacked()), end=end, **common)
+        return Solution(times=times, states=tuple([task.unpack(x) for x in self.states]), **common)
 
     def sample_solution(self, loop: SampleLoop, status: Any, event_time: Tensor | None) -> SampleSolution:
         """The same, with control per sample."""
@@ -228,11 +232,12 @@ class _Collector:
         self.times = [exact(t, torch.device("cpu")) for t in self.times]
         whole = self.solution(stats, status, event_time)
         dense = whole.interpolant and SampleInterpolant(
-            field=task.field, x0=task.x0, times=whole.times, steps=whole.steps, unpack=task.unpack, samples=samples
+            field=task.field, x0=task.x0, times=whole.step_times, steps=whole.steps, unpack=task.unpack, samples=samples
         )
         return SampleSolution(
             times=whole.times, states=whole.states, steps=whole.steps, stats=stats, status=status,
-            event_time=event_time, interpolant=dense, samples=samples, sample_stats=counts,
+            event_time=event_time, step_times=whole.step_times, end=whole.end, interpolant=dense, samples=samples,
+            sample_stats=counts,
         )  # fmt: skip
 
 
@@ -242,7 +247,8 @@ def _solve_samples(task: Task) -> SampleSolution:
         field=task.field, x=task.x0, t=task.t0, t1=task.t1, tableau=task.tableau, tolerance=task.tolerance,
         controller=task.controller, raises=task.raises,
     )  # fmt: skip
-    collector = _Collector(task)
+    outputs = SampleOutputs(task.at, task.t, task.x0, task.t0, loop.t == loop.t1) if task.outputs else None
+    collector = _Collector(task, outputs)
     collector.times = [loop.t]
     event, times, value = None, None, np.ones_like(loop.t)
     met = np.zeros_like(loop.moving)
@@ -256,6 +262,7 @@ def _solve_samples(task: Task) -> SampleSolution:
     before = loop.t
     try:
         for step, accepted, t, x in loop.rounds():
+            size = t - before
             if event is not None and times is not None:
                 end = values(event, to_state_shape(t, x), x, accepted)
                 change = crossing(
@@ -270,6 +277,11 @@ def _solve_samples(task: Task) -> SampleSolution:
                     times, x = torch.where(mask, s.flatten(), times), torch.where(to_state_shape(now, x), there, x)
                     loop.move(now, t, x)
                     met = met | now
+            if outputs is not None:
+                reading = outputs.reading(before, size, accepted, None if event is None else t)
+                if reading is not None:
+                    outputs.rows.append(reading(step, task.field))
+                    loop.count(task.state_costs and reading.inside, reading.samples)
             before = t
             if task.keep == "steps":
                 samples = torch.from_numpy(accepted).nonzero().flatten()
@@ -290,8 +302,11 @@ def _status(loop: SampleLoop, met: np.ndarray, error: SolverError | None = None)
     return tuple(status)
 
 
-def with_gradient(task: Task, solution: Solution, x: Tensor) -> Solution:
-    """The solution with ``x`` as its last state, which carries the gradient, and its event time with that gradient."""
+def with_gradient(task: Task, solution: Solution, x: Tensor, outputs: Tensor | None = None) -> Solution:
+    """The solution with ``x`` as its last state, which carries the gradient, and its event time with that gradient.
+
+    ``outputs``: the states at the output times, where there are such.
+    """
     time = solution.event_time
     if time is not None and task.event is not None:
         if isinstance(solution, SampleSolution):
@@ -305,4 +320,7 @@ def with_gradient(task: Task, solution: Solution, x: Tensor) -> Solution:
         elif solution.t1 != task.t0:
             event = first_crossing_fn(task.event, task.t0, task.x0)
             time, x = attach_event_gradient(task.field, event, time, x)
-    return replace(solution, times=solution.times[-1:], states=(task.unpack(x),), event_time=time)
+    if outputs is not None:
+        end = (solution.t1, task.unpack(x))
+        return replace(solution, states=task.unpack(outputs), end=end, event_time=time, step_times=())
+    return replace(solution, times=solution.times[-1:], states=(task.unpack(x),), event_time=time, step_times=())

@@ -18,7 +18,7 @@ from solvers.validation import real_dtype
 
 __all__ = ["adjoint_rates", "backsolved", "restored", "seminorm", "stored"]
 
-Solve = Callable[[Field, Tensor], Tensor]
+Solve = Callable[[Field, Tensor, float, float], Tensor]
 
 
 def adjoint_rates(
@@ -69,15 +69,23 @@ class _Rates(torch.autograd.Function):
         return (None, None, None, None, *gradients)
 
 
-def backsolved(captured: Captured, field: Field, x0: Tensor, x1: Tensor, backward: Solve) -> Tensor:
-    """``x1``, the solution from x0, with the gradients of the ODE, by ``backward`` on the adjoint system as one vector.
+def backsolved(
+    captured: Captured, field: Field, x0: Tensor, states: Tensor, times: Sequence[float], backward: Solve
+) -> Tensor:
+    """``states`` of the solution from x0, with the gradients of the ODE, by the adjoint system as one vector.
 
-    ``da/dt = -a^T dv/dx``, ``dL/dtheta = -int a^T dv/dtheta dt``; the state is solved backwards along with them (Chen
-    et al., 2018, Neural ordinary differential equations). A gradient of this gradient goes through the backward solve.
+    ``da/dt = -a^T dv/dx``, ``dL/dtheta = -int a^T dv/dtheta dt``; the state is solved backwards along with them and set
+    right at each of the times, where the adjoint gets the gradient of the state there (Chen et al., 2018, Neural
+    ordinary differential equations). A gradient of this gradient goes through the backward solve.
 
-    The field calls ``captured``; ``backward`` solves from the end to the start, a vector ``(x, a, *params)``.
+    Args:
+        captured: what the field calls.
+        field, x0: the velocity and the first state.
+        states: at ``times[1:]``, ``(n, *x0.shape)``.
+        times: ``times[0]`` is that of x0.
+        backward: solves a vector ``(x, a, *params)`` from a time to another, where these differ.
     """
-    return _Backsolve.apply(captured, field, backward, x1, x0, *captured.tensors)  # type: ignore[return-value]
+    return _Backsolve.apply(captured, field, backward, times, states, x0, *captured.tensors)  # type: ignore[return-value]
 
 
 def seminorm(tolerance: Tolerance, x: Tensor, params: Sequence[Tensor]) -> Tolerance:
@@ -115,12 +123,13 @@ def restored(x: Tensor, like: Tensor) -> Tensor:
 class _Backsolve(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, captured: Captured, field: Field, backward: Solve, x1: Tensor, x0: Tensor, *params: Tensor
-    ) -> Tensor:
-        ctx.captured, ctx.field, ctx.solve, ctx.params = captured, field, backward, params
-        x1 = x1.clone()
-        ctx.save_for_backward(x1)
-        return x1
+        ctx: Any, captured: Captured, field: Field, backward: Solve, times: Sequence[float], states: Tensor, x0: Tensor,
+        *params: Tensor
+    ) -> Tensor:  # fmt: skip
+        ctx.captured, ctx.field, ctx.solve, ctx.times, ctx.params = captured, field, backward, times, params
+        states = states.clone()
+        ctx.save_for_backward(states)
+        return states
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -128,20 +137,25 @@ class _Backsolve(torch.autograd.Function):
             return _solved_backwards(ctx, grads[0], params)
 
 
-def _solved_backwards(ctx: Any, grad: Tensor, params: Sequence[Tensor]) -> Any:
-    (x1,) = ctx.saved_tensors
-    dtype = torch.promote_types(x1.dtype, torch.float32)
-    end = x1.to(dtype)
-    start = (end, grad.to(dtype), *(torch.zeros_like(stored(p, end)) for p in params))
-    packing = Packing(start, "x1")
+def _solved_backwards(ctx: Any, grads: Tensor, params: Sequence[Tensor]) -> Any:
+    (states,) = ctx.saved_tensors
+    dtype, times = torch.promote_types(states.dtype, torch.float32), ctx.times
+    a = grads[-1].to(dtype)
+    sums: Sequence[Tensor] = [torch.zeros_like(stored(p, a)) for p in params]
+    packing = Packing((states[-1].to(dtype), a, *sums), "x1")
 
     def system(t: Any, z: Tensor) -> Tensor:
-        y, a = (part.to(x1.dtype) for part in packing.unpack(z)[:2])
+        y, a = (part.to(states.dtype) for part in packing.unpack(z)[:2])
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
             rates: tuple[Tensor, ...] = _Rates.apply(ctx.captured, ctx.field, t, params, y, a, *ctx.params)  # type: ignore[assignment]
         else:
             rates = adjoint_rates(ctx.field, t, y, a, params)
         return packing.pack(tuple(stored(rate, z) for rate in rates), "field")
 
-    _, a, *sums = packing.unpack(ctx.solve(system, packing.pack(start)))
-    return (None, None, None, None, a.to(x1.dtype), *map(restored, sums, ctx.params))
+    for i in range(len(states) - 1, -1, -1):
+        if times[i] != times[i + 1]:
+            z = ctx.solve(system, packing.pack((states[i].to(dtype), a, *sums)), times[i + 1], times[i])
+            _, a, *sums = packing.unpack(z)
+        if i > 0:
+            a = a + grads[i - 1].to(dtype)
+    return (None, None, None, None, None, a.to(states.dtype), *map(restored, sums, ctx.params))

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from solvers.gradients.captured import BegunAnew, Captured
-from solvers.step import Field, rk_step
+from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["recomputed"]
+__all__ = ["Read", "recomputed"]
 
 Time = float | Tensor
+
+
+class Read(NamedTuple):
+    """What is read off a step: a function of it to tensors; and whether that needs its closing stage."""
+
+    states: Callable[[Step], list[Tensor]]
+    closing: bool
 
 
 class _Again:
@@ -34,8 +41,9 @@ class _Again:
 
 
 def recomputed(
-    captured: Captured | None, field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau
-) -> Tensor:
+    captured: Captured | None, field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau,
+    reads: Sequence[Read | None] = ()
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The state after steps ``(t, h)``, whose gradient keeps ``2 sqrt(n)`` states and the stages of one step.
 
     The n steps are cut into sqrt(n) runs. Of the forward pass the first state of each run is kept; the backward pass
@@ -48,23 +56,34 @@ def recomputed(
         field, x, tableau: the velocity, which calls it, the state at the start and the method; gradients flow to
             whatever the field reads.
         steps: start and size of each.
+        reads: what is read off each step; None of any, if not given.
+
+    Returns:
+        The state, and what was read.
     """
+    closes = tableau.dense is not None
 
-    def one(x: Tensor, t: Time, h: Time) -> Tensor:
-        return rk_step(field, t, x, h, tableau, closing=False).x1
+    def one(x: Tensor, t: Time, h: Time, read: Read | None) -> tuple[Tensor, ...]:
+        step = rk_step(field, t, x, h, tableau, closing=closes and read is not None and read.closing)
+        return (step.x1, *(read.states(step) if read is not None else ()))
 
-    def several(x: Tensor, run: Sequence[tuple[Time, Time]]) -> Tensor:
-        for t, h in run:
-            x = checkpoint(one, x, t, h, use_reentrant=False, **contexts)  # type: ignore[assignment]
-        return x
+    def several(x: Tensor, run: Sequence[tuple[Time, Time, Read | None]]) -> tuple[Tensor, ...]:
+        states: list[Tensor] = []
+        for t, h, read in run:
+            x, *more = checkpoint(one, x, t, h, read, use_reentrant=False, **contexts)  # type: ignore[misc]
+            states += more
+        return (x, *states)
 
     contexts: Any = {} if captured is None else {"context_fn": lambda: (nullcontext(), _Again(captured))}
     length = math.isqrt(max(len(steps) - 1, 0)) + 1
+    runs = [(t, h, reads[i] if reads else None) for i, (t, h) in enumerate(steps)]
 
-    def whole(x: Tensor) -> Tensor:
-        for i in range(0, len(steps), length):
-            x = checkpoint(several, x, steps[i : i + length], use_reentrant=False, **contexts)  # type: ignore[assignment]
-        return x
+    def whole(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        states: list[Tensor] = []
+        for i in range(0, len(runs), length):
+            x, *more = checkpoint(several, x, runs[i : i + length], use_reentrant=False, **contexts)  # type: ignore[misc]
+            states += more
+        return x, states
 
     try:
         return whole(x)

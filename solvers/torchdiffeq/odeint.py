@@ -83,7 +83,8 @@ def solve(task: Task) -> Tensor:
         SolverError: the solve cannot go on.
     """
     try:
-        return torch.stack(task.solve().states)
+        states = task.solve().states
+        return states if isinstance(states, Tensor) else torch.stack(states)
     except SolverError as error:
         error.args = (str(error).replace("max_steps", "max_num_steps"),)
         error.solution = None  # whose states are packed

@@ -97,12 +97,14 @@ def make_task(
         rule = _Rule(**{name: float(options.get(name, value)) for name, value in _RULE.items()})
         if tableau.dense is None and event_fn is None:  # then a step ends at each output time
             stops += times[1:]
+    outputs = adaptive or not _steps_to_outputs(options)  # else the states of the steps are those at the times
     task = Task(
         field=field, x0=x0, t0=times[0], t1=times[-1], tableau=tableau, tolerance=tolerance,
         grid=None if adaptive or event_fn is not None else _grid(field, x0, t, times, t.to(wide), options),
         controller=rule, stops=stops, jumps=jumps,
         observe=_observer(func if watched is None else watched, packing, method, wide),
-        keep="outputs" if adaptive or not _steps_to_outputs(options) else "states", at=times, t=t.to(wide),
+        at=times, t=t.to(wide), origin=t[0].to(wide),
+        outputs=outputs, keep="last" if outputs else "states",
     )  # fmt: skip
     return task if event_fn is None else _to_event(task, event_fn, packing, adaptive, options)
 
@@ -118,7 +120,7 @@ def _to_event(task: Task, event_fn: Any, packing: Packing, adaptive: bool, optio
         return event_fn(s.to(wide), packing.unpack(x))
 
     width = float(torch.as_tensor(task.tolerance.atol).min())
-    task = replace(task, keep="last", event=event, width=width)
+    task = replace(task, keep="last", outputs=False, event=event, width=width)
     if adaptive:
         latest = 1e-3 * torch.finfo(torch.promote_types(real_dtype(task.x0), torch.float32)).max
         limit = int(options.get("max_num_steps", MAX_STEPS_TO_EVENT))
@@ -136,7 +138,7 @@ def ending_at(task: Task, time: float, options: dict[str, Any] | None) -> Task:
     stops = [*task.stops, time] if task.tableau.dense is None else task.stops
     limit = int(options.get("max_num_steps", MAX_NUM_STEPS))
     tolerance = replace(task.tolerance, max_steps=limit)
-    return replace(task, t1=time, at=at, t=t, keep="outputs", event=None, grid=grid, stops=stops, tolerance=tolerance)
+    return replace(task, t1=time, at=at, t=t, outputs=True, event=None, grid=grid, stops=stops, tolerance=tolerance)
 
 
 def _grid(field: Any, x0: Tensor, t: Tensor, times: list[Any], wide: Tensor, options: dict[str, Any]) -> Grid:

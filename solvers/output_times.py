@@ -1,0 +1,120 @@
+"""The times at which a caller wants states, checked: ``at`` of :func:`~solvers.integrate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solvers.validation import exact
+
+__all__ = ["output_times"]
+
+Array = np.ndarray
+
+
+def output_times(at: Any, t0: Any, t1: Any, x: Tensor, *, gradient: str) -> tuple[Any, Tensor]:
+    """The times as numbers within the solve, and as the tensor that its solution shows.
+
+    Args:
+        at: what the caller passed: a tensor, an array or numbers, ``(n,)``, per sample also ``(B, n)``.
+        t0, t1: ends of the solve, numbers, or arrays ``(B,)`` with control per sample.
+        x: the state, packed.
+        gradient: how gradients flow.
+
+    Returns:
+        A list of n numbers, or an array ``(B, n)``; a tensor of the shape and floating dtype of ``at``, float64 if it
+        has none, on the device of the state. Times that lie outside by the rounding of their dtype become the end.
+
+    Raises:
+        TypeError: no real numbers.
+        ValueError: another shape, NaN or infinity, outside ``[t0, t1]``, turning back, or a gradient that gets lost.
+    """
+    samples: int | None = len(x) if np.ndim(t0) else None
+    numbers = _numbers(at)
+    shape, single = (numbers.shape, False) if isinstance(numbers, np.ndarray) else ((len(numbers),), True)
+    if samples is None and not single:
+        raise ValueError(f"at must have shape (n,), got {shape}; control='sample' takes (B, n), times of each sample")
+    if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != samples):
+        raise ValueError(f"at must have shape (n,) or ({samples}, n), got {shape}")
+    if 0 in shape:
+        raise ValueError(f"at must hold at least one time, got shape {shape}")
+    if isinstance(at, Tensor) and at.requires_grad and torch.is_grad_enabled():
+        _check_gradient(gradient, t0, t1)
+    slack = 4 * torch.finfo(at.dtype if isinstance(at, Tensor) and at.is_floating_point() else torch.float64).eps
+    t = _as_tensor(at, numbers, x)
+    if samples is None:
+        return _within(list(numbers), t0, t1, slack), t
+    rows = np.broadcast_to(np.array(numbers, dtype=np.float64), (samples, shape[-1]))
+    bounds: Any = enumerate(np.column_stack([t0, t1, rows]).tolist())
+    return np.array([_within(row, start, end, slack, f" of sample {i}") for i, (start, end, *row) in bounds]), t
+
+
+def _as_tensor(at: Any, numbers: Any, x: Tensor) -> Tensor:
+    if isinstance(at, Tensor) and at.is_floating_point():
+        return (at if torch.is_grad_enabled() else at.detach()).to(x.device)
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float64, device=x.device)
+    return exact(numbers, x.device)
+
+
+def _numbers(at: Any) -> list[float] | Array:
+    """The times as a list of numbers, or as an array of more dimensions, or of none.
+
+    Raises:
+        TypeError: they are no real numbers.
+    """
+    if isinstance(at, list | tuple) and all(type(time) is float for time in at):
+        return list(at)
+    if torch.compiler.is_compiling():
+        raise ValueError(f"at must be a list of floats under torch.compile, got {type(at).__name__}: call .tolist()")
+    if isinstance(at, Tensor):
+        if at.is_complex() or at.dtype == torch.bool:
+            raise TypeError(f"at must hold real numbers, got {at.dtype}")
+        values: Any = np.array(at.tolist(), dtype=np.float64)
+        values = values.reshape(at.shape)
+    elif isinstance(at, Real) or not isinstance(at, Sequence | Array) or isinstance(at, str | bytes):
+        raise TypeError(f"at must be a tensor, an array or a list of times, got {type(at).__name__}")
+    else:
+        try:
+            values = np.asarray(at)
+        except ValueError:
+            raise ValueError("at must have equally many times for every sample: repeat the last") from None
+        if values.dtype.kind not in "iuf" and values.size:
+            raise TypeError(f"at must hold real numbers, got {values.dtype}")
+        values = values.astype(np.float64)
+    return values.tolist() if values.ndim == 1 else values
+
+
+def _within(times: Sequence[float], t0: float, t1: float, slack: float, whose: str = "") -> list[float]:
+    """The times within ``[t0, t1]``, in the direction of the solve."""
+    inside: list[float] = []
+    direction, slack, last = 1 if t1 >= t0 else -1, slack * max(abs(t0), abs(t1)), t0
+    for i, time in enumerate(times):
+        if not math.isfinite(time):
+            raise ValueError(f"at{whose} must be finite, got {time} at index {i}")
+        if not direction * t0 - slack <= direction * time <= direction * t1 + slack:
+            raise ValueError(f"at{whose} must lie between t0 = {t0:g} and t1 = {t1:g}, got {time:.9g} at index {i}")
+        time = t0 if direction * time < direction * t0 else t1 if direction * time > direction * t1 else time
+        if direction * time < direction * last:
+            raise ValueError(
+                f"at{whose} must run from t0 = {t0:g} to t1 = {t1:g} without turning back, got {time:.9g} behind "
+                f"{last:.9g}"
+            )
+        last = time
+        inside.append(time)
+    return inside
+
+
+def _check_gradient(gradient: str, t0: Any, t1: Any) -> None:
+    if gradient != "direct":
+        raise ValueError(
+            f"at must not require a gradient with gradient={gradient!r}, which loses it: detach it, or use 'direct'"
+        )
+    if np.any(t0 == t1):
+        raise ValueError("at must not require a gradient where t0 = t1, which loses it: detach it")

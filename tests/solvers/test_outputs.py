@@ -1,0 +1,205 @@
+"""States at chosen times: ``integrate(at=...)``."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torchdiffeq
+from scipy.integrate import solve_ivp
+from torch import nn
+
+from solvers import Tolerance, integrate
+from tests.counting import Counted
+from tests.solvers.problems import CONTROLS, D, lotka
+
+FINE = {"tolerance": Tolerance(1e-9, 1e-10)}
+X0 = torch.tensor([[1.0, 1.0], [1.5, 0.7], [0.4, 2.0]], dtype=D)
+TIMES = [0.0, 0.1, 0.1, 1.3, 2.0, 2.9]
+EACH = [[0.0, 0.1, 2.9], [0.3, 0.3, 0.4], [3.0, 3.0, 3.0]]
+close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
+rounding = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+
+
+def growth(t, x):
+    """Whose solution is x0 exp(t^2 / 2)."""
+    return t * x
+
+
+def scipy_states(field, start, span, times):
+    numpy_field = lambda t, y: field(t, torch.from_numpy(y)[None])[0].numpy()  # noqa: E731
+    solution = solve_ivp(numpy_field, span, start.numpy(), t_eval=times, rtol=1e-11, atol=1e-12)
+    return torch.from_numpy(solution.y.T)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(2, 2, dtype=D)
+
+    def forward(self, t, x, *shift):
+        return torch.tanh(self.linear(x)) * t + sum(shift, torch.zeros(()))
+
+
+# values
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("solver", ["bs23", "dopri5", "tsit5"])
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 2.9), (2.9, 0.0)])
+def test_states_are_those_of_scipy_at_its_t_eval(control, solver, t0, t1):
+    at = sorted(set(TIMES), reverse=t1 < t0)
+    solution = integrate(lotka, X0, t0, t1, solver=solver, at=at, **control, **FINE)
+    expected = torch.stack([scipy_states(lotka, x, (t0, t1), at) for x in X0], 1)
+    assert solution.times.tolist() == at
+    torch.testing.assert_close(solution.states, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("solver", "theirs"), [("euler", "euler"), ("midpoint", "midpoint"), ("rk4_38", "rk4")])
+def test_states_at_the_ends_of_fixed_steps_equal_torchdiffeq(solver, theirs):
+    at = torch.linspace(0, 2, 9, dtype=D)
+    expected = torchdiffeq.odeint(lambda t, x: growth(t, x), X0, at, method=theirs)
+    solution = integrate(growth, X0, 0.0, 2.0, solver=solver, steps=8, at=at)
+    rounding(solution.states, expected)
+    assert solution.stats.evaluations == 8 * len({"euler": "1", "midpoint": "12", "rk4_38": "1234"}[solver])
+
+
+@pytest.mark.parametrize(("solver", "theirs"), [("euler", "euler"), ("midpoint", "midpoint"), ("rk4_38", "rk4")])
+def test_states_inside_fixed_steps_equal_the_cubic_ones_of_torchdiffeq(solver, theirs):
+    at = torch.tensor([0.0, 0.1, 0.3, 1.9, 2.0], dtype=D)
+    options = {"step_size": 0.25, "interp": "cubic"}
+    expected = torchdiffeq.odeint(lambda t, x: growth(t, x), X0, at, method=theirs, options=options)
+    rounding(integrate(growth, X0, 0.0, 2.0, solver=solver, steps=8, at=at).states, expected)
+
+
+@pytest.mark.parametrize("options", [{"steps": 7}, {"control": "batch", **FINE}, {"control": "sample", **FINE}])
+@pytest.mark.parametrize("solver", ["heun", "bs23", "dopri5"])
+def test_states_are_those_of_the_interpolant(options, solver):
+    if solver == "heun" and "steps" not in options:
+        options = {**options, "tolerance": Tolerance(1e-4, 1e-5)}
+    whole = integrate(growth, X0, 0.0, 2.9, solver=solver, keep="steps", **options)
+    solution = integrate(growth, X0, 0.0, 2.9, solver=solver, at=TIMES, **options)
+    rounding(solution.states, whole(torch.tensor(TIMES, dtype=D)))
+    assert torch.equal(solution.x1, whole.x1)
+    assert torch.as_tensor(solution.t1).eq(2.9).all()
+
+
+@pytest.mark.parametrize("solver", ["bs23", "dopri5"])
+def test_each_sample_has_its_own_times(solver):
+    solution = integrate(growth, X0, 0.0, 3.0, solver=solver, at=EACH, control="sample", **FINE)
+    assert solution.times.tolist() == EACH
+    assert solution.states.shape == (3, 3, 2)
+    close(solution.states, X0[:, None] * (solution.times**2 / 2).exp()[..., None])
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_each_sample_is_solved_as_if_it_were_alone(gradient):
+    x0 = X0.clone().requires_grad_()
+    ends = [2.9, 0.4, 3.0]
+    solve = partial(integrate, lotka, t0=0.0, control="sample", gradient=gradient)
+    together = solve(x0=x0, t1=ends, at=EACH)
+    alone = [solve(x0=x0[i : i + 1], t1=ends[i], at=[EACH[i]]) for i in range(3)]
+    rounding(together.states, torch.cat([one.states for one in alone]))
+    (expected,) = torch.autograd.grad(sum(one.states.sin().sum() for one in alone), x0)
+    rounding(torch.autograd.grad(together.states.sin().sum(), x0)[0], expected)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_steps_are_those_taken_without_output_times(control):
+    with_outputs = integrate(lotka, X0, 0.0, 2.9, at=TIMES, **control)
+    without = integrate(lotka, X0, 0.0, 2.9, **control)
+    assert with_outputs.stats == without.stats
+    assert torch.equal(with_outputs.x1, without.x1)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("solver", ["heun", "bs23"])
+def test_every_field_call_is_counted(control, solver):
+    field = Counted(growth)
+    solution = integrate(field, X0, 0.0, 2.9, solver=solver, at=TIMES, **control)
+    assert solution.stats.evaluations == field.calls
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+@pytest.mark.parametrize("solver", ["rk4", "bs23", "dopri5"])
+def test_every_field_call_of_fixed_steps_is_counted(gradient, solver):
+    field = Counted(Net())
+    solution = integrate(field, X0, 0.0, 2.9, solver=solver, steps=5, at=TIMES, gradient=gradient)
+    assert solution.stats.evaluations == field.calls
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_steps_are_kept_beside_the_outputs(control):
+    solution = integrate(lotka, X0, 0.0, 2.9, at=TIMES, keep="steps", **control)
+    assert len(solution.steps) == len(solution.step_times) - 1
+    rounding(solution(torch.tensor(TIMES, dtype=D)), solution.states)
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, *CONTROLS])
+def test_trees_give_trees_of_tensors(options):
+    tree = {"a": X0, "b": X0[:, 0]}
+    field = lambda t, x: {"a": -x["a"], "b": x["b"]}  # noqa: E731
+    packed = integrate(field, tree, 0.0, 1.0, at=[0.2, 1.0], **options)
+    assert packed.states["a"].shape == (2, 3, 2)
+    assert packed.states["b"].shape == (2, 3)
+    torch.testing.assert_close(packed.states["b"][1], packed.x1["b"], rtol=0, atol=0)
+    close(packed.states["b"][1], X0[:, 0] * math.e, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_states_without_batch_get_a_first_dimension(shape):
+    x0 = torch.ones(shape, dtype=D)
+    solution = integrate(growth, x0, 0.0, 1.0, at=[0.5, 0.6], **FINE)
+    assert solution.states.shape == (2, *shape)
+    close(solution.states, x0 * (solution.times.reshape(2, *[1] * len(shape)) ** 2 / 2).exp())
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_states_keep_their_dtype(control, dtype):
+    states = integrate(lambda t, x: -x, X0.to(dtype), 0.0, 1.0, at=[0.5, 1.0], **control).states
+    assert states.dtype == dtype
+    torch.testing.assert_close(states[0].to(torch.complex128).real, X0 * math.exp(-0.5), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("at", "dtype"),
+    [
+        (np.linspace(0, 1, 3), D), ([0, 1], D), ((0.5,), D), (torch.tensor([0, 1]), D),
+        (torch.tensor([0.3]), torch.float32),
+        (np.array([0.3], dtype=np.float32), D), ([np.float32(0.5), torch.tensor(1.0)], D),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("control", CONTROLS)
+def test_times_are_numbers_of_any_kind(at, dtype, control):
+    times = integrate(growth, X0, 0.0, 1.0, at=at, **control).times
+    assert times.dtype == dtype
+    assert times.tolist() == [float(t) for t in at]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_times_outside_by_their_rounding_are_the_ends(control):
+    at = torch.tensor([0.1, 0.3], dtype=torch.float32)  # beyond, in float64
+    solution = integrate(growth, X0, 0.1 + 2e-9, 0.3, at=at, **control)
+    assert torch.equal(solution.states[0], X0)
+    assert torch.equal(solution.states[1], solution.x1)
+
+
+# gradients
+
+
+@pytest.mark.parametrize("options", [{"steps": 150, "solver": "dopri5"}, {"solver": "dopri5", **FINE}])
+@pytest.mark.parametrize("at", [TIMES, [1.3], [0.0, 0.0], [2.9], [0.7, 2.9, 2.9]])
+def test_gradients_are_equal_however_they_flow(options, at):
+    net, x0, shift = Net(), X0.clone().requires_grad_(), torch.ones(2, dtype=D, requires_grad=True)
+    weights = torch.randn(len(at), 3, 2, dtype=D)
+
+    def gradients(gradient):
+        solution = integrate(net, x0, 0.0, 2.9, gradient=gradient, at=at, args=(shift,), **options)
+        loss = (solution.states * weights).sum() + solution.x1.square().sum()
+        return torch.autograd.grad(loss, (x0, shift, *net.parameters()))
+
+    for gradient in ("checkpoint", "backsolve"):
+        close(gradients(gradient), gradients("direct"), atol=1e-7)
