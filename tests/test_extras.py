@@ -32,13 +32,15 @@ def own(extra):
 
 def with_theirs(names):
     """Distributions, and what they depend on."""
-    complete, queue = set(), [*names]
+    complete, queue = set(), [Requirement(name) for name in names]
     while queue:
-        if (name := canonicalize_name(queue.pop())) not in complete:
-            complete.add(name)
-            wanted = map(Requirement, distribution(name).requires or ())
-            queue += [r.name for r in wanted if not r.marker or r.marker.evaluate({"extra": ""})]
-    return complete
+        wanted = queue.pop()
+        for extra in {"", *wanted.extras}:
+            if (each := (canonicalize_name(wanted.name), extra)) not in complete:
+                complete.add(each)
+                theirs = map(Requirement, distribution(wanted.name).requires or ())
+                queue += [r for r in theirs if not r.marker or r.marker.evaluate({"extra": extra})]
+    return {name for name, _ in complete}
 
 
 CORE = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
@@ -155,7 +157,11 @@ def needed():
     for path in sorted((ROOT / "odenets").rglob("*.py")):
         for name, extra in optional_imports(ast.parse(path.read_text())):
             if name not in {*sys.stdlib_module_names, "odenets", "solvers"}:
-                yield path.relative_to(ROOT).as_posix(), {canonicalize_name(each) for each in offering[name]}, extra
+                yield (
+                    path.relative_to(ROOT).as_posix(),
+                    {canonicalize_name(each) for each in offering.get(name, [name])},
+                    extra,
+                )
 
 
 def test_what_needs_names_is_in_its_extra():

@@ -1,5 +1,6 @@
 """``import odenets``: what it offers, what it loads, and what it says of names that it has not."""
 
+import ast
 import copy
 import importlib
 import json
@@ -46,6 +47,17 @@ def test_the_face_is_the_documented_one():
 def test_every_module_is_an_attribute():
     for module in pkgutil.iter_modules(odenets.__path__):
         assert getattr(odenets, module.name) is importlib.import_module(f"odenets.{module.name}")
+
+
+def test_type_checkers_and_freezers_read_of_every_module_and_of_the_same_names():
+    """In imports of the source that never run."""
+    nodes = [
+        node for node in ast.walk(ast.parse(Path(odenets.__file__).read_text())) if isinstance(node, ast.ImportFrom)
+    ]
+    imported = {alias.name: node.module for node in nodes for alias in node.names if "odenets" in str(node.module)}
+    assert set(imported) == FACE | {module.name for module in pkgutil.iter_modules(odenets.__path__)}
+    for name, home in imported.items():
+        assert home == "odenets" or getattr(importlib.import_module(home), name) is getattr(odenets, name)
 
 
 def test_no_name_is_that_of_a_module_too():
