@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from odenets import normalization as normalization
     from odenets import plotting as plotting
     from odenets import recording as recording
+    from odenets import records as records
     from odenets import training as training
     from odenets import transport as transport
     from odenets.adapting import AdaptedModel, adapt
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from odenets.network import Network
     from odenets.neural_ode import NeuralODE
     from odenets.normalization import recalibrate
-    from odenets.recording import Recorder, Records
+    from odenets.recording import Recorder
+    from odenets.records import Records
 
     __version__: str
 
@@ -73,7 +75,7 @@ _HOMES = {
     "Network": "network",
     "NeuralODE": "neural_ode",
     "Recorder": "recording",
-    "Records": "recording",
+    "Records": "records",
     "adapt": "adapting",
     "initialize": "initialization",
     "load_weights": "checkpoints",

@@ -25,6 +25,7 @@ from odenets.fields import field_for
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
 from odenets.recording import Records, measure_steps
+from odenets.records import numbered
 from solvers import ButcherTableau, Step, get_tableau, rk_step
 from solvers.step import check_unchanged, versions_of
 from solvers.validation import check_state
@@ -115,6 +116,11 @@ class Flow(nn.Module):
         """Step size of each block."""
         own = not self.shared and len(self.blocks)
         return tuple(cast(Block, block).h for block in self.blocks) if own else self._sizes
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The module of each step's block, as records name it; with the number of the call where all share one."""
+        return tuple(numbered([f"blocks.{0 if self.shared else m}" for m in range(self.depth)]))
 
     @property
     def total_time(self) -> float:
@@ -292,7 +298,7 @@ class Flow(nn.Module):
             raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
         closing = any(needs_closing(measure) for measure in measures.values())
         steps = self._steps(x, args, closing, reductions_of(measures.values()), readout == "ensemble")
-        last, records = measure_steps(steps, x, measures)
+        last, records = measure_steps(steps, x, measures, self.names)
         if readout == "solution":
             return last.x1, records
         return torch.stack([last.output(name) for name in self.tableau.outputs]).mean(0), records

@@ -51,7 +51,8 @@ class Chain(Joined):
 
         ``args`` go to the velocity fields of all flows, ``v(t, x, *args)``, and to no other layer.
 
-        ``records.starts`` holds the row at which each flow begins.
+        ``records.starts`` holds the row at which each flow begins; where there are several, ``records.blocks`` name
+        the flow before its block.
         """
         layers, parts = self.layers, []
         for i, layer in enumerate(layers, 1):
@@ -61,7 +62,7 @@ class Chain(Joined):
                 parts.append((records, layer.depth))
             else:
                 x = layer(x)
-        return x, Records.join(parts)
+        return x, Records.join(parts, [f"flows.{i}" if len(parts) > 1 else "" for i in range(len(parts))])
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``."""

@@ -245,7 +245,8 @@ class NeuralODE(nn.Module):
         solution = integrate(_Beside(self.field, integrands), start, self.t0, self.t1, args=args, **options)
         self.statistics = solution.stats
         end, *values = solution.x1
-        return end, Records({name: check_values(name, q, x)[None] for name, q in zip(measures, values, strict=True)})
+        rows = {name: check_values(name, q, x)[None] for name, q in zip(measures, values, strict=True)}
+        return end, Records(rows, blocks=["all steps"])
 
     def part(self, first: int, last: int) -> NeuralODE:
         """Itself: one field has no parts.

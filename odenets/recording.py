@@ -10,44 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from odenets.measures import StepFunction
+from odenets.records import Records
 from solvers import Step
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 __all__ = ["Joined", "Recorder", "Recording", "Records", "check_values", "is_recorder", "measure_steps", "record"]
-
-
-class Records(dict[str, Tensor]):
-    """Measures by name, each ``(blocks, B)``; ``starts`` holds the row at which each flow begins."""
-
-    def __init__(self, values: dict[str, Tensor], starts: tuple[int, ...] = (0,)) -> None:
-        super().__init__(values)
-        self.starts = starts
-
-    @classmethod
-    def join(cls, parts: Iterable[tuple[Records, int]]) -> Records:
-        """The records of consecutive parts of a network as one, whose ``starts`` are the rows at which parts begin.
-
-        Args:
-            parts: the records of each, with the same measures, and its number of blocks, which counts where there is
-                no measure.
-
-        Raises:
-            ValueError: parts that were measured by different measures.
-        """
-        parts = [*parts]
-        names = [set(records) for records, _ in parts]
-        if any(each != names[0] for each in names):
-            raise ValueError(f"parts must have the same measures, got {' and '.join(map(str, map(sorted, names)))}")
-        rows: dict[str, list[Tensor]] = {}
-        starts, begin = [], 0
-        for records, depth in parts:
-            starts.append(begin)
-            begin += next((len(row) for row in records.values()), depth)
-            for name, row in records.items():
-                rows.setdefault(name, []).append(row)
-        return cls({name: torch.cat(row) for name, row in rows.items()}, tuple(starts))
 
 
 @runtime_checkable
@@ -128,10 +97,10 @@ class Recording(nn.Module):
         self.record: Callable[..., tuple[Any, Records]] = torch.compile(network.record) if compile else network.record
         self.training = network.training  # type: ignore[attr-defined]  # a recorder that is a module
 
-    def forward(self, x: Tensor, *args: Any) -> tuple[Any, dict[str, Tensor], tuple[int, ...]]:
-        """The output, the records as a plain dictionary, which wrappers may rebuild, and their ``starts``."""
+    def forward(self, x: Tensor, *args: Any) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
+        """The output, the records as a plain dictionary, which wrappers may rebuild, and their ``layout``."""
         output, records = self.record(x, *args, **self.measures)
-        return output, dict(records), records.starts
+        return output, dict(records), records.layout
 
 
 def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]) -> tuple[Any, Records]:
@@ -157,12 +126,15 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
         )
     if missing := [name for name in measures if name not in recording.measures]:
         raise ValueError(f"Recording must have the measures of the objective, got none named {missing}")
-    output, values, starts = network(*inputs)
-    return output, Records(values, tuple(starts))
+    output, values, layout = network(*inputs)
+    return output, Records(values, *layout)
 
 
-def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, StepFunction]) -> tuple[Step, Records]:
-    """The last of the steps from ``x``, and the records of all: each is measured as it is taken.
+def measure_steps(
+    steps: Iterable[Step], x: Tensor, measures: Mapping[str, StepFunction], blocks: Sequence[str] | None = None
+) -> tuple[Step, Records]:
+    """The last of the steps from ``x``, and the records of all, with the names of their blocks: each is measured as it
+    is taken.
 
     Raises:
         TypeError, ValueError: a measure is no function, or does not return ``(B,)``.
@@ -176,7 +148,7 @@ def measure_steps(steps: Iterable[Step], x: Tensor, measures: Mapping[str, StepF
         for name, measure in measures.items():
             rows[name].append(check_values(name, measure(last), x))
     assert last is not None  # a flow has at least one step
-    return last, Records({name: torch.stack(values) for name, values in rows.items()})
+    return last, Records({name: torch.stack(values) for name, values in rows.items()}, blocks=blocks)
 
 
 def check_values(name: str, value: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting.blocks import Blocks, BlockSpec, find_blocks
-from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts
+from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts, step_names
 from odenets.adapting.hooks import Hooks
 from odenets.measures import StepFunction
 from odenets.recording import Records
@@ -61,6 +61,8 @@ def adapt(
     >>> output, records = adapt(resnet18().eval()).record(torch.randn(2, 3, 32, 32), action=measures.action)
     >>> records["action"].shape, records.starts
     (torch.Size([8, 2]), (0, 2, 4, 6))
+    >>> records.blocks[:3]
+    ('layer1.0', 'layer1.1', 'layer2.0')
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
@@ -136,8 +138,11 @@ class AdaptedModel(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The module of each step; in the order of the rows of ``record`` from the first pass on."""
-        return tuple(step.block.name for step in self._last_visited())
+        """Of each step, as ``records.blocks``: its module, "layer1.0", and the half of a transformer's block, "blocks.0
+        attention" and "blocks.0 mlp"; with the number of the call where a block is called several times. In the order
+        of the rows of ``record`` from the first pass on.
+        """
+        return step_names(self._last_visited())
 
     def forward(self, x: Tensor, /, *args: Any) -> Tensor:
         """The model's output for inputs ``x`` ``(B, ...)``, and what the model takes besides."""
@@ -147,7 +152,8 @@ class AdaptedModel(nn.Module):
         """The model's output, and one ``(blocks, B)`` tensor per measure, in the order in which the blocks are called.
 
         Each step is measured as its block ends, and nothing of it is kept but what gradients need. ``records.starts``
-        holds the rows at which the shape of the state changes.
+        holds the rows at which the shape of the state changes, ``records.blocks`` the names of the steps, as
+        :attr:`names`.
 
         Args:
             x: inputs, ``(B, ...)``.
@@ -169,7 +175,7 @@ class AdaptedModel(nn.Module):
         if not measures and self._visited is not None:
             self._check_input(x)
             with self.hooks.running(None):
-                return self.model(x, *args), Records({}, flow_starts(self._visited))
+                return self.model(x, *args), Records({}, flow_starts(self._visited), self.names)
         output, current = self._run(x, args, measures)
         return output, current.records()
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import cast
 
 from torch import nn
 
 __all__ = ["RULES", "BlockSpec", "Blocks", "Rule", "find_blocks"]
+
+HALVES = ("first half", "second half")
+TRANSFORMER = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class BlockSpec:
         mid: the first of these to be called is given the state between the two steps of the block; empty where the
             block is one step.
         branch: its output is what the block adds before its last activation, or None.
+        halves: names of the two steps.
     """
 
     first: str
@@ -34,6 +38,7 @@ class BlockSpec:
     shortcut: str | None = None
     mid: tuple[str, ...] = ()
     branch: str | None = None
+    halves: tuple[str, str] = field(default=HALVES, repr=False)  # an adapted model is fingerprinted by its blocks' repr
 
     @property
     def name(self) -> str:
@@ -44,6 +49,10 @@ class BlockSpec:
     def steps(self) -> int:
         """Steps of one call."""
         return 2 if self.mid else 1
+
+    def step_name(self, part: int) -> str:
+        """Of one of its steps: that of the block, and which half it is."""
+        return f"{self.name} {self.halves[part]}" if self.mid else self.name
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class Rule:
             MLP of a transformer that is its norm, or with norms after the branches the MLP itself.
         branch: parts, the first of which that the block has, and that does anything, ends its branch, where an
             activation follows the addition.
+        halves: names of the two steps of a block with ``mid``, "attention" and "mlp" of transformers, as records have
+            them.
 
     >>> Rule("mine", parts=("branch", "project"), shortcut="project").fits(nn.Linear(2, 2))
     False
@@ -71,6 +82,7 @@ class Rule:
     shortcut: str | None = None
     mid: tuple[str, ...] = ()
     branch: tuple[str, ...] = ()
+    halves: tuple[str, str] = HALVES
 
     def __post_init__(self) -> None:
         if not self.parts and self.flag is None:
@@ -90,7 +102,8 @@ class Rule:
         parts = {part: getattr(module, part, None) for part in self.branch}
         ends = [part for part, m in parts.items() if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)]
         branch = f"{name}.{ends[0]}" if ends else None
-        return BlockSpec(name, name, self.kind, shortcut, tuple(f"{name}.{part}" for part in self.mid), branch)
+        mid = tuple(f"{name}.{part}" for part in self.mid)
+        return BlockSpec(name, name, self.kind, shortcut, mid, branch, self.halves)
 
 
 RULES = (
@@ -112,8 +125,14 @@ RULES = (
     Rule("inverted residual", flag="apply_residual"),  # MNASNet
     Rule("inverted residual", flag="has_skip"),  # timm
     Rule("ConvNeXt", parts=("block", "layer_scale", "stochastic_depth")),
-    Rule("transformer", parts=("ln_1", "self_attention", "ln_2", "mlp"), mid=("ln_2",)),  # ViT
-    Rule("transformer", parts=("norm1", "attn", "norm2", "mlp"), shortcut="shortcut", mid=("norm2", "mlp")),
+    Rule("transformer", parts=("ln_1", "self_attention", "ln_2", "mlp"), mid=("ln_2",), halves=TRANSFORMER),  # ViT
+    Rule(
+        "transformer",
+        parts=("norm1", "attn", "norm2", "mlp"),
+        shortcut="shortcut",
+        mid=("norm2", "mlp"),
+        halves=TRANSFORMER,
+    ),
     Rule("residual", parts=("drop_path",), flag="shortcut", shortcut="shortcut"),  # timm: ConvNeXt, MaxViT
 )
 """The kinds of blocks that are known; ``adapt(model, [*RULES, Rule(...)])`` knows one more."""

@@ -12,10 +12,11 @@ from torch import Tensor
 from odenets.adapting.blocks import BlockSpec
 from odenets.measures import StepFunction, reductions_of
 from odenets.recording import Records, check_values
+from odenets.records import numbered
 from solvers import Step, get_tableau
 from solvers.reductions import displaced, mean_square_and_cosine
 
-__all__ = ["ForwardPass", "InPlaceChanges", "StepKey", "Visited", "flow_starts"]
+__all__ = ["ForwardPass", "InPlaceChanges", "StepKey", "Visited", "flow_starts", "step_names"]
 
 EULER = get_tableau("euler")
 
@@ -48,6 +49,11 @@ class Visited(NamedTuple):
 def flow_starts(visited: Sequence[Visited]) -> tuple[int, ...]:
     """The steps at which the state has another shape than before."""
     return tuple(m for m, step in enumerate(visited) if not m or step.shape != visited[m - 1].shape)
+
+
+def step_names(visited: Sequence[Visited]) -> tuple[str, ...]:
+    """The block of each step, which half of it a step of a transformer is, and its call where there are several."""
+    return tuple(numbered([step.block.step_name(step.part) for step in visited]))
 
 
 class _Start(NamedTuple):
@@ -186,7 +192,8 @@ class ForwardPass:
 
     def records(self) -> Records:
         """The values of the measures."""
-        return Records({name: torch.stack(values) for name, values in self.rows.items()}, flow_starts(self.visited))
+        values = {name: torch.stack(values) for name, values in self.rows.items()}
+        return Records(values, flow_starts(self.visited), step_names(self.visited))
 
     def close(self) -> list[str]:
         """Learn which outputs have been written into since their steps ended.

@@ -92,6 +92,11 @@ class ModuleWise(Joined):
         return [cast(LocalModule, part) for part in self.parts]
 
     @property
+    def module_names(self) -> list[str]:
+        """Of the modules, as records name them, from 1 on."""
+        return [f"module {k}" for k in range(1, self.K + 1)]
+
+    @property
     def recorders(self) -> list[LocalModule]:
         return self.modules_in_order
 
@@ -110,12 +115,14 @@ class ModuleWise(Joined):
         return last(x)[0]
 
     def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
-        """Logits after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows."""
+        """Logits after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows,
+        and ``records.blocks`` name the module before its block.
+        """
         parts = []
         for module in self.modules_in_order:
             x, records = module.part.record(x, **measures)
             parts.append((records, module.depth))
-        return self.modules_in_order[-1].head(x), Records.join(parts)
+        return self.modules_in_order[-1].head(x), Records.join(parts, self.module_names)
 
     def outputs(self, x: Tensor) -> Iterator[Tensor]:
         """Logits after each module, one after the other, in one pass."""

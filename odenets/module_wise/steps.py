@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,13 @@ def end_to_end_step(
     """
     state, rows, parts, measures = x, [], [], objective.measures
     for module in network.modules_in_order:
+        layout: list[Any] = []
 
-        def run(state: Tensor, part: Part | AdaptedModel = module.part) -> tuple[Tensor, ...]:
+        def run(
+            state: Tensor, part: Part | AdaptedModel = module.part, layout: list[Any] = layout
+        ) -> tuple[Tensor, ...]:
             state, records = part.record(state, **measures)
+            layout[:] = records.layout
             return state, *(records[name] for name in measures)
 
         if checkpointed:
@@ -118,8 +122,11 @@ def end_to_end_step(
             state, *rows = cast(tuple[Tensor, ...], checkpoint(run, state, use_reentrant=False, context_fn=again))
         else:
             state, *rows = run(state)
-        parts.append((Records(dict(zip(measures, rows, strict=True))), module.depth))
-    logits, records = network.modules_in_order[-1].head(state), Records.join(parts)
+        parts.append((Records(dict(zip(measures, rows, strict=True)), *layout), module.depth))
+    logits, records = (
+        network.modules_in_order[-1].head(state),
+        Records.join(parts, network.module_names),
+    )
     loss = objective.loss(network, (x, y), logits, records)
     check_loss(loss, objective)
     totals = _totals(loss, logits, y)

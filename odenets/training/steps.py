@@ -53,10 +53,10 @@ class Stepper:
         for i, part in enumerate(parts, 1):
             with fabric.no_backward_sync(self.module, enabled=i < len(parts)):
                 with self._context():
-                    output, records, starts = self.module(part[0])
+                    output, records, layout = self.module(part[0])
                 if self.validated:
                     logits_and_labels(output, part[1])
-                loss = self.objective.loss(self.network, part, output, Records(records, starts))
+                loss = self.objective.loss(self.network, part, output, Records(records, *layout))
                 check_loss(loss, self.objective)
                 fabric.backward(loss * (len(part[0]) * shares / whole))
             with torch.no_grad():

@@ -115,7 +115,7 @@ def test_rows_come_in_the_order_in_which_blocks_are_called():
     adapted = adapt(Calling(lambda m, x: m.a(m.b(m.a(x))), b=Unit(3, 3), a=Unit(3, 3)), ["a", "b"])
     assert adapted.names == ("b", "a")
     assert adapted.record(X, action=measures.action)[1]["action"].shape == (3, 2)
-    assert adapted.names == ("a", "b", "a")
+    assert adapted.names == ("a call 0", "b", "a call 1")
 
 
 def test_every_call_of_a_block_counts():
@@ -124,7 +124,7 @@ def test_every_call_of_a_block_counts():
     assert records["action"].shape == (4, 2)
     assert adapted.depth == adapted.evaluations == len(adapted.steps(TINY)) == 4
     assert adapted.h == (1.0,) * 4
-    assert adapted.names == ("block", "block", "block", "other")
+    assert adapted.names == records.blocks == ("block call 0", "block call 1", "block call 2", "other")
     assert "4 steps" in repr(adapted)
 
 
@@ -132,7 +132,7 @@ def test_blocks_that_are_left_out_are_told_once():
     adapted = adapt(Repeated(2, both=False), ["block", "other"])
     with pytest.warns(UserWarning, match="1 of 2 blocks are not called, other: the rows of records are the steps"):
         adapted.record(TINY, action=measures.action)
-    assert adapted.names == ("block", "block")
+    assert adapted.names == ("block call 0", "block call 1")
     adapted.record(TINY, action=measures.action)
 
 

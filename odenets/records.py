@@ -1,0 +1,198 @@
+"""Records: measures of every block and sample, the names of the blocks, and their numbers as arrays and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from odenets.errors import needs
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pandas import DataFrame
+
+__all__ = ["Records", "numbered"]
+
+COLUMNS = ("block", "name", "flow", "sample")
+SHOWN = 12  # rows of blocks that are printed
+
+
+class Records(dict[str, Tensor]):
+    """Measures by name, each ``(blocks, B)``.
+
+    ``print(records)`` shows their means over the samples. Measures may be added, ``records["length"] = ...``.
+
+    Attributes:
+        starts: the row at which each flow begins.
+        blocks: the name of each row, "blocks.0" of a flow, "flows.1 blocks.0" of a network, "step 0" of a neural ODE,
+            "layer1.0" or "encoder.layers.encoder_layer_0 mlp" of an adapted model, "module 1 blocks.0" of modules.
+
+    Args:
+        values: measures by name.
+        starts, blocks: the attributes; the rows are steps, "step 0" and so on, if not given.
+
+    >>> import odenets
+    >>> from odenets import measures
+    >>> flow = odenets.Flow(lambda: odenets.MLPField(2), depth=2)
+    >>> _, records = flow.record(torch.randn(3, 2), action=measures.action)
+    >>> records.blocks, records["action"].shape
+    (('blocks.0', 'blocks.1'), torch.Size([2, 3]))
+    """
+
+    def __init__(
+        self, values: dict[str, Tensor], starts: Sequence[int] = (0,), blocks: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(values)
+        self.starts: tuple[int, ...] = tuple(starts)
+        if blocks is None:
+            rows = len(next(iter(values.values()))) if values else 0
+            blocks = [f"step {m}" for m in range(rows)]
+        self.blocks: tuple[str, ...] = tuple(blocks)
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What a plain dictionary of the measures lacks: ``Records(values, *layout)``."""
+        return self.starts, self.blocks
+
+    @classmethod
+    def join(cls, parts: Iterable[tuple[Records, int]], names: Sequence[str] | None = None) -> Records:
+        """The records of consecutive parts of a network as one, whose ``starts`` are the rows at which parts begin.
+
+        Args:
+            parts: the records of each, with the same measures, and its number of blocks, which counts where the
+                records name none.
+            names: of the parts, each before those of its blocks unless it is empty; "part 0" and so on if not given,
+                where there are several.
+
+        Raises:
+            ValueError: parts that were measured by different measures, or another number of names.
+        """
+        parts = [*parts]
+        measured = [set(records) for records, _ in parts]
+        if any(each != measured[0] for each in measured):
+            raise ValueError(f"parts must have the same measures, got {' and '.join(map(str, map(sorted, measured)))}")
+        if names is None:
+            names = [f"part {k}" if len(parts) > 1 else "" for k in range(len(parts))]
+        rows: dict[str, list[Tensor]] = {}
+        starts: list[int] = []
+        blocks: list[str] = []
+        for (records, depth), part in zip(parts, names, strict=True):
+            starts.append(len(blocks))
+            depth = next((len(row) for row in records.values()), depth)
+            own = records.blocks if len(records.blocks) == depth else [f"step {m}" for m in range(depth)]
+            blocks += [f"{part} {block}" if part else block for block in own]
+            for name, row in records.items():
+                rows.setdefault(name, []).append(row)
+        return cls({name: torch.cat(row) for name, row in rows.items()}, starts, blocks)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Records:
+        """A function of each measure, ``(blocks, B)`` to the same rows: ``records.map(Tensor.detach)``."""
+        return Records({name: function(value) for name, value in self.items()}, *self.layout)
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """The measures as arrays ``(blocks, B)``, without gradients; of 16 bits they come in float32.
+
+        Raises:
+            ValueError: a measure that is not ``(blocks, B)`` as the others are.
+        """
+        arrays = {name: _array(value) for name, value in self.items()}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        for name, shape in shapes.items():
+            if len(shape) != 2 or shape[0] != len(self.blocks) or shape != next(iter(shapes.values())):
+                others = {n: s for n, s in shapes.items() if n != name}
+                raise ValueError(
+                    f"measure {name!r} must have shape (blocks, B) with the {len(self.blocks)} blocks that are named, "
+                    f"got {shape}{f' beside {others}' if others else ''}"
+                )
+        return arrays
+
+    def to_dataframe(self) -> DataFrame:
+        """A tidy table, a row for each block and sample: its columns are block, name, flow, sample, and each measure.
+
+        ``frame.groupby("block")`` keeps the order of the blocks, by their names they are sorted as words. Needs pandas.
+
+        Raises:
+            ValueError: as :meth:`to_numpy`, or a measure with the name of another column.
+
+        >>> records = Records({"action": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, blocks=["layer1.0", "layer2.0"])
+        >>> records.to_dataframe()
+           block      name  flow  sample  action
+        0      0  layer1.0     0       0     1.0
+        1      0  layer1.0     0       1     2.0
+        2      1  layer2.0     0       0     3.0
+        3      1  layer2.0     0       1     4.0
+        """
+        with needs("plot"):
+            import numpy as np
+            import pandas as pd
+
+        arrays = self.to_numpy()
+        if taken := [name for name in arrays if name in COLUMNS]:
+            raise ValueError(f"measures must not have the names of columns, {', '.join(COLUMNS)}, got {taken}")
+        samples = next((array.shape[1] for array in arrays.values()), 0)
+        rows = np.arange(len(self.blocks))
+        flows = np.searchsorted(self.starts, rows, side="right") - 1
+        columns = {
+            "block": rows.repeat(samples),
+            "name": np.array(self.blocks, dtype=object).repeat(samples),
+            "flow": flows.repeat(samples),
+            "sample": np.tile(np.arange(samples), len(rows)),
+        }
+        return pd.DataFrame(columns | {name: array.reshape(-1) for name, array in arrays.items()})
+
+    def __repr__(self) -> str:
+        return _table(self)
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """Names of which each is there once: those of modules that are called several times count the calls.
+
+    >>> numbered(["layer", "last", "layer"])
+    ['layer call 0', 'last', 'layer call 1']
+    """
+    names = [*names]
+    if len(set(names)) == len(names):
+        return names
+    calls: dict[str, int] = {}
+    unique = []
+    for name in names:
+        m = calls[name] = calls.get(name, -1) + 1
+        unique.append(f"{name} call {m}" if names.count(name) > 1 else name)
+    return unique
+
+
+def _array(value: Tensor) -> np.ndarray:
+    value = value.detach()
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    return value.cpu().numpy()
+
+
+def _table(records: Records) -> str:
+    """The means over the samples, a row per block, of which the middle is left out where there are many."""
+    count, shapes = len(records.blocks), {value.shape for value in records.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != count:
+        measured = ", ".join(f"{name} {tuple(value.shape)}" for name, value in records.items()) or "no measure"
+        return f"Records of {count} blocks: {measured}"
+    rows = [*zip(records.blocks, *(_means(value) for value in records.values()), strict=True)]
+    if count > SHOWN:
+        rows[SHOWN // 2 : -SHOWN // 2] = [("...", *("" for _ in records))]
+    rows = [("", *records), *rows]
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [
+        f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(cells, widths, strict=True))
+        for name, *cells in rows
+    ]
+    title = f"Records of {count} blocks x {shape[1]} samples, means over the samples:"
+    return "\n".join([title, *map(str.rstrip, lines)])
+
+
+def _means(value: Tensor) -> list[str]:
+    """Of each row, as text; "-" where there are no numbers, as on the meta device."""
+    try:
+        return [f"{mean:.4g}" for mean in value.detach().cpu().double().mean(1).tolist()]
+    except (RuntimeError, NotImplementedError):
+        return ["-"] * len(value)
