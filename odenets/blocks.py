@@ -25,7 +25,9 @@ __all__ = [
     "block_list",
     "check_arguments",
     "check_sharing",
+    "fields_per_block",
     "make_blocks",
+    "refuse",
     "step_sizes",
 ]
 
@@ -150,6 +152,21 @@ def check_sharing(stage_fields: StageFields, shared: bool) -> None:
         raise ValueError("shared uses one field for all blocks: stage_fields must be 'tied'")
 
 
+def refuse(unknown: dict[str, Any]) -> None:
+    """Refuse settings that a flow does not have.
+
+    Raises:
+        TypeError: any.
+    """
+    if {"tolerance", "controller"} & set(unknown):
+        raise TypeError(
+            "Flow has a block for each step and takes no tolerance: one field whose steps are chosen by their error is "
+            'odenets.NeuralODE(field, solver="bs23", tolerance=Tolerance(rtol=1e-3))'
+        )
+    if unknown:
+        raise TypeError(f"Flow takes no {', '.join(map(repr, unknown))}")
+
+
 def step_sizes(h: float | Sequence[float] | None, total_time: float | None, depth: int) -> tuple[float, ...]:
     """One step size per block, as :class:`~odenets.Flow` says.
 
@@ -171,6 +188,11 @@ def step_sizes(h: float | Sequence[float] | None, total_time: float | None, dept
     return tuple(map(float, sizes))
 
 
+def fields_per_block(tableau: ButcherTableau, stage_fields: StageFields) -> int:
+    """How many fields a block of a method has."""
+    return 1 if stage_fields == "tied" else tableau.stages - (stage_fields == "chained" and tableau.fsal)
+
+
 def make_blocks(
     source: FieldSource, sizes: Sequence[float], tableau: ButcherTableau, stage_fields: StageFields
 ) -> list[Block]:
@@ -179,7 +201,7 @@ def make_blocks(
     Raises:
         TypeError, ValueError: the source makes no modules, or one and the same at each call.
     """
-    per_block = 1 if stage_fields == "tied" else tableau.stages - (stage_fields == "chained" and tableau.fsal)
+    per_block = fields_per_block(tableau, stage_fields)
     fields = [_new_field(source, first=not i) for i in range(per_block * len(sizes))]
     if len(fields) > 1 and len(set(fields)) == 1:
         raise ValueError(

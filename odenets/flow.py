@@ -8,7 +8,6 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from odenets.blocks import (
     Block,
@@ -18,10 +17,13 @@ from odenets.blocks import (
     block_list,
     check_arguments,
     check_sharing,
+    fields_per_block,
     make_blocks,
+    refuse,
     step_sizes,
 )
 from odenets.fields import field_for
+from odenets.lazy import LazyParameters, refuse_state
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
 from odenets.recording import Records, measure_steps
@@ -39,7 +41,7 @@ class Flow(nn.Module):
     Blocks keep one dimension, ``x_{m+1} = x_m + h_m r_m(x_m)``, each a Runge-Kutta step with weights of its own.
 
     ``Flow(solver="bs23")`` alone works: like torch's lazy modules it makes its field from the first input, an MLP for
-    ``(B, D)``, a convolutional one for ``(B, C, H, W)``. Show it a batch before building an optimizer.
+    ``(B, D)``, a convolutional one for ``(B, C, H, W)``. An optimizer may be built before.
 
     Args:
         field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one
@@ -79,7 +81,7 @@ class Flow(nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        _check_settings(unknown)
+        refuse(unknown)
         self.tableau = get_tableau(solver)
         check_sharing(stage_fields, shared)
         self._sizes = step_sizes(h, total_time, depth)
@@ -90,7 +92,9 @@ class Flow(nn.Module):
         self.start = 0.0  # the time of its first state; that of a part of a flow lies later
         self.blocks = nn.ModuleList()
         if field is None:
-            self.field_of_first_input = UninitializedParameter()
+            count = (1 if shared else depth) * fields_per_block(self.tableau, stage_fields)
+            self.field_of_first_input = LazyParameters(count)
+            self.register_load_state_dict_pre_hook(refuse_state)
         elif isinstance(field, tuple):
             self.blocks.extend(block_list(field))
         else:
@@ -161,9 +165,10 @@ class Flow(nn.Module):
         """Make the field from the first input, if none was given; remember the shape of its samples."""
         if not len(self.blocks):
             with torch.inference_mode(False):  # whose tensors could never be trained
-                field = field_for(x)  # raises where there is none
+                field, parameters = field_for(x), self.field_of_first_input  # raises where there is no default field
                 del self.field_of_first_input
                 self._make_blocks(field)
+                parameters.become([field for block in self.blocks for field in cast(Block, block).fields])
             self.train(self.training)
         self.input_shape = self.input_shape or tuple(x.shape[1:])
 
@@ -346,18 +351,3 @@ class Flow(nn.Module):
     def extra_repr(self) -> str:
         blocks = f"depth={self.depth}, stage_fields={self.stage_fields}"
         return f"solver={self.tableau.name}, {blocks}, total_time={self.total_time:g}"
-
-
-def _check_settings(unknown: dict[str, Any]) -> None:
-    """Refuse settings that a flow does not have.
-
-    Raises:
-        TypeError: any.
-    """
-    if {"tolerance", "controller"} & set(unknown):
-        raise TypeError(
-            "Flow has a block for each step and takes no tolerance: one field whose steps are chosen by their error is "
-            'odenets.NeuralODE(field, solver="bs23", tolerance=Tolerance(rtol=1e-3))'
-        )
-    if unknown:
-        raise TypeError(f"Flow takes no {', '.join(map(repr, unknown))}")

@@ -128,7 +128,7 @@ def test_a_refused_first_input_leaves_a_lazy_flow_as_it_was():
 
 def test_lazy_flow_shows_that_it_has_no_field_yet():
     flow = Flow()
-    assert [nn.parameter.is_lazy(p) for p in flow.parameters()] == [True]
+    assert all(nn.parameter.is_lazy(p) for p in flow.parameters())
     flow(VECTORS.double())
     assert all(p.dtype == torch.float64 for p in flow.parameters())
     assert flow.input_shape == (3,)
@@ -153,3 +153,47 @@ def test_step_sizes_of_a_state_reach_shared_and_lazy_flows():
     lazy.set_extra_state(torch.tensor([0.3, 0.7]))
     lazy(VECTORS)
     assert lazy.h == pytest.approx((0.3, 0.7))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"shared": True}, {"stage_fields": "untied", "solver": "rk4"}, {"stage_fields": "chained"}]
+)
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])
+def test_an_optimizer_built_before_the_first_batch_trains_the_field(settings, shape):
+    x, flow = torch.randn(8, *shape), Flow(depth=3, **settings)
+    held = [*flow.parameters()]
+    optimizer = torch.optim.Adam(held, 0.1)
+    copy.deepcopy(flow)
+    assert not any(key.startswith("blocks") for key in flow.state_dict())
+    flow(x)
+    parameters = [*flow.parameters()]
+    assert {*map(id, parameters)} <= {*map(id, held)}
+    assert not any(map(torch.nn.parameter.is_lazy, held))
+    before = [p.clone() for p in parameters]
+    flow.record(x, readout="ensemble")[0].square().sum().backward()
+    torch.nn.utils.clip_grad_norm_(held, 1.0)
+    optimizer.step()
+    assert all(p.grad is not None and not torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_lazy_flow_draws_the_fields_that_a_flow_of_its_field_draws():
+    torch.manual_seed(3)
+    lazy = Flow(depth=2)
+    lazy(VECTORS)
+    torch.manual_seed(3)
+    flow = Flow(MLPField(3), depth=2)
+    assert torch.equal(lazy(VECTORS), flow(VECTORS))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_for_a_flow_without_a_field_names_what_makes_it(strict):
+    net = nn.Sequential(nn.Linear(3, 3), Flow(depth=2))
+    net(VECTORS)
+    fresh = nn.Sequential(nn.Linear(3, 3), Flow(depth=2))
+    with pytest.raises(RuntimeError, match=r"flow '1' has no field yet: call the network once.*odenets.load_weights"):
+        fresh.load_state_dict(net.state_dict(), strict=strict)
+    fresh.load_state_dict(nn.Sequential(nn.Linear(3, 3), Flow(depth=2)).state_dict())
+    fresh(VECTORS)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(VECTORS), net(VECTORS))
