@@ -27,7 +27,7 @@ def test_under_lightning_too():
             return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
 
         def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), 0.05)
+            return torch.optim.Adam(self.parameters(), 0.02)
 
     torch.manual_seed(0)
     classifier = Classifier()
@@ -38,7 +38,7 @@ def test_under_lightning_too():
     )  # fmt: skip
     trainer.fit(classifier, torch.utils.data.DataLoader([*zip(X, Y, strict=True)], 32))
     assert {*classifier.parameters()} <= {*held}
-    assert (classifier.network(X).argmax(1) == Y).float().mean() > 0.95
+    assert nn.functional.cross_entropy(classifier.network(X), Y) < 0.6  # a linear network has 0.69
 
 
 def test_moved_before_its_first_batch_it_is_of_the_kind_of_that():
