@@ -87,28 +87,26 @@ USES = {
 }
 SETTING = """
 import json, torch, odenets
-from functools import partial
 net = odenets.models.points_network()
 points = odenets.training.TensorData("points", torch.randn(8, 2), torch.arange(8) % 2, 2, (0, 0), (1, 1))
 data = odenets.training.Batches(points, 2)
 net(points.x)
 images, label, array = odenets.models.small_network().eval(), torch.tensor([0, 1]), torch.randn(9).numpy()
 images(torch.rand(2, 1, 8, 8))
-optimizer = OPTIMIZER
-said = {}
+optimizer = lambda of: torch.optim.SGD(getattr(of, "parameters", lambda: of)(), 0.1)
+results = {}
 for name, use in USES.items():
     try:
         exec(use)
-        said[name] = "works"
+        results[name] = "works"
     except Exception as error:
-        said[name] = f"{type(error).__name__}: {error}"
-print(json.dumps(said))
+        results[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(results))
 """
 
 
 def tried(folder, names, uses, before=""):
     code = SETTING.replace("USES", repr({name: USES[name][2] for name in uses}))
-    code = code.replace("OPTIMIZER", "lambda network: torch.optim.SGD(network.parameters(), 0.1)")
     return json.loads(printed(folder, names, before + code)[-1])
 
 
