@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from odenets import files as files
     from odenets import flow as flow
     from odenets import initialization as initialization
+    from odenets import lazy as lazy
     from odenets import least_action as least_action
     from odenets import measures as measures
     from odenets import models as models
