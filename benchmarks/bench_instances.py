@@ -43,7 +43,7 @@ def bench_instances(benchmark: Any, machine: dict[str, Any], who: str, depth: in
     run: Callable[[], object]
     if who == "one alone":
         one = network(0, depth)
-        run = partial(fit, one, batches[0], epochs=1, optimizer=lambda n: adam(n.parameters()), objective=objective())
+        run = partial(fit, one, batches[0], epochs=1, optimizer=adam, objective=objective())
     else:
         networks = [network(seed, depth) for seed in range(INSTANCES)]
         run = partial(fit_instances, networks, batches, epochs=1, optimizer=adam, objective=objective)

@@ -136,8 +136,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
         network,
         Batches(train, config.batch_size, seed=config.seed),
         epochs=config.epochs,
-        optimizer=lambda net: torch.optim.SGD(
-            [p for p in net.parameters() if p.requires_grad], config.learning_rate, momentum=0.9, weight_decay=1e-4
+        optimizer=lambda parameters: torch.optim.SGD(
+            [p for p in parameters if p.requires_grad], config.learning_rate, momentum=0.9, weight_decay=1e-4
         ),
         objective=objective(config, job.method),
         callbacks=[Progress(report, run)],

@@ -212,7 +212,7 @@ def trained(config: NetworkConfig, job: Job, train: TensorData) -> Network:
     sgd = partial(torch.optim.SGD, lr=config.learning_rate, momentum=0.9, weight_decay=1e-4, nesterov=True)
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=config.epochs)
     fit(
-        network, batches, epochs=config.epochs, optimizer=lambda network: sgd(network.parameters()), schedule=cosine,
+        network, batches, epochs=config.epochs, optimizer=sgd, lr_scheduler=cosine,
         objective=METHODS[job.method](), run=run, clip_norm=5.0,
     )  # fmt: skip
     save_weights(network, folder / "weights.safetensors")

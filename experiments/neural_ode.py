@@ -46,9 +46,9 @@ from odenets.analysis.memory import measure_memory
 from odenets.checkpoints import save_weights
 from odenets.least_action import ActionPenalty
 from odenets.neural_ode import NeuralODE
+from odenets.training.callbacks import Callback
 from odenets.training.data import Batches
 from odenets.training.evaluation import evaluate
-from odenets.training.loop import Callback
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.state import Training
 from solvers import Tolerance

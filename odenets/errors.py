@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
-__all__ = ["DivergedError", "WorkerLostError", "needs"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+__all__ = ["DivergedError", "WorkerLostError", "needs", "renamed"]
 
 
 class DivergedError(RuntimeError):
@@ -45,3 +50,27 @@ def needs(extra: str) -> Iterator[None]:
     except ImportError as error:
         error.add_note(f"pip install --upgrade 'odenets[{extra}]' brings the versions that this needs")
         raise
+
+
+def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function that names the successor of an argument that it no longer has.
+
+    >>> @renamed(rate="lr_scheduler")
+    ... def train(*, lr_scheduler=None):
+    ...     pass
+    >>> train(rate=0.1)
+    Traceback (most recent call last):
+        ...
+    TypeError: train() has no argument 'rate': its name is lr_scheduler
+    """
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if old := next((name for name in kwargs if name in names), None):
+                raise TypeError(f"{function.__name__}() has no argument {old!r}: its name is {names[old]}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return wrap

@@ -80,10 +80,6 @@ class _WithCost(Objective):
         super().__init__({**task.measures, cost.kind: cost.measure})
         self.task, self.cost = task, cost
 
-    def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        """The task's: what moving the data costs is no part of it."""
-        return self.task.validation_loss(network, batch, output, records)
-
     @property
     def needs_second_forward(self) -> bool:
         return self.task.needs_second_forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from lab.config import Config, check_any
 from lab.runs import Run
 from lab.workers import Report
 from odenets import Network
+from odenets.training.callbacks import Callback
 from odenets.training.data import Batches, Split
-from odenets.training.loop import Callback, fit
+from odenets.training.loop import fit
 from odenets.training.state import Training
 
 __all__ = ["Progress", "TrainingConfig", "fit_network", "parts_of"]
@@ -79,8 +81,8 @@ def fit_network(
         network,
         batches,
         epochs=config.epochs,
-        optimizer=lambda net: torch.optim.SGD(net.parameters(), config.learning_rate, momentum=0.9),
-        schedule=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, config.epochs),
+        optimizer=partial(torch.optim.SGD, lr=config.learning_rate, momentum=0.9),
+        lr_scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=config.epochs),
         callbacks=[*callbacks, Progress(report, run)],
         run=run,
         fabric=Fabric(accelerator=config.device, devices=1),

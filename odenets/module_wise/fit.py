@@ -26,10 +26,11 @@ from odenets.module_wise.partition import shared_parameter
 from odenets.module_wise.schedule import Plan, Schedule, Visit
 from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
 from odenets.training.data import Batches, data_for
-from odenets.training.loop import progress_bar
 from odenets.training.objectives import Objective
+from odenets.training.optimization import check_optimizer, load_optimizer, make_lr_scheduler, optimizer_state
+from odenets.training.progress import progress_bar
 from odenets.training.runs import Run
-from odenets.training.state import check_optimizer, check_precision, load_optimizer, make_schedule, optimizer_state
+from odenets.training.state import check_precision
 
 __all__ = ["ModuleTraining", "fit_modules", "move"]
 
@@ -155,7 +156,7 @@ def fit_modules(
         if schedule != "sequential" or plan.epochs[k]:
             check_optimizer(one, unit)
     objectives = objectives_of(objective or greedy(), [network.K - 1] if plan.whole else range(network.K), network.K)
-    rates = [made for one in optimizers if (made := make_schedule(rate, one))]
+    rates = [made for one in optimizers if (made := make_lr_scheduler(rate, one))]
     training = ModuleTraining(network, nn.ModuleList(objectives).to(device), optimizers, rates)
     state = run.load_state(checkpoint) if run else None
     if state is not None:

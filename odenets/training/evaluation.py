@@ -1,46 +1,123 @@
-"""Evaluation: loss and accuracy of a network on a data set, which leaves no trace in it."""
+"""Evaluation: loss and metric of a network on data, which leaves no trace in it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from odenets.modes import evaluating, inputs_for, keeping_state, total_dtype
+from odenets.modes import evaluating, keeping_state, total_dtype
 from odenets.network import Network
-from odenets.training.data import Batches
-from odenets.training.objectives import logits_and_labels, right_answers
+from odenets.recording import Records, record
+from odenets.training.metrics import Metric, MetricFunction, accuracy, check_labels
+from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, logits_and_labels
+from odenets.training.sources import Collate, Source, arguments, samples_in
 
-__all__ = ["Evaluation", "evaluate", "evaluate_schemes"]
+__all__ = ["Evaluation", "evaluate", "evaluate_schemes", "evaluate_source"]
+
+PLAIN = (CrossEntropy.validation_loss, ReverseCrossEntropy.validation_loss)
+"""Cross-entropies, which are summed over the samples before they are rounded to a mean."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy on a data set."""
+    """Mean loss and metric on data.
+
+    Attributes:
+        loss: what the objective reports of a validation; cross-entropy by default.
+        metric: the mean of the metric; None without one.
+        name: of the metric.
+    """
 
     loss: float
-    accuracy: float
+    metric: float | None
+    name: str = "accuracy"
+
+    @property
+    def accuracy(self) -> float:
+        """The metric, where it is the accuracy.
+
+        Raises:
+            AttributeError: it is another one.
+        """
+        if self.name != "accuracy" or self.metric is None:
+            raise AttributeError(f"evaluation has the metric {self.name!r}, not the accuracy: read .metric")
+        return self.metric
 
 
-@torch.no_grad()
-def evaluate(network: nn.Module, batches: Batches) -> Evaluation:
-    """Cross-entropy and accuracy in eval mode on the samples as they are, neither cropped nor mirrored.
+def evaluate(
+    network: nn.Module,
+    batches: Iterable[Any],
+    *,
+    objective: Objective | None = None,
+    metric: MetricFunction | None = None,
+    collate: Collate | None = None,
+) -> Evaluation:
+    """Loss and metric in eval mode, of :class:`Batches` on the samples as they are, neither cropped nor mirrored.
 
     Inputs are taken to the network's device and dtype; its modes, buffers and random state are left as they were, and
     the device is waited for once.
 
+    Args:
+        network: a module; one that records where the objective's task measures something.
+        batches: any iterable of batches, of which one epoch is drawn.
+        objective: its ``validation_loss`` is the loss; cross-entropy if not given.
+        metric: ``(output, targets)`` to a number, the mean of the batch, or a number per sample; the accuracy if not
+            given, and none for a :class:`~odenets.training.Task`.
+        collate: makes ``(inputs, targets)`` of a batch; not needed where a batch is that pair.
+
     Raises:
-        TypeError, ValueError: the network returns no logits, or not one for each class.
+        TypeError, ValueError: the network returns no logits, or not one for each class, where cross-entropy or accuracy
+            read them; or a metric that returns no number, or batches that are none.
     """
-    return _evaluate(network, batches, lambda x: {"": network(x)})[""]
+    source = Source.of(batches, collate)
+    source.move_to(network)
+    objective = objective or CrossEntropy()
+    return evaluate_source(network, source, objective, Metric.of(metric, objective))
 
 
 @torch.no_grad()
-def evaluate_schemes(network: Network, batches: Batches, *, full_passes: bool = False) -> dict[str, Evaluation]:
-    """:func:`evaluate` of every output of :meth:`Network.outputs`: each embedded scheme, and "ensemble".
+def evaluate_source(
+    network: nn.Module,
+    source: Source,
+    objective: Objective,
+    metric: Metric | None,
+    *,
+    forward: nn.Module | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+) -> Evaluation:
+    """:func:`evaluate` of a source whose batches are where the network is.
+
+    Args:
+        forward: what is called in place of the network, a wrapper around it.
+        reduce: sums totals over processes.
+    """
+    measures = objective.task.measures
+
+    def run(inputs: Any) -> tuple[Any, Records]:
+        if forward is not None:
+            return record(forward, inputs, measures)
+        return record(network, inputs, measures) if measures else (network(*arguments(inputs)), Records({}))
+
+    totals = _Totals(objective, metric, source.title)
+    with keeping_state(network), evaluating(network):
+        for inputs, targets in source.in_order():
+            output, records = run(inputs)
+            totals.add(network, (inputs, targets), output, records)
+    loss, value = totals.means(reduce)
+    return Evaluation(loss, value, metric.name) if metric else Evaluation(loss, None, "")
+
+
+@torch.no_grad()
+def evaluate_schemes(
+    network: Network, batches: Iterable[Any], *, full_passes: bool = False, collate: Collate | None = None
+) -> dict[str, Evaluation]:
+    """Cross-entropy and accuracy of every output of :meth:`Network.outputs`: each embedded scheme, and "ensemble".
 
     Raises:
         TypeError: a network without such outputs.
@@ -48,24 +125,50 @@ def evaluate_schemes(network: Network, batches: Batches, *, full_passes: bool = 
     """
     if not hasattr(network, "outputs"):
         raise TypeError(f"network must be an odenets.Network, whose schemes have outputs, got {type(network).__name__}")
-    return _evaluate(network, batches, lambda x: network.outputs(x, full_passes=full_passes))
-
-
-def _evaluate(
-    network: nn.Module, batches: Batches, outputs: Callable[[Tensor], dict[str, Tensor]]
-) -> dict[str, Evaluation]:
-    data, totals = batches.data, {}
+    source = Source.of(batches, collate)
+    source.move_to(network)
+    objective, totals = CrossEntropy(), dict[str, _Totals]()
     with keeping_state(network), evaluating(network):
-        for x, y in batches.in_order():
-            for name, output in outputs(inputs_for(network, x)).items():
-                output, y = logits_and_labels(output, y.to(output.device) if isinstance(output, Tensor) else y)
-                if name not in totals:
-                    logits = output.shape[1]
-                    if logits < data.classes and logits <= (largest := int(data.y.max())):
-                        raise ValueError(
-                            f"the network has {logits} logits, and the labels of {data.name} go up to {largest}"
-                        )
-                    totals[name] = torch.zeros(2, dtype=total_dtype(output.device), device=output.device)
-                totals[name] += torch.stack([F.cross_entropy(output, y, reduction="sum"), right_answers(output, y)])
-    values = (torch.stack(list(totals.values())) / len(data)).tolist()
-    return {name: Evaluation(*value) for name, value in zip(totals, values, strict=True)}
+        for inputs, targets in source.in_order():
+            for name, output in network.outputs(*arguments(inputs), full_passes=full_passes).items():
+                of_scheme = totals.setdefault(name, _Totals(objective, Metric.of(None, objective), source.title))
+                of_scheme.add(network, (inputs, targets), output, Records({}))
+    return {name: Evaluation(*of_scheme.means()) for name, of_scheme in totals.items()}
+
+
+class _Totals:
+    """Loss and metric of outputs, summed over samples, and how many those are."""
+
+    def __init__(self, objective: Objective, metric: Metric | None, name: str) -> None:
+        while type(objective).validation_loss is Objective.validation_loss and objective.task is not objective:
+            objective = objective.task  # whose loss it is
+        self.objective, self.metric, self.name = objective, metric, name
+        self.samples = 0
+        self.sums: Tensor | None = None
+
+    def add(self, network: nn.Module, batch: tuple[Any, Any], output: Any, records: Records) -> None:
+        n, targets = samples_in(batch[0]), batch[1]
+        if type(self.objective).validation_loss in PLAIN:
+            loss = F.cross_entropy(*self._checked(output, targets), reduction="sum")
+        else:
+            loss = self.objective.validation_loss(network, batch, output, records) * n
+        if self.metric is not None and self.metric.function is accuracy:
+            self._checked(output, targets)
+        value = self.metric.total(output, targets, n) if self.metric else 0.0
+        if self.sums is None:
+            device = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), loss).device
+            self.sums = torch.zeros(2, dtype=total_dtype(device), device=device)
+        self.sums += torch.stack([torch.as_tensor(total, device=self.sums.device) for total in (loss, value)])
+        self.samples += n
+
+    def _checked(self, output: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        logits, labels = logits_and_labels(output, targets)
+        if not self.samples or logits.device.type == "cpu":
+            check_labels(logits, labels, self.name)
+        return logits, labels
+
+    def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> tuple[float, float]:
+        assert self.sums is not None  # a source has at least one batch
+        totals = reduce(torch.cat([self.sums, self.sums.new_tensor([self.samples])]))
+        loss, value = (totals[:2] / totals[2]).tolist()
+        return loss, value

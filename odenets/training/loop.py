@@ -2,66 +2,57 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from odenets.checkpoints import is_finite
-from odenets.errors import DivergedError, needs
-from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, to_training_mode, total_dtype
+from odenets.checkpoints import restore_structure
+from odenets.errors import needs, renamed
+from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, to_training_mode
 from odenets.recording import Recorder
-from odenets.training.data import Batches, data_for
-from odenets.training.evaluation import Evaluation, evaluate
+from odenets.training.callbacks import Callback, Callbacks
+from odenets.training.data import Batches
+from odenets.training.epochs import CONVERTING, Epochs, Options
+from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.optimization import (
+    Interval,
+    MakeLRScheduler,
+    MakeOptimizer,
+    make_lr_scheduler,
+    make_optimizer,
+)
+from odenets.training.processes import Processes
+from odenets.training.progress import log_row, progress_bar
 from odenets.training.runs import Run
-from odenets.training.state import Training, check_optimizer, make_schedule
-from odenets.training.steps import Stepper
+from odenets.training.sources import Collate, Source, arguments, part
+from odenets.training.state import Training
+from odenets.training.steps import set_up
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Callback", "fit", "progress_bar"]
-
-CONVERTING = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""Fabric's precisions in which weights are converted."""
+__all__ = ["fit"]
 
 
-class Callback(Protocol):
-    """Acts between epochs. What it must remember beyond a kill belongs in ``training.rows``.
-
-    Attributes:
-        recovers: whether :meth:`on_divergence` may help; the loop then keeps a copy of the state at each epoch's start.
-    """
-
-    recovers: bool = False
-
-    def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
-        """Called with the epoch's metrics, to which it may add; the network may be edited."""
-
-    def on_divergence(self, training: Training) -> bool:
-        """Called when an epoch has diverged, with the state from before it; True trains the epoch again."""
-        return False
-
-
+@renamed(schedule="lr_scheduler")
 def fit(
     network: Recorder,
-    batches: Batches,
+    batches: Iterable[Any],
     *,
     epochs: int,
-    optimizer: Callable[[Any], Optimizer],
-    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    optimizer: MakeOptimizer,
+    lr_scheduler: MakeLRScheduler | None = None,
+    lr_interval: Interval = "epoch",
     objective: Objective | None = None,
-    validation: Batches | None = None,
-    callbacks: Sequence[Callback] = (),
+    metric: MetricFunction | None = None,
+    validation: Iterable[Any] | None = None,
+    collate: Collate | None = None,
+    callbacks: Sequence[Callback | Callable[[Training, dict[str, Any]], object]] = (),
     loss_limit: float = math.inf,
     run: Run | None = None,
     checkpoint: str = "resume.pt",
@@ -78,21 +69,32 @@ def fit(
     whole. In the end it is in training mode, and no gradients are left.
 
     Args:
-        network: a module that records its steps, trained in place, moved to the fabric's device. Inputs are taken to
-            its dtype. Where it does not return logits ``(B, classes)`` the accuracy is NaN.
-        batches: training data; epoch e draws the same batches in every run.
+        network: a module that records its steps, trained in place, moved to the fabric's device.
+        batches: training data: :class:`Batches` in memory, whose epoch e is the same in every run, a DataLoader, a
+            list, or any other iterable of batches ``(inputs, targets)``. Inputs are a tensor or a tuple ``(x, *args)``
+            and are taken to the network's device and dtype; targets are what the objective reads. An iterator has one
+            epoch.
         epochs: how many.
-        optimizer: makes the optimizer from the network; its parameter groups must follow from the network alone. A
-            warning names what requires a gradient and is not in it.
-        schedule: makes a learning-rate schedule, stepped once an epoch.
-        objective: :class:`CrossEntropy` if not given.
-        validation: measured after every epoch, by :func:`evaluate`.
-        callbacks: called between epochs.
+        optimizer: makes the optimizer from the list of the network's parameters,
+            ``partial(torch.optim.SGD, lr=0.1)``. A warning names what requires a gradient and is not in it.
+        lr_scheduler: makes a scheduler of learning rates from the optimizer. ReduceLROnPlateau reads the validation
+            loss, or without validation the training loss.
+        lr_interval: whether the scheduler takes a step each "epoch" or each "step" of the optimizer.
+        objective: :class:`CrossEntropy` if not given; ``Task(F.mse_loss)`` for any function of output and targets.
+        metric: ``(output, targets)`` to a number, the mean of the batch, or a number per sample ``(B,)``; the rows hold
+            its means under its ``__name__``. The accuracy if not given, NaN where the network returns no logits
+            ``(B, classes)``; none for a :class:`Task`.
+        validation: measured after every epoch by the objective's ``validation_loss`` and the metric; any data, as
+            ``batches``. Every process measures all of it, unless it has a distributed sampler.
+        collate: makes ``(inputs, targets)`` of a batch of another kind, of training and validation.
+        callbacks: called between epochs: :class:`Callback` objects, and functions ``(training, row)``.
         loss_limit: an epoch whose mean training loss is above this has diverged, like one after which a loss, of
             training or validation, or a weight is not finite.
         run: holds the resume state called ``checkpoint``; where there is one the training goes on from it and ends, on
-            one device, with the weights of a training that never stopped, to the last bit. Of several processes only
-            the first needs a run.
+            one device, with the weights of a training that never stopped, to the last bit. That holds of a DataLoader
+            too, whose samplers draw from torch's, Python's or NumPy's global generator, or from one that it or its
+            sampler holds as ``generator``; not where ``persistent_workers`` draw at random, nor for samplers with a
+            state of another kind. Of several processes only the first needs a run.
         checkpoint: name of the resume state.
         clip_norm: largest norm of the gradient of all parameters together; it is scaled down to this.
         accumulate: parts in which a batch comes, one after the other, for less memory: the gradient is that of the
@@ -100,24 +102,94 @@ def fit(
             "norm", and a lambda, which grows with the loss of one part.
         compile: train through ``torch.compile(network.record)``.
         progress: label of a progress bar; none without it.
-        fabric: Lightning Fabric; one CPU if not given. Its ``precision="64-true"``, ``"bf16-true"`` or ``"16-true"``
-            converts the network, ``"32-true"`` takes it in the dtype it has; losses are in float32 at least.
-            ``"bf16-mixed"`` is automatic mixed precision, in which weights, outputs and measures stay in float32.
-            Launched on several processes (``torchrun``), each takes its share of every batch, and their gradients are
-            averaged: the result is that of one process, but for batch norms, which see a share at a time, and for a
-            cost that is no mean over samples. After every epoch all go on with the first one's buffers.
+        fabric: Lightning Fabric; one CPU if not given. Each row's numbers go to its loggers. Its
+            ``precision="64-true"``, ``"bf16-true"`` or ``"16-true"`` converts the network, ``"32-true"`` takes it in
+            the dtype it has; losses are in float32 at least. ``"bf16-mixed"`` is automatic mixed precision, in which
+            weights, outputs and measures stay in float32.
+            Launched on several processes (``torchrun``), each takes its share of every batch in memory or in a list; a
+            DataLoader gets Fabric's distributed sampler, unless it has one, and each process its batches; what else
+            yields batches is each process' own. Gradients are weighted by the numbers of samples: the result is that of
+            one process with the batches of all, but for batch norms, which see their own, and for a cost that is no
+            mean over samples. A process that runs out of batches ends the epoch for all, with a warning. After every
+            epoch all go on with the first one's buffers.
+            Its ModelParallelStrategy may shard what it sets up, a :class:`~odenets.recording.Recording` of the network
+            (FSDP2): checkpoints hold whole tensors, and callbacks cannot edit the network.
 
     Returns:
         The finished training, with one row of metrics per epoch.
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
-        TypeError: a network that records nothing or consists of modules, no objective, a schedule whose steps need a
-            metric, or an output that the objective, or with validation the evaluation, cannot read.
-        ValueError: arguments out of range, a batch with fewer samples than there are processes, an optimizer without
-            the network's parameters, mixed precision of a float64 network, or a checkpoint of another precision or
-            optimizer.
+        TypeError: a network that records nothing or consists of modules, no objective, an optimizer that is none of
+            parameters, data that is no iterable of batches, a metric that returns no number, or an output that the
+            objective, or with validation the accuracy, cannot read.
+        ValueError: arguments out of range, no batch, a batch with fewer samples than there are processes, an optimizer
+            without the network's parameters, mixed precision of a float64 network, or a checkpoint of another
+            precision, optimizer, scheduler or other callbacks.
     """
+    module = _checked(network)
+    objective = objective or CrossEntropy()
+    if fabric is None:
+        with needs("training"):
+            from lightning_fabric import Fabric
+        fabric = Fabric(accelerator="cpu", devices=1)
+    _check_arguments(objective, epochs=epochs, clip_norm=clip_norm, accumulate=accumulate, progress=progress)
+    options = Options(
+        metric=Metric.of(metric, objective),
+        lr_interval=lr_interval,
+        loss_limit=loss_limit,
+        clip_norm=clip_norm,
+        accumulate=accumulate,
+        compile=compile,
+    )
+    processes, hooks = Processes(fabric), Callbacks(callbacks)
+    source = processes.source(batches, collate, "batches")
+    validated = None if validation is None else Source.of(validation, collate, "validation")
+    run = run if fabric.is_global_zero else None
+    kept, saves = fabric.broadcast((run.load_state(checkpoint) if run else None, run is not None))
+    _check_data(source, validated, epochs - (kept["epoch"] if kept else 0), processes.replicas)
+
+    objective.to(fabric.device)
+    module.to(fabric.device, _weights_dtype(fabric, module))
+    _materialize(module, source)
+    if kept is not None:
+        restore_structure(module, kept["structure"])  # before a strategy shards the parameters
+    processes.start_alike(module)
+    for data in filter(None, (source, validated)):
+        data.move_to(module)
+    recording = set_up(fabric, network, objective, compile)
+    first = make_optimizer(optimizer, module.parameters())
+    training = Training(network, first, make_lr_scheduler(lr_scheduler, first, lr_interval), objective)
+    training.precision, training.source, training.callbacks = fabric.strategy.precision, source, hooks
+    if kept is not None:
+        _take_up(training, kept, optimizer, processes, f"checkpoint {run.folder / checkpoint}: " if run else "")
+        for row in training.rows:
+            log_row(fabric, row)
+    loop = Epochs(
+        training=training,
+        processes=processes,
+        recording=recording,
+        source=source,
+        validation=validated,
+        optimizer=optimizer,
+        options=options,
+    )
+    with progress_bar(progress, epochs, training.epoch) as show:
+        while training.epoch < epochs and not training.stop:
+            row = loop.next()
+            if row is None:
+                continue
+            if saves:
+                _save(training, processes, run, checkpoint)
+            log_row(fabric, row)
+            show(row)
+    hooks.after_training(training)
+    to_training_mode(module, loop.frozen)
+    training.optimizer.zero_grad()
+    return training
+
+
+def _checked(network: object) -> nn.Module:
     if not (isinstance(network, nn.Module) and callable(getattr(network, "record", None))):
         raise TypeError(
             f"network must be a module that records its steps, an odenets.Recorder, got {type(network).__name__}: "
@@ -125,56 +197,14 @@ def fit(
         )
     if trainer := getattr(network, "trained_by", None):
         raise TypeError(f"network must be one that is trained as a whole, got {type(network).__name__}: take {trainer}")
-    objective = objective or CrossEntropy()
-    if fabric is None:
-        with needs("training"):
-            from lightning_fabric import Fabric
-        fabric = Fabric(accelerator="cpu", devices=1)
-    _check_arguments(batches, objective, fabric.world_size, epochs=epochs, clip_norm=clip_norm, accumulate=accumulate)
-    run = run if fabric.is_global_zero else None
-    objective.to(fabric.device)
-    network.to(fabric.device, _weights_dtype(fabric, network))
-    if any(nn.parameter.is_lazy(p) for p in network.parameters()):  # they are made from the first input
-        with torch.no_grad(), keeping_state(network), evaluating(network):
-            network(inputs_for(network, batches.data.x[:2]))
-    first = optimizer(network)
-    training = Training(network, first, make_schedule(schedule, first), objective)
-    training.precision = fabric.strategy.precision
-    state = fabric.broadcast(run.load_state(checkpoint) if run else None)
-    if state is not None:
-        try:
-            training.load_state_dict(state, optimizer)
-        except ValueError as error:
-            raise ValueError(f"{f'checkpoint {run.folder / checkpoint}: ' if run else ''}{error}") from error
-    if validation is not None:
-        validation = Batches(data_for(network, validation.data), validation.size)
-    loop = _Loop(
-        training=training,
-        fabric=fabric,
-        batches=replace(batches, data=data_for(network, batches.data)),
-        validation=validation,
-        make_optimizer=optimizer,
-        callbacks=callbacks,
-        loss_limit=loss_limit,
-        step_options={"clip_norm": clip_norm, "accumulate": accumulate, "compile": compile},
-    )
-    with progress_bar(progress, epochs, training.epoch) as show:
-        while training.epoch < epochs:
-            row = loop.epoch()
-            if row is None:
-                continue
-            if run is not None:
-                run.save_state(training.state_dict(), checkpoint)
-                run.log(training.rows)
-            show(row)
-    to_training_mode(network, loop.frozen)
-    training.optimizer.zero_grad()
-    return training
+    return network
 
 
 def _check_arguments(
-    batches: Batches, objective: object, processes: int, *, epochs: int, clip_norm: float | None, accumulate: int
+    objective: object, *, epochs: int, clip_norm: float | None, accumulate: int, progress: object
 ) -> None:
+    if not isinstance(epochs, int) or isinstance(epochs, bool):
+        raise TypeError(f"epochs must be a whole number, got {epochs!r}")
     if epochs < 0:
         raise ValueError(f"epochs must not be negative, got {epochs}")
     if clip_norm is not None and not clip_norm > 0:
@@ -186,9 +216,20 @@ def _check_arguments(
             f"objective must be an odenets Objective, got {objective!r}: odenets.training.Task makes one of any "
             "function (output, y) -> loss"
         )
-    if batches.smallest < processes:
+    if progress is not None and not isinstance(progress, str):
+        raise TypeError(f'progress must be the label of a bar, such as progress="label", got {progress!r}')
+
+
+def _check_data(source: Source, validation: Source | None, epochs: int, replicas: int) -> None:
+    for data in filter(None, (source, validation)):
+        if data.has_one_epoch and epochs > 1:
+            raise ValueError(
+                f"{data.name} is an iterator ({type(data.data).__name__}), which gives one epoch, got epochs={epochs}: "
+                "pass a list or a DataLoader, which begin anew"
+            )
+    if isinstance(source.data, Batches) and source.data.smallest < replicas:
         raise ValueError(
-            f"batches must hold a sample for each of {processes} processes, got one of {batches.smallest}: "
+            f"batches must hold a sample for each of {replicas} processes, got one of {source.data.smallest}: "
             "choose another batch size"
         )
 
@@ -204,141 +245,32 @@ def _weights_dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
     return CONVERTING.get(precision)
 
 
-@contextmanager
-def progress_bar(label: str | None, epochs: int, done: int) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """What shows an epoch's row in a bar; nothing without a label."""
-    if label is None:
-        yield lambda row: None
+def _materialize(network: nn.Module, source: Source) -> None:
+    """Make the parameters that are made from the first input."""
+    if any(nn.parameter.is_lazy(p) for p in network.parameters()):
+        inputs, _ = part(source.first(), slice(2))
+        with torch.no_grad(), keeping_state(network), evaluating(network):
+            network(*tree_map(lambda x: inputs_for(network, x) if isinstance(x, Tensor) else x, arguments(inputs)))
+
+
+def _take_up(
+    training: Training, kept: dict[str, Any], optimizer: MakeOptimizer, processes: Processes, place: str
+) -> None:
+    """Go on from a checkpoint, each process from its own random state."""
+    own = kept.pop("processes")
+    state = kept | (own[processes.fabric.global_rank] if len(own) == processes.fabric.world_size else {})
+    try:
+        training.load_state_dict(state, optimizer)
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from error
+
+
+def _save(training: Training, processes: Processes, run: Run | None, checkpoint: str) -> None:
+    """Write a checkpoint, to which every process gives its random state, and a sharded one its weights."""
+    own = processes.gathered(training.process_state())
+    if run is None and not training.sharded:
         return
-    with needs("training"):
-        from tqdm import tqdm
-
-    def show(row: dict[str, Any]) -> None:
-        bar.update()
-        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
-
-    with tqdm(total=epochs, initial=done, desc=label, unit="epoch", leave=False) as bar:
-        yield show
-
-
-@dataclass(kw_only=True)
-class _Loop:
-    """Epochs: training, validation, and what becomes of one that diverges."""
-
-    training: Training
-    fabric: Fabric
-    batches: Batches
-    validation: Batches | None
-    make_optimizer: Callable[[Any], Optimizer]
-    callbacks: Sequence[Callback]
-    loss_limit: float
-    step_options: dict[str, Any]
-    frozen: list[nn.Module] = field(default_factory=list)
-    _step: Stepper | None = None
-    _parameters: list[int] = field(default_factory=list)
-    _started: float = 0.0
-
-    def __post_init__(self) -> None:
-        rows = self.training.rows
-        self._started = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
-
-    def epoch(self) -> dict[str, Any] | None:
-        """Train for an epoch: its row of metrics, or None where it diverged and is to be trained again."""
-        training = self.training
-        recovering = any(getattr(callback, "recovers", False) for callback in self.callbacks)
-        before = training.snapshot() if recovering else None
-        self._set_up()
-        self.frozen = to_training_mode(training.network, self.frozen)
-        loss, accuracy = self._train()
-        validated = None
-        if self.validation is not None and math.isfinite(loss):
-            converting = self.fabric.strategy.precision.precision in CONVERTING
-            with self.fabric.autocast() if converting else nullcontext():
-                validated = evaluate(training.network, self.validation)
-        if trouble := self._trouble(loss, validated):
-            self._recover(before, trouble)
-            return None
-        training.epoch += 1
-        return self._log(loss, accuracy, validated)
-
-    def _set_up(self) -> None:
-        """Make the steps of the parameters there are: at first, and after callbacks have edited blocks."""
-        parameters = list(map(id, self.training.network.parameters()))
-        if parameters == self._parameters:
-            return
-        self._step = None
-        check_optimizer(self.training.optimizer, self.training.network, self.training.objective, stacklevel=5)
-        if self.fabric.world_size > 1:
-            gc.collect()  # so that no hooks of an earlier set-up are left
-        options = self.step_options | {"validated": self.validation is not None}
-        self._step = Stepper(self.training, self.fabric, **options)
-        self._parameters = parameters
-
-    def _train(self) -> tuple[float, float]:
-        """Mean training loss and accuracy of an epoch, cut short once the loss is not finite.
-
-        That is looked at every batch on a CPU and every 32nd elsewhere, where looking means to wait for the device; not
-        where several processes train, which must all take the same steps.
-        """
-        training, fabric, step = self.training, self.fabric, self._step
-        assert step is not None
-        totals = torch.zeros(2, dtype=total_dtype(fabric.device), device=fabric.device)
-        every = 1 if fabric.device.type == "cpu" else 32
-        for i, (x, y) in enumerate(self.batches.epoch(training.epoch), 1):
-            totals += step(x, y)
-            training.evaluations += training.network.evaluations * len(x)
-            if i % every == 0 and fabric.world_size == 1 and not math.isfinite(totals[0].item()):
-                break
-        totals = cast(Tensor, fabric.all_reduce(totals, reduce_op="sum"))
-        if fabric.world_size > 1:  # each has seen its own shares
-            for buffer in training.network.buffers():
-                distributed.broadcast(buffer, src=0)
-        loss, accuracy = (totals / len(self.batches.data)).tolist()
-        return loss, accuracy
-
-    def _trouble(self, loss: float, validated: Evaluation | None) -> str | None:
-        """What went wrong in an epoch, if anything did."""
-        if not (math.isfinite(loss) and loss <= self.loss_limit):
-            return f"its training loss is {loss}"
-        if validated is not None and not math.isfinite(validated.loss):
-            return f"its validation loss is {validated.loss}"
-        if not is_finite(self.training.network):
-            return "it left weights that are not finite"
-        return None
-
-    def _recover(self, before: dict[str, Any] | None, trouble: str) -> None:
-        """Go back to the state from before an epoch, and let callbacks act."""
-        training = self.training
-        if before is not None:
-            evaluations = training.evaluations
-            training.load_state_dict(before, self.make_optimizer)
-            training.evaluations = evaluations
-            if any(callback.on_divergence(training) for callback in self.callbacks):
-                return
-        raise DivergedError(
-            f"epoch {training.epoch + 1} diverged, {trouble}: lower the learning rate, refine the steps or "
-            "normalize the inputs; the last checkpoint stands"
-        )
-
-    def _log(self, loss: float, accuracy: float, validated: Evaluation | None) -> dict[str, Any]:
-        """Add the epoch's row of metrics, to which callbacks add."""
-        training, network = self.training, self.training.network
-        row: dict[str, Any] = {
-            "epoch": training.epoch,
-            "train_loss": loss,
-            "train_accuracy": accuracy,
-            "learning_rate": training.optimizer.param_groups[0]["lr"],
-            "depth": network.depth,
-            "h": " ".join(f"{h:.6g}" for h in network.h),
-            "parameters": sum(p.numel() for p in network.parameters()),
-        }
-        if training.schedule is not None:
-            training.schedule.step()
-        if validated is not None:
-            row |= {"validation_loss": validated.loss, "validation_accuracy": validated.accuracy}
-        for callback in self.callbacks:
-            callback.after_epoch(training, row)
-        row |= {"evaluations": training.evaluations, "check_evaluations": training.check_evaluations}
-        row["seconds"] = time.perf_counter() - self._started
-        training.rows.append(row)
-        return row
+    state = training.state_dict() | {"processes": own}
+    if run is not None:
+        run.save_state(state, checkpoint)
+        run.log(training.rows)

@@ -161,7 +161,9 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must override loss(self, network, batch, output, records)")
 
     def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        """What validation reports, a scalar: :meth:`loss`, or what a subclass says; arguments as there."""
+        """What validation reports, a scalar, the task's, or :meth:`loss` where that is itself; arguments as there."""
+        if self.task is not self:
+            return self.task.validation_loss(network, batch, output, records)
         return self.loss(network, batch, output, records)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -75,6 +75,16 @@ class Source:
             return len(self.data)  # type: ignore[arg-type]  # that is the question
         except (TypeError, NotImplementedError):
             return None
+
+    @property
+    def title(self) -> str:
+        """What an error about the samples calls them."""
+        return self.name
+
+    @property
+    def shared(self) -> bool:
+        """Whether the batches are the same in every process of a group: those of a list, and those in memory."""
+        return isinstance(self.data, Sequence)
 
     @property
     def has_one_epoch(self) -> bool:
@@ -209,6 +219,14 @@ class _InMemory(Source):
     """Batches of tensors in memory, which are moved at once."""
 
     data: Batches
+
+    @property
+    def title(self) -> str:
+        return self.data.data.name
+
+    @property
+    def shared(self) -> bool:
+        return True
 
     def move_to(self, network: nn.Module) -> None:
         super().move_to(network)

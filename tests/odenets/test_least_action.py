@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def residues(net, x):
 
 
 def train(net, part, size, lr=0.05, momentum=0.0, seed=None, epochs=1, **options):
-    sgd = lambda net: torch.optim.SGD(net.parameters(), lr, momentum=momentum)  # noqa: E731
+    sgd = partial(torch.optim.SGD, lr=lr, momentum=momentum)
     return fit(net, data.Batches(part, size, seed=seed), epochs=epochs, optimizer=sgd, **options)
 
 

@@ -29,8 +29,9 @@ from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_o
 from odenets.module_wise.partition import even, shared_parameter
 from odenets.module_wise.steps import local_step
 from odenets.training.data import Batches
+from odenets.training.optimization import check_optimizer
 from odenets.training.runs import Run
-from odenets.training.state import check_optimizer, check_precision
+from odenets.training.state import check_precision
 
 __all__ = ["check_apart", "fit_in_processes"]
 

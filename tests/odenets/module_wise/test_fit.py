@@ -58,7 +58,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, options):
 
 def test_modules_are_no_network_to_train_as_a_whole():
     with pytest.raises(TypeError, match=r"as a whole, got ModuleWise: take odenets.module_wise.fit_modules"):
-        fit(modules_of(), BATCHES, epochs=1, optimizer=lambda net: SGD(net.parameters()))
+        fit(modules_of(), BATCHES, epochs=1, optimizer=SGD)
 
 
 def test_modules_train_one_after_another_and_those_before_stand_still():

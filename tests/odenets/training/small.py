@@ -1,6 +1,7 @@
 """Small trainings that the tests share."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from lightning_fabric import Fabric
@@ -23,16 +24,16 @@ def settings(parts, **changes):
     return {
         "batches": data.Batches(parts.train, 64, seed=0),
         "epochs": 4,
-        "optimizer": lambda net: torch.optim.SGD(net.parameters(), 0.1, momentum=0.9),
-        "schedule": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 4),
+        "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        "lr_scheduler": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4),
         "validation": data.Batches(parts.validation, 500),
     } | changes
 
 
 def trained(parts, epochs=2, **changes):
     net = network(parts, depth=2, solver="euler", h=1.0).to(parts.train.x.dtype)
-    sgd = {"optimizer": lambda net: torch.optim.SGD(net.parameters(), 0.02), "schedule": None}
-    return fit(net, **settings(parts, epochs=epochs, **sgd | changes))
+    plain = {"optimizer": partial(torch.optim.SGD, lr=0.02), "lr_scheduler": None}
+    return fit(net, **settings(parts, epochs=epochs, **plain | changes))
 
 
 def in_double(parts):
@@ -51,8 +52,7 @@ def tiny(dtype=torch.float32, **options):
     return models.small_network(**options).to(dtype)
 
 
-def sgd(net):
-    return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def on_cpu(precision):

@@ -70,7 +70,7 @@ def test_together_is_what_each_alone_is(name, norm, solver):
     for i, both in enumerate(result.networks):
         alone, objective = network(i, norm, solver=solver), OBJECTIVES[name]()
         batches = data.Batches(points(i), 8, seed=i)
-        training = fit(alone, batches, epochs=2, optimizer=lambda net: optimizer(net.parameters()), objective=objective)
+        training = fit(alone, batches, epochs=2, optimizer=optimizer, objective=objective)
         assert_same(alone, both, 1e-6, 1e-7)
         assert_same(objective, result.objectives[i], 1e-6, 1e-7)
         losses = [row["train_loss"] for row in training.rows]
@@ -109,7 +109,7 @@ def test_augmented_images_are_those_of_each_alone():
     result = fit_instances([images(i) for i in range(2)], batches, epochs=2, optimizer=sgd, objective=CrossEntropy)
     for i, both in enumerate(result.networks):
         alone = images(i)
-        fit(alone, batches[i], epochs=2, optimizer=lambda net: sgd(net.parameters()))
+        fit(alone, batches[i], epochs=2, optimizer=sgd)
         assert_same(alone, both, 1e-6, 1e-7)
 
 

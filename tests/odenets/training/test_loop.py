@@ -14,7 +14,7 @@ from tests.odenets.training.small import TENS, Restless, answering, network, set
 
 
 def test_learns(parts):
-    training = fit(network(parts), **settings(parts, epochs=15, schedule=None))
+    training = fit(network(parts), **settings(parts, epochs=15, lr_scheduler=None))
     assert training.rows[-1]["validation_accuracy"] > 0.3
     assert training.rows[-1]["evaluations"] == 15 * 200 * 3
     measured = evaluate(training.network, data.Batches(parts.validation, 500))
@@ -149,11 +149,6 @@ def test_outputs_that_are_no_tensors_are_the_objectives_matter(how):
 def test_a_loss_function_is_no_objective():
     with pytest.raises(TypeError, match=r"objective must be an odenets Objective, got CrossEntropyLoss\(\)"):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, objective=nn.CrossEntropyLoss())  # type: ignore[arg-type]
-
-
-def test_a_schedule_that_needs_a_metric_is_refused():
-    with pytest.raises(TypeError, match="schedule must step without a metric, got ReduceLROnPlateau"):
-        fit(tiny(), TENS, epochs=1, optimizer=sgd, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
 
 
 def test_a_network_that_records_nothing_is_no_network():

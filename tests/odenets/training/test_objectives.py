@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -41,9 +42,7 @@ def test_a_network_trained_by_it_has_its_largest_output_at_the_right_class():
     torch.manual_seed(0)
     network = models.small_network(solver="euler", h=1.0, depth=2)
 
-    def sgd(network):
-        return torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-
+    sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
     fit(network, data.Batches(train, 64, seed=0), epochs=4, optimizer=sgd, objective=ReverseCrossEntropy())
     assert evaluate(network, data.Batches(test, 100)).accuracy > 0.85
 

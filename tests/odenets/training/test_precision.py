@@ -15,22 +15,19 @@ DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torc
 
 
 def test_mixed_precision_trains_with_measures_in_float32(parts):
-    seen = []
+    seen, calls = [], []
 
     class Seeing(LeastAction):
         def loss(self, network, batch, output, records):
+            if not seen:
+                conv = network.flows[0].blocks[0].fields[0].conv1
+                conv.register_forward_hook(lambda m, i, out: calls.append(out.dtype))
             seen.append({records["action"].dtype, output.dtype})
             return super().loss(network, batch, output, records)
 
-    calls = []
-
-    def optimizer(net):
-        net.flows[0].blocks[0].fields[0].conv1.register_forward_hook(lambda m, i, out: calls.append(out.dtype))
-        return torch.optim.SGD(net.parameters(), 0.02)
-
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     objective = Seeing(update="after")
-    half = trained(parts, 2, objective=objective, fabric=fabric, optimizer=optimizer, validation=None)
+    half = trained(parts, 2, objective=objective, fabric=fabric, validation=None)
     full = trained(parts, 2, objective=LeastAction(update="after"))
     assert seen[0] == {torch.float32}
     assert set(calls) == {torch.bfloat16}
@@ -67,7 +64,7 @@ def test_a_training_in_float64_is_one_throughout(fabric):
     one, two = tiny(torch.float64 if fabric is None else torch.float32), tiny(torch.float64)
     objective = ActionPenalty(0.5)
     fit(one, TENS, epochs=2, optimizer=sgd, objective=objective, fabric=fabric and on_cpu(fabric))
-    optimizer = sgd(two)
+    optimizer = sgd(two.parameters())
     for x, y in (batch for epoch in range(2) for batch in TENS.epoch(epoch)):
         x = x.double()
         cost = sum((step.x1 - step.x0).square().mean() for step in two.steps(x))

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -44,23 +46,24 @@ def test_killed_and_resumed_ends_with_the_same_weights(parts, tmp_path, kill_aft
     assert_same(*objectives)
 
 
-def backwards(net):
+def backwards(net, _):
     return torch.optim.SGD([*net.named_parameters()][::-1], 0.05, momentum=0.9)
 
 
-def head_first(net):
+def head_first(net, _):
     others = [p for part in (net.encoder, *net.flows) for p in part.parameters()]
     return torch.optim.Adam([{"params": [*net.head.parameters()], "lr": 0.01}, {"params": others}], 0.02)
 
 
-@pytest.mark.parametrize("optimizer", [backwards, head_first])
-def test_an_optimizer_in_another_order_than_the_network_goes_on_as_it_was(tmp_path, optimizer):
+@pytest.mark.parametrize("make", [backwards, head_first])
+def test_an_optimizer_in_another_order_than_the_network_goes_on_as_it_was(tmp_path, make):
     """Also across depth edits, which sort its groups as the network lists its parameters."""
     callback = AdaptiveDepth(DepthRule(1e-9, max_depth=4), TENS.inputs, every=2)
     run, whole, resumed = Run(tmp_path / "run", {}), tiny(solver="bs23"), tiny(solver="bs23")
-    training = fit(whole, TENS, epochs=4, optimizer=optimizer, callbacks=[callback])
-    fit(tiny(solver="bs23"), TENS, epochs=2, optimizer=optimizer, callbacks=[callback], run=run)
-    fit(resumed, TENS, epochs=4, optimizer=optimizer, callbacks=[callback], run=run)
+    training = fit(whole, TENS, epochs=4, optimizer=partial(make, whole), callbacks=[callback])
+    begun = tiny(solver="bs23")
+    fit(begun, TENS, epochs=2, optimizer=partial(make, begun), callbacks=[callback], run=run)
+    fit(resumed, TENS, epochs=4, optimizer=partial(make, resumed), callbacks=[callback], run=run)
     assert whole.depth == 4
     assert_same(whole, resumed)
     for group in training.optimizer.param_groups:
@@ -72,9 +75,9 @@ def test_a_checkpoint_of_another_optimizer_is_named(tmp_path):
     run = Run(tmp_path / "run", {})
     fit(tiny(), TENS, epochs=1, optimizer=sgd, run=run)
     with pytest.raises(ValueError, match=r"checkpoint .*resume.pt: optimizer must be that of .*, SGD, got Adam"):
-        fit(tiny(), TENS, epochs=2, optimizer=lambda net: torch.optim.Adam(net.parameters()), run=run)
+        fit(tiny(), TENS, epochs=2, optimizer=torch.optim.Adam, run=run)
     with pytest.raises(ValueError, match=r"resume.pt: optimizer must hold the parameters that it held"):
-        fit(tiny(), TENS, epochs=2, optimizer=lambda net: sgd(net.head), run=run)
+        fit(tiny(), TENS, epochs=2, optimizer=lambda parameters: sgd(parameters[-2:]), run=run)
 
 
 def test_divergence_is_an_error_that_keeps_the_checkpoint(parts, tmp_path):
@@ -82,11 +85,9 @@ def test_divergence_is_an_error_that_keeps_the_checkpoint(parts, tmp_path):
     fit(network(parts), **settings(parts, epochs=1), run=run)
     state = run.load_state()
 
-    def wild(net):
-        return torch.optim.SGD(net.parameters(), 1e30)
-
+    wild = partial(torch.optim.SGD, lr=1e30)
     with pytest.raises(DivergedError, match="lower the learning rate, refine the steps"):
-        fit(network(parts), **settings(parts, optimizer=wild, schedule=None))
+        fit(network(parts), **settings(parts, optimizer=wild, lr_scheduler=None))
     assert run.load_state()["epoch"] == state["epoch"] == 1
 
 
@@ -125,21 +126,21 @@ def test_a_resumed_training_keeps_its_precision_to_the_last_bit(tmp_path):
     assert_same(whole, resumed)
     with pytest.raises(ValueError, match=r"precision of the checkpoint, in which \S+ is torch.float64"):
         fit(tiny(), TENS, epochs=4, optimizer=sgd, run=run)
-    with pytest.raises(ValueError, match="schedule must be that of the checkpoint, which has none"):
+    with pytest.raises(ValueError, match="lr_scheduler must be that of the checkpoint, which has none"):
         fit(tiny(), TENS, epochs=4, optimizer=sgd, fabric=on_cpu("64-true"), run=run,
-            schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
+            lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
 
 
 def test_parameters_that_would_not_train_are_named():
     other = tiny()
     with pytest.raises(ValueError, match="optimizer must hold parameters of the network"):
-        fit(tiny(), TENS, epochs=1, optimizer=lambda net: sgd(other))
+        fit(tiny(), TENS, epochs=1, optimizer=lambda _: sgd(other.parameters()))
     with pytest.warns(UserWarning, match=r"leaves out \d+ of \d+ parameters that require a gradient, encoder") as seen:
-        fit(tiny(), TENS, epochs=1, optimizer=lambda net: sgd(net.head))
+        fit(tiny(), TENS, epochs=1, optimizer=lambda parameters: sgd(parameters[-2:]))
     assert [warning.filename for warning in seen] == [__file__]
     frozen = tiny().requires_grad_(False)
     frozen.head.requires_grad_(True)
-    fit(frozen, TENS, epochs=1, optimizer=lambda net: sgd(net.head))
+    fit(frozen, TENS, epochs=1, optimizer=lambda parameters: sgd(parameters[-2:]))
 
     class NewHead:
         def after_epoch(self, training, row):

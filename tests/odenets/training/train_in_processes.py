@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,7 @@ def parts() -> data.Split:
     return datasets.split(*datasets.load("digits"), size=250)
 
 
-def sgd(network):
-    return torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
+sgd = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
 
 
 def main(folder: Path, launcher: Fabric) -> None:

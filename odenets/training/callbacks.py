@@ -1,0 +1,259 @@
+"""Callbacks: what acts between the epochs of a training, stops it, or keeps its best weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from odenets.checkpoints import map_state, restore_structure, structure
+from odenets.training.sharding import load_network, whole
+
+if TYPE_CHECKING:
+    from odenets.training.state import Training
+
+__all__ = ["BestWeights", "Callback", "Callbacks", "EarlyStopping"]
+
+Row = dict[str, Any]
+
+
+class Callback(Protocol):
+    """Acts between epochs; only what is needed is to be there, and a function ``(training, row)`` is one too.
+
+    What it must remember beyond a kill belongs in ``training.rows``, or in ``state_dict()``, tensors and plain values,
+    which ``load_state_dict(state)`` takes up: where it has both they are kept in checkpoints. ``training.stop = True``
+    ends the training after the epoch.
+
+    Attributes:
+        recovers: whether :meth:`on_divergence` may help; the loop then keeps a copy of the state at each epoch's start.
+        edits: whether it changes the parameters that there are, which a sharded network does not allow.
+    """
+
+    recovers: bool = False
+    edits: bool = False
+
+    def after_validation(self, training: Training, row: Row) -> None:
+        """Called with the epoch's metrics before any callback may change the network."""
+
+    def after_epoch(self, training: Training, row: Row) -> None:
+        """Called with the epoch's metrics, to which it may add; the network may be edited."""
+
+    def on_divergence(self, training: Training) -> bool:
+        """Called when an epoch has diverged, with the state from before it; True trains the epoch again."""
+        return False
+
+    def after_training(self, training: Training) -> None:
+        """Called once after the last epoch, of a finished training that is taken up again too."""
+
+
+HOOKS = ("after_validation", "after_epoch", "on_divergence", "after_training")
+
+
+class Callbacks:
+    """Callbacks, called in their order.
+
+    Raises:
+        TypeError: no sequence, or one of something else than callbacks and functions.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback | Callable[[Training, Row], object]]) -> None:
+        if isinstance(callbacks, str) or not isinstance(callbacks, Sequence):
+            raise TypeError(
+                f"callbacks must be a sequence, got {type(callbacks).__name__}: put it in a list, callbacks=[...]"
+            )
+        for callback in callbacks:
+            if isinstance(callback, type):
+                raise TypeError(f"callbacks must hold instances, got the class {callback.__name__}: call it")
+            if not (any(hasattr(callback, hook) for hook in HOOKS) or callable(callback)):
+                raise TypeError(
+                    f"callbacks must hold functions (training, row) or objects with one of {', '.join(HOOKS)}, got "
+                    f"{type(callback).__name__}"
+                )
+        self._callbacks: list[Any] = list(callbacks)
+
+    @property
+    def recover(self) -> bool:
+        """Whether any may help where an epoch diverges."""
+        return any(getattr(callback, "recovers", False) for callback in self._callbacks)
+
+    @property
+    def edit(self) -> list[str]:
+        """The classes of those that change which parameters there are."""
+        return [type(callback).__name__ for callback in self._callbacks if getattr(callback, "edits", False)]
+
+    def after_epoch(self, training: Training, row: Row) -> None:
+        """All ``after_validation``, then each ``after_epoch``."""
+        self._call("after_validation", training, row)
+        for callback in self._callbacks:
+            if hasattr(callback, "after_epoch"):
+                callback.after_epoch(training, row)
+            elif not any(hasattr(callback, hook) for hook in HOOKS):
+                callback(training, row)
+
+    def on_divergence(self, training: Training) -> bool:
+        """Whether one has helped; none is called after it."""
+        return any(callback.on_divergence(training) for callback in self._callbacks if hasattr(callback, HOOKS[2]))
+
+    def after_training(self, training: Training) -> None:
+        """Each ``after_training``."""
+        self._call("after_training", training)
+
+    def _call(self, hook: str, *args: Any) -> None:
+        for callback in self._callbacks:
+            if (method := getattr(callback, hook, None)) is not None:
+                method(*args)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The states of those that have one, in their order."""
+        return [{"class": type(callback).__name__, "state": callback.state_dict()} for callback in self._stateful]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Take up :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of other callbacks.
+        """
+        saved, here = ([one["class"] for one in state], [type(callback).__name__ for callback in self._stateful])
+        if saved != here:
+            raise ValueError(f"callbacks must be those of the checkpoint, of which {saved} have a state, got {here}")
+        for callback, one in zip(self._stateful, state, strict=True):
+            callback.load_state_dict(one["state"])
+
+    @property
+    def _stateful(self) -> list[Any]:
+        return [c for c in self._callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
+
+
+class _Watching:
+    """Looks at a quantity of the rows, and at whether it is better than ever."""
+
+    def __init__(self, quantity: str, mode: Literal["min", "max"] | None, min_delta: float = 0.0) -> None:
+        if mode is None:
+            mode = "max" if quantity.endswith("accuracy") else "min" if quantity.endswith("loss") else None
+        if mode not in ("min", "max"):
+            raise ValueError(
+                "mode must be 'min' or 'max', and given where quantity is neither a loss nor an accuracy, got "
+                f"{mode!r} for {quantity!r}"
+            )
+        if not min_delta >= 0:
+            raise ValueError(f"min_delta must not be negative, got {min_delta}")
+        self.quantity, self.mode, self.min_delta = quantity, mode, min_delta
+        self.best = math.inf if mode == "min" else -math.inf
+        self.epoch = 0
+
+    def improves(self, training: Training, row: Row) -> bool:
+        """Whether the row holds the best value so far, which is then remembered."""
+        if self.quantity not in row:
+            numbers = [name for name, value in row.items() if isinstance(value, int | float)]
+            hint = ": give validation=" if self.quantity.startswith("validation") else ""
+            raise ValueError(f"quantity must be one of the row, {numbers}, got {self.quantity!r}{hint}")
+        value = float(row[self.quantity])
+        gain = self.best - value if self.mode == "min" else value - self.best
+        if not gain > self.min_delta:
+            return False
+        self.best, self.epoch = value, training.epoch
+        return True
+
+
+class EarlyStopping(_Watching):
+    """Ends a training once a quantity has not become better for some epochs.
+
+    Args:
+        quantity: a number of the epoch's row.
+        patience: so many epochs running without a better value end the training.
+        mode: "min" or "max", whichever is better; by the quantity's name for a loss and an accuracy.
+        min_delta: a value is better only if by more than this.
+
+    Attributes:
+        best, epoch: the best value, and the epoch that it is of.
+
+    Raises:
+        ValueError: arguments out of range.
+    """
+
+    def __init__(
+        self,
+        quantity: str = "validation_loss",
+        *,
+        patience: int = 5,
+        mode: Literal["min", "max"] | None = None,
+        min_delta: float = 0.0,
+    ) -> None:
+        super().__init__(quantity, mode, min_delta)
+        if not patience >= 1:
+            raise ValueError(f"patience must be at least 1, got {patience}")
+        self.patience, self.waited = patience, 0
+
+    def after_epoch(self, training: Training, row: Row) -> None:
+        """Count the epoch, or begin to count anew."""
+        self.waited = 0 if self.improves(training, row) else self.waited + 1
+        if self.waited >= self.patience:
+            training.stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on with."""
+        return {"best": self.best, "epoch": self.epoch, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        self.best, self.epoch, self.waited = state["best"], state["epoch"], state["waited"]
+
+
+class BestWeights(_Watching):
+    """Keeps a copy of the weights of the best epoch, with the blocks and step sizes that the network had in it.
+
+    Args:
+        quantity, mode: as for :class:`EarlyStopping`; of what the loop itself measures.
+        restore: whether the network ends with those weights; otherwise :meth:`load_into` gives them to a network.
+
+    Attributes:
+        best, epoch: the best value, and the epoch that it is of.
+        weights: the network's state of that epoch, whole and in the host's memory; None before the first.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    def __init__(
+        self, quantity: str = "validation_loss", *, mode: Literal["min", "max"] | None = None, restore: bool = True
+    ) -> None:
+        super().__init__(quantity, mode)
+        self.restore = restore
+        self.structure: dict[str, Any] | None = None
+        self.weights: dict[str, Any] | None = None
+
+    def after_validation(self, training: Training, row: Row) -> None:
+        """Copy the weights that were validated, before a callback edits them."""
+        if self.improves(training, row):
+            self.structure = structure(training.network)
+            self.weights = map_state(_copied, training.network.state_dict())
+
+    def after_training(self, training: Training) -> None:
+        """Give the network its best weights."""
+        if self.restore and self.weights is not None:
+            self.load_into(training.network)
+
+    def load_into(self, network: Any) -> None:
+        """Give a network the blocks, step sizes and weights of the best epoch.
+
+        Raises:
+            ValueError: no epoch was trained, or another network.
+        """
+        if self.weights is None or self.structure is None:
+            raise ValueError("no epoch was trained, of which there could be best weights")
+        restore_structure(network, self.structure)
+        load_network(network, self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on with."""
+        kept = {"structure": self.structure, "weights": self.weights}
+        return {"best": self.best, "epoch": self.epoch} | kept
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        self.best, self.epoch = state["best"], state["epoch"]
+        self.structure, self.weights = state["structure"], state["weights"]
+
+
+def _copied(place: str, value: Any) -> Any:
+    return whole(value.detach()).to("cpu", copy=True) if hasattr(value, "detach") else value
