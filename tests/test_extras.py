@@ -94,7 +94,7 @@ data = odenets.training.Batches(points, 2)
 net(points.x)
 images, label, array = odenets.models.small_network().eval(), torch.tensor([0, 1]), torch.randn(9).numpy()
 images(torch.rand(2, 1, 8, 8))
-optimizer = lambda of: torch.optim.SGD(getattr(of, "parameters", lambda: of)(), 0.1)
+optimizer = lambda parameters: torch.optim.SGD(parameters, 0.1)
 results = {}
 for name, use in USES.items():
     try:
