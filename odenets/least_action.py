@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from odenets import measures
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
-from odenets.recording import Records, record
+from odenets.recording import Records, record, unwrapped
 from odenets.training.objectives import Batch, CrossEntropy, Objective
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
@@ -83,6 +83,14 @@ class _WithCost(Objective):
     @property
     def needs_second_forward(self) -> bool:
         return self.task.needs_second_forward
+
+    @property
+    def counts_steps(self) -> bool:
+        return self.task.counts_steps
+
+    @property
+    def keeps_batch(self) -> bool:
+        return self.task.keeps_batch
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         self.task.after_step(network, batch)
@@ -172,12 +180,17 @@ class LeastAction(_WithCost):
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         self.check_records(records)
+        training = torch.is_grad_enabled() and self.training and unwrapped(network).training
+        if training:
+            self.notice_step(by_version=False)
         loss, cost = self.task.loss(network, batch, output, records), self.cost(records)
-        if self.update != "after" and torch.is_grad_enabled() and self._due and self._changed_in != self.steps:
+        if training and self.update != "after" and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
             self._grow(loss, _samples(batch))
         weight = self.multiplier.to(torch.promote_types(loss.dtype, torch.float32))
-        return loss + cost / weight if self.weigh == "divide" else weight * loss + cost
+        loss = loss + cost / weight if self.weigh == "divide" else weight * loss + cost
+        self.expect_step(network, batch, loss)
+        return loss
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Count the step; with ``update="after"`` let lambda grow by the loss of the new weights."""
@@ -187,10 +200,19 @@ class LeastAction(_WithCost):
                 self._grow(self.task.loss(network, batch, output, records), _samples(batch))
         super().after_step(network, batch)
         self.steps += 1
+        self.end_step()
 
     @property
     def needs_second_forward(self) -> bool:
         return super().needs_second_forward or (self.update == "after" and self._due)
+
+    @property
+    def counts_steps(self) -> bool:
+        return True
+
+    @property
+    def keeps_batch(self) -> bool:
+        return self.needs_second_forward or super().keeps_batch
 
     @property
     def _due(self) -> bool:
@@ -227,6 +249,7 @@ class LeastAction(_WithCost):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.steps, self._changed_in = int(state), -1
+        self.end_step()
 
 
 def _samples(batch: Batch) -> int:

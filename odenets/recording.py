@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import getattr_static
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,17 @@ from solvers import Step
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-__all__ = ["Joined", "Recorder", "Recording", "Records", "check_values", "is_recorder", "measure_steps", "record"]
+__all__ = [
+    "Joined",
+    "Recorder",
+    "Recording",
+    "Records",
+    "check_values",
+    "is_recorder",
+    "measure_steps",
+    "record",
+    "recorder_in",
+]
 
 
 @runtime_checkable
@@ -110,24 +120,67 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
         inputs: x, or ``(x, *args)``.
 
     Raises:
-        TypeError: a network that records nothing, or in a wrapper whose forward pass does not.
+        TypeError: as :func:`recorder_in`.
         ValueError: a Recording of other measures.
     """
     inputs = inputs if isinstance(inputs, tuple | list) else (inputs,)
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network must be a module that records its steps, got {type(network).__name__}")
-    recording = next((module for module in network.modules() if isinstance(module, Recording)), None)
-    if recording is None:
-        if callable(getattr_static(network, "record", None)):
-            return network.record(*inputs, **measures)  # type: ignore[operator]  # a Recorder
-        raise TypeError(
-            f"network must be a module that records its steps, an odenets.Recorder, got {type(network).__name__}: "
-            "odenets.adapt makes one of any residual network"
-        )
+    inner = recorder_in(network)
+    if inner is network:
+        return network.record(*inputs, **measures)  # type: ignore[operator]  # a Recorder
+    recording = next(module for module in network.modules() if isinstance(module, Recording))
     if missing := [name for name in measures if name not in recording.measures]:
-        raise ValueError(f"Recording must have the measures of the objective, got none named {missing}")
+        raise ValueError(
+            f"a Recording must have the measures of the objective, got none named {missing}: "
+            "Recording(network, objective.measures)"
+        )
     output, values, layout = network(*inputs)
     return output, Records(values, *layout)
+
+
+def recorder_in(network: nn.Module) -> nn.Module:
+    """The module that records its steps: a network itself, or that in a :class:`Recording` in what wraps it.
+
+    Raises:
+        TypeError: no module, one that records nothing, or a wrapper whose own forward pass would be left out.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a module that records its steps, got {type(network).__name__}")
+    kind = type(network).__name__
+    if isinstance(network, nn.DataParallel):
+        raise TypeError(
+            "network must not be in DataParallel, which cannot gather records: take DistributedDataParallel"
+        )
+    if (inner := unwrapped(network)) is not network:
+        return inner
+    if _records(network):
+        if hasattr(network, "unshard") and "record" not in vars(network):
+            raise TypeError(
+                "network is sharded by its forward pass, which record leaves out: fully_shard(Recording(network, "
+                "objective.measures)), or torch.distributed.fsdp.register_fsdp_forward_method(network, 'record')"
+            )
+        return network
+    if any(map(_records, network.modules())):
+        raise TypeError(
+            f"network must record its steps, got a {kind} around one that does, whose own forward pass would be left "
+            f"out: put odenets.recording.Recording(network, objective.measures) into {kind} instead"
+        )
+    raise TypeError(
+        f"network must be a module that records its steps, an odenets.Recorder, got {kind}: odenets.adapt makes one of "
+        "any residual network"
+    )
+
+
+def unwrapped(network: nn.Module) -> nn.Module:
+    """The network of a :class:`Recording`, also of one in a wrapper; a network itself where there is none."""
+    if _records(network) and not isinstance(network, Recording):
+        return network
+    recording = next((module for module in network.modules() if isinstance(module, Recording)), None)
+    return network if recording is None else cast(nn.Module, recording.network)
+
+
+def _records(network: nn.Module) -> bool:
+    """Whether it has a ``record`` of its own: wrappers hand on the attributes of what they wrap."""
+    return callable(getattr_static(network, "record", None))
 
 
 def measure_steps(

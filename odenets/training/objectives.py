@@ -7,13 +7,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state
-from odenets.recording import Records, record
+from odenets.recording import Records, record, recorder_in, unwrapped
+from odenets.training.step_watch import StepWatch
 
 __all__ = [
     "Batch",
@@ -116,6 +117,7 @@ class Objective(nn.Module):
     def __init__(self, measures: Mapping[str, StepFunction] | None = None) -> None:
         super().__init__()
         self.measures: dict[str, StepFunction] = dict(measures or {})
+        self._watch = StepWatch()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -126,7 +128,9 @@ class Objective(nn.Module):
             )
 
     def forward(self, network: nn.Module, x: Any, y: Any, *rest: Any) -> Tensor:
-        """Record, and the loss, a scalar to call ``backward`` on.
+        """The loss, a scalar to call ``backward`` on, of what the network records of the batch.
+
+        What counts the steps of the optimizer counts the last one first, see :meth:`after_step`.
 
         Args:
             network: a :class:`~odenets.Recorder`, or a :class:`~odenets.recording.Recording` of one in whatever wraps
@@ -135,17 +139,26 @@ class Objective(nn.Module):
             y: targets.
 
         Raises:
-            TypeError: a network that records nothing or is wrapped without Recording, or no loss.
+            TypeError: a network that records nothing or is wrapped without Recording, x and y exchanged, or no loss.
             ValueError: a loss that is no scalar, or depends on no parameter.
+            RuntimeError: objectives that count steps, where the network was trained in eval mode.
         """
         if rest:
             raise TypeError(
                 f"an objective is called with (network, x, y), got {3 + len(rest)} arguments: with output and records "
                 "at hand take objective.loss(network, (x, y), output, records)"
             )
+        _check_order(x, y)
+        inner = recorder_in(network)
+        if counting := self.counts_steps and _watchable(self):
+            self.notice_step()
+            self._watch.look(inner)
         output, records = record(network, x, self.measures)
         loss = self.loss(network, (x, y), output, records)
-        check_loss(loss, self)
+        if torch.is_grad_enabled() and inner.training:
+            check_loss(loss, self)
+        if counting:
+            self.expect_step(network, (x, y), loss)
         return loss
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
@@ -195,12 +208,66 @@ class Objective(nn.Module):
         """Whether :meth:`after_step` will call the network after the coming step."""
         return False
 
+    @property
+    def counts_steps(self) -> bool:
+        """Whether :meth:`after_step` does anything."""
+        return type(self).after_step is not Objective.after_step
+
+    @property
+    def keeps_batch(self) -> bool:
+        """Whether :meth:`after_step` will read the batch, which is then kept until the next loss; None comes if not."""
+        return self.counts_steps
+
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Called after each step of the optimizer with the batch, or with its last part where it came in parts.
+
+        In a loop of one's own, ``objective(network, x, y)`` calls it for the step since the last loss, if one was:
+        after a backward pass an optimizer of torch has stepped, or weights were changed in place. ``fit`` and others
+        that call :meth:`loss` call it at once; such a step is not counted again.
 
         Where it calls the network, which :attr:`needs_second_forward` says, the network's buffers and random state are
         then put back: running statistics count a batch once.
         """
+
+    def notice_step(self, by_version: bool = True) -> None:
+        """Call :meth:`after_step` for the step that was taken since the last loss, if one was.
+
+        Args:
+            by_version: whether weights that were changed by no optimizer of torch are a step too.
+        """
+        if self._watch.stepped(by_version):
+            with self._watch.last() as (network, batch):
+                self._watch.reset()
+                if network is not None:
+                    after_step(self, network, batch)
+
+    def expect_step(self, network: nn.Module, batch: Batch, loss: Tensor) -> None:
+        """That a loss was taken, after whose backward pass a step is to be noticed."""
+        if _watchable(self) and isinstance(loss, Tensor) and loss.requires_grad:
+            self._watch.expect(loss, unwrapped(network), network, batch if self.keeps_batch else None)
+
+    def end_step(self) -> None:
+        """That the step since the last loss is counted."""
+        self._watch.reset()
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """As torch's, with the step counted that was taken since the last loss.
+
+        Raises:
+            RuntimeError: several processes must look at the network for that, of which this is one.
+        """
+        if self.needs_second_forward and _processes() > 1 and self._watch.stepped():
+            raise RuntimeError(
+                "state_dict must know the loss after the last step, which all processes take together: call "
+                "objective.after_step(network, (x, y)) on each before"
+            )
+        self.notice_step()
+        return super().state_dict(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied, with the step counted that was taken since the last loss."""
+        self.notice_step()
+        return self.__dict__
 
 
 class Task(Objective):
@@ -300,3 +367,24 @@ def after_step(objective: Objective, network: nn.Module, batch: Batch) -> None:
     """Tell an objective of a step; where it looks at the network again, that leaves no trace there."""
     with keeping_state(network) if objective.needs_second_forward else nullcontext():
         objective.after_step(network, batch)
+    objective.end_step()
+
+
+def _processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _watchable(objective: Objective) -> bool:
+    """Whether steps can be noticed: where there are gradients, and not by functions that torch.func maps."""
+    mapped = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # torch's own
+    return torch.is_grad_enabled() and objective.training and not mapped
+
+
+def _check_order(x: Any, y: Any) -> None:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return
+    if x.ndim < 2 and not x.is_floating_point() and y.ndim > 1 and y.is_floating_point():
+        raise TypeError(
+            f"an objective is called with (network, x, y), got {x.dtype} {_shape(x)} as inputs x and {y.dtype} "
+            f"{_shape(y)} as targets y: exchange them"
+        )
