@@ -73,7 +73,10 @@ class _WithCost(Objective):
     """The loss of a task and the cost of moving the data."""
 
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
-        task = task or CrossEntropy()
+        task = CrossEntropy() if task is None else task
+        if not isinstance(task, Objective):
+            made = f", such as Task({getattr(task, '__name__', repr(task))})" if callable(task) else ""
+            raise TypeError(f"task must be an objective{made}, got {type(task).__name__}")
         cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
         if task.measures.get(cost.kind, cost.measure) != cost.measure:
             raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
@@ -178,7 +181,10 @@ class LeastAction(_WithCost):
         self._changed_in = -1
         self.register_buffer("multiplier", torch.tensor(lambda0, dtype=total_dtype("cpu")))
 
-    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+    @torch.compiler.disable
+    def loss(  # type: ignore[override]  # torch's decorator has a wide type
+        self, network: nn.Module, batch: Batch, output: Any, records: Records
+    ) -> Tensor:
         self.check_records(records)
         training = torch.is_grad_enabled() and self.training and unwrapped(network).training
         if training:

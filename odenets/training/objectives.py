@@ -127,7 +127,10 @@ class Objective(nn.Module):
                 "which records and calls it"
             )
 
-    def forward(self, network: nn.Module, x: Any, y: Any, *rest: Any) -> Tensor:
+    @torch.compiler.disable
+    def forward(  # type: ignore[override]  # torch's decorator has a wide type
+        self, network: nn.Module, x: Any, y: Any, *rest: Any
+    ) -> Tensor:
         """The loss, a scalar to call ``backward`` on, of what the network records of the batch.
 
         What counts the steps of the optimizer counts the last one first, see :meth:`after_step`.
@@ -182,7 +185,7 @@ class Objective(nn.Module):
     @property
     def task(self) -> Objective:
         """What is to be solved: the part without the cost of moving the data; itself where there is no cost."""
-        return self._modules.get("task") or self  # type: ignore[return-value]  # a subclass' attribute of that name
+        return self._modules.get("task", self)  # type: ignore[return-value]  # a subclass' attribute of that name
 
     @task.setter
     def task(self, task: Objective) -> None:  # torch keeps modules without asking here

@@ -92,11 +92,11 @@ class StepWatch:
     def last(self) -> Iterator[tuple[nn.Module | None, Any]]:
         """The network and the batch of the last loss, for a while in the modes that they had then."""
         _, wrapper, network, batch, modes = self._last or (None, _gone, _gone, None, [])
-        inner = network()
+        outer, inner = wrapper(), network()
         with keeping_modes(*[] if inner is None else [inner]):
             for module, training in zip([] if inner is None else inner.modules(), modes, strict=False):
                 module.training = training
-            yield wrapper() or inner, batch
+            yield inner if outer is None else outer, batch
 
     def reset(self) -> None:
         """The step is counted, or there is none to count."""
