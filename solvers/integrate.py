@@ -71,11 +71,11 @@ def integrate(
         at: times ``(n,)`` between t0 and t1, in the direction of the solve, or with ``control="sample"`` also
             ``(B, n)``, those of each sample; equal neighbors may fill up a shorter row. ``solution.times`` are then
             these times and ``solution.states`` the states there, both tensors, ``(n,)`` and ``(n, B, *S)``, or
-            ``(B, n)`` and ``(B, n, *S)``; ``solution.x1`` is the state at t1 as ever, and ``keep="steps"`` keeps the
-            steps beside them. The steps are those taken without ``at``: a state inside a step is that of the method's
-            interpolant or, where it has none, of cubic Hermite, at a field evaluation a step. A state is NaN where the
-            solve ended before the time, at its event or where it could not go on. Gradients flow to ``at`` with
-            ``gradient="direct"``. In a graph of ``torch.compile`` a list of floats.
+            ``(B, n)`` and ``(B, n, *S)``; ``solution.x1`` is the state at t1 as ever. Only ``keep="steps"`` keeps more,
+            the steps. They are those taken without ``at``: a state inside a step is that of the method's interpolant
+            or, where it has none, of cubic Hermite, at a field evaluation a step. A state is NaN where the solve ended
+            before the time, at its event or where it could not go on. Gradients flow to ``at`` with
+            ``gradient="direct"``. In a graph of ``torch.compile`` it is a list of floats.
         event: ``(t, x)`` to a tensor or a number: the solve ends where an entry changes sign, or a comparison turns,
             for the first time; with ``control="sample"`` the entries ``(B, ...)`` end their own sample. Changes inside
             a step are looked for on its interpolant, at 3 to 63 points; what comes and goes in less than a 64th of a
@@ -108,7 +108,7 @@ def integrate(
     (torch.Size([2, 2, 1]), 0.779)
     """
     tableau, per_sample = get_tableau(solver), control == "sample"
-    _check_choices(control, keep, on_limit, gradient, at)
+    _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
     _check_steps(steps, tolerance, controller)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
@@ -146,7 +146,7 @@ def integrate(
 
 def _with_outputs(task: Task, at: Any, gradient: str) -> Task:
     """The task with output times; fixed steps carry their closing stage where the interpolant in them needs it."""
-    times, t = output_times(at, task.t0, task.t1, task.x0, gradient=gradient)
+    times, t = output_times(at, task.t0, task.t1, task.x0, gradient=gradient, per_sample=task.per_sample)
     closing = False
     if task.grid is not None and task.tableau.dense is not None:
         closing = t.requires_grad or any(r.inside for r in batch_readings(times, tuple(task.grid.times))[1])
@@ -186,15 +186,13 @@ def _check_call(field: Any, t: Any, x: Any, args: Sequence[Any], error: TypeErro
         raise TypeError(f"field must be {handed}, but {name} takes {signature} ({reason}): {remedy}") from error
 
 
-def _check_choices(control: Any, keep: Any, on_limit: Any, gradient: Any, at: Any) -> None:
+def _check_choices(control: Any, keep: Any, on_limit: Any, gradient: Any) -> None:
     _one_of("control", control, ("batch", "sample"))
     _one_of("keep", keep, ("last", "states", "steps"))
     _one_of("on_limit", on_limit, ("raise", "return"))
     _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve"))
     if gradient != "direct" and keep == "steps":
         raise ValueError(f"gradient={gradient!r} keeps no steps: leave out keep='steps'")
-    if at is not None and keep == "last":
-        raise ValueError("at keeps the states at its times: leave out keep='last'")
 
 
 def _check_steps(steps: Any, tolerance: Any, controller: Any) -> None:

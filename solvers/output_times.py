@@ -18,7 +18,7 @@ __all__ = ["output_times"]
 Array = np.ndarray
 
 
-def output_times(at: Any, t0: Any, t1: Any, x: Tensor, *, gradient: str) -> tuple[Any, Tensor]:
+def output_times(at: Any, t0: Any, t1: Any, x: Tensor, *, gradient: str, per_sample: bool) -> tuple[Any, Tensor]:
     """The times as numbers within the solve, and as the tensor that its solution shows.
 
     Args:
@@ -26,6 +26,7 @@ def output_times(at: Any, t0: Any, t1: Any, x: Tensor, *, gradient: str) -> tupl
         t0, t1: ends of the solve, numbers, or arrays ``(B,)`` with control per sample.
         x: the state, packed.
         gradient: how gradients flow.
+        per_sample: whether every sample has its own times.
 
     Returns:
         A list of n numbers, or an array ``(B, n)``; a tensor of the shape and floating dtype of ``at``, float64 if it
@@ -35,7 +36,7 @@ def output_times(at: Any, t0: Any, t1: Any, x: Tensor, *, gradient: str) -> tupl
         TypeError: no real numbers.
         ValueError: another shape, NaN or infinity, outside ``[t0, t1]``, turning back, or a gradient that gets lost.
     """
-    samples: int | None = len(x) if np.ndim(t0) else None
+    samples = len(x) if per_sample else None
     numbers = _numbers(at)
     shape, single = (numbers.shape, False) if isinstance(numbers, np.ndarray) else ((len(numbers),), True)
     if samples is None and not single:
