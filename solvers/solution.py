@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from solvers.errors import Status
 from solvers.interpolation import Interpolant
 from solvers.step import Step
 
@@ -53,7 +54,7 @@ class Solution:
     states: Any
     steps: tuple[Step, ...] = ()
     stats: Statistics = field(default_factory=Statistics)
-    status: Any = "finished"
+    status: Status | tuple[Status, ...] = "finished"
     event_time: Tensor | None = None
     step_times: tuple[Any, ...] = ()
     end: tuple[Any, Any] | None = field(default=None, repr=False)

@@ -8,42 +8,18 @@ import pytest
 import torch
 import torchdiffeq
 from scipy.integrate import solve_ivp
-from torch import nn
 
 from solvers import MaxStepsError, Tolerance, integrate
 from tests.counting import Counted
-from tests.solvers.problems import CONTROLS, D, constant, lotka
+from tests.solvers.problems import CONTROLS, EACH, TIMES, X0, D, Net, close, growth, lotka, rounding
 
 FINE = {"tolerance": Tolerance(1e-9, 1e-10)}
-X0 = torch.tensor([[1.0, 1.0], [1.5, 0.7], [0.4, 2.0]], dtype=D)
-TIMES = [0.0, 0.1, 0.1, 1.3, 2.0, 2.9]
-EACH = [[0.0, 0.1, 2.9], [0.3, 0.3, 0.4], [3.0, 3.0, 3.0]]
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
-rounding = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
-
-
-def growth(t, x):
-    """Whose solution is x0 exp(t^2 / 2)."""
-    return t * x
 
 
 def scipy_states(field, start, span, times):
     numpy_field = lambda t, y: field(t, torch.from_numpy(y)[None])[0].numpy()  # noqa: E731
     solution = solve_ivp(numpy_field, span, start.numpy(), t_eval=times, rtol=1e-11, atol=1e-12)
     return torch.from_numpy(solution.y.T)
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = nn.Linear(2, 2, dtype=D)
-
-    def forward(self, t, x, *shift):
-        return torch.tanh(self.linear(x)) * t + sum(shift, torch.zeros(()))
-
-
-# values
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -186,129 +162,6 @@ def test_times_outside_by_their_rounding_are_the_ends(control):
     assert torch.equal(solution.states[1], solution.x1)
 
 
-# gradients
-
-
-@pytest.mark.parametrize("options", [{"steps": 60, "solver": "dopri5"}, {"solver": "dopri5", **FINE}])
-@pytest.mark.parametrize("at", [TIMES, [0.0, 0.0], [0.7, 2.9, 2.9]])
-def test_gradients_are_equal_however_they_flow(options, at):
-    net, x0, shift = Net(), X0.clone().requires_grad_(), torch.ones(2, dtype=D, requires_grad=True)
-    weights = torch.randn(len(at), 3, 2, dtype=D)
-
-    def gradients(gradient):
-        solution = integrate(net, x0, 0.0, 2.9, gradient=gradient, at=at, args=(shift,), **options)
-        loss = (solution.states * weights).sum() + solution.x1.square().sum()
-        return torch.autograd.grad(loss, (x0, shift, *net.parameters()))
-
-    for gradient in ("checkpoint", "backsolve"):
-        close(gradients(gradient), gradients("direct"), atol=1e-7)
-
-
-@pytest.mark.parametrize("options", [{"steps": 20}, FINE])
-def test_gradients_reach_buffers_and_arguments_of_any_shape(options):
-    net, scale = Net(), torch.tensor(0.7, dtype=D, requires_grad=True)
-    table = torch.randn(5, dtype=D, requires_grad=True)
-    field = lambda t, x, scale, table: net(t, x) * scale + table.sum() * t  # noqa: E731
-
-    def gradients(gradient):
-        more = {"parameters": net.parameters()} if gradient == "backsolve" else {}
-        solution = integrate(
-            field,
-            X0,
-            0.0,
-            1.0,
-            solver="dopri5",
-            gradient=gradient,
-            at=[0.3, 0.9],
-            args=(scale, table),
-            **options,
-            **more,
-        )
-        return torch.autograd.grad(solution.states.square().sum(), (scale, table, *net.parameters()))
-
-    for gradient in ("checkpoint", "backsolve"):
-        close(gradients(gradient), gradients("direct"), atol=1e-7)
-
-
-@pytest.mark.parametrize("gradient", ["checkpoint", "backsolve"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
-def test_gradients_of_trees_backward_in_time(gradient, dtype):
-    w = torch.tensor([0.5, -0.3]).to(dtype).requires_grad_()
-    tree = {"a": X0.to(dtype).requires_grad_(), "b": X0[:, 0].to(dtype).requires_grad_()}
-    field = lambda t, x: {"a": x["a"] * w + t, "b": -x["b"] * w[0]}  # noqa: E731
-
-    def gradients(gradient):
-        more = {"parameters": [w]} if gradient == "backsolve" else {}
-        tolerance = Tolerance(1e-6, 1e-7)
-        states = integrate(field, tree, 1.0, -1.0, at=[0.5, 0.0, -1.0], gradient=gradient, tolerance=tolerance, **more)
-        loss = sum((part * part.conj()).real.sum() for part in states.states.values())
-        return torch.autograd.grad(loss, (w, *tree.values()))
-
-    torch.testing.assert_close(gradients(gradient), gradients("direct"), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("control", CONTROLS)
-def test_gradients_of_checkpoint_per_sample_are_those_through_the_steps(control):
-    net, x0 = Net(), X0.clone().requires_grad_()
-    at = EACH if control else EACH[0]
-
-    def gradients(gradient):
-        solution = integrate(net, x0, 0.0, 3.0, at=at, gradient=gradient, **control)
-        return torch.autograd.grad(solution.states.sin().sum() + solution.x1.sum(), (x0, *net.parameters()))
-
-    rounding(gradients("checkpoint"), gradients("direct"))
-
-
-@pytest.mark.parametrize("solver", ["heun", "rk4", "dopri5"])
-def test_checkpoint_keeps_few_tensors_for_few_outputs(solver):
-    net, x0 = Net(), torch.ones(1, 2, dtype=D, requires_grad=True)
-
-    def saved(gradient):
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            solution = integrate(net, x0, 0.0, 1.0, solver=solver, steps=100, at=[0.513, 1.0], gradient=gradient)
-        solution.states.sum().backward()
-        return sum(sizes)
-
-    assert saved("checkpoint") < saved("direct") / 10
-
-
-def test_the_gradient_of_a_gradient_of_backsolve():
-    net, x0 = Net(), X0.clone().requires_grad_()
-
-    def second(gradient):
-        states = integrate(net, x0, 0.0, 1.0, solver="dopri5", steps=60, at=[0.2, 0.7], gradient=gradient).states
-        (slope,) = torch.autograd.grad(states.sin().sum(), x0, create_graph=True)
-        return torch.autograd.grad(slope.square().sum(), (x0, *net.parameters()))
-
-    close(second("backsolve"), second("direct"))
-
-
-@pytest.mark.parametrize("options", [{"steps": 4}, {"tolerance": Tolerance(1.0, 1.0, first_step=0.2, max_step=0.2)}])
-@pytest.mark.parametrize("solver", ["heun", "bs23", "dopri5"])
-def test_gradients_of_any_order_in_time_and_state(options, solver):
-    at = torch.tensor([0.1, 0.25, 0.8], dtype=D, requires_grad=True)
-    solve = lambda x, at: integrate(growth, x, 0.0, 0.8, solver=solver, at=at, **options).states  # noqa: E731
-    x0 = X0.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, s: solve(x, torch.cat([s, at[2:].detach()])), (x0, at[:2]))
-    assert torch.autograd.gradgradcheck(lambda x, s: solve(x, torch.cat([s, at[2:].detach()])), (x0, at[:2]))
-
-
-@pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("t0", [0.0, 0.1])
-def test_the_gradient_of_a_time_is_the_velocity_there(control, t0):
-    shape = (3, 3) if control else (3,)
-    at = torch.tensor([0.1, 0.5, 1.0], dtype=D).expand(shape).clone().requires_grad_()
-    solution = integrate(lotka, X0, t0, 1.0, solver="dopri5", at=at, **control, **FINE)
-    expected = lotka(0, solution.states.detach()).sum(-1)
-    (gradient,) = torch.autograd.grad(solution.states.sum(), at)
-    torch.testing.assert_close(gradient, expected if control else expected.sum(1), rtol=1e-4, atol=1e-4)
-    assert solution.times is at or torch.equal(solution.times, at)
-
-
-# events, and what cannot go on
-
-
 def falling(t, x):
     return -torch.ones_like(x)
 
@@ -370,109 +223,6 @@ def test_states_that_a_solve_does_not_reach_are_nan(control, gradient):
         assert solution.states.isnan().flatten(1).all(1).tolist() == [False, False, True]
         assert torch.as_tensor(solution.t1).lt(2.9).all()
         assert solution.x1.isfinite().all()
-
-
-# edges
-
-
-@pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "backsolve"])
-def test_no_time_at_all(control, gradient):
-    if control and gradient == "backsolve":
-        pytest.skip("backsolve has one time for the batch")
-    x0 = X0.clone().requires_grad_()
-    solution = integrate(Net(), x0, 1.0, 1.0, at=[1.0, 1.0], gradient=gradient, **control)
-    assert torch.equal(solution.states, torch.stack([X0, X0]))
-    assert torch.autograd.grad(solution.states.sum(), x0)[0].eq(2).all()
-
-
-def test_intervals_too_short_for_the_precision_are_over_at_once():
-    end = math.nextafter(math.nextafter(1.0, 2), 2)
-    at = [[1.0, math.nextafter(1.0, 2), end]] * 3
-    x0 = X0.float()
-    states = integrate(lambda t, x: x, x0, 1.0, end, at=at, control="sample").states
-    assert states.isfinite().all()
-    torch.testing.assert_close(states, x0[:, None].expand(3, 3, 2))
-
-
-@pytest.mark.parametrize("options", [{"steps": 7}, *CONTROLS])
-@pytest.mark.parametrize("end", [0.3, 1e-9, 1e4, 7.1e7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_time_of_an_even_grid_is_reached(options, end, dtype):
-    at = torch.linspace(0, end, 51, dtype=dtype)
-    states = integrate(constant, torch.zeros(1, 1, dtype=D), 0.0, end, at=at, **options).states
-    torch.testing.assert_close(states[:, 0, 0], at.to(D), rtol=1e-6, atol=0)
-
-
-def test_samples_with_times_of_their_own_share_output_times_that_lie_in_all():
-    solve = partial(integrate, growth, X0, control="sample")
-    t0, t1 = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, 2.0, 1.5])
-    solution = solve(t0, t1, at=[1.0, 1.5], **FINE)
-    start = t0.to(D)[None, :, None]
-    close(solution.states, X0 * ((solution.times[:, None, None] ** 2 - start**2) / 2).exp())
-    with pytest.raises(ValueError, match=r"at of sample 1 must lie between t0 = 0\.5 and t1 = 2"):
-        solve(t0, t1, at=[1.0, 2.5])
-    with pytest.raises(ValueError, match="at of sample 1 must lie"):
-        solve(t0, t1, at=[0.25, 1.5])
-
-
-BAD = [
-    (0.5, TypeError, "at must be a tensor, an array or a list of times, got float"),
-    ("0.5", TypeError, "got str"),
-    ({0.5}, TypeError, "got set"),
-    (["0.5"], TypeError, "at must hold real numbers"),
-    ([None], TypeError, "at must hold real numbers"),
-    ([True], TypeError, "at must hold real numbers"),
-    (torch.tensor([1j]), TypeError, "at must hold real numbers"),
-    (torch.tensor([True]), TypeError, "at must hold real numbers"),
-    (torch.tensor(0.5), ValueError, r"at must have shape \(n,\)"),
-    ([], ValueError, "at must hold at least one time"),
-    (torch.zeros(0), ValueError, "at must hold at least one time"),
-    ([0.5, 0.4], ValueError, "without turning back, got 0.4 behind 0.5"),
-    ([0.5, 1.1], ValueError, "must lie between t0 = 0 and t1 = 1, got 1.1 at index 1"),
-    ([-0.1], ValueError, "must lie between"),
-    ([0.5, math.nan], ValueError, "must be finite, got nan at index 1"),
-    ([math.inf], ValueError, "must be finite"),
-    (torch.zeros(3, 1, 1), ValueError, "at must have shape"),
-]
-
-
-@pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize(("at", "error", "message"), BAD)
-def test_bad_times_name_at(at, error, message, control):
-    with pytest.raises(error, match=message) as raised:
-        integrate(growth, X0, 0.0, 1.0, at=at, **control)
-    assert str(raised.value).startswith("at ")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"at": EACH}, "control='sample' takes"),
-        ({"at": EACH[:2], "control": "sample"}, r"at must have shape \(n,\) or \(3, n\), got \(2, 3\)"),
-        ({"at": [[0.1], [0.2], [0.1, 0.2]], "control": "sample"}, "equally many times for every sample"),
-        ({"at": torch.ones(1, requires_grad=True), "gradient": "checkpoint"}, "at must not require a gradient"),
-        ({"at": torch.ones(1, requires_grad=True), "gradient": "backsolve"}, "at must not require a gradient"),
-    ],
-)
-def test_what_excludes_each_other_names_at(options, message):
-    with pytest.raises(ValueError, match=message):
-        integrate(Net(), X0, 0.0, 3.0, **options)
-
-
-def test_times_that_lose_their_gradient_in_no_time_are_refused():
-    with pytest.raises(ValueError, match="at must not require a gradient where t0 = t1"):
-        integrate(growth, X0, 1.0, 1.0, at=torch.ones(1, requires_grad=True))
-
-
-def test_without_gradients_times_may_require_one():
-    with torch.no_grad():
-        solution = integrate(growth, X0, 0.0, 1.0, at=torch.ones(1, requires_grad=True), gradient="checkpoint")
-    assert not solution.states.requires_grad
-    assert not solution.times.requires_grad
-
-
-# graphs and transforms
 
 
 @pytest.mark.parametrize(("solver", "gradient"), [("bs23", "direct"), ("rk4", "checkpoint")])
