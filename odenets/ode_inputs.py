@@ -1,0 +1,228 @@
+"""What a neural ODE takes, checked: its field, its event, its settings and its times."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from odenets.blocks import check_arguments
+
+__all__ = [
+    "check_event",
+    "check_field",
+    "check_mixing",
+    "check_settings",
+    "end_time",
+    "is_times",
+    "owner_of",
+    "time_of",
+]
+
+_DEPTH = 4  # how far a function's parts are followed
+_SETTINGS = {
+    "solver, the name of a method": ("method",),
+    "tolerance=Tolerance(rtol=1e-3, atol=1e-6)": ("rtol", "atol"),
+    'gradient="backsolve"': ("adjoint", "sensitivity", "use_adjoint", "adjoint_method", "adjoint_options"),
+    "steps, the number of equal steps, or Tolerance(first_step=, max_step=)": ("options", "step_size", "depth", "h"),
+    "t0 and t1, and in the call at: ode(x, at=times)": (
+        "t", "ts", "t_span", "t_eval", "times", "at", "saveat", "total_time",
+    ),
+    "the field, a module that holds what trains": ("adjoint_params", "parameters", "params"),
+    "event": ("event_fn", "events"),
+    "the call: ode(x, *args)": ("args",),
+}  # fmt: skip
+
+
+def check_settings(unknown: Mapping[str, Any]) -> None:
+    """Refuse settings that a neural ODE does not have, and name those that it has instead.
+
+    Raises:
+        TypeError: any.
+    """
+    for name in unknown:
+        known = next((f": that is {known}" for known, names in _SETTINGS.items() if name in names), "")
+        raise TypeError(f"NeuralODE takes no {name!r}{known}")
+
+
+def check_field(field: Any) -> None:
+    """That a field is a velocity whose parameters are seen.
+
+    Raises:
+        TypeError: no function of t and x, or a function that reads modules or parameters.
+    """
+    if not callable(field) or isinstance(field, type):
+        raise TypeError(f"field must be a velocity v(t, x), a module or a function, got {field!r:.80}")
+    check_arguments(field, None)
+    names = _leading(field.forward if isinstance(field, nn.Module) else field)
+    if names[1:] in (["t"], ["time"]):
+        raise TypeError(f"field must take t first, v(t, x), got one of ({', '.join(names)})")
+    _check_seen("field", field)
+
+
+def check_event(event: Any) -> None:
+    """That an event is a function of t and x whose parameters are seen.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not callable(event) or isinstance(event, type):
+        raise TypeError(f"event must be a function (t, x), got {event!r:.80}")
+    function = event.forward if isinstance(event, nn.Module) else event
+    try:
+        inspect.signature(function).bind(0.0, None)
+    except TypeError as error:
+        raise TypeError(f"event must be a function (t, x), got one that takes others: {error}") from None
+    except ValueError:  # of what is compiled
+        pass
+    _check_seen("event", event)
+
+
+def owner_of(function: Any) -> nn.Module | None:
+    """The module whose method a function is."""
+    owner = function.__self__ if isinstance(function, MethodType) else None
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _leading(function: Any) -> list[str]:
+    """The names of the first two arguments."""
+    try:
+        return [*inspect.signature(function).parameters][:2]
+    except (TypeError, ValueError):
+        return []
+
+
+def _check_seen(name: str, function: Any) -> None:
+    if isinstance(function, nn.Module) or owner_of(function) is not None:
+        return
+    hidden = next(_trained(function, getattr(function, "__name__", type(function).__name__), _DEPTH, set()), None)
+    if hidden is not None:
+        raise TypeError(
+            f"{name} must be a module where it reads one: a function hides {hidden!r}, whose parameters no optimizer "
+            "would see; put the function into the forward of a module that holds it"
+        )
+
+
+def _trained(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[str]:
+    """The names of modules, and of tensors that require a gradient, within a function or another object."""
+    if isinstance(value, nn.Module) or (isinstance(value, Tensor) and value.requires_grad):
+        yield name
+        return
+    if id(value) in seen or not depth or isinstance(value, Tensor | type | ModuleType | str | bytes | int | float):
+        return
+    seen.add(id(value))
+    for key, part in _parts(value):
+        yield from _trained(part, key or name, depth - 1, seen)
+
+
+def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:
+    """What a function reads, what an object or a collection holds, by name where it has one."""
+    if isinstance(value, FunctionType):
+        if (value.__module__ or "").partition(".")[0] in ("torch", "numpy"):
+            return
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            try:
+                yield name, cell.cell_contents
+            except ValueError:  # of a name that is not bound yet
+                continue
+        yield from ((name, value.__globals__[name]) for name in _global_names(value.__code__) & {*value.__globals__})
+        yield from ((None, default) for default in value.__defaults__ or ())
+        yield from (value.__kwdefaults__ or {}).items()
+    elif isinstance(value, MethodType):
+        yield from ((None, value.__self__), (None, value.__func__))
+    elif isinstance(value, partial):
+        yield from [
+            (type(value.func).__name__, value.func),
+            *((None, arg) for arg in value.args),
+            *value.keywords.items(),
+        ]
+    elif isinstance(value, Mapping):
+        yield from ((None, part) for part in value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from ((None, part) for part in value)
+    else:
+        yield from getattr(value, "__dict__", {}).items()
+        yield None, vars(type(value)).get("__call__")
+
+
+def _global_names(code: CodeType) -> set[str]:
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_global_names(part) for part in code.co_consts if isinstance(part, CodeType)))
+
+
+def check_mixing(field: Any) -> None:
+    """That a field treats samples apart, as control per sample has it.
+
+    Raises:
+        ValueError: it holds batch norm in training mode.
+    """
+    owner = field if isinstance(field, nn.Module) else owner_of(field)
+    for module in () if owner is None else owner.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                "field must treat each sample as if it were alone with control='sample', but batch norm in training "
+                "mode reads the whole batch, at other times and steps: take control='batch', or norm='group' or 'layer'"
+            )
+
+
+def time_of(name: str, t: Any) -> Any:
+    """A start or end as a number, or ``(B,)`` of them on the CPU, where the steps are chosen.
+
+    Raises:
+        ValueError: it requires a gradient, which gets lost.
+    """
+    if isinstance(t, Tensor):
+        if t.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, which would be lost: detach it; gradients flow to times in the "
+                "call, ode(x, at=times)"
+            )
+        return t.cpu() if t.ndim else t.item()
+    return torch.tensor(np.array(t, np.float64)) if isinstance(t, list | tuple | np.ndarray) and np.ndim(t) else t
+
+
+def is_times(value: Any) -> bool:
+    """Whether a value looks like times: a number or some in a row, as a tensor, an array or a list."""
+    return not isinstance(value, str | Mapping) and len(getattr(value, "shape", np.shape(value))) <= 1
+
+
+def end_time(at: Any, x: Any, t0: Any, t1: Any, *, per_sample: bool) -> Any:
+    """The last of the times ``at``, or of those of each sample ``(B,)``; t1 where they are no such times.
+
+    Raises:
+        ValueError: times that are not finite or turn back.
+    """
+    if torch.compiler.is_compiling():  # which takes a list of floats
+        return at[-1] if isinstance(at, list | tuple) and at else t1
+    try:
+        times = np.array(at.tolist() if isinstance(at, Tensor) else at, dtype=np.float64)
+    except (TypeError, ValueError):
+        return t1
+    first = next((leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), None)
+    samples = len(first) if per_sample and first is not None and first.ndim else 1
+    if not times.size or times.ndim not in (1, 1 + per_sample) or (times.ndim == 2 and len(times) != samples):
+        return t1
+    if not np.isfinite(times).all():
+        raise ValueError(f"at must be finite, got NaN or infinity: {_FEWER}")
+    start = np.array(t0.tolist() if isinstance(t0, Tensor) else t0, dtype=np.float64)
+    if start.shape in ((), (samples,)):
+        rows = np.broadcast_to(times, (samples, times.shape[-1]))
+        moves = np.diff(np.column_stack([np.broadcast_to(start, samples), rows]))
+        eps = torch.finfo(at.dtype if isinstance(at, Tensor) and at.is_floating_point() else torch.float64).eps
+        least = 4 * eps * max(np.abs(rows).max(), np.abs(start).max())
+        turning = ((moves > least).any(1) & (moves < -least).any(1)).nonzero()[0]
+        if len(turning):
+            row = ", ".join(f"{t:g}" for t in rows[turning[0]][:8])
+            raise ValueError(f"at must run from t0 on without turning back, got {row}: {_FEWER}")
+    return times[..., -1] if times.ndim == 2 else times[-1].item()
+
+
+_FEWER = "sort the times of each sample, and repeat the last one where a sample has fewer"
