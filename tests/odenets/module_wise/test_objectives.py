@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from odenets import Flow, MLPField, measures, models
 from odenets.module_wise import fit_modules, split_into_modules, trgl, trgl_multipliers
 from odenets.training import data, datasets
-from odenets.training.objectives import Objective
+from odenets.training.objectives import Objective, Task
 from odenets.transport import wasserstein
 from tests.odenets.networks import Velocity
 
@@ -103,3 +103,26 @@ def test_growing_weights_of_modules_are_those_of_equation_33(parts):
                 multiplier += h * F.cross_entropy(twin(batches[i][0]), batches[i][1]).item()
     assert training.objectives[0].multiplier.item() == pytest.approx(multiplier, rel=1e-9)
     torch.testing.assert_close([*modules.parameters()], [*twin.parameters()], rtol=0, atol=1e-10)
+
+
+def test_modules_solve_a_regression():
+    """Each head estimates the targets; its loss falls, and the cost is the module's own."""
+    torch.manual_seed(0)
+    flow = Flow(partial(MLPField, 2, 8), solver="euler", h=1.0, depth=2)
+    x = torch.randn(32, 2)
+    y = torch.stack([x[:, 0] * x[:, 1], x.sum(1)], 1)
+    modules = split_into_modules(flow, 2, x[:4], classes=2)
+    for k, module in enumerate(modules.modules_in_order):
+        objective = trgl(1.0, task=lambda: Task(F.mse_loss))(k, 2)
+        optimizer, losses = torch.optim.Adam(module.parameters(), 0.02), []
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = objective(module, x, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+        output, records = module.record(x, **objective.measures)
+        cost = records["action"].sum(0).mean()
+        torch.testing.assert_close(objective(module, x, y), F.mse_loss(output, y) + cost / (2 * (1 + (k == 1))))
+        x = module.part(x).detach()

@@ -1,9 +1,14 @@
 """A loop of one's own: ``loss = objective(network, x, y)`` counts the steps of whatever optimizer, each once."""
 
 import copy
+import gc
 import pickle
+import subprocess
+import sys
+import weakref
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from odenets.recording import Recording
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy, Task
 from tests.odenets.checks import assert_same
+from tests.odenets.training import own_loop_in_processes
 from tests.odenets.training.small import TENS, tiny
 
 X, Y = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -304,8 +310,6 @@ def test_the_state_after_a_step_is_of_training_mode():
 
 
 def test_no_batch_is_kept_that_nobody_looks_at_again():
-    import weakref
-
     for options, kept in (({}, False), ({"update": "after", "every": 3}, False), ({"update": "after"}, True)):
         network, objective = flow(), LeastAction(**options)
         x = X.clone()
@@ -316,9 +320,6 @@ def test_no_batch_is_kept_that_nobody_looks_at_again():
 
 
 def test_an_objective_is_let_go_with_its_watch():
-    import gc
-    import weakref
-
     network, objective = flow(), LeastAction()
     take_steps(network, objective, sgd(network), 2)
     references = weakref.ref(network), weakref.ref(objective)
@@ -452,6 +453,30 @@ def test_wrapped_networks_train_as_plain_ones(process_group, how, update, parts)
         assert counted(objective) == 3
         results.append((full, objective.multiplier.clone()))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    """Each with its share of every batch, gradients averaged, lambda grown by the mean of their losses."""
+    script = Path(own_loop_in_processes.__file__)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    subprocess.run(launch, check=True, capture_output=True, timeout=1200)
+    for update in ("before", "next", "after"):
+        one = own_loop_in_processes.train(update, 0, 1)
+        for rank in range(2):
+            torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt")[update], one, rtol=1e-9, atol=1e-10)
+
+
+def test_a_state_that_all_processes_must_look_for_says_so(monkeypatch):
+    network, objective = flow(), LeastAction(update="after")
+    take_steps(network, objective, sgd(network))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.distributed, "is_initialized", lambda: True)
+        patched.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(RuntimeError, match=r"call objective.after_step\(network, \(x, y\)\) on each before"):
+            objective.state_dict()
+    objective.after_step(network, (X, Y))
+    assert counted(objective) == 1
 
 
 REMEDY = r"put odenets.recording.Recording\(network, objective.measures\) into {} instead"
