@@ -24,7 +24,7 @@ from odenets import measures
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
-from odenets.training.objectives import Batch, CrossEntropy, Objective
+from odenets.training.objectives import Batch, CrossEntropy, Objective, eagerly
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
 
@@ -181,10 +181,8 @@ class LeastAction(_WithCost):
         self._changed_in = -1
         self.register_buffer("multiplier", torch.tensor(lambda0, dtype=total_dtype("cpu")))
 
-    @torch.compiler.disable
-    def loss(  # type: ignore[override]  # torch's decorator has a wide type
-        self, network: nn.Module, batch: Batch, output: Any, records: Records
-    ) -> Tensor:
+    @eagerly
+    def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         self.check_records(records)
         training = torch.is_grad_enabled() and self.training and unwrapped(network).training
         if training:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -24,6 +25,7 @@ __all__ = [
     "Task",
     "after_step",
     "check_loss",
+    "eagerly",
     "logits_and_labels",
     "right_answers",
     "targets_of",
@@ -90,6 +92,24 @@ def targets_of(batch: Any) -> Any:
     return batch[1]
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def eagerly(method: Method) -> Method:
+    """Leave a method out of what is compiled around it: it counts, and what it calls may be compiled by itself.
+
+    ``torch.compiler.disable`` as a decorator would load the compiler where nothing is compiled.
+    """
+
+    @wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*arguments, **options)
+        return method(*arguments, **options)
+
+    return cast(Method, call)
+
+
 class Objective(nn.Module):
     """What is minimized, a function of a network's output and of what was measured on its steps.
 
@@ -127,10 +147,8 @@ class Objective(nn.Module):
                 "which records and calls it"
             )
 
-    @torch.compiler.disable
-    def forward(  # type: ignore[override]  # torch's decorator has a wide type
-        self, network: nn.Module, x: Any, y: Any, *rest: Any
-    ) -> Tensor:
+    @eagerly
+    def forward(self, network: nn.Module, x: Any, y: Any, *rest: Any) -> Tensor:
         """The loss, a scalar to call ``backward`` on, of what the network records of the batch.
 
         What counts the steps of the optimizer counts the last one first, see :meth:`after_step`.
