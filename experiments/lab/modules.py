@@ -49,7 +49,7 @@ def in_modules(
 
 
 def sgd_in_modules(
-    network: ModuleWise, batches: Batches, learning_rate: float, schedule: str, **options: Any
+    network: ModuleWise, batches: Batches, learning_rate: float, order: str, **options: Any
 ) -> list[Row]:
     """Train modules by SGD, those in sequence on states in memory of four views of each image.
 
@@ -57,13 +57,13 @@ def sgd_in_modules(
         network: the modules.
         batches: of training.
         learning_rate: of all modules.
-        schedule, options: of :func:`odenets.module_wise.fit_modules`.
+        order, options: of :func:`odenets.module_wise.fit_modules`.
 
     Returns:
         A row per module and epoch.
     """
     sgd = partial(torch.optim.SGD, lr=learning_rate, momentum=0.9, weight_decay=1e-4)
-    options |= {"schedule": schedule, "cache": "memory" if schedule == "sequential" else None, "views": 4}
+    options |= {"order": order, "cache": "memory" if order == "sequential" else None, "views": 4}
     return fit_modules(network, batches, optimizer=sgd, **options).rows
 
 

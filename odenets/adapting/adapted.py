@@ -187,6 +187,11 @@ class AdaptedModel(nn.Module):
         """
         return self._run(x, args, {}, keep=True)[1].steps
 
+    def output_and_steps(self, x: Tensor, /, *args: Any) -> tuple[Any, list[Step]]:
+        """The model's output, and every step as :meth:`steps` has them, in one pass."""
+        output, current = self._run(x, args, {}, keep=True)
+        return output, current.steps
+
     def differentiable_steps(self, x: Tensor) -> tuple[Any, list[Step], list[Tensor]]:
         """The model's output, every step, and the states x0 through which a loss of the output can be differentiated.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +28,28 @@ class _View:
 class ActivationCache:
     """The states of all training images before a module; first the images themselves.
 
-    Where images are augmented, a few views of each are drawn once, and epoch e takes view ``e mod views``: the policy
-    of a cache, since a state cannot be cropped or mirrored anew.
+    Where images are augmented, by ``crop``, ``flip`` or an :meth:`~odenets.training.Batches.epoch` of a subclass, a few
+    views of each are drawn once, and epoch e takes view ``e mod views``: the policy of a cache, since a state cannot be
+    cropped or mirrored anew.
 
     Args:
         batches: the training data.
-        views: how many, where ``batches`` crops or mirrors; one otherwise.
+        views: how many, where ``batches`` are augmented; one otherwise.
         folder: where the states lie; in memory if not given. Files there are overwritten.
 
     Raises:
-        ValueError: fewer than one view.
+        ValueError: fewer than one view, or an epoch of a subclass that draws more samples than there are, or fewer.
     """
 
     def __init__(self, batches: Batches, views: int = 1, folder: Path | None = None) -> None:
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         self.batches, self.folder = batches, folder
-        augmented = batches.seed is not None and (batches.crop or batches.flip)
-        self.images = [_augmented(batches, v) for v in range(views)] if augmented else [batches.data.x]
+        if batches.augmented:
+            drawn = [_augmented(batches, v) for v in range(views)]
+        else:
+            drawn = [(batches.data.x, batches.data.y)]
+        self.images, self.targets = [x for x, _ in drawn], [y for _, y in drawn]
         self.restart()
 
     def restart(self) -> None:
@@ -80,24 +85,31 @@ class ActivationCache:
         return _View(states.reshape(shape), file)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """State, image and label of each batch, in the order that the batches have in that epoch."""
+        """State, image and target of each batch, in the order that the batches have in that epoch."""
         view = epoch % len(self.views)
-        states, y = self.views[view].states, self.batches.data.y
+        states, y = self.views[view].states, self.targets[view]
         for index in self.batches.order(epoch).to(y.device).split(self.batches.size):
             yield states[index.to(states.device)].to(y.device), self.images[view][index], y[index]
 
 
-def pass_through(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
+def pass_through(parts: Sequence[nn.Module], x: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
     """The state behind some parts in eval mode, without gradients; they have their modes back afterwards."""
     with torch.no_grad(), evaluating(*parts):
         for part in parts:
-            x = part(x)
+            x = part(x, *args)
     return x
 
 
-def _augmented(batches: Batches, epoch: int) -> Tensor:
-    """The augmented images of an epoch, in the order of the data."""
-    x, order = torch.empty_like(batches.data.x), batches.order(epoch)
-    for index, (images, _) in zip(order.to(x.device).split(batches.size), batches.epoch(epoch), strict=True):
-        x[index] = images
-    return x
+def _augmented(batches: Batches, epoch: int) -> tuple[Tensor, Tensor]:
+    """The augmented images of an epoch and their targets, in the order of the data."""
+    drawn = [*batches.epoch(epoch)]
+    x, y = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    order = batches.order(epoch).to(x.device)
+    if len(x) != len(order):
+        raise ValueError(
+            f"{type(batches).__name__}.epoch must draw each of {len(order)} samples once for a cache, got {len(x)}: "
+            "cache=None draws what it will"
+        )
+    images, targets = torch.empty_like(x), torch.empty_like(y)
+    images[order], targets[order.to(y.device)] = x, y
+    return images, targets

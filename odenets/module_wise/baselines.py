@@ -93,7 +93,14 @@ class Similarity(nn.Module):
         like(self, state)
 
     def forward(self, state: Tensor, images: Tensor, y: Tensor) -> Tensor:
-        """The weighted loss of states ``(B, *S)`` with labels ``(B,)``."""
+        """The weighted loss of states ``(B, *S)`` with labels ``(B,)``.
+
+        Raises:
+            TypeError: targets that are no classes.
+        """
+        if not isinstance(y, Tensor) or y.is_floating_point() or y.ndim != 1:
+            got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"PredSim compares classes: targets must be labels (B,), whole numbers, got {got}")
         cosines = correlations(self.layer(state).flatten(1))
         other = torch.full_like(cosines, -1.0 / (self.classes - 1))
         target = torch.where(y[:, None] == y[None], torch.ones_like(cosines), other)  # S of one-hot rows

@@ -1,4 +1,4 @@
-"""Auxiliary heads: a small classifier on the state after a module, on its device and in its dtype."""
+"""Auxiliary heads: a small network on the state after a module, on its device and in its dtype."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Head", "check_head", "conv_head", "like", "linear_head", "make_head"
 L = TypeVar("L", bound=nn.Module)
 
 Head = Callable[[Tensor, int], nn.Module]
-"""Makes the head for a state ``(B, *S)`` and a number of classes."""
+"""Makes the head for a state ``(B, *S)`` and a number of outputs: classes, or dimensions of a target."""
 
 
-def conv_head(state: Tensor, classes: int, *, pool: int | None = None) -> nn.Sequential:
+def conv_head(state: Tensor, outputs: int, *, pool: int | None = None) -> nn.Sequential:
     """conv3x3-ReLU-pool-norm-linear, as many channels as the state has (DGL, Belilovsky et al. 2020; [K24]).
 
     Args:
         state: ``(B, C, H, W)``.
-        classes: number of classes.
+        outputs: numbers for a sample: classes, or dimensions of a target.
         pool: size and stride of the average pooling; what leaves at most 4 x 4 if not given.
 
     Raises:
@@ -42,17 +42,17 @@ def conv_head(state: Tensor, classes: int, *, pool: int | None = None) -> nn.Seq
         nn.AvgPool2d(pool),
         nn.BatchNorm2d(channels),
         Rearrange("b c h w -> b (c h w)"),
-        nn.Linear(channels * (height // pool) * (width // pool), classes),
+        nn.Linear(channels * (height // pool) * (width // pool), outputs),
     )
     return like(head, state)
 
 
-def token_head(state: Tensor, classes: int) -> nn.Sequential:
+def token_head(state: Tensor, outputs: int) -> nn.Sequential:
     """LayerNorm-mean-linear, as at the end of a transformer.
 
     Args:
         state: ``(B, T, D)`` or ``(B, H, W, D)``.
-        classes: number of classes.
+        outputs: numbers for a sample: classes, or dimensions of a target.
 
     Raises:
         ValueError: a state of another shape.
@@ -61,12 +61,12 @@ def token_head(state: Tensor, classes: int) -> nn.Sequential:
         raise ValueError(f"head 'token' needs states (B, T, D) or (B, H, W, D), got {tuple(state.shape)}")
     features = state.shape[-1]
     mean = Reduce("b t d -> b d" if state.ndim == 3 else "b h w d -> b d", "mean")
-    return like(nn.Sequential(nn.LayerNorm(features), mean, nn.Linear(features, classes)), state)
+    return like(nn.Sequential(nn.LayerNorm(features), mean, nn.Linear(features, outputs)), state)
 
 
-def linear_head(state: Tensor, classes: int) -> nn.Sequential:
+def linear_head(state: Tensor, outputs: int) -> nn.Sequential:
     """A linear layer on all features of a state ``(B, *S)``."""
-    return like(nn.Sequential(nn.Flatten(), nn.Linear(state[0].numel(), classes)), state)
+    return like(nn.Sequential(nn.Flatten(), nn.Linear(state[0].numel(), outputs)), state)
 
 
 def like(layer: L, state: Tensor) -> L:
@@ -80,7 +80,7 @@ AUTO: dict[int, Head] = {4: conv_head, 3: token_head}
 """By the dimensions of a state. Those of a Swin transformer, ``(B, H, W, D)``, look like images': say "token"."""
 
 
-def make_head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state: Tensor, classes: int) -> nn.Module:
+def make_head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state: Tensor, outputs: int) -> nn.Module:
     """The head of module k, from what :func:`~odenets.module_wise.split_into_modules` takes.
 
     Raises:
@@ -91,12 +91,12 @@ def make_head(head: str | Head | nn.Module | Sequence[nn.Module], k: int, state:
     if isinstance(head, Sequence) and not isinstance(head, str):
         return head[k]
     if callable(head):
-        return like(head(state, classes), state)
+        return like(head(state, outputs), state)
     if head == "auto":
-        return AUTO.get(state.ndim, linear_head)(state, classes)
+        return AUTO.get(state.ndim, linear_head)(state, outputs)
     if head not in HEADS:
         raise ValueError(f"head must be 'auto', {', '.join(map(repr, HEADS))}, a module or a function, got {head!r}")
-    return HEADS[head](state, classes)
+    return HEADS[head](state, outputs)
 
 
 def modules_of(head: object) -> Iterator[nn.Module]:
@@ -108,8 +108,8 @@ def modules_of(head: object) -> Iterator[nn.Module]:
             yield from modules_of(one)
 
 
-def check_head(head: nn.Module, state: Tensor, classes: int, k: int) -> None:
-    """That the head of module k returns logits, ``(B, classes)``.
+def check_head(head: nn.Module, state: Tensor, outputs: int, k: int) -> None:
+    """That the head of module k returns ``(B, outputs)``.
 
     Raises:
         TypeError: it returns no tensor.
@@ -117,18 +117,16 @@ def check_head(head: nn.Module, state: Tensor, classes: int, k: int) -> None:
     """
     try:
         with torch.no_grad(), keeping_state(head), evaluating(head):
-            logits = head(state)
+            output = head(state)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the head of module {k + 1} does not fit states {tuple(state.shape)} of {state.dtype}: {error}"
         ) from error
-    expected = (len(state), classes)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"the head of module {k + 1} must return logits, a tensor {expected}, got {type(logits).__name__}"
-        )
-    if logits.shape != expected:
+    expected = (len(state), outputs)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the head of module {k + 1} must return a tensor {expected}, got {type(output).__name__}")
+    if output.shape != expected:
         raise ValueError(
             f"the head of module {k + 1} must return {expected} for states {tuple(state.shape)}, got "
-            f"{tuple(logits.shape)}"
+            f"{tuple(output.shape)}"
         )

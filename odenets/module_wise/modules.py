@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from odenets.adapting import AdaptedModel
+from odenets.errors import renamed
 from odenets.flow import Flow
 from odenets.measures import StepFunction
-from odenets.modes import evaluating, inputs_for, keeping_state
+from odenets.modes import evaluating, keeping_state
+from odenets.module_wise.evaluation import evaluate_modules
 from odenets.module_wise.heads import Head, check_head, like, make_head, modules_of
-from odenets.module_wise.partition import At, Cuttable, Part, balanced, blocks_of, cut, even
+from odenets.module_wise.partition import At, Cuttable, Part, balanced, blocks_of, cut, even, inputs_on
 from odenets.recording import Joined, Records
-from odenets.training.data import Batches
-from odenets.training.objectives import logits_and_labels
+from odenets.training.metrics import Metric, MetricFunction
+from odenets.training.objectives import CrossEntropy, Task
+from odenets.training.sources import Collate, Source, arguments
 from solvers import Step
 
 __all__ = ["LocalLoss", "LocalModule", "ModuleWise", "split_into_modules"]
 
 LocalLoss = Callable[[int, int, Tensor, Tensor], nn.Module]
 """Makes what a module minimizes besides, from its number, how many there are, its state and the images: a layer called
-with ``(state, images, labels)`` that returns a scalar."""
+with ``(state, images, targets)`` that returns a scalar."""
 
 
 class LocalModule(Joined):
@@ -45,24 +48,26 @@ class LocalModule(Joined):
     def recorders(self) -> list[Part | AdaptedModel]:
         return [self.part]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and state for the state before."""
-        state = self.part(x)
+    def forward(self, x: Tensor, /, *args: Any) -> tuple[Any, Tensor]:
+        """The head's output and the state for the state before; ``args`` go to the velocity fields."""
+        state = self.part(x, *args)
         return self.head(state), state
 
-    def forward_with_records(self, x: Tensor, measures: dict[str, StepFunction]) -> tuple[Tensor, Tensor, Records]:
-        """Logits and state, and per measure ``(blocks, B)``."""
-        state, records = self.part.record(x, **measures)
+    def forward_with_records(
+        self, x: Tensor, measures: Mapping[str, StepFunction], args: tuple[Any, ...] = ()
+    ) -> tuple[Any, Tensor, Records]:
+        """The head's output and the state, and per measure ``(blocks, B)``."""
+        state, records = self.part.record(x, *args, **measures)
         return self.head(state), state, records
 
-    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
-        """The logits, and per measure ``(blocks, B)``."""
-        logits, _, records = self.forward_with_records(x, measures)
-        return logits, records
+    def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Any, Records]:
+        """The head's output, and per measure ``(blocks, B)``."""
+        output, _, records = self.forward_with_records(x, measures, args)
+        return output, records
 
-    def steps(self, x: Tensor, *, closing: bool = True) -> Iterable[Step]:
+    def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterable[Step]:
         """Every step for the state before."""
-        return self.part.steps(x, closing=closing)
+        return self.part.steps(x, *args, closing=closing)
 
 
 class ModuleWise(Joined):
@@ -92,16 +97,29 @@ class ModuleWise(Joined):
         return [cast(LocalModule, part) for part in self.parts]
 
     @property
+    def recorders(self) -> list[LocalModule]:
+        return self.modules_in_order
+
+    @property
     def module_names(self) -> list[str]:
         """Of the modules, as records name them, from 1 on."""
         return [f"module {k}" for k in range(1, self.K + 1)]
 
     @property
-    def recorders(self) -> list[LocalModule]:
-        return self.modules_in_order
+    def flows(self) -> list[Flow]:
+        """The flows of all modules, first to last; none where the network is an adapted model."""
+        return [flow for module in self.modules_in_order for flow in getattr(module.part, "flows", ())]
 
-    def forward(self, x: Tensor, module: int | None = None) -> Tensor:
-        """Logits after a module, from 1 on, the last if not given, ``(B, classes)``; those behind it are not called.
+    def forward(self, x: Tensor, /, *args: Any, module: int | None = None) -> Any:
+        """The output after a module, from 1 on, the last if not given; those behind it are not called.
+
+        Args:
+            x: inputs, ``(B, ...)``.
+            args: conditioning, which the velocity fields of every module get: ``v(t, x, *args)``.
+            module: number of the module.
+
+        Returns:
+            What its head makes: logits ``(B, classes)`` of a classifier.
 
         Raises:
             ValueError: no such module.
@@ -111,56 +129,81 @@ class ModuleWise(Joined):
             raise ValueError(f"module must be between 1 and the number of modules, {self.K}, got {module}")
         *before, last = self.modules_in_order[:module]
         for local in before:
-            x = local.part(x)
-        return last(x)[0]
+            x = local.part(x, *args)
+        return last(x, *args)[0]
 
-    def record(self, x: Tensor, /, **measures: StepFunction) -> tuple[Tensor, Records]:
-        """Logits after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows,
+    def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Any, Records]:
+        """The output after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows,
         and ``records.blocks`` name the module before its block.
+
+        Args:
+            x: inputs, ``(B, ...)``.
+            args: conditioning, which the velocity fields of every module get.
+            measures: functions ``Step -> (B,)`` by name.
         """
         parts = []
         for module in self.modules_in_order:
-            x, records = module.part.record(x, **measures)
+            x, records = module.part.record(x, *args, **measures)
             parts.append((records, module.depth))
         return self.modules_in_order[-1].head(x), Records.join(parts, self.module_names)
 
-    def outputs(self, x: Tensor) -> Iterator[Tensor]:
-        """Logits after each module, one after the other, in one pass."""
-        for module in self.modules_in_order:
-            logits, x = module(x)
-            yield logits
+    def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
+        """Every step of every module for inputs ``x``."""
+        parts = [module.part for module in self.modules_in_order]
+        if flows := [part for part in parts if isinstance(part, Part)]:
+            yield from Part([piece for part in flows for piece in part.layers]).steps(x, *args, closing=closing)
+        for part in parts:
+            if isinstance(part, AdaptedModel):
+                x, steps = part.output_and_steps(x, *args)
+                yield from steps
 
-    def run_all(self, x: Tensor) -> None:
+    def outputs(self, x: Tensor, /, *args: Any) -> Iterator[Any]:
+        """The output after each module, one after the other, in one pass."""
+        for module in self.modules_in_order:
+            output, x = module(x, *args)
+            yield output
+
+    def run_all(self, x: Tensor, /, *args: Any) -> None:
         """Call every module and head once, so that :func:`odenets.recalibrate` sets the statistics of all."""
-        for _ in self.outputs(x):
+        for _ in self.outputs(x, *args):
             pass
 
     @torch.no_grad()
-    def predict(self, x: Tensor, module: int | None = None) -> Tensor:
+    def predict(self, x: Tensor, /, *args: Any, module: int | None = None) -> Tensor:
         """Labels after a module, ``(B,)``, in eval mode: an early exit, which the later modules cost nothing.
 
         Raises:
             ValueError: no such module.
         """
         with keeping_state(self), evaluating(self):
-            return self(inputs_for(self, x), module).argmax(1)
+            return self(*inputs_on(self, (x, *args)), module=module).argmax(1)
 
-    @torch.no_grad()
-    def accuracies(self, batches: Batches) -> list[float]:
-        """Accuracy after each module, in eval mode, on the samples as they are, neither cropped nor mirrored.
+    def evaluate(
+        self, batches: Iterable[Any], *, metric: MetricFunction | None = None, collate: Collate | None = None
+    ) -> list[float]:
+        """A metric after each module, in eval mode, of :class:`Batches` on the samples as they are.
+
+        Args:
+            batches: any iterable of batches.
+            metric, collate: as in :func:`odenets.training.evaluate`; the accuracy if not given.
 
         Raises:
-            TypeError, ValueError: a head does not return logits.
+            TypeError, ValueError: a head does not return logits, where the metric is the accuracy, or a metric that
+                returns no number, or batches that are none.
         """
-        right = []
-        with keeping_state(self), evaluating(self):
-            for x, y in batches.in_order():
-                x = inputs_for(self, x)
-                pairs = (logits_and_labels(logits, y.to(x.device)) for logits in self.outputs(x))
-                right.append(torch.stack([(logits.argmax(1) == y).sum() for logits, y in pairs]))
-        return [n / len(batches.data) for n in torch.stack(right).sum(0).tolist()]
+        source = Source.of(batches, collate)
+        source.move_to(self)
+        nothing = Task(lambda output, y: torch.zeros(()))
+        values = evaluate_modules(
+            self, source, Metric.of(metric, CrossEntropy()), dict.fromkeys(range(self.K), nothing)
+        )
+        return [cast(float, values[k].metric) for k in range(self.K)]
 
-    def best(self, validation: Batches) -> int:
+    def accuracies(self, batches: Iterable[Any], *, collate: Collate | None = None) -> list[float]:
+        """:meth:`evaluate` by the accuracy."""
+        return self.evaluate(batches, collate=collate)
+
+    def best(self, validation: Iterable[Any]) -> int:
         """The number of the most accurate module, from 1 on, the first of equals."""
         accuracies = self.accuracies(validation)
         return accuracies.index(max(accuracies)) + 1
@@ -169,12 +212,13 @@ class ModuleWise(Joined):
         return f"K={self.K}, ends={list(self.ends)}"
 
 
+@renamed(classes="outputs")
 def split_into_modules(
     network: Cuttable,
     split: int | Sequence[int],
-    x: Tensor,
+    x: Any,
     *,
-    classes: int | None = None,
+    outputs: int | None = None,
     balance: Literal["blocks", "memory"] = "blocks",
     at: At = "end",
     head: str | Head | nn.Module | Sequence[nn.Module] = "auto",
@@ -188,20 +232,22 @@ def split_into_modules(
     Args:
         network: a flow, a network or an adapted model; its weights are shared, not copied.
         split: the number of modules K, or after how many blocks each ends, rising, the last with or without.
-        x: a batch of inputs, of two samples or more, by which shapes are found.
-        classes: number of classes; that of the network's own output if not given.
+        x: a batch of inputs, of two samples or more, by which shapes are found; or a tuple ``(x, *args)`` with what
+            conditions the fields.
+        outputs: numbers that a head returns for a sample, the classes of a classifier or the size of a regression's
+            targets; as many as the network itself if not given.
         balance: what is shared out equally among K modules: "blocks", or the "memory" that their backward passes need,
             measured on ``x``.
         at: "end", a transition belongs to the module after it, or "start", to the one before.
         head: "conv", "token" or "linear"; "auto" by the shape of the state; a function of a state and the number of
-            classes; one layer for all modules ("same classifier"); or a list of one for each, but for a last that keeps
+            outputs; one layer for all modules ("same classifier"); or a list of one for each, but for a last that keeps
             the network's.
         last_head: whether the last module keeps the network's own head or has an auxiliary one like the others.
         local_loss: makes what each module minimizes besides.
 
     Raises:
         TypeError, ValueError: as :func:`~odenets.module_wise.partition.cut` and the heads raise, K out of range, a head
-            that does not return ``(B, classes)``, or more or fewer heads than modules that need one.
+            that does not return ``(B, outputs)``, or more or fewer heads than modules that need one.
 
     >>> import odenets
     >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
@@ -210,35 +256,36 @@ def split_into_modules(
     [torch.Size([5, 10]), torch.Size([5, 10])]
     """
     blocks = blocks_of(network)
-    if not isinstance(x, Tensor) or len(x) < 2:
+    if not isinstance(first := arguments(x)[0], Tensor) or len(first) < 2:
         raise ValueError("x must be a batch of at least two inputs, which batch norms need")
     if balance not in ("blocks", "memory") or last_head not in ("own", "auxiliary"):
         raise ValueError(
             "balance must be 'blocks' or 'memory' and last_head 'own' or 'auxiliary', "
             f"got {balance!r} and {last_head!r}"
         )
-    x, has_head = inputs_for(network, x), not isinstance(network, Flow)
+    inputs, has_head = inputs_on(network, x), not isinstance(network, Flow)
+    images, *args = inputs
     with torch.no_grad(), keeping_state(network), evaluating(network):
-        output = network(x)  # a flow without a field makes it here
+        output = network(*inputs)  # a flow without a field makes it here
     if isinstance(split, int):
-        ends = even(blocks, split) if balance == "blocks" else balanced(network, split, x, at)
+        ends = even(blocks, split) if balance == "blocks" else balanced(network, split, inputs, at)
     else:
         ends = [*split] if split and split[-1] == blocks else [*split, blocks]
     parts, own = cut(network, ends, at)
     keeps = last_head == "own" and has_head
-    if classes is None:
-        classes = _classes(output, has_head)
+    if outputs is None:
+        outputs = _outputs(output, has_head)
     if isinstance(head, Sequence) and not isinstance(head, str) and len(head) != len(parts) - keeps:
         but = " but the last, which keeps the network's" if keeps else ""
         raise ValueError(f"head must hold one for each module{but}: {len(parts) - keeps}, got {len(head)}")
-    modules, state = [], x
+    modules, state = [], images
     for k, part in enumerate(parts):
         with torch.no_grad(), keeping_state(part), evaluating(part):
-            state = part(state)
-        with x.device:  # where new layers are made
-            layer = own if keeps and k == len(parts) - 1 else make_head(head, k, state, classes)
-            extra = None if local_loss is None else like(local_loss(k, len(parts), state, x), state)
-        check_head(layer, state, classes, k)
+            state = part(state, *args)
+        with images.device:  # where new layers are made
+            layer = own if keeps and k == len(parts) - 1 else make_head(head, k, state, outputs)
+            extra = None if local_loss is None else like(local_loss(k, len(parts), state, images), state)
+        check_head(layer, state, outputs, k)
         modules.append(LocalModule(part, layer, extra))
     result = ModuleWise(modules, ends)
     for module in set(result.modules()) - set(network.modules()) - set(modules_of(head)):
@@ -246,9 +293,9 @@ def split_into_modules(
     return result
 
 
-def _classes(output: Any, has_head: bool) -> int:
-    """Number of classes of the network's own output."""
+def _outputs(output: Any, has_head: bool) -> int:
+    """Numbers that the network itself returns for a sample."""
     if not has_head or not isinstance(output, Tensor) or output.ndim != 2:
         got = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is a {type(output).__name__}"
-        raise ValueError(f"classes must be given: the network's output {got}")
+        raise ValueError(f"outputs must be given: the network's output {got}")
     return int(output.shape[1])

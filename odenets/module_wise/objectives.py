@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from torch import nn
+
 from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.training.objectives import CrossEntropy, Objective
 
@@ -96,8 +98,13 @@ def objectives_of(make: ModuleObjective, numbers: Iterable[int], K: int) -> list
         TypeError: it makes another thing.
         ValueError: modules share one that remembers something, a multiplier, which would be changed by each.
     """
-    if isinstance(make, Objective):
-        raise TypeError(f"objective must make one for each module, lambda k, K: {type(make).__name__}(...), got one")
+    if isinstance(make, nn.Module | type) or not callable(make):
+        got = make.__name__ if isinstance(make, type) else type(make).__name__
+        of_one = f"{got}(...)" if not isinstance(make, nn.Module) or isinstance(make, Objective) else f"Task({got}())"
+        raise TypeError(
+            f"objective must be a function that makes one for each module, such as lambda k, K: {of_one}, got "
+            f"{'the class' if isinstance(make, type) else 'a'} {got}"
+        )
     objectives = [make(k, K) for k in numbers]
     for k, objective in enumerate(objectives):
         if not isinstance(objective, Objective):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from odenets.analysis.memory import measure_memory
 from odenets.flow import Flow
 from odenets.modes import inputs_for, keeping_modes, keeping_state
 from odenets.network import Chain, Network
+from odenets.training.sources import arguments
 
 __all__ = [
     "At",
@@ -25,6 +26,7 @@ __all__ = [
     "blocks_of",
     "cut",
     "even",
+    "inputs_on",
     "lightest",
     "shared_parameter",
 ]
@@ -134,20 +136,28 @@ def even(blocks: int, modules: int) -> list[int]:
     return [k * size + min(k, more) for k in range(1, modules + 1)]
 
 
-def activation_memory(network: Cuttable, x: Tensor, at: At = "end") -> list[int]:
+def inputs_on(network: nn.Module, x: Any) -> tuple[Any, ...]:
+    """Inputs ``(x, *args)``, of x or that tuple, on the device of a network and in its precision."""
+    return tuple(inputs_for(network, one) if isinstance(one, Tensor) else one for one in arguments(x))
+
+
+def activation_memory(network: Cuttable, x: Any, at: At = "end") -> list[int]:
     """Bytes that each block keeps for its backward pass with inputs ``x``, measured; the first with the encoder's.
+
+    Inputs are a tensor, or a tuple ``(x, *args)`` with what conditions the fields.
 
     The network is left as it was: modes, buffers and random state.
     """
     parts, _ = cut(network, range(1, blocks_of(network) + 1), at)
-    sizes, x = [], inputs_for(network, x)
+    sizes: list[int] = []
+    x, *args = inputs_on(network, x)
     with keeping_state(network, *parts):  # batch norms see x, and dropout draws
         for part in parts:
             part.train()
             state = x.detach()
-            sizes.append(measure_memory(lambda: part(state), x.device).left)  # noqa: B023 - called here
+            sizes.append(measure_memory(lambda: part(state, *args), x.device).left)  # noqa: B023 - called here
             with torch.no_grad():
-                x = part(state)
+                x = part(state, *args)
     return sizes
 
 
@@ -174,13 +184,13 @@ def lightest(weights: Sequence[int], modules: int) -> list[int]:
     return best[modules, blocks][1][1:]
 
 
-def balanced(network: Cuttable, modules: int, x: Tensor, at: At = "end") -> list[int]:
+def balanced(network: Cuttable, modules: int, x: Any, at: At = "end") -> list[int]:
     """Ends of equally heavy modules, the heaviest of which keeps least for its backward pass [K24, TRGL*].
 
     Args:
         network: to be split.
         modules: how many.
-        x: inputs, of the shape of training; a few samples will do.
+        x: inputs, of the shape of training, or a tuple ``(x, *args)``; a few samples will do.
         at: see :func:`cut`.
 
     Raises:

@@ -16,7 +16,16 @@ from odenets.adapting import AdaptedModel
 from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.partition import Part
 from odenets.recording import Records
-from odenets.training.objectives import Objective, after_step, check_loss, right_answers
+from odenets.training.metrics import Metric, MetricFunction, check_labels
+from odenets.training.objectives import (
+    CrossEntropy,
+    Objective,
+    ReverseCrossEntropy,
+    after_step,
+    check_loss,
+    logits_and_labels,
+)
+from odenets.training.sources import arguments, samples_in
 
 __all__ = ["end_to_end_step", "local_step", "parallel_step"]
 
@@ -25,10 +34,11 @@ def local_step(
     module: LocalModule,
     objective: Objective,
     optimizer: Optimizer,
-    x: Tensor,
+    x: Any,
     images: Tensor,
-    y: Tensor,
+    y: Any,
     *,
+    metric: MetricFunction | None = None,
     clip_norm: float | None = None,
     share: Callable[[Optimizer], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -38,50 +48,67 @@ def local_step(
         module: in training mode.
         objective: of the module.
         optimizer: of the module's parameters.
-        x: the state before, or the images; no gradient reaches it.
-        images: the inputs of the network.
-        y: labels.
+        x: the state before, or the images, ``(B, ...)``, or a tuple ``(x, *args)`` with what the velocity fields get
+            besides; no gradient reaches them.
+        images: the inputs of the network, without ``args``.
+        y: targets, labels ``(B,)`` or what the objective reads.
+        metric: what is summed beside the loss, as in :func:`odenets.training.fit`; the accuracy if not given, 0 for a
+            :class:`~odenets.training.Task`.
         clip_norm: largest norm of the gradient.
         share: called between the backward pass and the step, to average gradients with other processes.
 
     Returns:
-        The state after the module, before the step, and the summed loss and the number of right answers, ``(2,)``.
+        The state after the module, before the step, and the loss and the metric summed over the batch, ``(2,)``; NaN
+        for the accuracy of outputs that are no logits.
+
+    Raises:
+        TypeError, ValueError: what the objective or the metric raises, or a loss that nothing trains by.
     """
-    x = x.detach()
-    logits, state, records = module.forward_with_records(x, objective.measures)
-    loss = objective.loss(module, (x, y), logits, records)
+    state, *args = arguments(x)
+    state = state.detach()
+    batch = ((state, *args) if args else state, y)
+    output, after, records = module.forward_with_records(state, objective.measures, tuple(args))
+    loss = _loss(objective, module, batch, output, records)
     if module.local_loss is not None:
-        loss = loss + module.local_loss(state, images, y)
+        loss = loss + module.local_loss(after, images, y)
     check_loss(loss, objective)
-    totals = _totals(loss, logits, y)
+    totals = _totals(loss, output, y, len(state), metric, objective)
     optimizer.zero_grad()  # of what was done with the network before
     loss.backward()
-    state = state.detach()
-    del logits, records, loss  # and with them what the backward pass needed
+    after = after.detach()
+    del output, records, loss  # and with them what the backward pass needed
     if share is not None:
         share(optimizer)
     _apply(optimizer, clip_norm)
-    after_step(objective, module, (x, y))
-    return state, totals
+    after_step(objective, module, batch)
+    return after, totals
 
 
 def parallel_step(
     network: ModuleWise,
     objectives: Sequence[Objective],
     optimizers: Sequence[Optimizer],
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     *,
+    metric: MetricFunction | None = None,
     clip_norm: float | None = None,
 ) -> Tensor:
     """A step of every module on a batch, first to last, each on the state behind the one before.
 
+    Args:
+        network, objectives, optimizers: the modules, and for each its objective and optimizer.
+        x: inputs, ``(B, ...)`` or a tuple ``(x, *args)``.
+        y, metric, clip_norm: as in :func:`local_step`.
+
     Returns:
-        Summed loss and number of right answers of each module, ``(K, 2)``.
+        Loss and metric of each module, summed over the batch, ``(K, 2)``.
     """
-    state, totals = x, []
+    images, *args = arguments(x)
+    state, totals = images, []
     for module, objective, optimizer in zip(network.modules_in_order, objectives, optimizers, strict=True):
-        state, one = local_step(module, objective, optimizer, state, x, y, clip_norm=clip_norm)
+        inputs = (state, *args) if args else state
+        state, one = local_step(module, objective, optimizer, inputs, images, y, metric=metric, clip_norm=clip_norm)
         totals.append(one)
     return torch.stack(totals)
 
@@ -90,30 +117,36 @@ def end_to_end_step(
     network: ModuleWise,
     objective: Objective,
     optimizer: Optimizer,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     *,
     checkpointed: bool = False,
+    metric: MetricFunction | None = None,
     clip_norm: float | None = None,
 ) -> Tensor:
     """A step of the whole network on a batch by backpropagation from the last head, for comparison.
 
     Args:
-        network, objective, optimizer, x, y, clip_norm: as in :func:`local_step`.
+        network: of which the last head is trained, and all blocks.
+        objective, optimizer: of the whole.
+        x: inputs, ``(B, ...)`` or a tuple ``(x, *args)``.
+        y, metric, clip_norm: as in :func:`local_step`.
         checkpointed: keep the states between modules only, and compute each module again in the backward pass, from
             the same buffers; its batch norms count the batch once.
 
     Returns:
-        Summed loss and number of right answers, ``(1, 2)``.
+        Loss and metric, summed over the batch, ``(1, 2)``.
     """
-    state, rows, parts, measures = x, [], [], objective.measures
+    state, *args = arguments(x)
+    rows: list[Tensor] = []
+    parts, measures, samples = [], objective.measures, samples_in(state)
     for module in network.modules_in_order:
         layout: list[Any] = []
 
         def run(
             state: Tensor, part: Part | AdaptedModel = module.part, layout: list[Any] = layout
         ) -> tuple[Tensor, ...]:
-            state, records = part.record(state, **measures)
+            state, records = part.record(state, *args, **measures)
             layout[:] = records.layout
             return state, *(records[name] for name in measures)
 
@@ -123,26 +156,38 @@ def end_to_end_step(
         else:
             state, *rows = run(state)
         parts.append((Records(dict(zip(measures, rows, strict=True)), *layout), module.depth))
-    logits, records = (
-        network.modules_in_order[-1].head(state),
-        Records.join(parts, network.module_names),
-    )
-    loss = objective.loss(network, (x, y), logits, records)
+    output = network.modules_in_order[-1].head(state)
+    records = Records.join(parts, network.module_names)
+    loss = _loss(objective, network, (x, y), output, records)
     check_loss(loss, objective)
-    totals = _totals(loss, logits, y)
+    totals = _totals(loss, output, y, samples, metric, objective)
     optimizer.zero_grad()
     loss.backward()
-    del logits, records, loss, state, parts, rows
+    del output, records, loss, state, parts, rows
     _apply(optimizer, clip_norm)
     after_step(objective, network, (x, y))
     return totals[None]
 
 
+def _loss(objective: Objective, network: nn.Module, batch: tuple[Any, Any], output: Any, records: Records) -> Tensor:
+    """The loss of an objective, whose labels have a logit each."""
+    try:
+        return objective.loss(network, batch, output, records)
+    except (IndexError, RuntimeError):  # what torch raises on a CPU for a label without a logit
+        if isinstance(objective.task, CrossEntropy | ReverseCrossEntropy):
+            check_labels(*logits_and_labels(output, batch[1]), "batches")
+        raise
+
+
 @torch.no_grad()
-def _totals(loss: Tensor, logits: Tensor, y: Tensor) -> Tensor:
-    """Summed loss, in float32 at least, and number of right answers."""
+def _totals(
+    loss: Tensor, output: Any, y: Any, samples: int, metric: MetricFunction | None, objective: Objective
+) -> Tensor:
+    """Loss and metric summed over a batch, in float32 at least."""
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-    return torch.stack([loss * len(y), right_answers(logits, y)])
+    measured = Metric.of(metric, objective)
+    total = torch.as_tensor(measured.training_total(output, y, samples) if measured else 0.0, device=loss.device)
+    return torch.stack([loss * samples, total.to(torch.promote_types(total.dtype, torch.float32))])
 
 
 def _apply(optimizer: Optimizer, clip_norm: float | None) -> None:

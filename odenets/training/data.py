@@ -115,6 +115,11 @@ class Batches:
         return -(-len(self.data) // self.size)
 
     @property
+    def augmented(self) -> bool:
+        """Whether epochs hold other inputs than the data: cropped, mirrored, or what a subclass' ``epoch`` draws."""
+        return bool(self.crop or self.flip) or type(self).epoch is not Batches.epoch
+
+    @property
     def smallest(self) -> int:
         """Samples in the smallest batch."""
         return len(self.data) % self.size or min(self.size, len(self.data))

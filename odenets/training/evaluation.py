@@ -18,7 +18,7 @@ from odenets.training.metrics import Metric, MetricFunction, accuracy, check_lab
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, logits_and_labels
 from odenets.training.sources import Collate, Source, arguments, samples_in
 
-__all__ = ["Evaluation", "evaluate", "evaluate_schemes", "evaluate_source"]
+__all__ = ["Evaluation", "Totals", "evaluate", "evaluate_schemes", "evaluate_source"]
 
 PLAIN = (CrossEntropy.validation_loss, ReverseCrossEntropy.validation_loss)
 """Cross-entropies, which are summed over the samples before they are rounded to a mean."""
@@ -104,7 +104,7 @@ def evaluate_source(
             return record(forward, inputs, measures)
         return record(network, inputs, measures) if measures else (network(*arguments(inputs)), Records({}))
 
-    totals = _Totals(objective, metric, source.title)
+    totals = Totals(objective, metric, source.title)
     with keeping_state(network), evaluating(network):
         for inputs, targets in source.in_order():
             output, records = run(inputs)
@@ -127,17 +127,23 @@ def evaluate_schemes(
         raise TypeError(f"network must be an odenets.Network, whose schemes have outputs, got {type(network).__name__}")
     source = Source.of(batches, collate)
     source.move_to(network)
-    objective, totals = CrossEntropy(), dict[str, _Totals]()
+    objective, totals = CrossEntropy(), dict[str, Totals]()
     with keeping_state(network), evaluating(network):
         for inputs, targets in source.in_order():
             for name, output in network.outputs(*arguments(inputs), full_passes=full_passes).items():
-                of_scheme = totals.setdefault(name, _Totals(objective, Metric.of(None, objective), source.title))
+                of_scheme = totals.setdefault(name, Totals(objective, Metric.of(None, objective), source.title))
                 of_scheme.add(network, (inputs, targets), output, Records({}))
     return {name: Evaluation(*of_scheme.means()) for name, of_scheme in totals.items()}
 
 
-class _Totals:
-    """Loss and metric of outputs, summed over samples, and how many those are."""
+class Totals:
+    """Loss and metric of outputs, summed over samples, and how many those are.
+
+    Args:
+        objective: whose ``validation_loss`` is the loss.
+        metric: of outputs and targets, or None.
+        name: of the data, for errors.
+    """
 
     def __init__(self, objective: Objective, metric: Metric | None, name: str) -> None:
         while type(objective).validation_loss is Objective.validation_loss and objective.task is not objective:
@@ -147,6 +153,11 @@ class _Totals:
         self.sums: Tensor | None = None
 
     def add(self, network: nn.Module, batch: tuple[Any, Any], output: Any, records: Records) -> None:
+        """Count a batch.
+
+        Raises:
+            TypeError, ValueError: outputs or targets that loss or metric cannot read.
+        """
         n, targets = samples_in(batch[0]), batch[1]
         if type(self.objective).validation_loss in PLAIN:
             loss = F.cross_entropy(*self._checked(output, targets), reduction="sum")
@@ -168,6 +179,7 @@ class _Totals:
         return logits, labels
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> tuple[float, float]:
+        """Mean loss and metric over the samples of all processes, whose totals ``reduce`` sums."""
         assert self.sums is not None  # a source has at least one batch
         totals = reduce(torch.cat([self.sums, self.sums.new_tensor([self.samples])]))
         loss, value = (totals[:2] / totals[2]).tolist()

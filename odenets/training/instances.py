@@ -6,24 +6,27 @@ small operations; stacked by ``torch.func``, with a dimension of instances befor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
-from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from odenets.modes import device_of
+from odenets.errors import renamed
 from odenets.network import Network
 from odenets.training.data import Batches, TensorData
-from odenets.training.objectives import Objective
+from odenets.training.metrics import Metric, MetricFunction
+from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.optimization import Interval, MakeLRScheduler, MakeOptimizer, make_lr_scheduler
+from odenets.training.sources import Collate, Source, arguments, part
+from odenets.training.stacking import Instance, Stack, stacked
 
 __all__ = ["Instances", "fit_instances"]
 
-TOGETHER = 2**16
-"""Most numbers in the data of an instance for which accuracies are measured together; one by one is then faster."""
+Measured = TensorData | tuple[Any, Any]
+"""Data on which a metric is measured: in memory, or a pair of inputs and targets, tensors."""
 
 
 @dataclass(frozen=True)
@@ -35,143 +38,42 @@ class Instances:
         objectives: their objectives, with what they remember.
         epochs: epochs that each was trained for, ``(n,)``.
         train_loss: mean training loss of each epoch, ``(n, epochs)``; after its last one an instance keeps its figures.
-        accuracy: per data set ``(n, epochs)``, after each epoch, as last measured; NaN before that.
+        metric: per data set ``(n, epochs)``, after each epoch, as last measured; NaN before that.
+        name: of the metric.
     """
 
     networks: list[Network]
     objectives: list[Objective]
     epochs: Tensor
     train_loss: Tensor
-    accuracy: dict[str, Tensor]
-
-
-class _Instance(nn.Module):
-    """A network and its objective, so that parameters and buffers of both are stacked."""
-
-    def __init__(self, network: Network, objective: Objective) -> None:
-        super().__init__()
-        self.network, self.objective = network, objective
-
-    def forward(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
-        if what == "output":
-            return self.network(x)
-        assert y is not None
-        if what == "after step":
-            self.objective.after_step(self.network, (x, y))
-            return x.new_zeros(())
-        output, records = self.network.record(x, **self.objective.measures)
-        return self.objective.loss(self.network, (x, y), output, records)
-
-
-class _Stack:
-    """The instances still in training: their parameters and buffers, a dimension of instances before each."""
-
-    def __init__(self, instances: list[_Instance], optimizer: Callable[[list[Tensor]], Optimizer]) -> None:
-        self.instances = instances
-        self.numbers = torch.arange(len(instances))
-        """Which instances the rows are."""
-        self.one = copy.deepcopy(instances[0])
-        self.parameters, self.buffers = stack_module_state(instances)  # type: ignore[arg-type]  # any list of modules
-        self.parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.parameters.items()}
-        self.optimizer = optimizer(self._trained)
-        if (groups := len(self.optimizer.param_groups)) != 1:
-            raise ValueError(f"optimizer must have one group of parameters, got {groups}")
+    metric: dict[str, Tensor]
+    name: str = "accuracy"
 
     @property
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self.parameters.values() if p.requires_grad]
+    def accuracy(self) -> dict[str, Tensor]:
+        """The metric, where it is the accuracy.
 
-    def _call(self, x: Tensor, y: Tensor | None, what: str) -> Tensor:
-        """Call every instance with its own inputs ``x`` ``(n, B, *S)`` and labels ``(n, B)``."""
-
-        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
-            return functional_call(self.one, (parameters, buffers), (x, y, what))
-
-        in_dims = (0, 0, 0, None if y is None else 0)
-        return torch.vmap(run, in_dims, randomness="different")(self.parameters, self.buffers, x, y)
-
-    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Train for an epoch: each instance's loss, summed over its samples."""
-        self.one.train()
-        objective, optimizer = self.one.objective, self.optimizer
-        total = torch.zeros(len(self.numbers), device=device_of(self.one))
-        for x, y in batches:
-            second_forward = objective.needs_second_forward
-            loss = self._call(x, y, "loss")
-            optimizer.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
-            if second_forward:
-                self._call(x, y, "after step")
-            else:
-                objective.after_step(self.one.network, (x, y))
-            total += loss.detach() * y.shape[1]
-        return total
-
-    @torch.no_grad()
-    def accuracies(self, sets: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Share of right answers on each set, per row, in eval mode and one pass over all sets."""
-        if not sets:
-            return {}
-        self.one.eval()
-        x, y = (torch.cat([part[self.numbers] for part in parts], 1) for parts in zip(*sets.values(), strict=True))
-        if x[0].numel() > TOGETHER:
-            answers = torch.stack([self._answers(row, part) for row, part in enumerate(x)])
-        else:
-            answers = self._call(x, None, "output").argmax(2)
-        lengths = [x.shape[1] for x, _ in sets.values()]
-        right = (answers == y).float()
-        return {name: part.mean(1).cpu() for name, part in zip(sets, right.split(lengths, 1), strict=True)}
-
-    def _answers(self, row: int, x: Tensor) -> Tensor:
-        """The classes that one instance finds most likely for inputs ``(N, *S)``."""
-        own = tuple({name: value[row] for name, value in values.items()} for values in (self.parameters, self.buffers))
-        return torch.cat([functional_call(self.one, own, (part, None, "output")).argmax(1) for part in x.split(100)])
-
-    def end(self, rows: Tensor) -> None:
-        """Write some rows, a mask, into their instances and go on with the others; the optimizer's state follows."""
-        self._write(rows)
-        n = len(self.numbers)
-        self.numbers = self.numbers[~rows]
-        if not len(self.numbers):
-            return
-        others = (~rows).nonzero().flatten()
-        for name, p in self.parameters.items():
-            rest = p.detach()[others].requires_grad_(p.requires_grad)
-            state = self.optimizer.state.pop(p, {})
-            if state:
-                self.optimizer.state[rest] = {
-                    key: v[others] if isinstance(v, Tensor) and v.shape[:1] == (n,) else v for key, v in state.items()
-                }
-            self.parameters[name] = rest
-        self.optimizer.param_groups[0]["params"] = self._trained
-        self.buffers = {name: b[others] for name, b in self.buffers.items()}
-
-    @torch.no_grad()
-    def _write(self, rows: Tensor) -> None:
-        """Write rows into instances; what objectives count in Python they count together, on the one that is called."""
-        counts = {
-            name.rpartition(".")[0]: state
-            for name, state in self.one.state_dict().items()
-            if name.endswith("_extra_state") and name.startswith("objective")
-        }
-        for row in rows.nonzero().flatten().tolist():
-            instance = self.instances[int(self.numbers[row])]
-            own = {**dict(instance.named_parameters()), **dict(instance.named_buffers())}
-            for name, stacked in {**self.parameters, **self.buffers}.items():
-                own[name].copy_(stacked[row])
-            for name, state in counts.items():
-                instance.get_submodule(name).set_extra_state(state)
+        Raises:
+            AttributeError: it is another one.
+        """
+        if self.name != "accuracy":
+            raise AttributeError(f"instances have the metric {self.name!r}, not the accuracy: read .metric")
+        return self.metric
 
 
+@renamed(schedule="lr_scheduler", rate="lr_scheduler")
 def fit_instances(
     networks: Sequence[Network],
-    batches: Sequence[Batches],
+    batches: Sequence[Iterable[Any]],
     *,
     epochs: int,
-    optimizer: Callable[[list[Tensor]], Optimizer],
+    optimizer: MakeOptimizer,
     objective: Callable[[], Objective],
-    measured: Mapping[str, Sequence[TensorData]] | None = None,
+    lr_scheduler: MakeLRScheduler | None = None,
+    lr_interval: Interval = "epoch",
+    metric: MetricFunction | None = None,
+    collate: Collate | None = None,
+    measured: Mapping[str, Sequence[Measured]] | None = None,
     every: int = 1,
     perfect: Sequence[str] = (),
     patience: int = 3,
@@ -181,12 +83,18 @@ def fit_instances(
 
     Args:
         networks: of one architecture, each with its own weights; trained in place.
-        batches: training data of each, of one size.
+        batches: training data of each: :class:`~odenets.training.Batches`, or any iterable of batches, all with equally
+            many batches of equal sizes. Inputs and targets are tensors, inputs also a tuple ``(x, *args)``.
         epochs: how many.
-        optimizer: makes an optimizer of one group that treats every number alike, such as Adam or SGD, with or without
-            momentum; no norms over parameters.
+        optimizer: makes an optimizer of one group, of a list of stacked parameters, that treats every number alike,
+            such as Adam or SGD, with or without momentum; no norms over parameters.
         objective: makes the objective of one instance.
-        measured: data sets of each instance, by name, on which accuracies are measured.
+        lr_scheduler: makes a scheduler of the learning rates, which the instances have in common.
+        lr_interval: whether it steps after each "epoch" or each "step".
+        metric: ``(output, targets)`` to a number, the mean, or a number per sample; the accuracy if not given.
+        collate: makes ``(inputs, targets)`` of a batch that is no such pair.
+        measured: data of each instance, by name, on which the metric is measured: TensorData, or pairs of inputs and
+            targets.
         every: epochs from one measurement to the next; the last epoch is always measured.
         perfect, patience: names of data sets; an instance ends once it was right on all of them at so many measurements
             running.
@@ -196,36 +104,48 @@ def fit_instances(
         :class:`Instances`.
 
     Raises:
+        TypeError: no function that makes an optimizer, a scheduler or objectives, or batches of no tensors.
         ValueError: not as many batches or data sets as networks, data of several sizes, an unknown name in
-            ``perfect``, an optimizer of several groups.
+            ``perfect``, or it with another metric than the accuracy, an optimizer of several groups, or
+            ReduceLROnPlateau, which reads the loss of one training.
     """
     n, measured = len(networks), dict(measured or {})
-    _check(n, batches, measured, every, perfect)
-    instances = [_Instance(network, objective()) for network in networks]
-    for instance, batch in zip(instances, batches, strict=True):
+    _check(n, batches, measured, every, perfect, objective)
+    sources = [Source.of(data, collate, f"batches[{i}]") for i, data in enumerate(batches)]
+    instances = [Instance(network, objective()) for network in networks]
+    value_of = Metric.of(metric, instances[0].objective) or Metric.of(None, CrossEntropy())
+    assert value_of is not None
+    if perfect and value_of.name != "accuracy":
+        raise ValueError(f"perfect is for the accuracy, which ends at 1, got the metric {value_of.name!r}")
+    for instance, source in zip(instances, sources, strict=True):
         instance.train()
+        if not isinstance(source.data, Batches):
+            source.move_to(instance.network)
         if any(nn.parameter.is_lazy(p) for p in instance.parameters()):
-            instance.network(batch.data.x[:2])
-    stack = _Stack(instances, optimizer)
-    sets = {
-        name: (torch.stack([d.x for d in data]), torch.stack([d.y for d in data])) for name, data in measured.items()
-    }
-    batches_of = _drawing(batches)
+            instance.network(*arguments(part(source.first(), slice(2))[0]))
+    stack = Stack(instances, optimizer)
+    scheduler = make_lr_scheduler(lr_scheduler, stack.optimizer, lr_interval)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("lr_scheduler must not read losses, of which each instance has its own, got ReduceLROnPlateau")
+    after_step = scheduler.step if scheduler is not None and lr_interval == "step" else lambda: None
+    sets = {name: stacked(map(_pair, data), f"measured[{name!r}]") for name, data in measured.items()}
+    batches_of = _drawing(sources)
     losses = torch.full((n, epochs), torch.nan)
-    accuracy = {name: torch.full((n, epochs), torch.nan) for name in sets}
+    values = {name: torch.full((n, epochs), torch.nan) for name in sets}
     ended, streak = torch.full((n,), epochs), torch.zeros(n, dtype=torch.int)
     for epoch in range(epochs):
         numbers = stack.numbers
-        total = stack.train(batches_of(numbers, epoch))
-        losses[numbers, epoch:] = (total / len(batches[0].data)).cpu()[:, None]
+        losses[numbers, epoch:] = stack.train(batches_of(numbers, epoch), after_step).cpu()[:, None]
+        if scheduler is not None and lr_interval == "epoch":
+            scheduler.step()
         measuring = (epoch + 1) % every == 0 or epoch + 1 == epochs
         if measuring:
-            for name, right in stack.accuracies(sets).items():
-                accuracy[name][numbers, epoch:] = right[:, None]
+            for name, value in stack.measure(sets, value_of).items():
+                values[name][numbers, epoch:] = value[:, None]
         report(len(numbers))
         if not (measuring and perfect):
             continue
-        faultless = torch.stack([accuracy[name][numbers, epoch] == 1 for name in perfect]).all(0)
+        faultless = torch.stack([values[name][numbers, epoch] == 1 for name in perfect]).all(0)
         streak[numbers] = torch.where(faultless, streak[numbers] + 1, 0)
         done = streak[numbers] >= patience
         if done.any():
@@ -235,19 +155,28 @@ def fit_instances(
             if not len(stack.numbers):
                 break
     stack.end(torch.ones(len(stack.numbers), dtype=torch.bool))
-    return Instances(list(networks), [instance.objective for instance in instances], ended, losses, accuracy)
+    objectives = [instance.objective for instance in instances]
+    return Instances(list(networks), objectives, ended, losses, values, value_of.name)
 
 
-def _drawing(batches: Sequence[Batches]) -> Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]]:
-    """Makes the batches ``(n, B, *S)`` and ``(n, B)`` of an epoch for some of the instances."""
-    if any(b.crop or b.flip for b in batches):
+def _pair(data: Measured) -> tuple[Any, Any]:
+    return (data.x, data.y) if isinstance(data, TensorData) else data
 
-        def augmented(training: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-            for parts in zip(*(batches[i].epoch(epoch) for i in training.tolist()), strict=True):
-                x, y = zip(*parts, strict=True)
-                yield torch.stack(x), torch.stack(y)
 
-        return augmented
+def _drawing(sources: Sequence[Source]) -> Callable[[Tensor, int], Iterator[tuple[Any, Any]]]:
+    """Makes the batches of an epoch for some of the instances, stacked: ``(n, B, *S)`` and ``(n, B)``."""
+    batches = [data for source in sources if isinstance(data := source.data, Batches) and not data.augmented]
+    if len(batches) < len(sources):
+
+        def drawn(training: Tensor, epoch: int) -> Iterator[tuple[Any, Any]]:
+            epochs = [sources[i].epoch(epoch) for i in training.tolist()]
+            while len(pairs := [pair for one in epochs if (pair := next(one, None)) is not None]) == len(epochs):
+                yield tuple(stacked(parts, "batches") for parts in zip(*pairs, strict=True))  # type: ignore[misc]
+            if pairs:
+                ended = len(epochs) - len(pairs)
+                raise ValueError(f"batches must be equally many for all instances, but those of {ended} have ended")
+
+        return drawn
     x, y = torch.stack([b.data.x for b in batches]), torch.stack([b.data.y for b in batches])
 
     def plain(training: Tensor, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -259,17 +188,31 @@ def _drawing(batches: Sequence[Batches]) -> Callable[[Tensor, int], Iterator[tup
 
 
 def _check(
-    n: int, batches: Sequence[Batches], measured: dict[str, Sequence[TensorData]], every: int, perfect: Sequence[str]
+    n: int,
+    batches: Sequence[Any],
+    measured: dict[str, Sequence[Measured]],
+    every: int,
+    perfect: Sequence[str],
+    objective: object,
 ) -> None:
     if n < 1:
         raise ValueError("networks must hold at least one network")
-    for name, sets in {"batches": [b.data for b in batches], **measured}.items():
-        if len(sets) != n:
-            raise ValueError(f"{name} must hold one per network, {n}, got {len(sets)}")
-        if len({d.x.shape for d in sets}) > 1:
-            raise ValueError(f"{name} must be of one size, got {sorted({tuple(d.x.shape) for d in sets})}")
-    if len({b.size for b in batches}) > 1:
-        raise ValueError(f"batches must be of one size, got {sorted({b.size for b in batches})}")
+    if isinstance(batches, Batches) or not isinstance(batches, Sequence):
+        raise TypeError(f"batches must be a sequence, data for each network, got {type(batches).__name__}")
+    if isinstance(objective, nn.Module) or not callable(objective):
+        raise TypeError(
+            "objective must be a function that makes one for each instance, such as CrossEntropy or "
+            f"lambda: {type(objective).__name__}(...), got a {type(objective).__name__}"
+        )
+    for name, data in {"batches": batches, **measured}.items():
+        if len(data) != n:
+            raise ValueError(f"{name} must hold one per network, {n}, got {len(data)}")
+        in_memory = [one.data if isinstance(one, Batches) else one for one in data]
+        shapes = {one.x.shape for one in in_memory if isinstance(one, TensorData)}
+        if len(shapes) > 1:
+            raise ValueError(f"{name} must be of one size, got {sorted(map(tuple, shapes))}")
+    if len(sizes := {b.size for b in batches if isinstance(b, Batches)}) > 1:
+        raise ValueError(f"batches must be of one size, got {sorted(sizes)}")
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     if unknown := set(perfect) - set(measured):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,21 +14,54 @@ from torch import Tensor, distributed
 
 from odenets.errors import WorkerLostError
 
-__all__ = ["Buffer", "Message", "Receiver", "Sender"]
+__all__ = ["Buffer", "Message", "Receiver", "Sender", "check_sendable"]
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-LARGEST = 8  # dimensions of a state
+DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+)  # fmt: skip
+LARGEST = 8  # dimensions of a tensor
+MOST = 8  # tensors in a message
+HEADER = 2 + MOST * (LARGEST + 1)  # samples and tensors, and for each its dtype and its shape, filled with -1
 
 
 class Message(NamedTuple):
-    """A batch on its way: state, images (none where nobody needs them) and labels; ``whole`` samples in all replicas'
-    shares together.
+    """A batch on its way: state, images (none where nobody needs them), targets, and what conditions the fields;
+    ``whole`` samples in all replicas' shares together.
     """
 
     state: Tensor
     images: Tensor
     y: Tensor
     whole: int
+    args: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it but the number."""
+        return self.state, self.images, self.y, *self.args
+
+    def to(self, device: torch.device) -> Message:
+        """The same on a device."""
+        state, images, y, *args = (tensor.to(device) for tensor in self.tensors)
+        return Message(state, images, y, self.whole, tuple(args))
+
+
+def check_sendable(tensors: Sequence[Any]) -> None:
+    """That inputs and targets can be sent.
+
+    Raises:
+        TypeError: they are no tensors, of types that are known, of at most 8 dimensions, at most 7 together.
+    """
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.ndim > LARGEST:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(
+                f"batches must hold one tensor of targets, and tensors beside the inputs, to be sent, got {got}: "
+                "fit_modules takes any in one process"
+            )
+    if len(tensors) >= MOST:
+        raise TypeError(f"batches must hold fewer than {MOST} tensors to be sent, got {len(tensors)}")
 
 
 class Buffer:
@@ -133,18 +167,17 @@ class Receiver(_Edge):
 
     def receive(self) -> Message | None:
         """The next batch, None at the end."""
-        header = self._tensor((LARGEST + 5,), torch.int64).tolist()
-        whole, samples, code, image_code, image_dims, *dims = header
+        whole, number, *numbers = self._tensor((HEADER,), torch.int64).tolist()
         if whole < 0:
             return None
-        shape = tuple(n for n in dims if n >= 0)
-        state = self._tensor((samples, *shape), DTYPES[code])
-        y = self._tensor((samples,), torch.int64)
-        images = torch.empty(0)
-        if image_dims:
-            sizes = self._tensor((image_dims,), torch.int64).tolist()
-            images = self._tensor((samples, *sizes), DTYPES[image_code])
-        return Message(state, images, y, whole)
+        tensors = []
+        for i in range(number):
+            code, *dims = numbers[i * (LARGEST + 1) : (i + 1) * (LARGEST + 1)]
+            shape = tuple(n for n in dims if n >= 0)
+            empty = not math.prod(shape)
+            tensors.append(torch.empty(shape, dtype=DTYPES[code]) if empty else self._tensor(shape, DTYPES[code]))
+        state, images, y, *args = tensors
+        return Message(state, images, y, whole, tuple(args))
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
@@ -204,18 +237,16 @@ class Sender(_Edge):
     def transmit(self, message: Message | None) -> None:
         """Send a batch, or that it was the last."""
         if message is None:
-            self._tensor(torch.full((LARGEST + 5,), -1))
+            self._tensor(torch.full((HEADER,), -1))
             return
-        state, images, y, whole = message
-        dims = [*state.shape[1:], *[-1] * (LARGEST - state.ndim + 1)]
-        image_dims = images.ndim - 1 if images.numel() else 0
-        codes = DTYPES.index(state.dtype), DTYPES.index(images.dtype)
-        self._tensor(torch.tensor([whole, len(y), *codes, image_dims, *dims]))
-        self._tensor(state)
-        self._tensor(y)
-        if image_dims:
-            self._tensor(torch.tensor(images.shape[1:]))
-            self._tensor(images)
+        header = torch.full((HEADER,), -1)
+        header[:2] = torch.tensor([message.whole, len(message.tensors)])
+        for kind, tensor in zip(header[2:].view(MOST, LARGEST + 1), message.tensors, strict=False):
+            kind[: tensor.ndim + 1] = torch.tensor([DTYPES.index(tensor.dtype), *tensor.shape])
+        self._tensor(header)
+        for tensor in message.tensors:
+            if tensor.numel():
+                self._tensor(tensor)
 
     def _tensor(self, tensor: Tensor) -> None:
         distributed.send(tensor.to(self.device).contiguous(), self.peer, group=self.group)

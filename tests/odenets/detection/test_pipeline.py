@@ -6,7 +6,16 @@ import torch
 from sklearn.ensemble import RandomForestClassifier
 from torch import nn
 
-from odenets.detection import Detector, Pipeline, QuantileTest, Trajectory
+from odenets.detection import (
+    Detector,
+    FourierSpectrum,
+    Mahalanobis,
+    NaturalSceneStatistics,
+    Pipeline,
+    QuantileTest,
+    Trajectory,
+)
+from odenets.module_wise import split_into_modules
 from tests.odenets.detection.victims import CLEAN, GENERATOR, NEW, NEW_ODD, ODD, network, refused, unchanged
 
 
@@ -96,3 +105,15 @@ def test_errors():
     refused("QuantileTest is fitted on no adversarial images", by_quantile.fit, CLEAN, ODD)
     refused(r"adversarial must have pixels in \[0, 1\]", pipeline.fit, CLEAN, 2 * ODD)
     refused("images must be finite", pipeline.predict, torch.full((2, 1, 8, 8), torch.nan))
+
+
+@pytest.mark.parametrize("kind", [Trajectory, FourierSpectrum, Mahalanobis, NaturalSceneStatistics])
+def test_a_network_in_modules_is_seen_as_the_network_that_it_was(tmp_path, kind):
+    whole = network()
+    modules = split_into_modules(whole, 2, CLEAN[:2])
+    one, other = (kind().fit(net, CLEAN, torch.arange(len(CLEAN)) % 10) for net in (whole, modules))
+    for expected, values in zip(Pipeline(whole, one).extract(NEW), Pipeline(modules, other).extract(NEW), strict=True):
+        assert np.array_equal(expected, values)
+    pipeline = Pipeline(modules, other, Detector(random_state=0)).fit(CLEAN, ODD)
+    again = Pipeline.load(pipeline.save(tmp_path / "detector"), modules)
+    assert np.array_equal(again.scores(NEW), pipeline.scores(NEW))

@@ -10,7 +10,7 @@ from odenets import models
 from odenets.errors import DivergedError
 from odenets.least_action import LeastAction
 from odenets.module_wise import fit_modules, split_into_modules, trgl, trgl_multipliers
-from odenets.module_wise.fit import move
+from odenets.module_wise.loop import move
 from odenets.training import data, datasets
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
@@ -36,10 +36,10 @@ def weights(network):
     "options",
     [
         {"epochs": 3},
-        {"epochs": 2, "schedule": "sequential"},
-        {"epochs": [1, 2, 1], "schedule": "sequential", "laps": 2},
-        {"epochs": 2, "schedule": "sequential", "cache": "memory"},
-        {"epochs": 3, "schedule": "checkpointed"},
+        {"epochs": 2, "order": "sequential"},
+        {"epochs": [1, 2, 1], "order": "sequential", "laps": 2},
+        {"epochs": 2, "order": "sequential", "cache": "memory"},
+        {"epochs": 3, "order": "checkpointed"},
     ],
 )
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, options):
@@ -64,7 +64,7 @@ def test_modules_are_no_network_to_train_as_a_whole():
 def test_modules_train_one_after_another_and_those_before_stand_still():
     network = modules_of()
     seen = []
-    fit_modules(network, BATCHES, epochs=[1, 2, 1], optimizer=SGD, schedule="sequential",
+    fit_modules(network, BATCHES, epochs=[1, 2, 1], optimizer=SGD, order="sequential",
                 report=lambda n: seen.append(weights(network)))  # fmt: skip
     before = weights(modules_of())
     for k, after in zip([0, 1, 1, 2], seen, strict=True):
@@ -74,7 +74,7 @@ def test_modules_train_one_after_another_and_those_before_stand_still():
 
 
 def test_optimizers_and_multipliers_go_on_from_lap_to_lap():
-    options = {"schedule": "sequential", "laps": 3, "objective": trgl_multipliers(every=1)}
+    options = {"order": "sequential", "laps": 3, "objective": trgl_multipliers(every=1)}
     training = fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, **options)
     assert [row["module"] for row in training.rows] == [1, 2, 3] * 3
     assert [row["epoch"] for row in training.rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -83,7 +83,7 @@ def test_optimizers_and_multipliers_go_on_from_lap_to_lap():
 
 @pytest.mark.parametrize("batches", [BATCHES, data.Batches(DIGITS, 40, seed=0, crop=1)], ids=["plain", "augmented"])
 def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
-    arguments = {"epochs": 2, "optimizer": SGD, "schedule": "sequential", "laps": 2, "objective": trgl(1.0)}
+    arguments = {"epochs": 2, "optimizer": SGD, "order": "sequential", "laps": 2, "objective": trgl(1.0)}
     batches, networks = replace(batches, data=replace(DIGITS, x=DIGITS.x.double())), []
     for cache in (None, "memory", tmp_path / "states"):
         network = modules_of().double()
@@ -94,9 +94,9 @@ def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
     assert list((tmp_path / "states").iterdir())
 
 
-def test_every_module_learns_in_every_schedule():
+def test_every_module_learns_in_every_order():
     validation = data.Batches(datasets.load("digits")[1], 500)
-    for options in ({}, {"schedule": "sequential"}, {"schedule": "sequential", "laps": 2}):
+    for options in ({}, {"order": "sequential"}, {"order": "sequential", "laps": 2}):
         fixed = {"epochs": 4, "optimizer": SGD, "objective": trgl(1.0), "validation": validation}
         training = fit_modules(modules_of(), BATCHES, **fixed, **options)
         accuracies = training.network.accuracies(validation)
@@ -109,12 +109,12 @@ def test_every_module_learns_in_every_schedule():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"schedule": "random"}, "schedule must be"),
+        ({"order": "random"}, "order must be"),
         ({"laps": 2}, "laps must be"),
-        ({"cache": "memory"}, "cache is for the sequential schedule"),
-        ({"schedule": "sequential", "offload": True}, "offload needs a cache"),
-        ({"schedule": "sequential", "epochs": [1, 2]}, r"one per module \(3\), got \[1, 2\]"),
-        ({"schedule": "sequential", "cache": "memory", "views": 0}, "views must be at least 1"),
+        ({"cache": "memory"}, "cache is for the sequential order"),
+        ({"order": "sequential", "offload": True}, "offload needs a cache"),
+        ({"order": "sequential", "epochs": [1, 2]}, r"one per module \(3\), got \[1, 2\]"),
+        ({"order": "sequential", "cache": "memory", "views": 0}, "views must be at least 1"),
         ({"clip_norm": -1}, "clip_norm must be positive, got -1"),
     ],
 )
@@ -139,11 +139,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
     assert state["done"] == 1
 
 
-@pytest.mark.parametrize("schedule", ["parallel", "sequential", "end-to-end"])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, schedule):
+@pytest.mark.parametrize("order", ["parallel", "sequential", "end-to-end"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, order):
     """The only step of an epoch breaks them after its loss was finite."""
     run, whole = Run(tmp_path / "run", {}), data.Batches(DIGITS, 120)
-    arguments = {"epochs": 1, "optimizer": SGD, "schedule": schedule, "objective": lambda k, K: Breaking()}
+    arguments = {"epochs": 1, "optimizer": SGD, "order": order, "objective": lambda k, K: Breaking()}
     with pytest.raises(DivergedError, match=r"epoch 1 diverged, .* loss of \[[\d.].*left weights or buffers"):
         fit_modules(modules_of(), whole, run=run, **arguments)
     assert run.load_state() is None
@@ -157,7 +157,7 @@ class Breaking(CrossEntropy):
 def test_a_module_moves_where_any_of_it_is_elsewhere():
     """Its weights are there already, but the optimizer's momentum is not."""
     modules = modules_of()
-    training = fit_modules(modules, BATCHES, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
+    training = fit_modules(modules, BATCHES, epochs=1, optimizer=SGD, order="sequential", cache="memory")
     module, optimizer = modules.modules_in_order[0], training.optimizers[0]
     module.to("meta")
     move(module, optimizer, torch.device("meta"))
@@ -170,15 +170,15 @@ class NotFinite(CrossEntropy):
 
 
 FEW = data.Batches(datasets.subsample(DIGITS, 40), 20, seed=0)
-SCHEDULES = [{}, {"schedule": "sequential"}, {"schedule": "end-to-end"}, {"schedule": "checkpointed"}]
+ORDERS = [{}, {"order": "sequential"}, {"order": "end-to-end"}, {"order": "checkpointed"}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
-    [*SCHEDULES, {"schedule": "sequential", "cache": "memory"}, {"schedule": "sequential", "cache": "folder"}],
+    [*ORDERS, {"order": "sequential", "cache": "memory"}, {"order": "sequential", "cache": "folder"}],
 )
-def test_networks_of_other_precisions_train_in_every_schedule(tmp_path, dtype, options):
+def test_networks_of_other_precisions_train_in_every_order(tmp_path, dtype, options):
     """As in float32, to what bfloat16 can tell."""
     rows = []
     for precision in (torch.float32, dtype):
@@ -194,7 +194,7 @@ def test_networks_of_other_precisions_train_in_every_schedule(tmp_path, dtype, o
     assert rows[1] == pytest.approx(rows[0], rel=1e-4 if dtype == torch.float64 else 0.1)
 
 
-@pytest.mark.parametrize("options", SCHEDULES[:3])
+@pytest.mark.parametrize("options", ORDERS[:3])
 def test_a_device_without_float64_trains_modules(options):
     whole = fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=trgl_multipliers(every=1), **options)
     modules = modules_of(2)
@@ -205,7 +205,7 @@ def test_a_device_without_float64_trains_modules(options):
     assert [row["train_loss"] for row in single.rows] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [*SCHEDULES, {"schedule": "sequential", "cache": "memory"}])
+@pytest.mark.parametrize("options", [*ORDERS, {"order": "sequential", "cache": "memory"}])
 def test_frozen_parts_stay_frozen_and_a_network_in_eval_mode_is_trained(options):
     modules = modules_of(2)
     frozen = modules.modules_in_order[0].part.pieces[1].blocks[0].eval()
@@ -229,21 +229,21 @@ def test_a_cache_is_refused_where_training_one_module_changes_another():
     first, second = (next(m for m in flow.modules() if isinstance(m, nn.Conv2d)) for flow in flows)
     second.weight = first.weight
     with pytest.raises(ValueError, match=r"cache is for modules that share no weights, but modules 1 and 2 share"):
-        fit_modules(modules, FEW, epochs=1, optimizer=SGD, schedule="sequential", cache="memory")
-    assert fit_modules(modules, FEW, epochs=1, optimizer=SGD, schedule="sequential").done == 2
+        fit_modules(modules, FEW, epochs=1, optimizer=SGD, order="sequential", cache="memory")
+    assert fit_modules(modules, FEW, epochs=1, optimizer=SGD, order="sequential").done == 2
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     run = Run(tmp_path / "run", {})
     fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, run=run)
-    with pytest.raises(ValueError, match="schedule must be that of the checkpoint, 'parallel', got 'sequential'"):
-        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, schedule="sequential", run=run)
+    with pytest.raises(ValueError, match="order must be that of the checkpoint, 'parallel', got 'sequential'"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, order="sequential", run=run)
     with pytest.raises(ValueError, match=r"precision of the checkpoint, in which \S+ is torch.float32"):
         fit_modules(modules_of(2).double(), FEW, epochs=2, optimizer=SGD, run=run)
-    with pytest.raises(ValueError, match=r"rate must be that of the checkpoint, which has 0 .* got 2"):
+    with pytest.raises(ValueError, match=r"lr_scheduler must be that of the checkpoint, which has 0 .* got 2"):
         fit_modules(modules_of(2), FEW, epochs=2, optimizer=SGD, run=run,
-                    rate=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
-    sequence = {"optimizer": SGD, "schedule": "sequential", "run": Run(tmp_path / "sequence", {})}
+                    lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))  # fmt: skip
+    sequence = {"optimizer": SGD, "order": "sequential", "run": Run(tmp_path / "sequence", {})}
     fit_modules(modules_of(2), FEW, epochs=1, **sequence)
     with pytest.raises(ValueError, match=r"epochs and laps must be those of the checkpoint, \[1, 1\] and 1, got"):
         fit_modules(modules_of(2), FEW, epochs=2, **sequence)
@@ -261,7 +261,7 @@ def test_a_frozen_module_that_has_no_epochs_needs_no_optimizer_of_its_own():
     modules = modules_of(2)
     modules.modules_in_order[0].requires_grad_(False)
     before = copy.deepcopy(modules.modules_in_order[0])
-    fit_modules(modules, FEW, epochs=[0, 1], optimizer=SGD, schedule="sequential")
+    fit_modules(modules, FEW, epochs=[0, 1], optimizer=SGD, order="sequential")
     assert_same(modules.modules_in_order[0], before)
     with pytest.raises(ValueError, match="optimizer must hold parameters of the network that require a gradient"):
         fit_modules(modules, FEW, epochs=1, optimizer=SGD)
@@ -272,7 +272,7 @@ def test_modules_share_no_multiplier():
     with pytest.raises(ValueError, match="objective must make a new LeastAction for each module"):
         fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: one)
     assert fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: plain).done == 1
-    with pytest.raises(TypeError, match="objective must make one for each module"):
+    with pytest.raises(TypeError, match="objective must be a function that makes one for each module"):
         fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=LeastAction())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="objective must make an odenets Objective of each module, got 1"):
         fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: 1)  # type: ignore[arg-type]

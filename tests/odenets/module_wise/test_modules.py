@@ -48,7 +48,7 @@ def test_accuracy_after_each_module_and_the_best():
     labels = torch.tensor([0, 1, 1, 2, 1, 0])
     batches = data.Batches(data.TensorData("six", torch.rand(6, 2), labels, 3, (0.0,), (1.0,)), 4)
     label, flow = iter([0, 1, 2]), Flow(lambda: MLPField(2), depth=3)
-    modules = split_into_modules(flow, 3, torch.rand(2, 2), classes=3, head=lambda state, c: constant(next(label)))
+    modules = split_into_modules(flow, 3, torch.rand(2, 2), outputs=3, head=lambda state, c: constant(next(label)))
     assert modules.accuracies(batches) == pytest.approx([2 / 6, 3 / 6, 1 / 6])
     assert modules.best(batches) == 2
 
@@ -72,7 +72,7 @@ def test_heads_of_the_literature():
 
 
 def test_the_head_follows_the_shape():
-    vectors = split_into_modules(Flow(lambda: MLPField(3), depth=2), 2, torch.rand(2, 3), classes=4)
+    vectors = split_into_modules(Flow(lambda: MLPField(3), depth=2), 2, torch.rand(2, 3), outputs=4)
     assert isinstance(vectors.modules_in_order[0].head[-1], nn.Linear)  # type: ignore[index]
     tv = pytest.importorskip("torchvision.models")
     swin = adapt(tv.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5))
@@ -103,7 +103,7 @@ def test_errors(network, split, options, error, match):
 def test_errors_of_inputs():
     with pytest.raises(ValueError, match="at least two inputs"):
         split_into_modules(small(), 2, IMAGES[:1])
-    with pytest.raises(ValueError, match="classes must be given"):
+    with pytest.raises(ValueError, match="outputs must be given"):
         split_into_modules(Flow(lambda: MLPField(2)), 1, torch.rand(2, 2))
     with pytest.raises(ValueError, match="pool must be at most 4"):
         conv_head(torch.rand(2, 8, 4, 4), 10, pool=5)
@@ -144,7 +144,7 @@ def test_an_adapted_network_in_float64_and_a_lazy_flow():
     resnet = adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)).double()
     modules = split_into_modules(resnet, 2, torch.rand(2, 3, 32, 32))
     assert [output.dtype for output in modules.outputs(torch.rand(2, 3, 32, 32).double())] == [torch.float64] * 2
-    lazy = split_into_modules(Flow(depth=2, solver="euler"), 2, torch.rand(2, 3).double(), classes=4)
+    lazy = split_into_modules(Flow(depth=2, solver="euler"), 2, torch.rand(2, 3).double(), outputs=4)
     assert {p.dtype for p in lazy.parameters()} == {torch.float64}
 
 
@@ -177,10 +177,10 @@ def test_modes_come_back_after_an_exception():
 def test_heads_whose_outputs_are_no_tensors_are_named(how):
     network = small()
     network.head = Calling(lambda m, x: how(m.head(x)), head=network.head)
-    with pytest.raises(ValueError, match="classes must be given: the network's output is a"):
+    with pytest.raises(ValueError, match="outputs must be given: the network's output is a"):
         split_into_modules(network, 2, IMAGES)
-    with pytest.raises(TypeError, match=r"head of module 2 must return logits, a tensor \(4, 10\), got (tuple|dict)"):
-        split_into_modules(network, 2, IMAGES, classes=10)
+    with pytest.raises(TypeError, match=r"head of module 2 must return a tensor \(4, 10\), got (tuple|dict)"):
+        split_into_modules(network, 2, IMAGES, outputs=10)
 
 
 @pytest.mark.parametrize(("last", "needed"), [("own", 1), ("auxiliary", 2)])
@@ -193,3 +193,18 @@ def test_as_many_heads_as_modules_need(last, needed, number):
         return
     with pytest.raises(ValueError, match=f"head must hold one for each module.*: {needed}, got {number}"):
         split_into_modules(small(), 2, IMAGES, head=heads, last_head=last)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_steps_of_modules_are_those_of_the_network(adapted):
+    tv = pytest.importorskip("torchvision.models")
+    network = adapt(tv.resnet18(num_classes=5)) if adapted else small()
+    images = torch.rand(2, 3, 32, 32) if adapted else IMAGES
+    modules = split_into_modules(network.eval(), 2, images)
+    expected = [*network.steps(images)]
+    steps = [*modules.steps(images)]
+    assert len(steps) == len(expected) == modules.depth
+    for one, other in zip(steps, expected, strict=True):
+        assert torch.equal(one.x0, other.x0)
+        assert torch.equal(one.x1, other.x1)
+    assert len(modules.flows) == (0 if adapted else modules.K)

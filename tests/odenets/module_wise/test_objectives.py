@@ -35,11 +35,11 @@ def test_a_module_reaches_the_proximal_point_and_losses_fall_by_the_known_factor
     points = data.TensorData("points", torch.randn(64, 2), torch.zeros(64, dtype=torch.long), 2, (0.0,), (1.0,))
     affine = partial(Velocity, lambda m, t, x: m.linear(x))
     flow = Flow(lambda: affine(linear=nn.Linear(2, 2)), solver="euler", h=1.0, depth=K)
-    modules = split_into_modules(flow, K, points.x, classes=2, head=nn.Identity())
+    modules = split_into_modules(flow, K, points.x, outputs=2, head=nn.Identity())
     sgd = partial(torch.optim.SGD, lr=0.3, momentum=0.9)
     objective = trgl(tau, partial(Quadratic, target), doubled=False)
     batches = data.Batches(points, 64)
-    fit_modules(modules, batches, epochs=500, optimizer=sgd, objective=objective, schedule="sequential")
+    fit_modules(modules, batches, epochs=500, optimizer=sgd, objective=objective, order="sequential")
     x = points.x
     first = (x - target).square().mean().item() / 2
     for k, module in enumerate(modules.modules_in_order, 1):
@@ -54,8 +54,8 @@ def test_on_circles_the_loss_falls_from_module_to_module_and_displacement_is_at_
     torch.manual_seed(0)
     train, _ = datasets.load("circles")
     flow = Flow(partial(MLPField, 2, 16), solver="euler", h=1.0, depth=3)
-    modules = split_into_modules(flow, 3, train.x[:4], classes=2)
-    options = {"optimizer": partial(torch.optim.Adam, lr=0.01), "schedule": "sequential", "cache": "memory"}
+    modules = split_into_modules(flow, 3, train.x[:4], outputs=2)
+    options = {"optimizer": partial(torch.optim.Adam, lr=0.01), "order": "sequential", "cache": "memory"}
     training = fit_modules(modules, data.Batches(train, 50, seed=0), epochs=30, objective=trgl(1.0), **options)
     losses = [[row["train_loss"] for row in training.rows if row["module"] == k + 1][-1] for k in range(3)]
     assert losses == sorted(losses, reverse=True)
@@ -111,7 +111,7 @@ def test_modules_solve_a_regression():
     flow = Flow(partial(MLPField, 2, 8), solver="euler", h=1.0, depth=2)
     x = torch.randn(32, 2)
     y = torch.stack([x[:, 0] * x[:, 1], x.sum(1)], 1)
-    modules = split_into_modules(flow, 2, x[:4], classes=2)
+    modules = split_into_modules(flow, 2, x[:4], outputs=2)
     for k, module in enumerate(modules.modules_in_order):
         objective = trgl(1.0, task=lambda: Task(F.mse_loss))(k, 2)
         optimizer, losses = torch.optim.Adam(module.parameters(), 0.02), []

@@ -1,18 +1,21 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from odenets import models
 from odenets.fields import MLPField
 from odenets.flow import Flow
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.network import Network
-from odenets.training import data, datasets, instances
+from odenets.training import data, datasets, stacking
 from odenets.training.evaluation import evaluate
 from odenets.training.instances import fit_instances
 from odenets.training.loop import fit
-from odenets.training.objectives import CrossEntropy
+from odenets.training.objectives import CrossEntropy, Task
 from tests.counting import Operations
 from tests.odenets.checks import assert_same
 
@@ -202,9 +205,107 @@ def test_errors(changes, message):
 
 def test_accuracies_one_by_one_are_those_together(monkeypatch):
     accuracies = []
-    for together_up_to in (0, instances.TOGETHER):
-        monkeypatch.setattr(instances, "TOGETHER", together_up_to)
+    for together_up_to in (0, stacking.TOGETHER):
+        monkeypatch.setattr(stacking, "TOGETHER", together_up_to)
         networks = [network(i, "batch") for i in range(N)]
         sets = {"train": [points(i) for i in range(N)]}
         accuracies.append(together(CrossEntropy, networks=networks, optimizer=sgd, measured=sets).accuracy["train"])
     assert torch.equal(*accuracies)
+
+
+def loader_of(i):
+    """The batches of instance i, drawn by a seeded generator."""
+    part, generator = points(i), torch.Generator().manual_seed(i)
+    return DataLoader(TensorDataset(part.x, part.y), 8, shuffle=True, generator=generator)
+
+
+def test_loaders_train_each_instance_as_alone():
+    result = fit_instances(
+        [network(i) for i in range(2)],
+        [loader_of(i) for i in range(2)],
+        epochs=2,
+        optimizer=adam,
+        objective=CrossEntropy,
+    )
+    for i, both in enumerate(result.networks):
+        alone = network(i)
+        rows = fit(alone, loader_of(i), epochs=2, optimizer=adam).rows
+        assert_same(alone, both, 1e-6, 1e-7)
+        assert result.train_loss[i].tolist() == pytest.approx([row["train_loss"] for row in rows], rel=1e-5)
+
+
+class Scaled(data.Batches):
+    """Batches with an epoch of their own."""
+
+    def epoch(self, epoch):
+        for x, y in super().epoch(epoch):
+            yield x * (2 + epoch), y
+
+
+def test_an_epoch_of_ones_own_is_trained_on():
+    batches = [Scaled(points(i), 8, seed=i) for i in range(2)]
+    options = {"epochs": 2, "optimizer": adam}
+    result = fit_instances([network(i) for i in range(2)], batches, objective=CrossEntropy, **options)
+    for i, both in enumerate(result.networks):
+        alone = network(i)
+        fit(alone, batches[i], **options)
+        assert_same(alone, both, 1e-6, 1e-7)
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_learning_rates_fall_as_alone(interval):
+    falling = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.8)
+    options = {"epochs": 2, "optimizer": sgd, "lr_scheduler": falling, "lr_interval": interval}
+    batches = [data.Batches(points(i), 8, seed=i) for i in range(2)]
+    result = fit_instances([network(i) for i in range(2)], batches, objective=CrossEntropy, **options)
+    for i, both in enumerate(result.networks):
+        alone = network(i)
+        fit(alone, batches[i], **options)
+        assert_same(alone, both, 1e-6, 1e-7)
+
+
+def test_a_regression_reports_its_metric():
+    x = torch.rand(2, 20, 2, dtype=torch.float64)
+    y = x.sum(2, keepdim=True).expand(-1, -1, 2)
+    batches = [[(x[i, :12], y[i, :12]), (x[i, 12:], y[i, 12:])] for i in range(2)]
+    result = fit_instances(
+        [network(i) for i in range(2)], batches, epochs=2, optimizer=adam, objective=lambda: Task(F.mse_loss),
+        metric=F.l1_loss, measured={"train": [*zip(x, y, strict=True)]},
+    )  # fmt: skip
+    assert result.name == "l1_loss"
+    for i, net in enumerate(result.networks):
+        error = F.l1_loss(net(x[i]), y[i]).item()
+        assert result.metric["train"][i, -1].item() == pytest.approx(error, rel=1e-5)
+    with pytest.raises(AttributeError, match="instances have the metric 'l1_loss', not the accuracy"):
+        _ = result.accuracy
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (
+            {"batches": [loader_of(0), [*loader_of(1)][:-1]]},
+            ValueError,
+            "equally many for all instances",
+        ),
+        ({"batches": [loader_of(0), [(points(0).x[:7], points(0).y[:7])]]}, ValueError, "batches must be of one size"),
+        ({"batches": loader_of(0)}, TypeError, "batches must be a sequence, data for each network, got DataLoader"),
+        ({"batches": [loader_of(0), []]}, ValueError, r"batches\[1\] must hold at least one batch"),
+        ({"batches": [[(points(0).x, ["a"] * 50)]] * 2}, TypeError, "batches must be tensors, to be stacked, got str"),
+        ({"optimizer": adam([torch.nn.Parameter(torch.zeros(1))])}, TypeError, "optimizer must be made once"),
+        ({"schedule": None}, TypeError, "'schedule': its name is lr_scheduler"),
+        ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, ValueError, "lr_scheduler must not read losses"),
+        ({"objective": CrossEntropy()}, TypeError, r"makes one for each instance.* lambda: CrossEntropy\(...\)"),
+        ({"metric": F.l1_loss, "measured": {"a": [points(0)] * 2}, "perfect": ["a"]}, ValueError, "perfect is for the"),
+    ],
+)
+def test_mistakes_name_the_argument_and_the_remedy(changes, error, match):
+    arguments = {
+        "networks": [network(0), network(1)],
+        "batches": [loader_of(0), loader_of(1)],
+        "epochs": 1,
+        "optimizer": adam,
+        "objective": CrossEntropy,
+    } | changes
+    with pytest.raises(error, match=match):
+        fit_instances(**arguments)

@@ -14,19 +14,24 @@ from torch import distributed
 from odenets import load_weights, models
 from odenets.errors import WorkerLostError
 from odenets.module_wise import conv_head, fit_in_processes, fit_modules, split_into_modules
-from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender
+from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender, check_sendable
 from odenets.module_wise.distributed.processes import check_apart
 from odenets.training import datasets
 from tests.odenets.checks import assert_same
-from tests.odenets.module_wise.distributed import train_modules
+from tests.odenets.module_wise.conditioned import loader, modules
+from tests.odenets.module_wise.distributed import train_conditioned, train_modules
 
 ROOT = Path(train_modules.__file__).parents[4]
 
 
 def launch(folder, processes=2, trouble=None, dtype="float32", fails=False, **options):
     arguments = [str(folder), json.dumps(trouble or {}), json.dumps(options), dtype]
+    return launch_script(train_modules, arguments, processes, fails)
+
+
+def launch_script(script, arguments, processes=2, fails=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["-m", train_modules.__name__, *arguments]
+    command += ["-m", script.__name__, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, check=False)
     assert bool(result.returncode) == fails, result.stderr
     return result.stderr
@@ -177,3 +182,48 @@ def test_what_is_sent_is_received_in_every_precision(monkeypatch, dtype, images)
     sender.transmit(None)
     assert receiver.receive() is None
     assert not line
+
+
+@pytest.mark.slow
+def test_conditioned_regressions_on_a_loader_go_on_as_in_one_process(tmp_path):
+    """Learning rates by step, and a run that ends after two epochs and is taken up for two more."""
+    split = modules()
+    training = fit_modules(split, loader(), epochs=4, **train_conditioned.OPTIONS)
+    for epochs in ("2", "4"):
+        launch_script(train_conditioned, [str(tmp_path), epochs])
+    rows = json.loads((tmp_path / "rows1.json").read_text())
+    for name in ("train_loss", "train_l1_loss", "learning_rate"):
+        expected = {(row["module"], row["epoch"]): row[name] for row in training.rows}
+        assert {(row["module"], row["epoch"]): row[name] for row in rows} == pytest.approx(expected, rel=1e-9)
+    assert_same(load_weights(modules(), tmp_path / "weights0.safetensors"), split, atol=1e-12)
+
+
+def test_batches_of_unknown_number_name_what_has_one():
+    with pytest.raises(ValueError, match=r"batches must know how many there are.* got generator without a length"):
+        fit_in_processes(modules(), (pair for pair in []), epochs=1, optimizer=torch.optim.Adam)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [({"a": 1}, "got dict"), (torch.zeros(2, dtype=torch.complex64), "got torch.complex64")],
+)
+def test_what_cannot_be_sent_is_named(value, match):
+    with pytest.raises(TypeError, match=f"batches must hold one tensor of targets.* {match}"):
+        check_sendable([torch.zeros(2), value])
+    with pytest.raises(TypeError, match="fewer than 8 tensors to be sent, got 9"):
+        check_sendable([torch.zeros(2)] * 9)
+
+
+@pytest.mark.parametrize("y", [torch.rand(3, 2), torch.tensor([True, False, True]), torch.arange(3, dtype=torch.int32)])
+def test_targets_and_what_conditions_come_as_they_are_sent(monkeypatch, y):
+    line = deque()
+    monkeypatch.setattr(distributed, "send", lambda tensor, peer, group: line.append(tensor.clone()))
+    monkeypatch.setattr(distributed, "recv", lambda tensor, peer, group: tensor.copy_(line.popleft()))
+    sender, receiver = (kind(0, None, torch.device("cpu")) for kind in (Sender, Receiver))
+    message = Message(torch.rand(3, 4), torch.empty(0), y, 3, (torch.rand(3, 5), torch.arange(3)))
+    sender.transmit(message)
+    came = receiver.receive()
+    assert came.whole == 3
+    for one, other in zip(came.tensors, message.tensors, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""Schedules: which modules train in which epoch."""
+"""Plans: in which order modules train, which of them in which epoch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 
 from odenets.module_wise.modules import ModuleWise
 
-__all__ = ["Plan", "Schedule", "Visit"]
+__all__ = ["ORDERS", "Order", "Plan", "Visit"]
 
-Schedule = Literal["parallel", "sequential", "end-to-end", "checkpointed"]
+Order = Literal["parallel", "sequential", "end-to-end", "checkpointed"]
+ORDERS = ("parallel", "sequential", "end-to-end", "checkpointed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,42 +30,40 @@ class Visit:
 class Plan:
     """All epochs of a training: ``epochs`` of each module per lap, or of all."""
 
-    schedule: Schedule
+    order: Order
     K: int
     epochs: list[int]
     laps: int
 
     @classmethod
-    def of(cls, K: int, epochs: int | Sequence[int], schedule: Schedule, laps: int) -> Self:
+    def of(cls, K: int, epochs: int | Sequence[int], order: Order, laps: int) -> Self:
         """The plan of some epochs of each module, or of all.
 
         Raises:
             ValueError: arguments out of range.
         """
-        if schedule not in ("parallel", "sequential", "end-to-end", "checkpointed"):
-            raise ValueError(
-                f"schedule must be 'parallel', 'sequential', 'end-to-end' or 'checkpointed', got {schedule!r}"
-            )
-        if laps < 1 or (laps > 1 and schedule != "sequential"):
-            raise ValueError(f"laps must be at least 1, and 1 where the schedule is not sequential, got {laps}")
-        number = K if schedule == "sequential" else 1
+        if order not in ORDERS:
+            raise ValueError(f"order must be 'parallel', 'sequential', 'end-to-end' or 'checkpointed', got {order!r}")
+        if laps < 1 or (laps > 1 and order != "sequential"):
+            raise ValueError(f"laps must be at least 1, and 1 where the order is not sequential, got {laps}")
+        number = K if order == "sequential" else 1
         counts = [epochs] * number if isinstance(epochs, int) else list(epochs)
         if len(counts) != number or min(counts) < 0:
             raise ValueError(
-                f"epochs must be one number that is not negative, or in a sequential schedule one per module "
+                f"epochs must be one number that is not negative, or in the sequential order one per module "
                 f"({K}), got {epochs}"
             )
-        return cls(schedule=schedule, K=K, epochs=counts, laps=laps)
+        return cls(order=order, K=K, epochs=counts, laps=laps)
 
     @property
     def whole(self) -> bool:
         """Whether the network is trained end to end."""
-        return self.schedule in ("end-to-end", "checkpointed")
+        return self.order in ("end-to-end", "checkpointed")
 
     @property
     def visits(self) -> list[Visit]:
         """All epochs in order."""
-        if self.schedule != "sequential":
+        if self.order != "sequential":
             return [Visit(epoch=e) for e in range(self.epochs[0])]
         return [
             Visit(module=k, epoch=lap * n + e, lap=lap, last=e == n - 1)
@@ -86,7 +85,7 @@ class Plan:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint is to agree with."""
-        return {"plan": [self.laps, *self.epochs], "schedule": self.schedule}
+        return {"plan": [self.laps, *self.epochs], "order": self.order}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """That a checkpoint is one of this plan; another number of epochs is one where all modules train at once.
@@ -94,9 +93,9 @@ class Plan:
         Raises:
             ValueError: it is not.
         """
-        if state.get("schedule", self.schedule) != self.schedule:
-            raise ValueError(f"schedule must be that of the checkpoint, {state['schedule']!r}, got {self.schedule!r}")
-        if self.schedule == "sequential" and state["plan"] != [self.laps, *self.epochs]:
+        if state["order"] != self.order:
+            raise ValueError(f"order must be that of the checkpoint, {state['order']!r}, got {self.order!r}")
+        if self.order == "sequential" and state["plan"] != [self.laps, *self.epochs]:
             raise ValueError(
                 f"epochs and laps must be those of the checkpoint, {state['plan'][1:]} and {state['plan'][0]}, got "
                 f"{self.epochs} and {self.laps}"
