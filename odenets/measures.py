@@ -27,6 +27,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from solvers import Step, finish_step
@@ -45,6 +46,7 @@ __all__ = [
     "reductions_of",
     "residue",
     "square_norm",
+    "wide_residue",
 ]
 
 StepFunction = Callable[[Step], Tensor]
@@ -251,7 +253,8 @@ def action(step: Step, p: float = 2.0) -> Tensor:
     if p != 2:
         pairs = zip(step.tableau.b, step.stages, strict=False)
         powers: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]  # never 0
-        return step.h * powers
+        h = step.h.to(powers).reshape(-1) if isinstance(step.h, Tensor) else step.h  # one, or one per sample
+        return h * powers
     value = _computed(step, "action")
     return weighted_action(step.stages, step.tableau.b, step.h) if value is None else value
 
@@ -262,7 +265,13 @@ def residue(step: Step, p: float = 2.0) -> Tensor:
 
     Its mean square with p = 2 [K24, eq. 34], the square of its norm over the dimension.
     """
-    return _residue(step, "residue") if p == 2 else power_mean(step.residue, p)
+    return _residue(step, "residue") if p == 2 else power_mean(wide_residue(step), p)
+
+
+def wide_residue(step: Step) -> Tensor:
+    """The residue in float32 or wider, in which the stages are added up, ``(B, *S)``."""
+    dtype = torch.promote_types(step.x0.dtype, torch.float32)
+    return step._replace(stages=tuple(p.to(dtype) for p in step.stages)).residue
 
 
 @measure(closing=False, reduction="residue")

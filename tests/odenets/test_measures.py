@@ -7,9 +7,66 @@ import torch
 from torch import nn
 
 from odenets import Flow, MLPField, measures
+from odenets.detection import Trajectory
 from solvers import get_tableau, integrate, rk_step
 from tests.counting import Counted, Operations
+from tests.odenets.measure_tester import Case, MeasureTester, cosine, root_mean_square, step_of, tensors
 from tests.odenets.networks import Velocity
+
+FEATURES = Trajectory("embedding", "stages", vectors=2).measures(Flow(MLPField(2), solver="bs23"))
+
+
+def wave(k, r):
+    """The k-th vector of the discrete cosine transform."""
+    return torch.cos(torch.pi * k / r.shape[1] * (torch.arange(r.shape[1], dtype=r.dtype, device=r.device) + 0.5))
+
+
+CASES = {
+    "action": Case(measures.action, lambda s: s.action()),
+    "residue": Case(measures.residue, lambda s: s.residue.square().mean(1)),
+    "square_norm": Case(measures.square_norm, lambda s: s.residue.square().sum(1)),
+    "cosine": Case(measures.cosine, lambda s: cosine(s.residue)),
+    "error": Case(measures.error, lambda s: root_mean_square(s.error)),
+    "displacement": Case(measures.displacement, lambda s: root_mean_square(s.h[:, None] * s.residue)),
+    # bound
+    "action of p = 3": Case(measures.action.bind(p=3.0), lambda s: s.action(3.0)),
+    "residue of p = 1.5": Case(measures.residue.bind(p=1.5), lambda s: s.residue.abs().pow(1.5).mean(1)),
+    "partial": Case(partial(measures.action, p=3.0), lambda s: s.action(3.0)),
+    # composed
+    "sum": Case(2 * measures.action + measures.residue, lambda s: 2 * s.action() + s.residue.square().mean(1)),
+    "difference": Case(1 - measures.action / 3, lambda s: 1 - s.action() / 3),
+    "product": Case(-(measures.action * measures.error), lambda s: -s.action() * root_mean_square(s.error)),
+    "quotient": Case(
+        measures.residue / (1 + measures.displacement.map(torch.square)),
+        lambda s: s.residue.square().mean(1) / (1 + (s.h[:, None] * s.residue).square().mean(1)),
+    ),
+    # features
+    "embedding": Case(FEATURES["embedding"], lambda s: s.x1.square().mean(1)),
+    "embedding cosine": Case(FEATURES["embedding cosine"], lambda s: cosine(s.x1)),
+    "stage": Case(FEATURES["stage 2"], lambda s: s.stages[1].square().mean(1)),
+    "stage cosine": Case(FEATURES["stage 2 cosine"], lambda s: cosine(s.stages[1])),
+    "wave cosine": Case(FEATURES["cosine 2"], lambda s: cosine(s.residue, wave(2, s.residue))),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+class TestEveryMeasure(MeasureTester):
+    """A measure is added to ``CASES`` with its definition, in a line."""
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_every_measure_is_compiled_in_one_graph(backend):
+    def measured(*tensors):
+        return {name: case.measure(step_of(*tensors)) for name, case in CASES.items()}
+
+    compiled = torch.compile(measured, backend=backend, fullgraph=True)
+    given = [[x.requires_grad_() for x in tensors((5, 6))] for _ in range(2)]
+    given[1] = [x.detach().clone().requires_grad_() for x in given[0]]
+    ours, theirs = compiled(*given[0]), measured(*given[1])
+    torch.testing.assert_close(ours, theirs)
+    for values in (ours, theirs):
+        torch.stack([*values.values()]).square().sum().backward()
+    torch.testing.assert_close([x.grad for x in given[0]], [x.grad for x in given[1]])
 
 
 class Moving(nn.Module):
@@ -59,36 +116,6 @@ def test_action_and_displacement_do_not_change_when_a_constant_step_is_cut(solve
         torch.testing.assert_close(records["residue"], torch.full((depth, 2), 9.0))
 
 
-def test_a_field_at_rest_has_a_cosine_of_zero_and_finite_gradients():
-    flow = Flow(MLPField(3))
-    nn.init.zeros_(flow.blocks[0].fields[0].second.weight)
-    nn.init.zeros_(flow.blocks[0].fields[0].second.bias)
-    _, records = flow.record(torch.randn(4, 3), cosine=measures.cosine)
-    assert records["cosine"].tolist() == [[0.0] * 4]
-    records["cosine"].sum().backward()
-    assert all(p.grad.isfinite().all() for p in flow.parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize("solver", ["euler", "heun", "rk4", "bs23"])
-@pytest.mark.parametrize("features", [6, 6000])
-def test_what_a_step_finds_while_its_state_is_made_is_what_is_measured_after(solver, features):
-    x = torch.randn(16, features, requires_grad=True)
-    flow = Flow(lambda: MLPField(features, 32), solver=solver, depth=2)
-    named = {"action": measures.action, "residue": measures.residue, "cosine": measures.cosine}
-    if get_tableau(solver).error_weights is not None:
-        named["error"] = measures.error
-    end, records = flow.record(x, **named)
-    steps = list(flow.steps(x))
-    assert all(step.reductions is None for step in steps)
-    torch.testing.assert_close(end, steps[-1].x1)
-    for name, measure in named.items():
-        after = torch.stack([measure(step) for step in steps])
-        torch.testing.assert_close(records[name], after)
-        (ours,) = torch.autograd.grad(records[name].sum(), x, retain_graph=True)
-        (theirs,) = torch.autograd.grad(after.sum(), x, retain_graph=True)
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
-
-
 def test_a_recorded_block_is_finished_in_one_operation():
     x, flow = torch.randn(16, 6000), Flow(solver="bs23", depth=1)
     flow(x)
@@ -109,50 +136,13 @@ def test_a_partial_of_a_measure_reads_what_the_measure_reads():
     assert not measures.needs_closing(closed.bind(p=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ["action", "residue", "square_norm", "cosine", "error", "displacement"])
-def test_measures_are_their_definitions_and_of_narrow_states_in_float32(name, dtype):
-    """The sum of the squares of these states is beyond float16."""
-    torch.manual_seed(0)
-    flow = Flow(lambda: MLPField(300), solver="bs23", depth=2, h=[0.5, 0.25]).to(dtype)
-    x = 300 * torch.randn(4, 300, dtype=dtype)
-    with torch.no_grad():
-        measured = flow.record(x, value=getattr(measures, name))[1]["value"]
-        steps = list(flow.steps(x))
-    assert measured.dtype == torch.promote_types(dtype, torch.float32)
-    assert measured.isfinite().all()
-    stages = [torch.stack([p.double() for p in step.stages]) for step in steps]
-    weights = torch.tensor(steps[0].tableau.b, dtype=torch.float64)
-    low = torch.tensor(steps[0].tableau.error_weights, dtype=torch.float64)
-    h = torch.tensor([[0.5], [0.25]])
-    residue, error = (torch.stack([torch.einsum("s,sbd->bd", w, p) for p in stages]) for w in (weights, low))
-    expected = {
-        "action": h * torch.stack([torch.einsum("s,sb->b", weights, p.square().mean(2)) for p in stages]),
-        "residue": residue.square().mean(2),
-        "square_norm": residue.square().sum(2),
-        "cosine": residue.sum(2) / (residue.norm(dim=2) * 300**0.5),
-        "error": h * error.square().mean(2).sqrt(),
-        "displacement": h * residue.square().mean(2).sqrt(),
-    }
-    torch.testing.assert_close(measured.double(), expected[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("composed", "expected", "closing"),
-    [
-        (2 * measures.action + measures.residue, lambda a, r, e: 2 * a + r, False),
-        (measures.error - measures.action / 3, lambda a, r, e: e - a / 3, True),
-        (1 / (1 + measures.residue.map(torch.sqrt)), lambda a, r, e: 1 / (1 + r.sqrt()), False),
-        (-(measures.action * measures.error), lambda a, r, e: -a * e, True),
-        (1 - measures.action, lambda a, r, e: 1 - a, False),
-    ],
-)
-def test_composed_measures_are_the_arithmetic_of_their_parts_and_read_what_they_read(x, composed, expected, closing):
-    flow = Flow(lambda: MLPField(6), solver="bs23", depth=2).double()
-    parts = {"action": measures.action, "residue": measures.residue, "error": measures.error}
-    _, records = flow.record(x, composed=composed, **parts)
-    torch.testing.assert_close(records["composed"], expected(*(records[name] for name in parts)))
-    assert measures.needs_closing(composed) is closing
+def test_composed_measures_read_what_their_parts_read():
+    assert not measures.needs_closing(2 * measures.action + measures.residue)
+    assert measures.needs_closing(measures.action - measures.error / 3)
+    assert measures.needs_closing(1 + measures.error.map(torch.sqrt))
+    assert measures.needs_closing(measures.action + (lambda step: step.x1.sum(1)))
+    assert measures.reductions_of([measures.action * measures.residue]) == {"action", "residue"}
+    assert measures.reductions_of([measures.action * measures.displacement]) == set()
 
 
 @pytest.mark.parametrize("one", [measures.action, measures.action.bind(p=3.0), 2 * measures.error.map(torch.log)])

@@ -124,17 +124,21 @@ def _cosine(step: Step, stage: int | None = None) -> Tensor:
 @measure(closing=False)
 def _wave_cosine(step: Step, k: int) -> Tensor:
     """Cosine of the residue with the k-th wave."""
-    r = step.residue.flatten(1)
-    r = r.to(torch.promote_types(r.dtype, torch.float32))
-    wave = _wave(k, r.shape[1]).to(r)
+    r = measures.wide_residue(step).flatten(1)
+    wave = (_wave if torch.compiler.is_compiling() else _cached_wave)(k, r.shape[1]).to(r)
     square = r.square().sum(1)
-    norm = torch.where(square > 0, square, 1).sqrt()
-    return torch.where(square > 0, (r @ wave) / norm, 0)
+    rest = square == 0
+    along = (r * wave).sum(1)  # no product of matrices, which autocast narrows
+    return torch.where(rest, 0, along) / torch.where(rest, 1, square).sqrt()
 
 
 @lru_cache(maxsize=64)
+def _cached_wave(k: int, size: int) -> Tensor:
+    with torch.inference_mode(False):  # it also serves passes with gradients
+        return _wave(k, size)
+
+
 def _wave(k: int, size: int) -> Tensor:
     """``cos(pi k (j + 1/2) / d)`` of unit length, orthogonal to the ones and to the waves of other k (DCT-II)."""
-    with torch.inference_mode(False):  # a cached wave also serves passes with gradients
-        wave = torch.cos(math.pi * k / size * (torch.arange(size, dtype=torch.float64) + 0.5))
-        return cast(Tensor, wave / wave.norm())
+    wave = torch.cos(math.pi * k / size * (torch.arange(size, dtype=torch.float64) + 0.5))
+    return cast(Tensor, wave / wave.norm())
