@@ -46,6 +46,7 @@ __all__ = [
     "reductions_of",
     "residue",
     "square_norm",
+    "step_size",
     "wide_residue",
 ]
 
@@ -253,8 +254,7 @@ def action(step: Step, p: float = 2.0) -> Tensor:
     if p != 2:
         pairs = zip(step.tableau.b, step.stages, strict=False)
         powers: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]  # never 0
-        h = step.h.to(powers).reshape(-1) if isinstance(step.h, Tensor) else step.h  # one, or one per sample
-        return h * powers
+        return step_size(step) * powers
     value = _computed(step, "action")
     return weighted_action(step.stages, step.tableau.b, step.h) if value is None else value
 
@@ -266,6 +266,13 @@ def residue(step: Step, p: float = 2.0) -> Tensor:
     Its mean square with p = 2 [K24, eq. 34], the square of its norm over the dimension.
     """
     return _residue(step, "residue") if p == 2 else power_mean(wide_residue(step), p)
+
+
+def step_size(step: Step) -> float | Tensor:
+    """A number, or one per sample, ``(B,)``: what a measure multiplies numbers of samples by."""
+    if not isinstance(step.h, Tensor):
+        return step.h
+    return step.h.to(step.x0.device, torch.promote_types(step.x0.dtype, torch.float32)).reshape(-1)
 
 
 def wide_residue(step: Step) -> Tensor:
