@@ -24,7 +24,8 @@ from odenets import measures
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
-from odenets.training.objectives import Batch, CrossEntropy, Objective, eagerly
+from odenets.training.objectives import Batch, CrossEntropy, Objective
+from odenets.training.step_counting import eagerly
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
 

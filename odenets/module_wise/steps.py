@@ -21,11 +21,11 @@ from odenets.training.objectives import (
     CrossEntropy,
     Objective,
     ReverseCrossEntropy,
-    after_step,
     check_loss,
     logits_and_labels,
 )
 from odenets.training.sources import arguments, samples_in
+from odenets.training.step_counting import after_step
 
 __all__ = ["end_to_end_step", "local_step", "parallel_step"]
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from odenets.measures import StepFunction
-from odenets.modes import keeping_state
-from odenets.recording import Records, record, recorder_in, unwrapped
-from odenets.training.step_watch import StepWatch
+from odenets.recording import Records, record, recorder_in
+from odenets.training.step_counting import StepCounter, eagerly
 
 __all__ = [
     "Batch",
@@ -23,9 +20,7 @@ __all__ = [
     "Objective",
     "ReverseCrossEntropy",
     "Task",
-    "after_step",
     "check_loss",
-    "eagerly",
     "logits_and_labels",
     "right_answers",
     "targets_of",
@@ -92,25 +87,7 @@ def targets_of(batch: Any) -> Any:
     return batch[1]
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def eagerly(method: Method) -> Method:
-    """Leave a method out of what is compiled around it: it counts, and what it calls may be compiled by itself.
-
-    ``torch.compiler.disable`` as a decorator would load the compiler where nothing is compiled.
-    """
-
-    @wraps(method)
-    def call(*arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(method)(*arguments, **options)
-        return method(*arguments, **options)
-
-    return cast(Method, call)
-
-
-class Objective(nn.Module):
+class Objective(StepCounter):
     """What is minimized, a function of a network's output and of what was measured on its steps.
 
     In a loop of one's own it is called with the network and a batch:
@@ -137,7 +114,6 @@ class Objective(nn.Module):
     def __init__(self, measures: Mapping[str, StepFunction] | None = None) -> None:
         super().__init__()
         self.measures: dict[str, StepFunction] = dict(measures or {})
-        self._watch = StepWatch()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -171,9 +147,8 @@ class Objective(nn.Module):
             )
         _check_order(x, y)
         inner = recorder_in(network)
-        if counting := self.counts_steps and _watchable(self):
-            self.notice_step()
-            self._watch.look(inner)
+        if counting := self.counts_steps and self.is_counting:
+            self.begin_loss(inner)
         output, records = record(network, x, self.measures)
         loss = self.loss(network, (x, y), output, records)
         if torch.is_grad_enabled() and inner.training:
@@ -223,72 +198,6 @@ class Objective(nn.Module):
                 f"records must hold {missing}, which {type(self).__name__} reads, got {list(records)}: record them, "
                 "output, records = network.record(x, **objective.measures)"
             )
-
-    @property
-    def needs_second_forward(self) -> bool:
-        """Whether :meth:`after_step` will call the network after the coming step."""
-        return False
-
-    @property
-    def counts_steps(self) -> bool:
-        """Whether :meth:`after_step` does anything."""
-        return type(self).after_step is not Objective.after_step
-
-    @property
-    def keeps_batch(self) -> bool:
-        """Whether :meth:`after_step` will read the batch, which is then kept until the next loss; None comes if not."""
-        return self.counts_steps
-
-    def after_step(self, network: nn.Module, batch: Batch) -> None:
-        """Called after each step of the optimizer with the batch, or with its last part where it came in parts.
-
-        In a loop of one's own, ``objective(network, x, y)`` calls it for the step since the last loss, if one was:
-        after a backward pass an optimizer of torch has stepped, or weights were changed in place. ``fit`` and others
-        that call :meth:`loss` call it at once; such a step is not counted again.
-
-        Where it calls the network, which :attr:`needs_second_forward` says, the network's buffers and random state are
-        then put back: running statistics count a batch once.
-        """
-
-    def notice_step(self, by_version: bool = True) -> None:
-        """Call :meth:`after_step` for the step that was taken since the last loss, if one was.
-
-        Args:
-            by_version: whether weights that were changed by no optimizer of torch are a step too.
-        """
-        if self._watch.stepped(by_version):
-            with self._watch.last() as (network, batch):
-                self._watch.reset()
-                if network is not None:
-                    after_step(self, network, batch)
-
-    def expect_step(self, network: nn.Module, batch: Batch, loss: Tensor) -> None:
-        """That a loss was taken, after whose backward pass a step is to be noticed."""
-        if _watchable(self) and isinstance(loss, Tensor) and loss.requires_grad:
-            self._watch.expect(loss, unwrapped(network), network, batch if self.keeps_batch else None)
-
-    def end_step(self) -> None:
-        """That the step since the last loss is counted."""
-        self._watch.reset()
-
-    def state_dict(self, *args: Any, **options: Any) -> Any:
-        """As torch's, with the step counted that was taken since the last loss.
-
-        Raises:
-            RuntimeError: several processes must look at the network for that, of which this is one.
-        """
-        if self.needs_second_forward and _processes() > 1 and self._watch.stepped():
-            raise RuntimeError(
-                "state_dict must know the loss after the last step, which all processes take together: call "
-                "objective.after_step(network, (x, y)) on each before"
-            )
-        self.notice_step()
-        return super().state_dict(*args, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied, with the step counted that was taken since the last loss."""
-        self.notice_step()
-        return self.__dict__
 
 
 class Task(Objective):
@@ -382,23 +291,6 @@ def check_loss(loss: Any, objective: Objective) -> None:
         raise ValueError(f"objective must return a scalar, but {name} returns a loss of shape {tuple(loss.shape)}")
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise ValueError(f"the loss of {name} depends on no parameter that requires a gradient: nothing would train")
-
-
-def after_step(objective: Objective, network: nn.Module, batch: Batch) -> None:
-    """Tell an objective of a step; where it looks at the network again, that leaves no trace there."""
-    with keeping_state(network) if objective.needs_second_forward else nullcontext():
-        objective.after_step(network, batch)
-    objective.end_step()
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _watchable(objective: Objective) -> bool:
-    """Whether steps can be noticed: where there are gradients, and not by functions that torch.func maps."""
-    mapped = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # torch's own
-    return torch.is_grad_enabled() and objective.training and not mapped
 
 
 def _check_order(x: Any, y: Any) -> None:

@@ -16,12 +16,12 @@ from odenets.training.objectives import (
     CrossEntropy,
     Objective,
     ReverseCrossEntropy,
-    after_step,
     check_loss,
     logits_and_labels,
 )
 from odenets.training.sources import part, samples_in
 from odenets.training.state import Training
+from odenets.training.step_counting import after_step
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
