@@ -15,7 +15,7 @@ from torch import Tensor
 from solvers.step import Field, Step, velocity
 from solvers.validation import to_state_shape
 
-__all__ = ["Interpolant", "SampleInterpolant", "hermite", "interpolant"]
+__all__ = ["Interpolant", "SampleInterpolant", "at_many", "hermite", "interpolant"]
 
 
 def interpolant(step: Step, field: Field) -> Callable[[Any], Tensor]:
@@ -31,6 +31,23 @@ def interpolant(step: Step, field: Field) -> Callable[[Any], Tensor]:
     if step.tableau.dense is not None and len(step.stages) == step.tableau.stages:
         return step.at
     return partial(hermite, step, velocity(field, step.t + step.h, step.x1, step.tableau.interior))
+
+
+def at_many(step: Step, state_at: Callable[[Any], Tensor], thetas: Sequence[Any]) -> Tensor:
+    """The states at several fractions of a step at once, numbers or scalar tensors, ``(m, *S)``.
+
+    ``state_at`` makes the state at one of them; the weights of numbers are taken in float64 on the host.
+    """
+    x, shape = step.x0, (len(thetas), *[1] * step.x0.ndim)
+    if isinstance(thetas[0], Tensor):
+        return state_at(torch.stack(list(thetas)).view(shape))
+    numbers = np.array(thetas)
+    if step.tableau.dense is None or isinstance(step.h, Tensor) or len(step.stages) < step.tableau.stages:
+        return state_at(to_state_shape(numbers, x).view(shape))
+    weights = np.concatenate(step.tableau.weights_at(numbers)) * step.h
+    for p, weight in zip(step.stages, to_state_shape(weights, x).to(x.dtype).view(-1, *shape), strict=True):
+        x = torch.addcmul(x, weight, p)
+    return x
 
 
 def hermite(step: Step, last: Tensor, theta: Any) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.interpolation import interpolant
+from solvers.interpolation import at_many, interpolant
 from solvers.step import Field, Step
 from solvers.validation import to_state_shape
 
@@ -19,6 +19,7 @@ __all__ = ["BatchOutputs", "Reading", "SampleOutputs", "SampleReading", "batch_r
 
 Array = np.ndarray
 _ROUNDING = 1e-12
+_SMALL = 1 << 10  # numbers of a state up to which several are the faster made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,14 @@ class Reading:
         return any(isinstance(theta, Tensor) or theta != 1 for theta in self.fractions)
 
     def __call__(self, step: Step, interpolate: Callable[[], Callable[[Any], Tensor]]) -> list[Tensor]:
-        state_at = interpolate() if self.inside else None
-        return [
-            step.x1 if state_at is None or (not isinstance(theta, Tensor) and theta == 1) else state_at(theta)
-            for theta in self.fractions
-        ]
+        inside = [theta for theta in self.fractions if isinstance(theta, Tensor) or theta != 1]
+        if not inside:
+            return [step.x1] * len(self.fractions)
+        state_at = interpolate()
+        several = len(inside) > 2 and step.x0.numel() <= _SMALL and not torch.compiler.is_compiling()
+        alike = len({isinstance(theta, Tensor) for theta in inside}) == 1
+        found = iter(at_many(step, state_at, inside) if several and alike else map(state_at, inside))
+        return [next(found) if isinstance(theta, Tensor) or theta != 1 else step.x1 for theta in self.fractions]
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,7 @@ class Step(NamedTuple):
         """The state at ``t + theta * h`` from the method's own interpolant, ``(B, *S)``.
 
         Args:
-            theta: in [0, 1]; a scalar tensor lets gradients through.
+            theta: in [0, 1]; a tensor that broadcasts against the state lets gradients through.
 
         Raises:
             ValueError: the method has no interpolant of its own, or it needs the closing stage and that was not
@@ -111,7 +111,7 @@ class Step(NamedTuple):
             raise ValueError(f"at() needs the closing stage of {self.tableau.name}: take the step with closing=True")
         x = self.x0
         for p, weight in zip(self.stages, weights, strict=True):
-            x = x + (weight * self.h).to(p.dtype) * p
+            x = torch.addcmul(x, (weight * self.h).to(p.dtype), p)
         return x
 
     def select(self, samples: Tensor) -> Step:

@@ -107,3 +107,55 @@ def test_without_gradients_times_may_require_one():
         solution = integrate(growth, X0, 0.0, 1.0, at=torch.ones(1, requires_grad=True), gradient="checkpoint")
     assert not solution.states.requires_grad
     assert not solution.times.requires_grad
+
+
+# what other solvers met
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, *CONTROLS])
+def test_one_time_alone_gives_the_state_there(options):
+    states = integrate(growth, X0, 0.0, 2.0, solver="dopri5", at=[1.0], **options).states
+    torch.testing.assert_close(states, X0[None] * math.exp(0.5), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {}])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "backsolve"])
+def test_one_time_alone_behind_the_event(options, gradient):
+    x0 = X0.clone().requires_grad_()
+    more = {"parameters": ()} if gradient == "backsolve" else {}
+    solution = integrate(
+        lambda t, x: -torch.ones_like(x), x0, 0.0, 3.0, at=[2.5], event=lambda t, x: x.amin(), gradient=gradient,
+        **more, **options,
+    )  # fmt: skip
+    assert solution.states.shape == (1, 3, 2)
+    assert solution.states.isnan().all()
+    assert torch.autograd.grad(solution.x1.sum(), x0)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"steps": 3, "solver": "rk4"}, *CONTROLS])
+@pytest.mark.parametrize(("t0", "t1"), [(0.1, 0.7), (0.7, 0.1)])
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_the_field_is_evaluated_between_t0_and_t1(options, t0, t1, gradient):
+    seen = []
+
+    def field(t, x):
+        seen.append(torch.as_tensor(t, dtype=D).detach().flatten())
+        return -x
+
+    at = [t0, (t0 + t1) / 2, t1]
+    integrate(field, X0.clone().requires_grad_(), t0, t1, at=at, gradient=gradient, **options).states.sum().backward()
+    times = torch.cat(seen)
+    assert times.min() >= min(t0, t1)
+    assert times.max() <= max(t0, t1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("solver", ["rk4", "bs23", "dopri5"])
+def test_many_times_in_a_step_give_the_states_that_one_gives(dtype, solver):
+    at = torch.linspace(0, 2, 40, dtype=D)
+    solve = partial(integrate, growth, X0.to(dtype), 0.0, 2.0, solver=solver, steps=3)
+    expected = torch.cat([solve(at=[time]).states for time in at.tolist()])
+    eps = 20 * torch.finfo(dtype).eps
+    torch.testing.assert_close(solve(at=at).states, expected, rtol=eps, atol=eps)
+    moving = at.clone().requires_grad_()
+    torch.testing.assert_close(solve(at=moving).states, expected, rtol=eps, atol=eps)
