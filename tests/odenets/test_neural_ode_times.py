@@ -198,7 +198,7 @@ def test_times_are_numbers_of_the_host_and_no_state(x, field):
         assert set(ode.state_dict()) == {f"field.{name}" for name in field.state_dict()}
         assert NeuralODE(MLPField(3), control="sample", t1=t1).to("meta").t1.device.type == "cpu"
     assert NeuralODE(field, t1=torch.tensor(2.0)).t1 == 2.0
-    with pytest.raises(ValueError, match="t1 must not require a gradient.*at=times"):
+    with pytest.raises(ValueError, match=r"t1 must not require a gradient.*at=times"):
         NeuralODE(field, t1=nn.Parameter(torch.tensor(1.0)))
 
 
