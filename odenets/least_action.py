@@ -127,8 +127,11 @@ class LeastAction(_WithCost):
     """``L + C / lambda``, where every s steps ``lambda += tau * L`` [K24, eq. 19 and Algorithm 1].
 
     The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of [K24] divided by D.
-    The objective counts the steps of one training: :func:`odenets.training.fit` tells it of each, a loop of one's own
-    calls :meth:`after_step`. In another training it goes on from its lambda.
+    The objective counts the steps of one training; in another it goes on from its lambda. :func:`odenets.training.fit`
+    tells it of each step, and in a loop of one's own it notices them: before the next loss, or when its state is asked
+    for, until when :attr:`multiplier` is that of before the step. Any optimizer's step counts once, whatever number of
+    losses it takes (LBFGS, which so minimizes with one lambda), and one that ``GradScaler`` skips does not. Weights that
+    are written behind torch's back need a call of :meth:`after_step`. In eval mode it changes nothing.
 
     Args:
         task: what is to be solved, L; cross-entropy if not given.
@@ -139,8 +142,9 @@ class LeastAction(_WithCost):
         update: "before", every s-th step begins with the change, by the loss of its batch, and takes the new lambda
             already, as the published code has it; "next", the step after every s-th begins with it [K24, eq. 33];
             "after", every s-th step ends with it, by the loss of its batch with the new weights [K24, eq. 19], which
-            takes another forward pass: in training mode, with running statistics and random state left as they were.
-            Without gradients the objective changes nothing.
+            takes another forward pass: in training mode, with running statistics and random state left as they were. In
+            a loop of one's own that is with the next loss; the batch of every s-th step is kept until then. Without
+            gradients the objective changes nothing.
         weigh: "divide" the cost by lambda, or "multiply" the loss by it: the same minimum, but then the loss' gradient,
             and with it the effective learning rate, grows with lambda.
 

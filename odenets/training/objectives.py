@@ -205,7 +205,8 @@ class Task(Objective):
 
     Args:
         function: ``(output, y) -> loss``, a scalar tensor; a module such as ``nn.HuberLoss()`` moves with it, and what
-            it learns is the objective's. Targets are of any kind that the function understands.
+            it learns is the objective's, whose parameters an optimizer must be given too. Targets are of any kind that
+            the function understands.
 
     Raises:
         TypeError: no function, or an objective, which is a task already.

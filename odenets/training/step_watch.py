@@ -7,14 +7,17 @@ in a step (LBFGS) steps once. Weights that are changed in another way are notice
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import getfile
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from odenets.modes import keeping_modes
 
@@ -32,7 +35,7 @@ class StepWatch:
         """Of each step of an optimizer since then what says that its kernel has skipped it."""
         self._hooked = False
         self._last: tuple[ref[Tensor], ref[nn.Module], ref[nn.Module], Any, list[bool]] | None = None
-        _CALLS.begin_watching(self)
+        _WATCHES.add(self)
 
     def __reduce__(self) -> tuple[type[StepWatch], tuple[()]]:
         return StepWatch, ()
@@ -76,7 +79,7 @@ class StepWatch:
         if self._skipped:  # of a fused optimizer under GradScaler, whose kernel has decided
             taken = any(skipped is None or not skipped.item() for skipped in self._skipped)
             self._skipped.clear()
-        elif self._hooked or not by_version or _CALLS.running:
+        elif self._hooked or not by_version or _within_step():
             return False
         else:
             taken = any(_version(network) != version for network, version in self._versions.items())
@@ -105,45 +108,44 @@ class StepWatch:
         self._versions.clear()
         self._last = None
 
-    def end_of_step(self, optimizer: Optimizer) -> None:
+    def end_of_step(self, stepped: Optimizer) -> None:
         """Called when an optimizer has stepped, whatever it holds."""
         if not self._modes_of_losses:
             return
-        held = {p for group in optimizer.param_groups for p in group["params"]}
+        held = {p for group in stepped.param_groups for p in group["params"]}
         if any(p in held for network in self._versions for p in network.parameters()):
-            self._skipped.append(getattr(optimizer, "found_inf", None))
+            self._skipped.append(getattr(stepped, "found_inf", None))
             self._hooked = True
 
 
-class _Calls:
-    """The optimizers that are stepping, and who wants to know."""
+class _Watches:
+    """All that watch; torch is asked to tell of steps when the first begins to."""
 
     def __init__(self) -> None:
-        self.running: list[int] = []
-        self._watches: WeakSet[StepWatch] | None = None
+        self._members: WeakSet[StepWatch] | None = None
 
-    def begin_watching(self, watch: StepWatch) -> None:
-        if self._watches is None:
-            self._watches = WeakSet()
-            register_optimizer_step_pre_hook(self._begin)
-            register_optimizer_step_post_hook(self._end)
-        self._watches.add(watch)
+    def add(self, watch: StepWatch) -> None:
+        if self._members is None:
+            self._members = WeakSet()
+            register_optimizer_step_post_hook(self._end_of_step)
+        self._members.add(watch)
 
-    def _begin(self, optimizer: Optimizer, *arguments: Any) -> None:
-        self._leave(optimizer)  # where an earlier call has raised
-        self.running.append(id(optimizer))
-
-    def _end(self, optimizer: Optimizer, *arguments: Any) -> None:
-        self._leave(optimizer)
-        for watch in [*(self._watches or ())]:
-            watch.end_of_step(optimizer)
-
-    def _leave(self, optimizer: Optimizer) -> None:
-        if id(optimizer) in self.running:
-            del self.running[self.running.index(id(optimizer)) :]
+    def _end_of_step(self, stepped: Optimizer, *arguments: Any) -> None:
+        for watch in [*(self._members or ())]:
+            watch.end_of_step(stepped)
 
 
-_CALLS = _Calls()
+_WATCHES = _Watches()
+_OPTIMIZER = getfile(Optimizer)
+"""Where torch wraps the ``step`` of all optimizers."""
+
+
+def _within_step() -> bool:
+    """Whether this is called by the closure of an optimizer's step."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != _OPTIMIZER:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _gone() -> None:

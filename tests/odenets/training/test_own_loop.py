@@ -625,3 +625,44 @@ def test_what_validation_reports_is_the_task_without_smoothing_or_cost():
         torch.testing.assert_close(objective.validation_loss(network, (X, Y), output, records), plain)
     task = LeastAction(Task(F.mse_loss))
     torch.testing.assert_close(task.validation_loss(network, (X, X), output, records), F.mse_loss(output, X))
+
+
+def test_averaged_weights_that_are_swapped_in_and_out_are_no_step():
+    """As callbacks do for validation, between the parts of a batch too."""
+    network, objective = flow(), LeastAction()
+    optimizer, average = sgd(network), flow()
+    take_steps(network, objective, optimizer)
+    for _ in range(3):
+        for _ in range(2):
+            objective(network, X, Y).backward()
+            for p, q in zip(network.parameters(), average.parameters(), strict=True):
+                for _ in range(2):
+                    held = p.detach().clone()
+                    p.detach().copy_(q.detach())
+                    q.detach().copy_(held)
+        optimizer.step()
+    assert counted(objective) == 4
+
+
+def test_two_optimizers_of_one_network_take_one_step_with_one_loss():
+    network, objective = flow(), LeastAction()
+    halves = [torch.optim.SGD(list(network.parameters())[i::2], 0.1) for i in range(2)]
+    for _ in range(3):
+        objective(network, X, Y).backward()
+        for optimizer in halves:
+            optimizer.step()
+    assert counted(objective) == 3
+
+
+def test_an_optimizer_that_fails_is_no_step_and_the_next_one_is():
+    network, objective = flow(), LeastAction()
+    optimizer = torch.optim.LBFGS(network.parameters())
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    take_steps(network, objective, sgd(network), 2)
+    assert counted(objective) == 2
+    fresh = LeastAction()
+    for _ in range(2):
+        gradients = torch.autograd.grad(fresh(network, X, Y), list(network.parameters()))
+        torch._foreach_sub_([p.detach() for p in network.parameters()], gradients)
+    assert counted(fresh) == 2
