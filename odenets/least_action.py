@@ -129,9 +129,9 @@ class LeastAction(_WithCost):
     The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of [K24] divided by D.
     The objective counts the steps of one training; in another it goes on from its lambda. :func:`odenets.training.fit`
     tells it of each step, and in a loop of one's own it notices them: before the next loss, or when its state is asked
-    for, until when :attr:`multiplier` is that of before the step. Any optimizer's step counts once, whatever number of
-    losses it takes (LBFGS, which so minimizes with one lambda), and one that ``GradScaler`` skips does not. Weights that
-    are written behind torch's back need a call of :meth:`after_step`. In eval mode it changes nothing.
+    for; until then :attr:`multiplier` is that of before the step. Any optimizer's step counts once, however many losses
+    it takes (LBFGS, which so minimizes with one lambda), and one that ``GradScaler`` skips does not. Weights that are
+    written behind torch's back need a call of :meth:`after_step`. In eval mode it changes nothing.
 
     Args:
         task: what is to be solved, L; cross-entropy if not given.
