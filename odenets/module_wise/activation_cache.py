@@ -110,6 +110,7 @@ def _augmented(batches: Batches, epoch: int) -> tuple[Tensor, Tensor]:
             f"{type(batches).__name__}.epoch must draw each of {len(order)} samples once for a cache, got {len(x)}: "
             "cache=None draws what it will"
         )
-    images, targets = torch.empty_like(x), torch.empty_like(y)
+    same = x.shape == batches.data.x.shape and x.dtype == batches.data.x.dtype
+    images, targets = torch.empty_like(batches.data.x if same else x), torch.empty_like(y)  # laid out as the data
     images[order], targets[order.to(y.device)] = x, y
     return images, targets
