@@ -25,6 +25,7 @@ from odenets.module_wise.steps import end_to_end_step, local_step, parallel_step
 from odenets.module_wise.training import ModuleTraining
 from odenets.training.evaluation import Evaluation, evaluate_source
 from odenets.training.metrics import Metric
+from odenets.training.notes import BatchNotes
 from odenets.training.objectives import Objective
 from odenets.training.optimization import Interval, step_lr_scheduler
 from odenets.training.sources import Source, arguments, samples_in
@@ -107,9 +108,10 @@ class ModuleLoop:
         trained = self.plan.trained(visit)
         step = self._step(visit)
         totals = torch.zeros(len(trained), 2, dtype=total_dtype(self.device), device=self.device)
-        samples = 0
+        samples, notes = 0, BatchNotes(self.source.name)
         for state, images, y in self._batches(visit):
-            totals = totals + step(state, images, y).to(totals.dtype)
+            with notes.next(images):
+                totals = totals + step(state, images, y).to(totals.dtype)
             samples += len(images)
             if self.training.lr_schedulers and self.lr_interval == "step":
                 for number in trained.values():

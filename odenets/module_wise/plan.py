@@ -40,8 +40,13 @@ class Plan:
         """The plan of some epochs of each module, or of all.
 
         Raises:
+            TypeError: epochs or laps that are no whole numbers.
             ValueError: arguments out of range.
         """
+        several = [*epochs] if isinstance(epochs, Sequence) and not isinstance(epochs, str) else [epochs]
+        numbers: list[Any] = [laps, *several]
+        if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+            raise TypeError(f"epochs and laps must be whole numbers, got epochs={epochs!r} and laps={laps!r}")
         if order not in ORDERS:
             raise ValueError(f"order must be 'parallel', 'sequential', 'end-to-end' or 'checkpointed', got {order!r}")
         if laps < 1 or (laps > 1 and order != "sequential"):

@@ -17,9 +17,10 @@ from odenets.errors import DivergedError
 from odenets.modes import to_training_mode, total_dtype
 from odenets.training.evaluation import Evaluation, evaluate_source
 from odenets.training.metrics import Metric, accuracy
+from odenets.training.notes import BatchNotes
 from odenets.training.optimization import Interval, MakeOptimizer, check_optimizer, step_lr_scheduler
 from odenets.training.processes import Processes
-from odenets.training.sources import Source, arguments, samples_in
+from odenets.training.sources import Source
 from odenets.training.state import Training
 from odenets.training.steps import Stepper, set_up
 
@@ -120,17 +121,11 @@ class Epochs:
         training, fabric, step = self.training, self.fabric, self._step
         assert step is not None
         totals = torch.zeros(2, dtype=total_dtype(fabric.device), device=fabric.device)
-        every, samples, shapes = 1 if fabric.device.type == "cpu" else 32, 0, None
+        every, samples, notes = 1 if fabric.device.type == "cpu" else 32, 0, BatchNotes(self.source.name)
         per_step = training.lr_scheduler if self.options.lr_interval == "step" else None
         for i, (batch, whole) in enumerate(self.processes.rounds(self.source, training.epoch), 1):
-            shape = [tuple(x.shape[1:]) for x in arguments(batch[0]) if isinstance(x, Tensor)]
-            shapes = shapes or shape
-            try:
+            with notes.next(batch[0]):
                 totals += step(batch, whole, first=i == 1, name=self.source.title)
-            except Exception as error:
-                other = f", and those of the first {shapes}" if shape != shapes else ""
-                error.add_note(f"in batch {i} of {self.source.name}, of {samples_in(batch[0])} samples {shape}{other}")
-                raise
             samples += whole
             if per_step is not None:
                 per_step.step()

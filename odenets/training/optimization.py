@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable
@@ -38,7 +39,8 @@ def make_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> O
     """The optimizer of parameters.
 
     Raises:
-        TypeError: what makes it is an optimizer already, or no function of parameters, or makes none.
+        TypeError: what makes it is an optimizer already, or no function of parameters, or makes none, or one whose
+            steps need a closure.
         ValueError: there are no parameters.
     """
     remedy = "pass a function of the parameters, partial(torch.optim.SGD, lr=0.1)"
@@ -64,6 +66,12 @@ def make_optimizer(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> O
         ) from error
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}: {remedy}")
+    closure = next(iter([*inspect.signature(type(optimizer).step).parameters.values()][1:]), None)
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"optimizer must take steps without a closure, got {type(optimizer).__name__}: {remedy}, or write a loop "
+            "of your own, in which objective(network, x, y) is the loss"
+        )
     return optimizer
 
 
@@ -74,7 +82,7 @@ def make_lr_scheduler(
 
     Raises:
         TypeError: what makes it is a scheduler already, or no function of an optimizer, or makes none.
-        ValueError: an unknown interval, or ReduceLROnPlateau each step.
+        ValueError: an unknown interval, or ReduceLROnPlateau each step or for a quantity that is to grow.
     """
     if interval not in ("epoch", "step"):
         raise ValueError(f"lr_interval must be 'epoch' or 'step', got {interval!r}")
@@ -90,6 +98,8 @@ def make_lr_scheduler(
         )
     if interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError("lr_interval must be 'epoch' for ReduceLROnPlateau, which reads the loss of an epoch")
+    if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "min":
+        raise ValueError(f"mode of ReduceLROnPlateau must be 'min', since it reads a loss, got {scheduler.mode!r}")
     return scheduler
 
 

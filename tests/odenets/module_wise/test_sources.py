@@ -225,6 +225,11 @@ PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
         ({"batches": [(FEW.data.x, FEW.data.y + 3)]}, ValueError, "10 logits, and the labels of batches go up"),
         ({"batches": [(FEW.data.x, FEW.data.y - 1)]}, ValueError, r"labels of batches must lie in \[0, 10\)"),
         ({"batches": [(FEW.data.x, FEW.data.y.float())]}, ValueError, "labels must be classes"),
+        ({"epochs": 1.5}, TypeError, "epochs and laps must be whole numbers, got epochs=1.5"),
+        ({"epochs": "3"}, TypeError, "epochs and laps must be whole numbers, got epochs='3'"),
+        ({"epochs": True}, TypeError, "epochs and laps must be whole numbers, got epochs=True"),
+        ({"optimizer": torch.optim.LBFGS}, TypeError, "optimizer must take steps without a closure, got LBFGS"),
+        ({"lr_scheduler": partial(schedulers.ReduceLROnPlateau, mode="max")}, ValueError, "mode .* must be 'min'"),
         ({"validation": [1]}, TypeError, "batch 1 of validation must be a pair"),
         ({"collate": 3}, TypeError, "collate must be a function"),
     ],
@@ -233,6 +238,14 @@ def test_mistakes_at_the_door_name_the_argument_and_the_remedy(change, error, ma
     arguments = {"network": modules_of(2), "batches": FEW, "epochs": 1, "optimizer": SGD, "objective": greedy()}
     with pytest.raises(error, match=match):
         fit_modules(**arguments | change)
+
+
+def test_a_batch_of_another_shape_is_told():
+    other = (torch.rand(4, 3, 8, 8), FEW.data.y[:4])
+    with pytest.raises(RuntimeError) as caught:
+        fit_modules(modules_of(2), [(FEW.data.x, FEW.data.y), other], epochs=1, optimizer=SGD)
+    first = "those of the first [(1, 8, 8)]"
+    assert caught.value.__notes__ == [f"in batch 2 of batches, of 4 samples [(3, 8, 8)], and {first}"]
 
 
 def test_the_former_name_of_outputs_is_told():

@@ -80,6 +80,15 @@ def test_together_is_what_each_alone_is(name, norm, solver):
         torch.testing.assert_close(result.train_loss[i], torch.tensor(losses), rtol=1e-3, atol=1e-4)
 
 
+def test_blocks_of_one_field_train_it_once():
+    networks = [network(i, shared=True) for i in range(N)]
+    together(CrossEntropy, epochs=2, networks=networks)
+    for i, both in enumerate(networks):
+        alone = network(i, shared=True)
+        fit(alone, data.Batches(points(i), 8, seed=i), epochs=2, optimizer=adam)
+        assert_same(alone, both, 1e-6, 1e-7)
+
+
 def test_frozen_parameters_stay_and_the_others_learn():
     networks = [network(i) for i in range(N)]
     for net in networks:
