@@ -171,7 +171,7 @@ def by_backsolving(task: Task, captured: Captured) -> Solution:
         states = torch.stack([task.x0] * len(states))
     else:
         states = backsolved(captured, task.field, task.x0, states, [t0, *task.at[:reached], t1], backward)
-    x, outputs = states[-1], None
+    x, outputs = states[-1].clone(), None  # what is saved stays as it is, whatever is done to x
     if task.outputs:
         outputs = stacked(list(states[:-1].unbind()), len(task.at), x1)
     with nullcontext() if solution.event_time is None else captured.again():
