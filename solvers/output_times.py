@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.validation import exact
+from solvers.validation import exact, is_mapped
 
 __all__ = ["output_times"]
 
@@ -75,6 +75,8 @@ def _numbers(at: Any) -> list[float] | Array:
     if torch.compiler.is_compiling():
         raise ValueError(f"at must be a list of floats under torch.compile, got {type(at).__name__}: call .tolist()")
     if isinstance(at, Tensor):
+        if is_mapped(at):
+            raise ValueError("at must not be mapped by torch.vmap: control='sample' takes (B, n), times of each sample")
         if at.is_complex() or at.dtype == torch.bool:
             raise TypeError(f"at must hold real numbers, got {at.dtype}")
         values: Any = np.array(at.tolist(), dtype=np.float64)

@@ -253,3 +253,20 @@ def test_output_times_under_transforms_of_torch_func():
     torch.testing.assert_close(torch.func.vmap(solve, out_dims=1)(X0), solve(X0))
     slope = torch.func.jacrev(solve)(X0[0])
     torch.testing.assert_close(slope, torch.func.jacfwd(solve)(X0[0]))
+
+
+def test_gradients_of_times_under_torch_func():
+    at = torch.tensor([0.2, 0.9], dtype=D)
+    solve = lambda at: integrate(growth, X0, 0.0, 1.0, solver="bs23", steps=3, at=at).states  # noqa: E731
+    slope = torch.func.jacrev(solve)(at).diagonal(dim1=0, dim2=3)
+    torch.testing.assert_close(slope.movedim(-1, 0), at[:, None, None] * solve(at), rtol=2e-2, atol=0)
+    with pytest.raises(ValueError, match=r"at must not be mapped by torch\.vmap"):
+        torch.func.vmap(solve)(at[None])
+
+
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_states_in_float32_per_sample_are_exact_to_rounding(solver):
+    at = torch.linspace(0, 1, 64).expand(3, 64)
+    options = {"solver": solver, "control": "sample", "tolerance": Tolerance(1e-2, 1e-2, first_step=0.5)}
+    single, double = (integrate(growth, x, 0.0, 1.0, at=at, **options).states for x in (X0.float(), X0))
+    torch.testing.assert_close(single.double(), double, rtol=5e-7, atol=5e-7)
