@@ -1,0 +1,42 @@
+"""What the documents show runs as it stands: each snippet of README alone, those of a page one after the other."""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
+
+
+def snippets(page):
+    """The Python of a page, with the line of each."""
+    text = (ROOT / page).read_text()
+    return [(text.count("\n", 0, m.start(1)) + 1, m[1]) for m in re.finditer(r"```python\n(.*?)```", text, re.DOTALL)]
+
+
+def run(page, line, code, names):
+    exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), names)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("line", "code"), [pytest.param(*one, id=f"line {one[0]}") for one in snippets("README.md")])
+def test_a_snippet_of_the_readme_runs_alone(line, code):
+    run("README.md", line, code, {"__name__": "readme"})
+
+
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|many workers|log_every_n_steps|litlogger)")  # of Lightning
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_from_top_to_bottom(page):
+    names = {"__name__": page}
+    for line, code in snippets(page):
+        run(page, line, code, names)
