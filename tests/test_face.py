@@ -142,7 +142,13 @@ def resolve(path):
     return value
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/references.md", "experiments/README.md", "tests/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "experiments/README.md",
+    "tests/README.md",
+    *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
