@@ -79,6 +79,11 @@ USES = {
     "points": ("sklearn", "training", "odenets.training.points('moons', 10, 0)"),
     "split": ("sklearn", "training", "odenets.training.hold_out(points, 0.5)"),
     "wasserstein": ("ot", "transport", "odenets.transport.wasserstein(points.x, 1 + points.x)"),
+    "blocks_by_samples": (
+        "matplotlib",
+        "plot",
+        "odenets.plotting.blocks_by_samples(odenets.Records({'a': torch.rand(2, 3)}))",
+    ),
     "histograms": ("matplotlib", "plot", "odenets.plotting.histograms({'a': {'b': array}}, xlabel='')"),
     "to_dataframe": ("pandas", "plot", "net.record(points.x, action=odenets.measures.action)[1].to_dataframe()"),
     "Detector": ("sklearn", "detection", "odenets.detection.Detector()"),

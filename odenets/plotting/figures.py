@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,12 +45,21 @@ def legend_beside(axis: Axes) -> None:
     axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
 
 
-def new_figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes, ``(rows, columns)``."""
+def new_figure(
+    rows: int, columns: int, *, size: tuple[float, float] | None = None, **grid: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, ``(rows, columns)``.
+
+    Args:
+        rows, columns: of axes.
+        size: width and height in inches, by the number of axes if not given.
+        grid: what ``Figure.subplots`` takes.
+    """
     with needs("plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(4.2 * columns, 7.0 if columns == 1 else 0), 3.4 * rows), layout="constrained")
+    size = size or (max(4.2 * columns, 7.0 if columns == 1 else 0), 3.4 * rows)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **grid)
