@@ -1,0 +1,133 @@
+"""What is wrong in a call of fit is named, with the remedy."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from odenets.training import EarlyStopping, Task, evaluate, fit
+from tests.odenets.training.small import IMAGES, TENS, TWENTY, sgd, tiny
+
+X, Y = TWENTY.x, TWENTY.y
+DATASET = TensorDataset(X, Y)
+
+
+def failing(output, y):
+    raise KeyError("lost")
+
+
+class Torchlike:
+    """No metric and no callback."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"network": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}, TypeError, "network must be .* got Sequential"),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(X)])},
+            TypeError,
+            r"optimizer .* instance of SGD: .*partial\(torch",
+        ),
+        (
+            {"optimizer": lambda net: torch.optim.SGD(net.parameters())},
+            TypeError,
+            "takes the network and asks for its '",
+        ),
+        ({"optimizer": "sgd"}, TypeError, "optimizer must be a function of parameters, got str"),
+        ({"optimizer": lambda parameters: None}, TypeError, "optimizer must return a torch.optim.Optimizer, got None"),
+        ({"schedule": None}, TypeError, "no argument 'schedule': its name is lr_scheduler"),
+        ({"lr_scheduler": "cosine"}, TypeError, "lr_scheduler must be a function of the optimizer, got str"),
+        ({"lr_scheduler": lambda optimizer: 0.1}, TypeError, "lr_scheduler must return a scheduler .* got float"),
+        ({"lr_interval": "batch"}, ValueError, "lr_interval must be 'epoch' or 'step', got 'batch'"),
+        (
+            {"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "lr_interval": "step"},
+            ValueError,
+            "lr_interval must be 'epoch' for ReduceLROnPlateau",
+        ),
+        ({"objective": nn.CrossEntropyLoss()}, TypeError, r"got CrossEntropyLoss\(\): odenets.training.Task makes one"),
+        ({"objective": Task}, TypeError, "objective must be an odenets Objective"),
+        ({"progress": True}, TypeError, 'progress must be the label of a bar, such as progress="label", got True'),
+        ({"epochs": "3"}, TypeError, "epochs must be a whole number, got '3'"),
+        ({"epochs": 2.0}, TypeError, "epochs must be a whole number, got 2.0"),
+        ({"batches": []}, ValueError, "batches must hold at least one batch, got none of list"),
+        (
+            {"batches": DataLoader(DATASET, 21, drop_last=True)},
+            ValueError,
+            "at least one batch, got none of DataLoader",
+        ),
+        ({"batches": DATASET}, TypeError, "got TensorDataset: pass torch.utils.data.DataLoader"),
+        ({"batches": TWENTY}, TypeError, r"got TensorData: pass odenets.training.Batches\(data, size\)"),
+        ({"batches": DataLoader(X, 5)}, TypeError, r"batch 1 of batches must be a pair .* one tensor \(5, 1, 8, 8\)"),
+        ({"batches": [{"x": X, "y": Y}]}, TypeError, r"got dict with \['x', 'y'\]: give collate="),
+        ({"batches": [(X, Y, Y)]}, TypeError, "got tuple of 3 parts: give collate="),
+        ({"batches": [(X.numpy(), Y)]}, TypeError, r"inputs of batch 1 of batches must be tensors .* got ndarray"),
+        ({"batches": [(X, Y + 1)]}, ValueError, "the network has 10 logits, and the labels of batches go up to 10"),
+        ({"batches": [(X, Y - 1)]}, ValueError, r"the labels of batches must lie in \[0, 10\), or be -100, got -1"),
+        ({"batches": [(X, Y[:5])]}, ValueError, "labels must be one class for each of 20 outputs"),
+        ({"validation": DATASET}, TypeError, "validation must be an iterable of batches, got TensorDataset"),
+        ({"validation": [(X, Y, Y)]}, TypeError, "batch 1 of validation must be a pair"),
+        ({"validation": iter([(X, Y)]), "epochs": 2}, ValueError, "validation is an iterator .* which gives one epoch"),
+        ({"callbacks": EarlyStopping("train_loss")}, TypeError, r"callbacks must be a sequence, .*callbacks=\[...\]"),
+        ({"callbacks": [EarlyStopping]}, TypeError, "must hold instances, got the class EarlyStopping: call it"),
+        ({"callbacks": [Torchlike()]}, TypeError, "callbacks must hold functions .* got Torchlike"),
+        ({"metric": lambda output, y: "good"}, TypeError, "metric must return a number, .* but metric returns str"),
+        ({"metric": lambda output, y: output}, ValueError, r"metric must return a number, .* returns \(10, 10\)"),
+        ({"metric": failing}, KeyError, "in metric 'failing', called with the output and the targets"),
+        ({"metric": "accuracy"}, TypeError, "metric must be a function .* got 'accuracy'"),
+        ({"metric": Torchlike}, TypeError, r"metric must be a function .*: call it, metric=Torchlike\(\)"),
+        ({"collate": 3}, TypeError, "collate must be a function batch"),
+        ({"clip_norm": 0}, ValueError, "clip_norm must be positive, got 0"),
+    ],
+)
+def test_bad_arguments_of_a_training_are_named_with_the_remedy(changes, error, message):
+    good = {"network": tiny(), "batches": TENS, "epochs": 1, "optimizer": sgd}
+    with pytest.raises(error, match=message):
+        fit(**good | changes)
+
+
+def test_a_batch_of_another_shape_is_named():
+    network = tiny()
+    network.head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 64, 10))
+    batches = [(X, Y), (torch.rand(3, 1, 9, 9), Y[:3])]
+    with pytest.raises(
+        (RuntimeError, ValueError),
+        match=r"in batch 2 of batches, of 3 samples \[\(1, 9, 9\)\], and those of the first \[\(1, 8, 8\)\]",
+    ):
+        fit(network, batches, epochs=1, optimizer=sgd)
+
+
+def test_parameters_of_a_networks_own_make_groups():
+    network = tiny()
+    fit(network, TENS, epochs=1, optimizer=lambda _: sgd([{"params": [*network.parameters()], "lr": 0.1}]))
+
+
+def test_an_error_within_an_optimizer_of_parameters_is_its_own():
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        fit(tiny(), TENS, epochs=1, optimizer=lambda parameters: torch.optim.missing(parameters))
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        (lambda output, y: 0.25, "metric"),
+        (lambda output, y: torch.full((len(y),), 0.25), "metric"),
+        (lambda output, y: torch.tensor(0.25), "metric"),
+        (partial(lambda output, y, value: value, value=0.25), "metric"),
+        (nn.Identity(), "Identity"),
+    ],
+)
+def test_metrics_are_means_over_the_samples(metric, name):
+    if name == "Identity":
+        metric.forward = lambda output, y: 0.25
+    row = fit(tiny(), [(X[:3], Y[:3]), (X, Y)], epochs=1, optimizer=sgd, metric=metric, validation=TENS).rows[0]
+    assert row[f"train_{name}"] == row[f"validation_{name}"] == 0.25
+
+
+def test_labels_that_count_for_nothing_are_no_error():
+    labels = torch.where(torch.arange(20) < 3, -100, Y)
+    fit(tiny(), [(IMAGES, labels)], epochs=1, optimizer=sgd)
+    with pytest.raises(ValueError, match="the labels of batches go up to 10"):
+        evaluate(tiny(), [(X, Y + 1)])
