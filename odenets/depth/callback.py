@@ -30,6 +30,7 @@ class AdaptiveDepth:
     """
 
     recovers = True
+    edits = True
 
     def __init__(
         self,

@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from odenets.training import data
 from odenets.training.loop import fit
 from odenets.training.objectives import CrossEntropy
 from tests.odenets.checks import assert_same
-from tests.odenets.training import train_in_processes
+from tests.odenets.training import train_in_processes, train_on_loaders
 from tests.odenets.training.small import TENS, in_double, network, sgd, tiny, trained
 
 
@@ -58,13 +57,18 @@ def test_a_record_of_ones_own_is_compiled_once(monkeypatch):
     assert vars(net)["record"] is own
 
 
+def launch(script, folder, *options):
+    """Run the script in two processes."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script.__file__, folder]
+    done = subprocess.run([*run, *options], capture_output=True, timeout=1200, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """The folder in which two processes have written what came out."""
     folder = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("train_in_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
-    subprocess.run(launch, check=True, capture_output=True, timeout=1200)
+    launch(train_in_processes, folder)
     return folder
 
 
@@ -91,6 +95,70 @@ def test_two_processes_edit_alike_and_go_on_from_one_checkpoint(two_processes):
     assert [depth for depth, _ in one] == [2, 4, 8, 8]
     files = [two_processes / f"adaptive_{rank}.safetensors" for rank in range(2)]
     assert_same(*(load_weights(train_in_processes.two_flows(4), file) for file in files))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of the batches of all."""
+    folder = tmp_path_factory.mktemp("alone")
+    train_on_loaders.main(folder, Fabric(accelerator="cpu", devices=1))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ddp", "sharded"])
+def loaders(request, tmp_path_factory):
+    """The folder in which two processes with DataLoaders have written what came out."""
+    folder = tmp_path_factory.mktemp("loaders")
+    launch(train_on_loaders, folder, request.param)
+    return folder
+
+
+def written(folder, name, rank=0):
+    rows, multiplier = json.loads((folder / f"{name}_{rank}.json").read_text())
+    return torch.load(folder / f"{name}_{rank}.pt"), rows, multiplier
+
+
+def same_to_rounding(one, two):
+    torch.testing.assert_close(one[0], two[0], rtol=1e-9, atol=1e-11)
+    for rows in zip(one[1], two[1], strict=True):
+        assert rows[0] == pytest.approx(rows[1], rel=1e-9)
+    assert one[2] == pytest.approx(two[2], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", train_on_loaders.NETWORKS)
+def test_processes_with_loaders_make_what_one_makes_of_their_batches(alone, loaders, name):
+    """With clipping, parts of a batch, a lambda, validation, a plateau and best weights; by ddp, and sharded."""
+    for rank in range(2):
+        same_to_rounding(written(loaders, f"{name}_whole", rank), written(alone, f"{name}_whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", train_on_loaders.NETWORKS)
+def test_processes_with_loaders_resume_to_the_last_bit(loaders, name):
+    """Also where the sampler is Fabric's, which is to be told the epoch."""
+    (one, rows, multiplier), two = written(loaders, f"{name}_whole"), written(loaders, f"{name}_resumed")
+    assert all(torch.equal(one[key], two[0][key]) for key in one)
+    assert (rows, multiplier) == two[1:]
+
+
+@pytest.mark.slow
+def test_batches_of_several_sizes_weigh_by_their_samples(alone, loaders):
+    """And those of a list are shared; a process that has one more ends with the others."""
+    if not (loaders / "uneven_0.pt").exists():
+        pytest.skip("only by ddp")
+    for name in ("uneven", "listed"):
+        same_to_rounding(written(loaders, name), written(alone, name))
+    warned = [(loaders / f"warnings_{rank}.txt").read_text() for rank in range(2)]
+    assert "1 of 2 processes ran out of batches after 2, with which the epoch ends for all: give each" in warned[0]
+
+
+@pytest.mark.slow
+def test_what_cannot_be_distributed_or_sharded_says_so(loaders):
+    errors = json.loads((loaders / "errors_1.json").read_text())
+    assert "batches must be a DataLoader whose sampler Fabric can replace" in errors["batch sampler"]
+    sharded = not (loaders / "uneven_0.pt").exists()
+    assert ("ValueError: a sharded network keeps its depth" in errors.get("edits", "")) == sharded
 
 
 @pytest.mark.parametrize(
