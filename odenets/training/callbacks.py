@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from odenets.checkpoints import map_state, restore_structure, structure
@@ -56,7 +56,7 @@ class Callbacks:
         TypeError: no sequence, or one of something else than callbacks and functions.
     """
 
-    def __init__(self, callbacks: Sequence[Callback | Callable[[Training, Row], object]]) -> None:
+    def __init__(self, callbacks: Sequence[Any]) -> None:
         if isinstance(callbacks, str) or not isinstance(callbacks, Sequence):
             raise TypeError(
                 f"callbacks must be a sequence, got {type(callbacks).__name__}: put it in a list, callbacks=[...]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from odenets.checkpoints import restore_structure
 from odenets.errors import needs, renamed
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, to_training_mode
 from odenets.recording import Recorder
-from odenets.training.callbacks import Callback, Callbacks
+from odenets.training.callbacks import Callbacks
 from odenets.training.data import Batches
 from odenets.training.epochs import CONVERTING, Epochs, Options
 from odenets.training.metrics import Metric, MetricFunction
@@ -52,7 +52,7 @@ def fit(
     metric: MetricFunction | None = None,
     validation: Iterable[Any] | None = None,
     collate: Collate | None = None,
-    callbacks: Sequence[Callback | Callable[[Training, dict[str, Any]], object]] = (),
+    callbacks: Sequence[Any] = (),
     loss_limit: float = math.inf,
     run: Run | None = None,
     checkpoint: str = "resume.pt",
@@ -87,7 +87,8 @@ def fit(
         validation: measured after every epoch by the objective's ``validation_loss`` and the metric; any data, as
             ``batches``. Every process measures all of it, unless it has a distributed sampler.
         collate: makes ``(inputs, targets)`` of a batch of another kind, of training and validation.
-        callbacks: called between epochs: :class:`Callback` objects, and functions ``(training, row)``.
+        callbacks: called between epochs: objects with some of the methods of a :class:`Callback`, and functions
+            ``(training, row)``.
         loss_limit: an epoch whose mean training loss is above this has diverged, like one after which a loss, of
             training or validation, or a weight is not finite.
         run: holds the resume state called ``checkpoint``; where there is one the training goes on from it and ends, on
