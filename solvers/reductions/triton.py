@@ -48,7 +48,7 @@ def _sizes(sizes, h, rows, inside, sized: tl.constexpr, wide: tl.constexpr, ROWS
 
 @triton.jit
 def _sign(x):
-    return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)  # of the dtype of x, as every branch of _slope
 
 
 @triton.jit

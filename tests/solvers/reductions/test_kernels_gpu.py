@@ -1,4 +1,4 @@
-"""The Triton kernels where there is no GPU: interpreted, and compiled for one."""
+"""The Triton kernels: on a GPU, and where there is none interpreted, and compiled for one."""
 
 import os
 import subprocess
@@ -21,12 +21,13 @@ from solvers.reductions import triton as gpu
 from triton import language as tl
 
 dtype, stages, sized, parts = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True", int(sys.argv[4])
+power = float(sys.argv[5])
 wide = "fp64" if dtype == "fp64" else "fp32"
 one, value = "*" + dtype, "*" + wide
 b, e = (0.5,) * stages, (0.25,) * stages
 accumulator = tl.float64 if wide == "fp64" else tl.float32
 rows = {"sized": sized, "ROWS": 4 if parts == 1 else 1, "COLS": 256, "wide": accumulator}
-numbers = {"b": b, "e": e, "rtol": 0.1, "atol": 0.01, "power": 2.0}
+numbers = {"b": b, "e": e, "rtol": 0.1, "atol": 0.01, "power": power}
 flags = {"has_error": True, "has_action": True, "has_residue": True}
 
 
@@ -72,19 +73,24 @@ def run(*command, **environment):
 
 @pytest.mark.parametrize("which", ["one_gradient or launches", pytest.param("test", marks=pytest.mark.slow)])
 def test_interpreted(which):
-    case = str(HERE / "interpreted_kernels.py")
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which)
-    out = run("-m", "pytest", *options, case, TRITON_INTERPRET="1")
-    assert " passed" in out
+    assert " passed" in run("-m", "pytest", *options, str(HERE / "kernels.py"), TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-n", "auto")
+    assert " passed" in run("-m", "pytest", *options, str(HERE / "kernels.py"), TRITON_INTERPRET="0")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "stages", "sized", "parts"),
+    ("dtype", "stages", "sized", "parts", "power"),
     [
-        ("fp32", 4, False, 4),
-        pytest.param("bf16", 1, True, 1, marks=pytest.mark.slow),
-        pytest.param("fp64", 4, True, 1, marks=pytest.mark.slow),
+        ("fp32", 4, False, 4, 2),
+        ("fp64", 1, False, 1, 1),
+        pytest.param("bf16", 1, True, 1, 2.5, marks=pytest.mark.slow),
+        pytest.param("fp64", 4, True, 1, 3, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_for_a_gpu_without_atomics(dtype, stages, sized, parts):
-    run("-c", COMPILE, dtype, str(stages), str(sized), str(parts), TRITON_INTERPRET="0")
+def test_compiled_for_a_gpu_without_atomics(dtype, stages, sized, parts, power):
+    run("-c", COMPILE, dtype, str(stages), str(sized), str(parts), str(power), TRITON_INTERPRET="0")

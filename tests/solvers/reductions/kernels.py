@@ -1,6 +1,7 @@
-"""The Triton kernels under Triton's interpreter: run by test_kernels_gpu.py in a process of their own."""
+"""The Triton kernels, interpreted or on a GPU: run by test_kernels_gpu.py in a process of their own."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from solvers import get_tableau
 from solvers.reductions import reference, triton
 from solvers.reductions.reference import Reductions, ReductionSpec
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BS23 = get_tableau("bs23")
 B, E = BS23.b, BS23.error_weights
 
@@ -41,7 +43,7 @@ def poisoned():
 
 
 def operands(shape, dtype=torch.float64, layout=torch.contiguous_format):
-    tensors = torch.randn(5, *shape, dtype=torch.float64).to(dtype)
+    tensors = torch.randn(5, *shape, dtype=torch.float64, device=DEVICE).to(dtype)
     return [x.contiguous(memory_format=layout) if x.ndim == 4 else x.clone() for x in tensors]
 
 
@@ -101,7 +103,7 @@ def test_row_moments(power, weights, mean, shape):
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 @pytest.mark.parametrize("sized", [False, True])
 def test_dtypes_layouts_and_step_sizes(dtype, sized):
-    h = torch.rand(3, dtype=torch.float64) + 0.1 if sized else 0.3
+    h = torch.rand(3, dtype=torch.float64, device=DEVICE) + 0.1 if sized else 0.3
     check(operands((3, 2, 5, 7), dtype, torch.channels_last), h, ALL)
     check([x.transpose(1, 2) for x in operands((3, 5, 4), dtype)], h, ALL)
 
