@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ class Config(ImageConfig):
         together: instances that are trained as one batch of networks: many where they are small, 1 where a network
             alone keeps the processor busy.
         features: channels; those of [K24] (MNIST 32, CIFAR-10 100), 16 for digits, if 0.
+        device: "cpu" or "cuda".
     """
 
     sizes: tuple[int, ...] = (100, 200, 500)
@@ -100,6 +102,7 @@ class Config(ImageConfig):
     protocol_only: bool = False
     together: int = 10
     features: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
     output: Path = Path("runs/small_data")
 
     def __post_init__(self) -> None:
@@ -165,7 +168,7 @@ def build(config: Config, job: Job, dataset: TensorData, seed: int) -> Network:
         network = initialize(network, "orthogonal", 0.01)
     if config.together == 1:  # faster for convolutions of one network, not of many networks as one
         network = network.to(memory_format=torch.channels_last)
-    return network
+    return network.to(config.device)
 
 
 def parts_of(config: Config) -> tuple[TensorData, TensorData, TensorData]:
@@ -182,11 +185,13 @@ def training_images(pool: TensorData, job: Job, seed: int) -> TensorData:
 def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Train the instances of a job."""
     pool, validation, test = parts_of(config)
-    batches = [images.batches(training_images(pool, job, seed), config.batch_size, seed) for seed in job.seeds]
+    parts = [training_images(pool, job, seed).to(config.device) for seed in job.seeds]
+    batches = [images.batches(part, config.batch_size, seed) for part, seed in zip(parts, job.seeds, strict=True)]
     shown = [validation if job.tuning else test] * len(job.seeds)
     if job.method in PROTOCOL:
         size = min(config.protocol_size, len(test))
         shown = [datasets.subsample(test, size, seed=seed) for seed in job.seeds]
+    shown = [part.to(config.device) for part in shown]
     trained = fit_instances(
         [build(config, job, pool, seed) for seed in job.seeds],
         batches,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from odenets.errors import renamed
+from odenets.modes import device_of
 from odenets.network import Network
 from odenets.training.data import Batches, TensorData
 from odenets.training.metrics import Metric, MetricFunction
@@ -112,7 +113,7 @@ def fit_instances(
     n, measured = len(networks), dict(measured or {})
     _check(n, batches, measured, every, perfect, objective)
     sources = [Source.of(data, collate, f"batches[{i}]") for i, data in enumerate(batches)]
-    instances = [Instance(network, objective()) for network in networks]
+    instances = [Instance(network, objective().to(device_of(network))) for network in networks]
     value_of = Metric.of(metric, instances[0].objective) or Metric.of(None, CrossEntropy())
     assert value_of is not None
     if perfect and value_of.name != "accuracy":
