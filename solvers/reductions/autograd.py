@@ -77,7 +77,8 @@ def _step_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> tuple[Any, list
     sizes, *saved = ctx.saved_tensors
     x0, *stages = saved or [grads[0]] * (1 + len(needs_stages))  # of which the shape is read
     if ctx.between:
-        stages = [(stages[0] - x0) / (ctx.h * spec.b[0])]
+        part = ctx.h * spec.b[0]
+        stages = [stages[0] - x0 if part == 1 else (stages[0] - x0) / part]
     if torch.is_grad_enabled() or needs_sizes or (spec.scaled and reads_error) or _mapped(grads):
         of_x0, of_sizes, *of_stages = _differentiable(
             lambda x0, h, *stages: reference.finish_step(x0, stages, h, spec).values,

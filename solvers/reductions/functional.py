@@ -30,6 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 SMALL = 1 << 14  # numbers of an operand on a CPU up to which the plain expression is the faster one
+SMALL_ON_GPU = 1 << 25  # the same of all operands on a GPU, where a call of an operator keeps the host busy for longer
 
 
 def mean_square(r: Tensor) -> Tensor:
@@ -207,11 +208,16 @@ def error_ratios(
     x0: Tensor, x1: Tensor, stages: Sequence[Tensor], tableau: ButcherTableau, h: Any, rtol: float, atol: float
 ) -> Tensor:
     """The scaled "error" of :func:`finish_step` where the state at the end is known, without gradients, ``(B,)``."""
-    if x0.device.type == "cpu" and _large([x0, x1, *stages]):
+    if _large([x0, x1, *stages], on_gpu=0):
         weights = tableau.error_weights
         assert weights is not None
         spec = ReductionSpec(b=tableau.b, e=weights, rtol=rtol, atol=atol, error=True)
-        return aten.scaled_error(x0, x1, stages, _per_sample(h, x0), spec).sqrt_()
+        size = _per_sample(h, x0)
+        if x0.device.type == "cpu":
+            return aten.scaled_error(x0, x1, stages, size, spec).sqrt_()
+        error = operator.finish_step(x0, stages, size, spec).error
+        assert error is not None
+        return error.sqrt()
     return finish_step(x0, stages, tableau, h, state=False, error=True, rtol=rtol, atol=atol)[1]["error"]
 
 
@@ -227,10 +233,13 @@ def _row_moments(
     return by.row_moments(rows, weights, power, mean)
 
 
-def _large(operands: Sequence[Tensor]) -> bool:
+def _large(operands: Sequence[Tensor], on_gpu: int | None = None) -> bool:
     """Whether an operator serves and pays: not for graphs, torch.func and tangents, nor for few or complex numbers."""
     x = operands[0]
-    if torch.compiler.is_compiling() or x.numel() <= (SMALL if x.device.type == "cpu" else 0):
+    numbers, few = x.numel(), SMALL
+    if x.device.type != "cpu":
+        numbers, few = numbers * len(operands), SMALL_ON_GPU if on_gpu is None else on_gpu
+    if torch.compiler.is_compiling() or numbers <= few:
         return False
     if not operator.has_kernel(x) or any(is_transformed(x) for x in operands):
         return False

@@ -77,7 +77,7 @@ def make_task(
         if isinstance(s, Tensor):
             s = s.to(real)
         else:
-            s = torch.tensor(s, dtype=real, device=x.device) if origin is None else (origin + (s - times[0])).to(real)
+            s = torch.full((), s, dtype=real, device=x.device) if origin is None else (origin + (s - times[0])).to(real)
         v = func(s, x) if single else packing.pack(func(s, packing.unpack(x)), "func")
         return v if type(v) is Tensor and v.dtype == x.dtype and v.shape == x.shape else _returned(v, x)
 
@@ -116,7 +116,7 @@ def _to_event(task: Task, event_fn: Any, packing: Packing, adaptive: bool, optio
     wide, direction = task.t.dtype, _direction(task.at)
 
     def event(s: Any, x: Tensor) -> Tensor:
-        s = s if isinstance(s, Tensor) else torch.tensor(s, dtype=wide, device=x.device)
+        s = s if isinstance(s, Tensor) else torch.full((), s, dtype=wide, device=x.device)
         return event_fn(s.to(wide), packing.unpack(x))
 
     width = float(torch.as_tensor(task.tolerance.atol).min())
@@ -312,7 +312,7 @@ def _observer(
 
     def observe(what: str, s: float, x: Tensor, h: float) -> None:
         if what in callbacks:
-            time, size = (torch.tensor(float(v), dtype=dtype, device=x.device) for v in (s, abs(h)))
+            time, size = (torch.full((), float(v), dtype=dtype, device=x.device) for v in (s, abs(h)))
             callbacks[what](time, packing.unpack(x), size)
 
     return observe
