@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -176,6 +176,8 @@ class Flow(nn.Module):
         """Give the flow one block per step size, new ones copied from its last, as a part of the whole if given."""
         if self.shared and len(sizes) != self.depth:
             raise ValueError(f"a shared flow keeps its depth {self.depth}, got {len(sizes)}")
+        if not len(self.blocks) and len(sizes) != self.depth:
+            raise ValueError("the flow has no field yet: call it once before it gets another depth")
         self._sizes = tuple(map(float, sizes))
         if self.shared or not len(self.blocks):
             return
@@ -247,12 +249,7 @@ class Flow(nn.Module):
             yield step
 
     def _steps(
-        self,
-        x: Tensor,
-        args: Sequence[Any],
-        closing: bool,
-        reductions: frozenset[str] = frozenset(),
-        ensemble: bool = False,
+        self, x: Tensor, args: Sequence[Any], closing: bool, reductions: Collection[str] = (), ensemble: bool = False
     ) -> Iterator[Step]:
         """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
         self.materialize(x)
