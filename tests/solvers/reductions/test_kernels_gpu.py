@@ -87,7 +87,7 @@ def test_on_a_gpu():
     ("dtype", "stages", "sized", "parts", "power"),
     [
         ("fp32", 4, False, 4, 2),
-        ("fp64", 1, False, 1, 1),
+        pytest.param("fp64", 1, False, 1, 1, marks=pytest.mark.slow),
         pytest.param("bf16", 1, True, 1, 2.5, marks=pytest.mark.slow),
         pytest.param("fp64", 4, True, 1, 3, marks=pytest.mark.slow),
     ],
