@@ -30,8 +30,8 @@ class Pipeline:
     """Detects adversarial images by features of the path they take through a network.
 
     Args:
-        network: a flow, a network or an adapted model, trained; images have pixels in [0, 1], so that normalization is
-            a layer of the network.
+        network: a flow, a network, an adapted model or one in modules, trained; images have pixels in [0, 1], so that
+            normalization is a layer of the network.
         features: of an image; those of the trajectory [K24, eq. 34] if not given. Those that need statistics of
             training images have been fitted.
         detector: a classifier of features with ``decision_function``, or an outlier detector, which needs no

@@ -82,8 +82,8 @@ def fit_modules(
         order: "parallel", on each batch every module takes a step; "sequential", a module is trained to its end
             before the next, those before it in eval mode; "end-to-end", the last head alone by backpropagation through
             everything, and "checkpointed", the same with only the states between modules kept.
-        laps: of the sequential order: how often it goes over the modules. Optimizers and multipliers go on from lap to
-            lap.
+        laps: of the sequential order: how often it goes over the modules. Optimizers, schedulers and multipliers go on
+            from lap to lap.
         metric: ``(output, targets)`` to a number, the mean of a batch, or a number per sample; the accuracy if not
             given. Its name is that of the columns, ``train_accuracy``, ``validation_accuracy``; accuracies of outputs
             that are no logits are NaN in training, and a :class:`~odenets.training.Task` has none.
