@@ -205,7 +205,7 @@ def _warn_of_others(modules: Mapping[str, nn.Module], specs: Iterable[BlockSpec]
     others = [
         name
         for name, module in modules.items()
-        if name not in names and type(module) in kinds and kinds[type(module)].flag is None
+        if type(module) in kinds and kinds[type(module)].flag is None and not _lies_in(name, names)
     ]
     if others:
         kind = type(modules[others[0]])
@@ -215,6 +215,11 @@ def _warn_of_others(modules: Mapping[str, nn.Module], specs: Iterable[BlockSpec]
             "adapt(model, [...]), or give a Rule",
             stacklevel=4,
         )
+
+
+def _lies_in(name: str, blocks: Iterable[str]) -> bool:
+    """Whether a module is one of the blocks, or in one, as what a compiled block wraps."""
+    return any(name == block or name.startswith(block + ".") for block in blocks)
 
 
 def _by_name(modules: Mapping[str, nn.Module], name: str, shortcuts: Mapping[str, str | None] | None) -> BlockSpec:
@@ -267,7 +272,9 @@ def _layers(model: nn.Module) -> tuple[BlockSpec, ...]:
 def _leaves(name: str, chain: nn.Sequential) -> list[tuple[str, nn.Module]]:
     """The modules of a Sequential and of those in it, in order, with their names in the model."""
     leaves: list[tuple[str, nn.Module]] = []
-    for part, module in chain.named_children():
+    for part, module in chain.named_modules(remove_duplicate=False):  # an activation may stand there several times
+        if not part or "." in part:
+            continue
         full = f"{name}.{part}" if name else part
         leaves += _leaves(full, module) if isinstance(module, nn.Sequential) else [(full, module)]
     return leaves

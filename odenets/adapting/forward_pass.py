@@ -130,6 +130,11 @@ class ForwardPass:
         if self.needs_states:
             self.branches[block] = _tensor(block, r).clone()  # torchvision's blocks add to it in place
 
+    def end_of_shared(self, block: BlockSpec, x1: Any, training: bool) -> None:
+        """The step of the block ends at x1 if it has started: its last module, an activation, ends others too."""
+        if block in self.starting:
+            self.end(block, x1, training)
+
     def end(self, block: BlockSpec, x1: Any, training: bool) -> None:
         """A step of the block ends at x1."""
         start = self.starting.pop(block, None)

@@ -29,7 +29,10 @@ class Hooks:
     def attach(self, model: nn.Module, block: BlockSpec) -> None:
         """Let the modules of a block call the events of the pass."""
         inputs = {block.first: ForwardPass.start} | dict.fromkeys(block.mid, ForwardPass.middle)
-        outputs = {ForwardPass.end: block.last, ForwardPass.restart: block.shortcut, ForwardPass.branch: block.branch}
+        last = model.get_submodule(block.last)
+        places = sum(module is last for _, module in model.named_modules(remove_duplicate=False))
+        end = ForwardPass.end if places == 1 else ForwardPass.end_of_shared
+        outputs = {end: block.last, ForwardPass.restart: block.shortcut, ForwardPass.branch: block.branch}
         for name, event in inputs.items():
             hook = partial(_input_hook, self, event, block)
             model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)

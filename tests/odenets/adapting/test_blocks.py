@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,25 @@ def test_plain_layers_are_told_from_those_that_change_the_shape():
     assert adapt(model).names == ("1", "4.0:4.2", "6", "10")
     model(X)
     assert adapt(model).record(X, action=measures.action)[1]["action"].shape == (4, 2)
+
+
+def test_layers_may_share_an_activation():
+    """One module that stands at several places (vision#3802)."""
+    activation = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 2))
+    own = nn.Sequential(model[0], nn.ReLU(), model[2], nn.ReLU(), model[4])
+    x = torch.randn(3, 4)
+    (output, records), (expected, others) = (adapt(one).record(x, action=measures.action) for one in (model, own))
+    assert records.blocks == others.blocks == ("0:1", "2:3")
+    torch.testing.assert_close((output, records["action"]), (expected, others["action"]), rtol=0, atol=0)
+
+
+def test_a_block_that_is_compiled_keeps_its_name():
+    """What it wraps, ``layer1.0._orig_mod``, is no block beside it."""
+    model = small_resnet().eval()
+    expected = adapt(copy.deepcopy(model)).names
+    model.layer1[0] = torch.compile(model.layer1[0], backend="eager")
+    assert adapt(model).names == expected
 
 
 def units():
