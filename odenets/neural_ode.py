@@ -277,6 +277,14 @@ class NeuralODE(nn.Module):
         rows = {name: check_values(name, q, x)[None] for name, q in parts.items()}
         return end, Records(rows, blocks=["all steps"])
 
+    def outputs(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """None beside the solution: embedded outputs are those of the last block of a :class:`~odenets.Flow`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a neural ODE has one output, forward's: outputs and their ensemble are those of a Flow")
+
     def part(self, first: int, last: int) -> NeuralODE:
         """Itself: one field has no parts.
 

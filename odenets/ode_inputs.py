@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from odenets.blocks import check_arguments
+from odenets.normalization import StageBatchNorm
 
 __all__ = [
     "check_event",
@@ -166,7 +167,8 @@ def check_mixing(field: Any) -> None:
     """
     owner = field if isinstance(field, nn.Module) else owner_of(field)
     for module in () if owner is None else owner.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        batch_norm = isinstance(module, StageBatchNorm | nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (module.training or module.running_mean is None):
             raise ValueError(
                 "field must treat each sample as if it were alone with control='sample', but batch norm in training "
                 "mode reads the whole batch, at other times and steps: take control='batch', or norm='group' or 'layer'"

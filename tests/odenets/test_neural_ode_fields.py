@@ -125,6 +125,8 @@ def test_batch_norm_in_training_mode_is_refused_with_control_of_each_sample(x):
     for call in (ode, ode.solution, lambda x: ode.record(x, action=measures.action)):
         with pytest.raises(ValueError, match=r"field must treat each sample as if it were alone.*batch norm"):
             call(x)
+    with pytest.raises(ValueError, match="batch norm"):
+        NeuralODE(MLPField(3, norm="batch").double(), control="sample")(x)
     ode.eval()
     assert_close(ode(x)[:1], ode(x[:1]))
     with pytest.raises(ValueError, match="batch norm"):

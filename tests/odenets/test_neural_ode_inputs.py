@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import MLPField, NeuralODE, measures
+from odenets import MLPField, Network, NeuralODE, measures
 from tests.odenets.networks import Velocity
 
 LAYER = nn.Linear(3, 3)
@@ -127,6 +127,8 @@ def test_no_velocity_is_named(field, message, mode):
         (lambda ode, x: ode.record((x, x), action=measures.action), TypeError, "x must be one tensor.*torch.cat"),
         (lambda ode, x: ode.record(x, action=lambda step: 1.0), ValueError, "must return one number per sample"),
         (lambda ode, x: ode.steps((x, x)), TypeError, "x must be one tensor"),
+        (lambda ode, x: Network(LAYER, ode, LAYER).ensemble(x), ValueError, "a neural ODE has one output"),
+        (lambda ode, x: Network(LAYER, ode, LAYER, readout="ensemble")(x), ValueError, "readout must be 'solution'"),
     ],
 )
 def test_calls_that_do_not_work_are_named(call, error, message):

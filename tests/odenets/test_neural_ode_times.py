@@ -116,7 +116,7 @@ def test_gradients_flow_to_the_times(x, field, control):
     assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(0, 99), st.floats(-2, 2), st.sampled_from(MODES))
 def test_solved_back_the_state_is_the_first_one(seed, t1, mode):
     torch.manual_seed(seed)
@@ -126,7 +126,7 @@ def test_solved_back_the_state_is_the_first_one(seed, t1, mode):
     assert_close(back(there(x)), x, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(0, 99), st.floats(0, 1), st.sampled_from(MODES))
 def test_an_interval_in_two_parts_is_the_interval(seed, middle, mode):
     torch.manual_seed(seed)
@@ -140,7 +140,7 @@ def test_an_interval_in_two_parts_is_the_interval(seed, middle, mode):
     assert_close(half, NeuralODE(field, tolerance=TIGHT, **mode)(x, at=[middle])[0], rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(0, 99), st.integers(1, 6))
 def test_samples_are_solved_as_if_alone_in_any_order(seed, samples):
     torch.manual_seed(seed)
@@ -153,7 +153,7 @@ def test_samples_are_solved_as_if_alone_in_any_order(seed, samples):
         assert_close(NeuralODE(field, t1=t1[i])(x[i : i + 1])[0], ends[i])
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.integers(0, 99), st.sampled_from(MODES))
 def test_a_field_that_commutes_with_rotations_makes_a_flow_that_does(seed, mode):
     torch.manual_seed(seed)
