@@ -39,7 +39,7 @@ from odenets.training.optimization import (
 from odenets.training.sources import Source, arguments, part, samples_in
 from odenets.training.state import check_precision
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "check_shared"]
 
 
 @dataclass(kw_only=True)
@@ -166,7 +166,7 @@ class Worker:
             if whole < 2 * self.replicas or number > self.length:
                 self._refuse(whole, number)
             if number == 1 and self.replicas > 1:
-                self._compare(batch)
+                check_shared(batch, self.source.name, self.replicas, self.group, self.device)
             inputs, y = part(batch, slice(self.replica, None, self.replicas)) if self.replicas > 1 else batch
             x, *args = arguments(inputs)
             check_sendable([x, y, *args])
@@ -182,18 +182,6 @@ class Worker:
                 "DataLoader(..., drop_last=True) leaves out the last one"
             )
         raise ValueError(f"{name} must be as many as their length says, {self.length}, got {number}")
-
-    def _compare(self, batch: Any) -> None:
-        """That the replicas share one batch."""
-        sums = [t.double().sum() for t in (*arguments(batch[0]), batch[1]) if isinstance(t, Tensor)]
-        own = torch.stack([*sums, torch.tensor(float(samples_in(batch[0])))]).to(self.device)
-        of_all = [torch.empty_like(own) for _ in range(self.replicas)]
-        distributed.all_gather(of_all, own, group=self.group)
-        if any(not torch.equal(own, other) for other in of_all):
-            raise ValueError(
-                f"{self.source.name} must be the same in every replica, each of which takes its share of them, got "
-                "different ones: seed their sampler, DataLoader(..., generator=torch.Generator().manual_seed(0))"
-            )
 
     def _step(self, message: Message) -> Tensor:
         """A step of every module of this process, and the state behind them sent on."""
@@ -289,3 +277,20 @@ class Worker:
 
 def _order(row: dict[str, Any]) -> tuple[int, int]:
     return row["epoch"], row["module"]
+
+
+def check_shared(batch: Any, name: str, replicas: int, group: Any, device: torch.device) -> None:
+    """That the replicas of a group have one batch.
+
+    Raises:
+        ValueError: they have different ones.
+    """
+    sums = [t.double().sum() for t in (*arguments(batch[0]), batch[1]) if isinstance(t, Tensor)]
+    own = torch.stack([*sums, torch.full_like(sums[0], samples_in(batch[0]))]).to(device)
+    of_all = [torch.empty_like(own) for _ in range(replicas)]
+    distributed.all_gather(of_all, own, group=group)
+    if any(not torch.equal(own, other) for other in of_all):
+        raise ValueError(
+            f"{name} must be the same in every replica, each of which takes its share of them, got different ones: "
+            "seed their sampler, DataLoader(..., generator=torch.Generator().manual_seed(0))"
+        )
