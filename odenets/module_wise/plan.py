@@ -98,6 +98,10 @@ class Plan:
         Raises:
             ValueError: it is not.
         """
+        if "order" not in state:
+            raise ValueError(
+                "the checkpoint is of another version of odenets, whose trainings are not taken up: begin anew"
+            )
         if state["order"] != self.order:
             raise ValueError(f"order must be that of the checkpoint, {state['order']!r}, got {self.order!r}")
         if self.order == "sequential" and state["plan"] != [self.laps, *self.epochs]:

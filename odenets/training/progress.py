@@ -31,7 +31,8 @@ def progress_bar(label: str | None, epochs: int, done: int) -> Iterator[Callable
 
     def show(row: dict[str, Any]) -> None:
         bar.update()
-        bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "validation_accuracy", "depth") if k in row})
+        shown = (name for name in row if name in ("module", "train_loss", "depth") or name.startswith("validation_"))
+        bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if isinstance(row[name], int | float)})
 
     with tqdm(total=epochs, initial=done, desc=label, unit="epoch", leave=False) as bar:
         yield show

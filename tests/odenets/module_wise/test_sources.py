@@ -240,6 +240,21 @@ def test_mistakes_at_the_door_name_the_argument_and_the_remedy(change, error, ma
         fit_modules(**arguments | change)
 
 
+def test_a_bar_shows_what_there_is(capsys):
+    fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, progress="digits")
+    assert "module=2, train_loss=" in (without := capsys.readouterr().err)
+    assert "validation" not in without
+    fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, progress="digits", validation=FEW)
+    assert "validation_accuracy=" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    run = Run(tmp_path / "run", {})
+    run.save_state({"schedule": "parallel", "plan": [1, 1]})
+    with pytest.raises(ValueError, match="checkpoint is of another version of odenets"):
+        fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, run=run)
+
+
 def test_a_batch_of_another_shape_is_told():
     other = (torch.rand(4, 3, 8, 8), FEW.data.y[:4])
     with pytest.raises(RuntimeError) as caught:
