@@ -15,6 +15,7 @@ from odenets.ode_inputs import (
     check_event,
     check_field,
     check_mixing,
+    check_repeatable,
     check_settings,
     end_time,
     is_times,
@@ -43,7 +44,7 @@ class NeuralODE(nn.Module):
             a state that requires a gradient. One that draws random numbers is another field at each call: what it draws
             is better drawn once and handed over after x. Dropout in training mode is refused where the field is called
             again, by "backsolve", and by "checkpoint" where the error chooses the steps; with fixed steps "checkpoint"
-            draws the same again.
+            draws the same again. So is spectral norm in training mode by both, which changes at each call.
         solver: name of a method or a tableau.
         tolerance: error control, ``Tolerance()`` if neither this nor ``steps`` is given.
         steps: that many equal steps instead.
@@ -182,6 +183,8 @@ class NeuralODE(nn.Module):
     def _check_call(self, args: Sequence[Any]) -> None:
         if self.control == "sample":
             check_mixing(self.field)
+        if self.gradient != "direct" and torch.is_grad_enabled():
+            check_repeatable(self.field)
         try:
             check_arguments(self.field, args)
         except TypeError as error:

@@ -21,6 +21,7 @@ __all__ = [
     "check_event",
     "check_field",
     "check_mixing",
+    "check_repeatable",
     "check_settings",
     "end_time",
     "is_times",
@@ -172,6 +173,22 @@ def check_mixing(field: Any) -> None:
             raise ValueError(
                 "field must treat each sample as if it were alone with control='sample', but batch norm in training "
                 "mode reads the whole batch, at other times and steps: take control='batch', or norm='group' or 'layer'"
+            )
+
+
+def check_repeatable(field: Any) -> None:
+    """That a field is the same when a backward pass calls it again.
+
+    Raises:
+        ValueError: it holds spectral norm in training mode, which takes a step of its power iteration at each call.
+    """
+    owner = field if isinstance(field, nn.Module) else owner_of(field)
+    for module in () if owner is None or torch.compiler.is_compiling() else owner.modules():
+        parts = (module, *module._forward_pre_hooks.values())
+        if module.training and any(type(part).__name__ in ("_SpectralNorm", "SpectralNorm") for part in parts):
+            raise ValueError(
+                "field must be the same at each call with gradient='checkpoint' and 'backsolve', which call it again, "
+                "but spectral norm in training mode changes it: take gradient='direct'"
             )
 
 

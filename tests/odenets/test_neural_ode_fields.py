@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from odenets import MLPField, Network, NeuralODE, measures
 from odenets.least_action import LeastAction
+from odenets.training.objectives import Task
 from solvers import Tolerance
 from tests.odenets.networks import Velocity
 
@@ -120,6 +121,18 @@ def test_batch_norm_counts_a_batch_once_and_its_gradient_is_that_of_the_steps(x,
     assert_close(field.layer.weight.grad, other.layer.weight.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [torch.nn.utils.spectral_norm, torch.nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("gradient", ["checkpoint", "backsolve"])
+def test_spectral_norm_in_training_mode_is_refused_where_the_field_is_called_again(x, norm, gradient):
+    field = Velocity(lambda m, t, x: torch.tanh(m.layer(x)), layer=norm(nn.Linear(3, 3).double()))
+    ode = NeuralODE(field, gradient=gradient, tolerance=TIGHT)
+    with pytest.raises(ValueError, match=r"field must be the same at each call.*spectral norm.*gradient='direct'"):
+        ode(x)
+    losses = [one.eval()(x).square().sum() for one in (ode, NeuralODE(field, tolerance=TIGHT))]
+    first, second = (torch.autograd.grad(loss, field.layer.bias) for loss in losses)
+    assert_close(first, second, rtol=1e-6, atol=1e-7)
+
+
 def test_batch_norm_in_training_mode_is_refused_with_control_of_each_sample(x):
     ode = NeuralODE(mixing(nn.BatchNorm1d(3)), control="sample")
     for call in (ode, ode.solution, lambda x: ode.record(x, action=measures.action)):
@@ -182,6 +195,24 @@ def test_least_action_has_equal_gradients_in_every_mode(x, settings):
         gradients.append(torch.autograd.grad(loss, [*network.parameters()]))
     for one, other in zip(gradients[0] * 2, gradients[1] + gradients[2], strict=True):
         assert_close(one, other, rtol=1e-3 if settings is FIXED else 1e-6, atol=1e-4 if settings is FIXED else 1e-7)
+
+
+@pytest.mark.parametrize("mode", [{"gradient": gradient} for gradient in GRADIENTS] + [{"control": "sample"}], ids=str)
+def test_least_action_moves_the_data_less(mode):
+    points = torch.randn(64, 2)
+    labels, actions = (points.norm(dim=1) > 1).long(), []
+    settings = mode if "control" in mode else mode | FIXED
+    for objective in (Task(nn.functional.cross_entropy), LeastAction(lambda0=0.1, tau=0.1)):
+        torch.manual_seed(0)
+        network = Network(nn.Linear(2, 4), NeuralODE(MLPField(4), **settings), nn.Linear(4, 2))
+        optimizer = torch.optim.Adam(network.parameters(), 0.02)
+        for _ in range(40):
+            loss = objective(network, points, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        actions.append(network.record(points, action=measures.action)[1]["action"].sum(0).mean())
+    assert actions[1] < actions[0] / 2
 
 
 @pytest.mark.parametrize("mode", [{}, {"gradient": "checkpoint"}, {"gradient": "backsolve"}, {"control": "sample"}])
