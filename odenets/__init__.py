@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from odenets import network as network
     from odenets import neural_ode as neural_ode
     from odenets import normalization as normalization
-    from odenets import ode_inputs as ode_inputs
-    from odenets import ode_records as ode_records
     from odenets import plotting as plotting
     from odenets import recording as recording
     from odenets import records as records

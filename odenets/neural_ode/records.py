@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.measures import StepFunction
-from odenets.ode_inputs import owner_of
+from odenets.neural_ode.inputs import owner_of
 from odenets.recording import Records, check_values
 from solvers import SampleSolution, Solution, Tolerance
 

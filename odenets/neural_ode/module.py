@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from odenets.blocks import check_arguments
 from odenets.measures import StepFunction, integrand_of, needs_closing
-from odenets.ode_inputs import (
+from odenets.neural_ode.inputs import (
     check_event,
     check_field,
     check_mixing,
@@ -22,7 +22,7 @@ from odenets.ode_inputs import (
     owner_of,
     time_of,
 )
-from odenets.ode_records import Beside, of_the_state, records_by_sample
+from odenets.neural_ode.records import Beside, of_the_state, records_by_sample
 from odenets.recording import Records, check_values, measure_steps
 from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
 from solvers.batch_loop import adaptive_steps, fixed_steps
