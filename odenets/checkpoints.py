@@ -55,13 +55,19 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
 def is_finite(network: nn.Module) -> bool:
     """Whether all weights and buffers are finite, as those of a checkpoint must be; waits for each device once.
 
+    Of a sharded network the part that this process holds.
+
     >>> layer = nn.Linear(2, 2)
     >>> is_finite(layer), is_finite(layer.requires_grad_(False)), is_finite(nn.ReLU())
     (True, True, True)
     """
     finite: dict[torch.device, list[torch.Tensor]] = {}
     for value in (*network.parameters(), *network.buffers()):
-        finite.setdefault(value.device, []).append(value.isfinite().all())
+        value = value.detach()
+        value = value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]  # a DTensor
+        if value.numel() and (value.is_floating_point() or value.is_complex()):
+            ends = torch.view_as_real(value).aminmax() if value.is_complex() else value.aminmax()  # NaN if any is
+            finite.setdefault(value.device, []).append(torch.stack([*ends]).isfinite().all())
     return all(bool(torch.stack(values).all()) for values in finite.values())
 
 

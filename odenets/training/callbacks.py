@@ -77,6 +77,11 @@ class Callbacks:
         return any(getattr(callback, "recovers", False) for callback in self._callbacks)
 
     @property
+    def stopped(self) -> bool:
+        """Whether one of them says, by an attribute ``stopped``, that the training is at its end."""
+        return any(getattr(callback, "stopped", False) for callback in self._callbacks)
+
+    @property
     def edit(self) -> list[str]:
         """The classes of those that change which parameters there are."""
         return [type(callback).__name__ for callback in self._callbacks if getattr(callback, "edits", False)]
@@ -184,11 +189,15 @@ class EarlyStopping(_Watching):
             raise ValueError(f"patience must be at least 1, got {patience}")
         self.patience, self.waited = patience, 0
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it has ended the training."""
+        return self.waited >= self.patience
+
     def after_epoch(self, training: Training, row: Row) -> None:
         """Count the epoch, or begin to count anew."""
         self.waited = 0 if self.improves(training, row) else self.waited + 1
-        if self.waited >= self.patience:
-            training.stop = True
+        training.stop |= self.stopped
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training goes on with."""

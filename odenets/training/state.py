@@ -36,7 +36,8 @@ class Training:
         rows: one dictionary of metrics per completed epoch.
         evaluations: field evaluations per sample, summed over all samples of all training steps so far.
         check_evaluations: the same for what callbacks measured besides.
-        stop: a callback sets it to end the training after the epoch; a resumed training is then at its end too.
+        stop: a callback sets it to end the training after the epoch; a resumed training is then at its end too, unless
+            EarlyStopping has more patience now.
         precision: Fabric's, which may scale losses by a factor that follows from earlier steps.
         source: the data, whose seeded samplers have a state.
         callbacks: that are kept in checkpoints.
@@ -81,7 +82,7 @@ class Training:
             "rows": json.dumps(self.rows),
             "evaluations": self.evaluations,
             "check_evaluations": self.check_evaluations,
-            "stop": self.stop,
+            "stop": self.stop and not self.callbacks.stopped,  # what these say follows from their own states
         } | self.process_state()
         return map_state(_whole, state) if self.sharded else state
 
@@ -120,7 +121,7 @@ class Training:
         if self.precision and state.get("precision"):
             self.precision.load_state_dict(state["precision"])
         self.callbacks.load_state_dict(state["callbacks"])
-        self.epoch, self.stop = state["epoch"], state["stop"]
+        self.epoch, self.stop = state["epoch"], state["stop"] or self.callbacks.stopped
         self.rows = json.loads(state["rows"])
         self.evaluations, self.check_evaluations = state["evaluations"], state["check_evaluations"]
         if self.source is not None:

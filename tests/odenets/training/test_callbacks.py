@@ -72,6 +72,8 @@ def test_a_resumed_training_counts_on_and_ends_where_it_ended(tmp_path):
     again = tiny()
     assert fit(again, TENS, epochs=8, optimizer=sgd, callbacks=callbacks(), run=run).epoch == 4
     assert_same(whole, again)
+    patient = [Losing(), EarlyStopping("quantity", mode="min", patience=3), BestWeights("quantity", mode="min")]
+    assert fit(tiny(), TENS, epochs=6, optimizer=sgd, callbacks=patient, run=run).epoch == 6
     with pytest.raises(
         ValueError, match=r"callbacks must be those of the checkpoint, .*'EarlyStopping', 'BestW.* \[\]"
     ):
@@ -118,6 +120,16 @@ def test_rows_are_in_a_csv_file_whole_after_a_resume_too(tmp_path):
     assert [int(row["step"]) for row in rows] == [1, 2, 3]
     for name in ("train_loss", "validation_accuracy", "learning_rate", "depth"):
         assert [float(row[name]) for row in rows] == [row[name] for row in training.rows]
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_rows_from_before_a_resume_stay_in_a_csv_file_of_one_name(tmp_path):
+    run = Run(tmp_path / "run", {})
+    for epochs in (2, 3):
+        fabric = Fabric(accelerator="cpu", devices=1, loggers=[CSVLogger(tmp_path, name="x", version="one")])
+        fit(tiny(), TENS, epochs=epochs, optimizer=sgd, run=run, fabric=fabric)
+    with (tmp_path / "x" / "one" / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 3]
 
 
 def test_a_row_with_other_columns_is_logged_too(tmp_path):

@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
+import odenets
 from odenets import Flow, MLPField, Network
 from odenets.errors import DivergedError
 from odenets.least_action import LeastAction
@@ -134,8 +137,9 @@ def test_a_lazy_network_is_made_from_a_batch_of_its_first_epoch():
         lambda: DataLoader(Noisy(), 6, shuffle=True, generator=seeded(), num_workers=2),
         lambda: DataLoader(Noisy(), 6, shuffle=True),
         lambda: DataLoader(DATASET, batch_sampler=BatchSampler(RandomSampler(DATASET, generator=seeded()), 7, False)),
+        lambda: DataLoader(DATASET, 6, sampler=DistributedSampler(DATASET, num_replicas=1, rank=0), num_workers=2),
     ],
-    ids=["workers", "global generators", "sampler's generator"],
+    ids=["workers", "global generators", "sampler's generator", "epoch's sampler"],
 )
 def test_a_resumed_training_sees_the_batches_of_one_that_never_stopped(tmp_path, make, lazy):
     def net():
@@ -200,6 +204,19 @@ def test_killed_in_any_batch_and_resumed_ends_with_the_same_weights(tmp_path, wo
     resumed = launch("killed")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "killed" / "weights.txt").read_text() == (tmp_path / "whole" / "weights.txt").read_text()
+
+
+def test_an_adapted_model_of_torchvision_trains_on_a_loader_with_workers():
+    dataset = TensorDataset(torch.rand(48, 3, 32, 32), torch.arange(48) % 10)
+    training = fit(
+        odenets.adapt(torchvision.models.resnet18(num_classes=10)),
+        DataLoader(dataset, 16, shuffle=True, num_workers=2),
+        epochs=1,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        objective=LeastAction(),
+    )
+    assert training.rows[0]["depth"] == 8
+    assert training.objective.multiplier > 1  # type: ignore[operator]
 
 
 def test_a_regression_has_its_loss_and_no_accuracy():
