@@ -147,7 +147,7 @@ def fit(
     source = processes.source(batches, collate, "batches")
     validated = None if validation is None else Source.of(validation, collate, "validation")
     run = run if fabric.is_global_zero else None
-    kept, saves = fabric.broadcast((run.load_state(checkpoint) if run else None, run is not None))
+    kept, saves = fabric.broadcast((_load(run, checkpoint), run is not None))
     _check_data(source, validated, epochs - (kept["epoch"] if kept else 0), processes.replicas)
 
     objective.to(fabric.device)
@@ -164,8 +164,6 @@ def fit(
     training.precision, training.source, training.callbacks = fabric.strategy.precision, source, hooks
     if kept is not None:
         _take_up(training, kept, optimizer, processes, f"checkpoint {run.folder / checkpoint}: " if run else "")
-        for row in training.rows:
-            log_row(fabric, row)
     loop = Epochs(
         training=training,
         processes=processes,
@@ -180,6 +178,7 @@ def fit(
             row = loop.next()
             if row is None:
                 continue
+            training.stop = any(processes.gathered(training.stop))
             if saves:
                 _save(training, processes, run, checkpoint)
             log_row(fabric, row)
@@ -254,16 +253,29 @@ def _materialize(network: nn.Module, source: Source) -> None:
             network(*tree_map(lambda x: inputs_for(network, x) if isinstance(x, Tensor) else x, arguments(inputs)))
 
 
+def _load(run: Run | None, checkpoint: str) -> dict[str, Any] | None:
+    """The resume state of a run, if there is one."""
+    state = run.load_state(checkpoint) if run is not None else None
+    if run is not None and state is not None and "processes" not in state:
+        raise ValueError(
+            f"checkpoint {run.folder / checkpoint} must be one that fit of this version has written: go on with the "
+            "version that began it, or begin anew in another folder"
+        )
+    return state
+
+
 def _take_up(
     training: Training, kept: dict[str, Any], optimizer: MakeOptimizer, processes: Processes, place: str
 ) -> None:
-    """Go on from a checkpoint, each process from its own random state."""
+    """Go on from a checkpoint, each process from its own random state, and log again what was logged."""
     own = kept.pop("processes")
     state = kept | (own[processes.fabric.global_rank] if len(own) == processes.fabric.world_size else {})
     try:
         training.load_state_dict(state, optimizer)
     except ValueError as error:
         raise ValueError(f"{place}{error}") from error
+    for row in training.rows:
+        log_row(processes.fabric, row)
 
 
 def _save(training: Training, processes: Processes, run: Run | None, checkpoint: str) -> None:

@@ -24,12 +24,17 @@ Batch = tuple[Any, Any]
 class Processes:
     """The processes of a Fabric, and data for each of them.
 
+    Raises:
+        RuntimeError: a Fabric of several that is not launched.
+
     Attributes:
         fabric: launched.
         replicas, replica: how many have batches of their own, and which this is.
     """
 
     def __init__(self, fabric: Fabric) -> None:
+        if fabric.world_size > 1 and not (distributed.is_available() and distributed.is_initialized()):
+            raise RuntimeError(f"fabric must be launched for {fabric.world_size} processes: call fabric.launch() first")
         self.fabric = fabric
         shares = getattr(fabric.strategy, "distributed_sampler_kwargs", None) or {}
         self.replicas = shares.get("num_replicas", fabric.world_size)

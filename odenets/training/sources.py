@@ -113,15 +113,16 @@ class Source:
             raise self._empty()
 
     def in_order(self) -> Iterator[tuple[Any, Any]]:
-        """The batches for an evaluation: one pass, after which seeded samplers stand where they stood.
+        """The batches for an evaluation: one pass, after which random state and seeded samplers are as they were.
 
         :class:`~odenets.training.Batches` come in the order of their data, without augmentation.
         """
-        state = self.state_dict()
+        before, state = random_state(), self.state_dict()
         try:
             yield from self.epoch(0)
         finally:
             self.load_state_dict(state)
+            set_random_state(before)
 
     def first(self, epoch: int = 0) -> tuple[Any, Any]:
         """The first batch of an epoch, which begins with it all the same; random state is left as it was."""

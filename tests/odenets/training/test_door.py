@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -131,3 +132,8 @@ def test_labels_that_count_for_nothing_are_no_error():
     fit(tiny(), [(IMAGES, labels)], epochs=1, optimizer=sgd)
     with pytest.raises(ValueError, match="the labels of batches go up to 10"):
         evaluate(tiny(), [(X, Y + 1)])
+
+
+def test_several_processes_are_to_be_launched():
+    with pytest.raises(RuntimeError, match=r"fabric must be launched for 2 processes: call fabric.launch\(\) first"):
+        fit(tiny(), TENS, epochs=1, optimizer=sgd, fabric=Fabric(accelerator="cpu", devices=2, strategy="ddp"))

@@ -161,6 +161,10 @@ def test_an_evaluation_leaves_seeded_samplers_where_they_stood():
     source, other = Source.of(seeded()), Source.of(seeded())
     list(source.in_order())
     assert values(source.epoch(0)) == values(other.epoch(0))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]  # noqa: NPY002
+    list(Source.of(DataLoader(Noisy(), 2, shuffle=True)).in_order())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[2]) == before[1:]  # noqa: NPY002
 
 
 def test_random_state_of_python_and_numpy_is_kept():

@@ -178,3 +178,13 @@ def test_modules_that_migrate_older_states_do_not_migrate_those_of_their_version
     assert_same(one, other)
     load_weights(one, save_weights(one, tmp_path / "net.safetensors"))
     assert_same(one, other)
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit(tiny(), TENS, epochs=1, optimizer=sgd, run=run)
+    state = run.load_state()
+    assert state is not None
+    run.save_state({key: value for key, value in state.items() if key != "processes"})
+    with pytest.raises(ValueError, match=r"checkpoint .*resume.pt must be one that fit of this version has written"):
+        fit(tiny(), TENS, epochs=2, optimizer=sgd, run=run)
