@@ -39,7 +39,7 @@ class Source:
         self.data, self.collate, self.name = data, collate, name
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._begun: _Begun | None = None
-        self._spent = False
+        self._spent = self._taken_up = False
 
     @staticmethod
     def of(data: Any, collate: Collate | None = None, name: str = "batches") -> Source:
@@ -122,6 +122,7 @@ class Source:
             yield from self.epoch(0)
         finally:
             self.load_state_dict(state)
+            self._taken_up = False
             set_random_state(before)
 
     def first(self, epoch: int = 0) -> tuple[Any, Any]:
@@ -153,6 +154,7 @@ class Source:
                 f"{sorted(generators)}"
             )
         self._begun = None if not self.has_one_epoch else self._begun
+        self._taken_up = True
         for place, generator in generators.items():
             generator.set_state(state[place])
 
@@ -169,10 +171,21 @@ class Source:
                 "DataLoader, which begin anew"
             )
         self._spent = True
+        self._start_workers()
         for part in self._parts().values():
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
         return iter(self.data)
+
+    def _start_workers(self) -> None:
+        """Start workers that persist, after a resume: when they start, and only then, a loader draws their seed."""
+        persist, self._taken_up = self._taken_up and getattr(self.data, "persistent_workers", False), False
+        if persist:
+            before, state = random_state(), self.state_dict()
+            iter(self.data)
+            self.load_state_dict(state)
+            set_random_state(before)
+            self._taken_up = False
 
     def _pair(self, batch: Any, number: int) -> tuple[Any, Any]:
         which = f"batch {number} of {self.name}"

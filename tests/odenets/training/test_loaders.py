@@ -138,8 +138,10 @@ def test_a_lazy_network_is_made_from_a_batch_of_its_first_epoch():
         lambda: DataLoader(Noisy(), 6, shuffle=True),
         lambda: DataLoader(DATASET, batch_sampler=BatchSampler(RandomSampler(DATASET, generator=seeded()), 7, False)),
         lambda: DataLoader(DATASET, 6, sampler=DistributedSampler(DATASET, num_replicas=1, rank=0), num_workers=2),
+        lambda: DataLoader(DATASET, 6, True, num_workers=2, persistent_workers=True, generator=seeded()),
+        lambda: DataLoader(DATASET, 6, True, num_workers=2, persistent_workers=True),
     ],
-    ids=["workers", "global generators", "sampler's generator", "epoch's sampler"],
+    ids=["workers", "global generators", "sampler's generator", "epoch's sampler", "persistent", "persistent, global"],
 )
 def test_a_resumed_training_sees_the_batches_of_one_that_never_stopped(tmp_path, make, lazy):
     def net():
