@@ -1,6 +1,7 @@
 import gc
 import os
 import random
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import PurePath
@@ -24,7 +25,8 @@ def seed():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  libraries draw from it
     torch.manual_seed(0)
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # which takes seconds to load
+        torch.compiler.reset()
 
 
 def pytest_collection_modifyitems(items):
