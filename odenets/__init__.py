@@ -8,31 +8,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from odenets import adapting as adapting
-    from odenets import analysis as analysis
-    from odenets import blocks as blocks
-    from odenets import checkpoints as checkpoints
-    from odenets import depth as depth
-    from odenets import detection as detection
-    from odenets import errors as errors
-    from odenets import fields as fields
-    from odenets import files as files
-    from odenets import flow as flow
-    from odenets import initialization as initialization
-    from odenets import lazy as lazy
-    from odenets import least_action as least_action
-    from odenets import measures as measures
-    from odenets import models as models
-    from odenets import modes as modes
-    from odenets import module_wise as module_wise
-    from odenets import network as network
-    from odenets import neural_ode as neural_ode
-    from odenets import normalization as normalization
-    from odenets import plotting as plotting
-    from odenets import recording as recording
-    from odenets import records as records
-    from odenets import training as training
-    from odenets import transport as transport
+    from . import (  # noqa: F401  # isort: skip
+        adapting, analysis, depth, detection, fields, least_action, measures, models, module_wise, normalization,
+        plotting, recording, training, transport,
+    )  # fmt: skip
     from odenets.adapting import AdaptedModel, adapt
     from odenets.blocks import Block
     from odenets.checkpoints import load_weights, save_weights
@@ -85,27 +64,20 @@ _HOMES = {
 }
 _ROOMS = (
     "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "plotting",
-    "training", "transport",
+    "recording", "training", "transport",
 )  # fmt: skip
 _ELSEWHERE = {
-    "Adapted": "odenets.AdaptedModel",
     "AdaptiveDepth": "odenets.depth.AdaptiveDepth",
     "Batches": "odenets.training.Batches",
     "Detector": "odenets.detection.Detector",
     "LeastAction": "odenets.least_action.LeastAction",
     "Pipeline": "odenets.detection.Pipeline",
     "Step": "solvers.Step",
-    "data": "odenets.training",
     "evaluate": "odenets.training.evaluate",
     "fit": "odenets.training.fit",
     "fit_modules": "odenets.module_wise.fit_modules",
-    "instances": "odenets.training.fit_instances",
     "integrate": "solvers.integrate",
-    "memory": "odenets.analysis.measure_memory",
-    "objectives": "odenets.training",
     "odeint": "solvers.odeint",
-    "refinement": "odenets.analysis.iterative_refinement",
-    "runs": "odenets.training.Run",
     "split_into_modules": "odenets.module_wise.split_into_modules",
 }
 

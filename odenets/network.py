@@ -59,7 +59,7 @@ class Chain(Joined):
             if isinstance(layer, Flow | NeuralODE):
                 readout = self.readout if i == len(layers) else "solution"
                 x, records = layer.record(x, *args, readout=readout, check=False, **measures)
-                parts.append((records, layer.depth))
+                parts.append(records)
             else:
                 x = layer(x)
         return x, Records.join(parts, [f"flows.{i}" if len(parts) > 1 else "" for i in range(len(parts))])

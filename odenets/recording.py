@@ -152,14 +152,14 @@ def recorder_in(network: nn.Module) -> nn.Module:
         )
     if (inner := unwrapped(network)) is not network:
         return inner
-    if _records(network):
+    if callable(getattr_static(network, "record", None)):  # its own: wrappers hand on what they wrap
         if hasattr(network, "unshard") and "record" not in vars(network):
             raise TypeError(
                 "network is sharded by its forward pass, which record leaves out: fully_shard(Recording(network, "
                 "objective.measures)), or torch.distributed.fsdp.register_fsdp_forward_method(network, 'record')"
             )
         return network
-    if any(map(_records, network.modules())):
+    if any(map(is_recorder, network.modules())):
         raise TypeError(
             f"network must record its steps, got a {kind} around one that does, whose own forward pass would be left "
             f"out: put odenets.recording.Recording(network, objective.measures) into {kind} instead"
@@ -172,15 +172,11 @@ def recorder_in(network: nn.Module) -> nn.Module:
 
 def unwrapped(network: nn.Module) -> nn.Module:
     """The network of a :class:`Recording`, also of one in a wrapper; a network itself where there is none."""
-    if _records(network) and not isinstance(network, Recording):
+    if is_recorder(network):
         return network
-    recording = next((module for module in network.modules() if isinstance(module, Recording)), None)
-    return network if recording is None else cast(nn.Module, recording.network)
-
-
-def _records(network: nn.Module) -> bool:
-    """Whether it has a ``record`` of its own: wrappers hand on the attributes of what they wrap."""
-    return callable(getattr_static(network, "record", None))
+    return next(
+        (cast(nn.Module, module.network) for module in network.modules() if isinstance(module, Recording)), network
+    )
 
 
 def measure_steps(

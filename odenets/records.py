@@ -58,12 +58,11 @@ class Records(dict[str, Tensor]):
         return self.starts, self.blocks
 
     @classmethod
-    def join(cls, parts: Iterable[tuple[Records, int]], names: Sequence[str] | None = None) -> Records:
+    def join(cls, parts: Iterable[Records], names: Sequence[str] | None = None) -> Records:
         """The records of consecutive parts of a network as one, whose ``starts`` are the rows at which parts begin.
 
         Args:
-            parts: the records of each, with the same measures, and its number of blocks, which counts where the
-                records name none.
+            parts: the records of each, with the same measures.
             names: of the parts, each before those of its blocks unless it is empty; "part 0" and so on if not given,
                 where there are several.
 
@@ -71,22 +70,18 @@ class Records(dict[str, Tensor]):
             ValueError: parts that were measured by different measures, or another number of names.
         """
         parts = [*parts]
-        measured = [set(records) for records, _ in parts]
+        measured = [set(records) for records in parts]
         if any(each != measured[0] for each in measured):
             raise ValueError(f"parts must have the same measures, got {' and '.join(map(str, map(sorted, measured)))}")
         if names is None:
             names = [f"part {k}" if len(parts) > 1 else "" for k in range(len(parts))]
-        rows: dict[str, list[Tensor]] = {}
         starts: list[int] = []
         blocks: list[str] = []
-        for (records, depth), part in zip(parts, names, strict=True):
+        for records, part in zip(parts, names, strict=True):
             starts.append(len(blocks))
-            depth = next((len(row) for row in records.values()), depth)
-            own = records.blocks if len(records.blocks) == depth else [f"step {m}" for m in range(depth)]
-            blocks += [f"{part} {block}" if part else block for block in own]
-            for name, row in records.items():
-                rows.setdefault(name, []).append(row)
-        return cls({name: torch.cat(row) for name, row in rows.items()}, starts, blocks)
+            blocks += [f"{part} {block}" if part else block for block in records.blocks]
+        values = {name: torch.cat([records[name] for records in parts]) for name in parts[0]}
+        return cls(values, starts, blocks)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Records:
         """A function of each measure, ``(blocks, B)`` to the same rows: ``records.map(Tensor.detach)``."""
@@ -98,7 +93,8 @@ class Records(dict[str, Tensor]):
         Raises:
             ValueError: a measure that is not ``(blocks, B)`` as the others are.
         """
-        arrays = {name: _array(value) for name, value in self.items()}
+        narrow = torch.float16, torch.bfloat16
+        arrays = {name: (v.float() if v.dtype in narrow else v).numpy(force=True) for name, v in self.items()}
         shapes = {name: array.shape for name, array in arrays.items()}
         for name, shape in shapes.items():
             if len(shape) != 2 or shape[0] != len(self.blocks) or shape != next(iter(shapes.values())):
@@ -144,7 +140,28 @@ class Records(dict[str, Tensor]):
         return pd.DataFrame(columns | {name: array.reshape(-1) for name, array in arrays.items()})
 
     def __repr__(self) -> str:
-        return _table(self)
+        """The means over the samples, a row per block, of which the middle is left out where there are many."""
+        count = len(self.blocks)
+        try:
+            arrays = self.to_numpy()
+        except (ValueError, RuntimeError, NotImplementedError):  # other shapes, or no numbers, as on the meta device
+            arrays = {}
+        if not arrays:
+            measured = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.items()) or "no measure"
+            return f"Records of {count} blocks: {measured}"
+        means = [torch.from_numpy(array).double().mean(1).tolist() for array in arrays.values()]
+        rows = [(name, *(f"{mean:.4g}" for mean in row)) for name, *row in zip(self.blocks, *means, strict=True)]
+        if count > SHOWN:
+            rows[SHOWN // 2 : -SHOWN // 2] = [("...", *("" for _ in self))]
+        rows = [("", *self), *rows]
+        first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+        lines = [
+            f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(cells, widths, strict=True))
+            for name, *cells in rows
+        ]
+        samples = len(next(iter(arrays.values()))[0]) if count else 0
+        title = f"Records of {count} blocks x {samples} samples, means over the samples:"
+        return "\n".join([title, *map(str.rstrip, lines)])
 
 
 def numbered(names: Iterable[str]) -> list[str]:
@@ -162,37 +179,3 @@ def numbered(names: Iterable[str]) -> list[str]:
         m = calls[name] = calls.get(name, -1) + 1
         unique.append(f"{name} call {m}" if names.count(name) > 1 else name)
     return unique
-
-
-def _array(value: Tensor) -> np.ndarray:
-    value = value.detach()
-    if value.dtype in (torch.float16, torch.bfloat16):
-        value = value.float()
-    return value.cpu().numpy()
-
-
-def _table(records: Records) -> str:
-    """The means over the samples, a row per block, of which the middle is left out where there are many."""
-    count, shapes = len(records.blocks), {value.shape for value in records.values()}
-    if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != count:
-        measured = ", ".join(f"{name} {tuple(value.shape)}" for name, value in records.items()) or "no measure"
-        return f"Records of {count} blocks: {measured}"
-    rows = [*zip(records.blocks, *(_means(value) for value in records.values()), strict=True)]
-    if count > SHOWN:
-        rows[SHOWN // 2 : -SHOWN // 2] = [("...", *("" for _ in records))]
-    rows = [("", *records), *rows]
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [
-        f"{name:{first}}" + "".join(f"  {text:>{width}}" for text, width in zip(cells, widths, strict=True))
-        for name, *cells in rows
-    ]
-    title = f"Records of {count} blocks x {shape[1]} samples, means over the samples:"
-    return "\n".join([title, *map(str.rstrip, lines)])
-
-
-def _means(value: Tensor) -> list[str]:
-    """Of each row, as text; "-" where there are no numbers, as on the meta device."""
-    try:
-        return [f"{mean:.4g}" for mean in value.detach().cpu().double().mean(1).tolist()]
-    except (RuntimeError, NotImplementedError):
-        return ["-"] * len(value)

@@ -144,7 +144,7 @@ class ModuleWise(Joined):
         parts = []
         for module in self.modules_in_order:
             x, records = module.part.record(x, *args, **measures)
-            parts.append((records, module.depth))
+            parts.append(records)
         return self.modules_in_order[-1].head(x), Records.join(parts, self.module_names)
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:

@@ -155,7 +155,7 @@ def end_to_end_step(
             state, *rows = cast(tuple[Tensor, ...], checkpoint(run, state, use_reentrant=False, context_fn=again))
         else:
             state, *rows = run(state)
-        parts.append((Records(dict(zip(measures, rows, strict=True)), *layout), module.depth))
+        parts.append(Records(dict(zip(measures, rows, strict=True)), *layout))
     output = network.modules_in_order[-1].head(state)
     records = Records.join(parts, network.module_names)
     loss = _loss(objective, network, (x, y), output, records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +40,9 @@ def blocks_by_samples(
 ) -> Figure:
     """A measure of every block on every sample as colors, and its mean by depth beside them; a row per measure.
 
-    A line of colors is a block, with its name, in the order of depth; a column is a sample. Colors begin at zero where
-    no value is negative and are even about zero where both signs occur; the bar has an arrow where they end before the
-    last percent of the values, and what is not finite is gray. The curve is the mean over the samples that are finite,
+    A line of colors is a block, with its name, in the order of depth; a column is a sample. Colors begin or end at zero
+    and are even about it where both signs occur; the bar has an arrow where they end before the last percent of the
+    values, and what is not finite is gray. The curve is the mean over the samples that are finite,
     with the interval from their 5th to their 95th percentile; with labels it is one curve for each, up to ten.
 
     Args:
@@ -99,34 +100,34 @@ def _heat_map(figure: Figure, axis: Axes, values: np.ndarray, title: str, height
     with needs("plot"):
         from matplotlib import colormaps
 
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    bottom, top = (float(v) for v in np.percentile(finite, (1, 99))) if finite.size else (0.0, 1.0)
-    if low >= 0:
-        colors, bottom = "viridis", 0.0
-    elif high > 0:
-        colors, top = "RdBu_r", max(-bottom, top)
-        bottom = -top
-    else:
-        colors = "viridis"
-    if top <= bottom:  # all are the same, which a bar of no extent would shift (matplotlib#15566)
-        bottom, top = (0.0, high or 1.0) if low >= 0 else (low - abs(low), high + abs(high))
-    cut = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    lost = ~np.isfinite(values)
+    finite = np.zeros(1) if lost.all() else values[~lost]
+    low, high = finite.min(initial=0), finite.max(initial=0)
+    bottom, top = np.clip(np.percentile(finite, (1, 99)), (low, 0), (0, high))
+    if bottom == top:
+        bottom, top = (low, high) if low < high else (0, 1)
+    if signed := low < 0 < high:
+        bottom, top = np.array([-1, 1]) * max(-bottom, top)
     image = axis.imshow(
-        np.ma.masked_invalid(values), aspect="auto", vmin=bottom, vmax=top,
-        cmap=colormaps[colors].with_extremes(bad="0.75"), interpolation="nearest",
+        values, aspect="auto", vmin=bottom, vmax=top, interpolation="nearest",
+        cmap=colormaps["RdBu_r" if signed else "viridis"].with_extremes(bad="0.75"),
     )  # fmt: skip
     figure.colorbar(
-        image, ax=axis, label=title, extend=cut[low < bottom, high > top], format="%.3g", pad=0.02,
-        aspect=9 * height, extendfrac=0.12 / height,
+        image, ax=axis, label=title, extend=("neither", "min", "max", "both")[(low < bottom) + 2 * (high > top)],
+        format="%.3g", pad=0.02, aspect=9 * height, extendfrac=0.12 / height,
     )  # fmt: skip
-    if lost := values.size - finite.size:
-        axis.set_title(f"{lost} of {values.size} values are not finite (gray)", fontsize="small")
+    if lost.any():
+        axis.set_title(f"{lost.sum()} of {lost.size} values are not finite (gray)", fontsize="small")
+
+
+def _spaced(count: int, room: float) -> range:
+    """Every one, or every second, third, ... where there is room for fewer."""
+    return range(0, count, ceil(count / room))
 
 
 def _name_blocks(axis: Axes, blocks: Sequence[str], lines: int) -> None:
-    """Names beside the rows, of every second, third, ... block where they are too many to be read."""
-    rows = range(0, len(blocks), -(-len(blocks) // lines))
+    """Names beside the rows."""
+    rows = _spaced(len(blocks), lines)
     if max(map(len, blocks)) > LETTERS:  # what all begin with stands beside them once
         pairs = takewhile(lambda pair: pair[0] == pair[1], zip(min(blocks), max(blocks), strict=False))
         common = "".join(letter for letter, _ in pairs).rpartition(".")[0]
@@ -138,7 +139,7 @@ def _name_blocks(axis: Axes, blocks: Sequence[str], lines: int) -> None:
 
 
 def _name_samples(axis: Axes, groups: Groups, title: str) -> None:
-    """The label of each group below it, of every second, third, ... where they are too many."""
+    """The label of each group below it."""
     with needs("plot"):
         from matplotlib.ticker import MaxNLocator
 
@@ -149,10 +150,10 @@ def _name_samples(axis: Axes, groups: Groups, title: str) -> None:
     ends = np.cumsum([len(samples) for _, samples in groups])
     for end in ends[:-1]:
         axis.axvline(end - 0.5, color="white", linewidth=0.8)
-    longest = max(len(str(label)) for label, _ in groups)
-    every = -(-len(groups) * (longest + 1) // 55)
+    names = [str(label) for label, _ in groups]
+    shown = _spaced(len(groups), 55 / (max(map(len, names)) + 1))
     middles = ends - np.array([len(samples) for _, samples in groups]) / 2 - 0.5
-    axis.set_xticks(middles[::every], [str(label) for label, _ in groups[::every]], fontsize="small")
+    axis.set_xticks(middles[shown], [names[i] for i in shown], fontsize="small")
     axis.tick_params(axis="x", length=0)
     axis.set_xlabel("samples by label")
 
@@ -175,6 +176,7 @@ def _curves(axis: Axes, values: np.ndarray, groups: Groups, title: str) -> None:
         axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter("{x:.3g}")
+    axis.tick_params(axis="x", labelsize="small")
     axis.set_xlabel(f"mean {title}", fontsize="small")
     axis.grid(axis="x", alpha=0.3)
     if apart:

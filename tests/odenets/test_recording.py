@@ -40,8 +40,8 @@ def test_parts_with_other_measures_are_not_joined():
     flow, x = Flow(depth=2, solver="euler"), torch.randn(3, 2)
     (_, one), (_, other) = flow.record(x, a=measures.action), flow.record(x, r=measures.residue)
     with pytest.raises(ValueError, match=r"parts must have the same measures, got \['a'\] and \['r'\]"):
-        Records.join([(one, 2), (other, 2)])
-    joined = Records.join([(one, 2), (one, 2)])
+        Records.join([one, other])
+    joined = Records.join([one, one])
     assert joined.starts == (0, 2)
     assert joined["a"].shape == (4, 3)
 

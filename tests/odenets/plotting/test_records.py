@@ -51,9 +51,11 @@ def test_the_interval_is_that_of_the_samples():
         ([[0.0, 1.0], [2.0, 4.0]], "viridis", (0, 3.94), "max"),
         ([[3.0, 3.0], [3.0, 3.0]], "viridis", (0, 3), "neither"),
         ([[0.0, 0.0], [0.0, 0.0]], "viridis", (0, 1), "neither"),
+        ([[0.0] * 1000, [0.0] * 999 + [2.0]], "viridis", (0, 2), "neither"),
+        ([[0.0] * 1000, [-1.0] + [0.0] * 998 + [2.0]], "RdBu_r", (-2, 2), "neither"),
         ([[-4.0, 1.0], [2.0, 2.0]], "RdBu_r", (-3.85, 3.85), "min"),
-        ([[-4.0, -2.0], [-3.0, -3.0]], "viridis", (-3.97, -2.03), "both"),
-        ([[-2.0, -2.0], [-2.0, -2.0]], "viridis", (-4, 0), "neither"),
+        ([[-4.0, -2.0], [-3.0, -3.0]], "viridis", (-3.97, 0), "min"),
+        ([[-2.0, -2.0], [-2.0, -2.0]], "viridis", (-2, 0), "neither"),
     ],
 )
 def test_colors_begin_at_zero_or_are_even_about_it(values, name, limits, extend):
