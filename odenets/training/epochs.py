@@ -20,6 +20,7 @@ from odenets.training.metrics import Metric, accuracy
 from odenets.training.notes import BatchNotes
 from odenets.training.optimization import Interval, MakeOptimizer, check_optimizer, step_lr_scheduler
 from odenets.training.processes import Processes
+from odenets.training.sharding import reshard
 from odenets.training.sources import Source
 from odenets.training.state import Training
 from odenets.training.steps import Stepper, set_up
@@ -75,7 +76,9 @@ class Epochs:
         self._set_up()
         self.frozen = to_training_mode(training.network, self.frozen)
         loss, metric = self._train()
+        reshard(self.recording)
         validated = self._validate() if self.validation is not None and math.isfinite(loss) else None
+        reshard(self.recording)
         if trouble := self._trouble(loss, validated):
             self._recover(before, trouble)
             return None

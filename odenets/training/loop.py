@@ -159,6 +159,7 @@ def fit(
     for data in filter(None, (source, validated)):
         data.move_to(module)
     recording = set_up(fabric, network, objective, compile)
+    processes.check_shares(module)
     first = make_optimizer(optimizer, module.parameters())
     training = Training(network, first, make_lr_scheduler(lr_scheduler, first, lr_interval), objective)
     training.precision, training.source, training.callbacks = fabric.strategy.precision, source, hooks

@@ -11,6 +11,7 @@ import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from odenets.training.sharding import is_divided
 from odenets.training.sources import Collate, Source, part, samples_in
 
 if TYPE_CHECKING:
@@ -120,6 +121,20 @@ class Processes:
         if self.fabric.world_size > 1:
             for tensor in (*network.parameters(), *network.buffers()):
                 distributed.broadcast(tensor.detach(), src=0)
+
+    def check_shares(self, network: nn.Module) -> None:
+        """Warn where processes neither have batches of their own nor parts of the network once it is set up.
+
+        Warns:
+            UserWarning: each does the same.
+        """
+        if self.fabric.world_size > self.replicas and not any(map(is_divided, network.parameters())):
+            warnings.warn(
+                f"{self.fabric.world_size} processes have the batches of {self.replicas} and whole parameters, so that "
+                "several do the same: ModelParallelStrategy(parallelize, "
+                f"data_parallel_size={self.fabric.world_size}, tensor_parallel_size=1) shards by FSDP2",
+                stacklevel=4,
+            )
 
     def gathered(self, value: Any) -> list[Any]:
         """The value of each process."""

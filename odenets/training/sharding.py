@@ -7,12 +7,52 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["is_sharded", "load_network", "sharded_like", "whole"]
+from odenets.recording import Records
+
+__all__ = ["gather_for_record", "is_divided", "is_sharded", "load_network", "reshard", "sharded_like", "whole"]
 
 
 def is_sharded(network: nn.Module) -> bool:
     """Whether each process holds a part of the parameters."""
     return any(map(_is_part, network.parameters()))
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether several processes hold a part of it each."""
+    part: Any = tensor
+    return _is_part(part) and part.device_mesh.size() > 1 and any(p.is_shard() for p in part.placements)
+
+
+def reshard(module: nn.Module) -> None:
+    """Leave to each process its part of the parameters: a forward pass without a backward one leaves the whole."""
+    for part in filter(_is_unit, module.modules()):
+        part.reshard()  # type: ignore[operator]  # a unit has it
+
+
+def gather_for_record(network: nn.Module) -> None:
+    """Let units that record be whole in their ``record`` too: FSDP2 gathers for ``forward`` only."""
+    for part in filter(_is_unit, network.modules()):
+        if callable(getattr(part, "record", None)) and "record" not in vars(part):
+            _gather_for_record(part)
+
+
+def _gather_for_record(unit: Any) -> None:
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    record = unit.record
+
+    def in_tensors(*args: Any, **measures: Any) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
+        # a plain dictionary, whose tensors FSDP2 finds: it gathers anew before the gradient of any comes
+        output, records = record(*args, **measures)
+        return output, dict(records), records.layout
+
+    def gathered(*args: Any, **measures: Any) -> tuple[Any, Records]:
+        output, values, layout = unit.record_in_tensors(*args, **measures)
+        return output, Records(values, *layout)
+
+    unit.record_in_tensors = in_tensors
+    register_fsdp_forward_method(unit, "record_in_tensors")
+    unit.record = gathered
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -40,3 +80,8 @@ def load_network(network: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on it; a wrapper hands on attributes, but not those of its class."""
+    return hasattr(type(module), "reshard")

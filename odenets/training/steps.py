@@ -19,6 +19,7 @@ from odenets.training.objectives import (
     check_loss,
     logits_and_labels,
 )
+from odenets.training.sharding import gather_for_record
 from odenets.training.sources import part, samples_in
 from odenets.training.state import Training
 from odenets.training.step_counting import after_step
@@ -31,7 +32,11 @@ __all__ = ["Stepper", "set_up"]
 
 def set_up(fabric: Fabric, network: Any, objective: Objective, compile: bool) -> Any:
     """The module that Fabric calls to record a network, and which a sharding strategy shards."""
-    return fabric.setup_module(Recording(network, objective.measures, compile))
+    recording = Recording(network, objective.measures)
+    module = fabric.setup_module(recording)
+    gather_for_record(network)
+    recording.record = torch.compile(network.record) if compile else network.record
+    return module
 
 
 class Stepper:

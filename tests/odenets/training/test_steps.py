@@ -128,9 +128,11 @@ def same_to_rounding(one, two):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", train_on_loaders.NETWORKS)
 def test_processes_with_loaders_make_what_one_makes_of_their_batches(alone, loaders, name):
-    """With clipping, parts of a batch, a lambda, validation, a plateau and best weights; by ddp, and sharded."""
-    for rank in range(2):
-        same_to_rounding(written(loaders, f"{name}_whole", rank), written(alone, f"{name}_whole"))
+    """With clipping, parts of a batch, a lambda, validation, a plateau and best weights; by ddp, and sharded by each
+    layer, each block, each flow, or as a whole."""
+    for how in ("whole", *train_on_loaders.UNITS):
+        for rank in range(2):
+            same_to_rounding(written(loaders, f"{name}_{how}", rank), written(alone, f"{name}_{how}"))
 
 
 @pytest.mark.slow
@@ -159,6 +161,7 @@ def test_what_cannot_be_distributed_or_sharded_says_so(loaders):
     assert "batches must be a DataLoader whose sampler Fabric can replace" in errors["batch sampler"]
     sharded = not (loaders / "uneven_0.pt").exists()
     assert ("ValueError: a sharded network keeps its depth" in errors.get("edits", "")) == sharded
+    assert ("2 processes have the batches of 1 and whole parameters" in errors.get("default sizes", "")) == sharded
 
 
 @pytest.mark.parametrize(

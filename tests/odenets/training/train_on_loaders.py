@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torchvision.models.resnet import BasicBlock
 
-from odenets import adapt, models
+from odenets import Flow, adapt, models
 from odenets.depth import AdaptiveDepth, DepthRule
 from odenets.least_action import LeastAction
 from odenets.training import BestWeights, Run, fit
@@ -29,6 +29,9 @@ DATASET = TensorDataset(X, Y)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
+norm = partial(nn.GroupNorm, 4)
+
+
 def flow_network() -> Any:
     torch.manual_seed(0)
     return models.small_network(features=8, solver="bs23", depth=2).double()
@@ -37,20 +40,30 @@ def flow_network() -> Any:
 def adapted() -> Any:
     """Without batch norms, which see each process' own samples."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10, norm_layer=partial(nn.GroupNorm, 8))
-    return adapt(nn.Sequential(nn.Conv2d(1, 3, 1), model)).double()
+    down = nn.Conv2d(8, 16, 1, stride=2)
+    blocks = [BasicBlock(8, 8, norm_layer=norm), BasicBlock(8, 16, 2, down, norm_layer=norm)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    return adapt(nn.Sequential(nn.Conv2d(1, 8, 3), *blocks, *head)).double()
 
 
 NETWORKS = {"flow": (flow_network, 1, 2), "adapted": (adapted, 2, 1000)}
 """With parts of a batch, and the steps between two changes of lambda, which grows with the loss of one part."""
 
 
-def parallelize(recording: Any, mesh: Any) -> Any:
-    """Each convolution and linear layer by itself, and what is left."""
-    for module in recording.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            fully_shard(module, mesh=mesh["data_parallel"])
-    return fully_shard(recording, mesh=mesh["data_parallel"])
+class Parallelize:
+    """Shards units each by itself, and what is left."""
+
+    units: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
+
+    def __call__(self, recording: Any, mesh: Any) -> Any:
+        for module in recording.modules():
+            if isinstance(module, self.units):
+                fully_shard(module, mesh=mesh["data_parallel"])
+        return fully_shard(recording, mesh=mesh["data_parallel"])
+
+
+parallelize = Parallelize()
+UNITS = {"layers": (nn.Conv2d, nn.Linear), "blocks": (Flow, BasicBlock), "root": ()}
 
 
 def shuffled(processes: int) -> DataLoader:
@@ -118,6 +131,24 @@ def train(folder: Path, fabric: Fabric, which: str) -> None:
         record(folder, fabric, f"{which}_{name}", network, training.rows, objective)
 
 
+def validate(folder: Path, fabric: Fabric, which: str) -> None:
+    """Epochs after a validation, of networks in other units: nothing between them makes the parameters parts again."""
+    for units, kinds in UNITS.items():
+        parallelize.units = kinds
+        network, objective = NETWORKS[which][0](), LeastAction(tau=0.5)
+        training = fit(
+            network,
+            shuffled(fabric.world_size),
+            epochs=2,
+            optimizer=SGD,
+            objective=objective,
+            validation=DataLoader(DATASET, 12),
+            fabric=fabric,
+        )
+        record(folder, fabric, f"{which}_{units}", network, training.rows, objective)
+    parallelize.units = UNITS["layers"]
+
+
 def uneven(folder: Path, fabric: Fabric) -> None:
     """The third batch of the first process is of no round."""
     network, objective = flow_network(), LeastAction(tau=0.5)
@@ -156,6 +187,13 @@ def refused(folder: Path, fabric: Fabric) -> None:
             call()
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        idle = Fabric(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(parallelize))
+        idle.launch()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(flow_network(), shuffled(2), epochs=1, optimizer=SGD, fabric=idle)
+        errors["default sizes"] = "\n".join(str(w.message) for w in caught)
     (folder / f"errors_{fabric.global_rank}.json").write_text(json.dumps(errors))
 
 
@@ -164,6 +202,7 @@ def main(folder: Path, fabric: Fabric) -> None:
     folder.mkdir(exist_ok=True)
     for which in NETWORKS:
         train(folder, fabric, which)
+        validate(folder, fabric, which)
     if not isinstance(fabric.strategy, ModelParallelStrategy):
         uneven(folder, fabric)
         listed(folder, fabric)
