@@ -15,7 +15,9 @@ from torch import nn
 from odenets.errors import needs
 from odenets.files import write_atomically
 from odenets.flow import Flow
+from odenets.functions import described
 from odenets.modes import device_of, dtype_of
+from odenets.neural_ode import NeuralODE
 
 __all__ = ["fingerprint", "is_finite", "load_weights", "map_state", "restore_structure", "save_weights", "structure"]
 
@@ -75,10 +77,12 @@ def fingerprint(network: nn.Module) -> str:
     """SHA-256 of what a network computes with, in hexadecimal; device and mode do not matter.
 
     It covers the weights, buffers and step sizes, and what the modules print of themselves, where numbers stand that
-    are no tensors: the solver, a tolerance, a normalization, a readout, the blocks of an adapted model.
+    are no tensors: a normalization, a readout, the blocks of an adapted model. Of a neural ODE it covers all settings,
+    and its field, event and norm as :func:`~odenets.functions.described` tells functions, by their code.
 
     Raises:
         ValueError: a flow has not seen an input yet and has no field.
+        TypeError: an extra state that is no tensor; a setting of a neural ODE that nothing tells.
 
     >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     >>> fingerprint(a) == fingerprint(a), fingerprint(a) == fingerprint(b)
@@ -89,7 +93,10 @@ def fingerprint(network: nn.Module) -> str:
     state = _tensors(network)
     digest = hashlib.sha256()
     for name, module in network.named_modules():
-        digest.update(f"{name} {type(module).__name__}({module.extra_repr()})\n".encode())
+        shown = module.extra_repr()
+        if isinstance(module, NeuralODE):
+            shown = "".join(described(value, key, network.modules()) for key, value in module.settings.items())
+        digest.update(f"{name} {type(module).__name__}({shown})\n".encode())
     for name, tensor in sorted(state.items()):
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from odenets.blocks import check_arguments
+from odenets.functions import read_by
 from odenets.normalization import StageBatchNorm
 
 __all__ = [
     "check_event",
     "check_field",
     "check_mixing",
-    "check_repeatable",
     "check_settings",
     "end_time",
     "is_times",
@@ -128,24 +127,13 @@ def _trained(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[str]
 def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:
     """What a function reads, what an object or a collection holds, by name where it has one."""
     if isinstance(value, FunctionType):
-        if (value.__module__ or "").partition(".")[0] in ("torch", "numpy"):
-            return
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            try:
-                yield name, cell.cell_contents
-            except ValueError:  # of a name that is not bound yet
-                continue
-        yield from ((name, value.__globals__[name]) for name in _global_names(value.__code__) & {*value.__globals__})
-        yield from ((None, default) for default in value.__defaults__ or ())
-        yield from (value.__kwdefaults__ or {}).items()
+        if (value.__module__ or "").partition(".")[0] not in ("torch", "numpy"):
+            yield from read_by(value)
     elif isinstance(value, MethodType):
         yield from ((None, value.__self__), (None, value.__func__))
     elif isinstance(value, partial):
-        yield from [
-            (type(value.func).__name__, value.func),
-            *((None, arg) for arg in value.args),
-            *value.keywords.items(),
-        ]
+        parts = ((None, arg) for arg in value.args)
+        yield from ((type(value.func).__name__, value.func), *parts, *value.keywords.items())
     elif isinstance(value, Mapping):
         yield from ((None, part) for part in value.values())
     elif isinstance(value, list | tuple | set | frozenset):
@@ -153,11 +141,6 @@ def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:
     else:
         yield from getattr(value, "__dict__", {}).items()
         yield None, vars(type(value)).get("__call__")
-
-
-def _global_names(code: CodeType) -> set[str]:
-    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return names.union(*(_global_names(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
 def check_mixing(field: Any) -> None:
@@ -173,22 +156,6 @@ def check_mixing(field: Any) -> None:
             raise ValueError(
                 "field must treat each sample as if it were alone with control='sample', but batch norm in training "
                 "mode reads the whole batch, at other times and steps: take control='batch', or norm='group' or 'layer'"
-            )
-
-
-def check_repeatable(field: Any) -> None:
-    """That a field is the same when a backward pass calls it again.
-
-    Raises:
-        ValueError: it holds spectral norm in training mode, which takes a step of its power iteration at each call.
-    """
-    owner = field if isinstance(field, nn.Module) else owner_of(field)
-    for module in () if owner is None or torch.compiler.is_compiling() else owner.modules():
-        parts = (module, *module._forward_pre_hooks.values())
-        if module.training and any(type(part).__name__ in ("_SpectralNorm", "SpectralNorm") for part in parts):
-            raise ValueError(
-                "field must be the same at each call with gradient='checkpoint' and 'backsolve', which call it again, "
-                "but spectral norm in training mode changes it: take gradient='direct'"
             )
 
 

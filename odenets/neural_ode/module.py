@@ -15,7 +15,6 @@ from odenets.neural_ode.inputs import (
     check_event,
     check_field,
     check_mixing,
-    check_repeatable,
     check_settings,
     end_time,
     is_times,
@@ -44,7 +43,7 @@ class NeuralODE(nn.Module):
             a state that requires a gradient. One that draws random numbers is another field at each call: what it draws
             is better drawn once and handed over after x. Dropout in training mode is refused where the field is called
             again, by "backsolve", and by "checkpoint" where the error chooses the steps; with fixed steps "checkpoint"
-            draws the same again. So is spectral norm in training mode by both, which changes at each call.
+            draws the same again. So is by both one whose buffers change its velocity: spectral norm in training mode.
         solver: name of a method or a tableau.
         tolerance: error control, ``Tolerance()`` if neither this nor ``steps`` is given.
         steps: that many equal steps instead.
@@ -183,8 +182,6 @@ class NeuralODE(nn.Module):
     def _check_call(self, args: Sequence[Any]) -> None:
         if self.control == "sample":
             check_mixing(self.field)
-        if self.gradient != "direct" and torch.is_grad_enabled():
-            check_repeatable(self.field)
         try:
             check_arguments(self.field, args)
         except TypeError as error:
@@ -297,6 +294,20 @@ class NeuralODE(nn.Module):
         if (first, last) != (0, self.depth):
             raise ValueError(f"a neural ODE has no parts, which would share its field, got {first} to {last}")
         return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it computes with beside the modules in it: its fingerprint."""
+        field, event = (
+            getattr(f, "__qualname__", None) if isinstance(f, nn.Module) or owner_of(f) is not None else f
+            for f in (self.field, self.event)
+        )
+        tolerance = (self.tolerance or Tolerance()) if self.fixed_steps is None else None
+        return {
+            "field": field, "event": event, "tableau": self.tableau, "tolerance": tolerance, "steps": self.fixed_steps,
+            "controller": self.controller or I(), "t0": self.t0, "t1": self.t1, "gradient": self.gradient,
+            "control": self.control,
+        }  # fmt: skip
 
     def extra_repr(self) -> str:
         steps = f"steps={self.fixed_steps}" if self.fixed_steps else f"{self.tolerance or Tolerance()}"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from solvers.gradients.repeats import FirstCall, random_state
 from solvers.gradients.snapshot import Known, Snapshot
 from solvers.validation import is_transformed
 
@@ -193,7 +194,8 @@ class Captured:
             ]
         if not graph:
             args = (*(tree_map_only(Tensor, Tensor.detach, x) for x in args[:2]), *args[2:])
-        state = None if first or self._random or self._back else _random_state(self._device)
+        before = FirstCall(self._snapshot, self._device) if first and not self._back else None
+        state = None if first or self._random or self._back else random_state(self._device)
         with torch.enable_grad():
             mark = torch.zeros((), dtype=torch.float32, requires_grad=True).view(()).grad_fn._sequence_nr()  # type: ignore[union-attr]
             if self._differentiates and not any(x.requires_grad for x in tree_leaves(args[1])):
@@ -209,16 +211,22 @@ class Captured:
                     raise BegunAnew from error
                 args = (args[0], _leaves_of(args[1]), *args[2:])
                 v = self.field(*args)
-        if state is not None and not all(map(torch.equal, state, _random_state(self._device))):
-            raise ValueError(
-                f"{self._names[0]} draws random numbers at every call (dropout in training mode?): called again it is "
-                f"another field, and the gradient is wrong. Draw once before the solve, or use {self._names[2]}"
-            )
         outputs = [x for x in tree_leaves(v) if isinstance(x, Tensor)]
+        if state is not None and not all(map(torch.equal, state, random_state(self._device))):
+            remedy = f"Draw once before the solve, or use {self._names[2]}"
+            self._refuse_other("draws random numbers at every call (dropout in training mode?)", remedy)
+        if before is not None and (reason := before.other(self.field, args, outputs)):
+            direct = self._names[2].removesuffix(" or 'checkpoint'")
+            self._refuse_other(reason, f"Put what changes into eval mode, or use {direct}")
         if any(map(is_transformed, outputs)):
             self._refuse_transforms()
         self._note(outputs, mark, [x for x in tree_leaves(args[:2]) if isinstance(x, Tensor)], first)
         return v if graph else tree_map_only(Tensor, Tensor.detach, v)
+
+    def _refuse_other(self, reason: str, remedy: str) -> None:
+        raise ValueError(
+            f"{self._names[0]} {reason}: called again it is another field, and the gradient is wrong. {remedy}"
+        )
 
     def _refuse_transforms(self) -> None:
         raise RuntimeError(
@@ -330,10 +338,3 @@ def _reads(
         else:
             stack.extend(node.next_functions)
     return list(leaves.values()), outside
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dataclasses import field as attribute
 from functools import partial
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from solvers.solution import Solution
 
-__all__ = ["Known", "Snapshot"]
+__all__ = ["Buffer", "Known", "Snapshot"]
 
 _DICTIONARIES = ("_parameters", "_buffers", "_modules")
 _MISSING = object()
@@ -38,6 +38,15 @@ class _Part:
     attributes: dict[str, Tensor]
     whole: bool
     rest: dict[str, Any] = attribute(default_factory=dict)
+
+
+class Buffer(NamedTuple):
+    """A buffer: where it is held, by which name, and its version."""
+
+    held: dict[str, Any]
+    name: str
+    tensor: Tensor
+    version: int
 
 
 @dataclass
@@ -101,6 +110,12 @@ class Snapshot:
     def own(self) -> list[Tensor]:
         """The parameters of the module that the field is."""
         return [p for part in self._parts if part.whole for p in part.parameters.values() if p is not None]
+
+    def buffers(self) -> list[Buffer]:
+        """The buffers of the modules as they are now."""
+        modules = [module for part in self._parts if (module := part.reference()) is not None]
+        held = [(module._buffers, name, x) for module in modules for name, x in module._buffers.items()]
+        return [Buffer(of, name, x, _version(x)) for of, name, x in held if x is not None]
 
     def close(self, read: set[int]) -> None:
         """The forward pass is over, and read these tensors: note what it changed itself."""

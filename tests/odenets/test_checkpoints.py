@@ -1,4 +1,7 @@
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,10 @@ from torchvision.models import resnet18
 
 from odenets import Flow, MLPField, Network, NeuralODE, adapt, load_weights, models, save_weights
 from odenets.checkpoints import fingerprint
-from solvers import PI, I, Tolerance
+from solvers import PI, Tolerance
+from tests.odenets.networks import Velocity
+
+CAPTURED = {"check": True, "capture_output": True, "text": True}
 
 
 def network(depth=2, **options):
@@ -78,7 +84,7 @@ def test_the_fingerprint_tells_what_a_network_computes_with():
 
 @pytest.mark.filterwarnings("ignore:the branches of .* end in a batch norm")
 def test_the_fingerprint_tells_what_no_weight_does():
-    """A readout, a tolerance, a controller, a step size in its last digits, the blocks that are recorded."""
+    """A readout, a step size in its last digits, the blocks that are recorded."""
     torch.manual_seed(0)
     network = models.small_network(solver="bs23", depth=2)
     other = copy.deepcopy(network)
@@ -87,16 +93,60 @@ def test_the_fingerprint_tells_what_no_weight_does():
     close = copy.deepcopy(network)
     close.flows[0].resize([0.5, 0.5 + 1e-8])
     assert fingerprint(network) != fingerprint(close)
-    flows = [
-        NeuralODE(MLPField(2, 3), solver="bs23", tolerance=Tolerance(rtol), controller=controller)
-        for rtol, controller in ((1e-1, I()), (1e-6, I()), (1e-1, PI()))
-    ]
-    for flow in flows[1:]:
-        flow.load_state_dict(flows[0].state_dict())
-    assert len({fingerprint(flow) for flow in flows}) == 3
     model = resnet18(num_classes=4)
     adapted = [adapt(model), adapt(model, residue="branch"), adapt(model, ["layer1.0", "layer1.1"])]
     assert len({fingerprint(network) for network in adapted}) == 3
+
+
+def scaled_norm(scale):
+    return lambda error: scale * error.norm()
+
+
+ODES = {
+    "default": {},
+    "tolerance": {"tolerance": Tolerance(1e-6)},
+    "tolerance per feature": {"tolerance": Tolerance(atol=torch.tensor([1e-6, 1e-3]))},
+    "norm": {"tolerance": Tolerance(norm=scaled_norm(1.0))},
+    "another norm": {"tolerance": Tolerance(norm=scaled_norm(2.0))},
+    "norm of torch": {"tolerance": Tolerance(norm=torch.linalg.vector_norm)},
+    "norm of a tensor": {"tolerance": Tolerance(norm=torch.Tensor.norm)},
+    "controller": {"controller": PI()},
+    "solver": {"solver": "bs23"},
+    "steps": {"steps": 2},
+    "end": {"t1": 1.0 + 1e-15},
+    "ends": {"t1": torch.tensor([1.0, 2.0]), "control": "sample"},
+    "other ends": {"t1": torch.tensor([1.0, 3.0]), "control": "sample"},
+    "event": {"event": lambda t, x: x[0, 0] - 5},
+    "another event": {"event": lambda t, x: x[0, 0] - 0.1},
+    "field": {"field": lambda t, x: x.sin()},
+    "another field": {"field": lambda t, x: x.cos()},
+    "method": {"field": Velocity(lambda m, t, x: -x).forward},
+}
+
+
+def odes():
+    torch.manual_seed(0)
+    return {name: NeuralODE(**({"field": MLPField(2, 3)} | settings)) for name, settings in ODES.items()}
+
+
+def test_the_fingerprint_tells_all_settings_of_a_neural_ode():
+    prints = {name: fingerprint(ode) for name, ode in odes().items()}
+    assert len({*prints.values()}) == len(ODES)
+    assert prints["norm"] == fingerprint(copy.deepcopy(odes()["norm"]))
+    assert prints["norm"] == fingerprint(NeuralODE(odes()["norm"].field, tolerance=Tolerance(norm=scaled_norm(1.0))))
+    with pytest.raises(TypeError, match=r"tolerance\.norm\.scale must be a number, .*a fingerprint, got Generator"):
+        fingerprint(NeuralODE(MLPField(2), tolerance=Tolerance(norm=scaled_norm(torch.Generator()))))
+
+
+@pytest.mark.slow
+def test_the_fingerprint_is_the_same_in_every_process():
+    code = "from tests.odenets.test_checkpoints import *; print(*map(fingerprint, odes().values()))"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, **CAPTURED).stdout
+        for seed in ("1", "2")
+    ]
+    assert runs[0] == runs[1]
+    assert len({*runs[0].split()}) == len(ODES)
 
 
 def test_a_pass_does_not_change_the_fingerprint_of_an_adapted_network():

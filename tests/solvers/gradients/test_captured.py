@@ -1,5 +1,7 @@
 """What a backward pass reads is what the forward pass read, in every way that calls the field again."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,15 @@ def test_parametrized_weights(way, name):
     make = lambda: Normed(PARAMETRIZATIONS[name]).eval()  # noqa: E731
     expected = gradients(make, lambda net: directly(net, X0))
     close(gradients(make, lambda net: SOLVES[way](net, X0), lambda net: net.train()), expected)
+
+
+@every
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_a_field_that_changes_with_each_call_is_refused(way, norm):
+    net = Normed(partial(norm, n_power_iterations=1)).train()
+    with pytest.raises(ValueError, match=r"changes at every call, by a buffer.*eval mode, or use"):
+        SOLVES[way](net, X0)
 
 
 @every
