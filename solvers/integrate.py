@@ -36,7 +36,7 @@ def integrate(
     field: Callable[..., Any],
     x0: Any,
     t0: float | Tensor,
-    t1: float | Tensor,
+    t1: float | Tensor | None = None,
     *,
     solver: str | ButcherTableau = "bs23",
     steps: int | None = None,
@@ -59,7 +59,8 @@ def integrate(
             state; it lies between t0 and t1. The field must not write into x, nor into what it has returned
             (:func:`~solvers.rk_step`). It may use autograd inside.
         x0: state at t0: a tensor, floating or complex, or a tuple or dictionary of tensors ``(B, ...)``.
-        t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample.
+        t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample. Where t1 is None, the
+            end is the last of the times ``at``.
         solver: name of a method or a tableau.
         steps: that many equal steps, without error control and without waiting for the device; a state that becomes
             non-finite on the way is then returned as it is.
@@ -124,7 +125,12 @@ def integrate(
         v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     x = x0 if packing.single else packing.pack(x0)
-    start, end = _time("t0", t0, len(x) if per_sample else None), _time("t1", t1, len(x) if per_sample else None)
+    samples, times, t = len(x) if per_sample else None, (), None
+    start = _time("t0", t0, samples)
+    end: Any = None if t1 is None and at is not None else _time("t1", t1, samples)
+    if at is not None:
+        times, t = output_times(at, start, end, x, gradient=gradient, per_sample=per_sample)
+        end = end if end is not None else times[:, -1].copy() if per_sample else times[-1]
     longest = end - start if not per_sample else 2 * np.abs(end / 2 - start / 2).max().item()
     largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
     if not longest < math.inf or (steps is not None and longest / steps > largest):
@@ -135,8 +141,8 @@ def integrate(
         controller=controller or _CONTROLLER, keep=keep, event=entries, raises=on_limit == "raise",
         unpack=(lambda x: x) if packing.single else packing.unpack, per_sample=per_sample,
     )  # fmt: skip
-    if at is not None:
-        task = _with_outputs(task, at, gradient)
+    if t is not None:
+        task = _with_outputs(task, times, t)
     try:
         return _solved(task, captured, gradient, single=packing.single)
     except TypeError as error:
@@ -144,9 +150,8 @@ def integrate(
         raise
 
 
-def _with_outputs(task: Task, at: Any, gradient: str) -> Task:
+def _with_outputs(task: Task, times: Any, t: Tensor) -> Task:
     """The task with output times; fixed steps carry their closing stage where the interpolant in them needs it."""
-    times, t = output_times(at, task.t0, task.t1, task.x0, gradient=gradient, per_sample=task.per_sample)
     closing = False
     if task.grid is not None and task.tableau.dense is not None:
         closing = t.requires_grad or any(r.inside for r in batch_readings(times, tuple(task.grid.times))[1])

@@ -18,12 +18,15 @@ __all__ = ["output_times"]
 Array = np.ndarray
 
 
+_FEWER = "sort the times of each sample, and repeat the last one where a sample has fewer"
+
+
 def output_times(at: Any, t0: Any, t1: Any, x: Tensor, *, gradient: str, per_sample: bool) -> tuple[Any, Tensor]:
     """The times as numbers within the solve, and as the tensor that its solution shows.
 
     Args:
         at: what the caller passed: a tensor, an array or numbers, ``(n,)``, per sample also ``(B, n)``.
-        t0, t1: ends of the solve, numbers, or arrays ``(B,)`` with control per sample.
+        t0, t1: ends of the solve, numbers, or arrays ``(B,)`` with control per sample; t1 may be None, the last time.
         x: the state, packed.
         gradient: how gradients flow.
         per_sample: whether every sample has its own times.
@@ -45,15 +48,30 @@ def output_times(at: Any, t0: Any, t1: Any, x: Tensor, *, gradient: str, per_sam
         raise ValueError(f"at must have shape (n,) or ({samples}, n), got {shape}")
     if 0 in shape:
         raise ValueError(f"at must hold at least one time, got shape {shape}")
-    if isinstance(at, Tensor) and at.requires_grad and torch.is_grad_enabled():
-        _check_gradient(gradient, t0, t1)
     slack = 4 * torch.finfo(at.dtype if isinstance(at, Tensor) and at.is_floating_point() else torch.float64).eps
-    t = _as_tensor(at, numbers, x)
     if samples is None:
-        return _within(list(numbers), t0, t1, slack), t
-    rows = np.broadcast_to(np.array(numbers, dtype=np.float64), (samples, shape[-1]))
-    bounds: Any = enumerate(np.column_stack([t0, t1, rows]).tolist())
-    return np.array([_within(row, start, end, slack, f" of sample {i}") for i, (start, end, *row) in bounds]), t
+        times: Any = _within(list(numbers), t0, t1, slack)
+        end = times[-1]
+    else:
+        times = _rows_within(np.broadcast_to(np.array(numbers, np.float64), (samples, shape[-1])), t0, t1, slack)
+        end = times[:, -1]
+    if isinstance(at, Tensor) and at.requires_grad and torch.is_grad_enabled():
+        _check_gradient(gradient, t0, end if t1 is None else t1)
+    return times, _as_tensor(at, numbers, x)
+
+
+def _rows_within(rows: Array, t0: Array, t1: Array | None, slack: float) -> Array:
+    """:func:`_within` of each row."""
+    ends = rows[:, -1] if t1 is None else t1
+    signs: Array = np.where(ends >= t0, 1, -1)[:, None]
+    first, last = signs * t0[:, None], signs * ends[:, None]
+    slacks = slack * np.maximum(np.abs(t0), np.abs(ends))[:, None]
+    ahead = signs * rows
+    within = np.minimum(np.maximum(ahead, first), last)
+    good = np.isfinite(rows) & (first - slacks <= ahead) & (ahead <= last + slacks)
+    for i in np.flatnonzero(~good.all(1) | (np.diff(within) < 0).any(1)).tolist():
+        _within(rows[i].tolist(), float(t0[i]), None if t1 is None else float(t1[i]), slack, f" of sample {i}")
+    return signs * within
 
 
 def _as_tensor(at: Any, numbers: Any, x: Tensor) -> Tensor:
@@ -94,23 +112,26 @@ def _numbers(at: Any) -> list[float] | Array:
     return values.tolist() if values.ndim == 1 else values
 
 
-def _within(times: Sequence[float], t0: float, t1: float, slack: float, whose: str = "") -> list[float]:
+def _within(times: Sequence[float], t0: float, t1: float | None, slack: float, whose: str = "") -> list[float]:
     """The times within ``[t0, t1]``, in the direction of the solve."""
-    inside: list[float] = []
-    direction, slack, last = 1 if t1 >= t0 else -1, slack * max(abs(t0), abs(t1)), t0
     for i, time in enumerate(times):
         if not math.isfinite(time):
-            raise ValueError(f"at{whose} must be finite, got {time} at index {i}")
-        if not direction * t0 - slack <= direction * time <= direction * t1 + slack:
+            raise ValueError(f"at{whose} must be finite, got {time} at index {i}: {_FEWER}")
+    end = times[-1] if t1 is None else t1
+    inside: list[float] = []
+    direction, slack, last = 1 if end >= t0 else -1, slack * max(abs(t0), abs(end)), t0
+    for i, time in enumerate(times):
+        outside = not direction * t0 - slack <= direction * time <= direction * end + slack
+        if outside and t1 is not None:
             raise ValueError(f"at{whose} must lie between t0 = {t0:g} and t1 = {t1:g}, got {time:.9g} at index {i}")
-        time = t0 if direction * time < direction * t0 else t1 if direction * time > direction * t1 else time
-        if direction * time < direction * last:
+        inner = t0 if direction * time < direction * t0 else end if direction * time > direction * end else time
+        if outside or direction * inner < direction * last:
             raise ValueError(
-                f"at{whose} must run from t0 = {t0:g} to t1 = {t1:g} without turning back, got {time:.9g} behind "
-                f"{last:.9g}"
+                f"at{whose} must run from t0 = {t0:g} to {end:g} without turning back, got {time:.9g} behind {last:.9g}"
+                f" at index {i}: {_FEWER}"
             )
-        last = time
-        inside.append(time)
+        last = inner
+        inside.append(inner)
     return inside
 
 

@@ -43,8 +43,8 @@ class Reading:
         state_at = interpolate()
         several = len(inside) > 2 and step.x0.numel() <= _SMALL and not torch.compiler.is_compiling()
         alike = len({isinstance(theta, Tensor) for theta in inside}) == 1
-        found = iter(at_many(step, state_at, inside) if several and alike else map(state_at, inside))
-        return [next(found) if isinstance(theta, Tensor) or theta != 1 else step.x1 for theta in self.fractions]
+        states = iter(at_many(step, state_at, inside) if several and alike else map(state_at, inside))
+        return [next(states) if isinstance(theta, Tensor) or theta != 1 else step.x1 for theta in self.fractions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class SampleReading:
     """The same of a step with a size per sample.
 
     Attributes:
-        samples: whose states, ``(P,)``; a sample may occur often.
+        samples: whose states, ``(P,)``, in order; a sample may occur often.
         fractions: of the step of each, ``(P,)`` float64.
         shift: None, or zeros ``(P,)`` that carry the gradient of the times.
     """
@@ -68,14 +68,18 @@ class SampleReading:
 
     def __call__(self, step: Step, field: Field) -> Tensor:
         """Their states, ``(P, *S)``; an interpolant that needs the velocity at the end takes it for all samples."""
-        samples = torch.from_numpy(self.samples).to(step.x0.device)
+        device = step.x0.device
         if not self.inside:
-            return step.x1[samples]
-        part = step.select(samples)
-        theta = to_state_shape(self.fractions, step.x0)
+            return step.x1[torch.from_numpy(self.samples).to(device)]
+        rows, width, order = self._block()
+        samples, places = torch.from_numpy(rows).to(device), torch.from_numpy(order).to(device)
+        part = _widened(step.select(samples))
+        fractions = np.ones(len(rows) * width)
+        fractions[order] = self.fractions
+        theta = to_state_shape(fractions, step.x0).unflatten(0, (-1, width))
         if self.shift is not None:
-            assert isinstance(part.h, Tensor)
-            theta = theta + self.shift.to(theta).view_as(theta) / part.h
+            shift = self.shift.new_zeros(len(fractions)).index_copy(0, places, self.shift)
+            theta = theta + shift.to(theta).view_as(theta) / part.h  # type: ignore[operator] - tensors here
         concerned = np.zeros(len(step.x0), dtype=bool)
         concerned[self.samples] = True
         among = to_state_shape(concerned, step.x0)
@@ -83,13 +87,28 @@ class SampleReading:
         def last(t: Any, x: Tensor) -> Tensor:
             """The field at the ends of the step, called with all samples in their places."""
             times = torch.where(among, step.t + step.h, step.t)  # type: ignore[arg-type] - tensors here
-            return field(times, torch.where(among, step.x1, step.x0))[samples]
+            return field(times, torch.where(among, step.x1, step.x0))[samples].unsqueeze(1)
 
         states = interpolant(part, last)(theta)
-        ends = self.fractions == 1
+        ends = fractions == 1
         if self.shift is None and ends.any():
-            states = torch.where(to_state_shape(ends, step.x0), part.x1, states)
-        return states
+            states = torch.where(to_state_shape(ends, step.x0).view_as(theta), part.x1, states)
+        return states.flatten(0, 1)[places]
+
+    def _block(self) -> tuple[Array, int, Array]:
+        """Samples as rows of one width, and the places of the states in them; one state a row where many stay empty."""
+        samples, counts = np.unique(self.samples, return_counts=True)
+        width = int(counts.max())
+        if len(samples) * width > 2 * len(self.samples):
+            return self.samples, 1, np.arange(len(self.samples))
+        firsts = np.repeat(counts.cumsum() - counts, counts)
+        return samples, width, np.repeat(np.arange(len(samples)) * width, counts) + np.arange(len(firsts)) - firsts
+
+
+def _widened(step: Step) -> Step:
+    """A step whose states have a dimension of times behind that of the samples."""
+    t, h, *states = (v.unsqueeze(1) for v in (step.t, step.h, step.x0, step.x1, *step.stages))  # type: ignore[union-attr]
+    return Step(t, h, states[0], states[1], tuple(states[2:]), step.tableau)
 
 
 class BatchOutputs:

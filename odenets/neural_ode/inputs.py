@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from odenets.blocks import check_arguments
 from odenets.functions import read_by
@@ -22,7 +21,6 @@ __all__ = [
     "check_field",
     "check_mixing",
     "check_settings",
-    "end_time",
     "is_times",
     "owner_of",
     "time_of",
@@ -178,37 +176,3 @@ def time_of(name: str, t: Any) -> Any:
 def is_times(value: Any) -> bool:
     """Whether a value looks like times: a number or some in a row, as a tensor, an array or a list."""
     return not isinstance(value, str | Mapping) and len(getattr(value, "shape", np.shape(value))) <= 1
-
-
-def end_time(at: Any, x: Any, t0: Any, t1: Any, *, per_sample: bool) -> Any:
-    """The last of the times ``at``, or of those of each sample ``(B,)``; t1 where they are no such times.
-
-    Raises:
-        ValueError: times that are not finite or turn back.
-    """
-    if torch.compiler.is_compiling():  # which takes a list of floats
-        return at[-1] if isinstance(at, list | tuple) and at else t1
-    try:
-        times = np.array(at.tolist() if isinstance(at, Tensor) else at, dtype=np.float64)
-    except (TypeError, ValueError):
-        return t1
-    first = next((leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)), None)
-    samples = len(first) if per_sample and first is not None and first.ndim else 1
-    if not times.size or times.ndim not in (1, 1 + per_sample) or (times.ndim == 2 and len(times) != samples):
-        return t1
-    if not np.isfinite(times).all():
-        raise ValueError(f"at must be finite, got NaN or infinity: {_FEWER}")
-    start = np.array(t0.tolist() if isinstance(t0, Tensor) else t0, dtype=np.float64)
-    if start.shape in ((), (samples,)):
-        rows = np.broadcast_to(times, (samples, times.shape[-1]))
-        moves = np.diff(np.column_stack([np.broadcast_to(start, samples), rows]))
-        eps = torch.finfo(at.dtype if isinstance(at, Tensor) and at.is_floating_point() else torch.float64).eps
-        least = 4 * eps * max(np.abs(rows).max(), np.abs(start).max())
-        turning = ((moves > least).any(1) & (moves < -least).any(1)).nonzero()[0]
-        if len(turning):
-            row = ", ".join(f"{t:g}" for t in rows[turning[0]][:8])
-            raise ValueError(f"at must run from t0 on without turning back, got {row}: {_FEWER}")
-    return times[..., -1] if times.ndim == 2 else times[-1].item()
-
-
-_FEWER = "sort the times of each sample, and repeat the last one where a sample has fewer"

@@ -16,7 +16,6 @@ from odenets.neural_ode.inputs import (
     check_field,
     check_mixing,
     check_settings,
-    end_time,
     is_times,
     owner_of,
     time_of,
@@ -171,11 +170,8 @@ class NeuralODE(nn.Module):
 
     def _solve(self, x: Any, args: Sequence[Any], at: Any, keep: str) -> Solution:
         self._check_call(args)
-        options, t1 = self._options(keep), self.t1
-        if at is not None:
-            options["at"] = at
-            t1 = end_time(at, x, self.t0, t1, per_sample=self.control == "sample")
-        solution = integrate(self.field, x, self.t0, t1, args=args, **options)
+        end = self.t1 if at is None else None
+        solution = integrate(self.field, x, self.t0, end, at=at, args=args, **self._options(keep))
         self.statistics = solution.stats
         return solution
 

@@ -215,9 +215,12 @@ def test_times_of_samples_go_with_states_on_a_gpu(x, field):
 @pytest.mark.parametrize(
     ("at", "message"),
     [
-        ([0.5, 0.2, 0.7], "at must run from t0 on without turning back, got 0.5, 0.2, 0.7.*repeat the last one"),
+        (
+            [0.5, 0.2, 0.7],
+            "from t0 = 0 to 0.7 without turning back, got 0.2 behind 0.5 at index 1: .*repeat the last one",
+        ),
         ([0.2, -0.1], "without turning back"),
-        ([0.2, math.nan], "at must be finite.*repeat the last one where a sample has fewer"),
+        ([0.2, math.nan], "at of sample 0 must be finite.*repeat the last one where a sample has fewer"),
         ([[0.1, 0.2, 0.0]] * 5, "without turning back.*repeat the last one"),
         ([[0.1], [0.1, 0.2], [0.3], [0.4], [0.5]], "repeat the last"),
         ([], "at must hold at least one time"),
