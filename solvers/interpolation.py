@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from solvers.validation import to_state_shape
 __all__ = ["Interpolant", "SampleInterpolant", "at_many", "hermite", "interpolant"]
 
 
-def interpolant(step: Step, field: Field) -> Callable[[Any], Tensor]:
+def interpolant(step: Step, field: Field, *, many: bool = False) -> Callable[[Any], Tensor]:
     """The state at ``t + theta * h``, ``(B, *S)``, as a function of theta in [0, 1], a number or a tensor.
 
     That of the method where it has one and the step its closing stage; else cubic Hermite, which costs one field
@@ -27,9 +27,12 @@ def interpolant(step: Step, field: Field) -> Callable[[Any], Tensor]:
     Args:
         step: the step.
         field: velocity ``v(t, x)``.
+        many: whether theta is a tensor of many fractions, for which products and sums are taken in one pass.
     """
     if step.tableau.dense is not None and len(step.stages) == step.tableau.stages:
-        return step.at
+        return (
+            step.at if not many else lambda theta: _summed(step, [w * step.h for w in step.tableau.weights_at(theta)])
+        )
     return partial(hermite, step, velocity(field, step.t + step.h, step.x1, step.tableau.interior))
 
 
@@ -45,8 +48,14 @@ def at_many(step: Step, state_at: Callable[[Any], Tensor], thetas: Sequence[Any]
     if step.tableau.dense is None or isinstance(step.h, Tensor) or len(step.stages) < step.tableau.stages:
         return state_at(to_state_shape(numbers, x).view(shape))
     weights = np.concatenate(step.tableau.weights_at(numbers)) * step.h
-    for p, weight in zip(step.stages, to_state_shape(weights, x).to(x.dtype).view(-1, *shape), strict=True):
-        x = torch.addcmul(x, weight, p)
+    return _summed(step, to_state_shape(weights, x).view(-1, *shape))
+
+
+def _summed(step: Step, weights: Iterable[Tensor]) -> Tensor:
+    """The first state and the weighted stages; other roundings than those of :meth:`Step.at`."""
+    x = step.x0
+    for p, weight in zip(step.stages, weights, strict=True):
+        x = torch.addcmul(x, weight.to(p.dtype), p)
     return x
 
 

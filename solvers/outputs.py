@@ -89,7 +89,7 @@ class SampleReading:
             times = torch.where(among, step.t + step.h, step.t)  # type: ignore[arg-type] - tensors here
             return field(times, torch.where(among, step.x1, step.x0))[samples].unsqueeze(1)
 
-        states = interpolant(part, last)(theta)
+        states = interpolant(part, last, many=True)(theta)
         ends = fractions == 1
         if self.shift is None and ends.any():
             states = torch.where(to_state_shape(ends, step.x0).view_as(theta), part.x1, states)

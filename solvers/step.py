@@ -111,7 +111,7 @@ class Step(NamedTuple):
             raise ValueError(f"at() needs the closing stage of {self.tableau.name}: take the step with closing=True")
         x = self.x0
         for p, weight in zip(self.stages, weights, strict=True):
-            x = torch.addcmul(x, (weight * self.h).to(p.dtype), p)
+            x = x + (weight * self.h).to(p.dtype) * p
         return x
 
     def select(self, samples: Tensor) -> Step:

@@ -259,6 +259,11 @@ class NeuralODE(nn.Module):
     ) -> tuple[Tensor, Records]:
         """Measures as further parts of the state, whose error no step is chosen by."""
         self._check_call(args)
+        if torch.finfo(x.dtype).bits < 32:
+            raise ValueError(
+                f"x must be float32 or wider where measures are integrated beside it, got {x.dtype}: "
+                "take x.float() under torch.autocast, or gradient='direct' without an event"
+            )
         integrands = [integrand_of(name, measure) for name, measure in measures.items()]
         options: dict[str, Any] = self._options("last") | {"parameters": None}
         if self.fixed_steps is None:

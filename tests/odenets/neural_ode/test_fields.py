@@ -15,21 +15,11 @@ from odenets.least_action import LeastAction
 from odenets.training.objectives import Task
 from solvers import Tolerance
 from tests.odenets.networks import Velocity
+from tests.odenets.neural_ode.fields import Bound, Conditioned
 
 TIGHT = Tolerance(1e-9, 1e-9)
 GRADIENTS = ("direct", "checkpoint", "backsolve")
 FIXED = {"steps": 4, "solver": "rk4"}
-
-
-class Conditioned(nn.Module):
-    """``v = tanh(W x + c)``."""
-
-    def __init__(self, features=3):
-        super().__init__()
-        self.layer = nn.Linear(features, features)
-
-    def forward(self, t, x, c):
-        return torch.tanh(self.layer(x) + c)
 
 
 class Density(nn.Module):
@@ -46,16 +36,6 @@ class Density(nn.Module):
             v = self.net(x)
             (pull,) = torch.autograd.grad(v, x, noise, create_graph=True)
         return v, -(pull * noise).sum(1)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 3, dtype=torch.float64)
-
-
-@pytest.fixture
-def field():
-    return MLPField(3, 8, activation="tanh", time=True).double()
 
 
 def mixing(layer):
@@ -303,15 +283,7 @@ def test_a_function_that_cannot_be_pickled_can_be_copied(x, field):
 
 
 def test_a_copy_of_a_method_is_that_of_the_copy(x):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def velocity(self, t, x):
-            return self.layer(x)
-
-    ode = NeuralODE(Model().velocity).double()
+    ode = NeuralODE(Bound().velocity).double()
     other = copy.deepcopy(ode)
     nn.init.zeros_(other.owner.layer.weight)
     nn.init.zeros_(other.owner.layer.bias)

@@ -122,6 +122,7 @@ def test_no_velocity_is_named(field, message, mode):
         (lambda ode, x: ode(x, x), TypeError, "field must take t, x and what follows x in the call, 1 further"),
         (lambda ode, x: ode(x.long()), TypeError, "x0 must be floating or complex"),
         (lambda ode, x: ode(x[:0]), ValueError, "x0 must hold at least one number"),
+        (lambda ode, x: ode(x[:0], at=[0.5]), ValueError, "x0 must hold at least one number"),
         (lambda ode, x: ode([1.0, 2.0]), TypeError, "x0 must"),
         (lambda ode, x: ode.record(x, c=x), TypeError, r"measure 'c' must be a function.*record\(x, c\)"),
         (lambda ode, x: ode.record((x, x), action=measures.action), TypeError, "x must be one tensor.*torch.cat"),

@@ -18,11 +18,6 @@ GRADIENTS = ("direct", "checkpoint", "backsolve")
 MODES = [*({"gradient": g} for g in GRADIENTS), *({"gradient": g, "control": "sample"} for g in GRADIENTS[:2])]
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 3, dtype=torch.float64)
-
-
 def field():
     torch.manual_seed(0)
     return MLPField(3, 8, activation="tanh", time=True).double()

@@ -15,30 +15,10 @@ from odenets import Flow, MLPField, Network, NeuralODE, measures
 from odenets.least_action import LeastAction
 from solvers import PI, SolverError, Tolerance
 from tests.odenets.networks import Velocity
+from tests.odenets.neural_ode.fields import Bound, Conditioned
 
 TIGHT = Tolerance(1e-9, 1e-9)
 GRADIENTS = ("direct", "checkpoint", "backsolve")
-
-
-class Conditioned(nn.Module):
-    """``v = tanh(W x + c)``."""
-
-    def __init__(self, features=3):
-        super().__init__()
-        self.layer = nn.Linear(features, features)
-
-    def forward(self, t, x, c):
-        return torch.tanh(self.layer(x) + c)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(5, 3, dtype=torch.float64)
-
-
-@pytest.fixture
-def field():
-    return MLPField(3, 16, activation="tanh", time=True).double()
 
 
 def test_it_agrees_with_torchdiffeq_and_scipy(x, field):
@@ -158,15 +138,7 @@ def test_a_network_with_a_neural_ode_trains_with_its_action(gradient):
 
 
 def test_methods_of_modules_and_plain_functions_are_fields(x):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def velocity(self, t, x):
-            return self.layer(x)
-
-    model = Model().double()
+    model = Bound().double()
     assert {*NeuralODE(model.velocity).parameters()} == {*model.parameters()}
     torch.testing.assert_close(NeuralODE(lambda t, x: -x, tolerance=TIGHT)(x), x / math.e, rtol=1e-6, atol=1e-7)
     with pytest.raises(TypeError, match="a function hides 'model', whose parameters no optimizer would see"):
@@ -230,3 +202,12 @@ def test_fixed_steps_compile_whole(x, field):
     end, records = compiled(x)
     torch.testing.assert_close(end, ode(x))
     torch.testing.assert_close(records["action"], ode.record(x, action=measures.action)[1]["action"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient": "checkpoint"}, {"gradient": "backsolve"}, {"event": lambda t, x: x[0, 0] - 9}]
+)
+def test_measures_beside_a_narrow_state_would_be_sums_of_its_precision(settings):
+    ode = NeuralODE(lambda t, x: -x, **settings)
+    with pytest.raises(ValueError, match="x must be float32 or wider where measures are integrated beside it"):
+        ode.record(torch.ones(2, 3, dtype=torch.bfloat16), action=measures.action)

@@ -27,16 +27,6 @@ MODES = [
 STEPS = [{"tolerance": TIGHT}, {"steps": 40, "solver": "rk4"}, {"steps": 40, "solver": "dopri5"}]
 
 
-@pytest.fixture
-def x():
-    return torch.randn(5, 3, dtype=torch.float64)
-
-
-@pytest.fixture
-def field():
-    return MLPField(3, 16, activation="tanh", time=True).double()
-
-
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("at", [[0.0, 0.25, 0.25, 1.5], [-0.5, -1.0], [1.0]])
 def test_states_at_times_and_their_gradients_are_torchdiffeqs(x, field, mode, at):
@@ -217,7 +207,7 @@ def test_times_of_samples_go_with_states_on_a_gpu(x, field):
     [
         (
             [0.5, 0.2, 0.7],
-            "from t0 = 0 to 0.7 without turning back, got 0.2 behind 0.5 at index 1: .*repeat the last one",
+            "without turning back, got 0.2 behind 0.5 at index 1: .*repeat the last one",
         ),
         ([0.2, -0.1], "without turning back"),
         ([0.2, math.nan], "at of sample 0 must be finite.*repeat the last one where a sample has fewer"),
