@@ -94,7 +94,7 @@ def integrate(
         args: further arguments for the field.
 
     Returns:
-        A :class:`Solution`; with ``control="sample"`` a :class:`SampleSolution`.
+        A :class:`Solution`; with ``control="sample"`` a :class:`~solvers.SampleSolution`.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.

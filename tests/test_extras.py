@@ -144,7 +144,7 @@ def optional_imports(tree, extra=None):
     """Imports that run, each with the extra of the ``needs`` around it."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            yield from (found for child in node.orelse for found in optional_imports(child, extra))
+            yield from (each for child in node.orelse for each in optional_imports(child, extra))
         elif isinstance(node, ast.With) and (called := re.match(r"needs\('(\w+)'\)", ast.unparse(node.items[0]))):
             yield from optional_imports(node, called[1])
         elif isinstance(node, ast.Import):

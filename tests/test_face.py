@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import inspect
 import json
 import pickle
 import pkgutil
@@ -11,8 +12,9 @@ import re
 import subprocess
 import sys
 import traceback
+from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -161,10 +163,30 @@ def test_every_name_in_a_document_is_there(document):
             resolve(f"{package}.{name.split()[0]}")
 
 
-def test_every_name_that_a_docstring_refers_to_is_there():
-    sources = [path.read_text() for package in ("odenets", "solvers") for path in (ROOT / package).rglob("*.py")]
-    for name in set(re.findall(r":\w+:`~?((?:odenets|solvers)\.[\w.]+)`", "".join(sources))):
-        resolve(name)
+def references(node, scopes):
+    """What docstrings refer to, each with what it may be an attribute of: the module, the classes around."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield from references(child, [*scopes, getattr(scopes[-1], child.name, None)])
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+        for name in re.findall(r":(?!attr)\w+:`~?([\w.]+)`", ast.get_docstring(node) or ""):
+            yield name, scopes
+
+
+@pytest.mark.parametrize("package", [odenets, solvers])
+def test_every_name_that_a_docstring_refers_to_is_there(package):
+    packages = SimpleNamespace(odenets=odenets, solvers=solvers)
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
+        for name, scopes in references(ast.parse(inspect.getsource(module)), [packages, module]):
+            assert any(reaches(scope, name) for scope in scopes), (info.name, name)
+
+
+def reaches(scope, name):
+    try:
+        return attrgetter(name)(scope) is not None
+    except AttributeError:
+        return False
 
 
 @pytest.mark.parametrize(

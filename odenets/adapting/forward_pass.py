@@ -77,7 +77,9 @@ class _End(NamedTuple):
 
 
 class ForwardPass:
-    """The steps of one forward pass, each measured as it ends; its events are called by :class:`Hooks`.
+    """The steps of one forward pass, each measured as it ends.
+
+    Its events are called by :class:`~odenets.adapting.hooks.Hooks`.
 
     Args:
         measures: functions ``Step -> (B,)`` by name.

@@ -133,7 +133,7 @@ class Pipeline:
         return (self.scores(images) > 0).astype(int)
 
     def evaluate(self, clean: Tensor, adversarial: Tensor, *, successful: Tensor | None = None) -> Scores:
-        """Score the detector on images ``(N, C, H, W)`` that it was not fitted on, as :func:`~.evaluation.score`."""
+        """The detector's :func:`~odenets.detection.score` on images ``(N, C, H, W)`` that it was not fitted on."""
         mask = None if successful is None else torch.as_tensor(successful).cpu().numpy()
         return score(self.scores(clean), self.scores(adversarial), successful=mask)
 
@@ -152,7 +152,8 @@ class Pipeline:
         """Load what :meth:`save` wrote, for a network with the weights it had; ``batch_size`` images in a pass.
 
         Raises:
-            FileNotFoundError, ModuleNotFoundError, ValueError: as :func:`~.persistence.read`, or another network.
+            FileNotFoundError, ModuleNotFoundError, ValueError: as
+                :func:`~odenets.detection.persistence.read`, or another network.
         """
         content = read(Path(path), trusted)
         if set(content) != {"network", "features", "detector"}:

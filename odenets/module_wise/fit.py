@@ -130,7 +130,7 @@ def fit_modules(
         if order != "sequential" or plan.epochs[k]:
             check_optimizer(one, unit)
     objectives = objectives_of(objective or greedy(), [network.K - 1] if plan.whole else range(network.K), network.K)
-    schedulers = [made for one in optimizers if (made := make_lr_scheduler(lr_scheduler, one, lr_interval))]
+    schedulers = [each for one in optimizers if (each := make_lr_scheduler(lr_scheduler, one, lr_interval))]
     training = ModuleTraining(network, nn.ModuleList(objectives).to(device), optimizers, schedulers)
     measured = Metric.of(metric, objectives[0])
     state = run.load_state(checkpoint) if run else None

@@ -181,7 +181,7 @@ class ModuleWise(Joined):
     def evaluate(
         self, batches: Iterable[Any], *, metric: MetricFunction | None = None, collate: Collate | None = None
     ) -> list[float]:
-        """A metric after each module, in eval mode, of :class:`Batches` on the samples as they are.
+        """A metric after each module, in eval mode, of :class:`~odenets.training.Batches` on the samples as they are.
 
         Args:
             batches: any iterable of batches.

@@ -25,8 +25,8 @@ class StageBatchNorm(nn.Module):
 
     Training never takes the closing stages of a method, and so sets no statistics for them. A stage without statistics
     beside stages that have them, or whose statistics stayed behind where training moved those of others, is refused in
-    eval mode; :func:`recalibrate` sets all. Where no stage has any, as in a new network, mean 0 and variance 1 are
-    taken, as torch does. ``update_bn`` and ``convert_sync_batchnorm`` of torch pass over this layer.
+    eval mode; :func:`~odenets.recalibrate` sets all. Where no stage has any, as in a new network, mean 0 and variance 1
+    are taken, as torch does. ``update_bn`` and ``convert_sync_batchnorm`` of torch pass over this layer.
 
     Args:
         features: number of channels, dimension 1 of the input.

@@ -58,8 +58,9 @@ def evaluate(
     metric: MetricFunction | None = None,
     collate: Collate | None = None,
 ) -> Evaluation:
-    """Loss and metric in eval mode, of :class:`Batches` on the samples as they are, neither cropped nor mirrored.
+    """Loss and metric in eval mode.
 
+    Those of :class:`~odenets.training.Batches` are on the samples as they are, neither cropped nor mirrored.
     Inputs are taken to the network's device and dtype; its modes, buffers and random state are left as they were, and
     the device is waited for once.
 

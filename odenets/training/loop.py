@@ -83,12 +83,12 @@ def fit(
         objective: :class:`CrossEntropy` if not given; ``Task(F.mse_loss)`` for any function of output and targets.
         metric: ``(output, targets)`` to a number, the mean of the batch, or a number per sample ``(B,)``; the rows hold
             its means under its ``__name__``. The accuracy if not given, NaN where the network returns no logits
-            ``(B, classes)``; none for a :class:`Task`.
+            ``(B, classes)``; none for a :class:`~odenets.training.Task`.
         validation: measured after every epoch by the objective's ``validation_loss`` and the metric; any data, as
             ``batches``. Every process measures all of it, unless it has a distributed sampler.
         collate: makes ``(inputs, targets)`` of a batch of another kind, of training and validation.
-        callbacks: called between epochs: objects with some of the methods of a :class:`Callback`, and functions
-            ``(training, row)``.
+        callbacks: called between epochs: objects with some of the methods of a :class:`~odenets.training.Callback`,
+            and functions ``(training, row)``.
         loss_limit: an epoch whose mean training loss is above this has diverged, like one after which a loss, of
             training or validation, or a weight is not finite.
         run: holds the resume state called ``checkpoint``; where there is one the training goes on from it and ends, on

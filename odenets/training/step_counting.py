@@ -64,7 +64,7 @@ class StepCounter(nn.Module):
 
         In a loop of one's own, ``objective(network, x, y)`` calls it for the step since the last loss, if one was:
         after a backward pass an optimizer of torch has stepped, or weights were changed in place. ``fit`` and others
-        that call :meth:`loss` call it at once; such a step is not counted again.
+        that call :meth:`~odenets.training.Objective.loss` call it at once; such a step is not counted again.
 
         Where it calls the network, which :attr:`needs_second_forward` says, the network's buffers and random state are
         then put back: running statistics count a batch once.

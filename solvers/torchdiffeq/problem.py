@@ -53,7 +53,7 @@ def make_task(
     func: Any, packing: Packing, y0: Any, t: Tensor, rtol: Any, atol: Any, method: str | None,
     options: dict[str, Any] | None, event_fn: Callable[[Tensor, Any], Tensor] | None = None, watched: Any = None
 ) -> Task:  # fmt: skip
-    """Check the arguments of :func:`odeint`; ``watched``: what has the callbacks, if not ``func``.
+    """Check the arguments of :func:`~solvers.odeint`; ``watched``: what has the callbacks, if not ``func``.
 
     States are packed; the outputs are those at the times ``t``, or the event is looked for.
     """

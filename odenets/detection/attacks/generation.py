@@ -86,8 +86,8 @@ def run_attack(
 
     Args:
         network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalizes inside, as
-            :class:`models.Normalize`.
-        attack: a name of :data:`PRESETS` or an :class:`Attack`.
+            :class:`~odenets.models.Normalize`.
+        attack: a name of :data:`~odenets.detection.attacks.presets.PRESETS` or an :class:`Attack`.
         images: clean, ``(N, C, H, W)`` in [0, 1], of any floating precision and on any device.
         labels: ``(N,)`` of integers.
         cache: folder to which batches are written when they are done, each combination of weights, attack, settings,

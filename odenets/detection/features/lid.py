@@ -21,9 +21,9 @@ LARGEST = 1e6
 class LID(Features):
     """How fast the number of clean training images grows with the distance from an input, in each feature map.
 
-    The feature maps (:func:`~.feature_maps.feature_maps_of`), flattened, give one :func:`local_dimension` each. Ma et
-    al. take the neighbors from the batch at hand; here they are images of the training set, drawn once, so that the
-    features of an input do not depend on the others of its batch.
+    The feature maps (:func:`~odenets.detection.features.feature_maps.feature_maps_of`), flattened, give one
+    :func:`local_dimension` each. Ma et al. take the neighbors from the batch at hand; here they are images of the
+    training set, drawn once, so that the features of an input do not depend on the others of its batch.
 
     Args:
         k: number of nearest neighbors.

@@ -19,9 +19,10 @@ SMALLEST = 1e-10
 
 
 class Mahalanobis(Features):
-    """Confidence that an input belongs to a class, by each feature map (:func:`~.feature_maps.feature_maps_of`).
+    """Confidence that an input belongs to a class, by each feature map.
 
-    With z the means of its channels (:func:`~.feature_maps.pooled`), ``mu_c`` those of the training images of class c
+    These are :func:`~odenets.detection.features.feature_maps.feature_maps_of` an input. With z the means of their
+    channels (:func:`~odenets.detection.features.feature_maps.pooled`), ``mu_c`` those of the training images of class c
     averaged, and S the covariance of all z about the mean of their class, one for all classes,
 
         ``max_c -d_c^2 / 2``,   ``d_c^2 = (z - mu_c)^T S^+ (z - mu_c)``.
