@@ -129,9 +129,12 @@ class LeastAction(_WithCost):
     The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of [K24] divided by D.
     The objective counts the steps of one training; in another it goes on from its lambda. :func:`odenets.training.fit`
     tells it of each step, and in a loop of one's own it notices them: before the next loss, or when its state is asked
-    for; until then :attr:`multiplier` is that of before the step. Any optimizer's step counts once, however many losses
-    it takes (LBFGS, which so minimizes with one lambda), and one that ``GradScaler`` skips does not. Weights that are
-    written behind torch's back need a call of :meth:`after_step`. In eval mode it changes nothing.
+    for; until then :attr:`multiplier` is that of before the step. The step of any optimizer of torch that holds weights
+    of the network counts once, however many losses it takes (LBFGS, which so minimizes with one lambda), and one that
+    ``GradScaler`` skips does not. Steps that are written by hand, and optimizers of copies of the weights, need a call
+    of :meth:`after_step` each; without it there is a warning. In eval mode, without gradients, and where
+    :mod:`torch.func` differentiates, it changes nothing. Any other loss is one of training: validate, attack and
+    compare in eval mode or without gradients, or "before" takes the first such loss for that of the step.
 
     Args:
         task: what is to be solved, L; cross-entropy if not given.
@@ -151,7 +154,8 @@ class LeastAction(_WithCost):
     Attributes:
         multiplier: lambda, in float64 whatever the network's dtype, or float32 on a device without float64. Where
             several processes train it grows with the mean of their losses; where a batch comes in parts, with the loss
-            of the first part ("before", "next") or of the last ("after").
+            of the first part ("before", "next") or of the last ("after"). By a loss that is not finite, in any of the
+            processes, it does not grow.
 
     Raises:
         ValueError: arguments out of range.
@@ -189,9 +193,9 @@ class LeastAction(_WithCost):
     @eagerly
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         self.check_records(records)
-        training = torch.is_grad_enabled() and self.training and unwrapped(network).training
+        training = torch.is_grad_enabled() and self.training and unwrapped(network).training and self._may_grow
         if training:
-            self.notice_step(by_version=False)
+            self.notice_step()
         loss, cost = self.task.loss(network, batch, output, records), self.cost(records)
         if training and self.update != "after" and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
@@ -230,6 +234,13 @@ class LeastAction(_WithCost):
             return self.steps > 0 and self.steps % self.every == 0
         return (self.steps + 1) % self.every == 0
 
+    @property
+    def _may_grow(self) -> bool:
+        """Whether lambda is no constant of a function that torch.func differentiates or maps."""
+        functorch = torch._C._functorch  # type: ignore[attr-defined]  # torch's own
+        level = functorch.maybe_current_level()
+        return level is None or functorch.maybe_get_level(self.multiplier) == level
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move; the multiplier keeps its precision, in which small changes are not lost."""
         multiplier = self.multiplier
@@ -251,7 +262,8 @@ class LeastAction(_WithCost):
             total = torch.stack([loss * samples, loss.new_tensor(samples)])
             distributed.all_reduce(total, group=self.group)
             loss = total[0] / total[1]
-        self.multiplier += self.tau * loss
+        growth = self.tau * loss
+        self.multiplier += torch.where(growth.isfinite(), growth, 0)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)

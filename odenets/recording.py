@@ -145,7 +145,7 @@ def recorder_in(network: nn.Module) -> nn.Module:
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a module that records its steps, got {type(network).__name__}")
-    kind = type(network).__name__
+    kind = type(network).__name__.replace("OptimizedModule", "torch.compile")
     if isinstance(network, nn.DataParallel):
         raise TypeError(
             "network must not be in DataParallel, which cannot gather records: take DistributedDataParallel"
@@ -162,7 +162,7 @@ def recorder_in(network: nn.Module) -> nn.Module:
     if any(map(is_recorder, network.modules())):
         raise TypeError(
             f"network must record its steps, got a {kind} around one that does, whose own forward pass would be left "
-            f"out: put odenets.recording.Recording(network, objective.measures) into {kind} instead"
+            f"out: take {kind}(odenets.recording.Recording(network, objective.measures))"
         )
     raise TypeError(
         f"network must be a module that records its steps, an odenets.Recorder, got {kind}: odenets.adapt makes one of "

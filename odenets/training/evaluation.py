@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from odenets.modes import evaluating, keeping_state, total_dtype
 from odenets.network import Network
 from odenets.recording import Records, record
+from odenets.training.labels import logits_and_labels
 from odenets.training.metrics import Metric, MetricFunction, accuracy, check_labels
-from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, logits_and_labels
+from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 from odenets.training.sources import Collate, Source, arguments, samples_in
 
 __all__ = ["Evaluation", "Totals", "evaluate", "evaluate_schemes", "evaluate_source"]

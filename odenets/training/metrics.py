@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from odenets.training.objectives import Objective, Task, logits_and_labels, right_answers
+from odenets.training.labels import logits_and_labels
+from odenets.training.objectives import Objective, Task
 
 __all__ = ["Metric", "MetricFunction", "accuracy", "check_labels"]
 
@@ -94,9 +96,13 @@ class Metric:
 
     def training_total(self, output: Any, targets: Any, samples: int) -> Tensor | float:
         """:meth:`total`; NaN for the accuracy of outputs that are no logits, which training need not read."""
-        if self.function is accuracy:
-            return right_answers(output, targets)
-        return self.total(output, targets, samples)
+        if self.function is not accuracy:
+            return self.total(output, targets, samples)
+        try:
+            return accuracy(output, targets).sum()
+        except (TypeError, ValueError):
+            leaf = next((leaf for leaf in tree_leaves((output, targets)) if isinstance(leaf, Tensor)), torch.empty(()))
+            return torch.full((), torch.nan, device=leaf.device)
 
 
 def check_labels(output: Any, y: Any, name: str) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from odenets.measures import StepFunction
 from odenets.recording import Records, record, recorder_in
+from odenets.training.labels import logits_and_labels
 from odenets.training.step_counting import StepCounter, eagerly
 
 __all__ = [
@@ -21,8 +22,6 @@ __all__ = [
     "ReverseCrossEntropy",
     "Task",
     "check_loss",
-    "logits_and_labels",
-    "right_answers",
     "targets_of",
 ]
 
@@ -30,49 +29,11 @@ Batch = tuple[Any, Any]
 """Inputs, a tensor x or a tuple ``(x, *args)`` with what the velocity fields get besides, and targets."""
 
 
-def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """Checked: logits ``(B, classes)``, in float32 at least, and labels.
-
-    Labels are classes, ``(B,)`` int64, or shares of the classes, ``(B, classes)`` of the logits' dtype.
-
-    Raises:
-        TypeError: the output is no floating tensor, or the labels are none.
-        ValueError: other shapes, or a single logit, whose cross-entropy is 0 whatever it is.
-    """
-    if not (isinstance(output, Tensor) and output.is_floating_point()):
-        raise TypeError(
-            "the network must return logits, a floating tensor (B, classes), got "
-            f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}: put a module around it that "
-            "returns them"
-        )
-    if output.ndim != 2 or output.shape[1] < 2:
-        raise ValueError(f"the network must return logits (B, classes) of two classes or more, got {_shape(output)}")
-    if not isinstance(y, Tensor) or y.is_complex():
-        raise TypeError(f"labels must be a tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
-    if y.is_floating_point() and y.shape != output.shape:
-        raise ValueError(
-            f"labels must be classes (B,), whole numbers, or shares of all classes {_shape(output)}, got {y.dtype} "
-            f"{_shape(y)}"
-        )
-    if not y.is_floating_point() and y.shape != output.shape[:1]:
-        raise ValueError(f"labels must be one class for each of {len(output)} outputs, got {_shape(y)}")
-    if output.dtype in (torch.float16, torch.bfloat16):
-        output = output.float()
-    return output, y.to(output.dtype) if y.is_floating_point() else y.long()
-
-
-def right_answers(output: Any, y: Any) -> Tensor:
-    """How many of the largest logits are at the label, a float32 scalar; NaN where the output is no logits."""
-    try:
-        output, y = logits_and_labels(output, y)
-    except (TypeError, ValueError):
-        leaf = next((leaf for leaf in tree_leaves((output, y)) if isinstance(leaf, Tensor)), torch.empty(()))
-        return torch.full((), torch.nan, device=leaf.device)
-    return (output.argmax(1) == (y.argmax(1) if y.is_floating_point() else y)).sum().float()
-
-
 def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
+
+
+_MISSING: Any = object()
 
 
 def targets_of(batch: Any) -> Any:
@@ -124,10 +85,11 @@ class Objective(StepCounter):
             )
 
     @eagerly
-    def forward(self, network: nn.Module, x: Any, y: Any, *rest: Any) -> Tensor:
+    def forward(self, network: nn.Module, x: Any = _MISSING, y: Any = _MISSING, *rest: Any) -> Tensor:
         """The loss, a scalar to call ``backward`` on, of what the network records of the batch.
 
-        What counts the steps of the optimizer counts the last one first, see :meth:`after_step`.
+        What counts the steps of the optimizer counts the last one first, see :meth:`after_step`. Forward hooks of the
+        network itself are not called, since ``record`` is: those of its parts are, and of a Recording around it.
 
         Args:
             network: a :class:`~odenets.Recorder`, or a :class:`~odenets.recording.Recording` of one in whatever wraps
@@ -139,16 +101,23 @@ class Objective(StepCounter):
             TypeError: a network that records nothing or is wrapped without Recording, x and y exchanged, or no loss.
             ValueError: a loss that is no scalar, or depends on no parameter.
             RuntimeError: objectives that count steps, where the network was trained in eval mode.
+
+        Warns:
+            UserWarning: the network has forward hooks or was compiled in place, which ``record`` leaves out; weights
+                move without a step of an optimizer.
         """
-        if rest:
+        if y is _MISSING or rest:
             raise TypeError(
-                f"an objective is called with (network, x, y), got {3 + len(rest)} arguments: with output and records "
-                "at hand take objective.loss(network, (x, y), output, records)"
+                "an objective is called as objective(network, x, y), where x may be (x, *args), got "
+                f"{1 + (x is not _MISSING) + (y is not _MISSING) + len(rest)} arguments: with output and records at "
+                "hand take objective.loss(network, (x, y), output, records)"
             )
         _check_order(x, y)
         inner = recorder_in(network)
+        if inner is network:
+            _check_called(network)
         if counting := self.counts_steps and self.is_counting:
-            self.begin_loss(inner)
+            self.notice_step()
         output, records = record(network, x, self.measures)
         loss = self.loss(network, (x, y), output, records)
         if torch.is_grad_enabled() and inner.training:
@@ -222,12 +191,7 @@ class Task(Objective):
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         value = self.function(output, targets_of(batch))
-        if not isinstance(value, Tensor) or value.ndim:
-            got = f"shape {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
-            name = getattr(self.function, "__name__", type(self.function).__name__)
-            raise (ValueError if isinstance(value, Tensor) else TypeError)(
-                f"the function of a Task must return a scalar tensor, the mean over the batch, but {name} returns {got}"
-            )
+        _check_scalar(value, "function", self.function)
         return value
 
 
@@ -285,13 +249,30 @@ def check_loss(loss: Any, objective: Objective) -> None:
         TypeError: no tensor.
         ValueError: no scalar, or one that depends on no parameter.
     """
-    name = type(objective).__name__
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"objective must return a loss, a scalar tensor, but {name} returns {type(loss).__name__}")
-    if loss.ndim:
-        raise ValueError(f"objective must return a scalar, but {name} returns a loss of shape {tuple(loss.shape)}")
+    _check_scalar(loss, "objective", objective)
     if torch.is_grad_enabled() and not loss.requires_grad:
-        raise ValueError(f"the loss of {name} depends on no parameter that requires a gradient: nothing would train")
+        kind = type(objective).__name__
+        raise ValueError(f"the loss of {kind} depends on no parameter that requires a gradient: nothing would train")
+
+
+def _check_scalar(value: Any, argument: str, function: Any) -> None:
+    if not isinstance(value, Tensor) or value.ndim:
+        got = f"shape {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+        name = getattr(function, "__name__", type(function).__name__)
+        raise (ValueError if isinstance(value, Tensor) else TypeError)(
+            f"{argument} must return a scalar tensor, the mean over the batch, but {name} returns {got}"
+        )
+
+
+def _check_called(network: nn.Module) -> None:
+    """Warn of what a call of the network does and a call of its ``record`` does not."""
+    if network._compiled_call_impl is not None:
+        what, remedy = "was compiled in place", "take torch.compile(Recording(network, objective.measures))"
+    elif (network._forward_hooks or network._forward_pre_hooks) and not hasattr(network, "unshard"):
+        what, remedy = "has forward hooks", "take Recording(network, objective.measures), with the hooks on that"
+    else:
+        return
+    warnings.warn(f"network {what}, which an objective leaves out, since it records: {remedy}", stacklevel=6)
 
 
 def _check_order(x: Any, y: Any) -> None:

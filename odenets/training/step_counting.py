@@ -62,21 +62,19 @@ class StepCounter(nn.Module):
     def after_step(self, network: nn.Module, batch: Any) -> None:
         """Called after each step of the optimizer with the batch, or with its last part where it came in parts.
 
-        In a loop of one's own, ``objective(network, x, y)`` calls it for the step since the last loss, if one was:
-        after a backward pass an optimizer of torch has stepped, or weights were changed in place. ``fit`` and others
-        that call :meth:`~odenets.training.Objective.loss` call it at once; such a step is not counted again.
+        In a loop of one's own, ``objective(network, x, y)`` calls it for the step since the last loss, if one was: a
+        backward pass, and after it the step of an optimizer of torch that holds weights of the network. After a step
+        that is written by hand, or of an optimizer of copies, it is to be called, or there is a warning. ``fit`` and
+        others that call :meth:`~odenets.training.Objective.loss` call it at once; a step that is told is not counted
+        again.
 
         Where it calls the network, which :attr:`needs_second_forward` says, the network's buffers and random state are
         then put back: running statistics count a batch once.
         """
 
-    def notice_step(self, by_version: bool = True) -> None:
-        """Call :meth:`after_step` for the step that was taken since the last loss, if one was.
-
-        Args:
-            by_version: whether weights that were changed by no optimizer of torch are a step too.
-        """
-        if self._watch.stepped(by_version):
+    def notice_step(self) -> None:
+        """Call :meth:`after_step` for the step that was taken since the last loss, if one was."""
+        if self._watch.stepped():
             with self._watch.last() as (network, batch):
                 self._watch.reset()
                 if network is not None:
@@ -87,11 +85,6 @@ class StepCounter(nn.Module):
         """Whether steps can be noticed: where there are gradients, and not by functions that torch.func maps."""
         mapped = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # torch's own
         return torch.is_grad_enabled() and self.training and not mapped
-
-    def begin_loss(self, network: nn.Module) -> None:
-        """:meth:`notice_step`, before the forward pass of a loss."""
-        self.notice_step()
-        self._watch.look(network)
 
     def expect_step(self, network: nn.Module, batch: Any, loss: Tensor) -> None:
         """That a loss was taken, after whose backward pass a step is to be noticed."""
@@ -112,7 +105,10 @@ class StepCounter(nn.Module):
         return super().state_dict(*args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied, with the step counted that was taken since the last loss."""
+        """What is copied, with the step counted that was taken since the last loss.
+
+        A copy waits for the next backward pass: one between a backward pass and its step does not count that step.
+        """
         self._notice_alone()
         return self.__dict__
 

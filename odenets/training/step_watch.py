@@ -1,19 +1,21 @@
-"""Steps that are noticed: whether an optimizer has moved a network since the last loss was taken of it.
+"""Steps that are noticed: whether an optimizer has stepped since the last loss was taken of a network.
 
-A step is a backward pass of a loss, and after it a change of weights. Optimizers of torch say that they have stepped,
-by the hooks that torch has for all of them: fused ones leave no other trace, and one that evaluates its loss many times
-in a step (LBFGS) steps once. Weights that are changed in another way are noticed by their versions.
+A step is a backward pass of a loss, and after it the step of an optimizer of torch that holds weights of the network.
+Torch has a hook for all of them: fused ones count, and one that takes many losses in a step (LBFGS) counts once. Steps
+that are written by hand, or of an optimizer of copies, are not seen: there is a warning then.
 """
 
 from __future__ import annotations
 
-import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from inspect import getfile
-from types import FrameType
+from traceback import walk_stack
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakSet, WeakValueDictionary, ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,24 +27,20 @@ __all__ = ["StepWatch"]
 
 
 class StepWatch:
-    """Whether weights have moved, and the batch of the last loss. A copy of it has seen nothing yet."""
+    """Whether an optimizer has stepped, and the batch of the last loss. A copy of it has seen nothing yet."""
 
     def __init__(self) -> None:
-        self._versions: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
-        self._modes_of_losses: set[bool] = set()
-        """Whether the losses of which there was a backward pass were of a network in training mode."""
+        self._networks: WeakSet[nn.Module] = WeakSet()
+        self._passes: Counter[bool] = Counter()
+        """Backward passes since the last step, by whether the network was in training mode."""
         self._skipped: list[Tensor | None] = []
         """Of each step of an optimizer since then what says that its kernel has skipped it."""
-        self._hooked = False
         self._last: tuple[ref[Tensor], ref[nn.Module], ref[nn.Module], Any, list[bool]] | None = None
-        _WATCHES.add(self)
+        self._still: tuple[ref[Tensor], int, Tensor] | None = None
+        self._counted = self._warned = False
 
     def __reduce__(self) -> tuple[type[StepWatch], tuple[()]]:
         return StepWatch, ()
-
-    def look(self, network: nn.Module) -> None:
-        """Remember the weights as they are before the forward pass of a loss."""
-        self._versions[network] = _version(network)
 
     def expect(self, loss: Tensor, network: nn.Module, wrapper: nn.Module, batch: Any) -> None:
         """Wait for the backward pass of a loss, with the network in what wraps it.
@@ -52,43 +50,36 @@ class StepWatch:
         """
         if self._last is not None and self._last[0]() is loss:
             return
-        if self._versions.get(network, (0, 0))[0] != (now := _version(network))[0]:  # made by its first input
-            self._versions[network] = now
+        _listen()
+        if self._passes[True] and network.training and not self._warned:
+            self._check_still(network)
         modes = [] if batch is None else [module.training for module in network.modules()]
         self._last = ref(loss), ref(wrapper), ref(network), batch, modes
+        self._networks.add(network)
         me, training = ref(self), network.training
 
         def backward(gradient: Tensor) -> None:
             if (watch := me()) is not None:
-                watch._modes_of_losses.add(training)
+                watch._passes[training] += 1
+                _WAITING[id(watch)] = watch
 
         loss.register_hook(backward)
 
-    def stepped(self, by_version: bool = True) -> bool:
-        """Whether a step was taken after the backward pass of a loss.
-
-        Args:
-            by_version: whether a change of versions counts, where no optimizer's step was ever seen; the weights must
-                then be those that :meth:`look` has seen, which FSDP exchanges from forward to backward pass.
+    def stepped(self) -> bool:
+        """Whether an optimizer has stepped after the backward pass of a loss.
 
         Raises:
             RuntimeError: the losses were of a network in eval mode.
         """
-        if not self._modes_of_losses:
-            return False
-        if self._skipped:  # of a fused optimizer under GradScaler, whose kernel has decided
-            taken = any(skipped is None or not skipped.item() for skipped in self._skipped)
-            self._skipped.clear()
-        elif self._hooked or not by_version or _within_step():
-            return False
-        else:
-            taken = any(_version(network) != version for network, version in self._versions.items())
-        if taken and True not in self._modes_of_losses:
+        taken = any(skipped is None or not skipped.item() for skipped in self._skipped)
+        if taken and not self._passes[True]:
             self.reset()
             raise RuntimeError(
                 "the network was trained in eval mode, in which an objective changes nothing: call network.train(), "
                 "and then eval() of the parts that are to be frozen"
             )
+        if not taken:
+            self._skipped.clear()
         return taken
 
     @contextmanager
@@ -103,56 +94,78 @@ class StepWatch:
 
     def reset(self) -> None:
         """The step is counted, or there is none to count."""
-        self._modes_of_losses.clear()
+        self._counted |= bool(self._skipped)
+        self._passes.clear()
         self._skipped.clear()
-        self._versions.clear()
-        self._last = None
+        self._networks.clear()
+        self._last = self._still = None
+        _WAITING.pop(id(self), None)
 
-    def end_of_step(self, stepped: Optimizer) -> None:
-        """Called when an optimizer has stepped, whatever it holds."""
-        if not self._modes_of_losses:
+    def end_of_step(self, stepped: Optimizer, held: set[Tensor]) -> None:
+        """Called when an optimizer has stepped that holds these, whatever they are of."""
+        for network in self._networks:
+            if any(p in held for p in network.parameters()):
+                # with losses in eval mode, as of an attack, the step of a network in training mode is another loss'
+                if self._passes[True] or not network.training:
+                    self._skipped.append(getattr(stepped, "found_inf", None))
+                return
+
+    def _check_still(self, network: nn.Module) -> None:
+        """Warn where a weight moves without a step, from the second loss in a row that has a gradient to the third.
+
+        Two in a row may be of one step, in weights that are moved for the second (SAM). The device is waited for after
+        2, 4, 8, ... passes only, and where steps were counted before, only if something points to another one.
+        """
+        if self._still is None:
+            weights = [p for p in network.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
+            weight = max(reversed(weights), key=lambda p: p.grad is not None, default=None)
+            self._still = weight if weight is None else (ref(weight), weight._version, _values(weight).clone())
             return
-        held = {p for group in stepped.param_groups for p in group["params"]}
-        if any(p in held for network in self._versions for p in network.parameters()):
-            self._skipped.append(getattr(stepped, "found_inf", None))
-            self._hooked = True
+        weight, version, before = self._still[0](), *self._still[1:]
+        if weight is None or self._passes[True] & (self._passes[True] - 1) or _in_step():
+            return
+        if self._counted and weight._version == version and weight.grad is not None:
+            return
+        now = _values(weight)
+        if now.shape == before.shape and bool(((now != before) & now.isfinite()).any()):
+            self._warned = True
+            warnings.warn(
+                "weights have moved, but no optimizer of torch that holds them has stepped: an objective does not see "
+                "steps that are written by hand, call objective.after_step(network, (x, y)) after each",
+                stacklevel=2,
+            )
 
 
-class _Watches:
-    """All that watch; torch is asked to tell of steps when the first begins to."""
-
-    def __init__(self) -> None:
-        self._members: WeakSet[StepWatch] | None = None
-
-    def add(self, watch: StepWatch) -> None:
-        if self._members is None:
-            self._members = WeakSet()
-            register_optimizer_step_post_hook(self._end_of_step)
-        self._members.add(watch)
-
-    def _end_of_step(self, stepped: Optimizer, *arguments: Any) -> None:
-        for watch in [*(self._members or ())]:
-            watch.end_of_step(stepped)
-
-
-_WATCHES = _Watches()
+_WAITING: WeakValueDictionary[int, StepWatch] = WeakValueDictionary()
+"""Those that have seen a backward pass, by their id: the steps of other optimizers cost nothing where there is none."""
 _OPTIMIZER = getfile(Optimizer)
 """Where torch wraps the ``step`` of all optimizers."""
 
 
-def _within_step() -> bool:
+@cache
+def _listen() -> None:
+    """Have torch tell of the steps of all optimizers."""
+    register_optimizer_step_post_hook(_end_of_step)
+
+
+def _end_of_step(stepped: Optimizer, *arguments: Any) -> None:
+    if _WAITING:
+        held = {p for group in stepped.param_groups for p in group["params"]}
+        for waiting in _WAITING.valuerefs():
+            if (watch := waiting()) is not None:
+                watch.end_of_step(stepped, held)
+
+
+def _in_step() -> bool:
     """Whether this is called by the closure of an optimizer's step."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename != _OPTIMIZER:
-        frame = frame.f_back
-    return frame is not None
+    return any(frame.f_code.co_filename == _OPTIMIZER for frame, _ in walk_stack(None))
+
+
+def _values(weight: Tensor) -> Tensor:
+    """What a weight holds, on this process where it is sharded."""
+    weight = weight.detach()
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # type: ignore[operator]  # a DTensor
 
 
 def _gone() -> None:
     """A reference to what is no more."""
-
-
-def _version(network: nn.Module) -> tuple[int, int]:
-    """How many weights there are that train, and how often they were changed in place."""
-    versions = [p._version for p in network.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
-    return len(versions), sum(versions)

@@ -10,7 +10,7 @@ from odenets import measures, models
 from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.training import data
 from odenets.training.loop import fit
-from odenets.training.objectives import CrossEntropy, Objective
+from odenets.training.objectives import CrossEntropy, Objective, Task
 from tests.odenets.checks import assert_same, unchanged
 
 
@@ -144,14 +144,14 @@ def test_compiled_is_what_eager_is(batch, autocast, backend):
 
 
 def test_another_task_and_its_measures(batch):
-    class Task(Objective):
+    class Peak(Objective):
         def __init__(self):
             super().__init__({"peak": lambda step: step.x1.flatten(1).amax(1)})
 
         def loss(self, network, batch, output, records):
             return records["peak"].mean()
 
-    net, objective = network(), ActionPenalty(0.5, Task())
+    net, objective = network(), ActionPenalty(0.5, Peak())
     _, records = net.record(batch[0], **objective.measures)
     expected = records["peak"].mean() + 0.5 * records["action"].sum(0).mean()
     torch.testing.assert_close(value(objective, net, batch), expected)
@@ -165,6 +165,27 @@ def test_asking_for_the_value_changes_nothing(batch):
     assert first == value(ActionPenalty(1.0), net, batch)
     value(objective, net, batch)
     assert objective.multiplier > 1
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("update", ["before", "next", "after"])
+@pytest.mark.parametrize("where", ["here", "in another process"])
+def test_a_loss_that_is_not_finite_leaves_the_multiplier(batch, monkeypatch, where, update, value):
+    net, factor = network(), torch.ones(())
+    task = Task(lambda output, y: F.cross_entropy(output, y) * (factor if where == "here" else 1))
+    objective, multipliers = LeastAction(task, update=update), []
+    if where != "here":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda total, group: total.mul_(factor))
+    for number in (1.0, value, 1.0):
+        factor.fill_(number)
+        last = objective(net, *batch)
+        objective.after_step(net, batch)
+        multipliers.append(objective.multiplier.item())
+    loss = F.cross_entropy(net(batch[0]), batch[1]).item()
+    growths = [0, 0, 1] if update == "next" else [1, 1, 2]
+    assert multipliers == pytest.approx([1 + n * loss for n in growths], rel=1e-6)
+    assert last.isfinite()
 
 
 def test_a_copy_keeps_its_own_multiplier():

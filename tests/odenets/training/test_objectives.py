@@ -15,7 +15,8 @@ from odenets.recording import Records
 from odenets.training import data, datasets
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import fit
-from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, right_answers
+from odenets.training.metrics import accuracy
+from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCH = torch.rand(3, 1, 8, 8, generator=GENERATOR), torch.tensor([0, 1, 2])
@@ -95,7 +96,7 @@ def test_shares_of_the_classes_are_labels_of_the_cross_entropy(dtype):
     shares = torch.rand(6, 4, generator=GENERATOR).softmax(1)
     expected = -(shares.double() * output.double().log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(value(CrossEntropy(), output, shares).double(), expected, rtol=1e-6, atol=1e-6)
-    assert right_answers(output, shares) == (output.argmax(1) == shares.argmax(1)).sum()
+    assert accuracy(output, shares).sum() == (output.argmax(1) == shares.argmax(1)).sum()
 
 
 @pytest.mark.parametrize("objective", [CrossEntropy(), ReverseCrossEntropy()])

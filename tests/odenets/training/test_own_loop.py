@@ -130,6 +130,8 @@ def test_who_has_output_and_records_counts_too():
     [
         (lambda o, n: o(nn.Linear(3, 3), X, Y), TypeError, "got Linear: odenets.adapt makes one"),
         (lambda o, n: o(X, n, Y), TypeError, "network must be a module that records its steps, got Tensor"),
+        (lambda o, n: o(n, (X, Y)), TypeError, r"called as objective\(network, x, y\), .* got 2 arguments"),
+        (lambda o, n: o(X, Y), TypeError, r"called as objective\(network, x, y\), .* got 2 arguments"),
         (lambda o, n: o(n, Y, X), TypeError, r"called with \(network, x, y\), got torch.int64 \(6,\) as inputs x"),
         (
             lambda o, n: o(n, (X, Y), *n.record(X)),
@@ -246,3 +248,22 @@ def test_what_validation_reports_is_the_task_without_smoothing_or_cost():
         torch.testing.assert_close(objective.validation_loss(network, (X, Y), output, records), plain)
     task = LeastAction(Task(F.mse_loss))
     torch.testing.assert_close(task.validation_loss(network, (X, X), output, records), F.mse_loss(output, X))
+
+
+class Together(nn.Module):
+    def __init__(self, objective):
+        super().__init__()
+        self.network, self.objective = flow(), objective
+
+    def forward(self):
+        return self.objective(self.network, X, Y)
+
+
+def test_gradients_of_torch_func_are_those_of_a_backward_pass_and_lambda_stands_still():
+    together = Together(LeastAction())
+    parameters = {name: p.detach() for name, p in together.named_parameters()}
+    gradients = torch.func.grad(lambda values: torch.func.functional_call(together, values, ()))(parameters)
+    assert together.objective.multiplier == 1
+    together.objective = ActionPenalty(1.0)
+    together().backward()
+    torch.testing.assert_close(gradients, {name: p.grad for name, p in together.named_parameters()})

@@ -168,7 +168,7 @@ def test_what_cannot_be_distributed_or_sharded_says_so(loaders):
     ("value", "error", "message"),
     [
         (lambda loss: loss.item(), TypeError, "Wrong returns float"),
-        (lambda loss: loss.expand(2), ValueError, r"Wrong returns a loss of shape \(2,\)"),
+        (lambda loss: loss.expand(2), ValueError, r"Wrong returns shape \(2,\)"),
         (lambda loss: loss.detach(), ValueError, "the loss of Wrong depends on no parameter"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_state_that_all_processes_must_look_for_says_so(monkeypatch):
     assert counted(objective) == 1
 
 
-REMEDY = r"put odenets.recording.Recording\(network, objective.measures\) into {} instead"
+REMEDY = r"take {}\(odenets.recording.Recording\(network, objective.measures\)\)"
 
 
 def test_wrappers_that_would_be_bypassed_are_named(process_group):
@@ -129,7 +129,7 @@ def test_wrappers_that_would_be_bypassed_are_named(process_group):
     objective = LeastAction()
     for wrapper, name in [
         (nn.parallel.DistributedDataParallel(flow()), "DistributedDataParallel"),
-        (torch.compile(flow()), "OptimizedModule"),
+        (torch.compile(flow()), "torch.compile"),
         (Fabric(accelerator="cpu", devices=1).setup(flow()), "_FabricModule"),
         (torch.optim.swa_utils.AveragedModel(flow()), "AveragedModel"),
         (nn.Sequential(flow()), "Sequential"),
@@ -142,3 +142,19 @@ def test_wrappers_that_would_be_bypassed_are_named(process_group):
         objective(fully_shard(flow()), X, Y)
     with pytest.raises(ValueError, match=r"must have the measures of the objective, got none named \['action'\]"):
         objective(Recording(flow(), {}), X, Y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda n: n.compile(), r"compiled in place.*take torch.compile\(Recording\(network, objective.measures\)\)"),
+        (lambda n: n.register_forward_hook(print), r"has forward hooks.*take Recording\(network, objective.measures\)"),
+        (lambda n: n.register_forward_pre_hook(print), "has forward hooks"),
+    ],
+)
+def test_what_a_record_leaves_out_is_named(change, message):
+    network, objective = flow(), LeastAction()
+    change(network)
+    with pytest.warns(UserWarning, match=message):
+        objective(network, X, Y)
+    objective(Recording(network, objective.measures), X, Y)

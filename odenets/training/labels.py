@@ -1,0 +1,45 @@
+"""Labels: what classifiers must return and be told, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["logits_and_labels"]
+
+
+def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """Checked: logits ``(B, classes)``, in float32 at least, and labels.
+
+    Labels are classes, ``(B,)`` int64, or shares of the classes, ``(B, classes)`` of the logits' dtype.
+
+    Raises:
+        TypeError: the output is no floating tensor, or the labels are none.
+        ValueError: other shapes, or a single logit, whose cross-entropy is 0 whatever it is.
+    """
+    if not (isinstance(output, Tensor) and output.is_floating_point()):
+        raise TypeError(
+            "the network must return logits, a floating tensor (B, classes), got "
+            f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}: put a module around it that "
+            "returns them"
+        )
+    if output.ndim != 2 or output.shape[1] < 2:
+        raise ValueError(f"the network must return logits (B, classes) of two classes or more, got {_shape(output)}")
+    if not isinstance(y, Tensor) or y.is_complex():
+        raise TypeError(f"labels must be a tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    if y.is_floating_point() and y.shape != output.shape:
+        raise ValueError(
+            f"labels must be classes (B,), whole numbers, or shares of all classes {_shape(output)}, got {y.dtype} "
+            f"{_shape(y)}"
+        )
+    if not y.is_floating_point() and y.shape != output.shape[:1]:
+        raise ValueError(f"labels must be one class for each of {len(output)} outputs, got {_shape(y)}")
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()
+    return output, y.to(output.dtype) if y.is_floating_point() else y.long()
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
