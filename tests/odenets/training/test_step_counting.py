@@ -1,5 +1,7 @@
 """Steps of whatever optimizer are counted, each once."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -220,6 +222,7 @@ def in_place(p, gradient):
 @pytest.mark.parametrize("told", [False, True])
 def test_steps_that_are_written_by_hand_are_to_be_told(write, optimizer, told, recwarn):
     """One warning, also after steps of an optimizer."""
+    warnings.simplefilter("always")
     network, objective = flow(), LeastAction()
     if optimizer:
         take_steps(network, objective, sgd(network), 3)
@@ -232,9 +235,7 @@ def test_steps_that_are_written_by_hand_are_to_be_told(write, optimizer, told, r
         if told:
             objective.after_step(network, (X, Y))
     assert counted(objective) == 3 * optimizer + 6 * told
-    assert ["call objective.after_step(network, (x, y))" in str(warning.message) for warning in recwarn] == [True] * (
-        not told
-    )
+    assert ["objective.after_step(network, (x, y))" in str(one.message) for one in recwarn] == [True] * (not told)
 
 
 def test_gradients_that_no_step_follows_are_no_steps_and_no_warning():
