@@ -76,8 +76,8 @@ class _WithCost(Objective):
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
         task = CrossEntropy() if task is None else task
         if not isinstance(task, Objective):
-            made = f", such as Task({getattr(task, '__name__', repr(task))})" if callable(task) else ""
-            raise TypeError(f"task must be an objective{made}, got {type(task).__name__}")
+            remedy = f", such as Task({getattr(task, '__name__', repr(task))})" if callable(task) else ""
+            raise TypeError(f"task must be an objective{remedy}, got {type(task).__name__}")
         cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
         if task.measures.get(cost.kind, cost.measure) != cost.measure:
             raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")

@@ -67,13 +67,13 @@ def test_a_loop_goes_on_from_a_state_as_if_it_had_not_stopped(update):
 
 
 def test_no_batch_is_kept_that_nobody_looks_at_again():
-    for options, kept in (({}, False), ({"update": "after", "every": 3}, False), ({"update": "after"}, True)):
+    for options, alive in (({}, False), ({"update": "after", "every": 3}, False), ({"update": "after"}, True)):
         network, objective = flow(), LeastAction(**options)
         x = X.clone()
         reference = weakref.ref(x)
         take_steps(network, objective, sgd(network), x=x)
         del x
-        assert (reference() is not None) == kept
+        assert (reference() is not None) == alive
 
 
 def test_an_objective_is_let_go_with_its_watch():
