@@ -94,7 +94,7 @@ USES = {
 SETTING = """
 import json, torch, odenets
 net = odenets.models.points_network()
-points = odenets.training.TensorData("points", torch.randn(8, 2), torch.arange(8) % 2, 2, (0, 0), (1, 1))
+points = odenets.training.TensorData(torch.randn(8, 2), torch.arange(8) % 2)
 data = odenets.training.Batches(points, 2)
 net(points.x)
 images, label, array = odenets.models.small_network().eval(), torch.tensor([0, 1]), torch.randn(9).numpy()

@@ -39,7 +39,7 @@ def images(file: Path | None) -> tuple[TensorData, TensorData]:
     parts = []
     for x, y in (("train_x", "train_y"), ("test_x", "test_y")):
         pixels = torch.from_numpy(arrays[x]).permute(0, 3, 1, 2).float().div_(255).contiguous()
-        parts.append(TensorData("cifar10", pixels, torch.from_numpy(arrays[y]).long(), 10, MEAN, STD))
+        parts.append(TensorData(pixels, torch.from_numpy(arrays[y]).long(), "cifar10", 10, MEAN, STD))
     return parts[0], parts[1]
 
 

@@ -191,7 +191,7 @@ def _check_cache(network: ModuleWise, plan: Plan, source: Source, cache: Any) ->
     if not isinstance(source.data, Batches):
         raise ValueError(
             f"cache is for odenets.training.Batches, whose samples have numbers, got {type(source.data).__name__}: "
-            "pass Batches(TensorData(...), size), or cache=None, which computes the states anew"
+            "pass Batches((x, y), size), or cache=None, which computes the states anew"
         )
     if shared := shared_parameter([m.part for m in network.modules_in_order], range(plan.K)):
         first, second, name = shared

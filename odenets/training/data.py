@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from odenets.modes import inputs_for
 
@@ -17,45 +19,73 @@ __all__ = ["Batches", "Split", "TensorData", "data_for"]
 
 @dataclass(frozen=True)
 class TensorData:
-    """Inputs and labels.
+    """Inputs and targets in memory.
+
+    >>> x = torch.rand(5, 2)
+    >>> len(TensorData(x, torch.tensor([0, 1, 2, 1, 0]), classes=3)), len(TensorData(x, x.norm(dim=1)))
+    (5, 5)
 
     Attributes:
+        x: inputs ``(N, ...)``, floating, finite: images ``(N, C, H, W)`` in [0, 1], points ``(N, D)``.
+        y: targets, a tensor ``(N, ...)`` of any dtype: labels ``(N,)`` int64, numbers ``(N,)`` or ``(N, D)``.
         name: what it is.
-        x: inputs, ``(N, C, H, W)`` in [0, 1] or points ``(N, D)``, float32, finite.
-        y: labels, ``(N,)`` int64 in ``[0, classes)``.
-        classes: number of classes.
+        classes: number of classes, of which ``y`` holds labels; None where that is not known, or there are none.
         mean, std: per channel, for normalization inside the model.
+
+    Raises:
+        TypeError: inputs that are no floating tensor, targets that are none, or labels that are not int64.
+        ValueError: no samples, inputs and targets of different length, inputs that are not finite, or labels of another
+            shape or outside ``[0, classes)``.
     """
 
-    name: str
     x: Tensor
     y: Tensor
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    name: str = "data"
+    classes: Any = None  # an int where there are classes, which those who read it rely on
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y) or len(self.x) == 0:
-            raise ValueError(f"{self.name}: x and y must be of one length, not 0, got {len(self.x)} and {len(self.y)}")
-        if not self.x.is_floating_point() or self.y.dtype != torch.long:
-            raise TypeError(f"{self.name}: x must be floating and y int64, got {self.x.dtype} and {self.y.dtype}")
+        for key, value in (("x", self.x), ("y", self.y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{self.name}: {key} must be a tensor, got {type(value).__name__}: TensorData(x, y), with "
+                    "torch.as_tensor for arrays and lists"
+                )
+        if self.x.ndim == 0 or self.y.ndim == 0 or len(self.x) != len(self.y) or len(self.x) == 0:
+            raise ValueError(
+                f"{self.name}: x and y must be of one length, not 0, got {tuple(self.x.shape)} and "
+                f"{tuple(self.y.shape)}"
+            )
+        if not self.x.is_floating_point():
+            raise TypeError(
+                f"{self.name}: x must be floating, got {self.x.dtype}: x.float(), or a DataLoader for a network that "
+                "takes whole numbers"
+            )
         if not self.x.isfinite().all():
             raise ValueError(f"{self.name}: x must be finite, got NaN or infinity")
+        if self.classes is not None:
+            self._check_labels(self.classes)
+
+    def _check_labels(self, classes: int) -> None:
+        if self.y.dtype != torch.long:
+            raise TypeError(f"{self.name}: y must be int64 labels of {classes} classes, got {self.y.dtype}: y.long()")
         if self.y.ndim != 1:
-            raise ValueError(f"{self.name}: y must have shape (N,), got {tuple(self.y.shape)}")
-        if int(self.y.min()) < 0 or int(self.y.max()) >= self.classes:
-            raise ValueError(f"{self.name}: y must lie in [0, {self.classes})")
+            remedy = "y.squeeze(1)" if self.y.shape[1:] == (1,) else "y.argmax(1) where these are one-hot"
+            raise ValueError(f"{self.name}: y must have shape (N,), got {tuple(self.y.shape)}: {remedy}")
+        if int(self.y.min()) < 0 or int(self.y.max()) >= classes:
+            raise ValueError(f"{self.name}: y must lie in [0, {classes})")
 
     def __len__(self) -> int:
         return len(self.x)
 
     def subset(self, index: Tensor) -> TensorData:
         """The samples at ``index``."""
-        return TensorData(self.name, self.x[index], self.y[index], self.classes, self.mean, self.std)
+        return replace(self, x=self.x[index], y=self.y[index])
 
     def to(self, device: torch.device | str) -> TensorData:
         """The same on a device."""
-        return TensorData(self.name, self.x.to(device), self.y.to(device), self.classes, self.mean, self.std)
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
 @dataclass(frozen=True)
@@ -69,26 +99,26 @@ class Split:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of a data set; shuffled by ``(seed, epoch)`` alone, so that any epoch can be drawn again.
+    """Batches of a data set in memory; shuffled by ``(seed, epoch)`` alone, so that any epoch can be drawn again.
 
     A loop over them draws the next epoch, each time another, beginning with epoch 0; without a seed all epochs are the
     same. :meth:`epoch`, :meth:`in_order` and :meth:`inputs` draw what they say and do not count.
 
-    >>> from odenets.training.datasets import load
-    >>> train, _ = load("moons")
-    >>> shuffled, again = Batches(train, 100, seed=1), Batches(train, 100, seed=1)
+    >>> x, y = torch.rand(800, 2), torch.arange(800) % 2
+    >>> shuffled, again = Batches((x, y), 100, seed=1), Batches((x, y), 100, seed=1)
     >>> first, second = list(shuffled), list(shuffled)
     >>> torch.equal(first[0][0], second[0][0]), torch.equal(second[0][0], next(again.epoch(1))[0])
     (False, True)
 
     Attributes:
-        data: the samples.
+        data: the samples, which may be given as a pair ``(x, y)`` of tensors or a TensorDataset of two.
         size: samples per batch; the last one may be smaller.
         seed: None keeps the order.
         crop: pad by this many pixels and crop at random (training images); drawn by the seed.
         flip: mirror half of the images (not digits); drawn by the seed.
 
     Raises:
+        TypeError: data of another kind, or a size that is no whole number.
         ValueError: no samples in a batch, what is to be drawn at random without a seed, or crop or flip for samples
             that are no images ``(C, H, W)``.
     """
@@ -100,7 +130,22 @@ class Batches:
     flip: bool = False
     _drawn: int = field(default=0, init=False, repr=False, compare=False)
 
+    if TYPE_CHECKING:  # a dataclass would take data as it is kept
+
+        def __init__(
+            self,
+            data: TensorData | TensorDataset | Sequence[Tensor],
+            size: int,
+            seed: int | None = None,
+            crop: int = 0,
+            flip: bool = False,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", _in_memory(self.data))
+        if isinstance(self.size, bool) or not isinstance(self.size, Integral):
+            got = "a tensor: Batches((x, y), size)" if isinstance(self.size, Tensor) else repr(self.size)
+            raise TypeError(f"size must be a whole number of samples, got {got}")
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
         if self.crop < 0 or ((self.crop or self.flip) and self.seed is None):
@@ -162,6 +207,23 @@ class Batches:
         epoch = self._drawn
         object.__setattr__(self, "_drawn", epoch + 1)
         return self.epoch(epoch)
+
+
+def _in_memory(data: Any) -> TensorData:
+    if isinstance(data, TensorData):
+        return data
+    tensors = data.tensors if isinstance(data, TensorDataset) else data
+    if isinstance(tensors, tuple | list) and len(tensors) == 2:
+        x, y = tensors
+        return TensorData(x, y)
+    if isinstance(data, TensorDataset):
+        got = f"a TensorDataset of {len(tensors)}"
+    else:
+        got = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else type(data).__name__
+    remedy = "Batches((x, y), size)" if isinstance(data, Tensor) else "a DataLoader takes any dataset"
+    raise TypeError(
+        f"data must be a pair of tensors (x, y), a TensorData or a TensorDataset of two, got {got}: {remedy}"
+    )
 
 
 def _augment(x: Tensor, crop: int, flip: bool, generator: torch.Generator) -> Tensor:

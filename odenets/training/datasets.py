@@ -77,6 +77,7 @@ def hold_out(data: TensorData, part: float | int, *, seed: int = 0) -> tuple[Ten
     """The rest of a data set, and a stratified part of it, a fraction or a number of samples, by seed.
 
     Raises:
+        TypeError: targets that are no labels.
         ValueError: part is neither a fraction in (0, 1) nor a number of samples, the part or the rest would hold fewer
             samples than there are classes, or a class has a single sample.
 
@@ -91,6 +92,7 @@ def subsample(data: TensorData, size: int, *, seed: int = 0) -> TensorData:
     """``size`` samples of a data set, stratified, by seed.
 
     Raises:
+        TypeError: targets that are no labels.
         ValueError: the part or the rest would be smaller than the number of classes.
     """
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
@@ -98,9 +100,10 @@ def subsample(data: TensorData, size: int, *, seed: int = 0) -> TensorData:
     size = int(size)
     if size == len(data):
         return data
-    if not data.classes <= size <= len(data) - data.classes:
+    classes = len(data.y.unique()) if data.classes is None else data.classes
+    if not classes <= size <= len(data) - classes:
         raise ValueError(
-            f"size must be in [{data.classes}, {len(data) - data.classes}], so that every class is on both sides, or "
+            f"size must be in [{classes}, {len(data) - classes}], so that every class is on both sides, or "
             f"all {len(data)}, got {size}"
         )
     return data.subset(_stratified(data.y, size, seed)[1])
@@ -113,6 +116,10 @@ def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor
 
     if not (0 < part < 1 or (isinstance(part, int) and 0 < part < len(y))):
         raise ValueError(f"part must be a fraction in (0, 1) or a number of samples below {len(y)}, got {part!r}")
+    if y.dtype != torch.long or y.ndim != 1 or int(y.min()) < 0:
+        raise TypeError(
+            f"y must be labels (N,), int64 and not negative, to be stratified, got {y.dtype} {tuple(y.shape)}"
+        )
     counts = y.cpu().bincount()
     classes, smallest = int((counts > 0).sum()), int(counts[counts > 0].min())
     size = part if isinstance(part, int) else math.ceil(part * len(y))
@@ -142,7 +149,7 @@ def _digits() -> TensorData:
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images / 16).float().reshape(-1, 1, 8, 8)
     mean, std = _STATISTICS["digits"]
-    return TensorData("digits", x, torch.from_numpy(labels).long(), 10, tuple(mean), tuple(std))
+    return TensorData(x, torch.from_numpy(labels).long(), "digits", 10, tuple(mean), tuple(std))
 
 
 def points(name: str, size: int, seed: int) -> TensorData:
@@ -160,7 +167,7 @@ def points(name: str, size: int, seed: int) -> TensorData:
         x, y = make_moons(size, noise=0.05, random_state=seed)
     else:
         raise ValueError(f"name must be 'circles' or 'moons', got {name!r}")
-    return TensorData(name, torch.from_numpy(x).float(), torch.from_numpy(y).long(), 2, (0.0, 0.0), (1.0, 1.0))
+    return TensorData(torch.from_numpy(x).float(), torch.from_numpy(y).long(), name, 2, (0.0, 0.0), (1.0, 1.0))
 
 
 def _torchvision(name: str, folder: str | Path | None, download: bool) -> tuple[TensorData, TensorData]:
@@ -188,4 +195,4 @@ def _images(name: str, part) -> TensorData:
     x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
     mean, std = _STATISTICS[name]
     y = torch.as_tensor(part.targets).long()
-    return TensorData(name, x.float().div_(255).contiguous(), y, len(part.classes), tuple(mean), tuple(std))
+    return TensorData(x.float().div_(255).contiguous(), y, name, len(part.classes), tuple(mean), tuple(std))

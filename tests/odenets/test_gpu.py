@@ -25,7 +25,7 @@ from tests.odenets.networks import Unit
 pytestmark = pytest.mark.gpu
 D = torch.float64
 X = torch.rand(24, 1, 8, 8, dtype=D, generator=torch.Generator().manual_seed(0))
-IMAGES = data.TensorData("images", X, torch.arange(24) % 3, 3, (0.0,), (1.0,))
+IMAGES = data.TensorData(X, torch.arange(24) % 3)
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 NAMED = {
     name: getattr(measures, name) for name in ("action", "cosine", "displacement", "error", "residue", "square_norm")

@@ -9,7 +9,7 @@ from tests.odenets.checks import unchanged
 from tests.odenets.networks import Calling
 
 IMAGES = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-FOUR = data.Batches(data.TensorData("four", IMAGES, torch.arange(4), 10, (0.0,), (1.0,)), 3)
+FOUR = data.Batches((IMAGES, torch.arange(4)), 3)
 
 
 def small(depth=4):
@@ -46,7 +46,7 @@ def test_accuracy_after_each_module_and_the_best():
         return Calling(lambda m, x: nn.functional.one_hot(torch.full((len(x),), label), 3).float())
 
     labels = torch.tensor([0, 1, 1, 2, 1, 0])
-    batches = data.Batches(data.TensorData("six", torch.rand(6, 2), labels, 3, (0.0,), (1.0,)), 4)
+    batches = data.Batches((torch.rand(6, 2), labels), 4)
     label, flow = iter([0, 1, 2]), Flow(lambda: MLPField(2), depth=3)
     modules = split_into_modules(flow, 3, torch.rand(2, 2), outputs=3, head=lambda state, c: constant(next(label)))
     assert modules.accuracies(batches) == pytest.approx([2 / 6, 3 / 6, 1 / 6])

@@ -32,7 +32,7 @@ def test_a_module_reaches_the_proximal_point_and_losses_fall_by_the_known_factor
     # min over T of <(Tx - a)^2>/2 + <(Tx - x)^2>/(2 tau) is Tx = (tau a + x)/(1 + tau), an affine residue
     tau, target, K = 0.5, torch.tensor([3.0, -1.0]), 3
     torch.manual_seed(0)
-    points = data.TensorData("points", torch.randn(64, 2), torch.zeros(64, dtype=torch.long), 2, (0.0,), (1.0,))
+    points = data.TensorData(torch.randn(64, 2), torch.zeros(64, dtype=torch.long))
     affine = partial(Velocity, lambda m, t, x: m.linear(x))
     flow = Flow(lambda: affine(linear=nn.Linear(2, 2)), solver="euler", h=1.0, depth=K)
     modules = split_into_modules(flow, K, points.x, outputs=2, head=nn.Identity())

@@ -92,7 +92,7 @@ def test_end_to_end_steps_are_those_of_the_training_loop(checkpointed):
     objective = ActionPenalty(0.5)
     for _ in range(2):
         end_to_end_step(modules, objective, sgd(network.parameters()), x, Y, checkpointed=checkpointed)
-    batches = data.Batches(data.TensorData("x", x, Y, 10, (0.0,), (1.0,)), 6)
+    batches = data.Batches((x, Y), 6)
     fit(plain, batches, epochs=2, optimizer=sgd, objective=ActionPenalty(0.5))
     assert_same(network, plain, 1e-7, 1e-7)
 

@@ -21,7 +21,7 @@ from tests.odenets.normalization.networks import X, network, trained
 
 
 def dataset():
-    return data.TensorData("noise", X, torch.zeros(len(X), dtype=torch.long), 2, (0, 0, 0), (1, 1, 1))
+    return data.TensorData(X, torch.zeros(len(X), dtype=torch.long))
 
 
 READERS = {

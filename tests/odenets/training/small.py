@@ -42,7 +42,7 @@ def in_double(parts):
 
 
 IMAGES = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-TWENTY = data.TensorData("x", IMAGES, torch.arange(20) % 10, 10, (0.0,), (1.0,))
+TWENTY = data.TensorData(IMAGES, torch.arange(20) % 10)
 TENS = data.Batches(TWENTY, 10, seed=0)
 
 

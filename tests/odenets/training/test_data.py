@@ -5,10 +5,11 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from odenets import models
 from odenets.training.data import Batches, TensorData
-from odenets.training.datasets import load
+from odenets.training.datasets import hold_out, load
 from odenets.training.evaluation import evaluate
 
 DIGITS, MOONS = load("digits")[0], load("moons")[0]
@@ -65,7 +66,7 @@ def test_order_has_neither_shuffle_nor_augmentation():
 
 def test_augmentation_moves_pixels_and_keeps_them():
     x = torch.arange(16.0).reshape(1, 1, 4, 4).expand(500, -1, -1, -1) + 1
-    set_ = TensorData("ramp", x, torch.zeros(500, dtype=torch.long), 1, (0.0,), (1.0,))
+    set_ = TensorData(x, torch.zeros(500))
     (seen, _), *_ = Batches(set_, 500, seed=0, crop=1).epoch(0)
     padded = torch.nn.functional.pad(x[0, 0], (1, 1, 1, 1))
     windows = {tuple(padded[i : i + 4, j : j + 4].flatten().tolist()) for i in range(3) for j in range(3)}
@@ -104,4 +105,34 @@ def test_bad_arguments_are_named(make, message):
 )
 def test_contents_are_checked(x, y, error, message):
     with pytest.raises(error, match=message):
-        TensorData("mine", x, y, 2, (0.0,), (1.0,))
+        TensorData(x, y, "mine", 2)
+
+
+def test_pairs_of_tensors_are_data_of_any_targets():
+    x, y = torch.rand(7, 3), torch.rand(7, 2)
+    for data in ((x, y), [x, y], TensorData(x, y), TensorDataset(x, y)):
+        batches = Batches(data, 4)
+        assert [len(part) for part, _ in batches.epoch(0)] == [4, 3]
+        assert torch.equal(torch.cat([part for _, part in batches.epoch(0)]), y)
+    kept = TensorData(x, torch.arange(7), "mine", 7).subset(torch.tensor([5])).to("cpu")
+    assert (kept.name, kept.classes, kept.y.tolist()) == ("mine", 7, [5])
+    assert TensorData(x, y).classes is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Batches(MOONS.x, MOONS.y, 16), r"got Tensor: Batches\(\(x, y\), size\)"),
+        (lambda: Batches(MOONS, MOONS.y), r"size must be a whole number of samples, got a tensor"),
+        (lambda: Batches(MOONS, 2.0), "size must be a whole number of samples, got 2.0"),
+        (lambda: Batches(TensorDataset(MOONS.x), 16), "got a TensorDataset of 1: a DataLoader takes"),
+        (lambda: Batches((MOONS.x, MOONS.x, MOONS.y), 16), "got tuple of 3: a DataLoader takes"),
+        (lambda: Batches((MOONS.x.numpy(), MOONS.y), 16), "x must be a tensor, got ndarray"),
+        (lambda: TensorData("mine", MOONS.x, MOONS.y), r"x must be a tensor, got str: TensorData\(x, y\)"),
+        (lambda: TensorData(MOONS.x, MOONS.y.int(), classes=2), "y must be int64 labels of 2 classes, got torch.int32"),
+        (lambda: hold_out(TensorData(MOONS.x, MOONS.x), 0.5), r"y must be labels \(N,\), int64 and not negative"),
+    ],
+)
+def test_data_of_another_kind_is_named_with_the_remedy(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

@@ -24,7 +24,7 @@ def test_sets_of_scikit_learn(name, shape, classes):
 
 def test_split_is_stratified_and_disjoint():
     train, test = load("digits")
-    tagged = TensorData("tagged", torch.arange(len(train)).float()[:, None], train.y, 10, (0.0,), (1.0,))
+    tagged = TensorData(torch.arange(len(train)).float()[:, None], train.y)
     parts = split(tagged, test, validation=0.2, size=500, seed=3)
     ids = [set(part.x[:, 0].tolist()) for part in (parts.train, parts.validation)]
     assert len(ids[0]) == 400
@@ -37,7 +37,7 @@ def test_split_is_stratified_and_disjoint():
 
 def test_a_class_too_small_for_a_part_is_told():
     y = torch.tensor([0] * 50 + [1] * 2)
-    rare = TensorData("rare", torch.zeros(52, 1), y, 2, (0.0,), (1.0,))
+    rare = TensorData(torch.zeros(52, 1), y)
     with pytest.warns(UserWarning, match=r"the part of 3 samples holds none of class\(es\) \[1\]"):
         hold_out(rare, 3)
 

@@ -179,7 +179,7 @@ def test_batches_in_memory_keep_the_epoch_of_a_subclass():
         def epoch(self, epoch):
             return ((2 * x, y) for x, y in super().epoch(epoch))
 
-    data = TensorData("line", torch.arange(4.0)[:, None], torch.zeros(4, dtype=torch.long), 2, (), ())
+    data = TensorData(torch.arange(4.0)[:, None], torch.zeros(4, dtype=torch.long))
     source = Source.of(Doubled(data, 2))
     source.move_to(nn.Linear(1, 1, dtype=torch.float64))
     assert values(source.epoch(0)) == [[0, 2], [4, 6]]
