@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +19,11 @@ from solvers.errors import SolverError
 from solvers.gradients.backsolve import backsolved, seminorm
 from solvers.gradients.captured import Captured, owner_of
 from solvers.gradients.checkpoint import Read, recomputed
-from solvers.interpolation import interpolant
-from solvers.outputs import SampleOutputs, batch_readings, stacked
+from solvers.outputs import BatchOutputs, SampleOutputs, stacked
 from solvers.sample_loop import align
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.solve import Task, even_grid, with_gradient
-from solvers.step import Field, Step
+from solvers.step import Field
 from solvers.validation import real_dtype, to_state_shape
 
 __all__ = ["by_backsolving", "by_recomputing", "captured_field"]
@@ -94,49 +93,36 @@ def _check_apart(task: Task, solution: SampleSolution, x: Tensor) -> None:
 def _recomputed(
     task: Task, captured: Captured | None, solution: Solution, stats: Statistics | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The last state and those at the output times, by the steps of a solution; ``stats``: what is to count them."""
-    take = recomputed if captured is None else _eagerly()
+    """The last state and those at the output times, by the steps of a solution; ``stats``: what is to count them.
+
+    Where every sample has its own steps, the k-th of all of them are taken side by side.
+    """
+    outputs: BatchOutputs | SampleOutputs | None = None
     if isinstance(solution, SampleSolution):
-        return _samples_recomputed(task, captured, solution, take)
-    times = solution.step_times
-    steps = [(a, b - a) for a, b in pairwise(times)]
-    if not task.outputs:
-        return take(captured, task.field, task.x0, steps, task.tableau, ())[0], None
-    first, readings = batch_readings(task.at, times)
-    if stats is not None:
-        each = task.tableau.stages - task.tableau.interior if task.tableau.dense else 1
-        stats.evaluations += each * sum(reading.inside for reading in readings)
-    reads = [
-        None if not r.fractions else Read(lambda step, r=r: r(step, partial(interpolant, step, task.field)), r.inside)
-        for r in readings
-    ]
-    x, states = take(captured, task.field, task.x0, steps, task.tableau, reads)
-    return x, stacked([*[task.x0] * first, *states], len(task.at), task.x0)
-
-
-def _samples_recomputed(
-    task: Task, captured: Captured | None, solution: SampleSolution, take: Callable[..., tuple[Tensor, list[Tensor]]]
-) -> tuple[Tensor, Tensor | None]:
-    """The same, where every sample has its own steps: the k-th of all of them side by side."""
-    times = torch.stack(solution.step_times).numpy()
-    starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
-    steps = [(to_state_shape(t, task.x0), to_state_shape(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
-    real = real_dtype(task.x0)
-    field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
-    if not task.outputs:
-        return take(captured, field, task.x0, steps, task.tableau, ())[0], None
-    over = np.array([s == "finished" for s in solution.status]) & (times[-1] == task.t0)
-    outputs = SampleOutputs(task.at, task.t, task.x0, task.t0, over)
-    reads: list[Read | None] = []
-    for start, size in zip(starts, sizes, strict=True):
-        reading = outputs.reading(start, size, size != 0)
-
-        def read(step: Step, reading: Any = reading) -> list[Tensor]:
-            return [reading(step, field)]
-
-        reads.append(None if reading is None else Read(read, reading.inside))
+        times = torch.stack(solution.step_times).numpy()
+        starts, sizes = align(times[1:] != times[:-1], times[:-1], times[1:])
+        steps = [(to_state_shape(t, task.x0), to_state_shape(h, task.x0)) for t, h in zip(starts, sizes, strict=True)]
+        real = real_dtype(task.x0)
+        field: Field = lambda t, x: task.field(t.to(real), x)  # type: ignore[union-attr]  # noqa: E731
+        how: Any = field
+        readings: list[Any] = []
+        if task.outputs:
+            over = np.array([s == "finished" for s in solution.status]) & (times[-1] == task.t0)
+            outputs = SampleOutputs(task.at, task.t, task.x0, task.t0, over)
+            readings = [outputs.reading(t, h, h != 0) for t, h in zip(starts, sizes, strict=True)]
+    else:
+        steps, field, how = [(a, b - a) for a, b in pairwise(solution.step_times)], task.field, task.state_in
+        outputs = task.batch_outputs() if task.outputs else None
+        readings = [outputs.reading(t, h) for t, h in steps] if outputs is not None else []
+        if stats is not None:
+            each = task.tableau.stages - task.tableau.interior if task.tableau.dense else 1
+            stats.evaluations += each * sum(reading.inside for reading in readings)
+    reads = [None if r is None else Read(lambda step, r=r: r(step, how), r.inside) for r in readings]
+    take = recomputed if captured is None else _eagerly()
     x, states = take(captured, field, task.x0, steps, task.tableau, reads)
-    outputs.rows += states
+    if outputs is None:
+        return x, None
+    outputs.states += states
     return x, outputs.stacked()
 
 

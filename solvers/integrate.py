@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ from solvers.gradient_modes import by_backsolving, by_recomputing, captured_fiel
 from solvers.gradients.captured import Captured
 from solvers.methods import get_tableau
 from solvers.output_times import output_times
-from solvers.outputs import batch_readings
 from solvers.packing import Packing
 from solvers.sample_loop import within
 from solvers.solution import Solution
@@ -152,11 +152,12 @@ def integrate(
 
 def _with_outputs(task: Task, times: Any, t: Tensor) -> Task:
     """The task with output times; fixed steps carry their closing stage where the interpolant in them needs it."""
-    closing = False
-    if task.grid is not None and task.tableau.dense is not None:
-        closing = t.requires_grad or any(r.inside for r in batch_readings(times, tuple(task.grid.times))[1])
-    keep = "steps" if task.keep == "steps" else "last"
-    return replace(task, outputs=True, at=times, t=t, closing=closing, keep=keep)
+    task = replace(task, outputs=True, at=times, t=t, keep="steps" if task.keep == "steps" else "last")
+    if task.grid is None or task.tableau.dense is None:
+        return task
+    outputs, ends = task.batch_outputs(), pairwise(task.grid.times)
+    inside = t.requires_grad or any(outputs.reading(start, end - start).inside for start, end in ends)
+    return replace(task, closing=inside)
 
 
 def _solved(task: Task, captured: Captured | None, gradient: str, *, single: bool) -> Solution:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from solvers.interpolation import at_many, interpolant
 from solvers.step import Field, Step
 from solvers.validation import to_state_shape
 
-__all__ = ["BatchOutputs", "Reading", "SampleOutputs", "SampleReading", "batch_readings", "stacked"]
+__all__ = ["BatchOutputs", "Reading", "SampleOutputs", "SampleReading", "stacked"]
 
 Array = np.ndarray
 _ROUNDING = 1e-12
@@ -26,7 +25,7 @@ _SMALL = 1 << 10  # numbers of a state up to which several are the faster made a
 class Reading:
     """The states at fractions of a step, numbers or tensors; at the number 1 its end.
 
-    Calling it with a step and what makes the state at a fraction of it gives them, each ``(B, *S)``.
+    Calling it with a step, and what makes of a step the state at a fraction, gives them, each ``(B, *S)``.
     """
 
     fractions: Sequence[Any]
@@ -36,11 +35,11 @@ class Reading:
         """Whether one of them needs an interpolant."""
         return any(isinstance(theta, Tensor) or theta != 1 for theta in self.fractions)
 
-    def __call__(self, step: Step, interpolate: Callable[[], Callable[[Any], Tensor]]) -> list[Tensor]:
+    def __call__(self, step: Step, state_in: Callable[[Step], Callable[[Any], Tensor]]) -> list[Tensor]:
         inside = [theta for theta in self.fractions if isinstance(theta, Tensor) or theta != 1]
         if not inside:
             return [step.x1] * len(self.fractions)
-        state_at = interpolate()
+        state_at = state_in(step)
         several = len(inside) > 2 and step.x0.numel() <= _SMALL and not torch.compiler.is_compiling()
         alike = len({isinstance(theta, Tensor) for theta in inside}) == 1
         states = iter(at_many(step, state_at, inside) if several and alike else map(state_at, inside))
@@ -66,11 +65,11 @@ class SampleReading:
         """Whether one of them needs an interpolant."""
         return self.shift is not None or bool((self.fractions != 1).any())
 
-    def __call__(self, step: Step, field: Field) -> Tensor:
-        """Their states, ``(P, *S)``; an interpolant that needs the velocity at the end takes it for all samples."""
+    def __call__(self, step: Step, field: Field) -> list[Tensor]:
+        """Their states, one tensor ``(P, *S)``; an interpolant that needs the velocity at the end takes it for all."""
         device = step.x0.device
         if not self.inside:
-            return step.x1[torch.from_numpy(self.samples).to(device)]
+            return [step.x1[torch.from_numpy(self.samples).to(device)]]
         rows, width, order = self._block()
         samples, places = torch.from_numpy(rows).to(device), torch.from_numpy(order).to(device)
         part = _widened(step.select(samples))
@@ -93,7 +92,7 @@ class SampleReading:
         ends = fractions == 1
         if self.shift is None and ends.any():
             states = torch.where(to_state_shape(ends, step.x0).view_as(theta), part.x1, states)
-        return states.flatten(0, 1)[places]
+        return [states.flatten(0, 1)[places]]
 
     def _block(self) -> tuple[Array, int, Array]:
         """Samples as rows of one width, and the places of the states in them; one state a row where many stay empty."""
@@ -132,24 +131,33 @@ class BatchOutputs:
         if origin is not None or not self.shifts:
             while len(self.states) < len(at) and at[len(self.states)] == t0:
                 self.states.append(x0)
+        self.begun = len(self.states)
 
-    def reading(self, step: Step, start: float, size: float, until: float | None = None) -> Reading:
-        """What is read off a step from ``start``, of a ``size``, both numbers; nothing beyond ``until``."""
+    def reading(self, start: float, size: float, until: float | None = None, step: Step | None = None) -> Reading:
+        """What is read off the next step from ``start``, of a ``size``, both numbers; nothing beyond ``until``.
+
+        The step itself is needed where gradients flow to times.
+        """
         fractions: list[Any] = []
-        i = len(self.states)
-        for k, theta in enumerate(_fractions(self.at, i, start, size, until), i):
-            fractions.append(self._fraction(k, theta, step))
+        at = self.at
+        while self.begun < len(at):
+            theta = (at[self.begun] - start) / size
+            if theta > 1 + _ROUNDING or (until is not None and (at[self.begun] - until) * size > 0):
+                break
+            theta = 1.0 if abs(theta - 1) <= _ROUNDING else theta
+            fractions.append(theta if step is None else self._fraction(self.begun, theta, step))
+            self.begun += 1
         return Reading(fractions)
 
     def _fraction(self, i: int, theta: float, step: Step) -> Any:
         at, t, origin = self.at, self.t, self.origin
-        if not self.shifts:  # from the grid as it is, a tensor in odeint
-            return theta if theta == 1 or origin is None or self.adaptive else (at[i] - step.t) / step.h
+        if origin is not None and not self.adaptive:  # from the grid as it is, a tensor
+            return theta if theta == 1 else ((t[i] if self.shifts else at[i]) - step.t) / step.h
+        if not self.shifts:
+            return theta
         if origin is None:  # the value from numbers, the gradient from t
             return theta + (t[i] - t[i].detach()) / step.h
-        if self.adaptive:
-            return (t[i] - origin - (step.t - at[0])) / step.h
-        return theta if theta == 1 else (t[i] - step.t) / step.h
+        return (t[i] - origin - (step.t - at[0])) / step.h
 
     def stacked(self) -> Tensor:
         """The states ``(n, *x0.shape)``; NaN at the times that the solve has not reached."""
@@ -160,31 +168,6 @@ def stacked(states: Sequence[Tensor], n: int, x0: Tensor) -> Tensor:
     """The states at the first of n times, and NaN at the others, ``(n, *x0.shape)``."""
     missing = [torch.full_like(x0, torch.nan)] * (n - len(states))
     return torch.stack([*states, *missing])
-
-
-def batch_readings(at: Sequence[float], times: Sequence[float]) -> tuple[int, list[Reading]]:
-    """How many of the times ``at`` are the first of ``times``, the ends of steps, and what is read off each step."""
-    first = 0
-    while first < len(at) and at[first] == times[0]:
-        first += 1
-    readings: list[Reading] = []
-    i = first
-    for start, end in pairwise(times):
-        reading = Reading(_fractions(at, i, start, end - start))
-        i += len(reading.fractions)
-        readings.append(reading)
-    return first, readings
-
-
-def _fractions(at: Sequence[float], first: int, start: float, size: float, until: float | None = None) -> list[float]:
-    """Of the times from the ``first`` on, those that lie in a step as fractions of it; 1 at its end."""
-    fractions: list[float] = []
-    for i in range(first, len(at)):
-        theta = (at[i] - start) / size
-        if theta > 1 + _ROUNDING or (until is not None and (at[i] - until) * size > 0):
-            break
-        fractions.append(1.0 if abs(theta - 1) <= _ROUNDING else theta)
-    return fractions
 
 
 class SampleOutputs:
@@ -205,7 +188,7 @@ class SampleOutputs:
             here = here | (at == t0[:, None])
         self.pending = ~here
         samples = here.nonzero()[0]
-        self.rows, self.order = [x0[torch.from_numpy(samples).to(x0.device)]], [here.reshape(-1).nonzero()[0]]
+        self.states, self.order = [x0[torch.from_numpy(samples).to(x0.device)]], [here.reshape(-1).nonzero()[0]]
 
     def reading(self, start: Array, size: Array, taken: Array, until: Array | None = None) -> SampleReading | None:
         """What the samples that took a step from ``start``, of a ``size``, read off it; nothing beyond ``until``."""
@@ -232,7 +215,7 @@ class SampleOutputs:
         NaN at the times that a sample has not reached.
         """
         left = self.pending.reshape(-1).nonzero()[0]
-        rows = [*self.rows, self.x0.new_full((len(left), *self.x0.shape[1:]), torch.nan)]
+        rows = [*self.states, self.x0.new_full((len(left), *self.x0.shape[1:]), torch.nan)]
         places = torch.from_numpy(np.concatenate([*self.order, left]).argsort()).to(self.x0.device)
         states = torch.cat(rows)[places].unflatten(0, self.at.shape)
         return states.transpose(0, 1) if self.shared else states

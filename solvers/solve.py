@@ -107,6 +107,10 @@ class Task:
         """A number as a tensor, to which gradients flow as to the origin."""
         return exact(t, self.x0.device) if self.origin is None else self.origin + (t - self.t0)
 
+    def batch_outputs(self) -> BatchOutputs:
+        """What collects the states at the output times."""
+        return BatchOutputs(self.at, self.t, self.x0, self.t0, origin=self.origin, adaptive=self.grid is None)
+
     def state_in(self, step: Step) -> Callable[[Any], Tensor]:
         """The state at a fraction of a step."""
         if self.grid is not None and self.grid.linear:
@@ -128,7 +132,7 @@ def _solve_batch(task: Task) -> Solution:
             stats.accepted += 1
         stats.evaluations = stats.accepted * task.tableau.interior
         return Solution(times=(task.t1,), states=(task.unpack(x),), stats=stats)
-    collector, numbers, value = _Collector(task, _batch_outputs(task)), None, 1.0
+    collector, numbers, value = _Collector(task, task.batch_outputs() if task.outputs else None), None, 1.0
     try:
         if event is not None:
             event = first_crossing_fn(event, task.t0, x)
@@ -171,12 +175,6 @@ def _solve_batch(task: Task) -> Solution:
     return collector.solution(stats)
 
 
-def _batch_outputs(task: Task) -> BatchOutputs | None:
-    if not task.outputs:
-        return None
-    return BatchOutputs(task.at, task.t, task.x0, task.t0, origin=task.origin, adaptive=task.grid is None)
-
-
 class _Collector:
     """What is kept of a solve on its way."""
 
@@ -195,8 +193,8 @@ class _Collector:
             start, size = step.t, step.h
             if isinstance(size, Tensor):  # in numbers
                 start, size = self.times[-1], (t if end is None else end) - self.times[-1]
-            reading = self.outputs.reading(step, start, size, None if end is None else t)  # type: ignore[arg-type]
-            self.outputs.states += reading(step, partial(self.task.state_in, step))
+            reading = self.outputs.reading(start, size, None if end is None else t, step)  # type: ignore[arg-type]
+            self.outputs.states += reading(step, self.task.state_in)
             stats.evaluations += self.task.state_costs and reading.inside
         if keep in ("last", "times"):
             self.states[-1] = x
@@ -280,7 +278,7 @@ def _solve_samples(task: Task) -> SampleSolution:
             if outputs is not None:
                 reading = outputs.reading(before, size, accepted, None if event is None else t)
                 if reading is not None:
-                    outputs.rows.append(reading(step, task.field))
+                    outputs.states += reading(step, task.field)
                     loop.count(task.state_costs and reading.inside, reading.samples)
             before = t
             if task.keep == "steps":
