@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from odenets.fields import VelocityField, reset_modules
 from odenets.normalization import StageBatchNorm
-from solvers import ButcherTableau
+from solvers import ButcherTableau, Step, rk_step
+from solvers.validation import check_call, mismatch
 
 __all__ = [
     "Block",
@@ -27,8 +26,8 @@ __all__ = [
     "check_sharing",
     "fields_per_block",
     "make_blocks",
-    "refuse",
     "step_sizes",
+    "take_step",
 ]
 
 StageFields = Literal["tied", "chained", "untied"]
@@ -57,11 +56,13 @@ class Block(nn.Module):
         Where this block has none for the last stage it is the first field of the ``following`` one.
         """
         fields: list[Any] = list(self.fields)
-        if stage_fields == "tied":
-            field = fields[0]
-            fields = [partial(field, stage=i) if isinstance(field, VelocityField) else field for i in range(stages)]
+        tied = stage_fields == "tied"
+        if tied:
+            fields *= stages
         elif len(fields) < stages:
             fields.append((following or self).fields[0])
+        if tied or args:  # which must not be taken for the stage
+            fields = [partial(v, stage=i * tied) if isinstance(v, VelocityField) else v for i, v in enumerate(fields)]
         return [_conditioned(field, args) for field in fields] if args else fields
 
     def copy_within(self, whole: nn.Module) -> Block:
@@ -80,44 +81,24 @@ def _conditioned(field: Callable[..., Tensor], args: Sequence[Any]) -> Velocity:
 def check_arguments(field: Any, args: Sequence[Any] | None) -> None:
     """That a field takes t, x and these further arguments, or, where they are None, t and x at least.
 
-    Nothing is looked at in a compiled graph.
-
     Raises:
         TypeError: it does not.
     """
-    if torch.compiler.is_compiling():
-        return
-    function = field.forward if isinstance(field, nn.Module) else field
-    stage = isinstance(field, VelocityField)
-    plain = getattr(function, "__func__", function)
-    problem = _mismatch(plain, plain is not function, None if args is None else len(args), stage)
-    if problem is None:
-        return
-    name = type(field).__name__ if isinstance(field, nn.Module) else getattr(field, "__name__", repr(field))
+    remedy = "; wrap a network without t in a module that drops it, and give what a field takes besides after x"
     if args:
-        raise TypeError(
-            f"field must take t, x and what follows x in the call, {len(args)} further, as def forward(self, t, x, c), "
-            f"got {name}: {problem}"
-        )
-    raise TypeError(
-        f"field must take t and x, as def forward(self, t, x), got {name}: {problem}; wrap a network without t in a "
-        "module that drops it, and give what a field takes besides after x, flow(x, c)"
-    )
+        named = any(isinstance(one, str | bool) for one in args)
+        remedy = "; readout, full_passes and check are keywords" if named else ""
+    stage: dict[str, Any] = {"stage": 0} if isinstance(field, VelocityField) else {}
+    check_call(field, args, remedy=remedy, **stage)
 
 
-@lru_cache(maxsize=256)
-def _mismatch(function: Any, method: bool, further: int | None, stage: bool) -> str | None:
-    """Why a field's function cannot be called with t, x and so many further arguments, if it cannot."""
+def take_step(block: Block, args: Sequence[Any], fields: Sequence[Velocity], *begin: Any, **options: Any) -> Step:
+    """:func:`solvers.rk_step` with the fields of a block; one that takes no such args is named."""
     try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of what is compiled
-        return None
-    bind = signature.bind_partial if further is None else signature.bind
-    try:
-        bind(*[None] * method, 0.0, None, *[None] * (further or 0), **({"stage": 0} if stage else {}))
-    except TypeError as error:
-        return f"{error} in {signature}"
-    return None
+        return rk_step(fields, *begin, **options)
+    except TypeError:
+        check_arguments(block.fields[0], args)
+        raise
 
 
 def block_list(blocks: Iterable[nn.Module]) -> list[Block]:
@@ -150,21 +131,6 @@ def check_sharing(stage_fields: StageFields, shared: bool) -> None:
         raise ValueError(f"stage_fields must be 'tied', 'chained' or 'untied', got {stage_fields!r}")
     if shared and stage_fields != "tied":
         raise ValueError("shared uses one field for all blocks: stage_fields must be 'tied'")
-
-
-def refuse(unknown: dict[str, Any]) -> None:
-    """Refuse settings that a flow does not have.
-
-    Raises:
-        TypeError: any.
-    """
-    if {"tolerance", "controller"} & set(unknown):
-        raise TypeError(
-            "Flow has a block for each step and takes no tolerance: one field whose steps are chosen by their error is "
-            'odenets.NeuralODE(field, solver="bs23", tolerance=Tolerance(rtol=1e-3))'
-        )
-    if unknown:
-        raise TypeError(f"Flow takes no {', '.join(map(repr, unknown))}")
 
 
 def step_sizes(h: float | Sequence[float] | None, total_time: float | None, depth: int) -> tuple[float, ...]:
@@ -216,7 +182,7 @@ def make_blocks(
 def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
     """The given field itself the first time, then copies of it with parameters drawn anew."""
     if not isinstance(source, nn.Module):
-        if _mismatch(source, False, 0, False) is None and _requires_arguments(source):
+        if mismatch(source) and not mismatch(source, 0.0, None):
             raise TypeError(
                 f"field must be a module v(t, x), or a function without arguments that makes one, got a function of t "
                 f"and x, {source!r:.80}: odenets.NeuralODE takes it as it is; here, put it into the forward of a module"
@@ -232,16 +198,6 @@ def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
     field = copy.deepcopy(source)
     getattr(field, "reset_parameters", partial(reset_modules, field))()
     return field
-
-
-def _requires_arguments(function: Any) -> bool:
-    try:
-        inspect.signature(function).bind()
-    except TypeError:
-        return True
-    except ValueError:
-        pass
-    return False
 
 
 def _with_stages(field: nn.Module, stages: int) -> nn.Module:

@@ -169,7 +169,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         path: the file.
 
     Returns:
-        The network.
+        The network, whose flows have their fields: an optimizer that was built before its first input, and is to be
+        resumed, is built before this too.
 
     Raises:
         FileNotFoundError: no such file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-__all__ = ["DivergedError", "WorkerLostError", "needs", "renamed"]
+__all__ = ["DivergedError", "WorkerLostError", "needs", "refuse", "renamed"]
 
 
 class DivergedError(RuntimeError):
@@ -52,23 +52,28 @@ def needs(extra: str) -> Iterator[None]:
         raise
 
 
-def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function that names the successor of an argument that it no longer has.
+def refuse(owner: str, unknown: Iterable[str], known: Mapping[str, str]) -> None:
+    """Refuse arguments by their names; ``known`` says what takes their place.
 
-    >>> @renamed(rate="lr_scheduler")
-    ... def train(*, lr_scheduler=None):
-    ...     pass
-    >>> train(rate=0.1)
+    Raises:
+        TypeError: there are any.
+
+    >>> refuse("train()", ["rate"], {"rate": "lr_scheduler"})
     Traceback (most recent call last):
         ...
-    TypeError: train() has no argument 'rate': its name is lr_scheduler
+    TypeError: train() takes no 'rate': that is lr_scheduler
     """
+    for name in unknown:
+        raise TypeError(f"{owner} takes no {name!r}" + (f": that is {known[name]}" if name in known else ""))
+
+
+def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function that names the successors of arguments that it no longer has."""
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if old := next((name for name in kwargs if name in names), None):
-                raise TypeError(f"{function.__name__}() has no argument {old!r}: its name is {names[old]}")
+            refuse(f"{function.__name__}()", kwargs.keys() & names.keys(), names)
             return function(*args, **kwargs)
 
         return call

@@ -15,24 +15,26 @@ from odenets.blocks import (
     StageFields,
     Velocity,
     block_list,
-    check_arguments,
     check_sharing,
     fields_per_block,
     make_blocks,
-    refuse,
     step_sizes,
+    take_step,
 )
-from odenets.fields import field_for
-from odenets.lazy import LazyParameters, refuse_state
-from odenets.measures import StepFunction, needs_closing, reductions_of
+from odenets.errors import refuse
+from odenets.lazy import LazyParameters, make_field, refuse_state
+from odenets.measures import StepFunction, check_named, needs_closing, reductions_of
 from odenets.normalization import StageBatchNorm, check_closing_statistics
 from odenets.recording import Records, measure_steps
 from odenets.records import numbered
-from solvers import ButcherTableau, Step, get_tableau, rk_step
+from solvers import ButcherTableau, Step, get_tableau
 from solvers.step import check_unchanged, versions_of
 from solvers.validation import check_state
 
 __all__ = ["Flow"]
+
+_BY_ERROR = "one of odenets.NeuralODE(field, tolerance=Tolerance(rtol=1e-3)), whose steps are chosen by their error"
+_OTHERS = {"tolerance": _BY_ERROR, "controller": _BY_ERROR}
 
 
 class Flow(nn.Module):
@@ -41,7 +43,9 @@ class Flow(nn.Module):
     Blocks keep one dimension, ``x_{m+1} = x_m + h_m r_m(x_m)``, each a Runge-Kutta step with weights of its own.
 
     ``Flow(solver="bs23")`` alone works: like torch's lazy modules it makes its field from the first input, an MLP for
-    ``(B, D)``, a convolutional one for ``(B, C, H, W)``. An optimizer may be built before.
+    ``(B, D)``, a convolutional one for ``(B, C, H, W)``. An optimizer may be built before, and then holds more
+    parameters, some of which stay empty: to resume with its state, build it at the same moment, before the first input
+    or after. To tell parameters apart, as by ``p.ndim``, call the network once.
 
     Args:
         field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one
@@ -81,7 +85,7 @@ class Flow(nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        refuse(unknown)
+        refuse("Flow", unknown, _OTHERS)
         self.tableau = get_tableau(solver)
         check_sharing(stage_fields, shared)
         self._sizes = step_sizes(h, total_time, depth)
@@ -98,7 +102,7 @@ class Flow(nn.Module):
         elif isinstance(field, tuple):
             self.blocks.extend(block_list(field))
         else:
-            self._make_blocks(field)
+            self.blocks.extend(self._make_blocks(field))
 
     @classmethod
     def of(cls, blocks: Sequence[Block], h: Sequence[float] | None = None, start: float = 0.0, **settings: Any) -> Self:
@@ -124,7 +128,8 @@ class Flow(nn.Module):
     @property
     def names(self) -> tuple[str, ...]:
         """The module of each step's block, as records name it; with the number of the call where all share one."""
-        return tuple(numbered([f"blocks.{0 if self.shared else m}" for m in range(self.depth)]))
+        names = [f"blocks.{0 if self.shared else m}" for m in range(self.depth)]
+        return tuple(numbered(names) if self.shared else names)
 
     @property
     def total_time(self) -> float:
@@ -163,13 +168,9 @@ class Flow(nn.Module):
 
     def materialize(self, x: Tensor) -> None:
         """Make the field from the first input, if none was given; remember the shape of its samples."""
-        if not len(self.blocks):
-            with torch.inference_mode(False):  # whose tensors could never be trained
-                field, parameters = field_for(x), self.field_of_first_input  # raises where there is no default field
-                del self.field_of_first_input
-                self._make_blocks(field)
-                parameters.become([field for block in self.blocks for field in cast(Block, block).fields])
-            self.train(self.training)
+        if "field_of_first_input" in self._modules:
+            make = torch.compiler.disable(make_field) if torch.compiler.is_compiling() else make_field
+            make(self, x, self._make_blocks)
         self.input_shape = self.input_shape or tuple(x.shape[1:])
 
     def resize(self, sizes: Sequence[float], whole: nn.Module | None = None) -> None:
@@ -220,9 +221,8 @@ class Flow(nn.Module):
         part.training, part.blocks.training, part.input_shape = self.training, self.blocks.training, self.input_shape
         return part
 
-    def _make_blocks(self, source: FieldSource) -> None:
-        sizes = self._sizes[:1] if self.shared else self._sizes
-        self.blocks.extend(make_blocks(source, sizes, self.tableau, self.stage_fields))
+    def _make_blocks(self, source: FieldSource) -> list[Block]:
+        return make_blocks(source, self._sizes[:1] if self.shared else self._sizes, self.tableau, self.stage_fields)
 
     def _blocks(self) -> list[Block]:
         """The block of each step."""
@@ -254,14 +254,13 @@ class Flow(nn.Module):
         """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
         self.materialize(x)
         t, first, blocks = self.start, None, self._blocks()
-        check_arguments(blocks[0].fields[0], args)
         closing = closing or self.takes_closing
         passes_on = closing and self.tableau.fsal and self._passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == len(blocks) - 1)
             fields = self._velocities(blocks, m, self.tableau, closes, args)
-            step = rk_step(fields, t, x, h, self.tableau, first, closing=closes, reductions=reductions)
-            yield step
+            begin = t, x, h, self.tableau, first
+            yield (step := take_step(blocks[m], args, fields, *begin, closing=closes, reductions=reductions))
             t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None
 
     def _velocities(
@@ -294,6 +293,7 @@ class Flow(nn.Module):
             TypeError, ValueError: x is no batch of states, fields that take no such arguments, or a measure that does
                 not return ``(B,)``.
         """
+        check_named(args, check)
         if check:
             check_state(x)
         if readout not in ("solution", "ensemble"):
@@ -323,7 +323,7 @@ class Flow(nn.Module):
             t, end, scheme = self.start, x, self.tableau.forwarding(name)
             for m, h in enumerate(self.h):
                 fields = self._velocities(blocks, m, scheme, False, args)
-                t, end = t + h, rk_step(fields, t, end, h, scheme, closing=False).x1
+                t, end = t + h, take_step(blocks[m], args, fields, t, end, h, scheme, closing=False).x1
             ends[name] = end
         return ends
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
-__all__ = ["LazyParameters", "refuse_state"]
+from odenets.fields import field_for
 
+__all__ = ["LazyParameters", "make_field", "refuse_state"]
+
+_MAKING = threading.RLock()
 MOST = 6
 """Parameters of the default field that has most: two norms and two convolutions."""
+
+
+class Placeholder(UninitializedParameter):
+    """One whose number of dimensions is as unknown as its shape."""
+
+    @property
+    def ndim(self) -> NoReturn:  # type: ignore[override]  # of what has none
+        raise RuntimeError(
+            "parameters of a flow without a field have no ndim yet: call the network once, on a batch, before telling "
+            "them apart by it"
+        )
 
 
 class LazyParameters(nn.Module):
@@ -28,27 +43,44 @@ class LazyParameters(nn.Module):
     def __init__(self, fields: int) -> None:
         super().__init__()
         for i in range(MOST * fields):
-            setattr(self, str(i), UninitializedParameter())
+            setattr(self, str(i), Placeholder())
 
-    @torch.no_grad()
     def become(self, fields: Sequence[nn.Module]) -> None:
-        """Take the place of the parameters of the fields, with their values; those left over are empty."""
-        parameters: Any = iter([*self.parameters()])
-        for field in fields:
+        """Take the place of the parameters of the fields, with their values; those left over are empty.
+
+        Where a field is on another kind of device than the placeholders, one of them the meta device, its own
+        parameters stay: as after every move there, an optimizer is built behind it.
+        """
+        held = [*self.parameters()]
+        for place in held:
+            if is_lazy(place):  # and was not converted meanwhile, which replaces it
+                place.materialize((0,))
+        for i, field in enumerate(fields):
             places = [(m, name) for m in field.modules() for name, _ in m.named_parameters(recurse=False)]
-            for module, name in places:
-                lazy, p = next(parameters), getattr(module, name)
-                lazy.materialize(p.shape, p.device, p.dtype)
-                lazy.copy_(p)
-                setattr(module, name, lazy)
-            for _ in range(MOST - len(places)):
-                next(parameters).materialize((0,))
+            for place, (module, name) in zip(held[MOST * i : MOST * (i + 1)], places, strict=False):
+                p = getattr(module, name)
+                if place.is_meta == p.is_meta:
+                    place.data = p.data
+                    setattr(module, name, place)
+                else:
+                    p.requires_grad_(place.requires_grad)
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         pass
 
     def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
         pass
+
+
+def make_field(flow: Any, x: Tensor, make_blocks: Callable[[nn.Module], Sequence[Any]]) -> None:
+    """Give a flow the default field for an input, in one thread at a time; where there is none the flow stays."""
+    with _MAKING, torch.inference_mode(False):  # whose tensors could never be trained
+        if hasattr(flow, "field_of_first_input"):  # no other thread has made one
+            blocks = make_blocks(field_for(x))
+            flow.field_of_first_input.become([field for block in blocks for field in block.fields])
+            flow.replace_blocks(blocks)
+            flow.train(flow.training)
+            del flow.field_of_first_input
 
 
 def refuse_state(flow: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

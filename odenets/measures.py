@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
-from typing import Any, overload
+from numbers import Real
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ StepFunction = Callable[[Step], Tensor]
 """A measure: a :class:`Measure`, or a plain function."""
 
 
+def _operators(function: Callable[..., Any]) -> tuple[Callable[[Any, Any], Measure], Callable[[Any, Any], Measure]]:
+    return lambda one, other: _composed(function, one, other), lambda one, other: _composed(function, other, one)
+
+
 @dataclass(frozen=True)
 class Measure:
     """A measure and what it reads of a step; :func:`measure` makes one of a function.
@@ -65,7 +70,8 @@ class Measure:
         closing: whether it may read the closing stage of an FSAL method.
         reductions: what it reads of ``step.reductions``, if that is there: "error", "action", "residue".
         integrand: a velocity ``(B, *S)``, and the same options, to ``(B,)``, where the measure of a step is the
-            integral of that over the step, so that a solve that keeps no steps can integrate it beside the state.
+            integral of that over the step, so that a solve that keeps no steps can integrate it beside the state. Sums
+            of such measures and their products with numbers have one.
         options: bound by :meth:`bind`, name and value.
     """
 
@@ -75,100 +81,110 @@ class Measure:
     integrand: Callable[..., Tensor] | None = None
     options: tuple[tuple[str, Any], ...] = field(default=())
 
+    __array_ufunc__ = None  # numbers of NumPy leave operators to it
+
     def __call__(self, step: Step, **options: Any) -> Tensor:
         """The measure of a step, one number per sample, ``(B,)``."""
-        return self.function(step, **dict(self.options), **options)
+        return self.function(step, **(dict(self.options) | options))
 
     @property
     def name(self) -> str:
         """That of its function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
-    def bind(self, **options: Any) -> Measure:
-        """The same measure with options, such as ``action.bind(p=3)``; it is computed from the stages."""
+    def bind(self, **options: Any) -> Self:
+        """The same measure with options, such as ``action.bind(p=3)``; it is computed from the stages.
+
+        Raises:
+            TypeError: a composed measure, which has none.
+        """
         if not options:
             return self
+        if isinstance(self.function, _Composed):
+            raise TypeError(f"a composed measure takes no {', '.join(options)}: bind options to its parts before")
         return replace(self, options=tuple(sorted((dict(self.options) | options).items())), reductions=frozenset())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Measure:
         """A function of the measure, such as ``action.map(torch.sqrt)``."""
         return _composed(function, self)
 
-    def __add__(self, other: Any) -> Measure:
-        return _composed(operator.add, self, other)
-
-    def __radd__(self, other: Any) -> Measure:
-        return _composed(operator.add, other, self)
-
-    def __sub__(self, other: Any) -> Measure:
-        return _composed(operator.sub, self, other)
-
-    def __rsub__(self, other: Any) -> Measure:
-        return _composed(operator.sub, other, self)
-
-    def __mul__(self, other: Any) -> Measure:
-        return _composed(operator.mul, self, other)
-
-    def __rmul__(self, other: Any) -> Measure:
-        return _composed(operator.mul, other, self)
-
-    def __truediv__(self, other: Any) -> Measure:
-        return _composed(operator.truediv, self, other)
-
-    def __rtruediv__(self, other: Any) -> Measure:
-        return _composed(operator.truediv, other, self)
-
     def __neg__(self) -> Measure:
-        return _composed(operator.neg, self)
+        return -1 * self
+
+    __add__, __radd__ = _operators(operator.add)
+    __sub__, __rsub__ = _operators(operator.sub)
+    __mul__, __rmul__ = _operators(operator.mul)
+    __truediv__, __rtruediv__ = _operators(operator.truediv)
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options)
         return f"<measure {self.name}{options}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         """By name, where a module holds the measure of the function under the function's name."""
         module, name = getattr(self.function, "__module__", ""), getattr(self.function, "__qualname__", "")
         named = getattr(sys.modules.get(module), name, None)
         if isinstance(named, Measure) and named.bind(**dict(self.options)) == self:
             return _by_name, (module, name, self.options)
-        return Measure, (self.function, self.closing, self.reductions, self.integrand, self.options)
+        return super().__reduce_ex__(protocol)
 
 
 def _by_name(module: str, name: str, options: tuple[tuple[str, Any], ...]) -> Measure:
     return getattr(import_module(module), name).bind(**dict(options))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Composed:
-    """A function of measures and numbers as a function of a step."""
+    """A function of measures and numbers as a function of a step, or of their integrands as one of a velocity."""
 
     function: Callable[..., Tensor]
     operands: tuple[Any, ...]
 
-    def __call__(self, step: Step) -> Tensor:
-        return self.function(*(one(step) if callable(one) else one for one in self.operands))
+    def __call__(self, x: Any) -> Tensor:
+        return self.function(*(one(x) if callable(one) else one for one in self.operands))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Composed) or self.function != other.function:
+            return False
+        return all(map(_equal, self.operands, other.operands))
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Tensors are equal where all their entries are."""
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return torch.equal(one, other) if both else type(one) is type(other) and bool(one == other)
 
 
 def _composed(function: Callable[..., Any], *operands: Any) -> Measure:
-    """Composed measures: what all of them read.
+    """Composed measures: what all of them read, and what they integrate where the function is linear.
 
     Raises:
         TypeError: an operand is neither a measure nor a number.
     """
     for one in operands:
-        if not callable(one) and not isinstance(one, int | float | Tensor):
+        if not callable(one) and not isinstance(one, Real | Tensor):
             raise TypeError(f"a measure is composed with measures and numbers, got {type(one).__name__}")
+    operands = tuple(float(one) if isinstance(one, Real) else one for one in operands)
     measures: list[Any] = [one for one in operands if callable(one)]
     read = reductions_of(measures) if all(reductions_of([one]) for one in measures) else frozenset()
-    return Measure(_Composed(function, operands), any(map(needs_closing, measures)), read)
+    closing = any(map(needs_closing, measures))
+    return Measure(_Composed(function, operands), closing, read, _linear(function, operands))
 
 
-@overload
-def measure(function: Callable[..., Tensor], /) -> Measure: ...
-@overload
-def measure(
-    *, closing: bool = True, reduction: str | None = None, integrand: Callable[..., Tensor] | None = None
-) -> Callable[[Callable[..., Tensor]], Measure]: ...
+def _linear(function: Callable[..., Any], operands: tuple[Any, ...]) -> _Composed | None:
+    """The same of integrands, where that is the integrand: of sums, and products with numbers that do not train."""
+    parts = [_integrand(one) if callable(one) else one for one in operands]
+    numbers = [one for one in operands if not callable(one)]
+    if any(part is None for part in parts) or any(isinstance(one, Tensor) and one.requires_grad for one in numbers):
+        return None
+    summed = function in (operator.add, operator.sub) and all(isinstance(one, float) and one == 0 for one in numbers)
+    scaled = len(numbers) == 1 and (function is operator.mul or (function is operator.truediv and callable(parts[0])))
+    return _Composed(function, tuple(parts)) if summed or scaled else None
+
+
 def measure(
     function: Callable[..., Tensor] | None = None,
     /,
@@ -177,7 +193,7 @@ def measure(
     reduction: str | None = None,
     integrand: Callable[..., Tensor] | None = None,
 ) -> Any:
-    """Make a :class:`Measure` of a function ``Step -> (B,)``, as a decorator.
+    """Make a :class:`Measure` of a function ``Step -> (B,)``, as a decorator; a measure stays as it is.
 
     Args:
         function: the function; with options it is a decorator of it.
@@ -191,12 +207,25 @@ def measure(
     """
     if reduction not in (None, "error", "action", "residue"):
         raise ValueError(f"reduction must be 'error', 'action' or 'residue', got {reduction!r}")
-    made = partial(
-        Measure, closing=closing, reductions=frozenset([reduction] if reduction else ()), integrand=integrand
-    )
-    if function is not None and not callable(function):
+    if function is None:
+        read = frozenset([reduction] if reduction else ())
+        return partial(Measure, closing=closing, reductions=read, integrand=integrand)
+    if not callable(function):
         raise TypeError(f"a measure must be a function Step -> (B,), got {type(function).__name__}")
-    return made if function is None else made(function)
+    return function if isinstance(function, Measure) else Measure(function)
+
+
+def check_named(args: Iterable[Any], check: Any) -> None:
+    """That measures come by name.
+
+    Raises:
+        TypeError: one is among the arguments of fields, or is the flag ``check``; another ``check`` that is no flag.
+    """
+    for one in (*args, check):
+        if isinstance(one, Measure):
+            raise TypeError(f"measures come by a name of their own, record(x, {one.name}=measure), got {one}")
+    if not isinstance(check, bool):
+        raise TypeError(f"check must be True or False, got {check!r:.80}: a measure has another name")
 
 
 def needs_closing(measure: StepFunction) -> bool:
@@ -217,13 +246,21 @@ def integrand_of(name: str, measure: StepFunction) -> Callable[[Tensor], Tensor]
     Raises:
         ValueError: it is no integral over the step.
     """
-    integrand = getattr(measure, "integrand", None)
+    integrand = _integrand(measure)
     if integrand is None:
         raise ValueError(
             f"measure {name!r} is no integral over time, and gradient='checkpoint' and 'backsolve' keep no steps to "
             "measure: take gradient='direct', or a measure with an integrand, as the action"
         )
-    return partial(integrand, **dict(getattr(measure, "options", ())))
+    return integrand
+
+
+def _integrand(measure: Any) -> Callable[..., Tensor] | None:
+    options: dict[str, Any] = {}
+    while isinstance(measure, partial) and not measure.args:
+        measure, options = measure.func, measure.keywords | options
+    integrand, options = getattr(measure, "integrand", None), dict(getattr(measure, "options", ())) | options
+    return Measure(integrand, options=tuple(sorted(options.items()))) if integrand and options else integrand
 
 
 def _computed(step: Step, name: str) -> Tensor | None:

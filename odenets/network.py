@@ -57,8 +57,11 @@ class Chain(Joined):
         layers, parts = self.layers, []
         for i, layer in enumerate(layers, 1):
             if isinstance(layer, Flow | NeuralODE):
-                readout = self.readout if i == len(layers) else "solution"
-                x, records = layer.record(x, *args, readout=readout, check=False, **measures)
+                flow: Any = layer
+                options: dict[str, Any] = {"check": False}
+                if isinstance(layer, Flow):
+                    options["readout"] = self.readout if i == len(layers) else "solution"
+                x, records = flow.record(x, *args, **options, **measures)
                 parts.append(records)
             else:
                 x = layer(x)
@@ -107,6 +110,8 @@ class Network(Chain):
             raise ValueError(f"{len(flows)} flows need {len(flows) - 1} transitions, got {len(transitions)}")
         if readout not in ("solution", "ensemble"):
             raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+        if readout == "ensemble" and not isinstance(flows[-1], Flow):
+            raise ValueError("readout must be 'solution' where the last flow is a neural ODE, which has one output")
         self.encoder = encoder
         self._flows = nn.ModuleList(flows)
         self.transitions = nn.ModuleList(transitions)
@@ -128,7 +133,8 @@ class Network(Chain):
     def evaluations(self) -> int:
         """Field evaluations of one forward pass."""
         *before, last = self.flows
-        return sum(f.evaluations for f in before) + last.evaluations_per_pass(readout=self.readout)
+        own = last.evaluations_per_pass(readout=self.readout) if isinstance(last, Flow) else last.evaluations
+        return sum(f.evaluations for f in before) + own
 
     def extra_repr(self) -> str:
         return "" if self.readout == "solution" else f"readout={self.readout}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from solvers.controllers import Controller, I, SampleController
 from solvers.gradient_modes import by_backsolving, by_recomputing, captured_field
@@ -26,6 +25,7 @@ from solvers.solve import Task, even_grid
 from solvers.step import Field
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
+from solvers.validation import check_call
 
 __all__ = ["integrate"]
 
@@ -145,8 +145,8 @@ def integrate(
         task = _with_outputs(task, times, t)
     try:
         return _solved(task, captured, gradient, single=packing.single)
-    except TypeError as error:
-        _check_call(field, t0, x0, args, error)
+    except TypeError:
+        check_call(field, args, remedy="; args are what it takes besides; wrap a network, as lambda t, x: net(x)")
         raise
 
 
@@ -172,24 +172,6 @@ def _solved(task: Task, captured: Captured | None, gradient: str, *, single: boo
         return by_recomputing(task, captured)
     assert captured is not None
     return by_backsolving(task, captured)
-
-
-def _check_call(field: Any, t: Any, x: Any, args: Sequence[Any], error: TypeError) -> None:
-    """Name the field where an error came of its not taking ``(t, x, *args)``."""
-    plain = isinstance(field, nn.Module) and type(field).__call__ is nn.Module.__call__
-    try:
-        signature = inspect.signature(field.forward if plain else field)
-    except (TypeError, ValueError):  # of some builtin functions nothing is known
-        return
-    try:
-        signature.bind(t, x, *args)
-    except TypeError as reason:
-        name = getattr(field, "__name__", type(field).__name__)
-        handed = f"v(t, x, *args) with {len(args)} of args" if args else "v(t, x)"
-        remedy = "args holds what it takes beside t and x"
-        if not args and "missing" not in str(reason):
-            remedy = "wrap it, as lambda t, x: net(x)"
-        raise TypeError(f"field must be {handed}, but {name} takes {signature} ({reason}): {remedy}") from error
 
 
 def _check_choices(control: Any, keep: Any, on_limit: Any, gradient: Any) -> None:

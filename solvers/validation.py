@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["check_finite", "check_state", "exact", "is_mapped", "is_transformed", "real_dtype", "to_state_shape"]
+__all__ = [
+    "check_call",
+    "check_finite",
+    "check_state",
+    "exact",
+    "is_mapped",
+    "is_transformed",
+    "mismatch",
+    "real_dtype",
+    "to_state_shape",
+]
+
+
+def check_call(
+    function: Any, args: Sequence[Any] | None = (), name: str = "field", remedy: str = "", **unseen: Any
+) -> None:
+    """That a field or an event takes t, x and these further arguments, or, where they are None, t and x at least.
+
+    Nothing is looked at in a compiled graph.
+
+    Raises:
+        TypeError: it does not; keywords ``unseen``, which it takes besides, are not named.
+    """
+    plain = isinstance(function, nn.Module) and type(function).__call__ is nn.Module.__call__
+    called = function.forward if plain else function
+    problem = None
+    if not torch.compiler.is_compiling():
+        problem = mismatch(called, 0.0, None, *(args or ()), least=args is None, **unseen)
+    if problem is not None:
+        further = f"t, x and {len(args)} further, as v(t, x, c)" if args else "t and x, as v(t, x)"
+        kind = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(f"{name} must take {further}, but {kind} takes {problem}{remedy}")
+
+
+def mismatch(function: Any, *args: Any, least: bool = False, **unseen: Any) -> str | None:
+    """Its signature and why a function cannot be called so, or with ``least`` so and with more; None if it can."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of what is compiled
+        return None
+    parameters = [p.replace(annotation=p.empty) for key, p in signature.parameters.items() if key not in unseen]
+    seen = inspect.Signature(parameters)
+    if least and seen.parameters and [*seen.parameters][1:2] in (["t"], ["time"]):
+        return f"{seen} (t is its first argument)"
+    try:
+        for one, keywords in ((seen, {}), (signature, unseen)):
+            (one.bind_partial if least else one.bind)(*args, **keywords)
+    except TypeError as error:
+        return f"{seen} ({str(error).replace('too many positional arguments', 'no further arguments by position')})"
+    return None
 
 
 def check_state(x: object, name: str = "x") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -15,41 +14,37 @@ from torch import Tensor, nn
 from odenets.blocks import check_arguments
 from odenets.functions import read_by
 from odenets.normalization import StageBatchNorm
+from solvers.validation import check_call
 
 __all__ = [
+    "SETTINGS",
     "check_event",
     "check_field",
     "check_mixing",
-    "check_settings",
     "is_times",
     "owner_of",
     "time_of",
 ]
 
 _DEPTH = 4  # how far a function's parts are followed
-_SETTINGS = {
-    "solver, the name of a method": ("method",),
-    "tolerance=Tolerance(rtol=1e-3, atol=1e-6)": ("rtol", "atol"),
-    'gradient="backsolve"': ("adjoint", "sensitivity", "use_adjoint", "adjoint_method", "adjoint_options"),
-    "steps, the number of equal steps, or Tolerance(first_step=, max_step=)": ("options", "step_size", "depth", "h"),
-    "t0 and t1, and in the call at: ode(x, at=times)": (
-        "t", "ts", "t_span", "t_eval", "times", "at", "saveat", "total_time",
-    ),
-    "the field, a module that holds what trains": ("adjoint_params", "parameters", "params"),
-    "event": ("event_fn", "events"),
-    "the call: ode(x, *args)": ("args",),
+SETTINGS = {
+    name: known
+    for known, names in {
+        "solver, the name of a method": ("method",),
+        "tolerance=Tolerance(rtol=1e-3, atol=1e-6)": ("rtol", "atol"),
+        'gradient="backsolve"': ("adjoint", "sensitivity", "use_adjoint", "adjoint_method", "adjoint_options"),
+        "steps, the number of equal steps, or Tolerance(first_step=, max_step=)": (
+            "options", "step_size", "depth", "h",
+        ),
+        "t0 and t1, and in the call at: ode(x, at=times)": (
+            "t", "ts", "t_span", "t_eval", "times", "at", "saveat", "total_time",
+        ),
+        "the field, a module that holds what trains": ("adjoint_params", "parameters", "params"),
+        "event": ("event_fn", "events"),
+        "the call: ode(x, *args)": ("args",),
+    }.items()
+    for name in names
 }  # fmt: skip
-
-
-def check_settings(unknown: Mapping[str, Any]) -> None:
-    """Refuse settings that a neural ODE does not have, and name those that it has instead.
-
-    Raises:
-        TypeError: any.
-    """
-    for name in unknown:
-        known = next((f": that is {known}" for known, names in _SETTINGS.items() if name in names), "")
-        raise TypeError(f"NeuralODE takes no {name!r}{known}")
 
 
 def check_field(field: Any) -> None:
@@ -61,9 +56,6 @@ def check_field(field: Any) -> None:
     if not callable(field) or isinstance(field, type):
         raise TypeError(f"field must be a velocity v(t, x), a module or a function, got {field!r:.80}")
     check_arguments(field, None)
-    names = _leading(field.forward if isinstance(field, nn.Module) else field)
-    if names[1:] in (["t"], ["time"]):
-        raise TypeError(f"field must take t first, v(t, x), got one of ({', '.join(names)})")
     _check_seen("field", field)
 
 
@@ -75,13 +67,7 @@ def check_event(event: Any) -> None:
     """
     if not callable(event) or isinstance(event, type):
         raise TypeError(f"event must be a function (t, x), got {event!r:.80}")
-    function = event.forward if isinstance(event, nn.Module) else event
-    try:
-        inspect.signature(function).bind(0.0, None)
-    except TypeError as error:
-        raise TypeError(f"event must be a function (t, x), got one that takes others: {error}") from None
-    except ValueError:  # of what is compiled
-        pass
+    check_call(event, name="event")
     _check_seen("event", event)
 
 
@@ -89,14 +75,6 @@ def owner_of(function: Any) -> nn.Module | None:
     """The module whose method a function is."""
     owner = function.__self__ if isinstance(function, MethodType) else None
     return owner if isinstance(owner, nn.Module) else None
-
-
-def _leading(function: Any) -> list[str]:
-    """The names of the first two arguments."""
-    try:
-        return [*inspect.signature(function).parameters][:2]
-    except (TypeError, ValueError):
-        return []
 
 
 def _check_seen(name: str, function: Any) -> None:

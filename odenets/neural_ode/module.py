@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from odenets.blocks import check_arguments
-from odenets.measures import StepFunction, integrand_of, needs_closing
+from odenets.errors import refuse
+from odenets.measures import StepFunction, check_named, integrand_of, needs_closing
 from odenets.neural_ode.inputs import (
+    SETTINGS,
     check_event,
     check_field,
     check_mixing,
-    check_settings,
     is_times,
     owner_of,
     time_of,
@@ -89,7 +90,7 @@ class NeuralODE(nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        check_settings(unknown)
+        refuse("NeuralODE", unknown, SETTINGS)
         check_field(field)
         if event is not None:
             check_event(event)
@@ -100,6 +101,7 @@ class NeuralODE(nn.Module):
         self.tolerance, self.fixed_steps, self.controller = tolerance, steps, controller
         self.t0, self.t1, self.gradient, self.control = time_of("t0", t0), time_of("t1", t1), gradient, control
         self.statistics = Statistics()
+        self._args: int | None = None  # how many the field is known to take
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -139,10 +141,6 @@ class NeuralODE(nn.Module):
         """Field evaluations of the last forward pass."""
         return self.statistics.evaluations
 
-    def evaluations_per_pass(self, *, closing: bool = False, readout: str = "solution") -> int:
-        """The same, whatever is read."""
-        return self.evaluations
-
     def forward(self, x: Any, /, *args: Any, at: Any = None) -> Any:
         """The state at t1, or at the event, as ``x``; or those at chosen times.
 
@@ -178,15 +176,16 @@ class NeuralODE(nn.Module):
     def _check_call(self, args: Sequence[Any]) -> None:
         if self.control == "sample":
             check_mixing(self.field)
+        if self._args == len(args) or torch.compiler.is_compiling():
+            return
         try:
             check_arguments(self.field, args)
+            self._args = len(args)
         except TypeError as error:
             hint = "; output times are named: ode(x, at=times)" if len(args) == 1 and is_times(args[0]) else ""
             raise TypeError(f"{error}{hint}") from None
 
-    def record(
-        self, x: Any, /, *args: Any, readout: str = "solution", check: bool = True, **measures: StepFunction
-    ) -> tuple[Any, Records]:
+    def record(self, x: Any, /, *args: Any, check: bool = True, **measures: StepFunction) -> tuple[Any, Records]:
         """The state at t1 and, per measure, ``(steps, B)`` of the steps as they are taken.
 
         With ``control="sample"`` row k holds the k-th round of steps, and 0 for samples that take none in it. Where no
@@ -195,7 +194,6 @@ class NeuralODE(nn.Module):
 
         Args:
             x, args: as in :meth:`forward`; ``(B, *S)`` where something is measured.
-            readout: "solution".
             check: False does not look at x, so that a network that diverges can be measured.
             measures: functions ``Step -> (B,)`` by name.
 
@@ -203,8 +201,7 @@ class NeuralODE(nn.Module):
             TypeError, ValueError: x is no batch of states, a measure that does not return ``(B,)``, or one that is no
                 integral where no steps are kept.
         """
-        if readout != "solution":
-            raise ValueError(f"readout must be 'solution' in a neural ODE, which has one output, got {readout!r}")
+        check_named(args, check)
         if not measures:
             return self._solve(x, args, None, "last").x1, Records({})
         for name, measure in measures.items():

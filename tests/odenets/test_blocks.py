@@ -1,13 +1,15 @@
 """Fields of blocks: whose they are, how often one is drawn, and the statistics of their stages."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from odenets import ConvField, Flow, MLPField, measures
+from odenets import ConvField, Flow, MLPField, NeuralODE, measures
 from odenets.fields import VelocityField
 from tests.odenets.normalization.networks import X, trained
 
@@ -139,3 +141,45 @@ def test_fields_of_ones_own_may_expand_in_their_own_way():
     field = Scaled()
     assert Flow(field, solver="bs23").blocks[0].fields[0].scale.shape == (4,)
     assert field.scale.shape == (1,)
+
+
+@pytest.mark.parametrize("stage_fields", ["tied", "untied", "chained"])
+def test_what_follows_x_is_never_taken_for_the_stage(stage_fields):
+    flow = Flow(MLPField(3), solver="bs23", stage_fields=stage_fields)
+    with pytest.raises(TypeError, match=r"but MLPField takes \(t, x\) \(no further arguments by position\)$"):
+        flow(VECTORS, 1)
+    with pytest.raises(TypeError, match="1 further, as v"):
+        flow.ensemble(VECTORS, 1, full_passes=True)
+
+
+def test_an_error_within_a_field_is_its_own():
+    class Wrong(nn.Linear):
+        def forward(self, t, x):
+            return super().forward(len(t) + x)
+
+    with pytest.raises(TypeError, match=r"object of type 'float' has no len\(\)"):
+        Flow(Wrong(3, 3))(VECTORS)
+
+
+def test_functions_of_fields_do_not_outlive_them():
+    big = nn.Linear(3, 3).requires_grad_(False)
+    held = weakref.ref(big)
+
+    class Bound(nn.Module):
+        def forward(self, t, x, of=big):
+            return -x
+
+    assert torch.equal(NeuralODE(Bound(), solver="euler", steps=1)(VECTORS), Flow(Bound(), solver="euler")(VECTORS))
+    del Bound, big
+    gc.collect()
+    assert held() is None
+
+
+def test_a_field_without_a_hash():
+    class Plain:
+        __hash__ = None
+
+        def __call__(self, t, x):
+            return -x
+
+    torch.testing.assert_close(NeuralODE(Plain(), solver="euler", steps=1)(VECTORS), 0 * VECTORS)

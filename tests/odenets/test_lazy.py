@@ -1,5 +1,9 @@
 """A flow without a field, where other libraries hold its parameters before its first batch."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -54,3 +58,71 @@ def test_frozen_before_its_first_batch_it_stays_so():
         p.requires_grad = False
     net(X).sum().backward()
     assert all(p.grad is None for p in net[1].parameters())
+
+
+@pytest.mark.parametrize("flag", ["set_overwrite_module_params_on_conversion", "set_swap_module_params_on_conversion"])
+def test_parameters_that_a_conversion_replaced_train(flag):
+    change = getattr(torch.__future__, flag)
+    change(True)
+    try:
+        flow = Flow().double()
+    finally:
+        change(False)
+    optimizer = torch.optim.SGD(flow.parameters(), 0.1)
+    before = flow(X.double())
+    before.sum().backward()
+    optimizer.step()
+    assert not torch.equal(flow(X.double()), before)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_after_the_meta_device_its_field_is_where_its_input_is(device):
+    flow = Flow(depth=2).to("meta")
+    assert flow(X.to(device)).device.type == device
+    assert {p.device.type for p in flow.parameters()} == {device}
+
+
+def test_parameters_without_a_field_are_not_told_apart_by_their_dimensions():
+    net = network()
+    with pytest.raises(RuntimeError, match="no ndim yet: call the network once"):
+        [p for p in net.parameters() if p.ndim < 2]
+    net(X)
+    assert sum(p.ndim == 2 for p in net[1].parameters()) == 6
+
+
+def test_an_optimizer_of_the_same_moment_resumes():
+    def begun():
+        net = network()
+        return net, torch.optim.Adam(net.parameters(), 0.1)
+
+    (net, optimizer), (other, resumed) = begun(), begun()
+    net(X).sum().backward()
+    optimizer.step()
+    other(X)
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, steps in ((net, optimizer), (other, resumed)):
+        steps.zero_grad()
+        one(X).square().sum().backward()
+        steps.step()
+    torch.testing.assert_close([*net.parameters()], [*other.parameters()], rtol=0, atol=0)
+
+
+def test_threads_that_call_it_at_once_make_one_field():
+    for _ in range(20):
+        flow, barrier = Flow(depth=4), threading.Barrier(4)
+
+        def call(_, flow=flow, barrier=barrier):
+            barrier.wait()
+            return flow(X)
+
+        with ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(call, range(4))
+        assert all(torch.equal(first, other) for other in others)
+        assert len(flow.blocks) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
+def test_a_compiled_flow_without_a_field_makes_one():
+    net = network()
+    assert torch.equal(torch.compile(net, backend="eager")(X), net(X))

@@ -1,12 +1,14 @@
 import copy
 import pickle
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from odenets import Flow, MLPField, measures
+from odenets import Flow, MLPField, NeuralODE, measures
 from odenets.detection import Trajectory
 from solvers import get_tableau, integrate, rk_step
 from tests.counting import Counted, Operations
@@ -145,12 +147,91 @@ def test_composed_measures_read_what_their_parts_read():
     assert measures.reductions_of([measures.action * measures.displacement]) == set()
 
 
-@pytest.mark.parametrize("one", [measures.action, measures.action.bind(p=3.0), 2 * measures.error.map(torch.log)])
+@dataclass(frozen=True)
+class Scaled(measures.Measure):
+    factor: float = 3.0
+
+    def __call__(self, step, **options):
+        return self.factor * super().__call__(step, **options)
+
+
+A, WEIGHTS = measures.action, torch.arange(3.0)
+
+
+def peak(step):
+    return step.x1.abs().amax(1)
+
+
+SCALED = Scaled(peak, closing=False, factor=5.0)
+
+
+@pytest.mark.parametrize(
+    "one", [A, A.bind(p=3.0), 2 * measures.error.map(torch.log), A * WEIGHTS, 2 * A.bind(p=3.0), SCALED, SCALED + A]
+)
 def test_measures_are_equal_to_their_copies_and_frozen(one):
     assert pickle.loads(pickle.dumps(one)) == one == copy.deepcopy(one)
     assert len({one, copy.copy(one)}) == 1
     with pytest.raises(AttributeError):
         one.closing = True
+    step = step_of(*tensors((3, 4)))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(one))(step), one(step))
+
+
+def test_measures_of_other_numbers_differ():
+    assert A * WEIGHTS != A * (WEIGHTS + 1) != A * 2.0 != A * 3.0
+    assert A.map(torch.log) != A.map(torch.sqrt)
+    assert Scaled(peak, closing=False) != SCALED
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert np.float32(2) * A == np.float64(2) * A == 2 * A
+    assert A * np.int64(2) == A * np.float32(2) == A * 2
+    with pytest.raises(TypeError, match="composed with measures and numbers, got ndarray"):
+        np.ones(3) * A
+
+
+def test_a_measure_of_a_measure_is_that():
+    assert measures.measure(A) is A
+
+
+LINEAR = {
+    "product": 2 * A,
+    "sum": A + A.bind(p=3.0) / 4,
+    "sum of many": sum([A, A * torch.tensor(0.5), -A]),
+    "partial": partial(A, p=3.0),
+    "partials": A - partial(partial(A.bind(p=1.5), p=2.5), p=4.0),
+    "weights": A * torch.tensor([0.5, 1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("one", LINEAR.values(), ids=LINEAR)
+@pytest.mark.parametrize("gradient", ["checkpoint", "backsolve"])
+def test_linear_compositions_of_integrals_are_integrals(one, gradient):
+    field, x = Moving(4).double(), torch.randn(3, 4, dtype=torch.float64)
+    records = [NeuralODE(field, steps=3, solver="rk4", gradient=g).record(x, one=one)[1] for g in ("direct", gradient)]
+    torch.testing.assert_close(records[0]["one"].sum(0), records[1]["one"].sum(0))
+
+
+@pytest.mark.parametrize(
+    "one", [A + 1, A * A, 1 / A, A.map(torch.sqrt), A * torch.ones(1, requires_grad=True), A + measures.error]
+)
+def test_others_are_not(one):
+    with pytest.raises(ValueError, match="measure 'one' is no integral over time"):
+        NeuralODE(Moving(4), steps=3, gradient="checkpoint").record(torch.randn(3, 4), one=one)
+
+
+@pytest.mark.parametrize("network", [Flow(MLPField(3)), NeuralODE(MLPField(3), steps=1), Flow(MLPField(3), depth=2)])
+@pytest.mark.parametrize(
+    ("args", "check", "message"),
+    [
+        ((), A, r"measures come by a name of their own, record\(x, action=measure\)"),
+        ((A,), True, r"measures come by a name of their own, record\(x, action=measure\)"),
+        ((), abs, "check must be True or False, got .*abs"),
+    ],
+)
+def test_a_measure_without_a_name_is_refused(network, args, check, message):
+    with pytest.raises(TypeError, match=message):
+        network.record(torch.randn(2, 3), *args, check=check)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +240,11 @@ def test_measures_are_equal_to_their_copies_and_frozen(one):
         (lambda: measures.measure(3), TypeError, "must be a function Step -> .* got int"),
         (lambda: measures.measure(reduction="acton"), ValueError, "reduction must be 'error', 'action' or 'residue'"),
         (lambda: measures.action + "error", TypeError, "composed with measures and numbers, got str"),
+        (
+            lambda: (measures.action + 1).bind(p=3),
+            TypeError,
+            "a composed measure takes no p: bind options to its parts",
+        ),
         (lambda: measures.integrand_of("error", measures.error), ValueError, "'error' is no integral"),
     ],
 )

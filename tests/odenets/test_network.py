@@ -155,14 +155,17 @@ def test_what_follows_x_reaches_every_field(stage_fields):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Flow(MLPField(6))(X, X), "field must take t, x and what follows x in the call, 1 further"),
-        (lambda: Flow(MLPField(6), stage_fields="untied")(X, X), "field must take t, x and what follows x"),
+        (
+            lambda: Flow(MLPField(6))(X, X),
+            r"t, x and 1 further, as v\(t, x, c\), but MLPField takes \(t, x\) \(no further arg",
+        ),
+        (lambda: Flow(MLPField(6), stage_fields="untied")(X, X), "field must take t, x and 1 further"),
         (lambda: Flow(Conditioned)(X), r"field must take t and x.*missing a required argument: 'c'"),
         (lambda: Flow(nn.Linear(6, 6)), "field must take t and x.*wrap a network without t"),
         (lambda: Flow(lambda: nn.Linear(6, 6)), "field must take t and x"),
         (lambda: Flow(lambda t, x: -x), "got a function of t and x.*odenets.NeuralODE takes it as it is"),
         (lambda: Flow(MLPField(6), steps=3), "Flow takes no 'steps'"),
-        (lambda: Flow(MLPField(6))(X, "ensemble"), "what follows x in the call"),
+        (lambda: Flow(MLPField(6))(X, "ensemble"), "readout, full_passes and check are keywords"),
     ],
 )
 def test_fields_of_other_arguments_are_named(call, message):

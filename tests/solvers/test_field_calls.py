@@ -17,10 +17,10 @@ WAYS = [{"steps": 2}, {"gradient": "checkpoint"}, {"gradient": "backsolve", "par
 @pytest.mark.parametrize(
     ("field", "args", "message"),
     [
-        (linear, (), "field must be v(t, x), but Linear takes (input"),
-        (nn.Sequential(linear), (), "field must be v(t, x), but Sequential takes (input"),
-        (lambda x: -x, (), "field must be v(t, x), but <lambda> takes (x)"),
-        (lambda t, x: -x, (1.0,), "field must be v(t, x, *args) with 1 of args, but <lambda> takes (t, x)"),
+        (linear, (), "field must take t and x, as v(t, x), but Linear takes (input"),
+        (nn.Sequential(linear), (), "field must take t and x, as v(t, x), but Sequential takes (input"),
+        (lambda x: -x, (), "field must take t and x, as v(t, x), but <lambda> takes (x)"),
+        (lambda t, x: -x, (1.0,), "field must take t, x and 1 further, as v(t, x, c), but <lambda> takes (t, x)"),
         (lambda t, x, a, b: -x, (1.0,), "missing a required argument: 'b'"),
     ],
 )
@@ -30,7 +30,7 @@ def test_a_field_of_other_arguments_is_named(field, args, message, options):
 
 
 def test_the_remedy_for_a_network_is_a_function_around_it():
-    with pytest.raises(TypeError, match="wrap it, as lambda t, x: net"):
+    with pytest.raises(TypeError, match="wrap a network, as lambda t, x: net"):
         integrate(linear, X0, 0.0, 1.0)
     assert integrate(lambda t, x: linear(x), X0, 0.0, 1.0).x1.shape == X0.shape
 

@@ -206,8 +206,8 @@ PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
         ({"batches": iter([*FEW.in_order()]), "epochs": 2}, ValueError, "iterator .*which gives one epoch"),
         ({"optimizer": SGD(PARAMETERS)}, TypeError, r"optimizer .*partial\(torch.optim.SGD, lr=0.1\)"),
         ({"optimizer": lambda net: SGD(net.parameters())}, TypeError, "optimizer must take the list of"),
-        ({"schedule": "sequential"}, TypeError, "'schedule': its name is order"),
-        ({"rate": partial(schedulers.StepLR, step_size=1)}, TypeError, "'rate': its name is lr_scheduler"),
+        ({"schedule": "sequential"}, TypeError, "'schedule': that is order"),
+        ({"rate": partial(schedulers.StepLR, step_size=1)}, TypeError, "'rate': that is lr_scheduler"),
         ({"lr_scheduler": schedulers.StepLR(SGD(PARAMETERS), 1)}, TypeError, "lr_scheduler must be a function"),
         ({"lr_interval": "batch"}, ValueError, "lr_interval must be 'epoch' or 'step', got 'batch'"),
         ({"objective": torch.nn.CrossEntropyLoss()}, TypeError, r"lambda k, K: Task\(CrossEntropyLoss\(\)\)"),
@@ -264,7 +264,7 @@ def test_a_batch_of_another_shape_is_told():
 
 
 def test_the_former_name_of_outputs_is_told():
-    with pytest.raises(TypeError, match="'classes': its name is outputs"):
+    with pytest.raises(TypeError, match="'classes': that is outputs"):
         split_into_modules(models.resnet9(1, 10, features=8, size=8, depth=2), 2, DIGITS.x[:4], classes=10)
 
 

@@ -39,7 +39,7 @@ class Torchlike:
         ),
         ({"optimizer": "sgd"}, TypeError, "optimizer must be a function of parameters, got str"),
         ({"optimizer": lambda parameters: None}, TypeError, "optimizer must return a torch.optim.Optimizer, got None"),
-        ({"schedule": None}, TypeError, "no argument 'schedule': its name is lr_scheduler"),
+        ({"schedule": None}, TypeError, "takes no 'schedule': that is lr_scheduler"),
         ({"lr_scheduler": "cosine"}, TypeError, "lr_scheduler must be a function of the optimizer, got str"),
         ({"lr_scheduler": lambda optimizer: 0.1}, TypeError, "lr_scheduler must return a scheduler .* got float"),
         ({"lr_interval": "batch"}, ValueError, "lr_interval must be 'epoch' or 'step', got 'batch'"),

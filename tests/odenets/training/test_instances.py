@@ -302,7 +302,7 @@ def test_a_regression_reports_its_metric():
         ({"batches": [loader_of(0), []]}, ValueError, r"batches\[1\] must hold at least one batch"),
         ({"batches": [[(points(0).x, ["a"] * 50)]] * 2}, TypeError, "batches must be tensors, to be stacked, got str"),
         ({"optimizer": adam([torch.nn.Parameter(torch.zeros(1))])}, TypeError, "optimizer must be made once"),
-        ({"schedule": None}, TypeError, "'schedule': its name is lr_scheduler"),
+        ({"schedule": None}, TypeError, "'schedule': that is lr_scheduler"),
         ({"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, ValueError, "lr_scheduler must not read losses"),
         ({"objective": CrossEntropy()}, TypeError, r"makes one for each instance.* lambda: CrossEntropy\(...\)"),
         ({"metric": F.l1_loss, "measured": {"a": [points(0)] * 2}, "perfect": ["a"]}, ValueError, "perfect is for the"),

@@ -97,5 +97,5 @@ def test_replicas_have_one_batch(monkeypatch, more):
 
 
 def test_the_former_name_of_schedulers_is_told():
-    with pytest.raises(TypeError, match="'rate': its name is lr_scheduler"):
+    with pytest.raises(TypeError, match="'rate': that is lr_scheduler"):
         fit_in_processes(modules(), loader(), epochs=1, **OPTIONS, rate=None)
