@@ -169,7 +169,7 @@ class Flow(nn.Module):
     def materialize(self, x: Tensor) -> None:
         """Make the field from the first input, if none was given; remember the shape of its samples."""
         if "field_of_first_input" in self._modules:
-            make = torch.compiler.disable(make_field) if torch.compiler.is_compiling() else make_field
+            make: Any = torch.compiler.disable(make_field) if torch.compiler.is_compiling() else make_field
             make(self, x, self._make_blocks)
         self.input_shape = self.input_shape or tuple(x.shape[1:])
 

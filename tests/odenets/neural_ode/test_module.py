@@ -174,7 +174,7 @@ def test_bad_calls_are_named(x, field):
     ode = NeuralODE(field)
     with pytest.raises(TypeError, match="field must take t, x and 1 further"):
         ode(x, x)
-    with pytest.raises(TypeError, match=r"field must take t and x.* missing a required argument: 'c'"):
+    with pytest.raises(TypeError, match=r"field must take t and x.*missing a required argument: 'c'"):
         NeuralODE(Conditioned().double())(x)
     with pytest.raises(TypeError, match="measure 'readout' must be a function"):
         ode.record(x, readout="ensemble")
