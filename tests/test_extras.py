@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
@@ -155,17 +156,16 @@ def optional_imports(tree, extra=None):
             yield from optional_imports(node, extra)
 
 
+@cache
 def needed():
     """The distributions that the library imports: file, those that offer the import, and the extra that it names."""
-    offering = packages_distributions()
+    offering, needed = packages_distributions(), []
     for path in sorted((ROOT / "odenets").rglob("*.py")):
         for name, extra in optional_imports(ast.parse(path.read_text())):
             if name not in {*sys.stdlib_module_names, "odenets", "solvers"}:
-                yield (
-                    path.relative_to(ROOT).as_posix(),
-                    {canonicalize_name(each) for each in offering.get(name, [name])},
-                    extra,
-                )
+                names = {canonicalize_name(each) for each in offering.get(name, [name])}
+                needed.append((path.relative_to(ROOT).as_posix(), names, extra))
+    return needed
 
 
 def test_what_needs_names_is_in_its_extra():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,7 @@ def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor
     return rest, chosen
 
 
+@cache  # which scikit-learn reads from text
 def _digits() -> TensorData:
     with needs("training"):
         from sklearn.datasets import load_digits

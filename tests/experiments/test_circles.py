@@ -15,7 +15,7 @@ from odenets.transport import moves
 
 
 def test_a_run_leaves_its_table_and_figures(tmp_path, capsys):
-    run(EXPERIMENT, Config(tables=("21", "figures"), instances=2, epochs=1, workers=1, output=tmp_path))
+    run(EXPERIMENT, Config(tables=("21", "figures"), instances=2, epochs=1, batch_size=40, workers=1, output=tmp_path))
     assert "95.8 ± 1.8" in (tmp_path / "table.md").read_text()
     assert "way of the points over the shortest" in capsys.readouterr().out
     assert len(read_summary(tmp_path)["results"]["rows"]) == 9
@@ -65,7 +65,7 @@ def test_the_methods_are_those_of_the_thesis():
 
 def test_least_action_moves_the_points_less_and_more_directly():
     """After some epochs on the circles: the claims of section 3.2.2 and Fig. 37, over ten instances."""
-    setting, config = replace(SETTINGS["figures"], points=200), Config()
+    setting, config = replace(SETTINGS["figures"], points=200, blocks=6), Config()
     found = {}
     for method in ("resnet", "lap"):
         parts = [points_of(config, setting, seed) for seed in range(10)]

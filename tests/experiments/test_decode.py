@@ -10,7 +10,7 @@ from odenets.training.runs import read_summary
 
 
 def test_a_run_leaves_pictures(tmp_path):
-    run(EXPERIMENT, Config(quick=True, workers=1, output=tmp_path))
+    run(EXPERIMENT, Config(train_size=100, epochs=1, pretraining=1, workers=1, output=tmp_path))
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {"vanilla", "least_action"}
     before, after = (load_file(tmp_path / name / "weights.safetensors") for name in ("autoencoder", "vanilla"))
     encoder = {name.replace("encoder.", "0.", 1): value for name, value in after.items() if name.startswith("encoder.")}

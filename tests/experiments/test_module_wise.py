@@ -16,8 +16,8 @@ TINY = Config(workers=1, quick=True)
 
 
 def test_a_run_leaves_its_table_and_figures(tmp_path):
-    config = replace(TINY, schedules=("parallel",), rivals=RIVALS, output=tmp_path / "run")
-    run(EXPERIMENT, config)
+    config = replace(TINY, schedules=("parallel",), rivals=RIVALS, validation_size=50, test_size=50)
+    run(EXPERIMENT, replace(config, output=tmp_path / "run"))
     rows = read_summary(tmp_path / "run")["results"]["rows"]
     assert [(row["schedule"], row["method"]) for row in rows] == [*config.ways]
     assert len(rows[0]["modules"]) == 10

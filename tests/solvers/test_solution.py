@@ -78,11 +78,11 @@ def parts(t, state, scale):
 def test_dictionaries_tuples_and_arguments(control, gradient):
     x0 = {"xy": X0, "length": torch.zeros(2, dtype=D)}
     scale = torch.tensor(0.5, dtype=D, requires_grad=True)
-    options = {"tolerance": Tolerance(1e-8, 1e-8), "control": control, "gradient": gradient, "args": (scale,)}
+    options = {"tolerance": Tolerance(1e-6, 1e-6), "control": control, "gradient": gradient, "args": (scale,)}
     result = integrate(parts, x0, 0.0, 2.0, **options)
     assert set(result.x1) == {"xy", "length"}
     plain = integrate(lotka, X0, 0.0, 1.0, tolerance=Tolerance(1e-9, 1e-9))
-    torch.testing.assert_close(result.x1["xy"], plain.x1, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.x1["xy"], plain.x1, rtol=1e-4, atol=1e-4)
     assert result.x1["length"].shape == (2,)
     assert torch.autograd.grad(result.x1["length"].sum(), scale)[0] > 0
     pair = integrate(

@@ -28,8 +28,7 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("keep", ["last", "states", "steps"])
-@pytest.mark.parametrize("solver", ["euler", "bs23", "rk4"])
+@pytest.mark.parametrize(("solver", "keep"), [("euler", "last"), ("rk4", "states"), ("bs23", "steps")])
 def test_fixed_solves_compile_to_one_graph(solver, keep, field, x):
     def solve(x):
         return integrate(field, x, 0.0, 1.0, solver=solver, steps=3, keep=keep).x1
@@ -37,12 +36,11 @@ def test_fixed_solves_compile_to_one_graph(solver, keep, field, x):
     torch.testing.assert_close(compiled(solve)(x), solve(x))
 
 
-@pytest.mark.parametrize("method", ["rk4", "heun2"])
-def test_odeint_over_its_output_times_compiles_to_one_graph(method, field, x):
+def test_odeint_over_its_output_times_compiles_to_one_graph(field, x):
     t = torch.linspace(0, 1, 4, dtype=D)
 
     def solve(x, t):
-        return odeint(field, x, t, method=method)
+        return odeint(field, x, t, method="heun2")
 
     torch.testing.assert_close(compiled(solve)(x, t), solve(x, t))
 
@@ -59,6 +57,7 @@ def test_an_adaptive_step_compiles_to_one_graph(field, x):
         torch.testing.assert_close(fast(t, h, x, field(t, x)), attempt(t, h, x, field(t, x)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_compiled_adaptive_odeint_falls_back_where_it_must(field, x):
     t = torch.tensor([0.0, 1.0], dtype=D)

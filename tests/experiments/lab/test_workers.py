@@ -23,7 +23,7 @@ def work(item, report):
     return item * item, os.getpid(), torch.get_num_threads()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_results_come_in_order_from_processes_of_so_many_threads(workers):
     before = torch.get_num_threads()
     with Workers(workers) as pool:
@@ -35,7 +35,7 @@ def test_results_come_in_order_from_processes_of_so_many_threads(workers):
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("workers", "items"), [(1, [1, -1, 2]), (2, [None, -1])])
+@pytest.mark.parametrize(("workers", "items"), [(1, [1, -1, 2]), pytest.param(2, [None, -1], marks=pytest.mark.slow)])
 def test_an_error_in_a_job_comes_through_and_ends_the_others(workers, items):
     before = set(multiprocessing.active_children())
     with pytest.raises(ArithmeticError, match="item below zero"), Workers(workers) as pool:

@@ -13,13 +13,13 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from odenets.detection import Detector
-from tests.odenets.detection.victims import refused
+from tests.odenets.detection.victims import FOREST, refused
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping check:sklearn.exceptions.SkipTestWarning")  # pandas, the array API
-@pytest.mark.parametrize("detector", [Detector(), Detector(LogisticRegression())])
+@pytest.mark.parametrize("detector", [Detector(FOREST), Detector(LogisticRegression())])
 def test_check_estimator(detector):
     check_estimator(detector)
 

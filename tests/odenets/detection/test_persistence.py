@@ -15,13 +15,13 @@ from sklearn.linear_model import LogisticRegression
 import odenets.detection
 from odenets import models
 from odenets.detection import Detector, Pipeline, QuantileTest, Trajectory
-from tests.odenets.detection.victims import CLEAN, NEW, ODD, network, refused
+from tests.odenets.detection.victims import CLEAN, FOREST, NEW, ODD, network, refused
 
 
 @pytest.mark.parametrize(
     ("text", "detector"),
     [
-        ("Trajectory('stages', 'error', vectors=1)", Detector(random_state=0, mode="ensemble")),
+        ("Trajectory('stages', 'error', vectors=1)", Detector(FOREST, mode="ensemble")),
         ("Trajectory('action')", QuantileTest()),
         ("Mahalanobis(magnitude=0.01, relative=True)", Detector(LogisticRegression())),
         ("LID(k=5, reference=20, seed=0)", Detector(LogisticRegression())),
@@ -96,7 +96,7 @@ def test_what_is_tampered_with_or_foreign_is_refused_and_nothing_of_it_runs(tmp_
 def test_a_tree_that_leads_out_of_itself_or_of_its_features_is_refused(tmp_path):
     """It would read memory that is not its own."""
     match = "a tree whose branches lead out of it or of its features"
-    pipeline = Pipeline(network(), detector=Detector(random_state=0)).fit(CLEAN, ODD)
+    pipeline = Pipeline(network(), detector=Detector(FOREST)).fit(CLEAN, ODD)
     estimator = pipeline.detector.general_.estimators_[3]
     state = deepcopy(estimator.tree_.__getstate__())
     inner = state["nodes"]["left_child"] != -1

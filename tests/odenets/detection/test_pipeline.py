@@ -16,12 +16,12 @@ from odenets.detection import (
     Trajectory,
 )
 from odenets.module_wise import split_into_modules
-from tests.odenets.detection.victims import CLEAN, GENERATOR, NEW, NEW_ODD, ODD, network, refused, unchanged
+from tests.odenets.detection.victims import CLEAN, FOREST, GENERATOR, NEW, NEW_ODD, ODD, network, refused, unchanged
 
 
 @pytest.mark.parametrize("mode", ["general", "conditional", "ensemble"])
 def test_noise_is_detected_among_digits(mode):
-    pipeline = Pipeline(network(), detector=Detector(mode=mode, random_state=0)).fit(CLEAN, ODD)
+    pipeline = Pipeline(network(), detector=Detector(FOREST, mode=mode)).fit(CLEAN, ODD)
     assert pipeline.predict(NEW).mean() < 0.1
     assert pipeline.predict(NEW_ODD).mean() > 0.9
     scores = pipeline.evaluate(NEW, NEW_ODD, successful=torch.ones(80, dtype=torch.bool))
@@ -38,14 +38,14 @@ def test_a_test_on_the_action_needs_no_adversarial_images():
 
 def test_noisy_copies_count_as_clean():
     noisy = (CLEAN + 0.1 * torch.randn(CLEAN.shape, generator=GENERATOR)).clamp(0, 1)
-    plain = Pipeline(network(), detector=Detector(random_state=0)).fit(CLEAN, ODD)
-    noise_aware = Pipeline(network(), detector=Detector(random_state=0)).fit(CLEAN, ODD, noisy=noisy)
+    plain = Pipeline(network(), detector=Detector(FOREST)).fit(CLEAN, ODD)
+    noise_aware = Pipeline(network(), detector=Detector(FOREST)).fit(CLEAN, ODD, noisy=noisy)
     assert noise_aware.scores(noisy).mean() < plain.scores(noisy).mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_networks_and_images_of_any_precision(dtype):
-    pipeline = Pipeline(network().to(dtype), detector=Detector(random_state=0, mode="ensemble")).fit(CLEAN, ODD)
+    pipeline = Pipeline(network().to(dtype), detector=Detector(FOREST, mode="ensemble")).fit(CLEAN, ODD)
     assert pipeline.predict(NEW.to(dtype)).mean() < 0.15
     assert pipeline.predict(NEW_ODD.to(dtype)).mean() > 0.85
 
@@ -89,7 +89,7 @@ def test_fitting_and_scoring_leave_the_network_as_it_was():
     trained = network().train()
     trained.head.eval()
     with unchanged(trained):
-        pipeline = Pipeline(trained, detector=Detector(random_state=0)).fit(CLEAN, ODD)
+        pipeline = Pipeline(trained, detector=Detector(FOREST)).fit(CLEAN, ODD)
         scores = pipeline.evaluate(NEW, NEW_ODD, successful=[True] * 40 + [False] * 40)
     assert 0 <= scores.detected_successful <= 1
 
@@ -114,6 +114,6 @@ def test_a_network_in_modules_is_seen_as_the_network_that_it_was(tmp_path, kind)
     one, other = (kind().fit(net, CLEAN, torch.arange(len(CLEAN)) % 10) for net in (whole, modules))
     for expected, values in zip(Pipeline(whole, one).extract(NEW), Pipeline(modules, other).extract(NEW), strict=True):
         assert np.array_equal(expected, values)
-    pipeline = Pipeline(modules, other, Detector(random_state=0)).fit(CLEAN, ODD)
+    pipeline = Pipeline(modules, other, Detector(FOREST)).fit(CLEAN, ODD)
     again = Pipeline.load(pipeline.save(tmp_path / "detector"), modules)
     assert np.array_equal(again.scores(NEW), pipeline.scores(NEW))

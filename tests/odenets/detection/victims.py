@@ -88,6 +88,7 @@ def same(a: Attacked, b: Attacked) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Attacked.__slots__)
 
 
+FOREST = RandomForestClassifier(20, random_state=0)
 GENERATOR = torch.Generator().manual_seed(0)
 CLEAN, NEW = digits()[0].x[:160].split(80)
 ODD, NEW_ODD = (torch.rand(80, 1, 8, 8, generator=GENERATOR) for _ in range(2))  # noise, far from digits

@@ -39,7 +39,7 @@ def test_a_module_reaches_the_proximal_point_and_losses_fall_by_the_known_factor
     sgd = partial(torch.optim.SGD, lr=0.3, momentum=0.9)
     objective = trgl(tau, partial(Quadratic, target), doubled=False)
     batches = data.Batches(points, 64)
-    fit_modules(modules, batches, epochs=500, optimizer=sgd, objective=objective, order="sequential")
+    fit_modules(modules, batches, epochs=200, optimizer=sgd, objective=objective, order="sequential")
     x = points.x
     first = (x - target).square().mean().item() / 2
     for k, module in enumerate(modules.modules_in_order, 1):
@@ -56,7 +56,7 @@ def test_on_circles_the_loss_falls_from_module_to_module_and_displacement_is_at_
     flow = Flow(partial(MLPField, 2, 16), solver="euler", h=1.0, depth=3)
     modules = split_into_modules(flow, 3, train.x[:4], outputs=2)
     options = {"optimizer": partial(torch.optim.Adam, lr=0.01), "order": "sequential", "cache": "memory"}
-    training = fit_modules(modules, data.Batches(train, 50, seed=0), epochs=30, objective=trgl(1.0), **options)
+    training = fit_modules(modules, data.Batches(train, 50, seed=0), epochs=12, objective=trgl(1.0), **options)
     losses = [[row["train_loss"] for row in training.rows if row["module"] == k + 1][-1] for k in range(3)]
     assert losses == sorted(losses, reverse=True)
     x = train.x

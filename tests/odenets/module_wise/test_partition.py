@@ -22,7 +22,7 @@ SWIN, VIT = ([4, 4], 16, [2, 2], [2, 4], [4, 4]), (32, 16, 3, 2, 16, 32)
 NETWORKS = {
     "resnet110": lambda: models.resnet110(blocks=3, channels=(4, 8, 16)),
     "resnet": lambda: adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5)),
-    "vgg": lambda: adapt(tv.vgg11_bn(num_classes=5)),
+    "vgg": lambda: adapt(tv.vgg11_bn(num_classes=5, init_weights=False)),
     "swin": lambda: adapt(tv.SwinTransformer(*SWIN, num_classes=5)),
     "vit": lambda: adapt(tv.VisionTransformer(*VIT, num_classes=5)),
     "timm": lambda: adapt(pytest.importorskip("timm").create_model("resnet10t", num_classes=5)),

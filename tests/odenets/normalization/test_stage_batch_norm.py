@@ -55,6 +55,7 @@ def test_states_from_before_recalibrations_were_counted_are_taken():
         other.record(X, error=measures.error)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_statistics_are_known_to_a_compiled_flow():
     flow = network().flows[0].part(0, 1).train()

@@ -41,8 +41,8 @@ def test_gradients_are_clipped_to_the_norm(parts):
 def test_compiled_training_is_what_eager_is(parts, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     parts = in_double(parts)
-    compiled = trained(parts, compile=True)
-    assert_same(trained(parts).network, compiled.network, 1e-6, 1e-6)
+    compiled = trained(parts, 1, compile=True)
+    assert_same(trained(parts, 1).network, compiled.network, 1e-6, 1e-6)
     assert "record" not in vars(compiled.network)
 
 

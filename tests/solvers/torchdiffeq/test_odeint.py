@@ -95,7 +95,7 @@ def test_other_dtypes_on_exponential_decay(dtype):
 def test_gradients_to_state_times_and_parameters(method, options):
     rates = torch.tensor([0.7, 1.3], dtype=D, requires_grad=True)
     y0 = torch.tensor([0.4, -0.2], dtype=D, requires_grad=True)
-    t = torch.tensor([0.1, 0.5, 0.9], dtype=D, requires_grad=True)
+    t = torch.tensor([0.1, 0.3, 0.5], dtype=D, requires_grad=True)
 
     def solve(y0, t, rates):
         return odeint(
@@ -189,7 +189,7 @@ def test_no_tensor_is_in_float64_where_none_is_asked_for(method, solve, what):
 def test_exponentials_of_any_shape_at_any_times(shape, times, backwards, method):
     t = torch.tensor(sorted(times, reverse=backwards), dtype=D)
     y0 = torch.rand(shape, dtype=D) + 0.5
-    result = odeint(lambda t, y: -y, y0, t, method=method, rtol=1e-7, atol=1e-9)
+    result = odeint(lambda t, y: -y, y0, t, method=method, rtol=1e-6, atol=1e-8)
     decay = torch.exp(-(t - t[0])).reshape(-1, *[1] * len(shape))
     torch.testing.assert_close(result, y0 * decay, rtol=1e-4, atol=1e-6)
 
