@@ -117,13 +117,12 @@ class Flow(nn.Module):
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self._sizes) if self.shared or not len(self.blocks) else len(self.blocks)
+        return len(self._sizes) if self.shared else len(self.blocks) or len(self._sizes)
 
     @property
     def h(self) -> tuple[float, ...]:
         """Step size of each block."""
-        own = not self.shared and len(self.blocks)
-        return tuple(cast(Block, block).h for block in self.blocks) if own else self._sizes
+        return self._sizes if self.shared else tuple([cast(Block, block).h for block in self.blocks]) or self._sizes
 
     @property
     def names(self) -> tuple[str, ...]:
