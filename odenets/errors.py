@@ -68,7 +68,7 @@ def refuse(owner: str, unknown: Iterable[str], known: Mapping[str, str]) -> None
 
 
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function that names the successors of arguments that it no longer has."""
+    """A function that names its arguments where they are called by names that they had, or have elsewhere."""
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, Literal, Self
 
 import torch
@@ -24,7 +25,7 @@ from odenets import measures
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
-from odenets.training.objectives import Batch, CrossEntropy, Objective
+from odenets.training.objectives import Batch, CrossEntropy, Objective, Task
 from odenets.training.step_counting import eagerly
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
@@ -75,9 +76,7 @@ class _WithCost(Objective):
 
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
         task = CrossEntropy() if task is None else task
-        if not isinstance(task, Objective):
-            remedy = f", such as Task({getattr(task, '__name__', repr(task))})" if callable(task) else ""
-            raise TypeError(f"task must be an objective{remedy}, got {type(task).__name__}")
+        _check_task(task)
         cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
         if task.measures.get(cost.kind, cost.measure) != cost.measure:
             raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
@@ -99,6 +98,9 @@ class _WithCost(Objective):
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         self.task.after_step(network, batch)
 
+    def extra_repr(self) -> str:
+        return f"cost={self.cost.kind!r}"
+
 
 class ActionPenalty(_WithCost):
     """``L + weight * C``: the relaxation with a fixed weight. C is a mean over features, see :class:`Cost`.
@@ -113,6 +115,10 @@ class ActionPenalty(_WithCost):
     """
 
     def __init__(self, weight: float, task: Objective | None = None, *, cost: str = "action", p: float = 2.0) -> None:
+        if not isinstance(weight, Real | Tensor):
+            raise TypeError(
+                f"weight must be a number, and comes first, ActionPenalty(0.1, task), got {type(weight).__name__}"
+            )
         super().__init__(task, cost, p)
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"weight must be finite and not negative, got {weight}")
@@ -121,6 +127,9 @@ class ActionPenalty(_WithCost):
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         self.check_records(records)
         return self.task.loss(network, batch, output, records) + self.weight * self.cost(records)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight:g}, {super().extra_repr()}"
 
 
 class LeastAction(_WithCost):
@@ -265,12 +274,39 @@ class LeastAction(_WithCost):
         growth = self.tau * loss
         self.multiplier += torch.where(growth.isfinite(), growth, 0)
 
+    def figures(self) -> dict[str, float]:
+        return super().figures() | {"lambda": self.multiplier.item()}
+
+    def extra_repr(self) -> str:
+        value = "" if self.multiplier.is_meta else f"lambda={self.multiplier.item():g}, "
+        return f"{value}tau={self.tau:g}, every={self.every}, update={self.update!r}, {super().extra_repr()}"
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.steps, self._changed_in = int(state), -1
         self.end_step()
+
+
+def _check_task(task: object) -> None:
+    """That a task is an objective.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(task, Objective):
+        return
+    got = type(task).__name__
+    if isinstance(task, Real):
+        remedy = f": a number is lambda0={task} of LeastAction, or the first argument of ActionPenalty"
+    elif isinstance(task, type):
+        call = f"{task.__name__}({'F.mse_loss' if issubclass(task, Task) else ''})"
+        got = f"the class {task.__name__}"
+        remedy = f": call it, {call if issubclass(task, Objective) else f'Task({call})'}"
+    else:
+        remedy = f": Task({getattr(task, '__name__', repr(task))}) is one" if callable(task) else ""
+    raise TypeError(f"task must be an objective, got {got}{remedy}")
 
 
 def _samples(batch: Batch) -> int:

@@ -35,7 +35,7 @@ class ActivationCache:
     Args:
         batches: the training data.
         views: how many, where ``batches`` are augmented; one otherwise.
-        folder: where the states lie; in memory if not given. Files there are overwritten.
+        folder: where the states lie until :meth:`close`; in memory if not given. Files there are overwritten.
 
     Raises:
         ValueError: fewer than one view, or an epoch of a subclass that draws more samples than there are, or fewer.
@@ -55,6 +55,13 @@ class ActivationCache:
     def restart(self) -> None:
         """Back to the images."""
         self.views = [_View(images) for images in self.images]
+
+    def close(self) -> None:
+        """Let go of the states, and of their files."""
+        self.restart()
+        for v in range(len(self.images)) if self.folder else ():
+            for file in self._files(v):
+                file.unlink(missing_ok=True)
 
     def advance(self, part: nn.Module) -> None:
         """Take every state through a part in eval mode, which has its modes back afterwards."""
@@ -77,12 +84,16 @@ class ActivationCache:
         """Room for states."""
         if self.folder is None:
             return _View(like.new_empty(shape))
-        one, other = self.folder / f"states{v}.a", self.folder / f"states{v}.b"
+        one, other = self._files(v)
         file = other if before.file == one else one
         self.folder.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
         states = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=like.dtype)
         return _View(states.reshape(shape), file)
+
+    def _files(self, v: int) -> tuple[Path, Path]:
+        assert self.folder is not None
+        return self.folder / f"states{v}.a", self.folder / f"states{v}.b"
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """State, image and target of each batch, in the order that the batches have in that epoch."""

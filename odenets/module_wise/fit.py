@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from odenets.module_wise.objectives import ModuleObjective, greedy, objectives_o
 from odenets.module_wise.partition import Cuttable, shared_parameter
 from odenets.module_wise.plan import Order, Plan
 from odenets.module_wise.training import ModuleTraining
+from odenets.training.checks import check_network, other_names
 from odenets.training.data import Batches
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.optimization import (
@@ -32,10 +34,24 @@ from odenets.training.progress import progress_bar
 from odenets.training.runs import Run
 from odenets.training.sources import Collate, Source
 
-__all__ = ["check_split", "fit_modules"]
+__all__ = ["OTHER_NAMES", "check_split", "fit_modules"]
+
+OTHER_NAMES = {
+    **other_names("network", "batches", "epochs", "lr_scheduler", "optimizer", "metric", "collate", "clip_norm"),
+    **dict.fromkeys(("accelerator", "devices"), "device"),
+    **dict.fromkeys(
+        ("criterion", "loss", "loss_fn", "loss_function"), "objective, as trgl(1.0, task=lambda: Task(F.mse_loss))"
+    ),
+    "precision": "network.to(dtype), in which modules train",
+    "schedule": "order",
+}
+"""Arguments of trainings of modules by the names that they have in other libraries, or had."""
 
 
-@renamed(schedule="order", rate="lr_scheduler")
+@renamed(
+    **OTHER_NAMES | other_names("validation", "progress"),
+    **dict.fromkeys(("callbacks", "early_stopping"), "report, which is called after each epoch"),
+)
 def fit_modules(
     network: ModuleWise,
     batches: Iterable[Any],
@@ -84,14 +100,16 @@ def fit_modules(
             everything, and "checkpointed", the same with only the states between modules kept.
         laps: of the sequential order: how often it goes over the modules. Optimizers, schedulers and multipliers go on
             from lap to lap.
-        metric: ``(output, targets)`` to a number, the mean of a batch, or a number per sample; the accuracy if not
-            given. Its name is that of the columns, ``train_accuracy``, ``validation_accuracy``; accuracies of outputs
-            that are no logits are NaN in training, and a :class:`~odenets.training.Task` has none.
+        metric: ``(output, targets)`` to a number, the mean of a batch, or a number per sample, or an object that
+            gathers, as in :func:`odenets.training.fit`; the accuracy if not given. Its name is that of the columns,
+            ``train_accuracy``, ``validation_accuracy``; accuracies of outputs that are no logits are NaN in training,
+            and a :class:`~odenets.training.Task` has none.
         validation: data on which loss and metric are measured, of all modules after each parallel epoch and of one at
             the end of each visit, or after each of its epochs where ReduceLROnPlateau reads them.
         collate: makes ``(inputs, targets)`` of a batch, of training and of validation, that is no such pair.
-        cache: where the sequential order keeps the states before the module in training: "memory", a folder, or None
-            to compute them for every batch. It is for :class:`~odenets.training.Batches`, whose samples have numbers.
+        cache: where the sequential order keeps the states before the module in training: "memory", a folder, whose
+            files go at the end, or None to compute them for every batch. It is for
+            :class:`~odenets.training.Batches`, whose samples have numbers.
         views: of each augmented image in the cache, see :class:`~odenets.module_wise.activation_cache.ActivationCache`.
         offload: with a cache and a device: keep only the module in training there.
         clip_norm: largest norm of a module's gradient.
@@ -141,11 +159,12 @@ def fit_modules(
     for data in (source, held_out):
         if data is not None:
             data.move_to(network)
+    states = _states(source, cache, views)
     loop = ModuleLoop(
         training=training, plan=plan, source=source, validation=held_out, metric=measured, lr_interval=lr_interval,
-        states=_states(source, cache, views), offload=offload, clip_norm=clip_norm, device=torch.device(device),
+        states=states, offload=offload, clip_norm=clip_norm, device=torch.device(device),
     )  # fmt: skip
-    with progress_bar(progress, len(plan.visits), training.done) as show:
+    with closing(states) if states else nullcontext(), progress_bar(progress, len(plan.visits), training.done) as show:
         for visit in plan.visits[training.done :]:
             loop.run(visit)
             if run is not None:
@@ -164,6 +183,7 @@ def check_split(network: Any) -> None:
     Raises:
         TypeError: it is another.
     """
+    check_network(network, "fit_modules(network, batches, ...)")
     if not isinstance(network, ModuleWise):
         adapted = "network" if isinstance(network, Cuttable) else "odenets.adapt(network)"
         raise TypeError(

@@ -63,7 +63,7 @@ class ModuleLoop:
         """An epoch: steps, their check, and a row of metrics for each module trained."""
         training, trained = self.training, self.plan.trained(visit)
         self.frozen = to_training_mode(training.network, self.frozen)
-        loss, value = self._train(visit).T.tolist()
+        loss, value = self._train(visit)
         if not (finite := all(map(math.isfinite, loss))) or not is_finite(training.network):
             left = ", and left weights or buffers that are not finite" if finite else ""
             raise DivergedError(
@@ -83,6 +83,7 @@ class ModuleLoop:
             if self.metric is not None:
                 row[f"validation_{self.metric.name}"] = on_validation.metric if on_validation else None
             row["learning_rate"] = training.optimizers[number].param_groups[0]["lr"]
+            row |= self._objectives[number].figures()
             training.rows.append(row | {"seconds": seconds})
             if training.lr_schedulers and self.lr_interval == "epoch":
                 step_lr_scheduler(training.lr_schedulers[number], on_validation.loss if on_validation else loss[i])
@@ -103,33 +104,39 @@ class ModuleLoop:
     def _objectives(self) -> list[Objective]:
         return cast(list[Objective], [*self.training.objectives])
 
-    def _train(self, visit: Visit) -> Tensor:
-        """Mean loss and metric of each module trained, ``(modules, 2)``, cut short once a loss is not finite."""
+    def _train(self, visit: Visit) -> tuple[list[float], list[float]]:
+        """Mean loss and metric of each module trained, cut short once a loss is not finite."""
         trained = self.plan.trained(visit)
-        step = self._step(visit)
+        metrics = [self.metric.fresh() for _ in trained] if self.metric else []
+        step, on_cpu = self._step(visit, metrics), self.device.type == "cpu"
         totals = torch.zeros(len(trained), 2, dtype=total_dtype(self.device), device=self.device)
         samples, notes = 0, BatchNotes(self.source.name)
         for state, images, y in self._batches(visit):
             with notes.next(images):
-                totals = totals + step(state, images, y).to(totals.dtype)
+                first = not (samples or on_cpu)  # a CPU raises for itself
+                totals = totals + step(state, images, y, first=first).to(totals.dtype)
             samples += len(images)
             if self.training.lr_schedulers and self.lr_interval == "step":
                 for number in trained.values():
                     self.training.lr_schedulers[number].step()
-            if self.device.type == "cpu" and not totals[:, 0].isfinite().all():
+            if on_cpu and not totals[:, 0].isfinite().all():
                 break
-        return totals / samples
+        loss, value = (totals / samples).T.tolist()
+        return loss, [metric.mean(mean) for metric, mean in zip(metrics, value, strict=True)] if metrics else value
 
-    def _step(self, visit: Visit) -> Callable[[Any, Tensor, Any], Tensor]:
+    def _step(self, visit: Visit, metrics: list[Metric]) -> Callable[..., Tensor]:
         """A step of what trains in an epoch: loss and metric of each module, summed over the batch."""
         network, optimizers, objectives = self.training.network, self.training.optimizers, self._objectives
-        options: dict[str, Any] = {"metric": self.metric and self.metric.function, "clip_norm": self.clip_norm}
+        one = metrics[0] if metrics else None
+        options: dict[str, Any] = {"metric": one, "clip_norm": self.clip_norm}
         if (k := visit.module) is not None:
-            return partial(_one, network.modules_in_order[k], objectives[k], optimizers[k], options)
+            return partial(_one, network.modules_in_order[k], objectives[k], optimizers[k], **options)
         if self.plan.whole:
             options["checkpointed"] = self.plan.order == "checkpointed"
-            return lambda x, images, y: end_to_end_step(network, objectives[0], optimizers[0], x, y, **options)
-        return lambda x, images, y: parallel_step(network, objectives, optimizers, x, y, **options)
+            step = partial(end_to_end_step, network, objectives[0], optimizers[0], **options)
+        else:
+            step = partial(parallel_step, network, objectives, optimizers, **options | {"metric": metrics or None})
+        return lambda x, images, y, first: step(x, y, first=first)
 
     def _batches(self, visit: Visit) -> Iterator[Batch]:
         """The batches of an epoch: of module k the states before it."""
@@ -171,9 +178,7 @@ class ModuleLoop:
         move(*modules[k], self.device)  # last: it may share its head with others
 
 
-def _one(
-    module: LocalModule, objective: Objective, optimizer: Optimizer, options: dict[str, Any], *batch: Any
-) -> Tensor:
+def _one(module: LocalModule, objective: Objective, optimizer: Optimizer, *batch: Any, **options: Any) -> Tensor:
     """A step of one module as :func:`parallel_step` counts it."""
     return local_step(module, objective, optimizer, *batch, **options)[1][None]
 

@@ -105,6 +105,11 @@ def objectives_of(make: ModuleObjective, numbers: Iterable[int], K: int) -> list
             f"objective must be a function that makes one for each module, such as lambda k, K: {of_one}, got "
             f"{'the class' if isinstance(make, type) else 'a'} {got}"
         )
+    if make in (greedy, trgl, trgl_multipliers):
+        call = "trgl(tau=1.0)" if make is trgl else f"{make.__name__}()"
+        raise TypeError(
+            f"objective must be what makes one for each module, got {make.__name__} itself: call it, {call}"
+        )
     objectives = [make(k, K) for k in numbers]
     for k, objective in enumerate(objectives):
         if not isinstance(objective, Objective):

@@ -33,9 +33,10 @@ def local_step(
     images: Tensor,
     y: Any,
     *,
-    metric: MetricFunction | None = None,
+    metric: MetricFunction | Metric | None = None,
     clip_norm: float | None = None,
     share: Callable[[Optimizer], None] | None = None,
+    first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step of one module on a batch; when it returns, nothing is kept of its backward pass, nor its gradients.
 
@@ -47,10 +48,11 @@ def local_step(
             besides; no gradient reaches them.
         images: the inputs of the network, without ``args``.
         y: targets, labels ``(B,)`` or what the objective reads.
-        metric: what is summed beside the loss, as in :func:`odenets.training.fit`; the accuracy if not given, 0 for a
-            :class:`~odenets.training.Task`.
+        metric: what is summed beside the loss, as in :func:`odenets.training.fit`, 0 of one that gathers; the accuracy
+            if not given, 0 for a :class:`~odenets.training.Task`.
         clip_norm: largest norm of the gradient.
         share: called between the backward pass and the step, to average gradients with other processes.
+        first: whether it is the first of an epoch: labels are looked at before, which waits for the device.
 
     Returns:
         The state after the module, before the step, and the loss and the metric summed over the batch, ``(2,)``; NaN
@@ -63,7 +65,7 @@ def local_step(
     state = state.detach()
     batch = ((state, *args) if args else state, y)
     output, after, records = module.forward_with_records(state, objective.measures, tuple(args))
-    loss = _loss(objective, module, batch, output, records)
+    loss = _loss(objective, module, batch, output, records, first)
     if module.local_loss is not None:
         loss = loss + module.local_loss(after, images, y)
     check_loss(loss, objective)
@@ -86,25 +88,30 @@ def parallel_step(
     x: Any,
     y: Any,
     *,
-    metric: MetricFunction | None = None,
+    metric: MetricFunction | Sequence[Metric] | None = None,
     clip_norm: float | None = None,
+    first: bool = False,
 ) -> Tensor:
     """A step of every module on a batch, first to last, each on the state behind the one before.
 
     Args:
         network, objectives, optimizers: the modules, and for each its objective and optimizer.
         x: inputs, ``(B, ...)`` or a tuple ``(x, *args)``.
-        y, metric, clip_norm: as in :func:`local_step`.
+        y, metric, clip_norm, first: as in :func:`local_step`; or a metric of each module.
 
     Returns:
         Loss and metric of each module, summed over the batch, ``(K, 2)``.
     """
     images, *args = arguments(x)
     state, totals = images, []
-    for module, objective, optimizer in zip(network.modules_in_order, objectives, optimizers, strict=True):
+    metrics = metric if isinstance(metric, Sequence) else [metric] * network.K
+    for module, objective, optimizer, one in zip(
+        network.modules_in_order, objectives, optimizers, metrics, strict=True
+    ):
         inputs = (state, *args) if args else state
-        state, one = local_step(module, objective, optimizer, inputs, images, y, metric=metric, clip_norm=clip_norm)
-        totals.append(one)
+        options: dict[str, Any] = {"metric": one, "clip_norm": clip_norm, "first": first}
+        state, total = local_step(module, objective, optimizer, inputs, images, y, **options)
+        totals.append(total)
     return torch.stack(totals)
 
 
@@ -116,8 +123,9 @@ def end_to_end_step(
     y: Any,
     *,
     checkpointed: bool = False,
-    metric: MetricFunction | None = None,
+    metric: MetricFunction | Metric | None = None,
     clip_norm: float | None = None,
+    first: bool = False,
 ) -> Tensor:
     """A step of the whole network on a batch by backpropagation from the last head, for comparison.
 
@@ -125,7 +133,7 @@ def end_to_end_step(
         network: of which the last head is trained, and all blocks.
         objective, optimizer: of the whole.
         x: inputs, ``(B, ...)`` or a tuple ``(x, *args)``.
-        y, metric, clip_norm: as in :func:`local_step`.
+        y, metric, clip_norm, first: as in :func:`local_step`.
         checkpointed: keep the states between modules only, and compute each module again in the backward pass, from
             the same buffers; its batch norms count the batch once.
 
@@ -153,7 +161,7 @@ def end_to_end_step(
         parts.append(Records(dict(zip(measures, rows, strict=True)), *layout))
     output = network.modules_in_order[-1].head(state)
     records = Records.join(parts, network.module_names)
-    loss = _loss(objective, network, (x, y), output, records)
+    loss = _loss(objective, network, (x, y), output, records, first)
     check_loss(loss, objective)
     totals = _totals(loss, output, y, samples, metric, objective)
     optimizer.zero_grad()
@@ -164,19 +172,24 @@ def end_to_end_step(
     return totals[None]
 
 
-def _loss(objective: Objective, network: nn.Module, batch: tuple[Any, Any], output: Any, records: Records) -> Tensor:
-    """The loss of an objective, whose labels have a logit each."""
+def _loss(
+    objective: Objective, network: nn.Module, batch: tuple[Any, Any], output: Any, records: Records, first: bool
+) -> Tensor:
+    """The loss of an objective, whose labels have a logit each: looked at first, or where torch has raised."""
+    classifies = isinstance(objective.task, CrossEntropy | ReverseCrossEntropy)
+    if first and classifies:
+        check_labels(*logits_and_labels(output, batch[1]), "batches")
     try:
         return objective.loss(network, batch, output, records)
     except (IndexError, RuntimeError):  # what torch raises on a CPU for a label without a logit
-        if isinstance(objective.task, CrossEntropy | ReverseCrossEntropy):
+        if classifies:
             check_labels(*logits_and_labels(output, batch[1]), "batches")
         raise
 
 
 @torch.no_grad()
 def _totals(
-    loss: Tensor, output: Any, y: Any, samples: int, metric: MetricFunction | None, objective: Objective
+    loss: Tensor, output: Any, y: Any, samples: int, metric: MetricFunction | Metric | None, objective: Objective
 ) -> Tensor:
     """Loss and metric summed over a batch, in float32 at least."""
     loss = loss.to(torch.promote_types(loss.dtype, torch.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from odenets.checkpoints import map_state, restore_structure, structure
@@ -21,8 +22,8 @@ class Callback(Protocol):
     """Acts between epochs; only what is needed is to be there, and a function ``(training, row)`` is one too.
 
     What it must remember beyond a kill belongs in ``training.rows``, or in ``state_dict()``, tensors and plain values,
-    which ``load_state_dict(state)`` takes up: where it has both they are kept in checkpoints. ``training.stop = True``
-    ends the training after the epoch.
+    which ``load_state_dict(state)`` takes up: where it has both they are kept in checkpoints. What it remembers of one
+    training is forgotten in :meth:`before_training`. ``training.stop = True`` ends the training after the epoch.
 
     Attributes:
         recovers: whether :meth:`on_divergence` may help; the loop then keeps a copy of the state at each epoch's start.
@@ -31,6 +32,9 @@ class Callback(Protocol):
 
     recovers: bool = False
     edits: bool = False
+
+    def before_training(self, training: Training) -> None:
+        """Called once, before the first epoch; of a training that is taken up again before its checkpoint is loaded."""
 
     def after_validation(self, training: Training, row: Row) -> None:
         """Called with the epoch's metrics before any callback may change the network."""
@@ -46,14 +50,23 @@ class Callback(Protocol):
         """Called once after the last epoch, of a finished training that is taken up again too."""
 
 
-HOOKS = ("after_validation", "after_epoch", "on_divergence", "after_training")
+HOOKS = ("before_training", "after_validation", "after_epoch", "on_divergence", "after_training")
+
+ELSEWHERE = {
+    "before_training": ("on_fit_start", "on_train_start", "on_train_begin", "setup"),
+    "after_validation": ("on_validation_end", "on_validation_epoch_end", "on_evaluate", "on_test_end"),
+    "after_epoch": ("on_epoch_end", "on_train_epoch_end", "on_log", "epoch_end"),
+    "after_training": ("on_fit_end", "on_train_end", "on_end", "teardown"),
+}
+"""Hooks by the names that they have in Lightning, Keras and Hugging Face's Trainer."""
 
 
 class Callbacks:
     """Callbacks, called in their order.
 
     Raises:
-        TypeError: no sequence, or one of something else than callbacks and functions.
+        TypeError: no sequence, or one of something else than callbacks and functions, or a callback with a method that
+            nothing calls: of a :class:`Callback` with no hook of its own, or under a name close to that of a hook.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
@@ -69,6 +82,7 @@ class Callbacks:
                     f"callbacks must hold functions (training, row) or objects with one of {', '.join(HOOKS)}, got "
                     f"{type(callback).__name__}"
                 )
+            _check_hooks(callback)
         self._callbacks: list[Any] = list(callbacks)
 
     @property
@@ -86,6 +100,10 @@ class Callbacks:
         """The classes of those that change which parameters there are."""
         return [type(callback).__name__ for callback in self._callbacks if getattr(callback, "edits", False)]
 
+    def before_training(self, training: Training) -> None:
+        """Each ``before_training``."""
+        self._call("before_training", training)
+
     def after_epoch(self, training: Training, row: Row) -> None:
         """All ``after_validation``, then each ``after_epoch``."""
         self._call("after_validation", training, row)
@@ -97,7 +115,7 @@ class Callbacks:
 
     def on_divergence(self, training: Training) -> bool:
         """Whether one has helped; none is called after it."""
-        return any(callback.on_divergence(training) for callback in self._callbacks if hasattr(callback, HOOKS[2]))
+        return any(one.on_divergence(training) for one in self._callbacks if hasattr(one, "on_divergence"))
 
     def after_training(self, training: Training) -> None:
         """Each ``after_training``."""
@@ -129,6 +147,31 @@ class Callbacks:
         return [c for c in self._callbacks if hasattr(c, "state_dict") and hasattr(c, "load_state_dict")]
 
 
+def _check_hooks(callback: Any) -> None:
+    """That what a callback defines is called.
+
+    Raises:
+        TypeError: it is not.
+    """
+    bases = {Callback, _Watching}.intersection(type(callback).__mro__)
+    classes = [one for one in type(callback).__mro__ if not bases or bases.intersection(one.__mro__)]
+    own = {
+        name for one in classes if one.__module__ != __name__ for name, value in vars(one).items() if callable(value)
+    }
+    others = sorted(name for name in own if not name.startswith("_") and name not in HOOKS)
+    for name in others:
+        elsewhere = [hook for hook, names in ELSEWHERE.items() if bases and name in names]
+        if meant := elsewhere or get_close_matches(name, HOOKS, 1, 0.8):
+            raise TypeError(
+                f"callbacks: {type(callback).__name__} has {name}, which is never called: call it {meant[0]}"
+            )
+    if Callback in bases and not own.intersection(HOOKS) and (others or "__call__" in own):
+        raise TypeError(
+            f"callbacks: {type(callback).__name__} has {', '.join(others) or '__call__'}, which is never called: the "
+            f"hooks are {', '.join(HOOKS)}"
+        )
+
+
 class _Watching:
     """Looks at a quantity of the rows, and at whether it is better than ever."""
 
@@ -143,8 +186,15 @@ class _Watching:
         if not min_delta >= 0:
             raise ValueError(f"min_delta must not be negative, got {min_delta}")
         self.quantity, self.mode, self.min_delta = quantity, mode, min_delta
-        self.best = math.inf if mode == "min" else -math.inf
+        self._forget()
+
+    def _forget(self) -> None:
+        self.best = math.inf if self.mode == "min" else -math.inf
         self.epoch = 0
+
+    def before_training(self, training: Training) -> None:
+        """Forget what was seen of another training."""
+        self._forget()
 
     def improves(self, training: Training, row: Row) -> bool:
         """Whether the row holds the best value so far, which is then remembered."""
@@ -187,7 +237,11 @@ class EarlyStopping(_Watching):
         super().__init__(quantity, mode, min_delta)
         if not patience >= 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
-        self.patience, self.waited = patience, 0
+        self.patience = patience
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.waited = 0
 
     @property
     def stopped(self) -> bool:
@@ -228,6 +282,9 @@ class BestWeights(_Watching):
     ) -> None:
         super().__init__(quantity, mode)
         self.restore = restore
+
+    def _forget(self) -> None:
+        super()._forget()
         self.structure: dict[str, Any] | None = None
         self.weights: dict[str, Any] | None = None
 

@@ -123,6 +123,7 @@ class Epochs:
         """
         training, fabric, step = self.training, self.fabric, self._step
         assert step is not None
+        step.metric = measured = self.options.metric and self.options.metric.fresh()
         totals = torch.zeros(2, dtype=total_dtype(fabric.device), device=fabric.device)
         every, samples, notes = 1 if fabric.device.type == "cpu" else 32, 0, BatchNotes(self.source.name)
         per_step = training.lr_scheduler if self.options.lr_interval == "step" else None
@@ -140,7 +141,7 @@ class Epochs:
             for buffer in training.network.buffers():
                 distributed.broadcast(buffer, src=0)
         loss, metric = (totals / samples).tolist()
-        return loss, metric
+        return loss, measured.mean(metric) if measured else metric
 
     def _summed(self, totals: Tensor) -> Tensor:
         """Summed over processes; those that share their batches count once."""
@@ -197,6 +198,7 @@ class Epochs:
             "depth": network.depth,
             "h": " ".join(f"{h:.6g}" for h in network.h),
             "parameters": sum(p.numel() for p in network.parameters()),
+            **training.objective.figures(),
         }
         if training.lr_scheduler is not None and self.options.lr_interval == "epoch":
             step_lr_scheduler(training.lr_scheduler, loss if validated is None else validated.loss)

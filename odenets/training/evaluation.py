@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from odenets.errors import renamed
 from odenets.modes import evaluating, keeping_state, total_dtype
 from odenets.network import Network
 from odenets.recording import Records, record
+from odenets.training.checks import check_network, check_objective, other_names
 from odenets.training.labels import logits_and_labels
 from odenets.training.metrics import Metric, MetricFunction, accuracy, check_labels
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
@@ -25,13 +27,16 @@ PLAIN = (CrossEntropy.validation_loss, ReverseCrossEntropy.validation_loss)
 """Cross-entropies, which are summed over the samples before they are rounded to a mean."""
 
 
+PLACE = "network.to(device), to which batches are taken"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Mean loss and metric on data.
 
     Attributes:
         loss: what the objective reports of a validation; cross-entropy by default.
-        metric: the mean of the metric; None without one.
+        metric: its mean over the samples, or what a gathering one computes; None without one.
         name: of the metric.
     """
 
@@ -51,6 +56,7 @@ class Evaluation:
         return self.metric
 
 
+@renamed(**other_names("network", "batches", "objective", "metric", "collate", device=PLACE, devices=PLACE))
 def evaluate(
     network: nn.Module,
     batches: Iterable[Any],
@@ -69,17 +75,20 @@ def evaluate(
         network: a module; one that records where the objective's task measures something.
         batches: any iterable of batches, of which one epoch is drawn.
         objective: its ``validation_loss`` is the loss; cross-entropy if not given.
-        metric: ``(output, targets)`` to a number, the mean of the batch, or a number per sample; the accuracy if not
-            given, and none for a :class:`~odenets.training.Task`.
+        metric: ``(output, targets)`` to a number, the mean of the batch, or a number per sample, or an object with
+            ``reset``, ``update`` and ``compute``; the accuracy if not given, and none for a
+            :class:`~odenets.training.Task`.
         collate: makes ``(inputs, targets)`` of a batch; not needed where a batch is that pair.
 
     Raises:
+        TypeError: no module, or no objective.
         TypeError, ValueError: the network returns no logits, or not one for each class, where cross-entropy or accuracy
             read them; or a metric that returns no number, or batches that are none.
     """
+    check_network(network, "evaluate(network, batches)")
+    objective = CrossEntropy() if objective is None else check_objective(objective)
     source = Source.of(batches, collate)
     source.move_to(network)
-    objective = objective or CrossEntropy()
     return evaluate_source(network, source, objective, Metric.of(metric, objective))
 
 
@@ -150,7 +159,7 @@ class Totals:
     def __init__(self, objective: Objective, metric: Metric | None, name: str) -> None:
         while type(objective).validation_loss is Objective.validation_loss and objective.task is not objective:
             objective = objective.task  # whose loss it is
-        self.objective, self.metric, self.name = objective, metric, name
+        self.objective, self.metric, self.name = objective, metric and metric.fresh(), name
         self.samples = 0
         self.sums: Tensor | None = None
 
@@ -185,4 +194,4 @@ class Totals:
         assert self.sums is not None  # a source has at least one batch
         totals = reduce(torch.cat([self.sums, self.sums.new_tensor([self.samples])]))
         loss, value = (totals[:2] / totals[2]).tolist()
-        return loss, value
+        return loss, self.metric.mean(value) if self.metric else value

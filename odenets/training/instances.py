@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from odenets.errors import renamed
 from odenets.modes import device_of
 from odenets.network import Network
+from odenets.training.checks import other_names
 from odenets.training.data import Batches, TensorData
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective
@@ -62,7 +63,12 @@ class Instances:
         return self.metric
 
 
-@renamed(schedule="lr_scheduler", rate="lr_scheduler")
+@renamed(
+    **other_names("batches", "epochs", "lr_scheduler", "optimizer", "metric", "collate"),
+    **dict.fromkeys(("criterion", "loss_fn", "loss"), "objective, as lambda: Task(F.mse_loss)"),
+    **dict.fromkeys(("validation", "val_loader"), "measured, as {'validation': [data of each network]}"),
+    **dict.fromkeys(("model", "models", "network"), "networks"),
+)
 def fit_instances(
     networks: Sequence[Network],
     batches: Sequence[Iterable[Any]],
@@ -92,7 +98,8 @@ def fit_instances(
         objective: makes the objective of one instance.
         lr_scheduler: makes a scheduler of the learning rates, which the instances have in common.
         lr_interval: whether it steps after each "epoch" or each "step".
-        metric: ``(output, targets)`` to a number, the mean, or a number per sample; the accuracy if not given.
+        metric: ``(output, targets)`` to a number, the mean, or a number per sample, or an object that gathers
+            them, as in :func:`odenets.training.fit`; the accuracy if not given.
         collate: makes ``(inputs, targets)`` of a batch that is no such pair.
         measured: data of each instance, by name, on which the metric is measured: TensorData, or pairs of inputs and
             targets.

@@ -15,6 +15,7 @@ from odenets.errors import needs, renamed
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, to_training_mode
 from odenets.recording import Recorder
 from odenets.training.callbacks import Callbacks
+from odenets.training.checks import check_arguments, check_objective, check_recorder, other_names
 from odenets.training.data import Batches
 from odenets.training.epochs import CONVERTING, Epochs, Options
 from odenets.training.metrics import Metric, MetricFunction
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
 __all__ = ["fit"]
 
 
-@renamed(schedule="lr_scheduler")
+@renamed(
+    **other_names(
+        "network", "batches", "epochs", "objective", "lr_scheduler", "optimizer", "metric", "validation", "collate",
+        "callbacks", "clip_norm", "accumulate", "progress", "fabric",
+    )
+)  # fmt: skip
 def fit(
     network: Recorder,
     batches: Iterable[Any],
@@ -82,8 +88,10 @@ def fit(
         lr_interval: whether the scheduler takes a step each "epoch" or each "step" of the optimizer.
         objective: :class:`CrossEntropy` if not given; ``Task(F.mse_loss)`` for any function of output and targets.
         metric: ``(output, targets)`` to a number, the mean of the batch, or a number per sample ``(B,)``; the rows hold
-            its means under its ``__name__``. The accuracy if not given, NaN where the network returns no logits
-            ``(B, classes)``; none for a :class:`~odenets.training.Task`.
+            its means over the samples under its ``__name__``. Or an object with ``reset``, ``update`` and ``compute``,
+            as torchmetrics has them, which computes of all samples of an epoch together and is named by its class. The
+            accuracy if not given, NaN where the network returns no logits ``(B, classes)``; none for a
+            :class:`~odenets.training.Task`.
         validation: measured after every epoch by the objective's ``validation_loss`` and the metric; any data, as
             ``batches``. Every process measures all of it, unless it has a distributed sampler.
         collate: makes ``(inputs, targets)`` of a batch of another kind, of training and validation.
@@ -128,13 +136,13 @@ def fit(
             without the network's parameters, mixed precision of a float64 network, or a checkpoint of another
             precision, optimizer, scheduler or other callbacks.
     """
-    module = _checked(network)
-    objective = objective or CrossEntropy()
+    module = check_recorder(network)
+    objective = CrossEntropy() if objective is None else check_objective(objective)
+    check_arguments(epochs=epochs, clip_norm=clip_norm, accumulate=accumulate, progress=progress)
     if fabric is None:
         with needs("training"):
             from lightning_fabric import Fabric
         fabric = Fabric(accelerator="cpu", devices=1)
-    _check_arguments(objective, epochs=epochs, clip_norm=clip_norm, accumulate=accumulate, progress=progress)
     options = Options(
         metric=Metric.of(metric, objective),
         lr_interval=lr_interval,
@@ -163,6 +171,7 @@ def fit(
     first = make_optimizer(optimizer, module.parameters())
     training = Training(network, first, make_lr_scheduler(lr_scheduler, first, lr_interval), objective)
     training.precision, training.source, training.callbacks = fabric.strategy.precision, source, hooks
+    hooks.before_training(training)
     if kept is not None:
         _take_up(training, kept, optimizer, processes, f"checkpoint {run.folder / checkpoint}: " if run else "")
     loop = Epochs(
@@ -188,37 +197,6 @@ def fit(
     to_training_mode(module, loop.frozen)
     training.optimizer.zero_grad()
     return training
-
-
-def _checked(network: object) -> nn.Module:
-    if not (isinstance(network, nn.Module) and callable(getattr(network, "record", None))):
-        raise TypeError(
-            f"network must be a module that records its steps, an odenets.Recorder, got {type(network).__name__}: "
-            "odenets.adapt makes one of any residual network"
-        )
-    if trainer := getattr(network, "trained_by", None):
-        raise TypeError(f"network must be one that is trained as a whole, got {type(network).__name__}: take {trainer}")
-    return network
-
-
-def _check_arguments(
-    objective: object, *, epochs: int, clip_norm: float | None, accumulate: int, progress: object
-) -> None:
-    if not isinstance(epochs, int) or isinstance(epochs, bool):
-        raise TypeError(f"epochs must be a whole number, got {epochs!r}")
-    if epochs < 0:
-        raise ValueError(f"epochs must not be negative, got {epochs}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-    if not isinstance(objective, Objective):
-        raise TypeError(
-            f"objective must be an odenets Objective, got {objective!r}: odenets.training.Task makes one of any "
-            "function (output, y) -> loss"
-        )
-    if progress is not None and not isinstance(progress, str):
-        raise TypeError(f'progress must be the label of a bar, such as progress="label", got {progress!r}')
 
 
 def _check_data(source: Source, validation: Source | None, epochs: int, replicas: int) -> None:

@@ -1,24 +1,41 @@
-"""Metrics: what an epoch reports beside its loss, a function of outputs and targets."""
+"""Metrics: what an epoch reports beside its loss, a function of outputs and targets, or an object that gathers them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from odenets.training.labels import logits_and_labels
 from odenets.training.objectives import Objective, Task
 
-__all__ = ["Metric", "MetricFunction", "accuracy", "check_labels"]
+__all__ = ["Gathering", "Metric", "MetricFunction", "accuracy", "check_labels"]
 
-MetricFunction = Callable[[Any, Any], Any]
-"""``(output, targets)`` to a number, the mean of the batch, or a number per sample, ``(B,)``."""
+
+class Gathering(Protocol):
+    """What sees the batches of an epoch and computes its number of all of them, as torchmetrics' metrics do."""
+
+    def reset(self) -> object:
+        """Forget what was seen."""
+
+    def update(self, output: Any, targets: Any, /) -> object:
+        """See a batch."""
+
+    def compute(self) -> Any:
+        """The number."""
+
+
+MetricFunction = Callable[[Any, Any], Any] | Gathering
+"""``(output, targets)`` to a number, the mean of the batch, or a number per sample, ``(B,)``: of an epoch the mean over
+its samples. Or an object with ``reset()``, ``update(output, targets)`` and ``compute()``, as torchmetrics has them: of
+an epoch what it computes of all batches together."""
 
 
 def accuracy(output: Any, y: Any) -> Tensor:
@@ -40,39 +57,85 @@ class Metric:
     """A metric as an epoch sums it up.
 
     Attributes:
-        function: of outputs and targets.
-        name: of its columns, ``train_<name>`` and ``validation_<name>``.
+        function: of outputs and targets, or an object that gathers them.
+        name: of its columns, ``train_<name>`` and ``validation_<name>``: the function's, or the object's class'.
     """
 
-    function: MetricFunction
+    function: Any
     name: str
 
     @classmethod
-    def of(cls, function: MetricFunction | None, objective: Objective) -> Metric | None:
+    def of(cls, function: MetricFunction | Metric | None, objective: Objective) -> Metric | None:
         """The metric that a function is; without one the accuracy, and none for a :class:`Task`, of whatever kind.
 
         Raises:
-            TypeError: it is no function.
+            TypeError: it is neither a function nor an object that gathers.
         """
         if function is None:
             return None if isinstance(objective.task, Task) else cls(accuracy, "accuracy")
+        if isinstance(function, Metric):
+            return function
+        if not isinstance(function, type) and _gathers(function):
+            return cls(function, type(function).__name__)
         if not callable(function) or isinstance(function, type):
             raise TypeError(
-                f"metric must be a function (output, targets) -> number, got {function!r}"
+                "metric must be a function (output, targets) -> number, or an object with reset, update and compute, "
+                f"got {function!r}"
                 + (": call it, metric=" + function.__name__ + "()" if isinstance(function, type) else "")
             )
         inner = function.func if isinstance(function, partial) else function
         name = getattr(inner, "__name__", type(inner).__name__)
         return cls(function, "metric" if name == "<lambda>" else name)
 
+    def fresh(self, *, alone: bool = False) -> Metric:
+        """The metric of an epoch, which has seen nothing yet.
+
+        Args:
+            alone: whether what gathers leaves out what other processes have seen, where torchmetrics would add it.
+        """
+        if not _gathers(self.function):
+            return self
+        gathering = deepcopy(self.function)
+        gathering.reset()
+        if alone and hasattr(gathering, "sync_on_compute"):
+            gathering.sync_on_compute = False
+        return replace(self, function=gathering)
+
+    @torch.no_grad()
+    def mean(self, mean: float) -> float:
+        """The metric of an epoch, from the mean of its totals; what gathers computes it of all.
+
+        Raises:
+            TypeError, ValueError: it computes no number.
+        """
+        if not _gathers(self.function):
+            return mean
+        try:
+            value = self.function.compute()
+        except Exception as error:
+            error.add_note(f"in metric {self.name!r}, which is to compute its number of an epoch")
+            raise
+        if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()):
+            return float(value)
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"metric must compute a number, but {self.name} computes {got}")
+
+    def value(self, output: Any, targets: Any, samples: int) -> float:
+        """The metric of one batch."""
+        metric = self.fresh(alone=True)
+        return metric.mean(float(metric.total(output, targets, samples)) / samples)
+
     @torch.no_grad()
     def total(self, output: Any, targets: Any, samples: int) -> Tensor | float:
-        """The metric of a batch, summed over its samples.
+        """The metric of a batch, summed over its samples; 0 of what gathers.
 
         Raises:
             TypeError, ValueError: it is no number.
         """
         try:
+            if _gathers(self.function):
+                _gather(self.function, output, targets)
+                return 0.0
             value = self.function(output, targets)
         except Exception as error:
             error.add_note(f"in metric {self.name!r}, called with the output and the targets of a batch")
@@ -103,6 +166,20 @@ class Metric:
         except (TypeError, ValueError):
             leaf = next((leaf for leaf in tree_leaves((output, targets)) if isinstance(leaf, Tensor)), torch.empty(()))
             return torch.full((), torch.nan, device=leaf.device)
+
+
+def _gathers(function: Any) -> bool:
+    """Whether it gathers what it sees, and computes its number in the end."""
+    return all(callable(getattr(function, name, None)) for name in ("reset", "update", "compute"))
+
+
+def _gather(metric: Any, output: Any, targets: Any) -> None:
+    """Show a batch to what gathers, where the batch is."""
+    output, targets = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, (output, targets))
+    leaf = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+    if leaf is not None and hasattr(metric, "to") and getattr(metric, "device", leaf.device) != leaf.device:
+        metric.to(leaf.device)
+    metric.update(output, targets)
 
 
 def check_labels(output: Any, y: Any, name: str) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from odenets.measures import StepFunction
 from odenets.recording import Records, record, recorder_in
+from odenets.training.broadcasting import refusing_pairs
 from odenets.training.labels import logits_and_labels
 from odenets.training.step_counting import StepCounter, eagerly
 
@@ -153,6 +154,10 @@ class Objective(StepCounter):
     def task(self, task: Objective) -> None:  # torch keeps modules without asking here
         raise TypeError(f"task must be an objective, got {type(task).__name__}")
 
+    def figures(self) -> dict[str, float]:
+        """Numbers of its own, by name, that the row of an epoch shows; those of the task."""
+        return {} if self.task is self else self.task.figures()
+
     def check_records(self, records: Mapping[str, Tensor]) -> None:
         """That all measures are there.
 
@@ -190,7 +195,8 @@ class Task(Objective):
         self.function = function
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        value = self.function(output, targets_of(batch))
+        with refusing_pairs(output, targets := targets_of(batch), self.function):
+            value = self.function(output, targets)
         _check_scalar(value, "function", self.function)
         return value
 

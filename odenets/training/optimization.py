@@ -91,6 +91,12 @@ def make_lr_scheduler(
     remedy = "pass a function of the optimizer, partial(torch.optim.lr_scheduler.StepLR, step_size=30)"
     if isinstance(make, LRScheduler) or not callable(make):
         raise TypeError(f"lr_scheduler must be a function of the optimizer, got {type(make).__name__}: {remedy}")
+    if missing := _required(make):
+        name = getattr(make, "__name__", type(make).__name__)
+        raise TypeError(
+            f"lr_scheduler must be a function of the optimizer alone, but {name} takes {', '.join(missing)} too: pass "
+            f"partial({name}, {', '.join(f'{one}=...' for one in missing)})"
+        )
     scheduler = make(optimizer)
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
@@ -101,6 +107,16 @@ def make_lr_scheduler(
     if isinstance(scheduler, ReduceLROnPlateau) and scheduler.mode != "min":
         raise ValueError(f"mode of ReduceLROnPlateau must be 'min', since it reads a loss, got {scheduler.mode!r}")
     return scheduler
+
+
+def _required(make: Callable[..., Any]) -> list[str]:
+    """What a function must be called with beside its first argument."""
+    try:
+        parameters = [*inspect.signature(make).parameters.values()][1:]
+    except (TypeError, ValueError):  # of a function that has none to show
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
 def step_lr_scheduler(scheduler: LRScheduler, loss: float) -> None:

@@ -110,8 +110,8 @@ class Stack:
         values = []
         for row in range(n):
             x, of_row = (tree_map(lambda t, i=row: t[i], part) for part in (inputs, y))
-            values.append(torch.as_tensor(metric.total(self._output(row, x), of_row, samples)).float().cpu() / samples)
-        return torch.stack(values)
+            values.append(metric.value(self._output(row, x), of_row, samples))
+        return torch.tensor(values)
 
     def _accuracies(self, sets: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Share of right answers on each set, per row, in one pass over all sets."""

@@ -16,7 +16,7 @@ from torch import distributed
 from odenets.errors import WorkerLostError, renamed
 from odenets.module_wise.distributed.checkpoints import ModuleCheckpoints
 from odenets.module_wise.distributed.worker import Worker
-from odenets.module_wise.fit import check_split
+from odenets.module_wise.fit import OTHER_NAMES, check_split
 from odenets.module_wise.modules import ModuleWise
 from odenets.module_wise.objectives import ModuleObjective, greedy
 from odenets.module_wise.partition import even, shared_parameter
@@ -29,7 +29,7 @@ from odenets.training.sources import Collate, Source
 __all__ = ["check_apart", "fit_in_processes"]
 
 
-@renamed(rate="lr_scheduler", schedule="order, of fit_modules: processes train in parallel")
+@renamed(**OTHER_NAMES | {"schedule": "order, of fit_modules: processes train in parallel"})
 def fit_in_processes(
     network: ModuleWise,
     batches: Iterable[Any],

@@ -135,8 +135,10 @@ class Worker:
     def _epoch(self, incoming: Buffer | None, started: float) -> None:
         """An epoch, and a row of metrics for each module."""
         totals, samples = torch.zeros(len(self.own), 2, dtype=total_dtype(self.device), device=self.device), 0
+        measured = self.measured
+        metrics = [measured.fresh(alone=True) for _ in self.own] if measured else None
         for message in self._messages(incoming):
-            totals += self._step(message)
+            totals += self._step(message, metrics, first=not samples and self.device.type != "cpu")
             samples += len(message.state)
         loss, value = (totals / samples).T.tolist()
         if not all(map(math.isfinite, loss)) or not all(map(is_finite, self.modules)):
@@ -146,9 +148,10 @@ class Worker:
         self.epoch += 1
         for i, k in enumerate(self.own):
             row = {"module": k + 1, "epoch": self.epoch, "train_loss": loss[i]}
-            if self.measured is not None:
-                row[f"train_{self.measured.name}"] = value[i]
+            if metrics is not None:
+                row[f"train_{metrics[i].name}"] = metrics[i].mean(value[i])
             row["learning_rate"] = self.optimizers[i].param_groups[0]["lr"]
+            row |= self.objectives[i].figures()
             self.rows.append(row | {"seconds": time.perf_counter() - started})
             scheduler = self.schedulers[i]
             if scheduler is not None and self.lr_interval == "epoch":
@@ -183,17 +186,17 @@ class Worker:
             )
         raise ValueError(f"{name} must be as many as their length says, {self.length}, got {number}")
 
-    def _step(self, message: Message) -> Tensor:
+    def _step(self, message: Message, metrics: list[Metric] | None, first: bool) -> Tensor:
         """A step of every module of this process, and the state behind them sent on."""
         state, totals = message.state, []
         images = message.images if self.with_images else message.state
         average = partial(self._average, len(message.state), message.whole) if self.replicas > 1 else None
         parts = zip(self.modules, self.objectives, self.optimizers, self.schedulers, strict=True)
-        for module, objective, optimizer, scheduler in parts:
+        for i, (module, objective, optimizer, scheduler) in enumerate(parts):
             inputs = (state, *message.args) if message.args else state
             state, one = local_step(
                 module, objective, optimizer, inputs, images, message.y,
-                metric=self.metric, clip_norm=self.clip_norm, share=average,
+                metric=metrics[i] if metrics else None, clip_norm=self.clip_norm, share=average, first=first,
             )  # fmt: skip
             totals.append(one)
             if scheduler is not None and self.lr_interval == "step":

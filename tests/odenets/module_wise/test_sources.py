@@ -157,7 +157,7 @@ def test_an_epoch_of_ones_own_is_trained_on_with_a_cache_too(tmp_path):
         networks.append(network)
     for network in networks[1:]:
         assert_same(networks[0], network, atol=1e-12)
-    assert [*(tmp_path / "states").iterdir()]
+    assert (tmp_path / "states").is_dir()
     plain = modules_of(2).double()
     fit_modules(plain, Batches(FEW.data, 20, seed=0), epochs=2, optimizer=SGD, order="sequential", cache="memory")
     assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), networks[0].parameters(), strict=True))
@@ -167,7 +167,7 @@ def test_an_epoch_of_ones_own_is_trained_on_with_a_cache_too(tmp_path):
 def test_a_folder_is_made_where_its_name_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, order="sequential", cache="folder")
-    assert [*Path("folder").iterdir()]
+    assert Path("folder").is_dir()
 
 
 class More(Batches):
@@ -206,6 +206,14 @@ PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
         ({"batches": iter([*FEW.in_order()]), "epochs": 2}, ValueError, "iterator .*which gives one epoch"),
         ({"optimizer": SGD(PARAMETERS)}, TypeError, r"optimizer .*partial\(torch.optim.SGD, lr=0.1\)"),
         ({"optimizer": lambda net: SGD(net.parameters())}, TypeError, "optimizer must take the list of"),
+        ({"network": FEW, "batches": modules_of(2)}, TypeError, r"first, fit_modules\(network, batches, ...\), got"),
+        ({"loss_fn": None}, TypeError, r"fit_modules\(\) takes no 'loss_fn': that is objective, as trgl\(1.0, task="),
+        ({"max_epochs": 1}, TypeError, "takes no 'max_epochs': that is epochs"),
+        ({"callbacks": ()}, TypeError, "takes no 'callbacks': that is report, which is called after each epoch"),
+        ({"precision": "64"}, TypeError, r"takes no 'precision': that is network.to\(dtype\)"),
+        ({"objective": trgl}, TypeError, r"one for each module, got trgl itself: call it, trgl\(tau=1.0\)"),
+        ({"objective": greedy}, TypeError, r"got greedy itself: call it, greedy\(\)"),
+        ({"lr_scheduler": schedulers.StepLR}, TypeError, r"StepLR takes step_size too: pass partial\(StepLR"),
         ({"schedule": "sequential"}, TypeError, "'schedule': that is order"),
         ({"rate": partial(schedulers.StepLR, step_size=1)}, TypeError, "'rate': that is lr_scheduler"),
         ({"lr_scheduler": schedulers.StepLR(SGD(PARAMETERS), 1)}, TypeError, "lr_scheduler must be a function"),

@@ -57,6 +57,29 @@ def test_gradients_of_a_parallel_step_are_those_of_each_module_alone(make):
         x = state
 
 
+class Careless(CrossEntropy):
+    """Reads the labels as a device does that does not raise for them at once."""
+
+    def loss(self, network, batch, output, records):
+        return super().loss(network, (batch[0], batch[1].clamp(0, 9)), output, records)
+
+
+@pytest.mark.parametrize("step", ["parallel", "end to end"])
+def test_labels_are_looked_at_before_the_first_step_of_an_epoch(step):
+    network = modules_of()
+    before = copy.deepcopy(network)
+    if step == "parallel":
+        take = partial(parallel_step, network, [Careless() for _ in range(3)], sgd_of_each(network), X, Y + 10)
+    else:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        take = partial(end_to_end_step, network, Careless(), optimizer, X, Y + 10)
+    with pytest.raises(ValueError, match="the network has 10 logits, and the labels of batches go up to 1"):
+        take(first=True)
+    for p, q in zip(network.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert take().isfinite().all()
+
+
 def test_nothing_reaches_another_module():
     network = modules_of()
     objectives = [greedy()(k, 3) for k in range(3)]

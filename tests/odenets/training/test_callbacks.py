@@ -80,6 +80,20 @@ def test_a_resumed_training_counts_on_and_ends_where_it_ended(tmp_path):
         fit(tiny(), TENS, epochs=8, optimizer=sgd, run=run)
 
 
+def test_a_callback_begins_anew_in_another_training():
+    """The first training ends with no better value for as long as the second would wait."""
+    stopping, best = EarlyStopping("quantity", mode="min", patience=2), BestWeights("quantity", mode="min")
+    for _ in range(2):
+        training = fit(tiny(), TENS, epochs=8, optimizer=sgd, callbacks=[Losing(), stopping, best])
+        assert (training.epoch, stopping.best, stopping.epoch, best.epoch) == (4, 3.0, 2, 2)
+    other = tiny()
+    fit(other, TENS, epochs=1, optimizer=sgd, callbacks=[Losing(), best])
+    assert (best.best, best.epoch) == (5.0, 1)  # though 3 was the best of another training
+    last = tiny()
+    best.load_into(last)
+    assert_same(last, other)
+
+
 def test_the_best_weights_are_those_that_were_validated_across_depth_edits(tmp_path):
     """The depth doubles after each epoch; whichever callback comes first."""
     networks = []

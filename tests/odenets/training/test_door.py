@@ -6,9 +6,12 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from odenets.training import EarlyStopping, Task, evaluate, fit
+from odenets import Flow
+from odenets.least_action import LeastAction
+from odenets.training import Callback, EarlyStopping, Task, evaluate, fit
 from tests.odenets.training.small import IMAGES, TENS, TWENTY, sgd, tiny
 
 X, Y = TWENTY.x, TWENTY.y
@@ -23,10 +26,59 @@ class Torchlike:
     """No metric and no callback."""
 
 
+class OnlyRecord(nn.Linear):
+    """No Recorder."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def record(self, x, **measures):
+        raise NotImplementedError
+
+
+class Lightninglike(nn.Module):
+    """A network in what trains itself elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = tiny()
+
+    def training_step(self, batch, index):
+        raise NotImplementedError
+
+
+def callback(*names, base=Callback):
+    return type("Mine", (base,), dict.fromkeys(names, lambda self, *args: None))()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"network": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}, TypeError, "network must be .* got Sequential"),
+        (
+            {"network": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))},
+            TypeError,
+            "got Sequential: odenets.adapt makes one of any residual network",
+        ),
+        (
+            {"network": nn.Sequential(nn.Flatten(), Flow(), nn.Linear(64, 10))},
+            TypeError,
+            r"got Sequential with a Flow in it at '1': write it as odenets.Network\(encoder, flow, head\)",
+        ),
+        (
+            {"network": OnlyRecord()},
+            TypeError,
+            "has record, steps, depth, h, evaluations, got OnlyRecord with record a",
+        ),
+        ({"network": nn.DataParallel(tiny())}, TypeError, "one in DataParallel: pass network.module, and fabric="),
+        ({"network": Lightninglike()}, TypeError, "a LightningModule: pass self.network, or let"),
+        ({"network": Flow}, TypeError, "network must be an instance, got the class Flow: call it"),
+        (
+            {"network": TENS, "batches": tiny()},
+            TypeError,
+            r"network must come first, fit\(network, batches, ...\), got Bat",
+        ),
+        ({"network": DataLoader(DATASET)}, TypeError, "network must come first, .* got DataLoader, which looks like"),
+        ({"network": None}, TypeError, "network must be a torch.nn.Module, got NoneType"),
         (
             {"optimizer": torch.optim.SGD([nn.Parameter(X)])},
             TypeError,
@@ -42,6 +94,11 @@ class Torchlike:
         ({"schedule": None}, TypeError, "takes no 'schedule': that is lr_scheduler"),
         ({"lr_scheduler": "cosine"}, TypeError, "lr_scheduler must be a function of the optimizer, got str"),
         ({"lr_scheduler": lambda optimizer: 0.1}, TypeError, "lr_scheduler must return a scheduler .* got float"),
+        (
+            {"lr_scheduler": torch.optim.lr_scheduler.StepLR},
+            TypeError,
+            r"lr_scheduler must be .* but StepLR takes step_size too: pass partial\(StepLR, step_size=...\)",
+        ),
         ({"lr_interval": "batch"}, ValueError, "lr_interval must be 'epoch' or 'step', got 'batch'"),
         (
             {"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau, "lr_interval": "step"},
@@ -49,7 +106,14 @@ class Torchlike:
             "lr_interval must be 'epoch' for ReduceLROnPlateau",
         ),
         ({"objective": nn.CrossEntropyLoss()}, TypeError, r"got CrossEntropyLoss\(\): odenets.training.Task makes one"),
-        ({"objective": Task}, TypeError, "objective must be an odenets Objective"),
+        ({"objective": Task}, TypeError, r"objective must be .* got the class Task: call it, Task\(...\)"),
+        ({"objective": LeastAction}, TypeError, r"got the class LeastAction: call it, LeastAction\(...\)"),
+        (
+            {"objective": nn.MSELoss},
+            TypeError,
+            r"got the class MSELoss: call it, odenets.training.Task\(MSELoss\(...\)\)",
+        ),
+        ({"objective": F.mse_loss}, TypeError, r"Task makes one of .*, Task\(mse_loss\)"),
         ({"progress": True}, TypeError, 'progress must be the label of a bar, such as progress="label", got True'),
         ({"epochs": "3"}, TypeError, "epochs must be a whole number, got '3'"),
         ({"epochs": 2.0}, TypeError, "epochs must be a whole number, got 2.0"),
@@ -74,6 +138,29 @@ class Torchlike:
         ({"callbacks": EarlyStopping("train_loss")}, TypeError, r"callbacks must be a sequence, .*callbacks=\[...\]"),
         ({"callbacks": [EarlyStopping]}, TypeError, "must hold instances, got the class EarlyStopping: call it"),
         ({"callbacks": [Torchlike()]}, TypeError, "callbacks must hold functions .* got Torchlike"),
+        (
+            {"callbacks": [callback("on_something", "_own")]},
+            TypeError,
+            "Mine has on_something, which is never called: the hooks are before_training, after_validation",
+        ),
+        ({"callbacks": [callback("__call__")]}, TypeError, "Mine has __call__, which is never called: the hooks are"),
+        (
+            {"callbacks": [callback("on_epoch_end", "after_epoch")]},
+            TypeError,
+            "has on_epoch_end, .*: call it after_epoch",
+        ),
+        (
+            {"callbacks": [callback("on_train_end")]},
+            TypeError,
+            "has on_train_end, .* never called: call it after_training",
+        ),
+        ({"callbacks": [callback("after_epochs", "after_epoch")]}, TypeError, "after_epochs, .*: call it after_epoch"),
+        (
+            {"callbacks": [callback("after_validate", "after_epoch", base=object)]},
+            TypeError,
+            "has after_validate, which is never called: call it after_validation",
+        ),
+        ({"callbacks": [callback("on_epoch_end", base=EarlyStopping)]}, TypeError, "has on_epoch_end, which is never"),
         ({"metric": lambda output, y: "good"}, TypeError, "metric must return a number, .* but metric returns str"),
         ({"metric": lambda output, y: output}, ValueError, r"metric must return a number, .* returns \(10, 10\)"),
         ({"metric": failing}, KeyError, "in metric 'failing', called with the output and the targets"),
@@ -87,6 +174,39 @@ def test_bad_arguments_of_a_training_are_named_with_the_remedy(changes, error, m
     good = {"network": tiny(), "batches": TENS, "epochs": 1, "optimizer": sgd}
     with pytest.raises(error, match=message):
         fit(**good | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        *dict.fromkeys(("criterion", "loss_fn"), r"objective, such as Task\(F.mse_loss\)").items(),
+        *dict.fromkeys(("device", "precision", "logger"), "fabric, as Fabric").items(),
+        *dict.fromkeys(("max_epochs", "num_epochs"), "epochs").items(),
+        *dict.fromkeys(("val_loader", "valid"), "validation").items(),
+        ("scheduler", "lr_scheduler"),
+        ("collate_fn", "collate"),
+        ("early_stopping", r"callbacks, as \[EarlyStopping"),
+        ("metrics", "metric, one function or object"),
+    ],
+)
+def test_names_of_other_libraries_are_told_by_ours(name, ours):
+    with pytest.raises(TypeError, match=rf"fit\(\) takes no '{name}': that is {ours}"):
+        fit(tiny(), TENS, **{name: None})
+
+
+def test_an_evaluation_tells_names_and_objectives_too():
+    with pytest.raises(TypeError, match=r"evaluate\(\) takes no 'loss_fn': that is objective"):
+        evaluate(tiny(), TENS, loss_fn=F.mse_loss)
+    with pytest.raises(TypeError, match=r"takes no 'device': that is network.to\(device\), to which batches"):
+        evaluate(tiny(), TENS, device="cpu")
+    with pytest.raises(TypeError, match=r"objective must be an odenets Objective, got CrossEntropyLoss\(\): "):
+        evaluate(tiny(), TENS, objective=nn.CrossEntropyLoss())
+    with pytest.raises(TypeError, match=r"network must come first, evaluate\(network, batches\), got Batches"):
+        evaluate(TENS, tiny())
+
+
+def test_what_a_callback_has_for_itself_is_no_error():
+    fit(tiny(), TENS, epochs=1, optimizer=sgd, callbacks=[callback("after_epoch", "show", "plot_all"), callback()])
 
 
 def test_a_batch_of_another_shape_is_named():

@@ -16,7 +16,7 @@ from odenets.training import data, datasets
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import fit
 from odenets.training.metrics import accuracy
-from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
+from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, Task
 
 GENERATOR = torch.Generator().manual_seed(0)
 BATCH = torch.rand(3, 1, 8, 8, generator=GENERATOR), torch.tensor([0, 1, 2])
@@ -31,6 +31,65 @@ def test_reverse_cross_entropy_is_that_with_reversed_labels():
     output, y = torch.randn(4, 3, generator=GENERATOR), torch.tensor([0, 1, 2, 1])
     reversed_labels = (1 - F.one_hot(y, 3)) / 2
     torch.testing.assert_close(value(ReverseCrossEntropy(), output, y), F.cross_entropy(-output, reversed_labels))
+
+
+OUTPUT, TARGETS = torch.randn(6, 1, generator=GENERATOR), torch.randn(6, generator=GENERATOR)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (F.mse_loss, "mse_loss"),
+        (torch.nn.L1Loss(), "L1Loss"),
+        (F.smooth_l1_loss, "smooth_l1_loss"),
+        (lambda output, y: (output - y).square().mean(), "<lambda>"),
+        (lambda output, y: torch.where(output > y, output - y, 0.0).mean(), "<lambda>"),
+    ],
+)
+def test_outputs_and_targets_that_would_be_paired_with_each_other_are_refused(function, name):
+    message = re.escape(f"shape of the output, (6, 1), got (6,), which {name} pairs with each other: pass targets y[:")
+    with pytest.raises(ValueError, match=message):
+        value(Task(function), OUTPUT, TARGETS)
+    with pytest.raises(ValueError, match=r"got \(6, 1\), which .* such as y.view_as\(output\)"):
+        value(Task(function), OUTPUT[:, 0], TARGETS[:, None])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda output, y: F.mse_loss(output[:, 0], y),
+        lambda output, y: F.mse_loss(output.squeeze(1), y),
+        lambda output, y: F.mse_loss(output, y[:, None]),
+        lambda output, y: F.mse_loss(output, y.view_as(output)),
+        lambda output, y: (output.flatten() - y.to(output)).square().mean(),
+    ],
+)
+def test_a_function_may_take_them_to_one_shape(function):
+    expected = ((OUTPUT.numpy()[:, 0] - TARGETS.numpy()) ** 2).mean()
+    assert value(Task(function), OUTPUT, TARGETS).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_of_one_and_classes_are_no_pairs():
+    assert value(Task(F.mse_loss), OUTPUT[:1], TARGETS[:1, None]).ndim == 0
+    labels = torch.arange(6)
+    assert value(Task(F.cross_entropy), torch.eye(6), labels).item() > 0
+    assert value(Task(F.nll_loss), torch.eye(6), labels).item() == -1
+
+
+def test_lambda_is_in_the_rows_and_in_what_an_objective_prints():
+    objective = LeastAction(LeastAction(lambda0=2.0, tau=0.5), lambda0=3.0)
+    assert objective.figures() == {"lambda": 3.0}
+    assert "lambda=3, tau=1, every=1, update='before', cost='action'" in repr(objective)
+    assert "lambda=2, tau=0.5" in repr(objective)
+    assert "weight=0.1, cost='residue'" in repr(ActionPenalty(0.1, cost="residue"))
+    assert "(tau=1" in repr(LeastAction().to("meta")).replace("\n  ", "")
+    batches = [(BATCH[0], BATCH[1])]
+    for make in (LeastAction, lambda: ActionPenalty(0.1, LeastAction())):
+        objective = make()
+        network = models.small_network(solver="euler", h=1.0, depth=1)
+        rows = fit(network, batches, epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1), objective=objective).rows
+        assert 1 < rows[0]["lambda"] < rows[1]["lambda"] == objective.figures()["lambda"]
+    assert CrossEntropy().figures() == {}
 
 
 def test_the_least_reverse_cross_entropy_is_where_the_other_classes_are_equally_likely():

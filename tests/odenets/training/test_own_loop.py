@@ -231,6 +231,15 @@ def test_targets_are_what_the_function_understands():
         (lambda: Task("mse"), TypeError, "such as F.mse_loss or nn.MSELoss"),  # type: ignore[arg-type]
         (lambda: Task(CrossEntropy()), TypeError, "got the objective CrossEntropy: take it"),
         (lambda: LeastAction(F.mse_loss), TypeError, r"task must be an objective.*Task\(mse_loss\)"),
+        (lambda: LeastAction(1.0), TypeError, "task must be an objective, got float: a number is lambda0=1.0 of Le"),
+        (lambda: LeastAction(Task), TypeError, r"got the class Task: call it, Task\(F.mse_loss\)"),
+        (lambda: LeastAction(CrossEntropy), TypeError, r"got the class CrossEntropy: call it, CrossEntropy\(\)"),
+        (lambda: LeastAction(nn.MSELoss), TypeError, r"got the class MSELoss: call it, Task\(MSELoss\(\)\)"),
+        (
+            lambda: ActionPenalty(Task(F.mse_loss)),
+            TypeError,
+            r"weight .* comes first, ActionPenalty\(0.1, task\), got Ta",
+        ),
         (lambda: Task(nn.MSELoss(reduction="none"))(flow(), X, X), ValueError, r"MSELoss returns shape \(6, 3\)"),
         (lambda: Task(lambda output, y: 1.0)(flow(), X, X), TypeError, "<lambda> returns float"),
     ],
