@@ -37,5 +37,5 @@ def test_evaluation_is_of_the_samples_as_they_are():
 def test_more_classes_than_logits_are_named():
     net = tiny()
     net.head = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
-    with pytest.raises(ValueError, match="the network has 5 logits, and the labels of x go up to 9"):
+    with pytest.raises(ValueError, match="the network has 5 logits, and the labels of data go up to 9"):
         evaluate(net, TENS)
