@@ -33,7 +33,8 @@ __all__ = [
 class Recorder(Protocol):
     """A network whose solver steps can be taken and measured: a flow, a network of flows, an adapted model, a part.
 
-    Methods that measure take any of them; what a class of the user's offers under these names is one too.
+    Methods that measure take any of them; what a class of the user's offers under these names is one too: ``record``,
+    ``steps``, ``depth``, ``h`` and ``evaluations``.
     """
 
     @property
