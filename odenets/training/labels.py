@@ -35,7 +35,10 @@ def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
             f"{_shape(y)}"
         )
     if not y.is_floating_point() and y.shape != output.shape[:1]:
-        raise ValueError(f"labels must be one class for each of {len(output)} outputs, got {_shape(y)}")
+        remedy = {output.shape: ": y.argmax(1), or y.float() for shares", (len(output), 1): ": y.squeeze(1)"}
+        raise ValueError(
+            f"labels must be one class for each of {len(output)} outputs, got {_shape(y)}{remedy.get(y.shape, '')}"
+        )
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
     return output, y.to(output.dtype) if y.is_floating_point() else y.long()

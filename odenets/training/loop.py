@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from odenets.training.checks import check_arguments, check_objective, check_reco
 from odenets.training.data import Batches
 from odenets.training.epochs import CONVERTING, Epochs, Options
 from odenets.training.metrics import Metric, MetricFunction
+from odenets.training.notes import BatchNotes
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.optimization import (
     Interval,
@@ -29,10 +31,10 @@ from odenets.training.optimization import (
 )
 from odenets.training.processes import Processes
 from odenets.training.progress import log_row, progress_bar
-from odenets.training.runs import Run
+from odenets.training.runs import Run, check_run
 from odenets.training.sources import Collate, Source, arguments, part
 from odenets.training.state import Training
-from odenets.training.steps import set_up
+from odenets.training.steps import check_gradients, set_up
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -151,10 +153,13 @@ def fit(
         accumulate=accumulate,
         compile=compile,
     )
+    check_gradients()
+    check_run(run)
     processes, hooks = Processes(fabric), Callbacks(callbacks)
     source = processes.source(batches, collate, "batches")
     validated = None if validation is None else Source.of(validation, collate, "validation")
     run = run if fabric.is_global_zero else None
+    place = f"checkpoint {run.folder / checkpoint}: " if run else ""
     kept, saves = fabric.broadcast((_load(run, checkpoint), run is not None))
     _check_data(source, validated, epochs - (kept["epoch"] if kept else 0), processes.replicas)
 
@@ -162,7 +167,8 @@ def fit(
     module.to(fabric.device, _weights_dtype(fabric, module))
     _materialize(module, source)
     if kept is not None:
-        restore_structure(module, kept["structure"])  # before a strategy shards the parameters
+        with _named(place):
+            restore_structure(module, kept["structure"])  # before a strategy shards the parameters
     processes.start_alike(module)
     for data in filter(None, (source, validated)):
         data.move_to(module)
@@ -173,7 +179,7 @@ def fit(
     training.precision, training.source, training.callbacks = fabric.strategy.precision, source, hooks
     hooks.before_training(training)
     if kept is not None:
-        _take_up(training, kept, optimizer, processes, f"checkpoint {run.folder / checkpoint}: " if run else "")
+        _take_up(training, kept, optimizer, processes, place)
     loop = Epochs(
         training=training,
         processes=processes,
@@ -227,8 +233,10 @@ def _weights_dtype(fabric: Fabric, network: nn.Module) -> torch.dtype | None:
 def _materialize(network: nn.Module, source: Source) -> None:
     """Make the parameters that are made from the first input."""
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
-        inputs, _ = part(source.first(), slice(2))
-        with torch.no_grad(), keeping_state(network), evaluating(network):
+        first = source.first()
+        inputs, _ = part(first, slice(2))
+        in_first = BatchNotes(source.name).next(first[0])
+        with in_first, torch.no_grad(), keeping_state(network), evaluating(network):
             network(*tree_map(lambda x: inputs_for(network, x) if isinstance(x, Tensor) else x, arguments(inputs)))
 
 
@@ -249,12 +257,19 @@ def _take_up(
     """Go on from a checkpoint, each process from its own random state, and log again what was logged."""
     own = kept.pop("processes")
     state = kept | (own[processes.fabric.global_rank] if len(own) == processes.fabric.world_size else {})
-    try:
-        training.load_state_dict(state, optimizer)
-    except ValueError as error:
-        raise ValueError(f"{place}{error}") from error
+    with _named(place):
+        training.load_state_dict(state, optimizer, place)
     for row in training.rows:
         log_row(processes.fabric, row)
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the checkpoint in what it does not fit."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}{error}") from error
 
 
 def _save(training: Training, processes: Processes, run: Run | None, checkpoint: str) -> None:

@@ -33,6 +33,10 @@ class BatchNotes:
         try:
             yield
         except Exception as error:
+            kinds = {str(x.dtype) for x in arguments(inputs) if isinstance(x, Tensor) and not x.is_floating_point()}
+            whole = f" with {' and '.join(sorted(kinds))}, where inputs come before targets" if kinds else ""
             other = f", and those of the first {self.first}" if shapes != self.first else ""
-            error.add_note(f"in batch {self.number} of {self.name}, of {samples_in(inputs)} samples {shapes}{other}")
+            error.add_note(
+                f"in batch {self.number} of {self.name}, of {samples_in(inputs)} samples {shapes}{whole}{other}"
+            )
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +27,11 @@ class Processes:
     """The processes of a Fabric, and data for each of them.
 
     Raises:
+        TypeError: no Fabric.
         RuntimeError: a Fabric of several that is not launched.
+
+    Warns:
+        UserWarning: ``torchrun`` has started several, of which the Fabric knows one.
 
     Attributes:
         fabric: launched.
@@ -34,6 +39,17 @@ class Processes:
     """
 
     def __init__(self, fabric: Fabric) -> None:
+        if isinstance(fabric, type) or not callable(getattr(fabric, "setup_module", None)):
+            raise TypeError(
+                f'fabric must be a lightning_fabric.Fabric, got {fabric!r}: Fabric(accelerator="cpu", devices=1)'
+            )
+        started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        if fabric.world_size == 1 < started:
+            warnings.warn(
+                f"torchrun has started {started} processes, of which each trains a network by itself: pass "
+                f'fabric=Fabric(devices={started}, strategy="ddp"), after fabric.launch()',
+                stacklevel=4,
+            )
         if fabric.world_size > 1 and not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(f"fabric must be launched for {fabric.world_size} processes: call fabric.launch() first")
         self.fabric = fabric

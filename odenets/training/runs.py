@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from odenets.checkpoints import map_state
 from odenets.files import write_atomically
 
-__all__ = ["Run", "environment", "read_config", "read_metrics", "read_summary"]
+__all__ = ["Run", "check_run", "environment", "read_config", "read_metrics", "read_summary"]
 
 
 def environment() -> dict[str, Any]:
@@ -57,23 +57,29 @@ class Run:
 
     Args:
         folder: where; made anew, or taken up with ``resume``.
-        config: what the run is, JSON-serializable; a resumed run must be given the same.
+        config: what the run is, plain values that JSON can hold; a resumed run must be given the same.
         resume: go on with what is there; start if there is nothing.
 
     Raises:
+        TypeError: a configuration that is no mapping of plain values.
         FileExistsError: the folder holds a run and ``resume`` is false. Nothing in it is touched.
         ValueError: the run in the folder was made with another configuration.
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
         self.folder = Path(folder)
-        config = json.loads(_json(dict(config)))
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f'config must be a mapping, {{"seed": 0}} or {{}}, got {type(config).__name__}: '
+                "dataclasses.asdict(config) makes one of a dataclass"
+            )
+        config = json.loads(_json(dict(config), _setting))
         # looked at first: where another process of a group begins the same run now, its config.json is there afterwards
         filled = self.folder.exists() and any(path.suffix != ".partial" for path in self.folder.iterdir())
         if (self.folder / "config.json").exists():
             if not resume:
                 raise FileExistsError(
-                    f"run folder {str(self.folder)!r} already holds a run: resume it (--resume) or choose another"
+                    f"run folder {str(self.folder)!r} already holds a run: pass resume=True or choose another"
                 )
             before = read_config(self.folder)
             changed = sorted(key for key in {*before, *config} if not _same(before, config, key))
@@ -134,6 +140,20 @@ class Run:
         write_atomically(self.folder / name, data)
 
 
+def check_run(run: object) -> None:
+    """That a run is one.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if run is not None and (isinstance(run, type) or not callable(getattr(run, "load_state", None))):
+        folder = str(run) if isinstance(run, str | Path) else "runs/first"
+        raise TypeError(
+            f'run must be an odenets.training.Run, got {run!r}: Run("{folder}", config, resume=True) begins or '
+            "takes up one"
+        )
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """A run's ``config.json``.
 
@@ -173,9 +193,9 @@ def _read(folder: str | Path, name: str, what: str, remedy: str = "") -> dict[st
         raise ValueError(f"{str(path)!r} is empty or broken ({error}){remedy}") from error
 
 
-def _json(value: Any) -> bytes:
+def _json(value: Any, plain: Callable[[Any], Any] | None = None) -> bytes:
     """Indented, but a list of numbers on one line; strings hold no line breaks as JSON."""
-    text = json.dumps(value, indent=1, default=_plain)
+    text = json.dumps(value, indent=1, default=plain or _plain)
     return re.sub(r"\[\n([^][{}\"]*?)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text).encode()
 
 
@@ -202,6 +222,12 @@ def _loadable(place: str, value: Any) -> Any:
             f"{place} must be a tensor or plain value to be saved and loaded again, got {type(value).__name__}"
         ) from error
     return value
+
+
+def _setting(value: Any) -> Any:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        raise TypeError(f"config must hold plain values, got {type(value).__name__} {tuple(value.shape)}: .tolist()")
+    return _plain(value)
 
 
 def _plain(value: Any) -> Any:

@@ -55,6 +55,12 @@ class Source:
             raise TypeError(f"collate must be a function batch -> (inputs, targets), got {type(collate).__name__}")
         if isinstance(data, Batches):
             return _InMemory(data, collate, name)
+        if collate is None and _is_pair(data):
+            raise TypeError(
+                f"{name} must be an iterable of batches, got the tensors {tuple(data[0].shape)} and "
+                f"{tuple(data[1].shape)}: pass odenets.training.Batches((x, y), size), [(x, y)] for one batch, or a "
+                "DataLoader of TensorDataset(x, y)"
+            )
         if isinstance(data, TensorData):
             remedy = "pass odenets.training.Batches(data, size)"
         elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -306,6 +312,15 @@ def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return leaf.to(device, wanted, non_blocking=device.type == "cuda")
 
     return moved(tree) if isinstance(tree, Tensor) else tree_map(moved, tree)
+
+
+def _is_pair(data: Any) -> bool:
+    return (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(isinstance(part, Tensor) and part.ndim for part in data)
+        and len(data[0]) == len(data[1])
+    )
 
 
 def _described(value: Any) -> str:

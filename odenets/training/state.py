@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from lightning_fabric.plugins import Precision
 
 __all__ = ["Training", "check_precision"]
+
+NO_SETTINGS = ("params", "param_names", "initial_lr", "base_lrs", "foreach", "fused", "capturable", "differentiable")
+"""What groups and schedulers hold besides: parameters, what follows from ``lr``, and ways to compute the same."""
 
 
 @dataclass
@@ -56,6 +61,9 @@ class Training:
     source: Source | None = None
     callbacks: Callbacks = field(default_factory=lambda: Callbacks(()))
 
+    def __post_init__(self) -> None:
+        self._made = _settings(self.optimizer, self.lr_scheduler)
+
     @property
     def sharded(self) -> bool:
         """Whether each process holds a part of the parameters, of which there are then always the same."""
@@ -74,6 +82,7 @@ class Training:
             "structure": structure(self.network),
             "network": self.network.state_dict(),
             "optimizer": optimizer_state(self.optimizer, self.network),
+            "settings": self._made,
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
             "objective": self.objective.state_dict(),
             "precision": self.precision.state_dict() if self.precision else {},
@@ -90,16 +99,20 @@ class Training:
         """:meth:`state_dict` in tensors of its own, in the host's memory: training on does not change it."""
         return map_state(_copied, self.state_dict())
 
-    def load_state_dict(self, state: dict[str, Any], optimizer: MakeOptimizer) -> None:
+    def load_state_dict(self, state: dict[str, Any], optimizer: MakeOptimizer, place: str = "") -> None:
         """Take up :meth:`state_dict`: blocks first, then the optimizer on their parameters.
 
         Args:
             state: that of this process.
             optimizer: makes the optimizer anew where there are other parameters now.
+            place: of the checkpoint, for the warning.
 
         Raises:
-            ValueError: weights of another precision, another optimizer, other callbacks or generators, or a scheduler
-                on one side only.
+            ValueError: weights of another network or precision, another objective or optimizer, other callbacks or
+                generators, or a scheduler on one side only.
+
+        Warns:
+            UserWarning: optimizer or scheduler were made with other numbers, which do not hold.
         """
         if (self.lr_scheduler is None) != (state["lr_scheduler"] is None):
             which = (
@@ -108,7 +121,8 @@ class Training:
             raise ValueError(f"lr_scheduler must be that of the checkpoint, which has {which}")
         restore_structure(self.network, state["structure"])
         check_precision(self.network, state["network"])
-        load_network(self.network, state["network"])
+        with _of_checkpoint("network", self.network, state["network"]):
+            load_network(self.network, state["network"])
         held = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
         fresh = make_optimizer(optimizer, self.network.parameters())
         if held != [[id(p) for p in group["params"]] for group in fresh.param_groups]:
@@ -117,7 +131,8 @@ class Training:
         load_optimizer(self.optimizer, self.network, state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.objective.load_state_dict(state["objective"])
+        with _of_checkpoint("objective", self.objective, state["objective"]):
+            self.objective.load_state_dict(state["objective"])
         if self.precision and state.get("precision"):
             self.precision.load_state_dict(state["precision"])
         self.callbacks.load_state_dict(state["callbacks"])
@@ -127,6 +142,55 @@ class Training:
         if self.source is not None:
             self.source.load_state_dict(state["source"])
         set_random_state(state)
+        self._warn_of_settings(state.get("settings", {}), place)
+
+    def _warn_of_settings(self, begun: Mapping[str, Any], place: str) -> None:
+        made = self._made
+        changed = [key for key in made if key in begun and json.dumps(made[key]) != json.dumps(begun[key])]
+        if changed:
+            which = ", ".join(f"{key}={made[key]} where it has {begun[key]}" for key in changed)
+            warnings.warn(
+                f"{place}optimizer and lr_scheduler go on with what they began with, got {which}: begin anew in "
+                "another folder, or let a callback change training.optimizer.param_groups",
+                stacklevel=6,
+            )
+
+
+def _settings(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:
+    """The numbers that an optimizer and its scheduler are made with."""
+    made: dict[str, Any] = {}
+    groups = optimizer.param_groups
+    for i, group in enumerate(groups):
+        where = f" of group {i}" if len(groups) > 1 else ""
+        made |= {f"{key}{where}": value for key, value in group.items() if key not in NO_SETTINGS}
+    of_scheduler = {} if scheduler is None else scheduler.state_dict()
+    made |= {key: value for key, value in of_scheduler.items() if not (key in NO_SETTINGS or key.startswith("_"))}
+    made = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in made.items()}
+    return {key: [*value] if isinstance(value, tuple) else value for key, value in made.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+@contextmanager
+def _of_checkpoint(what: str, module: nn.Module, saved: Mapping[str, Any]) -> Iterator[None]:
+    """Say what differs where a module does not take a state."""
+    try:
+        yield
+    except RuntimeError as error:
+        here = module.state_dict()
+        shapes = [
+            f"{name} is {tuple(saved[name].shape)} there and {tuple(value.shape)} here"
+            for name, value in here.items()
+            if isinstance(value, Tensor) and isinstance(saved.get(name), Tensor) and saved[name].shape != value.shape
+        ]
+        only = [("only it has", saved.keys() - here.keys()), ("it lacks", here.keys() - saved.keys())]
+        found = [f"{how} {', '.join(sorted(names)[:3])}" for how, names in only if names] + shapes[:3]
+        kind = type(module).__name__
+        raise ValueError(f"{what} must be that of the checkpoint, got a {kind}: {'; '.join(found) or error}") from error
 
 
 def _copied(place: str, value: Any) -> Any:

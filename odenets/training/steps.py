@@ -22,7 +22,20 @@ from odenets.training.step_counting import after_step
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Stepper", "set_up"]
+__all__ = ["Stepper", "check_gradients", "set_up"]
+
+
+def check_gradients() -> None:
+    """That gradients are recorded.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "gradients must be enabled to train, got a call under torch.no_grad(), torch.inference_mode() or "
+            "set_grad_enabled(False): call it outside"
+        )
 
 
 def set_up(fabric: Fabric, network: Any, objective: Objective, compile: bool) -> Any:

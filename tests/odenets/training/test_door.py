@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from odenets import Flow
+from odenets import Flow, Network
 from odenets.least_action import LeastAction
-from odenets.training import Callback, EarlyStopping, Task, evaluate, fit
+from odenets.training import Callback, EarlyStopping, Run, Task, evaluate, fit
 from tests.odenets.training.small import IMAGES, TENS, TWENTY, sgd, tiny
 
 X, Y = TWENTY.x, TWENTY.y
@@ -132,6 +132,16 @@ def callback(*names, base=Callback):
         ({"batches": [(X, Y + 1)]}, ValueError, "the network has 10 logits, and the labels of batches go up to 10"),
         ({"batches": [(X, Y - 1)]}, ValueError, r"the labels of batches must lie in \[0, 10\), or be -100, got -1"),
         ({"batches": [(X, Y[:5])]}, ValueError, "labels must be one class for each of 20 outputs"),
+        (
+            {"batches": (X, Y)},
+            TypeError,
+            r"the tensors \(20, 1, 8, 8\) and \(20,\): pass odenets.training.Batches\(\(x, y\)",
+        ),
+        ({"batches": [(X, nn.functional.one_hot(Y))]}, ValueError, r"got \(20, 10\): y.argmax\(1\)"),
+        ({"batches": [(X, Y[:, None])]}, ValueError, r"got \(20, 1\): y.squeeze\(1\)"),
+        ({"run": "runs/x"}, TypeError, r'got \'runs/x\': Run\("runs/x", config, resume=True\)'),
+        ({"run": Run}, TypeError, "run must be an odenets.training.Run, got <class"),
+        ({"fabric": "cpu"}, TypeError, r"fabric must be a lightning_fabric.Fabric, got 'cpu': Fabric\("),
         ({"validation": DATASET}, TypeError, "validation must be an iterable of batches, got TensorDataset"),
         ({"validation": [(X, Y, Y)]}, TypeError, "batch 1 of validation must be a pair"),
         ({"validation": iter([(X, Y)]), "epochs": 2}, ValueError, "validation is an iterator .* which gives one epoch"),
@@ -220,6 +230,29 @@ def test_a_batch_of_another_shape_is_named():
         fit(network, batches, epochs=1, optimizer=sgd)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "note"),
+    [
+        ((torch.rand(5, 9), Y[:5]), r"in batch 1 of batches, of 5 samples \[\(9,\)\]"),
+        ((Y, torch.rand(20, 8)), r"of 20 samples \[\(\)\] with torch.int64, where inputs come before targets"),
+    ],
+)
+def test_the_first_batch_is_named_too(lazy, batch, note):
+    """Also where it only makes the parameters."""
+    network = Network(nn.Linear(8, 4), Flow(depth=1), nn.Linear(4, 10))
+    if not lazy:
+        network(torch.rand(2, 8))
+    with pytest.raises(RuntimeError, match=note):
+        fit(network, [batch], epochs=1, optimizer=sgd)
+
+
+def test_gradients_are_to_be_enabled():
+    for without in (torch.no_grad, torch.inference_mode):
+        with without(), pytest.raises(RuntimeError, match="gradients must be enabled to train"):
+            fit(tiny(), TENS, epochs=1, optimizer=sgd)
+
+
 def test_parameters_of_a_networks_own_make_groups():
     network = tiny()
     fit(network, TENS, epochs=1, optimizer=lambda _: sgd([{"params": [*network.parameters()], "lr": 0.1}]))
@@ -252,6 +285,13 @@ def test_labels_that_count_for_nothing_are_no_error():
     fit(tiny(), [(IMAGES, labels)], epochs=1, optimizer=sgd)
     with pytest.raises(ValueError, match="the labels of batches go up to 10"):
         evaluate(tiny(), [(X, Y + 1)])
+
+
+def test_several_processes_are_to_be_known(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="torchrun has started 2 processes, of which each trains a network by itself"):
+        fit(tiny(), TENS, epochs=1, optimizer=sgd, fabric=Fabric(accelerator="cpu", devices=1))
 
 
 def test_several_processes_are_to_be_launched():

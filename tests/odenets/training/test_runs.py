@@ -62,7 +62,7 @@ def test_processes_of_a_group_may_begin_a_run_together(tmp_path, monkeypatch):
 
 def test_an_existing_run_is_not_touched(tmp_path):
     Run(tmp_path / "run", {"epochs": 3})
-    with pytest.raises(FileExistsError, match=r"already holds a run: resume it \(--resume\) or choose another"):
+    with pytest.raises(FileExistsError, match=r"already holds a run: pass resume=True or choose another"):
         Run(tmp_path / "run", {"epochs": 4})
     with pytest.raises(ValueError, match=r"another configuration: \['epochs'\] differ"):
         Run(tmp_path / "run", {"epochs": 4}, resume=True)
@@ -120,3 +120,16 @@ def test_states_may_hold_numpy_s_scalars(tmp_path):
     state = run.load_state()
     assert state is not None
     assert (state["lr"], state["steps"]) == (0.5, [3, (0.25, "a")])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"config must be a mapping, .* got NoneType"),
+        ({"a": [torch.ones(1)]}, r"config must hold plain values, got Tensor \(1,\): .tolist\(\)"),
+    ],
+)
+def test_a_configuration_is_of_plain_values(tmp_path, config, message):
+    with pytest.raises(TypeError, match=message):
+        Run(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()

@@ -188,3 +188,50 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     run.save_state({key: value for key, value in state.items() if key != "processes"})
     with pytest.raises(ValueError, match=r"checkpoint .*resume.pt must be one that fit of this version has written"):
         fit(tiny(), TENS, epochs=2, optimizer=sgd, run=run)
+
+
+RATES = torch.optim.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "message"),
+    [
+        ({}, {"optimizer": partial(torch.optim.SGD, lr=0.7, momentum=0.9)}, r"got lr=0.7 where it has 0.05: begin"),
+        (
+            {"lr_scheduler": partial(RATES.CosineAnnealingLR, T_max=3)},
+            {"lr_scheduler": partial(RATES.CosineAnnealingLR, T_max=4)},
+            "got T_max=4 where it has 3: begin",
+        ),
+        ({"lr_scheduler": partial(RATES.StepLR, step_size=1)}, {}, None),
+        ({"lr_scheduler": RATES.ReduceLROnPlateau}, {}, None),
+    ],
+)
+def test_numbers_that_do_not_hold_after_a_resume_are_warned_of(tmp_path, begun, now, message):
+    """And no change that a scheduler made."""
+    options = {"optimizer": sgd, "run": Run(tmp_path / "run", {})} | begun
+    fit(tiny(), TENS, epochs=1, **options)
+    if message is None:
+        fit(tiny(), TENS, epochs=2, **options)
+        return
+    with pytest.warns(UserWarning, match=message) as caught:
+        fit(tiny(), TENS, epochs=2, **options | now)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        ({"features": 5}, {}, r"network must be that of the checkpoint, got a Network: encoder.*\(4, .* and \(5, "),
+        ({"norm": "batch"}, {}, "network must be that of the checkpoint, got a Network: .*it lacks"),
+        (
+            {},
+            {"objective": LeastAction()},
+            "objective must be that of the checkpoint, got a LeastAction: it lacks .*mult",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_network_or_objective_is_named_with_what_differs(tmp_path, other, options, message):
+    run = Run(tmp_path / "run", {})
+    fit(tiny(), TENS, epochs=1, optimizer=sgd, run=run)
+    with pytest.raises(ValueError, match=f"checkpoint .*resume.pt: {message}"):
+        fit(tiny(**other), TENS, epochs=2, optimizer=sgd, run=run, **options)
