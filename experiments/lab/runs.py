@@ -24,7 +24,11 @@ class Run(runs.Run):
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
-        super().__init__(folder, config, resume=resume)
+        try:
+            super().__init__(folder, config, resume=resume)
+        except FileExistsError as error:
+            error.add_note("on the command line: --resume, or another --output")
+            raise
         self.parts: list[dict[str, Any]] = []
         self._environment = environment()
 
