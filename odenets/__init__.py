@@ -73,6 +73,8 @@ _ELSEWHERE = {
     "LeastAction": "odenets.least_action.LeastAction",
     "Pipeline": "odenets.detection.Pipeline",
     "Step": "solvers.Step",
+    "Tolerance": "solvers.Tolerance",
+    "Trainer": "odenets.training.fit",
     "evaluate": "odenets.training.evaluate",
     "fit": "odenets.training.fit",
     "fit_modules": "odenets.module_wise.fit_modules",

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from solvers import ButcherTableau, Step, rk_step
 from solvers.validation import check_call, mismatch
 
 __all__ = [
+    "ELSEWHERE",
     "Block",
     "FieldSource",
     "StageFields",
@@ -29,6 +31,14 @@ __all__ = [
     "step_sizes",
     "take_step",
 ]
+
+_BY_ERROR = "one of odenets.NeuralODE(field, tolerance=Tolerance(rtol=1e-3)), whose steps are chosen by their error"
+_OF_FIELD = "one of the field, Flow(odenets.MLPField(features, hidden))"
+ELSEWHERE = {
+    "tolerance": _BY_ERROR, "controller": _BY_ERROR, "method": "solver", "steps": "depth", "layers": "depth", "dt": "h",
+    "step_size": "h", "hidden": _OF_FIELD, "activation": _OF_FIELD, "norm": _OF_FIELD,
+}  # fmt: skip
+"""What has the place of arguments that a flow does not take."""
 
 StageFields = Literal["tied", "chained", "untied"]
 FieldSource = nn.Module | Callable[[], nn.Module]
@@ -138,14 +148,19 @@ def step_sizes(h: float | Sequence[float] | None, total_time: float | None, dept
 
     Raises:
         ValueError: no block, not so many, not positive and finite, or both h and a total time.
+        TypeError: no numbers.
     """
+    if not isinstance(depth, Integral) or isinstance(depth, bool):
+        raise TypeError(f"depth must be a whole number, got {depth!r}")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")
     if h is not None and total_time is not None:
         raise ValueError("h and total_time exclude each other: total_time is the sum of all h")
     if h is None:
         h = (1.0 if total_time is None else total_time) / depth
-    sizes = [h] * depth if isinstance(h, int | float) else list(h)
+    sizes: list[Any] = [h] * depth if isinstance(h, Real) else list(cast(Any, h))
+    if not all(isinstance(size, Real) for size in sizes):
+        raise TypeError(f"h must be a number, or one for each block, got {h!r:.80}")
     if len(sizes) != depth:
         raise ValueError(f"h must hold one step size per block, got {len(sizes)} for depth {depth}")
     for size in sizes:
@@ -182,10 +197,13 @@ def make_blocks(
 def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
     """The given field itself the first time, then copies of it with parameters drawn anew."""
     if not isinstance(source, nn.Module):
-        if mismatch(source) and not mismatch(source, 0.0, None):
+        if not callable(source) or mismatch(source):
+            function = callable(source) and not mismatch(source, 0.0, None)
+            got = "a function of t and x" if function else type(source).__name__
+            remedy = "odenets.NeuralODE takes it as it is; here, put it into the forward of a module"
             raise TypeError(
-                f"field must be a module v(t, x), or a function without arguments that makes one, got a function of t "
-                f"and x, {source!r:.80}: odenets.NeuralODE takes it as it is; here, put it into the forward of a module"
+                f"field must be a module v(t, x), or a function without arguments that makes one, got {got}, "
+                f"{source!r:.80}" + (f": {remedy}" if function else "")
             )
         field = source()
         if not isinstance(field, nn.Module):

@@ -148,7 +148,9 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
 
     Raises:
         ValueError: a flow has not seen an input yet and has no field.
+        TypeError: no module.
     """
+    _check_module(network, "save_weights(network, path)")
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before saving it")
     with needs("training"):
@@ -159,6 +161,11 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     described = {"structure": structure(network), "versions": getattr(state, "_metadata", {})}
     data = save(tensors, metadata={"format": "pt"} | {key: json.dumps(value) for key, value in described.items()})
     return write_atomically(path, data)
+
+
+def _check_module(network: object, call: str) -> None:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a module, got {type(network).__name__}: {call}")
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
@@ -175,14 +182,20 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not from this package, or the network has other flows.
+        TypeError: no module.
     """
     with needs("training"):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
+    _check_module(network, "load_weights(network, path)")
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    with safe_open(path, framework="pt") as file:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no file that odenets.save_weights writes, .safetensors: {error}") from error
+    with opened as file:
         metadata = file.metadata() or {}
         if "structure" not in metadata:
             raise ValueError(f"{path} holds no flow structure: it was not written by odenets.save_weights")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.blocks import (
+    ELSEWHERE,
     Block,
     FieldSource,
     StageFields,
@@ -32,9 +33,6 @@ from solvers.step import check_unchanged, versions_of
 from solvers.validation import check_state
 
 __all__ = ["Flow"]
-
-_BY_ERROR = "one of odenets.NeuralODE(field, tolerance=Tolerance(rtol=1e-3)), whose steps are chosen by their error"
-_OTHERS = {"tolerance": _BY_ERROR, "controller": _BY_ERROR}
 
 
 class Flow(nn.Module):
@@ -85,7 +83,7 @@ class Flow(nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        refuse("Flow", unknown, _OTHERS)
+        refuse("Flow", unknown, ELSEWHERE)
         self.tableau = get_tableau(solver)
         check_sharing(stage_fields, shared)
         self._sizes = step_sizes(h, total_time, depth)

@@ -90,7 +90,8 @@ def refuse_state(flow: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any)
         RuntimeError: it is, and would not be loaded.
     """
     if not len(flow.blocks) and any(key.startswith(f"{prefix}blocks.") for key in state_dict):
+        name = prefix.removesuffix(".").replace("_flows", "flows")
         raise RuntimeError(
-            f"the flow {prefix.removesuffix('.')!r} has no field yet: call the network once on a batch before "
+            f"the flow {name!r} has no field yet: call the network once on a batch before "
             "load_state_dict, or save and load with odenets.save_weights and odenets.load_weights, which make it"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Chain(Joined):
         ``records.starts`` holds the row at which each flow begins; where there are several, ``records.blocks`` name
         the flow before its block.
         """
+        if wrong := {"check", "readout"} & measures.keys():
+            raise TypeError(
+                f"record takes measures by name, and {wrong.pop()!r} is an argument of a Flow's record alone"
+            )
         layers, parts = self.layers, []
         for i, layer in enumerate(layers, 1):
             if isinstance(layer, Flow | NeuralODE):
@@ -91,6 +95,7 @@ class Network(Chain):
 
     Raises:
         ValueError: the number of transitions does not fit the number of flows, or the readout is unknown.
+        TypeError: something else than modules, and flows where flows are.
     """
 
     def __init__(
@@ -103,7 +108,8 @@ class Network(Chain):
         readout: str = "solution",
     ) -> None:
         super().__init__()
-        flows = [flows] if isinstance(flows, Flow | NeuralODE) else list(flows)
+        flows = list(flows) if isinstance(flows, Iterable) else [flows]
+        _check_layers(encoder, flows, head, transitions)
         if not flows:
             raise ValueError("flows must hold at least one flow")
         if len(transitions) != len(flows) - 1:
@@ -189,3 +195,15 @@ class Network(Chain):
     def ensemble(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> Tensor:
         """The head's output for the average of the last flow's embedded outputs [K24, section 6.2.1]."""
         return self.outputs(x, *args, full_passes=full_passes)["ensemble"]
+
+
+def _check_layers(encoder: Any, flows: Iterable[Any], head: Any, transitions: Iterable[Any]) -> None:
+    for name, layer in (("encoder", encoder), ("head", head), *(("transitions", layer) for layer in transitions)):
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"{name} must be of modules, nn.Identity() for none, got {type(layer).__name__}")
+    for flow in flows:
+        if not isinstance(flow, Flow | NeuralODE):
+            raise TypeError(
+                f"flows must be Flows or NeuralODEs, got {type(flow).__name__}: odenets.Flow(field) makes one of a "
+                "velocity field, and the order is Network(encoder, flows, head)"
+            )

@@ -141,7 +141,7 @@ class NeuralODE(nn.Module):
         """Field evaluations of the last forward pass."""
         return self.statistics.evaluations
 
-    def forward(self, x: Any, /, *args: Any, at: Any = None) -> Any:
+    def forward(self, x: Any, /, *args: Any, at: Any = None, **unknown: Any) -> Any:
         """The state at t1, or at the event, as ``x``; or those at chosen times.
 
         Args:
@@ -155,6 +155,7 @@ class NeuralODE(nn.Module):
         Raises:
             SolverError, ValueError, TypeError: as :func:`solvers.integrate` raises; a field that takes no such args.
         """
+        refuse("a call of a NeuralODE", unknown, dict.fromkeys(("t", "ts", "times", "t_eval"), "at"))
         solution = self._solve(x, args, at, "last" if at is None else "states")
         return solution.x1 if at is None else solution.states
 
