@@ -1,6 +1,8 @@
 """What the documents show runs as it stands: each snippet of README alone, those of a page one after the other."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -40,3 +42,17 @@ def test_a_page_runs_from_top_to_bottom(page):
     names = {"__name__": page}
     for line, code in snippets(page):
         run(page, line, code, names)
+
+
+def test_the_listing_of_several_processes_is_the_script():
+    script, page = ((ROOT / "docs" / name).read_text() for name in ("several_processes.py", "training.md"))
+    assert f"```py\n{script}```" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_the_script_of_several_processes_runs(strategy):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*run, ROOT / "docs/several_processes.py", strategy], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout.split()[-1]) < 0.6
