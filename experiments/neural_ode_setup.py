@@ -100,17 +100,15 @@ class TorchdiffeqODE(NeuralODE):
         solve: Callable[..., Any] = torchdiffeq.odeint_adjoint if adjoint else torchdiffeq.odeint
         self.odeint = partial(solve, method=solver, rtol=tolerance.rtol, atol=tolerance.atol)
 
-    def forward(self, x: Tensor, /, *args: Any, at: Any = None) -> Tensor:
+    def forward(self, x: Tensor, /, *args: Any, at: Any = None, **unknown: Any) -> Tensor:
         return self.record(x)[0]
 
     def steps(self, *_: Any, **__: Any) -> Iterator[Step]:
         raise NotImplementedError("torchdiffeq does not show its steps")
 
-    def record(
-        self, x: Tensor, /, *args: Any, readout: str = "solution", check: bool = True, **measures: StepFunction
-    ) -> tuple[Tensor, Records]:
-        if readout != "solution" or set(measures) - {"action"}:
-            raise ValueError(f"torchdiffeq gives the solution and the action, not {readout!r} and {sorted(measures)}")
+    def record(self, x: Tensor, /, *args: Any, check: bool = True, **measures: StepFunction) -> tuple[Tensor, Records]:
+        if set(measures) - {"action"}:
+            raise ValueError(f"torchdiffeq gives the solution and the action, not {sorted(measures)}")
         field, times = cast(nn.Module, self.field), x.new_tensor([self.t0, self.t1])
         self.statistics = Statistics()
         counting = field.register_forward_hook(self._count)
