@@ -1,13 +1,18 @@
-"""Train on a seeded DataLoader, kill oneself at a batch, and write the weights' digest in the end."""
+"""Train on a seeded DataLoader, in processes that may kill themselves at a batch, and tell how each ended.
+
+They are forked, after all imports.
+"""
 
 import os
 import random
 import signal
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 from torch.utils.data import DataLoader, Dataset
 
 from odenets import models
@@ -41,7 +46,6 @@ class Killing(LeastAction):
 
 
 def main(folder: Path, workers: int, at: int) -> None:
-    torch.set_num_threads(1)
     torch.manual_seed(os.getpid())  # all that is drawn comes from seeds below, or from the checkpoint
     loader = DataLoader(
         Noisy(), 6, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(1), drop_last=True
@@ -61,9 +65,27 @@ def main(folder: Path, workers: int, at: int) -> None:
         validation=loader,
         callbacks=[BestWeights(), EarlyStopping(patience=5)],
         run=run,
+        fabric=Fabric(accelerator="cpu", devices=1),
     )
     (folder / "weights.txt").write_text(fingerprint(network))
 
 
+def ended(folder: Path, workers: int, at: int) -> int:
+    """How a training of its own process ended: 0, or the signal that killed it, negative."""
+    child = os.fork()
+    if child == 0:
+        try:
+            main(folder, workers, at)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    folder, workers = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    ends = [ended(folder / "whole", workers, 0)]
+    ends += [ended(folder / "killed", workers, int(at)) for at in (*sys.argv[3:], 0)]
+    print(*ends)
