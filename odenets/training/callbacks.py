@@ -312,8 +312,8 @@ class BestWeights(_Watching):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training goes on with."""
-        kept = {"structure": self.structure, "weights": self.weights}
-        return {"best": self.best, "epoch": self.epoch} | kept
+        best = {"best": self.best, "epoch": self.epoch}
+        return best | {"structure": self.structure, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up :meth:`state_dict`."""

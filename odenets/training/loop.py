@@ -141,10 +141,9 @@ def fit(
     module = check_recorder(network)
     objective = CrossEntropy() if objective is None else check_objective(objective)
     check_arguments(epochs=epochs, clip_norm=clip_norm, accumulate=accumulate, progress=progress)
-    if fabric is None:
-        with needs("training"):
-            from lightning_fabric import Fabric
-        fabric = Fabric(accelerator="cpu", devices=1)
+    check_gradients()
+    check_run(run)
+    fabric = fabric or _one_processor()
     options = Options(
         metric=Metric.of(metric, objective),
         lr_interval=lr_interval,
@@ -153,22 +152,20 @@ def fit(
         accumulate=accumulate,
         compile=compile,
     )
-    check_gradients()
-    check_run(run)
     processes, hooks = Processes(fabric), Callbacks(callbacks)
     source = processes.source(batches, collate, "batches")
     validated = None if validation is None else Source.of(validation, collate, "validation")
     run = run if fabric.is_global_zero else None
     place = f"checkpoint {run.folder / checkpoint}: " if run else ""
-    kept, saves = fabric.broadcast((_load(run, checkpoint), run is not None))
-    _check_data(source, validated, epochs - (kept["epoch"] if kept else 0), processes.replicas)
+    saved, saves = fabric.broadcast((_load(run, checkpoint), run is not None))
+    _check_data(source, validated, epochs - (saved["epoch"] if saved else 0), processes.replicas)
 
     objective.to(fabric.device)
     module.to(fabric.device, _weights_dtype(fabric, module))
     _materialize(module, source)
-    if kept is not None:
-        with _named(place):
-            restore_structure(module, kept["structure"])  # before a strategy shards the parameters
+    with _named(place):
+        if saved is not None:
+            restore_structure(module, saved["structure"])  # before a strategy shards the parameters
     processes.start_alike(module)
     for data in filter(None, (source, validated)):
         data.move_to(module)
@@ -178,21 +175,13 @@ def fit(
     training = Training(network, first, make_lr_scheduler(lr_scheduler, first, lr_interval), objective)
     training.precision, training.source, training.callbacks = fabric.strategy.precision, source, hooks
     hooks.before_training(training)
-    if kept is not None:
-        _take_up(training, kept, optimizer, processes, place)
-    loop = Epochs(
-        training=training,
-        processes=processes,
-        recording=recording,
-        source=source,
-        validation=validated,
-        optimizer=optimizer,
-        options=options,
-    )
+    if saved is not None:
+        _take_up(training, saved, optimizer, processes, place)
+    parts = {"processes": processes, "recording": recording, "source": source, "validation": validated}
+    loop = Epochs(training=training, optimizer=optimizer, options=options, **parts)
     with progress_bar(progress, epochs, training.epoch) as show:
         while training.epoch < epochs and not training.stop:
-            row = loop.next()
-            if row is None:
+            if (row := loop.next()) is None:
                 continue
             training.stop = any(processes.gathered(training.stop))
             if saves:
@@ -203,6 +192,12 @@ def fit(
     to_training_mode(module, loop.frozen)
     training.optimizer.zero_grad()
     return training
+
+
+def _one_processor() -> Fabric:
+    with needs("training"):
+        from lightning_fabric import Fabric
+    return Fabric(accelerator="cpu", devices=1)
 
 
 def _check_data(source: Source, validation: Source | None, epochs: int, replicas: int) -> None:
@@ -252,11 +247,11 @@ def _load(run: Run | None, checkpoint: str) -> dict[str, Any] | None:
 
 
 def _take_up(
-    training: Training, kept: dict[str, Any], optimizer: MakeOptimizer, processes: Processes, place: str
+    training: Training, saved: dict[str, Any], optimizer: MakeOptimizer, processes: Processes, place: str
 ) -> None:
     """Go on from a checkpoint, each process from its own random state, and log again what was logged."""
-    own = kept.pop("processes")
-    state = kept | (own[processes.fabric.global_rank] if len(own) == processes.fabric.world_size else {})
+    own = saved.pop("processes")
+    state = saved | (own[processes.fabric.global_rank] if len(own) == processes.fabric.world_size else {})
     with _named(place):
         training.load_state_dict(state, optimizer, place)
     for row in training.rows:
