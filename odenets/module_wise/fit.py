@@ -31,8 +31,9 @@ from odenets.training.optimization import (
     make_optimizer,
 )
 from odenets.training.progress import progress_bar
-from odenets.training.runs import Run
+from odenets.training.runs import Run, check_run
 from odenets.training.sources import Collate, Source
+from odenets.training.steps import check_gradients
 
 __all__ = ["OTHER_NAMES", "check_split", "fit_modules"]
 
@@ -134,6 +135,8 @@ def fit_modules(
             other epochs or laps.
     """
     check_split(network)
+    check_run(run)
+    check_gradients()
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     plan = Plan.of(network.K, epochs, order, laps)

@@ -24,6 +24,7 @@ from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.optimization import Interval, MakeLRScheduler, MakeOptimizer, make_lr_scheduler
 from odenets.training.sources import Collate, Source, arguments, part
 from odenets.training.stacking import Instance, Stack, stacked
+from odenets.training.steps import check_gradients
 
 __all__ = ["Instances", "fit_instances"]
 
@@ -117,6 +118,7 @@ def fit_instances(
             ``perfect``, or it with another metric than the accuracy, an optimizer of several groups, or
             ReduceLROnPlateau, which reads the loss of one training.
     """
+    check_gradients()
     n, measured = len(networks), dict(measured or {})
     _check(n, batches, measured, every, perfect, objective)
     sources = [Source.of(data, collate, f"batches[{i}]") for i, data in enumerate(batches)]

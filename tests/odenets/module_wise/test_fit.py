@@ -278,3 +278,12 @@ def test_modules_share_no_multiplier():
         fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=LeastAction())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="objective must make an odenets Objective of each module, got 1"):
         fit_modules(modules_of(2), FEW, epochs=1, optimizer=SGD, objective=lambda k, K: 1)  # type: ignore[arg-type]
+
+
+def test_gradients_are_to_be_enabled_and_a_run_is_to_be_one():
+    modules = split_into_modules(models.small_network(depth=2), 2, torch.rand(2, 1, 8, 8))
+    batches, options = [(torch.rand(4, 1, 8, 8), torch.arange(4))], {"epochs": 1, "optimizer": torch.optim.Adam}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="gradients must be enabled to train"):
+        fit_modules(modules, batches, **options)
+    with pytest.raises(TypeError, match=r"run must be an odenets.training.Run, got 'runs/first'"):
+        fit_modules(modules, batches, run="runs/first", **options)
