@@ -32,7 +32,7 @@ def evaluate_modules(
         objectives: of the modules, whose ``validation_loss`` is the loss.
     """
     totals = {k: Totals(objective, metric, source.title) for k, objective in objectives.items()}
-    with keeping_state(network), evaluating(network):
+    with keeping_state(network, *objectives.values()), evaluating(network, *objectives.values()):
         for inputs, y in source.in_order():
             state, *args = arguments(inputs)
             for k, module in enumerate(network.modules_in_order[: max(objectives) + 1]):

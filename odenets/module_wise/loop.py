@@ -82,7 +82,7 @@ class ModuleLoop:
             row["validation_loss"] = on_validation.loss if on_validation else None
             if self.metric is not None:
                 row[f"validation_{self.metric.name}"] = on_validation.metric if on_validation else None
-            row["learning_rate"] = training.optimizers[number].param_groups[0]["lr"]
+            row["learning_rate"] = float(training.optimizers[number].param_groups[0]["lr"])  # a tensor would change
             row |= self._objectives[number].figures()
             training.rows.append(row | {"seconds": seconds})
             if training.lr_schedulers and self.lr_interval == "epoch":

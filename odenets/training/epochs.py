@@ -194,7 +194,7 @@ class Epochs:
             "epoch": training.epoch,
             "train_loss": loss,
             **({f"train_{name}": metric} if name else {}),
-            "learning_rate": training.optimizer.param_groups[0]["lr"],
+            "learning_rate": float(training.optimizer.param_groups[0]["lr"]),  # a tensor would change
             "depth": network.depth,
             "h": " ".join(f"{h:.6g}" for h in network.h),
             "parameters": sum(p.numel() for p in network.parameters()),

@@ -17,7 +17,7 @@ from odenets.network import Network
 from odenets.recording import Records, record
 from odenets.training.checks import check_network, check_objective, other_names
 from odenets.training.labels import logits_and_labels
-from odenets.training.metrics import Metric, MetricFunction, accuracy, check_labels
+from odenets.training.metrics import Metric, MetricFunction, accuracy, check_labels, in_single, labels_that_count
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 from odenets.training.sources import Collate, Source, arguments, samples_in
 
@@ -116,7 +116,7 @@ def evaluate_source(
         return record(network, inputs, measures) if measures else (network(*arguments(inputs)), Records({}))
 
     totals = Totals(objective, metric, source.title)
-    with keeping_state(network), evaluating(network):
+    with keeping_state(network, objective), evaluating(network, objective):
         for inputs, targets in source.in_order():
             output, records = run(inputs)
             totals.add(network, (inputs, targets), output, records)
@@ -173,14 +173,19 @@ class Totals:
         if type(self.objective).validation_loss in PLAIN:
             loss = F.cross_entropy(*self._checked(output, targets), reduction="sum")
         else:
-            loss = self.objective.validation_loss(network, batch, output, records) * n
+            loss = in_single(self.objective.validation_loss(network, batch, output, records)) * n
         if self.metric is not None and self.metric.function is accuracy:
             self._checked(output, targets)
         value = self.metric.total(output, targets, n) if self.metric else 0.0
+        counted = labels_that_count(targets, n)
+        of_loss = counted if type(self.objective).validation_loss in PLAIN else n
+        of_metric = counted if self.metric is not None and self.metric.function is accuracy else n
         if self.sums is None:
             device = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), loss).device
-            self.sums = torch.zeros(2, dtype=total_dtype(device), device=device)
-        self.sums += torch.stack([torch.as_tensor(total, device=self.sums.device) for total in (loss, value)])
+            self.sums = torch.zeros(4, dtype=total_dtype(device), device=device)
+        totals = (loss, value, of_loss, of_metric)
+        sums = self.sums  # whose precision totals take before they are put together
+        sums += torch.stack([t.to(sums) if isinstance(t, Tensor) else sums.new_full((), t) for t in totals])
         self.samples += n
 
     def _checked(self, output: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -190,8 +195,8 @@ class Totals:
         return logits, labels
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda totals: totals) -> tuple[float, float]:
-        """Mean loss and metric over the samples of all processes, whose totals ``reduce`` sums."""
+        """Mean loss and metric over the samples that count, of all processes, whose totals ``reduce`` sums."""
         assert self.sums is not None  # a source has at least one batch
-        totals = reduce(torch.cat([self.sums, self.sums.new_tensor([self.samples])]))
-        loss, value = (totals[:2] / totals[2]).tolist()
+        totals = reduce(self.sums)
+        loss, value = (totals[:2] / totals[2:]).tolist()
         return loss, self.metric.mean(value) if self.metric else value

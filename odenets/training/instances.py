@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from odenets.errors import renamed
-from odenets.modes import device_of
+from odenets.modes import device_of, evaluating, keeping_state
 from odenets.network import Network
 from odenets.training.checks import other_names
 from odenets.training.data import Batches, TensorData
@@ -132,7 +132,8 @@ def fit_instances(
         if not isinstance(source.data, Batches):
             source.move_to(instance.network)
         if any(nn.parameter.is_lazy(p) for p in instance.parameters()):
-            instance.network(*arguments(part(source.first(), slice(2))[0]))
+            with torch.no_grad(), keeping_state(instance), evaluating(instance):
+                instance.network(*arguments(part(source.first(), slice(2))[0]))
     stack = Stack(instances, optimizer)
     scheduler = make_lr_scheduler(lr_scheduler, stack.optimizer, lr_interval)
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -175,7 +176,8 @@ def _pair(data: Measured) -> tuple[Any, Any]:
 
 def _drawing(sources: Sequence[Source]) -> Callable[[Tensor, int], Iterator[tuple[Any, Any]]]:
     """Makes the batches of an epoch for some of the instances, stacked: ``(n, B, *S)`` and ``(n, B)``."""
-    batches = [data for source in sources if isinstance(data := source.data, Batches) and not data.augmented]
+    plainly = (source.data for source in sources if source.collate is None)
+    batches = [data for data in plainly if isinstance(data, Batches) and not data.augmented]
     if len(batches) < len(sources):
 
         def drawn(training: Tensor, epoch: int) -> Iterator[tuple[Any, Any]]:

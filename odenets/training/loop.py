@@ -110,7 +110,7 @@ def fit(
         clip_norm: largest norm of the gradient of all parameters together; it is scaled down to this.
         accumulate: parts in which a batch comes, one after the other, for less memory: the gradient is that of the
             whole batch, but for batch norms, which see a part at a time, and for what is no mean over samples: the cost
-            "norm", and a lambda, which grows with the loss of one part.
+            "norm", cross-entropy with labels -100, and a lambda, which grows with the loss of one part.
         compile: train through ``torch.compile(network.record)``.
         progress: label of a progress bar; none without it.
         fabric: Lightning Fabric; one CPU if not given. Each row's numbers go to its loggers. Its

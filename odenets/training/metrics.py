@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from odenets.training.labels import logits_and_labels
 from odenets.training.objectives import Objective, Task
 
-__all__ = ["Gathering", "Metric", "MetricFunction", "accuracy", "check_labels"]
+__all__ = ["Gathering", "Metric", "MetricFunction", "accuracy", "check_labels", "in_single", "labels_that_count"]
 
 
 class Gathering(Protocol):
@@ -148,6 +148,7 @@ class Metric:
                 f"metric must return a number, the mean of the batch, or one per sample (B,), but {self.name} returns "
                 f"{got}"
             )
+        value = in_single(value)
         if value.ndim == 0:
             return value * samples
         if value.shape != (samples,):
@@ -162,7 +163,7 @@ class Metric:
         if self.function is not accuracy:
             return self.total(output, targets, samples)
         try:
-            return accuracy(output, targets).sum()
+            return accuracy(output, targets).sum() / (labels_that_count(targets, samples) / samples)
         except (TypeError, ValueError):
             leaf = next((leaf for leaf in tree_leaves((output, targets)) if isinstance(leaf, Tensor)), torch.empty(()))
             return torch.full((), torch.nan, device=leaf.device)
@@ -180,6 +181,16 @@ def _gather(metric: Any, output: Any, targets: Any) -> None:
     if leaf is not None and hasattr(metric, "to") and getattr(metric, "device", leaf.device) != leaf.device:
         metric.to(leaf.device)
     metric.update(output, targets)
+
+
+def in_single(value: Tensor) -> Tensor:
+    """What is to be summed, in float32 where it is in half precision, whose sums would round or overflow."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def labels_that_count(y: Any, samples: int) -> Tensor | int:
+    """How many labels count: all but the classes -100."""
+    return (y != -100).sum() if isinstance(y, Tensor) and not y.is_floating_point() else samples
 
 
 def check_labels(output: Any, y: Any, name: str) -> None:

@@ -295,13 +295,21 @@ def samples_in(inputs: Any, which: str = "a batch") -> int:
 
 
 def part(batch: Any, index: slice) -> Any:
-    """The samples at ``index`` of a pair ``(inputs, targets)``: of every tensor that has one row a sample."""
-    n = samples_in(batch[0])
+    """The samples at ``index`` of a pair ``(inputs, targets)``.
+
+    Of every tensor that has one row a sample, and of targets that are a list with one entry a sample.
+    """
+    (inputs, targets), n = batch, samples_in(batch[0])
+
+    def has_rows(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == n
 
     def rows(leaf: Any) -> Any:
-        return leaf[index] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == n else leaf
+        return leaf[index] if has_rows(leaf) else leaf
 
-    return tree_map(rows, tuple(batch))
+    if isinstance(targets, tuple | list) and len(targets) == n and not all(map(has_rows, tree_leaves(targets))):
+        return tree_map(rows, inputs), targets[index]
+    return tree_map(rows, (inputs, targets))
 
 
 def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -321,3 +321,27 @@ def test_mistakes_name_the_argument_and_the_remedy(changes, error, match):
     } | changes
     with pytest.raises(error, match=match):
         fit_instances(**arguments)
+
+
+def test_batches_in_memory_pass_the_collate():
+    batches = data.Batches(points(0), 10, seed=0)
+    turned = lambda batch: (-batch[0], batch[1])  # noqa: E731
+    options = {"epochs": 2, "optimizer": partial(torch.optim.SGD, lr=0.1), "collate": turned}
+    together, alone = network(0), network(0)
+    fit_instances([together], [batches], objective=CrossEntropy, **options)
+    fit(alone, batches, **options)
+    assert_same(together, alone, 1e-10, 1e-10)
+
+
+def test_a_lazy_instance_is_made_without_a_trace_in_its_statistics():
+    options = {"epochs": 2, "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    together, alone = network(0), network(0)
+    for net in (together, alone):
+        torch.manual_seed(0)
+        net.encoder = torch.nn.Sequential(torch.nn.LazyLinear(2), torch.nn.BatchNorm1d(2)).double()
+    batches = data.Batches(points(0), 10, seed=0)
+    torch.manual_seed(1)
+    fit_instances([together], [batches], objective=CrossEntropy, **options)
+    torch.manual_seed(1)
+    fit(alone, batches, **options)
+    assert_same(together, alone, 1e-10, 1e-10)

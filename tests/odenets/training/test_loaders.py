@@ -294,3 +294,10 @@ def test_batches_of_a_subclass_keep_their_epoch_and_its_state(tmp_path):
     in_loop(one, Brighter(TWENTY, 10, 3.0), 2)
     fit(two, Brighter(TWENTY, 10, 3.0), epochs=2, optimizer=sgd)
     assert_same(one, two)
+
+
+def test_a_learning_rate_in_a_tensor_is_that_of_its_epoch():
+    halving = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    adam = partial(torch.optim.Adam, lr=torch.tensor(0.125), foreach=False)
+    rows = fit(tiny(), TENS, epochs=3, optimizer=adam, lr_scheduler=halving).rows
+    assert [row["learning_rate"] for row in rows] == [0.125, 0.0625, 0.03125]

@@ -233,3 +233,10 @@ def test_a_state_of_other_generators_is_refused():
     source = Source.of([PAIR])
     with pytest.raises(ValueError, match=r"must hold the seeded generators .* \['loader'\], got \[\]"):
         source.load_state_dict(Source.of(seeded()).state_dict())
+
+
+def test_a_part_of_a_batch_is_taken_of_targets_in_a_list():
+    words = ["one", "two", "three", "four"]
+    boxes = [{"boxes": torch.rand(n, 4)} for n in (1, 4, 2, 3)]
+    for targets in (words, tuple(words), boxes):
+        assert part((torch.rand(4, 2), targets), slice(1, 3))[1] == targets[1:3]
