@@ -110,7 +110,7 @@ def fit_modules(
         collate: makes ``(inputs, targets)`` of a batch, of training and of validation, that is no such pair.
         cache: where the sequential order keeps the states before the module in training: "memory", a folder, whose
             files go at the end, or None to compute them for every batch. It is for
-            :class:`~odenets.training.Batches`, whose samples have numbers.
+            :class:`~odenets.training.Batches`, whose samples have numbers, without a ``collate``.
         views: of each augmented image in the cache, see :class:`~odenets.module_wise.activation_cache.ActivationCache`.
         offload: with a cache and a device: keep only the module in training there.
         clip_norm: largest norm of a module's gradient.
@@ -215,6 +215,10 @@ def _check_cache(network: ModuleWise, plan: Plan, source: Source, cache: Any) ->
         raise ValueError(
             f"cache is for odenets.training.Batches, whose samples have numbers, got {type(source.data).__name__}: "
             "pass Batches((x, y), size), or cache=None, which computes the states anew"
+        )
+    if source.collate is not None:
+        raise ValueError(
+            "cache is for Batches as they are, got a collate: give them the samples that it makes, or cache=None"
         )
     if shared := shared_parameter([m.part for m in network.modules_in_order], range(plan.K)):
         first, second, name = shared

@@ -227,6 +227,7 @@ PARAMETERS = [torch.nn.Parameter(torch.zeros(1))]
         ({"cache": True, "order": "sequential"}, TypeError, 'cache must be "memory" or a folder, got True'),
         ({"cache": "memory", "order": "sequential", "batches": [*FEW.in_order()]}, ValueError,
          r"got list: pass Batches\(\(x, y\), size\)"),
+        ({"cache": "memory", "order": "sequential", "collate": tuple}, ValueError, "cache is for Batches as they are"),
         ({"progress": True}, TypeError, 'progress must be the label of a bar, .*progress="label", got True'),
         ({"metric": lambda output, y: "much"}, TypeError, "metric must return a number"),
         ({"metric": lambda output, y: output}, ValueError, r"metric must return a number.* returns \(20, 10\)"),
