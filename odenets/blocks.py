@@ -201,9 +201,10 @@ def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
             function = callable(source) and not mismatch(source, 0.0, None)
             got = "a function of t and x" if function else type(source).__name__
             remedy = "odenets.NeuralODE takes it as it is; here, put it into the forward of a module"
+            remedy = remedy if function else "for a field per block of one's own, Flow.of([Block([field], h), ...])"
             raise TypeError(
                 f"field must be a module v(t, x), or a function without arguments that makes one, got {got}, "
-                f"{source!r:.80}" + (f": {remedy}" if function else "")
+                f"{source!r:.80}: {remedy}"
             )
         field = source()
         if not isinstance(field, nn.Module):

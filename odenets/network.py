@@ -113,7 +113,10 @@ class Network(Chain):
         if not flows:
             raise ValueError("flows must hold at least one flow")
         if len(transitions) != len(flows) - 1:
-            raise ValueError(f"{len(flows)} flows need {len(flows) - 1} transitions, got {len(transitions)}")
+            raise ValueError(
+                f"{len(flows)} flows need {len(flows) - 1} transitions, got {len(transitions)}: "
+                "transitions=[...], nn.Identity() where the state stays as it is"
+            )
         if readout not in ("solution", "ensemble"):
             raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
         if readout == "ensemble" and not isinstance(flows[-1], Flow):

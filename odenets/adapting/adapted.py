@@ -14,7 +14,7 @@ from odenets.adapting.blocks import Blocks, BlockSpec, find_blocks
 from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts, step_names
 from odenets.adapting.hooks import Hooks
 from odenets.measures import StepFunction
-from odenets.recording import Records
+from odenets.recording import Records, is_recorder
 from solvers import Step
 from solvers.validation import check_state
 
@@ -66,6 +66,8 @@ def adapt(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    if is_recorder(model):
+        raise TypeError(f"model records its steps as it is, got {type(model).__name__}: nothing is to be adapted")
     if residue not in ("displacement", "branch"):
         raise ValueError(f"residue must be 'displacement' or 'branch', got {residue!r}")
     specs = find_blocks(model, blocks)

@@ -46,6 +46,8 @@ class TensorData:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}: TensorData(x, y, name=...)")
         for key, value in (("x", self.x), ("y", self.y)):
             if not isinstance(value, Tensor):
                 raise TypeError(

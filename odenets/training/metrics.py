@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from odenets.training.broadcasting import refusing_pairs
 from odenets.training.labels import logits_and_labels
 from odenets.training.objectives import Objective, Task
 
@@ -136,7 +137,8 @@ class Metric:
             if _gathers(self.function):
                 _gather(self.function, output, targets)
                 return 0.0
-            value = self.function(output, targets)
+            with refusing_pairs(output, targets, self.function):
+                value = self.function(output, targets)
         except Exception as error:
             error.add_note(f"in metric {self.name!r}, called with the output and the targets of a batch")
             raise
@@ -194,12 +196,20 @@ def labels_that_count(y: Any, samples: int) -> Tensor | int:
 
 
 def check_labels(output: Any, y: Any, name: str) -> None:
-    """That labels which are classes have a logit each; -100 is a label that counts for nothing. Waits for the device.
+    """That labels which are classes have a logit each, -100 counting for nothing, and that shares of the classes are
+    some. Waits for the device.
 
     Raises:
-        ValueError: they have not.
+        ValueError: they are not.
     """
-    if not (isinstance(output, Tensor) and isinstance(y, Tensor)) or y.is_floating_point() or not y.numel():
+    if not (isinstance(output, Tensor) and isinstance(y, Tensor)) or not y.numel():
+        return
+    if y.is_floating_point():
+        if y.ndim == 2 and not bool(((y >= 0).all(1) & ((y.sum(1) - 1).abs() < 1e-2)).all()):
+            raise ValueError(
+                f"the labels of {name} must be shares of the classes, not negative and with a sum of 1, where they are "
+                "floating: for targets of another kind give objective=Task(F.mse_loss)"
+            )
         return
     smallest, largest = (int(end) for end in torch.stack(y.aminmax()).tolist())
     if largest >= output.shape[1]:

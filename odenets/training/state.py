@@ -154,6 +154,7 @@ class Training:
                 "another folder, or let a callback change training.optimizer.param_groups",
                 stacklevel=6,
             )
+        self._made = {**made, **begun}  # which hold
 
 
 def _settings(optimizer: Optimizer, scheduler: LRScheduler | None) -> dict[str, Any]:

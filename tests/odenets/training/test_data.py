@@ -128,7 +128,7 @@ def test_pairs_of_tensors_are_data_of_any_targets():
         (lambda: Batches(TensorDataset(MOONS.x), 16), "got a TensorDataset of 1: a DataLoader takes"),
         (lambda: Batches((MOONS.x, MOONS.x, MOONS.y), 16), "got tuple of 3: a DataLoader takes"),
         (lambda: Batches((MOONS.x.numpy(), MOONS.y), 16), "x must be a tensor, got ndarray"),
-        (lambda: TensorData("mine", MOONS.x, MOONS.y), r"x must be a tensor, got str: TensorData\(x, y\)"),
+        (lambda: TensorData("mine", MOONS.x, MOONS.y), r"name must be a string, got Tensor: TensorData\(x, y"),
         (lambda: TensorData(MOONS.x, MOONS.y.int(), classes=2), "y must be int64 labels of 2 classes, got torch.int32"),
         (lambda: hold_out(TensorData(MOONS.x, MOONS.x), 0.5), r"y must be labels \(N,\), int64 and not negative"),
     ],

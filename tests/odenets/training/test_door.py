@@ -297,3 +297,24 @@ def test_several_processes_are_to_be_known(monkeypatch):
 def test_several_processes_are_to_be_launched():
     with pytest.raises(RuntimeError, match=r"fabric must be launched for 2 processes: call fabric.launch\(\) first"):
         fit(tiny(), TENS, epochs=1, optimizer=sgd, fabric=Fabric(accelerator="cpu", devices=2, strategy="ddp"))
+
+
+@pytest.mark.parametrize("targets", [-torch.ones(4, 10), torch.full((4, 10), 0.2)])
+def test_targets_that_are_no_shares_are_no_labels(targets):
+    batches = [(torch.rand(4, 1, 8, 8), targets)]
+    with pytest.raises(ValueError, match=r"shares of the classes, not negative.*objective=Task\(F.mse_loss\)"):
+        fit(tiny(), batches, epochs=1, optimizer=sgd)
+
+
+def test_a_metric_that_pairs_each_output_with_each_target_is_refused():
+    network = Network(nn.Linear(3, 4), Flow(depth=1), nn.Linear(4, 1))
+    task = Task(lambda output, y: (output.squeeze(1) - y).square().mean())
+    with pytest.raises(ValueError, match=r"targets must have the shape of the output, \(4, 1\), got \(4,\)"):
+        fit(
+            network,
+            [(torch.rand(4, 3), torch.rand(4))],
+            epochs=1,
+            optimizer=sgd,
+            objective=task,
+            metric=lambda output, y: (output - y).abs().mean(),
+        )

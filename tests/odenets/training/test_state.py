@@ -216,6 +216,9 @@ def test_numbers_that_do_not_hold_after_a_resume_are_warned_of(tmp_path, begun, 
     with pytest.warns(UserWarning, match=message) as caught:
         fit(tiny(), TENS, epochs=2, **options | now)
     assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match=message):  # again: they still do not hold
+        fit(tiny(), TENS, epochs=3, **options | now)
+    fit(tiny(), TENS, epochs=4, **options)
 
 
 @pytest.mark.parametrize(
