@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -206,7 +208,22 @@ class Epochs:
             row |= {"validation_loss": validated.loss}
             row |= {f"validation_{name}": validated.metric} if name else {}
         training.callbacks.after_epoch(training, row)
+        row = {key: _plain(key, value) for key, value in row.items()}
         row |= {"evaluations": training.evaluations, "check_evaluations": training.check_evaluations}
         row["seconds"] = time.perf_counter() - self._started
         training.rows.append(row)
         return row
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value of a row as a checkpoint holds it.
+
+    Raises:
+        TypeError: it is neither a number nor text, nor a list of such.
+    """
+    value = value.tolist() if isinstance(value, Tensor | np.generic | np.ndarray) else value
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise TypeError(f"row[{key!r}] must be a number or text, got {type(value).__name__}, by a callback") from error
+    return value

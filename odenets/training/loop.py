@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,8 @@ def fit(
     hooks.before_training(training)
     if saved is not None:
         _take_up(training, saved, optimizer, processes, place)
+        if training.epoch > epochs:
+            warnings.warn(f"{place}{training.epoch} epochs are done, got epochs={epochs}: none is added", stacklevel=3)
     parts = {"processes": processes, "recording": recording, "source": source, "validation": validated}
     loop = Epochs(training=training, optimizer=optimizer, options=options, **parts)
     with progress_bar(progress, epochs, training.epoch) as show:

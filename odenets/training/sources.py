@@ -54,6 +54,8 @@ class Source:
         if collate is not None and not callable(collate):
             raise TypeError(f"collate must be a function batch -> (inputs, targets), got {type(collate).__name__}")
         if isinstance(data, Batches):
+            if type(data).__iter__ is not Batches.__iter__ and type(data).epoch is Batches.epoch:
+                raise TypeError(f"{name} must draw in epoch(self, epoch), got a {type(data).__name__} with an __iter__")
             return _InMemory(data, collate, name)
         if collate is None and _is_pair(data):
             raise TypeError(

@@ -240,3 +240,12 @@ def test_a_part_of_a_batch_is_taken_of_targets_in_a_list():
     boxes = [{"boxes": torch.rand(n, 4)} for n in (1, 4, 2, 3)]
     for targets in (words, tuple(words), boxes):
         assert part((torch.rand(4, 2), targets), slice(1, 3))[1] == targets[1:3]
+
+
+def test_batches_that_draw_in_a_loop_of_their_own_are_told_where():
+    class Noisy(Batches):
+        def __iter__(self):
+            return iter([])
+
+    with pytest.raises(TypeError, match=r"draw in epoch\(self, epoch\), got a Noisy with an __iter__"):
+        Source.of(Noisy((torch.rand(4, 2), torch.arange(4)), 2))

@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -188,6 +189,30 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     run.save_state({key: value for key, value in state.items() if key != "processes"})
     with pytest.raises(ValueError, match=r"checkpoint .*resume.pt must be one that fit of this version has written"):
         fit(tiny(), TENS, epochs=2, optimizer=sgd, run=run)
+
+
+def test_fewer_epochs_than_are_done_are_warned_of(tmp_path):
+    run = Run(tmp_path / "run", {})
+    fit(tiny(), TENS, epochs=2, optimizer=sgd, run=run)
+    with pytest.warns(UserWarning, match=r"resume.pt: 2 epochs are done, got epochs=1"):
+        assert len(fit(tiny(), TENS, epochs=1, optimizer=sgd, run=run).rows) == 2
+
+
+def test_what_callbacks_add_to_a_row_is_kept_as_plain_values(tmp_path):
+    def add(training, row):
+        row |= {"share": np.float32(0.5), "norm": torch.tensor(2.0)}
+
+    run = Run(tmp_path / "run", {})
+    row = fit(tiny(), TENS, epochs=1, optimizer=sgd, run=run, callbacks=[add]).rows[0]
+    assert (row["share"], row["norm"]) == (0.5, 2.0)
+    with pytest.raises(TypeError, match=r"row\['network'\] must be a number or text, got Network"):
+        fit(
+            tiny(),
+            TENS,
+            epochs=1,
+            optimizer=sgd,
+            callbacks=[lambda training, row: row.update(network=training.network)],
+        )
 
 
 RATES = torch.optim.lr_scheduler
