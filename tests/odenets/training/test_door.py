@@ -318,3 +318,8 @@ def test_a_metric_that_pairs_each_output_with_each_target_is_refused():
             objective=task,
             metric=lambda output, y: (output - y).abs().mean(),
         )
+
+
+def test_a_batch_without_a_label_that_counts_is_named():
+    with pytest.raises(ValueError, match="holds labels -100 alone"):
+        fit(tiny(), [(torch.rand(4, 1, 8, 8), torch.full((4,), -100))], epochs=1, optimizer=sgd)
