@@ -214,7 +214,5 @@ def check_labels(output: Any, y: Any, name: str) -> None:
     smallest, largest = (int(end) for end in torch.stack(y.aminmax()).tolist())
     if largest >= output.shape[1]:
         raise ValueError(f"the network has {output.shape[1]} logits, and the labels of {name} go up to {largest}")
-    if largest == smallest == -100:
-        raise ValueError(f"a batch of {name} holds labels -100 alone, so that its mean loss is no number: leave it out")
     if smallest < 0 and bool(((y < 0) & (y != -100)).any()):
         raise ValueError(f"the labels of {name} must lie in [0, {output.shape[1]}), or be -100, got {smallest}")

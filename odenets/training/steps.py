@@ -115,3 +115,7 @@ class Stepper:
         if self._classifies and (first or self.fabric.device.type == "cpu"):
             logits, labels = logits_and_labels(output, targets)
             check_labels(logits, labels, name)
+            if bool((labels == -100).all()):
+                raise ValueError(
+                    f"a batch of {name} holds labels -100 alone, whose mean loss is no number: leave it out"
+                )
