@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: adaptive-depth circles neural-ode test test-all benchmarks clean
+.PHONY: adaptive-depth circles neural-ode test test-all docs benchmarks clean
 
 adaptive-depth: .venv/installed
 	$(BIN)/python experiments/adaptive_depth.py --resume $(ARGS)
@@ -23,6 +23,10 @@ test: .venv/installed
 # after `make test`: the tests marked slow, and other random examples
 test-all: test
 	$(BIN)/pytest -q -n auto --dist worksteal -m "slow or hypothesis" --hypothesis-profile=new
+
+# the site, in docs/_build/html; a broken reference, a docstring that is no reST and a tutorial that raises end it
+docs: .venv/installed
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
 
 benchmarks: .venv/installed
 	mkdir -p .benchmarks

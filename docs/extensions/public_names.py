@@ -1,0 +1,140 @@
+"""The reference: a page for each public module, made from its ``__all__``; references to names by any of their paths.
+
+An object has one home, the first public module that lists it: ``odenets.flow.Flow`` and a plain ``Flow`` in a docstring
+both point at ``odenets.Flow``. What is not public stays plain text, and a reference that leads nowhere fails the
+build.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+MODULES = (
+    "odenets", "odenets.fields", "odenets.models", "odenets.measures", "odenets.recording", "odenets.adapting",
+    "odenets.training", "odenets.least_action", "odenets.depth", "odenets.module_wise", "odenets.detection",
+    "odenets.transport", "odenets.analysis", "odenets.plotting", "odenets.normalization", "odenets.errors",
+    "solvers", "solvers.reductions", "solvers.torchdiffeq",
+)  # fmt: skip
+
+ABBREVIATIONS = {
+    "Array": "numpy.ndarray", "Axes": "matplotlib.axes.Axes", "Fabric": "lightning_fabric.Fabric",
+    "Figure": "matplotlib.figure.Figure", "Path": "pathlib.Path", "Tensor": "torch.Tensor", "ndarray": "numpy.ndarray",
+    "np.ndarray": "numpy.ndarray",
+}  # fmt: skip
+
+
+def _objects(module: str) -> Iterator[tuple[str, Any]]:
+    """Public names of a module, and what they stand for; modules have pages of their own."""
+    loaded = importlib.import_module(module)
+    for name in loaded.__all__:
+        value = getattr(loaded, name)
+        if not isinstance(value, ModuleType):
+            yield name, value
+
+
+@cache
+def homes() -> dict[int, str]:
+    """Full public names of functions and classes, by identity."""
+    found: dict[int, str] = {}
+    for module in MODULES:
+        for name, value in _objects(module):
+            if _has_home(value):
+                found.setdefault(id(value), f"{module}.{name}")
+    return found
+
+
+def _has_home(value: object) -> bool:
+    return callable(value) and hasattr(value, "__module__")
+
+
+def page(module: str) -> str:
+    """The page of a module, in reST."""
+    rows, entries = [], []
+    for name, value in _objects(module):
+        full = f"{module}.{name}"
+        home = homes()[id(value)] if _has_home(value) else full
+        rows.append(f"   {name if home == full else '~' + home}")
+        if home == full:
+            entries.append(_entry(full, value))
+    head = [module, "=" * len(module), "", f".. automodule:: {module}", "", ".. autosummary::", "   :nosignatures:", ""]
+    return "\n".join([*head, *rows, "", *entries])
+
+
+def _entry(full: str, value: object) -> str:
+    if inspect.isclass(value):
+        return f".. autoclass:: {full}\n   :members:\n   :show-inheritance:\n"
+    if inspect.isfunction(value):
+        return f".. autofunction:: {full}\n"
+    return f".. autodata:: {full}\n   :no-value:\n"
+
+
+def write_pages(app: Sphinx) -> None:
+    """Write the pages that changed."""
+    folder = Path(app.srcdir) / "reference"
+    for module in MODULES:
+        path, text = folder / f"{module}.rst", page(module)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def resolve(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contents: nodes.TextElement
+) -> nodes.reference | nodes.TextElement | None:
+    """A reference by another path than the public one; plain text for what exists and is not in the reference."""
+    if node.get("refdomain") != "py":
+        return None
+    target = node["reftarget"]
+    domain = env.domains.python_domain
+    for prefix in (node.get("py:class"), node.get("py:module"), *MODULES, None):
+        name = _find(f"{prefix}.{target}" if prefix else ABBREVIATIONS.get(target, target))
+        if name is None:
+            continue
+        for full in (name, name.rpartition(".")[0]):  # an attribute may be written up with its class
+            if full in domain.objects:
+                return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", full, node, contents)
+        return contents
+    return None
+
+
+@cache
+def _find(path: str) -> str | None:
+    """The public name of what a dotted path leads to, or the path itself; None where it leads nowhere."""
+    parts = path.split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            value: Any = importlib.import_module(".".join(parts[:n]))
+        except ImportError:
+            continue
+        name = ".".join(parts[:n])
+        for part in parts[n:]:
+            fields = {**getattr(value, "__annotations__", {}), **getattr(value, "__dataclass_fields__", {})}
+            if not hasattr(value, part) and part not in fields:
+                return None
+            value = getattr(value, part, None)
+            name = homes().get(id(value), f"{name}.{part}") if _has_home(value) else f"{name}.{part}"
+        return name
+    return None
+
+
+def skip(app: Sphinx, what: str, name: str, member: object, skipped: bool, options: object) -> bool | None:
+    """Leave out what a class has from another library."""
+    module = getattr(member, "__module__", None) or getattr(getattr(member, "fget", None), "__module__", None)
+    return True if module and module.partition(".")[0] not in ("odenets", "solvers") else None
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("builder-inited", write_pages, priority=100)
+    app.connect("missing-reference", resolve)
+    app.connect("autodoc-skip-member", skip)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
