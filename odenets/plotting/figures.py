@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from odenets.errors import needs
+from odenets.plotting.dark import on_dark_paper
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,13 +20,39 @@ __all__ = ["MARKERS", "legend_beside", "log_x", "new_figure", "save"]
 MARKERS = "os^Dv<>p*X"
 
 
-def save(figures: Mapping[str, Figure], folder: str | Path, *, formats: tuple[str, ...] = ("png",)) -> list[Path]:
-    """Write each figure to ``folder / name.format`` and return the paths."""
+def save(
+    figures: Mapping[str, Figure], folder: str | Path, *, formats: tuple[str, ...] = ("png",), dark: bool = False
+) -> list[Path]:
+    """Write each figure to ``folder / name.format``.
+
+    Args:
+        figures: by name.
+        folder: which is made if it is not there.
+        formats: endings that matplotlib knows.
+        dark: whether ``name_dark.format`` is written too, with grays inverted; then neither has a background,
+            so that a page in light colors shows the one, a page in dark colors the other.
+
+    Returns:
+        The paths.
+
+    Example:
+        >>> import tempfile
+        >>> from matplotlib.figure import Figure
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in save({"empty": Figure()}, folder, dark=True)]
+        ['empty.png', 'empty_dark.png']
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for name in figures for suffix in formats]
-    for path in paths:
-        figures[path.stem].savefig(path, dpi=100)
+    paths = []
+    for name, figure in figures.items():
+        for suffix in formats:
+            paths.append(folder / f"{name}.{suffix}")
+            figure.savefig(paths[-1], dpi=100, transparent=dark or None)
+            if dark:
+                paths.append(folder / f"{name}_dark.{suffix}")
+                with on_dark_paper(figure):
+                    figure.savefig(paths[-1], dpi=100, transparent=True)
     return paths
 
 

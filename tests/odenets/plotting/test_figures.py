@@ -1,0 +1,64 @@
+"""Figures as files: for light paper and for dark."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from odenets import plotting
+from odenets.plotting.dark import on_dark_paper
+
+
+@pytest.fixture
+def figure():
+    """Something of everything: lines, points, bars, text, a legend, an image, a color bar, grays of any spelling."""
+    figure = Figure(figsize=(6, 2))
+    left, middle, right = figure.subplots(1, 3)
+    left.plot([0, 1], color="black", label="a line")
+    left.scatter([0, 0.5, 1], [1, 0.5, 0], c=["k", "0.5", "tab:red"], edgecolors="white")
+    left.legend()
+    middle.bar([0, 1], [1, 2], color=["0.3", "tab:blue"])
+    middle.grid(alpha=0.3)
+    middle.annotate("text", (0, 1), arrowprops={"arrowstyle": "->"})
+    figure.colorbar(right.imshow(np.eye(3), cmap="gray"))
+    figure.suptitle("title")
+    return figure
+
+
+def pixels(figure, folder, **options):
+    paths = plotting.save({"figure": figure}, folder, **options)
+    return {path.stem: imread(path) for path in paths}
+
+
+def test_a_figure_is_its_own_again_after_it_was_dark(figure, tmp_path):
+    before = pixels(figure, tmp_path / "before")["figure"]
+    pixels(figure, tmp_path, dark=True)
+    np.testing.assert_array_equal(pixels(figure, tmp_path / "after")["figure"], before)
+
+
+def test_a_figure_is_its_own_again_after_an_error(figure, tmp_path):
+    before = pixels(figure, tmp_path / "before")["figure"]
+    with pytest.raises(RuntimeError), on_dark_paper(figure):
+        raise RuntimeError
+    np.testing.assert_array_equal(pixels(figure, tmp_path / "after")["figure"], before)
+
+
+def test_of_a_line_and_its_paper_the_dark_picture_is_the_negative(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().plot([0, 1], color="0.2")
+    light, dark = pixels(figure, tmp_path, dark=True).values()
+    np.testing.assert_allclose(dark[..., 3], light[..., 3], atol=1 / 255)
+    inked = light[..., 3] == 1
+    np.testing.assert_allclose(dark[inked][:, :3], 1 - light[inked][:, :3], atol=2 / 255)
+    assert inked.any()
+    assert not light[..., 3].all()  # the paper shows
+
+
+def test_colors_and_images_stay(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow([[0.0, 1.0]], cmap="gray", aspect="auto")
+    axis.axvline(0.5, color="tab:red", linewidth=8)
+    axis.set_axis_off()
+    light, dark = pixels(figure, tmp_path, dark=True).values()
+    np.testing.assert_array_equal(dark, light)
