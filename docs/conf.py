@@ -13,23 +13,55 @@ project_copyright = author
 version = release = odenets.__version__
 
 extensions = [
+    "myst_parser",
+    "public_names",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "myst_parser",
     "sphinx_copybutton",
     "sphinx_design",
-    "public_names",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build", "tutorials/*"]
+exclude_patterns = ["_build", "tutorials/*.rst", "tutorials/*.py"]
 nitpicky = True
-autosummary_generate = False  # extensions/public_names.py writes the pages
+
+# The reference
+autosummary_generate = False  # public_names writes the pages
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 100
-autodoc_typehints = "signature"
-autodoc_member_order = "bysource"
-html_theme = "furo"
-templates_path = ["templates"]
+
+# Pages
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Tutorials: each is executed
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "tutorials/generated",
+    "filename_pattern": "",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("gallery_figures.scrape",),
+    "reset_modules": ("matplotlib", "figure_style.reset"),
+    "abort_on_example_error": True,
+    "only_warn_on_example_error": False,
+    "capture_repr": (),
+    "remove_config_comments": True,
+    "show_memory": False,
+    "write_computation_times": False,
+    "nested_sections": False,
+}
+
+html_theme = "furo"
+html_title = "odenets"
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#1f5fa8", "color-brand-content": "#1f5fa8"},
+    "dark_css_variables": {"color-brand-primary": "#7cb2f0", "color-brand-content": "#7cb2f0"},
+}
+html_static_path = ["static"]
+html_css_files = ["odenets.css"]
+html_show_sphinx = False

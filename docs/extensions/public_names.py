@@ -28,9 +28,9 @@ MODULES = (
 )  # fmt: skip
 
 ABBREVIATIONS = {
-    "Array": "numpy.ndarray", "Axes": "matplotlib.axes.Axes", "Fabric": "lightning_fabric.Fabric",
-    "Figure": "matplotlib.figure.Figure", "Path": "pathlib.Path", "Tensor": "torch.Tensor", "ndarray": "numpy.ndarray",
-    "np.ndarray": "numpy.ndarray",
+    "Array": "numpy.ndarray", "Axes": "matplotlib.axes.Axes", "DataFrame": "pandas.DataFrame", "Fabric": "lightning_fabric.Fabric",
+    "Figure": "matplotlib.figure.Figure", "Path": "pathlib.Path", "Tensor": "torch.Tensor", "TypeIs": "typing_extensions.TypeIs",
+    "ndarray": "numpy.ndarray", "np.ndarray": "numpy.ndarray",
 }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def resolve(
     """A reference by another path than the public one; plain text for what exists and is not in the reference."""
     if node.get("refdomain") != "py":
         return None
-    target = node["reftarget"]
+    target = str(node["reftarget"]).partition("[")[0]
     domain = env.domains.python_domain
     for prefix in (node.get("py:class"), node.get("py:module"), *MODULES, None):
         name = _find(f"{prefix}.{target}" if prefix else ABBREVIATIONS.get(target, target))
@@ -134,6 +134,7 @@ def skip(app: Sphinx, what: str, name: str, member: object, skipped: bool, optio
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("builder-inited", write_pages, priority=100)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip)

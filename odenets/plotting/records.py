@@ -112,6 +112,7 @@ def _heat_map(figure: Figure, axis: Axes, values: np.ndarray, title: str, height
         values, aspect="auto", vmin=bottom, vmax=top, interpolation="nearest",
         cmap=colormaps["RdBu_r" if signed else "viridis"].with_extremes(bad="0.75"),
     )  # fmt: skip
+    axis.grid(False)  # which a style may draw
     figure.colorbar(
         image, ax=axis, label=title, extend=("neither", "min", "max", "both")[(low < bottom) + 2 * (high > top)],
         format="%.3g", pad=0.02, aspect=9 * height, extendfrac=0.12 / height,
