@@ -1,0 +1,179 @@
+"""Public names say what they are, what they take, return and raise, and show how they are used.
+
+Docstrings are read as the site reads them, by napoleon, for the modules of ``docs/extensions/public_names.py``. Their
+examples run as doctests; ``make docs`` checks their references and their reST.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from sphinx.ext.napoleon import Config, GoogleDocstring
+
+ROOT = Path(__file__).parents[1]
+LIST = (ROOT / "docs/extensions/public_names.py").read_text()
+MODULES = ast.literal_eval(re.findall(r"^MODULES = (\(.*?^\))", LIST, re.MULTILINE | re.DOTALL)[0])
+READING = Config(napoleon_use_rtype=False, napoleon_use_ivar=True)
+
+PENDING = (
+    "odenets.analysis", "odenets.depth", "odenets.detection", "odenets.least_action", "odenets.module_wise",
+    "odenets.training", "odenets.transport",
+    "odenets", "odenets.fields", "odenets.models", "odenets.measures", "odenets.recording", "odenets.adapting",
+    "odenets.plotting", "odenets.normalization", "odenets.errors", "solvers", "solvers.reductions",
+)  # fmt: skip
+"""Modules whose docstrings are not complete yet."""
+
+NO_EXAMPLE: set[str] = set()  # full names, such as "solvers.Status"
+"""What is shown with another name, is made by the library alone, or takes more than a few lines."""
+
+
+class Documented(NamedTuple):
+    """A function or method, or a class as what makes its objects, and the docstrings that speak for it."""
+
+    name: str
+    function: Any
+    texts: tuple[str, ...]
+
+    def sections(self, *kinds: str) -> set[str]:
+        """The names in the sections of these kinds, "" in one that has none."""
+        found = [field for text in self.texts for field in _fields(text) if field[0] in kinds]
+        return {re.sub(r"[\\* ]", "", name) for _, names in found for name in names.split(",")}
+
+    def literals(self) -> set[str]:
+        """The words that stand in the text as code."""
+        return {word for code in re.findall("``(.+?)``", " ".join(self.texts)) for word in re.findall(r"\w+", code)}
+
+    def parameters(self) -> set[str]:
+        """The names of the signature; ``unknown`` are those that a function refuses."""
+        return {*inspect.signature(self.function).parameters} - {"self", "cls", "unknown"}
+
+    def raises(self) -> set[str]:
+        """The errors that the body makes, or a private function of the same module that the body calls."""
+        made, own = {self.function}, vars(self.function) if inspect.isclass(self.function) else None
+        if own is not None:
+            made = {own[name] for name in ("__init__", "__post_init__") if name in own}
+        private = {f.__globals__.get(name) for f in made for name in _parsed(f)[1]}
+        made |= {f for f in private if inspect.isfunction(f) and f.__module__ == self.function.__module__}
+        return {error for function in made for error in _parsed(function)[0]}
+
+
+@cache
+def _fields(text: str) -> list[tuple[str, str]]:
+    reST = str(GoogleDocstring(text, READING, what="function"))
+    return re.findall(r"^:(param|ivar|raises|returns|Yields)(?: ([^:]*))?:", reST, re.MULTILINE)
+
+
+@cache
+def _parsed(function: Any) -> tuple[set[str], set[str]]:
+    """The errors that a function raises, and the private functions that it calls, by name."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except OSError:  # written by dataclass
+        return set(), set()
+    nodes = [*ast.walk(tree)]
+    called = [node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    raised = [node.exc.func for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    errors = {node.id for node in raised if isinstance(node, ast.Name) and node.id[0].isupper()}
+    return errors, {name for name in called if name.startswith("_")}
+
+
+def _text(value: Any) -> str:
+    return inspect.cleandoc(value.__doc__ or "")
+
+
+@cache
+def _names() -> dict[str, dict[str, Any]]:
+    """The public names of each module, those which an earlier one lists left out."""
+    names: dict[str, dict[str, Any]] = {module: {} for module in MODULES}
+    seen = set()
+    for module, own in names.items():
+        loaded = importlib.import_module(module)
+        for name in loaded.__all__:
+            value = getattr(loaded, name)
+            if not inspect.ismodule(value) and id(value) not in seen:
+                own[name] = value
+                seen.add(id(value))
+    return names
+
+
+def _documented(module: str) -> Iterator[Documented]:
+    """The functions of a module, its classes, their public methods, and their calls."""
+    for name, value in _names()[module].items():
+        if inspect.isfunction(value):
+            yield Documented(name, value, (_text(value),))
+        if inspect.isclass(value):
+            bases = [base for base in value.__mro__ if base.__module__.startswith(("odenets", "solvers"))]
+            if not getattr(value, "_is_protocol", False):
+                yield Documented(name, value, tuple(map(_text, bases)))
+            for key, member in vars(value).items():
+                for attribute in ("fget", "__func__", "func"):  # of properties, class methods, cached properties
+                    member = getattr(member, attribute, member)
+                if inspect.isfunction(member) and (key == "__call__" or not key.startswith("_")):
+                    yield Documented(f"{name}.{key}", member, (_text(member),))
+
+
+def _cases() -> list[Any]:
+    return [pytest.param(m, marks=[pytest.mark.xfail] if m in PENDING else [], id=m) for m in MODULES]
+
+
+each_module = pytest.mark.parametrize("module", _cases())
+
+
+@each_module
+def test_every_name_has_a_docstring(module):
+    assert _text(importlib.import_module(module))
+    assert [one.name for one in _documented(module) if not one.texts[0]] == []
+
+
+@each_module
+def test_every_parameter_is_described(module):
+    """In a section where there is one, else in the text, as code."""
+    lacking = {}
+    for one in _documented(module):
+        described = one.sections("param", "ivar") | (set() if one.sections("param") else one.literals())
+        lacking[one.name] = one.parameters() - described
+    assert {name: names for name, names in lacking.items() if names} == {}
+
+
+@each_module
+def test_nothing_is_described_that_is_not_taken(module):
+    stale = {one.name: one.sections("param") - one.parameters() for one in _documented(module)}
+    assert {name: names for name, names in stale.items() if names} == {}
+
+
+@each_module
+def test_what_describes_its_parameters_says_what_it_returns(module):
+    silent = [
+        one.name
+        for one in _documented(module)
+        if inspect.isfunction(one.function)
+        and one.sections("param")
+        and not one.sections("returns", "Yields")
+        and one.function.__annotations__.get("return") not in (None, "None", "NoReturn")
+    ]
+    assert silent == []
+
+
+@each_module
+def test_every_error_is_described(module):
+    silent = {one.name: one.raises() - one.sections("raises") for one in _documented(module)}
+    assert {name: errors for name, errors in silent.items() if errors} == {}
+
+
+@each_module
+def test_every_class_and_function_is_shown_in_use(module):
+    """In an example of its own, of a method, or of its module."""
+    texts = dict.fromkeys([one.name.partition(".")[0] for one in _documented(module)], "")
+    for one in _documented(module):
+        texts[one.name.partition(".")[0]] += one.texts[0]
+    overview = "\n".join(re.findall(r"^\s*(?:>>>|\.\.\.) .*", _text(importlib.import_module(module)), re.MULTILINE))
+    shown = {f"{module}.{name}" for name, text in texts.items() if ">>>" in text or re.search(rf"\b{name}\b", overview)}
+    assert {f"{module}.{name}" for name in texts} - shown - NO_EXAMPLE == set()
+    assert shown & NO_EXAMPLE == set()
