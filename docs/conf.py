@@ -30,6 +30,7 @@ nitpicky = True
 autosummary_generate = False  # public_names writes the pages
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 100

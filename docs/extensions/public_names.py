@@ -7,6 +7,7 @@ build.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 
 MODULES = (
     "odenets", "odenets.fields", "odenets.models", "odenets.measures", "odenets.recording", "odenets.adapting",
@@ -28,8 +30,15 @@ MODULES = (
 )  # fmt: skip
 
 ABBREVIATIONS = {
-    "Array": "numpy.ndarray", "Axes": "matplotlib.axes.Axes", "DataFrame": "pandas.DataFrame", "Fabric": "lightning_fabric.Fabric",
-    "Figure": "matplotlib.figure.Figure", "Path": "pathlib.Path", "Tensor": "torch.Tensor", "TypeIs": "typing_extensions.TypeIs",
+    "Array": "numpy.ndarray", "Axes": "matplotlib.axes.Axes", "Callbacks": "odenets.training.callbacks.Callbacks",
+    "Collate": "odenets.training.sources.Collate", "DataFrame": "pandas.DataFrame", "Fabric": "lightning_fabric.Fabric",
+    "Figure": "matplotlib.figure.Figure", "Interval": "odenets.training.optimization.Interval",
+    "LRScheduler": "torch.optim.lr_scheduler.LRScheduler",
+    "MakeLRScheduler": "odenets.training.optimization.MakeLRScheduler",
+    "MakeOptimizer": "odenets.training.optimization.MakeOptimizer",
+    "MetricFunction": "odenets.training.metrics.MetricFunction", "Optimizer": "torch.optim.Optimizer",
+    "Path": "pathlib.Path", "Precision": "lightning_fabric.plugins.Precision",
+    "Source": "odenets.training.sources.Source", "Tensor": "torch.Tensor", "TypeIs": "typing_extensions.TypeIs",
     "ndarray": "numpy.ndarray", "np.ndarray": "numpy.ndarray",
 }  # fmt: skip
 
@@ -133,9 +142,34 @@ def skip(app: Sphinx, what: str, name: str, member: object, skipped: bool, optio
     return True if module and module.partition(".")[0] not in ("odenets", "solvers") else None
 
 
+def describe_constant(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """What is written below a constant, which a package may import from the module that defines it."""
+    if what == "data" and (written := _below(name)):
+        lines[:] = written
+
+
+def _below(full: str) -> list[str]:
+    module, _, name = full.rpartition(".")
+    analyzer = ModuleAnalyzer.for_module(module)
+    if written := analyzer.find_attr_docs().get(("", name)):
+        return written
+    imports = [node for node in ast.parse(analyzer.code).body if isinstance(node, ast.ImportFrom)]
+    sources = [node.module for node in imports if any(alias.name == name for alias in node.names)]
+    return _below(f"{sources[0]}.{name}") if sources else []
+
+
+def shorten(
+    app: Sphinx, what: str, name: str, value: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """A default that each instance has of its own, in a form that can be parsed."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("builder-inited", write_pages, priority=100)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-docstring", describe_constant, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

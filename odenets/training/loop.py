@@ -71,33 +71,40 @@ def fit(
     progress: str | None = None,
     fabric: Fabric | None = None,
 ) -> Training:
-    """Train a network.
+    """Train a network, by an objective on its output and on what is measured on its steps.
+
+    It takes what a PyTorch user has: a DataLoader or tensors, any optimizer and scheduler of torch, a loss as
+    ``Task(F.mse_loss)``. For a training loop of one's own see :class:`~odenets.training.Objective`; for a network in
+    modules :func:`odenets.module_wise.fit_modules`; for many small networks :func:`~odenets.training.fit_instances`.
 
     Where the network is in training mode, modules in it that are in eval mode stay so: a frozen batch norm keeps its
     statistics. A network in eval mode, or all of whose parameters are in parts that are, is put in training mode as a
     whole. In the end it is in training mode, and no gradients are left.
 
     Args:
-        network: a module that records its steps, trained in place, moved to the fabric's device.
+        network: a module that records its steps: a Network, a Flow, a NeuralODE, or :func:`odenets.adapt` of any
+            residual network. Trained in place, moved to the fabric's device.
         batches: training data: :class:`Batches` in memory, whose epoch e is the same in every run, a DataLoader, a
-            list, or any other iterable of batches ``(inputs, targets)``. Inputs are a tensor or a tuple ``(x, *args)``
-            and are taken to the network's device and dtype; targets are what the objective reads. An iterator has one
-            epoch.
-        epochs: how many.
-        optimizer: makes the optimizer from the list of the network's parameters,
-            ``partial(torch.optim.SGD, lr=0.1)``. A warning names what requires a gradient and is not in it.
-        lr_scheduler: makes a scheduler of learning rates from the optimizer. ReduceLROnPlateau reads the validation
+            list, or any other iterable of batches ``(inputs, targets)``. Inputs are a tensor ``(B, *S)`` or a tuple
+            ``(x, *args)`` and are taken to the network's device and dtype; targets are what the objective reads. An
+            iterator has one epoch.
+        epochs: number of epochs, of all that the run has had; 0 or more.
+        optimizer: makes the optimizer from the list of the network's parameters, as
+            ``partial(torch.optim.SGD, lr=0.1)`` does. A warning names what requires a gradient and is not in it.
+        lr_scheduler: makes a scheduler of learning rates from the optimizer, as
+            ``partial(torch.optim.lr_scheduler.StepLR, step_size=30)`` does. ReduceLROnPlateau reads the validation
             loss, or without validation the training loss.
-        lr_interval: whether the scheduler takes a step each "epoch" or each "step" of the optimizer.
-        objective: :class:`CrossEntropy` if not given; ``Task(F.mse_loss)`` for any function of output and targets.
-        metric: ``(output, targets)`` to a number, the mean of the batch, or a number per sample ``(B,)``; the rows hold
-            its means over the samples under its ``__name__``. Or an object with ``reset``, ``update`` and ``compute``,
-            as torchmetrics has them, which computes of all samples of an epoch together and is named by its class. The
-            accuracy if not given, NaN where the network returns no logits ``(B, classes)``; none for a
+        lr_interval: when the scheduler takes a step, after each "epoch" or after each "step" of the optimizer.
+        objective: what is minimized: :class:`CrossEntropy` if not given, ``Task(F.mse_loss)`` for any function of
+            output and targets, or :class:`odenets.least_action.LeastAction`.
+        metric: ``(output, targets)`` to a number, the mean of the batch, or to a number per sample, ``(B,)``; the rows
+            hold its means over the samples under its ``__name__``. Or an object with ``reset``, ``update`` and
+            ``compute``, as torchmetrics has them, which computes of all samples of an epoch together and is named by
+            its class. The accuracy if not given, NaN where the network returns no logits ``(B, classes)``; none for a
             :class:`~odenets.training.Task`.
-        validation: measured after every epoch by the objective's ``validation_loss`` and the metric; any data, as
-            ``batches``. Every process measures all of it, unless it has a distributed sampler.
-        collate: makes ``(inputs, targets)`` of a batch of another kind, of training and validation.
+        validation: data as ``batches``, on which the objective's ``validation_loss`` and the metric are measured after
+            every epoch. Every process measures all of it, unless it has a distributed sampler.
+        collate: makes ``(inputs, targets)`` of a batch, of training and validation, that is no such pair.
         callbacks: called between epochs: objects with some of the methods of a :class:`~odenets.training.Callback`,
             and functions ``(training, row)``.
         loss_limit: an epoch whose mean training loss is above this has diverged, like one after which a loss, of
@@ -107,8 +114,8 @@ def fit(
             too, whose samplers draw from torch's, Python's or NumPy's global generator, or from one that it or its
             sampler holds as ``generator``; not where ``persistent_workers`` draw at random, nor for samplers with a
             state of another kind. Of several processes only the first needs a run.
-        checkpoint: name of the resume state.
-        clip_norm: largest norm of the gradient of all parameters together; it is scaled down to this.
+        checkpoint: name of the resume state in the run's folder.
+        clip_norm: largest norm of the gradient of all parameters together; a larger one is scaled down to this.
         accumulate: parts in which a batch comes, one after the other, for less memory: the gradient is that of the
             whole batch, but for batch norms, which see a part at a time, and for what is no mean over samples: the cost
             "norm", cross-entropy with labels -100, and a lambda, which grows with the loss of one part.
@@ -128,7 +135,10 @@ def fit(
             (FSDP2): checkpoints hold whole tensors, and callbacks cannot edit the network.
 
     Returns:
-        The finished training, with one row of metrics per epoch.
+        The finished :class:`~odenets.training.Training`; its ``rows`` hold a dictionary per epoch: ``epoch``,
+        ``train_loss``, ``train_accuracy`` (or the metric's name), ``learning_rate``, ``depth``, ``h``, ``parameters``,
+        ``validation_loss`` and ``validation_accuracy`` with validation, what objective and callbacks add,
+        ``evaluations`` and ``check_evaluations`` (field evaluations, summed over samples, so far), ``seconds``.
 
     Raises:
         DivergedError: a loss or a weight is not finite, or the loss above ``loss_limit``, and no callback recovers.
@@ -138,6 +148,15 @@ def fit(
         ValueError: arguments out of range, no batch, a batch with fewer samples than there are processes, an optimizer
             without the network's parameters, mixed precision of a float64 network, or a checkpoint of another
             precision, optimizer, scheduler or other callbacks.
+        ModuleNotFoundError: lightning-fabric is not installed: ``pip install 'odenets[training]'``.
+
+    >>> from functools import partial
+    >>> from odenets.models import points_network
+    >>> from odenets.training import Batches, fit, points
+    >>> network, batches = points_network(depth=2), Batches(points("moons", 60, seed=0), 20, seed=0)
+    >>> training = fit(network, batches, epochs=2, optimizer=partial(torch.optim.Adam, lr=0.01))
+    >>> [row["epoch"] for row in training.rows], training.evaluations  # 2 epochs x 60 samples x 6 stages
+    ([1, 2], 720)
     """
     module = check_recorder(network)
     objective = CrossEntropy() if objective is None else check_objective(objective)
