@@ -8,7 +8,6 @@ torchdiffeq's rk4 is the 3/8 rule. torchode has dopri5 alone of these, and a ste
 without it).
 """
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fields import FIELDS, Field, calls, make
-from benchmarks.solves import ROWS, STEPS, prepare
 from odenets.analysis.memory import measure_memory
+from odenets.command.speed.fields import FIELDS, calls, make
+from odenets.command.speed.solves import PEERS, ROWS, STEPS, evaluations, missing_peers, passes, prepare
 from solvers import integrate
 
 Measure = Callable[..., None]
@@ -31,38 +30,14 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def passes(run: Callable[[], Tensor], backward: bool) -> Callable[[], None]:
-    """Forward alone, or forward and backward."""
-
-    def forward() -> None:
-        with torch.no_grad():
-            run()
-
-    def both() -> None:
-        with torch.enable_grad():
-            run().sum().backward()
-
-    return both if backward else forward
-
-
-def evaluations(field: Field, run: Callable[[], Tensor]) -> int:
-    """The field calls of a solve."""
-    count = [0]
-    handle = field.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
-    with torch.no_grad():
-        run()
-    handle.remove()
-    return count[0]
-
-
 @pytest.mark.parametrize(("method", "who"), [(method, who) for method, all_ in ROWS.items() for who in all_])
 @pytest.mark.parametrize("backward", [False, True])
 def bench_solve(
     measure: Measure, benchmark: Any, device: str, name: str, backward: bool, method: str, who: str
 ) -> None:
     """One solve, eager."""
-    if who == "torchode" and importlib.util.find_spec("torchode") is None:
-        pytest.skip("pip install --no-deps torchode torchtyping")
+    if who in missing_peers():
+        pytest.skip(PEERS[who])
     benchmark.group = f"{method}, {name}, {'forward + backward' if backward else 'forward'}, {device}"
     field, x = make(name, device)
     x.requires_grad_(backward)

@@ -56,9 +56,14 @@ def cases() -> dict[str, Case]:
 
 def solves() -> dict[str, Case]:
     """Solves of the three fields, over as many bare calls."""
-    from benchmarks.bench_solvers import evaluations, passes
-    from benchmarks.fields import FIELDS, calls, make
-    from benchmarks.solves import prepare
+    from benchmarks.bench_solvers import (
+        FIELDS,
+        calls,
+        evaluations,
+        make,
+        passes,
+        prepare,
+    )  # where each checkout has them
 
     ways = [("bs23", "integrate"), ("rk4", "integrate"), ("dopri5", "integrate"), ("dopri5", "integrate per sample")]
     result = {}

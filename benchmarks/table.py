@@ -13,26 +13,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.solves import COLUMNS
+from odenets.command.speed.table import ratio_table
 
-__all__ = ["memory_table", "network_table", "ratio_table", "reduction_table", "step_table"]
+__all__ = ["memory_table", "network_table", "reduction_table", "step_table"]
 
 Info = dict[str, Any]
-
-
-def ratio_table(rows: list[Info]) -> str:
-    """Median time of a solve over that of its field calls, by field, passes and method; field calls in brackets."""
-
-    def key(row: Info) -> tuple[str, str, str, str]:
-        return row["device"], row["field"], "forward + backward" if row["backward"] else "forward", row["method"]
-
-    lines = []
-    for (device, field, passes, method), group in groupby(rows, key):
-        found = {row["who"]: row for row in group}
-        cells = [f"{found[who]['ratio']:.2f} ({found[who]['evaluations']})" if who in found else "" for who in COLUMNS]
-        call = min(row["floor"] / row["evaluations"] for row in found.values())
-        lines.append([device, field, passes, method, f"{1e6 * call:.0f}", *cells])
-    return _table(lines, ["", "field", "", "method", "one call (µs)", *COLUMNS])
 
 
 def memory_table(rows: list[Info]) -> str:

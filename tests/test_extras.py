@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-BY_TASK = ("training", "detection", "transport", "plot")
+BY_TASK = ("training", "detection", "transport", "plot", "images")
 
 
 def own(extra):
@@ -87,6 +87,7 @@ USES = {
     ),
     "histograms": ("matplotlib", "plot", "odenets.plotting.histograms({'a': {'b': array}}, xlabel='')"),
     "to_dataframe": ("pandas", "plot", "net.record(points.x, action=odenets.measures.action)[1].to_dataframe()"),
+    "build": ("torchvision", "images", "from odenets.command.networks import build; build('resnet18', 'none', [])"),
     "Detector": ("sklearn", "detection", "odenets.detection.Detector()"),
     "preset": ("art", "detection", "odenets.detection.preset('FGM', eps=0.1)"),
     "run_attack": ("art", "detection", "odenets.detection.run_attack(images, 'FGM', torch.rand(2, 1, 8, 8), label)"),

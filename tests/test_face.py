@@ -48,7 +48,8 @@ def test_the_face_is_the_documented_one():
 
 def test_every_module_is_an_attribute():
     for module in pkgutil.iter_modules(odenets.__path__):
-        assert getattr(odenets, module.name) is importlib.import_module(f"odenets.{module.name}")
+        if module.name != "__main__":
+            assert getattr(odenets, module.name) is importlib.import_module(f"odenets.{module.name}")
 
 
 def test_type_checkers_and_freezers_read_of_the_same_names():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import fields
-from benchmarks.bench_solvers import evaluations, passes
-from benchmarks.fields import Field, calls
 from benchmarks.gpu.timing import in_turns, launches, waits
-from benchmarks.solves import STEPS, prepare
+from odenets.command.speed import fields
+from odenets.command.speed.fields import Field, calls
+from odenets.command.speed.solves import STEPS, evaluations, missing_peers, passes, prepare
 from solvers import integrate
 
 __all__ = ["graphs", "solves", "waiting"]
@@ -51,7 +49,7 @@ def solves(device: str, quick: bool = False) -> Iterator[dict[str, Any]]:
     for name in (SMALL,) if quick else (SMALL, LITTLE, MLP, LARGE):
         for backward in (False, True):
             for method, who in ((method, who) for method, everyone in ROWS.items() for who in everyone):
-                if who == "torchode" and importlib.util.find_spec("torchode") is None:
+                if who in missing_peers():
                     continue
                 field, x = make(name, device)
                 x.requires_grad_(backward)
@@ -70,11 +68,11 @@ def waiting(device: str, quick: bool = False) -> Iterator[dict[str, Any]]:
     """How often solves wait for the device, and how much they give it to do beside their field calls."""
     for name in (SMALL, LITTLE):
         for method, who in [("bs23", "by hand"), ("bs23", "integrate"), *(("dopri5", who) for who in ROWS["dopri5"])]:
-            if who == "torchode" and importlib.util.find_spec("torchode") is None:
+            if who in missing_peers():
                 continue
             field, x = make(name, device)
             run = passes(prepare(method, who, field, x), backward=False)
-            n = evaluations(field, run)  # type: ignore[arg-type] - its value is not read
+            n = evaluations(field, run)
             bare = passes(partial(calls, field, x, n), backward=False)
             yield {
                 "field": name, "method": method, "who": who, "evaluations": n, "waits": waits(run),

@@ -173,7 +173,7 @@ def points(name: str, size: int, seed: int) -> TensorData:
 
 
 def _torchvision(name: str, folder: str | Path | None, download: bool) -> tuple[TensorData, TensorData]:
-    with needs("experiments"):
+    with needs("images"):
         from torchvision import datasets
 
     if folder is not None and not Path(folder).is_dir():

@@ -21,7 +21,7 @@ import torch
 from odenets.checkpoints import map_state
 from odenets.files import write_atomically
 
-__all__ = ["Run", "check_run", "environment", "read_config", "read_metrics", "read_summary"]
+__all__ = ["Run", "check_run", "environment", "processor", "read_config", "read_metrics", "read_summary"]
 
 
 def environment() -> dict[str, Any]:
@@ -36,12 +36,13 @@ def environment() -> dict[str, Any]:
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "versions": versions,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor, or its kind where the system tells no name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The three fields of the solver benchmarks, small, wide, convolutional, and their bare calls."""
+"""Three fields, small, wide, convolutional, and their bare calls."""
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Field(nn.Module):
         return self.network(x)
 
 
-def make(name: str, device: str = "cpu") -> tuple[Field, Tensor]:
+def make(name: str, device: str | torch.device = "cpu") -> tuple[Field, Tensor]:
     """A field, with the seed's weights, and a first state."""
     torch.manual_seed(0)
     if name == FIELDS[0]:

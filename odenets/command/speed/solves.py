@@ -1,20 +1,20 @@
-"""What the benchmarks run: one problem from 0 to 1, by each method, solved by each solver."""
+"""What is timed: one problem from 0 to 1, by each method, solved by each solver."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
-from benchmarks import by_hand
-from benchmarks.fields import Field
+from odenets.command.speed import by_hand
+from odenets.command.speed.fields import Field
 from solvers import Tolerance, integrate, odeint
 
-__all__ = ["COLUMNS", "ROWS", "STEPS", "prepare"]
+__all__ = ["COLUMNS", "PEERS", "ROWS", "STEPS", "evaluations", "missing_peers", "passes", "prepare"]
 
 STEPS, RTOL, ATOL = 10, 1e-3, 1e-4
 FIXED = ("euler", "midpoint", "rk4", "bs23")
@@ -28,6 +28,15 @@ ROWS = {
     "bosh3": COLUMNS[:4],
     "dopri5": COLUMNS[1:],
 }
+PEERS = {  # other libraries, and the line that installs each
+    "torchdiffeq": "pip install torchdiffeq",
+    "torchode": "pip install --no-deps torchode torchtyping",  # torchtyping wants a typeguard that others cannot use
+}
+
+
+def missing_peers() -> dict[str, str]:
+    """The other libraries that are not installed, each with the line that does."""
+    return {name: line for name, line in PEERS.items() if find_spec(name) is None}
 
 
 def prepare(method: str, who: str, field: Field, x: Tensor) -> Callable[[], Tensor]:
@@ -40,7 +49,7 @@ def prepare(method: str, who: str, field: Field, x: Tensor) -> Callable[[], Tens
         return _integrate(method, field, x, "sample" if who.endswith("per sample") else "batch")
     if who == "torchode":
         return _torchode(field, x)
-    solve: Callable[..., Any] = odeint if who == "odeint" else torchdiffeq.odeint
+    solve: Callable[..., Any] = odeint if who == "odeint" else import_module(who).odeint
     if method in FIXED:
         times = torch.linspace(0.0, 1.0, STEPS + 1, device=x.device)
         return lambda: solve(field, x, times, method=method)[-1]
@@ -58,7 +67,7 @@ def _integrate(method: str, field: Field, x: Tensor, control: Literal["batch", "
 
 def _torchode(field: Field, x: Tensor) -> Callable[[], Tensor]:
     """torchode's dopri5, with flat states and a step size for each sample, as it always has."""
-    torchode = importlib.import_module("torchode")
+    torchode = import_module("torchode")
     term = torchode.ODETerm(lambda t, y: field(t, y.unflatten(1, x.shape[1:])).flatten(1))
     controller = torchode.IntegralController(atol=ATOL, rtol=RTOL, term=term)
     method = torchode.Dopri5(term=term)
@@ -70,3 +79,27 @@ def _torchode(field: Field, x: Tensor) -> Callable[[], Tensor]:
         return solver.solve(problem).ys[:, -1].view_as(x)
 
     return solve
+
+
+def passes(run: Callable[[], Tensor], backward: bool) -> Callable[[], None]:
+    """Forward alone, or forward and backward."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    def both() -> None:
+        with torch.enable_grad():
+            run().sum().backward()
+
+    return both if backward else forward
+
+
+def evaluations(field: Field, run: Callable[[], object]) -> int:
+    """The field calls of a solve."""
+    count = [0]
+    handle = field.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return count[0]

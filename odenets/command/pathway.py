@@ -1,0 +1,221 @@
+"""``odenets record``: the path of images through a network, as a table, a file of rows and a figure."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from odenets import measures, plotting
+from odenets.adapting import AdaptedModel
+from odenets.command.devices import chosen, name_of
+from odenets.command.images import batches, files_of, parsed_size, resized
+from odenets.command.mistakes import FAILED, Mistake, near, one_line, require
+from odenets.command.networks import Model, build, function_of, recorder
+from odenets.command.tables import print_table
+from odenets.files import write_atomically
+from odenets.modes import evaluating
+from odenets.records import Records
+from solvers import Step
+
+__all__ = ["Request", "h", "record_images", "show"]
+
+USUAL = ("action", "residue", "cosine")
+NAMED = (*USUAL, "error", "displacement", "square_norm")
+FIGURES = (".png", ".pdf", ".svg")
+Batch = tuple[list[Path], Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``odenets record``, whose help says what they are."""
+
+    model: str
+    images: Sequence[Path]
+    weights: str | None = None
+    options: Sequence[str] = ()
+    blocks: str | None = None
+    measures: Sequence[str] = ()
+    size: str | None = None
+    gray: bool = False
+    transform: str | None = None
+    device: str = "auto"
+    batch_size: int = 32
+    seed: int = 0
+    csv: Path | None = None
+    figure: Path | None = None
+    by_folder: bool = False
+
+
+def show(request: Request) -> None:
+    """Record, print the table, and write the files.
+
+    Raises:
+        Mistake: what the user can mend.
+    """
+    files, device, measured = files_of(request.images), chosen(request.device), _measures(request.measures)
+    _check_outputs(request)
+    torch.manual_seed(request.seed)
+    model = build(request.model, request.weights, request.options)
+    network = recorder(model, request.blocks).to(device)
+    transform, prepared, mode = _transform(request, model)
+    loaded = _with_progress(batches(files, transform, request.batch_size, mode), len(files), request.batch_size)
+    with evaluating(network), torch.no_grad():
+        records, shape = record_images(network, loaded, measured, model.name)
+    size = " x ".join(map(str, shape))
+    kind = type(network.model if isinstance(network, AdaptedModel) else network).__name__
+    typer.echo(f"{model.name} ({kind}), {model.weights}, on {device} ({name_of(device)})")
+    typer.echo(f"{len(files)} image{'s' * (len(files) > 1)} of {size}, {prepared}")
+    typer.echo(f"means over the images, a row for each of {len(records.blocks)} blocks")
+    typer.echo()
+    _print(records)
+    if request.csv is not None:
+        typer.echo(f"\n{_write_rows(request.csv, files, records)}: a row for each image and block")
+    if request.figure is not None:
+        typer.echo(f"\n{_draw(request.figure, files, records, request.by_folder)}: blocks by images")
+
+
+@measures.measure(closing=False)
+def h(step: Step) -> Tensor:
+    """The step size, for each sample."""
+    return torch.as_tensor(step.h, device=step.x0.device).reshape(-1).expand(len(step.x0)).float()
+
+
+def record_images(
+    network: Any, loaded: Iterable[Batch], measured: Mapping[str, Any], name: str
+) -> tuple[Records, tuple[int, ...]]:
+    """The records of all images, of each block its step size h besides; and the shape of an image.
+
+    Args:
+        network: records its steps.
+        loaded: batches of files and images.
+        measured: measures by name; the usual ones if there are none: action, residue, cosine, and error where the
+            method has one.
+        name: of the network.
+
+    Raises:
+        Mistake: it cannot be recorded on such images, or takes other steps on each batch.
+    """
+    parts: list[Records] = []
+    shape: tuple[int, ...] = ()
+    for files, images in loaded:
+        x = images.to(_device(network))
+        try:
+            measured = measured or _usual(network, x)
+            records = network.record(x, h=h, **measured)[1].map(Tensor.cpu)
+        except (ValueError, TypeError, RuntimeError) as error:
+            size = " x ".join(map(str, x.shape))
+            less = " (--batch-size takes fewer at a time)" if isinstance(error, torch.OutOfMemoryError) else ""
+            raise Mistake(f"{name} cannot be recorded on images {size}: {one_line(error)}{less}", FAILED) from error
+        if parts and records.blocks != parts[0].blocks:
+            raise Mistake(
+                f"{name} takes {len(parts[0].blocks)} steps on the first images and {len(records.blocks)} on those "
+                f"from {files[0]}: steps under error control differ by batch; --batch-size takes all at once",
+                FAILED,
+            )
+        parts.append(records)
+        shape = tuple(images.shape[1:])
+    return Records({key: torch.cat([one[key] for one in parts], 1) for key in parts[0]}, *parts[0].layout), shape
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+def _usual(network: Any, x: Tensor) -> dict[str, Any]:
+    """The measures that are not named: the error too, where all steps have one."""
+    names = USUAL
+    if not isinstance(network, AdaptedModel):  # whose steps are Euler's
+        try:
+            for step in network.steps(x[:1]):
+                measures.error(step)
+            names = *USUAL, "error"
+        except ValueError:
+            pass
+    return {name: getattr(measures, name) for name in names}
+
+
+def _measures(names: Sequence[str]) -> dict[str, Any]:
+    """Measures by name, in order.
+
+    Raises:
+        Mistake: none has this name.
+    """
+    chosen_: dict[str, Any] = {}
+    for name in names:
+        if ":" in name:
+            chosen_[name.rpartition(":")[2]] = function_of(name, "--measure")
+        elif name in NAMED:
+            chosen_[name] = getattr(measures, name)
+        else:
+            raise Mistake(f"--measure must be {', '.join(NAMED)} or module:function, got {name}{near(name, NAMED)}")
+    if "h" in chosen_:
+        raise Mistake("--measure: a function must not be named h, which is the step size")
+    return chosen_
+
+
+def _transform(request: Request, model: Model) -> tuple[Callable[[Any], Tensor], str, str | None]:
+    """How images are prepared, that in words, and their mode."""
+    size, mode = parsed_size(request.size), "L" if request.gray else "RGB"
+    if request.transform is not None:
+        if size or request.gray:
+            raise Mistake("--transform takes the place of --size and --gray: name it alone")
+        return function_of(request.transform, "--transform"), f"prepared by {request.transform}", None
+    if model.prepare is not None and not request.gray:
+        return model.prepare(size), f"prepared as for {model.prepared_as}", mode
+    return resized(size), "pixels in [0, 1]" + ("" if size is None else ", resized"), mode
+
+
+def _check_outputs(request: Request) -> None:
+    if request.figure is not None:
+        if request.figure.suffix.lower() not in FIGURES:
+            raise Mistake(f"--figure must end in {', '.join(FIGURES)}, got {request.figure}")
+        require("matplotlib", "pip install 'odenets[plot]'", "--figure")
+    elif request.by_folder:
+        raise Mistake("--by-folder groups the images of a figure: --figure FILE.png")
+    for name, file in (("--csv", request.csv), ("--figure", request.figure)):
+        if file is not None and file.is_dir():
+            raise Mistake(f"{name} must be a file, got the folder {file}")
+
+
+def _with_progress(loaded: Iterable[Batch], count: int, size: int) -> Iterator[Batch]:
+    """A bar in a terminal, where there are several batches."""
+    console = Console(stderr=True)
+    silent = not sys.stderr.isatty() or count <= size
+    yield from track(loaded, "images", -(-count // size), console=console, transient=True, disable=silent)
+
+
+def _print(records: Records) -> None:
+    """A row for each block; a line between flows."""
+    means = {name: value.double().mean(1).tolist() for name, value in records.items()}
+    rows = [[str(m), block, *(f"{means[name][m]:.4g}" for name in means)] for m, block in enumerate(records.blocks)]
+    print_table(["", "block", *means], rows, sections=records.starts[1:])
+
+
+def _write_rows(file: Path, files: Sequence[Path], records: Records) -> Path:
+    values = {name: value.double().tolist() for name, value in records.items()}
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="") as opened:
+            writer = csv.writer(opened)
+            writer.writerow(["image", "block", "name", *values])
+            for i, image in enumerate(files):
+                for m, block in enumerate(records.blocks):
+                    writer.writerow([image, m, block, *(value[m][i] for value in values.values())])
+
+    return write_atomically(file, write)
+
+
+def _draw(file: Path, files: Sequence[Path], records: Records, by_folder: bool) -> Path:
+    labels = [image.parent.name for image in files] if by_folder else None
+    figure = plotting.blocks_by_samples(records, [name for name in records if name != "h"], labels=labels)
+    return write_atomically(file, lambda path: figure.savefig(path, format=file.suffix[1:].lower(), dpi=100))

@@ -1,0 +1,114 @@
+"""Weights of a file: what ``odenets.save_weights`` writes, other safetensors, and state dicts of ``torch.save``."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from odenets.adapting import adapt
+from odenets.checkpoints import load_weights
+from odenets.command.mistakes import FAILED, Mistake, one_line
+from odenets.errors import needs
+
+__all__ = ["load_file"]
+
+HOLDERS = ("state_dict", "model_state_dict", "model", "network", "model_ema")
+"""Keys under which checkpoints keep the state of their network."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before the names."""
+
+
+def load_file(network: nn.Module, file: Path, name: str) -> nn.Module:
+    """The network with the weights of a file; adapted, where those of an adapted one were saved.
+
+    Nothing is unpickled but tensors and plain values.
+
+    Raises:
+        Mistake: the file holds no weights, or those of another network.
+    """
+    if file.suffix == ".safetensors":
+        state, ours = _safetensors(file)
+        if ours:
+            return _loaded(network, file, name, state)
+    else:
+        state = _of_torch(file)
+    for prefix in WRAPPERS:
+        consume_prefix_in_state_dict_if_present(state, prefix)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise _misfit(network, state, file, name, error) from error
+    return network
+
+
+def _safetensors(file: Path) -> tuple[dict[str, Any], bool]:
+    """The tensors of a file, and whether it says which flows they are of."""
+    with needs("training"):
+        from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+            return tensors, "structure" in (opened.metadata() or {})
+    except SafetensorError as error:
+        raise Mistake(f"--weights {file} is no file of safetensors: {one_line(error)}", FAILED) from error
+
+
+def _loaded(network: nn.Module, file: Path, name: str, state: Mapping[str, Any]) -> nn.Module:
+    """The network with what ``odenets.save_weights`` wrote, of it or of the same adapted."""
+    own = {key.partition(".")[0] for key, _ in network.named_children()}
+    if state and all(key.startswith("model.") for key in state) and "model" not in own:
+        network = adapt(network)
+    try:
+        return load_weights(network, file)
+    except (ValueError, RuntimeError) as error:
+        raise _misfit(network, state, file, name, error) from error
+
+
+def _of_torch(file: Path) -> dict[str, Any]:
+    """The state dict in a file of ``torch.save``, by itself or in a checkpoint."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise Mistake(
+            f"--weights {file} holds no state dict that loads without running code of the file: "
+            f"torch.save(network.state_dict(), FILE) writes one ({one_line(error)})",
+            FAILED,
+        ) from error
+    if isinstance(content, dict):
+        for key in HOLDERS:
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise Mistake(f"--weights {file} must hold a state dict, got {type(content).__name__}", FAILED)
+    return dict(content)
+
+
+def _misfit(network: nn.Module, state: Mapping[str, Any], file: Path, name: str, error: Exception) -> Mistake:
+    """What does not fit, in a line."""
+    expected = network.state_dict()
+    shapes = [
+        f"{key} is {tuple(value.shape)} in the file and {tuple(expected[key].shape)} in the network"
+        for key, value in state.items()
+        if key in expected and isinstance(value, Tensor) and value.shape != expected[key].shape
+    ]
+    parts = [
+        *_some("the file lacks", [key for key in expected if key not in state]),
+        *_some("the network lacks", [key for key in state if key not in expected]),
+        *_some("", shapes),
+    ]
+    what = "; ".join(parts) or one_line(error)
+    return Mistake(
+        f"--weights {file} does not fit {name}: {what}. --option NAME=VALUE builds it as the saved one was", FAILED
+    )
+
+
+def _some(what: str, names: list[str]) -> list[str]:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return [f"{what} {', '.join(names[:2])}{more}".strip()] if names else []
