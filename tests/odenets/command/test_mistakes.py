@@ -103,7 +103,7 @@ def test_images_that_do_not_fit_the_network(told, images):
         (["--by-folder"], "--by-folder groups the images of a figure: --figure FILE.png"),
         (["--transform", "f"], "--transform must be package.module:function, got f"),
         (["--transform", "m:f", "--gray"], "--transform takes the place of --size and --gray: name it alone"),
-        (["--measure", "math:factorail"], "--measure math:factorail: math has no function factorail: did you mean factorial?"),
+        (["--measure", "math:gama"], "--measure math:gama: math has no function gama: did you mean gamma or lgamma?"),
         (["--csv", "."], "--csv must be a file, got the folder ."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
