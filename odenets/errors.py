@@ -18,7 +18,19 @@ __all__ = ["DivergedError", "WorkerLostError", "needs", "refuse", "renamed"]
 class DivergedError(RuntimeError):
     """An epoch left a loss that is not finite or too large, or weights that are not finite, and no callback helped.
 
-    The last checkpoint stands: what such an epoch left is not saved.
+    The last checkpoint stands: what such an epoch left is not saved. A lower learning rate, finer steps or normalized
+    inputs help, or :class:`odenets.depth.AdaptiveDepth`, which refines the blocks and trains the epoch again.
+
+    >>> from functools import partial
+    >>> import torch
+    >>> from odenets.training import fit
+    >>> from odenets.models import points_network
+    >>> batches, adam = [(torch.rand(4, 2), torch.tensor([0, 1, 1, 0]))], partial(torch.optim.Adam, lr=0.1)
+    >>> try:
+    ...     training = fit(points_network(depth=2), batches, epochs=1, optimizer=adam, loss_limit=0.0)
+    ... except DivergedError as error:
+    ...     print(str(error)[:16])
+    epoch 1 diverged
     """
 
 

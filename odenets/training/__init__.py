@@ -1,4 +1,25 @@
-"""Training: data in batches, objectives, one loop, its evaluation, and a folder per run."""
+"""Training: data in batches, objectives, one loop, its evaluation, and a folder per run.
+
+:func:`fit` trains any network that records its steps, :func:`evaluate` measures it; what they minimize is an
+:class:`Objective`, what acts between their epochs a :class:`Callback`.
+
+>>> from functools import partial
+>>> import torch
+>>> from odenets.models import points_network
+>>> from odenets.training import Batches, BestWeights, EarlyStopping, evaluate, fit, hold_out, points
+>>> train, held_out = hold_out(points("circles", 200, seed=0), 0.2)
+>>> network, stop, best = points_network(depth=2), EarlyStopping(patience=2), BestWeights()
+>>> training = fit(
+...     network,
+...     Batches(train, 40, seed=0),
+...     epochs=3,
+...     optimizer=partial(torch.optim.Adam, lr=0.01),
+...     validation=Batches(held_out, 40),
+...     callbacks=[stop, best],
+... )
+>>> evaluate(network, Batches(held_out, 40)).loss == best.best  # fit ends with the weights of the best epoch
+True
+"""
 
 from odenets.errors import DivergedError
 from odenets.training.callbacks import BestWeights, Callback, EarlyStopping

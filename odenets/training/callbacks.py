@@ -19,11 +19,16 @@ Row = dict[str, Any]
 
 
 class Callback(Protocol):
-    """Acts between epochs; only what is needed is to be there, and a function ``(training, row)`` is one too.
+    """Acts between the epochs of :func:`fit`: what a callback of one's own may have.
 
-    What it must remember beyond a kill belongs in ``training.rows``, or in ``state_dict()``, tensors and plain values,
-    which ``load_state_dict(state)`` takes up: where it has both they are kept in checkpoints. What it remembers of one
+    Only the methods that are needed are to be there, and a function ``(training, row)`` is a callback too. What it
+    must remember beyond a kill belongs in ``training.rows``, or in ``state_dict()``, tensors and plain values, which
+    ``load_state_dict(state)`` takes up: where it has both they are kept in checkpoints. What it remembers of one
     training is forgotten in :meth:`before_training`. ``training.stop = True`` ends the training after the epoch.
+
+    >>> class Norm(Callback):
+    ...     def after_epoch(self, training, row):  # of each epoch one number more, in training.rows and metrics.csv
+    ...         row["norm"] = sum(p.norm().item() for p in training.network.parameters())
 
     Attributes:
         recovers: whether :meth:`on_divergence` may help; the loop then keeps a copy of the state at each epoch's start.
@@ -34,20 +39,20 @@ class Callback(Protocol):
     edits: bool = False
 
     def before_training(self, training: Training) -> None:
-        """Called once, before the first epoch; of a training that is taken up again before its checkpoint is loaded."""
+        """Called with the ``training`` once, before the first epoch and before a checkpoint is loaded."""
 
     def after_validation(self, training: Training, row: Row) -> None:
-        """Called with the epoch's metrics before any callback may change the network."""
+        """Called with the ``training`` and the epoch's metrics, its ``row``, before a callback changes the network."""
 
     def after_epoch(self, training: Training, row: Row) -> None:
-        """Called with the epoch's metrics, to which it may add; the network may be edited."""
+        """Called with the ``training`` and the epoch's ``row``, to which it may add; it may edit the network."""
 
     def on_divergence(self, training: Training) -> bool:
-        """Called when an epoch has diverged, with the state from before it; True trains the epoch again."""
+        """Called when an epoch has diverged, with the ``training`` as before it; True trains the epoch again."""
         return False
 
     def after_training(self, training: Training) -> None:
-        """Called once after the last epoch, of a finished training that is taken up again too."""
+        """Called with the ``training`` once after the last epoch, of one that is taken up when finished too."""
 
 
 HOOKS = ("before_training", "after_validation", "after_epoch", "on_divergence", "after_training")
@@ -211,19 +216,23 @@ class _Watching:
 
 
 class EarlyStopping(_Watching):
-    """Ends a training once a quantity has not become better for some epochs.
+    """Ends a training once a quantity has not become better for some epochs; a callback of :func:`fit`.
 
     Args:
-        quantity: a number of the epoch's row.
+        quantity: a number of the epoch's row; "validation_loss" is there with ``fit(..., validation=...)``.
         patience: so many epochs running without a better value end the training.
-        mode: "min" or "max", whichever is better; by the quantity's name for a loss and an accuracy.
+        mode: whether smaller ("min") or larger ("max") is better; by the quantity's name for a loss and an accuracy.
         min_delta: a value is better only if by more than this.
 
     Attributes:
-        best, epoch: the best value, and the epoch that it is of.
+        best: the best value; infinite before the first epoch.
+        epoch: the epoch that it is of, from 1 on.
 
     Raises:
-        ValueError: arguments out of range.
+        ValueError: arguments out of range, or, when an epoch ends, no such quantity in its row.
+
+    >>> EarlyStopping("validation_accuracy", patience=3).mode
+    'max'
     """
 
     def __init__(
@@ -249,7 +258,7 @@ class EarlyStopping(_Watching):
         return self.waited >= self.patience
 
     def after_epoch(self, training: Training, row: Row) -> None:
-        """Count the epoch, or begin to count anew."""
+        """Count the epoch, or begin to count anew where its ``row`` is better; sets ``training.stop``."""
         self.waited = 0 if self.improves(training, row) else self.waited + 1
         training.stop |= self.stopped
 
@@ -258,7 +267,7 @@ class EarlyStopping(_Watching):
         return {"best": self.best, "epoch": self.epoch, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`."""
+        """Take up the ``state`` of :meth:`state_dict`."""
         self.best, self.epoch, self.waited = state["best"], state["epoch"], state["waited"]
 
 
@@ -270,11 +279,16 @@ class BestWeights(_Watching):
         restore: whether the network ends with those weights; otherwise :meth:`load_into` gives them to a network.
 
     Attributes:
-        best, epoch: the best value, and the epoch that it is of.
+        best: the best value; infinite before the first epoch.
+        epoch: the epoch that it is of, from 1 on.
         weights: the network's state of that epoch, whole and in the host's memory; None before the first.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: no mode where the quantity is neither a loss nor an accuracy, or, when an epoch ends, no such
+            quantity in its row.
+
+    >>> BestWeights("validation_accuracy", restore=False).best
+    -inf
     """
 
     def __init__(
@@ -289,18 +303,18 @@ class BestWeights(_Watching):
         self.weights: dict[str, Any] | None = None
 
     def after_validation(self, training: Training, row: Row) -> None:
-        """Copy the weights that were validated, before a callback edits them."""
+        """Copy the weights of ``training.network`` if its ``row`` is the best, before a callback edits them."""
         if self.improves(training, row):
             self.structure = structure(training.network)
             self.weights = map_state(_copied, training.network.state_dict())
 
     def after_training(self, training: Training) -> None:
-        """Give the network its best weights."""
+        """Give the network of the ``training`` its best weights, if it is to end with them."""
         if self.restore and self.weights is not None:
             self.load_into(training.network)
 
     def load_into(self, network: Any) -> None:
-        """Give a network the blocks, step sizes and weights of the best epoch.
+        """Give a ``network`` the blocks, step sizes and weights of the best epoch.
 
         Raises:
             ValueError: no epoch was trained, or another network.
@@ -316,7 +330,7 @@ class BestWeights(_Watching):
         return best | {"structure": self.structure, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`."""
+        """Take up the ``state`` of :meth:`state_dict`."""
         self.best, self.epoch = state["best"], state["epoch"]
         self.structure, self.weights = state["structure"], state["weights"]
 

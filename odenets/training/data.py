@@ -19,7 +19,7 @@ __all__ = ["Batches", "Split", "TensorData", "data_for"]
 
 @dataclass(frozen=True)
 class TensorData:
-    """Inputs and targets in memory.
+    """Inputs and targets in memory, checked once; :class:`Batches` draws batches of them, without worker processes.
 
     >>> x = torch.rand(5, 2)
     >>> len(TensorData(x, torch.tensor([0, 1, 2, 1, 0]), classes=3)), len(TensorData(x, x.norm(dim=1)))
@@ -28,9 +28,10 @@ class TensorData:
     Attributes:
         x: inputs ``(N, ...)``, floating, finite: images ``(N, C, H, W)`` in [0, 1], points ``(N, D)``.
         y: targets, a tensor ``(N, ...)`` of any dtype: labels ``(N,)`` int64, numbers ``(N,)`` or ``(N, D)``.
-        name: what it is.
+        name: what errors call it.
         classes: number of classes, of which ``y`` holds labels; None where that is not known, or there are none.
-        mean, std: per channel, for normalization inside the model.
+        mean: of each channel, for normalization inside the network (:class:`odenets.models.Normalize`); () if unknown.
+        std: standard deviation of each channel, likewise.
 
     Raises:
         TypeError: inputs that are no floating tensor, targets that are none, or labels that are not int64.
@@ -82,17 +83,28 @@ class TensorData:
         return len(self.x)
 
     def subset(self, index: Tensor) -> TensorData:
-        """The samples at ``index``."""
+        """The samples at ``index``, numbers ``(n,)`` or a mask ``(N,)``."""
         return replace(self, x=self.x[index], y=self.y[index])
 
     def to(self, device: torch.device | str) -> TensorData:
-        """The same on a device."""
+        """The same on a ``device``."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint training, validation and test parts."""
+    """Disjoint training, validation and test parts, as :func:`split` makes them.
+
+    Attributes:
+        train: what a network is trained on.
+        validation: what settings, and the epoch to stop after, are chosen on.
+        test: what the result is measured on, once.
+
+    >>> from odenets.training import load, split
+    >>> parts = split(*load("moons"))
+    >>> len(parts.train), len(parts.validation), len(parts.test)
+    (640, 160, 200)
+    """
 
     train: TensorData
     validation: TensorData
@@ -115,9 +127,9 @@ class Batches:
     Attributes:
         data: the samples, which may be given as a pair ``(x, y)`` of tensors or a TensorDataset of two.
         size: samples per batch; the last one may be smaller.
-        seed: None keeps the order.
-        crop: pad by this many pixels and crop at random (training images); drawn by the seed.
-        flip: mirror half of the images (not digits); drawn by the seed.
+        seed: of the order of each epoch; None keeps the order of the data.
+        crop: pad images by this many pixels and crop them at random to their size, a shift of each; 0 for none.
+        flip: mirror half of the images, left to right (not digits).
 
     Raises:
         TypeError: data of another kind, or a size that is no whole number.
@@ -163,7 +175,7 @@ class Batches:
 
     @property
     def augmented(self) -> bool:
-        """Whether epochs hold other inputs than the data: cropped, mirrored, or what a subclass' ``epoch`` draws."""
+        """Whether epochs hold other inputs than the data, cropped, mirrored, or what a subclass' ``epoch`` draws."""
         return bool(self.crop or self.flip) or type(self).epoch is not Batches.epoch
 
     @property
@@ -172,7 +184,7 @@ class Batches:
         return len(self.data) % self.size or min(self.size, len(self.data))
 
     def order(self, epoch: int) -> Tensor:
-        """The samples in the order of an epoch, ``(N,)``."""
+        """The samples in the order of an ``epoch``, numbered from 0: indices ``(N,)`` int64."""
         return self._draw(epoch)[0]
 
     def _draw(self, epoch: int) -> tuple[Tensor, torch.Generator | None]:
@@ -182,7 +194,7 @@ class Batches:
         return torch.randperm(len(self.data), generator=generator), generator
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches ``(x, y)`` of an epoch."""
+        """The batches ``(x, y)`` of an ``epoch``, numbered from 0, augmented where there is something to draw."""
         order, generator = self._draw(epoch)
         for index in order.to(self.data.x.device).split(self.size):
             x = self.data.x[index]
@@ -195,7 +207,7 @@ class Batches:
         yield from zip(self.data.x.split(self.size), self.data.y.split(self.size), strict=True)
 
     def with_data(self, data: TensorData) -> Self:
-        """The same batches, of a subclass too, of other data."""
+        """The same batches, of a subclass too, of other ``data``."""
         other = copy.copy(self)
         object.__setattr__(other, "data", data)
         return other

@@ -31,21 +31,30 @@ NAMES = ("digits", "circles", "moons", *_TORCHVISION)
 def load(
     name: str, folder: str | Path | None = None, *, download: bool = True, seed: int = 0
 ) -> tuple[TensorData, TensorData]:
-    """A data set as ``(train, test)``.
+    """A known data set as ``(train, test)``, for a first try; data of one's own are a :class:`TensorData`.
 
-    Digits, circles and moons come with scikit-learn; a fifth of them, stratified, is the test part. The others come
-    through torchvision: with a folder from there, where nothing is downloaded; without one from
-    ``~/.cache/odenets``, where they are downloaded once.
+    The first three come with scikit-learn; a fifth of them, stratified, is the test part. The others come through
+    torchvision: with a folder from there, where nothing is downloaded; without one from ``~/.cache/odenets``, where
+    they are downloaded once.
 
     Args:
-        name: one of :data:`NAMES`.
+        name: "digits" (1797 images of 8 x 8), "circles" or "moons" (1000 points in the plane, two classes); "mnist",
+            "fashion-mnist", "cifar10" or "cifar100".
         folder: where torchvision's files lie, as ``torchvision.datasets.MNIST(folder)`` expects them.
         download: whether to download without a folder.
         seed: of the test part of the scikit-learn sets, and of the points.
 
+    Returns:
+        Training and test part: images ``(N, C, H, W)`` in [0, 1] or points ``(N, 2)``, float32; labels ``(N,)``.
+
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a folder for what comes with scikit-learn.
         FileNotFoundError: the folder is missing or does not hold the data set.
+        ModuleNotFoundError: scikit-learn or torchvision is not installed; the error names the extra.
+
+    >>> train, test = load("digits")
+    >>> train.x.shape, test.x.shape, train.classes
+    (torch.Size([1437, 1, 8, 8]), torch.Size([360, 1, 8, 8]), 10)
     """
     if name in ("circles", "moons"):
         data = points(name, 1000, seed)
@@ -63,9 +72,25 @@ def load(
 def split(
     train: TensorData, test: TensorData, *, validation: float = 0.2, size: int | None = None, seed: int = 0
 ) -> Split:
-    """Cut a stratified validation part, a fraction of it, off the training part, by seed.
+    """Cut a validation part off the training part, stratified: each class has the same share of both.
 
-    With ``size``, training and validation together are that many samples, stratified.
+    Args:
+        train: training part, whose targets are labels.
+        test: test part, which stays as it is.
+        validation: fraction of the training part that becomes the validation part, in (0, 1).
+        size: samples of training and validation together, a stratified part of ``train``; all of them if None.
+        seed: decides which.
+
+    Returns:
+        The three parts.
+
+    Raises:
+        TypeError: targets that are no labels.
+        ValueError: a fraction outside (0, 1), or what :func:`hold_out` and :func:`subsample` raise.
+
+    >>> parts = split(*load("digits"), validation=0.1, size=1000)
+    >>> len(parts.train), len(parts.validation), len(parts.test)
+    (900, 100, 360)
     """
     if not 0 < validation < 1:
         raise ValueError(f"validation must be a fraction in (0, 1), got {validation}")
@@ -75,7 +100,15 @@ def split(
 
 
 def hold_out(data: TensorData, part: float | int, *, seed: int = 0) -> tuple[TensorData, TensorData]:
-    """The rest of a data set, and a stratified part of it, a fraction or a number of samples, by seed.
+    """The rest of a data set and a stratified part of it, in which each class has the share that it has in the whole.
+
+    Args:
+        data: whose targets are labels, ``(N,)`` int64.
+        part: its size, a fraction in (0, 1) or a number of samples.
+        seed: decides which.
+
+    Returns:
+        The rest, and the part; both in the order of the data.
 
     Raises:
         TypeError: targets that are no labels.
@@ -84,17 +117,32 @@ def hold_out(data: TensorData, part: float | int, *, seed: int = 0) -> tuple[Ten
 
     Warns:
         UserWarning: a class is so small that the part or the rest holds none of it.
+
+    >>> rest, part = hold_out(points("moons", 100, seed=0), 0.2)
+    >>> len(rest), len(part), part.y.bincount().tolist()
+    (80, 20, [10, 10])
     """
     rest, held_out = _stratified(data.y, part, seed)
     return data.subset(rest), data.subset(held_out)
 
 
 def subsample(data: TensorData, size: int, *, seed: int = 0) -> TensorData:
-    """``size`` samples of a data set, stratified, by seed.
+    """Some samples of a data set, stratified.
+
+    Args:
+        data: whose targets are labels, ``(N,)`` int64.
+        size: how many samples; all of them is the data set itself.
+        seed: decides which.
+
+    Returns:
+        The samples, in the order of the data.
 
     Raises:
-        TypeError: targets that are no labels.
+        TypeError: targets that are no labels, or a size that is no whole number.
         ValueError: the part or the rest would be smaller than the number of classes.
+
+    >>> subsample(points("moons", 100, seed=0), 10).y.bincount()
+    tensor([5, 5])
     """
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
         raise TypeError(f"size must be a number of samples, got {size!r}")
@@ -155,10 +203,23 @@ def _digits() -> TensorData:
 
 
 def points(name: str, size: int, seed: int) -> TensorData:
-    """Points of two classes in the plane, drawn by scikit-learn: "circles" (noise 0.05, factor 0.3) or "moons".
+    """Points of two classes in the plane, drawn by scikit-learn: two circles, one in the other, or two half moons.
+
+    Args:
+        name: "circles" (``make_circles``, noise 0.05, factor 0.3) or "moons" (``make_moons``, noise 0.05).
+        size: how many.
+        seed: of the draw.
+
+    Returns:
+        Points ``(size, 2)`` float32, and their classes.
 
     Raises:
         ValueError: another name.
+        ModuleNotFoundError: scikit-learn is not installed: ``pip install 'odenets[training]'``.
+
+    >>> data = points("moons", 50, seed=0)
+    >>> data.x.shape, data.y.bincount()
+    (torch.Size([50, 2]), tensor([25, 25]))
     """
     with needs("training"):
         from sklearn.datasets import make_circles, make_moons

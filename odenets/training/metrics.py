@@ -46,8 +46,14 @@ def accuracy(output: Any, y: Any) -> Tensor:
         output: logits ``(B, classes)``.
         y: classes ``(B,)``, or shares of the classes ``(B, classes)``.
 
+    Returns:
+        One number per sample; a label of -100, which counts for nothing in cross-entropy, is never right.
+
     Raises:
         TypeError, ValueError: outputs that are no logits, or no label for each.
+
+    >>> accuracy(torch.tensor([[2.0, 1.0], [0.5, 3.0], [1.0, 0.0]]), torch.tensor([0, 1, 1]))
+    tensor([1., 1., 0.])
     """
     output, y = logits_and_labels(output, y)
     return (output.argmax(1) == (y.argmax(1) if y.is_floating_point() else y)).float()

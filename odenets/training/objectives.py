@@ -50,9 +50,10 @@ def targets_of(batch: Any) -> Any:
 
 
 class Objective(StepCounter):
-    """What is minimized, a function of a network's output and of what was measured on its steps.
+    """What is minimized, a function of a network's output and of what is measured on its steps; to be derived from.
 
-    In a loop of one's own it is called with the network and a batch:
+    :class:`CrossEntropy`, :class:`Task` and :class:`odenets.least_action.LeastAction` are some. :func:`fit` takes one;
+    in a loop of one's own it is called with the network and a batch:
 
     >>> import odenets
     >>> network, objective = odenets.models.small_network(solver="euler", h=1.0, depth=2), CrossEntropy()
@@ -67,8 +68,11 @@ class Objective(StepCounter):
     restored.
 
     Attributes:
-        measures: the measures that the network is to record, by name.
-        group: the processes that share its batches; all of them if None.
+        measures: what the network is to record, by name: functions ``Step -> (B,)``, see :mod:`odenets.measures`.
+        group: the processes that share its batches, a torch.distributed group; all of them if None.
+
+    Raises:
+        TypeError: a subclass that defines ``forward``, which records and calls :meth:`loss`.
     """
 
     group: Any = None
@@ -89,14 +93,18 @@ class Objective(StepCounter):
     def forward(self, network: nn.Module, x: Any = _MISSING, y: Any = _MISSING, *rest: Any) -> Tensor:
         """The loss, a scalar to call ``backward`` on, of what the network records of the batch.
 
-        What counts the steps of the optimizer counts the last one first, see :meth:`after_step`. Forward hooks of the
+        What counts the steps of the optimizer, ``after_step``, is called for the last one first. Forward hooks of the
         network itself are not called, since ``record`` is: those of its parts are, and of a Recording around it.
 
         Args:
             network: a :class:`~odenets.Recorder`, or a :class:`~odenets.recording.Recording` of one in whatever wraps
                 it: ``DistributedDataParallel(Recording(network, objective.measures))``.
-            x: inputs, a tensor or a tuple ``(x, *args)``.
+            x: inputs, a tensor ``(B, *S)`` or a tuple ``(x, *args)``.
             y: targets.
+            rest: nothing; more arguments are refused.
+
+        Returns:
+            The loss, of no dimensions.
 
         Raises:
             TypeError: a network that records nothing or is wrapped without Recording, x and y exchanged, or no loss.
@@ -128,26 +136,35 @@ class Objective(StepCounter):
         return loss
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        """The loss, a scalar.
+        """The loss of a batch; what a subclass defines.
 
         Args:
             network: the network, in training mode.
-            batch: inputs and targets.
-            output: the network's output.
+            batch: inputs and targets, ``(inputs, targets)``.
+            output: the network's output, such as logits ``(B, classes)``.
             records: per measure ``(blocks, B)``.
+
+        Returns:
+            A scalar, the mean over the samples of the batch.
+
+        Raises:
+            NotImplementedError: a subclass does not define it.
         """
         self.check_records(records)
         raise NotImplementedError(f"{type(self).__name__} must override loss(self, network, batch, output, records)")
 
     def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        """What validation reports, a scalar, the task's, or :meth:`loss` where that is itself; arguments as there."""
+        """What validation reports, a scalar: that of :attr:`task`, or :meth:`loss` where that is the objective itself.
+
+        ``network``, ``batch``, ``output`` and ``records`` are as in :meth:`loss`.
+        """
         if self.task is not self:
             return self.task.validation_loss(network, batch, output, records)
         return self.loss(network, batch, output, records)
 
     @property
     def task(self) -> Objective:
-        """What is to be solved: the part without the cost of moving the data; itself where there is no cost."""
+        """What is to be solved, the part without the cost of moving the data; itself where there is no cost."""
         return self._modules.get("task", self)  # type: ignore[return-value]  # a subclass' attribute of that name
 
     @task.setter
@@ -159,10 +176,10 @@ class Objective(StepCounter):
         return {} if self.task is self else self.task.figures()
 
     def check_records(self, records: Mapping[str, Tensor]) -> None:
-        """That all measures are there.
+        """That ``records`` hold all measures.
 
         Raises:
-            TypeError: records are no mapping.
+            TypeError: they are no mapping.
             ValueError: a measure is missing.
         """
         if not isinstance(records, Mapping):
@@ -184,6 +201,10 @@ class Task(Objective):
 
     Raises:
         TypeError: no function, or an objective, which is a task already.
+
+    >>> from odenets.models import points_network
+    >>> x, y = torch.rand(8, 2), torch.rand(8, 1)
+    >>> loss = Task(F.mse_loss)(points_network(classes=1, depth=2), x, y)
     """
 
     def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
@@ -195,6 +216,12 @@ class Task(Objective):
         self.function = function
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """The function of ``output`` and the targets in ``batch``, a scalar; ``network`` and ``records`` play no part.
+
+        Raises:
+            TypeError, ValueError: the function returns no scalar tensor, or takes an output and targets of two shapes,
+                which it would spread out over pairs of samples.
+        """
         with refusing_pairs(output, targets := targets_of(batch), self.function):
             value = self.function(output, targets)
         _check_scalar(value, "function", self.function)
@@ -211,6 +238,10 @@ class CrossEntropy(Objective):
 
     Raises:
         ValueError: a share outside [0, 1).
+
+    >>> from odenets.models import points_network
+    >>> loss = CrossEntropy(label_smoothing=0.1)(points_network(depth=2), torch.rand(8, 2), torch.arange(8) % 2)
+    >>> loss.backward()
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -220,11 +251,18 @@ class CrossEntropy(Objective):
         self.label_smoothing = label_smoothing
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """The cross-entropy of logits ``output``, ``(B, classes)``, and the labels in ``batch``, a scalar.
+
+        ``network`` and ``records`` play no part.
+
+        Raises:
+            TypeError, ValueError: outputs that are no logits of two classes or more, or no label for each.
+        """
         output, y = logits_and_labels(output, targets_of(batch))
         return F.cross_entropy(output, y, label_smoothing=self.label_smoothing)
 
     def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        """Cross-entropy without label smoothing."""
+        """:meth:`loss` of ``network``, ``batch``, ``output`` and ``records`` without label smoothing."""
         return F.cross_entropy(*logits_and_labels(output, targets_of(batch)))
 
 
@@ -234,9 +272,22 @@ class ReverseCrossEntropy(Objective):
     The network of Pang et al. (2018) has outputs ``-z`` in training and is used with their negatives. Here z is
     the network's output throughout, so that the most likely class is its largest, as for any other classifier, and an
     attacker who differentiates it knows of the negation.
+
+    References:
+        Pang, Du, Dong, Zhu. Towards robust detection of adversarial examples. NeurIPS 2018.
+
+    >>> from odenets.models import points_network
+    >>> loss = ReverseCrossEntropy()(points_network(depth=2), torch.rand(8, 2), torch.arange(8) % 2)
     """
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """The loss of logits z, ``output`` ``(B, classes)``, and the classes in ``batch``, ``(B,)``, a scalar.
+
+        ``network`` and ``records`` play no part.
+
+        Raises:
+            TypeError, ValueError: outputs that are no logits of two classes or more, or labels that are no classes.
+        """
         output, y = logits_and_labels(output, targets_of(batch))
         if y.is_floating_point():
             raise ValueError(f"labels must be classes (B,), whole numbers, got shares of the classes {_shape(y)}")
@@ -244,7 +295,7 @@ class ReverseCrossEntropy(Objective):
         return -others.mean() / (output.shape[1] - 1)
 
     def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        """Cross-entropy, as for any other classifier."""
+        """Cross-entropy, as for any other classifier; ``network``, ``batch``, ``output``, ``records`` as for loss."""
         return F.cross_entropy(*logits_and_labels(output, targets_of(batch)))
 
 

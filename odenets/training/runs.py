@@ -54,7 +54,8 @@ def processor() -> str:
 class Run:
     """A run folder with ``config.json``, ``metrics.csv``, ``summary.json`` and checkpoints.
 
-    NaN and infinity are written as Python's json reads them.
+    ``fit(..., run=Run(folder, config, resume=True))`` goes on where it stood after it was killed. NaN and infinity are
+    written as Python's json reads them.
 
     Args:
         folder: where; made anew, or taken up with ``resume``.
@@ -65,6 +66,14 @@ class Run:
         TypeError: a configuration that is no mapping of plain values.
         FileExistsError: the folder holds a run and ``resume`` is false. Nothing in it is touched.
         ValueError: the run in the folder was made with another configuration.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     run = Run(Path(folder) / "first", {"seed": 0, "lr": 0.1})
+    ...     run.log([{"epoch": 1, "train_loss": 0.5}])
+    ...     run.finish({"accuracy": 0.9}, seeds=[0])
+    ...     sorted(path.name for path in run.folder.iterdir())
+    ['config.json', 'metrics.csv', 'summary.json']
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
@@ -99,11 +108,11 @@ class Run:
         return (self.folder / "summary.json").exists()
 
     def environment(self) -> dict[str, Any]:
-        """What the summary says about who computed it: :func:`environment`, to which a subclass may add."""
+        """What the summary says about who computed it: command, versions, device, threads; a subclass may add to it."""
         return environment()
 
     def log(self, rows: list[dict[str, Any]]) -> None:
-        """Write all rows logged so far, replacing the file atomically, so that it never disagrees with a checkpoint."""
+        """Write ``metrics.csv`` from all ``rows`` so far, atomically, so that it never disagrees with a checkpoint."""
         if not rows:
             return
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -112,7 +121,7 @@ class Run:
         self.write("metrics.csv", ("\n".join(lines) + "\n").encode())
 
     def save_state(self, state: dict[str, Any], name: str = "resume.pt") -> None:
-        """Write a resume state atomically: a kill leaves either the old one or the new one.
+        """Write a resume ``state`` under a ``name``, atomically: a kill leaves either the old one or the new one.
 
         NumPy's scalars, which a schedule may leave in it and which :meth:`load_state` does not trust, become Python's.
 
@@ -123,21 +132,21 @@ class Run:
         write_atomically(self.folder / name, lambda path: torch.save(loadable, path))
 
     def load_state(self, name: str = "resume.pt") -> dict[str, Any] | None:
-        """The last resume state, or None; nothing but tensors and plain values is unpickled."""
+        """The last resume state of this ``name``, on the CPU, or None; only tensors and plain values are unpickled."""
         path = self.folder / name
         if not path.exists():
             return None
         return torch.load(path, map_location="cpu", weights_only=True)
 
     def finish(self, results: Mapping[str, Any], *, seeds: list[int], started: float | None = None) -> None:
-        """Write ``summary.json``: results, seeds and :meth:`environment`."""
+        """Write ``summary.json``: ``results``, ``seeds``, :meth:`environment`, seconds since ``started`` (a time)."""
         summary = {"results": dict(results), "seeds": seeds, "environment": self.environment()}
         if started is not None:
             summary["seconds"] = time.time() - started
         self.write("summary.json", _json(summary))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file of the folder atomically."""
+        """Write a file of the folder, of this ``name`` with the bytes ``data``, atomically."""
         write_atomically(self.folder / name, data)
 
 

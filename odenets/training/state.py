@@ -32,10 +32,23 @@ NO_SETTINGS = ("params", "param_names", "initial_lr", "base_lrs", "foreach", "fu
 
 @dataclass
 class Training:
-    """A training run as callbacks see it.
+    """A training: what :func:`fit` returns, and what callbacks see of it; fit makes it.
+
+    ``odenets.plotting`` draws its ``rows``.
+
+    >>> from functools import partial
+    >>> import torch
+    >>> from odenets.models import points_network
+    >>> from odenets.training import fit
+    >>> batches = [(torch.rand(8, 2), torch.arange(8) % 2)]
+    >>> training = fit(points_network(depth=2), batches, epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1))
+    >>> training.epoch, training.rows[-1]["learning_rate"], type(training.optimizer).__name__
+    (2, 0.1, 'SGD')
 
     Attributes:
-        network, optimizer, lr_scheduler: being trained; the network is a module and a :class:`~odenets.Recorder`.
+        network: being trained, a module and a :class:`~odenets.Recorder`.
+        optimizer: of its parameters.
+        lr_scheduler: of the optimizer; None without one.
         objective: what is minimized.
         epoch: epochs completed.
         rows: one dictionary of metrics per completed epoch.
