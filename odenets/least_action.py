@@ -8,7 +8,11 @@ its relaxation.
 >>> objective = LeastAction(lambda0=1.0, tau=0.1, every=5)
 >>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
 >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=2)
->>> loss = objective(network, x, y)
+>>> loss = objective(network, x, y)  # in a loop of one's own; or odenets.training.fit(..., objective=objective)
+>>> loss = ActionPenalty(0.1)(network, x, y)  # the relaxation
+>>> output, records = network.record(x, action=odenets.measures.action)
+>>> Cost("action")(records) == records["action"].sum(0).mean()
+tensor(True)
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ class Cost:
         }[kind]
 
     def __call__(self, records: Mapping[str, Tensor]) -> Tensor:
-        """The cost of a batch from its records, a scalar; the measure ``(blocks, B)`` has the kind's name."""
+        """The cost of a batch, a scalar; its ``records`` hold the measure ``(blocks, B)`` by the kind's name."""
         values = records[self.kind]
         if self.kind != "norm":
             return values.sum(0).mean()
@@ -85,17 +89,21 @@ class _WithCost(Objective):
 
     @property
     def needs_second_forward(self) -> bool:
+        """Whether the task does."""
         return self.task.needs_second_forward
 
     @property
     def counts_steps(self) -> bool:
+        """Whether the task does."""
         return self.task.counts_steps
 
     @property
     def keeps_batch(self) -> bool:
+        """Whether the task does."""
         return self.task.keeps_batch
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
+        """That of the task, with the ``network`` and the ``batch``."""
         self.task.after_step(network, batch)
 
     def extra_repr(self) -> str:
@@ -107,10 +115,11 @@ class ActionPenalty(_WithCost):
 
     Args:
         weight: of the cost, not negative.
-        task: what is to be solved; cross-entropy if not given.
+        task: what is to be solved, L; cross-entropy if not given.
         cost, p: kind and exponent of the :class:`Cost`.
 
     Raises:
+        TypeError: a weight that is no number, or a task that is no objective.
         ValueError: a weight that is negative or not finite, or what :class:`Cost` raises.
     """
 
@@ -125,24 +134,28 @@ class ActionPenalty(_WithCost):
         self.weight = weight
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """The task's loss of ``network``, ``batch``, ``output`` and ``records``, and the weighted cost, a scalar."""
         self.check_records(records)
         return self.task.loss(network, batch, output, records) + self.weight * self.cost(records)
 
     def extra_repr(self) -> str:
+        """Weight and kind of the cost."""
         return f"weight={self.weight:g}, {super().extra_repr()}"
 
 
 class LeastAction(_WithCost):
     """``L + C / lambda``, where every s steps ``lambda += tau * L`` [K24, eq. 19 and Algorithm 1].
 
-    The cost C is a mean over features, see :class:`Cost`: with D of them, lambda is that of [K24] divided by D.
+    The cost weighs much at first and the less the longer the task is not solved. The cost C is a mean over features,
+    see :class:`Cost`: with D of them, lambda is that of [K24] divided by D.
+
     The objective counts the steps of one training; in another it goes on from its lambda. :func:`odenets.training.fit`
     tells it of each step, and in a loop of one's own it notices them: before the next loss, or when its state is asked
-    for; until then :attr:`multiplier` is that of before the step. The step of any optimizer of torch that holds weights
+    for; until then ``multiplier`` is that of before the step. The step of any optimizer of torch that holds weights
     of the network counts once, however many losses it takes (LBFGS, which so minimizes with one lambda), and one that
     ``GradScaler`` skips does not. Steps that are written by hand, and optimizers of copies of the weights, need a call
     of :meth:`after_step` each; without it there is a warning. In eval mode, without gradients, and where
-    :mod:`torch.func` differentiates, it changes nothing. Any other loss is one of training: validate, attack and
+    ``torch.func`` differentiates, it changes nothing. Any other loss is one of training: validate, attack and
     compare in eval mode or without gradients, or "before" takes the first such loss for that of the step.
 
     Args:
@@ -167,6 +180,7 @@ class LeastAction(_WithCost):
             processes, it does not grow.
 
     Raises:
+        TypeError: a task that is no objective.
         ValueError: arguments out of range.
     """
 
@@ -201,6 +215,7 @@ class LeastAction(_WithCost):
 
     @eagerly
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
+        """The task's loss of ``network``, ``batch``, ``output``, ``records``, with the cost, a scalar."""
         self.check_records(records)
         training = torch.is_grad_enabled() and self.training and unwrapped(network).training and self._may_grow
         if training:
@@ -215,7 +230,7 @@ class LeastAction(_WithCost):
         return loss
 
     def after_step(self, network: nn.Module, batch: Batch) -> None:
-        """Count the step; with ``update="after"`` let lambda grow by the loss of the new weights."""
+        """Count the step of a ``batch``; with ``update="after"`` lambda grows by its loss of the ``network`` now."""
         if self.update == "after" and self._due:
             with torch.no_grad(), keeping_state(network):
                 output, records = record(network, batch[0], self.task.measures)
@@ -226,14 +241,17 @@ class LeastAction(_WithCost):
 
     @property
     def needs_second_forward(self) -> bool:
+        """Whether :meth:`after_step` calls the network after the coming step, as ``update="after"`` does every s-th."""
         return super().needs_second_forward or (self.update == "after" and self._due)
 
     @property
     def counts_steps(self) -> bool:
+        """True."""
         return True
 
     @property
     def keeps_batch(self) -> bool:
+        """Whether :meth:`after_step` reads the batch."""
         return self.needs_second_forward or super().keeps_batch
 
     @property
@@ -275,16 +293,20 @@ class LeastAction(_WithCost):
         self.multiplier += torch.where(growth.isfinite(), growth, 0)
 
     def figures(self) -> dict[str, float]:
+        """Lambda, and what the task shows."""
         return super().figures() | {"lambda": self.multiplier.item()}
 
     def extra_repr(self) -> str:
+        """Lambda, how it grows, and the kind of the cost."""
         value = "" if self.multiplier.is_meta else f"lambda={self.multiplier.item():g}, "
         return f"{value}tau={self.tau:g}, every={self.every}, update={self.update!r}, {super().extra_repr()}"
 
     def get_extra_state(self) -> Tensor:
+        """Steps counted, for ``state_dict``."""
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Take up the ``state`` of :meth:`get_extra_state`."""
         self.steps, self._changed_in = int(state), -1
         self.end_step()
 

@@ -1,4 +1,20 @@
-"""Adaptive depth: the embedded errors of Runge-Kutta blocks add and remove blocks [K24, section 6.2]."""
+"""Adaptive depth: the embedded errors of Runge-Kutta blocks add and remove blocks [K24, section 6.2].
+
+As a solver refines its steps where their error is large, a network gets blocks where theirs is: :class:`AdaptiveDepth`
+does so between the epochs of a training, :func:`adapt_depth` once, by a :class:`DepthRule`.
+
+>>> from functools import partial
+>>> import torch
+>>> from odenets.depth import AdaptiveDepth, DepthRule
+>>> from odenets.models import points_network
+>>> from odenets.training import Batches, fit, points
+>>> train, inputs = Batches(points("moons", 60, seed=0), 20, seed=0), Batches(points("moons", 60, seed=1), 60).inputs
+>>> network = points_network(solver="bs23", total_time=1.0, depth=2)
+>>> adaptive = AdaptiveDepth(DepthRule(tolerance=1e-9, max_depth=6), inputs)
+>>> training = fit(network, train, epochs=2, optimizer=partial(torch.optim.Adam, lr=0.01), callbacks=[adaptive])
+>>> [row["depth"] for row in training.rows], network.depth  # in the two epochs, and after them
+([2, 4], 6)
+"""
 
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine

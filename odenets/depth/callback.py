@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from odenets.depth.edits import adapt_depth, not_finite_weights, refine
-from odenets.depth.rule import DepthRule, flow_network
+from odenets.depth.edits import adapt_depth, check_makers, not_finite_weights, refine
+from odenets.depth.rule import DepthRule, check_rule, flow_network
 
 if TYPE_CHECKING:
     from odenets.training.state import Training
@@ -17,16 +17,22 @@ __all__ = ["AdaptiveDepth"]
 
 
 class AdaptiveDepth:
-    """A training callback: apply a :class:`DepthRule` between epochs; every edit is written into the epoch's row.
+    """A callback of :func:`odenets.training.fit`: apply a :class:`DepthRule` between epochs.
 
-    Where an epoch diverges, every block counts as too large: each is duplicated, and the epoch is trained again.
+    Errors and edits are written into the epoch's row, ``row["errors"]`` and ``row["edits"]``, as text. Where an epoch
+    diverges, every block counts as too large: each is duplicated, and the epoch is trained again.
 
     Args:
-        rule: the rule.
-        inputs: makes the validation inputs anew at each call.
+        rule: when to add and remove blocks.
+        inputs: a function that makes the validation inputs anew at each call, an iterable of tensors ``(B, ...)``, such
+            as ``Batches(data, 100).inputs``.
         every: epochs between two checks.
         until: no check after this epoch, so that the last edits are trained; None checks to the end.
-        recalibration: makes inputs for batch norms, see :func:`adapt_depth`.
+        recalibration: a function that makes inputs for batch norms, see :func:`adapt_depth`.
+
+    Raises:
+        TypeError: no :class:`DepthRule`, or no functions.
+        ValueError: ``every`` below 1.
     """
 
     recovers = True
@@ -41,6 +47,8 @@ class AdaptiveDepth:
         until: int | None = None,
         recalibration: Callable[[], Iterable[Tensor]] | None = None,
     ) -> None:
+        check_rule(rule)
+        check_makers(inputs=inputs, recalibration=recalibration or inputs)
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.rule, self.inputs, self.every, self.until = rule, inputs, every, until
@@ -48,7 +56,7 @@ class AdaptiveDepth:
         self._notes: list[str] = []
 
     def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
-        """Check, edit, and note errors and edits in the row."""
+        """Check and edit the network of the ``training``, and note errors and edits in the ``row``."""
         network = flow_network(training.network)
         notes, self._notes = self._notes, []
         if training.epoch % self.every == 0 and (self.until is None or training.epoch <= self.until):
@@ -59,7 +67,10 @@ class AdaptiveDepth:
         row["edits"] = "; ".join(notes)
 
     def on_divergence(self, training: Training) -> bool:
-        """Duplicate every block that the caps allow; nothing where weights are not finite, which it would not mend."""
+        """Duplicate every block that the caps allow, and say of the ``training`` whether that may help.
+
+        Nothing where weights are not finite, which it would not mend.
+        """
         network = flow_network(training.network)
         if not_finite_weights(network):
             return False

@@ -15,17 +15,20 @@ from torch.optim import Optimizer
 from odenets import measures
 from odenets.blocks import Block
 from odenets.depth.optimizers import adopt_copy, follow_network
-from odenets.depth.rule import DepthRule, block_errors, flow_network, plan
+from odenets.depth.rule import DepthRule, block_errors, check_rule, flow_network, inputs_of, plan
 from odenets.flow import Flow
 from odenets.network import Network
 from odenets.neural_ode import NeuralODE
 from odenets.normalization import StageBatchNorm, recalibrate
 
-__all__ = ["DepthReport", "Edit", "adapt_depth", "not_finite_weights", "refine"]
+__all__ = ["DepthReport", "Edit", "adapt_depth", "check_makers", "not_finite_weights", "refine"]
 
 
 class Edit(NamedTuple):
-    """One change of depth.
+    """One change of depth; as text, a line to read.
+
+    >>> print(Edit("duplicate", flow=0, block=2, error=0.03, h=(0.5, 0.25)))
+    flow 0 block 2: duplicated, error 0.03, h 0.5 -> 0.25
 
     Attributes:
         kind: "duplicate", "merge" or "undo" (a merge that breaks the tolerance is taken back).
@@ -51,6 +54,9 @@ class Edit(NamedTuple):
 class DepthReport:
     """The result of :func:`adapt_depth`.
 
+    >>> DepthReport(errors=[[0.02, 0.001]], edits=[], evaluations=400).errors[0][1]  # of flow 0, block 1
+    0.001
+
     Attributes:
         errors: the errors that decided, one list per flow.
         edits: the edits, in order.
@@ -64,62 +70,69 @@ class DepthReport:
 
 def adapt_depth(
     network: Network,
-    batches: Callable[[], Iterable[Tensor]],
+    inputs: Callable[[], Iterable[Tensor]],
     rule: DepthRule,
     optimizer: Optimizer | None = None,
     *,
     recalibration: Callable[[], Iterable[Tensor]] | None = None,
 ) -> DepthReport:
-    """Apply the rule once to every flow of a network.
+    """Apply the rule once to every flow: blocks with a large error are duplicated, those with a small one merged.
 
     All edits are decided on one snapshot of the errors; the network is then measured again, and a merge after which
     the block's error exceeds the tolerance is taken back (the "redo" of [K24, A.3]). Merges never cross a flow.
 
     Args:
         network: changed in place. Its first and last blocks stay; a flow keeps at least one block and its total time.
-        batches: makes the validation inputs anew at each call.
-        rule: the rule.
+        inputs: a function that makes the validation inputs anew at each call, an iterable of tensors ``(B, ...)``, such
+            as ``Batches(data, 100).inputs``.
+        rule: when to add and remove blocks.
         optimizer: its state follows the blocks: a copy gets its original's momentum or moments, a block that goes
             takes its state along, and the parameters of each group end up in the network's order.
-        recalibration: makes inputs on which batch norms are recalibrated after an edit, and before the errors are
-            measured; if not given, those of ``batches``.
+        recalibration: a function that makes inputs on which batch norms are recalibrated after an edit, and before the
+            errors are measured; if not given, those of ``inputs``.
 
     Returns:
-        :class:`DepthReport`: errors, a readable list of edits, and what the checks cost.
+        The errors, a readable list of edits, and what the checks cost.
 
     Copies of the network that were taken before, such as averages of its weights, keep the depth that they have: take
     them anew. After an error nothing is edited.
 
     Raises:
-        TypeError: another network.
+        TypeError: another network, no :class:`DepthRule`, or no function that makes tensors.
         ValueError: a flow is a neural ODE, shared or used twice, or its method has no embedded error; weights are not
-            finite, which no step size mends; or the optimizer keeps state that is not of one parameter (LBFGS).
+            finite, which no step size mends; the optimizer keeps state that is not of one parameter (LBFGS); or no
+            batch.
+
+    >>> from odenets.models import points_network
+    >>> network = points_network(solver="bs23", total_time=1.0, depth=3)
+    >>> report = adapt_depth(network, lambda: [torch.rand(50, 2)], DepthRule(tolerance=1e-9))
+    >>> network.depth, [edit.kind for edit in report.edits], round(sum(network.h), 6)
+    (6, ['duplicate', 'duplicate', 'duplicate'], 1.0)
     """
-    network = _checked(network, optimizer)
-    for name, make in {"batches": batches, "recalibration": recalibration or batches}.items():
-        if not callable(make):
-            raise TypeError(f"{name} must be a function that makes inputs anew at each call, got {type(make).__name__}")
+    network = _checked(network, optimizer, rule)
+    makers = {"inputs": inputs, "recalibration": recalibration or inputs}
+    check_makers(**makers)
     spent = 0
 
-    def counted(inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    def counted(name: str) -> Iterator[Tensor]:
         nonlocal spent
         before = spent
-        for x in inputs:
+        for x in inputs_of(makers[name](), name):
             spent += len(x) * sum(flow.evaluations_per_pass(closing=True) for flow in network.flows)
             yield x
         if spent == before:
-            raise ValueError("batches and recalibration must make at least one batch of inputs at each call")
+            raise ValueError("inputs and recalibration must make at least one batch of inputs at each call")
 
     def renew() -> None:
-        recalibrate(network, counted((recalibration or batches)()), lambda x: network.record(x, error=measures.error))
+        recalibrate(network, counted("recalibration"), lambda x: network.record(x, error=measures.error))
 
     renew()
-    errors = block_errors(network, counted(batches()), rule.norm)
+    errors = block_errors(network, counted("inputs"), rule.norm)
     with _editing(network, optimizer):
         edits, merges = _edit(network, errors, rule, optimizer)
         if merges:
             renew()
-            after = block_errors(network, counted(batches()), rule.norm)
+            after = block_errors(network, counted("inputs"), rule.norm)
             for merge in reversed(merges):  # from the last on, so that positions stay valid
                 error = after[merge.edit.flow][list(merge.flow.blocks).index(merge.block)]
                 if not error <= rule.tolerance:
@@ -132,17 +145,42 @@ def adapt_depth(
 def refine(network: Network, rule: DepthRule, optimizer: Optimizer | None = None) -> list[Edit]:
     """Duplicate every block that the caps allow, as if all errors were too large; what to do when training diverges.
 
+    Args:
+        network: changed in place: twice as many blocks with half of their step sizes each.
+        rule: its largest depth and smallest step size.
+        optimizer: its state follows the blocks, as for :func:`adapt_depth`.
+
+    Returns:
+        The edits; none where the caps allow none.
+
     Raises:
         TypeError, ValueError: as for :func:`adapt_depth`.
+
+    >>> from odenets.models import points_network
+    >>> network = points_network(solver="bs23", total_time=1.0, depth=2)
+    >>> print(*refine(network, DepthRule(tolerance=1e-3)), sep=", ")
+    flow 0 block 0: duplicated, error inf, h 0.5 -> 0.25, flow 0 block 1: duplicated, error inf, h 0.5 -> 0.25
     """
-    network = _checked(network, optimizer)
+    network = _checked(network, optimizer, rule)
     with _editing(network, optimizer):
         return _edit(network, [[math.inf] * flow.depth for flow in network.flows], rule, optimizer)[0]
 
 
-def _checked(network: nn.Module, optimizer: Optimizer | None) -> Network:
-    """The network, if its blocks can be edited."""
+def check_makers(**makers: object) -> None:
+    """That some arguments are functions that make inputs.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, make in makers.items():
+        if not callable(make):
+            raise TypeError(f"{name} must be a function that makes inputs anew at each call, got {type(make).__name__}")
+
+
+def _checked(network: nn.Module, optimizer: Optimizer | None, rule: object) -> Network:
+    """The network, if its blocks can be edited by the rule."""
     network = flow_network(network)
+    check_rule(rule)
     for i, flow in enumerate(network.flows):
         if isinstance(flow, NeuralODE) or flow.shared:
             raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")

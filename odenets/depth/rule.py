@@ -16,7 +16,7 @@ K merges more blocks with ReLU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -30,20 +30,23 @@ from odenets.network import Network
 from odenets.neural_ode import NeuralODE
 from solvers import Step
 
-__all__ = ["DepthRule", "block_errors", "flow_network", "plan"]
+__all__ = ["DepthRule", "block_errors", "check_rule", "flow_network", "inputs_of", "plan"]
 
 
 @dataclass(frozen=True)
 class DepthRule:
-    """When to change the depth.
+    """When to change the depth: a block is duplicated above the tolerance, and merged with the next far below it.
 
     Attributes:
         tolerance: eps, the largest error of a block.
         K: merge below ``tolerance / K``; what doubling h multiplies the error of a block by, or more. For tied BS23
             blocks that is 8 with smooth fields, and 5.5 to 5.8 with ReLU; 3 suits untied ones, for which it is 2.
         max_depth: largest number of blocks per flow.
-        min_h: smallest step size.
+        min_h: smallest step size, in the units of the flow's time.
         norm: "rms" over the features, independent of the dimension, or "raw" for the 2-norm of [K24].
+
+    Raises:
+        ValueError: numbers out of range, or an unknown norm.
     """
 
     tolerance: float
@@ -67,10 +70,10 @@ class DepthRule:
 
 @torch.no_grad()
 def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms") -> list[list[float]]:
-    """Mean embedded error of every block on ``batches``, in eval mode; the modes of its modules are restored.
+    """Mean embedded error of every block on some inputs, in eval mode; the modes of its modules are restored.
 
     Args:
-        network: a network of discrete flows whose method has an embedded error.
+        network: a network of discrete flows whose method has an embedded error, such as "bs23".
         batches: inputs, each ``(B, ...)``, taken to the network's device and dtype.
         norm: "rms" over the features of a sample, or "raw", their 2-norm.
 
@@ -78,10 +81,15 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
         One list per flow, one error per block; infinite where any sample's is not finite.
 
     Raises:
-        TypeError: another network, or one tensor in place of batches.
+        TypeError: another network, or one tensor, or pairs, in place of batches of inputs.
         ValueError: no batch, another norm, a neural ODE or a flow without embedded error, or batch norms that have
             statistics of some stages only: training does not take the closing stage, which the error reads, so that
             they are to be recalibrated before.
+
+    >>> from odenets.models import points_network
+    >>> network = points_network(solver="bs23", total_time=1.0, depth=3)
+    >>> [len(flow) for flow in block_errors(network, [torch.rand(50, 2)])]
+    [3]
     """
     network = flow_network(network)
     if norm not in ("rms", "raw"):
@@ -89,11 +97,9 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
     for i, flow in enumerate(network.flows):
         if isinstance(flow, NeuralODE):
             raise ValueError(f"flow {i} is a neural ODE: its steps are no blocks")
-    if isinstance(batches, Tensor):
-        raise TypeError("batches must hold inputs, tensors (B, ...), got one tensor: pass [x]")
     errors, starts = [], (0,)
     with evaluating(network):
-        for x in batches:
+        for x in inputs_of(batches, "batches"):
             _, records = network.record(inputs_for(network, x), error=_raw_error if norm == "raw" else measures.error)
             errors.append(records["error"])
             starts = records.starts
@@ -116,8 +122,19 @@ def plan(errors: Sequence[float], h: Sequence[float], rule: DepthRule) -> list[L
 
     A block marked "merge" absorbs the next one, which is marked "keep" and not looked at again.
 
+    Args:
+        errors: of the blocks, as :func:`block_errors` measures them; not finite counts as too large.
+        h: their step sizes.
+        rule: when to duplicate and to merge.
+
+    Returns:
+        A decision per block.
+
     Raises:
         ValueError: errors and h are not of one length.
+
+    >>> plan([5e-3, 5e-4, 1e-5, 1e-5], h=[0.25] * 4, rule=DepthRule(tolerance=1e-3))
+    ['duplicate', 'keep', 'merge', 'keep']
     """
     if len(errors) != len(h):
         raise ValueError(f"errors and h must hold a number per block, got {len(errors)} and {len(h)}")
@@ -136,6 +153,31 @@ def plan(errors: Sequence[float], h: Sequence[float], rule: DepthRule) -> list[L
             decisions[m] = "merge"  # which may be taken back: what it frees is free in the next round
             absorbed = True
     return decisions
+
+
+def inputs_of(batches: Iterable[Tensor], name: str) -> Iterator[Tensor]:
+    """Batches of inputs, if they are tensors.
+
+    Raises:
+        TypeError: they are one tensor, or pairs.
+    """
+    must = f"{name} must hold inputs, tensors (B, *S), got"
+    if isinstance(batches, Tensor):
+        raise TypeError(f"{must} one tensor: pass [x]")
+    for x in batches:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{must} a {type(x).__name__}: give (x for x, y in batches)")
+        yield x
+
+
+def check_rule(rule: object) -> None:
+    """That a rule is one.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(rule, DepthRule):
+        raise TypeError(f"rule must be a DepthRule, such as DepthRule(tolerance=1e-3), got {rule!r}")
 
 
 def flow_network(network: nn.Module) -> Network:

@@ -24,3 +24,8 @@ def test_a_network_without_flows_is_refused():
     training = SimpleNamespace(network=adapt(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))))
     with pytest.raises(TypeError, match="whose flows can be edited"):
         AdaptiveDepth(DepthRule(1.0), lambda: [X]).after_epoch(training, {})
+
+
+def test_inputs_are_made_by_a_function():
+    with pytest.raises(TypeError, match=r"inputs must be a function that makes inputs .* got list"):
+        AdaptiveDepth(DepthRule(1.0), [X])

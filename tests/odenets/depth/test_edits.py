@@ -9,7 +9,7 @@ from torch import nn
 
 from odenets import ConvField, Flow, MLPField, Network
 from odenets.checkpoints import load_weights, save_weights
-from odenets.depth import DepthRule, adapt_depth, block_errors, refine
+from odenets.depth import AdaptiveDepth, DepthRule, adapt_depth, block_errors, refine
 from tests.odenets.depth.networks import X, check_alignment, network, train
 
 
@@ -148,15 +148,26 @@ def of_one_flow(field, **options):
 
 
 @pytest.mark.parametrize(
-    ("make", "batches", "error", "message"),
+    ("make", "inputs", "error", "message"),
     [
         (twice, lambda: [X], ValueError, "uses a flow or a block twice"),
         (lambda: of_one_flow(MLPField(3), depth=2, shared=True), lambda: [X], ValueError, "flow 0 has one field for"),
         (lambda: of_one_flow(MLPField(3), solver="euler"), lambda: [X], ValueError, "no embedded error"),
         (lambda: nn.Linear(3, 3), lambda: [X], TypeError, "got Linear"),
-        (network, [X], TypeError, "batches must be a function .* got list"),
+        (network, [X], TypeError, "inputs must be a function .* got list"),
+        (network, lambda: X, TypeError, r"inputs must hold .* one tensor: pass \[x\]"),
+        (network, lambda: [(X, X[:, 0])], TypeError, "inputs must hold inputs, .* got a tuple"),
     ],
 )
-def test_what_cannot_be_edited_is_named(make, batches, error, message):
+def test_what_cannot_be_edited_is_named(make, inputs, error, message):
     with pytest.raises(error, match=message):
-        adapt_depth(make(), batches, DepthRule(1.0))
+        adapt_depth(make(), inputs, DepthRule(1.0))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [adapt_depth, lambda net, inputs, rule: refine(net, rule), lambda net, inputs, rule: AdaptiveDepth(rule, inputs)],
+)
+def test_a_tolerance_alone_is_no_rule(use):
+    with pytest.raises(TypeError, match=r"rule must be a DepthRule, .* got 0.1"):
+        use(network(), lambda: [X], 0.1)
