@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: adaptive-depth circles neural-ode test test-all docs benchmarks clean
+.PHONY: adaptive-depth circles neural-ode test test-all docs pages benchmarks clean
 
 adaptive-depth: .venv/installed
 	$(BIN)/python experiments/adaptive_depth.py --resume $(ARGS)
@@ -33,6 +33,10 @@ benchmarks: .venv/installed
 	$(BIN)/pip install --quiet --no-deps torchode torchtyping
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-min-rounds=3 --benchmark-json=.benchmarks/run.json --benchmark-quiet
 	$(BIN)/python -m benchmarks.table .benchmarks/run.json
+
+# docs/experiments, docs/reproduction.md, docs/benchmarks.md and experiments/README.md, from templates and results
+pages: .venv/installed
+	PYTHONPATH=.:experiments $(BIN)/python -m lab.pages
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

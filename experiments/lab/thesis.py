@@ -9,11 +9,12 @@ from typing import Any
 
 from lab.statistics import Interval
 
-__all__ = ["beside_thesis", "thesis"]
+__all__ = ["beside_thesis", "tables_of_thesis", "thesis"]
 
 
 @cache
-def _tables() -> dict[str, dict[str, Any]]:
+def tables_of_thesis() -> dict[str, dict[str, Any]]:
+    """All that is written down, by table or section."""
     return json.loads(Path(__file__).with_name("thesis.json").read_text())
 
 
@@ -23,7 +24,7 @@ def thesis(table: str, row: str | int, column: str) -> Any:
     >>> thesis("9", 8, "TRGL"), f"{thesis('11', 1000, 'sequential TRGL'):.2f}", thesis("9", 8, "TRGL*")
     (48, '51.34 ± 0.90', None)
     """
-    cells = _tables().get(table, {"columns": (), "rows": ()})
+    cells = tables_of_thesis().get(table, {"columns": (), "rows": ()})
     rows: dict[str, Any] = {str(name): values for name, *values in cells["rows"]}
     value = dict(zip(cells["columns"][1:], rows.get(str(row), ()), strict=False)).get(column)
     return Interval(*value, n=cells["runs"]) if isinstance(value, list) else value

@@ -1,0 +1,70 @@
+"""Markdown of pages: paragraphs, tables in two directions, figures, and files that become a section."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lab import evidence, tables
+
+__all__ = ["figure", "filled", "pivot", "section"]
+
+WIDTH = 120
+TOGETHER = "\0±\0"
+"""An interval, of which no line ends within."""
+
+
+def filled(text: str) -> str:
+    """Markdown whose paragraphs and lists fill their lines, and whose wide tables are not padded."""
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
+    parts[::2] = ["\n\n".join(_block(block) for block in re.split(r"\n\s*\n", part.strip("\n"))) for part in parts[::2]]
+    return re.sub(r"\n{3,}", "\n\n", "\n\n".join(parts)).strip() + "\n"
+
+
+def _block(block: str) -> str:
+    lines = [line.rstrip() for line in block.splitlines()]
+    if block.startswith("|"):
+        if max(map(len, lines)) > WIDTH:
+            lines = [re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", line)) for line in lines]
+        return "\n".join(lines)
+    if re.match(r"#|!\[|<!--", block):
+        return "\n".join(lines)
+    items = re.split(r"\n(?=(?:-|\d+\.) )", block.replace(" ± ", TOGETHER))
+    return "\n".join(
+        textwrap.fill(
+            " ".join(item.split()), WIDTH, break_long_words=False, break_on_hyphens=False,
+            subsequent_indent=" " * len(m[0] if (m := re.match(r"(?:-|\d+\.) ", item)) else ""),
+        )
+        for item in items
+    ).replace(TOGETHER, " ± ")  # fmt: skip
+
+
+def pivot(rows: Iterable[Mapping[str, Any]], down: str, across: str, format: str, corner: str = "") -> str:
+    """A table whose lines are the values of one field and whose columns are those of another."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(row[down], {corner: row[down]})[Path(str(row[across])).stem] = format.format_map(row)
+    columns: dict[str, str | Callable[[Mapping[str, Any]], object]] = {}
+    for name in dict.fromkeys(name for line in lines.values() for name in line):
+        columns[name] = lambda line, name=name: line.get(name, "")
+    return tables.table(lines.values(), columns)
+
+
+def figure(result: str, name: str, alt: str) -> str:
+    """A committed figure, with words that say what is seen; FileNotFoundError where there is none."""
+    path = f"experiments/results/{result}/figures/{name}.png"
+    if not (evidence.ROOT / path).exists():
+        raise FileNotFoundError(f"figure must name a committed figure, got {path}")
+    return f"![{' '.join(alt.split())}](../../{path})"
+
+
+def section(name: str, title: str) -> str:
+    """A file of ``benchmarks/results`` as a section: its headings one level down, its links from here."""
+    text = (evidence.ROOT / f"benchmarks/results/{name}.md").read_text()
+    text = re.sub(r"\A# .*\n", "", text)
+    text = re.sub(r"^#", "##", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\(([\w.]+)\)", r"](../benchmarks/results/\1)", text)
+    return f"## {title}\n\n{text.strip()}"

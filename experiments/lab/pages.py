@@ -1,0 +1,136 @@
+"""The pages on the experiments, written from templates and committed results, so that no figure is typed.
+
+    make pages
+
+``experiments/pages`` holds a template for every page, in Markdown with expressions of Jinja that quote rows of results
+(:mod:`lab.evidence`), figures of [K24] (:mod:`lab.thesis`) and verdicts on both (:mod:`lab.reproduction`). Written are
+``docs/experiments/*.md``, ``docs/reproduction.md``, ``docs/benchmarks.md``, ``experiments/README.md`` and, between two
+comments, the table of results in ``README.md``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lab import evidence, markdown, tables
+from lab.markdown import filled
+from lab.reproduction_tables import compared, counts, headlines, not_run
+from lab.statistics import Interval
+from lab.thesis import thesis
+
+__all__ = ["EXPERIMENTS", "main", "pages"]
+
+EXPERIMENTS = (
+    "circles", "small_data", "action_and_accuracy", "no_batchnorm", "decode", "module_wise", "module_depth",
+    "module_memory", "detection", "detection_mnist", "detection_cifar10", "detection_adaptive", "action_histogram",
+    "adaptive_depth", "neural_ode",
+)  # fmt: skip
+"""Templates of experiments, in the order of the contents."""
+TEMPLATES = evidence.ROOT / "experiments/pages"
+MADE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
+MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
+
+
+def pages() -> dict[Path, str]:
+    """The text of every page by its path."""
+    written = {Path(f"docs/experiments/{name}.md"): _experiment(name) for name in EXPERIMENTS}
+    contents = [_contents(name) for name in EXPERIMENTS]
+    for name, path, up in (
+        ("index", "docs/experiments/index.md", ""),
+        ("README", "experiments/README.md", "../docs/experiments/"),
+        ("reproduction", "docs/reproduction.md", "experiments/"),
+        ("benchmarks", "docs/benchmarks.md", ""),
+    ):
+        rows = [row | {"link": f"[{row['title']}]({up}{row['name']}.md)"} for row in contents]
+        written[Path(path)] = MADE.format(name) + filled(
+            _environment().get_template(f"{name}.md").render(contents=rows)
+        )
+    readme = (evidence.ROOT / "README.md").read_text()
+    if all(mark in readme for mark in MARKS):
+        before, rest = readme.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        written[Path("README.md")] = f"{before}{MARKS[0]}\n\n{headlines()}\n\n{MARKS[1]}{after}"
+    return written
+
+
+def main() -> None:
+    """Write the pages that are not as they should be."""
+    for path, text in pages().items():
+        place = evidence.ROOT / path
+        if not place.exists() or place.read_text() != text:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+            print(f"{path} is written", file=sys.stderr)
+
+
+def _experiment(name: str) -> str:
+    module: Any = _environment().get_template(f"{name}.md").module
+    parts = [
+        f"# {module.title}",
+        str(module.question),
+        f"**Answer.** {module.answer}",
+        f"```sh\n{_command(module)}\n```",
+        str(module),
+        "## Runs",
+        _runs(module.results),
+    ]
+    return MADE.format(name) + filled("\n\n".join(parts))
+
+
+def _command(module: Any) -> str:
+    return getattr(module, "command", None) or evidence.command(module.results[0])
+
+
+def _contents(name: str) -> dict[str, str]:
+    """The row of an experiment in the contents."""
+    module: Any = _environment().get_template(f"{name}.md").module
+    words = {key: " ".join(str(getattr(module, key)).split()) for key in ("title", "question", "answer")}
+    return words | {"name": name, "command": f"`{_command(module)}`", "minutes": evidence.minutes(module.results[0])}
+
+
+def _runs(results: Iterable[str]) -> str:
+    """How the results of a page were made, and where they are."""
+    rows, machines = [], []
+    for result in results:
+        run = evidence.environment(result)
+        link = f"[`{result}`](../../experiments/results/{result}/table.md)"
+        seeds = max(len(run["seeds"]), evidence.config(result).get("instances", 0))
+        row = {"result": link, "command": f"`{evidence.command(result)}`", "minutes": evidence.minutes(result)}
+        rows.append(row | {"seeds": seeds or None, "commit": f"`{run['commit'][:7]}`" if "commit" in run else None})
+        machines.append(f"{run['device']}, torch {run['versions']['torch']}")
+    columns = {name: f"{{{name}}}" for name in ("result", "command", "minutes", "seeds", "commit")}
+    how = (
+        "The folder of a result holds its whole table, configuration, figures and summary (commit, versions, seeds). "
+        f"Minutes are those of two cores ({'; '.join(dict.fromkeys(machines))}), shared with other work at times; "
+        '"at least" is a run that was resumed and tells of its last part alone.'
+    )
+    return f"{tables.table(rows, columns)}\n\n{how}"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"f": _fixed, "p": _p_value}
+    quoted = {name: getattr(evidence, name) for name in evidence.__all__ if name.islower()}
+    quoted |= {f.__name__: f for f in (markdown.figure, markdown.pivot, markdown.section, tables.table, thesis)}
+    environment.globals.update(quoted, comparisons=compared, counts=counts, not_run=not_run)
+    return environment
+
+
+def _fixed(value: Interval | float, digits: int) -> str:
+    """A number or an interval with so many digits."""
+    return f"{value:z.{digits}f}"
+
+
+def _p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Pages on the experiments: what they say is written from committed results, and a template types no figure."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lab import evidence, reproduction
+from lab.pages import EXPERIMENTS, MARKS, pages
+from lab.reproduction import comparisons
+from lab.statistics import Interval
+from lab.thesis import thesis
+
+ROOT = Path(__file__).parents[2]
+TEMPLATES = sorted((ROOT / "experiments/pages").glob("*.md"))
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+FIGURE = re.compile(r"±|(?<![\w.])\d+\.\d+|(?<![\w.])\d+ (?:%|points)")
+SETTINGS = {  # what templates may type: settings of a run and of the thesis, no outcome
+    "0.004", "0.01", "0.03", "0.05", "0.1", "0.9", "2 points", "40 %", "50 points", "95 %", "100 %",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written():
+    return pages()
+
+
+def test_the_pages_are_as_their_templates_and_the_results_make_them(written):
+    stale = [str(path) for path, text in written.items() if (ROOT / path).read_text() != text]
+    assert stale == [], "run: make pages"
+
+
+def test_no_other_page_of_an_experiment_is_there(written):
+    there = {path.relative_to(ROOT) for path in (ROOT / "docs/experiments").glob("*.md")}
+    assert there == {path for path in written if path.parent == Path("docs/experiments")}
+    assert {template.stem for template in TEMPLATES} == {*EXPERIMENTS, "README", "index", "reproduction", "benchmarks"}
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_a_template_types_no_figure(template):
+    prose = re.sub(r"\{[{%].*?[%}]\}", "", template.read_text(), flags=re.DOTALL)
+    prose = re.sub(r"\[[^\]]*\]|`[^`]*`|section [A-Z\d.]+", "", prose)  # citations, commands and sections
+    assert [figure for figure in FIGURE.findall(prose) if figure not in SETTINGS] == []
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_an_expression_names_settings_and_computes_no_figure(template):
+    expressions = re.findall(r"\{\{.*?\}\}|\{%.*?%\}", template.read_text(), re.DOTALL)
+    numbers = {n for e in expressions for n in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", re.sub(r'"[^"]*"', "", e))}
+    assert numbers <= {"1.0", "8.0", "0.05", "0.9"}  # total times, a level of significance, batch norm's momentum
+
+
+def test_links_lead_to_files(written):
+    for path, text in written.items():
+        targets = [target for target in LINK.findall(text) if "://" not in target]
+        assert [target for target in targets if not (ROOT / path.parent / target).exists()] == [], path
+
+
+def test_every_committed_result_has_a_page(written):
+    text = "".join(text for path, text in written.items() if path.parent == Path("docs/experiments"))
+    results = {path.parent.name for path in (ROOT / "experiments/results").glob("*/summary.json")}
+    assert {name for name in results if f"results/{name}/table.md" not in text} == set()
+
+
+def test_a_figure_of_a_page_has_words_that_say_what_is_seen(written):
+    shown = [m for path, text in written.items() if path.name != "README.md" for m in re.findall(r"!\[(.*?)\]\(", text)]
+    assert len(shown) >= 15
+    assert [alt for alt in shown if len(alt) < 50] == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Interval(a, b, 20), Interval(c, d, 50))
+        for a in (-4, 1, 9)
+        for b in (0.5, 3)
+        for c in (-5, 0, 5)
+        for d in (1, 6)
+    ],
+)
+def test_an_effect_is_judged_alike_whichever_method_comes_first(ours, theirs):
+    turned = (Interval(-each.mean, each.half_width, each.n) for each in (ours, theirs))
+    assert reproduction.effect(ours, theirs) == reproduction.effect(*turned)
+
+
+def test_what_reproduces_has_a_point_in_common_with_the_thesis():
+    for comparison in comparisons():
+        numbers = [float(n) for n in re.findall(r"-?\d+\.?\d*", comparison.theirs.split(" (")[0])]
+        for figure in comparison.ours:
+            own = [float(n) for n in re.findall(r"-?\d+\.?\d*", figure.text)]
+            if figure.verdict == "reproduced" and len(numbers) == len(own) == 2:
+                assert abs(numbers[0] - own[0]) <= numbers[1] + own[1] + 0.2, comparison.claim
+            if figure.verdict == "not reproduced" and len(own) == 2:
+                assert abs(own[0]) <= own[1] + 0.1, comparison.claim
+
+
+def test_a_comparison_takes_the_differences_of_the_thesis():
+    (gain,) = (c for c in comparisons() if c.claim.startswith("MNIST, 100 images, the thesis' protocol: least"))
+    assert gain.theirs.startswith(f"{thesis('1', 100, 'least action').mean - thesis('1', 100, 'vanilla').mean:.1f}")
+    row = evidence.row("small_data_mnist_protocol_100", method="thesis: least action", statistics="recomputed")
+    assert gain.ours[1].text == f"{row['difference']:.1f}"
+
+
+def test_readme_shows_what_the_comparisons_say(written):
+    readme = (ROOT / "README.md").read_text()
+    if MARKS[0] not in readme:
+        pytest.skip("README has no table of results")
+    between = written[Path("README.md")].split(MARKS[0])[1].split(MARKS[1])[0]
+    assert between.count("\n|") == 2 + sum(bool(comparison.headline) for comparison in comparisons())
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda: evidence.row("circles", table="19"), "one row"),
+        (lambda: evidence.rows("circles", table="99"), "must have a row"),
+        (lambda: evidence.sentence("detection_seen", "vanilla"), "one sentence"),
+    ],
+)
+def test_what_is_not_there_or_not_one_is_named(ask, words):
+    with pytest.raises(ValueError, match=words):
+        ask()
