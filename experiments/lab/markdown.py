@@ -18,7 +18,7 @@ TOGETHER = "\0±\0"
 
 
 def filled(text: str) -> str:
-    """Markdown whose paragraphs and lists fill their lines, and whose wide tables are not padded."""
+    """Markdown whose paragraphs and lists fill their lines; tables break no interval, and wide ones are not padded."""
     parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     parts[::2] = ["\n\n".join(_block(block) for block in re.split(r"\n\s*\n", part.strip("\n"))) for part in parts[::2]]
     return re.sub(r"\n{3,}", "\n\n", "\n\n".join(parts)).strip() + "\n"
@@ -29,7 +29,7 @@ def _block(block: str) -> str:
     if block.startswith("|"):
         if max(map(len, lines)) > WIDTH:
             lines = [re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", line)) for line in lines]
-        return "\n".join(lines)
+        return "\n".join(lines).replace(" ± ", "\u00a0±\u00a0")
     if re.match(r"#|!\[|<!--", block):
         return "\n".join(lines)
     items = re.split(r"\n(?=(?:-|\d+\.) )", block.replace(" ± ", TOGETHER))
@@ -61,10 +61,11 @@ def figure(result: str, name: str, alt: str) -> str:
     return f"![{' '.join(alt.split())}](../../{path})"
 
 
-def section(name: str, title: str) -> str:
-    """A file of ``benchmarks/results`` as a section: its headings one level down, its links from here."""
+def section(name: str, title: str, **links: str) -> str:
+    """A file of ``benchmarks/results`` as a section: its headings one level down, its links from here or as given."""
     text = (evidence.ROOT / f"benchmarks/results/{name}.md").read_text()
     text = re.sub(r"\A# .*\n", "", text)
     text = re.sub(r"^#", "##", text, flags=re.MULTILINE)
-    text = re.sub(r"\]\(([\w.]+)\)", r"](../benchmarks/results/\1)", text)
+    text = re.sub(r"\]\((\w+)\.\w+\)", lambda m: f"]({links[m[1]]})" if m[1] in links else m[0], text)
+    text = re.sub(r"\]\((\w+\.\w+)\)", r"](../benchmarks/results/\1)", text)
     return f"## {title}\n\n{text.strip()}"

@@ -54,7 +54,7 @@ def pages() -> dict[Path, str]:
     if all(mark in readme for mark in MARKS):
         before, rest = readme.split(MARKS[0])
         after = rest.split(MARKS[1])[1]
-        written[Path("README.md")] = f"{before}{MARKS[0]}\n\n{headlines()}\n\n{MARKS[1]}{after}"
+        written[Path("README.md")] = f"{before}{MARKS[0]}\n\n{filled(headlines())}\n{MARKS[1]}{after}"
     return written
 
 
@@ -98,14 +98,15 @@ def _runs(results: Iterable[str]) -> str:
     rows, machines = [], []
     for result in results:
         run = evidence.environment(result)
-        link = f"[`{result}`](../../experiments/results/{result}/table.md)"
+        link = f"[`{result}`](../../experiments/results/{result}/summary.json)"
         seeds = max(len(run["seeds"]), evidence.config(result).get("instances", 0))
         row = {"result": link, "command": f"`{evidence.command(result)}`", "minutes": evidence.minutes(result)}
         rows.append(row | {"seeds": seeds or None, "commit": f"`{run['commit'][:7]}`" if "commit" in run else None})
         machines.append(f"{run['device']}, torch {run['versions']['torch']}")
     columns = {name: f"{{{name}}}" for name in ("result", "command", "minutes", "seeds", "commit")}
     how = (
-        "The folder of a result holds its whole table, configuration, figures and summary (commit, versions, seeds). "
+        "Links lead to the summary of a run (every row, commit, versions, seeds); beside it, in `experiments/results`, "
+        "are its whole table, configuration and figures. "
         f"Minutes are those of two cores ({'; '.join(dict.fromkeys(machines))}), shared with other work at times; "
         '"at least" is a run that was resumed and tells of its last part alone.'
     )

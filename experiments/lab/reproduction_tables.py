@@ -7,35 +7,33 @@ from collections.abc import Callable
 from typing import Any
 
 from lab import tables
-from lab.reproduction import Comparison, comparisons
+from lab.reproduction import comparisons
 from lab.thesis import tables_of_thesis
 
 __all__ = ["compared", "counts", "headlines", "not_run"]
 
 
 def compared(group: str) -> str:
-    """The comparisons of a group as a table."""
+    """The comparisons of a group as a table; its control, of which there is one at most, is a heading.
 
-    def ours(comparison: Comparison, at: int) -> str:
-        if at >= len(comparison.ours):
-            return ""
-        figure = comparison.ours[at]
-        return " ".join(filter(None, (figure.text, f"({figure.how})" if figure.how else "")))
-
+    Raises:
+        ValueError: no comparison is of the group, or its controls are of several kinds.
+    """
+    chosen = [comparison for comparison in comparisons() if comparison.group == group]
+    controls = {figure.how for comparison in chosen for figure in comparison.ours[1:]}
+    if not chosen or len(controls) > 1:
+        raise ValueError(f"group must have comparisons with one control, got {group!r} with controls {controls}")
     columns: dict[str, Callable[[Any], object]] = {
-        "where": lambda row: row["of"].table,
+        "where": lambda row: f"[{row['of'].table}](experiments/{row['of'].page}.md)",
         "what": lambda row: row["of"].claim + (f" ({row['of'].conditions})" if row["of"].conditions else ""),
         "thesis": lambda row: row["of"].theirs,
-        "ours": lambda row: ours(row["of"], 0),
+        "ours": lambda row: row["of"].ours[0].text,
         "verdict": lambda row: f"**{row['of'].verdict}**",
-        "with a control": lambda row: ours(row["of"], 1),
-        "verdict on it": lambda row: f"**{row['of'].ours[1].verdict}**" if len(row["of"].ours) > 1 else "",
-        "page": lambda row: f"[{row['of'].page}](experiments/{row['of'].page}.md)",
     }
-    chosen = [{"of": comparison} for comparison in comparisons() if comparison.group == group]
-    if not chosen:
-        raise ValueError(f"group must be one of the comparisons, got {group!r}")
-    return tables.table(chosen, columns)
+    for control in controls:
+        columns[control] = lambda row: "; ".join(figure.text for figure in row["of"].ours[1:])
+        columns["verdict on it"] = lambda row: "; ".join(f"**{figure.verdict}**" for figure in row["of"].ours[1:])
+    return tables.table([{"of": comparison} for comparison in chosen], columns)
 
 
 def counts(group: str = "", control: bool = False) -> dict[str, int]:

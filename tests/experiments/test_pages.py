@@ -59,7 +59,7 @@ def test_links_lead_to_files(written):
 def test_every_committed_result_has_a_page(written):
     text = "".join(text for path, text in written.items() if path.parent == Path("docs/experiments"))
     results = {path.parent.name for path in (ROOT / "experiments/results").glob("*/summary.json")}
-    assert {name for name in results if f"results/{name}/table.md" not in text} == set()
+    assert {name for name in results if f"results/{name}/summary.json" not in text} == set()
 
 
 def test_a_figure_of_a_page_has_words_that_say_what_is_seen(written):

@@ -96,7 +96,8 @@ def test_every_interval_in_the_readmes_is_in_a_committed_result(readme):
         for line in results.get("verdict", ()):
             for mean, half_width in PAIR.findall(line):
                 known.update(written(float(mean), float(half_width)))
-    text = " ".join((ROOT / readme).read_text().split())
+    text = re.sub("<!-- results: begin -->.*<!-- results: end -->", "", (ROOT / readme).read_text(), flags=re.DOTALL)
+    text = " ".join(text.split())  # but the table that lab.pages makes, with figures of the thesis
     shown = [f"{mean.removeprefix('-')} ± {half_width}" for mean, half_width in PAIR.findall(text)]
     assert shown
     assert [pair for pair in shown if pair not in known] == []
