@@ -31,7 +31,19 @@ class ControllerState(NamedTuple):
 
 
 class Controller(Protocol):
-    """A step-size rule."""
+    """A step-size rule: a function from the state before a step and the step's error to the state behind it.
+
+    Any function of this signature serves, without inheriting from this class:
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> def keep_or_halve(state, error, order):
+    ...     good = error <= 1
+    ...     return state._replace(h=state.h if good else state.h / 2, accepted=good)
+    >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, controller=keep_or_halve)
+    >>> round(solution.x1.item(), 3)
+    0.368
+    """
 
     def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
         """The state after a step of size ``state.h``.
@@ -39,7 +51,7 @@ class Controller(Protocol):
         Args:
             state: the state before.
             error: embedded error over its tolerance; the step is good if it is at most 1, NaN counts as too large.
-            order: order q of the lower solution.
+            order: order q of the lower solution: where the field is smooth the error is ``O(h^(q+1))``.
 
         Returns:
             The size to attempt next, ``h >= 0``, and whether the step is accepted. A negative or NaN size raises, and
@@ -49,7 +61,13 @@ class Controller(Protocol):
 
 
 class SampleStates(NamedTuple):
-    """:class:`ControllerState` of every sample: arrays ``(B,)``."""
+    """:class:`ControllerState` of every sample, in arrays.
+
+    Attributes:
+        h: sizes (magnitudes) of the next steps to attempt, ``(B,)``.
+        accepted: whether the last attempted step of each sample was accepted, ``(B,)``.
+        errors: error ratios of the last two accepted steps of each sample, newest first, each ``(B,)``.
+    """
 
     h: Array
     accepted: Array
@@ -58,10 +76,22 @@ class SampleStates(NamedTuple):
 
 @runtime_checkable
 class SampleController(Protocol):
-    """A step-size rule that also serves many samples at once, each as if it were alone."""
+    """A :class:`Controller` that also serves many samples at once, each as if it were alone.
+
+    ``integrate(..., control="sample")`` needs one; all controllers of this package are.
+    """
 
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
-        """The states after a step of each sample, as ``__call__`` finds them one by one; ``error`` is ``(B,)``."""
+        """The states after a step of each sample, equal to what a call finds for them one by one.
+
+        Args:
+            states: the states before.
+            error: embedded error over its tolerance, ``(B,)``.
+            order: order q of the lower solution.
+
+        Returns:
+            The sizes to attempt next and which steps are accepted, as of :meth:`Controller.__call__`.
+        """
         ...
 
 
@@ -78,13 +108,26 @@ def check_returned(state: Any, kind: type, controller: Any) -> None:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Accept every step and keep its size; one that holds NaN or infinity ends the solve."""
+    """Accept every step and keep its size; one that holds NaN or infinity ends the solve.
+
+    The size is ``Tolerance(first_step=...)``. For steps of one size ``integrate(..., steps=n)`` is the faster way: it
+    computes no error and does not wait for the device.
+
+    >>> import torch
+    >>> from solvers import Tolerance, integrate
+    >>> solution = integrate(
+    ...     lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, controller=Fixed(), tolerance=Tolerance(first_step=0.25)
+    ... )
+    >>> solution.stats.accepted
+    4
+    """
 
     def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        """The ``state`` with its step accepted, whatever ``error`` and ``order``."""
         return state._replace(accepted=True)
 
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
-        """The same for each sample."""
+        """The ``states`` with every step accepted, whatever ``error`` and ``order``."""
         return states._replace(accepted=np.ones_like(states.accepted))
 
 
@@ -96,6 +139,13 @@ class HalveDouble:
         K: 8 for BS23, since doubling h multiplies its error by 8 where the field is smooth: a smaller K oscillates. On
             fields with kinks it multiplies it by less, 5.5 to 5.8 on the ReLU fields of ``ConvField`` at their first
             weights, and K = 8 only keeps h a little longer.
+
+    Raises:
+        ValueError: K is not greater than 1.
+
+    >>> rule = HalveDouble()
+    >>> [rule(ControllerState(h=0.1), error, order=2).h for error in (0.1, 0.5, 2.0)]
+    [0.2, 0.1, 0.05]
     """
 
     K: float = 8.0
@@ -105,13 +155,14 @@ class HalveDouble:
             raise ValueError(f"K must be greater than 1, got {self.K}")
 
     def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        """The ``state`` behind a step with this ``error`` ratio, whatever the ``order``; see :class:`Controller`."""
         if not error <= 1:
             return state._replace(h=state.h / 2, accepted=False)
         h = 2 * state.h if error < 1 / self.K else state.h
         return ControllerState(h, True, (error, state.errors[0]))
 
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
-        """The same for each sample."""
+        """The ``states`` behind a step of each sample with ``error`` ratios ``(B,)``, whatever the ``order``."""
         good = error <= 1
         h = states.h * np.where(good, np.where(error < 1 / self.K, 2.0, 1.0), 0.5)
         return SampleStates(h, good, _remember(states, error, good))
@@ -134,6 +185,15 @@ class PID:
         safety: factor below 1.
         facmin: smallest factor.
         facmax: largest factor; 1 right after a rejection.
+
+    Raises:
+        ValueError: a safety outside (0, 1], or factors that are not ``0 < facmin < 1 <= facmax``.
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, controller=PID(safety=0.8))
+    >>> solution.status
+    'finished'
     """
 
     beta: tuple[float, float, float] = (0.58, -0.21, 0.10)
@@ -148,6 +208,7 @@ class PID:
             raise ValueError(f"need 0 < facmin < 1 <= facmax, got facmin {self.facmin}, facmax {self.facmax}")
 
     def __call__(self, state: ControllerState, error: float, order: int) -> ControllerState:
+        """The ``state`` behind a step with this ``error`` ratio of lower ``order`` q; see :class:`Controller`."""
         if not math.isfinite(error):
             return state._replace(h=state.h * self.facmin, accepted=False)
         k = order + 1
@@ -165,7 +226,7 @@ class PID:
         return ControllerState(state.h * factor, True, (error, state.errors[0]))
 
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
-        """The same for each sample."""
+        """The ``states`` behind a step of each sample with ``error`` ratios ``(B,)`` of lower ``order`` q."""
         good, k = error <= 1, order + 1
         smaller = np.minimum(np.maximum(self.safety * np.maximum(error, 1e-10) ** (-1 / k), self.facmin), self.safety)
         smaller = np.where(np.isfinite(error), smaller, self.facmin)
@@ -180,13 +241,31 @@ class PID:
 
 @dataclass(frozen=True)
 class I(PID):  # noqa: E742 - the field's own name
-    """The elementary controller ``h *= safety * e^(-1/(q+1))`` (Hairer, Norsett, Wanner, II.4; SciPy's rule)."""
+    """The elementary controller ``h *= safety * e^(-1/(q+1))`` (Hairer, Norsett, Wanner, II.4; SciPy's rule).
+
+    The default of :func:`~solvers.integrate`; limits and errors are those of :class:`PID`.
+
+    >>> state = I()(ControllerState(h=0.1), error=1 / 8, order=2)
+    >>> round(state.h, 3), state.accepted
+    (0.18, True)
+    """
 
     beta: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class PI(PID):
-    """PI.4.2 of Soderlind (2003): smoother step sizes where stability limits them."""
+    """PI.4.2 of Soderlind (2003): smoother step sizes than those of :class:`I` where stability limits them.
+
+    Limits and errors are those of :class:`PID`.
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> elementary, smooth = (
+    ...     integrate(lambda t, x: -50 * x, torch.ones(1, 1), 0.0, 1.0, controller=rule) for rule in (I(), PI())
+    ... )
+    >>> smooth.stats.rejected < elementary.stats.rejected
+    True
+    """
 
     beta: tuple[float, float, float] = (3 / 5, -1 / 5, 0.0)

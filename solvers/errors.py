@@ -13,18 +13,30 @@ if TYPE_CHECKING:
 __all__ = ["MaxStepsError", "NonFiniteError", "SolverError", "Status", "StepUnderflowError", "failure"]
 
 Status = Literal["finished", "event", "max_steps", "underflow", "not_finite"]
+"""How a solve ends: at its end, at its event, or, where it cannot go on, as one of three errors names it."""
 
 
 class SolverError(RuntimeError):
-    """A solve that cannot go on.
+    """A solve that cannot go on; each kind of it is a class of its own, with its ``status``.
+
+    With ``integrate(..., on_limit="return")`` the solution comes back with that status instead.
 
     Attributes:
+        status: the :data:`Status` of solutions that end so.
         what: what went wrong, without where.
         t: time at the start of the step that failed.
         h: size of that step.
         stage: index of the stage concerned, or None when it is the step as a whole.
         sample: index of the first sample concerned, or None when it is the batch as a whole.
         solution: the accepted part of the solve; without its interpolant, which needs the field, once pickled.
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> try:  # the solution 1 / (1 - t) does not reach t = 2
+    ...     integrate(lambda t, x: x * x, torch.ones(1, 1), 0.0, 2.0)
+    ... except SolverError as error:
+    ...     print(type(error).__name__, error.status, round(error.solution.t1, 1))
+    StepUnderflowError underflow 1.0
     """
 
     status: Status = "finished"
@@ -44,13 +56,13 @@ class SolverError(RuntimeError):
 
 
 class StepUnderflowError(SolverError):
-    """The error asks for steps below the smallest allowed; the problem may be stiff."""
+    """The error asks for steps below what time resolves; the problem may be stiff or discontinuous there."""
 
     status = "underflow"
 
 
 class MaxStepsError(SolverError):
-    """The limit on attempted steps was reached before the end time."""
+    """The limit on attempted steps, ``Tolerance(max_steps=...)``, was reached before the end time."""
 
     status = "max_steps"
 

@@ -69,7 +69,7 @@ def hermite(step: Step, last: Tensor, theta: Any) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Interpolant:
-    """The state at any time of a solve.
+    """The state at any time of a solve: what ``solution(t)`` calls where the solve keeps its steps.
 
     Attributes:
         field: velocity ``v(t, x)``.
@@ -86,7 +86,11 @@ class Interpolant:
     unpack: Callable[[Tensor], Any]
 
     def __call__(self, t: float | Tensor) -> Any:
-        """The state at a time, or at ``(n,)`` times, then in a new first dimension."""
+        """The state at a time ``t``, or at ``(n,)`` of them, then in a new first dimension, as the caller gave it.
+
+        Raises:
+            ValueError: a time outside of the solve, or times of more dimensions.
+        """
         if isinstance(t, Tensor) and t.ndim > 1:
             raise ValueError(f"t must be a number or have one dimension, got shape {tuple(t.shape)}")
         if isinstance(t, Tensor) and t.ndim:
@@ -94,7 +98,11 @@ class Interpolant:
         return self.unpack(self.at(t))
 
     def at(self, t: float | Tensor) -> Tensor:
-        """The state at a time, as one tensor."""
+        """The state at one time ``t``, as one tensor.
+
+        Raises:
+            ValueError: t lies outside of the solve.
+        """
         first, last, time = self.times[0], self.times[-1], _number(t)
         direction = 1 if last >= first else -1
         slack = _rounding(t) * max(abs(first), abs(last))
@@ -112,12 +120,20 @@ class Interpolant:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SampleInterpolant(Interpolant):
-    """The same where every sample has its own times, each ``(B,)``; ``samples`` are those that took each step."""
+    """:class:`Interpolant` where every sample has its own times, so that each of ``times`` is ``(B,)``.
+
+    Attributes:
+        samples: which samples took each of the steps, indices ``(n,)``.
+    """
 
     samples: Sequence[Tensor]
 
     def at(self, t: float | Tensor) -> Tensor:
-        """The state at a time, as one tensor."""
+        """The states of all samples at one time ``t``, as one tensor.
+
+        Raises:
+            ValueError: t lies outside of the solve of a sample.
+        """
         ends, time = [time.numpy() for time in self.times], _number(t)
         first, last = ends[0], ends[-1]
         slack = _rounding(t) * np.maximum(np.abs(first), np.abs(last))
@@ -147,7 +163,10 @@ class SampleInterpolant(Interpolant):
         return torch.cat(rows)[torch.from_numpy(np.concatenate(order).argsort())]
 
     def velocity(self, samples: Tensor, t: Any, x: Tensor) -> Tensor:
-        """The field for some samples, called with all of them in their places: it may know them by position."""
+        """The field for some ``samples``, their times ``t`` and states ``x``.
+
+        It is called with all of them in their places, for it may know them by position.
+        """
         times = to_state_shape(self.times[0].numpy(), self.x0).to(t.dtype).index_copy(0, samples, t)
         return self.field(times, self.x0.detach().to(x.dtype).index_copy(0, samples, x))[samples]
 

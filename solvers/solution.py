@@ -20,7 +20,8 @@ class Statistics:
 
     Attributes:
         evaluations: field calls.
-        accepted, rejected: attempted steps; with a step size per sample, those of all samples together.
+        accepted: accepted steps; with a step size per sample, those of all samples together.
+        rejected: rejected steps, likewise.
     """
 
     evaluations: int = 0
@@ -48,6 +49,14 @@ class Solution:
             are kept.
         end: with ``at``, time and state at the end, which are ``t1`` and ``x1``.
         interpolant: the state at a time, with ``keep="steps"``.
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> solution = integrate(lambda t, x: -x, torch.ones(4, 2), 0.0, 1.0, keep="steps")
+    >>> solution.x1.shape, solution.t1, len(solution.steps) == solution.stats.accepted
+    (torch.Size([4, 2]), 1.0, True)
+    >>> round(solution(0.5)[0, 0].item(), 2)
+    0.61
     """
 
     times: Any
@@ -79,6 +88,9 @@ class Solution:
             t: a time between t0 and ``t1``, or ``(n,)`` of them, then in a new first dimension; gradients
                 flow to it.
 
+        Returns:
+            The state as ``x0``; of several times, each tensor of it with them in front, ``(n, B, *S)``.
+
         Raises:
             ValueError: ``keep`` was not "steps", or t lies outside.
         """
@@ -89,7 +101,13 @@ class Solution:
 
 @dataclass(frozen=True)
 class SampleStatistics:
-    """Counts of each sample, ``(B,)``: the field evaluations made for it, its accepted and its rejected steps."""
+    """Counts of each sample of a solve with a step size per sample.
+
+    Attributes:
+        evaluations: field evaluations for the sample, ``(B,)``.
+        accepted: its accepted steps, ``(B,)``.
+        rejected: its rejected steps, ``(B,)``.
+    """
 
     evaluations: Tensor
     accepted: Tensor
@@ -107,6 +125,14 @@ class SampleSolution(Solution):
     Attributes:
         samples: the samples that took each of ``steps``, from ``step_times[k]`` to ``step_times[k + 1]``.
         sample_stats: the counts of each sample.
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> rates = torch.tensor([[1.0], [30.0]])
+    >>> solution = integrate(lambda t, x: -rates * x, torch.ones(2, 1), 0.0, 1.0, control="sample")
+    >>> accepted = solution.sample_stats.accepted  # of each sample: the stiffer one takes more steps
+    >>> bool(accepted[0] < accepted[1])
+    True
     """
 
     samples: tuple[Tensor, ...] = ()

@@ -18,6 +18,7 @@ from solvers.tableaus import ButcherTableau
 __all__ = ["Field", "Step", "check_unchanged", "rk_step", "step_state", "velocity", "versions_of"]
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
+"""A velocity field ``v(t, x)``: time, a number or a tensor that broadcasts, and state ``(B, *S)`` to ``(B, *S)``."""
 _SEVERAL = (list, tuple)
 
 
@@ -41,6 +42,11 @@ class Step(NamedTuple):
             :meth:`~solvers.ButcherTableau.forwarding`.
         tableau: the method.
         reductions: numbers of each sample computed with ``x1``, by the names of :func:`solvers.finish_step`, or None.
+
+    >>> from solvers import get_tableau
+    >>> step = rk_step(lambda t, x: -x, 0.0, torch.ones(4, 2), 0.1, get_tableau("bs23"))
+    >>> step.residue.shape, step.error().abs().max() < 1e-4
+    (torch.Size([4, 2]), tensor(True))
     """
 
     t: float | Tensor
@@ -70,7 +76,7 @@ class Step(NamedTuple):
         return _weighted_sum(self.stages, self.error_weights(), self.h)
 
     def error_weights(self) -> tuple[float, ...]:
-        """The weights of the stages in :meth:`error`.
+        """The weights ``b_i - b_low_i`` of the stages in :meth:`error`.
 
         Raises:
             ValueError: as there.
@@ -83,6 +89,8 @@ class Step(NamedTuple):
 
     def output(self, name: str) -> Tensor:
         """The embedded output ``name`` of the method, ``(B, *S)``: ``x0 + h * sum_i b_i p_i`` with its weights.
+
+        Those of a method are ``step.tableau.outputs``; BS23 has "euler", "midpoint", "order2" and "order3".
 
         Raises:
             ValueError: no such output, or it needs the closing stage and that was not evaluated.
@@ -98,6 +106,9 @@ class Step(NamedTuple):
 
         Args:
             theta: in [0, 1]; a tensor that broadcasts against the state lets gradients through.
+
+        Returns:
+            The state, ``(B, *S)``.
 
         Raises:
             ValueError: the method has no interpolant of its own, or it needs the closing stage and that was not
@@ -115,7 +126,7 @@ class Step(NamedTuple):
         return x
 
     def select(self, samples: Tensor) -> Step:
-        """The step of the samples alone, where t and h have a row for each."""
+        """The step of some ``samples`` alone, indices ``(n,)`` or a mask ``(B,)``; it has no reductions."""
         t, h = (v[samples] if isinstance(v, Tensor) and v.ndim else v for v in (self.t, self.h))
         stages = tuple(p[samples] for p in self.stages)
         return Step(t, h, self.x0[samples], self.x1[samples], stages, self.tableau)
@@ -172,6 +183,9 @@ def rk_step(
         closing: evaluate the stages that the error needs and ``x1`` does not, the last one of an FSAL method.
         reductions: what to compute in the same pass over memory as ``x1``: "error" (of methods without closing
             stage), "action", "residue".
+
+    Returns:
+        The step; ``step.x1`` is the state at its end.
 
     Raises:
         ValueError, TypeError: the field changes shape, device or (outside autocast) dtype, or writes where it must not.

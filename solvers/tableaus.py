@@ -8,6 +8,7 @@ from typing import Any
 __all__ = ["ButcherTableau", "Embedded", "Row"]
 
 Row = tuple[float, ...]
+"""Coefficients of a method, one per stage: plain numbers, which hold no device and no dtype."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,10 @@ class Embedded:
     Attributes:
         order: order of convergence when this solution is the one carried on.
         b: one weight per stage; they sum to 1.
+
+    >>> from solvers import get_tableau
+    >>> get_tableau("heun").solution("euler")
+    Embedded(order=1, b=(1.0, 0.0))
     """
 
     order: int
@@ -48,6 +53,13 @@ class ButcherTableau:
 
     Raises:
         ValueError: the coefficients are not those of a consistent explicit method.
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> ralston = ButcherTableau(name="ralston", order=2, c=(0.0, 2 / 3), a=((), (2 / 3,)), b=(1 / 4, 3 / 4))
+    >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, solver=ralston, steps=10)
+    >>> round(solution.x1.item(), 2)
+    0.37
     """
 
     name: str
@@ -107,13 +119,21 @@ class ButcherTableau:
 
     @property
     def error_order(self) -> int:
-        """Order q of the lower solution: the embedded error of one step is ``O(h^(q+1))``."""
+        """Order q of the lower solution; the embedded error of one step is ``O(h^(q+1))``.
+
+        Raises:
+            ValueError: the method has no lower solution.
+        """
         if self.low is None:
             raise ValueError(f"{self.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
         return min(self.order, self.solution(self.low).order)
 
     def solution(self, name: str) -> Embedded:
-        """The embedded solution called ``name``; ValueError with the known names otherwise."""
+        """The embedded solution called ``name``.
+
+        Raises:
+            ValueError: there is none; the message lists those that are.
+        """
         for known, solution in self.embedded:
             if known == name:
                 return solution

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from solvers.reductions import aten, operator, reference
-from solvers.reductions.reference import Reductions, ReductionSpec, combination, wide, wide_dtype
+from solvers.reductions.operands import alike, check_batch, described, read_stages, size_per_sample, sizes_of
+from solvers.reductions.reference import Reductions, ReductionSpec, combination, wide
 from solvers.tableaus import ButcherTableau
 from solvers.validation import is_transformed
 
@@ -29,7 +30,8 @@ __all__ = [
     "root_mean_square", "weighted_action", "weighted_root_mean_square",
 ]  # fmt: skip
 
-SMALL = 1 << 14  # numbers of an operand on a CPU up to which the plain expression is the faster one
+SMALL = 1 << 14
+"""Numbers of an operand on a CPU up to which the plain expression is the faster one."""
 SMALL_ON_GPU = 1 << 25  # the same of all operands on a GPU, where a call of an operator keeps the host busy for longer
 
 
@@ -37,7 +39,10 @@ def mean_square(r: Tensor) -> Tensor:
     """``<r^2>``, the mean over the features, ``(B,)``.
 
     Args:
-        r: ``(B, *S)``, floating.
+        r: ``(B, *S)``, floating or complex.
+
+    Returns:
+        One number per sample, ``(B,)``, in float32 or wider.
 
     Raises:
         TypeError, ValueError: r is no batch of floating numbers.
@@ -45,35 +50,51 @@ def mean_square(r: Tensor) -> Tensor:
     >>> mean_square(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     tensor([12.5000,  0.5000])
     """
-    return _row_moments([_checked(r)])[0]
+    return _row_moments([check_batch(r)])[0]
 
 
 def root_mean_square(r: Tensor) -> Tensor:
-    """``sqrt(<r^2>)``, ``(B,)``; the gradient where r = 0 is 0. Arguments as for :func:`mean_square`."""
+    """``sqrt(<r^2>)``, ``(B,)``; the gradient where r = 0 is 0. Arguments as for :func:`mean_square`.
+
+    >>> root_mean_square(torch.tensor([[3.0, 3.0], [0.0, 0.0]]))
+    tensor([3., 0.])
+    """
     return _root(mean_square(r))
 
 
 def power_mean(r: Tensor, p: float) -> Tensor:
-    """``<|r|^p>``, the mean over the features, ``(B,)``: the general cost of section 3.
+    """``<|r|^p>``, the mean over the features, ``(B,)``: the general cost of [K24, section 3].
 
     Args:
-        r: ``(B, *S)``, floating.
+        r: ``(B, *S)``, floating or complex.
         p: at least 1.
+
+    Returns:
+        One number per sample, ``(B,)``, in float32 or wider.
 
     Raises:
         TypeError, ValueError: r is no batch of floating numbers, or p below 1.
+
+    >>> power_mean(torch.tensor([[-2.0, 2.0]]), 3)
+    tensor([8.])
     """
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be finite and at least 1, got {p}")
-    return _row_moments([_checked(r)], power=float(p))[0]
+    return _row_moments([check_batch(r)], power=float(p))[0]
 
 
 def mean_square_and_cosine(r: Tensor) -> tuple[Tensor, Tensor]:
     """``<r^2>`` and the cosine of r with the vector of ones, both ``(B,)`` [K24, eq. 34]; the cosine is 0 where r = 0.
 
     Without features the mean is NaN, as torch's is, and the cosine 0. Arguments as for :func:`mean_square`.
+
+    Raises:
+        TypeError, ValueError: r is no batch of floating numbers.
+
+    >>> mean_square_and_cosine(torch.tensor([[2.0, 2.0], [1.0, -1.0]]))
+    (tensor([4., 1.]), tensor([1., 0.]))
     """
-    return _square_and_cosine(r, *_row_moments([_checked(r)], mean=True))
+    return _square_and_cosine(r, *_row_moments([check_batch(r)], mean=True))
 
 
 def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,11 +103,17 @@ def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x0, x1: ``(B, *S)``, floating, of one shape, dtype and device.
 
+    Returns:
+        Mean square and cosine, both ``(B,)``.
+
     Raises:
         TypeError, ValueError: they are not.
+
+    >>> displaced(torch.zeros(1, 2), torch.full((1, 2), 3.0))
+    (tensor([9.]), tensor([1.]))
     """
-    if not _same(_checked(x1, "x1"), _checked(x0, "x0")):
-        raise ValueError(f"x0 and x1 must have one shape, dtype and device, got {_kind(x0)} and {_kind(x1)}")
+    if not alike(check_batch(x1, "x1"), check_batch(x0, "x0")):
+        raise ValueError(f"x0 and x1 must have one shape, dtype and device, got {described(x0)} and {described(x1)}")
     return _square_and_cosine(x0, *_row_moments([x1, x0], (1.0, -1.0), mean=True))
 
 
@@ -98,21 +125,35 @@ def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float
         weights: one per stage; more may follow, all 0.
         h: step size, a number or one per sample.
 
+    Returns:
+        One number per sample, ``(B,)``, in float32 or wider.
+
     Raises:
         TypeError, ValueError: stages of several shapes, dtypes or devices, or not as many as the weights need.
+
+    >>> weighted_action([torch.full((1, 4), 2.0), torch.zeros(1, 4)], (0.5, 0.5), h=0.1)
+    tensor([0.2000])
     """
-    read, used = _read(stages, weights)
+    read, used = read_stages(stages, weights)
     spec = ReductionSpec(b=used, e=(0.0,) * len(used), action=True)
-    return _finish_step(None, read, _per_sample(h, read[0]), spec).action  # type: ignore[return-value]  # spec computes it
+    return _finish_step(None, read, size_per_sample(h, read[0]), spec).action  # type: ignore[return-value]  # spec computes it
 
 
 def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
-    """``sqrt(<(h sum_i w_i p_i)^2>)``, ``(B,)``: of the displacement with the weights b, of the embedded error with its
-    own; the gradient where it is 0 is 0. Arguments as for :func:`weighted_action`.
+    """``sqrt(<(h sum_i w_i p_i)^2>)``, ``(B,)``; the gradient where it is 0 is 0.
+
+    That of the displacement with the weights b, of the embedded error with its own. The arguments ``stages``,
+    ``weights`` and ``h`` are those of :func:`weighted_action`.
+
+    Raises:
+        TypeError, ValueError: as there.
+
+    >>> weighted_root_mean_square([torch.ones(1, 4), -torch.ones(1, 4)], (1.0, -1.0), h=0.5)
+    tensor([1.])
     """
-    read, used = _read(stages, weights)
+    read, used = read_stages(stages, weights)
     spec = ReductionSpec(b=(0.0,) * len(used), e=used, error=True)
-    return _root(_finish_step(None, read, _per_sample(h, read[0]), spec).error)  # type: ignore[arg-type]  # spec computes it
+    return _root(_finish_step(None, read, size_per_sample(h, read[0]), spec).error)  # type: ignore[arg-type]  # spec computes it
 
 
 def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
@@ -123,13 +164,19 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
         stages: velocities, each ``(B, *S)``; as many as the non-zero weights need.
         weights: one per stage.
         h: step size, a number or a tensor that broadcasts against ``x``.
+
+    Returns:
+        The state, ``(B, *S)``, in the dtype of x.
+
+    >>> combine(torch.zeros(1, 2), [torch.ones(1, 2), torch.ones(1, 2)], (0.25, 0.75), h=0.5)
+    tensor([[0.5000, 0.5000]])
     """
     pairs = [(p, float(w)) for p, w in zip(stages, weights, strict=False) if w]
-    if len(pairs) < 2 or x.ndim < 2 or not _large([x, *stages]) or not all(_same(p, x) for p, _ in pairs):
+    if len(pairs) < 2 or x.ndim < 2 or not _large([x, *stages]) or not all(alike(p, x) for p, _ in pairs):
         return combination(x, stages, weights, h)
     if x.device.type == "cpu":
         return _combine_in_place(x, pairs, h)
-    sizes = _sizes(h, x)
+    sizes = sizes_of(h, x)
     if sizes is None:
         return combination(x, stages, weights, h)
     used = tuple(w for _, w in pairs)
@@ -159,6 +206,9 @@ def finish_step(
         residue: "residue" and "cosine" of ``r = (x1 - x0) / h``: its mean square, and its cosine with the ones.
         rtol, atol: numbers, not negative and not both 0; one alone leaves the other at 0.
 
+    Returns:
+        The state, ``(B, *S)``, or None, and the reductions by name, each ``(B,)``, in float32 or wider.
+
     Raises:
         TypeError, ValueError: operands of several shapes, dtypes or devices, not as many stages as the method has, no
             embedded error, or tolerances out of range.
@@ -169,14 +219,14 @@ def finish_step(
     >>> x1[0, 0].item(), values["error"], values["action"]
     (0.9049999713897705, tensor([0.0050, 0.0050]), tensor([0.0905, 0.0905]))
     """
-    _checked(x0, "x0")
+    check_batch(x0, "x0")
     if len(stages) not in (tableau.stages, tableau.interior):
         raise ValueError(f"stages must be the {tableau.stages} of {tableau.name}, got {len(stages)}")
     for p in stages:
-        if not isinstance(p, Tensor) or not _same(p, x0):
+        if not isinstance(p, Tensor) or not alike(p, x0):
             raise ValueError(
                 "stages must have the shape, dtype and device of x0, "
-                f"{_kind(x0)}, got {_kind(p) if isinstance(p, Tensor) else type(p).__name__}"
+                f"{described(x0)}, got {described(p) if isinstance(p, Tensor) else type(p).__name__}"
             )
     weights = tableau.error_weights
     if error and weights is None:
@@ -193,7 +243,7 @@ def finish_step(
     )  # fmt: skip
     if not any(spec.computed):
         return None, {}
-    size = _per_sample(h, x0)
+    size = size_per_sample(h, x0)
     if spec.computed == (True, False, False, False, False) and not isinstance(size, Tensor):
         return combine(x0, stages, spec.b, size), {}
     step = _finish_step(x0, stages, size, spec)
@@ -207,12 +257,18 @@ def finish_step(
 def error_ratios(
     x0: Tensor, x1: Tensor, stages: Sequence[Tensor], tableau: ButcherTableau, h: Any, rtol: float, atol: float
 ) -> Tensor:
-    """The scaled "error" of :func:`finish_step` where the state at the end is known, without gradients, ``(B,)``."""
+    """The scaled "error" of :func:`finish_step` without gradients, ``(B,)``, where the end of the step, x1, is known.
+
+    The arguments ``x0``, ``x1``, ``stages`` (all of the ``tableau``), ``h``, ``rtol`` and ``atol`` are those of it.
+
+    Raises:
+        ValueError: h is no number and not one per sample, or as :func:`finish_step`.
+    """
     if _large([x0, x1, *stages], on_gpu=0):
         weights = tableau.error_weights
         assert weights is not None
         spec = ReductionSpec(b=tableau.b, e=weights, rtol=rtol, atol=atol, error=True)
-        size = _per_sample(h, x0)
+        size = size_per_sample(h, x0)
         if x0.device.type == "cpu":
             return aten.scaled_error(x0, x1, stages, size, spec).sqrt_()
         error = operator.finish_step(x0, stages, size, spec).error
@@ -271,60 +327,3 @@ def _square_and_cosine(r: Tensor, square: Tensor, mean: Tensor | None) -> tuple[
     assert mean is not None
     rest = square == 0 if r.numel() else torch.ones_like(square, dtype=torch.bool)
     return square, torch.where(rest, 0, mean) / torch.where(rest, 1, square).sqrt()
-
-
-def _checked(r: Tensor, name: str = "r") -> Tensor:
-    if not isinstance(r, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape (B, *S), got {type(r).__name__}")
-    if not (r.is_floating_point() or r.is_complex()):
-        raise TypeError(f"{name} must be of a floating dtype, got {r.dtype}")
-    if r.ndim < 2:
-        raise ValueError(f"{name} must have shape (B, *S) with at least one feature dimension, got {tuple(r.shape)}")
-    return r
-
-
-def _read(stages: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tensor], tuple[float, ...]]:
-    """The stages whose weight is not 0, and those weights, of which there must be some."""
-    if len(stages) < len(weights) and any(weights[len(stages) :]):
-        raise ValueError(f"weights ask for {len(weights)} stages, got {len(stages)}")
-    if len(stages) > len(weights):
-        raise ValueError(f"weights must hold one per stage, got {len(weights)} for {len(stages)}")
-    pairs = [(_checked(p, "stages"), float(w)) for p, w in zip(stages, weights, strict=False) if w != 0]
-    for p, _ in pairs[1:]:
-        if not _same(p, pairs[0][0]):
-            raise ValueError(
-                f"stages must have one shape, dtype and device, got {_kind(p)} beside {_kind(pairs[0][0])}"
-            )
-    if not pairs:
-        raise ValueError("weights must not all be 0")
-    return [p for p, _ in pairs], tuple(w for _, w in pairs)
-
-
-def _same(p: Tensor, x: Tensor) -> bool:
-    return p.shape == x.shape and p.dtype == x.dtype and p.device == x.device
-
-
-def _kind(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} {x.device}"
-
-
-def _sizes(h: float | Tensor, x: Tensor) -> float | Tensor | None:
-    """The step size as a number or ``(B,)`` on the device of x, or None: a tensor of another shape."""
-    if not isinstance(h, Tensor):
-        return h
-    if h.device != x.device and h.ndim:
-        return None
-    h = h.to(x.device, wide_dtype(x))
-    if h.numel() == 1:
-        return h.reshape(1).expand(len(x))
-    return h.reshape(-1) if h.numel() == len(x) == len(h) else None
-
-
-def _per_sample(h: float | Tensor, x: Tensor) -> float | Tensor:
-    sizes = _sizes(h, x)
-    if sizes is None:
-        raise ValueError(
-            f"h must be a number or one per sample on {x.device}, got shape {tuple(h.shape)} on {h.device} "  # type: ignore[union-attr]  # a tensor, else there are sizes
-            f"for {len(x)} samples"
-        )
-    return sizes

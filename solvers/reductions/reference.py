@@ -126,7 +126,8 @@ def row_moments(
 def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
     """``x + h sum_i w_i p_i`` in the dtype of x, one operation per weight that is not 0, in float32 or wider.
 
-    There may be more stages than weights, or weights than stages; h is a number or broadcasts against x.
+    There may be more ``stages`` than ``weights``, or fewer; h is a number or broadcasts against x. This is
+    :func:`~solvers.combine` without its kernels.
     """
     if x.dtype in HALF:
         return combination(x.float(), stages, weights, h).to(x.dtype)

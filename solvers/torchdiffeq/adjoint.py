@@ -55,12 +55,27 @@ def odeint_adjoint(
         adjoint_params: a collection of the tensors that get gradients. If not given, the parameters of ``func``, which
             must then be a module, a method of one or a ``functools.partial`` of these, and what else it reads.
 
+    Returns:
+        As :func:`~solvers.torchdiffeq.odeint`.
+
     Raises:
         ValueError: ``func`` is no module and ``adjoint_params`` is not given, options cannot be inferred, or ``func``
             draws random numbers at every call.
         TypeError: ``adjoint_params`` is no collection of tensors.
         RuntimeError: under a transform of ``torch.func``; or, in the backward pass, what ``func`` reads was changed in
             place since the forward pass.
+
+    >>> class Decay(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.rate = torch.nn.Parameter(torch.tensor(1.0))
+    ...
+    ...     def forward(self, t, y):
+    ...         return -self.rate * y
+    >>> func = Decay()
+    >>> odeint_adjoint(func, torch.ones(1), torch.tensor([0.0, 1.0]))[-1].sum().backward()
+    >>> round(func.rate.grad.item(), 4)  # that of exp(-rate)
+    -0.3679
     """
     if adjoint_params is None and owner_of(func) is None:
         raise ValueError("func must be a torch module, or adjoint_params must say what gets gradients, () nothing")

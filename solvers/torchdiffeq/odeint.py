@@ -38,8 +38,10 @@ def odeint(
             methods call the first only, and warn about the others.
         y0: a tensor, or a tuple or dictionary of tensors, of any shape, floating or complex.
         t: times ``(n,)``, strictly increasing or decreasing; gradients flow to it.
-        rtol, atol: numbers, tensors that broadcast against y0, or one of these per part of a tuple.
-        method: one of :data:`METHODS`; dopri5 if not given.
+        rtol, atol: numbers, tensors that broadcast against y0, or one of these per part of a tuple; as in
+            :class:`~solvers.Tolerance`.
+        method: with error control bosh3, dopri5, tsit5, fehlberg2 or adaptive_heun; with fixed steps euler, midpoint,
+            heun2, heun3, rk4 or rk4_38. dopri5 if not given.
         options: adaptive methods: norm, first_step, min_step, max_step, safety, ifactor, dfactor, max_num_steps,
             jump_t, step_t, dtype; fixed ones: step_size, grid_constructor, perturb, interp. ``max_num_steps`` counts
             the attempts of the whole solve, 100000 if not given, or 20000 until an event. ``dtype`` is that of tensors
@@ -55,6 +57,13 @@ def odeint(
     Raises:
         ValueError, TypeError: an argument is out of range or not supported; the message says what is.
         SolverError: the solve cannot go on.
+
+    >>> y = odeint(lambda t, y: -y, torch.ones(3, 2), torch.tensor([0.0, 0.5, 1.0]), rtol=1e-5)
+    >>> y.shape, round(y[-1, 0, 0].item(), 4)
+    (torch.Size([3, 3, 2]), 0.3679)
+    >>> time, y = odeint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), event_fn=lambda t, y: y - 0.5)
+    >>> round(time.item(), 4), y.shape
+    (0.6931, torch.Size([2, 1]))
     """
     packing = Packing(y0)
     task = make_task(func, packing, y0, t, rtol, atol, method, options, event_fn)
@@ -69,7 +78,26 @@ def odeint_event(
     func: Callable[[Tensor, Any], Any], y0: Any, t0: Tensor | float, *, event_fn: Callable[[Tensor, Any], Tensor],
     reverse_time: bool = False, odeint_interface: Callable[..., Any] = odeint, **kwargs: Any
 ) -> Any:  # fmt: skip
-    """The event time and the states at the start and there, from ``t0`` on, as torchdiffeq's function of this name."""
+    """Solve from t0 on until an event, as torchdiffeq's function of this name.
+
+    Args:
+        func, y0, event_fn: as in :func:`~solvers.torchdiffeq.odeint`.
+        t0: where the solve begins; gradients flow to it.
+        reverse_time: solve backwards in time.
+        odeint_interface: ``odeint``, or :func:`~solvers.torchdiffeq.odeint_adjoint` for gradients by the adjoint.
+        kwargs: what else that takes: tolerances, method and options.
+
+    Returns:
+        The event time, a scalar tensor, and ``y`` at the start and at the event, in a new first dimension.
+
+    Raises:
+        ValueError: no event before time overflows or within the steps of a fixed method, or as ``odeint_interface``.
+        SolverError: the solve cannot go on, or meets no event in its ``max_num_steps``.
+
+    >>> time, y = odeint_event(lambda t, y: -y, torch.ones(1), 0.0, event_fn=lambda t, y: y - 0.5)
+    >>> round(time.item(), 4), round(y[-1].item(), 4)
+    (0.6931, 0.5)
+    """
     t0 = torch.as_tensor(t0).reshape(())
     t0 = t0 if t0.is_floating_point() else t0.to(torch.get_default_dtype())
     t = torch.stack([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
