@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 StepFunction = Callable[[Step], Tensor]
-"""A measure: a :class:`Measure`, or a plain function."""
+"""A measure, be it a :class:`Measure` or a plain function, from a step to one number per sample, ``(B,)``."""
 
 
 def _operators(function: Callable[..., Any]) -> tuple[Callable[[Any, Any], Measure], Callable[[Any, Any], Measure]]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["MaxStepsError", "NonFiniteError", "SolverError", "Status", "StepUnderflowError", "failure"]
 
 Status = Literal["finished", "event", "max_steps", "underflow", "not_finite"]
-"""How a solve ends: at its end, at its event, or, where it cannot go on, as one of three errors names it."""
+"""How a solve ends, at its end, at its event or, where it cannot go on, as one of three errors names it."""
 
 
 class SolverError(RuntimeError):

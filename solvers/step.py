@@ -18,7 +18,7 @@ from solvers.tableaus import ButcherTableau
 __all__ = ["Field", "Step", "check_unchanged", "rk_step", "step_state", "velocity", "versions_of"]
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
-"""A velocity field ``v(t, x)``: time, a number or a tensor that broadcasts, and state ``(B, *S)`` to ``(B, *S)``."""
+"""A velocity field ``v(t, x)``, of a time (a number, or a tensor that broadcasts) and a state ``(B, *S)``."""
 _SEVERAL = (list, tuple)
 
 

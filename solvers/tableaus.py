@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["ButcherTableau", "Embedded", "Row"]
 
 Row = tuple[float, ...]
-"""Coefficients of a method, one per stage: plain numbers, which hold no device and no dtype."""
+"""Coefficients of a method, one per stage, as plain numbers, which hold no device and no dtype."""
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,18 @@ import inspect
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from textwrap import indent
+from types import FunctionType, ModuleType
 from typing import Any
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.inspect import signature as signature_of
+from sphinx.util.inspect import stringify_signature
 
 MODULES = (
     "odenets", "odenets.fields", "odenets.models", "odenets.measures", "odenets.recording", "odenets.adapting",
@@ -82,10 +86,21 @@ def page(module: str) -> str:
 
 def _entry(full: str, value: object) -> str:
     if inspect.isclass(value):
-        return f".. autoclass:: {full}\n   :members:\n   :show-inheritance:\n"
+        return f".. autoclass:: {full}\n   :members:\n   :special-members: __call__\n   :show-inheritance:\n"
     if inspect.isfunction(value):
         return f".. autofunction:: {full}\n"
+    if (function := function_of(value)) is not None:
+        text = indent(str(GoogleDocstring(inspect.getdoc(function) or "", what="function")), "   ")
+        signature, (module, _, name) = signature_of(function), full.rpartition(".")
+        head = f".. py:function:: {name}{stringify_signature(signature, unqualified_typehints=True)}"
+        return f"{head}\n   :module: {module}\n\n{text}\n"
     return f".. autodata:: {full}\n   :no-value:\n"
+
+
+def function_of(value: object) -> FunctionType | None:
+    """The function that a measure is made of."""
+    function = getattr(value, "function", None)
+    return function if isinstance(function, FunctionType) and not inspect.isclass(value) else None
 
 
 def write_pages(app: Sphinx) -> None:
@@ -142,20 +157,23 @@ def skip(app: Sphinx, what: str, name: str, member: object, skipped: bool, optio
     return True if module and module.partition(".")[0] not in ("odenets", "solvers") else None
 
 
-def describe_constant(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
-    """What is written below a constant, which a package may import from the module that defines it."""
-    if what == "data" and (written := _below(name)):
+def describe(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """What is written below a constant, where it is defined, and in the function of a measure."""
+    if what == "data" and (written := below(name)):
         lines[:] = written
+    if (function := function_of(value)) is not None:
+        lines[:] = [*(inspect.getdoc(function) or "").splitlines(), ""]
 
 
-def _below(full: str) -> list[str]:
+def below(full: str) -> list[str]:
+    """The lines below a constant, which a package may import from the module that defines it."""
     module, _, name = full.rpartition(".")
     analyzer = ModuleAnalyzer.for_module(module)
     if written := analyzer.find_attr_docs().get(("", name)):
         return written
     imports = [node for node in ast.parse(analyzer.code).body if isinstance(node, ast.ImportFrom)]
     sources = [node.module for node in imports if any(alias.name == name for alias in node.names)]
-    return _below(f"{sources[0]}.{name}") if sources else []
+    return below(f"{sources[0]}.{name}") if sources else []
 
 
 def shorten(
@@ -170,6 +188,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", write_pages, priority=100)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip)
-    app.connect("autodoc-process-docstring", describe_constant, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", describe, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
