@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 
 STYLE = Path(__file__).parents[1] / "static" / "figures.mplstyle"
 
