@@ -12,7 +12,7 @@ import torch
 matplotlib.use("Agg")
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
+PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
 
 
 def snippets(page):

@@ -149,7 +149,7 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "experiments/README.md",
     "tests/README.md",
-    *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+    *(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
 ]
 
 
