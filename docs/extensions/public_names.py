@@ -152,7 +152,9 @@ def _find(path: str) -> str | None:
 
 
 def skip(app: Sphinx, what: str, name: str, member: object, skipped: bool, options: object) -> bool | None:
-    """Leave out what a class has from another library."""
+    """Leave out what a class has from another library, and the fields of tuples, which it describes itself."""
+    if str(getattr(member, "__doc__", "")).startswith("Alias for field number"):
+        return True
     module = getattr(member, "__module__", None) or getattr(getattr(member, "fget", None), "__module__", None)
     return True if module and module.partition(".")[0] not in ("odenets", "solvers") else None
 
