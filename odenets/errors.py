@@ -35,7 +35,11 @@ class DivergedError(RuntimeError):
 
 
 class WorkerLostError(RuntimeError):
-    """Another process of the group is gone; the checkpoints of the modules stand."""
+    """Another process of the group is gone or silent, or the group was told to end; the modules' checkpoints stand.
+
+    :func:`odenets.module_wise.fit_in_processes` raises it; called again with the same run, it goes on from the newest
+    epoch that all modules have completed.
+    """
 
 
 @contextmanager

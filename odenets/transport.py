@@ -2,6 +2,11 @@
 
 The map of a block sends a cloud to the next one. No map between the two moves the points by less than their Wasserstein
 distance: ``W1 <= mean |r|`` and ``W2 <= sqrt(mean |r|^2)``, with equality for an optimal map.
+
+>>> from odenets.models import points_network
+>>> measured = moves(points_network(depth=3), torch.rand(20, 2))
+>>> bool((measured.w2 <= measured.root_mean_square + 1e-6).all()), measured.gap > -1e-6
+(True, True)
 """
 
 from __future__ import annotations
@@ -32,13 +37,16 @@ GAP = 1e-8
 
 @dataclass(frozen=True)
 class Moves:
-    """What each block does to a cloud; Euclidean lengths, one number per block.
+    """What each block does to a cloud, as :func:`moves` measures it; Euclidean lengths, one per block: ``(blocks,)``.
+
+    >>> Moves(mean=np.ones(2), root_mean_square=np.ones(2), w1=np.ones(2), w2=np.array([1.0, 0.6])).gap  # 2 / 1.6 - 1
+    0.25
 
     Attributes:
         mean: mean displacement.
         root_mean_square: root mean square displacement.
-        w1, w2: exact Wasserstein distances between the clouds before and after, with the costs ``|x - y|`` and its
-            square.
+        w1: exact Wasserstein distance between the clouds before and after, with the cost ``|x - y|``.
+        w2: that with the cost ``|x - y|^2``, the root of the least mean.
     """
 
     mean: np.ndarray
@@ -69,9 +77,16 @@ def wasserstein(x: Tensor, y: Tensor, p: int = 2) -> float:
         x, y: points, ``(N, *S)``, N at most 20,000; complex coordinates count as two.
         p: 1 or 2; the cost is the Euclidean distance to this power.
 
+    Returns:
+        The distance, in the units of the points.
+
     Raises:
         ValueError: clouds of several shapes, empty, not finite or too large, another p, or distances that span more
             than float64 does.
+        ModuleNotFoundError: POT or SciPy is not installed: ``pip install 'odenets[transport]'``.
+
+    >>> wasserstein(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [0.0]]), p=1)  # 0 stays, 1 goes to 3
+    1.0
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if p not in (1, 2):
@@ -125,12 +140,17 @@ def _least_cost(a: np.ndarray, b: np.ndarray, p: int) -> float:
 
 @torch.no_grad()
 def states_of(network: Network | Flow, x: Tensor) -> list[Tensor]:
-    """The states of inputs ``x`` before the first block and after every block, in eval mode.
+    """The states of inputs ``x`` ``(N, ...)`` before the first block of a ``network`` and after every block.
 
-    Inputs are taken to the network's device and precision; the modes of its modules are restored.
+    In eval mode, each ``(N, *S)``: one more than there are blocks. Inputs are taken to the network's device and
+    precision; the modes of its modules are restored.
 
     Raises:
         TypeError: another network, such as an adapted model, whose steps need not begin where the last one ended.
+
+    >>> from odenets.models import points_network
+    >>> [tuple(state.shape) for state in states_of(points_network(depth=2), torch.rand(20, 2))]
+    [(20, 2), (20, 2), (20, 2)]
     """
     if not isinstance(network, Network | Flow):
         raise TypeError(
@@ -143,10 +163,17 @@ def states_of(network: Network | Flow, x: Tensor) -> list[Tensor]:
 
 
 def moves(network: Network | Flow, x: Tensor) -> Moves:
-    """What the blocks of a network do to the cloud of inputs ``x`` ``(N, ...)``, in eval mode.
+    """What the blocks of a network do to a cloud, in eval mode.
+
+    Args:
+        network: of one flow, or a flow.
+        x: inputs, ``(N, ...)``, N at most 20,000; taken to the network's device and precision.
+
+    Returns:
+        Mean displacements and Wasserstein distances, of every block.
 
     Raises:
-        TypeError: another network.
+        TypeError: neither a Network nor a Flow.
         ValueError: several flows, whose states cannot be compared, or states that are not finite.
     """
     if isinstance(network, Network) and len(network.flows) > 1:

@@ -15,7 +15,7 @@ __all__ = ["Memory", "measure_memory"]
 
 
 class Memory(NamedTuple):
-    """Bytes over those there before.
+    """Bytes over those there before, as :func:`measure_memory` measures them.
 
     Attributes:
         left: what stands when the work is done, its result and the graph behind it among it.
@@ -27,14 +27,17 @@ class Memory(NamedTuple):
 
 
 def measure_memory(work: Callable[[], object], device: torch.device | str = "cpu") -> Memory:
-    """What ``work`` allocates; what was there before does not count.
+    """What a piece of work allocates, such as a forward or a backward pass; what was there before does not count.
 
     On a GPU torch's allocator tells. Elsewhere the storages that operations return are followed until they are freed,
     backward passes and gradients included; what an operation allocates and frees inside itself is not seen.
 
     Args:
-        work: called once.
+        work: a function of no arguments, called once.
         device: where it computes.
+
+    Returns:
+        Bytes that are left, and the most at once.
 
     >>> x = torch.zeros(1000)
     >>> measure_memory(lambda: ((x + 1) * 2).sum())  # at most both temporaries, and in the end a number

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from odenets.adapting import AdaptedModel
-from odenets.modes import evaluating
+from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 
 __all__ = ["Refinement", "iterative_refinement"]
@@ -18,7 +18,7 @@ __all__ = ["Refinement", "iterative_refinement"]
 
 @dataclass(frozen=True)
 class Refinement:
-    """Means over the samples, one number per block, ``(blocks,)``.
+    """Means over the samples, one number per block, ``(blocks,)``, as :func:`iterative_refinement` measures them.
 
     Attributes:
         ratio: ``|x1 - x0| / |x0|``, the displacement by the block over the state before it.
@@ -30,17 +30,29 @@ class Refinement:
 
 
 def iterative_refinement(network: Network | AdaptedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Refinement:
-    """Measure every block of a classifier, in eval mode; the modes of its modules are restored.
+    """How far each block of a classifier moves a state, and whether down the gradient of the loss [K24, figure 6].
+
+    In eval mode; the modes of the network's modules are restored. Blocks that refine move states little and down the
+    loss: small ratios, negative cosines.
 
     Args:
         network: a network that reads the solution of its last flow, or :func:`odenets.adapt` of a model. A block of the
             latter that starts from a projection has the gradient at the projection's output, which is added.
-        batches: inputs and labels.
+        batches: any iterable of batches ``(inputs, labels)``, ``(B, *S)`` and ``(B,)`` int64, taken to the network's
+            device and the inputs to its dtype.
+
+    Returns:
+        Ratio and cosine of every block.
 
     Raises:
         TypeError: another network, one whose output is no tensor of logits, or batches that are no pairs.
         ValueError: no batch, a network that reads an ensemble, another number of steps in each batch, or a state of an
             adapted model that is changed in place, so that it has no gradient.
+
+    >>> from odenets.models import points_network
+    >>> refinement = iterative_refinement(points_network(depth=3), [(torch.rand(8, 2), torch.arange(8) % 2)])
+    >>> refinement.ratio.shape, refinement.cosine.shape
+    (torch.Size([3]), torch.Size([3]))
     """
     if not isinstance(network, Network | AdaptedModel):
         raise TypeError(
@@ -68,7 +80,8 @@ def iterative_refinement(network: Network | AdaptedModel, batches: Iterable[tupl
 def _of_batch(network: Network | AdaptedModel, x: Tensor, y: Tensor) -> Tensor:
     """Sums over the samples of ratio and cosine, ``(2, blocks)``."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone()
+        x = inputs_for(network, x).detach().clone()
+        y = y.to(x.device)
         if x.is_floating_point():
             x.requires_grad_()
         if isinstance(network, AdaptedModel):

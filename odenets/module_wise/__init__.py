@@ -1,4 +1,22 @@
-"""Module-wise training: a network in modules, each trained by its own loss alone [K24, section 4]."""
+"""Module-wise training: a network in modules, each trained by its own loss alone [K24, section 4].
+
+:func:`split_into_modules` cuts a network and gives each module a head; :func:`fit_modules` trains the modules on one
+device, :func:`fit_in_processes` in a process each. No gradient crosses from one module to another: only one of them
+needs memory for a backward pass at a time, and each is a classifier of its own.
+
+>>> from functools import partial
+>>> import torch
+>>> from odenets.models import small_network
+>>> from odenets.module_wise import ModuleWise, fit_modules, split_into_modules, trgl
+>>> x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
+>>> network: ModuleWise = split_into_modules(small_network(solver="euler", h=1.0, depth=4), 2, x[:2])
+>>> sgd = partial(torch.optim.SGD, lr=0.1)
+>>> training = fit_modules(network, [(x, y)], epochs=1, optimizer=sgd, objective=trgl(tau=1.0))
+>>> [(row["module"], "train_accuracy" in row) for row in training.rows]
+[(1, True), (2, True)]
+>>> network.predict(x[:3], module=1).shape  # labels by the first module alone
+torch.Size([3])
+"""
 
 from odenets.errors import WorkerLostError
 from odenets.module_wise.baselines import auglocal, infopro, predsim

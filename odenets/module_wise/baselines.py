@@ -44,14 +44,31 @@ class Reconstruction(nn.Module):
 
 
 def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
-    """InfoPro's term beside the cross-entropy of the head: the :class:`Reconstruction` of the image from the state.
+    """InfoPro's term beside the cross-entropy of the head: a decoder reconstructs the image from the state.
+
+    Bilinear interpolation to the image's size, conv3x3-BN-ReLU-conv3x3, binary cross-entropy with the pixels: a bound
+    on the information of the state about the image. For ``split_into_modules(network, K, x, local_loss=infopro())``.
 
     Args:
         first, last: its weight for the first module and the last; linear in between. At weight 0 there is no decoder.
 
+    Returns:
+        What makes the term of a module, from its number, how many there are, its state and the images.
+
     Raises:
-        ValueError: a negative weight, states that are no images, or images whose pixels leave [0, 1], for which the
-            cross-entropy has no least value.
+        ValueError: a negative weight; when modules are made, states that are no images, or images whose pixels leave
+            [0, 1], for which the cross-entropy has no least value.
+
+    References:
+        Wang, Ni, Song, Yang, Huang. Revisiting locally supervised learning: an alternative to end-to-end training.
+        ICLR 2021.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
+    >>> modules = split_into_modules(network, 2, torch.rand(2, 1, 8, 8), local_loss=infopro(first=1.0, last=0.5))
+    >>> [module.local_loss.weight for module in modules.modules_in_order]
+    [1.0, 0.5]
     """
     if first < 0 or last < 0:
         raise ValueError(f"first and last must not be negative, got {first} and {last}")
@@ -115,14 +132,28 @@ def correlations(rows: Tensor) -> Tensor:
 
 
 def predsim(classes: int, weight: float = 1.0) -> LocalLoss:
-    """PredSim's similarity loss beside the cross-entropy of the head.
+    """PredSim's similarity loss beside the cross-entropy of the head: states of one class are to be alike.
+
+    ``weight * |S(conv(H)) - S(Y)|_F^2 / B^2`` with S the matrix of cosines between the mean-free rows of its argument,
+    H the states and Y the one-hot labels [K24, appendix D]. For ``split_into_modules(..., local_loss=predsim(10))``.
 
     Args:
         classes: number of classes, at least 2.
         weight: of the loss.
 
+    Returns:
+        What makes the loss of a module, from its number, how many there are, its state and the images.
+
     Raises:
         ValueError: fewer than two classes, or a weight that is not positive.
+
+    References:
+        Nokland, Eidnes. Training neural networks with local error signals. ICML 2019.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
+    >>> modules = split_into_modules(network, 2, torch.rand(2, 1, 8, 8), local_loss=predsim(10))
     """
     if classes < 2 or not weight > 0:
         raise ValueError(f"classes must be at least 2 and weight positive, got {classes} and {weight}")
@@ -140,7 +171,7 @@ class _NoLoss(nn.Module):
 def auglocal(
     network: Cuttable, ends: Sequence[int], x: Tensor, *, deepest: int = 4, shallowest: int = 1, at: At = "end"
 ) -> list[nn.Module]:
-    """AugLocal's auxiliary networks: copies of a few later blocks and of the network's head (Ma et al., ICLR 2024).
+    """AugLocal's auxiliary networks: copies of a few later blocks and of the network's head.
 
     The blocks are chosen evenly among those after the module; there are linearly fewer of them the later the module.
     A block that changes the shape of the state is always among them, so that the copies fit one another.
@@ -148,15 +179,25 @@ def auglocal(
     Args:
         network: whose modules end at ``ends``.
         ends: after how many blocks each module ends, the last with the network.
-        x: a batch of inputs, by which shapes are found.
+        x: a batch of inputs ``(B, *S)``, by which shapes are found.
         deepest, shallowest: blocks in the auxiliary network of the first module, and of the last but one.
-        at: see :func:`~odenets.module_wise.partition.cut`.
+        at: see :func:`cut`.
 
     Returns:
         One auxiliary network per module but the last, for ``split_into_modules(network, ends, x, head=...)``.
 
     Raises:
         ValueError: numbers of blocks out of range.
+
+    References:
+        Ma, Wu, Si, Tan. Scaling supervised local learning with augmented auxiliary networks. ICLR 2024.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> network, x = odenets.models.small_network(solver="euler", h=1.0, depth=6), torch.rand(2, 1, 8, 8)
+    >>> heads = auglocal(network, [2, 4, 6], x, deepest=2)
+    >>> split_into_modules(network, [2, 4, 6], x, head=heads).K
+    3
     """
     if not deepest >= shallowest >= 1:
         raise ValueError(f"deepest must be at least shallowest and this at least 1, got {deepest} and {shallowest}")

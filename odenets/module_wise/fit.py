@@ -77,9 +77,10 @@ def fit_modules(
     report: Callable[[int], object] = lambda n: None,
     device: torch.device | str = "cpu",
 ) -> ModuleTraining:
-    """Train the modules of a network, each by its own loss.
+    """Train the modules of a network, each by its own loss; no gradient crosses from one to another.
 
-    Modes are those of :func:`odenets.training.fit`: what is in eval mode within a network in training mode stays so.
+    Arguments are those of :func:`odenets.training.fit` under the same names, as far as modules have them. Modes are
+    those of fit too: what is in eval mode within a network in training mode stays so.
 
     Args:
         network: made by :func:`~odenets.module_wise.split_into_modules`; trained in place, on the device. Inputs are
@@ -87,42 +88,45 @@ def fit_modules(
         batches: training data, any iterable of batches ``(inputs, targets)``, where inputs are a tensor x or a tuple
             ``(x, *args)`` with what the velocity fields of all modules get besides. Epoch e of a module draws the same
             :class:`~odenets.training.Batches` in every run; a DataLoader draws its next epoch.
-        epochs: how many; one number per module, and per lap, where they are trained one after another, as [K24]
-            trains module k for ``50 + 10 k``.
-        optimizer: makes the optimizer of one module from a list of its parameters, as
+        epochs: number of epochs; one number per module, and per lap, where they are trained one after another, as
+            [K24] trains module k for ``50 + 10 k``.
+        optimizer: makes the optimizer of one module from the list of its parameters, as
             ``partial(torch.optim.SGD, lr=0.1)`` does.
-        lr_scheduler: makes a learning-rate scheduler of one optimizer, which steps with the epochs, or the steps, of
-            its module. ReduceLROnPlateau reads the module's validation loss, or its training loss without validation.
-        lr_interval: "epoch" or "step": after what a scheduler steps.
-        objective: makes the objective of each module from its number and how many there are; cross-entropy alone
-            (VanGL) if not given.
+        lr_scheduler: makes a scheduler of learning rates from the optimizer of one module, whose epochs or steps it
+            counts. ReduceLROnPlateau reads the module's validation loss, or without validation its training loss.
+        lr_interval: when a scheduler takes a step, after each "epoch" or after each "step" of the optimizer.
+        objective: makes the objective of each module from its number, from 0, and how many there are: :func:`trgl`,
+            :func:`trgl_multipliers`, or a function of one's own; cross-entropy alone (:func:`greedy`) if not given.
         order: "parallel", on each batch every module takes a step; "sequential", a module is trained to its end
             before the next, those before it in eval mode; "end-to-end", the last head alone by backpropagation through
             everything, and "checkpointed", the same with only the states between modules kept.
         laps: of the sequential order: how often it goes over the modules. Optimizers, schedulers and multipliers go on
             from lap to lap.
-        metric: ``(output, targets)`` to a number, the mean of a batch, or a number per sample, or an object that
-            gathers, as in :func:`odenets.training.fit`; the accuracy if not given. Its name is that of the columns,
-            ``train_accuracy``, ``validation_accuracy``; accuracies of outputs that are no logits are NaN in training,
-            and a :class:`~odenets.training.Task` has none.
-        validation: data on which loss and metric are measured, of all modules after each parallel epoch and of one at
-            the end of each visit, or after each of its epochs where ReduceLROnPlateau reads them.
-        collate: makes ``(inputs, targets)`` of a batch, of training and of validation, that is no such pair.
+        metric: ``(output, targets)`` to a number, the mean of the batch, or to a number per sample, ``(B,)``; or an
+            object with ``reset``, ``update`` and ``compute``, as torchmetrics has them. The rows hold it under its
+            name, ``train_accuracy``, ``validation_accuracy``. The accuracy if not given, NaN where a head returns no
+            logits ``(B, classes)``; none for a :class:`~odenets.training.Task`.
+        validation: data as ``batches``, on which loss and metric are measured, of all modules after each parallel epoch
+            and of one at the end of each visit, or after each of its epochs where ReduceLROnPlateau reads them.
+        collate: makes ``(inputs, targets)`` of a batch, of training and validation, that is no such pair.
         cache: where the sequential order keeps the states before the module in training: "memory", a folder, whose
             files go at the end, or None to compute them for every batch. It is for
             :class:`~odenets.training.Batches`, whose samples have numbers, without a ``collate``.
-        views: of each augmented image in the cache, see :class:`~odenets.module_wise.activation_cache.ActivationCache`.
+        views: with a cache of augmented images: how many views of each are drawn, once; epoch e takes view
+            ``e mod views``, since a state cannot be cropped or mirrored anew.
         offload: with a cache and a device: keep only the module in training there.
-        clip_norm: largest norm of a module's gradient.
-        run: where the checkpoint is kept; if it holds one the training goes on from there and ends with the same
-            weights to the last bit; with a DataLoader too, if its sampler is seeded by a generator.
-        checkpoint: name of the resume state.
-        progress: label of a progress bar.
+        clip_norm: largest norm of the gradient of a module's parameters together; a larger one is scaled down to this.
+        run: holds the resume state called ``checkpoint``; where there is one the training goes on from it and ends with
+            the same weights to the last bit; with a DataLoader too, if its sampler is seeded by a generator.
+        checkpoint: name of the resume state in the run's folder.
+        progress: label of a progress bar; none without it.
         report: called with 1 after each epoch.
         device: where it computes.
 
     Returns:
-        The finished training, with a row of metrics per epoch and module.
+        The finished training; its ``rows`` hold a dictionary per epoch and module: ``lap``, ``module`` (from 1 on),
+        ``epoch``, ``train_loss``, ``train_accuracy`` (or the metric's name), ``validation_loss`` and
+        ``validation_accuracy`` (None without validation), ``learning_rate``, what the objective adds, ``seconds``.
 
     Raises:
         DivergedError: a loss or a weight is not finite; the last checkpoint stands.
@@ -143,7 +147,10 @@ def fit_modules(
     source = Source.of(batches, collate)
     held_out = None if validation is None else Source.of(validation, collate, "validation")
     _check_data(network, source)
-    if cache is not None or offload:
+    if cache is None and (offload or views != 1):
+        what = "offload needs a cache" if offload else f"views are of a cache, got views={views} without one"
+        raise ValueError(f'{what}: every batch passes all modules before, cache="memory" keeps their states')
+    if cache is not None:
         _check_cache(network, plan, source, cache)
     network.to(device)
     optimizers = [make_optimizer(optimizer, unit.parameters()) for unit in plan.units(network)]
@@ -205,8 +212,6 @@ def _check_data(network: ModuleWise, source: Source) -> None:
 
 def _check_cache(network: ModuleWise, plan: Plan, source: Source, cache: Any) -> None:
     """That the states before a module can be kept."""
-    if cache is None:
-        raise ValueError("offload needs a cache: without one every batch passes all modules before")
     if not isinstance(cache, str | Path):
         raise TypeError(f'cache must be "memory" or a folder, got {cache!r}')
     if plan.order != "sequential":

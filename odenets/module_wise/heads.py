@@ -25,10 +25,17 @@ def conv_head(state: Tensor, outputs: int, *, pool: int | None = None) -> nn.Seq
     Args:
         state: ``(B, C, H, W)``.
         outputs: numbers for a sample: classes, or dimensions of a target.
-        pool: size and stride of the average pooling; what leaves at most 4 x 4 if not given.
+        pool: size and stride of the average pooling, in pixels; what leaves at most 4 x 4 if not given.
+
+    Returns:
+        The head, ``(B, C, H, W)`` to ``(B, outputs)``, on the device and in the dtype of the state.
 
     Raises:
         ValueError: a state of another shape, or a pooling larger than it.
+
+    >>> state = torch.rand(2, 16, 8, 8)
+    >>> conv_head(state, 10)(state).shape
+    torch.Size([2, 10])
     """
     if state.ndim != 4:
         raise ValueError(f"head 'conv' needs states (B, C, H, W), got {tuple(state.shape)}")
@@ -54,8 +61,15 @@ def token_head(state: Tensor, outputs: int) -> nn.Sequential:
         state: ``(B, T, D)`` or ``(B, H, W, D)``.
         outputs: numbers for a sample: classes, or dimensions of a target.
 
+    Returns:
+        The head, of such states to ``(B, outputs)``, on the device and in the dtype of the state.
+
     Raises:
         ValueError: a state of another shape.
+
+    >>> state = torch.rand(2, 50, 64)
+    >>> token_head(state, 10)(state).shape
+    torch.Size([2, 10])
     """
     if state.ndim not in (3, 4):
         raise ValueError(f"head 'token' needs states (B, T, D) or (B, H, W, D), got {tuple(state.shape)}")
@@ -65,7 +79,12 @@ def token_head(state: Tensor, outputs: int) -> nn.Sequential:
 
 
 def linear_head(state: Tensor, outputs: int) -> nn.Sequential:
-    """A linear layer on all features of a state ``(B, *S)``."""
+    """A linear layer from all features of a ``state`` ``(B, *S)`` to ``outputs`` numbers, ``(B, outputs)``.
+
+    >>> state = torch.rand(2, 3, 4)
+    >>> linear_head(state, 10)(state).shape
+    torch.Size([2, 10])
+    """
     return like(nn.Sequential(nn.Flatten(), nn.Linear(state[0].numel(), outputs)), state)
 
 

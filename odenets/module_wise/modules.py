@@ -32,10 +32,20 @@ with ``(state, images, targets)`` that returns a scalar."""
 class LocalModule(Joined):
     """Consecutive blocks with a head: ``F_k`` on ``T_k``. Records and steps are those of its blocks.
 
+    :func:`split_into_modules` makes them.
+
+    >>> import odenets
+    >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
+    >>> first, last = split_into_modules(network, 2, torch.rand(2, 1, 8, 8)).modules_in_order
+    >>> logits, state = first(torch.rand(5, 1, 8, 8))
+    >>> last(state)[0].shape, first.depth
+    (torch.Size([5, 10]), 2)
+
     Attributes:
-        part: the blocks.
-        head: maps the state after them to logits.
-        local_loss: a term of its loss besides, with weights of its own, or None.
+        part: the blocks, with what comes before the first of them.
+        head: maps the state after them, ``(B, *S)``, to logits ``(B, classes)``, or what else the network returns.
+        local_loss: a term of its loss besides, with weights of its own, called with ``(state, images, targets)``; or
+            None.
     """
 
     part: Part | AdaptedModel
@@ -46,32 +56,50 @@ class LocalModule(Joined):
 
     @property
     def recorders(self) -> list[Part | AdaptedModel]:
+        """The part, whose steps are recorded."""
         return [self.part]
 
     def forward(self, x: Tensor, /, *args: Any) -> tuple[Any, Tensor]:
-        """The head's output and the state for the state before; ``args`` go to the velocity fields."""
+        """The head's output and the state after the blocks, for the state ``x`` before them, ``(B, *S)``.
+
+        ``args`` go to the velocity fields.
+        """
         state = self.part(x, *args)
         return self.head(state), state
 
     def forward_with_records(
         self, x: Tensor, measures: Mapping[str, StepFunction], args: tuple[Any, ...] = ()
     ) -> tuple[Any, Tensor, Records]:
-        """The head's output and the state, and per measure ``(blocks, B)``."""
+        """The head's output, the state, and what is recorded.
+
+        Args:
+            x: the state before the module, ``(B, *S)``; of the first one the inputs.
+            measures: functions ``Step -> (B,)`` by name.
+            args: what the velocity fields get besides.
+
+        Returns:
+            What the head makes, the state after the blocks, and per measure ``(blocks, B)``.
+        """
         state, records = self.part.record(x, *args, **measures)
         return self.head(state), state, records
 
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Any, Records]:
-        """The head's output, and per measure ``(blocks, B)``."""
+        """The head's output for the state ``x`` before, and for each of the ``measures`` ``(blocks, B)``.
+
+        ``args`` go to the velocity fields.
+        """
         output, _, records = self.forward_with_records(x, measures, args)
         return output, records
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterable[Step]:
-        """Every step for the state before."""
+        """Every step for the state ``x`` before, and ``args`` of the velocity fields; with the ``closing`` stages."""
         return self.part.steps(x, *args, closing=closing)
 
 
 class ModuleWise(Joined):
-    """K modules one after another; :func:`split_into_modules` makes it from a network, whose weights it shares.
+    """K modules one after another, each with a head; a classifier after each of them.
+
+    :func:`split_into_modules` makes it from a network, whose weights it shares, and :func:`fit_modules` trains it.
 
     Attributes:
         parts: the modules.
@@ -98,6 +126,7 @@ class ModuleWise(Joined):
 
     @property
     def recorders(self) -> list[LocalModule]:
+        """The modules, whose steps are recorded."""
         return self.modules_in_order
 
     @property
@@ -114,9 +143,9 @@ class ModuleWise(Joined):
         """The output after a module, from 1 on, the last if not given; those behind it are not called.
 
         Args:
-            x: inputs, ``(B, ...)``.
-            args: conditioning, which the velocity fields of every module get: ``v(t, x, *args)``.
-            module: number of the module.
+            x: inputs, ``(B, *S)``.
+            args: what the velocity fields of every module get besides: ``v(t, x, *args)``.
+            module: number of the module, from 1 on.
 
         Returns:
             What its head makes: logits ``(B, classes)`` of a classifier.
@@ -133,13 +162,16 @@ class ModuleWise(Joined):
         return last(x, *args)[0]
 
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Any, Records]:
-        """The output after the last module, and per measure ``(blocks, B)``; ``records.starts`` are the modules' rows,
-        and ``records.blocks`` name the module before its block.
+        """The output after the last module, and what is measured on the steps of all.
 
         Args:
-            x: inputs, ``(B, ...)``.
-            args: conditioning, which the velocity fields of every module get.
+            x: inputs, ``(B, *S)``.
+            args: what the velocity fields of every module get besides.
             measures: functions ``Step -> (B,)`` by name.
+
+        Returns:
+            The output, and per measure ``(blocks, B)``: ``records.starts`` are the modules' first rows, and
+            ``records.blocks`` name the module before its block.
         """
         parts = []
         for module in self.modules_in_order:
@@ -148,7 +180,7 @@ class ModuleWise(Joined):
         return self.modules_in_order[-1].head(x), Records.join(parts, self.module_names)
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
-        """Every step of every module for inputs ``x``."""
+        """Every step of every module for inputs ``x``, and ``args`` of the velocity fields; with ``closing`` stages."""
         parts = [module.part for module in self.modules_in_order]
         if flows := [part for part in parts if isinstance(part, Part)]:
             yield from Part([piece for part in flows for piece in part.layers]).steps(x, *args, closing=closing)
@@ -158,19 +190,27 @@ class ModuleWise(Joined):
                 yield from steps
 
     def outputs(self, x: Tensor, /, *args: Any) -> Iterator[Any]:
-        """The output after each module, one after the other, in one pass."""
+        """The output after each module for inputs ``x``, with ``args`` of the fields, one by one, in one pass."""
         for module in self.modules_in_order:
             output, x = module(x, *args)
             yield output
 
     def run_all(self, x: Tensor, /, *args: Any) -> None:
-        """Call every module and head once, so that :func:`odenets.recalibrate` sets the statistics of all."""
+        """Call every module and head with ``x`` and ``args`` once, so that :func:`odenets.recalibrate` reaches all."""
         for _ in self.outputs(x, *args):
             pass
 
     @torch.no_grad()
     def predict(self, x: Tensor, /, *args: Any, module: int | None = None) -> Tensor:
-        """Labels after a module, ``(B,)``, in eval mode: an early exit, which the later modules cost nothing.
+        """Labels in eval mode, by any module: an early exit, which the later modules cost nothing.
+
+        Args:
+            x: inputs, ``(B, *S)``, taken to the network's device and dtype.
+            args: what the velocity fields of every module get besides.
+            module: number of the module, from 1 on; the last if not given.
+
+        Returns:
+            The most likely classes, ``(B,)`` int64.
 
         Raises:
             ValueError: no such module.
@@ -184,8 +224,11 @@ class ModuleWise(Joined):
         """A metric after each module, in eval mode, of :class:`~odenets.training.Batches` on the samples as they are.
 
         Args:
-            batches: any iterable of batches.
+            batches: any iterable of batches ``(inputs, targets)``.
             metric, collate: as in :func:`odenets.training.evaluate`; the accuracy if not given.
+
+        Returns:
+            A number per module.
 
         Raises:
             TypeError, ValueError: a head does not return logits, where the metric is the accuracy, or a metric that
@@ -200,15 +243,16 @@ class ModuleWise(Joined):
         return [cast(float, values[k].metric) for k in range(self.K)]
 
     def accuracies(self, batches: Iterable[Any], *, collate: Collate | None = None) -> list[float]:
-        """:meth:`evaluate` by the accuracy."""
+        """The accuracy after each module, on ``batches`` of which ``collate`` makes pairs, see :meth:`evaluate`."""
         return self.evaluate(batches, collate=collate)
 
     def best(self, validation: Iterable[Any]) -> int:
-        """The number of the most accurate module, from 1 on, the first of equals."""
+        """The number of the module that is most accurate on ``validation`` batches, from 1 on; the first of equals."""
         accuracies = self.accuracies(validation)
         return accuracies.index(max(accuracies)) + 1
 
     def extra_repr(self) -> str:
+        """The number of modules, and where they end."""
         return f"K={self.K}, ends={list(self.ends)}"
 
 
@@ -235,15 +279,18 @@ def split_into_modules(
         x: a batch of inputs, of two samples or more, by which shapes are found; or a tuple ``(x, *args)`` with what
             conditions the fields.
         outputs: numbers that a head returns for a sample, the classes of a classifier or the size of a regression's
-            targets; as many as the network itself if not given.
+            targets; as many as the network itself if not given, which a flow needs to be told.
         balance: what is shared out equally among K modules: "blocks", or the "memory" that their backward passes need,
             measured on ``x``.
         at: "end", a transition belongs to the module after it, or "start", to the one before.
-        head: "conv", "token" or "linear"; "auto" by the shape of the state; a function of a state and the number of
-            outputs; one layer for all modules ("same classifier"); or a list of one for each, but for a last that keeps
-            the network's.
-        last_head: whether the last module keeps the network's own head or has an auxiliary one like the others.
-        local_loss: makes what each module minimizes besides.
+        head: "conv", "token" or "linear" (:func:`conv_head` and so on); "auto" by the shape of the state; a function of
+            a state and the number of outputs; one layer for all modules ("same classifier"); or a list of one for each,
+            but for a last that keeps the network's.
+        last_head: whether the last module keeps the network's "own" head or has an "auxiliary" one like the others.
+        local_loss: makes what each module minimizes besides, such as :func:`infopro` or :func:`predsim`.
+
+    Returns:
+        The network in modules, in the mode of ``network``.
 
     Raises:
         TypeError, ValueError: as :func:`~odenets.module_wise.partition.cut` and the heads raise, K out of range, a head

@@ -18,7 +18,11 @@ ModuleObjective = Callable[[int, int], Objective]
 
 
 def greedy(task: Callable[[], Objective] = CrossEntropy) -> ModuleObjective:
-    """The task alone: vanilla greedy learning (VanGL)."""
+    """The task alone: vanilla greedy learning (VanGL, [K24, section 4]); ``task`` makes the loss of each module.
+
+    >>> greedy()(0, 4)  # the objective of the first of four modules
+    CrossEntropy()
+    """
     return lambda k, K: task()
 
 
@@ -37,8 +41,15 @@ def trgl(
         doubled: whether the modules of the second half have 2 tau; all have the same tau otherwise.
         cost: "action", "residue" or "norm", see :class:`~odenets.least_action.Cost`.
 
+    Returns:
+        What makes the objective of a module, from its number, from 0, and how many there are.
+
     Raises:
         ValueError: tau is not positive and finite, or an unknown cost.
+
+    >>> make = trgl(tau=5.0)
+    >>> make(0, 4).weight, make(3, 4).weight  # 1 / (2 tau), and half of it
+    (0.1, 0.05)
     """
     if not (math.isfinite(tau) and tau > 0):
         raise ValueError(f"tau must be positive and finite, got {tau}")
@@ -78,8 +89,15 @@ def trgl_multipliers(
             step i: the step that follows begins with the change. "before", one step earlier, as the published code has
             it; or "after", see :class:`~odenets.least_action.LeastAction`.
 
+    Returns:
+        What makes the objective of a module, from its number, from 0, and how many there are.
+
     Raises:
         ValueError: arguments out of range.
+
+    >>> make = trgl_multipliers(lambda0=2.0, growth=1.0)
+    >>> make(0, 4).multiplier.item(), make(3, 4).multiplier.item()
+    (2.0, 8.0)
     """
     options: dict[str, Any] = {"tau": h, "every": every, "cost": cost, "weigh": weigh, "update": update}
     LeastAction(lambda0=lambda0, **options)  # raises here what it would raise later

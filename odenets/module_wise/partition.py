@@ -53,10 +53,14 @@ class Part(Chain):
 
 
 def blocks_of(network: Cuttable) -> int:
-    """Number of blocks between which a network can be cut; a transformer's block of two steps is one.
+    """Number of blocks between which a ``network`` can be cut; a transformer's block of two steps is one.
 
     Raises:
-        TypeError: no such network.
+        TypeError: neither a Flow, a Network nor an adapted model.
+
+    >>> import odenets
+    >>> blocks_of(odenets.models.small_network(depth=4))
+    4
     """
     if not isinstance(network, Cuttable):
         raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
@@ -78,6 +82,11 @@ def cut(network: Cuttable, ends: Sequence[int], at: At = "end") -> tuple[list[Pa
     Raises:
         TypeError: no such network.
         ValueError: ends out of order, or a network that cannot be cut there.
+
+    >>> import odenets
+    >>> parts, head = cut(odenets.models.small_network(depth=4), [1, 4])
+    >>> [part.depth for part in parts]
+    [1, 3]
     """
     depth, ends = blocks_of(network), list(ends)
     if not ends or ends[-1] != depth or ends[0] < 1 or any(a >= b for a, b in pairwise(ends)):
@@ -124,6 +133,13 @@ def shared_parameter(modules: Sequence[nn.Module], owners: Sequence[int]) -> tup
 
 def even(blocks: int, modules: int) -> list[int]:
     """Ends of modules of equally many blocks, the first ones with one more where it does not come out even.
+
+    Args:
+        blocks: of the network.
+        modules: how many.
+
+    Returns:
+        After how many blocks each module ends; the last is ``blocks``.
 
     Raises:
         ValueError: more modules than blocks, or none.
@@ -188,13 +204,21 @@ def balanced(network: Cuttable, modules: int, x: Any, at: At = "end") -> list[in
     """Ends of equally heavy modules, the heaviest of which keeps least for its backward pass [K24, TRGL*].
 
     Args:
-        network: to be split.
+        network: to be split; a flow, a network or an adapted model.
         modules: how many.
-        x: inputs, of the shape of training, or a tuple ``(x, *args)``; a few samples will do.
+        x: inputs ``(B, *S)`` of the shape of training, or a tuple ``(x, *args)``; a few samples will do.
         at: see :func:`cut`.
+
+    Returns:
+        After how many blocks each module ends, for ``split_into_modules(network, ends, x)``.
 
     Raises:
         ValueError: more modules than blocks, or none.
+
+    >>> import odenets
+    >>> network = odenets.models.resnet110(blocks=2)  # 6 blocks, of which the first two have the largest states
+    >>> balanced(network, 2, torch.rand(2, 3, 16, 16)), even(6, 2)
+    ([2, 6], [3, 6])
     """
     _check_number(modules, blocks_of(network))
     return lightest(activation_memory(network, x, at), modules)

@@ -60,6 +60,15 @@ def local_step(
 
     Raises:
         TypeError, ValueError: what the objective or the metric raises, or a loss that nothing trains by.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> images, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    >>> network = split_into_modules(odenets.models.small_network(solver="euler", h=1.0, depth=2), 2, images)
+    >>> state = images
+    >>> for module in network.modules_in_order:
+    ...     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    ...     state, totals = local_step(module, CrossEntropy(), optimizer, state, images, y)
     """
     state, *args = arguments(x)
     state = state.detach()
@@ -94,13 +103,26 @@ def parallel_step(
 ) -> Tensor:
     """A step of every module on a batch, first to last, each on the state behind the one before.
 
+    What :func:`fit_modules` does with a batch, for a loop of one's own.
+
     Args:
         network, objectives, optimizers: the modules, and for each its objective and optimizer.
-        x: inputs, ``(B, ...)`` or a tuple ``(x, *args)``.
+        x: inputs, ``(B, *S)`` or a tuple ``(x, *args)``.
         y, metric, clip_norm, first: as in :func:`local_step`; or a metric of each module.
 
     Returns:
         Loss and metric of each module, summed over the batch, ``(K, 2)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`local_step`; or not one objective and optimizer for each module.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    >>> network = split_into_modules(odenets.models.small_network(solver="euler", h=1.0, depth=2), 2, x)
+    >>> optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in network.modules_in_order]
+    >>> parallel_step(network, [CrossEntropy(), CrossEntropy()], optimizers, x, y).shape
+    torch.Size([2, 2])
     """
     images, *args = arguments(x)
     state, totals = images, []
@@ -132,13 +154,24 @@ def end_to_end_step(
     Args:
         network: of which the last head is trained, and all blocks.
         objective, optimizer: of the whole.
-        x: inputs, ``(B, ...)`` or a tuple ``(x, *args)``.
+        x: inputs, ``(B, *S)`` or a tuple ``(x, *args)``.
         y, metric, clip_norm, first: as in :func:`local_step`.
         checkpointed: keep the states between modules only, and compute each module again in the backward pass, from
             the same buffers; its batch norms count the batch once.
 
     Returns:
         Loss and metric, summed over the batch, ``(1, 2)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`local_step`.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    >>> network = split_into_modules(odenets.models.small_network(solver="euler", h=1.0, depth=2), 2, x)
+    >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    >>> end_to_end_step(network, CrossEntropy(), optimizer, x, y, checkpointed=True).shape
+    torch.Size([1, 2])
     """
     state, *args = arguments(x)
     rows: list[Tensor] = []

@@ -20,7 +20,17 @@ __all__ = ["ModuleTraining"]
 
 @dataclass
 class ModuleTraining:
-    """A training of modules.
+    """A training of modules: what :func:`fit_modules` returns.
+
+    >>> from functools import partial
+    >>> import torch
+    >>> from odenets.models import points_network
+    >>> from odenets.module_wise import fit_modules, split_into_modules
+    >>> x, y = torch.rand(8, 2), torch.arange(8) % 2
+    >>> network = split_into_modules(points_network(depth=4), 2, x)
+    >>> training = fit_modules(network, [(x, y)], epochs=3, optimizer=partial(torch.optim.SGD, lr=0.1))
+    >>> training.done, [(row["epoch"], row["module"]) for row in training.rows[-2:]], len(training.optimizers)
+    (3, [(3, 1), (3, 2)], 2)
 
     Attributes:
         network: being trained.
@@ -50,7 +60,7 @@ class ModuleTraining:
         } | random_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`state_dict`.
+        """Take up the ``state`` of :meth:`state_dict`.
 
         Raises:
             ValueError: weights of another precision, another optimizer, or learning-rate schedulers on one side only.

@@ -51,7 +51,13 @@ def fit_in_processes(
     """Train modules in parallel, each in a process of its own: none waits for another's forward or backward pass.
 
     Call it in every process of a group that ``torchrun`` has launched, with the same network, data and arguments. Each
-    process trains some consecutive modules, and sends the states behind them on.
+    process trains some consecutive modules, and sends the states behind them on. A script for
+    ``torchrun --nproc-per-node 2``::
+
+        torch.distributed.init_process_group("gloo")
+        torch.manual_seed(0)  # the same weights in all processes
+        network = split_into_modules(resnet110(), 2, x[:2])
+        rows = fit_in_processes(network, Batches((x, y), 100, seed=0), epochs=10, optimizer=partial(SGD, lr=0.1))
 
     Args:
         network: with the same weights in all processes; in the end all hold the trained weights of all modules. Inputs
@@ -59,7 +65,7 @@ def fit_in_processes(
         batches: training data, any iterable of batches that knows how many there are, as in
             :func:`~odenets.module_wise.fit_modules`; drawn by the processes of the first modules alone. Inputs, what
             conditions the fields, and targets are tensors.
-        epochs: how many; each module takes ``epochs * len(batches)`` steps.
+        epochs: number of epochs; each module takes ``epochs * len(batches)`` steps.
         optimizer, lr_scheduler, lr_interval, objective, metric, collate, clip_norm: as there; ReduceLROnPlateau reads
             the module's training loss.
         buffer: batches between two processes. With 1 each module takes every batch once and in order: the losses are

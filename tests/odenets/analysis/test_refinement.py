@@ -57,6 +57,12 @@ def test_blocks_of_several_flows_are_those_of_finite_differences(solver):
     assert refinement.cosine[1].item() == pytest.approx(along / (gradient.norm() * moved.norm()).item(), rel=1e-4)
 
 
+def test_inputs_are_taken_to_the_precision_of_the_network():
+    net, x, y = models.points_network(depth=2), torch.rand(4, 2), torch.tensor([0, 1, 1, 0])
+    single, double = iterative_refinement(net, [(x, y)]), iterative_refinement(net.double(), [(x, y)])
+    torch.testing.assert_close(single.cosine, double.cosine.float())
+
+
 def residual(field):
     return Calling(lambda m, x: x + m.field(0.0, x), field=field)
 

@@ -88,7 +88,7 @@ def test_a_cache_changes_nothing_but_the_views(tmp_path, batches):
     arguments["report"] = lambda n: seen.update((tmp_path / "states").glob("states*"))
     for cache in (None, "memory", tmp_path / "states"):
         network = modules_of().double()
-        fit_modules(network, batches, **arguments, cache=cache, views=4, offload=cache is not None)
+        fit_modules(network, batches, **arguments, cache=cache, views=4 if cache else 1, offload=cache is not None)
         networks.append(network)
     assert_same(networks[1], networks[2])
     assert_same(*networks[:2], atol=1e-12)  # four views are those of the four epochs; batches differ
@@ -115,6 +115,7 @@ def test_every_module_learns_in_every_order():
         ({"laps": 2}, "laps must be"),
         ({"cache": "memory"}, "cache is for the sequential order"),
         ({"order": "sequential", "offload": True}, "offload needs a cache"),
+        ({"order": "sequential", "views": 2}, "views are of a cache, got views=2"),
         ({"order": "sequential", "epochs": [1, 2]}, r"one per module \(3\), got \[1, 2\]"),
         ({"order": "sequential", "cache": "memory", "views": 0}, "views must be at least 1"),
         ({"clip_norm": -1}, "clip_norm must be positive, got -1"),
