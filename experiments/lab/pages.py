@@ -3,7 +3,7 @@
     make pages
 
 ``experiments/pages`` holds a template for every page, in Markdown with expressions of Jinja that quote rows of results
-(:mod:`lab.evidence`), figures of [K24] (:mod:`lab.thesis`) and verdicts on both (:mod:`lab.reproduction`). Written are
+(:mod:`lab.evidence`), figures of [K24] (:mod:`lab.thesis`) and verdicts on both (:mod:`lab.comparisons`). Written are
 ``docs/experiments/*.md``, ``docs/reproduction.md``, ``docs/benchmarks.md``, ``experiments/README.md`` and, between two
 comments, the table of results in ``README.md``.
 """

@@ -1,27 +1,25 @@
-"""Figures of [K24] beside ours, and the verdict that their intervals give.
+"""Verdicts on figures of [K24] beside ours, from their intervals.
 
-What is compared stands in ``experiments/pages/comparisons.toml``: a table of [K24], cells of it, and rows of committed
-results, as [K24] has it and with a control. A comparison is of an effect (a difference of two cells beside a paired
-difference), of a level (a cell beside a mean), or of a sign, where [K24] has no number or another measure.
+A claim (:class:`Claim`) is compared by its effect (a difference of two cells beside a paired difference of ours), by a
+level (a cell beside a mean), by all cells of a table, or by its sign alone, where [K24] has no number or another measure.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from lab import evidence
 from lab.statistics import Interval
 from lab.thesis import thesis
 
-__all__ = ["Comparison", "Figure", "comparisons", "effect", "level", "sign"]
+__all__ = ["Cell", "Claim", "Comparison", "Figure", "Value", "effect", "level", "sign"]
 
 Value = Interval | float
+Cell = tuple[str, str | int, str] | tuple[str, str | int, tuple[str, ...]]
+"""Of [K24]: table, row, and column, or columns of which the mean counts."""
 NEAR = 0.1
 """Share of a figure of [K24] within which one of ours is the same, where neither has an interval."""
 
@@ -76,125 +74,99 @@ def _interval(value: Value) -> Interval:
 
 @dataclass(frozen=True)
 class Figure:
-    """One of ours.
-
-    Attributes:
-        text: mean and interval, or how many cells meet.
-        verdict: on it.
-        how: it was had, where that is not as in [K24].
-        runs: how many are behind it.
-    """
+    """One of ours: its text, empty where it is of many cells, and the verdict on it."""
 
     text: str
     verdict: str
-    how: str
-    runs: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A claim of [K24] beside ours.
+    """A claim with the thesis' figure, ours as it has it, and ours with a control, if there is one.
 
     Attributes:
-        group: of claims.
-        table: of [K24], with "table" or "section".
-        claim: in words.
-        conditions: of ours, where they are not those of [K24].
-        theirs: its figure as text.
-        ours: as it has it, and with the controls.
-        page: that tells more, without its ending.
-        results: that hold ours.
-        headline: the claim in a few words, where it stands in the README too.
-        cells: of its tables that are compared, as table, row and column.
+        claim: what is compared.
+        theirs: figure of [K24] as text, or what it says.
+        ours, control: figures.
+        cells: of [K24] that are compared, as table, row and column.
     """
 
-    group: str
-    table: str
-    claim: str
-    conditions: str
+    claim: Claim
     theirs: str
-    ours: tuple[Figure, ...]
-    page: str
-    results: tuple[str, ...]
-    headline: str
+    ours: Figure
+    control: Figure | None
     cells: tuple[tuple[str, str, str], ...]
 
-    @property
-    def verdict(self) -> str:
-        """On ours, as [K24] has it."""
-        return self.ours[0].verdict
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of [K24].
+
+    Attributes:
+        table: of [K24], with "table", "section" or "Fig.".
+        words: that say it.
+        page: that tells more of ours, without its ending.
+        conditions: of ours, where they are not those of [K24].
+        headline: the claim in a few words, where it stands in the README too.
+        digits: of its figures.
+    """
+
+    table: str
+    words: str
+    page: str
+    conditions: str = ""
+    headline: str = ""
+    digits: int = 1
+
+    def effect(self, one: Cell, other: Cell, ours: Interval, control: Interval | None = None) -> Comparison:
+        """By the difference of two cells of [K24]."""
+        theirs = _difference(one, other)
+        figures = [each and Figure(self._text(each), effect(each, theirs)) for each in (ours, control)]
+        return self._compare(self._text(theirs), figures, one, other)
+
+    def level(self, cell: Cell, ours: Value) -> Comparison:
+        """By a cell of [K24]."""
+        theirs = _value(cell)
+        return self._compare(self._text(theirs), [Figure(self._text(ours), level(ours, theirs))], cell)
+
+    def sign(self, theirs: int, ours: Interval, said: str) -> Comparison:
+        """By what [K24] says without a number."""
+        return self._compare(said, [Figure(self._text(ours), sign(ours, theirs))])
+
+    def sign_of(self, one: Cell, other: Cell, ours: Interval, measure: str) -> Comparison:
+        """By the sign of a difference of two cells of [K24], which has another measure."""
+        theirs = _difference(one, other)
+        figure = Figure(self._text(ours), sign(ours, 1 if theirs.mean > 0 else -1))
+        return self._compare(f"{self._text(theirs)} ({measure})", [figure], one, other)
+
+    def cells(self, rows: Iterable[Mapping[str, Any]], name: str) -> Comparison:
+        """By the cells of [K24] that stand in rows of ours, beside a mean in them."""
+        meet = [row[name].meets(row["thesis"]) for row in rows]
+        return self._compare("", [Figure("", f"{sum(meet)} of {len(meet)} within the intervals")])
+
+    def _text(self, value: Value) -> str:
+        return f"{value:z.{self.digits}f}"
+
+    def _compare(self, theirs: str, figures: list[Figure | None], *cells: Cell) -> Comparison:
+        ours, control, *_ = [*figures, None]
+        assert ours is not None
+        named = ((table, str(row), name) for table, row, names in cells for name in _names(names))
+        return Comparison(self, theirs, ours, control, tuple(named))
 
 
-@cache
-def comparisons() -> tuple[Comparison, ...]:
-    """All that are written down, in their order."""
-    text = (evidence.ROOT / "experiments/pages/comparisons.toml").read_text()
-    return tuple(_compare(entry) for entry in tomllib.loads(text)["comparison"])
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
-def _compare(entry: Mapping[str, Any]) -> Comparison:
-    digits = entry.get("digits", 1)
-    cells = [_cells(*cell) for cell in entry.get("thesis", ())]
-    theirs = _theirs([_mean([thesis(*cell) for cell in each]) for each in cells])
-    other = entry.get("measure")
-    text = entry.get("said") or ("" if theirs is None else f"{theirs:z.{digits}f}{f' ({other})' if other else ''}")
-    ours = tuple(_figure(each, theirs, entry, digits) for each in entry["ours"])
-    words = {name: entry.get(name, "") for name in ("group", "claim", "conditions", "page", "headline")}
-    if "{" in words["conditions"]:
-        words["conditions"] = words["conditions"].format_map(_row(entry["ours"][0]))
-    results = tuple(dict.fromkeys(each["result"] for each in entry["ours"] if "result" in each))
-    return Comparison(
-        **words, table=entry["table"], theirs=text, ours=ours, results=results,
-        cells=tuple(cell for each in cells for cell in each),
-    )  # fmt: skip
-
-
-def _cells(table: str, row: Any, columns: Any) -> list[tuple[str, str, str]]:
-    return [(table, str(row), column) for column in (columns if isinstance(columns, list) else [columns])]
-
-
-def _mean(values: list[Any]) -> Value:
-    if any(value is None for value in values):
-        raise ValueError("a comparison must name cells that thesis.json holds")
+def _value(cell: Cell) -> Value:
+    table, row, names = cell
+    values = [thesis(table, row, name) for name in _names(names)]
+    if None in values:
+        raise ValueError(f"cell must name a cell of thesis.json, got {cell}")
     return values[0] if len(values) == 1 else statistics.fmean(values)
 
 
-def _theirs(values: list[Value]) -> Value | None:
-    """A cell, or the first less the second, whose errors are independent."""
-    if len(values) < 2:
-        return values[0] if values else None
-    one, other = map(_interval, values)
-    return Interval(one.mean - other.mean, math.hypot(one.half_width, other.half_width), 2 * (one.half_width > 0))
-
-
-def _figure(own: Mapping[str, Any], theirs: Value | None, entry: Mapping[str, Any], digits: int) -> Figure:
-    how = own.get("how", "")
-    if "cells" in own:
-        pairs = [(r[own["cells"]], r["thesis"]) for r in evidence.rows(own["result"], **own.get("where", {}))]
-        met = sum(ours.meets(cell) for ours, cell in pairs if isinstance(cell, Interval))
-        verdict = f"{met} of {len(pairs)} within the intervals"
-        return Figure("", verdict, how, pairs[0][0].n)
-    ours = _value(own)
-    n = ours.n if isinstance(ours, Interval) else 0
-    text = f"{ours:z.{digits}f}"
-    if "sign" in entry:
-        return Figure(text, sign(_interval(ours), entry["sign"]), how, n)
-    assert theirs is not None
-    if len(entry["thesis"]) == 1 or entry.get("kind") == "level":
-        return Figure(text, level(ours, theirs), how, n)
-    return Figure(text, effect(_interval(ours), _interval(theirs)), how, n)
-
-
-def _value(own: Mapping[str, Any]) -> Value:
-    """A cell of a result, an interval in a sentence, or a ratio in a table of benchmarks."""
-    if "benchmark" in own:
-        (line,) = (r for r in evidence.benchmark(own["benchmark"]) if r["time"] == own["time"])
-        return float(line[own["column"]])
-    if "sentence" in own:
-        return evidence.sentence(own["result"], own["sentence"]).interval
-    value = _row(own)[own["value"]]
-    return value if "less" not in own else Interval(value.mean - own["less"], value.half_width, value.n)
-
-
-def _row(own: Mapping[str, Any]) -> dict[str, Any]:
-    return evidence.row(own["result"], **own.get("where", {}))
+def _difference(one: Cell, other: Cell) -> Interval:
+    """The first less the second, whose errors are independent."""
+    a, b = _interval(_value(one)), _interval(_value(other))
+    return Interval(a.mean - b.mean, math.hypot(a.half_width, b.half_width), 2 if a.half_width else 1)
