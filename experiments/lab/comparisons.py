@@ -12,9 +12,10 @@ from lab.statistics import Interval
 
 __all__ = ["CONTROLS", "comparisons"]
 
-CIRCLES, FEW, MODULES, DETECTION = (
-    "Least action in two dimensions", "Least action on few images", "Module-wise training", "Detection by the trajectory"
-)  # fmt: skip
+CIRCLES = "Least action in two dimensions"
+FEW = "Least action on few images"
+MODULES = "Module-wise training"
+DETECTION = "Detection by the trajectory"
 CONTROLS = {
     CIRCLES: "epoch chosen on validation points",
     FEW: "statistics recomputed",
@@ -29,7 +30,13 @@ TABLES = {
     "22": "nine blocks that start at N(0, 5)",
     "20": "100 blocks",
 }
-NETWORKS = {"vgg19": "VGG-19", "resnet50": "ResNet-50", "resnet101": "ResNet-101", "resnet152": "ResNet-152", "swin_t": "Swin-T"}  # fmt: skip
+NETWORKS = {
+    "vgg19": "VGG-19",
+    "resnet50": "ResNet-50",
+    "resnet101": "ResNet-101",
+    "resnet152": "ResNet-152",
+    "swin_t": "Swin-T",
+}
 MEASURE = "points of accuracy"
 
 
@@ -188,7 +195,7 @@ def _detection() -> Iterator[Comparison]:
     claim = Claim("table 13", words, page, f"{small}; area under the curve")
     yield claim.sign_of(("13", "vanilla, Mahalanobis", attacks), ("13", path, attacks), ours, MEASURE)
     for kind in ("trajectory", "Mahalanobis"):
-        words = f"CIFAR-10 against CIFAR-100, seen: accuracy of {kind} (%)"
+        words = f"CIFAR-10 against CIFAR-100, seen: accuracy by {kind} (%)"
         foreign = "data/cifar100.npz"
         ours = row("detection_cifar10_ood", method="vanilla", kind=kind, seen=foreign, tested=foreign)["accuracy"]
         yield Claim("table 14", words, page, small).level(("14", f"vanilla, {kind}", "cifar100"), ours)

@@ -1,7 +1,8 @@
 """Verdicts on figures of [K24] beside ours, from their intervals.
 
 A claim (:class:`Claim`) is compared by its effect (a difference of two cells beside a paired difference of ours), by a
-level (a cell beside a mean), by all cells of a table, or by its sign alone, where [K24] has no number or another measure.
+level (a cell beside a mean), by all cells of a table, or by its sign alone, where [K24] has no number or another
+measure.
 """
 
 from __future__ import annotations

@@ -16,17 +16,14 @@ __all__ = ["compared", "counts", "headlines", "not_run"]
 def compared(group: str) -> str:
     """The comparisons of a group as a table."""
 
-    def control(name: str) -> Callable[[Any], object]:
-        return lambda row: getattr(row["of"].control, name, "")
-
     columns: dict[str, Callable[[Any], object]] = {
         "where": lambda row: f"[{row['of'].claim.table}](experiments/{row['of'].claim.page}.md)",
         "what": lambda row: " ".join(filter(None, (row["of"].claim.words, _in_brackets(row["of"].claim.conditions)))),
         "thesis": lambda row: row["of"].theirs,
         "ours": lambda row: row["of"].ours.text,
-        "verdict": lambda row: row["of"].ours.verdict,
-        CONTROLS[group]: control("text"),
-        "verdict on it": control("verdict"),
+        "verdict": lambda row: f"**{row['of'].ours.verdict}**",
+        CONTROLS[group]: lambda row: row["of"].control.text if row["of"].control else "",
+        "verdict on it": lambda row: f"**{row['of'].control.verdict}**" if row["of"].control else "",
     }
     return tables.table([{"of": comparison} for comparison in comparisons()[group]], columns)
 

@@ -107,6 +107,7 @@ def test_a_comparison_is_of_differences_in_the_thesis_and_in_a_result():
     (gain,) = (c for c in all_comparisons() if c.claim.words.startswith("MNIST, 100 images, the thesis' protocol: l"))
     assert gain.theirs.startswith(f"{thesis('1', 100, 'least action').mean - thesis('1', 100, 'vanilla').mean:.1f}")
     row = evidence.row("small_data_mnist_protocol_100", method="thesis: least action", statistics="recomputed")
+    assert gain.control is not None
     assert gain.control.text == f"{row['difference']:.1f}"
 
 
