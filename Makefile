@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: adaptive-depth circles neural-ode test test-all docs pages benchmarks clean
+.PHONY: adaptive-depth circles neural-ode test test-all docs pages benchmarks release clean
 
 adaptive-depth: .venv/installed
 	$(BIN)/python experiments/adaptive_depth.py --resume $(ARGS)
@@ -38,10 +38,14 @@ benchmarks: .venv/installed
 pages: .venv/installed
 	PYTHONPATH=.:experiments $(BIN)/python -m lab.pages
 
+# dist, and all that it must pass (noxfile.py, docs/contributing/releasing.md); nothing is uploaded
+release: .venv/installed
+	$(BIN)/nox $(ARGS)
+
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .nox .pytest_cache .ruff_cache
