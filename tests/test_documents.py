@@ -1,5 +1,6 @@
 """What the documents show runs as it stands: each snippet of README alone, those of a page one after the other."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_a_snippet_of_the_readme_runs_alone(line, code):
     run("README.md", line, code, {"__name__": "readme"})
 
 
-@pytest.mark.filterwarnings("ignore:.*(LeafSpec|many workers|log_every_n_steps|litlogger)")  # of Lightning
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|many workers|log_every_n_steps|litlogger|is not empty)")  # of Lightning
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_from_top_to_bottom(page):
     names = {"__name__": page}
@@ -44,8 +45,25 @@ def test_a_page_runs_from_top_to_bottom(page):
         run(page, line, code, names)
 
 
+@pytest.fixture(scope="module")
+def messages():
+    """What the errors and warnings of the library say, "..." where a value stands."""
+    files = [file for package in ("odenets", "solvers") for file in (ROOT / package).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    parts = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in nodes]
+    return ["".join(str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "..." for part in one) for one in parts]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "## What goes wrong" in (ROOT / page).read_text()])
+def test_the_errors_that_a_page_explains_are_those_of_the_library(page, messages):
+    table = (ROOT / page).read_text().partition("## What goes wrong")[2]
+    quoted = re.findall(r"^\| `([^`]+)`(?! \()", table, re.MULTILINE)  # those of another library say so in brackets
+    assert quoted
+    assert [error for error in quoted if not any(error in message for message in messages)] == []
+
+
 def test_the_listing_of_several_processes_is_the_script():
-    script, page = ((ROOT / "docs" / name).read_text() for name in ("several_processes.py", "training.md"))
+    script, page = ((ROOT / "docs/how_to" / name).read_text() for name in ("several_processes.py", "data_loaders.md"))
     assert f"```py\n{script}```" in page
 
 
@@ -53,6 +71,6 @@ def test_the_listing_of_several_processes_is_the_script():
 def test_the_script_of_several_processes_runs(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*run, ROOT / "docs/several_processes.py", "sharded"], capture_output=True, text=True)
+    done = subprocess.run([*run, ROOT / "docs/how_to/several_processes.py", "sharded"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout.split()[-1]) < 0.6

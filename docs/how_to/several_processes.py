@@ -1,4 +1,4 @@
-"""torchrun --nproc-per-node 2 docs/several_processes.py ddp (or sharded)"""
+"""torchrun --nproc-per-node 2 several_processes.py ddp (or sharded)"""
 
 import os
 import sys
