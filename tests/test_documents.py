@@ -13,7 +13,9 @@ import torch
 matplotlib.use("Agg")
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
+PAGES = sorted(
+    page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts
+)
 
 
 def snippets(page):
@@ -50,8 +52,8 @@ def messages():
     """What the errors and warnings of the library say, "..." where a value stands."""
     files = [file for package in ("odenets", "solvers") for file in (ROOT / package).rglob("*.py")]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    parts = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in nodes]
-    return ["".join(str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "..." for part in one) for one in parts]
+    texts = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in nodes]
+    return ["".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts) for parts in texts]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "## What goes wrong" in (ROOT / page).read_text()])
