@@ -43,12 +43,15 @@ def _version(wanted: bool) -> None:
 def odenets_(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    """Residual networks as explicit Runge-Kutta integrators: what is measured on their steps."""
+    """Residual networks as explicit Runge-Kutta integrators."""
 
 
 @app.command()
 def info(as_json: AsJson = False) -> None:
-    """Versions, devices, and which kernels are used and why: paste it into a bug report."""
+    """Versions, devices and kernels, for a bug report.
+
+    Which libraries are missing, with the lines that install them; which kernels a step uses, and why.
+    """
     from odenets.command import information
 
     with told():
@@ -66,7 +69,7 @@ def record(
         ),
     ],
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES...", help="Image files, and folders of them, with all in them.")
+        list[Path], typer.Argument(metavar="IMAGES", help="Image files, and folders of them, with all in them.")
     ],
     weights: Annotated[
         str | None,
@@ -113,7 +116,10 @@ def record(
     ] = None,
     by_folder: Annotated[bool, typer.Option("--by-folder", help="Group the figure's images by their folder.")] = False,
 ) -> None:
-    """The path of images through a network: what each of its blocks does to them, as a table and a figure."""
+    """The path of images through a network.
+
+    What each of its blocks does to them, as a table, a file of rows and a figure.
+    """
     from odenets.command.pathway import Request, show
 
     with told():
@@ -137,7 +143,11 @@ def bench(
     backward: Annotated[bool, typer.Option("--backward", help="Forward and backward, not forward alone.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """The speed of solvers on this machine, over that of their field calls alone; a table in Markdown."""
+    """The speed of solvers on this machine.
+
+    Their time over that of their field calls alone, as a table in Markdown; torchdiffeq and torchode beside, where
+    they are installed.
+    """
     from odenets.command import speeds
 
     with told():

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["print_table"]
 
@@ -24,11 +25,14 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], sections: C
     """
     console = Console(highlight=False)
     shown = console.is_terminal
+    if not shown:
+        console.width = WIDE
     table = Table(box=box.SIMPLE_HEAD if shown else None, pad_edge=False, show_edge=False)
     for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i == 1 else "right", style="bold" if i == 1 else "", no_wrap=True)
+        name = i == 1
+        table.add_column(head, justify="left" if name else "right", style="bold" if name else "", no_wrap=not name)
     for m, row in enumerate(rows):
         if m in sections and shown:
             table.add_section()
-        table.add_row(*row)
-    console.print(table, width=None if shown else WIDE, markup=False)
+        table.add_row(*map(Text, row))  # names are no markup
+    console.print(table)

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -145,6 +146,18 @@ def test_weights_that_cannot_be_downloaded(told, images, monkeypatch):
     line = told(1, "record", "resnet18", images)
     assert "URLError: <urlopen error no route to host>" in line
     assert line.endswith("--weights none takes random ones, --weights FILE those of a file")
+
+
+def test_weights_of_timm_that_cannot_be_downloaded(told, images, monkeypatch):
+    real = timm.create_model
+
+    def create_model(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no route to host")
+        return real(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    assert "OSError: no route to host" in told(1, "record", "timm:resnet10t", images)
 
 
 def test_a_library_that_is_missing_is_told_before_the_work(told, images, monkeypatch):

@@ -63,6 +63,16 @@ def test_what_save_weights_wrote_of_an_adapted_network_is_one(resnet, tmp_path):
     assert_same(network.model, resnet)
 
 
+def test_default_weights_are_those_that_torchvision_offers(monkeypatch):
+    offered = torchvision.models.resnet18()
+    load = lambda url, **_: offered.state_dict() if url.endswith("resnet18-f37072fd.pth") else None  # noqa: E731
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
+    for weights in (None, "DEFAULT", "IMAGENET1K_V1"):
+        model = networks.build("resnet18", weights, [])
+        assert_same(model.network, offered)
+        assert model.weights == "weights IMAGENET1K_V1 of torchvision"
+
+
 def test_weights_that_do_not_fit_say_what_does_not(run, resnet, images, tmp_path):
     file = saved("state dict", resnet, tmp_path)
     result = run("record", "resnet18", images, "--weights", file)
