@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from odenets.command.mistakes import USAGE, Mistake
 from odenets.training.runs import processor
 
-__all__ = ["available", "chosen", "name_of"]
+__all__ = ["available", "chosen", "name_of", "system"]
 
 
 def chosen(name: str) -> torch.device:
@@ -57,3 +58,10 @@ def name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor() if device.type == "cpu" else device.type
+
+
+def system() -> str:
+    """The operating system with its release, where that says much, and the kind of processor."""
+    release = {"Darwin": platform.mac_ver()[0], "Linux": "-".join(platform.libc_ver()).strip("-")}
+    name = platform.system()
+    return " ".join(part for part in (name, release.get(name, platform.release()), platform.machine()) if part)

@@ -14,7 +14,7 @@ import torch
 import typer
 
 import odenets
-from odenets.command.devices import available
+from odenets.command.devices import available, system
 from odenets.command.kernels import ALWAYS, PLAIN, kernels_on, triton
 from odenets.command.speed.solves import PEERS
 
@@ -38,7 +38,7 @@ def facts() -> dict[str, Any]:
     return {
         "odenets": odenets.__version__,
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
-        "system": platform.platform(),
+        "system": system(),
         "versions": versions | {"triton": triton()},
         "cuda": torch.version.cuda,
         "compiler": shutil.which(os.environ.get("CXX") or "g++"),

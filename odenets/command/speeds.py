@@ -13,7 +13,7 @@ import torch
 import typer
 
 import odenets
-from odenets.command.devices import chosen, name_of
+from odenets.command.devices import chosen, name_of, system
 from odenets.command.speed.fields import FIELDS
 from odenets.command.speed.solves import ATOL, PEERS, ROWS, RTOL, STEPS, missing_peers
 from odenets.command.speed.table import ratio_table
@@ -52,7 +52,7 @@ def _machine(device: torch.device, threads: int) -> dict[str, Any]:
             continue
     return {
         "device": name_of(device), "kind": str(device), "threads": threads, "versions": versions,
-        "python": platform.python_version(), "system": platform.platform(),
+        "python": platform.python_version(), "system": system(),
     }  # fmt: skip
 
 
