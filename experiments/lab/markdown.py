@@ -10,9 +10,10 @@ from typing import Any
 
 from lab import evidence, tables
 
-__all__ = ["figure", "filled", "pivot", "section"]
+__all__ = ["figure", "filled", "pivot", "sections"]
 
 WIDTH = 120
+UNBROKEN = "\u00a0"
 TOGETHER = "\0±\0"
 """An interval, of which no line ends within."""
 
@@ -29,7 +30,7 @@ def _block(block: str) -> str:
     if block.startswith("|"):
         if max(map(len, lines)) > WIDTH:
             lines = [re.sub(r"-{3,}", "---", re.sub(r" {2,}", " ", line)) for line in lines]
-        return "\n".join(lines).replace(" ± ", "\u00a0±\u00a0")
+        return "\n".join(lines).replace(" ± ", f"{UNBROKEN}±{UNBROKEN}")
     if re.match(r"#|!\[|<!--", block):
         return "\n".join(lines)
     items = re.split(r"\n(?=(?:-|\d+\.) )", block.replace(" ± ", TOGETHER))
@@ -61,11 +62,25 @@ def figure(result: str, name: str, alt: str) -> str:
     return f"![{' '.join(alt.split())}](../../{path})"
 
 
-def section(name: str, title: str, **links: str) -> str:
-    """A file of ``benchmarks/results`` as a section: its headings one level down, its links from here or as given."""
+def sections(titles: Mapping[str, str]) -> str:
+    """Files of ``benchmarks/results`` as sections: headings one level down, links from here or to each other."""
+    return "\n\n".join(f"## {title}\n\n{_section(name, titles)}" for name, title in titles.items())
+
+
+def _section(name: str, titles: Mapping[str, str]) -> str:
+    def link(target: re.Match[str]) -> str:
+        stem, ending = target[1].rsplit(".", 1)
+        if ending == "md" and stem in titles:
+            return "](#" + re.sub(r"[^\w -]", "", titles[stem].lower()).replace(" ", "-") + ")"
+        return f"](../benchmarks/results/{target[1]})"
+
     text = (evidence.ROOT / f"benchmarks/results/{name}.md").read_text()
     text = re.sub(r"\A# .*\n", "", text)
     text = re.sub(r"^#", "##", text, flags=re.MULTILINE)
-    text = re.sub(r"\]\((\w+)\.\w+\)", lambda m: f"]({links[m[1]]})" if m[1] in links else m[0], text)
-    text = re.sub(r"\]\((\w+\.\w+)\)", r"](../benchmarks/results/\1)", text)
-    return f"## {title}\n\n{text.strip()}"
+    text = re.sub(r"^\|[^|\n]*\|[^|\n]*\|", _unbroken, text, flags=re.MULTILINE)
+    return re.sub(r"\]\(([\w.]+)\)", link, text).strip()
+
+
+def _unbroken(cells: re.Match[str]) -> str:
+    """The first two cells of a line of a table, which do not wrap."""
+    return "|".join(f" {cell.strip().replace(' ', UNBROKEN)} " if cell else "" for cell in cells[0].split("|"))

@@ -119,7 +119,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {"f": _fixed, "p": _p_value}
     quoted = {name: getattr(evidence, name) for name in evidence.__all__ if name.islower()}
-    quoted |= {f.__name__: f for f in (markdown.figure, markdown.pivot, markdown.section, tables.table, thesis)}
+    quoted |= {f.__name__: f for f in (markdown.figure, markdown.pivot, markdown.sections, tables.table, thesis)}
     environment.globals.update(quoted, comparisons=compared, counts=counts, not_run=not_run)
     return environment
 

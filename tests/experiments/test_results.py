@@ -1,6 +1,7 @@
 """Committed results: what is said of them can be computed again from the values of their seeds."""
 
 import importlib
+import json
 import math
 import re
 import shutil
@@ -79,86 +80,41 @@ def test_p_values_are_those_of_the_paired_differences(name):
 
 
 def written(mean, half_width):
-    """An interval as text, in all the ways in which the READMEs may write it."""
+    """An interval as text, in all the ways in which a page may write it."""
     for factor in (1, 100):
         for digits in (0, 1, 2):
             yield f"{abs(factor * mean):.{digits}f} ± {factor * half_width:.{digits}f}"
 
 
-@pytest.mark.parametrize("readme", ["README.md", "experiments/README.md"])
-def test_every_interval_in_the_readmes_is_in_a_committed_result(readme):
-    known = set()
+PAGES = [
+    "experiments/README.md",
+    *(f"docs/experiments/{path.name}" for path in (ROOT / "docs/experiments").glob("*.md")),
+]
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Intervals of all committed results, of our cells and of the thesis', in all the ways of writing them."""
+    texts = set()
     for folder in RESULTS.values():
         results = read_summary(folder)["results"]
         for row in rows_of(results):
             for interval in filter(is_interval, row.values()):
-                known.update(written(interval["mean"], interval["half_width"]))
+                texts.update(written(interval["mean"], interval["half_width"]))
         for line in results.get("verdict", ()):
             for mean, half_width in PAIR.findall(line):
-                known.update(written(float(mean), float(half_width)))
-    text = re.sub("<!-- results: begin -->.*<!-- results: end -->", "", (ROOT / readme).read_text(), flags=re.DOTALL)
-    text = " ".join(text.split())  # but the table that lab.pages makes, with figures of the thesis
+                texts.update(written(float(mean), float(half_width)))
+    for table in json.loads((ROOT / "experiments/lab/thesis.json").read_text()).values():
+        for cell in (cell for _, *cells in table["rows"] for cell in cells if isinstance(cell, list)):
+            texts.update(written(*cell))
+    return texts
+
+
+@pytest.mark.parametrize("page", [*PAGES, "experiments/README.md"])
+def test_every_interval_on_a_page_is_in_a_committed_result(page, known):
+    text = " ".join((ROOT / page).read_text().split())
     shown = [f"{mean.removeprefix('-')} ± {half_width}" for mean, half_width in PAIR.findall(text)]
-    assert shown
     assert [pair for pair in shown if pair not in known] == []
-
-
-def select(name, **where):
-    """The rows of a result that hold these values."""
-    rows = read_summary(RESULTS[name])["results"]["rows"]
-    return [row for row in rows if all(row[key] == value for key, value in where.items())]
-
-
-def spread(name, key="auroc", **where):
-    """The least and the largest mean of some rows, as the README writes them."""
-    means = [row[key]["mean"] for row in select(name, **where)]
-    return f"{min(means):.0f} to {max(means):.0f} %"
-
-
-def saved(method):
-    """Shares of memory saved on ResNet-110 with 4, 8 and 16 modules."""
-    shares = [row["saved"] for row in select("module_memory", network="resnet110", method=method) if row["K"] > 2]
-    return "{:.0f}, {:.0f} and {:.0f}".format(*shares)
-
-
-def evaluations(network):
-    (row,) = select("adaptive_depth", network=network, total_time=1.0)
-    return row["evaluations"]
-
-
-def times(*, action):
-    """The least and the largest share of torchdiffeq's time that a flow takes, by the same method."""
-    seconds = {row["way"]: row["epoch_seconds"] for row in select("neural_ode", action=action)}
-    pairs = (("flow bs23", "odeint bosh3"), ("flow dopri5", "odeint dopri5"))
-    shares = sorted(100 * seconds[ours] / seconds[theirs] for ours, theirs in pairs)
-    return f"{shares[0]:.0f} to {shares[1]:.0f} %"
-
-
-def test_the_readme_says_what_the_results_hold():
-    vgg = {row["method"]: row for row in select("module_memory", network="vgg19")}
-    attempts = select("detection_adaptive")
-    cells = [row["meets"] for row in select("circles") if "meets" in row]
-    plain = {"method": "vanilla", "kind": "trajectory"}
-    merged, eight, one = (evaluations(network) for network in ("adaptive from 8", "fixed 8", "fixed 1"))
-    expected = [
-        f"save {saved('TRGL')} % of the memory",
-        f"{saved('TRGL*')} % if balanced",
-        f"computing every module twice saves {saved('checkpointed')} %",
-        f"{vgg['TRGL']['saved']:.0f} % with 4 modules ({vgg['TRGL']['thesis']:.0f})",
-        f"{100 * merged / eight:.0f} % of the evaluations of eight fixed blocks",
-        f"{merged / one:.1f} times those of the best fixed network",
-        f"{sum(cells)} of {len(cells)} cells",
-        f"{times(action=False)} of `odeint`'s time",
-        f"{times(action=True)} with the kinetic action",
-        f"{spread('detection_mnist_seen', **plain)} on MNIST for plain residual networks",
-        f"{spread('detection_mnist_bs23_seen', **plain)} for four Bogacki-Shampine blocks",
-        f"{spread('detection_seen', **plain)} on digits, and {spread('detection_modes', **plain)} with",
-        f"near chance, {spread('detection_cifar10_unseen', kind='trajectory')}",
-        f"of {sum(row['starts'] for row in attempts)} attempts on {sum(row['starts'] for row in attempts) // 3} images",
-        f"{sum(row['evading'] for row in attempts)} get past it",
-    ]
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert [words for words in expected if words not in text] == []
 
 
 def columns_of(folder):
