@@ -24,13 +24,14 @@ MODULES, below, function_of = SITE["MODULES"], SITE["below"], SITE["function_of"
 READING = Config(napoleon_use_rtype=False, napoleon_use_ivar=True)
 
 PENDING = (
-    "odenets.detection",
     "odenets", "odenets.fields", "odenets.models", "odenets.measures", "odenets.recording", "odenets.adapting",
     "odenets.plotting", "odenets.normalization", "odenets.errors",
 )  # fmt: skip
 """Modules whose docstrings are not complete yet."""
 
 NO_EXAMPLE = {
+    "odenets.detection.Attacked", "odenets.detection.Choice", "odenets.detection.Evasion", "odenets.detection.Parts",
+    "odenets.detection.Scores",
     "odenets.module_wise.WorkerLostError", "odenets.module_wise.fit_in_processes", "odenets.training.Instances",
     "solvers.ControllerState", "solvers.Interpolant", "solvers.MaxStepsError", "solvers.NonFiniteError",
     "solvers.SampleController", "solvers.SampleInterpolant", "solvers.SampleStates", "solvers.SampleStatistics",

@@ -72,6 +72,9 @@ class Detector(ClassifierMixin, BaseEstimator):
             y: labels, ``(N,)``, of two kinds; the larger is adversarial.
             predicted: classes that the network predicts, ``(N,)``; needed unless the mode is "general".
 
+        Returns:
+            Itself.
+
         Raises:
             ValueError: labels of one class only or of more than two, an unknown mode, no predicted classes where they
                 are needed, or features that are not finite.
@@ -100,7 +103,7 @@ class Detector(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any, predicted: Any = None) -> np.ndarray:
         """Probability of being adversarial minus 1/2, ``(N,)``; positive where ``predict`` says adversarial.
 
-        Arguments as for :meth:`fit`.
+        ``X`` and ``predicted`` are as for :meth:`fit`.
 
         Raises:
             ValueError: no predicted classes where they are needed, another number of features or of classes than of
@@ -122,19 +125,22 @@ class Detector(ClassifierMixin, BaseEstimator):
         return (conditional if self.mode == "conditional" else np.maximum(general, conditional)) - 0.5
 
     def predict_proba(self, X: Any, predicted: Any = None) -> np.ndarray:
-        """Probabilities of clean and adversarial, ``(N, 2)``; arguments as for :meth:`decision_function`."""
+        """Probabilities of clean and adversarial, ``(N, 2)``; ``X`` and ``predicted`` are as for :meth:`fit`."""
         adversarial = self.decision_function(X, predicted) + 0.5
         return np.stack([1 - adversarial, adversarial], 1)
 
     def predict(self, X: Any, predicted: Any = None) -> np.ndarray:
-        """Labels, ``(N,)``; arguments as for :meth:`decision_function`."""
+        """Labels, ``(N,)``, of ``classes_``; ``X`` and ``predicted`` are as for :meth:`fit`."""
         adversarial = self.decision_function(X, predicted) > 0
         return self.classes_[adversarial.astype(int)]
 
     def score(  # type: ignore[override] - the third argument is that of the other methods here
         self, X: Any, y: Any, predicted: Any = None, *, sample_weight: Any = None
     ) -> float:
-        """Accuracy of :meth:`predict`, of samples weighted by ``(N,)``; other arguments as for :meth:`fit`."""
+        """Accuracy of :meth:`predict`, in [0, 1], of samples weighted by ``sample_weight``, ``(N,)``.
+
+        ``X``, ``y`` and ``predicted`` are as for :meth:`fit`.
+        """
         return float(accuracy_score(y, self.predict(X, predicted), sample_weight=sample_weight))
 
     def _new(self) -> Any:

@@ -28,20 +28,23 @@ __all__ = [
 ]
 
 FALSE_POSITIVE_RATES = np.linspace(0, 1, 101)
-"""At which :func:`detection_rates` reads a curve."""
+"""The false-positive rates, 0 to 1 in steps of 0.01, at which the curves of a :class:`Choice` hold detection rates."""
 
 _OF_DETECTORS = ("fit", "validation", "test")  # the parts of detectors; the other one is the network's
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Indices of samples, each part sorted, no two with an index in common.
+    """Indices of samples, each part sorted, no two with an index in common; :func:`split` makes them.
 
     Attributes:
-        train: of the network.
-        fit: of the detector (B1 without its validation part).
+        train: what the network was trained on.
+        fit: what the detector is fitted to (B1 of [K24] without its validation part).
         validation: where a detector, its features and their settings are chosen (in B1).
         test: where the chosen one is scored, once (B2).
+
+    Raises:
+        ValueError: a mask, negative numbers, or an index twice; a part without any, but for ``train``.
     """
 
     train: Tensor
@@ -71,6 +74,9 @@ def split(samples: int, *, train: int = 0, test: float = 0.1, validation: float 
         validation: share of B1 for choosing.
         seed: decides which.
 
+    Returns:
+        The indices of each part.
+
     Raises:
         ValueError: shares outside (0, 1), or a part that would be empty.
 
@@ -91,7 +97,7 @@ def split(samples: int, *, train: int = 0, test: float = 0.1, validation: float 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a detector on data that it was neither fitted nor chosen on.
+    """Scores of a detector on data that it was neither fitted nor chosen on; :func:`score` makes them. All in [0, 1].
 
     Attributes:
         accuracy: share of right answers, clean and adversarial samples together.
@@ -120,8 +126,15 @@ def score(
         threshold: above which it detects.
         successful: which of the adversarial samples fool the network, ``(M,)`` of bool; all if not given.
 
+    Returns:
+        Accuracy, area under the curve, and rates.
+
     Raises:
         ValueError: no samples of either kind, scores that are not finite, or another number of ``successful``.
+
+    >>> scores = score(np.array([-0.5, -0.2, 0.1, -0.4]), np.array([0.3, 0.4, -0.3, 0.2]))
+    >>> scores.accuracy, scores.auroc, scores.detected, scores.false_positives
+    (0.75, 0.875, 0.75, 0.25)
     """
     clean, adversarial = np.asarray(clean, dtype=float), np.asarray(adversarial, dtype=float)
     for name, values in (("clean", clean), ("adversarial", adversarial)):
@@ -158,6 +171,10 @@ def detection_rates(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
 class Samples:
     """Features and predictions of some samples, in the order of the indices of their parts.
 
+    >>> samples = Samples({"residue": np.zeros((100, 4))}, np.zeros(100, int), split(100))
+    >>> [array.shape for array in samples.part("residue", "test")]
+    [(10, 4), (10,)]
+
     Attributes:
         X: features by candidate, each ``(N, F)``: kinds of features, or settings of one kind, to choose from.
         predicted: classes that the network predicts, ``(N,)``.
@@ -188,25 +205,26 @@ class Samples:
             raise ValueError(f"parts must be of the {n} samples, got index {last}")
 
     def part(self, candidate: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Features and predicted classes of a part, "fit", "validation" or "test"."""
+        """Features of a ``candidate`` and predicted classes in the part ``name``, "fit", "validation" or "test"."""
         index = getattr(self.parts, name).numpy()
         return self.X[candidate][index], self.predicted[index]
 
     def successful_part(self, name: str) -> np.ndarray | None:
-        """Which samples of a part fool the network; None if all do."""
+        """Which samples of the part ``name`` fool the network; None if all do."""
         return None if self.successful is None else self.successful[getattr(self.parts, name).numpy()]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen features and mode, and their scores.
+    """The chosen features and mode, and their scores; :func:`choose_and_score` makes it.
 
     Attributes:
-        candidate, mode: of features and of the detector.
+        candidate: name of the chosen features.
+        mode: of the detector, as :class:`Detector` has them.
         validation: its accuracy on validation samples.
-        scores: on the test samples of each set.
+        scores: on the test samples of each set, by its name.
         agnostic: area under the curve of the general detector on the same features and sets, as in [K24].
-        curves: detection rates by :func:`~odenets.detection.evaluation.detection_rates` on the same sets.
+        curves: detection rates on the same sets at each of :data:`FALSE_POSITIVE_RATES`, ``(101,)``.
         noisy: share of the noisy test samples that are called adversarial; None without noisy samples.
     """
 
@@ -240,10 +258,19 @@ def choose_and_score(
         noisy: samples that count as clean where it is fitted.
         seed: of the forest.
 
+    Returns:
+        The chosen candidate and mode, and their scores.
+
     Raises:
         ValueError: no modes or unknown ones, sets without the candidates of the clean samples, or sets as large as the
             clean ones, such as their adversarial copies, that are split otherwise, so that the detector would be tested
             on samples that it was fitted on.
+
+    >>> parts, draws = split(100), np.random.default_rng(0)
+    >>> clean, seen = (Samples({"x": draws.normal(m, 1, (100, 2))}, np.zeros(100, int), parts) for m in (0, 9))
+    >>> choice = choose_and_score(clean, seen, {"seen": seen}, modes=["general"])
+    >>> choice.candidate, choice.mode, choice.scores["seen"].auroc
+    ('x', 'general', 1.0)
     """
     if not modes or set(modes) - set(MODES):
         raise ValueError(f"modes must hold at least one of {', '.join(MODES)} and no others, got {tuple(modes)}")

@@ -29,6 +29,16 @@ FEWEST = 10
 class Pipeline:
     """Detects adversarial images by features of the path they take through a network.
 
+    With a :class:`Detector` it is fitted to clean and adversarial images, with a :class:`QuantileTest`, or an outlier
+    detector of scikit-learn, to clean ones alone:
+
+    >>> from odenets.detection import QuantileTest
+    >>> from odenets.models import small_network
+    >>> network, clean = small_network(solver="bs23", depth=3), torch.rand(100, 1, 8, 8)
+    >>> pipeline = Pipeline(network, Trajectory("action"), QuantileTest(0.1, side="both")).fit(clean)
+    >>> pipeline.predict(torch.zeros(1, 1, 8, 8))  # another path: 1 is detected
+    array([1])
+
     Args:
         network: a flow, a network, an adapted model or one in modules, trained; images have pixels in [0, 1], so that
             normalization is a layer of the network.
@@ -56,7 +66,7 @@ class Pipeline:
         self.batch_size = batch_size
 
     def extract(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Features ``(N, F)`` and predicted classes ``(N,)`` of images ``(N, C, H, W)``, in one pass.
+        """Features ``(N, F)`` and predicted classes ``(N,)`` of ``images`` ``(N, C, H, W)``, in one pass.
 
         Raises:
             TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, or logits or
@@ -86,8 +96,12 @@ class Pipeline:
         """Fit the detector.
 
         Args:
-            clean, adversarial: images ``(N, C, H, W)``; an outlier detector needs and takes no adversarial ones.
+            clean, adversarial: images ``(N, C, H, W)``, at least 10 of each; an outlier detector needs and takes no
+                adversarial ones.
             noisy: images that count as clean, such as copies of clean ones with noise of the attack's size.
+
+        Returns:
+            Itself.
 
         Raises:
             ValueError: too few images of a kind, or no adversarial ones for a classifier.
@@ -110,7 +124,7 @@ class Pipeline:
         return self
 
     def fit_features(self, X: np.ndarray, y: np.ndarray, predicted: np.ndarray) -> None:
-        """Fit the detector to features of :meth:`extract`, with labels 0 (clean) and 1."""
+        """Fit the detector to features ``X`` and ``predicted`` classes of :meth:`extract`; ``y`` is 0 (clean) or 1."""
         if is_outlier_detector(self.detector):
             self.detector.fit(X[y == 0])
         elif isinstance(self.detector, Detector):
@@ -119,28 +133,42 @@ class Pipeline:
             self.detector.fit(X, y)
 
     def score_features(self, X: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        """Scores of features ``(N, F)``, ``(N,)``; above 0 where they are called adversarial."""
+        """Scores of features ``X`` ``(N, F)`` and ``predicted`` classes, ``(N,)``; above 0 where they are detected."""
         if isinstance(self.detector, Detector):
             return self.detector.decision_function(X, predicted)
         return self.detector.decision_function(X) * (-1 if is_outlier_detector(self.detector) else 1)
 
     def scores(self, images: Tensor) -> np.ndarray:
-        """Scores of images ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial."""
+        """Scores of ``images`` ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial."""
         return self.score_features(*self.extract(images))
 
     def predict(self, images: Tensor) -> np.ndarray:
-        """1 where an image is called adversarial and 0 where clean, ``(N,)``."""
+        """1 where one of the ``images`` ``(N, C, H, W)`` is called adversarial and 0 where clean, ``(N,)``."""
         return (self.scores(images) > 0).astype(int)
 
     def evaluate(self, clean: Tensor, adversarial: Tensor, *, successful: Tensor | None = None) -> Scores:
-        """The detector's :func:`~odenets.detection.score` on images ``(N, C, H, W)`` that it was not fitted on."""
+        """The detector's :func:`~odenets.detection.score` on images that it was not fitted on.
+
+        Args:
+            clean, adversarial: images ``(N, C, H, W)`` and ``(M, C, H, W)``.
+            successful: which adversarial images fool the network, ``(M,)`` of bool; all if not given.
+
+        Returns:
+            Accuracy, area under the curve, and rates.
+        """
         mask = None if successful is None else torch.as_tensor(successful).cpu().numpy()
         return score(self.scores(clean), self.scores(adversarial), successful=mask)
 
     # -- on disk ------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write features and detector to one file, atomically, without pickle; not the network (``save_weights``)."""
+        """Write features and detector to the file ``path``, atomically, without pickle.
+
+        Not the network: :func:`odenets.save_weights` writes that.
+
+        Raises:
+            ModuleNotFoundError: skops is not installed: ``pip install 'odenets[detection]'``.
+        """
         content = {"network": fingerprint(self.network), "features": self.features, "detector": self.detector}
         write(Path(path), content)
         return Path(path)
@@ -149,11 +177,22 @@ class Pipeline:
     def load(
         cls, path: str | Path, network: nn.Module, *, trusted: Sequence[str] = (), batch_size: int = 256
     ) -> Pipeline:
-        """Load what :meth:`save` wrote, for a network with the weights it had; ``batch_size`` images in a pass.
+        """Load what :meth:`save` wrote; nothing of the file is run.
+
+        Args:
+            path: the file.
+            network: with the weights it had.
+            trusted: dotted names of further types that the file may hold, such as another classifier's.
+            batch_size: images in a pass.
+
+        Returns:
+            The pipeline.
 
         Raises:
-            FileNotFoundError, ModuleNotFoundError, ValueError: as
-                :func:`~odenets.detection.persistence.read`, or another network.
+            FileNotFoundError: no such file.
+            ModuleNotFoundError: skops is not installed.
+            ValueError: a file of another kind, of another version or damaged, types that are not trusted, or another
+                network.
         """
         content = read(Path(path), trusted)
         if set(content) != {"network", "features", "detector"}:

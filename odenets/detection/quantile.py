@@ -35,7 +35,7 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         self.side = side
 
     def fit(self, X: Any, y: Any = None) -> QuantileTest:
-        """Take the quantiles of clean features ``(N, F)``; labels are ignored.
+        """Take the quantiles of clean features ``X`` ``(N, F)``; labels ``y`` are ignored.
 
         Fewer than ``1 / level`` samples, or ``2 / level`` for both sides, have no such quantile: a warning says so.
 
@@ -58,7 +58,7 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         return self
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Share of fitted samples that are as far out or farther, ``(N,)``.
+        """Share of fitted samples that are as far out as each of ``X`` or farther, ``(N,)``.
 
         It would be 0 for every sample beyond the last fitted one: there the score is the negative excess over it.
         """
@@ -66,11 +66,11 @@ class QuantileTest(OutlierMixin, BaseEstimator):
         return self._score(self._sums(X, reset=False))
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """:meth:`score_samples` minus the offset, ``(N,)``; negative for outliers."""
+        """:meth:`score_samples` of ``X`` minus the offset, ``(N,)``; negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:
-        """1 for inliers and -1 for outliers, ``(N,)``."""
+        """1 for inliers and -1 for outliers among ``X``, ``(N,)``."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def _sums(self, X: Any, *, reset: bool) -> np.ndarray:

@@ -17,11 +17,14 @@ _COUNTS = ("max_iter", "apgd_iter", "deepfool_iter", "square_iter", "nb_grads", 
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """An attack and its settings; those that are not set have ART's defaults.
+    """An attack and its settings; those that are not set have ART's defaults. See also :func:`preset`.
+
+    >>> Attack("FGM", (("norm", "inf"), ("eps", 0.1))).name
+    'FGM'
 
     Attributes:
         name: of :data:`PRESETS`.
-        settings: pairs of an argument of ART's class and its value.
+        settings: pairs of an argument of ART's class and its value; sizes are in units of pixels in [0, 1].
 
     Raises:
         ValueError: unknown name, a value out of range, or an L-infinity ball larger than all pixels.
@@ -66,7 +69,7 @@ PRESETS = MappingProxyType(
         "BA": Attack("BA", (("max_iter", 5000),)),
     }
 )
-"""The eight attacks of [K24] by their names there: seven with its settings, by ART, and ART's own "AA".
+"""The eight attacks of [K24] by their names there, seven with its settings, by ART, and ART's own "AA".
 
 Within 0.03 of every pixel (L-infinity): the fast gradient method "FGM", the basic iterative method "BIM", Auto-PGD
 "APGD" and AutoAttack "AA". As near as they get in L2: DeepFool "DF" (``epsilon`` is its overshoot), Carlini-Wagner
@@ -84,11 +87,15 @@ passes with the batch.
 
 
 def preset(name: str, **settings: Setting) -> Attack:
-    """One of :data:`PRESETS` with other settings: ``preset("FGM", eps=0.1)``.
+    """One of :data:`PRESETS`, by its ``name``, with other ``settings``, arguments of ART's class.
 
     Raises:
-        ValueError: unknown name, or a setting that the attack does not have.
-        ModuleNotFoundError: ART is not installed.
+        TypeError: a value that is no number, bool or string.
+        ValueError: unknown name, a setting that the attack does not have, or a value out of range.
+        ModuleNotFoundError: ART is not installed: ``pip install 'odenets[detection]'``.
+
+    >>> preset("FGM", eps=0.1).settings
+    (('norm', 'inf'), ('eps', 0.1))
     """
     if name not in PRESETS:
         raise ValueError(f"unknown attack {name!r}; known are {', '.join(PRESETS)}")

@@ -17,15 +17,35 @@ __all__ = ["Features", "check_images", "in_batches"]
 class Features:
     """Numbers read off images, or off the path that images take through a network; a base class for kinds of one's own.
 
-    A kind defines :meth:`__call__`, and :meth:`fit` if it needs statistics of training images.
+    A kind defines ``__call__``, and :meth:`fit` if it needs statistics of training images.
+
+    >>> class Brightness(Features):
+    ...     def __call__(self, network, x):
+    ...         return x.mean((2, 3))
+    >>> Brightness()(nn.Identity(), torch.rand(5, 3, 8, 8)).shape
+    torch.Size([5, 3])
     """
 
     def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Self:
-        """Take the statistics that it needs of the network's training images ``(N, C, H, W)``, with their labels."""
+        """Take the statistics that it needs of training images ``x`` ``(N, C, H, W)`` of a ``network``.
+
+        With their labels ``y``, ``(N,)``; this base class needs none.
+        """
         return self
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Features of a batch, ``(B, F)``, float32 or wider; gradients pass where the features are differentiable."""
+        """Features of a batch; what a kind defines.
+
+        Args:
+            network: whose steps may be read.
+            x: images ``(B, C, H, W)``, pixels in [0, 1].
+
+        Returns:
+            ``(B, F)``, float32 or wider; gradients pass where the features are differentiable.
+
+        Raises:
+            NotImplementedError: the kind does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define __call__(network, x), features of a batch (B, F)")
 
     def __init_subclass__(cls) -> None:
@@ -34,18 +54,31 @@ class Features:
             raise TypeError(f"{cls.__name__}.look is never called: its name is output_and_features")
 
     def output_and_features(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's output and the features of a batch, in one pass where that is possible."""
+        """The output of a ``network`` and the features of a batch ``x``, in one pass where that is possible."""
         return network(to_network(network, x)), self(network, x)
 
 
 @torch.no_grad()
 def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
-    """``call`` of all inputs, a batch at a time, in eval mode and on the network's device, ``(N, ...)`` on the CPU.
+    """What a function gives for many inputs, a batch at a time, in eval mode and without gradients.
 
     The network's modes are restored, and so are the random states, from which it may draw.
 
+    Args:
+        call: of a batch ``(B, ...)`` on the network's device, a tensor with a row for each.
+        network: whose modes and device they are.
+        x: inputs, ``(N, ...)``.
+        batch_size: inputs at a time.
+
+    Returns:
+        The rows of all, ``(N, ...)``, on the CPU.
+
     Raises:
         ValueError: no inputs, or batch_size below 1.
+
+    >>> network = nn.Linear(3, 2)
+    >>> in_batches(network, network, torch.rand(1000, 3), 100).shape
+    torch.Size([1000, 2])
     """
     if len(x) == 0 or batch_size < 1:
         raise ValueError(f"x must hold inputs and batch_size be at least 1, got {len(x)} and {batch_size}")
@@ -55,10 +88,16 @@ def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, 
 
 
 def check_images(x: Tensor, name: str = "images") -> Tensor:
-    """Images ``(N, C, H, W)``, pixels in [0, 1].
+    """The images ``x``, if they are ``(N, C, H, W)`` with pixels in [0, 1]; errors call them by ``name``.
 
     Raises:
-        TypeError, ValueError: they are not.
+        TypeError: no floating tensor.
+        ValueError: another shape, none, or pixels that are not finite or outside [0, 1].
+
+    >>> check_images(torch.rand(3, 8, 8))
+    Traceback (most recent call last):
+        ...
+    ValueError: images must be a batch (N, C, H, W), not empty, got shape (3, 8, 8)
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -38,7 +38,9 @@ class FourierSpectrum(Features):
         self.part: Literal["magnitude", "phase"] = part
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Spectra of a batch of images ``(B, C, H, W)``, ``(B, C H W)`` float32; gradients pass.
+        """Spectra of a batch of images ``x`` ``(B, C, H, W)``, ``(B, C H W)`` float32; gradients pass.
+
+        The ``network`` is not called.
 
         Raises:
             TypeError, ValueError: x is no batch of images in [0, 1].

@@ -21,9 +21,11 @@ LARGEST = 1e6
 class LID(Features):
     """How fast the number of clean training images grows with the distance from an input, in each feature map.
 
-    The feature maps (:func:`~odenets.detection.features.feature_maps.feature_maps_of`), flattened, give one
-    :func:`local_dimension` each. Ma et al. take the neighbors from the batch at hand; here they are images of the
-    training set, drawn once, so that the features of an input do not depend on the others of its batch.
+    The feature maps are the state after the encoder and that after each run of blocks whose states have one shape.
+    Flattened, each gives the maximum-likelihood estimate of the local intrinsic dimensionality,
+    ``-(1/k sum_i log(r_i / r_k))^-1`` with ``r_1 <= ... <= r_k`` the distances to the k nearest images. Ma et al. take
+    these from the batch at hand; here they are images of the training set, drawn once, so that the features of an
+    input do not depend on the others of its batch.
 
     Args:
         k: number of nearest neighbors.
@@ -56,9 +58,15 @@ class LID(Features):
         self.states: list[np.ndarray] = []
 
     def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> LID:
-        """Draw the reference images among clean training images ``(N, C, H, W)`` and keep their states in eval mode.
+        """Draw the reference images among clean training images, and keep the states that they have in eval mode.
 
-        Labels are not used.
+        Args:
+            network: a network that records its steps.
+            x: clean training images ``(N, C, H, W)``.
+            y: their labels, which are not used.
+
+        Returns:
+            Itself.
 
         Raises:
             ValueError: fewer images than the reference is to hold, or states that are not finite.
@@ -73,7 +81,7 @@ class LID(Features):
         return self
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Local dimensions of a batch, ``(B, feature maps)`` float32; gradients pass.
+        """Local dimensions of a batch ``x`` by a ``network``, ``(B, feature maps)`` float32; gradients pass.
 
         Raises:
             ValueError: before :meth:`fit`, or for a network with other states.

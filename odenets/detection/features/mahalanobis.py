@@ -21,11 +21,11 @@ SMALLEST = 1e-10
 class Mahalanobis(Features):
     """Confidence that an input belongs to a class, by each feature map.
 
-    These are :func:`~odenets.detection.features.feature_maps.feature_maps_of` an input. With z the means of their
-    channels (:func:`~odenets.detection.features.feature_maps.pooled`), ``mu_c`` those of the training images of class c
-    averaged, and S the covariance of all z about the mean of their class, one for all classes,
+    The feature maps are the state after the encoder and that after each run of blocks whose states have one shape. With
+    z the means of their channels over all positions, ``mu_c`` those of the training images of class c averaged, and S
+    the covariance of all z about the mean of their class, one for all classes, the confidence is::
 
-        ``max_c -d_c^2 / 2``,   ``d_c^2 = (z - mu_c)^T S^+ (z - mu_c)``.
+        max_c -d_c^2 / 2,   d_c^2 = (z - mu_c)^T S^+ (z - mu_c)
 
     The pseudo-inverse ``S^+`` leaves out directions whose standard deviation is below 1e-5 of the largest. Channels
     that depend on each other linearly, as after an encoder of one convolution, have such directions, in which all
@@ -36,14 +36,16 @@ class Mahalanobis(Features):
     state a step of its own, clamped to [0, 1].
 
     Args:
-        magnitude: of the input step, in units of pixels in [0, 1]; see :data:`MAGNITUDES`.
+        magnitude: of the input step, in units of pixels in [0, 1]; Lee et al. choose among 0, 0.0005, 0.001, 0.0014,
+            0.002, 0.005 and 0.01.
         relative: subtract the distance ``d_0`` to one Gaussian fitted to all training images, whatever their class:
             ``max_c -(d_c^2 - d_0^2) / 2``.
 
     Attributes:
         means: for each state ``(classes, C)``.
         factors: for each state W ``(C, rank)`` with ``W W^T = S^+``.
-        mean, factor: those of the one Gaussian, ``(1, C)`` and ``(C, rank)``; empty unless relative.
+        mean: that of the one Gaussian, for each state ``(1, C)``; empty unless relative.
+        factor: its W, for each state ``(C, rank)``; empty unless relative.
 
     Raises:
         ValueError: a magnitude outside [0, 1].
@@ -74,7 +76,13 @@ class Mahalanobis(Features):
     def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Mahalanobis:
         """Take the means of the classes and the covariance they share, in eval mode.
 
-        Of training images ``(N, C, H, W)`` with labels 0, 1, ..., ``(N,)``.
+        Args:
+            network: a network that records its steps.
+            x: training images ``(N, C, H, W)``.
+            y: their labels 0, 1, ..., ``(N,)`` of integers.
+
+        Returns:
+            Itself.
 
         Raises:
             ValueError: labels that do not fit the images or leave a class out, or states that are not finite or do not
@@ -96,7 +104,9 @@ class Mahalanobis(Features):
         return self
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Confidences of a batch, ``(B, feature maps)`` float32; gradients pass, with the input step fixed.
+        """Confidences of a batch ``x`` by a ``network``, ``(B, feature maps)`` float32; gradients pass.
+
+        The input step, if there is one, is fixed.
 
         Raises:
             ValueError: before :meth:`fit`, for a network with other states, or, with an input step, for inputs that are

@@ -22,10 +22,11 @@ ROUNDING = 1e-9
 class NaturalSceneStatistics(Features):
     """The 18 statistics of BRISQUE at the scale of the image; the network plays no part.
 
-    The mean-subtracted, contrast-normalized brightness m (:func:`contrast_normalized`) gives the shape and variance of
-    a generalized Gaussian; its products with the neighbors to the right, below, and on the two diagonals each give the
-    shape, mean, left variance and right variance (not standard deviations) of an asymmetric one. As in the code
-    published with BRISQUE, the image is zero outside, and neighbors wrap around its edges.
+    The mean-subtracted, contrast-normalized brightness ``m = (I - mu) / (sigma + 1)``, with mu and sigma the local mean
+    and standard deviation of brightness I in [0, 255] in a Gaussian window of 7 x 7 pixels, gives the shape and
+    variance of a generalized Gaussian; its products with the neighbors to the right, below, and on the two diagonals
+    each give the shape, mean, left variance and right variance (not standard deviations) of an asymmetric one. As in
+    the code published with BRISQUE, the image is zero outside, and neighbors wrap around its edges.
 
     References:
         Mittal, Moorthy, Bovik. No-reference image quality assessment in the spatial domain. IEEE Transactions on Image
@@ -39,7 +40,9 @@ class NaturalSceneStatistics(Features):
 
     @torch.no_grad()
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Statistics of a batch of images ``(B, C, H, W)``, C = 1 or 3, ``(B, 18)`` float32; no gradients pass.
+        """Statistics of a batch of images ``x`` ``(B, C, H, W)``, C = 1 or 3, ``(B, 18)`` float32; no gradients pass.
+
+        The ``network`` is not called.
 
         Raises:
             TypeError, ValueError: x is no batch of gray or RGB images in [0, 1].

@@ -33,7 +33,7 @@ class Trajectory(Features):
     - "error": root mean square of the embedded error.
 
     Args:
-        kinds: of :data:`KINDS`.
+        kinds: of the above; "residue" and "cosine" if none is given.
         vectors: cosines with so many further fixed vectors, orthogonal to the ones and to each other: the cosines
             ``cos(pi k (j + 1/2) / d)`` over the features j of a state, k = 1, 2, ...
 
@@ -56,7 +56,7 @@ class Trajectory(Features):
         self.kinds, self.vectors = kinds, vectors
 
     def measures(self, network: nn.Module) -> dict[str, StepFunction]:
-        """What the network records, by name.
+        """What the ``network`` records, by name.
 
         Raises:
             ValueError: stages of a method that has one.
@@ -80,7 +80,9 @@ class Trajectory(Features):
         return {name: measure for kind in self.kinds for name, measure in by_kind[kind].items()} | waves
 
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
-        """Features of a batch, ``(B, F)``, float32 or wider: of each measure all blocks, one measure after the other.
+        """Features of a batch ``x`` by a ``network``, ``(B, F)``, float32 or wider.
+
+        Of each measure all blocks, one measure after the other.
 
         Raises:
             TypeError: the network does not record its steps.
@@ -89,14 +91,18 @@ class Trajectory(Features):
         return self.output_and_features(network, x)[1]
 
     def output_and_features(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's output and the features of a batch, in one pass."""
+        """The output of the ``network`` and the features of a batch ``x``, in one pass.
+
+        Raises:
+            TypeError: the network does not record its steps.
+        """
         if not is_recorder(network):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
         output, records = network.record(to_network(network, x), **self.measures(network))
         return output, torch.cat([values.T for values in records.values()], 1)
 
     def names(self, network: nn.Module, depth: int | None = None) -> list[str]:
-        """Of the features, in their order; blocks count from 1."""
+        """Of the features, in their order; the blocks of the ``network``, ``depth`` of them, count from 1."""
         blocks = range(1, (depth or cast(Recorder, network).depth) + 1)
         return [f"{name} {block}" for name in self.measures(network) for block in blocks]
 

@@ -54,9 +54,12 @@ def black_box(
         settings: of HopSkipJump; by default 50 iterations (``max_iter``) and for each direction at most 10000 queries
             (``max_eval``), 100 at first (``init_eval``).
 
+    Returns:
+        The final images, in the order of ``start``, and which of them evade network and detector.
+
     Raises:
         TypeError, ValueError: arguments that are not as described.
-        ModuleNotFoundError: ART is not installed.
+        ModuleNotFoundError: ART is not installed: ``pip install 'odenets[detection]'``.
 
     References:
         [K24, section 5.4.5], first attack. Chen, Jordan, Wainwright. HopSkipJumpAttack: a query-efficient

@@ -21,7 +21,7 @@ Features = Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Evasion:
-    """Result of an attack on a network and its detector, on the CPU.
+    """Result of an attack on a network and its detector, on the CPU; :func:`black_box` and the others make it.
 
     Attributes:
         images: ``(N, C, H, W)`` float32; the start image where no image evades.

@@ -41,28 +41,32 @@ def feature_attack(
 ) -> Evasion:
     """HopSkipJump on the detector in the space of its features, then L-BFGS on the pixels.
 
-    HopSkipJump moves from features z* that the detector calls clean, those of the nearest such image among the clean
-    ones and ``pool``, towards the features z~ of a start image x~. Then
+    HopSkipJump moves from features ``z*`` that the detector calls clean, those of the nearest such image among the
+    clean ones and ``pool``, towards the features ``z~`` of a start image ``x~``. Then, from ``x~``::
 
         min over x*  -CE(N(x*), y) + c1 |D(x*) - z*| + c2 |x* - x|
 
-    from x~, with the network N, its features D, the clean image x and its label y. Distances of features are taken in
+    with the network N, its features D, the clean image x and its label y. Distances of features are taken in
     deviations of each feature over all these images, on which HopSkipJump too depends. Pixels are clamped to [0, 1] in
     the objective and after each round. The result is, of all rounds of all pairs (c1, c2), the image nearest to x that
     evades both; the start image if none does.
 
     Args:
-        features: of network and images, ``(B, F)``, differentiable.
+        features: of network and images, ``(B, F)``, differentiable, such as :class:`Trajectory`.
         detector: of features ``(B, F)`` on the CPU alone, 1 or True where detected, ``(B,)``.
-        network, start, images, seed, progress, settings: as for :func:`~odenets.detection.attacks.adaptive.black_box`.
+        network, start, images, seed, progress, settings: as for :func:`black_box`.
         pool: further clean images, ``(K, C, H, W)`` in [0, 1], from whose features HopSkipJump may begin.
         weights: the pairs (c1, c2).
         rounds, steps: L-BFGS is restarted ``rounds`` times and takes ``steps`` steps each time; the cross-entropy is
             unbounded, so that many short rounds reach nearer images than few long ones.
         batch_size: images or features at a time.
 
+    Returns:
+        The final images, in the order of ``start``, and which of them evade network and detector.
+
     Raises:
-        TypeError, ValueError, ModuleNotFoundError: as there.
+        TypeError, ValueError: arguments that are not as described.
+        ModuleNotFoundError: ART is not installed: ``pip install 'odenets[detection]'``.
 
     References:
         [K24, section 5.4.5], second attack. Carlini, Wagner. Adversarial examples are not easily detected: bypassing

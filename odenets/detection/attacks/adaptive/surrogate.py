@@ -18,9 +18,14 @@ Score = Callable[[np.ndarray], np.ndarray]
 class Surrogate(nn.Module):
     """A multilayer perceptron on standardized features, whose logit approximates that of a detector's score.
 
+    :func:`distill` makes and fits one.
+
     Args:
         mean, std: of the features, ``(F,)``; a std of 0 counts as 1.
         hidden: width of its two hidden layers.
+
+    >>> Surrogate(torch.zeros(4), torch.ones(4))(torch.rand(5, 4)).shape
+    torch.Size([5])
     """
 
     mean: Tensor
@@ -35,7 +40,7 @@ class Surrogate(nn.Module):
         ).float()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Logits of features ``(B, F)``, ``(B,)``; their sigmoid is the score."""
+        """Logits of features ``z`` ``(B, F)``, ``(B,)``; their sigmoid is the score."""
         return self.layers(((z - self.mean) / self.std).to(self.mean.dtype))[:, 0]
 
 
@@ -58,13 +63,16 @@ def distill(
     from [0, ``noise``], so that both the neighborhood of the data and the space around it are covered.
 
     Args:
-        score: the detector.
+        score: the detector: of features ``(N, F)`` scores in [0, 1], ``(N,)``, high for adversarial ones.
         features: of clean and of adversarial images, ``(N, F)``.
         copies: synthetic features per feature.
         noise: largest deviation of the noise, in deviations of each feature.
         hidden: width of the surrogate.
         epochs, learning_rate, batch_size: of Adam, whose rate falls to 0 along a cosine.
         seed: of draws and initial weights; the random state is restored.
+
+    Returns:
+        The surrogate, in eval mode and on the CPU, its weights without gradients.
 
     Raises:
         ValueError: numbers out of range, fewer than two features, features or scores that are not finite, or scores

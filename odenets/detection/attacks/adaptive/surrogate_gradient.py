@@ -20,13 +20,17 @@ __all__ = ["ProjectedDescent", "surrogate_attack"]
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedDescent:
-    """Projected gradient descent in a ball about the clean image.
+    """Projected gradient descent in a ball about the clean image, as :func:`surrogate_attack` makes it.
+
+    >>> descent, clean = ProjectedDescent(eps=0.1, steps=10), torch.full((1, 1, 8, 8), 0.5)
+    >>> descent.step(clean, gradient=-torch.ones_like(clean), clean=clean).max()  # by 2.5 eps / steps
+    tensor(0.5250)
 
     Attributes:
-        eps: radius of the ball.
+        eps: radius of the ball, in units of pixels in [0, 1].
         norm: "inf" or 2, of the ball and of the steps.
         steps: for each weight.
-        step_size: 2.5 eps / steps if None.
+        step_size: 2.5 eps / steps if None, in the units of ``eps``.
         weights: of the surrogate, one descent for each.
         confidence: margin of logits beyond which the network counts as fooled and only the detector matters.
 
@@ -53,7 +57,10 @@ class ProjectedDescent:
             raise ValueError(f"step_size must be positive, got {self.step_size}")
 
     def step(self, x: Tensor, gradient: Tensor, clean: Tensor) -> Tensor:
-        """One step of steepest descent in the norm, projected."""
+        """One step of steepest descent in the norm from images ``x`` ``(B, C, H, W)``, projected.
+
+        ``gradient`` is of what is to fall, by ``x``; the ball is about the ``clean`` images.
+        """
         size = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
         if self.norm == "inf":
             direction = gradient.sign()
@@ -62,7 +69,7 @@ class ProjectedDescent:
         return self.project(x - size * direction, clean)
 
     def project(self, x: Tensor, clean: Tensor) -> Tensor:
-        """Images in the ball about the clean ones and in [0, 1]."""
+        """Images ``x`` ``(B, C, H, W)`` moved into the ball about the ``clean`` ones and into [0, 1]."""
         moved = x - clean
         if self.norm == "inf":
             moved = moved.clamp(-self.eps, self.eps)
@@ -86,7 +93,7 @@ def surrogate_attack(
 ) -> Evasion:
     """Projected gradient descent end to end on both, in a ball about the clean image.
 
-    With the logits N, the label y, the features D and the surrogate's logit s, it descends
+    With the logits N, the label y, the features D and the surrogate's logit s, it descends::
 
         max(N_y - max over j != y of N_j, -confidence) + weight * s(D(x*))
 
@@ -95,13 +102,16 @@ def surrogate_attack(
     is none, it is the start image, which may lie outside the ball.
 
     Args:
-        features: of network and images, ``(B, F)``, differentiable.
-        score: the detector: of features ``(N, F)`` as an array, scores in [0, 1].
-        surrogate: of the detector, from :func:`~odenets.detection.attacks.adaptive.surrogate.distill`.
-        network, start, images, progress: as for :func:`~odenets.detection.attacks.adaptive.black_box`.
-        descent: ball, steps and weights.
+        features: of network and images, ``(B, F)``, differentiable, such as :class:`Trajectory`.
+        score: the detector: of features ``(N, F)`` as an array, scores in [0, 1], ``(N,)``.
+        surrogate: of the detector, from :func:`distill`.
+        network, start, images, progress: as for :func:`black_box`.
+        descent: ball, steps and weights; ``ProjectedDescent()`` if not given.
         threshold: score above which the detector detects.
         batch_size: images at a time.
+
+    Returns:
+        The final images, in the order of ``start``, and which of them evade network and detector.
 
     Raises:
         TypeError, ValueError: arguments that are not as described.
