@@ -86,10 +86,7 @@ def written(mean, half_width):
             yield f"{abs(factor * mean):.{digits}f} ± {factor * half_width:.{digits}f}"
 
 
-PAGES = [
-    "experiments/README.md",
-    *(f"docs/experiments/{path.name}" for path in (ROOT / "docs/experiments").glob("*.md")),
-]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs/experiments").glob("*.md"))
 
 
 @pytest.fixture(scope="module")
