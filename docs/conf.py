@@ -43,7 +43,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Tutorials: each is executed
 sphinx_gallery_conf = {
     "examples_dirs": "tutorials",
-    "gallery_dirs": "tutorials/generated",
+    "gallery_dirs": "gallery",
     "filename_pattern": "",
     "within_subsection_order": "FileNameSortKey",
     "image_scrapers": ("gallery_figures.scrape",),

@@ -14,7 +14,9 @@ matplotlib.use("Agg")
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts
+    page.relative_to(ROOT).as_posix()
+    for page in (ROOT / "docs").rglob("*.md")
+    if not {"_build", "gallery"} & set(page.parts)
 )
 
 

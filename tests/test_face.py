@@ -149,7 +149,11 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "experiments/README.md",
     "tests/README.md",
-    *(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
+    *(
+        page.relative_to(ROOT).as_posix()
+        for page in (ROOT / "docs").rglob("*.md")
+        if not {"_build", "gallery"} & set(page.parts)
+    ),
 ]
 
 

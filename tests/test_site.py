@@ -23,7 +23,7 @@ def site(tmp_path_factory):
     for path in ROOT.iterdir():
         if path.name not in ("docs", ".git", ".venv"):
             (folder / path.name).symlink_to(path)
-    generated = shutil.ignore_patterns("_build", "generated", "odenets*.rst", "solvers*.rst")
+    generated = shutil.ignore_patterns("_build", "gallery", "odenets*.rst", "solvers*.rst")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=generated)
     options = ["-W", "--keep-going", "-n", "-q", "-E", "-D", "plot_gallery=0", "-b", "html"]
     run = subprocess.run(
