@@ -42,7 +42,9 @@ def facts() -> dict[str, Any]:
         "versions": versions | {"triton": triton()},
         "cuda": torch.version.cuda,
         "compiler": shutil.which(os.environ.get("CXX") or "g++"),
-        "extras": {extra: {name: _version(name) for name in _libraries(extra)} for extra in EXTRAS},
+        "extras": {
+            extra: {name: _version(name) for name in _libraries(extra)} for extra in EXTRAS if _libraries(extra)
+        },
         "beside": {name: _version(name) for name in BESIDE},
         "devices": devices,
         "kernels": {one["device"]: kernels_on(torch.device(one["device"])) for one in devices},
@@ -83,6 +85,8 @@ def _text(told: dict[str, Any]) -> str:
         remedy = f"; missing {', '.join(missing)}: pip install 'odenets[{extra}]'" if missing else ""
         present = ", ".join(f"{name} {number}" for name, number in libraries.items() if number) or "nothing"
         lines.append(f"  {extra}: {present}{remedy}")
+    if not told["extras"]:
+        lines.append("  unknown: the package runs from its sources and is not installed")
     beside = [
         f"{name} {number}" if number else f"no {name} ({BESIDE[name]})" for name, number in told["beside"].items()
     ]

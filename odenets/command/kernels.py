@@ -47,7 +47,7 @@ def kernels_on(device: torch.device) -> dict[str, Any]:
             "why": f"for operands of more than {SMALL:,} numbers; {PLAIN} for fewer, where it is faster",
             "runs": _runs(x),
         }
-    interpreted = " interpreted in Python, slowly: TRITON_INTERPRET is set" if _interpreted() else ""
+    interpreted = " interpreted in Python, slowly: unset TRITON_INTERPRET" if _interpreted() else ""
     return {
         "kernels": f"Triton kernels{interpreted}",
         "why": f"for operands of more than {SMALL_ON_GPU:,} numbers together, and for errors under error control; "

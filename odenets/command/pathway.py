@@ -13,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 from odenets import measures, plotting
 from odenets.adapting import AdaptedModel
@@ -23,7 +23,7 @@ from odenets.command.mistakes import FAILED, Mistake, near, one_line, require
 from odenets.command.networks import Model, build, function_of, recorder
 from odenets.command.tables import print_table
 from odenets.files import write_atomically
-from odenets.modes import evaluating
+from odenets.modes import device_of, evaluating
 from odenets.records import Records
 from solvers import Step
 
@@ -108,7 +108,7 @@ def record_images(
     parts: list[Records] = []
     shape: tuple[int, ...] = ()
     for files, images in loaded:
-        x = images.to(_device(network))
+        x = images.to(device_of(network))
         try:
             measured = measured or _usual(network, x)
             records = network.record(x, h=h, **measured)[1].map(Tensor.cpu)
@@ -125,10 +125,6 @@ def record_images(
         parts.append(records)
         shape = tuple(images.shape[1:])
     return Records({key: torch.cat([one[key] for one in parts], 1) for key in parts[0]}, *parts[0].layout), shape
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
 
 
 def _usual(network: Any, x: Tensor) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``odenets info``: versions, devices and kernels as they are."""
 
 import json
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -32,6 +32,14 @@ def test_a_library_that_is_missing_comes_with_the_line_that_installs_it(run, mon
     (transport,) = [line for line in lines if line.startswith("transport: ")]
     assert transport == "transport: scipy 1.0; missing pot: pip install 'odenets[transport]'"
     assert any("no timm (pip install timm)" in line for line in lines)
+
+
+def test_from_its_sources_the_package_says_that_its_extras_are_unknown(run, monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(information, "requires", requires)
+    assert "unknown: the package runs from its sources" in run("info").stdout
 
 
 def test_the_text_tells_the_kernels_and_that_they_run(run):

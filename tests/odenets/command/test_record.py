@@ -160,15 +160,12 @@ def test_blocks_name_what_adapt_does_not_know(run, images):
 
 
 def test_steps_of_an_error_control_that_differ_by_batch_are_refused():
-    class Control:
+    class Control(nn.Module):
         count = 1
 
         def record(self, x, **measured):
             self.count += 1
             return x, odenets.Records({name: torch.zeros(self.count, len(x)) for name in measured})
-
-        def parameters(self):
-            return iter(())
 
     loaded = [([f"{i}.png"], torch.zeros(1, 3, 4, 4)) for i in range(2)]
     with pytest.raises(pathway.Mistake, match=r"2 steps on the first images and 3 on those from 1.png"):
