@@ -1,5 +1,6 @@
-"""The changes that CONTRIBUTING.md shows fit this tree, are short, and do what they say."""
+"""The changes that the pages for contributors show fit this tree, are short, and do what they say."""
 
+import importlib
 import os
 import re
 import shutil
@@ -10,9 +11,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHANGES = re.findall(r"## (?:A|An) ([\w ]+)\n.*?```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+PAGES = sorted((ROOT / "docs/contributing").glob("*.md"))
+CHANGES = [
+    change
+    for page in PAGES
+    for change in re.findall(
+        r"^#+ (?:Add a|Add an|A|An) ([\w ]+)\n(?:(?!^#).)*?```diff\n(.*?)```",
+        page.read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+]
 WHAT_THEY_ADD = {
     "measure": ["-m", "pytest", "-q", "-p", "no:xdist", "tests/odenets/test_measures.py", "-k", "straightness"],
+    "scheme": [
+        "-m", "pytest", "-q", "-p", "no:xdist", "tests/solvers/test_step.py", "tests/solvers/test_tableaus.py",
+        "-k", "ralston",
+    ],
     "feature of the detector": [
         "-m", "pytest", "-q", "-p", "no:xdist", "tests/odenets/detection/features/test_base.py", "-k", "displacement",
     ],
@@ -47,3 +61,15 @@ def test_the_change_works(changed):
 
 def test_all_are_there():
     assert {name for name, _ in CHANGES} == set(WHAT_THEY_ADD)
+
+
+def test_the_architecture_shows_every_floor_of_the_import_contract(monkeypatch):
+    """The rooms in the picture are those that there are."""
+    monkeypatch.syspath_prepend(ROOT / "docs/contributing")
+    picture = importlib.import_module("architecture")
+    for contract, package in (("networks", "odenets"), ("solves", "solvers")):
+        shown = {name for floor in picture.floors(contract) for name in floor}
+        there = {
+            path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+        }
+        assert shown == {name for name in there if not name.startswith("__")}
