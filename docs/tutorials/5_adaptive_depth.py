@@ -36,6 +36,10 @@ from odenets import measures, plotting
 from odenets.depth import AdaptiveDepth, DepthRule, adapt_depth, block_errors, plan
 from odenets.training import Batches, Task, evaluate, fit, load, split
 
+# %%
+# A network of eight such blocks for images of eight by eight pixels. Measured are 128 images of the
+# validation part.
+
 torch.manual_seed(0)
 parts = split(*load("digits"))  # disjoint: train, validation, test
 checked = parts.validation.x[:128]  # the images on which errors are measured
