@@ -14,9 +14,6 @@ scikit-learn; attacks come from the Adversarial Robustness Toolbox (``pip instal
 # %%
 # A network, and images it has not seen
 # -------------------------------------
-#
-# The detector is fitted and tested on images that the network was not trained on. On its training
-# images a network behaves otherwise, and a detector would learn that instead.
 
 import tempfile
 from functools import partial
@@ -31,6 +28,10 @@ from odenets import detection, measures, plotting
 from odenets.detection import Detector, Pipeline, QuantileTest, Trajectory, preset, run_attack
 from odenets.training import Batches, evaluate, fit, load
 
+# %%
+# The detector is fitted and tested on images that the network was not trained on. On its training
+# images a network behaves otherwise, and a detector would learn that instead.
+
 torch.manual_seed(0)
 train, test = load("digits")
 seen, unseen = train.subset(torch.arange(700)), train.subset(torch.arange(700, len(train)))
@@ -40,7 +41,8 @@ network = odenets.models.small_network(solver="bs23", depth=3)
 optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 fit(network, Batches(seen, 50, seed=0), epochs=8, optimizer=optimizer)
 network.eval()
-print(f"accuracy on {len(images)} new images: {evaluate(network, Batches((images, labels), 500)).accuracy:.1%}")
+accuracy = evaluate(network, Batches((images, labels), 500)).accuracy
+print(f"accuracy on {len(images)} new images: {accuracy:.1%}")
 
 # %%
 # Attacks
@@ -50,11 +52,12 @@ print(f"accuracy on {len(images)} new images: {evaluate(network, Batches((images
 # sign of the gradient, BIM several small ones. No pixel changes by more than ``eps``. With a cache,
 # batches that were attacked before are read and not computed again; here it is a temporary folder.
 
-folder = tempfile.TemporaryDirectory()
+temporary = tempfile.TemporaryDirectory()
+folder = Path(temporary.name)
 attacks = {"FGM": preset("FGM", eps=0.1), "BIM": preset("BIM", eps=0.1, eps_step=0.02, max_iter=10)}
 attacked = {}
 for name, attack in attacks.items():
-    attacked[name] = run_attack(network, attack, images, labels, cache=Path(folder.name) / "attacks")
+    attacked[name] = run_attack(network, attack, images, labels, cache=folder / "attacks")
     print(f"{name}: {attacked[name].success_rate:.1%} of the right predictions become wrong")
 
 # %%
@@ -96,7 +99,7 @@ for mode in ("general", "conditional"):
     pipelines[mode] = Pipeline(network, features, Detector(mode=mode, random_state=0))
     pipelines[mode].fit(images[parts.fit], attacked["FGM"].images[parts.fit])
 pipeline = pipelines["conditional"]
-print("called adversarial:", pipeline.predict(images[parts.test])[:10], "of the first ten clean images")
+print("of ten clean images are called adversarial:", pipeline.predict(images[parts.test])[:10])
 
 # %%
 # Both have seen FGM only. BIM is an attack that they were not fitted on.
@@ -105,10 +108,9 @@ for mode in pipelines:
     for name in attacked:
         x, fools = attacked[name].images[parts.test], attacked[name].success[parts.test]
         scores = pipelines[mode].evaluate(images[parts.test], x, successful=fools)
-        print(f"{mode:>11}, {name}: area under the curve {scores.auroc:.3f}, detected {scores.detected:.0%}", end="")
-        print(
-            f" (of those that fool the network {scores.detected_successful:.0%}), false alarms {scores.false_positives:.0%}"
-        )
+        print(f"{mode}, {name}: area under the curve {scores.auroc:.3f}")
+        print(f"  detected {scores.detected:.0%}, false alarms {scores.false_positives:.0%}")
+        print(f"  detected of those that fool the network {scores.detected_successful:.0%}")
 
 # %%
 # The receiver operating characteristic: which share of the attacked images is detected, if one
@@ -130,9 +132,8 @@ figure = plotting.operating_characteristics(curves, false)
 
 kinds = {"clean": images, "FGM": attacked["FGM"].images, "BIM": attacked["BIM"].images}
 scores = {name: pipeline.scores(x[parts.test]) for name, x in kinds.items()}
-figure = plotting.histograms(
-    {"one forest for each class": scores}, xlabel="score", lines={"one forest for each class": [0.0]}
-)
+title = "one forest for each class"
+figure = plotting.histograms({title: scores}, xlabel="score", lines={title: [0.0]})
 
 # %%
 # A test that has seen no attack
@@ -154,19 +155,24 @@ foreign = {
     "shifted": images[parts.test].roll(3, dims=3),
 }
 for name, x in foreign.items():
-    print(f"{name:>8}: detector {pipeline.predict(x).mean():.0%}, quantile test {test_of_action.predict(x).mean():.0%}")
+    alarms = pipeline.predict(x).mean(), test_of_action.predict(x).mean()
+    print(f"{name:>8}: {alarms[0]:.0%} called adversarial, {alarms[1]:.0%} outside the quantiles")
 
 # %%
-# Where the action of foreign inputs lies, beside the bounds of the test:
+# Foreign is what lies outside the bounds of the test; an attack of this size hardly changes the
+# action.
 
-actions = {
-    name: network.record(x, action=measures.action)[1]["action"].sum(0).detach().numpy() for name, x in foreign.items()
-}
-bounds = np.quantile(
-    network.record(images[parts.fit], action=measures.action)[1]["action"].sum(0).detach(), [0.025, 0.975]
-)
-shown = {name: actions[name] for name in ("clean", "FGM", "noise", "inverted")}
-figure = plotting.histograms({"whole network": shown}, xlabel="action", lines={"whole network": bounds})
+
+def action(x):
+    with torch.no_grad():
+        _, records = network.record(x, action=measures.action)
+    return records["action"].sum(0).numpy()
+
+
+actions = {name: action(foreign[name]) for name in ("clean", "FGM", "noise", "inverted")}
+bounds = np.quantile(action(images[parts.fit]), [0.025, 0.975])
+title = "action of the whole network"
+figure = plotting.histograms({title: actions}, xlabel="action", lines={title: bounds})
 
 # %%
 # Saving
@@ -175,11 +181,12 @@ figure = plotting.histograms({"whole network": shown}, xlabel="action", lines={"
 # Features and detector go to one file, without pickle, so that a file of another's can be opened;
 # the network's weights are saved apart.
 
-path = pipeline.save(Path(folder.name) / "detector.safetensors")
+pipeline = pipelines["general"]
+path = pipeline.save(folder / "detector")
 again = Pipeline.load(path, network)
 same = np.array_equal(again.scores(images[parts.test]), pipeline.scores(images[parts.test]))
-print(f"{path.stat().st_size / 1024:.0f} KiB, the same scores: {same}")
-folder.cleanup()
+print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB, the same scores: {same}")
+temporary.cleanup()
 
 # %%
 # What it sees, and what not
