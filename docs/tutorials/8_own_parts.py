@@ -52,6 +52,7 @@ def bending(step):
 
 
 flow = odenets.Flow(odenets.MLPField(2), solver="bs23", depth=4)
+torch.manual_seed(0)
 points = torch.randn(100, 2)
 x1, records = flow.record(points, distance=distance, bending=bending, twice=2 * bending)
 print(records)
@@ -102,10 +103,11 @@ class StraightPaths(Objective):
 
 train, test = load("circles")
 batches, adam = Batches(train, 100, seed=0), partial(torch.optim.Adam, lr=1e-2)
-networks = {}
+networks, fields = {}, {}
 for name, weight in (("cross-entropy", 0.0), ("straight paths", 0.01)):
     torch.manual_seed(0)
-    ode = odenets.NeuralODE(odenets.MLPField(2, 32, time=True), solver="bs23", steps=6)
+    fields[name] = odenets.MLPField(2, 32, time=True)
+    ode = odenets.NeuralODE(fields[name], solver="bs23", steps=6)
     networks[name] = odenets.Network(nn.Identity(), ode, nn.Linear(2, 2))
     fit(networks[name], batches, epochs=40, optimizer=adam, objective=StraightPaths(weight))
     networks[name].eval()
@@ -113,21 +115,20 @@ for name, weight in (("cross-entropy", 0.0), ("straight paths", 0.01)):
     print(f"{name}: test accuracy {accuracy:.1%}")
 
 # %%
-# The paths of some points, from the dot to the end. The velocity field of each network is then
-# solved with steps chosen by error control: a path that bends less needs fewer evaluations for the
-# same accuracy.
+# The paths of some points, from the dot to the end. Each velocity field is solved again, now with
+# steps chosen by error control: a path that bends less needs fewer evaluations for the same
+# accuracy. The axes differ: what cross-entropy alone leaves open, it may drive far.
 
 figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
-for axis, (name, network) in zip(axes, networks.items(), strict=True):
-    ode = network.flows[0]
+for axis, (name, field) in zip(axes, fields.items(), strict=True):
+    ode = odenets.NeuralODE(field, solver="bs23", tolerance=Tolerance(1e-4, 1e-6))
     with torch.no_grad():
         paths = ode(test.x[:60], at=torch.linspace(0, 1, 30))
-        solution = integrate(ode.field, test.x, 0.0, 1.0, tolerance=Tolerance(1e-4, 1e-6))
     for path, label in zip(paths.unbind(1), test.y, strict=False):
         axis.plot(*path.T, color=f"C{label}", alpha=0.6)
         axis.plot(*path[0], "o", color=f"C{label}", markersize=3)
     axis.set(title=name, xlabel="x1", ylabel="x2")
-    print(f"{name}: {solution.stats.evaluations} evaluations at a tolerance of 1e-4")
+    print(f"{name}: {ode.evaluations} evaluations at a tolerance of 1e-4")
 
 # %%
 # A velocity field that reads an input
@@ -161,8 +162,8 @@ torch.manual_seed(0)
 x, c = torch.rand(2000, 2) * 2 - 1, torch.rand(2000, 1) * math.pi
 pairs = [((a, b), turned(a, b)) for a, b in zip(x.split(100), c.split(100), strict=True)]
 flow = odenets.Flow(Turning(), solver="bs23", depth=3, shared=True)
-cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=30)
-options = {"epochs": 30, "optimizer": adam, "lr_scheduler": cosine}
+cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=60)
+options = {"epochs": 60, "optimizer": adam, "lr_scheduler": cosine}
 training = fit(flow, pairs, objective=Task(F.mse_loss), **options)
 for row in (training.rows[0], training.rows[-1]):
     print(f"epoch {row['epoch']}: mean squared error {row['train_loss']:.5f}")
@@ -173,13 +174,13 @@ for row in (training.rows[0], training.rows[-1]):
 
 letter = [[0.0, 0.2], [0.8, 0.2], [0.8, 0.4], [0.2, 0.4], [0.2, 0.8], [0.0, 0.8], [0.0, 0.2]]
 letter = torch.tensor(letter)
-figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
 for angle in np.linspace(0, math.pi, 5):
     with torch.no_grad():
         moved = flow(letter, torch.full((7, 1), angle, dtype=torch.float32))
     axis.plot(*moved.T, label=f"c = {angle:.2f}")
 axis.set(title="a shape, moved by the flow", xlabel="x1", ylabel="x2", aspect="equal")
-axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+axis.legend(loc="lower right")
 
 # %%
 # A solver
