@@ -51,8 +51,8 @@ def bending(step):
     return change.square().mean(1) / measures.step_size(step)
 
 
-flow = odenets.Flow(odenets.MLPField(2), solver="bs23", depth=4)
 torch.manual_seed(0)
+flow = odenets.Flow(odenets.MLPField(2), solver="bs23", depth=4)
 points = torch.randn(100, 2)
 x1, records = flow.record(points, distance=distance, bending=bending, twice=2 * bending)
 print(records)
