@@ -13,10 +13,9 @@ import torch
 matplotlib.use("Agg")
 
 ROOT = Path(__file__).parent.parent
+GENERATED = {"_build", "gallery"}
 PAGES = sorted(
-    page.relative_to(ROOT).as_posix()
-    for page in (ROOT / "docs").rglob("*.md")
-    if not {"_build", "gallery"} & set(page.parts)
+    page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if not GENERATED & set(page.parts)
 )
 
 

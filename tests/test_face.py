@@ -144,6 +144,7 @@ def resolve(path):
     return value
 
 
+GENERATED = {"_build", "gallery"}
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",

@@ -4,8 +4,8 @@
 
 ``experiments/pages`` holds a template for every page, in Markdown with expressions of Jinja that quote rows of results
 (:mod:`lab.evidence`), figures of [K24] (:mod:`lab.thesis`) and verdicts on both (:mod:`lab.comparisons`). Written are
-``docs/experiments/*.md``, ``docs/reproduction.md``, ``docs/benchmarks.md``, ``experiments/README.md`` and, between two
-comments, the table of results in ``README.md``.
+``docs/experiments/*.md``, ``docs/reproduction.md``, ``docs/benchmarks.md``, ``experiments/README.md`` and, between
+comments, two tables of ``README.md``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ EXPERIMENTS = (
 """Templates of experiments, in the order of the contents."""
 TEMPLATES = evidence.ROOT / "experiments/pages"
 MADE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
-MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
+SPEED = {"bosh3": "bs23", "dopri5": "dopri5"}
+"""Methods in README's table, by their names in the benchmarks (torchdiffeq calls bs23 bosh3)."""
 
 
 def pages() -> dict[Path, str]:
@@ -51,10 +52,11 @@ def pages() -> dict[Path, str]:
             _environment().get_template(f"{name}.md").render(contents=rows)
         )
     readme = (evidence.ROOT / "README.md").read_text()
-    if all(mark in readme for mark in MARKS):
-        before, rest = readme.split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        written[Path("README.md")] = f"{before}{MARKS[0]}\n\n{filled(headlines())}\n{MARKS[1]}{after}"
+    for name, table in {"speed": _speed(), "results": filled(headlines())}.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n\n{table.strip()}\n\n{end}{rest.split(end)[1]}"
+    written[Path("README.md")] = readme
     return written
 
 
@@ -66,6 +68,20 @@ def main() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_text(text)
             print(f"{path} is written", file=sys.stderr)
+
+
+def _speed() -> str:
+    """README's table of forward passes at a tolerance."""
+    chosen = [
+        row | {"method": SPEED[row["method"]], "field": row["field"].partition(": ")[2]}
+        for row in evidence.benchmark("ratios")
+        if row[""] == "forward" and row["method"] in SPEED  # the last of two columns without a heading
+    ]
+    columns = {"field": "{field}", "one call (µs)": "{one call (µs)}", "method": "{method}"}
+    solvers = {"integrate": "`integrate`", "odeint": "`odeint`", "torchdiffeq": "torchdiffeq"}
+    samples = {"integrate per sample": "`integrate`, a step per sample", "torchode": "torchode"}
+    columns |= {heading: f"{{{name}}}" for name, heading in (solvers | samples).items()}
+    return tables.table(chosen, columns)
 
 
 def _experiment(name: str) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from odenets.errors import needs
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,8 +52,9 @@ def on_dark_paper(figure: Figure) -> Iterator[Figure]:
 
 def _has_own_colors(artist: Any) -> bool:
     """Neither those of its parts, as axes, nor those of a color map."""
-    from matplotlib.axes import Axes
-    from matplotlib.figure import FigureBase
+    with needs("plot"):
+        from matplotlib.axes import Axes
+        from matplotlib.figure import FigureBase
 
     mapped = hasattr(artist, "get_array") and artist.get_array() is not None
     return not mapped and not isinstance(artist, Axes | FigureBase)
@@ -59,7 +62,8 @@ def _has_own_colors(artist: Any) -> bool:
 
 def _inverted(color: Any) -> Any:
     """The opposite of a gray, or of the grays among several colors; None where there is none."""
-    from matplotlib.colors import to_rgba_array
+    with needs("plot"):
+        from matplotlib.colors import to_rgba_array
 
     try:
         colors = to_rgba_array(color)
