@@ -120,7 +120,7 @@ for epoch in range(3):
 # -------------------
 #
 # :func:`odenets.training.fit` is this loop with what one adds to it sooner or later: validation, schedules, early
-# stopping, loggers, runs that resume. It returns a row of numbers for each epoch.
+# stopping, loggers, runs that resume (:doc:`/how_to/training`). It returns a row of numbers for each epoch.
 
 
 def trained(solver):
@@ -143,7 +143,8 @@ for row in rows:
 # ------------------
 #
 # The trained network records like the flow. ``print`` shows the means over the samples, and ``to_dataframe`` is the
-# whole as a table of pandas, a row for each block and sample.
+# whole as a table of pandas, a row for each block and sample. Measures of your own are shown
+# :doc:`elsewhere </how_to/measures>`.
 
 with torch.no_grad():
     logits, records = network.record(test.x, action=measures.action, cosine=measures.cosine)

@@ -144,8 +144,8 @@ print(f"largest error: {(states - exact).abs().max():.1e}")
 
 # %%
 # Its steps grow by a rule of its own, so that they are not those of ``odeint``; the error is of the same order. What it
-# can do beyond, such as steps and times of each sample, is the subject of
-# :doc:`the next tutorial <3_neural_ode>`.
+# can do beyond, such as steps and times of each sample, is the subject of :doc:`the next tutorial <3_neural_ode>`;
+# :doc:`/how_to/neural_odes` has a table of what is called how.
 
 # %%
 # Time

@@ -231,4 +231,5 @@ for axis, value, title in ((axes[0], 0.4, "at first"), (axes[1], elasticity.deta
 axes[1].legend()
 
 # %%
-# To the right the third flight of each ball ends at its mark.
+# To the right the third flight of each ball ends at its mark. What else a neural ODE takes, such as conditions and
+# measures, stands in :doc:`/how_to/neural_odes`.
