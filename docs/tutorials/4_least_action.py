@@ -146,9 +146,9 @@ figure = plotting.histograms({"test images": lengths}, xlabel="path length")
 # What it buys
 # ------------
 #
-# The farther apart the two hills above, the fewer the images for which the way is not shorter. That is what least action
-# buys for certain, a shorter path: it is what is minimized. Whether it also buys accuracy is another question, which the table
-# above cannot answer: it is one seed, one data set, and one setting that was not chosen on other images.
+# The farther apart the two hills above, the fewer the images for which the way is not shorter. A shorter path is what
+# least action buys for certain, as it is what is minimized. Whether it also buys accuracy is another question, which
+# the table above cannot answer: it is one seed, one data set, and one setting that was not chosen on other images.
 
 plain, least = (evaluate(networks[name], [many]).accuracy for name in ("plain", "least action"))
 images_apart = round((least - plain) * len(many[1]))
