@@ -8,7 +8,7 @@ its relaxation.
 >>> objective = LeastAction(lambda0=1.0, tau=0.1, every=5)
 >>> x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
 >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=2)
->>> loss = objective(network, x, y)  # in a loop of one's own; or odenets.training.fit(..., objective=objective)
+>>> loss = objective(network, x, y)  # or odenets.training.fit(..., objective=objective)
 >>> loss = ActionPenalty(0.1)(network, x, y)  # the relaxation
 >>> output, records = network.record(x, action=odenets.measures.action)
 >>> Cost("action")(records) == records["action"].sum(0).mean()
@@ -144,7 +144,7 @@ class ActionPenalty(_WithCost):
 
 
 class LeastAction(_WithCost):
-    """``L + C / lambda``, where every s steps ``lambda += tau * L`` [K24, eq. 19 and Algorithm 1].
+    """``L + C / lambda``, where every s steps ``lambda += tau * L`` [K24, equation 19 and Algorithm 1].
 
     The cost weighs much at first and the less the longer the task is not solved. The cost C is a mean over features,
     see :class:`Cost`: with D of them, lambda is that of [K24] divided by D.

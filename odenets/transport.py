@@ -39,7 +39,8 @@ GAP = 1e-8
 class Moves:
     """What each block does to a cloud, as :func:`moves` measures it; Euclidean lengths, one per block: ``(blocks,)``.
 
-    >>> Moves(mean=np.ones(2), root_mean_square=np.ones(2), w1=np.ones(2), w2=np.array([1.0, 0.6])).gap  # 2 / 1.6 - 1
+    >>> one = np.ones(2)
+    >>> Moves(mean=one, root_mean_square=one, w1=one, w2=np.array([1.0, 0.6])).gap  # 2 / 1.6 - 1
     0.25
 
     Attributes:
@@ -85,7 +86,8 @@ def wasserstein(x: Tensor, y: Tensor, p: int = 2) -> float:
             than float64 does.
         ModuleNotFoundError: POT or SciPy is not installed: ``pip install 'odenets[transport]'``.
 
-    >>> wasserstein(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [0.0]]), p=1)  # 0 stays, 1 goes to 3
+    >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [0.0]])
+    >>> wasserstein(x, y, p=1)  # 0 stays, 1 goes to 3
     1.0
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)

@@ -5,7 +5,7 @@
 >>> from odenets.models import points_network
 >>> network, x, y = points_network(depth=3), torch.rand(8, 2), torch.arange(8) % 2
 >>> refinement: Refinement = iterative_refinement(network, [(x, y)])
->>> kept: Memory = measure_memory(lambda: network(x))  # the graph of a forward pass, among others
+>>> kept: Memory = measure_memory(lambda: network(x))  # with the graph of a forward pass
 >>> refinement.cosine.shape, kept.left < kept.peak
 (torch.Size([3]), True)
 """

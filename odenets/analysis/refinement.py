@@ -50,7 +50,8 @@ def iterative_refinement(network: Network | AdaptedModel, batches: Iterable[tupl
             adapted model that is changed in place, so that it has no gradient.
 
     >>> from odenets.models import points_network
-    >>> refinement = iterative_refinement(points_network(depth=3), [(torch.rand(8, 2), torch.arange(8) % 2)])
+    >>> batches = [(torch.rand(8, 2), torch.arange(8) % 2)]
+    >>> refinement = iterative_refinement(points_network(depth=3), batches)
     >>> refinement.ratio.shape, refinement.cosine.shape
     (torch.Size([3]), torch.Size([3]))
     """

@@ -8,11 +8,17 @@ does so between the epochs of a training, :func:`adapt_depth` once, by a :class:
 >>> from odenets.depth import AdaptiveDepth, DepthRule
 >>> from odenets.models import points_network
 >>> from odenets.training import Batches, fit, points
->>> train, inputs = Batches(points("moons", 60, seed=0), 20, seed=0), Batches(points("moons", 60, seed=1), 60).inputs
+>>> train, validation = points("moons", 60, seed=0), points("moons", 60, seed=1)
 >>> network = points_network(solver="bs23", total_time=1.0, depth=2)
->>> adaptive = AdaptiveDepth(DepthRule(tolerance=1e-9, max_depth=6), inputs)
->>> training = fit(network, train, epochs=2, optimizer=partial(torch.optim.Adam, lr=0.01), callbacks=[adaptive])
->>> [row["depth"] for row in training.rows], network.depth  # in the two epochs, and after them
+>>> rule = DepthRule(tolerance=1e-9, max_depth=6)
+>>> training = fit(
+...     network,
+...     Batches(train, 20, seed=0),
+...     epochs=2,
+...     optimizer=partial(torch.optim.Adam, lr=0.01),
+...     callbacks=[AdaptiveDepth(rule, Batches(validation, 60).inputs)],
+... )
+>>> [row["depth"] for row in training.rows], network.depth  # of each epoch, and now
 ([2, 4], 6)
 """
 

@@ -54,7 +54,8 @@ class Edit(NamedTuple):
 class DepthReport:
     """The result of :func:`adapt_depth`.
 
-    >>> DepthReport(errors=[[0.02, 0.001]], edits=[], evaluations=400).errors[0][1]  # of flow 0, block 1
+    >>> report = DepthReport(errors=[[0.02, 0.001]], edits=[], evaluations=400)
+    >>> report.errors[0][1]  # of flow 0, block 1
     0.001
 
     Attributes:

@@ -10,7 +10,7 @@ from those of clean ones. Attacks (:func:`run_attack`) make the images that it i
 >>> network, images = small_network(depth=2, total_time=1.0), torch.rand(40, 1, 8, 8)
 >>> labels = network(images).argmax(1)  # as if it was trained on these
 >>> attacked = run_attack(network, preset("FGM", eps=0.3), images, labels)
->>> attacked = attacked.subset(attacked.success)
+>>> images, attacked = images[attacked.success], attacked.subset(attacked.success)
 >>> pipeline = Pipeline(network).fit(images, attacked.images)
 >>> pipeline.predict(attacked.images[:3])
 array([1, 1, 1])
@@ -18,18 +18,23 @@ array([1, 1, 1])
 Adaptive attacks know of the detector: they begin at images that it detects, and look for others that fool network and
 detector. Here with far fewer steps than they need:
 
->>> from odenets.detection import ProjectedDescent, Trajectory, black_box, distill, feature_attack, surrogate_attack
->>> start, clean, features = attacked.subset(torch.arange(1)), images[attacked.success][:1], Trajectory()
->>> few = {"max_iter": 1, "max_eval": 10, "init_eval": 5}
->>> evasion = black_box(network, pipeline.predict, start, clean, pool=images, trials=5, **few)
->>> few_rounds = {"rounds": 1, "weights": [(1.0, 1.0)], **few}
+>>> from odenets.detection import ProjectedDescent, Trajectory
+>>> from odenets.detection import black_box, distill, feature_attack, surrogate_attack
+>>> start, clean = attacked.subset(torch.arange(1)), images[:1]
+>>> few = {"pool": images, "max_iter": 1, "max_eval": 10, "init_eval": 5}
+>>> evasion = black_box(network, pipeline.predict, start, clean, trials=5, **few)
+>>> features = Trajectory()
 >>> bound = features(network, start.images).mean() + 1e-6
->>> evasion = feature_attack(network, features, lambda z: z.mean(1) <= bound, start, clean, pool=images, **few_rounds)
+>>> def detected(z):
+...     return z.mean(1) <= bound
+>>> evasion = feature_attack(network, features, detected, start, clean, rounds=1, **few)
 >>> def score(z):
 ...     return pipeline.detector.predict_proba(z)[:, 1]
 >>> X, _ = pipeline.extract(torch.cat([images, attacked.images]))
 >>> surrogate, descent = distill(score, X, epochs=2), ProjectedDescent(eps=0.3, steps=3)
->>> evasion = surrogate_attack(network, features, score, surrogate, start, clean, descent=descent)
+>>> evasion = surrogate_attack(
+...     network, features, score, surrogate, start, clean, descent=descent
+... )
 >>> evasion.images.shape, evasion.evaded.shape
 (torch.Size([1, 1, 8, 8]), torch.Size([1]))
 """

@@ -252,8 +252,8 @@ def choose_and_score(
     Args:
         clean: clean samples.
         seen: those that the detector is fitted on beside them, and chosen on.
-        tested: sets that it is scored on, each beside the clean test samples.
-        modes: of the :class:`Detector`; "general" among them or not.
+        tested: sets that it is scored on, by name, each beside the clean test samples.
+        modes: of the :class:`Detector`, to choose from: "general", "conditional" and "ensemble", or some of them.
         estimator: its classifier; a random forest if not given.
         noisy: samples that count as clean where it is fitted.
         seed: of the forest.
@@ -267,7 +267,8 @@ def choose_and_score(
             on samples that it was fitted on.
 
     >>> parts, draws = split(100), np.random.default_rng(0)
-    >>> clean, seen = (Samples({"x": draws.normal(m, 1, (100, 2))}, np.zeros(100, int), parts) for m in (0, 9))
+    >>> X, predicted = draws.normal(0, 1, (100, 2)), np.zeros(100, int)
+    >>> clean, seen = (Samples({"x": X + moved}, predicted, parts) for moved in (0, 9))
     >>> choice = choose_and_score(clean, seen, {"seen": seen}, modes=["general"])
     >>> choice.candidate, choice.mode, choice.scores["seen"].auroc
     ('x', 'general', 1.0)

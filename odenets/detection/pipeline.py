@@ -35,7 +35,8 @@ class Pipeline:
     >>> from odenets.detection import QuantileTest
     >>> from odenets.models import small_network
     >>> network, clean = small_network(solver="bs23", depth=3), torch.rand(100, 1, 8, 8)
-    >>> pipeline = Pipeline(network, Trajectory("action"), QuantileTest(0.1, side="both")).fit(clean)
+    >>> test = QuantileTest(0.1, side="both")
+    >>> pipeline = Pipeline(network, Trajectory("action"), test).fit(clean)
     >>> pipeline.predict(torch.zeros(1, 1, 8, 8))  # another path: 1 is detected
     array([1])
 

@@ -9,9 +9,10 @@ needs memory for a backward pass at a time, and each is a classifier of its own.
 >>> from odenets.models import small_network
 >>> from odenets.module_wise import ModuleWise, fit_modules, split_into_modules, trgl
 >>> x, y = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
->>> network: ModuleWise = split_into_modules(small_network(solver="euler", h=1.0, depth=4), 2, x[:2])
->>> sgd = partial(torch.optim.SGD, lr=0.1)
->>> training = fit_modules(network, [(x, y)], epochs=1, optimizer=sgd, objective=trgl(tau=1.0))
+>>> whole = small_network(solver="euler", h=1.0, depth=4)
+>>> network: ModuleWise = split_into_modules(whole, 2, x[:2])
+>>> options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "objective": trgl(tau=1.0)}
+>>> training = fit_modules(network, [(x, y)], epochs=1, **options)
 >>> [(row["module"], "train_accuracy" in row) for row in training.rows]
 [(1, True), (2, True)]
 >>> network.predict(x[:3], module=1).shape  # labels by the first module alone

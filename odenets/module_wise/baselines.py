@@ -66,7 +66,8 @@ def infopro(first: float = 1.0, last: float = 0.0) -> LocalLoss:
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
     >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
-    >>> modules = split_into_modules(network, 2, torch.rand(2, 1, 8, 8), local_loss=infopro(first=1.0, last=0.5))
+    >>> x, loss = torch.rand(2, 1, 8, 8), infopro(first=1.0, last=0.5)
+    >>> modules = split_into_modules(network, 2, x, local_loss=loss)
     >>> [module.local_loss.weight for module in modules.modules_in_order]
     [1.0, 0.5]
     """
@@ -153,7 +154,8 @@ def predsim(classes: int, weight: float = 1.0) -> LocalLoss:
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
     >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
-    >>> modules = split_into_modules(network, 2, torch.rand(2, 1, 8, 8), local_loss=predsim(10))
+    >>> x = torch.rand(2, 1, 8, 8)
+    >>> modules = split_into_modules(network, 2, x, local_loss=predsim(10))
     """
     if classes < 2 or not weight > 0:
         raise ValueError(f"classes must be at least 2 and weight positive, got {classes} and {weight}")
@@ -194,7 +196,7 @@ def auglocal(
 
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
-    >>> network, x = odenets.models.small_network(solver="euler", h=1.0, depth=6), torch.rand(2, 1, 8, 8)
+    >>> network, x = odenets.models.small_network(depth=6), torch.rand(2, 1, 8, 8)
     >>> heads = auglocal(network, [2, 4, 6], x, deepest=2)
     >>> split_into_modules(network, [2, 4, 6], x, head=heads).K
     3

@@ -124,7 +124,7 @@ def fit_modules(
         device: where it computes.
 
     Returns:
-        The finished training; its ``rows`` hold a dictionary per epoch and module: ``lap``, ``module`` (from 1 on),
+        The finished training, whose ``rows`` hold a dictionary per epoch and module with ``lap``, ``module`` (from 1),
         ``epoch``, ``train_loss``, ``train_accuracy`` (or the metric's name), ``validation_loss`` and
         ``validation_accuracy`` (None without validation), ``learning_rate``, what the objective adds, ``seconds``.
 

@@ -148,7 +148,7 @@ class ModuleWise(Joined):
             module: number of the module, from 1 on.
 
         Returns:
-            What its head makes: logits ``(B, classes)`` of a classifier.
+            What its head makes, such as logits ``(B, classes)``.
 
         Raises:
             ValueError: no such module.
@@ -170,7 +170,7 @@ class ModuleWise(Joined):
             measures: functions ``Step -> (B,)`` by name.
 
         Returns:
-            The output, and per measure ``(blocks, B)``: ``records.starts`` are the modules' first rows, and
+            The output, and per measure ``(blocks, B)``, where ``records.starts`` are the modules' first rows, and
             ``records.blocks`` name the module before its block.
         """
         parts = []

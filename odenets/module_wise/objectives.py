@@ -29,7 +29,7 @@ def greedy(task: Callable[[], Objective] = CrossEntropy) -> ModuleObjective:
 def trgl(
     tau: float, task: Callable[[], Objective] = CrossEntropy, *, doubled: bool = True, cost: str = "action"
 ) -> ModuleObjective:
-    """``L + C / (2 tau_k)``, the proximal step of module k [K24, eq. 31].
+    """``L + C / (2 tau_k)``, the proximal step of module k [K24, equation 31].
 
     C is a mean over the D features of a state where [K24] has the squared norm, a sum: in its terms the step has size
     ``tau D``, so that one tau means steps of several sizes where the modules' states differ in dimension.
@@ -72,7 +72,9 @@ def trgl_multipliers(
     cost: str = "action",
     update: Literal["before", "next", "after"] = "next",
 ) -> ModuleObjective:
-    """Weights that grow with the loss that is left: ``lambda_k += h L`` every s steps, lambda = 2 tau [K24, eq. 33].
+    """Weights that grow with the loss that is left, lambda = 2 tau: ``lambda_k += h L`` every s steps.
+
+    That is [K24, eq. 33].
 
     With label smoothing L never reaches 0, and lambda grows without bound. The cost is a mean over D features, see
     :func:`trgl`: lambda is that of [K24] divided by D.

@@ -216,7 +216,7 @@ def balanced(network: Cuttable, modules: int, x: Any, at: At = "end") -> list[in
         ValueError: more modules than blocks, or none.
 
     >>> import odenets
-    >>> network = odenets.models.resnet110(blocks=2)  # 6 blocks, of which the first two have the largest states
+    >>> network = odenets.models.resnet110(blocks=2)  # 6 blocks, the first with large states
     >>> balanced(network, 2, torch.rand(2, 3, 16, 16)), even(6, 2)
     ([2, 6], [3, 6])
     """

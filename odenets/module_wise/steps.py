@@ -64,7 +64,7 @@ def local_step(
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
     >>> images, y = torch.rand(8, 1, 8, 8), torch.arange(8)
-    >>> network = split_into_modules(odenets.models.small_network(solver="euler", h=1.0, depth=2), 2, images)
+    >>> network = split_into_modules(odenets.models.small_network(depth=2), 2, images)
     >>> state = images
     >>> for module in network.modules_in_order:
     ...     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -119,8 +119,9 @@ def parallel_step(
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
     >>> x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
-    >>> network = split_into_modules(odenets.models.small_network(solver="euler", h=1.0, depth=2), 2, x)
-    >>> optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in network.modules_in_order]
+    >>> network = split_into_modules(odenets.models.small_network(depth=2), 2, x)
+    >>> modules = network.modules_in_order
+    >>> optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in modules]
     >>> parallel_step(network, [CrossEntropy(), CrossEntropy()], optimizers, x, y).shape
     torch.Size([2, 2])
     """
@@ -168,7 +169,7 @@ def end_to_end_step(
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
     >>> x, y = torch.rand(8, 1, 8, 8), torch.arange(8)
-    >>> network = split_into_modules(odenets.models.small_network(solver="euler", h=1.0, depth=2), 2, x)
+    >>> network = split_into_modules(odenets.models.small_network(depth=2), 2, x)
     >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     >>> end_to_end_step(network, CrossEntropy(), optimizer, x, y, checkpointed=True).shape
     torch.Size([1, 2])

@@ -6,9 +6,11 @@
 >>> from functools import partial
 >>> import torch
 >>> from odenets.models import points_network
->>> from odenets.training import Batches, BestWeights, EarlyStopping, evaluate, fit, hold_out, points
+>>> from odenets.training import Batches, evaluate, fit, hold_out, points
+>>> from odenets.training import BestWeights, EarlyStopping
 >>> train, held_out = hold_out(points("circles", 200, seed=0), 0.2)
->>> network, stop, best = points_network(depth=2), EarlyStopping(patience=2), BestWeights()
+>>> network = points_network(depth=2)
+>>> stop, best = EarlyStopping(patience=2), BestWeights()
 >>> training = fit(
 ...     network,
 ...     Batches(train, 40, seed=0),
@@ -17,7 +19,7 @@
 ...     validation=Batches(held_out, 40),
 ...     callbacks=[stop, best],
 ... )
->>> evaluate(network, Batches(held_out, 40)).loss == best.best  # fit ends with the weights of the best epoch
+>>> evaluate(network, Batches(held_out, 40)).loss == best.best  # of the best epoch
 True
 """
 

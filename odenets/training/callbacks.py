@@ -27,7 +27,7 @@ class Callback(Protocol):
     training is forgotten in :meth:`before_training`. ``training.stop = True`` ends the training after the epoch.
 
     >>> class Norm(Callback):
-    ...     def after_epoch(self, training, row):  # of each epoch one number more, in training.rows and metrics.csv
+    ...     def after_epoch(self, training, row):  # one number more in training.rows
     ...         row["norm"] = sum(p.norm().item() for p in training.network.parameters())
 
     Attributes:

@@ -45,7 +45,7 @@ def load(
         seed: of the test part of the scikit-learn sets, and of the points.
 
     Returns:
-        Training and test part: images ``(N, C, H, W)`` in [0, 1] or points ``(N, 2)``, float32; labels ``(N,)``.
+        Training and test part, of images ``(N, C, H, W)`` in [0, 1] or points ``(N, 2)``, float32; labels ``(N,)``.
 
     Raises:
         ValueError: unknown name, or a folder for what comes with scikit-learn.

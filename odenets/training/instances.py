@@ -127,10 +127,13 @@ def fit_instances(
     >>> from odenets.training import Batches, points
     >>> networks = [points_network(depth=2) for _ in range(3)]
     >>> data = [points("moons", 40, seed) for seed in range(3)]
-    >>> adam = partial(torch.optim.Adam, lr=0.01)
-    >>> batches = [Batches(one, 20, seed=0) for one in data]
     >>> together = fit_instances(
-    ...     networks, batches, epochs=2, optimizer=adam, objective=CrossEntropy, measured={"train": data}
+    ...     networks,
+    ...     [Batches(one, 20, seed=0) for one in data],
+    ...     epochs=2,
+    ...     optimizer=partial(torch.optim.Adam, lr=0.01),
+    ...     objective=CrossEntropy,
+    ...     measured={"train": data},
     ... )
     >>> together.train_loss.shape, together.accuracy["train"].shape
     (torch.Size([3, 2]), torch.Size([3, 2]))

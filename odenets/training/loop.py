@@ -135,7 +135,7 @@ def fit(
             (FSDP2): checkpoints hold whole tensors, and callbacks cannot edit the network.
 
     Returns:
-        The finished :class:`~odenets.training.Training`; its ``rows`` hold a dictionary per epoch: ``epoch``,
+        The finished :class:`~odenets.training.Training`, whose ``rows`` hold a dictionary per epoch with ``epoch``,
         ``train_loss``, ``train_accuracy`` (or the metric's name), ``learning_rate``, ``depth``, ``h``, ``parameters``,
         ``validation_loss`` and ``validation_accuracy`` with validation, what objective and callbacks add,
         ``evaluations`` and ``check_evaluations`` (field evaluations, summed over samples, so far), ``seconds``.
@@ -153,10 +153,13 @@ def fit(
     >>> from functools import partial
     >>> from odenets.models import points_network
     >>> from odenets.training import Batches, fit, points
-    >>> network, batches = points_network(depth=2), Batches(points("moons", 60, seed=0), 20, seed=0)
-    >>> training = fit(network, batches, epochs=2, optimizer=partial(torch.optim.Adam, lr=0.01))
-    >>> [row["epoch"] for row in training.rows], training.evaluations  # 2 epochs x 60 samples x 6 stages
-    ([1, 2], 720)
+    >>> network, adam = points_network(depth=2), partial(torch.optim.Adam, lr=0.01)
+    >>> batches = Batches(points("moons", 60, seed=0), 20, seed=0)
+    >>> training = fit(network, batches, epochs=2, optimizer=adam)
+    >>> [row["epoch"] for row in training.rows]
+    [1, 2]
+    >>> training.evaluations  # 2 epochs x 60 samples x 6 stages
+    720
     """
     module = check_recorder(network)
     objective = CrossEntropy() if objective is None else check_objective(objective)

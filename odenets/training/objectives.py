@@ -56,7 +56,7 @@ class Objective(StepCounter):
     in a loop of one's own it is called with the network and a batch:
 
     >>> import odenets
-    >>> network, objective = odenets.models.small_network(solver="euler", h=1.0, depth=2), CrossEntropy()
+    >>> network, objective = odenets.models.small_network(depth=2), CrossEntropy()
     >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     >>> for x, y in [(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))]:
     ...     loss = objective(network, x, y)  # records what it measures, weighs and counts
@@ -240,8 +240,8 @@ class CrossEntropy(Objective):
         ValueError: a share outside [0, 1).
 
     >>> from odenets.models import points_network
-    >>> loss = CrossEntropy(label_smoothing=0.1)(points_network(depth=2), torch.rand(8, 2), torch.arange(8) % 2)
-    >>> loss.backward()
+    >>> x, y = torch.rand(8, 2), torch.arange(8) % 2
+    >>> CrossEntropy(label_smoothing=0.1)(points_network(depth=2), x, y).backward()
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -277,7 +277,8 @@ class ReverseCrossEntropy(Objective):
         Pang, Du, Dong, Zhu. Towards robust detection of adversarial examples. NeurIPS 2018.
 
     >>> from odenets.models import points_network
-    >>> loss = ReverseCrossEntropy()(points_network(depth=2), torch.rand(8, 2), torch.arange(8) % 2)
+    >>> x, y = torch.rand(8, 2), torch.arange(8) % 2
+    >>> loss = ReverseCrossEntropy()(points_network(depth=2), x, y)
     """
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:

@@ -40,10 +40,10 @@ class Training:
     >>> import torch
     >>> from odenets.models import points_network
     >>> from odenets.training import fit
-    >>> batches = [(torch.rand(8, 2), torch.arange(8) % 2)]
-    >>> training = fit(points_network(depth=2), batches, epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1))
-    >>> training.epoch, training.rows[-1]["learning_rate"], type(training.optimizer).__name__
-    (2, 0.1, 'SGD')
+    >>> network, sgd = points_network(depth=2), partial(torch.optim.SGD, lr=0.1)
+    >>> training = fit(network, [(torch.rand(8, 2), torch.arange(8) % 2)], epochs=2, optimizer=sgd)
+    >>> training.epoch, training.rows[-1]["learning_rate"]
+    (2, 0.1)
 
     Attributes:
         network: being trained, a module and a :class:`~odenets.Recorder`.

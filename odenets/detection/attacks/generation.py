@@ -99,7 +99,7 @@ def run_attack(
         progress: label of a progress bar over batches; none without it.
 
     Returns:
-        The adversarial images, in the order of ``images``, whether they fool the network or not: ``success`` says.
+        The adversarial images, in the order of ``images``, and in ``success`` which of them fool the network.
 
     Raises:
         TypeError, ValueError: arguments out of range, images outside [0, 1], a network that returns no finite logits of
@@ -110,7 +110,8 @@ def run_attack(
         UserWarning: the network seems to return probabilities, on which attacks by gradients are weak.
 
     >>> from odenets.models import small_network
-    >>> attacked = run_attack(small_network(depth=2), "FGM", torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
+    >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    >>> attacked = run_attack(small_network(depth=2), "FGM", images, labels)
     >>> attacked.images.shape, bool((attacked.linf <= 0.03 + 1e-6).all())
     (torch.Size([4, 1, 8, 8]), True)
     """

@@ -23,7 +23,7 @@ KINDS = ("residue", "cosine", "embedding", "action", "stages", "error")
 
 
 class Trajectory(Features):
-    """Features of each block of the path that an input takes; by default those of [K24, eq. 34].
+    """Features of each block of the path that an input takes; by default those of [K24, equation 34].
 
     - "residue" and "cosine": the mean square of the residue ``<r^2>`` and its cosine with the vector of ones, first all
       mean squares and then all cosines: the features of [K24].
