@@ -46,11 +46,16 @@ Velocity = Callable[[float | Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
-    """One solver step with its own fields and its own step size h.
+    """One solver step with its own fields and its own step size h; a :class:`~odenets.Flow` takes the step.
 
     Attributes:
         fields: one velocity field (tied), or one per stage.
-        h: step size.
+        h: step size, in units of the flow's time.
+
+    >>> import odenets
+    >>> block = Block([odenets.MLPField(2)], h=0.5)
+    >>> odenets.Flow.of([block, block.copy_within(block)], solver="heun").total_time
+    1.0
     """
 
     def __init__(self, fields: Sequence[nn.Module], h: float) -> None:
@@ -63,7 +68,14 @@ class Block(nn.Module):
     ) -> list[Velocity]:
         """One ``v(t, x)`` per stage, to which the fields' further arguments are bound.
 
-        Where this block has none for the last stage it is the first field of the ``following`` one.
+        Args:
+            stages: how many the method has.
+            stage_fields: "tied", "chained" or "untied", as in :class:`~odenets.Flow`.
+            following: the next block, whose first field is that of the last stage where this block has none for it.
+            args: what the fields take besides.
+
+        Returns:
+            The velocities.
         """
         fields: list[Any] = list(self.fields)
         tied = stage_fields == "tied"
@@ -76,11 +88,12 @@ class Block(nn.Module):
         return [_conditioned(field, args) for field in fields] if args else fields
 
     def copy_within(self, whole: nn.Module) -> Block:
-        """A copy, which shares what the block shares with other parts of the whole that it is in."""
+        """A copy, which shares what the block shares with other parts of the ``whole`` that it is in."""
         elsewhere = _held(whole) - _held(self)
         return copy.deepcopy(self, {id(one): one for one in elsewhere})
 
     def extra_repr(self) -> str:
+        """The step size, as ``print`` shows it."""
         return f"h={self.h:.12g}"
 
 

@@ -146,9 +146,27 @@ def _tensors(network: nn.Module) -> dict[str, Any]:
 def save_weights(network: nn.Module, path: str | Path) -> Path:
     """Write weights, buffers, blocks and step sizes to one ``.safetensors`` file, atomically.
 
+    Nothing of it is pickled. A file of the same name is replaced once the new one is whole.
+
+    Args:
+        network: any module; its flows have seen an input.
+        path: of the file; folders are made.
+
+    Returns:
+        The path.
+
     Raises:
         ValueError: a flow has not seen an input yet and has no field.
-        TypeError: no module.
+        TypeError: no module, or a state that is no tensor.
+        ModuleNotFoundError: safetensors is not installed, ``pip install 'odenets[training]'``.
+
+    >>> import tempfile, odenets
+    >>> flow = odenets.Flow(odenets.MLPField(2), depth=3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_weights(flow, f"{folder}/flow.safetensors")
+    ...     again = load_weights(odenets.Flow(odenets.MLPField(2)), path)  # whatever its depth
+    >>> again.depth, fingerprint(again) == fingerprint(flow)
+    (3, True)
     """
     _check_module(network, "save_weights(network, path)")
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
@@ -182,7 +200,16 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not from this package, or the network has other flows.
+        RuntimeError: its modules are others than the saved ones, as ``load_state_dict`` says.
         TypeError: no module.
+        ModuleNotFoundError: safetensors is not installed, ``pip install 'odenets[training]'``.
+
+    >>> import tempfile
+    >>> layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     loaded = load_weights(other, save_weights(layer, f"{folder}/layer.safetensors"))
+    >>> torch.equal(loaded.weight, layer.weight)
+    True
     """
     with needs("training"):
         from safetensors import SafetensorError, safe_open

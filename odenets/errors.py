@@ -44,9 +44,12 @@ class WorkerLostError(RuntimeError):
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around the imports of optional libraries: one that is not installed is an error that names the extra with it.
+    """Around the imports of optional libraries: one that is not installed is an error that names the ``extra`` with it.
 
     One that is installed and does not load, or is too old to have what is imported, raises its own error, with a note.
+
+    Raises:
+        ModuleNotFoundError: a library is not installed.
 
     >>> with needs("training"):
     ...     import no_such_library
@@ -69,7 +72,12 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def refuse(owner: str, unknown: Iterable[str], known: Mapping[str, str]) -> None:
-    """Refuse arguments by their names; ``known`` says what takes their place.
+    """Refuse ``unknown`` arguments by their names; ``known`` says what takes their place.
+
+    Args:
+        owner: what was called, for the error.
+        unknown: the names.
+        known: by name what takes its place.
 
     Raises:
         TypeError: there are any.
@@ -84,7 +92,16 @@ def refuse(owner: str, unknown: Iterable[str], known: Mapping[str, str]) -> None
 
 
 def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function that names its arguments where they are called by names that they had, or have elsewhere."""
+    """A decorator: the function names its arguments where they are called by ``names`` that they have elsewhere.
+
+    >>> @renamed(epoch_count="epochs")
+    ... def train(epochs=1):
+    ...     return epochs
+    >>> train(epoch_count=2)
+    Traceback (most recent call last):
+        ...
+    TypeError: train() takes no 'epoch_count': that is epochs
+    """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)

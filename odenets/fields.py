@@ -19,10 +19,16 @@ def _activation(name: str) -> nn.Module:
 
 
 def reset_modules(field: nn.Module) -> None:
-    """Draw the parameters of every module in a field anew.
+    """Draw the parameters of every module in a ``field`` anew.
 
     Raises:
         ValueError: a module has parameters and no ``reset_parameters``.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = layer.weight.clone()
+    >>> reset_modules(nn.Sequential(layer))
+    >>> torch.equal(layer.weight, before)
+    False
     """
     for name, module in field.named_modules():
         if module is not field and (reset := getattr(module, "reset_parameters", None)):
@@ -35,7 +41,22 @@ def reset_modules(field: nn.Module) -> None:
 
 
 class VelocityField(nn.Module):
-    """What the fields of this package share: reset, and statistics per stage where one field serves all stages."""
+    """What the fields of this package share: reset, and statistics per stage where one field serves all stages.
+
+    A field of one's own needs not inherit from it: any module called as ``v(t, x)`` is one. One that does is called as
+    ``v(t, x, stage=i)``, so that its batch norms know the stage.
+
+    >>> import odenets
+    >>> class Linear(VelocityField):
+    ...     def __init__(self, features):
+    ...         super().__init__()
+    ...         self.layer = nn.Linear(features, features)
+    ...
+    ...     def forward(self, t, x, stage=0):
+    ...         return self.layer(x)
+    >>> odenets.Flow(Linear(3), depth=2)(torch.randn(4, 3)).shape
+    torch.Size([4, 3])
+    """
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew.
@@ -62,6 +83,13 @@ class MLPField(VelocityField):
         time: whether t is an input.
         norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None; x is then
             ``(B, features)``.
+
+    Raises:
+        ValueError: an unknown activation or norm.
+
+    >>> field = MLPField(2, hidden=16, time=True)
+    >>> field(0.5, torch.randn(4, 2)).shape
+    torch.Size([4, 2])
     """
 
     def __init__(
@@ -82,7 +110,7 @@ class MLPField(VelocityField):
         self.second = nn.Linear(hidden, features)
 
     def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
-        """Velocity at ``x`` ``(B, ..., features)``, same shape."""
+        """Velocity at ``x`` ``(B, ..., features)`` and time ``t``, of the shape of x; ``stage`` is for the norm."""
         inputs = torch.cat([x, _time_like(t, x[..., :1])], -1) if self.time else x
         return self.second(self.activation(self.norm(self.first(inputs), stage)))
 
@@ -99,6 +127,13 @@ class ConvField(VelocityField):
         kernel_size: odd size of the convolutions.
         bias: whether the convolutions have one.
         leading: whether the first norm and activation are there; a block right behind its encoder may do without.
+
+    Raises:
+        ValueError: an even kernel_size, or an unknown activation or norm.
+
+    >>> field = ConvField(16, norm="batch")
+    >>> field(0.0, torch.randn(4, 16, 8, 8)).shape
+    torch.Size([4, 16, 8, 8])
     """
 
     def __init__(
@@ -126,7 +161,7 @@ class ConvField(VelocityField):
         self.activation = _activation(activation)
 
     def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
-        """Velocity at ``x`` ``(B, C, H, W)``, same shape."""
+        """Velocity at ``x`` ``(B, C, H, W)`` and time ``t``, of the shape of x; ``stage`` is for the norms."""
         x = self.conv1(self._with_time(t, self.activation(self.norm1(x, stage)) if self.leading else x))
         return self.conv2(self._with_time(t, self.activation(self.norm2(x, stage))))
 
@@ -145,6 +180,13 @@ class ResNeXtField(VelocityField):
         hidden: channels of the grouped convolution.
         groups: its groups.
         norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None.
+
+    Raises:
+        ValueError: an unknown norm, or channels that the groups do not divide.
+
+    >>> field = ResNeXtField(64, hidden=32, groups=8)
+    >>> bool((field(0.0, torch.randn(2, 64, 8, 8)) >= 0).all())
+    True
     """
 
     def __init__(self, channels: int, hidden: int, groups: int = 32, *, norm: str | None = "batch") -> None:
@@ -157,7 +199,7 @@ class ResNeXtField(VelocityField):
         self.norm3 = make_norm(norm, channels)
 
     def forward(self, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
-        """Velocity at ``x`` ``(B, C, H, W)``, same shape, not negative."""
+        """Velocity at ``x`` ``(B, C, H, W)``, of its shape, not negative; ``t`` is not read, ``stage`` is for norms."""
         x = self.norm1(self.conv1(x), stage).relu()
         x = self.norm2(self.conv2(x), stage).relu()
         return self.norm3(self.conv3(x), stage).relu()
@@ -174,6 +216,9 @@ def field_for(x: Tensor) -> VelocityField:
 
     Raises:
         ValueError: x has another number of dimensions.
+
+    >>> type(field_for(torch.zeros(4, 3))).__name__, type(field_for(torch.zeros(4, 3, 8, 8))).__name__
+    ('MLPField', 'ConvField')
     """
     match x.ndim:
         case 2:

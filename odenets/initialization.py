@@ -39,6 +39,10 @@ def initialize(network: N, name: str, gain: float = 1.0, *, biases: bool = False
         ValueError: an unknown name, a gain that is not positive and finite, biases for another initializer, or a
             network with a flow that has no field yet or another lazy layer, on the meta device, with attention, whose
             projections are no layers, or with weights that are computed from others (weight norm, pruning).
+
+    >>> layer = initialize(nn.Linear(4, 4), "orthogonal", gain=0.5)
+    >>> torch.allclose(layer.weight @ layer.weight.T, 0.25 * torch.eye(4), atol=1e-6)
+    True
     """
     if name not in INITIALIZERS:
         raise ValueError(f"name must be one of {', '.join(INITIALIZERS)}, got {name!r}")

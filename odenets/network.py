@@ -40,10 +40,11 @@ class Chain(Joined):
 
     @property
     def recorders(self) -> list[Any]:
+        """The flows, whose steps are those of the whole."""
         return self.flows
 
     def forward(self, x: Tensor, /, *args: Any) -> Tensor:
-        """The output for inputs ``x`` ``(B, ...)``: that of :meth:`record`."""
+        """The output for inputs ``x`` ``(B, ...)``, that of :meth:`record`; ``args`` go to the velocity fields."""
         return self.record(x, *args)[0]
 
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
@@ -53,6 +54,9 @@ class Chain(Joined):
 
         ``records.starts`` holds the row at which each flow begins; where there are several, ``records.blocks`` name
         the flow before its block.
+
+        Raises:
+            TypeError: an argument that only a flow's own record takes.
         """
         if wrong := {"check", "readout"} & measures.keys():
             raise TypeError(
@@ -72,7 +76,7 @@ class Chain(Joined):
         return x, Records.join(parts, [f"flows.{i}" if len(parts) > 1 else "" for i in range(len(parts))])
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
-        """Every step of every flow for inputs ``x``."""
+        """Every step of every flow for inputs ``x``; ``args`` and ``closing`` as :meth:`Flow.steps` takes them."""
         for layer in self.layers:
             if isinstance(layer, Flow | NeuralODE):
                 for step in layer.steps(x, *args, closing=closing, check=False):
@@ -83,7 +87,10 @@ class Chain(Joined):
 
 
 class Network(Chain):
-    """``head . flow_n . transition_{n-1} . ... . flow_1 . encoder``.
+    """Encoder, flows with transitions between them, and head, as a residual network for classification is.
+
+    That is ``head . flow_n . transition_{n-1} . ... . flow_1 . encoder``, or ``F . T . E`` of [K24]. ``network(x)`` is
+    the output; ``network.record(x, action=measures.action)`` measures the steps on the way.
 
     Args:
         encoder: maps an input to the first state.
@@ -96,6 +103,13 @@ class Network(Chain):
     Raises:
         ValueError: the number of transitions does not fit the number of flows, or the readout is unknown.
         TypeError: something else than modules, and flows where flows are.
+
+    >>> import odenets
+    >>> from odenets import measures
+    >>> network = Network(nn.Flatten(), Flow(odenets.MLPField(64), depth=3), nn.Linear(64, 10))
+    >>> logits, records = network.record(torch.rand(5, 1, 8, 8), action=measures.action)
+    >>> logits.shape, records["action"].shape
+    (torch.Size([5, 10]), torch.Size([3, 5]))
     """
 
     def __init__(
@@ -146,6 +160,7 @@ class Network(Chain):
         return sum(f.evaluations for f in before) + own
 
     def extra_repr(self) -> str:
+        """What the head reads, where it is not the solution, as ``print`` shows it."""
         return "" if self.readout == "solution" else f"readout={self.readout}"
 
     def _encode(self, x: Tensor) -> Tensor:
@@ -170,12 +185,35 @@ class Network(Chain):
             raise
 
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
-        """The head's output, and the flows' records joined as those of a :class:`Chain`."""
+        """The head's output, and the records of all flows as one.
+
+        Args:
+            x: inputs, ``(B, ...)``, as the encoder takes them.
+            args: what the velocity fields of all flows take besides, ``v(t, x, *args)``; no other layer gets them.
+            measures: functions ``Step -> (B,)`` by name, such as those of :mod:`odenets.measures`.
+
+        Returns:
+            The output, and per measure ``(blocks of all flows, B)``. ``records.starts`` holds the row at which each
+            flow begins; where there are several, ``records.blocks`` name the flow before its block.
+
+        Raises:
+            TypeError, ValueError: x has not the dtype or the device of the network or is not finite, an argument that
+                only a flow's own record takes, or a measure that does not return ``(B,)``.
+        """
         x, records = super().record(self._encode(x), *args, **measures)
         return self.head(x), records
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
-        """Every step of every flow for inputs ``x``."""
+        """Every step of every flow for inputs ``x``, from the first to the last.
+
+        Args:
+            x: inputs, ``(B, ...)``.
+            args: what the velocity fields take besides.
+            closing: whether each step carries the closing stages of its method.
+
+        Returns:
+            The steps, each taken when it is asked for.
+        """
         return super().steps(self._encode(x), *args, closing=closing)
 
     def outputs(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> dict[str, Tensor]:
@@ -186,6 +224,12 @@ class Network(Chain):
             args: what the fields take besides.
             full_passes: let every block of the last flow carry the scheme on, one pass each, instead of reading all
                 schemes off its last block.
+
+        Returns:
+            The outputs by name.
+
+        Raises:
+            ValueError: the last flow is a neural ODE, which has one output.
         """
         *before, last = self.flows
         x = self._encode(x)
@@ -196,7 +240,10 @@ class Network(Chain):
         return {name: self.head(state) for name, state in states.items()}
 
     def ensemble(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> Tensor:
-        """The head's output for the average of the last flow's embedded outputs [K24, section 6.2.1]."""
+        """The head's output for the average of the last flow's embedded outputs [K24, section 6.2.1].
+
+        The arguments ``x``, ``args`` and ``full_passes`` and what is raised are those of :meth:`outputs`.
+        """
         return self.outputs(x, *args, full_passes=full_passes)["ensemble"]
 
 

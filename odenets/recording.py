@@ -35,6 +35,10 @@ class Recorder(Protocol):
 
     Methods that measure take any of them; what a class of the user's offers under these names is one too: ``record``,
     ``steps``, ``depth``, ``h`` and ``evaluations``.
+
+    >>> import odenets
+    >>> isinstance(odenets.Flow(depth=2), Recorder), isinstance(nn.Linear(2, 2), Recorder)
+    (True, False)
     """
 
     @property
@@ -44,7 +48,7 @@ class Recorder(Protocol):
 
     @property
     def h(self) -> tuple[float, ...]:
-        """Step size of each."""
+        """Step size of each step."""
         ...
 
     @property
@@ -53,25 +57,51 @@ class Recorder(Protocol):
         ...
 
     def record(self, x: Tensor, /, *args: Any, **measures: Any) -> tuple[Tensor, Records]:
-        """The output for inputs ``x``, and per measure ``(depth, B)``; ``args`` go to the velocity fields."""
+        """The output for inputs ``x``, and each of the ``measures`` by name, ``(depth, B)``.
+
+        ``args`` go to the velocity fields.
+        """
         ...
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterable[Step]:
-        """Every step for inputs ``x``, one after the other; without ``closing``, steps may lack their closing stage."""
+        """Every step for inputs ``x``, one after the other; ``args`` go to the velocity fields.
+
+        Without ``closing``, steps may lack their closing stage.
+        """
         ...
 
 
 def is_recorder(network: object) -> TypeIs[Recorder]:
-    """Whether a network records its steps; its properties, which may cost or raise, are not asked for."""
+    """Whether a ``network`` records its steps; its properties, which may cost or raise, are not asked for.
+
+    >>> import odenets
+    >>> is_recorder(odenets.Flow()), is_recorder(nn.Linear(2, 2))
+    (True, False)
+    """
     return all(callable(getattr(network, name, None)) for name in ("record", "steps"))
 
 
 class Joined(nn.Module):
-    """A module that consists of recorders, whose steps are theirs, one after the other."""
+    """A module that consists of recorders, whose steps are theirs, one after the other.
+
+    A subclass says what these are, :attr:`recorders`, and defines ``record`` and ``steps``.
+
+    >>> import odenets
+    >>> class Pair(Joined):
+    ...     def __init__(self, first, second):
+    ...         super().__init__()
+    ...         self.first, self.second = first, second
+    ...
+    ...     @property
+    ...     def recorders(self):
+    ...         return [self.first, self.second]
+    >>> Pair(odenets.Flow(depth=2), odenets.Flow(depth=3)).depth
+    5
+    """
 
     @property
     def recorders(self) -> Sequence[Recorder]:
-        """What it consists of."""
+        """What it consists of, in the order of their steps."""
         raise NotImplementedError
 
     @property
@@ -81,7 +111,7 @@ class Joined(nn.Module):
 
     @property
     def h(self) -> tuple[float, ...]:
-        """Step size of each."""
+        """Step size of each step."""
         return tuple(h for recorder in self.recorders for h in recorder.h)
 
     @property
@@ -100,6 +130,13 @@ class Recording(nn.Module):
         network: a module that records its steps.
         measures: what it records, by name.
         compile: whether ``record`` is compiled.
+
+    >>> import odenets
+    >>> from odenets import measures
+    >>> wrapped = Recording(odenets.Flow(depth=2), {"action": measures.action})
+    >>> output, records = record(wrapped, torch.randn(4, 3), {"action": measures.action})
+    >>> records["action"].shape
+    torch.Size([2, 4])
     """
 
     def __init__(self, network: Recorder, measures: Mapping[str, StepFunction], compile: bool = False) -> None:
@@ -109,7 +146,10 @@ class Recording(nn.Module):
         self.training = network.training  # type: ignore[attr-defined]  # a recorder that is a module
 
     def forward(self, x: Tensor, *args: Any) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
-        """The output, the records as a plain dictionary, which wrappers may rebuild, and their ``layout``."""
+        """The output for ``x`` and ``args``, the records as a plain dictionary, and their ``layout``.
+
+        Wrappers may rebuild the dictionary; ``Records(values, *layout)`` makes the records of it again.
+        """
         output, records = self.record(x, *args, **self.measures)
         return output, dict(records), records.layout
 
@@ -118,11 +158,22 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
     """The output and records of a network, or of what wraps a :class:`Recording` of it.
 
     Args:
+        network: a network that records its steps, or ``DistributedDataParallel(Recording(...))`` and the like.
         inputs: x, or ``(x, *args)``.
+        measures: functions ``Step -> (B,)`` by name; of a Recording, some of those it has.
+
+    Returns:
+        The output, and the records, ``(blocks, B)`` by name.
 
     Raises:
         TypeError: as :func:`recorder_in`.
         ValueError: a Recording of other measures.
+
+    >>> import odenets
+    >>> from odenets import measures
+    >>> output, records = record(odenets.Flow(depth=2), torch.randn(4, 3), {"action": measures.action})
+    >>> output.shape, records["action"].shape
+    (torch.Size([4, 3]), torch.Size([2, 4]))
     """
     inputs = inputs if isinstance(inputs, tuple | list) else (inputs,)
     inner = recorder_in(network)
@@ -139,10 +190,15 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
 
 
 def recorder_in(network: nn.Module) -> nn.Module:
-    """The module that records its steps: a network itself, or that in a :class:`Recording` in what wraps it.
+    """The module that records its steps: a ``network`` itself, or that in a :class:`Recording` in what wraps it.
 
     Raises:
         TypeError: no module, one that records nothing, or a wrapper whose own forward pass would be left out.
+
+    >>> import odenets
+    >>> flow = odenets.Flow()
+    >>> recorder_in(flow) is flow, recorder_in(nn.Sequential(Recording(flow, {}))) is flow
+    (True, True)
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a module that records its steps, got {type(network).__name__}")
@@ -183,11 +239,26 @@ def unwrapped(network: nn.Module) -> nn.Module:
 def measure_steps(
     steps: Iterable[Step], x: Tensor, measures: Mapping[str, StepFunction], blocks: Sequence[str] | None = None
 ) -> tuple[Step, Records]:
-    """The last of the steps from ``x``, and the records of all, with the names of their blocks: each is measured as it
-    is taken.
+    """Measure each of some steps as it is taken.
+
+    Args:
+        steps: one after the other, at least one.
+        x: the state from which they go, ``(B, *S)``.
+        measures: functions ``Step -> (B,)`` by name.
+        blocks: the names of the steps' blocks; "step 0" and so on if not given.
+
+    Returns:
+        The last step, and the records of all, ``(steps, B)`` by name.
 
     Raises:
         TypeError, ValueError: a measure is no function, or does not return ``(B,)``.
+
+    >>> import odenets
+    >>> from odenets import measures
+    >>> x = torch.randn(4, 3)
+    >>> last, records = measure_steps(odenets.Flow(depth=2).steps(x), x, {"action": measures.action})
+    >>> last.x1.shape, records["action"].shape
+    (torch.Size([4, 3]), torch.Size([2, 4]))
     """
     for name, measure in measures.items():
         if not callable(measure):
@@ -202,10 +273,15 @@ def measure_steps(
 
 
 def check_values(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """The values of a measure, one per sample.
+    """The ``value`` of the measure ``name``, which is one number per sample of ``x``, ``(B,)``.
 
     Raises:
-        ValueError: they are not.
+        ValueError: it is not.
+
+    >>> check_values("mine", torch.zeros(3), torch.zeros(4, 2))
+    Traceback (most recent call last):
+        ...
+    ValueError: measure 'mine' must return one number per sample, shape (4,), got (3,)
     """
     if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

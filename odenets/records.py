@@ -54,7 +54,7 @@ class Records(dict[str, Tensor]):
 
     @property
     def layout(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What a plain dictionary of the measures lacks: ``Records(values, *layout)``."""
+        """What a plain dictionary of the measures lacks; ``Records(values, *layout)`` has both."""
         return self.starts, self.blocks
 
     @classmethod
@@ -65,6 +65,9 @@ class Records(dict[str, Tensor]):
             parts: the records of each, with the same measures.
             names: of the parts, each before those of its blocks unless it is empty; "part 0" and so on if not given,
                 where there are several.
+
+        Returns:
+            The records of all blocks, ``(blocks of all parts, B)`` by name.
 
         Raises:
             ValueError: parts that were measured by different measures, or another number of names.
@@ -84,7 +87,7 @@ class Records(dict[str, Tensor]):
         return cls(values, starts, blocks)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Records:
-        """A function of each measure, ``(blocks, B)`` to the same rows: ``records.map(Tensor.detach)``."""
+        """A ``function`` of each measure, ``(blocks, B)`` to the same rows, as ``records.map(Tensor.detach)``."""
         return Records({name: function(value) for name, value in self.items()}, *self.layout)
 
     def to_numpy(self) -> dict[str, np.ndarray]:
@@ -108,10 +111,11 @@ class Records(dict[str, Tensor]):
     def to_dataframe(self) -> DataFrame:
         """A tidy table, a row for each block and sample: its columns are block, name, flow, sample, and each measure.
 
-        ``frame.groupby("block")`` keeps the order of the blocks, by their names they are sorted as words. Needs pandas.
+        ``frame.groupby("block")`` keeps the order of the blocks, by their names they are sorted as words.
 
         Raises:
             ValueError: as :meth:`to_numpy`, or a measure with the name of another column.
+            ModuleNotFoundError: pandas is not installed, ``pip install 'odenets[plot]'``.
 
         >>> records = Records({"action": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, blocks=["layer1.0", "layer2.0"])
         >>> records.to_dataframe()

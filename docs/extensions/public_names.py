@@ -21,7 +21,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.inspect import signature as signature_of
 from sphinx.util.inspect import stringify_signature
@@ -86,7 +86,8 @@ def page(module: str) -> str:
 
 def _entry(full: str, value: object) -> str:
     if inspect.isclass(value):
-        return f".. autoclass:: {full}\n   :members:\n   :special-members: __call__\n   :show-inheritance:\n"
+        options = ("members:", "inherited-members:", "special-members: __call__", "show-inheritance:")
+        return "\n   :".join([f".. autoclass:: {full}", *options]) + "\n"
     if inspect.isfunction(value):
         return f".. autofunction:: {full}\n"
     if (function := function_of(value)) is not None:
@@ -155,7 +156,8 @@ def skip(app: Sphinx, what: str, name: str, member: object, skipped: bool, optio
     """Leave out what a class has from another library, and the fields of tuples, which it describes itself."""
     if str(getattr(member, "__doc__", "")).startswith("Alias for field number"):
         return True
-    module = getattr(member, "__module__", None) or getattr(getattr(member, "fget", None), "__module__", None)
+    owner = getattr(member, "__objclass__", getattr(member, "fget", None))  # of what is written in C, of a property
+    module = getattr(member, "__module__", None) or getattr(owner, "__module__", None)
     return True if module and module.partition(".")[0] not in ("odenets", "solvers") else None
 
 

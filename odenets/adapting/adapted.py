@@ -51,6 +51,9 @@ def adapt(
             in a batch norm has, in training, the mean square ``gamma^2 + beta^2`` per channel whatever goes into it: a
             penalty on it acts on these two vectors alone, and a warning says so.
 
+    Returns:
+        The model with ``record``, ``steps`` and what else an :class:`odenets.Recorder` has.
+
     Raises:
         TypeError: the model is no module, or blocks are neither names nor rules.
         ValueError: no block found, no module of such a name, blocks within blocks, or another residue.
@@ -89,7 +92,7 @@ def _ends_in_batch_norm(module: nn.Module) -> bool:
 
 
 class AdaptedModel(nn.Module):
-    """A model and where the states of its blocks pass; :func:`adapt` makes it.
+    """A model and where the states of its blocks pass; :func:`~odenets.adapt` makes it and shows its use.
 
     Its ``state_dict`` is that of the model under ``model.``: ``plain.load_state_dict(adapted.model.state_dict())``.
     ``print(adapted)`` lists the steps, and after the first pass the shapes of their states. Activation checkpointing
@@ -100,12 +103,19 @@ class AdaptedModel(nn.Module):
     their inputs.
 
     Attributes:
-        model: the model itself, not a copy.
-        blocks: where its states pass.
         hooks: what passes through them.
 
     Args:
+        model: the model itself, not a copy.
+        blocks: where its states pass.
         part_of: the whole of which this is a part; inputs of a part are states, which are not checked.
+
+    >>> from odenets.adapting import adapt
+    >>> chain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> adapt(chain)
+    AdaptedModel(Sequential, 2 steps)
+      0  0:1  layer
+      1  2:3  layer
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[BlockSpec], *, part_of: AdaptedModel | None = None) -> None:
@@ -123,31 +133,35 @@ class AdaptedModel(nn.Module):
 
     @property
     def depth(self) -> int:
-        """Number of steps, the rows of ``record``: of the last pass that was looked at, where each call of a block
-        counts; before the first, one call of each block.
+        """Number of steps, the rows of ``record``.
+
+        They are those of the last pass that was looked at, where each call of a block counts; before the first, one
+        call of each block.
         """
         return len(self._last_visited())
 
     @property
     def h(self) -> tuple[float, ...]:
-        """Step size of each: 1."""
+        """Step size of each step, which is 1."""
         return (1.0,) * self.depth
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of a branch in one forward pass: one per step."""
+        """Evaluations of a branch in one forward pass, one per step."""
         return self.depth
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of each step, as ``records.blocks``: its module, "layer1.0", and the half of a transformer's block, "blocks.0
-        attention" and "blocks.0 mlp"; with the number of the call where a block is called several times. In the order
-        of the rows of ``record`` from the first pass on.
+        """The name of each step, as in ``records.blocks``.
+
+        That is its module, "layer1.0", and the half of a transformer's block, "blocks.0 attention" and "blocks.0 mlp";
+        with the number of the call where a block is called several times. In the order of the rows of ``record`` from
+        the first pass on.
         """
         return step_names(self._last_visited())
 
     def forward(self, x: Tensor, /, *args: Any) -> Tensor:
-        """The model's output for inputs ``x`` ``(B, ...)``, and what the model takes besides."""
+        """The model's output for inputs ``x`` ``(B, ...)`` and what it takes besides, ``args``."""
         return self.record(x, *args)[0]
 
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
@@ -161,6 +175,9 @@ class AdaptedModel(nn.Module):
             x: inputs, ``(B, ...)``.
             args: what the model takes besides.
             measures: functions ``Step -> (B,)`` by name.
+
+        Returns:
+            The output, and the records, ``(steps, B)`` by name.
 
         Raises:
             TypeError, ValueError: x is no batch of finite inputs, a measure does not return ``(B,)``, or a block is
@@ -182,7 +199,9 @@ class AdaptedModel(nn.Module):
         return output, current.records()
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> list[Step]:
-        """Every step for inputs ``x``, with its states, none with a closing stage; warns as :meth:`record` does.
+        """Every step for inputs ``x``, with its states; warns as :meth:`record` does.
+
+        ``args`` are what the model takes besides; ``closing`` changes nothing, for no step has a closing stage.
 
         Raises:
             TypeError, ValueError: as there.
@@ -190,14 +209,14 @@ class AdaptedModel(nn.Module):
         return self._run(x, args, {}, keep=True)[1].steps
 
     def output_and_steps(self, x: Tensor, /, *args: Any) -> tuple[Any, list[Step]]:
-        """The model's output, and every step as :meth:`steps` has them, in one pass."""
+        """The model's output, and every step, in one pass; ``x`` and ``args`` as in :meth:`steps`."""
         output, current = self._run(x, args, {}, keep=True)
         return output, current.steps
 
     def differentiable_steps(self, x: Tensor) -> tuple[Any, list[Step], list[Tensor]]:
         """The model's output, every step, and the states x0 through which a loss of the output can be differentiated.
 
-        These are as they pass, which may be another shape than the block's.
+        These are as they pass for inputs ``x``, which may be another shape than the block's.
 
         Raises:
             ValueError: such a state is changed in place.

@@ -30,6 +30,11 @@ class BlockSpec:
             block is one step.
         branch: its output is what the block adds before its last activation, or None.
         halves: names of the two steps.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> find_blocks(model)
+    (BlockSpec(first='0', last='1', kind='layer', shortcut=None, mid=(), branch=None),)
     """
 
     first: str
@@ -42,7 +47,7 @@ class BlockSpec:
 
     @property
     def name(self) -> str:
-        """``first``, or ``first:last``."""
+        """The name of the block, ``first`` or, where it is another module, ``first:last``."""
         return self.first if self.first == self.last else f"{self.first}:{self.last}"
 
     @property
@@ -51,7 +56,7 @@ class BlockSpec:
         return 2 if self.mid else 1
 
     def step_name(self, part: int) -> str:
-        """Of one of its steps: that of the block, and which half it is."""
+        """The name of a step, that of the block and, where it has two, which half ``part`` 0 or 1 is."""
         return f"{self.name} {self.halves[part]}" if self.mid else self.name
 
 
@@ -72,6 +77,9 @@ class Rule:
         halves: names of the two steps of a block with ``mid``, "attention" and "mlp" of transformers, as records have
             them.
 
+    Raises:
+        ValueError: neither parts nor a flag to know its blocks by.
+
     >>> Rule("mine", parts=("branch", "project"), shortcut="project").fits(nn.Linear(2, 2))
     False
     """
@@ -89,13 +97,13 @@ class Rule:
             raise ValueError(f"rule {self.kind!r} needs parts or a flag to know its blocks by")
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether the module is such a block."""
+        """Whether the ``module`` is such a block."""
         if self.flag is not None and not getattr(module, self.flag, False):
             return False
         return all(hasattr(module, part) for part in self.parts)
 
     def spec(self, name: str, module: nn.Module) -> BlockSpec:
-        """Where the states of the block called ``name`` pass."""
+        """Where the states of the ``module`` called ``name`` pass, which is such a block."""
         shortcut = None
         if self.shortcut is not None and isinstance(getattr(module, self.shortcut, None), nn.Module):
             shortcut = f"{name}.{self.shortcut}"
@@ -135,7 +143,7 @@ RULES = (
     ),
     Rule("residual", parts=("drop_path",), flag="shortcut", shortcut="shortcut"),  # timm: ConvNeXt, MaxViT
 )
-"""The kinds of blocks that are known; ``adapt(model, [*RULES, Rule(...)])`` knows one more."""
+"""The kinds of blocks that are known, as a tuple of rules; ``adapt(model, [*RULES, Rule(...)])`` knows one more."""
 
 Blocks = Iterable[str | Rule] | Mapping[str, str | None]
 
@@ -143,11 +151,22 @@ Blocks = Iterable[str | Rule] | Mapping[str, str | None]
 def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[BlockSpec, ...]:
     """The blocks of a model, in the order of its modules; :func:`odenets.adapt` says more.
 
+    Args:
+        model: any module.
+        blocks: names of modules, or rules, as there; by the known rules if not given.
+
+    Returns:
+        Where the states of each block pass.
+
     Raises:
         TypeError, ValueError: as there.
 
     Warns:
         UserWarning: some modules of the class of a block are none by the rules.
+
+    >>> from torchvision.models import resnet18
+    >>> [block.name for block in find_blocks(resnet18())][:3]
+    ['layer1.0', 'layer1.1', 'layer2.0']
     """
     modules = dict(model.named_modules())
     if blocks is None:

@@ -1,4 +1,4 @@
-"""Known networks as compositions of fields and flows.
+"""Known networks as compositions of fields and flows: each is a :class:`~odenets.Network`, with weights drawn anew.
 
 All take ``in_channels`` of images and ``classes``; ``norm``, the normalization of the fields; ``normalize``, a first
 layer, so that inputs are pixels in [0, 1]; ``readout``, as :class:`~odenets.Network` does; and the arguments of each

@@ -17,6 +17,10 @@ class Normalize(nn.Module):
 
     Raises:
         ValueError: not as many means as deviations, or one that is not finite or a deviation that is not positive.
+
+    >>> import torch
+    >>> Normalize([0.5], [0.25])(torch.full((1, 1, 2, 2), 0.75)).unique()
+    tensor([1.])
     """
 
     def __init__(self, mean: list[float], std: list[float]) -> None:
@@ -26,7 +30,7 @@ class Normalize(nn.Module):
         self.mean, self.std = list(mean), list(std)
 
     def forward(self, x):
-        """Normalize ``x`` ``(B, C, ...)``.
+        """The normalized images ``x`` ``(B, C, ...)``, of the shape of x.
 
         Raises:
             TypeError: x is not floating: in whole numbers mean and deviation would be 0.
@@ -40,4 +44,5 @@ class Normalize(nn.Module):
         return (x - x.new_tensor(self.mean).reshape(shape)) / x.new_tensor(self.std).reshape(shape)
 
     def extra_repr(self) -> str:
+        """Mean and deviation, as ``print`` shows them."""
         return f"mean={self.mean}, std={self.std}"

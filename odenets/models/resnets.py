@@ -54,10 +54,24 @@ def resnet9(
     """ResNet-9 [K24, section 3]: a stride-2 encoder, ``depth`` blocks at one resolution, a two-layer head.
 
     Args:
-        size: height (= width) of the images.
+        in_channels: channels of the images.
+        classes: number of outputs.
         features: channels of the state: 32 for MNIST, 100 for CIFAR.
+        size: height (= width) of the images.
         depth: number of blocks.
-        others: see :mod:`odenets.models`.
+        norm: that of the fields: "batch" (statistics per stage), "group", "layer" or None.
+        normalize: the first layer, so that inputs are pixels in [0, 1].
+        readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
+        flow: other arguments of each :class:`~odenets.Flow`, such as ``solver="bs23"``; Euler steps with h = 1
+            if not given.
+
+    Returns:
+        The network, ``(B, in_channels, size, size)`` to logits ``(B, classes)``.
+
+    >>> import torch
+    >>> network = resnet9(depth=3)
+    >>> network(torch.rand(2, 1, 28, 28)).shape, network.depth
+    (torch.Size([2, 10]), 3)
     """
     half = (size + 1) // 2
     encoder = nn.Sequential(
@@ -93,9 +107,23 @@ def resnet110(
     changes the number of channels, and 1,727,962 parameters for 1,753,530 here.
 
     Args:
-        blocks: of each flow; its depth is ``6 * blocks + 2``.
+        in_channels: channels of the images.
+        classes: number of outputs.
+        blocks: of each flow; the depth, counted in layers with weights, is ``6 * blocks + 2``.
         channels: of the states of each flow.
-        others: see :mod:`odenets.models`.
+        norm: that of the fields: "batch" (statistics per stage), "group", "layer" or None.
+        normalize: the first layer, so that inputs are pixels in [0, 1].
+        readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
+        flow: other arguments of each :class:`~odenets.Flow`, such as ``solver="bs23"``; Euler steps with h = 1
+            if not given.
+
+    Returns:
+        The network, ``(B, in_channels, 32, 32)`` to logits ``(B, classes)``.
+
+    >>> import torch
+    >>> network = resnet110(blocks=3)  # ResNet-20
+    >>> network(torch.rand(2, 3, 32, 32)).shape, network.depth
+    (torch.Size([2, 10]), 9)
     """
     first, *_, last = channels
     convolution = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
@@ -124,9 +152,23 @@ def wide_resnet(
     parameters for 38,991,802 here.
 
     Args:
-        blocks: of each flow; the network's depth is ``6 * blocks + 4``.
+        in_channels: channels of the images.
+        classes: number of outputs.
+        blocks: of each flow; the depth, counted in layers with weights, is ``6 * blocks + 4``.
         widen: channels of the first flow over 16.
-        others: see :mod:`odenets.models`.
+        norm: that of the fields: "batch" (statistics per stage), "group", "layer" or None.
+        normalize: the first layer, so that inputs are pixels in [0, 1].
+        readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
+        flow: other arguments of each :class:`~odenets.Flow`, such as ``solver="bs23"``; Euler steps with h = 1
+            if not given.
+
+    Returns:
+        The network, ``(B, in_channels, 32, 32)`` to logits ``(B, classes)``.
+
+    >>> import torch
+    >>> network = wide_resnet(blocks=2, widen=1)
+    >>> network(torch.rand(2, 3, 32, 32)).shape, network.depth
+    (torch.Size([2, 10]), 6)
     """
     channels = [16 * widen, 32 * widen, 64 * widen]
     encoder = nn.Sequential(
@@ -156,12 +198,26 @@ def resnet_km(
     Args:
         K: number of modules.
         M: blocks per module.
+        in_channels: channels of the images.
+        classes: number of outputs.
         channels: of the states in the first half of the modules (rounded up), twice as many and half the height and
             width in the second.
-        others: see :mod:`odenets.models`.
+        norm: that of the fields: "batch" (statistics per stage), "group", "layer" or None.
+        normalize: the first layer, so that inputs are pixels in [0, 1].
+        readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
+        flow: other arguments of each :class:`~odenets.Flow`, such as ``solver="bs23"``; Euler steps with h = 1
+            if not given.
+
+    Returns:
+        The network, ``(B, in_channels, H, W)`` to logits ``(B, classes)``.
 
     Raises:
         ValueError: K or M below 1.
+
+    >>> import torch
+    >>> network = resnet_km(K=2, M=2, channels=16)
+    >>> network(torch.rand(2, 3, 32, 32)).shape, network.depth
+    (torch.Size([2, 10]), 4)
     """
     if K < 1 or M < 1:
         raise ValueError(f"K and M must be at least 1, got {K} and {M}")

@@ -38,10 +38,24 @@ def resnext50(
     parameters less in all.
 
     Args:
+        in_channels: channels of the images.
+        classes: number of outputs.
         blocks: of each flow.
         groups: groups of the 3 x 3 convolutions.
         width: channels per group in the first flow; twice as many in each next one.
-        others: see :mod:`odenets.models`.
+        norm: that of the fields: "batch" (statistics per stage), "group", "layer" or None.
+        normalize: the first layer, so that inputs are pixels in [0, 1].
+        readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
+        flow: other arguments of each :class:`~odenets.Flow`, such as ``solver="bs23"``; Euler steps with h = 1
+            if not given.
+
+    Returns:
+        The network, ``(B, in_channels, 32, 32)`` to logits ``(B, classes)``.
+
+    >>> import torch
+    >>> network = resnext50(blocks=(1, 1), groups=4)
+    >>> network(torch.rand(2, 3, 32, 32)).shape, network.depth
+    (torch.Size([2, 100]), 2)
     """
     channels = [256 * 2**i for i in range(len(blocks))]
     sizes = [(in_channels, 32, 3), (32, 64, 3), (64, channels[0], 1)]

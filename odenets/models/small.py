@@ -30,9 +30,23 @@ def small_network(
     """A network of one flow for images of a few pixels: a 3x3 convolution, the flow, a linear head.
 
     Args:
-        size: height (= width) of the images.
+        in_channels: channels of the images.
+        classes: number of outputs.
         features: channels of the state.
-        others: see :mod:`odenets.models`.
+        size: height (= width) of the images.
+        norm: that of the fields: "batch" (statistics per stage), "group", "layer" or None.
+        normalize: the first layer, so that inputs are pixels in [0, 1].
+        readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
+        flow: other arguments of each :class:`~odenets.Flow`, such as ``solver="euler"``; steps with h = 1 if
+            not given.
+
+    Returns:
+        The network, ``(B, in_channels, size, size)`` to logits ``(B, classes)``.
+
+    >>> import torch
+    >>> network = small_network(depth=3)
+    >>> network(torch.rand(2, 1, 8, 8)).shape, network.depth
+    (torch.Size([2, 10]), 3)
     """
     encoder = nn.Sequential(normalize or nn.Identity(), nn.Conv2d(in_channels, features, 3, padding=1, bias=False))
     head = nn.Sequential(Rearrange("b c h w -> b (c h w)"), nn.Linear(features * size * size, classes))
@@ -52,8 +66,20 @@ def points_network(
 
     Args:
         dimensions: of the points.
+        classes: number of outputs.
         hidden: width of the fields' hidden layer.
-        others: see :mod:`odenets.models`.
+        normalize: the first layer, none if not given.
+        readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
+        flow: other arguments of each :class:`~odenets.Flow`, such as ``solver="euler"``; steps with h = 1 if
+            not given.
+
+    Returns:
+        The network, ``(B, dimensions)`` to logits ``(B, classes)``.
+
+    >>> import torch
+    >>> network = points_network(depth=3)
+    >>> network(torch.rand(5, 2)).shape, network.depth
+    (torch.Size([5, 2]), 3)
     """
     encoder = normalize or nn.Identity()
     flow_ = Flow(lambda: MLPField(dimensions, hidden), **unit_steps(flow))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from odenets.blocks import check_arguments
 from odenets.errors import refuse
-from odenets.measures import StepFunction, check_named, integrand_of, needs_closing
+from odenets.measures import StepFunction, integrand_of, needs_closing
+from odenets.measures.marking import check_named
 from odenets.neural_ode.inputs import (
     SETTINGS,
     check_event,
@@ -132,7 +133,7 @@ class NeuralODE(nn.Module):
 
     @property
     def h(self) -> tuple[float, ...]:
-        """Their size; the longest time that is solved where their error chooses them."""
+        """Size of each fixed step; the longest time that is solved where their error chooses them."""
         t0, t1 = (torch.as_tensor(t, dtype=torch.float64) for t in (self.t0, self.t1))
         return ((t1 - t0).abs().max().item() / self.depth,) * self.depth
 
@@ -152,6 +153,9 @@ class NeuralODE(nn.Module):
                 takes the place of t1; behind an event states are NaN. With ``gradient="direct"`` gradients flow to the
                 times. In a graph of ``torch.compile`` a list of floats.
 
+        Returns:
+            The state as ``x``, or with ``at`` the states.
+
         Raises:
             SolverError, ValueError, TypeError: as :func:`solvers.integrate` raises; a field that takes no such args.
         """
@@ -160,9 +164,10 @@ class NeuralODE(nn.Module):
         return solution.x1 if at is None else solution.states
 
     def solution(self, x: Any, /, *args: Any, at: Any = None) -> Solution:
-        """The whole result of :func:`solvers.integrate`: status, event time, counts; arguments as :meth:`forward`'s.
+        """The whole result of :func:`solvers.integrate`: status, event time, counts.
 
-        With ``gradient="direct"`` it keeps the steps, and ``solution(t)`` is the state at any time.
+        With ``gradient="direct"`` it keeps the steps, and ``solution(t)`` is the state at any time. The arguments
+        ``x``, ``args`` and ``at`` and what is raised are those of :meth:`forward`.
         """
         keep = "last" if at is None else "states"
         return self._solve(x, args, at, "steps" if self.gradient == "direct" else keep)
@@ -198,6 +203,9 @@ class NeuralODE(nn.Module):
             check: False does not look at x, so that a network that diverges can be measured.
             measures: functions ``Step -> (B,)`` by name.
 
+        Returns:
+            The state at t1, or at the event, and the records.
+
         Raises:
             TypeError, ValueError: x is no batch of states, a measure that does not return ``(B,)``, or one that is no
                 integral where no steps are kept.
@@ -229,8 +237,12 @@ class NeuralODE(nn.Module):
             closing: False leaves the closing stage of fixed steps away.
             check: as in :meth:`record`.
 
+        Returns:
+            The steps, each taken when it is asked for.
+
         Raises:
             ValueError: no steps are kept, or each sample has steps of its own.
+            TypeError: x is no tensor, or the field takes no such args.
         """
         if self.gradient != "direct" or self.event is not None or self.control == "sample":
             raise ValueError(
@@ -285,7 +297,7 @@ class NeuralODE(nn.Module):
         raise ValueError("a neural ODE has one output, forward's: outputs and their ensemble are those of a Flow")
 
     def part(self, first: int, last: int) -> NeuralODE:
-        """Itself: one field has no parts.
+        """Itself, from ``first`` to ``last`` of all its steps, for one field has no parts.
 
         Raises:
             ValueError: others than all steps.
@@ -296,7 +308,7 @@ class NeuralODE(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it computes with beside the modules in it: its fingerprint."""
+        """What it computes with beside the modules in it, by name, from which its fingerprint is taken."""
         field, event = (
             getattr(f, "__qualname__", None) if isinstance(f, nn.Module) or owner_of(f) is not None else f
             for f in (self.field, self.event)
@@ -309,6 +321,7 @@ class NeuralODE(nn.Module):
         }  # fmt: skip
 
     def extra_repr(self) -> str:
+        """The method and the settings of the solve, as ``print`` shows them."""
         steps = f"steps={self.fixed_steps}" if self.fixed_steps else f"{self.tolerance or Tolerance()}"
         controller = "" if self.controller is None else f", controller={self.controller}"
         t0, t1 = (f"of shape {tuple(t.shape)}" if isinstance(t, Tensor) else t for t in (self.t0, self.t1))

@@ -41,6 +41,11 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
     Raises:
         ValueError: no batch, no norm was run, or one is lazy and has not seen an input.
         TypeError: batches of pairs, or one tensor.
+
+    >>> import odenets
+    >>> flow = odenets.Flow(odenets.ConvField(4, norm="batch"), depth=2)
+    >>> recalibrate(flow, [torch.randn(8, 4, 6, 6) for _ in range(3)])
+    4
     """
     if isinstance(batches, Tensor):
         raise TypeError("batches must hold inputs, tensors (B, *S), got one tensor: pass [x]")

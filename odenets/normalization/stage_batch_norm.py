@@ -31,6 +31,12 @@ class StageBatchNorm(nn.Module):
     Args:
         features: number of channels, dimension 1 of the input.
         stages: number of stages that share the layer.
+        eps: what is added to the variance.
+        momentum: the weight of a batch in the running statistics; None for their plain average.
+
+    >>> norm = StageBatchNorm(3, stages=2)
+    >>> norm(torch.randn(8, 3, 4, 4), stage=1).shape, norm.batches.tolist()
+    (torch.Size([8, 3, 4, 4]), [0, 1])
     """
 
     def __init__(self, features: int, stages: int = 1, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
@@ -55,7 +61,7 @@ class StageBatchNorm(nn.Module):
         return len(self.batches)
 
     def expand_stages(self, stages: int) -> None:
-        """Set the number of stages: each begins with the statistics of a layer of one stage.
+        """Set the number of ``stages``: each begins with the statistics of a layer of one stage.
 
         Of a layer of several, whose stages were those of another method, the first alone keeps its statistics.
         """
@@ -109,7 +115,7 @@ class StageBatchNorm(nn.Module):
         self.known()
 
     def forward(self, x: Tensor, stage: int = 0) -> Tensor:
-        """Normalize ``x`` ``(B, C, ...)`` with the statistics of a stage.
+        """Normalize ``x`` ``(B, C, ...)`` with the statistics of a ``stage``, counted from 0.
 
         Raises:
             ValueError: in eval mode, the stage has no statistics, or older ones, and others have.
@@ -193,8 +199,14 @@ def make_norm(kind: str | None, features: int, groups: int = 8) -> nn.Module:
         features: number of channels.
         groups: wanted number of groups; the greatest common divisor with ``features`` is taken.
 
+    Returns:
+        The layer; only "batch" looks at the stage.
+
     Raises:
         ValueError: an unknown kind.
+
+    >>> make_norm("group", 16)(torch.randn(2, 16, 4, 4), 0).shape
+    torch.Size([2, 16, 4, 4])
     """
     match kind:
         case "group":

@@ -21,9 +21,15 @@ _RECALIBRATED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def known_statistics(norm: nn.Module) -> int:
-    """What is known of a batch norm, as :meth:`StageBatchNorm.known` says it of a stage.
+    """What is known of a batch ``norm``, as :meth:`StageBatchNorm.known` says it of a stage.
 
-    Waits for the device once after its count of batches changed.
+    0 of one without statistics, 1 of one whose statistics are those of a recalibration, 2 where training set them
+    since, or where there is nothing to look at. Waits for the device once after its count of batches changed.
+
+    >>> norm = nn.BatchNorm1d(3)
+    >>> before, _ = known_statistics(norm), norm(torch.randn(8, 3))
+    >>> before, known_statistics(norm)
+    (0, 2)
     """
     if isinstance(norm, StageBatchNorm):
         return max(norm.known())

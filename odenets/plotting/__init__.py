@@ -1,4 +1,15 @@
-"""Figures; the one part of the package that imports matplotlib."""
+"""Figures of records, of points and their displacements, and of detectors, for matplotlib; :func:`save` writes them.
+
+Each function takes arrays or records and returns a figure, which no window shows and no ``pyplot`` holds:
+
+>>> import torch, odenets
+>>> from odenets import measures, plotting
+>>> flow = odenets.Flow(odenets.MLPField(2), depth=6)
+>>> _, records = flow.record(torch.randn(40, 2), action=measures.action)
+>>> figure = plotting.blocks_by_samples(records)
+
+matplotlib comes with ``pip install 'odenets[plot]'``; without it a function raises ModuleNotFoundError.
+"""
 
 from odenets.plotting.detection import histograms, operating_characteristics
 from odenets.plotting.figures import save

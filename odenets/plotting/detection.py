@@ -21,6 +21,14 @@ def operating_characteristics(curves: Mapping[str, Mapping[str, np.ndarray]], fa
     Args:
         curves: per set and detector the detection rates at ``false``.
         false: false-positive rates.
+
+    Returns:
+        The figure; :func:`save` writes it.
+
+    >>> false = np.linspace(0, 1, 5)
+    >>> figure = operating_characteristics({"FGM": {"trajectory": false**0.5}}, false)
+    >>> figure.axes[0].get_title(), figure.axes[0].get_ylabel()
+    ('FGM', 'detection rate')
     """
     figure, axes = new_figure(1, len(curves))
     for axis, (title, lines) in zip(axes[0], curves.items(), strict=True):
@@ -43,6 +51,14 @@ def histograms(
         values: per network and kind of sample the values, ``(N,)``.
         xlabel: of the axes.
         lines: per network, where vertical lines stand.
+
+    Returns:
+        The figure; :func:`save` writes it.
+
+    >>> values = {"clean": np.random.randn(100), "attacked": np.random.randn(100) + 2}
+    >>> figure = histograms({"resnet": values}, xlabel="action", lines={"resnet": [1.0]})
+    >>> figure.axes[0].get_xlabel()
+    'action'
     """
     figure, axes = new_figure(1, len(values))
     for axis, (title, kinds) in zip(axes[0], values.items(), strict=True):

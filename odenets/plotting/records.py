@@ -52,9 +52,18 @@ def blocks_by_samples(
         sort: whether samples are in the order of the first measure's mean over the blocks, within their group.
         units: by measure; those of the library's are known by their names.
 
+    Returns:
+        The figure; :func:`save` writes it.
+
     Raises:
         TypeError: no records.
         ValueError: no measures, none of such a name, no blocks or samples, or another number of labels.
+
+    >>> import torch
+    >>> records = Records({"action": torch.rand(3, 20)})
+    >>> figure = blocks_by_samples(records, labels=torch.arange(20) % 2, sort=True)
+    >>> [axis.get_xlabel() for axis in figure.axes[:2]]
+    ['samples by label', 'mean action, state² / time']
     """
     if not isinstance(records, Records):
         raise TypeError(f"records must be what record returns beside the output, got {type(records).__name__}")

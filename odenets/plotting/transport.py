@@ -23,6 +23,14 @@ def clouds(states: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, after
         states: per network the states before and after every block, ``depth + 1`` arrays ``(N, 2)``.
         labels: class of each point, ``(N,)``, drawn in red, blue and green.
         after: after which blocks; 0 is the input.
+
+    Returns:
+        The figure; :func:`save` writes it.
+
+    >>> states = [np.random.randn(20, 2) for _ in range(4)]  # of three blocks
+    >>> figure = clouds({"flow": states}, np.arange(20) % 2, after=[0, 3])
+    >>> [axis.get_title() for axis in figure.axes]
+    ['input', 'after block 3']
     """
     figure, axes = new_figure(len(states), len(after))
     colors = np.array(["C3", "C0", "C2"])[labels]
@@ -35,7 +43,19 @@ def clouds(states: Mapping[str, Sequence[np.ndarray]], labels: np.ndarray, after
 
 
 def displacements(moves: Mapping[str, Moves]) -> Figure:
-    """Displacement by each block beside the exact Wasserstein distance it covers, a column per network (Fig. 37)."""
+    """Displacement by each block beside the exact Wasserstein distance it covers [K24, Fig. 37].
+
+    Args:
+        moves: per network what :func:`odenets.transport.moves` returns, a column each.
+
+    Returns:
+        The figure; :func:`save` writes it.
+
+    >>> one = np.ones(3)
+    >>> figure = displacements({"flow": Moves(mean=one, root_mean_square=one, w1=one, w2=one)})
+    >>> figure.axes[0].get_title(), figure.axes[0].get_xlabel()
+    ('flow', 'block')
+    """
     figure, axes = new_figure(1, len(moves))
     for axis, (name, move) in zip(axes[0], moves.items(), strict=True):
         blocks = np.arange(1, len(move.w2) + 1)
@@ -52,7 +72,19 @@ def displacements(moves: Mapping[str, Moves]) -> Figure:
 
 
 def action_against_accuracy(points: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
-    """Test accuracy against action, a mark per network, a color per initialization, and the regression over all."""
+    """Test accuracy against action, and the regression of accuracy on the logarithm of the action over all.
+
+    Args:
+        points: by name, such as that of an initialization, the actions and the accuracies in [0, 1] of some networks:
+            a mark each, in the color of the name.
+
+    Returns:
+        The figure; :func:`save` writes it.
+
+    >>> figure = action_against_accuracy({"orthogonal": ([0.1, 0.2], [0.95, 0.96]), "normal": ([0.5, 1.0], [0.9, 0.8])})
+    >>> figure.axes[0].get_ylabel()
+    'test accuracy (%)'
+    """
     figure, axes = new_figure(1, 1)
     axis = axes[0, 0]
     for i, (name, (action, accuracy)) in enumerate(points.items()):
@@ -68,7 +100,19 @@ def action_against_accuracy(points: Mapping[str, tuple[Sequence[float], Sequence
 
 
 def refinement_by_block(blocks: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]]) -> Figure:
-    """Displacement over state, and its cosine with the loss gradient, by block; means over the networks (Fig. 6)."""
+    """Displacement over state, and its cosine with the loss gradient, by block [K24, Fig. 6].
+
+    Args:
+        blocks: by name of a kind of network a pair, the ratios and the cosines that
+            :class:`odenets.analysis.Refinement` holds, each ``(networks, blocks)``; means over networks are drawn.
+
+    Returns:
+        The figure; :func:`save` writes it.
+
+    >>> figure = refinement_by_block({"ResNet": ([[0.5, 0.2, 0.1]], [[-0.1, -0.2, -0.3]])})
+    >>> [axis.get_ylabel() for axis in figure.axes]
+    ['displacement over state', 'cosine with the loss gradient']
+    """
     figure, axes = new_figure(1, 2)
     for i, (name, pair) in enumerate(blocks.items()):
         for axis, values in zip(axes[0], pair, strict=True):
@@ -87,6 +131,13 @@ def pictures(images: np.ndarray, titles: Sequence[str]) -> Figure:
     Args:
         images: ``(samples, columns, C, H, W)`` in [0, 1], C = 1 or 3.
         titles: of the columns.
+
+    Returns:
+        The figure; :func:`save` writes it.
+
+    >>> figure = pictures(np.random.rand(2, 3, 1, 8, 8), ["clean", "attacked", "difference"])
+    >>> len(figure.axes)
+    6
     """
     figure, axes = new_figure(*images.shape[:2])
     figure.set_size_inches(images.shape[1], images.shape[0] + 0.2)

@@ -198,11 +198,15 @@ class _Watching:
         self.epoch = 0
 
     def before_training(self, training: Training) -> None:
-        """Forget what was seen of another training."""
+        """Forget what was seen of another ``training``."""
         self._forget()
 
     def improves(self, training: Training, row: Row) -> bool:
-        """Whether the row holds the best value so far, which is then remembered."""
+        """Whether the ``row`` of the ``training`` holds the best value so far, which is then remembered.
+
+        Raises:
+            ValueError: the row has no such quantity.
+        """
         if self.quantity not in row:
             numbers = [name for name, value in row.items() if isinstance(value, int | float)]
             hint = ": give validation=" if self.quantity.startswith("validation") else ""

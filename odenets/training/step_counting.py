@@ -60,7 +60,7 @@ class StepCounter(nn.Module):
         return self.counts_steps
 
     def after_step(self, network: nn.Module, batch: Any) -> None:
-        """Called after each step of the optimizer with the batch, or with its last part where it came in parts.
+        """Called after each step of the optimizer with the ``batch``, or with its last part where it came in parts.
 
         In a loop of one's own, ``objective(network, x, y)`` calls it for the step since the last loss, if one was: a
         backward pass, and after it the step of an optimizer of torch that holds weights of the network. After a step
@@ -87,7 +87,7 @@ class StepCounter(nn.Module):
         return torch.is_grad_enabled() and self.training and not mapped
 
     def expect_step(self, network: nn.Module, batch: Any, loss: Tensor) -> None:
-        """That a loss was taken, after whose backward pass a step is to be noticed."""
+        """That a ``loss`` of the ``network`` on a ``batch`` was taken, after whose backward pass a step is noticed."""
         if self.is_counting and isinstance(loss, Tensor) and loss.requires_grad:
             self._watch.expect(loss, unwrapped(network), network, batch if self.keeps_batch else None)
 
@@ -96,7 +96,7 @@ class StepCounter(nn.Module):
         self._watch.reset()
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """As torch's, with the step counted that was taken since the last loss.
+        """As torch's, with its ``args`` and ``options``; a step that was taken since the last loss is counted.
 
         Raises:
             RuntimeError: several processes must look at the network for that, of which this is one.

@@ -1,24 +1,7 @@
-"""Measures on a solver step: values that map a ``Step`` to one number per sample, ``(B,)``.
-
-Any function ``Step -> (B,)`` is a measure. One that :func:`measure` marks says besides what it reads, so that a step
-evaluates no stage and makes no pass over memory that nobody needs; it is frozen, it can be compared, pickled and
-composed, and options are bound to it:
-
->>> import torch, odenets
->>> flow = odenets.Flow(solver="bs23", depth=2)
->>> @measure(closing=False)
-... def peak(step):
-...     return step.x1.abs().amax(1)
->>> x1, records = flow.record(torch.randn(4, 3), cubic=action.bind(p=3), both=action + 0.1 * error, peak=peak)
->>> records["cubic"].shape, records["peak"].shape
-(torch.Size([2, 4]), torch.Size([2, 4]))
->>> peak.closing, (action + error).closing, action.bind(p=3) == action.bind(p=3)
-(False, True, True)
-"""
+"""What a measure reads of a step: plain functions, and those that :func:`measure` marks, which can be composed."""
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterable
@@ -31,25 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from solvers import Step, finish_step
-from solvers.reductions import power_mean, weighted_action, weighted_root_mean_square
+from solvers import Step
 
-__all__ = [
-    "Measure",
-    "StepFunction",
-    "action",
-    "cosine",
-    "displacement",
-    "error",
-    "integrand_of",
-    "measure",
-    "needs_closing",
-    "reductions_of",
-    "residue",
-    "square_norm",
-    "step_size",
-    "wide_residue",
-]
+__all__ = ["Measure", "StepFunction", "check_named", "integrand_of", "measure", "needs_closing", "reductions_of"]
 
 StepFunction = Callable[[Step], Tensor]
 """A measure, be it a :class:`Measure` or a plain function, from a step to one number per sample, ``(B,)``."""
@@ -63,7 +30,15 @@ def _operators(function: Callable[..., Any]) -> tuple[Callable[[Any, Any], Measu
 class Measure:
     """A measure and what it reads of a step; :func:`measure` makes one of a function.
 
-    Measures are added, subtracted, multiplied and divided, with each other and with numbers, and mapped.
+    Measures are added, subtracted, multiplied and divided, with each other and with numbers, and mapped. They are
+    frozen, equal where they compute the same, and pickled by the name under which a module holds them.
+
+    >>> import torch, odenets
+    >>> from odenets.measures import action, error
+    >>> flow = odenets.Flow(depth=2)
+    >>> _, records = flow.record(torch.randn(4, 3), cost=action + 0.1 * error, length=action.map(torch.sqrt))
+    >>> records["cost"].shape
+    torch.Size([2, 4])
 
     Attributes:
         function: a step, and options by name, to ``(B,)``.
@@ -84,16 +59,16 @@ class Measure:
     __array_ufunc__ = None  # numbers of NumPy leave operators to it
 
     def __call__(self, step: Step, **options: Any) -> Tensor:
-        """The measure of a step, one number per sample, ``(B,)``."""
+        """The measure of a ``step``, one number per sample, ``(B,)``; ``options`` take the place of those bound."""
         return self.function(step, **(dict(self.options) | options))
 
     @property
     def name(self) -> str:
-        """That of its function."""
+        """The name of its function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def bind(self, **options: Any) -> Self:
-        """The same measure with options, such as ``action.bind(p=3)``; it is computed from the stages.
+        """The same measure with other ``options``, such as ``action.bind(p=3)``; it is computed from the stages.
 
         Raises:
             TypeError: a composed measure, which has none.
@@ -105,7 +80,7 @@ class Measure:
         return replace(self, options=tuple(sorted((dict(self.options) | options).items())), reductions=frozenset())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Measure:
-        """A function of the measure, such as ``action.map(torch.sqrt)``."""
+        """A ``function`` of the measure, ``(B,)`` to ``(B,)``, such as ``action.map(torch.sqrt)``."""
         return _composed(function, self)
 
     def __neg__(self) -> Measure:
@@ -201,9 +176,18 @@ def measure(
         reduction: what it reads of ``step.reductions``, "error", "action" or "residue", where that is not None.
         integrand: what the measure integrates over a step, see :class:`Measure`.
 
+    Returns:
+        The measure, or the decorator where no function is given.
+
     Raises:
         TypeError: no function.
         ValueError: an unknown reduction.
+
+    >>> @measure(closing=False)
+    ... def farthest(step):
+    ...     return (step.x1 - step.x0).abs().amax(1)
+    >>> farthest.name, farthest.closing
+    ('farthest', False)
     """
     if reduction not in (None, "error", "action", "residue"):
         raise ValueError(f"reduction must be 'error', 'action' or 'residue', got {reduction!r}")
@@ -229,22 +213,47 @@ def check_named(args: Iterable[Any], check: Any) -> None:
 
 
 def needs_closing(measure: StepFunction) -> bool:
-    """Whether a measure may read the closing stage: true unless it, or what it is a partial of, says otherwise."""
+    """Whether a ``measure`` may read the closing stage of a step, which is evaluated for it then.
+
+    True unless it, or what it is a ``functools.partial`` of, has ``closing=False``.
+
+    >>> from odenets.measures import action, error
+    >>> needs_closing(action), needs_closing(error), needs_closing(lambda step: step.x1.mean(1))
+    (False, True, True)
+    """
     while isinstance(measure, partial):
         measure = measure.func
     return getattr(measure, "closing", True)
 
 
 def reductions_of(measures: Iterable[StepFunction]) -> frozenset[str]:
-    """The reductions that these measures read, computed while a step's state is (``rk_step(..., reductions=...)``)."""
+    """The reductions that these ``measures`` read, computed in one pass with a step's state.
+
+    They are the ``reductions`` of :func:`solvers.rk_step`.
+
+    >>> from odenets.measures import action, error
+    >>> sorted(reductions_of([action, error]))
+    ['action', 'error']
+    """
     return frozenset().union(*(getattr(measure, "reductions", ()) for measure in measures))
 
 
 def integrand_of(name: str, measure: StepFunction) -> Callable[[Tensor], Tensor]:
-    """What a measure integrates over a step: a function of a velocity ``(B, *S)``, ``(B,)``.
+    """What a measure integrates over a step, a function of a velocity ``(B, *S)`` to ``(B,)``.
+
+    Args:
+        name: of the measure, for the error.
+        measure: the measure.
+
+    Returns:
+        The function, with the measure's options.
 
     Raises:
-        ValueError: it is no integral over the step.
+        ValueError: the measure is no integral over the step.
+
+    >>> from odenets.measures import action
+    >>> integrand_of("action", action)(torch.full((1, 4), 2.0))
+    tensor([4.])
     """
     integrand = _integrand(measure)
     if integrand is None:
@@ -261,90 +270,3 @@ def _integrand(measure: Any) -> Callable[..., Tensor] | None:
         measure, options = measure.func, measure.keywords | options
     integrand, options = getattr(measure, "integrand", None), dict(getattr(measure, "options", ())) | options
     return Measure(integrand, options=tuple(sorted(options.items()))) if integrand and options else integrand
-
-
-def _computed(step: Step, name: str) -> Tensor | None:
-    return None if step.reductions is None else step.reductions.get(name)
-
-
-def _residue(step: Step, name: str) -> Tensor:
-    value = _computed(step, name)
-    if value is None:
-        value = finish_step(step.x0, step.stages, step.tableau, step.h, state=False, residue=True)[1][name]
-    return value
-
-
-def _mean_power(v: Tensor, p: float = 2.0) -> Tensor:
-    return power_mean(v, p)
-
-
-@measure(closing=False, reduction="action", integrand=_mean_power)
-def action(step: Step, p: float = 2.0) -> Tensor:
-    """Kinetic action ``h sum_i b_i <|p_i|^p>``, ``<.>`` the mean over features, ``(B,)``.
-
-    With p = 2, the energy, it is the quadrature of ``int <v^2> dt`` over the step with the tableau's own weights; for
-    Euler with h = 1 it is the transport cost as computed in [K24], ``<r^2>``: the cost ``|r|^2`` of its section 3
-    over the dimension of the state (with another p, ``|r|_p^p`` over it). A weight ``1 / (2 tau)`` on it is thus a
-    proximal step of size ``tau`` times the dimension; :func:`square_norm` is the cost without the mean. For another
-    exponent record ``action.bind(p=...)``.
-    """
-    if p != 2:
-        pairs = zip(step.tableau.b, step.stages, strict=False)
-        powers: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]  # never 0
-        return step_size(step) * powers
-    value = _computed(step, "action")
-    return weighted_action(step.stages, step.tableau.b, step.h) if value is None else value
-
-
-@measure(closing=False, reduction="residue")
-def residue(step: Step, p: float = 2.0) -> Tensor:
-    """Mean over the features of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``.
-
-    Its mean square with p = 2 [K24, eq. 34], the square of its norm over the dimension.
-    """
-    return _residue(step, "residue") if p == 2 else power_mean(wide_residue(step), p)
-
-
-def step_size(step: Step) -> float | Tensor:
-    """A number, or one per sample, ``(B,)``: what a measure multiplies numbers of samples by."""
-    if not isinstance(step.h, Tensor):
-        return step.h
-    return step.h.to(step.x0.device, torch.promote_types(step.x0.dtype, torch.float32)).reshape(-1)
-
-
-def wide_residue(step: Step) -> Tensor:
-    """The residue in float32 or wider, in which the stages are added up, ``(B, *S)``."""
-    dtype = torch.promote_types(step.x0.dtype, torch.float32)
-    return step._replace(stages=tuple(p.to(dtype) for p in step.stages)).residue
-
-
-@measure(closing=False, reduction="residue")
-def square_norm(step: Step) -> Tensor:
-    """Sum of the squares of the residue over the features, ``(B,)``."""
-    return residue(step) * math.prod(step.x0.shape[1:])
-
-
-@measure(closing=False, reduction="residue")
-def cosine(step: Step) -> Tensor:
-    """Cosine of the residue with the vector of ones, ``(B,)`` (last features of [K24, eq. 34]); 0 where r = 0."""
-    return _residue(step, "cosine")
-
-
-@measure(reduction="error")
-def error(step: Step) -> Tensor:
-    """Root mean square over the features of the embedded error, ``(B,)``.
-
-    Raises:
-        ValueError: the method has no embedded lower order, or the closing stage was not evaluated.
-    """
-    value = _computed(step, "error")
-    if value is None:
-        weights = step.error_weights()
-        value = weighted_root_mean_square(step.stages, weights, step.h)
-    return value
-
-
-@measure(closing=False)
-def displacement(step: Step) -> Tensor:
-    """Root mean square over the features of the displacement ``x1 - x0 = h r``, ``(B,)``."""
-    return weighted_root_mean_square(step.stages, step.tableau.b, step.h)
