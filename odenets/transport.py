@@ -156,8 +156,8 @@ def states_of(network: Network | Flow, x: Tensor) -> list[Tensor]:
     """
     if not isinstance(network, Network | Flow):
         raise TypeError(
-            f"network must be a Network or a Flow, got {type(network).__name__}: of an adapted model measure each, "
-            "wasserstein(step.x0, step.x1) for step in adapted.steps(x)"
+            f"network must be a Network or a Flow, got {type(network).__name__}: of others measure each step, "
+            "wasserstein(step.x0, step.x1) for step in network.steps(x)"
         )
     with evaluating(network):
         steps = list(network.steps(inputs_for(network, x), closing=False))

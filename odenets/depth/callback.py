@@ -9,6 +9,7 @@ from torch import Tensor
 
 from odenets.depth.edits import adapt_depth, check_makers, not_finite_weights, refine
 from odenets.depth.rule import DepthRule, check_rule, flow_network
+from odenets.training.checks import check_count
 
 if TYPE_CHECKING:
     from odenets.training.state import Training
@@ -31,7 +32,7 @@ class AdaptiveDepth:
         recalibration: a function that makes inputs for batch norms, see :func:`adapt_depth`.
 
     Raises:
-        TypeError: no :class:`DepthRule`, or no functions.
+        TypeError: no :class:`DepthRule`, no functions, or ``every`` that is no whole number.
         ValueError: ``every`` below 1.
     """
 
@@ -49,8 +50,7 @@ class AdaptiveDepth:
     ) -> None:
         check_rule(rule)
         check_makers(inputs=inputs, recalibration=recalibration or inputs)
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        check_count("every", every, 1)
         self.rule, self.inputs, self.every, self.until = rule, inputs, every, until
         self.recalibration = recalibration
         self._notes: list[str] = []

@@ -50,7 +50,9 @@ class Pipeline:
         batch_size: images in a pass.
 
     Raises:
-        TypeError: the network does not record its steps, or the detector has no ``decision_function``.
+        TypeError: the network does not record its steps, the features are none, the detector has no
+            ``decision_function``, or a class comes in place of an instance.
+        ValueError: ``batch_size`` below 1.
     """
 
     def __init__(
@@ -58,6 +60,13 @@ class Pipeline:
     ) -> None:
         if not is_recorder(network):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
+        for name, value in {"features": features, "detector": detector}.items():
+            if isinstance(value, type):
+                raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
+        if features is not None and not hasattr(features, "output_and_features"):
+            raise TypeError(f"features must be Features, such as Trajectory({features!r}), got {features!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.network = network
         self.features = features or Trajectory()
         self.detector: Any = Detector() if detector is None else detector

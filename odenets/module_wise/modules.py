@@ -305,6 +305,8 @@ def split_into_modules(
     blocks = blocks_of(network)
     if not isinstance(first := arguments(x)[0], Tensor) or len(first) < 2:
         raise ValueError("x must be a batch of at least two inputs, which batch norms need")
+    if isinstance(split, bool | str) or not isinstance(split, int | Sequence):
+        raise TypeError(f"split must be a number of modules, or a list of their ends, got {split!r}")
     if balance not in ("blocks", "memory") or last_head not in ("own", "auxiliary"):
         raise ValueError(
             "balance must be 'blocks' or 'memory' and last_head 'own' or 'auxiliary', "

@@ -165,8 +165,10 @@ class Epochs:
 
     def _trouble(self, loss: float, validated: Evaluation | None) -> str | None:
         """What went wrong in an epoch, if anything did."""
-        if not (math.isfinite(loss) and loss <= self.options.loss_limit):
+        if not math.isfinite(loss):
             return f"its training loss is {loss}"
+        if loss > self.options.loss_limit:
+            return f"its training loss is {loss}, above loss_limit={self.options.loss_limit:g}"
         if validated is not None and not math.isfinite(validated.loss):
             return f"its validation loss is {validated.loss}"
         finite = is_finite(self.training.network)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from odenets.errors import renamed
 from odenets.modes import device_of, evaluating, keeping_state
 from odenets.network import Network
-from odenets.training.checks import other_names
+from odenets.training.checks import check_count, other_names
 from odenets.training.data import Batches, TensorData
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective
@@ -69,6 +69,7 @@ class Instances:
     **dict.fromkeys(("criterion", "loss_fn", "loss"), "objective, as lambda: Task(F.mse_loss)"),
     **dict.fromkeys(("validation", "val_loader"), "measured, as {'validation': [data of each network]}"),
     **dict.fromkeys(("model", "models", "network"), "networks"),
+    progress="report, which is called with the number of epochs done",
 )
 def fit_instances(
     networks: Sequence[Network],
@@ -140,7 +141,9 @@ def fit_instances(
     """
     check_gradients()
     n, measured = len(networks), dict(measured or {})
-    _check(n, batches, measured, every, perfect, objective)
+    for name, value, least in (("epochs", epochs, 0), ("every", every, 1), ("patience", patience, 1)):
+        check_count(name, value, least)
+    _check(n, batches, measured, perfect, objective)
     sources = [Source.of(data, collate, f"batches[{i}]") for i, data in enumerate(batches)]
     instances = [Instance(network, objective().to(device_of(network))) for network in networks]
     value_of = Metric.of(metric, instances[0].objective) or Metric.of(None, CrossEntropy())
@@ -223,7 +226,6 @@ def _check(
     n: int,
     batches: Sequence[Any],
     measured: dict[str, Sequence[Measured]],
-    every: int,
     perfect: Sequence[str],
     objective: object,
 ) -> None:
@@ -245,7 +247,7 @@ def _check(
             raise ValueError(f"{name} must be of one size, got {sorted(map(tuple, shapes))}")
     if len(sizes := {b.size for b in batches if isinstance(b, Batches)}) > 1:
         raise ValueError(f"batches must be of one size, got {sorted(sizes)}")
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
+    if isinstance(perfect, str):
+        raise TypeError(f"perfect must be a sequence of names, got {perfect!r}: put it in a list, [{perfect!r}]")
     if unknown := set(perfect) - set(measured):
         raise ValueError(f"perfect names {sorted(unknown)}, which is not measured; measured are {sorted(measured)}")

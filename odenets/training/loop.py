@@ -163,7 +163,7 @@ def fit(
     """
     module = check_recorder(network)
     objective = CrossEntropy() if objective is None else check_objective(objective)
-    check_arguments(epochs=epochs, clip_norm=clip_norm, accumulate=accumulate, progress=progress)
+    check_arguments(epochs=epochs, clip_norm=clip_norm, accumulate=accumulate, progress=progress, loss_limit=loss_limit)
     check_gradients()
     check_run(run)
     fabric = fabric or _one_processor()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from types import MappingProxyType
@@ -28,7 +29,7 @@ class Attack:
 
     Raises:
         ValueError: unknown name, a value out of range, or an L-infinity ball larger than all pixels.
-        TypeError: a value that is no number, bool or string.
+        TypeError: settings that are no pairs, or a value that is no number, bool or string.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Attack:
     def __post_init__(self) -> None:
         if self.name not in CLASSES:
             raise ValueError(f"unknown attack {self.name!r}; known are {', '.join(CLASSES)}")
+        if isinstance(self.settings, Mapping) or any(isinstance(p, str) or len(p) != 2 for p in self.settings):
+            raise TypeError(
+                f'settings must be pairs, (("eps", 0.1),), got {self.settings!r}: preset("{self.name}", eps=0.1) makes '
+                "them of keywords"
+            )
         for setting, value in self.settings:
             title = f"{setting} of {self.name}"
             if not isinstance(value, Setting):

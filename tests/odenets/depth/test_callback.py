@@ -26,6 +26,11 @@ def test_a_network_without_flows_is_refused():
         AdaptiveDepth(DepthRule(1.0), lambda: [X]).after_epoch(training, {})
 
 
+def test_checks_are_a_whole_number_of_epochs_apart():
+    with pytest.raises(TypeError, match=r"every must be a whole number, got 2.5"):
+        AdaptiveDepth(DepthRule(1.0), lambda: [X], every=2.5)
+
+
 def test_inputs_are_made_by_a_function():
     with pytest.raises(TypeError, match=r"inputs must be a function that makes inputs .* got list"):
         AdaptiveDepth(DepthRule(1.0), [X])

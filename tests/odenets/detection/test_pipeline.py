@@ -97,6 +97,9 @@ def test_fitting_and_scoring_leave_the_network_as_it_was():
 def test_errors():
     pipeline = Pipeline(network())
     refused("must record its steps, got Linear: pass odenets.adapt", Pipeline, nn.Linear(64, 10), error=TypeError)
+    refused("features must be an instance, got the class", Pipeline, network(), features=Trajectory, error=TypeError)
+    refused("features must be Features, such as Traj", Pipeline, network(), features="residue", error=TypeError)
+    refused("batch_size must be at least 1, got 0", Pipeline, network(), batch_size=0)
     match = r"got RandomForestClassifier: pass Detector\(RandomForestClassifier\(...\)\)"
     refused(match, Pipeline, network(), detector=RandomForestClassifier(), error=TypeError)
     refused(r"adversarial must hold at least 10 images, got 3: too few attacks", pipeline.fit, CLEAN, ODD[:3])

@@ -87,6 +87,7 @@ def test_the_head_follows_the_shape():
     [
         (small, 5, {}, ValueError, "modules must be between 1 and the number of blocks, 4, got 5"),
         (small, [3, 2], {}, ValueError, "ends must rise"),
+        (small, 2.0, {}, TypeError, "split must be a number of modules, or a list of their ends, got 2.0"),
         (small, 2, {"head": nn.Linear(3, 10)}, ValueError, r"head of module 1 does not fit states \(4, 8, 4, 4\)"),
         (small, 2, {"head": lambda state, c: nn.Flatten()}, ValueError, r"head of module 1 must return \(4, 10\)"),
         (small, 2, {"head": "mlp"}, ValueError, "head must be 'auto', 'conv', 'token', 'linear'"),

@@ -198,6 +198,8 @@ def test_operations_do_not_grow_with_the_instances():
         ({"measured": {"test": [1]}}, "test must hold one per network"),
         ({"perfect": ["train"]}, "perfect names"),
         ({"networks": []}, "at least one network"),
+        ({"epochs": -1}, "epochs must not be negative, got -1"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
     ],
 )
 def test_errors(changes, message):

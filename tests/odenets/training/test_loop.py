@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch.nn import functional as F
 
 from odenets import Flow, Network, adapt, models
 from odenets.depth import AdaptiveDepth, DepthRule
+from odenets.errors import DivergedError
 from odenets.training import data
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import fit
@@ -51,11 +54,30 @@ def test_a_lazy_network_is_made_before_its_optimizer(parts):
         ({"clip_norm": 0}, "clip_norm must be positive"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"epochs": -1}, "epochs must not be negative"),
+        ({"loss_limit": math.nan}, "loss_limit must be a number, infinity for none"),
     ],
 )
 def test_errors(parts, changes, message):
     with pytest.raises(ValueError, match=message):
         fit(network(parts), **settings(parts, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 2.0}, "accumulate must be a whole number, got 2.0"),
+        ({"clip_norm": "1"}, "clip_norm must be a number, got '1'"),
+        ({"loss_limit": None}, "loss_limit must be a number, got None"),
+    ],
+)
+def test_other_types_than_numbers_are_named(parts, changes, message):
+    with pytest.raises(TypeError, match=message):
+        fit(network(parts), **settings(parts, **changes))
+
+
+def test_a_loss_above_the_limit_is_told_with_it(parts):
+    with pytest.raises(DivergedError, match=r"its training loss is \d.*, above loss_limit=0.001"):
+        fit(network(parts), **settings(parts, loss_limit=1e-3))
 
 
 def test_a_part_in_eval_mode_keeps_its_statistics_and_a_network_in_eval_mode_is_trained():

@@ -110,6 +110,8 @@ def checked_pool(pool: Tensor, start: Attacked) -> Tensor:
 
 def detected_by(detector: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     """The answer of a detector for a batch, ``(B,)`` bool, if it is one 0 or 1 for each."""
+    if not callable(detector):
+        raise TypeError(f"detector must be a function, such as pipeline.predict, got a {type(detector).__name__}")
     with torch.no_grad():
         answer = torch.as_tensor(detector(x))
     if answer.shape != (len(x),) or not ((answer == 0) | (answer == 1)).all():

@@ -25,6 +25,7 @@ def test_attacks_and_settings_are_checked(batch):
     refused("BA has no setting verbose; known are delta, epsilon", run_attack, victim(), loud, x, y)
     match = "eps of FGM must be a number, a bool or a string, got array"
     refused(match, preset, "FGM", eps=np.ones(2), error=TypeError)
+    refused('settings must be pairs, .*: preset."FGM", eps=0.1.', Attack, "FGM", {"eps": 0.1}, error=TypeError)
     refused("batch_size must be at least 1, got 0", run_attack, victim(), "FGM", x, y, batch_size=0)
     refused("seed must not be negative, got -1", run_attack, victim(), "FGM", x, y, seed=-1)
     two, lazy = (nn.Sequential(nn.Flatten(), last) for last in (nn.Linear(64, 2), nn.LazyLinear(2)))

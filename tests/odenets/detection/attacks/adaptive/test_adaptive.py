@@ -134,6 +134,7 @@ def test_starts_and_detectors_are_checked(attacked):
     other.head[-1].bias.data[start.labels[0]] += 1e3
     message = r"start must hold images that fool this network, got \d that it has right"
     refused(message, black_box, other, too_bright_image, *attacked)
+    refused("detector must be a function, .* got a object", attack, detector=object(), error=TypeError)
     unsure = lambda x: torch.full((len(x),), 0.3)  # noqa: E731
     refused(r"detector must say 0 or 1 of each of 4 samples, got shape \(4,\) and values", attack, detector=unsure)
     larger = torch.zeros(2, 1, 9, 9)
