@@ -217,8 +217,8 @@ def field_for(x: Tensor) -> VelocityField:
     Raises:
         ValueError: x has another number of dimensions.
 
-    >>> type(field_for(torch.zeros(4, 3))).__name__, type(field_for(torch.zeros(4, 3, 8, 8))).__name__
-    ('MLPField', 'ConvField')
+    >>> [type(field_for(x)).__name__ for x in (torch.zeros(4, 3), torch.zeros(4, 3, 8, 8))]
+    ['MLPField', 'ConvField']
     """
     match x.ndim:
         case 2:

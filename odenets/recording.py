@@ -171,7 +171,8 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
 
     >>> import odenets
     >>> from odenets import measures
-    >>> output, records = record(odenets.Flow(depth=2), torch.randn(4, 3), {"action": measures.action})
+    >>> flow = odenets.Flow(depth=2)
+    >>> output, records = record(flow, torch.randn(4, 3), {"action": measures.action})
     >>> output.shape, records["action"].shape
     (torch.Size([4, 3]), torch.Size([2, 4]))
     """
@@ -255,8 +256,8 @@ def measure_steps(
 
     >>> import odenets
     >>> from odenets import measures
-    >>> x = torch.randn(4, 3)
-    >>> last, records = measure_steps(odenets.Flow(depth=2).steps(x), x, {"action": measures.action})
+    >>> flow, x = odenets.Flow(depth=2), torch.randn(4, 3)
+    >>> last, records = measure_steps(flow.steps(x), x, {"action": measures.action})
     >>> last.x1.shape, records["action"].shape
     (torch.Size([4, 3]), torch.Size([2, 4]))
     """

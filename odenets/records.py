@@ -117,7 +117,8 @@ class Records(dict[str, Tensor]):
             ValueError: as :meth:`to_numpy`, or a measure with the name of another column.
             ModuleNotFoundError: pandas is not installed, ``pip install 'odenets[plot]'``.
 
-        >>> records = Records({"action": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}, blocks=["layer1.0", "layer2.0"])
+        >>> action = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> records = Records({"action": action}, blocks=["layer1.0", "layer2.0"])
         >>> records.to_dataframe()
            block      name  flow  sample  action
         0      0  layer1.0     0       0     1.0

@@ -11,7 +11,8 @@ A solve takes a velocity field ``v(t, x)``, the state of a batch ``(B, *S)``, an
 Without ``steps`` their sizes are chosen by the error. Method, tolerance and step-size rule are arguments, and each may
 be one's own: a :class:`ButcherTableau`, a :class:`Tolerance`, a :class:`Controller`.
 
->>> solution = integrate(field, x0, 0.0, 1.0, solver="dopri5", tolerance=Tolerance(rtol=1e-6), controller=PID())
+>>> tight = Tolerance(rtol=1e-6)
+>>> solution = integrate(field, x0, 0.0, 1.0, solver="dopri5", tolerance=tight, controller=PID())
 >>> solution.status, solution.stats.evaluations < 50
 ('finished', True)
 

@@ -40,7 +40,8 @@ class Controller(Protocol):
     >>> def keep_or_halve(state, error, order):
     ...     good = error <= 1
     ...     return state._replace(h=state.h if good else state.h / 2, accepted=good)
-    >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, controller=keep_or_halve)
+    >>> x0 = torch.ones(1, 1)
+    >>> solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, controller=keep_or_halve)
     >>> round(solution.x1.item(), 3)
     0.368
     """
@@ -115,9 +116,8 @@ class Fixed:
 
     >>> import torch
     >>> from solvers import Tolerance, integrate
-    >>> solution = integrate(
-    ...     lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, controller=Fixed(), tolerance=Tolerance(first_step=0.25)
-    ... )
+    >>> x0, size = torch.ones(1, 1), Tolerance(first_step=0.25)
+    >>> solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, controller=Fixed(), tolerance=size)
     >>> solution.stats.accepted
     4
     """
@@ -191,7 +191,8 @@ class PID:
 
     >>> import torch
     >>> from solvers import integrate
-    >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, controller=PID(safety=0.8))
+    >>> x0 = torch.ones(1, 1)
+    >>> solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, controller=PID(safety=0.8))
     >>> solution.status
     'finished'
     """
@@ -261,8 +262,9 @@ class PI(PID):
 
     >>> import torch
     >>> from solvers import integrate
+    >>> x0, rules = torch.ones(1, 1), (I(), PI())
     >>> elementary, smooth = (
-    ...     integrate(lambda t, x: -50 * x, torch.ones(1, 1), 0.0, 1.0, controller=rule) for rule in (I(), PI())
+    ...     integrate(lambda t, x: -50 * x, x0, 0.0, 1.0, controller=rule) for rule in rules
     ... )
     >>> smooth.stats.rejected < elementary.stats.rejected
     True

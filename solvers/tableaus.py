@@ -56,8 +56,11 @@ class ButcherTableau:
 
     >>> import torch
     >>> from solvers import integrate
-    >>> ralston = ButcherTableau(name="ralston", order=2, c=(0.0, 2 / 3), a=((), (2 / 3,)), b=(1 / 4, 3 / 4))
-    >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, solver=ralston, steps=10)
+    >>> ralston = ButcherTableau(
+    ...     name="ralston", order=2, c=(0.0, 2 / 3), a=((), (2 / 3,)), b=(1 / 4, 3 / 4)
+    ... )
+    >>> x0 = torch.ones(1, 1)
+    >>> solution = integrate(lambda t, x: -x, x0, 0.0, 1.0, solver=ralston, steps=10)
     >>> round(solution.x1.item(), 2)
     0.37
     """

@@ -42,9 +42,9 @@ class Tolerance:
         ValueError: a limit or tolerance is out of range.
 
     >>> from solvers import integrate
+    >>> tolerances = Tolerance(rtol=1e-2, atol=1e-2), Tolerance(rtol=1e-5, atol=1e-5)
     >>> loose, tight = (
-    ...     integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, tolerance=Tolerance(rtol=rtol, atol=rtol))
-    ...     for rtol in (1e-2, 1e-5)
+    ...     integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, tolerance=one) for one in tolerances
     ... )
     >>> loose.stats.accepted < tight.stats.accepted
     True

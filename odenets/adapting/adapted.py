@@ -61,7 +61,8 @@ def adapt(
     >>> import torch
     >>> from torchvision.models import resnet18
     >>> from odenets import measures
-    >>> output, records = adapt(resnet18().eval()).record(torch.randn(2, 3, 32, 32), action=measures.action)
+    >>> network = adapt(resnet18().eval())
+    >>> output, records = network.record(torch.randn(2, 3, 32, 32), action=measures.action)
     >>> records["action"].shape, records.starts
     (torch.Size([8, 2]), (0, 2, 4, 6))
     >>> records.blocks[:3]
@@ -111,8 +112,8 @@ class AdaptedModel(nn.Module):
         part_of: the whole of which this is a part; inputs of a part are states, which are not checked.
 
     >>> from odenets.adapting import adapt
-    >>> chain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    >>> adapt(chain)
+    >>> layers = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+    >>> adapt(nn.Sequential(*layers))
     AdaptedModel(Sequential, 2 steps)
       0  0:1  layer
       1  2:3  layer

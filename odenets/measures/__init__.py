@@ -3,9 +3,10 @@
 ``record`` of a network takes them by name, and returns each of every block and sample, ``(blocks, B)``:
 
 >>> import torch, odenets
->>> from odenets.measures import action, cosine, displacement, error, measure, residue, square_norm
->>> flow = odenets.Flow(solver="bs23", depth=2)
->>> x1, records = flow.record(torch.randn(4, 3), action=action, error=error, length=displacement)
+>>> from odenets.measures import action, cosine, displacement, error, measure
+>>> from odenets.measures import residue, square_norm
+>>> flow, x = odenets.Flow(solver="bs23", depth=2), torch.randn(4, 3)
+>>> x1, records = flow.record(x, action=action, error=error, length=displacement)
 >>> records["action"].shape
 torch.Size([2, 4])
 
@@ -16,17 +17,18 @@ composed, and options are bound to it:
 >>> @measure(closing=False)
 ... def peak(step):
 ...     return step.x1.abs().amax(1)
->>> x1, records = flow.record(torch.randn(4, 3), cubic=action.bind(p=3), both=action + 0.1 * error, peak=peak)
+>>> both = action + 0.1 * error
+>>> x1, records = flow.record(x, peak=peak, both=both, cubic=action.bind(p=3))
 >>> records["cubic"].shape, records["peak"].shape
 (torch.Size([2, 4]), torch.Size([2, 4]))
->>> peak.closing, (action + error).closing, action.bind(p=3) == action.bind(p=3)
+>>> peak.closing, both.closing, action.bind(p=3) == action.bind(p=3)
 (False, True, True)
 
 A measure is called on a step as well, where one has steps:
 
->>> step = next(iter(flow.steps(torch.randn(4, 3))))
->>> torch.allclose(square_norm(step), 3 * residue(step)), bool((cosine(step).abs() <= 1).all())
-(True, True)
+>>> step = next(iter(flow.steps(x)))
+>>> torch.allclose(square_norm(step), 3 * residue(step)), cosine(step).shape
+(True, torch.Size([4]))
 """
 
 from odenets.measures.marking import (

@@ -36,7 +36,8 @@ class Measure:
     >>> import torch, odenets
     >>> from odenets.measures import action, error
     >>> flow = odenets.Flow(depth=2)
-    >>> _, records = flow.record(torch.randn(4, 3), cost=action + 0.1 * error, length=action.map(torch.sqrt))
+    >>> cost, speed = action + 0.1 * error, action.map(torch.sqrt)
+    >>> _, records = flow.record(torch.randn(4, 3), cost=cost, speed=speed)
     >>> records["cost"].shape
     torch.Size([2, 4])
 
@@ -218,8 +219,8 @@ def needs_closing(measure: StepFunction) -> bool:
     True unless it, or what it is a ``functools.partial`` of, has ``closing=False``.
 
     >>> from odenets.measures import action, error
-    >>> needs_closing(action), needs_closing(error), needs_closing(lambda step: step.x1.mean(1))
-    (False, True, True)
+    >>> [needs_closing(one) for one in (action, error, lambda step: step.x1.mean(1))]
+    [False, True, True]
     """
     while isinstance(measure, partial):
         measure = measure.func

@@ -111,15 +111,15 @@ def wide_residue(step: Step) -> Tensor:
 
 @measure(closing=False, reduction="residue")
 def square_norm(step: Step) -> Tensor:
-    """Sum of the squares of the residue of a ``step`` over the features, ``(B,)``: ``|r|^2`` of [K24, section 3]."""
+    """Sum of the squares of the residue of a ``step`` over the features, ``(B,)``, ``|r|^2`` of [K24, section 3]."""
     return residue(step) * math.prod(step.x0.shape[1:])
 
 
 @measure(closing=False, reduction="residue")
 def cosine(step: Step) -> Tensor:
-    """Cosine of the residue of a ``step`` with the vector of ones, ``(B,)`` (last features of [K24, eq. 34]).
+    """Cosine of the residue of a ``step`` with the vector of ones, ``(B,)``.
 
-    It is 0 where r = 0.
+    It is 0 where r = 0. These are the last features of [K24, eq. 34].
     """
     return _residue(step, "cosine")
 

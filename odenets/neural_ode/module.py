@@ -70,9 +70,9 @@ class NeuralODE(nn.Module):
     >>> x = torch.randn(5, 2)
     >>> ode(x).shape
     torch.Size([5, 2])
-    >>> at = torch.tensor([[0.2, 0.5, 0.9], [0.1, 0.4, 0.4], [0.0, 2.0, 3.0], [1.0, 1.5, 1.5], [0.3, 0.3, 0.3]])
-    >>> ode(x, at=at).shape  # three times of each sample, or fewer: the last one is repeated
-    torch.Size([5, 3, 2])
+    >>> at = torch.tensor([[0.2, 0.5, 0.9], [0.1, 0.4, 0.4], [0.0, 2.0, 3.0]])
+    >>> ode(x[:3], at=at).shape  # three times of each sample, or fewer and the last again
+    torch.Size([3, 3, 2])
     """
 
     def __init__(

@@ -81,7 +81,8 @@ def action_against_accuracy(points: Mapping[str, tuple[Sequence[float], Sequence
     Returns:
         The figure; :func:`save` writes it.
 
-    >>> figure = action_against_accuracy({"orthogonal": ([0.1, 0.2], [0.95, 0.96]), "normal": ([0.5, 1.0], [0.9, 0.8])})
+    >>> points = {"orthogonal": ([0.1, 0.2], [0.95, 0.96]), "normal": ([0.5, 1.0], [0.9, 0.8])}
+    >>> figure = action_against_accuracy(points)
     >>> figure.axes[0].get_ylabel()
     'test accuracy (%)'
     """

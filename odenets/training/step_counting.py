@@ -82,7 +82,7 @@ class StepCounter(nn.Module):
 
     @property
     def is_counting(self) -> bool:
-        """Whether steps can be noticed: where there are gradients, and not by functions that torch.func maps."""
+        """Whether steps can be noticed, as where there are gradients, and not in functions that torch.func maps."""
         mapped = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]  # torch's own
         return torch.is_grad_enabled() and self.training and not mapped
 

@@ -58,10 +58,11 @@ def odeint(
         ValueError, TypeError: an argument is out of range or not supported; the message says what is.
         SolverError: the solve cannot go on.
 
-    >>> y = odeint(lambda t, y: -y, torch.ones(3, 2), torch.tensor([0.0, 0.5, 1.0]), rtol=1e-5)
+    >>> t = torch.tensor([0.0, 0.5, 1.0])
+    >>> y = odeint(lambda t, y: -y, torch.ones(3, 2), t, rtol=1e-5)
     >>> y.shape, round(y[-1, 0, 0].item(), 4)
     (torch.Size([3, 3, 2]), 0.3679)
-    >>> time, y = odeint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), event_fn=lambda t, y: y - 0.5)
+    >>> time, y = odeint(lambda t, y: -y, torch.ones(1), t[:2], event_fn=lambda t, y: y - 0.5)
     >>> round(time.item(), 4), y.shape
     (0.6931, torch.Size([2, 1]))
     """
