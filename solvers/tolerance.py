@@ -153,8 +153,12 @@ def to_host(x: Tensor) -> Any:
     """The values of a tensor, as a number or a list; waits for the device.
 
     Raises:
-        RuntimeError: under ``torch.vmap``, where a tensor has no values.
+        RuntimeError: under ``torch.vmap`` and ``torch.export``, where a tensor has no values.
     """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "an adaptive solve chooses its steps by numbers and cannot be exported: take fixed steps, steps=n"
+        )
     try:
         return x.tolist() if x.ndim else x.item()
     except RuntimeError:

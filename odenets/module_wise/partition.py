@@ -63,7 +63,10 @@ def blocks_of(network: Cuttable) -> int:
     4
     """
     if not isinstance(network, Cuttable):
-        raise TypeError(f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}")
+        raise TypeError(
+            f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}: odenets.adapt makes "
+            "one of any residual network"
+        )
     return len(network.blocks) if isinstance(network, AdaptedModel) else network.depth
 
 

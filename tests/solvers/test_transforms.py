@@ -131,6 +131,13 @@ def test_a_fixed_step_flow_is_exported_for_any_batch():
     torch.testing.assert_close(program.module()(x), flow(x))
 
 
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_an_adaptive_solve_says_that_it_cannot_be_exported(control):
+    ode = odenets.NeuralODE(odenets.MLPField(3), control=control)
+    with pytest.raises(RuntimeError, match="cannot be exported: take fixed steps, steps=n"):
+        torch.export.export(ode, (torch.randn(4, 3),))
+
+
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint", "backsolve"])
 @pytest.mark.parametrize("options", WAYS)
 def test_autocast(options, gradient):

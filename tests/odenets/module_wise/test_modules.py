@@ -93,7 +93,7 @@ def test_the_head_follows_the_shape():
         (small, 2, {"head": "mlp"}, ValueError, "head must be 'auto', 'conv', 'token', 'linear'"),
         (small, 2, {"head": []}, ValueError, r"head must hold one for each module but the last.*: 1, got 0"),
         (small, 2, {"balance": "weight"}, ValueError, "balance must be"),
-        (lambda: nn.Linear(2, 2), 2, {}, TypeError, "must be a Flow, a Network or an adapted model, got Linear"),
+        (lambda: nn.Linear(2, 2), 2, {}, TypeError, "an adapted model, got Linear: odenets.adapt makes one"),
     ],
 )
 def test_errors(network, split, options, error, match):
