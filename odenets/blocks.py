@@ -171,7 +171,8 @@ def step_sizes(h: float | Sequence[float] | None, total_time: float | None, dept
         raise ValueError("h and total_time exclude each other: total_time is the sum of all h")
     if h is None:
         h = (1.0 if total_time is None else total_time) / depth
-    sizes: list[Any] = [h] * depth if isinstance(h, Real) else list(cast(Any, h))
+    single = isinstance(h, Real) or getattr(h, "ndim", 1) == 0  # a tensor of one number is refused below
+    sizes: list[Any] = [h] * depth if single else list(cast(Any, h))
     if not all(isinstance(size, Real) for size in sizes):
         raise TypeError(f"h must be a number, or one for each block, got {h!r:.80}")
     if len(sizes) != depth:

@@ -28,6 +28,9 @@ __all__ = [
     "recorder_in",
 ]
 
+_WRAPPED = ("", "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module")
+"""Where wrappers of torch and Fabric hold what they wrap; some hand on its attributes."""
+
 
 @runtime_checkable
 class Recorder(Protocol):
@@ -217,10 +220,17 @@ def recorder_in(network: nn.Module) -> nn.Module:
                 "objective.measures)), or torch.distributed.fsdp.register_fsdp_forward_method(network, 'record')"
             )
         return network
-    if any(map(is_recorder, network.modules())):
+    inner = next((name for name, module in network.named_modules() if is_recorder(module)), None)
+    if inner in _WRAPPED:
         raise TypeError(
             f"network must record its steps, got a {kind} around one that does, whose own forward pass would be left "
             f"out: take {kind}(odenets.recording.Recording(network, objective.measures))"
+        )
+    if inner is not None:
+        raise TypeError(
+            f"network must record its steps, got {kind} with a {type(network.get_submodule(inner)).__name__} in it at "
+            f"{inner!r}: write it as odenets.Network(encoder, flow, head), or give it record, steps, depth, h and "
+            "evaluations"
         )
     raise TypeError(
         f"network must be a module that records its steps, an odenets.Recorder, got {kind}: odenets.adapt makes one of "

@@ -111,7 +111,7 @@ def integrate(
     tableau, per_sample = get_tableau(solver), control == "sample"
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
-    _check_steps(steps, tolerance, controller)
+    _check_steps(steps, tolerance, controller, tableau)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
@@ -183,12 +183,17 @@ def _check_choices(control: Any, keep: Any, on_limit: Any, gradient: Any) -> Non
         raise ValueError(f"gradient={gradient!r} keeps no steps: leave out keep='steps'")
 
 
-def _check_steps(steps: Any, tolerance: Any, controller: Any) -> None:
+def _check_steps(steps: Any, tolerance: Any, controller: Any, tableau: ButcherTableau) -> None:
     whole = isinstance(steps, Integral) and not isinstance(steps, bool)
     if steps is not None and not (whole and int(steps) >= 1):
         raise ValueError(f"steps must be a whole number, at least 1, got {steps!r}")
     if steps is not None and (tolerance is not None or controller is not None):
         raise ValueError("steps excludes tolerance and controller: a solve is fixed or adaptive")
+    if steps is None and tableau.low is None:
+        raise ValueError(
+            f"{tableau.name} carries no embedded error, by which steps are chosen: take steps=n, or one of bs23, "
+            "dopri5, tsit5, heun, midpoint"
+        )
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

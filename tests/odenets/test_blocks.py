@@ -74,6 +74,12 @@ def test_bad_arguments_are_named(arguments, message):
         Flow(**arguments)
 
 
+@pytest.mark.parametrize("h", [torch.tensor(0.1), torch.tensor([0.1, 0.1]), "0.1"])
+def test_step_sizes_are_numbers(h):
+    with pytest.raises(TypeError, match="h must be a number, or one for each block"):
+        Flow(depth=2, h=h)
+
+
 @pytest.mark.parametrize("source", ["field", "function"])
 @pytest.mark.parametrize("stage_fields", ["tied", "untied"])
 def test_a_field_keeps_its_statistics_and_the_flow_trains_its_parameters(source, stage_fields):

@@ -4,12 +4,14 @@ import threading
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from odenets import Flow, measures, models
+from odenets import Flow, MLPField, measures, models
 from odenets.detection import Pipeline
 from odenets.errors import needs
 from odenets.files import write_atomically
-from odenets.recording import Records, is_recorder
+from odenets.recording import Records, is_recorder, recorder_in
 
 
 class Broken(torch.nn.Module):
@@ -70,3 +72,22 @@ def test_threads_may_write_one_file_at_once(tmp_path):
 def test_a_library_that_lacks_something_of_its_own_is_not_said_to_be_missing():
     with pytest.raises(ModuleNotFoundError, match=r"No module named .numpy\.no_such_part"), needs("training"):
         import numpy.no_such_part  # noqa: F401
+
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.flow = Flow(depth=2)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (nn.Sequential(nn.Linear(2, 4), Flow(depth=2)), r"got Sequential with a Flow in it at '1': write it as"),
+        (Mine(), r"got Mine with a Flow in it at 'flow': write it as odenets.Network\(encoder, flow, head\)"),
+        (AveragedModel(Flow(lambda: MLPField(2))), r"got a AveragedModel around one .*Recording\(network"),
+    ],
+)
+def test_what_holds_a_recorder_is_told_from_what_wraps_one(network, message):
+    with pytest.raises(TypeError, match=message):
+        recorder_in(network)

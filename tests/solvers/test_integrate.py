@@ -108,7 +108,7 @@ def test_gradients_flow_through_accepted_steps():
         ({"x0": torch.tensor([[1.0], [math.nan]])}, ValueError, r"x0 must be finite.*sample\(s\) \[1\]"),
         ({"t1": math.inf}, ValueError, "t1 must be finite"),
         ({"solver": "rk5"}, ValueError, "unknown solver"),
-        ({"solver": "euler"}, ValueError, "euler carries no embedded error"),
+        ({"solver": "euler"}, ValueError, "euler carries no embedded error, by which steps are chosen: take steps=n"),
         ({"steps": 0}, ValueError, "steps must be a whole number, at least 1"),
         ({"steps": 2.5}, ValueError, "steps must be a whole number"),
         ({"steps": True}, ValueError, "steps must be a whole number"),

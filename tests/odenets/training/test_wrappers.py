@@ -132,7 +132,6 @@ def test_wrappers_that_would_be_bypassed_are_named(process_group):
         (torch.compile(flow()), "torch.compile"),
         (Fabric(accelerator="cpu", devices=1).setup(flow()), "_FabricModule"),
         (torch.optim.swa_utils.AveragedModel(flow()), "AveragedModel"),
-        (nn.Sequential(flow()), "Sequential"),
     ]:
         with pytest.raises(TypeError, match=REMEDY.format(name)):
             objective(wrapper, X, Y)
