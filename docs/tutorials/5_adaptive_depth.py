@@ -163,10 +163,15 @@ for (name, (network, training)), start in zip(trained.items(), (8, 1), strict=Tr
 # The data are NumPy arrays, here a known regression problem with ten columns, of which five matter.
 # Everything becomes float32 and is scaled by the training rows.
 
+
+def scaled(table):
+    rows = torch.from_numpy(table).float()
+    return ((rows - rows[:800].mean(0)) / rows[:800].std(0)).split([800, 200, 200])
+
+
 X, y = make_friedman1(1200, noise=0.5, random_state=0)
-X, y = torch.from_numpy(X).float(), torch.from_numpy(y).float()[:, None]  # targets (N, 1), as the output
-x_train, x_valid, x_test = ((part - X[:800].mean(0)) / X[:800].std(0) for part in X.split([800, 200, 200]))
-y_train, y_valid, y_test = ((part - y[:800].mean()) / y[:800].std() for part in y.split([800, 200, 200]))
+x_train, x_valid, x_test = scaled(X)
+y_train, y_valid, y_test = scaled(y[:, None])  # targets (N, 1), as the output
 
 torch.manual_seed(0)
 flow = odenets.Flow(lambda: odenets.MLPField(16, 32), solver="bs23", depth=1)
@@ -198,10 +203,10 @@ for epoch in range(30):
 
 losses, depths, largest = zip(*history, strict=True)
 epochs = range(1, len(history) + 1)
-figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(8, 3), layout="constrained")
 axes[0].semilogy(epochs, losses)
 axes[0].set(xlabel="epoch", ylabel="mean squared error", title="validation rows")
-axes[1].semilogy(epochs, largest)
+axes[1].plot(epochs, largest)
 axes[1].axhline(rule.tolerance, color="gray", linestyle="--", label="tolerance")
 axes[1].set(xlabel="epoch", ylabel="largest embedded error")
 axes[1].legend()
@@ -215,15 +220,14 @@ axes[2].set(xlabel="epoch", ylabel="blocks", yticks=range(max(depths) + 1))
 # The depth that was chosen travels with the weights. The network that loads them is built by the
 # same code, at any depth.
 
-test = evaluate(regression, [(x_test, y_test)], objective=objective).loss
 with tempfile.TemporaryDirectory() as folder:
     path = odenets.save_weights(regression, Path(folder) / "regression.safetensors")
     flow = odenets.Flow(lambda: odenets.MLPField(16, 32), solver="bs23", depth=1)
     again = odenets.load_weights(odenets.Network(nn.Linear(10, 16), flow, nn.Linear(16, 1)), path)
 print(f"{again.depth} blocks with h = {again.h}")
-print(
-    f"test error {test:.3f}, of the loaded network {evaluate(again, [(x_test, y_test)], objective=objective).loss:.3f}"
-)
+for name, network in {"trained": regression, "loaded": again}.items():
+    loss = evaluate(network, [(x_test, y_test)], objective=objective).loss
+    print(f"{name}: mean squared error {loss:.4f} on the test rows")
 
 # %%
 # What to take along

@@ -28,16 +28,9 @@ import torch
 import torchvision
 
 import odenets
-from odenets import measures
+from odenets import measures, module_wise
 from odenets.analysis import measure_memory
-from odenets.module_wise import (  # a step of training each
-    end_to_end_step,
-    fit_modules,
-    greedy,
-    parallel_step,
-    split_into_modules,
-    trgl,
-)
+from odenets.module_wise import fit_modules, greedy, split_into_modules, trgl
 from odenets.training import Batches, CrossEntropy, load, subsample
 
 train, test = load("digits")
@@ -87,7 +80,7 @@ for name, objective, order in (
 
 # %%
 # Accuracies on images that no network has seen, after each module; and the action of each block,
-# the distance by which it moves an image.
+# the mean square of how far it moves an image.
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
 for name, modules in trained.items():
@@ -141,8 +134,8 @@ print(f"accuracy {accuracy:.1%}, on average {blocks:.2f} of {modules.depth} bloc
 print("images that leave after each module:", torch.bincount(exits, minlength=5)[1:].tolist())
 
 # %%
-# Easy images leave early, hard ones late: the average number of blocks is what all of them cost. The
-# bound on the confidence trades one for the other; choose it on validation images.
+# Easy images leave early, hard ones late: the average number of blocks is what all of them cost.
+# The bound on the confidence trades one for the other; choose it on validation images.
 #
 # A ResNet-18 of torchvision
 # --------------------------
@@ -200,7 +193,7 @@ def peak_of_a_step(number, balance, step):
     modules = split_into_modules(resnet, number, x[:8], balance=balance).train()
     optimizers = [sgd(module.parameters()) for module in modules.modules_in_order]
     objectives = [CrossEntropy() for _ in optimizers]
-    if step is end_to_end_step:
+    if step is module_wise.end_to_end_step:
         objectives, optimizers = objectives[0], sgd(modules.parameters())
     memory = measure_memory(lambda: step(modules, objectives, optimizers, x, y))
     mebibytes = memory.peak / 2**20
@@ -212,10 +205,11 @@ def peak_of_a_step(number, balance, step):
 # In a loop of your own :func:`odenets.module_wise.parallel_step` is the step that ``fit_modules``
 # takes with each batch, and :func:`odenets.module_wise.end_to_end_step` that of backpropagation.
 
-whole = peak_of_a_step(4, "blocks", end_to_end_step)
+whole = peak_of_a_step(4, "blocks", module_wise.end_to_end_step)
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 for i, balance in enumerate(("blocks", "memory")):
-    peaks = [peak_of_a_step(number, balance, parallel_step) for number in (2, 4, 8)]
+    step = module_wise.parallel_step
+    peaks = [peak_of_a_step(number, balance, step) for number in (2, 4, 8)]
     axis.bar([n + 0.38 * i for n in range(3)], peaks, 0.36, label=f"modules equal in {balance}")
 axis.axhline(whole, color="gray", linestyle="--", label="backpropagation")
 axis.set(xlabel="modules", ylabel="peak of a training step (MiB)")

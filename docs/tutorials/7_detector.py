@@ -78,12 +78,13 @@ features = Trajectory("residue", "cosine", "stages", "error")
 print(features(network, images[:5]).shape, features.names(network)[:4], "...")
 for name, x in {"clean": images, **{name: attacked[name].images for name in attacked}}.items():
     _, records = network.record(x, action=measures.action)
-    print(f"{name:>5}: mean action of the blocks {records['action'].mean(1).tolist()}")
+    means = [f"{value:.4f}" for value in records["action"].mean(1).tolist()]
+    print(f"{name:>5}: mean action of the blocks {', '.join(means)}")
 
 # %%
-# Attacks change these numbers little, image by image, and clean images differ a great deal among
-# themselves. That is why a classifier of all features together is fitted, and why it cannot be
-# perfect.
+# The means hardly differ: an attack changes the path of an image little, and clean images differ a
+# great deal among themselves. That is why a classifier of all features together is fitted, and why
+# it cannot be perfect.
 #
 # Fit, predict, score
 # -------------------
@@ -99,7 +100,7 @@ for mode in ("general", "conditional"):
     pipelines[mode] = Pipeline(network, features, Detector(mode=mode, random_state=0))
     pipelines[mode].fit(images[parts.fit], attacked["FGM"].images[parts.fit])
 pipeline = pipelines["conditional"]
-print("of ten clean images are called adversarial:", pipeline.predict(images[parts.test])[:10])
+print("ten clean images, 1 is called adversarial:", pipeline.predict(images[parts.test][:10]))
 
 # %%
 # Both have seen FGM only. BIM is an attack that they were not fitted on.

@@ -35,10 +35,10 @@ from solvers import ButcherTableau, ControllerState, Embedded, Tolerance, integr
 
 # %%
 # The first measure below is how far a sample is from the origin after the step. The second asks how
-# much its velocity changes within the step, ``h`` times the mean square of the acceleration ``(p_3
-# - p_1) / (c_3 h)``: zero where the path is a straight line. ``@measure(closing=False)`` says that
-#   it does not read the velocity at the end of the step, which is otherwise evaluated for it.
-#   ``step_size`` is ``h`` as a number, or one for each sample.
+# much its velocity changes within the step, from the first stage to the third: ``h`` times the mean
+# square of the acceleration, zero where the path is a straight line. ``@measure(closing=False)``
+# says that it does not read the velocity at the end of the step, which is otherwise evaluated for
+# it. ``step_size`` is ``h`` as a number, or one for each sample.
 
 
 def distance(step):
