@@ -105,7 +105,7 @@ trained = {"from eight blocks": train(8), "from one block": train(1)}
 for name, (_, training) in trained.items():
     print(name)
     for row in training.rows:
-        print(f"  epoch {row['epoch']}, {row['depth']} blocks")
+        print(f"  epoch {row['epoch']}, depth {row['depth']}")
         for edit in filter(None, row["edits"].split("; ")):
             print(f"    {edit}")
 
