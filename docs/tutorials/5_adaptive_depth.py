@@ -237,5 +237,5 @@ for name, network in {"trained": regression, "loaded": again}.items():
 #   its features: a tenth of it needs about twice as many steps of third order.
 # - A tolerance that is too small for the total time duplicates blocks up to ``max_depth``; one that
 #   is too large merges all of them into one.
-# - Solvers with an embedded error are ``"bs23"``, ``"heun"``, ``"fehlberg2"``, ``"dopri5"`` and
-#   ``"tsit5"``. Euler's method, that of residual networks, has none.
+# - Solvers with an embedded error are ``"midpoint"``, ``"heun"``, ``"fehlberg2"``, ``"bs23"``,
+#   ``"dopri5"`` and ``"tsit5"``. Euler's method, that of residual networks, has none.

@@ -99,10 +99,10 @@ axes[1].legend()
 # others are to be compared with. The modules trained one by one can all be used. Right: TRGL
 # reaches its accuracies with a fraction of the action.
 #
-# Whether the action makes the later modules more accurate is another question. On digits the
-# difference is within what another seed does; it shows where images are few and blocks many, and
-# the page of the experiments has the numbers. Do not expect more modules to be better on an easy
-# task: the first head may have solved it.
+# Whether the action makes the later modules more accurate is another question. Here the difference
+# is within what another seed does; the pages of the experiments say what many seeds give, with few
+# images and with wrong labels. Do not expect more modules to be better on an easy task: the first
+# head may have solved it.
 #
 # Early exits
 # -----------
