@@ -63,7 +63,7 @@ def sgd_in_modules(
         A row per module and epoch.
     """
     sgd = partial(torch.optim.SGD, lr=learning_rate, momentum=0.9, weight_decay=1e-4)
-    options |= {"order": order, "cache": "memory" if order == "sequential" else None, "views": 4}
+    options |= {"order": order} | ({"cache": "memory", "views": 4} if order == "sequential" else {})
     return fit_modules(network, batches, optimizer=sgd, **options).rows
 
 
