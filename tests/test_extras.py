@@ -15,9 +15,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
+COMMAND = ROOT / "odenets" / "command"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-BY_TASK = ("training", "detection", "transport", "plot", "images")
+BY_TASK = ("training", "detection", "transport", "plot", "images", "command")
 
 
 def own(extra):
@@ -62,12 +63,14 @@ def printed(folder, names, code, packages=("odenets", "solvers")):
 
 
 def import_all(package):
-    """Code that imports every module of a package."""
+    """Code that imports every module of a package but those of the command, which looks for its libraries first."""
+    files = [path for path in (ROOT / package).rglob("*.py") if COMMAND not in path.parents]
     return f"""
 import importlib, pkgutil, sys, {package}
 for module in pkgutil.walk_packages({package}.__path__, "{package}."):
-    importlib.import_module(module.name)
-assert {len([*(ROOT / package).rglob("*.py")])} == len([name for name in sys.modules if name.startswith("{package}")])
+    if not module.name.startswith("odenets.command"):
+        importlib.import_module(module.name)
+assert {len(files)} == len([name for name in sys.modules if name.startswith("{package}") and "command" not in name])
 """
 
 
@@ -87,7 +90,11 @@ USES = {
     ),
     "histograms": ("matplotlib", "plot", "odenets.plotting.histograms({'a': {'b': array}}, xlabel='')"),
     "to_dataframe": ("pandas", "plot", "net.record(points.x, action=odenets.measures.action)[1].to_dataframe()"),
-    "build": ("torchvision", "images", "from odenets.command.networks import build; build('resnet18', 'none', [])"),
+    "load_images": (
+        "torchvision",
+        "images",
+        "import contextlib\nwith contextlib.suppress(FileNotFoundError):\n    odenets.training.load('mnist', '.')",
+    ),
     "Detector": ("sklearn", "detection", "odenets.detection.Detector()"),
     "preset": ("art", "detection", "odenets.detection.preset('FGM', eps=0.1)"),
     "run_attack": ("art", "detection", "odenets.detection.run_attack(images, 'FGM', torch.rand(2, 1, 8, 8), label)"),
@@ -130,6 +137,12 @@ def test_a_bare_install_says_which_extra_is_lacking(bare, name, library, extra):
     assert bare[name] == f"ModuleNotFoundError: {remedy}"
 
 
+def test_the_command_says_which_extra_is_lacking(tmp_path):
+    code = "from odenets.command import main\ntry:\n    main()\nexcept SystemExit as error:\n    print(error)"
+    (line,) = printed(tmp_path, CORE, code)
+    assert line == "Error: rich is needed here and not installed: pip install 'odenets[command]'"
+
+
 @pytest.mark.slow
 def test_solvers_import_with_torch_and_numpy_alone(tmp_path):
     assert printed(tmp_path, {"torch", "numpy"}, import_all("solvers"), ["solvers"]) == []
@@ -165,7 +178,8 @@ def needed():
         for name, extra in optional_imports(ast.parse(path.read_text())):
             if name not in {*sys.stdlib_module_names, "odenets", "solvers"}:
                 names = {canonicalize_name(each) for each in offering.get(name, [name])}
-                needed.append((path.relative_to(ROOT).as_posix(), names, extra))
+                of = extra or ("command" if COMMAND in path.parents and not names & CORE else None)
+                needed.append((path.relative_to(ROOT).as_posix(), names, of))
     return needed
 
 

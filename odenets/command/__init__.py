@@ -3,6 +3,6 @@
 ``odenets --help``, or ``python -m odenets --help`` where the command is not on the path.
 """
 
-from odenets.command.application import app, main
+from odenets.command.entry import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

@@ -10,7 +10,7 @@ import typer
 
 from odenets.command.mistakes import told
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="odenets",
@@ -24,11 +24,6 @@ Device = Annotated[
     str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; auto: a CUDA device if there is one.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def main() -> None:
-    """Run the command with the arguments of the process."""
-    app(prog_name="odenets")
 
 
 def _version(wanted: bool) -> None:

@@ -20,7 +20,7 @@ from odenets.command.speed.solves import PEERS
 
 __all__ = ["facts", "show"]
 
-EXTRAS = ("training", "detection", "transport", "plot", "images")
+EXTRAS = ("training", "detection", "transport", "plot", "images", "command")
 BESIDE = {"timm": "pip install timm", **PEERS}
 """Libraries that are used where they are there, and no extra brings."""
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_HOME")

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from odenets.command import app
+from odenets.command.application import app
 
 
 @pytest.fixture

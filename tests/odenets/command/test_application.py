@@ -51,7 +51,7 @@ def python(*words):
 @pytest.mark.slow
 def test_help_loads_no_torch_and_is_plain_where_it_is_piped():
     code = "app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
-    done = python("-c", f"import sys; from odenets.command import app; {code}")
+    done = python("-c", f"import sys; from odenets.command.application import app; {code}")
     assert done.stdout.splitlines()[-1] == "False"
     assert done.stdout.isascii()
 
