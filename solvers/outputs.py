@@ -36,6 +36,7 @@ class Reading:
         return any(isinstance(theta, Tensor) or theta != 1 for theta in self.fractions)
 
     def __call__(self, step: Step, state_in: Callable[[Step], Callable[[Any], Tensor]]) -> list[Tensor]:
+        """The states at the fractions of a step, each of the shape of its states."""
         inside = [theta for theta in self.fractions if isinstance(theta, Tensor) or theta != 1]
         if not inside:
             return [step.x1] * len(self.fractions)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from textwrap import indent
@@ -86,7 +86,8 @@ def page(module: str) -> str:
 
 def _entry(full: str, value: object) -> str:
     if inspect.isclass(value):
-        options = ("members:", "inherited-members:", "special-members: __call__", "show-inheritance:")
+        options = ["members:", "inherited-members:", "special-members: __call__"]
+        options += ["show-inheritance:"] * (_shown(value.__bases__) != [])
         return "\n   :".join([f".. autoclass:: {full}", *options]) + "\n"
     if inspect.isfunction(value):
         return f".. autofunction:: {full}\n"
@@ -96,6 +97,20 @@ def _entry(full: str, value: object) -> str:
         head = f".. py:function:: {name}{stringify_signature(signature, unqualified_typehints=True)}"
         return f"{head}\n   :module: {module}\n\n{text}\n"
     return f".. autodata:: {full}\n   :no-value:\n"
+
+
+def _shown(bases: Iterable[type]) -> list[type]:
+    """The bases that a reader knows: public ones and those of other libraries, behind what is not public."""
+    shown: list[type] = []
+    for base in bases:
+        ours = base.__module__.partition(".")[0] in ("odenets", "solvers")
+        shown += _shown(base.__bases__) if ours and id(base) not in homes() else [base] * (base is not object)
+    return list(dict.fromkeys(shown))
+
+
+def show_bases(app: Sphinx, name: str, value: type, options: object, bases: list[type]) -> None:
+    """Show the bases that a reader knows."""
+    bases[:] = _shown(value.__bases__)
 
 
 def function_of(value: object) -> FunctionType | None:
@@ -192,6 +207,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", write_pages, priority=100)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-bases", show_bases)
     app.connect("autodoc-process-docstring", describe, priority=100)  # before napoleon
     app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -21,11 +21,15 @@ else:
             import sklearn  # noqa: F401
 
     class BaseEstimator:
+        """In the place of scikit-learn's, where that is not installed."""
+
         __new__ = _missing
 
-    class ClassifierMixin: ...
+    class ClassifierMixin:
+        """Likewise."""
 
-    class OutlierMixin: ...
+    class OutlierMixin:
+        """Likewise."""
 
     RandomForestClassifier = accuracy_score = check_classification_targets = check_is_fitted = clone = _missing
     is_outlier_detector = roc_auc_score = roc_curve = validate_data = _missing

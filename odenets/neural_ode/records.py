@@ -25,6 +25,7 @@ class Beside(nn.Module):
         self.field, self.integrands, self.owner = field, integrands, owner_of(field)
 
     def forward(self, t: Any, state: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, ...]:
+        """The velocity at the first part of the state, and its integrands."""
         v = self.field(t, state[0], *args)
         return (v, *(integrand(v).to(v.dtype) for integrand in self.integrands))
 

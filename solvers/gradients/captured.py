@@ -90,6 +90,7 @@ class Captured:
         self._calls, self._back, self._unclaimed = 0, False, dict[int, weakref.ref[Tensor]]()
 
     def __call__(self, *args: Any) -> Any:
+        """The velocity; the first two calls are watched."""
         if self._calls < 2:
             return self._watch(*args)
         return self._with_graph(*args) if self._differentiates else self.field(*args)

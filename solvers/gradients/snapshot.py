@@ -59,6 +59,7 @@ class Known:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Known:
+        """The tensor as it is now."""
         return cls(tensor, _version(tensor), tensor.detach())
 
     def now(self, cut: bool) -> Tensor:

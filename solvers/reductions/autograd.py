@@ -20,6 +20,7 @@ class FinishStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x0: Tensor | None, sizes: Tensor | None, numbers: Any, *stages: Tensor) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
+        """The values of the operator."""
         inputs = (x0, stages, sizes, *numbers)
         values = torch.ops.solvers.finish_step.default(*inputs)
         keep_step(ctx, inputs, values)
@@ -27,6 +28,7 @@ class FinishStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
+        """The gradients of the states, the sizes and the stages."""
         of_x0, of_stages, of_sizes = _step_gradients(ctx, outer)
         return (of_x0, of_sizes, None, *of_stages)
 
@@ -36,12 +38,14 @@ class RowMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, numbers: Any, *rows: Tensor) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
+        """The values of the operator."""
         values = torch.ops.solvers.row_moments.default(rows, *numbers)
         keep_rows(ctx, (rows, *numbers), values)
         return values
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> Any:  # type: ignore[override]  # torch's are (ctx, *args)
+        """The gradients of the rows."""
         return (None, *_moments_gradients(ctx, outer))
 
 
@@ -99,6 +103,7 @@ def _only(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor 
 
 
 def keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what the gradients of :class:`RowMoments` need."""
     rows, *ctx.numbers = inputs
     ctx.needs = [_needs(x) for x in rows]
     ctx.set_materialize_grads(False)
@@ -115,10 +120,12 @@ def _moments_gradients(ctx: Any, outer: Sequence[Tensor | None]) -> list[Tensor 
 
 
 def step_backward(ctx: Any, *outer: Tensor | None) -> Any:
+    """The gradients of the operator that finishes a step, for each of its inputs."""
     return (*_step_gradients(ctx, outer), *(None,) * (1 + len(ctx.spec.numbers)))
 
 
 def moments_backward(ctx: Any, *outer: Tensor | None) -> Any:
+    """The gradients of the operator of moments, for each of its inputs."""
     return (_moments_gradients(ctx, outer), None, None, None)
 
 
