@@ -181,10 +181,12 @@ def references(node, scopes):
 
 @pytest.mark.parametrize("package", [odenets, solvers])
 def test_every_name_that_a_docstring_refers_to_is_there(package):
+    """By its path, as an attribute of what is around, or as a public name of a room, as the reference looks for it."""
     packages = SimpleNamespace(odenets=odenets, solvers=solvers)
+    rooms = [getattr(odenets, room) for room in sorted(ROOMS)]
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name)
-        for name, scopes in references(ast.parse(inspect.getsource(module)), [packages, module]):
+        for name, scopes in references(ast.parse(inspect.getsource(module)), [packages, *rooms, module]):
             assert any(reaches(scope, name) for scope in scopes), (info.name, name)
 
 
