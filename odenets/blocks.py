@@ -80,7 +80,7 @@ class Block(nn.Module):
         fields: list[Any] = list(self.fields)
         tied = stage_fields == "tied"
         if tied:
-            fields *= stages
+            fields = fields * stages
         elif len(fields) < stages:
             fields.append((following or self).fields[0])
         if tied or args:  # which must not be taken for the stage

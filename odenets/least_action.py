@@ -235,6 +235,7 @@ class LeastAction(_WithCost):
             with torch.no_grad(), keeping_state(network):
                 output, records = record(network, batch[0], self.task.measures)
                 self._grow(self.task.loss(network, batch, output, records), _samples(batch))
+            torch.clear_autocast_cache()  # which may hold weights cast without gradients
         super().after_step(network, batch)
         self.steps += 1
         self.end_step()
@@ -334,4 +335,4 @@ def _check_task(task: object) -> None:
 def _samples(batch: Batch) -> int:
     """How many samples a batch holds."""
     x = batch[0]
-    return len(x[0] if isinstance(x, tuple | list) else x)
+    return len(x[0] if isinstance(x, (tuple, list)) else x)

@@ -36,7 +36,7 @@ class Chain(Joined):
     @property
     def flows(self) -> list[Any]:
         """The flows and neural ODEs, first to last."""
-        return [layer for layer in self.layers if isinstance(layer, Flow | NeuralODE)]
+        return [layer for layer in self.layers if isinstance(layer, (Flow, NeuralODE))]
 
     @property
     def recorders(self) -> list[Any]:
@@ -58,13 +58,13 @@ class Chain(Joined):
         Raises:
             TypeError: an argument that only a flow's own record takes.
         """
-        if wrong := {"check", "readout"} & measures.keys():
+        if wrong := [name for name in ("check", "readout") if name in measures]:
             raise TypeError(
                 f"record takes measures by name, and {wrong.pop()!r} is an argument of a Flow's record alone"
             )
         layers, parts = self.layers, []
         for i, layer in enumerate(layers, 1):
-            if isinstance(layer, Flow | NeuralODE):
+            if isinstance(layer, (Flow, NeuralODE)):
                 flow: Any = layer
                 options: dict[str, Any] = {"check": False}
                 if isinstance(layer, Flow):
@@ -78,7 +78,7 @@ class Chain(Joined):
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``; ``args`` and ``closing`` as :meth:`Flow.steps` takes them."""
         for layer in self.layers:
-            if isinstance(layer, Flow | NeuralODE):
+            if isinstance(layer, (Flow, NeuralODE)):
                 for step in layer.steps(x, *args, closing=closing, check=False):
                     yield step
                     x = step.x1

@@ -210,7 +210,7 @@ def _check_kinds(field: Any, tolerance: Any, controller: Any, event: Any, args: 
         raise TypeError(f"controller must be a step-size rule, as I(), got {controller!r:.80}")
     if event is not None and not callable(event):
         raise TypeError(f"event must be a function (t, x), got {type(event).__name__}")
-    if not isinstance(args, tuple | list):
+    if not isinstance(args, (tuple, list)):
         raise TypeError(f"args must be a tuple of arguments for the field, got {type(args).__name__}")
 
 
@@ -231,7 +231,7 @@ def _time(name: str, t: Any, samples: int | None) -> Any:
     if samples is None:
         if isinstance(t, Tensor) and t.ndim:
             raise ValueError(f"{name} must be a number, got shape {tuple(t.shape)}; control='sample' takes (B,)")
-        if not isinstance(t, Tensor | Real | np.ndarray):
+        if not isinstance(t, (Tensor, Real, np.ndarray)):
             raise TypeError(f"{name} must be a number, got {type(t).__name__}")
         t = float(t)
         if not math.isfinite(t):

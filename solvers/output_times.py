@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.tolerance import to_host
 from solvers.validation import exact, is_mapped
 
 __all__ = ["output_times"]
@@ -88,7 +89,7 @@ def _numbers(at: Any) -> list[float] | Array:
     Raises:
         TypeError: they are no real numbers.
     """
-    if isinstance(at, list | tuple) and all(type(time) is float for time in at):
+    if isinstance(at, (list, tuple)) and all(type(time) is float for time in at):
         return list(at)
     if torch.compiler.is_compiling():
         raise ValueError(f"at must be a list of floats under torch.compile, got {type(at).__name__}: call .tolist()")
@@ -97,7 +98,7 @@ def _numbers(at: Any) -> list[float] | Array:
             raise ValueError("at must not be mapped by torch.vmap: control='sample' takes (B, n), times of each sample")
         if at.is_complex() or at.dtype == torch.bool:
             raise TypeError(f"at must hold real numbers, got {at.dtype}")
-        values: Any = np.array(at.tolist(), dtype=np.float64)
+        values: Any = np.array(to_host(at), dtype=np.float64)
         values = values.reshape(at.shape)
     elif isinstance(at, Real) or not isinstance(at, Sequence | Array) or isinstance(at, str | bytes):
         raise TypeError(f"at must be a tensor, an array or a list of times, got {type(at).__name__}")

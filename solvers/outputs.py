@@ -21,7 +21,7 @@ _ROUNDING = 1e-12
 _SMALL = 1 << 10  # numbers of a state up to which several are the faster made at once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Reading:
     """The states at fractions of a step, numbers or tensors; at the number 1 its end.
 

@@ -29,7 +29,7 @@ class Packing:
     def __init__(self, state: Any, name: str = "y0", *, batched: bool = False) -> None:
         self.keys = tuple(state) if isinstance(state, Mapping) else None
         self.single = isinstance(state, Tensor)
-        if not self.single and not isinstance(state, tuple | Mapping):
+        if not self.single and not isinstance(state, (tuple, Mapping)):
             raise TypeError(f"{name} must be a tensor, or a tuple or dictionary of tensors, got {type(state).__name__}")
         parts = self._parts(state, name)
         if sum(part.numel() for part in parts) == 0:
@@ -64,7 +64,7 @@ class Packing:
             return state
         if self.keys is not None and (not isinstance(state, Mapping) or set(state) != set(self.keys)):
             raise ValueError(f"{name} must be a dictionary with keys {list(self.keys)}, got {state!r:.100}")
-        if self.keys is None and not (isinstance(state, tuple | list) and len(state) == len(self.shapes)):
+        if self.keys is None and not (isinstance(state, (tuple, list)) and len(state) == len(self.shapes)):
             raise ValueError(f"{name} must be a tuple of {len(self.shapes)} tensors, got {type(state).__name__}")
         parts = self._parts(state, name)
         shapes = [part.shape[self.batched :] for part in parts]
@@ -87,7 +87,7 @@ class Packing:
 
     def expand(self, tolerance: Any, dtype: torch.dtype = torch.float64) -> Any:
         """A tolerance per part as one per number, of a dtype; a number or tensor stays."""
-        if self.single or isinstance(tolerance, int | float | Tensor):
+        if self.single or isinstance(tolerance, (int, float, Tensor)):
             return tolerance
         parts = tuple(tolerance if self.keys is None else (tolerance[key] for key in self.keys))
         if len(parts) != len(self.shapes):

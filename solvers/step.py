@@ -24,7 +24,7 @@ _SEVERAL = (list, tuple)
 
 def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
     """``h * sum_i w_i p_i``: as many tensor operations as non-zero weights."""
-    (p, weight), *rest = [(p, w) for p, w in zip(stages, weights, strict=False) if w != 0]
+    (p, weight), *rest = [(p, w) for p, w in zip(stages, weights) if w != 0]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     add = combination if p.numel() <= SMALL else combine
     return add(p * (h * weight), [p for p, _ in rest], [w for _, w in rest], h)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from solvers.reductions import SMALL, error_ratios
 from solvers.step import Step
-from solvers.validation import is_mapped
+from solvers.validation import is_mapped, is_transformed
 
 __all__ = ["Tolerance", "to_host"]
 
@@ -163,7 +163,9 @@ def to_host(x: Tensor) -> Any:
         return x.tolist() if x.ndim else x.item()
     except RuntimeError:
         if not is_mapped(x):
-            raise
+            if not is_transformed(x):
+                raise
+            return [to_host(row) for row in x]  # torch 2.8 lists no numbers of what grad and jvp wrap
     raise RuntimeError(
         "an adaptive solve chooses its steps by numbers and cannot be mapped by torch.vmap: give the samples as "
         "one batch to integrate(..., control='sample'), where each has its own steps, or take fixed steps"

@@ -91,15 +91,15 @@ class ForwardPass:
     def __init__(self, measures: dict[str, StepFunction], x: Any, keep: bool, in_place: InPlaceChanges) -> None:
         self.measures, self.reductions, self.x, self.keep = measures, reductions_of(measures.values()), x, keep
         self.in_place = in_place
-        self.needs_states = bool(measures) or keep
-        read = (reductions_of([one]) for one in measures.values())
-        self.all_reduced = all(one and one <= {"action", "residue"} for one in read)
+        self.needs_states = len(measures) > 0 or keep
+        read = [reductions_of([one]) for one in measures.values()]
+        self.all_reduced = all(len(one) > 0 and "error" not in one for one in read)
         self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
         self.steps: list[Step] = []
         self.ends: list[_End] = []  # of steps that are kept or differentiated
         self.visited: list[Visited] = []
-        self.starting: dict[BlockSpec, _Start] = {}
-        self.branches: dict[BlockSpec, Tensor] = {}
+        self.starting: dict[str, _Start] = {}  # by names: torch 2.8 compiles no other keys
+        self.branches: dict[str, Tensor] = {}
         self.gradients = torch.is_grad_enabled()
         self.without_gradients: BlockSpec | None = None
 
@@ -108,19 +108,19 @@ class ForwardPass:
         x0, key = _tensor(block, x0), StepKey(block, part, training, torch.is_grad_enabled())
         copied = self.needs_states and (torch.compiler.is_compiling() or self.in_place.inputs.get(key, True))
         copy = x0.clone() if copied else None
-        self.starting[block] = _Start(x0, x0 if source is None else source, _version(x0), copy, key)
+        self.starting[block.name] = _Start(x0, x0 if source is None else source, _version(x0), copy, key)
 
     def restart(self, block: BlockSpec, x0: Any, training: bool) -> None:
         """The step of the block begins at x0, the output of its shortcut, instead."""
-        before = self.starting.get(block)
+        before = self.starting.get(block.name)
         if before is not None and before.version != _version(before.x0):
             raise _changed(block)
         self.start(block, x0, training)
 
     def middle(self, block: BlockSpec, x: Any, training: bool) -> None:
         """One step of the block ends at x, and the other begins."""
-        if block in self.starting and self.starting[block].key.part == 0:
-            shape = self.starting[block].x0.shape
+        if block.name in self.starting and self.starting[block.name].key.part == 0:
+            shape = self.starting[block.name].x0.shape
             source = x = _tensor(block, x)
             if x.shape != shape and x.numel() == shape.numel():
                 x = x.reshape(shape)
@@ -130,16 +130,16 @@ class ForwardPass:
     def branch(self, block: BlockSpec, r: Any, training: bool) -> None:
         """The branch of the block gives r."""
         if self.needs_states:
-            self.branches[block] = _tensor(block, r).clone()  # torchvision's blocks add to it in place
+            self.branches[block.name] = _tensor(block, r).clone()  # torchvision's blocks add to it in place
 
     def end_of_shared(self, block: BlockSpec, x1: Any, training: bool) -> None:
         """The step of the block ends at x1 if it has started: its last module, an activation, ends others too."""
-        if block in self.starting:
+        if block.name in self.starting:
             self.end(block, x1, training)
 
     def end(self, block: BlockSpec, x1: Any, training: bool) -> None:
         """A step of the block ends at x1."""
-        start = self.starting.pop(block, None)
+        start = self.starting.pop(block.name, None)
         if start is None:
             raise ValueError(f"block {block.name!r} ends before it starts: {block.last!r} is called first")
         x0, x1, key = start.x0, _tensor(block, x1), start.key
@@ -174,7 +174,7 @@ class ForwardPass:
 
     def _residue(self, block: BlockSpec, x0: Tensor, *, moves: bool) -> Tensor:
         """What the branch of the block has given; zero where stochastic depth leaves the block out."""
-        r = self.branches.pop(block, None)
+        r = self.branches.pop(block.name, None)
         if r is None and moves:
             raise ValueError(
                 f"block {block.name!r} does not call its branch {block.branch!r} in this pass: take "

@@ -236,7 +236,8 @@ def reductions_of(measures: Iterable[StepFunction]) -> frozenset[str]:
     >>> sorted(reductions_of([action, error]))
     ['action', 'error']
     """
-    return frozenset().union(*(getattr(measure, "reductions", ()) for measure in measures))
+    read = [getattr(measure, "reductions", ()) for measure in measures]
+    return frozenset([name for name in ("action", "error", "residue") if any(name in names for names in read)])
 
 
 def integrand_of(name: str, measure: StepFunction) -> Callable[[Tensor], Tensor]:

@@ -59,7 +59,7 @@ def action(step: Step, p: float = 2.0) -> Tensor:
         ValueError: p below 1.
     """
     if p != 2:
-        pairs = zip(step.tableau.b, step.stages, strict=False)
+        pairs = zip(step.tableau.b, step.stages)  # noqa: B905 - torch 2.8's compiler takes strict=False for True
         powers: Tensor = sum(b * power_mean(stage, p) for b, stage in pairs if b)  # type: ignore[assignment]  # never 0
         return step_size(step) * powers
     value = _computed(step, "action")

@@ -88,4 +88,5 @@ def recomputed(
     try:
         return whole(x)
     except BegunAnew:
-        return whole(x)
+        pass  # and goes: on older torch the hooks of what was begun last as long as its error
+    return whole(x)

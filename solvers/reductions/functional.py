@@ -171,7 +171,7 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
     >>> combine(torch.zeros(1, 2), [torch.ones(1, 2), torch.ones(1, 2)], (0.25, 0.75), h=0.5)
     tensor([[0.5000, 0.5000]])
     """
-    pairs = [(p, float(w)) for p, w in zip(stages, weights, strict=False) if w]
+    pairs = [(p, float(w)) for p, w in zip(stages, weights) if w]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     if len(pairs) < 2 or x.ndim < 2 or not _large([x, *stages]) or not all(alike(p, x) for p, _ in pairs):
         return combination(x, stages, weights, h)
     if x.device.type == "cpu":

@@ -36,7 +36,7 @@ def read_stages(stages: Sequence[Tensor], weights: Sequence[float]) -> tuple[lis
         raise ValueError(f"weights ask for {len(weights)} stages, got {len(stages)}")
     if len(stages) > len(weights):
         raise ValueError(f"weights must hold one per stage, got {len(weights)} for {len(stages)}")
-    pairs = [(check_batch(p, "stages"), float(w)) for p, w in zip(stages, weights, strict=False) if w != 0]
+    pairs = [(check_batch(p, "stages"), float(w)) for p, w in zip(stages, weights) if w != 0]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     for p, _ in pairs[1:]:
         if not alike(p, pairs[0][0]):
             raise ValueError(

@@ -131,7 +131,7 @@ def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h
     """
     if x.dtype in HALF:
         return combination(x.float(), stages, weights, h).to(x.dtype)
-    for p, weight in zip(stages, weights, strict=False):
+    for p, weight in zip(stages, weights):  # noqa: B905 - torch 2.8's compiler takes strict=False for True
         if weight:
             if isinstance(h, Tensor):
                 x = torch.addcmul(x, p.float() if p.dtype in HALF else p, h, value=weight).to(x.dtype)

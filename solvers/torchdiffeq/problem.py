@@ -16,7 +16,7 @@ from solvers.controllers import ControllerState
 from solvers.methods import get_tableau
 from solvers.packing import Packing
 from solvers.solve import Grid, Task
-from solvers.tolerance import Tolerance
+from solvers.tolerance import Tolerance, to_host
 from solvers.validation import real_dtype
 
 __all__ = ["ADAPTIVE", "METHODS", "check_options", "ending_at", "largest_rms", "make_task"]
@@ -165,7 +165,7 @@ def _constructed(field: Any, x0: Tensor, t: Tensor, times: list[Any], wide: Tens
     if not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) < 2 or not grid.is_floating_point():
         what = f"{grid.dtype} {tuple(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
         raise TypeError(f"options: grid_constructor must return at least two times, floating (n,), got {what}")
-    numbers = grid.detach().tolist()
+    numbers = to_host(grid.detach())
     slack = 2 * max(torch.finfo(x.dtype).eps for x in (grid, t, x0))
     for number, time, name in ((numbers[0], times[0], "begin at t[0]"), (numbers[-1], times[-1], "end at t[-1]")):
         if not abs(number - time) <= slack * max(abs(number), abs(time)):
@@ -250,7 +250,7 @@ def _numbers(times: Any) -> list[float]:
     if times is None:
         return []
     if isinstance(times, Tensor):
-        return times.detach().reshape(-1).tolist()
+        return to_host(times.detach().reshape(-1))
     return [float(s) for s in times] if hasattr(times, "__iter__") else [float(times)]
 
 
@@ -268,7 +268,7 @@ def _check_times(t: Any, numbers: bool) -> list[Any]:
         raise ValueError(f"t must have one dimension and at least one time, got shape {tuple(t.shape)}")
     if torch.compiler.is_compiling() and not numbers:
         return list(t.detach().unbind())  # a graph knows no values
-    times = t.detach().tolist()
+    times = to_host(t.detach())
     if not all(math.isfinite(time) for time in times):
         raise ValueError(f"t must be finite, got {times}")
     signs = {(b > a) - (b < a) for a, b in pairwise(times)}
@@ -278,7 +278,7 @@ def _check_times(t: Any, numbers: bool) -> list[Any]:
 
 
 def _tolerance(name: str, tolerance: Any, packing: Packing, x: Tensor, dtype: torch.dtype) -> Any:
-    if packing.single and not isinstance(tolerance, int | float | Tensor):
+    if packing.single and not isinstance(tolerance, (int, float, Tensor)):
         raise TypeError(
             f"{name} must be a number or a tensor that broadcasts against y0, got {type(tolerance).__name__}"
         )

@@ -56,6 +56,7 @@ class TestEveryMeasure(MeasureTester):
     """A measure is added to ``CASES`` with its definition, in a line."""
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 compiles no properties of named tuples")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_every_measure_is_compiled_in_one_graph(backend):
     def measured(*tensors):

@@ -241,6 +241,7 @@ def test_output_times_of_fixed_steps_compile_to_one_graph(solver, gradient):
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 does not pass on what an error says")
 @pytest.mark.parametrize("at", [torch.tensor([0.5]), [1]])
 def test_a_graph_takes_floats_alone(at):
     solve = lambda x: integrate(growth, x, 0.0, 1.0, steps=2, at=at).states  # noqa: E731

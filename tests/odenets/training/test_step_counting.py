@@ -22,6 +22,7 @@ class Own(torch.optim.Optimizer):
             p.data.add_(p.grad.data, alpha=-0.1)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # by LBFGS of torch 2.8
 @pytest.mark.parametrize(
     ("kind", "options"),
     [(torch.optim.SGD, {"lr": 0.1}), (torch.optim.Adam, {"fused": True}), (torch.optim.LBFGS, {}), (Own, {})],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 COMPILE = """
@@ -71,6 +71,7 @@ def run(*command, **environment):
     return process.stdout
 
 
+@pytest.mark.skipif(triton.__version__ < "3.5", reason="the interpreter of Triton 3.4 fails on NumPy 2.4")
 @pytest.mark.parametrize("which", ["one_gradient or launches", pytest.param("test", marks=pytest.mark.slow)])
 def test_interpreted(which):
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which)
