@@ -171,6 +171,7 @@ def test_recalibrated_and_evaluated_as_on_a_cpu():
     close(measured("cuda"), measured("cpu"))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # looked at by the compiler of torch 2.11
 def test_a_compiled_training_step_as_the_eager_one():
     made, x = network("cuda", torch.float32, solver="euler", h=1.0), X.float().cuda()
 
