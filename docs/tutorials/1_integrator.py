@@ -17,6 +17,8 @@ import odenets
 from odenets import measures, plotting
 from odenets.training import Batches, fit, load
 
+plt.rcParams["figure.constrained_layout.use"] = True
+
 # %%
 # A residual block adds something to its input: ``x + v(x)``. Here are four of them, written as one writes them in
 # PyTorch. A *velocity field* takes a time and a state and returns a velocity of the state's shape.
@@ -49,7 +51,8 @@ print(f"largest difference of the two: {difference:g}")
 
 for step in flow.steps(x):
     is_euler = torch.allclose(step.x1, step.x0 + step.h * step.stages[0])
-    print(f"t = {step.t}, h = {step.h}, stages: {len(step.stages)}, x1 = x0 + h * stage: {is_euler}")
+    print(f"t = {step.t}, h = {step.h}, stages: {len(step.stages)},", end=" ")
+    print(f"x1 = x0 + h * stage: {is_euler}")
 
 # %%
 # Euler's method has one stage a step. Other methods look at the field at more places within a step, and combine what
@@ -63,16 +66,17 @@ class Rotation(nn.Module):
 
 
 methods = {"euler": 24, "midpoint": 12, "bs23": 8, "rk4": 6}  # and their steps
-turns = {}
+around = {"total_time": 2 * torch.pi, "shared": True}
+start, turns = torch.tensor([[1.0, 0.0]]), {}
 for solver, depth in methods.items():
-    turn = odenets.Flow(Rotation(), solver=solver, depth=depth, total_time=2 * torch.pi, shared=True)
-    start = torch.tensor([[1.0, 0.0]])
+    turn = odenets.Flow(Rotation(), solver=solver, depth=depth, **around)
     turns[solver] = torch.cat([start, *(step.x1 for step in turn.steps(start))])
     miss = (turns[solver][-1] - start).norm()
-    print(f"{solver:9}{depth:3} steps, {turn.evaluations:3} evaluations, ends {miss:.3f} from where it began")
+    print(f"{solver:9}{depth:3} steps, {turn.evaluations:3} evaluations,", end=" ")
+    print(f"ends {miss:.3f} from where it began")
 
 # %%
-figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharex=True, sharey=True, layout="constrained")
+figure, axes = plt.subplots(1, 4, figsize=(11, 3), sharex=True, sharey=True)
 angle = torch.linspace(0, 2 * torch.pi, 100)
 for axis, (solver, states) in zip(axes, turns.items(), strict=True):
     axis.plot(angle.cos(), angle.sin(), color="0.7", label="the flow of the field")
@@ -91,7 +95,7 @@ axes[-1].legend(loc="lower right", fontsize="small")
 # A *measure* is any function of a step that returns a number for each sample. ``record`` takes the steps and measures
 # each of them: here how far it moves a sample, and the *action*, the mean square of its velocity times ``h``.
 
-x1, records = flow.record(x, displacement=measures.displacement, action=measures.action)
+x1, records = flow.record(x, length=measures.displacement, action=measures.action)
 print(records)
 print("shape of one measure, blocks by samples:", tuple(records["action"].shape))
 
@@ -113,7 +117,7 @@ for epoch in range(3):
         optimizer.step()
     with torch.no_grad():
         accuracy = (network(test.x).argmax(1) == test.y).float().mean()
-    print(f"epoch {epoch + 1}: loss of the last batch {loss:.3f}, test accuracy {accuracy:.1%}")
+    print(f"epoch {epoch + 1}: last loss {loss:.3f}, test accuracy {accuracy:.1%}")
 
 # %%
 # The same by ``fit``
@@ -126,14 +130,20 @@ for epoch in range(3):
 def trained(solver):
     torch.manual_seed(0)
     network = odenets.models.small_network(solver=solver, depth=4)
-    data = {"batches": Batches(train, 64, seed=0), "validation": Batches(test, 500)}
-    training = fit(network, **data, epochs=3, optimizer=partial(torch.optim.Adam, lr=3e-3))
+    training = fit(
+        network,
+        Batches(train, 64, seed=0),
+        epochs=3,
+        optimizer=partial(torch.optim.Adam, lr=3e-3),
+        validation=Batches(test, 500),
+    )
     return network.eval(), training.rows
 
 
 network, rows = trained("euler")
 for row in rows:
-    print(f"epoch {row['epoch']}: loss {row['train_loss']:.3f}, test accuracy {row['validation_accuracy']:.1%}")
+    accuracy = row["validation_accuracy"]
+    print(f"epoch {row['epoch']}: loss {row['train_loss']:.3f}, test accuracy {accuracy:.1%}")
 
 # %%
 # The accuracies are near those of your own loop; they are not the same, since other random numbers were drawn.
@@ -147,7 +157,7 @@ for row in rows:
 # :doc:`elsewhere </how_to/measures>`.
 
 with torch.no_grad():
-    logits, records = network.record(test.x, action=measures.action, cosine=measures.cosine)
+    _, records = network.record(test.x, action=measures.action, cosine=measures.cosine)
 print(records)
 frame = records.to_dataframe()
 frame["digit"] = test.y.numpy()[frame["sample"]]
@@ -173,17 +183,16 @@ networks, curves = {"euler": network}, {"euler": rows}
 for solver in ("bs23", "rk4"):
     networks[solver], curves[solver] = trained(solver)
 for solver, rows in curves.items():
-    last = rows[-1]
-    print(
-        f"{solver:6} {networks[solver].evaluations:3} evaluations an image, {last['parameters']} parameters,", end=" "
-    )
+    last, evaluations = rows[-1], networks[solver].evaluations
+    print(f"{solver:6} {evaluations:3} evaluations, {last['parameters']} parameters,", end=" ")
     print(f"{last['seconds']:5.1f} s, test accuracy {last['validation_accuracy']:.1%}")
 
 # %%
-figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+figure, axis = plt.subplots(figsize=(6, 3.4))
 for solver, rows in curves.items():
-    axis.plot([row["epoch"] for row in rows], [row["validation_loss"] for row in rows], "o-", label=solver)
-axis.set(xlabel="epoch", ylabel="test loss", xticks=[row["epoch"] for row in rows])
+    losses = [row["validation_loss"] for row in rows]
+    axis.plot(range(1, len(losses) + 1), losses, "o-", label=solver)
+axis.set(xlabel="epoch", ylabel="test loss", xticks=range(1, len(losses) + 1))
 axis.legend()
 
 # %%
@@ -192,8 +201,9 @@ axis.legend()
 # two says how well the step follows the flow of its field.
 
 with torch.no_grad():
-    _, records = networks["bs23"].record(test.x, error=measures.error, displacement=measures.displacement)
-records["error over displacement"] = records["error"] / records["displacement"]
+    network, (error, length) = networks["bs23"], (measures.error, measures.displacement)
+    _, records = network.record(test.x, error=error, length=length)
+records["error over length"] = records["error"] / records["length"]
 print(records)
 
 # %%
@@ -205,11 +215,11 @@ print(records)
 
 for solver in ("euler", "midpoint", "bs23", "rk4"):
     other = odenets.models.small_network(solver=solver, depth=4)
-    other(test.x[:1])  # a flow makes its fields from the first input, and then has weights to load
+    other(test.x[:1])  # the first input makes the fields, whose weights are then loaded
     other.load_state_dict(networks["euler"].state_dict())
     with torch.no_grad():
         accuracy = (other(test.x).argmax(1) == test.y).float().mean()
-    print(f"weights trained with euler, read by {solver:9}: test accuracy {accuracy:.1%}")
+    print(f"trained with euler, read by {solver:9}: test accuracy {accuracy:.1%}")
 
 # %%
 # Where the accuracy falls, the network has learned its own four steps and not the flow that they approximate.

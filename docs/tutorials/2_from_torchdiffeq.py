@@ -9,6 +9,7 @@ It runs in about 10 seconds, and needs torchdiffeq beside this package.
 
 import time
 from statistics import median
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import torch
@@ -20,6 +21,7 @@ import solvers
 from solvers import Tolerance
 
 torch.manual_seed(0)
+plt.rcParams["figure.constrained_layout.use"] = True
 
 # %%
 # Before
@@ -69,12 +71,16 @@ def count_and_error(odeint, method, **tolerance):
 
 
 with torch.no_grad():
-    exact = torchdiffeq.odeint(field.double(), x0.double(), t.double(), rtol=1e-10, atol=1e-11)
+    double = field.double(), x0.double(), t.double()
+    exact = torchdiffeq.odeint(*double, rtol=1e-10, atol=1e-11)
     field.float()
     print(f"{'':10}{'torchdiffeq':>22}{'solvers':>22}")
     for method in ("euler", "midpoint", "bosh3", "dopri5"):
-        row = [count_and_error(package.odeint, method, rtol=1e-4, atol=1e-5) for package in (torchdiffeq, solvers)]
-        print(f"{method:10}" + "".join(f"{calls:8} calls {error:8.1e}" for calls, error in row))
+        print(f"{method:10}", end="")
+        for package in (torchdiffeq, solvers):
+            calls, error = count_and_error(package.odeint, method, rtol=1e-4, atol=1e-5)
+            print(f"{calls:8} calls {error:8.1e}", end="")
+        print()
 
 # %%
 # A row shows the field calls and the largest error of each. Methods with fixed steps take the same steps, so that their
@@ -83,15 +89,16 @@ with torch.no_grad():
 # Prince here, which are stricter at the same tolerance, so that it may take a few calls more
 # (:func:`solvers.odeint` lists what is different).
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-for name, color, form, states in (("torchdiffeq", "C0", "-", before), ("solvers", "C1", "o", after)):
+figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+for name, form, states in (("torchdiffeq", "C0-", before), ("solvers", "C1o", after)):
     states = states.detach()
     for sample in range(4):
-        axes[0].plot(*states[:, sample].T, form, color=color, markersize=3, label=name if sample == 0 else None)
+        lines = axes[0].plot(*states[:, sample].T, form, markersize=3)
+    lines[0].set_label(name)
     error = (states - exact).abs().amax((1, 2))
-    axes[1].semilogy(t[1:], error[1:], "o-", color=color, markersize=3, label=name)
-axes[0].set(title="four samples", xlabel="first feature", ylabel="second feature", aspect="equal")
-axes[1].set(title="dopri5 at rtol 1e-4", xlabel="t", ylabel="largest error over the samples")
+    axes[1].semilogy(t[1:], error[1:], f"{form[:2]}o-", markersize=3, label=name)
+axes[0].set(title="four samples", xlabel="first feature", ylabel="second feature")
+axes[1].set(title="dopri5 at rtol 1e-4", xlabel="t", ylabel="largest error")
 for axis in axes:
     axis.legend(fontsize="small")
 
@@ -116,7 +123,8 @@ for name, ours, theirs in (
     ("odeint", through, gradient(torchdiffeq.odeint)),
     ("odeint_adjoint", adjoint, gradient(torchdiffeq.odeint_adjoint)),
 ):
-    print(f"{name:15} gradients differ by {(ours - theirs).norm() / theirs.norm():.1e} of their norm")
+    difference = (ours - theirs).norm() / theirs.norm()
+    print(f"{name:15} gradients differ by {difference:.1e} of their norm")
 
 # %%
 # Events
@@ -124,11 +132,12 @@ for name, ours, theirs in (
 #
 # ``odeint_event`` too: when does one sample cross the vertical axis for the first time, and where?
 
-start = torch.tensor([1.0, 0.5])
+start, zero = torch.tensor([1.0, 0.5]), torch.tensor(0.0)
+options = {"event_fn": lambda t, x: x[..., 0], "rtol": 1e-6, "atol": 1e-7}
 for package in (torchdiffeq, solvers):
-    found = package.odeint_event(field, start, torch.tensor(0.0), event_fn=lambda t, x: x[..., 0], rtol=1e-6, atol=1e-7)
-    event_time, states = found
-    print(f"{package.__name__:12} t = {event_time:.5f}, x = ({states[-1][0]:.5f}, {states[-1][1]:.5f})")
+    event_time, states = package.odeint_event(field, start, zero, **options)
+    first, second = states[-1]
+    print(f"{package.__name__:12} t = {event_time:.5f}, x = ({first:.5f}, {second:.5f})")
 
 # %%
 # As a module
@@ -137,7 +146,8 @@ for package in (torchdiffeq, solvers):
 # New code is shorter with :class:`odenets.NeuralODE`. It holds the field, the method and the tolerance, is part of a
 # network like any module, and counts its evaluations itself.
 
-ode = odenets.NeuralODE(field, solver="dopri5", tolerance=Tolerance(rtol=1e-4, atol=1e-5))
+tolerance = Tolerance(rtol=1e-4, atol=1e-5)
+ode = odenets.NeuralODE(field, solver="dopri5", tolerance=tolerance)
 states = ode(x0, at=t)
 print("states:", tuple(states.shape), "evaluations:", ode.evaluations)
 print(f"largest error: {(states - exact).abs().max():.1e}")
@@ -155,11 +165,11 @@ print(f"largest error: {(states - exact).abs().max():.1e}")
 # alike. Beside them stand the field calls alone: what no solver can save.
 
 torch.set_num_threads(1)
-end = t[[0, -1]]
-ode = odenets.NeuralODE(field, tolerance=Tolerance(rtol=1e-3, atol=1e-4), t1=end[-1].item())
+ends, rough = torch.tensor([0.0, 3.0]), {"rtol": 1e-3, "atol": 1e-4}
+ode = odenets.NeuralODE(field, tolerance=Tolerance(**rough), t1=3.0)
 ways = {
-    "torchdiffeq": lambda: torchdiffeq.odeint(field, x0, end, rtol=1e-3, atol=1e-4)[-1],
-    "solvers.odeint": lambda: solvers.odeint(field, x0, end, rtol=1e-3, atol=1e-4)[-1],
+    "torchdiffeq": lambda: torchdiffeq.odeint(field, x0, ends, **rough)[-1],
+    "solvers.odeint": lambda: solvers.odeint(field, x0, ends, **rough)[-1],
     "NeuralODE": lambda: ode(x0),
 }
 calls = {}
@@ -167,7 +177,8 @@ for name, way in ways.items():
     field.calls = 0
     way()
     calls[name] = field.calls
-ways["field calls alone"] = lambda: sum(field(t[0], x0) for _ in range(calls["NeuralODE"]))
+ways["calls alone"] = lambda: sum(field(t[0], x0) for _ in range(calls["NeuralODE"]))
+calls["calls alone"] = calls["NeuralODE"]
 
 # %%
 
@@ -184,18 +195,19 @@ times = {}
 for backward in (False, True):
     for way in ways.values():
         seconds(way, backward)  # the first time is slower
-    rounds = [{name: seconds(way, backward) for name, way in ways.items()} for _ in range(60)]
-    times[backward] = {name: 1e3 * median(one[name] for one in rounds) for name in ways}
+    rounds = [[seconds(way, backward) for way in ways.values()] for _ in range(60)]
+    times[backward] = [1e3 * median(column) for column in zip(*rounds, strict=True)]
 
 # %%
 print(f"{'milliseconds':20}{'calls':>8}{'forward':>10}{'and backward':>14}")
-for name in ways:
-    print(f"{name:20}{calls.get(name, calls['NeuralODE']):8}{times[False][name]:10.2f}{times[True][name]:14.2f}")
+for name, forward, both in zip(ways, times[False], times[True], strict=True):
+    print(f"{name:20}{calls[name]:8}{forward:10.2f}{both:14.2f}")
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
-for axis, backward, title in ((axes[0], False, "forward"), (axes[1], True, "forward and backward")):
-    axis.barh(list(ways), list(times[backward].values()), color=["C0", "C1", "C1", "gray"])
+figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
+for axis, backward in zip(axes, (False, True), strict=True):
+    axis.barh(list(ways), times[backward], color=["C0", "C1", "C1", "gray"])
+    title = "forward and backward" if backward else "forward"
     axis.set(title=title, xlabel="milliseconds, median")
 axes[0].invert_yaxis()
 
@@ -214,17 +226,18 @@ for method in ("dopri8", "implicit_adams", "scipy_solver"):
     try:
         solvers.odeint(field, x0, t, method=method)
     except ValueError as error:
-        print(f"{error}\n")
+        print(fill(str(error), 80))
 
 # %%
 # One name means something else. ``rk4`` of torchdiffeq is the 3/8 rule, which is ``rk4_38`` here, while ``rk4`` is the
 # classic method:
 
 with torch.no_grad():
-    theirs = torchdiffeq.odeint(field.double(), x0.double(), t.double(), method="rk4")
+    field.double()
+    theirs = torchdiffeq.odeint(*double, method="rk4")
     for method in ("rk4", "rk4_38"):
-        ours = solvers.odeint(field, x0.double(), t.double(), method=method)
-        print(f"torchdiffeq's rk4 and {method:7} differ by {(ours - theirs).abs().max():.1e}")
+        difference = (solvers.odeint(*double, method=method) - theirs).abs().max()
+        print(f"torchdiffeq's rk4 and {method:7} differ by {difference:.1e}")
 
 # %%
 # Rounding in double precision is near 1e-16: the smaller of the two numbers is the same method.

@@ -16,6 +16,7 @@ from odenets.analysis import measure_memory
 from solvers import Tolerance
 
 torch.manual_seed(0)
+plt.rcParams["figure.constrained_layout.use"] = True
 
 # %%
 # Series with times of their own
@@ -26,13 +27,15 @@ torch.manual_seed(0)
 # have output times of its own: ``at`` is then a table, a row of times for each sample.
 
 spiral = torch.tensor([[-0.1, 2.0], [-2.0, -0.1]])
-truth = odenets.NeuralODE(lambda t, x: x**3 @ spiral, control="sample", tolerance=Tolerance(rtol=1e-6, atol=1e-8))
+exactly = Tolerance(rtol=1e-6, atol=1e-8)
+truth = odenets.NeuralODE(lambda t, x: x**3 @ spiral, control="sample", tolerance=exactly)
 
 x0 = 3 * torch.rand(48, 2) - 1.5
-times = (1.5 * torch.rand(48, 6)).sort(1).values  # six times between 0 and 1.5 for each sample
+times = (1.5 * torch.rand(48, 6)).sort(1).values  # six for each sample
 exact = truth(x0, at=times)
 observed = exact + 0.03 * torch.randn_like(exact)
-print("starts:", tuple(x0.shape), "times:", tuple(times.shape), "states at them:", tuple(observed.shape))
+print("starts:", tuple(x0.shape), "times:", tuple(times.shape))
+print("states at these times:", tuple(observed.shape))
 
 # %%
 # The states are samples by times by features. Series of several lengths go into one table too: a sample with fewer
@@ -56,7 +59,8 @@ class Field(nn.Module):
 
 field = Field()
 tolerance = Tolerance(rtol=1e-3, atol=1e-4)
-ode = odenets.NeuralODE(field, solver="bs23", control="sample", tolerance=tolerance, t1=1.5)
+settings = {"solver": "bs23", "tolerance": tolerance, "t1": 1.5}
+ode = odenets.NeuralODE(field, control="sample", **settings)
 optimizer = torch.optim.Adam(ode.parameters(), lr=3e-2)
 
 # %%
@@ -67,7 +71,7 @@ for step in range(151):
     loss.backward()
     optimizer.step()
     if step % 30 == 0:
-        print(f"step {step:3}: mean squared error {loss:.4f}, {ode.evaluations} field calls")
+        print(f"step {step:3}: squared error {loss:.4f}, {ode.evaluations} field calls")
 print(f"the noise alone: {(exact - observed).square().mean():.4f}")
 
 # %%
@@ -77,15 +81,15 @@ print(f"the noise alone: {(exact - observed).square().mean():.4f}")
 dense = torch.linspace(0, 1.5, 200)
 with torch.no_grad():
     learned, true = ode(x0, at=dense), truth(x0, at=dense)
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
 for sample in range(4):
-    axes[0].plot(times[sample], torch.full((6,), sample + 1), "o", color=f"C{sample}")
-    axes[1].plot(*true[:, sample].T, color="gray", linewidth=3, alpha=0.5, label="true" if sample == 0 else None)
-    axes[1].plot(*learned[:, sample].T, color=f"C{sample}", label=None if sample else "learned")
-    axes[1].plot(*observed[sample].T, "o", color=f"C{sample}", label=None if sample else "observed")
-axes[0].set(title="when four samples are observed", xlabel="t", ylabel="sample", yticks=range(1, 5))
-axes[1].set(title="their ways", xlabel="first feature", ylabel="second feature", aspect="equal")
-axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0].plot(times[sample], torch.full((6,), sample + 1), f"C{sample}o")
+    axes[1].plot(*true[:, sample].T, color="gray", linewidth=4, alpha=0.5)
+    axes[1].plot(*learned[:, sample].T, f"C{sample}")
+    axes[1].plot(*observed[sample].T, f"C{sample}o")
+axes[1].legend(["true", "learned", "observed"], loc="center left", bbox_to_anchor=(1, 0.5))
+axes[0].set(title="when they are observed", xlabel="t", ylabel="sample", yticks=range(1, 5))
+axes[1].set(title="ways", xlabel="first feature", ylabel="second feature", aspect="equal")
 
 # %%
 # To the left, no two samples share a time. To the right, the learned ways lie on the true ones where there is data for
@@ -100,15 +104,15 @@ axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 with torch.no_grad():
     each = ode.solution(x0).sample_stats.evaluations
-    batch = odenets.NeuralODE(field, solver="bs23", tolerance=tolerance, t1=1.5)
+    batch = odenets.NeuralODE(field, **settings)
     batch(x0)
 print(f"a step size for each: {each.min()} to {each.max()} evaluations of a sample")
 print(f"one for the batch:    {batch.evaluations} of every sample")
 
-figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+figure, axis = plt.subplots(figsize=(6, 3.4))
 axis.plot(x0.norm(dim=1), each, "o", markersize=4, label='control="sample"')
 axis.axhline(batch.evaluations, color="C1", label='control="batch"')
-axis.set(xlabel="distance of the start from the origin", ylabel="evaluations of a sample")
+axis.set(xlabel="distance of the start from the origin", ylabel="evaluations")
 axis.legend()
 
 # %%
@@ -125,28 +129,34 @@ axis.legend()
 
 
 def gradient(way, steps):
-    """The gradient as one vector, and the peak of memory on the way to it, in KiB."""
+    """The gradient as one vector, and the peak of memory on the way, in KiB."""
     ode = odenets.NeuralODE(field, solver="bs23", steps=steps, gradient=way)
     field.zero_grad()
     memory = measure_memory(lambda: ode(x0).square().mean().backward())
-    return torch.cat([parameter.grad.flatten() for parameter in field.parameters()]), memory.peak / 1024
+    flat = torch.cat([parameter.grad.flatten() for parameter in field.parameters()])
+    return flat, memory.peak / 1024
 
 
-counts, peaks = (10, 20, 40, 80, 160), {"direct": [], "checkpoint": [], "backsolve": []}
+# %%
+
+counts = (10, 20, 40, 80, 160)
+peaks = {"direct": [], "checkpoint": [], "backsolve": []}
+print("steps" + "".join(f"{way:>20}" for way in peaks))
 for steps in counts:
     direct, _ = gradient("direct", steps)
-    line = f"{steps:3} steps"
+    print(f"{steps:5}", end="")
     for way, peak in peaks.items():
         vector, kib = gradient(way, steps)
         peak.append(kib)
-        line += f"   {way} {kib:6.0f} KiB, off by {(vector - direct).norm() / direct.norm():.0e}"
-    print(line)
+        off = (vector - direct).norm() / direct.norm()
+        print(f"{kib:7.0f} KiB, {off:7.0e}", end="")
+    print()
 
 # %%
-# Off by 0 is off by nothing, to the last bit. The gradient of ``"backsolve"`` is that of the ODE and not of the steps:
+# The second number is how far the gradient is from that of ``"direct"``, in parts of it. The gradient of ``"backsolve"`` is that of the ODE and not of the steps:
 # it differs by the error of both solves, and less with more steps until rounding is all that is left.
 
-figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+figure, axis = plt.subplots(figsize=(6, 3.4))
 for way, peak in peaks.items():
     axis.loglog(counts, peak, "o-", label=way)
 axis.set(xlabel="steps", ylabel="peak of memory, KiB")
@@ -171,7 +181,8 @@ def gravity(t, x):
     return torch.stack([x[:, 1], torch.full_like(x[:, 1], -9.81)], 1)
 
 
-fall = odenets.NeuralODE(gravity, control="sample", t1=10.0, event=lambda t, x: x[:, 0])
+landing = {"event": lambda t, x: x[:, 0], "t1": 10.0}
+fall = odenets.NeuralODE(gravity, control="sample", **landing)
 height = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64, requires_grad=True)
 solution = fall.solution(torch.stack([height, torch.zeros_like(height)], 1))
 solution.event_time.sum().backward()
@@ -195,7 +206,8 @@ def flights(elasticity, heights):
         starts.append(x)
         durations.append(solution.event_time)
         upwards = -elasticity * solution.x1[:, 1]
-        x = torch.stack([torch.full_like(upwards, 1e-6), upwards], 1)  # at zero the next event would be at once
+        ground = torch.full_like(upwards, 1e-6)  # at zero the next event would be at once
+        x = torch.stack([ground, upwards], 1)
     return starts, durations
 
 
@@ -212,22 +224,24 @@ for step in range(21):
     loss.backward()
     optimizer.step()
     if step % 5 == 0:
-        print(f"step {step:2}: elasticity {elasticity.item():.3f}, mean squared error of the third landing {loss:.1e}")
+        print(f"step {step:2}: elasticity {elasticity.item():.3f}, squared error {loss:.1e}")
 
 # %%
 # The elasticity goes to the one of the observations, 0.8. The figure draws the flights of each ball;
 # ``at`` takes twenty times within each of them.
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True, sharey=True, layout="constrained")
-for axis, value, title in ((axes[0], 0.4, "at first"), (axes[1], elasticity.detach(), "learned")):
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharex=True, sharey=True)
+values = {"at first": torch.tensor(0.4), "learned": elasticity.detach()}
+inner = torch.linspace(0, 0.999, 20, dtype=torch.float64)
+for axis, (name, value) in zip(axes, values.items(), strict=True):
     now = torch.zeros(3, 1, dtype=torch.float64)
-    for x, duration in zip(*flights(torch.as_tensor(value), heights), strict=True):
-        inside = duration[:, None] * torch.linspace(0, 0.999, 20, dtype=torch.float64)
+    for x, duration in zip(*flights(value, heights), strict=True):
+        inside = duration[:, None] * inner
         for ball, path in enumerate(fall(x, at=inside)[..., 0]):
-            axis.plot(now[ball] + inside[ball], path, color=f"C{ball}")
+            axis.plot(now[ball] + inside[ball], path, f"C{ball}")
         now = now + duration[:, None]
-    axis.plot(third, torch.zeros(3), "v", color="gray", markersize=9, label="observed third landing")
-    axis.set(title=f"{title}: elasticity {value:.2f}", xlabel="t, seconds", ylabel="height, meters")
+    axis.plot(third, torch.zeros(3), "v", color="gray", label="third landing, observed")
+    axis.set(title=f"{name}: elasticity {value:.2f}", xlabel="seconds", ylabel="meters")
 axes[1].legend()
 
 # %%

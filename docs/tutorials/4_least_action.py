@@ -19,6 +19,8 @@ from odenets import measures, plotting
 from odenets.least_action import LeastAction
 from odenets.training import Batches, evaluate, fit, load, subsample
 
+plt.rcParams["figure.constrained_layout.use"] = True
+
 # %%
 # A few images
 # ------------
@@ -49,9 +51,9 @@ def resnet():
     return odenets.adapt(torchvision.models.resnet18(num_classes=10))
 
 
-network = resnet()
+network, measured = resnet(), {"length": measures.displacement, "action": measures.action}
 with torch.no_grad():
-    logits, records = network.record(few[0][:32], length=measures.displacement, action=measures.action)
+    logits, records = network.record(few[0][:32], **measured)
 print(records)
 
 # %%
@@ -83,10 +85,12 @@ for _ in range(3):
 # ``objective(network, x, y)`` takes one forward pass and measures while it does so. The lines of the loop are those of
 # any other loss.
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-for axis, values, label in zip(axes, zip(*history, strict=True), ("loss + action / lambda", "lambda"), strict=True):
-    axis.plot(range(1, len(values) + 1), values, "o-", markersize=3)
-    axis.set(xlabel="step", ylabel=label)
+figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+minimized, multipliers = zip(*history, strict=True)
+axes[0].plot(range(1, len(history) + 1), minimized, "o-", markersize=3)
+axes[0].set(xlabel="step", ylabel="loss + action / lambda")
+axes[1].plot(range(1, len(history) + 1), multipliers, "o-", markersize=3)
+axes[1].set(xlabel="step", ylabel="lambda")
 
 # %%
 # Lambda grows fast while the loss is large, and slows down as the task is solved. What is minimized falls with the loss
@@ -101,29 +105,31 @@ for axis, values, label in zip(axes, zip(*history, strict=True), ("loss + action
 
 
 def trained(objective):
-    network = resnet()
-    fit(network, Batches(few, 32, seed=0), epochs=8, optimizer=partial(torch.optim.AdamW, lr=1e-3), objective=objective)
+    network, optimizer = resnet(), partial(torch.optim.AdamW, lr=1e-3)
+    batches = Batches(few, 32, seed=0)
+    fit(network, batches, epochs=8, optimizer=optimizer, objective=objective)
     odenets.recalibrate(network, [few[0]])
     return network.eval()
 
 
-networks = {"plain": trained(None), "least action": trained(LeastAction(lambda0=0.1, tau=0.05))}
+objective = LeastAction(lambda0=0.1, tau=0.05)
+networks = {"plain": trained(None), "least action": trained(objective)}
 
 # %%
 
 paths = {}
 for name, network in networks.items():
     with torch.no_grad():
-        _, paths[name] = network.record(many[0], length=measures.displacement, action=measures.action)
-    accuracies = [evaluate(network, [data]).accuracy for data in (few, many)]
-    length, action = (paths[name][measure].sum(0).mean() for measure in ("length", "action"))
+        _, paths[name] = network.record(many[0], **measured)
+    length, action = (paths[name][measure].sum(0).mean() for measure in measured)
     print(f"{name:13} path {length:.2f}, action {action:.2f},", end=" ")
-    print(f"accuracy {accuracies[0]:.1%} on training images, {accuracies[1]:.1%} on test images")
+    on_few, on_many = (evaluate(network, [data]).accuracy for data in (few, many))
+    print(f"accuracy {on_few:.1%} in training, {on_many:.1%} on test images")
 
 # %%
-# Both are measured on test images, path and action summed over the blocks. By block:
+# Path and action are measured on test images and summed over the blocks. By block:
 
-figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
 for name, records in paths.items():
     mean = records["length"].mean(1)
     axes[0].plot(records.blocks, mean, "o-", label=name)
@@ -150,9 +156,10 @@ figure = plotting.histograms({"test images": lengths}, xlabel="path length")
 # least action buys for certain, as it is what is minimized. Whether it also buys accuracy is another question, which
 # the table above cannot answer: it is one seed, one data set, and one setting that was not chosen on other images.
 
-plain, least = (evaluate(networks[name], [many]).accuracy for name in ("plain", "least action"))
-images_apart = round((least - plain) * len(many[1]))
-print(f"least action less plain: {100 * (least - plain):+.1f} points, {images_apart:+} of {len(many[1])} test images")
+plain, least = (evaluate(network, [many]).accuracy for network in networks.values())
+n = len(many[1])
+print(f"least action less plain: {100 * (least - plain):+.1f} points,", end=" ")
+print(f"{round((least - plain) * n):+} of {n} test images")
 
 # %%
 # Over many seeds, with learning rates chosen for each method and batch norm's statistics recomputed, little is left of
