@@ -153,8 +153,9 @@ for steps in counts:
     print()
 
 # %%
-# The second number is how far the gradient is from that of ``"direct"``, in parts of it. The gradient of ``"backsolve"`` is that of the ODE and not of the steps:
-# it differs by the error of both solves, and less with more steps until rounding is all that is left.
+# The second number is the distance of the gradient to that of ``"direct"``, in parts of it. That of ``"backsolve"`` is
+# the gradient of the ODE and not of the steps: it differs by the error of both solves, and less with more steps, until
+# rounding is all that is left.
 
 figure, axis = plt.subplots(figsize=(6, 3.4))
 for way, peak in peaks.items():
