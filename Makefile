@@ -26,7 +26,7 @@ test-all: test
 
 # the site, in docs/_build/html; a broken reference, a docstring that is no reST and a tutorial that raises end it
 docs: .venv/installed
-	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -n -q -d docs/_build/doctrees -b html docs docs/_build/html
 
 benchmarks: .venv/installed
 	mkdir -p .benchmarks

@@ -18,7 +18,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx_gallery.gen_gallery",
@@ -66,3 +65,4 @@ html_theme_options = {
 html_static_path = ["static"]
 html_css_files = ["odenets.css"]
 html_show_sphinx = False
+html_copy_source = False
