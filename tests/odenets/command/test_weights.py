@@ -91,7 +91,11 @@ class Evil:
         return print, ("run",)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", Evil(), [1, 2], {"epoch": 3}], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no weights", Evil(), [1, 2], {"epoch": 3}],
+    ids=["nothing", "text", "code", "numbers", "no tensors"],
+)
 def test_a_file_that_holds_no_weights_is_refused_and_nothing_of_it_runs(content, tmp_path, capsys):
     file = tmp_path / "weights.pth"
     if isinstance(content, bytes):
