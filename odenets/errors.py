@@ -1,4 +1,4 @@
-"""Exceptions of trainings, and of libraries that are not installed; those of solves are in :mod:`solvers`."""
+"""Exceptions of trainings, of libraries that are not installed, and of arguments; those of solves: :mod:`solvers`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from numbers import Integral, Real
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-__all__ = ["DivergedError", "WorkerLostError", "needs", "refuse", "renamed"]
+__all__ = ["DivergedError", "WorkerLostError", "check_count", "check_number", "needs", "refuse", "renamed"]
 
 
 class DivergedError(RuntimeError):
@@ -69,6 +70,39 @@ def needs(extra: str) -> Iterator[None]:
     except ImportError as error:
         error.add_note(f"pip install --upgrade 'odenets[{extra}]' brings the versions that this needs")
         raise
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """That the argument called ``name`` has a ``value`` that is a whole number, and not below the ``least``.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is below the least.
+
+    >>> check_count("depth", 2.5, 1)
+    Traceback (most recent call last):
+        ...
+    TypeError: depth must be a whole number, got 2.5
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must " + (f"be at least {least}" if least else "not be negative") + f", got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """That the argument called ``name`` has a ``value`` that is a number, and neither text nor a flag.
+
+    Raises:
+        TypeError: it is no number.
+
+    >>> check_number("tolerance", "1e-3")
+    Traceback (most recent call last):
+        ...
+    TypeError: tolerance must be a number, got '1e-3'
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def refuse(owner: str, unknown: Iterable[str], known: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from odenets.errors import check_count
 from odenets.normalization import StageBatchNorm, make_norm
 
 __all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "field_for", "reset_modules"]
@@ -85,7 +86,8 @@ class MLPField(VelocityField):
             ``(B, features)``.
 
     Raises:
-        ValueError: an unknown activation or norm.
+        TypeError: a size that is no whole number.
+        ValueError: a size below 1, or an unknown activation or norm.
 
     >>> field = MLPField(2, hidden=16, time=True)
     >>> field(0.5, torch.randn(4, 2)).shape
@@ -102,6 +104,7 @@ class MLPField(VelocityField):
         norm: str | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(features=features, hidden=hidden)
         hidden = hidden or max(64, 2 * features)
         self.time = time
         self.first = nn.Linear(features + time, hidden)
@@ -129,7 +132,8 @@ class ConvField(VelocityField):
         leading: whether the first norm and activation are there; a block right behind its encoder may do without.
 
     Raises:
-        ValueError: an even kernel_size, or an unknown activation or norm.
+        TypeError: a size that is no whole number.
+        ValueError: a size below 1, an even kernel_size, or an unknown activation or norm.
 
     >>> field = ConvField(16, norm="batch")
     >>> field(0.0, torch.randn(4, 16, 8, 8)).shape
@@ -149,6 +153,7 @@ class ConvField(VelocityField):
         leading: bool = True,
     ) -> None:
         super().__init__()
+        _check_sizes(channels=channels, hidden=hidden, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the shape of x, got {kernel_size}")
         hidden = hidden or channels
@@ -182,7 +187,8 @@ class ResNeXtField(VelocityField):
         norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None.
 
     Raises:
-        ValueError: an unknown norm, or channels that the groups do not divide.
+        TypeError: a size that is no whole number.
+        ValueError: a size below 1, an unknown norm, or channels that the groups do not divide.
 
     >>> field = ResNeXtField(64, hidden=32, groups=8)
     >>> bool((field(0.0, torch.randn(2, 64, 8, 8)) >= 0).all())
@@ -191,6 +197,7 @@ class ResNeXtField(VelocityField):
 
     def __init__(self, channels: int, hidden: int, groups: int = 32, *, norm: str | None = "batch") -> None:
         super().__init__()
+        _check_sizes(channels=channels, hidden=hidden, groups=groups)
         self.conv1 = nn.Conv2d(channels, hidden, 1, bias=False)
         self.norm1 = make_norm(norm, hidden)
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=groups, bias=False)
@@ -203,6 +210,13 @@ class ResNeXtField(VelocityField):
         x = self.norm1(self.conv1(x), stage).relu()
         x = self.norm2(self.conv2(x), stage).relu()
         return self.norm3(self.conv3(x), stage).relu()
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    """That sizes are whole numbers, at least 1; None is the size that a field chooses."""
+    for name, size in sizes.items():
+        if size is not None:
+            check_count(name, size, 1)
 
 
 def _time_like(t: float | Tensor, x: Tensor) -> Tensor:

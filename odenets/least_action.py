@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from odenets import measures
+from odenets.errors import check_count, check_number
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
@@ -50,12 +51,14 @@ class Cost:
     power of the p-norm; [K24, eq. 16] has that of the Euclidean norm, which is another cost.
 
     Raises:
+        TypeError: p that is no number.
         ValueError: an unknown kind, or p below 1.
     """
 
     def __init__(self, kind: Literal["action", "residue", "norm"] = "action", p: float = 2.0) -> None:
         if kind not in ("action", "residue", "norm"):
             raise ValueError(f"cost must be 'action', 'residue' or 'norm', got {kind!r}")
+        check_number("p", p)
         if not (math.isfinite(p) and p >= 1) or (kind == "norm" and p != 2):
             raise ValueError(f"p must be at least 1, and 2 for the cost 'norm', got {p}")
         self.kind = kind
@@ -81,6 +84,8 @@ class _WithCost(Objective):
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
         task = CrossEntropy() if task is None else task
         _check_task(task)
+        if isinstance(cost, Cost) and p != 2:
+            raise ValueError(f"p is that of the Cost where one is given, got p={p}: Cost({cost.kind!r}, p={p})")
         cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
         if task.measures.get(cost.kind, cost.measure) != cost.measure:
             raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
@@ -124,7 +129,7 @@ class ActionPenalty(_WithCost):
     """
 
     def __init__(self, weight: float, task: Objective | None = None, *, cost: str = "action", p: float = 2.0) -> None:
-        if not isinstance(weight, Real | Tensor):
+        if not isinstance(weight, Real | Tensor) or isinstance(weight, bool):
             raise TypeError(
                 f"weight must be a number, and comes first, ActionPenalty(0.1, task), got {type(weight).__name__}"
             )
@@ -180,8 +185,8 @@ class LeastAction(_WithCost):
             processes, it does not grow.
 
     Raises:
-        TypeError: a task that is no objective.
-        ValueError: arguments out of range.
+        TypeError: a task that is no objective, what is no number, or ``every`` that is no whole one.
+        ValueError: arguments out of range, or an exponent p beside a :class:`Cost`, which has its own.
     """
 
     multiplier: Tensor
@@ -200,10 +205,10 @@ class LeastAction(_WithCost):
     ) -> None:
         super().__init__(task, cost, p)
         for name, value in (("lambda0", lambda0), ("tau", tau)):
+            check_number(name, value)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be at least 1 step, a whole number, got {every}")
+        check_count("every", every, 1)
         if update not in ("before", "next", "after"):
             raise ValueError(f"update must be 'before', 'next' or 'after', got {update!r}")
         if weigh not in ("divide", "multiply"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Tolerance:
         max_steps: largest number of attempted steps, which bounds every solve.
 
     Raises:
+        TypeError: a tolerance that is neither a number nor a tensor.
         ValueError: a limit or tolerance is out of range.
 
     >>> from solvers import integrate
@@ -62,6 +64,7 @@ class Tolerance:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
+            _check_number(name, value)
             tensor = isinstance(value, Tensor)
             if tensor and value.requires_grad:
                 raise ValueError(f"{name} must not require a gradient")
@@ -76,8 +79,8 @@ class Tolerance:
             raise ValueError(f"min_step must be finite and not negative, got {self.min_step}")
         if not self.max_step > 0 or self.max_step < self.min_step:
             raise ValueError(f"max_step must be positive and not below min_step, got {self.max_step}")
-        if not 1 <= self.max_steps < math.inf:
-            raise ValueError(f"max_steps must be at least 1 and finite, got {self.max_steps}")
+        if isinstance(self.max_steps, bool) or not 1 <= self.max_steps < math.inf or self.max_steps % 1:
+            raise ValueError(f"max_steps must be at least 1 and finite, a whole number, got {self.max_steps}")
         exact = bool((self.atol == 0).any()) if isinstance(self.atol, Tensor) else self.atol == 0
         object.__setattr__(self, "_exact", exact)
 
@@ -147,6 +150,11 @@ class Tolerance:
             return None
         step.error_weights()  # which raises where there is none
         return error_ratios(x, step.x1, step.stages, step.tableau, step.h, self.rtol, self.atol)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Tensor, Real)):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
 
 
 def to_host(x: Tensor) -> Any:

@@ -51,7 +51,7 @@ def in_modules(
 def sgd_in_modules(
     network: ModuleWise, batches: Batches, learning_rate: float, order: str, **options: Any
 ) -> list[Row]:
-    """Train modules by SGD, those in sequence on states in memory of four views of each image.
+    """Train modules by SGD, those in sequence on states in memory, of four views of each image that is augmented.
 
     Args:
         network: the modules.
@@ -63,7 +63,9 @@ def sgd_in_modules(
         A row per module and epoch.
     """
     sgd = partial(torch.optim.SGD, lr=learning_rate, momentum=0.9, weight_decay=1e-4)
-    options |= {"order": order} | ({"cache": "memory", "views": 4} if order == "sequential" else {})
+    options |= {"order": order}
+    if order == "sequential":
+        options |= {"cache": "memory", "views": 4 if batches.augmented else 1}
     return fit_modules(network, batches, optimizer=sgd, **options).rows
 
 

@@ -39,10 +39,15 @@ def measure_memory(work: Callable[[], object], device: torch.device | str = "cpu
     Returns:
         Bytes that are left, and the most at once.
 
+    Raises:
+        TypeError: no function.
+
     >>> x = torch.zeros(1000)
     >>> measure_memory(lambda: ((x + 1) * 2).sum())  # at most both temporaries, and in the end a number
     Memory(left=4, peak=8000)
     """
+    if not callable(work):
+        raise TypeError(f"work must be a function of no arguments, got {type(work).__name__}: lambda: network(x)")
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

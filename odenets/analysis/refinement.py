@@ -61,6 +61,9 @@ def iterative_refinement(network: Network | AdaptedModel, batches: Iterable[tupl
         )
     if isinstance(network, Network) and network.readout != "solution":
         raise ValueError(f"network must read the solution, got readout {network.readout!r}")
+    if not isinstance(batches, Iterable):
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of (inputs, labels), got {kind}: Batches(data, size)")
     sums, samples = None, 0
     with evaluating(network):
         for batch in batches:

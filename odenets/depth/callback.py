@@ -9,7 +9,7 @@ from torch import Tensor
 
 from odenets.depth.edits import adapt_depth, check_makers, not_finite_weights, refine
 from odenets.depth.rule import DepthRule, check_rule, flow_network
-from odenets.training.checks import check_count
+from odenets.errors import check_count
 
 if TYPE_CHECKING:
     from odenets.training.state import Training
@@ -32,8 +32,8 @@ class AdaptiveDepth:
         recalibration: a function that makes inputs for batch norms, see :func:`adapt_depth`.
 
     Raises:
-        TypeError: no :class:`DepthRule`, no functions, or ``every`` that is no whole number.
-        ValueError: ``every`` below 1.
+        TypeError: no :class:`DepthRule`, no functions, or ``every`` or ``until`` that is no whole number.
+        ValueError: ``every`` below 1, or ``until`` below ``every``, so that there would be no check.
     """
 
     recovers = True
@@ -51,6 +51,8 @@ class AdaptiveDepth:
         check_rule(rule)
         check_makers(inputs=inputs, recalibration=recalibration or inputs)
         check_count("every", every, 1)
+        if until is not None:
+            check_count("until", until, every)  # or there is no check
         self.rule, self.inputs, self.every, self.until = rule, inputs, every, until
         self.recalibration = recalibration
         self._notes: list[str] = []

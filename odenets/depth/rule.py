@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets import measures
+from odenets.errors import check_count, check_number
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 from odenets.neural_ode import NeuralODE
@@ -46,6 +47,7 @@ class DepthRule:
         norm: "rms" over the features, independent of the dimension, or "raw" for the 2-norm of [K24].
 
     Raises:
+        TypeError: what is no number, or a ``max_depth`` that is no whole one.
         ValueError: numbers out of range, or an unknown norm.
     """
 
@@ -56,12 +58,13 @@ class DepthRule:
     norm: Literal["rms", "raw"] = "rms"
 
     def __post_init__(self) -> None:
+        for name in ("tolerance", "K", "min_h"):
+            check_number(name, getattr(self, name))
+        check_count("max_depth", self.max_depth, 1)
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(f"tolerance must be positive and finite, got {self.tolerance}")
         if not self.K > 1:
             raise ValueError(f"K must be greater than 1, got {self.K}")
-        if not self.max_depth >= 1:
-            raise ValueError(f"max_depth must be at least 1, got {self.max_depth}")
         if not self.min_h >= 0:
             raise ValueError(f"min_h must not be negative, got {self.min_h}")
         if self.norm not in ("rms", "raw"):

@@ -18,6 +18,7 @@ from odenets.detection.features import Features, Trajectory
 from odenets.detection.features.base import check_images, in_batches
 from odenets.detection.isolation import checked_logits
 from odenets.detection.persistence import read, write
+from odenets.errors import check_count
 from odenets.recording import is_recorder
 
 __all__ = ["FEWEST", "Pipeline"]
@@ -65,8 +66,7 @@ class Pipeline:
                 raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
         if features is not None and not hasattr(features, "output_and_features"):
             raise TypeError(f"features must be Features, such as Trajectory({features!r}), got {features!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size, 1)
         self.network = network
         self.features = features or Trajectory()
         self.detector: Any = Detector() if detector is None else detector

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from odenets.errors import renamed
+from odenets.errors import check_count, renamed
 from odenets.modes import to_training_mode
 from odenets.module_wise.activation_cache import ActivationCache
 from odenets.module_wise.loop import ModuleLoop, has_batch_norm
@@ -31,7 +31,7 @@ from odenets.training.optimization import (
     make_optimizer,
 )
 from odenets.training.progress import progress_bar
-from odenets.training.runs import Run, check_run
+from odenets.training.runs import STATE, Run, check_run
 from odenets.training.sources import Collate, Source
 from odenets.training.steps import check_gradients
 
@@ -72,7 +72,7 @@ def fit_modules(
     offload: bool = False,
     clip_norm: float | None = None,
     run: Run | None = None,
-    checkpoint: str = "resume.pt",
+    checkpoint: str = STATE,
     progress: str | None = None,
     report: Callable[[int], object] = lambda n: None,
     device: torch.device | str = "cpu",
@@ -112,8 +112,8 @@ def fit_modules(
         cache: where the sequential order keeps the states before the module in training: "memory", a folder, whose
             files go at the end, or None to compute them for every batch. It is for
             :class:`~odenets.training.Batches`, whose samples have numbers, without a ``collate``.
-        views: with a cache of augmented images: how many views of each are drawn, once; epoch e takes view
-            ``e mod views``, since a state cannot be cropped or mirrored anew.
+        views: with a cache of Batches that crop or mirror: how many views of each image are drawn, once; epoch e takes
+            view ``e mod views``, since a state cannot be cropped or mirrored anew.
         offload: with a cache and a device: keep only the module in training there.
         clip_norm: largest norm of the gradient of a module's parameters together; a larger one is scaled down to this.
         run: holds the resume state called ``checkpoint``; where there is one the training goes on from it and ends with
@@ -133,14 +133,15 @@ def fit_modules(
         TypeError: a network that is not in modules, no iterable of batches, an optimizer or a scheduler where a
             function that makes one is wanted, no objectives, an output that they cannot read, or a metric that returns
             no number.
-        ValueError: arguments out of range, a multiplier that modules share, a batch of one sample, which batch norms
-            cannot take, a cache for modules that share weights or for other data than Batches, an optimizer without
-            its module's parameters, or a checkpoint of another order or precision, or of a sequential training with
-            other epochs or laps.
+        ValueError: arguments out of range, or that do nothing without another, a multiplier that modules share, a batch
+            of one sample, which batch norms cannot take, a cache for modules that share weights or for other data than
+            Batches, an optimizer without its module's parameters, or a checkpoint of another order or precision, or of
+            a sequential training with other epochs or laps.
     """
     check_split(network)
-    check_run(run)
+    check_run(run, checkpoint)
     check_gradients()
+    check_count("views", views, 1)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     plan = Plan.of(network.K, epochs, order, laps)
@@ -151,7 +152,7 @@ def fit_modules(
         what = "offload needs a cache" if offload else f"views are of a cache, got views={views} without one"
         raise ValueError(f'{what}: every batch passes all modules before, cache="memory" keeps their states')
     if cache is not None:
-        _check_cache(network, plan, source, cache)
+        _check_cache(network, plan, source, cache, views)
     network.to(device)
     optimizers = [make_optimizer(optimizer, unit.parameters()) for unit in plan.units(network)]
     for k, (one, unit) in enumerate(zip(optimizers, plan.units(network), strict=True)):
@@ -210,7 +211,7 @@ def _check_data(network: ModuleWise, source: Source) -> None:
         )
 
 
-def _check_cache(network: ModuleWise, plan: Plan, source: Source, cache: Any) -> None:
+def _check_cache(network: ModuleWise, plan: Plan, source: Source, cache: Any, views: int) -> None:
     """That the states before a module can be kept."""
     if not isinstance(cache, str | Path):
         raise TypeError(f'cache must be "memory" or a folder, got {cache!r}')
@@ -224,6 +225,11 @@ def _check_cache(network: ModuleWise, plan: Plan, source: Source, cache: Any) ->
     if source.collate is not None:
         raise ValueError(
             "cache is for Batches as they are, got a collate: give them the samples that it makes, or cache=None"
+        )
+    if views > 1 and not source.data.augmented:
+        raise ValueError(
+            f"views are of augmented images, got views={views} of Batches that draw the same images in every epoch: "
+            "leave views out, or give Batches crop or flip"
         )
     if shared := shared_parameter([m.part for m in network.modules_in_order], range(plan.K)):
         first, second, name = shared

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from odenets.errors import check_count
 from solvers.validation import is_mapped, is_transformed
 
 __all__ = ["NOTHING", "TRAINED", "StageBatchNorm", "make_norm"]
@@ -41,6 +42,8 @@ class StageBatchNorm(nn.Module):
 
     def __init__(self, features: int, stages: int = 1, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
         super().__init__()
+        check_count("features", features, 1)
+        check_count("stages", stages, 1)
         self.features, self.eps, self.momentum = features, eps, momentum
         self.weight = nn.Parameter(torch.ones(features))
         self.bias = nn.Parameter(torch.zeros(features))

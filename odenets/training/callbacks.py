@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from odenets.checkpoints import map_state, restore_structure, structure
+from odenets.errors import check_count
 from odenets.training.sharding import load_network, whole
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ class EarlyStopping(_Watching):
         epoch: the epoch that it is of, from 1 on.
 
     Raises:
+        TypeError: a patience that is no whole number.
         ValueError: arguments out of range, or, when an epoch ends, no such quantity in its row.
 
     >>> EarlyStopping("validation_accuracy", patience=3).mode
@@ -248,8 +250,7 @@ class EarlyStopping(_Watching):
         min_delta: float = 0.0,
     ) -> None:
         super().__init__(quantity, mode, min_delta)
-        if not patience >= 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
+        check_count("patience", patience, 1)
         self.patience = patience
 
     def _forget(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from inspect import getattr_static
-from numbers import Real
 
 from torch import nn
 
+from odenets.errors import check_count, check_number
 from odenets.recording import is_recorder
 from odenets.training.objectives import Objective
 
-__all__ = ["check_arguments", "check_count", "check_network", "check_objective", "check_recorder", "other_names"]
+__all__ = ["check_arguments", "check_network", "check_objective", "check_recorder", "other_names"]
 
 RECORDER = ("record", "steps", "depth", "h", "evaluations")
 
@@ -125,18 +125,6 @@ def check_objective(objective: object) -> Objective:
     )
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    """That an argument is a whole number, and which is the least.
-
-    Raises:
-        TypeError, ValueError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must " + (f"be at least {least}" if least else "not be negative") + f", got {value}")
-
-
 def check_arguments(
     *, epochs: int, clip_norm: float | None, accumulate: int, progress: object, loss_limit: float
 ) -> None:
@@ -148,8 +136,7 @@ def check_arguments(
     check_count("epochs", epochs, 0)
     check_count("accumulate", accumulate, 1)
     for name, value in {"clip_norm": math.inf if clip_norm is None else clip_norm, "loss_limit": loss_limit}.items():
-        if not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+        check_number(name, value)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
     if math.isnan(loss_limit):

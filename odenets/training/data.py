@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from odenets.errors import check_count
 from odenets.modes import inputs_for
 
 __all__ = ["Batches", "Split", "TensorData", "data_for"]
@@ -132,7 +133,7 @@ class Batches:
         flip: mirror half of the images, left to right (not digits).
 
     Raises:
-        TypeError: data of another kind, or a size that is no whole number.
+        TypeError: data of another kind, a size or crop that is no whole number, or a flip that is no flag.
         ValueError: no samples in a batch, what is to be drawn at random without a seed, or crop or flip for samples
             that are no images ``(C, H, W)``.
     """
@@ -162,10 +163,12 @@ class Batches:
             raise TypeError(f"size must be a whole number of samples, got {got}")
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
-        if self.crop < 0 or ((self.crop or self.flip) and self.seed is None):
+        check_count("crop", self.crop, 0)
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be True or False, got {self.flip!r}")
+        if (self.crop or self.flip) and self.seed is None:
             raise ValueError(
-                f"crop and flip must be drawn by a seed, and crop not be negative, got crop={self.crop}, "
-                f"flip={self.flip}, seed={self.seed}"
+                f"crop and flip must be drawn by a seed, got crop={self.crop}, flip={self.flip} and no seed"
             )
         if (self.crop or self.flip) and self.data.x.ndim != 4:
             raise ValueError(f"crop and flip are for images (N, C, H, W), got data of shape {tuple(self.data.x.shape)}")

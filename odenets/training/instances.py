@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from odenets.errors import renamed
+from odenets.errors import check_count, renamed
 from odenets.modes import device_of, evaluating, keeping_state
 from odenets.network import Network
-from odenets.training.checks import check_count, other_names
+from odenets.training.checks import other_names
 from odenets.training.data import Batches, TensorData
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective
@@ -83,9 +83,9 @@ def fit_instances(
     metric: MetricFunction | None = None,
     collate: Collate | None = None,
     measured: Mapping[str, Sequence[Measured]] | None = None,
-    every: int = 1,
+    every: int | None = None,
     perfect: Sequence[str] = (),
-    patience: int = 3,
+    patience: int | None = None,
     report: Callable[[int], object] = lambda n: None,
 ) -> Instances:
     """Train n networks of one architecture together; each ends, to rounding, as if it had been trained alone.
@@ -109,9 +109,10 @@ def fit_instances(
         collate: makes ``(inputs, targets)`` of a batch that is no such pair.
         measured: data of each instance, by name, on which the metric is measured: TensorData, or pairs of inputs and
             targets.
-        every: epochs from one measurement to the next; the last epoch is always measured.
+        every: epochs from one measurement of ``measured`` to the next, 1 if not given; the last epoch is always
+            measured.
         perfect: names of data sets in ``measured``; an instance ends early once it is right on all their samples.
-        patience: so many measurements running it must be.
+        patience: so many measurements running it must be; 3 if not given.
         report: called with the number of epochs done, summed over the instances; one that ends early reports all.
 
     Returns:
@@ -120,8 +121,8 @@ def fit_instances(
     Raises:
         TypeError: no function that makes an optimizer, a scheduler or objectives, or batches of no tensors.
         ValueError: not as many batches or data sets as networks, data of several sizes, an unknown name in
-            ``perfect``, or it with another metric than the accuracy, an optimizer of several groups, or
-            ReduceLROnPlateau, which reads the loss of one training.
+            ``perfect``, or it with another metric than the accuracy, ``patience`` without it, ``every`` without
+            ``measured``, an optimizer of several groups, or ReduceLROnPlateau, which reads the loss of one training.
 
     >>> from functools import partial
     >>> from odenets.models import points_network
@@ -141,8 +142,9 @@ def fit_instances(
     """
     check_gradients()
     n, measured = len(networks), dict(measured or {})
-    for name, value, least in (("epochs", epochs, 0), ("every", every, 1), ("patience", patience, 1)):
-        check_count(name, value, least)
+    _check_measuring(measured, every, perfect, patience)
+    check_count("epochs", epochs, 0)
+    every, patience = 1 if every is None else every, 3 if patience is None else patience
     _check(n, batches, measured, perfect, objective)
     sources = [Source.of(data, collate, f"batches[{i}]") for i, data in enumerate(batches)]
     instances = [Instance(network, objective().to(device_of(network))) for network in networks]
@@ -220,6 +222,20 @@ def _drawing(sources: Sequence[Source]) -> Callable[[Tensor, int], Iterator[tupl
             yield x[rows, index], y[rows, index]
 
     return plain
+
+
+def _check_measuring(measured: Any, every: int | None, perfect: Sequence[str], patience: int | None) -> None:
+    """That what says when to measure and when to end is of something."""
+    for name, value in (("every", every), ("patience", patience)):
+        if value is not None:
+            check_count(name, value, 1)
+    if every is not None and not measured:
+        raise ValueError(f"every is of the data that are measured, got every={every} without measured")
+    if patience is not None and not perfect:
+        raise ValueError(
+            f"patience is of perfect, got patience={patience} without it: perfect=['train'] ends an instance once it "
+            "is right on all samples of measured['train']"
+        )
 
 
 def _check(

@@ -32,7 +32,7 @@ from odenets.training.optimization import (
 )
 from odenets.training.processes import Processes
 from odenets.training.progress import log_row, progress_bar
-from odenets.training.runs import Run, check_run
+from odenets.training.runs import STATE, Run, check_run
 from odenets.training.sources import Collate, Source, arguments, part
 from odenets.training.state import Training
 from odenets.training.steps import check_gradients, set_up
@@ -64,7 +64,7 @@ def fit(
     callbacks: Sequence[Any] = (),
     loss_limit: float = math.inf,
     run: Run | None = None,
-    checkpoint: str = "resume.pt",
+    checkpoint: str = STATE,
     clip_norm: float | None = None,
     accumulate: int = 1,
     compile: bool = False,
@@ -145,9 +145,9 @@ def fit(
         TypeError: a network that records nothing or consists of modules, no objective, an optimizer that is none of
             parameters, data that is no iterable of batches, a metric that returns no number, or an output that the
             objective, or with validation the accuracy, cannot read.
-        ValueError: arguments out of range, no batch, a batch with fewer samples than there are processes, an optimizer
-            without the network's parameters, mixed precision of a float64 network, or a checkpoint of another
-            precision, optimizer, scheduler or other callbacks.
+        ValueError: arguments out of range, or that do nothing without another, no batch, a batch with fewer samples
+            than there are processes, an optimizer without the network's parameters, mixed precision of a float64
+            network, or a checkpoint of another precision, optimizer, scheduler or other callbacks.
         ModuleNotFoundError: lightning-fabric is not installed: ``pip install 'odenets[training]'``.
 
     >>> from functools import partial
@@ -176,6 +176,8 @@ def fit(
         compile=compile,
     )
     processes, hooks = Processes(fabric), Callbacks(callbacks)
+    if fabric.world_size == 1:  # of several only the first needs a run
+        check_run(run, checkpoint)
     source = processes.source(batches, collate, "batches")
     validated = None if validation is None else Source.of(validation, collate, "validation")
     run = run if fabric.is_global_zero else None

@@ -82,11 +82,14 @@ def make_lr_scheduler(
 
     Raises:
         TypeError: what makes it is a scheduler already, or no function of an optimizer, or makes none.
-        ValueError: an unknown interval, or ReduceLROnPlateau each step or for a quantity that is to grow.
+        ValueError: an unknown interval, one without a scheduler, or ReduceLROnPlateau each step or for a quantity that
+            is to grow.
     """
     if interval not in ("epoch", "step"):
         raise ValueError(f"lr_interval must be 'epoch' or 'step', got {interval!r}")
     if make is None:
+        if interval != "epoch":
+            raise ValueError(f"lr_interval is of a scheduler, got lr_interval={interval!r} without lr_scheduler")
         return None
     remedy = "pass a function of the optimizer, partial(torch.optim.lr_scheduler.StepLR, step_size=30)"
     if isinstance(make, LRScheduler) or not callable(make):

@@ -21,7 +21,10 @@ import torch
 from odenets.checkpoints import map_state
 from odenets.files import write_atomically
 
-__all__ = ["Run", "check_run", "environment", "processor", "read_config", "read_metrics", "read_summary"]
+STATE = "resume.pt"
+"""The name of the resume state of a run."""
+
+__all__ = ["STATE", "Run", "check_run", "environment", "processor", "read_config", "read_metrics", "read_summary"]
 
 
 def environment() -> dict[str, Any]:
@@ -120,7 +123,7 @@ class Run:
         lines += [",".join(_cell(row.get(key)) for key in columns) for row in rows]
         self.write("metrics.csv", ("\n".join(lines) + "\n").encode())
 
-    def save_state(self, state: dict[str, Any], name: str = "resume.pt") -> None:
+    def save_state(self, state: dict[str, Any], name: str = STATE) -> None:
         """Write a resume ``state`` under a ``name``, atomically: a kill leaves either the old one or the new one.
 
         NumPy's scalars, which a schedule may leave in it and which :meth:`load_state` does not trust, become Python's.
@@ -131,7 +134,7 @@ class Run:
         loadable = map_state(_loadable, state)
         write_atomically(self.folder / name, lambda path: torch.save(loadable, path))
 
-    def load_state(self, name: str = "resume.pt") -> dict[str, Any] | None:
+    def load_state(self, name: str = STATE) -> dict[str, Any] | None:
         """The last resume state of this ``name``, on the CPU, or None; only tensors and plain values are unpickled."""
         path = self.folder / name
         if not path.exists():
@@ -150,12 +153,18 @@ class Run:
         write_atomically(self.folder / name, data)
 
 
-def check_run(run: object) -> None:
-    """That a run is one.
+def check_run(run: object, checkpoint: str = STATE) -> None:
+    """That a run is one, and that there is one where its checkpoint has a name of its own.
 
     Raises:
-        TypeError: it is not.
+        TypeError: it is none.
+        ValueError: there is none, and a checkpoint in it.
     """
+    if run is None and checkpoint != STATE:
+        raise ValueError(
+            f"checkpoint is the name of a file in the folder of run, got checkpoint={checkpoint!r} without run: "
+            'run=Run("runs/first", config, resume=True) writes it'
+        )
     if run is not None and (isinstance(run, type) or not callable(getattr(run, "load_state", None))):
         folder = str(run) if isinstance(run, str | Path) else "runs/first"
         raise TypeError(

@@ -202,7 +202,6 @@ def test_a_copy_keeps_its_own_multiplier():
         (lambda: LeastAction(tau=-1), "tau must be positive"),
         (lambda: LeastAction(tau=float("nan")), "tau must be positive"),
         (lambda: LeastAction(every=0), "every must be at least 1"),
-        (lambda: LeastAction(every=2.5), "every must be at least 1 step, a whole number"),  # type: ignore[arg-type]
         (lambda: LeastAction(update="later"), "update must be 'before', 'next' or 'after'"),
         (lambda: LeastAction(weigh="add"), "weigh must be 'divide' or 'multiply'"),
         (lambda: LeastAction(cost="energy"), "cost must be 'action', 'residue' or 'norm'"),

@@ -19,7 +19,7 @@ from odenets.detection.attacks.caching import BatchFolder, key_of
 from odenets.detection.attacks.presets import Attack, checked, preset
 from odenets.detection.features.base import check_images
 from odenets.detection.isolation import Logits, frozen, seeded
-from odenets.errors import needs
+from odenets.errors import check_count, needs
 from odenets.modes import device_of
 
 __all__ = ["Attacked", "check_labels", "run_attack", "with_progress"]
@@ -118,8 +118,8 @@ def run_attack(
     attack = checked(preset(attack) if isinstance(attack, str) else attack)
     images = check_images(images).detach().float().cpu().contiguous()
     labels = check_labels(labels, len(images))
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_count("batch_size", batch_size, 1)
+    check_count("seed", seed, 0)
     store = _batch_folder(cache, network, attack, images, labels, batch_size, seed)
     parts = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     batches = {i: batch for i, batch in store.read(len(parts)).items() if _fits(batch, parts[i][0])}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from odenets.detection.features.base import Features
 from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of
+from odenets.errors import check_count
 
 __all__ = ["LID", "local_dimension"]
 
@@ -50,6 +51,8 @@ class LID(Features):
     """
 
     def __init__(self, *, k: int = 20, reference: int = 100, seed: int = 0) -> None:
+        for name, value in (("k", k), ("reference", reference)):
+            check_count(name, value, 0)
         if k < 2:
             raise ValueError(f"k must be at least 2, got {k}: the distance to one neighbor says nothing of growth")
         if reference <= k:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odenets import measures
 from odenets.detection.features.base import Features
 from odenets.detection.isolation import to_network
+from odenets.errors import check_count
 from odenets.measures import StepFunction, measure
 from odenets.recording import Recorder, is_recorder
 from solvers import Step
@@ -51,8 +52,7 @@ class Trajectory(Features):
         kinds = kinds or ("residue", "cosine")
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(map(repr, unknown))}")
-        if vectors < 0:
-            raise ValueError(f"vectors must not be negative, got {vectors}")
+        check_count("vectors", vectors, 0)
         self.kinds, self.vectors = kinds, vectors
 
     def measures(self, network: nn.Module) -> dict[str, StepFunction]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from odenets.errors import WorkerLostError, renamed
+from odenets.errors import WorkerLostError, check_count, renamed
 from odenets.module_wise.distributed.checkpoints import ModuleCheckpoints
 from odenets.module_wise.distributed.worker import Worker
 from odenets.module_wise.fit import OTHER_NAMES, check_split
@@ -23,7 +23,7 @@ from odenets.module_wise.partition import even, shared_parameter
 from odenets.training.data import Batches
 from odenets.training.metrics import MetricFunction
 from odenets.training.optimization import Interval, MakeLRScheduler, MakeOptimizer
-from odenets.training.runs import Run
+from odenets.training.runs import Run, check_run
 from odenets.training.sources import Collate, Source
 
 __all__ = ["check_apart", "fit_in_processes"]
@@ -86,13 +86,17 @@ def fit_in_processes(
         RuntimeError: no process group.
         WorkerLostError: another process is gone or silent; the checkpoints stand.
         DivergedError: a loss or a weight is not finite.
-        TypeError: a network that is not in modules, or what :func:`~odenets.module_wise.fit_modules` raises; inputs or
-            targets that are no tensors.
+        TypeError: a network that is not in modules, epochs, buffer or replicas that are no whole number, or what
+            :func:`~odenets.module_wise.fit_modules` raises; inputs or targets that are no tensors.
         ValueError: batches of unknown number, more processes than modules, processes that do not divide into replicas,
-            a buffer below 1, a clip_norm that is not positive, a batch too small, replicas with different batches,
-            modules of different processes that share parameters, or checkpoints of no common epoch.
+            epochs below 0, a buffer or replicas below 1, a clip_norm that is not positive, a batch too small, replicas
+            with different batches, modules of different processes that share parameters, or checkpoints of no common
+            epoch.
     """
     check_split(network)
+    check_run(run)
+    for name, value, least in (("epochs", epochs, 0), ("buffer", buffer, 1), ("replicas", replicas, 1)):
+        check_count(name, value, least)
     source = Source.of(batches, collate)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
@@ -107,9 +111,7 @@ def fit_in_processes(
             "first"
         )
     world = distributed.get_world_size()
-    if buffer < 1:
-        raise ValueError(f"buffer must hold at least 1 batch, got {buffer}")
-    if replicas < 1 or world % replicas:
+    if world % replicas:
         raise ValueError(f"replicas must divide the number of processes, {world}, got {replicas}")
     groups = world // replicas
     if groups > network.K:

@@ -37,7 +37,6 @@ def test_plan_follows_the_rule(errors, options, decisions):
         ({"tolerance": math.nan}, "tolerance must be positive"),
         ({"K": 1.0}, "K must be greater than 1"),
         ({"max_depth": 0}, "max_depth must be at least 1"),
-        ({"max_depth": math.nan}, "max_depth must be at least 1"),
         ({"min_h": -1.0}, "min_h must not be negative"),
         ({"norm": "l1"}, "norm must be 'rms' or 'raw'"),
     ],

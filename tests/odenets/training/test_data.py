@@ -83,7 +83,7 @@ def test_augmentation_moves_pixels_and_keeps_them():
     [
         (lambda: Batches(MOONS, 0), "size must be at least 1"),
         (lambda: Batches(DIGITS, 9, crop=1), "crop and flip must be drawn by a seed"),
-        (lambda: Batches(DIGITS, 9, 0, crop=-1), "crop not be negative"),
+        (lambda: Batches(DIGITS, 9, 0, crop=-1), "crop must not be negative"),
         (lambda: Batches(MOONS, 9, 0, crop=1), r"for images .* of shape \(800, 2\)"),
         (lambda: Batches(MOONS, 9, 0, flip=True), "crop and flip are for images"),
     ],

@@ -15,6 +15,7 @@ from odenets.detection.attacks.art import decision_attack
 from odenets.detection.attacks.generation import Attacked, with_progress
 from odenets.detection.attacks.presets import preset
 from odenets.detection.isolation import Logits, frozen, seeded
+from odenets.errors import check_count
 from odenets.modes import device_of
 
 __all__ = ["black_box"]
@@ -66,8 +67,7 @@ def black_box(
         decision-based attack. IEEE S&P 2020.
     """
     hop_skip_jump = dict(preset("HSJ", **settings).settings)
-    if trials < 1:
-        raise ValueError(f"trials must be at least 1, got {trials}")
+    check_count("trials", trials, 1)
     more = start.images[:0] if pool is None else checked_pool(pool, start)
     device = device_of(network)
     with frozen(network) as network:

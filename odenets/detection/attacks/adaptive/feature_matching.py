@@ -18,6 +18,7 @@ from odenets.detection.attacks.generation import Attacked, with_progress
 from odenets.detection.attacks.presets import preset
 from odenets.detection.features.base import in_batches
 from odenets.detection.isolation import Logits, frozen, seeded
+from odenets.errors import check_count
 from odenets.modes import device_of
 
 __all__ = ["feature_attack"]
@@ -73,8 +74,10 @@ def feature_attack(
         ten detection methods. AISec 2017.
     """
     hop_skip_jump = dict(preset("HSJ", **settings).settings)
-    if rounds < 1 or steps < 1 or not weights:
-        raise ValueError(f"rounds and steps must be at least 1 and weights not empty, got {rounds}, {steps}, {weights}")
+    check_count("rounds", rounds, 1)
+    check_count("steps", steps, 1)
+    if not weights:
+        raise ValueError("weights must not be empty")
     with frozen(network) as network:
         target = Target(network, features, detector)
         matching = _FeatureMatching(target, start, images, pool, batch_size)

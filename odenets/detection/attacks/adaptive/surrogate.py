@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from odenets.errors import check_count
+
 __all__ = ["Score", "Surrogate", "distill", "scores_of"]
 
 Score = Callable[[np.ndarray], np.ndarray]
@@ -85,8 +87,7 @@ def distill(
     for name, value, least in (
         ("copies", copies, 0), ("hidden", hidden, 1), ("epochs", epochs, 1), ("batch_size", batch_size, 1),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_count(name, value, least)
     if not (noise >= 0 and learning_rate > 0):
         raise ValueError(f"noise must not be negative and learning_rate positive, got {noise} and {learning_rate}")
     features = np.asarray(features, dtype=np.float32)

@@ -13,6 +13,7 @@ from odenets.detection.attacks.adaptive.evasion import Evasion, Features, Target
 from odenets.detection.attacks.adaptive.surrogate import Score, Surrogate, scores_of
 from odenets.detection.attacks.generation import Attacked, with_progress
 from odenets.detection.isolation import Logits, frozen
+from odenets.errors import check_count
 from odenets.modes import device_of
 
 __all__ = ["ProjectedDescent", "surrogate_attack"]
@@ -48,9 +49,9 @@ class ProjectedDescent:
     def __post_init__(self) -> None:
         if self.norm not in ("inf", 2):
             raise ValueError(f"norm must be 'inf' or 2, got {self.norm!r}")
-        if not self.eps > 0 or self.steps < 1 or not self.weights:
-            got = f"{self.eps}, {self.steps}, {self.weights}"
-            raise ValueError(f"eps must be positive, steps at least 1 and weights not empty, got {got}")
+        check_count("steps", self.steps, 1)
+        if not self.eps > 0 or not self.weights:
+            raise ValueError(f"eps must be positive and weights not empty, got {self.eps} and {self.weights}")
         if self.norm == "inf" and self.eps > 1:
             raise ValueError(f"eps must be at most 1, in units of pixels in [0, 1], got {self.eps}")
         if self.step_size is not None and not self.step_size > 0:

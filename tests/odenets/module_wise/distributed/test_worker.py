@@ -43,7 +43,7 @@ def test_a_process_alone_trains_as_fit_modules_also_resumed(tmp_path, schedule):
 def test_an_optimizer_of_another_class_and_a_scheduler_on_one_side_are_named(tmp_path):
     run = Run(tmp_path / "run", {})
     fit_in_processes(modules(), loader(), epochs=1, run=run, **OPTIONS)
-    adam = OPTIONS | {"optimizer": torch.optim.Adam, "lr_scheduler": None}
+    adam = OPTIONS | {"optimizer": torch.optim.Adam, "lr_scheduler": None, "lr_interval": "epoch"}
     with pytest.raises(ValueError, match="lr_scheduler must be that of the checkpoint, which has one, and this"):
         fit_in_processes(modules(), loader(), epochs=2, run=run, **adam)
     with pytest.raises(ValueError, match="optimizer must be that of the checkpoint, SGD, got Adam"):

@@ -141,8 +141,7 @@ def test_starts_and_detectors_are_checked(attacked):
     refused(r"pool must hold images \(1, 8, 8\), got shape \(2, 1, 9, 9\)", attack, pool=larger)
     refused("trials must be at least 1, got 0", attack, trials=0)
     refused("HSJ has no setting iterations; known are norm, max_iter", attack, iterations=5)
-    message = "rounds and steps must be at least 1 and weights not empty, got 0"
-    refused(message, feature_attack, victim(), quadrants, too_bright, *attacked, rounds=0)
+    refused("rounds must be at least 1, got 0", feature_attack, victim(), quadrants, too_bright, *attacked, rounds=0)
     x, y = (part[:20] for part in (digits()[1].x, digits()[1].y))
     everything = run_attack(victim(), preset("FGM", eps=0.01), x, y)
     refused(r"start must hold successful adversarial images, got \d+ others", attack, start=everything, images=x)
@@ -217,7 +216,8 @@ def test_a_gradient_that_is_not_finite_is_no_attack(attacked):
 
 def test_settings_of_the_descent_are_checked():
     refused("eps must be at most 1, in units of pixels", ProjectedDescent, eps=8.0)
-    refused("eps must be positive, steps at least 1 and weights not empty, got 0", ProjectedDescent, eps=0)
+    refused("eps must be positive and weights not empty, got 0", ProjectedDescent, eps=0)
+    refused("steps must be at least 1, got 0", ProjectedDescent, steps=0)
     refused("norm must be 'inf' or 2, got 1", ProjectedDescent, norm=1)
     refused("step_size must be positive", ProjectedDescent, step_size=0.0)
 

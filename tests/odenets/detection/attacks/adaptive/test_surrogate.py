@@ -108,7 +108,7 @@ def test_arguments_are_checked():
     message = r"score must give one number for each of 36 features, got shape \(36, 2\)"
     refused(message, distill, lambda z: z, ones)
     refused("epochs must be at least 1, got 0", distill, ring, ones, epochs=0)
-    refused("copies must be at least 0", distill, ring, ones, copies=-1)
+    refused("copies must not be negative", distill, ring, ones, copies=-1)
     refused("batch_size must be at least 1", distill, ring, ones, batch_size=0)
     refused("hidden must be at least 1", distill, ring, ones, hidden=0)
     refused("noise must not be negative", distill, ring, ones, noise=-1.0)
