@@ -24,6 +24,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "tutorials/*.rst", "tutorials/*.py"]
 nitpicky = True
+default_role = "any"  # `single` quotes are a reference too
 
 # The reference
 autosummary_generate = False  # public_names writes the pages
@@ -37,7 +38,8 @@ python_maximum_signature_line_length = 100
 # Pages
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
-copybutton_exclude = ".linenos, .gp, .go"
+copybutton_prompt_text = r">>> |\.\.\. ?|\$ "  # what is copied: the lines behind these, where there are any
+copybutton_prompt_is_regexp = True
 
 # Tutorials: each is executed
 sphinx_gallery_conf = {
@@ -63,6 +65,8 @@ html_theme_options = {
     "dark_css_variables": {"color-brand-primary": "#7cb2f0", "color-brand-content": "#7cb2f0"},
 }
 html_static_path = ["static"]
+templates_path = ["templates"]
 html_css_files = ["odenets.css"]
+html_js_files = ["scroll.js"]
 html_show_sphinx = False
 html_copy_source = False

@@ -5,7 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -21,7 +24,9 @@ def site(tmp_path_factory):
     """The pages, the tutorials as they are written; `test_tutorials` runs them."""
     folder = tmp_path_factory.mktemp("site")
     for path in ROOT.iterdir():
-        if path.name not in ("docs", ".git", ".venv"):
+        if path.suffix == ".md":  # whose links are relative to where they stand
+            shutil.copy(path, folder)
+        elif path.name not in ("docs", ".git", ".venv"):
             (folder / path.name).symlink_to(path)
     generated = shutil.ignore_patterns("_build", "gallery", "odenets*.rst", "solvers*.rst")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=generated)
@@ -50,6 +55,53 @@ def test_no_page_asks_for_anything_beyond_its_folder(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r"<(?:script|img|link|source|iframe)\b[^>]*?(?:src|href)=\"([^\"]+)\"", page.read_text())
         assert not [url for url in loaded if re.match(r"(https?:)?//", url)], page.name
+
+
+class Read(HTMLParser):
+    """The places of a page, where its links lead, and its headings."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.places, self.links, self.titles = [], [], 0
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.places += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes[name] for name in ("href", "src") if attributes.get(name)]
+        self.titles += tag == "h1"
+
+    def twice(self):
+        return [place for place, count in Counter(self.places).items() if count > 1]
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {page: Read(page) for page in site.rglob("*.html") if "_static" not in page.parts}
+
+
+def test_every_link_leads_somewhere(site, pages):
+    nowhere = []
+    for page, read in pages.items():
+        for link in read.links:
+            scheme, host, path, _, place = urlsplit(link)
+            file = (page.parent / unquote(path)).resolve() if path else page
+            if scheme or host:
+                continue
+            if not file.is_file() or (place and file in pages and unquote(place) not in pages[file].places):
+                nowhere.append((page.relative_to(site).as_posix(), link))
+    assert nowhere == []
+
+
+def test_a_page_has_one_title_and_no_place_twice(pages):
+    assert {page.name: read.titles for page, read in pages.items() if read.titles != 1} == {}
+    assert {page.name: twice for page, read in pages.items() if (twice := read.twice())} == {}
+
+
+def test_no_markup_is_left_over(site):
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", page.read_text(), flags=re.DOTALL)
+        assert not re.findall(r".{,40}(?:\]\(|\]\[|``|:\w+:`).{,40}", re.sub(r"<[^>]*>", "", text)), page.name
 
 
 def test_every_image_says_what_it_shows(site):
