@@ -64,7 +64,8 @@ def record(
         ),
     ],
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGES", help="Image files, and folders of them, with all in them.")
+        list[Path],
+        typer.Argument(metavar="IMAGES", help="Image files; folders, with all in them that is not hidden."),
     ],
     weights: Annotated[
         str | None,

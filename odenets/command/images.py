@@ -21,7 +21,7 @@ Transform = Callable[[Any], Tensor]
 
 
 def files_of(places: Iterable[Path]) -> list[Path]:
-    """The images of files and folders, and of their folders, in the order of their names.
+    """The images of files and folders, and of their folders, in the order of their names; no hidden ones of a folder.
 
     Raises:
         Mistake: there is no such file or folder, or no image in a folder.
@@ -30,6 +30,7 @@ def files_of(places: Iterable[Path]) -> list[Path]:
     for place in places:
         if place.is_dir():
             inside = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = [file for file in inside if not _hidden(file.relative_to(place))]
             if not inside:
                 raise Mistake(f"the folder {place} holds no images ({', '.join(SUFFIXES)})")
             files += inside
@@ -38,6 +39,11 @@ def files_of(places: Iterable[Path]) -> list[Path]:
         else:
             raise Mistake(f"IMAGES: no file or folder {place}")
     return files
+
+
+def _hidden(file: Path) -> bool:
+    """Whether a system or an editor put it there: ``._1.jpg`` of macOS, the copies in ``.ipynb_checkpoints``."""
+    return any(part.startswith(".") for part in file.parts)
 
 
 def parsed_size(size: str | None) -> tuple[int, int] | None:
@@ -75,7 +81,7 @@ def batches(
         files: of images.
         transform: from a PIL image to a tensor ``(C, H, W)``.
         size: of a batch.
-        mode: PIL's, of the images that are transformed, "RGB" or "L"; None: that of each file.
+        mode: PIL's, of the images that are transformed, "RGB" or "L", which are upright; None: as each file has them.
 
     Raises:
         Mistake: a file is no image, or the images have several shapes.
@@ -109,7 +115,7 @@ def _tensor(file: Path, transform: Transform, mode: str | None) -> Tensor:
                     FAILED,
                 )
             image.load()
-            pixels = image.copy() if mode is None else image.convert(mode)
+            pixels = image.copy() if mode is None else _converted(image, mode)
     except Mistake:
         raise
     except Exception as error:  # whatever a broken file makes its decoder raise
@@ -122,3 +128,13 @@ def _tensor(file: Path, transform: Transform, mode: str | None) -> Tensor:
         got = f"{_dims(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise Mistake(f"a transform must return a floating tensor (C, H, W), got {got} for {file}", FAILED)
     return x
+
+
+def _converted(image: Any, mode: str) -> Any:
+    """An image in a mode of PIL, turned as its camera says, opaque."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "P" and "transparency" in upright.info:  # PIL warns of any other way
+        upright = upright.convert("RGBA")
+    return upright.convert(mode)
