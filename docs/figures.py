@@ -94,7 +94,7 @@ def draw_action(axis: Axes, records: dict[str, Records]) -> None:
         axis.fill_between(blocks, *np.percentile(values, (5, 95), axis=1), color=color, alpha=0.15, linewidth=0)
     axis.set(
         xlabel="block",
-        ylabel="action, state² / time",
+        ylabel="action (state² / time)",
         title="A measure: action of each block",
         yscale="log",
         xticks=blocks,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from odenets import measures
-from odenets.errors import check_count, check_number
+from odenets.errors import check_count, check_number, refuse
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
@@ -34,6 +34,17 @@ from odenets.training.objectives import Batch, CrossEntropy, Objective, Task
 from odenets.training.step_counting import eagerly
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
+
+
+_ELSEWHERE = {
+    **dict.fromkeys(("lam", "lambda_", "lmbda", "lambd", "lambda_0", "multiplier"), "lambda0, the first lambda"),
+    **dict.fromkeys(("weight", "alpha", "coefficient"), "the weight of an ActionPenalty, or 1 / lambda0"),
+    **dict.fromkeys(("lr", "step_size", "growth"), "tau, how fast lambda grows"),
+    **dict.fromkeys(("s", "steps", "interval"), "every, steps between two changes of lambda"),
+    **dict.fromkeys(("objective", "criterion", "loss", "loss_fn"), "task, such as Task(F.mse_loss)"),
+    "exponent": "p",
+}
+"""Arguments of :class:`LeastAction` by other names."""
 
 
 class Cost:
@@ -202,7 +213,9 @@ class LeastAction(_WithCost):
         p: float = 2.0,
         update: Literal["before", "next", "after"] = "before",
         weigh: Literal["divide", "multiply"] = "divide",
+        **unknown: Any,
     ) -> None:
+        refuse("LeastAction", unknown, _ELSEWHERE)
         super().__init__(task, cost, p)
         for name, value in (("lambda0", lambda0), ("tau", tau)):
             check_number(name, value)

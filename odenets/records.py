@@ -52,6 +52,16 @@ class Records(dict[str, Tensor]):
             blocks = [f"step {m}" for m in range(rows)]
         self.blocks: tuple[str, ...] = tuple(blocks)
 
+    def __missing__(self, name: object) -> Tensor:
+        """Refuse a name that was not recorded.
+
+        Raises:
+            KeyError: always.
+        """
+        raise KeyError(
+            f"records hold {', '.join(map(repr, self)) or 'no measure'}, not {name!r}: record(x, name=measure)"
+        )
+
     @property
     def layout(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """What a plain dictionary of the measures lacks; ``Records(values, *layout)`` has both."""

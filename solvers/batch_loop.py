@@ -16,7 +16,7 @@ from solvers.first_step import first_step
 from solvers.solution import Statistics
 from solvers.step import Field, Step, rk_step, velocity
 from solvers.tableaus import ButcherTableau
-from solvers.tolerance import Tolerance
+from solvers.tolerance import Tolerance, too_small
 
 __all__ = ["Observer", "adaptive_steps", "fixed_steps", "span"]
 
@@ -192,6 +192,8 @@ def _first(
     stats.evaluations += 2
     if not math.isfinite(h):
         bad = _first_not_finite(Step(t0, math.nan, x, x, (first,), tableau))
+        if bad[0] is None and bool(x.isfinite().all()):
+            raise NonFiniteError(too_small(tolerance, x), t=t0, h=math.nan, stage=None)
         raise NonFiniteError("the field is not finite at the first state", t=t0, h=math.nan, stage=0, sample=bad[1])
     return h, first
 

@@ -30,6 +30,26 @@ from solvers.validation import check_call
 __all__ = ["integrate"]
 
 _TOLERANCE, _CONTROLLER = Tolerance(), I()
+_ELSEWHERE = {
+    name: ours
+    for ours, names in {
+        "solver, the name of a method": ("method",),
+        "tolerance, as Tolerance(rtol=1e-3, atol=1e-6)": ("rtol", "atol", "tol"),
+        "steps, the number of equal steps, or Tolerance(first_step=, max_step=)": (
+            "options", "step_size", "dt", "dt0", "h", "h0", "num_steps", "first_step", "min_step", "max_step",
+        ),
+        "tolerance, as Tolerance(max_steps=1000)": ("max_steps", "max_num_steps", "mxstep"),
+        "t0 and t1, and at=times for states between": ("t", "ts", "t_span", "tspan"),
+        "at": ("t_eval", "times", "saveat"),
+        "event": ("event_fn", "events"),
+        'gradient="backsolve"': ("adjoint", "sensitivity", "use_adjoint", "adjoint_method", "adjoint_options"),
+        "parameters": ("adjoint_params", "params"),
+        'keep="steps", and solution(t)': ("dense_output", "dense"),
+        "controller": ("stepsize_controller",),
+    }.items()
+    for name in names
+}  # fmt: skip
+"""Arguments by the names that they have in torchdiffeq, SciPy and diffrax."""
 
 
 def integrate(
@@ -50,6 +70,7 @@ def integrate(
     gradient: Literal["direct", "checkpoint", "backsolve"] = "direct",
     parameters: Iterable[Tensor] | None = None,
     args: Sequence[Any] = (),
+    **unknown: Any,
 ) -> Solution:
     """Integrate ``dx/dt = v(t, x)`` from t0 to t1, which may lie before t0.
 
@@ -97,7 +118,7 @@ def integrate(
         A :class:`Solution`; with ``control="sample"`` a :class:`~solvers.SampleSolution`.
 
     Raises:
-        ValueError, TypeError: an argument is out of range; the message names it.
+        ValueError, TypeError: an argument is out of range, or has another name here; the message names it.
         SolverError: the solve cannot go on; its ``solution`` is the part that stands.
 
     >>> import torch
@@ -108,6 +129,10 @@ def integrate(
     >>> solution.states.shape, round(solution.states[0, 0, 0].item(), 3)
     (torch.Size([2, 2, 1]), 0.779)
     """
+    for name in unknown:
+        raise TypeError(
+            f"integrate() takes no {name!r}" + (f": that is {_ELSEWHERE[name]}" if name in _ELSEWHERE else "")
+        )
     tableau, per_sample = get_tableau(solver), control == "sample"
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)

@@ -16,7 +16,7 @@ from solvers.reductions import SMALL, error_ratios
 from solvers.step import Step
 from solvers.validation import is_mapped, is_transformed
 
-__all__ = ["Tolerance", "to_host"]
+__all__ = ["Tolerance", "to_host", "too_small"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +155,18 @@ class Tolerance:
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (Tensor, Real)):
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+
+
+def too_small(tolerance: Tolerance, x: Tensor) -> str:
+    """That a state and its velocity, both finite, have no norm over the tolerance in their precision."""
+    kind = str(torch.promote_types(x.dtype, torch.float32).to_real()).removeprefix("torch.")
+    rtol, atol = (
+        f"of shape {tuple(v.shape)}" if isinstance(v, Tensor) else v for v in (tolerance.rtol, tolerance.atol)
+    )
+    return (
+        f"tolerance is too small for {kind}, got rtol={rtol} and atol={atol}: state and velocity over it have no "
+        "finite norm; take larger ones, float64, or Tolerance(first_step=...)"
+    )
 
 
 def to_host(x: Tensor) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from odenets.detection.detector import MODES, Detector
 from odenets.detection.estimators import roc_auc_score, roc_curve
+from odenets.printing import shown
 
 __all__ = [
     "FALSE_POSITIVE_RATES",
@@ -51,6 +52,8 @@ class Parts:
     fit: Tensor
     validation: Tensor
     test: Tensor
+
+    __repr__ = shown
 
     def __post_init__(self) -> None:
         parts = {name: set(index.tolist()) for name, index in vars(self).items()}
@@ -190,6 +193,8 @@ class Samples:
     parts: Parts
     successful: np.ndarray | None = None
 
+    __repr__ = shown
+
     def __post_init__(self) -> None:
         if not self.X:
             raise ValueError("X must hold the features of at least one candidate")
@@ -235,6 +240,8 @@ class Choice:
     agnostic: dict[str, float]
     curves: dict[str, np.ndarray]
     noisy: float | None = None
+
+    __repr__ = shown
 
 
 def choose_and_score(

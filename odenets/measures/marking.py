@@ -57,10 +57,23 @@ class Measure:
     integrand: Callable[..., Tensor] | None = None
     options: tuple[tuple[str, Any], ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.function, _Composed):  # help() and IPython's ? show what the measure is
+            object.__setattr__(self, "__doc__", self.function.__doc__)
+
     __array_ufunc__ = None  # numbers of NumPy leave operators to it
 
     def __call__(self, step: Step, **options: Any) -> Tensor:
-        """The measure of a ``step``, one number per sample, ``(B,)``; ``options`` take the place of those bound."""
+        """The measure of a ``step``, one number per sample, ``(B,)``; ``options`` take the place of those bound.
+
+        Raises:
+            TypeError: no step, nor a velocity, which an integrand takes.
+        """
+        if not hasattr(step, "stages") and not isinstance(step, Tensor):
+            raise TypeError(
+                f"a measure is called with a Step, got {type(step).__name__}: record(x, {self.name}={self.name}) "
+                f"measures all steps, and {self.name}.bind(p=3) sets an option"
+            )
         return self.function(step, **(dict(self.options) | options))
 
     @property

@@ -57,6 +57,12 @@ def action(step: Step, p: float = 2.0) -> Tensor:
 
     Raises:
         ValueError: p below 1.
+
+    >>> import odenets
+    >>> flow, x = odenets.Flow(solver="euler", h=1.0, depth=1), torch.randn(4, 3)
+    >>> step = next(iter(flow.steps(x)))
+    >>> torch.allclose(action(step), (step.x1 - x).square().mean(1))
+    True
     """
     if p != 2:
         pairs = zip(step.tableau.b, step.stages)  # noqa: B905 - torch 2.8's compiler takes strict=False for True
@@ -132,6 +138,11 @@ def error(step: Step) -> Tensor:
 
     Raises:
         ValueError: the method has no embedded lower order, or the closing stage was not evaluated.
+
+    >>> import odenets
+    >>> step = next(iter(odenets.Flow(solver="bs23", depth=1).steps(torch.randn(4, 3))))
+    >>> torch.allclose(error(step), step.error().square().mean(1).sqrt())
+    True
     """
     value = _computed(step, "error")
     if value is None:

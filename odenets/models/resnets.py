@@ -11,6 +11,7 @@ from torch import nn
 
 from odenets.fields import ConvField
 from odenets.flow import Flow
+from odenets.models.names import refusing_other_names
 from odenets.models.normalize import Normalize
 from odenets.network import Network
 
@@ -39,6 +40,7 @@ def _normed_head(channels: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), pool, nn.Linear(channels, classes))
 
 
+@refusing_other_names(channels="features", width="features", image_size="size", img_size="size")
 def resnet9(
     in_channels: int = 1,
     classes: int = 10,
@@ -89,6 +91,7 @@ def resnet9(
     return Network(encoder, _flow(features, depth, norm, flow), head, readout=readout)
 
 
+@refusing_other_names(depth="blocks, of each flow", num_blocks="blocks", features="channels")
 def resnet110(
     in_channels: int = 3,
     classes: int = 10,
@@ -134,6 +137,7 @@ def resnet110(
     return Network(encoder, flows, head, transitions=transitions, readout=readout)
 
 
+@refusing_other_names(depth="blocks, of each flow", num_blocks="blocks", widen_factor="widen", width="widen")
 def wide_resnet(
     in_channels: int = 3,
     classes: int = 10,
@@ -181,6 +185,7 @@ def wide_resnet(
     return Network(encoder, flows, _normed_head(channels[-1], classes), transitions=transitions, readout=readout)
 
 
+@refusing_other_names(depth="K and M, modules and blocks of each", modules="K", blocks="M", features="channels")
 def resnet_km(
     K: int,
     M: int,

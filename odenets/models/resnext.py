@@ -11,6 +11,7 @@ from torch import nn
 
 from odenets.fields import ResNeXtField
 from odenets.flow import Flow
+from odenets.models.names import refusing_other_names
 from odenets.models.normalize import Normalize
 from odenets.models.resnets import activated_conv, residual
 from odenets.network import Network
@@ -18,6 +19,7 @@ from odenets.network import Network
 __all__ = ["resnext50"]
 
 
+@refusing_other_names(depth="blocks, of each flow", layers="blocks", cardinality="groups", width_per_group="width")
 def resnext50(
     in_channels: int = 3,
     classes: int = 100,

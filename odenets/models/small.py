@@ -9,6 +9,7 @@ from torch import nn
 
 from odenets.fields import ConvField, MLPField
 from odenets.flow import Flow
+from odenets.models.names import refusing_other_names
 from odenets.models.normalize import Normalize
 from odenets.models.resnets import unit_steps
 from odenets.network import Network
@@ -16,6 +17,7 @@ from odenets.network import Network
 __all__ = ["points_network", "small_network"]
 
 
+@refusing_other_names(channels="features", width="features", image_size="size", img_size="size")
 def small_network(
     in_channels: int = 1,
     classes: int = 10,
@@ -53,6 +55,13 @@ def small_network(
     return Network(encoder, Flow(lambda: ConvField(features, norm=norm), **unit_steps(flow)), head, readout=readout)
 
 
+@refusing_other_names(
+    **dict.fromkeys(
+        ("features", "in_features", "dim", "in_channels", "input_channels", "num_channels", "in_chans"), "dimensions"
+    ),
+    **dict.fromkeys(("width", "hidden_features"), "hidden"),
+    norm_layer="of a field: Network(encoder, Flow(lambda: MLPField(2, norm='batch')), head)",
+)
 def points_network(
     dimensions: int = 2,
     classes: int = 2,

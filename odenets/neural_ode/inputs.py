@@ -31,11 +31,12 @@ SETTINGS = {
     name: known
     for known, names in {
         "solver, the name of a method": ("method",),
-        "tolerance=Tolerance(rtol=1e-3, atol=1e-6)": ("rtol", "atol"),
+        "tolerance=Tolerance(rtol=1e-3, atol=1e-6)": ("rtol", "atol", "tol"),
         'gradient="backsolve"': ("adjoint", "sensitivity", "use_adjoint", "adjoint_method", "adjoint_options"),
         "steps, the number of equal steps, or Tolerance(first_step=, max_step=)": (
-            "options", "step_size", "depth", "h",
+            "options", "step_size", "depth", "h", "dt", "dt0", "h0", "n_steps", "num_steps",
         ),
+        "tolerance=Tolerance(max_steps=1000)": ("max_steps", "max_num_steps"),
         "t0 and t1, and in the call at: ode(x, at=times)": (
             "t", "ts", "t_span", "t_eval", "times", "at", "saveat", "total_time",
         ),

@@ -1,12 +1,19 @@
 """Figures of records, of points and their displacements, and of detectors, for matplotlib; :func:`save` writes them.
 
-Each function takes arrays or records and returns a figure, which no window shows and no ``pyplot`` holds:
+Each function takes arrays or records and returns a :class:`matplotlib.figure.Figure`, which ``pyplot`` does not know:
+``plt.show()`` and ``plt.savefig()`` leave it out, and there is nothing to close. A notebook shows the one that is the
+last value of a cell, or ``display(figure)``; elsewhere ``figure.savefig("blocks.png")`` writes it, or
+``save({"blocks": figure}, "figures")``:
 
 >>> import torch, odenets
 >>> from odenets import measures, plotting
 >>> flow = odenets.Flow(odenets.MLPField(2), depth=6)
 >>> _, records = flow.record(torch.randn(40, 2), action=measures.action)
->>> figure = plotting.blocks_by_samples(records)
+>>> figure = plotting.blocks_by_samples(records)  # in a notebook the last value of a cell is shown
+>>> import tempfile
+>>> with tempfile.TemporaryDirectory() as folder:
+...     [path.name for path in plotting.save({"blocks": figure}, folder)]
+['blocks.png']
 
 matplotlib comes with ``pip install 'odenets[plot]'``; without it a function raises ModuleNotFoundError.
 """

@@ -69,7 +69,7 @@ def _inverted(color: Any) -> Any:
         colors = to_rgba_array(color)
     except (ValueError, TypeError):  # "auto", "inherit"
         return None
-    grays = np.ptp(colors[:, :3], axis=1) <= GRAY
+    grays = (np.ptp(colors[:, :3], axis=1) <= GRAY) & (colors[:, 3] > 0)  # "none", once set, would be drawn
     if not grays.any():
         return None
     colors[grays, :3] = 1 - colors[grays, :3]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["blocks_by_samples"]
 
 UNITS = {
-    "action": "state² / time", "residue": "(state / time)²", "square_norm": "(state / time)²", "error": "state",
+    "action": "state² / time", "residue": "state² / time²", "square_norm": "state² / time²", "error": "state",
     "displacement": "state",
 }  # fmt: skip
 LINE, LEAST, MOST = 0.155, 2.2, 9.0  # inches: of a line of text, of a row of panels
@@ -63,7 +63,7 @@ def blocks_by_samples(
     >>> records = Records({"action": torch.rand(3, 20)})
     >>> figure = blocks_by_samples(records, labels=torch.arange(20) % 2, sort=True)
     >>> [axis.get_xlabel() for axis in figure.axes[:2]]
-    ['samples by label', 'mean action, state² / time']
+    ['samples by label', 'mean action (state² / time)']
     """
     if not isinstance(records, Records):
         raise TypeError(f"records must be what record returns beside the output, got {type(records).__name__}")
@@ -81,7 +81,7 @@ def blocks_by_samples(
     )
     for (left, right), name in zip(axes, names, strict=True):
         unit = (UNITS | dict(units or {})).get(name)
-        title, values = f"{name}, {unit}" if unit else name, arrays[name].astype(float)
+        title, values = f"{name} ({unit})" if unit else name, arrays[name].astype(float)
         _heat_map(figure, left, values[:, order], title, height)
         _name_blocks(left, records.blocks, round(height / LINE))
         _name_samples(left, groups, "samples by their mean" if sort else "sample")

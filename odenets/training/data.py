@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from odenets.errors import check_count
 from odenets.modes import inputs_for
+from odenets.printing import shown
 
 __all__ = ["Batches", "Split", "TensorData", "data_for"]
 
@@ -25,6 +26,8 @@ class TensorData:
     >>> x = torch.rand(5, 2)
     >>> len(TensorData(x, torch.tensor([0, 1, 2, 1, 0]), classes=3)), len(TensorData(x, x.norm(dim=1)))
     (5, 5)
+    >>> TensorData(x, x.norm(dim=1), name="norms")
+    TensorData(x=float32 (5, 2), y=float32 (5,), name='norms', classes=None, mean=(), std=())
 
     Attributes:
         x: inputs ``(N, ...)``, floating, finite: images ``(N, C, H, W)`` in [0, 1], points ``(N, D)``.
@@ -70,6 +73,8 @@ class TensorData:
             raise ValueError(f"{self.name}: x must be finite, got NaN or infinity")
         if self.classes is not None:
             self._check_labels(self.classes)
+
+    __repr__ = shown
 
     def _check_labels(self, classes: int) -> None:
         if self.y.dtype != torch.long:

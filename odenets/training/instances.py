@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from odenets.errors import check_count, renamed
 from odenets.modes import device_of, evaluating, keeping_state
 from odenets.network import Network
+from odenets.printing import shown
 from odenets.training.checks import other_names
 from odenets.training.data import Batches, TensorData
 from odenets.training.metrics import Metric, MetricFunction
@@ -51,6 +52,8 @@ class Instances:
     train_loss: Tensor
     metric: dict[str, Tensor]
     name: str = "accuracy"
+
+    __repr__ = shown
 
     @property
     def accuracy(self) -> dict[str, Tensor]:

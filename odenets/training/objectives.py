@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from odenets.errors import refuse
 from odenets.measures import StepFunction
 from odenets.recording import Records, record, recorder_in
 from odenets.training.broadcasting import refusing_pairs
@@ -237,6 +238,7 @@ class CrossEntropy(Objective):
         label_smoothing: share of the target that is spread over all classes, in [0, 1).
 
     Raises:
+        TypeError: arguments of torch's alone, such as weights of the classes, which a :class:`Task` has.
         ValueError: a share outside [0, 1).
 
     >>> from odenets.models import points_network
@@ -244,8 +246,10 @@ class CrossEntropy(Objective):
     >>> CrossEntropy(label_smoothing=0.1)(points_network(depth=2), x, y).backward()
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: float = 0.0, **unknown: Any) -> None:
         super().__init__()
+        of_torch = {name: f"Task(nn.CrossEntropyLoss({name}=...))" for name in ("weight", "reduction", "ignore_index")}
+        refuse("CrossEntropy", unknown, of_torch)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         self.label_smoothing = label_smoothing

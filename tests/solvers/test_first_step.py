@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from solvers import Tolerance, integrate
+from solvers import MaxStepsError, NonFiniteError, Tolerance, integrate
 from tests.solvers.problems import D, lotka
 
 
@@ -34,3 +34,15 @@ def test_a_sample_begins_with_the_step_of_a_batch_of_its_own(dtype):
     together = integrate(lotka, x0, 0.0, 1.0, control="sample", **options).times[1]
     alone = [integrate(lotka, x[None], 0.0, 1.0, **options).times[1] for x in x0]
     np.testing.assert_allclose(together.numpy(), alone, rtol=1e-12 if dtype == D else 1e-6)
+
+
+@pytest.mark.parametrize("limits", [{"rtol": 0.0, "atol": 1e-12}, {"rtol": 1e-20, "atol": 1e-12}])
+def test_a_tolerance_too_small_for_the_precision_is_named(limits):
+    """State and field are finite, and 1e9 / 1e-12 has no square in float32."""
+    x0, tolerance = torch.full((2, 1), 1e9), Tolerance(**limits)
+    message = r"^tolerance is too small for float32, got rtol=.* atol=1e-12: .* float64, or Tolerance\(first_step="
+    with pytest.raises(NonFiniteError, match=message):
+        integrate(lambda t, x: -x, x0, 0.0, 1.0, tolerance=tolerance)
+    limited = Tolerance(**limits, max_steps=3)
+    with pytest.raises(MaxStepsError):
+        integrate(lambda t, x: -x, x0.double(), 0.0, 1.0, tolerance=limited)

@@ -21,6 +21,7 @@ from odenets.detection.features.base import check_images
 from odenets.detection.isolation import Logits, frozen, seeded
 from odenets.errors import check_count, needs
 from odenets.modes import device_of
+from odenets.printing import shown
 
 __all__ = ["Attacked", "check_labels", "run_attack", "with_progress"]
 
@@ -46,6 +47,8 @@ class Attacked:
     predicted: Tensor
     linf: Tensor
     l2: Tensor
+
+    __repr__ = shown
 
     def __len__(self) -> int:
         return len(self.images)

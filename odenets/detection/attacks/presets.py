@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from types import MappingProxyType
@@ -14,6 +14,15 @@ __all__ = ["PRESETS", "Attack", "checked", "preset"]
 Setting = bool | int | float | str
 
 _COUNTS = ("max_iter", "apgd_iter", "deepfool_iter", "square_iter", "nb_grads", "max_eval", "init_eval", "init_size")
+
+
+_ELSEWHERE = {
+    "fgsm": "FGM", "fastgradientsignmethod": "FGM", "pgd": "BIM, or APGD with steps that adapt", "autopgd": "APGD",
+    "projectedgradientdescent": "BIM, or APGD with steps that adapt", "ifgsm": "BIM", "autoattack": "AA",
+    "carliniwagner": "CW", "carliniwagnerl2": "CW", "carlini": "CW", "cwl2": "CW", "hopskipjumpattack": "HSJ",
+    "boundary": "BA",
+}  # fmt: skip
+"""Attacks by the names that they have elsewhere, in small letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +45,7 @@ class Attack:
     settings: tuple[tuple[str, Setting], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in CLASSES:
-            raise ValueError(f"unknown attack {self.name!r}; known are {', '.join(CLASSES)}")
+        _check_name(self.name, CLASSES)
         if isinstance(self.settings, Mapping) or any(isinstance(p, str) or len(p) != 2 for p in self.settings):
             raise TypeError(
                 f'settings must be pairs, (("eps", 0.1),), got {self.settings!r}: preset("{self.name}", eps=0.1) makes '
@@ -61,6 +69,16 @@ class Attack:
         if settings.get("norm", "inf") in ("inf", inf) and float(eps := settings.get("eps", 0)) > 1:
             rule = f"eps of {self.name} must be at most 1, in units of pixels in [0, 1]"
             raise ValueError(f"{rule}, got {eps}: {eps} / 255 if bytes are meant")
+
+
+def _check_name(name: str, known: Iterable[str]) -> None:
+    """That an attack is known; by the name that it has in ART or in papers the error says what it is here."""
+    if name in known:
+        return
+    plain = "".join(letter for letter in str(name).lower() if letter.isalnum())
+    here = {one.lower(): one for one in CLASSES} | {value.lower(): one for one, value in CLASSES.items()} | _ELSEWHERE
+    meant = f": that is {here[plain]}" if plain in here else ""
+    raise ValueError(f"unknown attack {name!r}{meant}; known are {', '.join(known)}")
 
 
 PRESETS = MappingProxyType(
@@ -103,8 +121,7 @@ def preset(name: str, **settings: Setting) -> Attack:
     >>> preset("FGM", eps=0.1).settings
     (('norm', 'inf'), ('eps', 0.1))
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown attack {name!r}; known are {', '.join(PRESETS)}")
+    _check_name(name, PRESETS)
     return checked(Attack(name, tuple((dict(PRESETS[name].settings) | settings).items())))
 
 

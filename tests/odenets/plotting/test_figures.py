@@ -1,7 +1,12 @@
 """Figures as files: for light paper and for dark."""
 
+from itertools import combinations
+from pathlib import Path
+
 import numpy as np
 import pytest
+from matplotlib import rc_params_from_file
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -62,3 +67,40 @@ def test_colors_and_images_stay(tmp_path):
     axis.set_axis_off()
     light, dark = pixels(figure, tmp_path, dark=True).values()
     np.testing.assert_array_equal(dark, light)
+
+
+def test_what_has_no_outline_has_none_when_dark(tmp_path):
+    figure = plotting.histograms({"": {"clean": np.arange(9.0), "attacked": np.arange(9.0) + 3}}, xlabel="action")
+    filled = figure.axes[0].patches
+    outlines = [patch.get_edgecolor() for patch in filled]
+    with on_dark_paper(figure):
+        assert [patch.get_edgecolor() for patch in filled] == outlines
+        assert figure.axes[0].xaxis.label.get_color() == (1, 1, 1, 1)
+
+
+def test_figures_are_unknown_to_pyplot():
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    plotting.histograms({"": {"clean": np.arange(9.0)}}, xlabel="action")
+    assert plt.get_fignums() == before
+
+
+def contrast(one, other):
+    """Of WCAG 2, between two colors."""
+    low, high = sorted(to_linear(rgb) @ [0.2126, 0.7152, 0.0722] for rgb in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def to_linear(rgb):
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def test_ten_colors_of_the_pages_are_told_apart_on_both_papers():
+    """WCAG 2 wants a contrast of 3 for graphics."""
+    style = Path(__file__).parents[3] / "docs" / "static" / "figures.mplstyle"
+    names = rc_params_from_file(style, use_default_template=False)["axes.prop_cycle"].by_key()["color"]
+    colors = [np.array(to_rgb(name)) for name in names]
+    assert len(colors) == 10
+    assert min(contrast(color, np.array(to_rgb(paper))) for color in colors for paper in ("#ffffff", "#131416")) > 3
+    assert min(np.linalg.norm(a - b) for a, b in combinations(colors, 2)) > 0.15

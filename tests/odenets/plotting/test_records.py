@@ -30,7 +30,7 @@ def test_colors_are_the_values_of_blocks_and_samples():
     np.testing.assert_array_equal(colors.images[0].get_array(), values.detach())
     assert texts(colors.get_yticklabels()) == ["layer1.0", "layer1.1"]
     assert colors.get_xlabel() == "sample"
-    assert bar.get_ylabel() == "action, state² / time"
+    assert bar.get_ylabel() == "action (state² / time)"
     np.testing.assert_allclose(curves.lines[0].get_xdata(), values.detach().mean(1))
     np.testing.assert_allclose(curves.lines[0].get_ydata(), [0, 1])
     assert curves.get_ylim() == colors.get_ylim()
@@ -155,7 +155,7 @@ def test_each_network_has_its_figure(network, x, tmp_path):
     _, records = network.record(x, action=measures.action, cosine=measures.cosine)
     figure = plotting.blocks_by_samples(records, units={"cosine": "of one"})
     rows = shown(figure)
-    assert [bar.get_ylabel() for _, _, bar in rows] == ["action, state² / time", "cosine, of one"]
+    assert [bar.get_ylabel() for _, _, bar in rows] == ["action (state² / time)", "cosine (of one)"]
     for (colors, _, _), values in zip(rows, records.values(), strict=True):
         np.testing.assert_allclose(colors.images[0].get_array(), values.detach())
         borders = [line.get_ydata()[0] for line in colors.lines]

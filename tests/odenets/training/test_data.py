@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from odenets import models
-from odenets.training.data import Batches, TensorData
+from odenets.training.data import Batches, Split, TensorData
 from odenets.training.datasets import hold_out, load
 from odenets.training.evaluation import evaluate
 
@@ -136,3 +136,11 @@ def test_pairs_of_tensors_are_data_of_any_targets():
 def test_data_of_another_kind_is_named_with_the_remedy(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_data_show_shapes_and_not_their_numbers():
+    data = TensorData(torch.rand(300, 3, 8, 8), torch.arange(300) % 7, name="crops", classes=7)
+    text = "TensorData(x=float32 (300, 3, 8, 8), y=int64 (300,), name='crops', classes=7, mean=(), std=())"
+    assert repr(data) == text
+    assert repr(Batches(data, 50)) == f"Batches(data={text}, size=50, seed=None, crop=0, flip=False)"
+    assert len(repr(Split(data, data, data))) < 400

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odenets.detection.attacks.generation import Attacked
 from odenets.detection.features.base import check_images, in_batches
 from odenets.detection.isolation import Logits, in_float32
+from odenets.printing import shown
 
 __all__ = ["Evasion", "Features", "Target", "checked_pool", "detected_by", "judge", "starting_points"]
 
@@ -34,6 +35,8 @@ class Evasion:
     wrong: Tensor
     detected: Tensor
     l2: Tensor
+
+    __repr__ = shown
 
     @property
     def evaded(self) -> Tensor:
