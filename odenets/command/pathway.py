@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,6 +182,10 @@ def _check_outputs(request: Request) -> None:
     for name, file in (("--csv", request.csv), ("--figure", request.figure)):
         if file is not None and file.is_dir():
             raise Mistake(f"{name} must be a file, got the folder {file}")
+        if file is not None:
+            folder = next(parent for parent in file.absolute().parents if parent.exists())
+            if not folder.is_dir() or not os.access(folder, os.W_OK):
+                raise Mistake(f"{name} cannot write {file}: {folder} is no folder that one may write to")
 
 
 def _with_progress(loaded: Iterable[Batch], count: int, size: int) -> Iterator[Batch]:
@@ -208,10 +213,17 @@ def _write_rows(file: Path, files: Sequence[Path], records: Records) -> Path:
                 for m, block in enumerate(records.blocks):
                     writer.writerow([image, m, block, *(value[m][i] for value in values.values())])
 
-    return write_atomically(file, write)
+    return _written(file, write)
 
 
 def _draw(file: Path, files: Sequence[Path], records: Records, by_folder: bool) -> Path:
     labels = [image.parent.name for image in files] if by_folder else None
     figure = plotting.blocks_by_samples(records, [name for name in records if name != "h"], labels=labels)
-    return write_atomically(file, lambda path: figure.savefig(path, format=file.suffix[1:].lower(), dpi=100))
+    return _written(file, lambda path: figure.savefig(path, format=file.suffix[1:].lower(), dpi=100))
+
+
+def _written(file: Path, write: Callable[[Path], None]) -> Path:
+    try:
+        return write_atomically(file, write)
+    except OSError as error:
+        raise Mistake(f"{file} cannot be written: {one_line(error)}", FAILED) from error

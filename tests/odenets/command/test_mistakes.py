@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from odenets.command import mistakes, networks
+from odenets.command import mistakes, networks, pathway
 
 NONE = ("--weights", "none", "--size", "32")
 
@@ -115,6 +115,26 @@ def test_an_argument_that_is_wrong_is_named(told, images, words, line):
     assert told(2, "record", "resnet18", images, *words) == line
 
 
+@pytest.mark.parametrize("option", ["--csv", "--figure"])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(told, images, option, monkeypatch):
+    monkeypatch.setattr(pathway, "build", None)
+    file = images / "notes.txt" / "new" / "path.png"
+    line = told(2, "record", "resnet18", images, *NONE, option, file)
+    assert line == f"{option} cannot write {file}: {images / 'notes.txt'} is no folder that one may write to"
+
+
+@pytest.mark.parametrize("option", ["--csv", "--figure"])
+def test_a_disk_that_is_full_is_told(run, images, option, monkeypatch):
+    def full(file, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathway, "write_atomically", full)
+    result = run("record", "resnet18", images, *NONE, option, images / "path.png")
+    assert result.exit_code == 1
+    assert "block" in result.stdout  # the table is there
+    assert result.stderr == f"Error: {images / 'path.png'} cannot be written: [Errno 28] No space left on device\n"
+
+
 def test_measures_and_options_that_the_model_refuses(told, images):
     assert "embedded" in told(1, "record", "resnet18", images, *NONE, "-m", "error")
     line = told(2, "record", "resnet18", images, *NONE, "-o", "depth=3")
@@ -163,7 +183,7 @@ def test_weights_of_timm_that_cannot_be_downloaded(told, images, monkeypatch):
 def test_a_library_that_is_missing_is_told_before_the_work(told, images, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(mistakes, "find_spec", lambda name: None if name == "matplotlib" else real(name))
-    monkeypatch.setattr(networks, "build", None)
+    monkeypatch.setattr(pathway, "build", None)
     line = told(1, "record", "resnet18", images, "--figure", "path.png")
     assert line == "--figure needs matplotlib, which is not installed: pip install 'odenets[plot]'"
 
