@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
+
+from solvers.order_conditions import missed_condition
 
 __all__ = ["ButcherTableau", "Embedded", "Row"]
 
 Row = tuple[float, ...]
 """Coefficients of a method, one per stage, as plain numbers, which hold no device and no dtype."""
+
+
+def _row(name: str, values: Any) -> Row:
+    """Numbers in a tuple, list, array or tensor as a row."""
+    try:
+        row = tuple(float(value) for value in values) if not isinstance(values, str) else None
+    except (TypeError, ValueError):
+        row = None
+    if row is None:
+        raise TypeError(f"{name} must be a row of numbers, got {values!r:.80}")
+    if not all(map(math.isfinite, row)):
+        raise ValueError(f"{name} must be finite, got {row}")
+    return row
+
+
+def _check_order(name: str, order: object) -> None:
+    if not isinstance(order, Integral) or isinstance(order, bool):
+        raise TypeError(f"{name} must be a whole number, got {order!r}")
+    if order < 1:
+        raise ValueError(f"{name} must be at least 1, got {order}")
 
 
 @dataclass(frozen=True)
@@ -19,6 +44,9 @@ class Embedded:
         order: order of convergence when this solution is the one carried on.
         b: one weight per stage; they sum to 1.
 
+    Raises:
+        TypeError, ValueError: an order that is no whole number from 1 on, or weights that are no finite numbers.
+
     >>> from solvers import get_tableau
     >>> get_tableau("heun").solution("euler")
     Embedded(order=1, b=(1.0, 0.0))
@@ -26,6 +54,10 @@ class Embedded:
 
     order: int
     b: Row
+
+    def __post_init__(self) -> None:
+        _check_order("order of an embedded solution", self.order)
+        object.__setattr__(self, "b", _row("b of an embedded solution", self.b))
 
 
 @dataclass(frozen=True)
@@ -35,14 +67,18 @@ class ButcherTableau:
     ``p_i = v(t + c_i h, x + h sum_j a_ij p_j)`` and ``x1 = x + h sum_i b_i p_i``.
     Reference: Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, II.1.
 
+    Coefficients may come as tuples, lists, arrays or tensors in float64; they become tuples of numbers.
+
     Attributes:
         name: the name under which :func:`~solvers.get_tableau` finds it.
-        order: order of the solution that is carried on.
+        order: order of the solution that is carried on. The coefficients are checked for it, as those of embedded
+            solutions for theirs: all conditions of the orders up to 4.
         c: node of each stage, as a fraction of the step; ``c[0] = 0``.
         a: row ``i`` holds the ``i`` weights of the earlier stages; each row sums to its ``c``.
         b: weights of the solution; they sum to 1.
-        embedded: the solutions that the stages carry, by name; one of them has the weights ``b``.
-        low: name of the embedded solution that the error is measured against, or None.
+        embedded: the solutions that the stages carry, by name, pairs or a dictionary; one of them, where there are any,
+            has the weights ``b``.
+        low: name of the embedded solution that the error is measured against, another than the method's own, or None.
         dense: the method's own interpolant, per stage the coefficients of ``theta, theta^2, ...`` in its weight
             ``b_i(theta)`` on ``x(t + theta h) = x0 + h sum_i b_i(theta) p_i``; or None.
         fsal: derived; first same as last, the last stage is the velocity at the solution itself.
@@ -52,7 +88,8 @@ class ButcherTableau:
             behind, the closing stages, serve the error and the embedded outputs alone.
 
     Raises:
-        ValueError: the coefficients are not those of a consistent explicit method.
+        TypeError: an order that is no whole number, or coefficients that are no numbers.
+        ValueError: the coefficients are not finite, not those of a consistent explicit method, or not of the order.
 
     >>> import torch
     >>> from solvers import integrate
@@ -79,9 +116,37 @@ class ButcherTableau:
     interior: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        self._read()
+        self._check_coefficients()
+        self._check_embedded()
+
+        # Constants from here on: plain attributes, so that torch.compile reads them without a guard on code.
         stages = len(self.c)
-        if self.order < 1:
-            raise ValueError(f"{self.name}: order must be at least 1, got {self.order}")
+        fsal = stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
+        object.__setattr__(self, "fsal", fsal)
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "interior", max(i for i, b in enumerate(self.b, 1) if b))
+        if self.low is not None:
+            low = self.solution(self.low).b
+            object.__setattr__(self, "error_weights", tuple(b - b_low for b, b_low in zip(self.b, low, strict=True)))
+
+    def _read(self) -> None:
+        """What came, as rows of numbers."""
+        _check_order(f"{self.name}: order", self.order)
+        rows: dict[str, Any] = {key: _row(f"{self.name}: {key}", getattr(self, key)) for key in ("c", "b")}
+        rows["a"] = tuple(_row(f"{self.name}: row {i} of a", row) for i, row in enumerate(self.a))
+        if self.dense is not None:
+            rows["dense"] = tuple(_row(f"{self.name}: row {i} of dense", row) for i, row in enumerate(self.dense))
+        embedded = self.embedded.items() if isinstance(self.embedded, Mapping) else self.embedded
+        rows["embedded"] = pairs = tuple(tuple(pair) for pair in embedded)
+        for pair in pairs:
+            if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], Embedded):
+                raise TypeError(f"{self.name}: embedded must hold pairs of a name and an Embedded, got {pair!r:.80}")
+        for key, row in rows.items():
+            object.__setattr__(self, key, row)
+
+    def _check_coefficients(self) -> None:
+        stages = len(self.c)
         if stages == 0 or len(self.a) != stages or len(self.b) != stages:
             raise ValueError(
                 f"{self.name}: c, a and b must have one entry per stage, "
@@ -94,26 +159,36 @@ class ButcherTableau:
                 raise ValueError(f"{self.name}: row {i} of a sums to {sum(row)!r}, but c[{i}] is {node!r}")
         if abs(sum(self.b) - 1) > 1e-12:
             raise ValueError(f"{self.name}: b must sum to 1, got {sum(self.b)!r}")
-        for name, solution in self.embedded:
-            if len(solution.b) != stages:
-                raise ValueError(f"{self.name}: embedded {name!r} must have {stages} weights, got {len(solution.b)}")
-            if abs(sum(solution.b) - 1) > 1e-12:
-                raise ValueError(f"{self.name}: weights of embedded {name!r} must sum to 1, got {sum(solution.b)!r}")
-        if self.low is not None and self.low not in dict(self.embedded):
-            raise ValueError(f"{self.name}: low must name an embedded solution {self.outputs}, got {self.low!r}")
+        self._check_conditions("order", self.order, self.b)
         if self.dense is not None:
             ends = [sum(row) for row in self.dense]
             if len(ends) != stages or any(abs(end - b) > 1e-9 for end, b in zip(ends, self.b, strict=True)):
                 raise ValueError(f"{self.name}: dense weights at theta = 1 must be b, got {ends} for {self.b}")
 
-        # Constants from here on: plain attributes, so that torch.compile reads them without a guard on code.
-        fsal = stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
-        object.__setattr__(self, "fsal", fsal)
-        object.__setattr__(self, "stages", stages)
-        object.__setattr__(self, "interior", max(i for i, b in enumerate(self.b, 1) if b))
-        if self.low is not None:
-            low = self.solution(self.low).b
-            object.__setattr__(self, "error_weights", tuple(b - b_low for b, b_low in zip(self.b, low, strict=True)))
+    def _check_embedded(self) -> None:
+        stages = len(self.c)
+        for name, solution in self.embedded:
+            if len(solution.b) != stages:
+                raise ValueError(f"{self.name}: embedded {name!r} must have {stages} weights, got {len(solution.b)}")
+            if abs(sum(solution.b) - 1) > 1e-12:
+                raise ValueError(f"{self.name}: weights of embedded {name!r} must sum to 1, got {sum(solution.b)!r}")
+            self._check_conditions(f"order of embedded {name!r}", solution.order, solution.b)
+        if self.low is not None and self.low not in dict(self.embedded):
+            raise ValueError(f"{self.name}: low must name an embedded solution {self.outputs}, got {self.low!r}")
+        if self.low is not None and self.solution(self.low).b == self.b:
+            raise ValueError(f"{self.name}: low must name another solution than the method's own, got {self.low!r}")
+        if self.embedded and all(solution.b != self.b for _, solution in self.embedded):
+            raise ValueError(
+                f"{self.name}: embedded must hold the method's own solution, with the weights b, under a name, got "
+                f"{self.outputs}: add ({self.name!r}, Embedded({self.order}, b))"
+            )
+
+    def _check_conditions(self, name: str, order: int, b: Row) -> None:
+        if missed := missed_condition(order, self.a, b, self.c):
+            most, condition = missed
+            raise ValueError(
+                f"{self.name}: {name} must be at most {most}, that of the coefficients, got {order}: {condition}"
+            )
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -172,7 +247,7 @@ class ButcherTableau:
         0.125
         """
         low = self.low
-        if low == name:
+        if low is not None and self.solution(low).b == self.solution(name).b:
             low = next((other for other, solution in self.embedded if solution.b == self.b), None)
         chosen = self.solution(name)
         dense = self.dense if chosen.b == self.b else None

@@ -203,10 +203,10 @@ ralston3 = ButcherTableau(
 )
 
 # %%
-# Sums that do not fit are refused, but nobody checks the order for you. So measure it: over half
-# the step a method of order k has an error ``2**k`` times smaller, a line of slope k in logarithmic
-# scales. Take a problem whose velocity depends on the time, or mistakes in ``c`` go unnoticed, and
-# float64.
+# Sums that do not fit are refused, and so is an order that the coefficients do not have, up to
+# order 4; above it nobody checks the rest for you. See it converge: over half the step a method of
+# order k has an error ``2**k`` times smaller, a line of slope k in logarithmic scales. Take a
+# problem whose velocity depends on the time, or mistakes in ``c`` go unnoticed, and float64.
 
 
 def problem(t, x):

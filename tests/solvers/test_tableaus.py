@@ -1,6 +1,8 @@
+import dataclasses
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,9 @@ NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs
 
 def field(t, x):
     return torch.sin(x) + t
+
+
+OWN, LOW = Embedded(2, (0.0, 1.0)), Embedded(1, (1.0, 0.0))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,6 +57,15 @@ def test_names():
         ({"embedded": (("low", Embedded(1, (1.0,))),)}, "must have 2 weights"),
         ({"embedded": (("low", Embedded(1, (1.0, 1.0))),)}, "weights of embedded 'low' must sum to 1"),
         ({"low": "missing"}, "low must name an embedded solution"),
+        ({"b": (math.nan, 1.0)}, "b must be finite, got"),
+        ({"c": (0.0, math.inf), "a": ((), (math.inf,))}, "c must be finite, got"),
+        ({"a": ((), (math.nan,))}, "row 1 of a must be finite"),
+        ({"dense": ((math.nan,), (1.0,))}, "row 0 of dense must be finite"),
+        ({"order": 3}, r"order must be at most 2, .*, got 3: sum_i b_i c_i\^2 is 0.25, not 1/3"),
+        ({"order": 5}, "order must be at most 2"),
+        ({"embedded": (("own", OWN), ("low", Embedded(2, (1.0, 0.0))))}, "order of embedded 'low' must be at most 1"),
+        ({"embedded": (("low", LOW),), "low": "low"}, r"must hold the method's own solution.*add \('mine', Embedded"),
+        ({"embedded": (("own", OWN), ("low", LOW)), "low": "own"}, "low must name another solution than the method's"),
     ],
 )
 def test_inconsistent_coefficients_are_rejected(change, message):
@@ -59,6 +73,52 @@ def test_inconsistent_coefficients_are_rejected(change, message):
     ButcherTableau(**good)
     with pytest.raises(ValueError, match=message):
         ButcherTableau(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: ButcherTableau("mine", 1.0, (0.0,), ((),), (1.0,)),
+            TypeError,
+            "order must be a whole number, got 1.0",
+        ),
+        (
+            lambda: ButcherTableau("mine", "1", (0.0,), ((),), (1.0,)),
+            TypeError,
+            "order must be a whole number, got '1'",
+        ),
+        (lambda: ButcherTableau("mine", 1, (0.0,), ((),), "1"), TypeError, "b must be a row of numbers, got '1'"),
+        (lambda: ButcherTableau("mine", 1, 0.0, ((),), (1.0,)), TypeError, "c must be a row of numbers, got 0.0"),
+        (
+            lambda: ButcherTableau("mine", 1, (0.0,), ((),), (1.0,), {"mine": (1, (1.0,))}),
+            TypeError,
+            "an Embedded, got",
+        ),
+        (lambda: Embedded(2.5, (1.0,)), TypeError, "order of an embedded solution must be a whole number, got 2.5"),
+        (lambda: Embedded(0, (1.0,)), ValueError, "order of an embedded solution must be at least 1, got 0"),
+        (lambda: Embedded(1, (math.nan,)), ValueError, "b of an embedded solution must be finite"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda row: torch.tensor(row, dtype=D)])
+def test_coefficients_come_in_any_container(kind):
+    heun = get_tableau("heun")
+    embedded = {name: Embedded(solution.order, kind(solution.b)) for name, solution in heun.embedded}
+    a = [kind(row) for row in heun.a]
+    assert ButcherTableau("heun", 2, kind(heun.c), a, kind(heun.b), embedded, low="euler") == heun
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("bs23", 3)])
+def test_an_order_above_that_of_the_coefficients_is_refused(name, order):
+    tableau = get_tableau(name)
+    assert tableau.order == order
+    with pytest.raises(ValueError, match=f"order must be at most {order}, that of the coefficients"):
+        dataclasses.replace(tableau, order=order + 1)
 
 
 def test_unknown_output():
