@@ -99,10 +99,11 @@ def integrate(
             before the time, at its event or where it could not go on. Gradients flow to ``at`` with
             ``gradient="direct"``. In a graph of ``torch.compile`` it is a list of floats.
         event: ``(t, x)`` to a tensor or a number: the solve ends where an entry changes sign, or a comparison turns,
-            for the first time; with ``control="sample"`` the entries ``(B, ...)`` end their own sample. Changes inside
-            a step are looked for on its interpolant, at 3 to 63 points; what comes and goes in less than a 64th of a
-            step may be missed (give max_step or more steps). Gradients flow through the time of the event; where the
-            event function has no slope, as a comparison has none, a backward pass raises.
+            for the first time; where an entry is 0 at t0 it ends there, and no gradient flows through that time; with
+            ``control="sample"`` the entries ``(B, ...)`` end their own sample. Changes inside a step are looked for on
+            its interpolant, at 3 to 63 points; what comes and goes in less than a 64th of a step may be missed (give
+            max_step or more steps). Gradients flow through the time of the event; where the event function has no
+            slope, as a comparison has none, a backward pass raises.
         on_limit: raise where the solve cannot go on, or return what was solved, with its status.
         gradient: "direct", through the steps; "checkpoint", the same by recomputing the steps, with the memory of the
             square root of their number and two further evaluations of each (three if adaptive); "backsolve", those of

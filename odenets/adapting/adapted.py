@@ -192,10 +192,10 @@ class AdaptedModel(nn.Module):
         for name, measure in measures.items():
             if not callable(measure):
                 raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
-        if not measures and self._visited is not None:
+        if not measures and (self._visited is not None or torch.compiler.is_exporting()):
             self._check_input(x)
             with self.hooks.running(None):
-                return self.model(x, *args), Records({}, flow_starts(self._visited), self.names)
+                return self.model(x, *args), Records({}, flow_starts(self._last_visited()), self.names)
         output, current = self._run(x, args, measures)
         return output, current.records()
 

@@ -20,8 +20,28 @@ __all__ = ["AdaptiveDepth"]
 class AdaptiveDepth:
     """A callback of :func:`odenets.training.fit`: apply a :class:`DepthRule` between epochs.
 
-    Errors and edits are written into the epoch's row, ``row["errors"]`` and ``row["edits"]``, as text. Where an epoch
-    diverges, every block counts as too large: each is duplicated, and the epoch is trained again.
+    Where an epoch diverges, every block counts as too large: each is duplicated, and the epoch is trained again.
+
+    The epoch's row, in ``training.rows`` and ``metrics.csv`` alike, holds text of a fixed form:
+
+    - ``row["errors"]``: the error of each block before the edits, in the order of depth, numbers with a space between;
+      only of epochs that were checked.
+    - ``row["edits"]``: the edits after the epoch, with ``"; "`` between, as they print themselves; ``""`` for none. One
+      of an epoch that is trained again begins with ``"epoch n diverged, "``.
+    - ``row["h"]``, which every training has: the step size of each block during the epoch, numbers with a space
+      between.
+
+    >>> import torch
+    >>> from odenets.models import points_network
+    >>> from odenets.training import Batches, fit, points
+    >>> data, sgd = points("moons", 40, seed=0), lambda parameters: torch.optim.SGD(parameters, lr=0.01)
+    >>> callback = AdaptiveDepth(DepthRule(1e-9, max_depth=4), Batches(data, 40).inputs)
+    >>> network = points_network(solver="bs23", total_time=1.0, depth=2)
+    >>> row, last = fit(network, Batches(data, 20), epochs=2, optimizer=sgd, callbacks=[callback]).rows
+    >>> row["h"], last["h"], len([float(error) for error in row["errors"].split()])
+    ('0.5 0.5', '0.25 0.25 0.25 0.25', 2)
+    >>> [edit.partition(",")[0] for edit in row["edits"].split("; ")], last["edits"]
+    (['flow 0 block 0: duplicated', 'flow 0 block 1: duplicated'], '')
 
     Args:
         rule: when to add and remove blocks.

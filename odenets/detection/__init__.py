@@ -57,6 +57,7 @@ from odenets.detection.evaluation import (
     Samples,
     Scores,
     choose_and_score,
+    detection_rates,
     score,
     split,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "black_box",
     "check_images",
     "choose_and_score",
+    "detection_rates",
     "distill",
     "feature_attack",
     "in_batches",

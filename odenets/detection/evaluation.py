@@ -164,7 +164,20 @@ def score(
 
 
 def detection_rates(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
-    """The receiver operating characteristic at :data:`FALSE_POSITIVE_RATES`, ``(101,)``, for averages of curves."""
+    """The receiver operating characteristic at :data:`FALSE_POSITIVE_RATES`, ``(101,)``, for averages of curves.
+
+    :func:`odenets.plotting.operating_characteristics` draws it.
+
+    Args:
+        clean, adversarial: scores ``(N,)`` and ``(M,)``, larger for the adversarial.
+
+    Returns:
+        The detection rate at each false-positive rate.
+
+    >>> rates = detection_rates(np.array([-0.5, -0.2, 0.1, -0.4]), np.array([0.3, 0.4, -0.3, 0.2]))
+    >>> rates.shape, float(rates[25]), float(rates[50])  # at 0.25 and 0.5
+    ((101,), 0.75, 1.0)
+    """
     y, scores = np.repeat([0, 1], [len(clean), len(adversarial)]), np.concatenate([clean, adversarial])
     false, true, _ = roc_curve(y, scores)
     return np.interp(FALSE_POSITIVE_RATES, false, true)

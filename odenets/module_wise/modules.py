@@ -280,8 +280,9 @@ def split_into_modules(
             conditions the fields.
         outputs: numbers that a head returns for a sample, the classes of a classifier or the size of a regression's
             targets; as many as the network itself if not given, which a flow needs to be told.
-        balance: what is shared out equally among K modules: "blocks", or the "memory" that their backward passes need,
-            measured on ``x``.
+        balance: what is shared out equally among K modules: "blocks", or "memory": the bytes that the blocks keep for
+            their backward pass, measured on ``x``, the encoder's and transitions' with them. Weights, gradients, the
+            optimizer's state, heads and what a local loss keeps are not weighed.
         at: "end", a transition belongs to the module after it, or "start", to the one before.
         head: "conv", "token" or "linear" (:func:`conv_head` and so on); "auto" by the shape of the state; a function of
             a state and the number of outputs; one layer for all modules ("same classifier"); or a list of one for each,

@@ -54,8 +54,9 @@ class NeuralODE(nn.Module):
         control: "batch", one step size for the batch, or "sample", one for each sample, as if it were alone: batch
             norm in training mode, which reads the others, is refused.
         controller: step-size rule of error control.
-        event: ``(t, x)`` to a tensor: the solve ends where an entry changes sign for the first time. A module or a
-            method of one where it has parameters.
+        event: ``(t, x)`` to a tensor: the solve ends where an entry changes sign for the first time, or at t0 where one
+            is 0 there: a ball that is thrown from the ground has landed. A module or a method of one where it has
+            parameters.
 
     Attributes:
         statistics: counts of the last pass.

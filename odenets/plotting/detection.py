@@ -19,8 +19,9 @@ def operating_characteristics(curves: Mapping[str, Mapping[str, np.ndarray]], fa
     """Detection rate over false-positive rate, a panel per set and a line per detector.
 
     Args:
-        curves: per set and detector the detection rates at ``false``.
-        false: false-positive rates.
+        curves: per set and detector the detection rates at ``false``, as :func:`odenets.detection.detection_rates` has
+            them.
+        false: false-positive rates, such as :data:`odenets.detection.FALSE_POSITIVE_RATES`.
 
     Returns:
         The figure; :func:`save` writes it.

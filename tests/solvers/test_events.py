@@ -179,3 +179,19 @@ def test_far_from_time_0_states_in_float32_have_events_and_dense_states_as_near_
         torch.testing.assert_close(dense(t0 + t), torch.full((2, 1), t), rtol=1e-4, atol=0)
         wide = dense(torch.tensor(t0 + t, dtype=D, requires_grad=True))
         torch.testing.assert_close(wide, torch.full((2, 1), t), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_an_event_that_is_zero_at_the_start_fires_there(control):
+    """Without a gradient of its time; a comparison that holds at the start waits until it turns."""
+
+    def thrown(t, x):
+        return torch.stack([x[:, 1], torch.full_like(x[:, 1], -9.81)], 1)
+
+    x0 = torch.tensor([[0.0, 5.0]], dtype=torch.float64, requires_grad=True)
+    solution = integrate(thrown, x0, 0.0, 10.0, event=lambda t, x: x[:, 0], control=control)
+    assert float(solution.event_time) == 0
+    assert not solution.event_time.requires_grad
+    torch.testing.assert_close(solution.x1, x0)
+    up = integrate(thrown, x0.detach(), 0.0, 10.0, event=lambda t, x: (x > 0).any(1), control=control)
+    assert float(up.event_time) == pytest.approx(2 * 5 / 9.81)

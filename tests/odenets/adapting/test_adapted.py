@@ -169,3 +169,17 @@ def test_prints_what_it_found():
         "  1  layer2.0  ResNet  128 x 8 x 8",
     ]
     assert "0  encoder.layers.encoder_layer_0  transformer 1 of 2" in str(adapt(small_vit()))
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_an_export_with_a_dynamic_batch_takes_any(passes):
+    """Before the first pass too."""
+    model = small_resnet().eval()
+    network, x = adapt(model), torch.rand(2, 3, 32, 32)
+    for _ in range(passes):
+        network(x)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(network, (x,), dynamic_shapes=({0: batch},)).module()
+    for size in (2, 5):
+        x = torch.rand(size, 3, 32, 32)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
