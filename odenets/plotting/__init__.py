@@ -1,6 +1,6 @@
 """Figures of records, of points and their displacements, and of detectors, for matplotlib; :func:`save` writes them.
 
-Each function takes arrays or records and returns a :class:`matplotlib.figure.Figure`, which ``pyplot`` does not know:
+Each function takes arrays or records and returns a ``matplotlib.figure.Figure``, which ``pyplot`` does not know:
 ``plt.show()`` and ``plt.savefig()`` leave it out, and there is nothing to close. A notebook shows the one that is the
 last value of a cell, or ``display(figure)``; elsewhere ``figure.savefig("blocks.png")`` writes it, or
 ``save({"blocks": figure}, "figures")``:
