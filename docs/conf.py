@@ -1,11 +1,14 @@
 """Sphinx builds the site from here: ``make docs``."""
 
+import logging
 import sys
 from pathlib import Path
 
 import odenets
 
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
+
+logging.getLogger("art").setLevel(logging.WARNING)  # the theme's package of colors makes every logger speak
 
 project = "odenets"
 author = "The odenets authors"
