@@ -43,7 +43,7 @@ class Measure:
 
     Attributes:
         function: a step, and options by name, to ``(B,)``.
-        closing: whether it may read the closing stage of an FSAL method.
+        closing: whether it may read the closing stage of an FSAL method; it is called with steps without one if not.
         reductions: what it reads of ``step.reductions``, if that is there: "error", "action", "residue".
         integrand: a velocity ``(B, *S)``, and the same options, to ``(B,)``, where the measure of a step is the
             integral of that over the step, so that a solve that keeps no steps can integrate it beside the state. Sums
@@ -74,6 +74,9 @@ class Measure:
                 f"a measure is called with a Step, got {type(step).__name__}: record(x, {self.name}={self.name}) "
                 f"measures all steps, and {self.name}.bind(p=3) sets an option"
             )
+        if not self.closing and len(step.stages) > step.tableau.interior:  # evaluated for others: it is not to be read
+            stages, tableau = step.stages[: step.tableau.interior], step.tableau
+            step = Step(step.t, step.h, step.x0, step.x1, stages, tableau, step.reductions)
         return self.function(step, **(dict(self.options) | options))
 
     @property
@@ -186,7 +189,8 @@ def measure(
 
     Args:
         function: the function; with options it is a decorator of it.
-        closing: False says that it never reads the closing stage of an FSAL method, which is then not evaluated.
+        closing: False says that it does not read the closing stage of an FSAL method: none is evaluated for it, and
+            ``step.stages`` lacks one that is evaluated for another measure.
         reduction: what it reads of ``step.reductions``, "error", "action" or "residue", where that is not None.
         integrand: what the measure integrates over a step, see :class:`Measure`.
 
@@ -229,7 +233,7 @@ def check_named(args: Iterable[Any], check: Any) -> None:
 def needs_closing(measure: StepFunction) -> bool:
     """Whether a ``measure`` may read the closing stage of a step, which is evaluated for it then.
 
-    True unless it, or what it is a ``functools.partial`` of, has ``closing=False``.
+    True unless it, or what it is a ``functools.partial`` of, is a :class:`Measure` with ``closing=False``.
 
     >>> from odenets.measures import action, error
     >>> [needs_closing(one) for one in (action, error, lambda step: step.x1.mean(1))]
@@ -237,7 +241,7 @@ def needs_closing(measure: StepFunction) -> bool:
     """
     while isinstance(measure, partial):
         measure = measure.func
-    return getattr(measure, "closing", True)
+    return not isinstance(measure, Measure) or measure.closing
 
 
 def reductions_of(measures: Iterable[StepFunction]) -> frozenset[str]:

@@ -139,6 +139,33 @@ def test_a_partial_of_a_measure_reads_what_the_measure_reads():
     assert not measures.needs_closing(closed.bind(p=1))
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        Flow(MLPField(3), solver="bs23", depth=2),
+        NeuralODE(MLPField(3), solver="bs23"),
+        NeuralODE(MLPField(3), solver="bs23", control="sample"),
+    ],
+)
+def test_a_measure_without_the_closing_stage_never_sees_it(network):
+    """Whatever is recorded beside it, whether a step has that stage for reasons of its own, and in compositions."""
+
+    @measures.measure(closing=False)
+    def last(step):
+        return len(step.stages) + step.stages[-1].abs().sum(1)
+
+    def third(step):
+        return 3 + step.stages[2].abs().sum(1)
+
+    x = torch.randn(4, 3)
+    _, alone = network.record(x, last=last, twice=2 * last)
+    _, beside = network.record(x, last=last, error=measures.error, both=last + measures.error, third=third)
+    assert torch.equal(alone["last"], beside["last"])
+    assert torch.equal(beside["last"], beside["third"])
+    assert torch.equal(alone["twice"], 2 * alone["last"])
+    assert torch.equal(beside["both"], beside["last"] + beside["error"])
+
+
 def test_composed_measures_read_what_their_parts_read():
     assert not measures.needs_closing(2 * measures.action + measures.residue)
     assert measures.needs_closing(measures.action - measures.error / 3)
