@@ -132,7 +132,8 @@ def _tensor(file: Path, transform: Transform, mode: str | None) -> Tensor:
 
 def _converted(image: Any, mode: str) -> Any:
     """An image in a mode of PIL, turned as its camera says, opaque."""
-    from PIL import ImageOps
+    with needs("images"):
+        from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "P" and "transparency" in upright.info:  # PIL warns of any other way

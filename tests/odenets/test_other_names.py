@@ -1,5 +1,6 @@
 """Names that arguments have in torchdiffeq, SciPy, torchvision and ART: each error says what takes their place."""
 
+import doctest
 import inspect
 
 import pytest
@@ -10,6 +11,7 @@ from odenets import Flow, MLPField, NeuralODE, measures
 from odenets.detection import PRESETS, Attack, preset
 from odenets.detection.attacks.art import CLASSES
 from odenets.least_action import LeastAction
+from odenets.measures import quantities
 from odenets.models import points_network, resnet9, resnet110, resnet_km, resnext50, small_network, wide_resnet
 from odenets.training import CrossEntropy
 from solvers import integrate
@@ -98,3 +100,9 @@ def test_help_shows_what_a_measure_measures():
     assert inspect.getdoc(measures.action.bind(p=3)) == inspect.getdoc(measures.action)
     assert inspect.getdoc(measures.action + measures.error) == inspect.getdoc(measures.Measure)
     assert odenets.measures.Measure.__doc__.startswith("A measure and what it reads")
+
+
+def test_examples_of_measures_run():
+    """As those of functions: the docstring of a measure is that of its function."""
+    examples = {test.name: test.examples for test in doctest.DocTestFinder().find(quantities)}
+    assert [len(examples[f"{quantities.__name__}.{name}"]) > 0 for name in ("action", "error")] == [True, True]
