@@ -54,7 +54,7 @@ def build(session):
 def smoke(session, kind, torch):
     """First steps with what comes by itself, then with the extras; examples take models of torchvision."""
     line, models = TORCH[torch]
-    for extra, part in (("", "core"), ("[training]", "training")):
+    for extra, part in (("", "core"), ("[command]", "command"), ("[training]", "training")):
         install(session, kind, extra, line)
         first_steps(session, part)
     install(session, kind, "[all]", line, models)
@@ -65,7 +65,7 @@ def smoke(session, kind, torch):
 def lowest(session):
     """First steps with the oldest of all that is asked for."""
     install(session, "wheel", "[all]", "torchvision>=0.23", "--resolution", "lowest-direct")
-    first_steps(session, "core", "training", "doctests")
+    first_steps(session, "core", "command", "training", "doctests")
 
 
 @nox.session(python=PYTHONS[0])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/contributing").glob("*.md"))
@@ -73,3 +74,5 @@ def test_the_architecture_shows_every_floor_of_the_import_contract(monkeypatch):
             path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
         }
         assert shown == {name for name in there if not name.startswith("__")}
+    with Image.open(picture.PICTURE) as drawn:
+        assert drawn.info["Description"] == picture.contents(), "python docs/contributing/architecture.py draws it anew"

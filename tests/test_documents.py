@@ -78,3 +78,19 @@ def test_the_script_of_several_processes_runs(monkeypatch):
     done = subprocess.run([*run, ROOT / "docs/how_to/several_processes.py", "sharded"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0 < float(done.stdout.split()[-1]) < 0.6
+
+
+DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "experiments/README.md", "tests/README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_documents_beside_the_site_lead_to_files(document):
+    text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    paths = [(one or other).partition("#")[0] for one, other in links if "://" not in one + other]
+    missing = [path for path in paths if path and not (ROOT / document).parent.joinpath(path).exists()]
+    assert not missing
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

@@ -80,5 +80,10 @@ def architecture() -> Figure:
     return figure
 
 
+def contents() -> str:
+    """The rooms in the picture, which its file names beside it."""
+    return repr({contract: floors(contract) for contract in ROOMS})
+
+
 if __name__ == "__main__":
-    architecture().savefig(PICTURE, dpi=100, transparent=True)
+    architecture().savefig(PICTURE, dpi=100, transparent=True, metadata={"Description": contents()})
