@@ -33,14 +33,20 @@ def on_dark_paper(figure: Figure) -> Iterator[Figure]:
         >>> axis.title.get_color()
         'black'
     """
+    with needs("plot"):
+        from matplotlib.text import Text
+
     figure.draw_without_rendering()  # ticks and labels exist from here on
+    boxes = [text.get_bbox_patch() for text in figure.findobj(Text)]
     before = [
         (artist, part, getattr(artist, f"get_{part}")())
-        for artist in figure.findobj(_has_own_colors)
+        for artist in (*figure.findobj(_has_own_colors), *filter(None, boxes))
         for part in PARTS
         if hasattr(artist, f"get_{part}") and hasattr(artist, f"set_{part}")
     ]
-    changed = [(*color, inverted) for color in before if (inverted := _inverted(color[2])) is not None]
+    contours: list[Any] = figure.findobj(_is_contour_without_map)
+    plain = [(contour, "cmap", contour.get_cmap()) for contour in contours]
+    changed = [(*color, inverted) for color in before + plain if (inverted := _inverted(color[2])) is not None]
     try:
         for artist, part, _, inverted in changed:
             getattr(artist, f"set_{part}")(inverted)
@@ -60,11 +66,19 @@ def _has_own_colors(artist: Any) -> bool:
     return not mapped and not isinstance(artist, Axes | FigureBase)
 
 
+def _is_contour_without_map(artist: Any) -> bool:
+    """Contours whose colors are given one by one, which matplotlib keeps as a color map of its own."""
+    return getattr(artist, "colors", None) is not None and hasattr(artist, "set_cmap")
+
+
 def _inverted(color: Any) -> Any:
     """The opposite of a gray, or of the grays among several colors; None where there is none."""
     with needs("plot"):
-        from matplotlib.colors import to_rgba_array
+        from matplotlib.colors import ListedColormap, to_rgba_array
 
+    if isinstance(color, ListedColormap):
+        inverted = _inverted(color.colors)
+        return None if inverted is None else ListedColormap(np.atleast_2d(inverted))
     try:
         colors = to_rgba_array(color)
     except (ValueError, TypeError):  # "auto", "inherit"

@@ -59,6 +59,27 @@ def test_of_a_line_and_its_paper_the_dark_picture_is_the_negative(tmp_path):
     assert not light[..., 3].all()  # the paper shows
 
 
+def test_boxes_of_texts_and_contours_of_one_color_are_inverted(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.contour([[0, 1], [1, 0]], levels=[0.5], colors="k", linewidths=6)
+    axis.text(0.2, 0.2, "O", fontsize=30, bbox={"facecolor": "white", "edgecolor": "none"})
+    axis.set_axis_off()
+    light, dark = pixels(figure, tmp_path, dark=True).values()
+    inked = light[..., 3] == 1
+    np.testing.assert_allclose(dark[inked][:, :3], 1 - light[inked][:, :3], atol=2 / 255)
+    assert {0.0, 1.0} <= set(light[inked][:, 0].tolist())  # a white box, black lines
+
+
+def test_a_color_near_gray_stays(tmp_path):
+    figure = Figure(figsize=(1, 1))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axvline(0.5, color=(0.5, 0.55, 0.6), linewidth=30)
+    axis.set_axis_off()
+    light, dark = pixels(figure, tmp_path, dark=True).values()
+    np.testing.assert_array_equal(dark, light)
+
+
 def test_colors_and_images_stay(tmp_path):
     figure = Figure(figsize=(1, 1))
     axis = figure.add_axes((0, 0, 1, 1))
