@@ -32,7 +32,7 @@ EXPERIMENTS = (
 )  # fmt: skip
 """Templates of experiments, in the order of the contents."""
 TEMPLATES = evidence.ROOT / "experiments/pages"
-MADE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
+NOTICE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
 SPEED = {"bosh3": "bs23", "dopri5": "dopri5"}
 """Methods in README's table, by their names in the benchmarks (torchdiffeq calls bs23 bosh3)."""
 
@@ -48,7 +48,7 @@ def pages() -> dict[Path, str]:
         ("benchmarks", "docs/benchmarks.md", ""),
     ):
         rows = [row | {"link": f"[{row['title']}]({up}{row['name']}.md)"} for row in contents]
-        written[Path(path)] = MADE.format(name) + filled(
+        written[Path(path)] = NOTICE.format(name) + filled(
             _environment().get_template(f"{name}.md").render(contents=rows)
         )
     readme = (evidence.ROOT / "README.md").read_text()
@@ -95,7 +95,7 @@ def _experiment(name: str) -> str:
         "## Runs",
         _runs(module.results),
     ]
-    return MADE.format(name) + filled("\n\n".join(parts))
+    return NOTICE.format(name) + filled("\n\n".join(parts))
 
 
 def _command(module: Any) -> str:

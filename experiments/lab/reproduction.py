@@ -31,13 +31,16 @@ def effect(ours: Interval, theirs: Interval) -> str:
     >>> gain = Interval(7.0, 1.0, 50)
     >>> [effect(Interval(mean, 2.0, 20), gain) for mean in (6.0, 3.5, 12.0, 1.5, -3.0)]
     ['reproduced', 'smaller', 'larger', 'not reproduced', 'opposite']
-    >>> effect(Interval(3.0, 4.0, 5), gain), effect(Interval(0.5, 1.0, 5), Interval(0.1, 0.4, 50))
+    >>> none = Interval(0.1, 0.4, 50)
+    >>> effect(Interval(3.0, 4.0, 5), gain), effect(Interval(0.5, 1.0, 5), none)
     ('open', 'none in either')
+    >>> [effect(Interval(mean, 0.3, 5), none) for mean in (0.5, 2.0)]
+    ['open', 'differs']
     """
-    if not theirs.sign:
-        return "differs" if ours.sign else "none in either"
-    if not ours.sign:
-        return "open" if ours.meets(theirs) else "not reproduced"
+    if not ours.sign and not theirs.sign:
+        return "none in either"
+    if not ours.sign or not theirs.sign:
+        return "open" if ours.meets(theirs) else "differs" if ours.sign else "not reproduced"
     if ours.sign != theirs.sign:
         return "opposite"
     if ours.meets(theirs):
@@ -130,9 +133,14 @@ class Claim:
         theirs = _value(cell)
         return self._compare(self._text(theirs), [Figure(self._text(ours), level(ours, theirs))], cell)
 
-    def sign(self, theirs: int, ours: Interval, said: str) -> Comparison:
-        """By what [K24] says without a number."""
-        return self._compare(said, [Figure(self._text(ours), sign(ours, theirs))])
+    def overhead(self, cell: Cell, ours: float) -> Comparison:
+        """By what a ratio in a cell of [K24] is above 1, in percent: two ratios near 1 are alike without it."""
+        more, theirs = (100 * (_interval(ratio).mean - 1) for ratio in (ours, _value(cell)))
+        return self._compare(self._text(theirs), [Figure(self._text(more), level(more, theirs))], cell)
+
+    def sign(self, theirs: int, ours: Interval, words: str) -> Comparison:
+        """By what [K24] says without a number, in words."""
+        return self._compare(words, [Figure(self._text(ours), sign(ours, theirs))])
 
     def sign_of(self, one: Cell, other: Cell, ours: Interval, measure: str) -> Comparison:
         """By the sign of a difference of two cells of [K24], which has another measure."""
