@@ -56,6 +56,7 @@ class BlockSequence(nn.Module):
         self.shared = shared
         self.input_shape: tuple[int, ...] | None = None
         self.takes_closing = False  # whether passes take all closing stages, as while statistics are recomputed
+        self.warned = False  # of statistics that several stages share
         self.start = 0.0  # the time of its first state; that of a part of a flow lies later
         self.blocks = nn.ModuleList()
         if field is None:

@@ -12,8 +12,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from odenets.fields import VelocityField, reset_modules
-from odenets.normalization import StageBatchNorm
+from odenets.fields import VelocityField, expand_stages, reset_modules
+from odenets.normalization import StageBatchNorm, at_stage
 from solvers import ButcherTableau, Step, rk_step
 from solvers.validation import check_call, mismatch
 
@@ -63,6 +63,7 @@ class Block(nn.Module):
         super().__init__()
         self.fields = nn.ModuleList(fields)
         self.h = h
+        self._by_stage = any(isinstance(module, StageBatchNorm) for module in self.fields.modules())
 
     def velocities(
         self, stages: int, stage_fields: StageFields, following: Block | None = None, args: Sequence[Any] = ()
@@ -86,7 +87,8 @@ class Block(nn.Module):
             fields.append((following or self).fields[0])
         if tied or args:  # which must not be taken for the stage
             fields = [partial(v, stage=i * tied) if isinstance(v, VelocityField) else v for i, v in enumerate(fields)]
-        return [_conditioned(field, args) for field in fields] if args else fields
+        fields = [_conditioned(field, args) for field in fields] if args else fields
+        return [at_stage(field, i * tied) for i, field in enumerate(fields)] if self._by_stage else fields
 
     def copy_within(self, whole: nn.Module) -> Block:
         """A copy, which shares what the block shares with other parts of the ``whole`` that it is in."""
@@ -236,11 +238,13 @@ def _new_field(source: FieldSource, *, first: bool) -> nn.Module:
 
 def _with_stages(field: nn.Module, stages: int) -> nn.Module:
     """The field, or a copy with the same parameters where its batch norms lack statistics of their own per stage."""
-    if not isinstance(field, VelocityField):
-        return field
     norms = [module for module in field.modules() if isinstance(module, StageBatchNorm)]
-    if type(field).expand_stages is VelocityField.expand_stages and all(norm.stages == stages for norm in norms):
+    own = isinstance(field, VelocityField) and type(field).expand_stages is not VelocityField.expand_stages
+    if not own and all(norm.stages == stages for norm in norms):
         return field
     field = copy.deepcopy(field, {id(p): p for p in field.parameters()})
-    field.expand_stages(stages)
+    if isinstance(field, VelocityField):
+        field.expand_stages(stages)
+    else:
+        expand_stages(field, stages)
     return field

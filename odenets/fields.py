@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from odenets.errors import check_count
 from odenets.normalization import StageBatchNorm, make_norm
 
-__all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "field_for", "reset_modules"]
+__all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "expand_stages", "field_for", "reset_modules"]
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -41,11 +41,19 @@ def reset_modules(field: nn.Module) -> None:
             )
 
 
+def expand_stages(field: nn.Module, stages: int) -> None:
+    """Give every :class:`~odenets.normalization.StageBatchNorm` in a ``field`` statistics for each of some stages."""
+    for module in field.modules():
+        if isinstance(module, StageBatchNorm):
+            module.expand_stages(stages)
+
+
 class VelocityField(nn.Module):
     """What the fields of this package share: reset, and statistics per stage where one field serves all stages.
 
-    A field of one's own needs not inherit from it: any module called as ``v(t, x)`` is one. One that does is called as
-    ``v(t, x, stage=i)``, so that its batch norms know the stage.
+    A field of one's own needs not inherit from it: any module called as ``v(t, x)`` is one, and a
+    :class:`~odenets.normalization.StageBatchNorm` in it learns the stage from the block. One that does is called as
+    ``v(t, x, stage=i)``.
 
     >>> import odenets
     >>> class Linear(VelocityField):
@@ -69,9 +77,7 @@ class VelocityField(nn.Module):
 
     def expand_stages(self, stages: int) -> None:
         """Give every batch norm its own statistics for each of ``stages`` stages."""
-        for module in self.modules():
-            if isinstance(module, StageBatchNorm):
-                module.expand_stages(stages)
+        expand_stages(self, stages)
 
 
 class MLPField(VelocityField):

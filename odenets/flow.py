@@ -12,7 +12,7 @@ from odenets.block_sequence import BlockSequence
 from odenets.blocks import Block, Velocity, take_step
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.measures.marking import check_named
-from odenets.normalization import check_closing_statistics
+from odenets.normalization import check_closing_statistics, warn_of_mixed_statistics
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Step
 from solvers.step import check_unchanged, versions_of
@@ -88,6 +88,8 @@ class Flow(BlockSequence):
     ) -> Iterator[Step]:
         """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
         self.materialize(x)
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_once()
         t, first, blocks = self.start, None, self._blocks()
         closing = closing or self.takes_closing
         passes_on = closing and self.tableau.fsal and self.passes_on
@@ -97,6 +99,17 @@ class Flow(BlockSequence):
             begin = t, x, h, self.tableau, first
             yield (step := take_step(blocks[m], args, fields, *begin, closing=closes, reductions=reductions))
             t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None
+
+    def _warn_once(self) -> None:
+        if not self.warned and self.stage_fields == "tied" and self.tableau.stages > 1:
+            warn_of_mixed_statistics(
+                self,
+                f"all {self.tableau.stages} stages of {self.tableau.name} evaluate",
+                "Take odenets.normalization.StageBatchNorm(features), which has statistics for each stage, or "
+                "nn.GroupNorm, which has none; make_norm makes both",
+                by_stage=True,
+            )
+        self.warned = True
 
     def _velocities(
         self, blocks: list[Block], m: int, method: ButcherTableau, closing: bool, args: Sequence[Any]

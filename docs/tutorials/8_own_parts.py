@@ -136,7 +136,8 @@ for axis, (name, field) in zip(axes, fields.items(), strict=True):
 #
 # A field is any module with ``forward(t, x)`` that returns the shape of ``x``. What follows x goes
 # to it too: here ``c``, one number for each sample, says by which angle the flow is to turn its
-# points.
+# points. One with batch norm takes ``odenets.normalization.StageBatchNorm``, which has statistics
+# for each stage of a step; ``nn.BatchNorm1d`` would mix them.
 
 
 class Turning(nn.Module):

@@ -22,6 +22,7 @@ from odenets.neural_ode.inputs import (
     time_of,
 )
 from odenets.neural_ode.records import Beside, of_the_state, records_by_sample
+from odenets.normalization import warn_of_mixed_statistics
 from odenets.recording import Records, check_values, measure_steps
 from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
 from solvers.batch_loop import adaptive_steps, fixed_steps
@@ -102,6 +103,7 @@ class NeuralODE(nn.Module):
         self.tolerance, self.fixed_steps, self.controller = tolerance, steps, controller
         self.t0, self.t1, self.gradient, self.control = time_of("t0", t0), time_of("t1", t1), gradient, control
         self.statistics = Statistics()
+        self._warned = False  # of statistics that all evaluations share
         self._args: int | None = None  # how many the field is known to take
         self._check_settings()
 
@@ -178,6 +180,11 @@ class NeuralODE(nn.Module):
     def _check_call(self, args: Sequence[Any]) -> None:
         if self.control == "sample":
             check_mixing(self.field)
+        if self.training and not self._warned and not torch.compiler.is_compiling():
+            warn_of_mixed_statistics(
+                self, "is evaluated many times", "Take nn.GroupNorm, or norm='group' or 'layer'", by_stage=False
+            )
+            self._warned = True
         if self._args == len(args) or torch.compiler.is_compiling():
             return
         try:

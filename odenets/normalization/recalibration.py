@@ -146,7 +146,7 @@ class _Average:
         stage = 0
         mean, variance = self.norm.running_mean, self.norm.running_var
         if isinstance(norm, StageBatchNorm):
-            stage = args[1] if len(args) > 1 else kwargs.get("stage", 0)
+            stage = norm.stage_of(args[1] if len(args) > 1 else kwargs.get("stage"))
             mean, variance = mean[stage], variance[stage]
         samples = len(output)
         wide = torch.promote_types(mean.dtype, torch.float32)

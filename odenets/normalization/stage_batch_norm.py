@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +14,38 @@ from torch.nn import functional as F
 from odenets.errors import check_count
 from solvers.validation import is_mapped, is_transformed
 
-__all__ = ["NOTHING", "TRAINED", "StageBatchNorm", "make_norm"]
+__all__ = ["NOTHING", "TRAINED", "StageBatchNorm", "at_stage", "make_norm"]
 
 NOTHING, TRAINED = 0, 2
 """What is known of statistics; 1 is between them, a recalibration after which no batch was seen."""
+
+
+class _Evaluated:
+    """The stage that a block evaluates."""
+
+    stage: int | None = None
+
+
+class _EvaluatedInThread(_Evaluated, threading.local):
+    """The same of each thread."""
+
+
+_EVALUATED, _TRACED = _EvaluatedInThread(), _Evaluated()  # and in a graph that is being traced
+
+
+def at_stage(field: Callable[..., Tensor], stage: int) -> Callable[..., Tensor]:
+    """The ``field``, whose batch norms take the statistics of a ``stage`` where they are not told one."""
+
+    def velocity(t: float | Tensor, x: Tensor) -> Tensor:
+        now = _TRACED if torch.compiler.is_compiling() else _EVALUATED
+        before = now.stage
+        now.stage = stage
+        try:
+            return field(t, x)
+        finally:
+            now.stage = before
+
+    return velocity
 
 
 class StageBatchNorm(nn.Module):
@@ -27,7 +57,11 @@ class StageBatchNorm(nn.Module):
     Training never takes the closing stages of a method, and so sets no statistics for them. A stage without statistics
     beside stages that have them, or whose statistics stayed behind where training moved those of others, is refused in
     eval mode; :func:`~odenets.recalibrate` sets all. Where no stage has any, as in a new network, mean 0 and variance 1
-    are taken, as torch does. ``update_bn`` and ``convert_sync_batchnorm`` of torch pass over this layer.
+    are taken, as torch does.
+
+    Within a flow the layer learns the stage from the block that evaluates the field, in any module: called as
+    ``norm(x)`` like torch's layers, or as ``norm(x, stage)``.
+    ``update_bn`` and ``convert_sync_batchnorm`` of torch pass over this layer.
 
     Args:
         features: number of channels, dimension 1 of the input.
@@ -117,12 +151,39 @@ class StageBatchNorm(nn.Module):
         self._read = None
         self.known()
 
-    def forward(self, x: Tensor, stage: int = 0) -> Tensor:
-        """Normalize ``x`` ``(B, C, ...)`` with the statistics of a ``stage``, counted from 0.
+    def stage_of(self, stage: int | None = None) -> int:
+        """The ``stage`` that a call takes: that of the block that evaluates the field where None, or else the first.
 
         Raises:
-            ValueError: in eval mode, the stage has no statistics, or older ones, and others have.
+            ValueError: there is no such stage, or it is not known in training mode.
         """
+        if stage is None:
+            now = (_TRACED if torch.compiler.is_compiling() else _EVALUATED).stage
+            stage = now or 0
+            if now is None and self.training and len(self._known) > 1:
+                raise ValueError(
+                    f"stage must be known where batch norm with statistics of {len(self._known)} stages trains: call "
+                    "norm(x, stage), or let a flow call the field; a norm that is put into a flow's block later is "
+                    "not seen, nor is one within torch.utils.checkpoint told: hand the stage of v(t, x, stage=i) on"
+                )
+        if stage >= len(self._known):
+            raise ValueError(
+                f"stage must be below {len(self._known)}, the stages that batch norm has statistics of, got {stage}: "
+                f"StageBatchNorm({self.features}, stages=n) with the n stages of the method"
+            )
+        return stage
+
+    def forward(self, x: Tensor, stage: int | None = None) -> Tensor:
+        """Normalize ``x`` ``(B, C, ...)`` with the statistics of a ``stage``, counted from 0.
+
+        Where it is None it is that which the block of a flow evaluates; outside of one, in eval mode, the first.
+
+        Raises:
+            ValueError: in eval mode, the stage has no statistics, or older ones, and others have; in training mode,
+                the stage is not known; there is no such stage.
+        """
+        if stage is None or stage >= len(self._known):
+            stage = self.stage_of(stage)
         momentum, training = self.momentum, self.training
         if training and momentum is None:
             momentum = 1.0 / (float(self.batches[stage]) + 1)

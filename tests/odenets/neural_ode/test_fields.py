@@ -88,6 +88,7 @@ def test_dropout_is_drawn_again_or_refused(x, gradient, settings):
     assert_close(ode(x), NeuralODE(field, **settings).eval()(x))
 
 
+@pytest.mark.filterwarnings("ignore:field.layer is BatchNorm1d")
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_batch_norm_counts_a_batch_once_and_its_gradient_is_that_of_the_steps(x, gradient):
     field = mixing(nn.BatchNorm1d(3))
