@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from odenets.errors import check_count
-from odenets.normalization import StageBatchNorm, make_norm
+from odenets.normalization import make_norm
+from odenets.normalization.stage_batch_norm import expand_stages
 
-__all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "expand_stages", "field_for", "reset_modules"]
+__all__ = ["ConvField", "MLPField", "ResNeXtField", "VelocityField", "field_for", "reset_modules"]
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -39,13 +40,6 @@ def reset_modules(field: nn.Module) -> None:
                 f"field: {name or type(field).__name__!r} has parameters but no reset_parameters(), so no further "
                 "field can be drawn from it: pass a function that makes one, field=lambda: MyField(...)"
             )
-
-
-def expand_stages(field: nn.Module, stages: int) -> None:
-    """Give every :class:`~odenets.normalization.StageBatchNorm` in a ``field`` statistics for each of some stages."""
-    for module in field.modules():
-        if isinstance(module, StageBatchNorm):
-            module.expand_stages(stages)
 
 
 class VelocityField(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from odenets.errors import check_count
 from solvers.validation import is_mapped, is_transformed
 
-__all__ = ["NOTHING", "TRAINED", "StageBatchNorm", "at_stage", "make_norm"]
+__all__ = ["NOTHING", "TRAINED", "StageBatchNorm", "at_stage", "expand_stages", "make_norm"]
 
 NOTHING, TRAINED = 0, 2
 """What is known of statistics; 1 is between them, a recalibration after which no batch was seen."""
@@ -242,6 +242,13 @@ class StageBatchNorm(nn.Module):
                 missing_keys.remove(f"{prefix}recalibrated")
             self.recalibrated.zero_()
         self.reread()
+
+
+def expand_stages(field: nn.Module, stages: int) -> None:
+    """Give every :class:`StageBatchNorm` in a ``field`` statistics for each of some stages."""
+    for module in field.modules():
+        if isinstance(module, StageBatchNorm):
+            module.expand_stages(stages)
 
 
 class _Norm(nn.Module):
