@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from odenets.fields import VelocityField, expand_stages, reset_modules
-from odenets.normalization import StageBatchNorm, at_stage
+from odenets.fields import VelocityField, reset_modules
+from odenets.normalization import StageBatchNorm
+from odenets.normalization.stage_batch_norm import at_stage, expand_stages
 from solvers import ButcherTableau, Step, rk_step
 from solvers.validation import check_call, mismatch
 

@@ -12,7 +12,8 @@ from odenets.block_sequence import BlockSequence
 from odenets.blocks import Block, Velocity, take_step
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.measures.marking import check_named
-from odenets.normalization import check_closing_statistics, warn_of_mixed_statistics
+from odenets.normalization import check_closing_statistics
+from odenets.normalization.mixing import warn_of_mixed_statistics
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Step
 from solvers.step import check_unchanged, versions_of

@@ -22,7 +22,7 @@ from odenets.neural_ode.inputs import (
     time_of,
 )
 from odenets.neural_ode.records import Beside, of_the_state, records_by_sample
-from odenets.normalization import warn_of_mixed_statistics
+from odenets.normalization.mixing import warn_of_mixed_statistics
 from odenets.recording import Records, check_values, measure_steps
 from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
 from solvers.batch_loop import adaptive_steps, fixed_steps
