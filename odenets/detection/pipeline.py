@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from odenets.detection.evaluation import Scores, score
 from odenets.detection.features import Features, Trajectory
 from odenets.detection.features.base import check_images, in_batches
 from odenets.detection.isolation import checked_logits
+from odenets.detection.network_state import NetworkState, check_apart
 from odenets.detection.persistence import read, write
-from odenets.errors import check_count
+from odenets.errors import check_count, check_number
 from odenets.recording import is_recorder
 
 __all__ = ["FEWEST", "Pipeline"]
@@ -74,19 +76,21 @@ class Pipeline:
             kind = type(self.detector).__name__
             raise TypeError(f"detector must have a decision_function, got {kind}: pass Detector({kind}(...))")
         self.batch_size = batch_size
+        self._fitted_on: NetworkState | None = None
 
     def extract(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Features ``(N, F)`` and predicted classes ``(N,)`` of ``images`` ``(N, C, H, W)``, in one pass.
 
         Raises:
-            TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, or logits or
-                features that are not finite.
+            TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, features that
+                are not ``(B, F)``, or logits or features that are not finite.
         """
         dtypes: set[torch.dtype] = set()
 
         def classes_and_features(x: Tensor) -> Tensor:
             output, values = self.features.output_and_features(self.network, x)
             logits = checked_logits(output, len(x))
+            _check_features(self.features, values, len(x))
             dtypes.add(values.dtype)
             predicted = logits.argmax(1, keepdim=True).double()
             predicted = predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan)
@@ -114,8 +118,11 @@ class Pipeline:
             Itself.
 
         Raises:
-            ValueError: too few images of a kind, or no adversarial ones for a classifier.
+            ValueError: too few images of a kind, no adversarial ones for a classifier, or a network whose features of
+                an image depend on the others of its batch: a batch norm without running statistics, a neural ODE that
+                chooses its steps.
         """
+        check_apart(self.network)
         outliers = is_outlier_detector(self.detector)
         if outliers != (adversarial is None):
             what = "no adversarial images" if outliers else "adversarial images too"
@@ -134,13 +141,17 @@ class Pipeline:
         return self
 
     def fit_features(self, X: np.ndarray, y: np.ndarray, predicted: np.ndarray) -> None:
-        """Fit the detector to features ``X`` and ``predicted`` classes of :meth:`extract`; ``y`` is 0 (clean) or 1."""
+        """Fit the detector to features ``X`` and ``predicted`` classes of :meth:`extract`; ``y`` is 0 (clean) or 1.
+
+        The network is from here on the one that the detector is for, as it is now.
+        """
         if is_outlier_detector(self.detector):
             self.detector.fit(X[y == 0])
         elif isinstance(self.detector, Detector):
             self.detector.fit(X, y, predicted)
         else:
             self.detector.fit(X, y)
+        self._fitted_on = NetworkState(self.network)
 
     def score_features(self, X: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         """Scores of features ``X`` ``(N, F)`` and ``predicted`` classes, ``(N,)``; above 0 where they are detected."""
@@ -149,25 +160,89 @@ class Pipeline:
         return self.detector.decision_function(X) * (-1 if is_outlier_detector(self.detector) else 1)
 
     def scores(self, images: Tensor) -> np.ndarray:
-        """Scores of ``images`` ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial."""
+        """Scores of ``images`` ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial.
+
+        Raises:
+            ValueError: the network has changed since the detector was fitted.
+        """
+        self._check_network()
         return self.score_features(*self.extract(images))
 
-    def predict(self, images: Tensor) -> np.ndarray:
-        """1 where one of the ``images`` ``(N, C, H, W)`` is called adversarial and 0 where clean, ``(N,)``."""
-        return (self.scores(images) > 0).astype(int)
+    def predict(self, images: Tensor, *, threshold: float = 0.0) -> np.ndarray:
+        """1 where one of the ``images`` ``(N, C, H, W)`` is called adversarial and 0 where clean, ``(N,)``.
 
-    def evaluate(self, clean: Tensor, adversarial: Tensor, *, successful: Tensor | None = None) -> Scores:
+        It is called so where its score is above the ``threshold``, such as that of :meth:`threshold`.
+
+        Raises:
+            ValueError: as :meth:`scores`, or a threshold that is not finite.
+        """
+        check_number("threshold", threshold)
+        if not np.isfinite(threshold):
+            raise ValueError(f"threshold must be finite, got {threshold}")
+        return (self.scores(images) > threshold).astype(int)
+
+    def threshold(self, clean: Tensor, *, rate: float = 0.05) -> float:
+        """The score above which a share of ``clean`` images lies: a threshold for a false-positive rate.
+
+        >>> from odenets.detection import QuantileTest
+        >>> from odenets.models import small_network
+        >>> network, fitted, held_out = small_network(depth=2), *torch.rand(2, 100, 1, 8, 8)
+        >>> pipeline = Pipeline(network, Trajectory("action"), QuantileTest()).fit(fitted)
+        >>> threshold = pipeline.threshold(held_out, rate=0.2)
+        >>> bool(pipeline.predict(held_out, threshold=threshold).mean() <= 0.2)
+        True
+
+        Args:
+            clean: images ``(N, C, H, W)`` that the detector was not fitted on.
+            rate: the share of them that may be called adversarial, in (0, 1).
+
+        Returns:
+            The lowest score of a clean image above which at most that share lies, for :meth:`predict`,
+            :meth:`evaluate` and :func:`~odenets.detection.score`.
+
+        Raises:
+            ValueError: a rate outside (0, 1), or as :meth:`scores`.
+
+        Warns:
+            UserWarning: fewer images than ``1 / rate``, which have no such share.
+        """
+        check_number("rate", rate)
+        if not 0 < rate < 1:
+            raise ValueError(f"rate must lie in (0, 1), got {rate}")
+        if len(clean) < 1 / rate:
+            warnings.warn(
+                f"clean holds {len(clean)} images, fewer than the {1 / rate:.0f} that rate {rate} asks for: of new "
+                "images more will be called adversarial",
+                stacklevel=2,
+            )
+        scores = np.sort(self.scores(clean))[::-1]
+        return float(scores[int(rate * len(scores) + 1e-9)])
+
+    def evaluate(
+        self, clean: Tensor, adversarial: Tensor, *, successful: Tensor | None = None, threshold: float = 0.0
+    ) -> Scores:
         """The detector's :func:`~odenets.detection.score` on images that it was not fitted on.
 
         Args:
             clean, adversarial: images ``(N, C, H, W)`` and ``(M, C, H, W)``.
             successful: which adversarial images fool the network, ``(M,)`` of bool; all if not given.
+            threshold: above which it detects, such as that of :meth:`threshold` of other clean images.
 
         Returns:
             Accuracy, area under the curve, and rates.
+
+        Raises:
+            ValueError: as :meth:`scores`.
         """
         mask = None if successful is None else torch.as_tensor(successful).cpu().numpy()
-        return score(self.scores(clean), self.scores(adversarial), successful=mask)
+        return score(self.scores(clean), self.scores(adversarial), threshold=threshold, successful=mask)
+
+    def _check_network(self, *, exactly: bool = False) -> None:
+        if self._fitted_on is not None and not self._fitted_on.is_that_of(self.network, exactly=exactly):
+            raise ValueError(
+                "network has changed since the detector was fitted, its weights, buffers, blocks or dtype: fit the "
+                "pipeline again, or load the weights that the network had"
+            )
 
     # -- on disk ------------------------------------------------------------------------------------------------
 
@@ -178,7 +253,9 @@ class Pipeline:
 
         Raises:
             ModuleNotFoundError: skops is not installed: ``pip install 'odenets[detection]'``.
+            ValueError: the network has changed since the detector was fitted.
         """
+        self._check_network(exactly=True)
         content = {"network": fingerprint(self.network), "features": self.features, "detector": self.detector}
         write(Path(path), content)
         return Path(path)
@@ -207,6 +284,22 @@ class Pipeline:
         content = read(Path(path), trusted)
         if set(content) != {"network", "features", "detector"}:
             raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save")
-        if content["network"] != fingerprint(network):
+        state = NetworkState(network)
+        if content["network"] != state.fingerprint:
             raise ValueError(f"{path} was fitted on another network, or on other weights of this one")
-        return cls(network, content["features"], content["detector"], batch_size=batch_size)
+        pipeline = cls(network, content["features"], content["detector"], batch_size=batch_size)
+        pipeline._fitted_on = state
+        return pipeline
+
+
+def _check_features(features: Features, values: object, samples: int) -> None:
+    """That features are a row for each image.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    rule = f"{type(features).__name__} must return features (B, F), a row for each image"
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{rule}, got {type(values).__name__}")
+    if values.ndim != 2 or len(values) != samples:
+        raise ValueError(f"{rule}, got shape {tuple(values.shape)} for {samples} images")

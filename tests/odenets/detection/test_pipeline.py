@@ -1,19 +1,26 @@
 """A network, its features and a detector as one."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier
 from torch import nn
 
+from odenets import MLPField, Network, NeuralODE, models
+from odenets.checkpoints import fingerprint
 from odenets.detection import (
     Detector,
+    Features,
     FourierSpectrum,
     Mahalanobis,
     NaturalSceneStatistics,
     Pipeline,
     QuantileTest,
     Trajectory,
+    network_state,
+    score,
 )
 from odenets.module_wise import split_into_modules
 from tests.odenets.detection.victims import CLEAN, FOREST, GENERATOR, NEW, NEW_ODD, ODD, network, refused, unchanged
@@ -92,6 +99,129 @@ def test_fitting_and_scoring_leave_the_network_as_it_was():
         pipeline = Pipeline(trained, detector=Detector(FOREST)).fit(CLEAN, ODD)
         scores = pipeline.evaluate(NEW, NEW_ODD, successful=[True] * 40 + [False] * 40)
     assert 0 <= scores.detected_successful <= 1
+
+
+CHANGES = {
+    "in place": lambda network: next(network.parameters()).mul_(1.5),
+    "a buffer": lambda network: next(network.buffers()).add_(0.1),
+    "another tensor": lambda network: setattr(network.head[-1], "weight", nn.Parameter(1.5 * network.head[-1].weight)),
+    "loaded": lambda network: network.load_state_dict({k: 1.5 * v for k, v in network.state_dict().items()}),
+    "finer": lambda network: network.flows[0].resize([0.5] * 4, network),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("loaded", [False, True], ids=["fitted", "loaded"])
+def test_a_network_that_has_changed_since_the_fit_is_refused(change, loaded, tmp_path):
+    watched = models.small_network(solver="bs23", depth=2, norm="batch")
+    pipeline = Pipeline(watched, Trajectory("action"), QuantileTest(0.05)).fit(CLEAN)
+    if loaded:
+        pipeline = Pipeline.load(pipeline.save(tmp_path / "detector"), pipeline.network)
+    with torch.no_grad():
+        change(pipeline.network)
+    calls = {
+        "scores": lambda: pipeline.scores(NEW),
+        "predict": lambda: pipeline.predict(NEW),
+        "threshold": lambda: pipeline.threshold(NEW),
+        "evaluate": lambda: pipeline.evaluate(NEW, NEW_ODD),
+        "save": lambda: pipeline.save(tmp_path / "other"),
+    }
+    for call in calls.values():
+        refused("network has changed since the detector was fitted.*fit the pipeline again", call)
+    assert not (tmp_path / "other").exists()
+    assert np.isfinite(pipeline.fit(CLEAN).scores(NEW)).all()
+
+
+def test_a_network_that_is_what_it_was_is_hashed_once(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(network_state, "fingerprint", lambda net: hashed.append(1) or fingerprint(net))
+    pipeline = Pipeline(network(), Trajectory("action"), QuantileTest(0.05)).fit(CLEAN)
+    scores = pipeline.scores(NEW)
+    for _ in range(3):
+        assert np.array_equal(pipeline.scores(NEW), scores)
+    assert len(hashed) == 1
+    state = {name: value.clone() for name, value in pipeline.network.state_dict().items()}
+    with torch.no_grad():
+        next(pipeline.network.parameters()).zero_()
+        pipeline.network.load_state_dict(state)  # the same numbers, written again
+    for _ in range(3):
+        assert np.array_equal(pipeline.scores(NEW), scores)
+    assert len(hashed) == 2
+    assert np.array_equal(copy.deepcopy(pipeline).scores(NEW), scores)
+
+
+def test_what_torch_does_not_count_is_noticed_when_it_is_saved(tmp_path):
+    pipeline = Pipeline(network(), Trajectory("action"), QuantileTest(0.05)).fit(CLEAN)
+    next(pipeline.network.parameters()).data.mul_(1.5)
+    refused("network has changed since", pipeline.save, tmp_path / "detector")
+
+
+class Unnormed(nn.BatchNorm2d):
+    """A batch norm of another library, that keeps no statistics."""
+
+    def __init__(self, features):
+        super().__init__(features, track_running_stats=False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (
+            Unnormed(1),
+            "'encoder.0' is a Unnormed without running statistics.*: track_running_stats=True",
+        ),
+        (nn.Sequential(nn.Flatten(), NeuralODE(MLPField(64))), "'encoder.0.1' is a NeuralODE .*: steps=n"),
+    ],
+)
+def test_features_that_depend_on_the_batch_are_refused(layer, match):
+    plain = network()
+    encoder = nn.Sequential(layer, nn.Unflatten(1, (1, 8, 8)) if isinstance(layer, nn.Sequential) else nn.Identity())
+    joined = Network(nn.Sequential(*encoder, plain.encoder), plain.flows[0], plain.head)
+    refused(match, Pipeline(joined, Trajectory("action"), QuantileTest()).fit, CLEAN)
+
+
+def test_networks_whose_images_are_apart_are_taken():
+    for norm in (nn.BatchNorm2d(1), nn.InstanceNorm2d(1), nn.GroupNorm(1, 1)):
+        plain = network()
+        joined = Network(nn.Sequential(norm, plain.encoder), plain.flows[0], plain.head)
+        Pipeline(joined, Trajectory("action"), QuantileTest()).fit(CLEAN)
+
+
+def test_a_threshold_has_the_rate_of_false_alarms_that_it_is_for():
+    pipeline = Pipeline(network(), detector=Detector(FOREST)).fit(CLEAN, ODD)
+    scores = np.sort(pipeline.scores(NEW))
+    for rate in (0.01999, 0.05, 0.1, 0.5):
+        threshold = pipeline.threshold(NEW, rate=rate)
+        assert (scores > threshold).mean() <= rate
+        assert (scores >= threshold).mean() > rate  # and no lower one has it
+        assert np.array_equal(pipeline.predict(NEW, threshold=threshold), pipeline.scores(NEW) > threshold)
+        evaluated = pipeline.evaluate(NEW, NEW_ODD, threshold=threshold)
+        assert evaluated == score(pipeline.scores(NEW), pipeline.scores(NEW_ODD), threshold=threshold)
+    with pytest.warns(UserWarning, match=r"clean holds 80 images, fewer than the 100 that rate 0.01 asks for"):
+        assert pipeline.threshold(NEW, rate=0.01) == scores[-1]
+    refused(r"rate must lie in \(0, 1\), got 1.5", pipeline.threshold, NEW, rate=1.5)
+    refused("rate must be a number", pipeline.threshold, NEW, rate="5%", error=TypeError)
+    refused("threshold must be finite, got nan", pipeline.predict, NEW, threshold=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "match"),
+    [
+        (
+            lambda x: x.mean((0, 2, 3))[None],
+            ValueError,
+            r"Own must return features \(B, F\), .* \(1, 1\) for 80",
+        ),
+        (lambda x: x.mean((1, 2, 3)), ValueError, r"got shape \(80,\) for 80 images"),
+        (lambda x: x.mean((1, 2, 3)).numpy(), TypeError, "a row for each image, got ndarray"),
+    ],
+)
+def test_features_are_a_row_for_each_image(values, error, match):
+    class Own(Features):
+        def __call__(self, network, x):
+            return values(x)
+
+    refused(match, Pipeline(network(), Own(), QuantileTest()).fit, CLEAN, error=error)
 
 
 def test_errors():

@@ -1,0 +1,87 @@
+"""The network of a detector: whether it is as it was when the detector was fitted, and treats images apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from odenets.checkpoints import fingerprint
+from odenets.neural_ode import NeuralODE
+
+__all__ = ["NetworkState", "check_apart"]
+
+
+class NetworkState:
+    """A network as it was, told by its fingerprint, which is taken where cheaper signs say that something moved.
+
+    These are its tensors, torch's counts of the writes into them and what its modules print: a few hundredths of
+    a forward pass of one image. Writes that torch does not count, into ``weight.data``, move the fingerprint alone.
+
+    Attributes:
+        fingerprint: as it was; None where it has none.
+
+    Args:
+        network: as it is to be.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._signs = _signs(network)
+        self.fingerprint = _fingerprint(network)
+
+    def is_that_of(self, network: nn.Module, *, exactly: bool = False) -> bool:
+        """Whether the ``network`` is as it was; ``exactly`` takes the fingerprint whatever the signs say."""
+        signs = _signs(network)
+        if not exactly and _same(signs, self._signs):
+            return True
+        if self.fingerprint is None or _fingerprint(network) != self.fingerprint:
+            return False
+        self._signs = signs
+        return True
+
+
+def _fingerprint(network: nn.Module) -> str | None:
+    """None where it has none, for a part of it that nothing tells: then the signs say all that is known."""
+    try:
+        return fingerprint(network)
+    except TypeError:
+        return None
+
+
+def _signs(network: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Tensors, and where they lie and how often torch counted a write into each, with what modules print."""
+    tensors = [*network.parameters(), *network.buffers()]
+    signs: list[Any] = [(type(module), module.extra_repr()) for module in network.modules()]
+    for tensor in tensors:
+        try:
+            signs.append((tensor.data_ptr(), tensor._version))
+        except RuntimeError:  # where torch counts none: an object that equals no other
+            signs.append(object())
+    return tensors, signs
+
+
+def _same(one: tuple[list[Any], list[Any]], other: tuple[list[Any], list[Any]]) -> bool:
+    (tensors, signs), (others, theirs) = one, other
+    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True)) and signs == theirs
+
+
+def check_apart(network: nn.Module) -> None:
+    """Refuse a network whose features of an image depend on the other images of its batch, as far as that can be told.
+
+    Raises:
+        ValueError: it holds a batch norm without running statistics, or a neural ODE that chooses its steps by a batch.
+    """
+    for name, module in network.named_modules():
+        where = f"{name or 'network'!r} is a {type(module).__name__}"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"network must treat each image apart to be watched by a detector, but {where} without running "
+                "statistics, which normalizes by the images that come together: track_running_stats=True, or group norm"
+            )
+        if isinstance(module, NeuralODE) and module.fixed_steps is None:
+            keeps_steps = module.gradient == "direct" and module.event is None
+            if module.control == "batch" or keeps_steps:
+                raise ValueError(
+                    f"network must treat each image apart to be watched by a detector, but {where} that takes as many "
+                    "steps as the images that come together need: steps=n"
+                )
