@@ -190,3 +190,12 @@ def test_every_class_and_function_is_shown_in_use(module):
     shown = {f"{module}.{name}" for name, text in texts.items() if ">>>" in text or re.search(rf"\b{name}\b", overview)}
     assert {f"{module}.{name}" for name in texts} - shown - NO_EXAMPLE == set()
     assert shown & NO_EXAMPLE == set()
+
+
+def test_the_reference_has_a_page_for_every_public_module():
+    package = importlib.import_module("odenets")
+    rooms = {f"odenets.{name}" for name in dir(package) if inspect.ismodule(getattr(package, name))}
+    assert rooms | {*PACKAGES} <= set(MODULES)
+    listed = re.search(r"```{toctree}\n(.*?)\n```", Path(ROOT, "docs/reference/index.md").read_text(), re.DOTALL)
+    assert listed is not None
+    assert listed[1].split("\n") == [*MODULES]

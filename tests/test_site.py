@@ -30,7 +30,7 @@ def site(tmp_path_factory):
             (folder / path.name).symlink_to(path)
     generated = shutil.ignore_patterns("_build", "gallery", "odenets*.rst", "solvers*.rst")
     shutil.copytree(ROOT / "docs", folder / "docs", ignore=generated)
-    options = ["-W", "--keep-going", "-n", "-q", "-E", "-D", "plot_gallery=0", "-b", "html"]
+    options = ["-W", "--keep-going", "-n", "-q", "-E", "-d", "doctrees", "-D", "plot_gallery=0", "-b", "html"]
     run = subprocess.run(
         [sys.executable, "-m", "sphinx", *options, "docs", "html"],
         cwd=folder, capture_output=True, text=True, check=False,
@@ -118,3 +118,8 @@ def test_what_one_looks_for_is_found(site):
     words = (site / "searchindex.js").read_text()
     for word in ("dataload", "torchdiffeq", "event", "adjoint", "lightn", "checkpoint", "glossari"):
         assert f'"{word}' in words or f"{word}:" in words, word
+
+
+def test_the_site_is_small(site):
+    """Under 15 MB, of which the figures of the tutorials, which are not drawn here, take 2."""
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 13e6
