@@ -65,7 +65,9 @@ def record(
     ],
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGES", help="Image files; folders, with all in them that is not hidden."),
+        typer.Argument(
+            metavar="IMAGES", help="Image files; folders, with all in them that is not hidden. Each image counts once."
+        ),
     ],
     weights: Annotated[
         str | None,
@@ -135,7 +137,7 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The smallest field and three methods alone.")] = False,
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch on the CPU.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of torch on the CPU.")] = 1,
     backward: Annotated[bool, typer.Option("--backward", help="Forward and backward, not forward alone.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -43,14 +43,14 @@ def _why(device: torch.device) -> str:
 
 def available() -> list[dict[str, Any]]:
     """The CPU, CUDA devices with their memory in bytes, and MPS."""
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": processor(), "threads": torch.get_num_threads()}]
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": processor(), "threads": torch.get_num_threads()}]
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         one = torch.cuda.get_device_properties(i)
         capability = f"{one.major}.{one.minor}"
-        found.append({"device": f"cuda:{i}", "name": one.name, "memory": one.total_memory, "capability": capability})
+        devices.append({"device": f"cuda:{i}", "name": one.name, "memory": one.total_memory, "capability": capability})
     if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Metal Performance Shaders"})
-    return found
+        devices.append({"device": "mps", "name": "Metal Performance Shaders"})
+    return devices
 
 
 def name_of(device: torch.device) -> str:

@@ -107,13 +107,15 @@ def parsed(options: Sequence[str]) -> dict[str, Any]:
     {'depth': 3, 'solver': 'bs23'}
 
     Raises:
-        Mistake: one is not ``name=value``.
+        Mistake: one is not ``name=value``, or two have one name.
     """
     arguments = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name.isidentifier():
             raise Mistake(f"--option must be name=value, such as num_classes=10, got {option}")
+        if name in arguments:
+            raise Mistake(f"--option must name {name} once, got it again: {option}")
         try:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -146,8 +148,8 @@ def _built(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]
     try:
         network = function(**arguments)
     except Exception as error:  # whatever a function of the user's raises
-        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise Mistake(f"{name}({given}) cannot be built: {type(error).__name__}: {one_line(error)}") from error
+        call = f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+        raise Mistake(f"{call} cannot be built: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise Mistake(f"MODEL {name} must return a network, a torch module, got {type(network).__name__}")
     return network
@@ -182,6 +184,11 @@ def _pretrained(name: str, build: Callable[[], nn.Module], plain: Callable[[], n
 def _ours(name: str, function: Callable[..., Any], weights: str | None, arguments: Mapping[str, Any]) -> Model:
     if weights is not None and weights.lower() != "none" and not Path(weights).is_file():
         raise Mistake(f"--weights must be a file or none, since nobody offers weights of {name}, got {weights}")
+    if arguments and isinstance(function, nn.Module):
+        raise Mistake(
+            f"--option is for a function that returns a network; {name} is a network already: leave out "
+            f"{', '.join(arguments)}, or name the function"
+        )
     network = function if isinstance(function, nn.Module) else _built(name, function, arguments)
     network, words = _with_file(name, network, weights)
     return Model(network, name, words)

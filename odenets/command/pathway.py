@@ -63,13 +63,14 @@ def show(request: Request) -> None:
     Raises:
         Mistake: what the user can mend.
     """
-    files, device, measured = files_of(request.images), chosen(request.device), _measures(request.measures)
+    files, device, measured = _once(files_of(request.images)), chosen(request.device), _measures(request.measures)
     _check_outputs(request)
-    torch.manual_seed(request.seed)
+    _seed(request.seed)
     model = build(request.model, request.weights, request.options)
     network = recorder(model, request.blocks).to(device)
     transform, prepared, mode = _transform(request, model)
-    loaded = _with_progress(batches(files, transform, request.batch_size, mode), len(files), request.batch_size)
+    count = min(request.batch_size, len(files))
+    loaded = _with_progress(batches(files, transform, count, mode), len(files), count)
     with evaluating(network), torch.no_grad():
         records, shape = record_images(network, loaded, measured, model.name)
     size = " x ".join(map(str, shape))
@@ -83,6 +84,21 @@ def show(request: Request) -> None:
         typer.echo(f"\n{_write_rows(request.csv, files, records)}: a row for each image and block")
     if request.figure is not None:
         typer.echo(f"\n{_draw(request.figure, files, records, request.by_folder)}: blocks by images")
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """The files, each one once, where a file and its folder are named, or one twice."""
+    by_place: dict[str, Path] = {}
+    for file in files:
+        by_place.setdefault(os.path.abspath(file), file)  # links are files of their own
+    return [*by_place.values()]
+
+
+def _seed(seed: int) -> None:
+    try:
+        torch.manual_seed(seed)
+    except (RuntimeError, ValueError) as error:  # of torch 2.8 and of later ones
+        raise Mistake(f"--seed must be from -2**63 to 2**64 - 1, got {seed}") from error
 
 
 @measures.measure(closing=False)
@@ -145,19 +161,26 @@ def _measures(names: Sequence[str]) -> dict[str, Any]:
     """Measures by name, in order.
 
     Raises:
-        Mistake: none has this name.
+        Mistake: none has this name, or two have one.
     """
-    chosen_: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name in names:
+        short = name.rpartition(":")[2]
+        if short in by_name:
+            both = " and ".join(each for each in names if each.rpartition(":")[2] == short)
+            raise Mistake(
+                f"--measure: {both} are both called {short} and need names of their own: leave one out, or give the "
+                "function another name"
+            )
         if ":" in name:
-            chosen_[name.rpartition(":")[2]] = function_of(name, "--measure")
+            by_name[short] = function_of(name, "--measure")
         elif name in NAMED:
-            chosen_[name] = getattr(measures, name)
+            by_name[name] = getattr(measures, name)
         else:
             raise Mistake(f"--measure must be {', '.join(NAMED)} or module:function, got {name}{near(name, NAMED)}")
-    if "h" in chosen_:
+    if "h" in by_name:
         raise Mistake("--measure: a function must not be named h, which is the step size")
-    return chosen_
+    return by_name
 
 
 def _transform(request: Request, model: Model) -> tuple[Callable[[Any], Tensor], str, str | None]:

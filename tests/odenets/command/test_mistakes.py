@@ -106,6 +106,13 @@ def test_images_that_do_not_fit_the_network(told, images):
         (["--transform", "m:f", "--gray"], "--transform takes the place of --size and --gray: name it alone"),
         (["--measure", "math:gama"], "--measure math:gama: math has no function gama: did you mean gamma or lgamma?"),
         (["--csv", "."], "--csv must be a file, got the folder ."),
+        (["--seed", "99999999999999999999999"], "--seed must be from -2**63 to 2**64 - 1, got 99999999999999999999999"),
+        (["-o", "num_classes=3", "-o", "num_classes=4"], "--option must name num_classes once, got it again: "
+         "num_classes=4"),
+        (["-m", "math:cos", "-m", "cmath:cos"], "--measure: math:cos and cmath:cos are both called cos and need names "
+         "of their own: leave one out, or give the function another name"),
+        (["-m", "action", "-m", "builtins:action"], "--measure: action and builtins:action are both called action and "
+         "need names of their own: leave one out, or give the function another name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip

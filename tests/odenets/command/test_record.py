@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -82,6 +83,20 @@ def test_a_figure_is_drawn(run, images, tmp_path):
         assert figure.width > 500
 
 
+@pytest.mark.parametrize(("words", "groups"), [([], []), (["--by-folder"], ["cats", "dogs"])])
+def test_by_folder_groups_the_images_of_the_figure(run, images, tmp_path, monkeypatch, words, groups):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **k: figures.append(self) or savefig(self, *args, **k))
+    result = run("record", *RESNET, images, "-m", "action", "--figure", tmp_path / "path.png", *words)
+    assert result.exit_code == 0, result.stderr
+    samples, means = figures[0].axes[:2]
+    assert [line.get_label() for line in means.lines if not line.get_label().startswith("_")] == groups
+    labels = [label.get_text() for label in samples.get_xticklabels()]
+    assert (labels == groups) == bool(groups)
+    if groups:
+        assert samples.get_xticks() == pytest.approx([1.0, 3.5])  # the middles of three images and two
+
+
 def test_without_a_size_images_are_prepared_as_for_the_weights(images):
     model = networks.build("resnet18", "none", [])
     usual = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
@@ -131,6 +146,7 @@ def peak(step):
 def broken():
     raise OSError("no disk")
 number = 3
+ready = network()
 """)
     monkeypatch.chdir(tmp_path)
 
@@ -145,6 +161,43 @@ def test_functions_of_the_user_are_model_transform_and_measure(run, images):
     model = nn.Sequential(nn.Conv2d(3, 6, 1), block(6, 6))
     expected = direct(model, torch.ones(5, 3, 4, 4), peak=lambda step: step.x1.flatten(1).amax(1))["peak"].mean(1)
     assert table(result.stdout)["1"]["peak"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+@pytest.mark.usefixtures("own_module")
+def test_a_network_of_a_module_is_recorded_and_takes_no_options(run, images):
+    words = ("record", "mine_of_a_user:ready", images)
+    assert run(*words).exit_code == 0
+    result = run(*words, "-o", "depth=3")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "Error: --option is for a function that returns a network; mine_of_a_user:ready is a network already: leave "
+        "out depth, or name the function\n"
+    )
+
+
+def test_an_image_that_is_named_again_counts_once(run, images, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    first = images / "cats" / "0.png"
+    result = run("record", *RESNET, first, "images", images, "images/dogs/../cats", "--csv", "rows.csv")
+    assert result.exit_code == 0, result.stderr
+    assert "\n5 images of " in result.stdout
+    assert [row["image"] for row in rows_of(images.parent / "rows.csv")[::8]] == [
+        str(first), "images/cats/1.png", "images/cats/2.png", "images/dogs/3.png", "images/dogs/4.png"
+    ]  # fmt: skip
+
+
+def test_images_are_in_the_order_of_their_places_and_there_of_their_names(run, images, tmp_path):
+    result = run("record", *RESNET, images / "dogs", images / "cats", "--csv", tmp_path / "rows.csv")
+    assert result.exit_code == 0, result.stderr
+    rows = rows_of(tmp_path / "rows.csv")
+    assert [row["image"] for row in rows[::8]] == [
+        str(images / name) for name in ("dogs/3.png", "dogs/4.png", "cats/0.png", "cats/1.png", "cats/2.png")
+    ]
+
+
+def test_a_batch_may_be_of_any_size(run, images):
+    result = run("record", *RESNET, images, "--batch-size", 10**30)
+    assert result.exit_code == 0, result.stderr
 
 
 def test_blocks_name_what_adapt_does_not_know(run, images):
