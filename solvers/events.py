@@ -167,8 +167,9 @@ def _resolved(v: np.ndarray, first: np.ndarray) -> bool:
     """Whether values at equal distances, ``(n + 1, B)``, show no change before that at ``first``, as changes() says."""
     k = np.arange(1, len(v) - 1, 2)[:, None]
     before, here, after = v[:-2:2], v[1::2], v[2::2]
-    bend = np.abs(here - (before + after) / 2)
-    change = np.where(k == first, before - here, here - after)
+    with np.errstate(over="ignore", invalid="ignore"):  # of infinite values, which show no change
+        bend = np.abs(here - (before + after) / 2)
+        change = np.where(k == first, before - here, here - after)
     least = np.minimum(np.minimum(before, here), after)
     return bool(((k > first) | (bend <= np.where(k + 1 < first, least, change))).all())
 

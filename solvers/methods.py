@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from solvers.tableaus import ButcherTableau, Embedded, Row
 
 __all__ = ["get_tableau"]
@@ -123,6 +125,13 @@ _TABLEAUS = {
     tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5)
 }
 _ALIASES = {"bosh3": "bs23"}
+_STIFF = "'dopri5' or 'tsit5' where the problem is not stiff: implicit methods are not here"
+_ELSEWHERE = {
+    "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'", "dopri8": "'dopri5' or 'tsit5'",
+    "dop853": "'dopri5' or 'tsit5'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
+    "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF,
+}  # fmt: skip
+"""What takes the place of methods of torchdiffeq and SciPy, in small letters."""
 
 
 def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
@@ -138,5 +147,9 @@ def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
         return name
     tableau = _TABLEAUS.get(_ALIASES.get(name, name))
     if tableau is None:
-        raise ValueError(f"unknown solver {name!r}; known are {', '.join([*_TABLEAUS, *_ALIASES])}")
+        known, low = [*_TABLEAUS, *_ALIASES], str(name).lower()
+        near = [repr(one) for one in difflib.get_close_matches(low, known, n=2, cutoff=0.7)]
+        remedy = _ELSEWHERE.get(low) or " or ".join(near)
+        take = f": take {remedy}" if remedy else ""
+        raise ValueError(f"unknown solver {name!r}{take}; known are {', '.join(known)}")
     return tableau

@@ -16,6 +16,8 @@ from solvers.torchdiffeq.problem import MAX_STEPS_TO_EVENT, METHODS, make_task
 
 __all__ = ["METHODS", "find_event", "odeint", "odeint_event", "solve"]
 
+_STEPPED_OVER = "give options={'max_step': h} where steps may pass over it"
+
 
 def odeint(
     func: Callable[[Tensor, Any], Any], y0: Any, t: Tensor, *, rtol: Any = 1e-7, atol: Any = 1e-9,
@@ -132,13 +134,15 @@ def find_event(task: Task) -> Solution:
     except SolverError as error:
         limit, error.solution = task.tolerance.max_steps, None
         if error.status == "max_steps":
-            error.args = (f"no event within {limit} attempted steps: raise max_num_steps, or check event_fn",)
+            error.args = (
+                f"no event within {limit} attempted steps: {_STEPPED_OVER}, raise max_num_steps, or check event_fn",
+            )
         raise
     except ValueError as error:
         error.args = (str(error).replace("event must return numbers, got NaN", "event_fn must not be NaN, as it is"),)
         raise
     if solution.event_time is None and task.grid is None:
-        raise ValueError("no event before time overflows: check event_fn, or the direction of t")
+        raise ValueError(f"no event before time overflows: {_STEPPED_OVER}, or check event_fn and the direction of t")
     if solution.event_time is None:
         raise ValueError(f"no event within {MAX_STEPS_TO_EVENT} steps: raise step_size or check event_fn")
     return solution

@@ -185,3 +185,12 @@ def test_forwarding_carries_another_output_on():
     torch.testing.assert_close(step.x1, rk_step(field, 0.3, x, 0.1, get_tableau("midpoint")).x1)
     with pytest.raises(ValueError, match="bs23 has no output 'rk4'"):
         bs23.forwarding("rk4")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("heun2", "'heun'"), ("RK45", "'dopri5'"), ("RK23", "'bs23'"), ("LSODA", "'dopri5'"), ("Euler", "'euler'")],
+)
+def test_methods_of_torchdiffeq_and_scipy_have_their_place_named(name, place):
+    with pytest.raises(ValueError, match=f"unknown solver {name!r}: take {place}"):
+        get_tableau(name)

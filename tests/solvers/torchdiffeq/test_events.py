@@ -114,3 +114,10 @@ def test_an_event_that_comes_and_goes_within_a_step_is_met(method, back, interfa
     )  # fmt: skip
     assert time.item() == pytest.approx(-2.5 if back else 2.5, abs=1e-6)
     assert y[-1].item() == pytest.approx(time.item(), abs=1e-6)
+
+
+def test_an_event_that_is_stepped_over_is_named_with_its_remedy():  # its values overflow, and warnings are errors
+    with pytest.raises(ValueError, match=r"no event before time overflows: give options=.'max_step': h"):
+        odeint_event(
+            lambda t, y: torch.ones_like(y), torch.zeros(1), 0.0, event_fn=lambda t, y: (y - 4.0) * (y - 4.001)
+        )
