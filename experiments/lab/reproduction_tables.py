@@ -28,9 +28,14 @@ def compared(group: str) -> str:
     return tables.table([{"of": comparison} for comparison in comparisons()[group]], columns)
 
 
-def counts(control: bool = False) -> dict[str, int]:
-    """How often each verdict is given: on ours as [K24] has it, or with the control where there is one."""
-    every = [comparison for each in comparisons().values() for comparison in each if comparison.theirs]
+def counts(table: str | None = None, control: bool = False) -> dict[str, int]:
+    """How often each verdict is given, on all or on a table: on ours as [K24] has it, or with the control if any."""
+    every = [
+        comparison
+        for each in comparisons().values()
+        for comparison in each
+        if comparison.theirs and table in (None, comparison.claim.table)
+    ]
     figures = [comparison.control if control else comparison.ours for comparison in every]
     return dict(Counter(figure.verdict for figure in figures if figure).most_common())
 
