@@ -24,6 +24,7 @@ __all__ = [
     "check_values",
     "is_recorder",
     "measure_steps",
+    "named_measures",
     "record",
     "recorder_in",
 ]
@@ -144,7 +145,7 @@ class Recording(nn.Module):
 
     def __init__(self, network: Recorder, measures: Mapping[str, StepFunction], compile: bool = False) -> None:
         super().__init__()
-        self.network, self.measures = network, dict(measures)
+        self.network, self.measures = network, named_measures(measures)
         self.record: Callable[..., tuple[Any, Records]] = torch.compile(network.record) if compile else network.record
         self.training = network.training  # type: ignore[attr-defined]  # a recorder that is a module
 
@@ -281,6 +282,30 @@ def measure_steps(
             rows[name].append(check_values(name, measure(last), x))
     assert last is not None  # a flow has at least one step
     return last, Records({name: torch.stack(values) for name, values in rows.items()}, blocks=blocks)
+
+
+def named_measures(measures: Mapping[str, StepFunction]) -> dict[str, StepFunction]:
+    """The ``measures`` as a dictionary of functions by name.
+
+    Raises:
+        TypeError: they come without names, or one is no function.
+
+    >>> named_measures([measure_steps])
+    Traceback (most recent call last):
+        ...
+    TypeError: measures must come by name, {'measure_steps': measure_steps}, got a list
+    """
+    if not isinstance(measures, Mapping):
+        several = measures if isinstance(measures, list | tuple | set) else [measures]
+        names = [str(getattr(one, "name", getattr(one, "__name__", "name"))) for one in several] or ["name"]
+        example = ", ".join(f"{name!r}: {name if name != 'name' else 'measure'}" for name in names)
+        raise TypeError(f"measures must come by name, {{{example}}}, got a {type(measures).__name__}")
+    for name, measure in measures.items():
+        if not isinstance(name, str):
+            raise TypeError(f"measures must have names, got {name!r}")
+        if not callable(measure):
+            raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
+    return dict(measures)
 
 
 def check_values(name: str, value: Tensor, x: Tensor) -> Tensor:

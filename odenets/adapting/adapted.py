@@ -96,8 +96,9 @@ class AdaptedModel(nn.Module):
     """A model and where the states of its blocks pass; :func:`~odenets.adapt` makes it and shows its use.
 
     Its ``state_dict`` is that of the model under ``model.``: ``plain.load_state_dict(adapted.model.state_dict())``.
-    ``print(adapted)`` lists the steps, and after the first pass the shapes of their states. Activation checkpointing
-    inside the model must be off where measures are recorded with gradients. Several threads may record at once.
+    ``print(adapted)`` lists the steps, after the first pass with the shapes of their states, and the shortcuts whose
+    outputs they begin at, where that is not the input. Activation checkpointing inside the model must be off where
+    measures are recorded with gradients. Several threads may record at once.
 
     A block may add in place to its input, ``x += branch(x)``; one that changes its input and returns another tensor,
     as with a first ``ReLU(inplace=True)``, is refused. Which blocks do so is learned in the first pass, which copies
@@ -289,7 +290,9 @@ class AdaptedModel(nn.Module):
         rows = []
         for m, (block, part, shape) in enumerate(self._last_visited()):
             kind = f"{block.kind} {part + 1} of 2" if block.mid else block.kind
-            rows.append((str(m), block.name, kind, " x ".join(map(str, shape))))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = [f"{m:>{widths[0] + 2}}  {a:{widths[1]}}  {b:{widths[2]}}  {c}".rstrip() for m, a, b, c in rows]
+            shortcut = f"shortcut {block.shortcut}" if block.shortcut and part == 0 else ""
+            rows.append((f"{m:>{len(str(self.depth - 1))}}", block.name, kind, " x ".join(map(str, shape)), shortcut))
+        columns = [column for column in zip(*rows, strict=True) if any(column)]
+        widths = [max(map(len, column)) for column in columns]
+        lines = ["".join(map("  {:{}}".format, row, widths)).rstrip() for row in zip(*columns, strict=True)]
         return "\n".join([f"AdaptedModel({type(self.model).__name__}, {len(rows)} steps)", *lines])

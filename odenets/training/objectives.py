@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from odenets.errors import refuse
 from odenets.measures import StepFunction
-from odenets.recording import Records, record, recorder_in
+from odenets.recording import Records, named_measures, record, recorder_in
 from odenets.training.broadcasting import refusing_pairs
 from odenets.training.labels import logits_and_labels
 from odenets.training.step_counting import StepCounter, eagerly
@@ -73,14 +73,14 @@ class Objective(StepCounter):
         group: the processes that share its batches, a torch.distributed group; all of them if None.
 
     Raises:
-        TypeError: a subclass that defines ``forward``, which records and calls :meth:`loss`.
+        TypeError: measures without names, or a subclass that defines ``forward``, which records and calls :meth:`loss`.
     """
 
     group: Any = None
 
     def __init__(self, measures: Mapping[str, StepFunction] | None = None) -> None:
         super().__init__()
-        self.measures: dict[str, StepFunction] = dict(measures or {})
+        self.measures: dict[str, StepFunction] = named_measures({} if measures is None else measures)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -166,7 +166,12 @@ def test_prints_what_it_found():
     adapted(X)
     assert str(adapted).splitlines()[1:3] == [
         "  0  layer1.0  ResNet  64 x 16 x 16",
-        "  1  layer2.0  ResNet  128 x 8 x 8",
+        "  1  layer2.0  ResNet  128 x 8 x 8   shortcut layer2.0.downsample",
+    ]
+    by_name = adapt(small_resnet(), {"layer1.0": None, "layer2.0": "layer2.0.downsample.0"})
+    assert repr(by_name).splitlines()[1:] == [
+        "  0  layer1.0  block",
+        "  1  layer2.0  block  shortcut layer2.0.downsample.0",
     ]
     assert "0  encoder.layers.encoder_layer_0  transformer 1 of 2" in str(adapt(small_vit()))
 

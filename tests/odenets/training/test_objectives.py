@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from odenets import measures, models
 from odenets.least_action import ActionPenalty, LeastAction
 from odenets.module_wise import greedy, trgl, trgl_multipliers
-from odenets.recording import Records
+from odenets.recording import Recording, Records
 from odenets.training import data, datasets
 from odenets.training.evaluation import evaluate
 from odenets.training.loop import fit
@@ -200,3 +200,19 @@ def test_a_batch_that_is_no_pair_is_named(batch, got):
 def test_shares_are_no_labels_of_the_reverse_cross_entropy():
     with pytest.raises(ValueError, match=r"whole numbers, got shares of the classes \(3, 4\)"):
         value(ReverseCrossEntropy(), torch.rand(3, 4), torch.rand(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ([measures.action], r"measures must come by name, \{'action': action\}, got a list"),
+        (measures.action, r"measures must come by name, \{'action': action\}, got a Measure"),
+        ([], "measures must come by name"),
+        ({"mine": 0.5}, r"measure 'mine' must be a function Step -> \(B,\), got float"),
+        ({1: measures.action}, "measures must have names, got 1"),
+    ],
+)
+@pytest.mark.parametrize("make", [Objective, partial(Recording, models.points_network())])
+def test_measures_come_by_name(make, wrong, match):
+    with pytest.raises(TypeError, match=match):
+        make(wrong)
