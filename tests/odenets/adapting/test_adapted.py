@@ -170,8 +170,8 @@ def test_prints_what_it_found():
     ]
     by_name = adapt(small_resnet(), {"layer1.0": None, "layer2.0": "layer2.0.downsample.0"})
     assert repr(by_name).splitlines()[1:] == [
-        "  0  layer1.0  block",
-        "  1  layer2.0  block  shortcut layer2.0.downsample.0",
+        "  0  layer1.0  by name",
+        "  1  layer2.0  by name  shortcut layer2.0.downsample.0",
     ]
     assert "0  encoder.layers.encoder_layer_0  transformer 1 of 2" in str(adapt(small_vit()))
 
