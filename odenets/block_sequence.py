@@ -244,7 +244,8 @@ class BlockSequence(nn.Module):
         if len(sizes) != self.depth:
             raise ValueError(
                 f"the state holds {len(sizes)} blocks and this flow has {self.depth}: "
-                "call flow.resize(sizes) first, or load it with odenets.load_weights"
+                "call odenets.depth.resize_as(network, state_dict) first, or save and load with odenets.save_weights "
+                "and odenets.load_weights"
             )
         self.resize(sizes)
 

@@ -24,6 +24,17 @@ does so between the epochs of a training, :func:`adapt_depth` once, by a :class:
 
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
+from odenets.depth.resizing import resize_as
 from odenets.depth.rule import DepthRule, block_errors, plan
 
-__all__ = ["AdaptiveDepth", "DepthReport", "DepthRule", "Edit", "adapt_depth", "block_errors", "plan", "refine"]
+__all__ = [
+    "AdaptiveDepth",
+    "DepthReport",
+    "DepthRule",
+    "Edit",
+    "adapt_depth",
+    "block_errors",
+    "plan",
+    "refine",
+    "resize_as",
+]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from odenets import measures
 from odenets.blocks import Block
-from odenets.depth.optimizers import adopt_copy, follow_network
+from odenets.depth.optimizers import adopt_copy, follow_network, warn_of_unfollowed
 from odenets.depth.rule import DepthRule, block_errors, check_rule, flow_network, inputs_of, plan
 from odenets.flow import Flow
 from odenets.network import Network
@@ -88,7 +88,8 @@ def adapt_depth(
             as ``Batches(data, 100).inputs``.
         rule: when to add and remove blocks.
         optimizer: its state follows the blocks: a copy gets its original's momentum or moments, a block that goes
-            takes its state along, and the parameters of each group end up in the network's order.
+            takes its state along, and the parameters of each group end up in the network's order. Without it, build
+            the optimizer anew after an edit.
         recalibration: a function that makes inputs on which batch norms are recalibrated after an edit, and before the
             errors are measured; if not given, those of ``inputs``.
 
@@ -103,6 +104,9 @@ def adapt_depth(
         ValueError: a flow is a neural ODE, shared or used twice, or its method has no embedded error; weights are not
             finite, which no step size mends; the optimizer keeps state that is not of one parameter (LBFGS); or no
             batch.
+
+    Warns:
+        UserWarning: an optimizer that is not given holds parameters of the network, and not all of them any more.
 
     >>> from odenets.models import points_network
     >>> network = points_network(solver="bs23", total_time=1.0, depth=3)
@@ -127,6 +131,7 @@ def adapt_depth(
     def renew() -> None:
         recalibrate(network, counted("recalibration"), lambda x: network.record(x, error=measures.error))
 
+    before = set(network.parameters())
     renew()
     errors = block_errors(network, counted("inputs"), rule.norm)
     with _editing(network, optimizer):
@@ -140,6 +145,8 @@ def adapt_depth(
                     edits.append(merge.undo(error))
     if edits:
         renew()
+        if optimizer is None:
+            warn_of_unfollowed(network, before)
     return DepthReport(errors, edits, spent)
 
 

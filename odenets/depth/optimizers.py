@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["adopt_copy", "follow_network"]
+__all__ = ["adopt_copy", "follow_network", "warn_of_unfollowed"]
 
 
 def adopt_copy(optimizer: Optimizer, original: nn.Module, twin: nn.Module) -> None:
@@ -41,3 +43,20 @@ def follow_network(optimizer: Optimizer, network: nn.Module, others: set[Any]) -
         group["params"][:] = sorted(stay, key=lambda p: position.get(p, -1))
         if "param_names" in group:
             group["param_names"] = [{**held, **names}[p] for p in group["params"]]
+
+
+def warn_of_unfollowed(network: nn.Module, before: set[nn.Parameter]) -> None:
+    """Warn where an optimizer holds some of the parameters that an edited network had ``before``, and not the new ones.
+
+    Warns:
+        UserWarning: it does: the new ones would not train.
+    """
+    new = {p for p in network.parameters() if p.requires_grad} - before
+    optimizers = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)] if new else []
+    held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    if held & before and (missing := len(new - held)):
+        warnings.warn(
+            f"{missing} parameters of new blocks are in no optimizer, and would not train: give the optimizer, "
+            "adapt_depth(network, inputs, rule, optimizer), or build it anew after an edit",
+            stacklevel=3,
+        )

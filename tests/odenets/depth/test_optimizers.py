@@ -101,3 +101,16 @@ def test_an_optimizer_whose_state_is_not_of_one_parameter_is_refused():
     with pytest.raises(ValueError, match="LBFGS"):
         adapt_depth(net, lambda: [X], DepthRule(1e-9), torch.optim.LBFGS(net.parameters()))
     assert net.depth == 3
+
+
+def test_an_optimizer_that_is_not_given_is_missed():
+    net = network(depth=1, gain=10.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.warns(
+        UserWarning,
+        match=r"4 parameters of new blocks are in no optimizer.*adapt_depth\(network, inputs, rule, optimizer",
+    ):
+        adapt_depth(net, lambda: [X], DepthRule(1e-9))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    adapt_depth(net, lambda: [X], DepthRule(1e9))  # parameters that go need no optimizer
+    assert len(optimizer.param_groups[0]["params"]) > len([*net.parameters()])
