@@ -8,6 +8,7 @@ from typing import Any
 
 from lab import tables
 from lab.comparisons import CONTROLS, comparisons
+from lab.reproduction import Claim
 from lab.thesis import tables_of_thesis
 
 __all__ = ["compared", "counts", "headlines", "not_run"]
@@ -18,7 +19,7 @@ def compared(group: str) -> str:
 
     columns: dict[str, Callable[[Any], object]] = {
         "where": lambda row: f"[{row['of'].claim.table}](experiments/{row['of'].claim.page}.md)",
-        "what": lambda row: " ".join(filter(None, (row["of"].claim.words, _in_brackets(row["of"].claim.conditions)))),
+        "what": lambda row: " ".join(filter(None, (row["of"].claim.words, _in_brackets(_conditions(row["of"].claim))))),
         "thesis": lambda row: row["of"].theirs,
         "ours": lambda row: row["of"].ours.text,
         "verdict": lambda row: f"**{row['of'].ours.verdict}**",
@@ -41,21 +42,27 @@ def counts(table: str | None = None, control: bool = False) -> dict[str, int]:
 
 
 def headlines() -> str:
-    """The table of README: a few claims, with the control where there is one."""
+    """The table of README: a few claims, where ours differ in their conditions, and the control where there is one."""
     columns: dict[str, Callable[[Any], object]] = {
         "the thesis says": lambda row: row["of"].claim.headline,
         "thesis": lambda row: row["of"].theirs,
         "ours": lambda row: row["of"].ours.text,
         "verdict": lambda row: row["of"].ours.verdict,
+        "conditions of ours": lambda row: row["of"].claim.conditions,
         "with a control": lambda row: row["control"],
     }
     rows = []
     for group, each in comparisons().items():
         for comparison in each:
-            known = comparison.control
-            words = f"{known.text} {_in_brackets(CONTROLS[group])}: {known.verdict}" if known else ""
+            control = comparison.control
+            words = f"{control.text} {_in_brackets(CONTROLS[group])}: {control.verdict}" if control else ""
+            words = words or comparison.claim.rival
             rows += [{"of": comparison, "control": words}] if comparison.claim.headline else []
     return tables.table(rows, columns)
+
+
+def _conditions(claim: Claim) -> str:
+    return "; ".join(filter(None, (claim.conditions, claim.rival)))
 
 
 def _in_brackets(words: str) -> str:
