@@ -32,6 +32,7 @@ from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
 from odenets.training.objectives import Batch, CrossEntropy, Objective, Task
 from odenets.training.step_counting import eagerly
+from solvers.validation import is_transformed
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
 
@@ -102,6 +103,7 @@ class _WithCost(Objective):
             raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
         super().__init__({**task.measures, cost.kind: cost.measure})
         self.task, self.cost = task, cost
+        self._last: tuple[Tensor, Tensor] | None = None  # loss and cost of the last batch
 
     @property
     def needs_second_forward(self) -> bool:
@@ -121,6 +123,19 @@ class _WithCost(Objective):
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """That of the task, with the ``network`` and the ``batch``."""
         self.task.after_step(network, batch)
+
+    def figures(self) -> dict[str, float]:
+        """What the task shows, and "batch_loss", the task's loss, and "batch_cost" of the last batch of training."""
+        last = {} if self._last is None else dict(zip(("batch_loss", "batch_cost"), self._last, strict=True))
+        return super().figures() | {name: value.item() for name, value in last.items()}
+
+    def _parts(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> tuple[Tensor, Tensor]:
+        """The task's loss and the cost, remembered where they are those of training."""
+        loss, cost = self.task.loss(network, batch, output, records), self.cost(records)
+        training = torch.is_grad_enabled() and self.training and unwrapped(network).training
+        if training and not torch.compiler.is_compiling() and not is_transformed(loss):
+            self._last = loss.detach(), cost.detach()
+        return loss, cost
 
     def extra_repr(self) -> str:
         return f"cost={self.cost.kind!r}"
@@ -152,7 +167,8 @@ class ActionPenalty(_WithCost):
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         """The task's loss of ``network``, ``batch``, ``output`` and ``records``, and the weighted cost, a scalar."""
         self.check_records(records)
-        return self.task.loss(network, batch, output, records) + self.weight * self.cost(records)
+        loss, cost = self._parts(network, batch, output, records)
+        return loss + self.weight * cost
 
     def extra_repr(self) -> str:
         """Weight and kind of the cost."""
@@ -238,7 +254,7 @@ class LeastAction(_WithCost):
         training = torch.is_grad_enabled() and self.training and unwrapped(network).training and self._may_grow
         if training:
             self.notice_step()
-        loss, cost = self.task.loss(network, batch, output, records), self.cost(records)
+        loss, cost = self._parts(network, batch, output, records)
         if training and self.update != "after" and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
             self._grow(loss, _samples(batch))
@@ -312,7 +328,7 @@ class LeastAction(_WithCost):
         self.multiplier += torch.where(growth.isfinite(), growth, 0)
 
     def figures(self) -> dict[str, float]:
-        """Lambda, and what the task shows."""
+        """Lambda, and what the task shows; "batch_loss" and "batch_cost" of the last batch of training."""
         return super().figures() | {"lambda": self.multiplier.item()}
 
     def extra_repr(self) -> str:
