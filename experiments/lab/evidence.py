@@ -14,8 +14,8 @@ from lab.statistics import Interval
 from odenets.training.runs import read_config, read_summary
 
 __all__ = [
-    "ROOT", "Sentence", "benchmark", "command", "config", "elsewhere", "environment", "minutes", "row", "rows",
-    "sentence", "share",
+    "ROOT", "Sentence", "benchmark", "command", "config", "elsewhere", "environment", "machine", "minutes", "row",
+    "rows", "sentence", "share",
 ]  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,18 @@ def minutes(result: str) -> str:
     resumed = older["resumed"] if older else "--resume" in run["command"]
     text = f"{max(seconds / 60, 1):.0f}"
     return f"at least {text}" if resumed else text
+
+
+def machine(result: str) -> str:
+    """What a result was computed on, a processor with its threads.
+
+    >>> machine("circles"), machine("small_data_mnist_protocol_400_500")
+    ('AMD EPYC, 2 threads, torch 2.14.1', 'NVIDIA H200, torch 2.11.0')
+    """
+    run = environment(result)
+    count = run["threads"]
+    threads = "" if run["device"].startswith("NVIDIA") else f", {count} thread{'s' * (count > 1)}"
+    return f"{run['device']}{threads}, torch {run['versions']['torch']}"
 
 
 def elsewhere(group: str, name: str) -> Any:

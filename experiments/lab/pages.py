@@ -111,22 +111,28 @@ def _contents(name: str) -> dict[str, str]:
 
 def _runs(results: Iterable[str]) -> str:
     """How the results of a page were made, and where they are."""
-    rows, machines = [], []
+    rows, machines = [], dict[str, list[str]]()
     for result in results:
         run = evidence.environment(result)
         link = f"[`{result}`](../../experiments/results/{result}/summary.json)"
         seeds = max(len(run["seeds"]), evidence.config(result).get("instances", 0))
         row = {"result": link, "command": f"`{evidence.command(result)}`", "minutes": evidence.minutes(result)}
         rows.append(row | {"seeds": seeds or None, "commit": f"`{run['commit'][:7]}`" if "commit" in run else None})
-        machines.append(f"{run['device']}, torch {run['versions']['torch']}")
+        machines.setdefault(evidence.machine(result), []).append(f"`{result}`")
     columns = {name: f"{{{name}}}" for name in ("result", "command", "minutes", "seeds", "commit")}
     how = (
         "Links lead to the summary of a run (every row, commit, versions, seeds); beside it, in `experiments/results`, "
         "are its whole table, configuration and figures. "
-        f"Minutes are those of two cores ({'; '.join(dict.fromkeys(machines))}), shared with other work at times; "
+        f"Minutes are those of the machine ({_machines(machines)}), where processors do other work at times; "
         '"at least" is a run that was resumed and tells of its last part alone.'
     )
     return f"{tables.table(rows, columns)}\n\n{how}"
+
+
+def _machines(results: dict[str, list[str]]) -> str:
+    """The machines, the usual one first, the others with the results that are of them."""
+    usual, *others = sorted(results, key=lambda machine: -len(results[machine]))
+    return "; ".join([usual, *(f"{', '.join(results[machine])}: {machine}" for machine in others)])
 
 
 def _environment() -> Environment:

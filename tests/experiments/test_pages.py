@@ -142,6 +142,13 @@ def test_a_comparison_is_of_differences_in_the_thesis_and_in_a_result():
     assert gain.control.text == f"{row['difference']:.1f}"
 
 
+def test_a_run_on_another_machine_is_named_with_it(written):
+    runs = written[Path("docs/experiments/small_data.md")].split("## Runs")[1]
+    assert "`small_data_mnist_protocol_400_500`: NVIDIA H200, torch 2.11.0" in " ".join(runs.split())
+    machines = {evidence.environment(path.parent.name)["device"] for path in evidence.RESULTS.glob("*/summary.json")}
+    assert machines == {"AMD EPYC", "NVIDIA H200"}
+
+
 def test_readme_shows_what_the_comparisons_say(written):
     between = written[Path("README.md")].split("<!-- results: begin -->")[1].split("<!-- results: end -->")[0]
     shown = [comparison for comparison in all_comparisons() if comparison.claim.headline]
