@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
@@ -14,6 +15,7 @@ import typer
 
 import odenets
 from odenets.command.devices import chosen, name_of, system
+from odenets.command.mistakes import Mistake
 from odenets.command.speed.fields import FIELDS
 from odenets.command.speed.solves import ATOL, PEERS, ROWS, RTOL, STEPS, missing_peers
 from odenets.command.speed.table import ratio_table
@@ -23,20 +25,29 @@ __all__ = ["show"]
 
 QUICK = ("euler", "bosh3", "dopri5")
 SECONDS, QUICK_SECONDS = 120.0, 15.0
+WIDTH = 32
+"""Letters of a line of the progress."""
 
 
 def show(seconds: float | None, *, quick: bool, device: str, threads: int, backward: bool, as_json: bool) -> None:
-    """Measure for about so many seconds, and print the table."""
+    """Measure for about so many seconds, and print the table.
+
+    Raises:
+        Mistake: a device that is not here, or seconds that are not finite.
+    """
     place, before = chosen(device), torch.get_num_threads()
     names, methods = (FIELDS[:1], QUICK) if quick else (FIELDS, tuple(ROWS))
-    torch.set_num_threads(threads)
     alone = place.type == "cpu" and threads == 1
     seconds = seconds if seconds is not None else QUICK_SECONDS if quick else SECONDS
+    if not math.isfinite(seconds):
+        raise Mistake(f"--seconds must be finite, got {seconds}")
     try:
+        torch.set_num_threads(threads)
         measured = cases(names, methods, place, backward)
         measure(measured, seconds, clock=time.process_time if alone else time.perf_counter, tell=_tell)
     finally:
         torch.set_num_threads(before)
+        _clear()
     rows = [case.row for case in measured]
     machine = _machine(place, threads) | {"clock": "processor time" if alone else "wall time"}
     facts = {"machine": machine, "backward": backward, "missing": missing_peers(), "rows": rows}
@@ -77,4 +88,10 @@ def _text(facts: dict[str, Any]) -> str:
 def _tell(count: int, left: float) -> None:
     """In a terminal, how long it takes still."""
     if sys.stderr.isatty():
-        typer.echo(f"\rround {count}, {left:.0f} s left   " if left else f"\r{'':30}\r", err=True, nl=False)
+        typer.echo(f"\r{f'round {count}, {left:.0f} s left':{WIDTH}}", err=True, nl=False)
+
+
+def _clear() -> None:
+    """In a terminal, an empty line where that stood."""
+    if sys.stderr.isatty():
+        typer.echo(f"\r{'':{WIDTH}}\r", err=True, nl=False)

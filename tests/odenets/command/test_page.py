@@ -2,7 +2,14 @@
 
 import re
 import shlex
+from itertools import product
 from pathlib import Path
+
+import pytest
+
+from odenets.command.speed import timing
+from odenets.command.speed.fields import FIELDS
+from odenets.command.speed.solves import COLUMNS, ROWS
 
 PAGE = Path(__file__).parents[3] / "docs" / "command.md"
 BLOCKS = re.findall(r"```(python|console)\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -12,6 +19,16 @@ def words(text):
     """What is printed without numbers, machine and spaces."""
     text = re.sub(r" on \w+ \(.*\)$", "", text, flags=re.MULTILINE)
     return re.sub(r"-?\d[\d.e+-]*", "#", text).split()
+
+
+def page(command):
+    """What the page says that a command prints, by line."""
+    (text,) = [text for _, text in BLOCKS if text.startswith(f"$ odenets {command}\n")]
+    return text.splitlines()[1:]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_what_it_says_that_record_prints_is_printed(run, tmp_path, monkeypatch):
@@ -31,6 +48,31 @@ def test_what_it_says_that_record_prints_is_printed(run, tmp_path, monkeypatch):
 
 def test_the_parts_of_what_info_prints_are_those_of_the_page(run):
     heads = ["Extras", "Devices", "Kernels of solvers.reductions"]
-    (page,) = [text for _, text in BLOCKS if text.startswith("$ odenets info\n")]
-    for printed in (page, run("info").stdout):
-        assert [line for line in printed.splitlines() if line in heads] == heads
+    for printed in (page("info"), run("info").stdout.splitlines()):
+        assert [line for line in printed if line in heads] == heads
+
+
+def test_the_kernels_that_info_tells_are_those_of_the_page(run):
+    lines = page("info")
+    kernels = lines[lines.index("Kernels of solvers.reductions") + 1 :]
+    assert len(kernels) == 3
+    assert set(kernels) <= set(run("info").stdout.splitlines())  # a GPU has lines of its own
+
+
+@pytest.fixture
+def bench(run, monkeypatch):
+    """The lines of a short bench."""
+    monkeypatch.setattr(timing, "SHORTEST", 1e-9)
+    return run("bench", "--quick", "--seconds", 0).stdout.splitlines()
+
+
+def test_the_heading_of_bench_is_that_of_the_page(bench):
+    assert words(bench[0]) == words(page("bench")[0])
+    assert bench[0].partition("(field calls)")[2] == page("bench")[0].partition("(field calls)")[2]
+
+
+def test_the_table_of_bench_has_the_lines_and_columns_of_the_page(bench):
+    columns, _, *lines = (cells(line) for line in page("bench") if line.startswith("|"))
+    assert [(line[0], line[1]) for line in lines] == [*product(FIELDS, ROWS)]
+    assert columns == ["field", "method", "one call (µs)", *COLUMNS]
+    assert set(cells(bench[2])) <= set(columns)  # some libraries may not be installed

@@ -18,8 +18,8 @@ def problem():
 
 @pytest.mark.parametrize("method", by_hand.FIXED)
 def test_loops_by_hand_are_the_methods(problem, method):
-    found, expected = (prepare(method, who, *problem)() for who in ("by hand", "integrate"))
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    integrated, expected = (prepare(method, who, *problem)() for who in ("by hand", "integrate"))
+    torch.testing.assert_close(integrated, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(("method", "who"), [(method, who) for method in ("bosh3", "dopri5") for who in ROWS[method]])
@@ -37,8 +37,8 @@ def test_the_loop_under_error_control_meets_its_tolerance(problem):
 
 def test_bs23_by_integrate_keeps_no_more_than_field_calls():
     field, x = Field(nn.Sequential(nn.Linear(64, 64), nn.ReLU())), torch.randn(32, 64)
-    found = [measure_memory(prepare("bs23", who, field, x)).left for who in ("by hand", "integrate")]
-    assert found[1] <= 1.05 * found[0]
+    left = [measure_memory(prepare("bs23", who, field, x)).left for who in ("by hand", "integrate")]
+    assert left[1] <= 1.05 * left[0]
 
 
 def test_rows_become_one_line_with_a_column_for_each_solver():

@@ -1,12 +1,15 @@
 """``odenets bench``: a table of the solvers that are installed, on the device that is there."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from odenets.command import speeds
 from odenets.command.speed import solves, timing
-from odenets.command.speed.fields import FIELDS
+from odenets.command.speed.fields import FIELDS, Field
 from odenets.command.speed.timing import Case, cases, measure
 from odenets.command.speeds import QUICK
 
@@ -44,6 +47,127 @@ def test_json_holds_a_row_for_every_solver_that_is_installed(run):
     by = {(row["method"], row["who"]): row for row in facts["rows"]}
     assert by["euler", "integrate"]["evaluations"] == solves.STEPS
     assert all(row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] for row in facts["rows"])
+
+
+@pytest.fixture
+def small(short, monkeypatch):
+    """One field and one method alone."""
+    monkeypatch.setattr(speeds, "FIELDS", FIELDS[:1])
+    for name in ("QUICK", "ROWS"):
+        monkeypatch.setattr(speeds, name, ("euler",))
+
+
+@pytest.fixture
+def threads():
+    """Three threads of torch, and those that there were after the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def velocities(monkeypatch):
+    """What each call of a field sees: the threads of torch, and its gradients as they come."""
+    forward, seen = Field.forward, SimpleNamespace(threads=set(), calls=0, backward=0)
+
+    def spying(self, t, x):
+        v = forward(self, t, x)
+        seen.threads.add(torch.get_num_threads())
+        if torch.is_grad_enabled():
+            seen.calls += 1
+            v.register_hook(lambda _: setattr(seen, "backward", seen.backward + 1))
+        return v
+
+    monkeypatch.setattr(Field, "forward", spying)
+    return seen
+
+
+@pytest.mark.usefixtures("small", "threads")
+@pytest.mark.parametrize(("words", "count"), [([], 1), (["--threads", 2], 2)])
+def test_field_calls_run_on_so_many_threads(run, velocities, words, count):
+    assert run("bench", "--quick", "--seconds", 0, *words).exit_code == 0
+    assert velocities.threads == {count}
+
+
+@pytest.mark.usefixtures("short")
+def test_gradients_are_taken_with_backward_alone(run, velocities):
+    assert run("bench", "--quick", "--seconds", 0).exit_code == 0
+    assert velocities.backward == velocities.calls == 0
+    assert run("bench", "--quick", "--seconds", 0, "--backward").exit_code == 0
+    assert velocities.backward > 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_gradients_are_those_of_solve_and_floor(velocities, backward):
+    for case in cases(FIELDS[:1], ["euler"], CPU, backward):
+        for work in (case.solve, case.floor):
+            velocities.backward = 0
+            work()
+            assert velocities.backward == backward * solves.STEPS
+
+
+def ticking(seconds):
+    """A clock that goes on by so many seconds whenever it is read."""
+    ticks = iter(range(10**9))
+    return lambda: seconds * next(ticks)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("words", "clock", "seconds"), [([], "processor", 1.0), (["--threads", 2], "wall", 1000.0)])
+def test_on_one_thread_of_a_cpu_the_time_of_the_processor_counts(run, monkeypatch, words, clock, seconds):
+    clocks = SimpleNamespace(process_time=ticking(1.0), perf_counter=ticking(1000.0))
+    monkeypatch.setattr(speeds, "time", clocks)
+    facts = json.loads(run("bench", "--quick", "--seconds", 0, "--json", *words).stdout)
+    assert facts["machine"]["clock"] == f"{clock} time"
+    assert {row["seconds"] for row in facts["rows"]} == {seconds}
+
+
+@pytest.fixture
+def rounds(run, small, monkeypatch):
+    """``rounds(...)``: those of a bench whose clock goes on by a quarter of a second whenever it is read."""
+
+    def call(*words):
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=ticking(0.25)))
+        (count,) = {row["rounds"] for row in json.loads(run("bench", "--json", *words).stdout)["rows"]}
+        return count
+
+    return call
+
+
+def test_more_seconds_are_more_rounds(rounds):
+    assert rounds("--seconds", 0) == 2 < rounds("--seconds", 5) < rounds("--seconds", 10)
+
+
+def test_without_seconds_it_takes_two_minutes_or_a_quarter_of_one(rounds):
+    assert rounds("--seconds", 15) == rounds("--quick") < rounds() == rounds("--seconds", 120)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf"])
+def test_seconds_that_never_end_are_refused(run, seconds):
+    result = run("bench", "--seconds", seconds)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--seconds" in result.stderr
+
+
+def on_a_terminal(text):
+    """The lines that one sees: a carriage return goes to the beginning of a line, whose letters stay."""
+    lines = []
+    for line in text.split("\n"):
+        seen = ""
+        for part in line.split("\r"):
+            seen = part + seen[len(part) :]
+        lines.append(seen.rstrip())
+    return lines
+
+
+@pytest.mark.usefixtures("small")
+def test_in_a_terminal_the_progress_leaves_no_trace(run, monkeypatch):
+    monkeypatch.setattr(speeds, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=ticking(0.25)))
+    result = run("bench", "--quick", "--seconds", 100)
+    assert re.search(r"round 1, \d\d s left", result.stderr)
+    assert on_a_terminal(result.output)[0].startswith("Processor time of a solve")
 
 
 def test_a_library_that_is_missing_is_told_and_left_out(run, short, monkeypatch):
