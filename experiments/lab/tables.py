@@ -41,16 +41,16 @@ def table(rows: Iterable[Row], columns: Mapping[str, str | Callable[[Row], objec
 
     check_columns(columns)
     cells = [[_cell(row, format) for format in columns.values()] for row in rows]
-    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
-    headings = [heading for i, heading in enumerate(columns) if i in kept]
-    return tabulate([[line[i] for i in kept] for line in cells], headings, tablefmt="github", disable_numparse=True)
+    shown = [i for i in range(len(columns)) if any(line[i] for line in cells)]
+    headings = [heading for i, heading in enumerate(columns) if i in shown]
+    return tabulate([[line[i] for i in shown] for line in cells], headings, tablefmt="github", disable_numparse=True)
 
 
 def _cell(row: Row, format: str | Callable[[Row], object]) -> str:
-    known = {name: value for name, value in row.items() if value is not None}
+    values = {name: value for name, value in row.items() if value is not None}
     if not callable(format):
-        known = {name: ("no", "yes")[bool(v)] if isinstance(v, bool | np.bool_) else v for name, v in known.items()}
+        values = {name: ("no", "yes")[bool(v)] if isinstance(v, bool | np.bool_) else v for name, v in values.items()}
     try:
-        return str(format(known)) if callable(format) else format.format_map(known)
+        return str(format(values)) if callable(format) else format.format_map(values)
     except KeyError:
         return ""
