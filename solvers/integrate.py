@@ -77,8 +77,8 @@ def integrate(
     Args:
         field: velocity ``v(t, x, *args)``, returning the shape, dtype and device of ``x``. Its ``t`` is a number, or
             with ``control="sample"`` a tensor ``(B, 1, ..., 1)`` of the state's precision that broadcasts against the
-            state; it lies between t0 and t1. The field must not write into x, nor into what it has returned
-            (:func:`~solvers.rk_step`). It may use autograd inside.
+            state (``torch.where(t < 0.5, a, b)``, not ``if t < 0.5``); it lies between t0 and t1. The field must not
+            write into x, nor into what it has returned (:func:`~solvers.rk_step`). It may use autograd inside.
         x0: state at t0: a tensor, floating or complex, or a tuple or dictionary of tensors ``(B, ...)``.
         t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample. Where t1 is None, the
             end is the last of the times ``at``.

@@ -23,6 +23,9 @@ __all__ = ["Round", "SampleLoop", "align", "within"]
 
 Array = np.ndarray
 
+_OF_ONE_NUMBER = ("full", "Boolean value of Tensor", "converted to Scalar", "only one element", "fill_value")
+"""What errors of a field say that takes its time for a number."""
+
 
 class Round(NamedTuple):
     """One attempted step of every sample.
@@ -231,7 +234,20 @@ def within(field: Field, t0: Array, t1: Array, x: Tensor) -> Field:
     It gets a tensor of its own, so that no write of its own reaches the times of a solve.
     """
     real, (low, high) = real_dtype(x), _inward(np.minimum(t0, t1), np.maximum(t0, t1), x)
-    return lambda t, x: field(t.to(real).clamp(low, high), x)  # type: ignore[union-attr] - a tensor here
+
+    def velocity(t: float | Tensor, x: Tensor) -> Tensor:
+        try:
+            return field(t.to(real).clamp(low, high), x)  # type: ignore[union-attr] - a tensor here
+        except (TypeError, RuntimeError, ValueError) as error:
+            if any(what in str(error) for what in _OF_ONE_NUMBER):
+                shape = (len(x), *[1] * (x.ndim - 1))
+                error.add_note(
+                    f"with control='sample' t is a tensor {shape}, a time for each sample, and no number: take "
+                    "t.expand_as(x[:, :1]) for torch.full_like(x[:, :1], t), torch.where(t < 0.5, a, b) for an if"
+                )
+            raise
+
+    return velocity
 
 
 def _over_at_once(t0: Array, t1: Array, x: Tensor) -> Array:

@@ -40,9 +40,10 @@ class NeuralODE(nn.Module):
 
     Args:
         field: the velocity ``v(t, x, *args)``: a module, a method of one, or a function without parameters. Its t is a
-            number, or with ``control="sample"`` a tensor ``(B, 1, ..., 1)``. It may use autograd inside, on
-            a state that requires a gradient. One that draws random numbers is another field at each call: what it draws
-            is better drawn once and handed over after x. Dropout in training mode is refused where the field is called
+            number, or with ``control="sample"`` a tensor ``(B, 1, ..., 1)``, which ``torch.where(t < 0.5, a, b)`` and
+            ``t.expand_as(x[:, :1])`` take, and ``if t < 0.5`` and ``torch.full_like`` do not. It may use autograd
+            inside, on a state that requires a gradient. One that draws random numbers is another field at each call:
+            what it draws is better drawn once and handed over after x. Dropout in training mode is refused where the field is called
             again, by "backsolve", and by "checkpoint" where the error chooses the steps; with fixed steps "checkpoint"
             draws the same again. So is by both one whose buffers change its velocity: spectral norm in training mode.
         solver: name of a method or a tableau.

@@ -17,7 +17,7 @@ from solvers.methods import get_tableau
 from solvers.packing import Packing
 from solvers.solve import Grid, Task
 from solvers.tolerance import Tolerance, to_host
-from solvers.validation import real_dtype
+from solvers.validation import check_call, real_dtype
 
 __all__ = ["ADAPTIVE", "METHODS", "check_options", "ending_at", "largest_rms", "make_task"]
 
@@ -63,6 +63,7 @@ def make_task(
     adaptive = method in ADAPTIVE
     options = dict(options or {})
     check_options(method, options)
+    check_call(func if watched is None else watched, None, name="func", remedy="; odeint calls func(t, y)")
     x0 = packing.pack(y0)
     times = _check_times(t, numbers=adaptive or not _steps_to_outputs(options))
     t = t.to(x0.device)

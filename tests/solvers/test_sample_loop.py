@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -308,3 +310,17 @@ def test_a_controller_that_returns_no_states_is_named():
 def test_events_per_sample_have_a_row_for_each(event, message):
     with pytest.raises(ValueError, match=message):
         integrate(swing, torch.ones(3, 3, dtype=D), 0.0, 1.0, control="sample", event=event)
+
+
+def _of_a_number(t, x):
+    return torch.cat([x, torch.full_like(x[:, :1], t)], 1)[:, 1:]
+
+
+@pytest.mark.parametrize("field", [_of_a_number, lambda t, x: x if t < 0.5 else -x, lambda t, x: x * math.sin(t)])
+def test_a_field_that_takes_its_time_for_a_number_is_told_what_it_is(field):
+    with pytest.raises((TypeError, RuntimeError, ValueError)) as caught:
+        integrate(field, torch.ones(3, 2), 0.0, 1.0, control="sample")
+    assert "t is a tensor (3, 1), a time for each sample" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError) as caught:
+        integrate(lambda t, x: x @ x, torch.ones(3, 2), 0.0, 1.0, control="sample")
+    assert not hasattr(caught.value, "__notes__")

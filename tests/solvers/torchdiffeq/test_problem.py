@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from solvers import SolverError, odeint
+from solvers import SolverError, odeint, odeint_adjoint
 from tests.solvers.torchdiffeq.fields import D, Forced
 
 Y = torch.ones(2)
@@ -203,3 +203,15 @@ def test_jumps_are_not_crossed():
     )  # fmt: skip
     assert y[-1].item() == pytest.approx(-0.5, abs=1e-12)
     assert 0.5 not in times
+
+
+@pytest.mark.parametrize("solve", [odeint, odeint_adjoint])
+def test_a_function_of_y_and_t_is_told_the_order(solve):
+    class Exchanged(torch.nn.Module):
+        def forward(self, y, t):
+            return torch.sin(t) * y
+
+    with pytest.raises(
+        TypeError, match=r"func must take t and x.*\(y, t\) \(t is its first argument\); odeint calls func"
+    ):
+        solve(Exchanged(), torch.ones(5, 2), torch.tensor([0.0, 1.0]))
