@@ -43,9 +43,10 @@ class NeuralODE(nn.Module):
             number, or with ``control="sample"`` a tensor ``(B, 1, ..., 1)``, which ``torch.where(t < 0.5, a, b)`` and
             ``t.expand_as(x[:, :1])`` take, and ``if t < 0.5`` and ``torch.full_like`` do not. It may use autograd
             inside, on a state that requires a gradient. One that draws random numbers is another field at each call:
-            what it draws is better drawn once and handed over after x. Dropout in training mode is refused where the field is called
-            again, by "backsolve", and by "checkpoint" where the error chooses the steps; with fixed steps "checkpoint"
-            draws the same again. So is by both one whose buffers change its velocity: spectral norm in training mode.
+            what it draws is better drawn once and handed over after x. Dropout in training mode is refused where the
+            field is called again, by "backsolve", and by "checkpoint" where the error chooses the steps; with fixed
+            steps "checkpoint" draws the same again. So is by both one whose buffers change its velocity: spectral norm
+            in training mode.
         solver: name of a method or a tableau.
         tolerance: error control, ``Tolerance()`` if neither this nor ``steps`` is given.
         steps: that many equal steps instead.
