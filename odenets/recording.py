@@ -29,7 +29,7 @@ __all__ = [
     "recorder_in",
 ]
 
-_WRAPPED = ("", "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module")
+_WRAPPED = {"", "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module"}
 """Where wrappers of torch and Fabric hold what they wrap; some hand on its attributes."""
 
 
@@ -222,7 +222,7 @@ def recorder_in(network: nn.Module) -> nn.Module:
             )
         return network
     inner = next((name for name, module in network.named_modules() if is_recorder(module)), None)
-    if inner in _WRAPPED:
+    if inner is not None and {*inner.split(".")} <= _WRAPPED:
         raise TypeError(
             f"network must record its steps, got a {kind} around one that does, whose own forward pass would be left "
             f"out: take {kind}(odenets.recording.Recording(network, objective.measures))"

@@ -126,12 +126,16 @@ def test_wrappers_that_would_be_bypassed_are_named(process_group):
     from lightning_fabric import Fabric
     from torch.distributed.fsdp import fully_shard
 
-    objective = LeastAction()
+    objective, ddp, averaged = LeastAction(), nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel
     for wrapper, name in [
-        (nn.parallel.DistributedDataParallel(flow()), "DistributedDataParallel"),
+        (ddp(flow()), "DistributedDataParallel"),
         (torch.compile(flow()), "torch.compile"),
         (Fabric(accelerator="cpu", devices=1).setup(flow()), "_FabricModule"),
-        (torch.optim.swa_utils.AveragedModel(flow()), "AveragedModel"),
+        (averaged(flow()), "AveragedModel"),
+        (ddp(torch.compile(flow())), "DistributedDataParallel"),
+        (torch.compile(ddp(flow())), "torch.compile"),
+        (torch.compile(averaged(flow())), "torch.compile"),
+        (averaged(averaged(flow())), "AveragedModel"),
     ]:
         with pytest.raises(TypeError, match=REMEDY.format(name)):
             objective(wrapper, X, Y)
