@@ -39,7 +39,7 @@ def _mean_power(v: Tensor, p: float = 2.0) -> Tensor:
 
 
 @measure(closing=False, reduction="action", integrand=_mean_power)
-def action(step: Step, p: float = 2.0) -> Tensor:
+def action(step: Step, *, p: float = 2.0) -> Tensor:
     """Kinetic action ``h sum_i b_i <|p_i|^p>``, ``<.>`` the mean over features, ``(B,)``.
 
     With p = 2, the energy, it is the quadrature of ``int <v^2> dt`` over the step with the tableau's own weights; for
@@ -73,7 +73,7 @@ def action(step: Step, p: float = 2.0) -> Tensor:
 
 
 @measure(closing=False, reduction="residue")
-def residue(step: Step, p: float = 2.0) -> Tensor:
+def residue(step: Step, *, p: float = 2.0) -> Tensor:
     """Mean over the features of ``|r|^p`` with the residue ``r = (x1 - x0) / h``, ``(B,)``.
 
     Its mean square with p = 2 [K24, eq. 34], the square of its norm over the dimension; :func:`square_norm` is the sum.

@@ -36,11 +36,12 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
             of a :class:`~odenets.module_wise.ModuleWise`.
 
     Returns:
-        The number of norms with new statistics; 0 if the network has none that keep any, and then nothing was run.
+        The number of norms with new statistics; 0 if the network has none that keep any, and then nothing is run and
+        ``batches`` may hold anything, or nothing.
 
     Raises:
-        ValueError: no batch, no norm was run, or one is lazy and has not seen an input.
-        TypeError: batches of pairs, or one tensor.
+        ValueError: no norm is run, one is lazy and has not seen an input, or there are norms and no batch.
+        TypeError: one tensor in place of batches, or there are norms and batches of pairs without ``run``.
 
     >>> import odenets
     >>> flow = odenets.Flow(odenets.ConvField(4, norm="batch"), depth=2)

@@ -38,9 +38,10 @@ class TensorData:
         std: standard deviation of each channel, likewise.
 
     Raises:
-        TypeError: inputs that are no floating tensor, targets that are none, or labels that are not int64.
-        ValueError: no samples, inputs and targets of different length, inputs that are not finite, or labels of another
-            shape or outside ``[0, classes)``.
+        TypeError: inputs that are no floating tensor, targets that are none, or with ``classes`` labels that are not
+            int64.
+        ValueError: no samples, inputs and targets of different length, inputs that are not finite, or with ``classes``
+            labels of another shape or outside ``[0, classes)``.
     """
 
     x: Tensor
