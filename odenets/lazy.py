@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,14 @@ class LazyParameters(nn.Module):
                     setattr(module, name, place)
                 else:
                     p.requires_grad_(place.requires_grad)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """Warn: there is nothing yet to which a function could be applied."""
+        warnings.warn(
+            "apply passes over a flow without a field: call the network once on a batch before, which makes the field",
+            stacklevel=4,
+        )
+        return self
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         pass

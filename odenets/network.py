@@ -169,7 +169,15 @@ class Network(Chain):
             check_state(x)
             if not torch.compiler.is_compiling():
                 return self._encode_floating(x)
-        return self.encoder(x)
+        try:
+            return self.encoder(x)
+        except RuntimeError as error:
+            if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex():
+                raise
+            raise TypeError(
+                f"x must be of the floating dtype of the network, {dtype_of(self)}, where the encoder takes no "
+                f"{x.dtype}: x.float(), or x.float() / 255 for bytes of images: {error}"
+            ) from error
 
     def _encode_floating(self, x: Tensor) -> Tensor:
         try:

@@ -45,7 +45,8 @@ def adapt(
             network, if not given. Names, ``["layer1.0", "layer1.1"]``: what a rule that fits says of such a module, or
             else one step from its input to its output; ``"features.2:features.4"`` is one from the input of the first
             to the output of the last. A dictionary, ``{"layer1.0": None, "layer2.0": "layer2.0.downsample"}``: one step
-            each, from the output of the shortcut named, or from the input. Rules, ``[*RULES, Rule(...)]``.
+            each, from the output of the shortcut named, or from the input. A class, ``MyBlock``: all modules of it.
+            Rules, ``[*RULES, Rule(...)]``.
         residue: "displacement", ``x1 - x0``; or "branch", of blocks with an activation behind the addition (ResNet,
             RegNet) the output of their branch instead, as the published code of [K24] has it. A branch that ends
             in a batch norm has, in training, the mean square ``gamma^2 + beta^2`` per channel whatever goes into it: a

@@ -145,7 +145,7 @@ RULES = (
 )
 """The kinds of blocks that are known, as a tuple of rules; ``adapt(model, [*RULES, Rule(...)])`` knows one more."""
 
-Blocks = Iterable[str | Rule] | Mapping[str, str | None]
+Blocks = Iterable[str | Rule | type[nn.Module]] | Mapping[str, str | None] | type[nn.Module]
 
 
 def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[BlockSpec, ...]:
@@ -173,7 +173,8 @@ def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[BlockSp
         specs = _by_rules(modules, RULES)
         _warn_of_others(modules, specs)
         return specs or _layers(model) or _none(model, RULES)
-    entries = [blocks] if isinstance(blocks, str | Rule) else list(blocks)
+    listed = [blocks] if isinstance(blocks, str | Rule | type) else list(blocks)
+    entries = [one for entry in listed for one in (_of_class(modules, entry) if isinstance(entry, type) else [entry])]
     if not entries:
         raise ValueError("blocks must hold at least one name or rule")
     for block in entries:
@@ -192,6 +193,25 @@ def find_blocks(model: nn.Module, blocks: Blocks | None = None) -> tuple[BlockSp
         if inner.first == outer.first or inner.first.startswith(outer.first + "."):
             raise ValueError(f"blocks must not overlap: {inner.name!r} lies in {outer.name!r}")
     return tuple(specs)
+
+
+def _of_class(modules: Mapping[str, nn.Module], kind: type) -> list[str]:
+    """The names of the outermost modules of a class.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names: list[str] = []
+    for name, module in modules.items():
+        if name and isinstance(module, kind) and not _lies_in(name, names):
+            names.append(name)
+    if not names:
+        raise ValueError(f"the model holds no {kind.__name__}: its modules are of {_classes(modules)}")
+    return names
+
+
+def _classes(modules: Mapping[str, nn.Module]) -> str:
+    return ", ".join(sorted({type(module).__name__ for name, module in modules.items() if name}))
 
 
 def _none(model: nn.Module, rules: Iterable[Rule]) -> tuple[BlockSpec, ...]:

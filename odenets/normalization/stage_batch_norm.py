@@ -201,7 +201,15 @@ class StageBatchNorm(nn.Module):
         if is_mapped(mean):  # vmap updates a copy of what is not one run of memory
             mean, variance = mean.clone(), variance.clone()
         momentum = 0.0 if momentum is None else momentum
-        x = F.batch_norm(x, mean, variance, self.weight, self.bias, training, momentum, self.eps)
+        try:
+            x = F.batch_norm(x, mean, variance, self.weight, self.bias, training, momentum, self.eps)
+        except RuntimeError as error:
+            if x.ndim > 1 and x.shape[1] == self.features:
+                raise
+            raise ValueError(
+                f"x must have shape (B, {self.features}, ...) where batch norm has {self.features} features, got "
+                f"{tuple(x.shape)}: a sample without a batch dimension is x[None]"
+            ) from error
         if training:
             self.batches[stage] += 1
             if self._known[stage] < TRAINED:

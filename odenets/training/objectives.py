@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,6 +203,7 @@ class Task(Objective):
 
     Raises:
         TypeError: no function, or an objective, which is a task already.
+        ValueError: a function with ``reduction="sum"``.
 
     >>> from odenets.models import points_network
     >>> x, y = torch.rand(8, 2), torch.rand(8, 1)
@@ -214,6 +216,12 @@ class Task(Objective):
             raise TypeError(f"function must be of (output, y), got the objective {type(function).__name__}: take it")
         if isinstance(function, type) or not callable(function):
             raise TypeError(f"function must be of (output, y), such as F.mse_loss or nn.MSELoss(), got {function!r}")
+        given = function.keywords if isinstance(function, partial) else vars(function) if callable(function) else {}
+        if given.get("reduction") == "sum":
+            raise ValueError(
+                f"function must return the mean over the batch, got {function!r:.80}, whose sum grows with the batch: "
+                "reduction='mean'"
+            )
         self.function = function
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:

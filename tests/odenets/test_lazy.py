@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import Flow
+from odenets import Flow, Network
 
 X = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
 Y = (X.norm(dim=1) > 1).long()
@@ -126,3 +126,11 @@ def test_threads_that_call_it_at_once_make_one_field():
 def test_a_compiled_flow_without_a_field_makes_one():
     net = network()
     assert torch.equal(torch.compile(net, backend="eager")(X), net(X))
+
+
+def test_apply_warns_of_a_flow_without_a_field():
+    network = Network(nn.Linear(2, 3), Flow(), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match="apply passes over a flow without a field: call the network once"):
+        network.apply(lambda module: None)
+    network(torch.ones(4, 2))
+    network.apply(lambda module: None)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from odenets import Flow, MLPField, Network, NeuralODE, Recorder, Records, adapt, measures
+from odenets import ConvField, Flow, MLPField, Network, NeuralODE, Recorder, Records, adapt, measures
 from tests.odenets.networks import Velocity
 
 
@@ -171,3 +171,19 @@ def test_what_follows_x_reaches_every_field(stage_fields):
 def test_fields_of_other_arguments_are_named(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_inputs_of_integers_are_named(dtype):
+    network = Network(nn.Linear(3, 4), Flow(MLPField(4)), nn.Linear(4, 2))
+    with pytest.raises(
+        TypeError, match=r"x must be of the floating dtype of the network, torch.float32.*x.float\(\) / 255"
+    ):
+        network(torch.ones(5, 3, dtype=dtype))
+    assert Network(nn.Embedding(9, 4), Flow(MLPField(4)), nn.Linear(4, 2))(torch.arange(5)).shape == (5, 2)
+
+
+def test_an_image_without_a_batch_dimension_is_named():
+    network = Network(nn.Conv2d(3, 8, 3, padding=1), Flow(ConvField(8, norm="batch")), nn.Identity())
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 8, ...\).*got \(8, 6, 6\): a sample without a batch"):
+        network(torch.ones(3, 6, 6))

@@ -6,6 +6,7 @@ from torch import nn
 
 from odenets import measures
 from odenets.adapting import RULES, Rule, adapt
+from odenets.adapting.blocks import find_blocks
 from tests.odenets.adapting.models import X, small_resnet, small_vit, tv, zero_branches
 from tests.odenets.networks import Calling, Unit
 
@@ -208,3 +209,18 @@ def test_branches_of_timm_models_end_where_they_are_added(name):
 def test_bad_blocks_are_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_class_stands_for_all_modules_of_it():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.layer(x)
+
+    model = nn.Sequential(nn.Linear(2, 4), Residual(), nn.Sequential(Residual()))
+    assert find_blocks(model, Residual) == find_blocks(model, [Residual]) == find_blocks(model, ["1", "2.0"])
+    with pytest.raises(ValueError, match="the model holds no Conv2d: its modules are of Linear, Residual, Sequential"):
+        find_blocks(model, nn.Conv2d)

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from odenets import measures, models
@@ -229,3 +230,9 @@ def test_shares_are_no_labels_of_the_reverse_cross_entropy():
 def test_measures_come_by_name(make, wrong, match):
     with pytest.raises(TypeError, match=match):
         make(wrong)
+
+
+@pytest.mark.parametrize("function", [nn.CrossEntropyLoss(reduction="sum"), partial(F.mse_loss, reduction="sum")])
+def test_a_loss_that_is_a_sum_is_refused(function):
+    with pytest.raises(ValueError, match=r"function must return the mean over the batch.*reduction='mean'"):
+        Task(function)
