@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import warnings
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,34 @@ from odenets.functions import described
 from odenets.modes import device_of, dtype_of
 from odenets.neural_ode import NeuralODE
 
-__all__ = ["fingerprint", "is_finite", "load_weights", "map_state", "restore_structure", "save_weights", "structure"]
+__all__ = [
+    "check_methods",
+    "fingerprint",
+    "is_finite",
+    "load_weights",
+    "map_state",
+    "restore_structure",
+    "save_weights",
+    "structure",
+    "warn_of_structure",
+]
 
 
 def structure(network: nn.Module) -> dict[str, Any]:
-    """What a depth edit and a first input can change, by module name of the flow.
+    """What a depth edit and a first input can change, by module name of the flow, and how it takes its steps.
 
-    Its step sizes, and the shape and dtype of its samples.
+    Its step sizes, and the shape and dtype of its samples; its solver, and how stages share fields.
     """
     return {
         name: {
             "h": list(flow.h),
             "input_shape": list(flow.input_shape) if flow.input_shape else None,
             "dtype": str(dtype_of(flow)).removeprefix("torch."),
+            "solver": flow.tableau.name,
+            "coefficients": _coefficients(flow),
+            "stage_fields": flow.stage_fields,
         }
-        for name, flow in network.named_modules()
-        if isinstance(flow, Flow)
+        for name, flow in _flows(network).items()
     }
 
 
@@ -42,16 +57,84 @@ def restore_structure(network: nn.Module, saved: dict[str, Any]) -> None:
     """Give every flow the blocks and step sizes that :func:`structure` returned.
 
     Raises:
-        ValueError: the network's flows are not those of ``saved``.
+        ValueError: the network's flows are not those of ``saved``, or have another method.
     """
-    flows = {name: flow for name, flow in network.named_modules() if isinstance(flow, Flow)}
+    flows = _flows(network)
     if set(flows) != set(saved):
         raise ValueError(f"network has flows {sorted(flows)}, the saved one {sorted(saved)}")
+    check_methods(network, saved)
     for name, flow in flows.items():
         if saved[name]["input_shape"] is not None:
             dtype = getattr(torch, saved[name]["dtype"]) if "dtype" in saved[name] else dtype_of(network)
             flow.materialize(torch.zeros(1, *saved[name]["input_shape"], dtype=dtype, device=device_of(network)))
         flow.resize(saved[name]["h"], network)
+
+
+def check_methods(network: nn.Module, saved: dict[str, Any]) -> None:
+    """That flows take the steps that they took when :func:`structure` returned ``saved``; older ones say nothing of it.
+
+    Raises:
+        ValueError: one has another solver, or another way of sharing fields.
+    """
+    for name, flow in _flows(network).items():
+        before, here = saved.get(name, {}), _coefficients(flow)
+        if before.get("coefficients", here) != here:
+            solver, own = before["solver"], flow.tableau.name
+            got = f"{own} with other coefficients" if solver == own else own
+            raise ValueError(f"{_named(name)} must have the solver that it was saved with, {solver}, got {got}")
+        if (fields := before.get("stage_fields", flow.stage_fields)) != flow.stage_fields:
+            raise ValueError(
+                f"{_named(name)} must have the stage_fields that it was saved with, {fields!r}, got "
+                f"{flow.stage_fields!r}"
+            )
+
+
+def warn_of_structure(network: nn.Module, saved: dict[str, Any], place: str, stacklevel: int) -> None:
+    """Say which flows :func:`restore_structure` gives another depth or other step sizes.
+
+    Args:
+        network: before that.
+        saved: what :func:`structure` returned.
+        place: of the file, for the warning.
+        stacklevel: of the warning.
+
+    Warns:
+        UserWarning: some are others.
+    """
+    changed = [
+        f"{_named(name)} has depth={flow.depth}, h={_short(flow.h)}, and gets depth={len(h)}, h={_short(h)}"
+        for name, flow in _flows(network).items()
+        if name in saved and not _alike(flow.h, h := saved[name]["h"])
+    ]
+    if changed:
+        warnings.warn(
+            f"{place}{'; '.join(changed)}, as saved: a network that is made with these is loaded without a warning",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _flows(network: nn.Module) -> dict[str, Flow]:
+    return {name: flow for name, flow in network.named_modules() if isinstance(flow, Flow)}
+
+
+def _named(name: str) -> str:
+    return f"flow {name!r}" if name else "the flow"
+
+
+def _alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and all(map(math.isclose, one, other))
+
+
+def _short(h: Sequence[float]) -> str:
+    """Step sizes; one where all are the same, and not too many."""
+    if _alike(h, [h[0]] * len(h)):
+        return f"{h[0]:.4g}"
+    return f"({', '.join(f'{one:.4g}' for one in h[:4])}{', ...' * (len(h) > 4)})"
+
+
+def _coefficients(flow: Flow) -> str:
+    """A checksum of those that a step takes."""
+    return f"{zlib.crc32(repr((flow.tableau.c, flow.tableau.a, flow.tableau.b)).encode()):08x}"
 
 
 def is_finite(network: nn.Module) -> bool:
@@ -164,7 +247,7 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     >>> flow = odenets.Flow(odenets.MLPField(2), depth=3)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = save_weights(flow, f"{folder}/flow.safetensors")
-    ...     again = load_weights(odenets.Flow(odenets.MLPField(2)), path)  # whatever its depth
+    ...     again = load_weights(odenets.Flow(odenets.MLPField(2), depth=3), path)
     >>> again.depth, fingerprint(again) == fingerprint(flow)
     (3, True)
     """
@@ -177,8 +260,18 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     state = _tensors(network)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     described = {"structure": structure(network), "versions": getattr(state, "_metadata", {})}
-    data = save(tensors, metadata={"format": "pt"} | {key: json.dumps(value) for key, value in described.items()})
+    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in described.items()}
+    data = save(tensors, metadata=metadata | {"checksum": _checksum(tensors, metadata)})
     return write_atomically(path, data)
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of the tensors of a file and of what it says of them."""
+    kinds = {name: [tuple(x.shape), str(x.dtype)] for name, x in sorted(tensors.items())}
+    value = zlib.crc32(repr((kinds, sorted(metadata.items()))).encode())
+    for _, x in sorted(tensors.items()):
+        value = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def _check_module(network: object, call: str) -> None:
@@ -188,6 +281,8 @@ def _check_module(network: object, call: str) -> None:
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     """Load what :func:`save_weights` wrote into a network built by the same code, whatever its depth has become.
+
+    A flow gets the saved depth and step sizes; where it was made with others, a warning names both.
 
     Args:
         network: built as the saved one was; its flows get the saved blocks and step sizes.
@@ -199,10 +294,14 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not from this package, or the network has other flows.
+        ValueError: the file is not from this package, or damaged, or the network has other flows, or with another
+            solver.
         RuntimeError: its modules are others than the saved ones, as ``load_state_dict`` says.
         TypeError: no module.
         ModuleNotFoundError: safetensors is not installed, ``pip install 'odenets[training]'``.
+
+    Warns:
+        UserWarning: a flow gets another depth or other step sizes than it was made with.
 
     >>> import tempfile
     >>> layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -227,7 +326,12 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         if "structure" not in metadata:
             raise ValueError(f"{path} holds no flow structure: it was not written by odenets.save_weights")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    restore_structure(network, json.loads(metadata["structure"]))
+    checksum = metadata.pop("checksum", None)  # older files have none
+    if checksum is not None and checksum != _checksum(tensors, metadata):
+        raise ValueError(f"{path} is damaged, its checksum is another: delete it, and save or copy it again")
+    saved = json.loads(metadata["structure"])
+    warn_of_structure(network, saved, f"{path}: ", stacklevel=2)
+    restore_structure(network, saved)
     versions = metadata.get("versions")
     network.load_state_dict(_with_versions(tensors, json.loads(versions)) if versions else tensors)
     return network

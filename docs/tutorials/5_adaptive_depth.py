@@ -218,11 +218,12 @@ axes[2].set(xlabel="epoch", ylabel="blocks", yticks=range(max(depths) + 1))
 # ------
 #
 # The depth that was chosen travels with the weights. The network that loads them is built by the
-# same code, at any depth.
+# same code; where it has another depth or other step sizes, it gets the saved ones, and a warning
+# names both.
 
 with tempfile.TemporaryDirectory() as folder:
     path = odenets.save_weights(regression, Path(folder) / "regression.safetensors")
-    flow = odenets.Flow(lambda: odenets.MLPField(16, 32), solver="bs23", depth=1)
+    flow = odenets.Flow(lambda: odenets.MLPField(16, 32), solver="bs23", h=regression.h, depth=regression.depth)
     again = odenets.load_weights(odenets.Network(nn.Linear(10, 16), flow, nn.Linear(16, 1)), path)
 print(f"{again.depth} blocks with h = {again.h}")
 for name, network in {"trained": regression, "loaded": again}.items():

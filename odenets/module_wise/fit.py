@@ -21,6 +21,7 @@ from odenets.module_wise.plan import Order, Plan
 from odenets.module_wise.training import ModuleTraining
 from odenets.training.checks import check_network, other_names
 from odenets.training.data import Batches
+from odenets.training.descriptions import described_data, described_settings, warn_of_changes
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.optimization import (
     Interval,
@@ -135,8 +136,11 @@ def fit_modules(
             no number.
         ValueError: arguments out of range, or that do nothing without another, a multiplier that modules share, a batch
             of one sample, which batch norms cannot take, a cache for modules that share weights or for other data than
-            Batches, an optimizer without its module's parameters, or a checkpoint of another order or precision, or of
-            a sequential training with other epochs or laps.
+            Batches, an optimizer without its module's parameters, or a checkpoint that is damaged, of another
+            order, solver, precision, optimizer or scheduler, or of a sequential training with other epochs or laps.
+
+    Warns:
+        UserWarning: a checkpoint was begun with other data or settings, as :func:`odenets.training.fit` says.
     """
     check_split(network)
     check_run(run, checkpoint)
@@ -162,9 +166,14 @@ def fit_modules(
     schedulers = [each for one in optimizers if (each := make_lr_scheduler(lr_scheduler, one, lr_interval))]
     training = ModuleTraining(network, nn.ModuleList(objectives).to(device), optimizers, schedulers)
     measured = Metric.of(metric, objectives[0])
+    described: dict[str, Any] = {}
+    if run is not None:
+        described |= described_settings(network, objectives[0], measured, lr_interval=lr_interval, clip_norm=clip_norm)
+        described |= described_data(batches, "batches") | described_data(validation, "validation")
     state = run.load_state(checkpoint) if run else None
     if state is not None:
         plan.check_state(state)
+        warn_of_changes(state.get("described", {}), described, f"checkpoint {run and run.folder / checkpoint}: ", 3)
         source.load_state_dict(state["batches"])
         training.load_state_dict(state)
     for data in (source, held_out):
@@ -179,7 +188,8 @@ def fit_modules(
         for visit in plan.visits[training.done :]:
             loop.run(visit)
             if run is not None:
-                run.save_state(training.state_dict() | plan.state_dict() | {"batches": source.state_dict()}, checkpoint)
+                more = {"batches": source.state_dict(), "described": described}
+                run.save_state(training.state_dict() | plan.state_dict() | more, checkpoint)
                 run.log(training.rows)
             report(1)
             show(training.rows[-1])

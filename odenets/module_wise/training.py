@@ -10,9 +10,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from odenets.checkpoints import check_methods, structure
 from odenets.modes import random_state, set_random_state
 from odenets.module_wise.modules import ModuleWise
-from odenets.training.optimization import load_optimizer, optimizer_state
+from odenets.training.optimization import (
+    check_scheduler,
+    load_optimizer,
+    load_scheduler,
+    optimizer_state,
+    scheduler_state,
+)
 from odenets.training.state import check_precision
 
 __all__ = ["ModuleTraining"]
@@ -52,10 +59,11 @@ class ModuleTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, as tensors and plain values."""
         return {
+            "structure": structure(self.network),
             "network": self.network.state_dict(),
             "objectives": self.objectives.state_dict(),
             "optimizers": [optimizer_state(optimizer, self.network) for optimizer in self.optimizers],
-            "lr_schedulers": [scheduler.state_dict() for scheduler in self.lr_schedulers],
+            "lr_schedulers": [scheduler_state(scheduler) for scheduler in self.lr_schedulers],
             "done": self.done,
             "rows": json.dumps(self.rows),
         } | random_state()
@@ -64,19 +72,23 @@ class ModuleTraining:
         """Take up the ``state`` of :meth:`state_dict`.
 
         Raises:
-            ValueError: weights of another precision, another optimizer, or learning-rate schedulers on one side only.
+            ValueError: weights of another solver or precision, another optimizer, other learning-rate schedulers,
+                or some on one side only.
         """
         if len(self.lr_schedulers) != len(state["lr_schedulers"]):
             raise ValueError(
                 f"lr_scheduler must be that of the checkpoint, which has {len(state['lr_schedulers'])} learning-rate "
                 f"schedulers, got {len(self.lr_schedulers)}"
             )
+        for scheduler, saved in zip(self.lr_schedulers, state["lr_schedulers"], strict=True):
+            check_scheduler(scheduler, saved)
+        check_methods(self.network, state.get("structure", {}))
         check_precision(self.network, state["network"])
         self.network.load_state_dict(state["network"])
         self.objectives.load_state_dict(state["objectives"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, self.network, saved)
         for scheduler, saved in zip(self.lr_schedulers, state["lr_schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
+            load_scheduler(scheduler, saved)
         self.done, self.rows = state["done"], json.loads(state["rows"])
         set_random_state(state)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from odenets.checkpoints import restore_structure
+from odenets.checkpoints import restore_structure, warn_of_structure
 from odenets.errors import needs, renamed
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, to_training_mode
 from odenets.recording import Recorder
 from odenets.training.callbacks import Callbacks
 from odenets.training.checks import check_arguments, check_objective, check_recorder, other_names
 from odenets.training.data import Batches
+from odenets.training.descriptions import described_data, described_settings, warn_of_changes
 from odenets.training.epochs import CONVERTING, Epochs, Options
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.notes import BatchNotes
@@ -147,8 +148,13 @@ def fit(
             objective, or with validation the accuracy, cannot read.
         ValueError: arguments out of range, or that do nothing without another, no batch, a batch with fewer samples
             than there are processes, an optimizer without the network's parameters, mixed precision of a float64
-            network, or a checkpoint of another precision, optimizer, scheduler or other callbacks.
+            network, or a checkpoint that is damaged, or of another precision, solver, optimizer, scheduler or other
+            callbacks.
         ModuleNotFoundError: lightning-fabric is not installed: ``pip install 'odenets[training]'``.
+
+    Warns:
+        UserWarning: a checkpoint was begun with other data, settings, depth or step sizes: what differs is named. Of
+            data its kind, lengths and some numbers of tensors in memory are compared, so that all is not read.
 
     >>> from functools import partial
     >>> from odenets.models import points_network
@@ -181,6 +187,7 @@ def fit(
     source = processes.source(batches, collate, "batches")
     validated = None if validation is None else Source.of(validation, collate, "validation")
     run = run if fabric.is_global_zero else None
+    described = _described(module, objective, batches, validation, options) if run else {}
     place = f"checkpoint {run.folder / checkpoint}: " if run else ""
     saved, saves = fabric.broadcast((_load(run, checkpoint), run is not None))
     _check_data(source, validated, epochs - (saved["epoch"] if saved else 0), processes.replicas)
@@ -190,6 +197,8 @@ def fit(
     _materialize(module, source)
     with _named(place):
         if saved is not None:
+            if run and not hooks.edit:  # which are there to change it
+                warn_of_structure(module, saved["structure"], place, stacklevel=3)
             restore_structure(module, saved["structure"])  # before a strategy shards the parameters
     processes.start_alike(module)
     for data in filter(None, (source, validated)):
@@ -202,6 +211,7 @@ def fit(
     hooks.before_training(training)
     if saved is not None:
         _take_up(training, saved, optimizer, processes, place)
+        warn_of_changes(saved.get("described", {}), described, place, stacklevel=3)
         if training.epoch > epochs:
             warnings.warn(f"{place}{training.epoch} epochs are done, got epochs={epochs}: none is added", stacklevel=3)
     parts = {"processes": processes, "recording": recording, "source": source, "validation": validated}
@@ -212,7 +222,7 @@ def fit(
                 continue
             training.stop = any(processes.gathered(training.stop))
             if saves:
-                _save(training, processes, run, checkpoint)
+                _save(training, processes, run, checkpoint, described)
             log_row(fabric, row)
             show(row)
     hooks.after_training(training)
@@ -294,12 +304,23 @@ def _named(place: str) -> Iterator[None]:
         raise ValueError(f"{place}{error}") from error
 
 
-def _save(training: Training, processes: Processes, run: Run | None, checkpoint: str) -> None:
+def _described(
+    network: nn.Module, objective: Objective, batches: Any, validation: Any, options: Options
+) -> dict[str, Any]:
+    """What a training is called with, and what its checkpoints are compared with when it is taken up."""
+    own = {name: getattr(options, name) for name in ("lr_interval", "clip_norm", "accumulate")}
+    data = described_data(batches, "batches") | described_data(validation, "validation")
+    return described_settings(network, objective, options.metric, **own) | data
+
+
+def _save(
+    training: Training, processes: Processes, run: Run | None, checkpoint: str, described: dict[str, Any]
+) -> None:
     """Write a checkpoint, to which every process gives its random state, and a sharded one its weights."""
     own = processes.gathered(training.process_state())
     if run is None and not training.sharded:
         return
-    state = training.state_dict() | {"processes": own}
+    state = training.state_dict() | {"processes": own, "described": described}
     if run is not None:
         run.save_state(state, checkpoint)
         run.log(training.rows)

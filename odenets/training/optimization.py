@@ -19,10 +19,13 @@ __all__ = [
     "MakeLRScheduler",
     "MakeOptimizer",
     "check_optimizer",
+    "check_scheduler",
     "load_optimizer",
+    "load_scheduler",
     "make_lr_scheduler",
     "make_optimizer",
     "optimizer_state",
+    "scheduler_state",
     "step_lr_scheduler",
 ]
 
@@ -128,6 +131,41 @@ def step_lr_scheduler(scheduler: LRScheduler, loss: float) -> None:
         scheduler.step(loss)
     else:
         scheduler.step()
+
+
+def scheduler_state(scheduler: LRScheduler | None) -> dict[str, Any] | None:
+    """Its ``state_dict`` and its class; None without one."""
+    return None if scheduler is None else scheduler.state_dict() | {"class": _kind(scheduler)}
+
+
+def check_scheduler(scheduler: LRScheduler | None, state: dict[str, Any] | None) -> None:
+    """That a scheduler is of the class of one that :func:`scheduler_state` tells of.
+
+    Raises:
+        ValueError: it is of another, or there is one on one side only.
+    """
+    if (scheduler is None) != (state is None):
+        which = "one, and this training has none" if scheduler is None else "none, and this training has one"
+        raise ValueError(f"lr_scheduler must be that of the checkpoint, which has {which}")
+    if scheduler is not None and state is not None and state.get("class", here := _kind(scheduler)) != here:
+        raise ValueError(f"lr_scheduler must be that of the checkpoint, {state['class']}, got {here}")
+
+
+def load_scheduler(scheduler: LRScheduler | None, state: dict[str, Any] | None) -> None:
+    """Take up :func:`scheduler_state`.
+
+    Raises:
+        ValueError: it is that of another scheduler.
+    """
+    check_scheduler(scheduler, state)
+    if scheduler is not None and state is not None:
+        scheduler.load_state_dict({key: value for key, value in state.items() if key != "class"})
+
+
+def _kind(scheduler: LRScheduler) -> str:
+    """Its class, with those of the schedulers that it is made of."""
+    parts = [_kind(part) for part in getattr(scheduler, "_schedulers", ())]
+    return type(scheduler).__name__ + (f"({', '.join(parts)})" if parts else "")
 
 
 def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, Any]:

@@ -7,16 +7,20 @@ import dataclasses
 import importlib.metadata
 import io
 import json
+import pickle
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from odenets.checkpoints import map_state
 from odenets.files import write_atomically
@@ -132,14 +136,20 @@ class Run:
             TypeError: something else in it could not be loaded again.
         """
         loadable = map_state(_loadable, state)
-        write_atomically(self.folder / name, lambda path: torch.save(loadable, path))
+        with _checksums():
+            write_atomically(self.folder / name, lambda path: torch.save(loadable, path))
 
     def load_state(self, name: str = STATE) -> dict[str, Any] | None:
-        """The last resume state of this ``name``, on the CPU, or None; only tensors and plain values are unpickled."""
+        """The last resume state of this ``name``, on the CPU, or None; only tensors and plain values are unpickled.
+
+        Raises:
+            ValueError: the file is damaged: it is empty, cut, or its checksums are others.
+        """
         path = self.folder / name
         if not path.exists():
             return None
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _undamaged(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
     def finish(self, results: Mapping[str, Any], *, seeds: list[int], started: float | None = None) -> None:
         """Write ``summary.json``: ``results``, ``seeds``, :meth:`environment`, seconds since ``started`` (a time)."""
@@ -216,6 +226,42 @@ def _json(value: Any, plain: Callable[[Any], Any] | None = None) -> bytes:
     """Indented, but a list of numbers on one line; strings hold no line breaks as JSON."""
     text = json.dumps(value, indent=1, default=plain or _plain)
     return re.sub(r"\[\n([^][{}\"]*?)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text).encode()
+
+
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """``torch.save`` writes the CRC-32 of each part, as it does unless it is told not to."""
+    before = get_crc32_options()
+    set_crc32_options(True)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    """Around the loading of what ``torch.save`` wrote: an archive, whose checksums loading ignores.
+
+    Raises:
+        ValueError: it is empty, cut, or other than it was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip() or next((i.filename for i in archive.infolist() if i.external_attr), None):
+                raise zipfile.BadZipFile(f"its part {part} is not what was written")
+        yield
+    except (pickle.UnpicklingError, PermissionError, MemoryError):  # no plain values, or no damage
+        raise
+    except Exception as error:  # whatever broken headers make a reader raise
+        what = (
+            "it is empty"
+            if not path.stat().st_size
+            else next(iter(str(error).splitlines()), "") or type(error).__name__
+        )
+        raise ValueError(
+            f"checkpoint {path} is damaged ({what}): put back a copy of it, or delete it to begin anew"
+        ) from error
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:

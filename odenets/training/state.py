@@ -17,7 +17,15 @@ from odenets.checkpoints import map_state, restore_structure, structure
 from odenets.modes import random_state, set_random_state
 from odenets.training.callbacks import Callbacks
 from odenets.training.objectives import CrossEntropy, Objective
-from odenets.training.optimization import MakeOptimizer, load_optimizer, make_optimizer, optimizer_state
+from odenets.training.optimization import (
+    MakeOptimizer,
+    check_scheduler,
+    load_optimizer,
+    load_scheduler,
+    make_optimizer,
+    optimizer_state,
+    scheduler_state,
+)
 from odenets.training.sharding import is_sharded, load_network, whole
 from odenets.training.sources import Source
 
@@ -96,7 +104,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": optimizer_state(self.optimizer, self.network),
             "settings": self._made,
-            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+            "lr_scheduler": scheduler_state(self.lr_scheduler),
             "objective": self.objective.state_dict(),
             "precision": self.precision.state_dict() if self.precision else {},
             "callbacks": self.callbacks.state_dict(),
@@ -122,16 +130,12 @@ class Training:
 
         Raises:
             ValueError: weights of another network or precision, another objective or optimizer, other callbacks or
-                generators, or a scheduler on one side only.
+                generators, another scheduler, or one on one side only.
 
         Warns:
             UserWarning: optimizer or scheduler were made with other numbers, which do not hold.
         """
-        if (self.lr_scheduler is None) != (state["lr_scheduler"] is None):
-            which = (
-                "one, and this training has none" if self.lr_scheduler is None else "none, and this training has one"
-            )
-            raise ValueError(f"lr_scheduler must be that of the checkpoint, which has {which}")
+        check_scheduler(self.lr_scheduler, state["lr_scheduler"])
         restore_structure(self.network, state["structure"])
         check_precision(self.network, state["network"])
         with _of_checkpoint("network", self.network, state["network"]):
@@ -142,8 +146,7 @@ class Training:
             self.optimizer.param_groups[:] = fresh.param_groups
             self.optimizer.state.clear()
         load_optimizer(self.optimizer, self.network, state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        load_scheduler(self.lr_scheduler, state["lr_scheduler"])
         with _of_checkpoint("objective", self.objective, state["objective"]):
             self.objective.load_state_dict(state["objective"])
         if self.precision and state.get("precision"):

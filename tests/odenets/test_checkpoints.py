@@ -1,7 +1,9 @@
 import copy
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torchvision.models import resnet18
 
 from odenets import Flow, MLPField, Network, NeuralODE, adapt, load_weights, models, save_weights
 from odenets.checkpoints import fingerprint
-from solvers import PI, Tolerance
+from solvers import PI, Tolerance, get_tableau
 from tests.odenets.networks import Velocity
 
 CAPTURED = {"check": True, "capture_output": True, "text": True}
@@ -27,7 +29,9 @@ def test_a_lazy_flow_comes_back_in_its_precision_whatever_its_depth(tmp_path, dt
     x = torch.randn(4, 5, dtype=dtype)
     expected = one(x)
     path = save_weights(one, tmp_path / "deep" / "net.safetensors")
-    assert torch.equal(load_weights(other, path)(x), expected)
+    with pytest.warns(UserWarning, match=r"depth=1, h=1, and gets depth=2, h=0.5, as saved") as seen:
+        assert torch.equal(load_weights(other, path)(x), expected)
+    assert [warning.filename for warning in seen] == [__file__]
     assert {p.dtype for p in other.parameters()} == {dtype}
     assert [*path.parent.iterdir()] == [path]
 
@@ -65,8 +69,42 @@ def test_what_cannot_be_saved_or_loaded_is_named(tmp_path):
     save_weights(network(), tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match="network has flows"):
         load_weights(nn.Linear(3, 2), tmp_path / "net.safetensors")
-    with pytest.raises(ValueError, match="keeps its depth 3, got 2"):
+    with pytest.warns(UserWarning, match="gets depth=2"), pytest.raises(ValueError, match="keeps its depth 3, got 2"):
         load_weights(network(3, shared=True), tmp_path / "net.safetensors")
+
+
+def test_weights_of_another_solver_are_refused(tmp_path):
+    path = save_weights(network(solver="bs23"), tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"the solver that it was saved with, bs23, got euler"):
+        load_weights(network(solver="euler"), path)
+    with pytest.raises(ValueError, match=r"the solver that it was saved with, bs23, got bs23 with other coeff"):
+        load_weights(network(solver=replace(get_tableau("bs23").forwarding("order2"), name="bs23")), path)
+    with pytest.raises(ValueError, match=r"the stage_fields that it was saved with, 'tied', got 'chained'"):
+        load_weights(network(solver="bs23", stage_fields="chained"), path)
+
+
+def test_weights_with_a_byte_changed_are_refused(tmp_path):
+    path = save_weights(network(depth=1), tmp_path / "net.safetensors")
+    whole, expected = path.read_bytes(), fingerprint(load_weights(network(depth=1), path))
+    for i in [*range(8, len(whole), 7)]:
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        net = network(depth=1)
+        try:
+            load_weights(net, path)
+        except ValueError:
+            continue
+        assert fingerprint(net) == expected  # of a byte that says nothing
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"net.safetensors is damaged, its checksum is another: delete it, and save"):
+        load_weights(network(depth=1), path)
+
+
+def test_weights_of_an_earlier_version_have_no_checksum(tmp_path):
+    one, other = network(), network()
+    state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    about = {"1": {"h": [0.5, 0.5], "input_shape": None, "dtype": "float32"}}
+    save_file(state, tmp_path / "net.safetensors", {"structure": json.dumps({"_flows.0": about["1"]})})
+    assert fingerprint(load_weights(other, tmp_path / "net.safetensors")) == fingerprint(one)
 
 
 def test_the_fingerprint_tells_what_a_network_computes_with():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from odenets.checkpoints import is_finite
+from odenets.checkpoints import check_methods, is_finite, structure
 from odenets.errors import DivergedError, WorkerLostError
 from odenets.modes import to_training_mode, total_dtype
 from odenets.module_wise.distributed.buffers import Buffer, Message, Receiver, Sender, check_sendable
@@ -30,10 +30,13 @@ from odenets.training.optimization import (
     MakeLRScheduler,
     MakeOptimizer,
     check_optimizer,
+    check_scheduler,
     load_optimizer,
+    load_scheduler,
     make_lr_scheduler,
     make_optimizer,
     optimizer_state,
+    scheduler_state,
     step_lr_scheduler,
 )
 from odenets.training.sources import Source, arguments, part, samples_in
@@ -225,11 +228,11 @@ class Worker:
         if self.checkpoints is None or self.replica:
             return
         for i, k in enumerate(self.own):
-            scheduler = self.schedulers[i]
             state = {
+                "structure": structure(self.modules[i]),
                 "module": self.modules[i].state_dict(),
                 "optimizer": optimizer_state(self.optimizers[i], self.modules[i]),
-                "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
+                "lr_scheduler": scheduler_state(self.schedulers[i]),
                 "objective": self.objectives[i].state_dict(),
                 "batches": {} if k else self.source.state_dict(),
                 "rows": json.dumps([row for row in self.rows if row["module"] == k + 1]),
@@ -248,15 +251,13 @@ class Worker:
         if not self.epoch:
             return
         for i, k in enumerate(self.own):
-            state, scheduler = self.checkpoints.load(k, self.epoch), self.schedulers[i]
-            if (scheduler is None) != (state["lr_scheduler"] is None):
-                which = "one, and this training has none" if scheduler is None else "none, and this training has one"
-                raise ValueError(f"lr_scheduler must be that of the checkpoint, which has {which}")
+            state = self.checkpoints.load(k, self.epoch)
+            check_scheduler(self.schedulers[i], state["lr_scheduler"])
+            check_methods(self.modules[i], state.get("structure", {}))
             check_precision(self.modules[i], state["module"])
             self.modules[i].load_state_dict(state["module"])
             load_optimizer(self.optimizers[i], self.modules[i], state["optimizer"])
-            if scheduler is not None:
-                scheduler.load_state_dict(state["lr_scheduler"])
+            load_scheduler(self.schedulers[i], state["lr_scheduler"])
             self.objectives[i].load_state_dict(state["objective"])
             if not k:
                 self.source.load_state_dict(state["batches"])

@@ -51,9 +51,19 @@ def test_what_save_weights_wrote_is_a_network_of_ours_with_its_blocks(tmp_path):
     network(torch.rand(2, 1, 8, 8))
     network.flows[0].resize([0.25, 0.75, 1.0], network)
     odenets.save_weights(network, tmp_path / "net.safetensors")
-    loaded = networks.build("small_network", str(tmp_path / "net.safetensors"), OPTIONS).network
+    with pytest.warns(UserWarning, match=r"gets depth=3, h=\(0.25, 0.75, 1\)"):
+        loaded = networks.build("small_network", str(tmp_path / "net.safetensors"), OPTIONS).network
     assert loaded.h == network.h
     assert_same(loaded, network)
+
+
+def test_a_file_is_read_by_what_it_holds_whatever_its_name(resnet, tmp_path):
+    network = odenets.models.small_network(solver="bs23", depth=2)
+    network(torch.rand(2, 1, 8, 8))
+    odenets.save_weights(network, tmp_path / "net.st")
+    assert_same(networks.build("small_network", str(tmp_path / "net.st"), OPTIONS).network, network)
+    torch.save(resnet.state_dict(), tmp_path / "net.safetensors")
+    assert_same(networks.build("resnet18", str(tmp_path / "net.safetensors"), ["num_classes=3"]).network, resnet)
 
 
 def test_what_save_weights_wrote_of_an_adapted_network_is_one(resnet, tmp_path):

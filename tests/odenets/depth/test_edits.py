@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -133,7 +134,8 @@ def test_any_edits_keep_time_depth_and_state_and_round_trip(tmp_path_factory, to
             assert 1 <= flow.depth <= 6
         check_alignment(net, optimizer)
     path = save_weights(net, tmp_path_factory.mktemp("weights") / "net.safetensors")
-    again = load_weights(network(depth=2, flows=flows, stage_fields=stage_fields), path)
+    with warnings.catch_warnings(action="ignore"):  # of another depth
+        again = load_weights(network(depth=2, flows=flows, stage_fields=stage_fields), path)
     assert [flow.h for flow in again.flows] == [flow.h for flow in net.flows]
     assert torch.equal(again(X), net(X))
 

@@ -136,11 +136,29 @@ def test_batch_norms_need_two_samples():
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path):
     run = Run(tmp_path / "run", {})
     fit_modules(modules_of(), BATCHES, epochs=1, optimizer=SGD, run=run)
-    with pytest.raises(DivergedError, match=r"epoch 2 diverged, with a training loss of \[nan, nan, nan\]"):
+    with (
+        pytest.warns(UserWarning, match="objective=NotFinite where it has CrossEntropy"),
+        pytest.raises(DivergedError, match=r"epoch 2 diverged, with a training loss of \[nan, nan, nan\]"),
+    ):
         fit_modules(modules_of(), BATCHES, epochs=2, optimizer=SGD, run=run, objective=lambda k, K: NotFinite())
     state = run.load_state()
     assert state is not None
     assert state["done"] == 1
+
+
+def test_a_checkpoint_of_modules_is_taken_up_as_it_was_begun(tmp_path):
+    run, step = Run(tmp_path / "run", {}), torch.optim.lr_scheduler.StepLR
+    options = {"optimizer": SGD, "run": run, "lr_scheduler": partial(step, step_size=1)}
+    fit_modules(modules_of(), BATCHES, epochs=1, **options)
+    with pytest.warns(UserWarning, match=r"resume.pt: .* got clip_norm=1.0 where it has None, batches.seed=5") as seen:
+        fit_modules(modules_of(), replace(BATCHES, seed=5), epochs=2, clip_norm=1.0, **options)
+    assert [warning.filename for warning in seen] == [__file__]
+    other = options | {"lr_scheduler": partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5), "clip_norm": 1.0}
+    with pytest.raises(ValueError, match="lr_scheduler must be that of the checkpoint, StepLR, got ExponentialLR"):
+        fit_modules(modules_of(), replace(BATCHES, seed=5), epochs=3, **other)
+    (run.folder / "resume.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"resume.pt is damaged \(it is empty\)"):
+        fit_modules(modules_of(), BATCHES, epochs=3, **options)
 
 
 @pytest.mark.parametrize("order", ["parallel", "sequential", "end-to-end"])
