@@ -74,7 +74,7 @@ def record(
         typer.Option(
             metavar="DEFAULT|none|FILE",
             help="DEFAULT: those that torchvision or timm offer, downloaded once; one of their names; none: random "
-            "ones; or a file, .safetensors or a state dict of torch.save. DEFAULT, or none where nobody offers any.",
+            "ones; or a file of safetensors or a state dict of torch.save. DEFAULT, or none where nobody offers any.",
         ),
     ] = None,
     option: Annotated[
@@ -113,6 +113,9 @@ def record(
         Path | None, typer.Option(metavar="FILE", help="File of a figure of blocks by images: .png, .pdf, .svg.")
     ] = None,
     by_folder: Annotated[bool, typer.Option("--by-folder", help="Group the figure's images by their folder.")] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out files that cannot be read, and say how many.")
+    ] = False,
 ) -> None:
     """The path of images through a network.
 
@@ -126,6 +129,7 @@ def record(
                 model=model, images=images, weights=weights, options=option or [], blocks=blocks,
                 measures=measure or [], size=size, gray=gray, transform=transform, device=device,
                 batch_size=batch_size, seed=seed, csv=csv, figure=figure, by_folder=by_folder,
+                skip_unreadable=skip_unreadable,
             )
         )  # fmt: skip
 

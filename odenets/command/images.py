@@ -14,10 +14,23 @@ from torch import Tensor
 from odenets.command.mistakes import FAILED, Mistake, one_line
 from odenets.errors import needs
 
-__all__ = ["batches", "files_of", "parsed_size", "resized"]
+__all__ = ["Unreadable", "batches", "files_of", "parsed_size", "resized"]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 Transform = Callable[[Any], Tensor]
+
+
+class Unreadable(Mistake):
+    """A file that is no image, or one of pixels that would be cut off.
+
+    Args:
+        file: the file.
+        why: what is wrong with it, after its name.
+    """
+
+    def __init__(self, file: Path, why: str) -> None:
+        super().__init__(f"{file} {why}", FAILED)
+        self.file = file
 
 
 def files_of(places: Iterable[Path]) -> list[Path]:
@@ -73,7 +86,11 @@ def resized(size: tuple[int, int] | None) -> Transform:
 
 
 def batches(
-    files: Sequence[Path], transform: Transform, size: int, mode: str | None = "RGB"
+    files: Sequence[Path],
+    transform: Transform,
+    size: int,
+    mode: str | None = "RGB",
+    left_out: list[Unreadable] | None = None,
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Files, a few at a time, and their images, ``(B, C, H, W)``; threads read them.
 
@@ -82,25 +99,49 @@ def batches(
         transform: from a PIL image to a tensor ``(C, H, W)``.
         size: of a batch.
         mode: PIL's, of the images that are transformed, "RGB" or "L", which are upright; None: as each file has them.
+        left_out: a list for what cannot be read, which is left out then; without one that is an error in the end, which
+            names all.
 
     Raises:
-        Mistake: a file is no image, or the images have several shapes.
+        Mistake: files cannot be read, or none can, or the images have several shapes.
     """
-    first = None
+    first, unreadable = None, [] if left_out is None else left_out
     remaining = iter(files)
     with ThreadPoolExecutor() as pool:
         while some := list(islice(remaining, size)):
-            tensors = list(pool.map(lambda file: _tensor(file, transform, mode), some))
-            first = first if first is not None else (some[0], tensors[0].shape)
-            for file, x in zip(some, tensors, strict=True):
+            tried = list(pool.map(lambda file: _read(file, transform, mode), some))
+            unreadable += [one for one in tried if isinstance(one, Unreadable)]
+            if unreadable and left_out is None:
+                continue  # to name all of them
+            read = {file: x for file, x in zip(some, tried, strict=True) if isinstance(x, Tensor)}
+            for file, x in read.items():
+                first = first if first is not None else (file, x.shape)
                 if x.shape != first[1]:
                     shapes = f"{_dims(first[1])}, {first[0]}, and {_dims(x.shape)}, {file}"
                     raise Mistake(f"the images must have one shape, got {shapes}: --size 224 makes them one size")
-            yield some, torch.stack(tensors)
+            if read:
+                yield [*read], torch.stack([*read.values()])
+    if unreadable and (left_out is None or first is None):
+        raise _all_of(unreadable, len(files))
+
+
+def _all_of(unreadable: Sequence[Unreadable], count: int) -> Mistake:
+    """What cannot be read, as one mistake, which names the first few."""
+    several = f"{len(unreadable)} of {count} images cannot be read: " if len(unreadable) > 1 else ""
+    more = f"; and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
+    remedy = "; --skip-unreadable goes on without" if len(unreadable) < count else ""
+    return Mistake(f"{several}{'; '.join(map(str, unreadable[:3]))}{more}{remedy}", FAILED)
 
 
 def _dims(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
+
+
+def _read(file: Path, transform: Transform, mode: str | None) -> Tensor | Unreadable:
+    try:
+        return _tensor(file, transform, mode)
+    except Unreadable as one:
+        return one
 
 
 def _tensor(file: Path, transform: Transform, mode: str | None) -> Tensor:
@@ -109,17 +150,17 @@ def _tensor(file: Path, transform: Transform, mode: str | None) -> Tensor:
     try:
         with Image.open(file) as image:
             if mode is not None and image.mode[0] in "IF":
-                raise Mistake(
-                    f"{file} has pixels of more than 8 bits (mode {image.mode}), which a conversion cuts off: "
+                raise Unreadable(
+                    file,
+                    f"has pixels of more than 8 bits (mode {image.mode}), which a conversion cuts off: "
                     "--transform module:function takes it as it is",
-                    FAILED,
                 )
             image.load()
             pixels = image.copy() if mode is None else _converted(image, mode)
     except Mistake:
         raise
     except Exception as error:  # whatever a broken file makes its decoder raise
-        raise Mistake(f"{file} cannot be read as an image: {one_line(error)}", FAILED) from error
+        raise Unreadable(file, f"cannot be read as an image: {one_line(error)}") from error
     try:
         x = transform(pixels)
     except Exception as error:  # of a function of the user's

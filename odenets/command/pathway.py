@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from odenets import measures, plotting
 from odenets.adapting import AdaptedModel
 from odenets.command.devices import chosen, name_of
-from odenets.command.images import batches, files_of, parsed_size, resized
+from odenets.command.images import Unreadable, batches, files_of, parsed_size, resized
 from odenets.command.mistakes import FAILED, Mistake, near, one_line, require
 from odenets.command.networks import Model, build, function_of, recorder
 from odenets.command.tables import print_table
@@ -55,6 +56,7 @@ class Request:
     csv: Path | None = None
     figure: Path | None = None
     by_folder: bool = False
+    skip_unreadable: bool = False
 
 
 def show(request: Request) -> None:
@@ -70,9 +72,12 @@ def show(request: Request) -> None:
     network = recorder(model, request.blocks).to(device)
     transform, prepared, mode = _transform(request, model)
     count = min(request.batch_size, len(files))
-    loaded = _with_progress(batches(files, transform, count, mode), len(files), count)
+    left_out: list[Unreadable] | None = [] if request.skip_unreadable else None
+    loaded = _with_progress(batches(files, transform, count, mode, left_out), len(files), count)
     with evaluating(network), torch.no_grad():
         records, shape = record_images(network, loaded, measured, model.name)
+    if left_out:
+        files = _without(files, left_out)
     size = " x ".join(map(str, shape))
     kind = type(network.model if isinstance(network, AdaptedModel) else network).__name__
     typer.echo(f"{model.name} ({kind}), {model.weights}, on {device} ({name_of(device)})")
@@ -99,6 +104,17 @@ def _seed(seed: int) -> None:
         torch.manual_seed(seed)
     except (RuntimeError, ValueError) as error:  # of torch 2.8 and of later ones
         raise Mistake(f"--seed must be from -2**63 to 2**64 - 1, got {seed}") from error
+
+
+def _without(files: Sequence[Path], left_out: Sequence[Unreadable]) -> list[Path]:
+    """The files that were read, with a word on the others."""
+    names = ", ".join(str(one.file) for one in left_out[:3])
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    warnings.warn(
+        f"{len(left_out)} of {len(files)} images cannot be read and are left out: {names}{more}", stacklevel=3
+    )
+    out = {one.file for one in left_out}
+    return [file for file in files if file not in out]
 
 
 @measures.measure(closing=False)
@@ -129,10 +145,11 @@ def record_images(
         try:
             measured = measured or _usual(network, x)
             records = network.record(x, h=h, **measured)[1].map(Tensor.cpu)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except Exception as error:  # whatever the forward pass of a network raises
             size = " x ".join(map(str, x.shape))
+            what = f"{type(error).__name__}: {one_line(error)}"
             less = " (--batch-size takes fewer at a time)" if isinstance(error, torch.OutOfMemoryError) else ""
-            raise Mistake(f"{name} cannot be recorded on images {size}: {one_line(error)}{less}", FAILED) from error
+            raise Mistake(f"{name} cannot be recorded on images {size}: {what}{less}", FAILED) from error
         if parts and records.blocks != parts[0].blocks:
             raise Mistake(
                 f"{name} takes {len(parts[0].blocks)} steps on the first images and {len(records.blocks)} on those "

@@ -32,7 +32,7 @@ def load_file(network: nn.Module, file: Path, name: str) -> nn.Module:
     Raises:
         Mistake: the file holds no weights, or those of another network.
     """
-    if file.suffix == ".safetensors":
+    if _is_safetensors(file):
         state, ours = _safetensors(file)
         if ours:
             return _loaded(network, file, name, state)
@@ -45,6 +45,14 @@ def load_file(network: nn.Module, file: Path, name: str) -> nn.Module:
     except RuntimeError as error:
         raise _misfit(network, state, file, name, error) from error
     return network
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Whether a file begins as safetensors do, with the length of what is JSON; or is named so and no archive."""
+    with file.open("rb") as opened:
+        head = opened.read(9)
+    length = int.from_bytes(head[:8], "little")
+    return (head[8:] == b"{" and length < file.stat().st_size) or (file.suffix == ".safetensors" and head[:2] != b"PK")
 
 
 def _safetensors(file: Path) -> tuple[dict[str, Any], bool]:
@@ -73,7 +81,8 @@ def _loaded(network: nn.Module, file: Path, name: str, state: Mapping[str, Any])
 def _of_torch(file: Path) -> dict[str, Any]:
     """The state dict in a file of ``torch.save``, by itself or in a checkpoint."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as opened:  # by its name torch takes one for safetensors
+            content = torch.load(opened, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise Mistake(
             f"--weights {file} holds no state dict that loads without running code of the file: "

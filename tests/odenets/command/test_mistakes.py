@@ -71,6 +71,25 @@ def test_an_image_that_cannot_be_read_is_named(told, images, content):
     assert told(1, "record", "resnet18", images, *NONE).startswith(f"{file} cannot be read as an image: ")
 
 
+@pytest.mark.filterwarnings("always")
+def test_all_images_that_cannot_be_read_are_named(told, run, images, tmp_path):
+    for i in (0, 2, 3, 4):
+        (images / ("cats" if i < 3 else "dogs") / f"{i}.png").write_bytes(b"no image")
+    line = told(1, "record", "resnet18", images, *NONE, "--batch-size", 2, "--csv", tmp_path / "rows.csv")
+    assert line.startswith(f"4 of 5 images cannot be read: {images / 'cats' / '0.png'} cannot be read as an image: ")
+    assert line.endswith("; and 1 more; --skip-unreadable goes on without")
+    assert not (tmp_path / "rows.csv").exists()
+    words = ("record", "resnet18", images, *NONE, "--batch-size", 2, "--csv", tmp_path / "rows.csv")
+    result = run(*words, "--skip-unreadable")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith(f"Warning: 4 of 5 images cannot be read and are left out: {images / 'cats'}")
+    assert result.stdout.splitlines()[1].startswith("1 image of 3 x 32 x 32")
+    rows = (tmp_path / "rows.csv").read_text().splitlines()[1:]
+    assert {row.partition(",")[0] for row in rows} == {str(images / "cats" / "1.png")}
+    (images / "cats" / "1.png").write_bytes(b"")
+    assert told(1, *words, "--skip-unreadable").endswith("and 2 more")
+
+
 def test_pixels_of_16_bits_are_not_cut(told, images):
     file = images / "deep.png"
     Image.fromarray(np.full((40, 40), 40_000, dtype=np.uint16)).save(file)
@@ -89,6 +108,11 @@ def test_images_of_several_sizes_are_named(told, images):
 def test_images_that_do_not_fit_the_network(told, images):
     line = told(1, "record", "small_network", images, "--size", "8")
     assert line.startswith("small_network cannot be recorded on images 5 x 3 x 8 x 8: ")
+    line = told(1, "record", "vit_b_32", images, "--weights", "none", "--size", "64", "--blocks", "encoder.layers")
+    assert line == (
+        "vit_b_32 cannot be recorded on images 5 x 3 x 64 x 64: "
+        "AssertionError: Wrong image height! Expected 224 but got 64!"
+    )
 
 
 @pytest.mark.parametrize(
