@@ -30,7 +30,9 @@ from odenets.errors import check_count, check_number, refuse
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
-from odenets.training.objectives import Batch, CrossEntropy, Objective, Task
+from odenets.training.checks import check_task
+from odenets.training.objectives import Batch, CrossEntropy, Objective
+from odenets.training.sources import samples_in
 from odenets.training.step_counting import eagerly
 from solvers.validation import is_transformed
 
@@ -95,7 +97,7 @@ class _WithCost(Objective):
 
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
         task = CrossEntropy() if task is None else task
-        _check_task(task)
+        check_task(task)
         if isinstance(cost, Cost) and p != 2:
             raise ValueError(f"p is that of the Cost where one is given, got p={p}: Cost({cost.kind!r}, p={p})")
         cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
@@ -257,7 +259,7 @@ class LeastAction(_WithCost):
         loss, cost = self._parts(network, batch, output, records)
         if training and self.update != "after" and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
-            self._grow(loss, _samples(batch))
+            self._grow(loss, samples_in(batch[0]))
         weight = self.multiplier.to(torch.promote_types(loss.dtype, torch.float32))
         loss = loss + cost / weight if self.weigh == "divide" else weight * loss + cost
         self.expect_step(network, batch, loss)
@@ -268,7 +270,7 @@ class LeastAction(_WithCost):
         if self.update == "after" and self._due:
             with torch.no_grad(), keeping_state(network):
                 output, records = record(network, batch[0], self.task.measures)
-                self._grow(self.task.loss(network, batch, output, records), _samples(batch))
+                self._grow(self.task.loss(network, batch, output, records), samples_in(batch[0]))
             torch.clear_autocast_cache()  # which may hold weights cast without gradients
         super().after_step(network, batch)
         self.steps += 1
@@ -344,29 +346,3 @@ class LeastAction(_WithCost):
         """Take up the ``state`` of :meth:`get_extra_state`."""
         self.steps, self._changed_in = int(state), -1
         self.end_step()
-
-
-def _check_task(task: object) -> None:
-    """That a task is an objective.
-
-    Raises:
-        TypeError: it is none.
-    """
-    if isinstance(task, Objective):
-        return
-    got = type(task).__name__
-    if isinstance(task, Real):
-        remedy = f": a number is lambda0={task} of LeastAction, or the first argument of ActionPenalty"
-    elif isinstance(task, type):
-        call = f"{task.__name__}({'F.mse_loss' if issubclass(task, Task) else ''})"
-        got = f"the class {task.__name__}"
-        remedy = f": call it, {call if issubclass(task, Objective) else f'Task({call})'}"
-    else:
-        remedy = f": Task({getattr(task, '__name__', repr(task))}) is one" if callable(task) else ""
-    raise TypeError(f"task must be an objective, got {got}{remedy}")
-
-
-def _samples(batch: Batch) -> int:
-    """How many samples a batch holds."""
-    x = batch[0]
-    return len(x[0] if isinstance(x, (tuple, list)) else x)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from inspect import getattr_static
+from numbers import Real
 
 from torch import nn
 
 from odenets.errors import check_count, check_number
 from odenets.recording import is_recorder
-from odenets.training.objectives import Objective
+from odenets.training.objectives import Objective, Task
 
-__all__ = ["check_arguments", "check_network", "check_objective", "check_recorder", "other_names"]
+__all__ = ["check_arguments", "check_network", "check_objective", "check_recorder", "check_task", "other_names"]
 
 RECORDER = ("record", "steps", "depth", "h", "evaluations")
 
@@ -143,3 +144,23 @@ def check_arguments(
         raise ValueError("loss_limit must be a number, infinity for none, got NaN")
     if progress is not None and not isinstance(progress, str):
         raise TypeError(f'progress must be the label of a bar, such as progress="label", got {progress!r}')
+
+
+def check_task(task: object) -> None:
+    """That a task is an objective.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(task, Objective):
+        return
+    got = type(task).__name__
+    if isinstance(task, Real):
+        remedy = f": a number is lambda0={task} of LeastAction, or the first argument of ActionPenalty"
+    elif isinstance(task, type):
+        call = f"{task.__name__}({'F.mse_loss' if issubclass(task, Task) else ''})"
+        got = f"the class {task.__name__}"
+        remedy = f": call it, {call if issubclass(task, Objective) else f'Task({call})'}"
+    else:
+        remedy = f": Task({getattr(task, '__name__', repr(task))}) is one" if callable(task) else ""
+    raise TypeError(f"task must be an objective, got {got}{remedy}")

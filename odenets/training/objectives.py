@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -216,12 +215,9 @@ class Task(Objective):
             raise TypeError(f"function must be of (output, y), got the objective {type(function).__name__}: take it")
         if isinstance(function, type) or not callable(function):
             raise TypeError(f"function must be of (output, y), such as F.mse_loss or nn.MSELoss(), got {function!r}")
-        given = function.keywords if isinstance(function, partial) else vars(function) if callable(function) else {}
-        if given.get("reduction") == "sum":
-            raise ValueError(
-                f"function must return the mean over the batch, got {function!r:.80}, whose sum grows with the batch: "
-                "reduction='mean'"
-            )
+        settings = getattr(function, "keywords", None) or getattr(function, "__dict__", {})  # of a partial, a module
+        if settings.get("reduction") == "sum":
+            raise ValueError(f"function must return the mean over the batch, got {function!r:.80}: reduction='mean'")
         self.function = function
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
