@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from numbers import Integral, Real
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,19 +90,26 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must " + (f"be at least {least}" if least else "not be negative") + f", got {value}")
 
 
-def check_number(name: str, value: object) -> None:
-    """That the argument called ``name`` has a ``value`` that is a number, and neither text nor a flag.
+def check_number(name: str, value: Any) -> float:
+    """The number that the argument called ``name`` has for its ``value``, also of a tensor of no dimensions.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is no number: text, a flag, or a tensor that takes gradients, which its number does not.
+
+    >>> import torch
+    >>> check_number("tolerance", torch.tensor(0.5))
+    0.5
 
     >>> check_number("tolerance", "1e-3")
     Traceback (most recent call last):
         ...
     TypeError: tolerance must be a number, got '1e-3'
     """
+    if getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False):
+        value = value.item()  # of NumPy or torch, which need not load for this
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    return cast(float, value)
 
 
 def refuse(owner: str, unknown: Iterable[str], known: Mapping[str, str]) -> None:

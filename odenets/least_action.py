@@ -72,7 +72,7 @@ class Cost:
     def __init__(self, kind: Literal["action", "residue", "norm"] = "action", p: float = 2.0) -> None:
         if kind not in ("action", "residue", "norm"):
             raise ValueError(f"cost must be 'action', 'residue' or 'norm', got {kind!r}")
-        check_number("p", p)
+        p = check_number("p", p)
         if not (math.isfinite(p) and p >= 1) or (kind == "norm" and p != 2):
             raise ValueError(f"p must be at least 1, and 2 for the cost 'norm', got {p}")
         self.kind = kind
@@ -235,8 +235,8 @@ class LeastAction(_WithCost):
     ) -> None:
         refuse("LeastAction", unknown, _ELSEWHERE)
         super().__init__(task, cost, p)
+        lambda0, tau = check_number("lambda0", lambda0), check_number("tau", tau)
         for name, value in (("lambda0", lambda0), ("tau", tau)):
-            check_number(name, value)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         check_count("every", every, 1)

@@ -59,7 +59,7 @@ class DepthRule:
 
     def __post_init__(self) -> None:
         for name in ("tolerance", "K", "min_h"):
-            check_number(name, getattr(self, name))
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
         check_count("max_depth", self.max_depth, 1)
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(f"tolerance must be positive and finite, got {self.tolerance}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
@@ -306,7 +307,7 @@ def split_into_modules(
     blocks = blocks_of(network)
     if not isinstance(first := arguments(x)[0], Tensor) or len(first) < 2:
         raise ValueError("x must be a batch of at least two inputs, which batch norms need")
-    if isinstance(split, bool | str) or not isinstance(split, int | Sequence):
+    if isinstance(split, bool | str) or not isinstance(split, Integral | Sequence):
         raise TypeError(f"split must be a number of modules, or a list of their ends, got {split!r}")
     if balance not in ("blocks", "memory") or last_head not in ("own", "auxiliary"):
         raise ValueError(
@@ -317,8 +318,8 @@ def split_into_modules(
     images, *args = inputs
     with torch.no_grad(), keeping_state(network), evaluating(network):
         output = network(*inputs)  # a flow without a field makes it here
-    if isinstance(split, int):
-        ends = even(blocks, split) if balance == "blocks" else balanced(network, split, inputs, at)
+    if not isinstance(split, Sequence):
+        ends = even(blocks, int(split)) if balance == "blocks" else balanced(network, int(split), inputs, at)
     else:
         ends = [*split] if split and split[-1] == blocks else [*split, blocks]
     parts, own = cut(network, ends, at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, Self
 
 from torch import nn
@@ -45,20 +46,20 @@ class Plan:
         """
         several = [*epochs] if isinstance(epochs, Sequence) and not isinstance(epochs, str) else [epochs]
         numbers: list[Any] = [laps, *several]
-        if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+        if any(isinstance(number, bool) or not isinstance(number, Integral) for number in numbers):
             raise TypeError(f"epochs and laps must be whole numbers, got epochs={epochs!r} and laps={laps!r}")
         if order not in ORDERS:
             raise ValueError(f"order must be 'parallel', 'sequential', 'end-to-end' or 'checkpointed', got {order!r}")
         if laps < 1 or (laps > 1 and order != "sequential"):
             raise ValueError(f"laps must be at least 1, and 1 where the order is not sequential, got {laps}")
         number = K if order == "sequential" else 1
-        counts = [epochs] * number if isinstance(epochs, int) else list(epochs)
+        counts = [int(several[0])] * number if isinstance(epochs, Integral) else [*map(int, several)]
         if len(counts) != number or min(counts) < 0:
             raise ValueError(
                 f"epochs must be one number that is not negative, or in the sequential order one per module "
                 f"({K}), got {epochs}"
             )
-        return cls(order=order, K=K, epochs=counts, laps=laps)
+        return cls(order=order, K=K, epochs=counts, laps=int(laps))
 
     @property
     def whole(self) -> bool:

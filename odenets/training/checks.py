@@ -136,11 +136,9 @@ def check_arguments(
     """
     check_count("epochs", epochs, 0)
     check_count("accumulate", accumulate, 1)
-    for name, value in {"clip_norm": math.inf if clip_norm is None else clip_norm, "loss_limit": loss_limit}.items():
-        check_number(name, value)
-    if clip_norm is not None and not clip_norm > 0:
+    if clip_norm is not None and not check_number("clip_norm", clip_norm) > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}")
-    if math.isnan(loss_limit):
+    if math.isnan(check_number("loss_limit", loss_limit)):
         raise ValueError("loss_limit must be a number, infinity for none, got NaN")
     if progress is not None and not isinstance(progress, str):
         raise TypeError(f'progress must be the label of a bar, such as progress="label", got {progress!r}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor
     with needs("training"):
         from sklearn.model_selection import train_test_split
 
-    if not (0 < part < 1 or (isinstance(part, int) and 0 < part < len(y))):
+    if not (0 < part < 1 or (isinstance(part, Integral) and 0 < part < len(y))):
         raise ValueError(f"part must be a fraction in (0, 1) or a number of samples below {len(y)}, got {part!r}")
     if y.dtype != torch.long or y.ndim != 1 or int(y.min()) < 0:
         raise TypeError(
@@ -171,7 +172,7 @@ def _stratified(y: Tensor, part: float | int, seed: int) -> tuple[Tensor, Tensor
         )
     counts = y.cpu().bincount()
     classes, smallest = int((counts > 0).sum()), int(counts[counts > 0].min())
-    size = part if isinstance(part, int) else math.ceil(part * len(y))
+    size = int(part) if isinstance(part, Integral) else math.ceil(part * len(y))
     if smallest < 2 or not classes <= size <= len(y) - classes:
         raise ValueError(
             f"part must leave as many samples as there are classes, {classes}, on both sides, and each class two or "

@@ -176,8 +176,8 @@ def fit(
     options = Options(
         metric=Metric.of(metric, objective),
         lr_interval=lr_interval,
-        loss_limit=loss_limit,
-        clip_norm=clip_norm,
+        loss_limit=float(loss_limit),
+        clip_norm=None if clip_norm is None else float(clip_norm),
         accumulate=accumulate,
         compile=compile,
     )

@@ -15,8 +15,9 @@ from odenets.fields import ResNeXtField
 from odenets.least_action import ActionPenalty, Cost, LeastAction
 from odenets.models import points_network
 from odenets.module_wise import fit_in_processes, fit_modules, split_into_modules, trgl_multipliers
+from odenets.module_wise.plan import Plan
 from odenets.normalization import StageBatchNorm
-from odenets.training import Batches, CrossEntropy, EarlyStopping, TensorData, fit, fit_instances
+from odenets.training import Batches, CrossEntropy, EarlyStopping, TensorData, fit, fit_instances, hold_out
 from odenets.training.datasets import points
 from solvers import Tolerance
 
@@ -97,6 +98,60 @@ def test_numbers_flags_and_functions_are_such(make, message):
 
 def whole(**options):
     return fit(points_network(depth=2), Batches(POINTS, 10), epochs=1, optimizer=SGD, **options)
+
+
+def parameters(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+SCALARS = [torch.tensor, np.array, np.float32, np.float64]
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_a_scalar_of_torch_or_numpy_is_a_number(scalar):
+    for name in ("tolerance", "K", "min_h"):
+        numbers = {"tolerance": 0.5, "K": 4.0, "min_h": 0.25}
+        assert DepthRule(**numbers | {name: scalar(numbers[name])}) == DepthRule(**numbers)
+    for name in ("lambda0", "tau"):
+        assert repr(LeastAction(**{name: scalar(0.5)})) == repr(LeastAction(**{name: 0.5}))
+    assert Cost(p=scalar(3.0)).measure == Cost(p=3.0).measure
+    assert Cost(p=scalar(2.0)).measure == Cost().measure
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_a_training_is_clipped_by_a_scalar_of_torch_or_numpy(scalar):
+    networks = []
+    for clip_norm, loss_limit in [(0.125, 64.0), (scalar(0.125), scalar(64.0)), (None, 64.0)]:
+        torch.manual_seed(0)
+        networks.append(points_network(depth=2))
+        fit(networks[-1], Batches(POINTS, 10), epochs=1, optimizer=SGD, clip_norm=clip_norm, loss_limit=loss_limit)
+    number, same, free = map(parameters, networks)
+    assert torch.equal(number, same)
+    assert not torch.equal(number, free)
+
+
+def test_a_number_takes_no_gradients_and_no_flag():
+    for value in (torch.tensor(1.0, requires_grad=True), torch.tensor(True), np.array(True), torch.ones(1)):
+        with pytest.raises(TypeError, match=r"clip_norm must be a number, got"):
+            whole(clip_norm=value)
+
+
+def test_modules_and_their_epochs_are_counted_by_integers_of_numpy():
+    network = points_network(depth=4)
+    network(POINTS.x)
+    for balance in ("blocks", "memory"):
+        expected = split_into_modules(network, 2, POINTS.x, balance=balance).ends
+        assert split_into_modules(network, np.int64(2), POINTS.x, balance=balance).ends == expected
+    for epochs in (np.int64(2), [np.int64(2), np.int64(1)]):
+        plan = Plan.of(2, epochs, "sequential", np.int64(1))
+        assert plan == Plan.of(2, epochs if isinstance(epochs, list) else 2, "sequential", 1)
+        assert {type(count) for count in [*plan.epochs, plan.laps]} == {int}
+
+
+def test_a_part_of_points_is_counted_by_an_integer_of_numpy():
+    parts = [hold_out(POINTS, size, seed=0) for size in (6, np.int64(6))]
+    assert torch.equal(parts[0][1].x, parts[1][1].x)
+    assert len(parts[1][1]) == 6
 
 
 def several(**options):
