@@ -199,7 +199,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
         optimizer=partial(torch.optim.SGD, lr=job.learning_rate, momentum=0.9, weight_decay=1e-4),
         objective=lambda: objective(config, job),
         measured={"test": shown} if job.method in PROTOCOL else None,
-        every=config.protocol_every,
+        every=config.protocol_every if job.method in PROTOCOL else None,
         report=report,
     )
     results: dict[str, list[float]] = {way: [] for way in WAYS} | {f"action_{way}": [] for way in WAYS}
