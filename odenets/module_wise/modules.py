@@ -310,10 +310,8 @@ def split_into_modules(
     if isinstance(split, bool | str) or not isinstance(split, Integral | Sequence):
         raise TypeError(f"split must be a number of modules, or a list of their ends, got {split!r}")
     if balance not in ("blocks", "memory") or last_head not in ("own", "auxiliary"):
-        raise ValueError(
-            "balance must be 'blocks' or 'memory' and last_head 'own' or 'auxiliary', "
-            f"got {balance!r} and {last_head!r}"
-        )
+        words = "balance must be 'blocks' or 'memory' and last_head 'own' or 'auxiliary'"
+        raise ValueError(f"{words}, got {balance!r} and {last_head!r}")
     inputs, has_head = inputs_on(network, x), not isinstance(network, Flow)
     images, *args = inputs
     with torch.no_grad(), keeping_state(network), evaluating(network):

@@ -206,9 +206,10 @@ class StageBatchNorm(nn.Module):
         except RuntimeError as error:
             if x.ndim > 1 and x.shape[1] == self.features:
                 raise
+            hint = ": a sample without a batch dimension is x[None]" if x.shape[0] == self.features else ""
             raise ValueError(
                 f"x must have shape (B, {self.features}, ...) where batch norm has {self.features} features, got "
-                f"{tuple(x.shape)}: a sample without a batch dimension is x[None]"
+                f"{tuple(x.shape)}{hint}"
             ) from error
         if training:
             self.batches[stage] += 1

@@ -17,15 +17,7 @@ from odenets.training.broadcasting import refusing_pairs
 from odenets.training.labels import logits_and_labels
 from odenets.training.step_counting import StepCounter, eagerly
 
-__all__ = [
-    "Batch",
-    "CrossEntropy",
-    "Objective",
-    "ReverseCrossEntropy",
-    "Task",
-    "check_loss",
-    "targets_of",
-]
+__all__ = ["Batch", "CrossEntropy", "Objective", "ReverseCrossEntropy", "Task", "check_loss", "targets_of"]
 
 Batch = tuple[Any, Any]
 """Inputs, a tensor x or a tuple ``(x, *args)`` with what the velocity fields get besides, and targets."""

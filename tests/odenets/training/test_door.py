@@ -243,7 +243,7 @@ def test_the_first_batch_is_named_too(lazy, batch, note):
     network = Network(nn.Linear(8, 4), Flow(depth=1), nn.Linear(4, 10))
     if not lazy:
         network(torch.rand(2, 8))
-    with pytest.raises(RuntimeError, match=note):
+    with pytest.raises((RuntimeError, TypeError), match=note):
         fit(network, [batch], epochs=1, optimizer=sgd)
 
 
