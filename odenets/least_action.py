@@ -126,10 +126,14 @@ class _WithCost(Objective):
         """That of the task, with the ``network`` and the ``batch``."""
         self.task.after_step(network, batch)
 
-    def figures(self) -> dict[str, float]:
-        """What the task shows, and "batch_loss", the task's loss, and "batch_cost" of the last batch of training."""
+    def batch_figures(self) -> dict[str, float]:
+        """The task's loss, "batch_loss", and the cost, "batch_cost", of the last batch of training in this process.
+
+        Returns:
+            Both, for a log of every step; empty before the first batch. Reading them waits for the device.
+        """
         last = {} if self._last is None else dict(zip(("batch_loss", "batch_cost"), self._last, strict=True))
-        return super().figures() | {name: value.item() for name, value in last.items()}
+        return {name: value.item() for name, value in last.items()}
 
     def _parts(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> tuple[Tensor, Tensor]:
         """The task's loss and the cost, remembered where they are those of training."""
@@ -330,7 +334,7 @@ class LeastAction(_WithCost):
         self.multiplier += torch.where(growth.isfinite(), growth, 0)
 
     def figures(self) -> dict[str, float]:
-        """Lambda, and what the task shows; "batch_loss" and "batch_cost" of the last batch of training."""
+        """Lambda, and what the task shows."""
         return super().figures() | {"lambda": self.multiplier.item()}
 
     def extra_repr(self) -> str:

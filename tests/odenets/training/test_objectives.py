@@ -94,16 +94,17 @@ def test_lambda_is_in_the_rows_and_in_what_an_objective_prints():
 
 
 @pytest.mark.parametrize("make", [LeastAction, partial(ActionPenalty, 0.1)])
-def test_loss_and_cost_of_the_last_batch_of_training_are_figures(make):
+def test_loss_and_cost_of_the_last_batch_of_training_can_be_logged(make):
     objective, network = make(), models.small_network(solver="euler", h=1.0, depth=2)
-    assert not {"batch_loss", "batch_cost"} & set(objective.figures())
+    assert objective.batch_figures() == {}
     objective(network, *BATCH)
     output, records = network.record(BATCH[0], action=measures.action)
-    figures = objective.figures()
+    figures = objective.batch_figures()
     assert figures["batch_loss"] == pytest.approx(F.cross_entropy(output, BATCH[1]).item())
     assert figures["batch_cost"] == pytest.approx(records["action"].sum(0).mean().item())
     objective(network.eval(), BATCH[0][:2], BATCH[1][:2])
-    assert objective.figures() == figures
+    assert objective.batch_figures() == figures
+    assert not figures.keys() & objective.figures().keys()  # rows are of epochs, and of all processes
 
 
 def test_the_least_reverse_cross_entropy_is_where_the_other_classes_are_equally_likely():
