@@ -14,6 +14,7 @@ from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.measures.marking import check_named
 from odenets.normalization import check_closing_statistics
 from odenets.normalization.mixing import warn_of_mixed_statistics
+from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Step
 from solvers.step import check_unchanged, versions_of
@@ -57,6 +58,7 @@ class Flow(BlockSequence):
     (torch.Size([5, 2]), (0.3333333333333333, 0.3333333333333333, 0.3333333333333333))
     """
 
+    @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True, check: bool = True) -> Iterator[Step]:
         """Every step from ``x`` to the total time, each still as it was when the next one has been taken.
 
@@ -137,6 +139,7 @@ class Flow(BlockSequence):
         """
         return self.record(x, *args, readout=readout)[0]
 
+    @observed
     def record(
         self, x: Tensor, /, *args: Any, readout: str = "solution", check: bool = True, **measures: StepFunction
     ) -> tuple[Tensor, Records]:

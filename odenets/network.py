@@ -12,6 +12,7 @@ from odenets.flow import Flow
 from odenets.measures import StepFunction
 from odenets.modes import device_of, dtype_of
 from odenets.neural_ode import NeuralODE
+from odenets.observing import observed, observed_steps
 from odenets.recording import Joined, Records
 from solvers import Step
 from solvers.validation import check_state
@@ -47,6 +48,7 @@ class Chain(Joined):
         """The output for inputs ``x`` ``(B, ...)``, that of :meth:`record`; ``args`` go to the velocity fields."""
         return self.record(x, *args)[0]
 
+    @observed
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The last state, and the flows' records joined: per measure ``(blocks of all flows, B)``.
 
@@ -75,6 +77,7 @@ class Chain(Joined):
                 x = layer(x)
         return x, Records.join(parts, [f"flows.{i}" if len(parts) > 1 else "" for i in range(len(parts))])
 
+    @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``; ``args`` and ``closing`` as :meth:`Flow.steps` takes them."""
         for layer in self.layers:
@@ -192,6 +195,7 @@ class Network(Chain):
                 ) from error
             raise
 
+    @observed
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The head's output, and the records of all flows as one.
 
@@ -211,6 +215,7 @@ class Network(Chain):
         x, records = super().record(self._encode(x), *args, **measures)
         return self.head(x), records
 
+    @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``, from the first to the last.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from odenets.blocks import check_arguments
 from odenets.errors import refuse
-from odenets.measures import StepFunction, integrand_of, needs_closing
+from odenets.measures import StepFunction, needs_closing
 from odenets.measures.marking import check_named
 from odenets.neural_ode.inputs import (
     SETTINGS,
@@ -21,9 +21,10 @@ from odenets.neural_ode.inputs import (
     owner_of,
     time_of,
 )
-from odenets.neural_ode.records import Beside, of_the_state, records_by_sample
+from odenets.neural_ode.records import measure_beside, records_of
 from odenets.normalization.mixing import warn_of_mixed_statistics
-from odenets.recording import Records, check_values, measure_steps
+from odenets.observing import observed, observed_steps
+from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
 from solvers.batch_loop import adaptive_steps, fixed_steps
 from solvers.solve import even_grid
@@ -160,8 +161,7 @@ class NeuralODE(nn.Module):
             SolverError, ValueError, TypeError: as :func:`solvers.integrate` raises; a field that takes no such args.
         """
         refuse("a call of a NeuralODE", unknown, dict.fromkeys(("t", "ts", "times", "t_eval"), "at"))
-        solution = self._solve(x, args, at, "last" if at is None else "states")
-        return solution.x1 if at is None else solution.states
+        return self.record(x, *args, at=at)[0]
 
     def solution(self, x: Any, /, *args: Any, at: Any = None) -> Solution:
         """The whole result of :func:`solvers.integrate`: status, event time, counts.
@@ -196,7 +196,10 @@ class NeuralODE(nn.Module):
             hint = "; output times are named: ode(x, at=times)" if len(args) == 1 and is_times(args[0]) else ""
             raise TypeError(f"{error}{hint}") from None
 
-    def record(self, x: Any, /, *args: Any, check: bool = True, **measures: StepFunction) -> tuple[Any, Records]:
+    @observed
+    def record(
+        self, x: Any, /, *args: Any, at: Any = None, check: bool = True, **measures: StepFunction
+    ) -> tuple[Any, Records]:
         """The state at t1 and, per measure, ``(steps, B)`` of the steps as they are taken.
 
         With ``control="sample"`` row k holds the k-th round of steps, and 0 for samples that take none in it. Where no
@@ -204,12 +207,12 @@ class NeuralODE(nn.Module):
         such as the action, is integrated beside the state, whose steps it does not change: ``(1, B)``.
 
         Args:
-            x, args: as in :meth:`forward`; ``(B, *S)`` where something is measured.
+            x, args, at: as in :meth:`forward`; ``(B, *S)`` where something is measured.
             check: False does not look at x, so that a network that diverges can be measured.
             measures: functions ``Step -> (B,)`` by name.
 
         Returns:
-            The state at t1, or at the event, and the records.
+            The state at t1, or at the event, or those at the times ``at``, and the records.
 
         Raises:
             TypeError, ValueError: x is no batch of states, a measure that does not return ``(B,)``, or one that is no
@@ -217,7 +220,8 @@ class NeuralODE(nn.Module):
         """
         check_named(args, check)
         if not measures:
-            return self._solve(x, args, None, "last").x1, Records({})
+            solution = self._solve(x, args, at, "last" if at is None else "states")
+            return solution.x1 if at is None else solution.states, Records({})
         for name, measure in measures.items():
             if not callable(measure):
                 raise TypeError(
@@ -225,15 +229,20 @@ class NeuralODE(nn.Module):
                     "takes besides follows x, record(x, c)"
                 )
         _check_measured(x, finite=check)
-        if self.gradient != "direct" or self.event is not None:
-            return self._integrate_beside(x, args, measures)
-        if self.control == "sample":
-            return records_by_sample(self._solve(x, args, None, "steps"), x, measures)
+        if not self._keeps_steps:
+            self._check_call(args)
+            t1, options = self.t1 if at is None else None, self._options("last") | {"at": at, "args": args}
+            output, records, self.statistics = measure_beside(self.field, x, self.t0, t1, measures, options)
+            return output, records
+        if self.control == "sample" or at is not None:
+            solution = self._solve(x, args, at, "steps")
+            return solution.x1 if at is None else solution.states, records_of(solution, x, measures)
         if self.t0 == self.t1:
             return x, Records({name: x.real.new_zeros(0, len(x)) for name in measures})
         last, records = measure_steps(self._steps(x, args, any(map(needs_closing, measures.values()))), x, measures)
         return last.x1, records
 
+    @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True, check: bool = True) -> Iterator[Step]:
         """Every step from ``x`` at t0 on.
 
@@ -249,7 +258,7 @@ class NeuralODE(nn.Module):
             ValueError: no steps are kept, or each sample has steps of its own.
             TypeError: x is no tensor, or the field takes no such args.
         """
-        if self.gradient != "direct" or self.event is not None or self.control == "sample":
+        if not self._keeps_steps or self.control == "sample":
             raise ValueError(
                 "steps are those of the batch: a neural ODE has them with gradient='direct', control='batch' and no "
                 "event; solution(x).steps are those with control='sample'"
@@ -269,29 +278,10 @@ class NeuralODE(nn.Module):
             controller=self.controller or I(), stats=self.statistics,
         )  # fmt: skip
 
-    def _integrate_beside(
-        self, x: Tensor, args: Sequence[Any], measures: dict[str, StepFunction]
-    ) -> tuple[Tensor, Records]:
-        """Measures as further parts of the state, whose error no step is chosen by."""
-        self._check_call(args)
-        if torch.finfo(x.dtype).bits < 32:
-            raise ValueError(
-                f"x must be float32 or wider where measures are integrated beside it, got {x.dtype}: "
-                "take x.float() under torch.autocast, or gradient='direct' without an event"
-            )
-        integrands = [integrand_of(name, measure) for name, measure in measures.items()]
-        options: dict[str, Any] = self._options("last") | {"parameters": None}
-        if self.fixed_steps is None:
-            options["tolerance"] = of_the_state(self.tolerance or Tolerance(), x, len(measures))
-        if (event := self.event) is not None:
-            options["event"] = lambda t, state: event(t, state[0])
-        start = (x, *(x.new_zeros(len(x)) for _ in measures))
-        solution = integrate(Beside(self.field, integrands), start, self.t0, self.t1, args=args, **options)
-        self.statistics = solution.stats
-        end, *values = solution.x1
-        parts = {name: q.real if q.is_complex() else q for name, q in zip(measures, values, strict=True)}
-        rows = {name: check_values(name, q, x)[None] for name, q in parts.items()}
-        return end, Records(rows, blocks=["all steps"])
+    @property
+    def _keeps_steps(self) -> bool:
+        """Whether a solve has steps that can be measured."""
+        return self.gradient == "direct" and self.event is None
 
     def outputs(self, *_: Any, **__: Any) -> dict[str, Tensor]:
         """None beside the solution: embedded outputs are those of the last block of a :class:`~odenets.Flow`.
