@@ -1,0 +1,374 @@
+"""The program of a model: the operations of one pass, and the modules whose borders their results pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from odenets.recording import is_recorder
+
+__all__ = ["Call", "Node", "Passage", "Path", "Place", "Program", "Site", "site_of", "tensors_in", "trace"]
+
+Path = tuple[int | str, ...]
+"""Where a tensor is in the arguments or the output of a module: positions, keys, attributes."""
+
+Site = tuple[tuple[str, str, int], ...]
+"""Where a function is called: file, function and instruction, from the call outwards to the call of the module."""
+
+SAME_VALUES = frozenset(
+    "view _unsafe_view reshape _reshape_alias clone contiguous detach alias flatten squeeze unsqueeze expand lift_fresh "
+    "lift_fresh_copy slice dropout feature_dropout copy view_copy".split()
+)
+"""Operators whose result has the elements of their first operand in the same order, where it has as many."""
+
+
+@dataclass(eq=False)
+class Node:
+    """The result of an operation.
+
+    Attributes:
+        index: the time at which it is computed.
+        op: the name of the operator, "add", without its namespace and overload; "input", "parameter", "constant".
+        inputs: what it is computed from.
+        shape: of the tensor.
+        fixed: whether it depends on no input of the model.
+        learned: whether it is fixed and depends on a parameter.
+        same: whether its elements are those of its first input, in the same order.
+        call: the call of the module in which it is computed.
+        site: where in Python it is computed.
+        operands: the number of its inputs that are the operator's own, without what it writes over.
+        users: what is computed from it.
+        returned: whether it is part of the output.
+    """
+
+    index: int
+    op: str
+    inputs: tuple[Node, ...] = ()
+    shape: tuple[int, ...] = ()
+    floating: bool = True
+    fixed: bool = False
+    learned: bool = False
+    same: bool = False
+    call: Call | None = None
+    site: Site | None = None
+    users: list[Node] = field(default_factory=list)
+    returned: bool = False
+
+    @property
+    def value(self) -> Node:
+        """What has the same elements and was computed first."""
+        node = self
+        while node.same:
+            node = node.inputs[0]
+        return node
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module: its name, the call in which it happens, and whether the module records its own steps."""
+
+    name: str
+    parent: Call | None
+    recorder: bool = False
+
+    @property
+    def chain(self) -> tuple[Call, ...]:
+        """The calls from the model's own to this one."""
+        return (*(self.parent.chain if self.parent is not None else ()), self)
+
+
+class Place(NamedTuple):
+    """Where tensors pass: the input or output of a module, or of a function.
+
+    Attributes:
+        of: the dotted name of the module; or the site of a call of a function.
+        side: "input" or "output".
+        path: where among the arguments, by position or keyword, or in the output.
+    """
+
+    of: str | Site
+    side: Literal["input", "output"]
+    path: Path = ()
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is the border of a module."""
+        return isinstance(self.of, str)
+
+
+class Passage(NamedTuple):
+    """A tensor that passes a place: when, and in which call of a module."""
+
+    time: int
+    place: Place
+    node: Node
+    call: Call
+
+
+@dataclass
+class Program:
+    """One pass of a model: its operations, what passes the borders of modules, its output, and the samples of it."""
+
+    nodes: list[Node]
+    passages: list[Passage]
+    output: Any
+    samples: int
+    rows: dict[Node, Tensor]  # of sums: the mean square of each row, by which rows of two passes are compared
+
+
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """The tensors in nested tuples, lists, mappings and data classes, with their places."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if isinstance(key, str | int):
+                yield from tensors_in(one, (*path, key))
+    elif isinstance(value, tuple | list):
+        for i, one in enumerate(value):
+            yield from tensors_in(one, (*path, i))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for one in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, one.name), (*path, one.name))
+
+
+_CALL = nn.Module._call_impl.__code__
+_TORCH = torch.overrides.handle_torch_function.__code__.co_filename, torch.nn.functional.__file__
+
+
+def site_of(depth: int) -> Site:
+    """The site from which a function was called, ``depth`` frames above this one: up to the call of a module."""
+    frame: Any = sys._getframe(depth + 1)
+    site = []
+    while frame is not None and frame.f_code is not _CALL and len(site) < 8:
+        if frame.f_code.co_filename not in _TORCH:
+            site.append((frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(site)
+
+
+class _Functions(TorchFunctionMode):
+    """Notes what passes the borders of functions, and where in Python they are called."""
+
+    def __init__(self, operations: _Operations, passages: list[Passage]) -> None:
+        super().__init__()
+        self.operations, self.passages = operations, passages
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.operations.call is None:
+            return func(*args, **(kwargs or {}))
+        site = self.operations.site = site_of(1)
+        self._note(Place(site, "input"), args)
+        self._note(Place(site, "input"), kwargs)
+        try:
+            output = func(*args, **(kwargs or {}))
+        finally:
+            self.operations.site = None
+        self._note(Place(site, "output"), output)
+        return output
+
+    def _note(self, place: Place, value: Any) -> None:
+        if isinstance(value, Tensor | tuple | Mapping):
+            self.operations.note(place, value, self.passages)
+
+
+class _Operations(TorchDispatchMode):
+    """Makes a node of each operation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.site: Site | None = None
+        self.time = 0
+        self.nodes: list[Node] = []
+        self.call: Call | None = None
+        self.known = WeakTensorKeyDictionary()
+        self.rows: dict[Node, Tensor] = {}
+        self.learned = {id(p) for p in model.parameters()}
+
+    def add(self, op: str, inputs: tuple[Node, ...] = (), **attributes: Any) -> Node:
+        self.time += 1
+        node = Node(self.time, op, inputs, call=self.call, site=self.site, **attributes)
+        self.nodes.append(node)
+        for one in inputs:
+            one.users.append(node)
+        return node
+
+    def node_of(self, x: Tensor) -> Node:
+        node = self.known.get(x)
+        if node is None:  # no result of an operation
+            learned = id(x) in self.learned or x.requires_grad
+            node = self.add("parameter" if learned else "constant", shape=tuple(x.shape), fixed=True, learned=learned)
+            self.known[x] = node
+        return node
+
+    def note(self, place: Place, value: Any, passages: list[Passage]) -> None:
+        """What passes a place: the tensors in a value that can be states."""
+        self.time += 1
+        assert self.call is not None
+        for path, x in tensors_in(value):
+            if x.is_floating_point() or x.is_quantized:
+                passages.append(Passage(self.time, place._replace(path=path), self.node_of(x), self.call))
+
+    def input(self, x: Tensor) -> None:
+        self.known[x] = self.add("input", shape=tuple(x.shape), floating=x.is_floating_point())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        inputs = tuple([self.node_of(one) for one in operands])
+        output = func(*args, **kwargs)
+        op = func._schema.name.rpartition("::")[2]
+        written = self._written(func, args, kwargs)
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        for one in [x for x in tree_leaves(output) if isinstance(x, Tensor)] or written:
+            in_place = any(one is x for x in written)
+            node = self.add(
+                op.removesuffix("_"),
+                inputs,
+                shape=tuple(one.shape),
+                floating=one.is_floating_point() or one.is_quantized,
+                fixed=all(n.fixed for n in inputs),
+                learned=all(n.fixed for n in inputs) and any(n.learned for n in inputs),
+                same=first is not None and not in_place and _same(op, args, one),
+            )
+            if in_place:
+                self._pass_on(one, node)
+            self.known[one] = node
+            if node.floating and not node.fixed and op.removesuffix("_") in _SUMS:
+                self.rows[node] = _rows(one)
+        return output
+
+    @staticmethod
+    def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        if not func._schema.is_mutable:
+            return []
+        values = []
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                values.append(args[i] if i < len(args) else kwargs.get(argument.name))
+        return [one for one in tree_leaves(values) if isinstance(one, Tensor)]
+
+    def _pass_on(self, x: Tensor, node: Node) -> None:
+        """What shares the memory that has been written over depends on what was written."""
+        try:
+            memory = x.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):
+            return
+        for other, before in list(self.known.items()):
+            if other is not x and _memory(other) == memory:
+                whole = other.numel() == x.numel() and other.is_contiguous() and x.is_contiguous()
+                self.known[other] = self.add(
+                    "written",
+                    (node, before),
+                    shape=before.shape,
+                    floating=before.floating,
+                    fixed=before.fixed and node.fixed,
+                    same=whole,
+                )
+
+
+_SUMS = {"add", "sub", "addcmul", "addmm", "baddbmm", "sum", "add_relu", "relu", "gelu", "silu", "mul", "div"}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The mean square of each row, on the CPU."""
+    x = x.detach()
+    if x.is_quantized:
+        x = x.dequantize()
+    return x.float().reshape(len(x), -1).square().mean(1).cpu() if x.ndim and x.numel() else torch.zeros(0)
+
+
+def _memory(x: Tensor) -> int | None:
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _same(op: str, args: Any, output: Tensor) -> bool:
+    first = args[0]
+    if output.numel() != first.numel() or output.dtype != first.dtype:
+        return False
+    if op in ("add", "sub", "mul", "div"):
+        return len(args) > 1 and not isinstance(args[1], Tensor) and args[1] == (0 if op in ("add", "sub") else 1)
+    return op in SAME_VALUES
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int) -> Program:
+    """The program of one pass of a ``model``, which is computed without gradients in the mode in which the model is.
+
+    Args:
+        model: any module.
+        args, kwargs: its inputs.
+        samples: how many there are.
+
+    Returns:
+        The program.
+    """
+    operations = _Operations(model)
+    passages: list[Passage] = []
+    for _, x in tensors_in((args, dict(kwargs))):
+        operations.input(x)
+    with ExitStack() as stack:
+        stack.enter_context(_watched(model, operations, passages))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_without_fast_path())
+        stack.enter_context(_Functions(operations, passages))
+        stack.enter_context(operations)
+        output = model(*args, **kwargs)
+    for _, x in tensors_in(output):
+        operations.node_of(x).returned = True
+    return Program(operations.nodes, passages, output, samples, operations.rows)
+
+
+@contextmanager
+def _watched(model: nn.Module, operations: _Operations, passages: list[Passage]) -> Iterator[None]:
+    """Hooks on all modules that are called from Python, which note what passes their borders."""
+    handles = []
+    scripted: list[str] = []
+    for name, module in model.named_modules():
+        if any(not one or name.startswith(f"{one}.") for one in scripted):
+            continue  # is called within the script
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted.append(name)
+        recorder = bool(name) and is_recorder(module)
+
+        def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name, recorder: bool = recorder) -> None:
+            operations.call = Call(name, operations.call, recorder)
+            operations.note(Place(name, "input"), args, passages)
+            operations.note(Place(name, "input"), kwargs, passages)
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            assert operations.call is not None
+            operations.note(Place(operations.call.name, "output"), output, passages)
+            operations.call = operations.call.parent
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Layers of torch's transformers as their parts; hooks on these turn the fast path off in later passes."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
