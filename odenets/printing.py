@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-__all__ = ["in_short", "shown"]
+__all__ = ["in_short", "shown", "table"]
 
 
 def in_short(value: object) -> str:
@@ -28,3 +28,18 @@ def shown(self: Any) -> str:
     """A dataclass with its fields in short, as its ``__repr__``."""
     parts = [f"{field.name}={in_short(getattr(self, field.name))}" for field in fields(self) if field.repr]
     return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table of ``columns``, of which those that are empty in all ``rows`` are left out; numbers to the right.
+
+    >>> table(("step", "name", "shape"), [("0", "layer", ""), ("10", "head", "")])
+    ['  step  name', '     0  layer', '    10  head']
+    """
+    shown = [column for column in zip(columns, *rows, strict=True) if any(column[1:])]
+    padded = []
+    for head, *cells in shown:
+        width = max(map(len, (head, *cells)))
+        right = all(cell.isdigit() for cell in cells)
+        padded.append([cell.rjust(width) if right else cell.ljust(width) for cell in (head, *cells)])
+    return [("  " + "  ".join(line)).rstrip() for line in zip(*padded, strict=True)]

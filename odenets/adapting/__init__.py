@@ -1,10 +1,13 @@
-"""Networks as they are, torchvision's and timm's, as explicit Euler steps with h = 1: :func:`~odenets.adapt`.
+"""Networks as they are, torchvision's, timm's, Hugging Face's or one's own, as explicit Euler steps with h = 1.
 
-Blocks are recognized by the names of their parts, :data:`RULES`, or named by hand; where the states of each pass is a
+:func:`~odenets.adapt` finds their residual additions in the program of one batch; where the states of each pass is a
 :class:`BlockSpec`.
 """
 
-from odenets.adapting.adapted import AdaptedModel, adapt
-from odenets.adapting.blocks import RULES, BlockSpec, Rule, find_blocks
+from odenets.adapting.adaptation import adapt
+from odenets.adapting.adapted import AdaptedModel
+from odenets.adapting.blocks import BlockSpec, Samples
+from odenets.adapting.places import Place
+from odenets.adapting.rules import RULES, Rule, find_blocks
 
-__all__ = ["RULES", "AdaptedModel", "BlockSpec", "Rule", "adapt", "find_blocks"]
+__all__ = ["RULES", "AdaptedModel", "BlockSpec", "Place", "Rule", "Samples", "adapt", "find_blocks"]

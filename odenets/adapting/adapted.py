@@ -2,104 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from odenets.adapting.blocks import Blocks, BlockSpec, find_blocks
+from odenets.adapting.blocks import BlockSpec
+from odenets.adapting.finding import Blocks, find, samples_of
 from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts, step_names
 from odenets.adapting.hooks import Hooks
-from odenets.measures import StepFunction
-from odenets.recording import Records, is_recorder
+from odenets.adapting.places import tensors_in
+from odenets.measures import Measure, StepFunction
+from odenets.printing import table
+from odenets.recording import Records
 from solvers import Step
 from solvers.validation import check_state
 
-__all__ = ["AdaptedModel", "adapt"]
-
-
-def adapt(
-    model: nn.Module, blocks: Blocks | None = None, *, residue: Literal["displacement", "branch"] = "displacement"
-) -> AdaptedModel:
-    """A torchvision or timm classifier, or one like it, with the ``record`` of an :class:`odenets.Network`.
-
-    Every residual block is a step ``x1 = x0 + r`` of the Euler method with h = 1, where r is what the block truly adds:
-    ``x1 - x0``, after its last activation if it has one, or else what its branch gives before that.
-
-    - A block that keeps the shape: x0 is its input, x1 its output. With a ReLU at the end, as in ResNet, ResNeXt and
-      RegNet, ``r = relu(x0 + f) - x0 = max(f, -x0)`` for a branch f. (The ResNeXt of [K24] adds ``relu(f)``, so that
-      its residues are not negative; torchvision's may be.)
-    - A block with a projection (ResNet, RegNet): x0 is the projection's output. It may be negative, and then r is not
-      zero where the branch is.
-    - A transformer block (ViT, Swin) is two steps, attention and MLP, each after its stochastic depth.
-    - A block without shortcut (MobileNet, stride 2) is no step; neither are layers between the blocks.
-    - A plain network (VGG): each convolution or linear layer that keeps the shape, with the norm and activation after
-      it, from the input x0 of the layer to the output x1 of the last of them.
-
-    Args:
-        model: used as it is, not copied. Hooks on its modules do nothing but in :meth:`AdaptedModel.record`.
-        blocks: which modules are blocks; those that fit :data:`odenets.adapting.RULES`, or else the layers of a plain
-            network, if not given. Names, ``["layer1.0", "layer1.1"]``: what a rule that fits says of such a module, or
-            else one step from its input to its output; ``"features.2:features.4"`` is one from the input of the first
-            to the output of the last. A dictionary, ``{"layer1.0": None, "layer2.0": "layer2.0.downsample"}``: one step
-            each, from the output of the shortcut named, or from the input. A class, ``MyBlock``: all modules of it.
-            Rules, ``[*RULES, Rule(...)]``.
-        residue: "displacement", ``x1 - x0``; or "branch", of blocks with an activation behind the addition (ResNet,
-            RegNet) the output of their branch instead, as the published code of [K24] has it. A branch that ends
-            in a batch norm has, in training, the mean square ``gamma^2 + beta^2`` per channel whatever goes into it: a
-            penalty on it acts on these two vectors alone, and a warning says so.
-
-    Returns:
-        The model with ``record``, ``steps`` and what else an :class:`odenets.Recorder` has.
-
-    Raises:
-        TypeError: the model is no module, or blocks are neither names nor rules.
-        ValueError: no block found, no module of such a name, blocks within blocks, or another residue.
-
-    >>> import torch
-    >>> from torchvision.models import resnet18
-    >>> from odenets import measures
-    >>> network = adapt(resnet18().eval())
-    >>> output, records = network.record(torch.randn(2, 3, 32, 32), action=measures.action)
-    >>> records["action"].shape, records.starts
-    (torch.Size([8, 2]), (0, 2, 4, 6))
-    >>> records.blocks[:3]
-    ('layer1.0', 'layer1.1', 'layer2.0')
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    if is_recorder(model):
-        raise TypeError(f"model records its steps as it is, got {type(model).__name__}: nothing is to be adapted")
-    if residue not in ("displacement", "branch"):
-        raise ValueError(f"residue must be 'displacement' or 'branch', got {residue!r}")
-    specs = find_blocks(model, blocks)
-    if residue == "displacement":
-        specs = tuple(replace(spec, branch=None) for spec in specs)
-    if normed := [s.name for s in specs if s.branch and _ends_in_batch_norm(model.get_submodule(s.branch))]:
-        warnings.warn(
-            f"the branches of {len(normed)} blocks ({normed[0]}, ...) end in a batch norm: in training the mean square "
-            "of their residues is gamma^2 + beta^2 of that layer, and a penalty on it moves nothing else; "
-            'adapt(model, residue="displacement") takes what the block truly adds',
-            stacklevel=2,
-        )
-    return AdaptedModel(model, specs)
-
-
-def _ends_in_batch_norm(module: nn.Module) -> bool:
-    last = [m for m in module.modules() if not any(m.children())][-1]
-    return isinstance(last, nn.modules.batchnorm._BatchNorm)
+__all__ = ["AdaptedModel"]
 
 
 class AdaptedModel(nn.Module):
-    """A model and where the states of its blocks pass; :func:`~odenets.adapt` makes it and shows its use.
+    """A model and where the states of its steps pass; :func:`~odenets.adapt` makes it and shows its use.
 
     Its ``state_dict`` is that of the model under ``model.``: ``plain.load_state_dict(adapted.model.state_dict())``.
-    ``print(adapted)`` lists the steps, after the first pass with the shapes of their states, and the shortcuts whose
-    outputs they begin at, where that is not the input. Activation checkpointing inside the model must be off where
-    measures are recorded with gradients. Several threads may record at once.
+    ``print(adapted)`` is a table of the steps, after the first pass with the shapes of their states, and of the
+    projections at whose outputs they begin. Several threads may record at once.
 
     A block may add in place to its input, ``x += branch(x)``; one that changes its input and returns another tensor,
     as with a first ``ReLU(inplace=True)``, is refused. Which blocks do so is learned in the first pass, which copies
@@ -107,41 +38,99 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         hooks: what passes through them.
+        partial: whether passes may take other steps than those that were found.
 
     Args:
         model: the model itself, not a copy.
-        blocks: where its states pass.
+        blocks: where its states pass; they are found at the first batch if not given.
+        partial: see the attribute.
         part_of: the whole of which this is a part; inputs of a part are states, which are not checked.
 
     >>> from odenets.adapting import adapt
     >>> layers = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
-    >>> adapt(nn.Sequential(*layers))
+    >>> adapt(nn.Sequential(*layers), displacement=True)
     AdaptedModel(Sequential, 2 steps)
-      0  0:1  layer
-      1  2:3  layer
+      step  name  kind
+         0  0:1   layer
+         1  2:3   layer
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[BlockSpec], *, part_of: AdaptedModel | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[BlockSpec] | None,
+        *,
+        partial: bool = False,
+        residue: str = "displacement",
+        part_of: AdaptedModel | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.blocks = tuple(blocks)
+        self.partial, self.residue = partial, residue
         self.training = model.training
-        self._visited: list[Visited] | None = None
-        self._warned = False
-        self._whole = part_of is None
         self.hooks = Hooks() if part_of is None else part_of.hooks  # the modules of a part have the hooks of the whole
-        if part_of is None:
-            for block in self.blocks:
-                self.hooks.attach(model, block)
+        self._whole = part_of is None
+        self._blocks: tuple[BlockSpec, ...] | None = None
+        self._expected: tuple[BlockSpec, ...] | None = None  # of a pass, where the program has been seen
+        self._following: dict[str, BlockSpec] = {}
+        self._visited: list[Visited] | None = None
+        self._hidden: tuple[str, ...] = ()
+        self._reads: tuple[str, ...] = ()
+        self._warned = False
+        if blocks is not None:
+            self._take(blocks)
+
+    def _take(self, blocks: Sequence[BlockSpec], found: Blocks | None = None) -> None:
+        """Take the specifications of the steps, and those of a whole pass where they have been found."""
+        self._blocks = tuple(blocks)
+        pairs = zip(self._blocks, self._blocks[1:], strict=False)
+        self._following = {before.name: block for before, block in pairs if block.start is None}
+        if found is not None:
+            self._expected, self._hidden, self._reads = found.steps, found.hidden, found.reads
+        if self._whole:
+            self.hooks.attach(self.model, self._blocks)
+
+    def find(self, *inputs: Any, **keywords: Any) -> Blocks | None:
+        """Find the blocks in the program of a batch of ``inputs`` and ``keywords``, unless that has been done.
+
+        Returns:
+            What is found; None where they are known.
+
+        Raises:
+            ValueError: as :func:`~odenets.adapt`.
+        """
+        if self._blocks is not None:
+            return None
+        if torch.compiler.is_compiling():
+            raise ValueError(f"the blocks are not found in a graph of torch.compile: {_GIVE}")
+        found = find(self.model, inputs, keywords, partial=self.partial)
+        steps = [self._with_residue(spec) for spec in found.steps]
+        found = replace(found, steps=tuple(steps))
+        self._take(found.specs, found)
+        return found
+
+    def _with_residue(self, spec: BlockSpec) -> BlockSpec:
+        return spec if self.residue == "branch" else replace(spec, branch=None)
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The specification of each step.
+
+        Raises:
+            ValueError: they are found at the first batch, and there was none.
+        """
+        if self._blocks is None:
+            raise ValueError(f"the blocks are found at the first batch, and there was none: {_GIVE}")
+        return self._blocks
 
     @property
     def depth(self) -> int:
         """Number of steps, the rows of ``record``.
 
-        They are those of the last pass that was looked at, where each call of a block counts; before the first, one
-        call of each block.
+        They are those of the last pass that was looked at, where each call of a block counts; before the first, those
+        that were found, or one call of each block that was named.
         """
-        return len(self._last_visited())
+        return len(self._last_steps())
 
     @property
     def h(self) -> tuple[float, ...]:
@@ -157,98 +146,152 @@ class AdaptedModel(nn.Module):
     def names(self) -> tuple[str, ...]:
         """The name of each step, as in ``records.blocks``.
 
-        That is its module, "layer1.0", and the half of a transformer's block, "blocks.0 attention" and "blocks.0 mlp";
-        with the number of the call where a block is called several times. In the order of the rows of ``record`` from
-        the first pass on.
+        That is its module, "layer1.0", and which part of it a step of a transformer is, "blocks.0 attention" and
+        "blocks.0 mlp"; with the number of the call where a block is called several times. In the order of the rows of
+        ``record``.
         """
-        return step_names(self._last_visited())
+        return step_names(self._last_steps())
 
-    def forward(self, x: Tensor, /, *args: Any) -> Tensor:
-        """The model's output for inputs ``x`` ``(B, ...)`` and what it takes besides, ``args``."""
-        return self.record(x, *args)[0]
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """The model's output for its inputs, by position and by keyword, as it is."""
+        return self._record(inputs, keywords, {})[0]
 
-    def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
-        """The model's output, and one ``(blocks, B)`` tensor per measure, in the order in which the blocks are called.
+    def record(self, *inputs: Any, **named: Any) -> tuple[Any, Records]:
+        """The model's output, and one ``(steps, B)`` tensor per measure, in the order in which the blocks are called.
 
         Each step is measured as its block ends, and nothing of it is kept but what gradients need. ``records.starts``
         holds the rows at which the shape of the state changes, ``records.blocks`` the names of the steps, as
         :attr:`names`.
 
         Args:
-            x: inputs, ``(B, ...)``.
-            args: what the model takes besides.
-            measures: functions ``Step -> (B,)`` by name.
+            inputs: of the model by position; the first tensor tells the number B of samples.
+            named: measures, functions ``Step -> (B,)``, by their names; and what the model takes by keyword, as
+                ``attention_mask=mask``.
 
         Returns:
             The output, and the records, ``(steps, B)`` by name.
 
         Raises:
             TypeError, ValueError: x is no batch of finite inputs, a measure does not return ``(B,)``, or a block is
-                none: it takes or returns no tensor, changes the shape or its input in place; or none is called.
+                none: it takes or returns no tensor, changes the shape or its input in place; or the steps of the pass
+                are others than those that were found, without ``partial``.
 
         Warns:
-            UserWarning: once, if some blocks are not called, or in another order or number than in earlier passes: the
-                rows are the steps of this pass; if a block with weights is computed without gradients though they are
-                enabled; if an output is changed in place after its block, so that it cannot be differentiated.
+            UserWarning: once, with ``partial``, if the steps are others than in earlier passes: the rows are those of
+                this pass; if a block with weights is computed without gradients though they are enabled; if an output
+                is changed in place after its block, so that it cannot be differentiated.
         """
-        for name, measure in measures.items():
-            if not callable(measure):
-                raise TypeError(f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}")
+        return self._record(inputs, *self._split(named))
+
+    def _record(
+        self, inputs: tuple[Any, ...], keywords: Mapping[str, Any], measures: dict[str, StepFunction]
+    ) -> tuple[Any, Records]:
         if not measures and (self._visited is not None or torch.compiler.is_exporting()):
-            self._check_input(x)
-            with self.hooks.running(None):
-                return self.model(x, *args), Records({}, flow_starts(self._last_visited()), self.names)
-        output, current = self._run(x, args, measures)
+            self._check_input(inputs, keywords)
+            with self.hooks.running(None, self.model):
+                output = self.model(*inputs, **keywords)
+            return output, Records({}, flow_starts(self._visited or []) or (0,), self.names)
+        output, current = self._run(inputs, keywords, measures)
         return output, current.records()
 
-    def steps(self, x: Tensor, *args: Any, closing: bool = True) -> list[Step]:
-        """Every step for inputs ``x``, with its states; warns as :meth:`record` does.
+    def steps(self, *inputs: Any, closing: bool = True, **keywords: Any) -> list[Step]:
+        """Every step for the model's ``inputs`` and ``keywords``, with its states; warns as :meth:`record` does.
 
-        ``args`` are what the model takes besides; ``closing`` changes nothing, for no step has a closing stage.
+        ``closing`` changes nothing, for no step has a closing stage.
 
         Raises:
             TypeError, ValueError: as there.
         """
-        return self._run(x, args, {}, keep=True)[1].steps
+        return self._run(inputs, keywords, {}, keep=True)[1].steps
 
-    def output_and_steps(self, x: Tensor, /, *args: Any) -> tuple[Any, list[Step]]:
-        """The model's output, and every step, in one pass; ``x`` and ``args`` as in :meth:`steps`."""
-        output, current = self._run(x, args, {}, keep=True)
+    def output_and_steps(self, *inputs: Any, **keywords: Any) -> tuple[Any, list[Step]]:
+        """The model's output, and every step, in one pass; ``inputs`` and ``keywords`` as in :meth:`steps`."""
+        output, current = self._run(inputs, keywords, {}, keep=True)
         return output, current.steps
 
-    def differentiable_steps(self, x: Tensor) -> tuple[Any, list[Step], list[Tensor]]:
+    def differentiable_steps(self, *inputs: Any, **keywords: Any) -> tuple[Any, list[Step], list[Tensor]]:
         """The model's output, every step, and the states x0 through which a loss of the output can be differentiated.
 
-        These are as they pass for inputs ``x``, which may be another shape than the block's.
+        These are as they pass for ``inputs`` and ``keywords``, which may be another shape than the step's.
 
         Raises:
             ValueError: such a state is changed in place.
         """
-        output, current = self._run(x, (), {}, keep=True)
+        output, current = self._run(inputs, keywords, {}, keep=True)
         return output, current.steps, list(current.sources())
 
+    def _split(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, StepFunction]]:
+        """What the model takes by keyword, and the measures."""
+        takes, anything = _keywords_of(self.model.forward)
+        keywords, measures = {}, {}
+        for name, value in named.items():
+            if isinstance(value, Measure) or (callable(value) and name not in takes):
+                measures[name] = value
+            elif name in takes or anything:
+                keywords[name] = value
+            else:
+                raise TypeError(
+                    f"measure {name!r} must be a function Step -> (B,), got {type(value).__name__}, and the model takes "
+                    f"no input of that name: {', '.join(takes) or 'none by keyword'}"
+                )
+        return keywords, measures
+
     def _run(
-        self, x: Tensor, args: tuple[Any, ...], measures: dict[str, StepFunction], keep: bool = False
-    ) -> tuple[Tensor, ForwardPass]:
+        self,
+        inputs: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        measures: dict[str, StepFunction],
+        keep: bool = False,
+    ) -> tuple[Any, ForwardPass]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # where changes in place are counted
-                return self._run(x.clone() if isinstance(x, Tensor) else x, args, measures, keep)
-        self._check_input(x)
-        current = ForwardPass(measures, x, keep, self.hooks.in_place)
-        with self.hooks.running(current):
-            output = self.model(x, *args)
-        if not current.visited:
-            names = [block.name for block in self.blocks]
-            raise ValueError(f"none of the blocks was called: {', '.join(names[:4])}{' ...' * (len(names) > 4)}")
+                inputs, keywords = _cloned((inputs, dict(keywords)))
+                return self._run(inputs, keywords, measures, keep)
+        self._check_input(inputs, keywords)
+        self.find(*inputs, **keywords)
+        samples = samples_of(inputs, keywords)
+        current = ForwardPass(measures, samples, keep, self.hooks.in_place, self._following)
+        with self.hooks.running(current, self.model):
+            output = self.model(*inputs, **keywords)
         if not torch.compiler.is_compiling():
+            self._check_steps(current)
             self._warn(current)
             self._visited = current.visited
+        elif not current.visited:
+            raise self._not_called([])
         return output, current
 
-    def _check_input(self, x: Any) -> None:
+    def _check_input(self, inputs: Any, keywords: Mapping[str, Any]) -> None:
         """Inputs are checked here; states are not, so that a diverging network can be measured."""
-        if self._whole and isinstance(x, Tensor) and x.is_floating_point():
+        x = next((x for _, x in tensors_in((inputs, dict(keywords)))), None)
+        if self._whole and x is not None and x.is_floating_point():
             check_state(x)
+
+    def _check_steps(self, current: ForwardPass) -> None:
+        """Compare the steps of a pass with those that were found, or that every pass took so far."""
+        blocks = tuple(step.block for step in current.visited)
+        if not blocks:
+            raise self._not_called([])
+        if self._expected is None and set(blocks) == set(self.blocks):
+            self._expected = blocks  # named by hand: the first pass shows what they are
+        if self.partial or blocks == self._expected:
+            return
+        if missing := [block.name for block in self.blocks if block not in blocks]:
+            raise self._not_called(missing)
+        raise ValueError(
+            f"the blocks are called in another order or number than before, {len(blocks)} steps for "
+            f"{len(self._expected or ())}{self._hint()}: partial=True accepts it, and the rows are the steps of each pass"
+        )
+
+    def _not_called(self, missing: list[str]) -> ValueError:
+        missing = missing or [block.name for block in self.blocks]
+        return ValueError(
+            f"{len(missing)} of {len(self.blocks)} blocks are not called: {', '.join(missing[:4])}"
+            f"{' ...' * (len(missing) > 4)}{self._hint()}; partial=True accepts it where some are"
+        )
+
+    def _hint(self) -> str:
+        return f" (the pass reads numbers from its data at {'; '.join(self._reads)})" if self._reads else ""
 
     def _warn(self, current: ForwardPass) -> None:
         """Warn of what records lack."""
@@ -256,44 +299,58 @@ class AdaptedModel(nn.Module):
             warnings.warn(
                 f"the outputs of {len(later)} blocks ({later[0]}, ...) are changed in place after them: torch may "
                 "refuse gradients of this pass' records; from the next pass on copies are measured",
-                stacklevel=4,
+                stacklevel=5,
             )
         block = current.without_gradients
-        if block and any(p.requires_grad for p in self.model.get_submodule(block.first).parameters()):
+        if block and any(p.requires_grad for p in self.model.get_submodule(block.block.partition(":")[0]).parameters()):
             warnings.warn(
                 f"block {block.name!r} is computed without gradients, so that its records have none: under no_grad, or "
                 "by activation checkpointing with use_reentrant=True, which is to be off while records are trained on",
-                stacklevel=4,
+                stacklevel=5,
             )
-        calls = [(step.block, step.part) for step in current.visited]
-        before = [(step.block, step.part) for step in self._last_visited()]
-        if calls == before or self._warned:
+        if self._warned or [step.block for step in current.visited] == self._last_steps():
             return
-        unused = [block.name for block in self.blocks if block not in dict(calls)]
-        if unused or self._visited is not None:
-            self._warned = True
-            what = "blocks are called in another order or number than before"
-            if unused:
-                what = f"{len(unused)} of {len(self.blocks)} blocks are not called, {', '.join(unused[:4])}"
-            warnings.warn(
-                f"{what}: the rows of records are the steps of this pass, in the order of names (said once)",
-                stacklevel=4,
-            )
+        self._warned = True
+        warnings.warn(
+            "blocks are called in another order or number than before: the rows of records are the steps of this pass, "
+            "in the order of names (said once)",
+            stacklevel=5,
+        )
 
-    def _last_visited(self) -> list[Visited]:
-        return self._visited or [Visited(block, part, ()) for block in self.blocks for part in range(block.steps)]
+    def _last_steps(self) -> list[BlockSpec]:
+        """The specification of each step of the last pass, or of one that is to come."""
+        if self._visited is not None:
+            return [step.block for step in self._visited]
+        return [*(self._expected or self.blocks)]
 
     def extra_repr(self) -> str:
         """The blocks, for the fingerprint of the network."""
-        return "; ".join(map(str, self.blocks))
+        blocks = self._blocks or ()
+        return "; ".join(f"{block.name}: {block.kind}, {block.projection}" for block in blocks)
 
     def __repr__(self) -> str:
+        kind = type(self.model).__name__
+        if self._blocks is None:
+            return f"AdaptedModel({kind}, its steps are found at the first batch)"
+        shapes = [step.shape for step in self._visited] if self._visited else [()] * self.depth
         rows = []
-        for m, (block, part, shape) in enumerate(self._last_visited()):
-            kind = f"{block.kind} {part + 1} of 2" if block.mid else block.kind
-            shortcut = f"shortcut {block.shortcut}" if block.shortcut and part == 0 else ""
-            rows.append((f"{m:>{len(str(self.depth - 1))}}", block.name, kind, " x ".join(map(str, shape)), shortcut))
-        columns = [column for column in zip(*rows, strict=True) if any(column)]
-        widths = [max(map(len, column)) for column in columns]
-        lines = ["".join(map("  {:{}}".format, row, widths)).rstrip() for row in zip(*columns, strict=True)]
-        return "\n".join([f"AdaptedModel({type(self.model).__name__}, {len(rows)} steps)", *lines])
+        for m, (name, block, shape) in enumerate(zip(self.names, self._last_steps(), shapes, strict=True)):
+            projection = block.projection if block.projection != "" else "yes"
+            rows.append((str(m), name, block.kind, " x ".join(map(str, shape)), projection or ""))
+        hidden = [f"  {len(self._hidden)} more are not seen: {', '.join(self._hidden)}"] if self._hidden else []
+        lines = table(("step", "name", "kind", "shape", "projection"), rows)
+        return "\n".join([f"AdaptedModel({kind}, {len(rows)} steps)", *lines, *hidden])
+
+
+_GIVE = "give one, adapt(model, torch.randn(2, 3, 32, 32)), or call the model once before"
+
+
+def _keywords_of(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    """The names that a function takes, and whether it takes any other."""
+    parameters = inspect.signature(function).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return names, any(p.kind == p.VAR_KEYWORD for p in parameters)
+
+
+def _cloned(inputs: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, torch.clone, inputs)

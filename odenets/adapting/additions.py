@@ -18,7 +18,7 @@ LINEAR = frozenset(
     "constant_pad_nd pad reflection_pad2d replication_pad2d slice select narrow index index_select split "
     "split_with_sizes chunk unbind permute transpose t as_strided view _unsafe_view reshape clone expand repeat "
     "unsqueeze squeeze flatten contiguous detach alias cat _to_copy to roll flip pixel_shuffle pixel_unshuffle "
-    "upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d mul div add sub dropout written".split()
+    "upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d mul div neg add sub dropout written".split()
 )
 """Operators that are linear, a norm or a pooling in what depends on the input, where that is one operand: shortcuts."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,10 +22,9 @@ EULER = get_tableau("euler")
 
 
 class StepKey(NamedTuple):
-    """A step of a block, and whether it is computed in training mode and with gradients."""
+    """A step, and whether it is computed in training mode and with gradients."""
 
     block: BlockSpec
-    part: int
     training: bool
     gradients: bool
 
@@ -39,10 +38,9 @@ class InPlaceChanges:
 
 
 class Visited(NamedTuple):
-    """A step of a pass: its block, which step of the block it is, the shape of the state's samples."""
+    """A step of a pass: its specification, the shape of the state's samples."""
 
     block: BlockSpec
-    part: int
     shape: tuple[int, ...]
 
 
@@ -51,16 +49,15 @@ def flow_starts(visited: Sequence[Visited]) -> tuple[int, ...]:
     return tuple(m for m, step in enumerate(visited) if not m or step.shape != visited[m - 1].shape)
 
 
-def step_names(visited: Sequence[Visited]) -> tuple[str, ...]:
-    """The block of each step, which half of it a step of a transformer is, and its call where there are several."""
-    return tuple(numbered([step.block.step_name(step.part) for step in visited]))
+def step_names(blocks: Iterable[BlockSpec]) -> tuple[str, ...]:
+    """The name of each step, and its call where there are several."""
+    return tuple(numbered([block.name for block in blocks]))
 
 
 class _Start(NamedTuple):
     """The state at which a step begins, and a copy of it where the step may write into it."""
 
     x0: Tensor
-    source: Tensor  # x0 as it passes, before it has the shape of the block's input
     version: int
     copy: Tensor | None
     key: StepKey
@@ -83,13 +80,22 @@ class ForwardPass:
 
     Args:
         measures: functions ``Step -> (B,)`` by name.
-        x: the input.
+        samples: how many there are, B; None where that is not known.
         keep: whether steps are kept.
         in_place: what earlier passes have learned; this one adds to it.
+        following: the step that begins where one ends, by the name of that.
     """
 
-    def __init__(self, measures: dict[str, StepFunction], x: Any, keep: bool, in_place: InPlaceChanges) -> None:
-        self.measures, self.reductions, self.x, self.keep = measures, reductions_of(measures.values()), x, keep
+    def __init__(
+        self,
+        measures: dict[str, StepFunction],
+        samples: int | None,
+        keep: bool,
+        in_place: InPlaceChanges,
+        following: Mapping[str, BlockSpec],
+    ) -> None:
+        self.samples, self.following = samples, following
+        self.measures, self.reductions, self.keep = measures, reductions_of(measures.values()), keep
         self.in_place = in_place
         self.needs_states = len(measures) > 0 or keep
         read = [reductions_of([one]) for one in measures.values()]
@@ -103,87 +109,83 @@ class ForwardPass:
         self.gradients = torch.is_grad_enabled()
         self.without_gradients: BlockSpec | None = None
 
-    def start(self, block: BlockSpec, x0: Any, training: bool, part: int = 0, source: Tensor | None = None) -> None:
-        """A step of the block begins at x0, which is copied unless the block is known not to write into it."""
-        x0, key = _tensor(block, x0), StepKey(block, part, training, torch.is_grad_enabled())
+    def start(self, block: BlockSpec, x0: Any, training: bool) -> None:
+        """A step begins at x0, which is copied unless the step is known not to write into it."""
+        x0, key = _tensor(block, x0), StepKey(block, training, torch.is_grad_enabled())
         copied = self.needs_states and (torch.compiler.is_compiling() or self.in_place.inputs.get(key, True))
         copy = x0.clone() if copied else None
-        self.starting[block.name] = _Start(x0, x0 if source is None else source, _version(x0), copy, key)
-
-    def restart(self, block: BlockSpec, x0: Any, training: bool) -> None:
-        """The step of the block begins at x0, the output of its shortcut, instead."""
-        before = self.starting.get(block.name)
-        if before is not None and before.version != _version(before.x0):
-            raise _changed(block)
-        self.start(block, x0, training)
-
-    def middle(self, block: BlockSpec, x: Any, training: bool) -> None:
-        """One step of the block ends at x, and the other begins."""
-        if block.name in self.starting and self.starting[block.name].key.part == 0:
-            shape = self.starting[block.name].x0.shape
-            source = x = _tensor(block, x)
-            if x.shape != shape and x.numel() == shape.numel():
-                x = x.reshape(shape)
-            self.end(block, x, training)
-            self.start(block, x, training, 1, source)
+        self.starting[block.name] = _Start(x0, _version(x0), copy, key)
 
     def branch(self, block: BlockSpec, r: Any, training: bool) -> None:
         """The branch of the block gives r."""
         if self.needs_states:
             self.branches[block.name] = _tensor(block, r).clone()  # torchvision's blocks add to it in place
 
-    def end_of_shared(self, block: BlockSpec, x1: Any, training: bool) -> None:
-        """The step of the block ends at x1 if it has started: its last module, an activation, ends others too."""
-        if block.name in self.starting:
-            self.end(block, x1, training)
-
     def end(self, block: BlockSpec, x1: Any, training: bool) -> None:
-        """A step of the block ends at x1."""
+        """A step ends at x1, if it has begun: an activation that several blocks share ends the steps of others too."""
         start = self.starting.pop(block.name, None)
-        if start is None:
-            raise ValueError(f"block {block.name!r} ends before it starts: {block.last!r} is called first")
-        x0, x1, key = start.x0, _tensor(block, x1), start.key
+        if start is not None:
+            self._end(block, start, _tensor(block, x1))
+            if (following := self.following.get(block.name)) is not None:
+                self.start(following, x1, training)
+
+    def _end(self, block: BlockSpec, start: _Start, x1: Tensor) -> None:
+        x0, key = start.x0, start.key
+        passed, x1 = x1, _shaped(x1, x0.shape)
         self._check_shapes(block, x0, x1)
         counted, changed = not torch.compiler.is_compiling(), start.version != _version(x0)
         if counted and (changed or key not in self.in_place.inputs):
             self.in_place.inputs[key] = changed
         if changed and (_memory(x1) is not _memory(x0) or (self.needs_states and start.copy is None)):
             raise _changed(block)
-        self.visited.append(Visited(block, key.part, tuple(x0.shape[1:])))
+        self.visited.append(Visited(block, self._shape(block, x0)))
         if not self.needs_states:
             return
         if self.gradients and not torch.is_grad_enabled():
             self.without_gradients = block
-        r = self._residue(block, x0, moves=x1 is not x0 or changed) if block.branch else None
+        r = self._residue(block, x0, moves=passed is not x0 or changed) if block.branch else None
         copy1 = None
         if counted and (self.keep or (torch.is_grad_enabled() and x1.requires_grad)):
             copy1 = x1.clone() if changed or self.in_place.outputs.get(key, self.keep) else None
             ended = start if self.keep else start._replace(copy=None)
             self.ends.append(_End(ended, x1, _version(x0), _version(x1), copy1))
         begin = start.copy if start.copy is not None and (changed or not counted) else x0
-        self._measure(begin, x1 if self.keep or copy1 is None else copy1, r)
+        self._measure(block, begin, x1 if self.keep or copy1 is None else copy1, r)
 
     def _check_shapes(self, block: BlockSpec, x0: Tensor, x1: Tensor) -> None:
         if x0.shape != x1.shape:
             raise ValueError(
                 f"block {block.name!r} changes the shape of the state, {tuple(x0.shape)} to {tuple(x1.shape)}: name "
-                f"the module of its shortcut, adapt(model, {{{block.name!r}: ...}}), or leave it out"
+                f"the module of its shortcut, adapt(model, blocks={{{block.block!r}: ...}}), or leave it out"
             )
-        if isinstance(self.x, Tensor) and len(x0) != len(self.x):
-            raise ValueError(f"block {block.name!r} has states of shape {tuple(x0.shape)} for {len(self.x)} samples")
+        rows = x0.shape[block.samples.axis] if x0.ndim > block.samples.axis else 0
+        if self.samples is not None and rows != block.samples.rows * self.samples:
+            raise ValueError(
+                f"block {block.name!r} has states of shape {tuple(x0.shape)} for {self.samples} samples"
+            )
+
+    def _shape(self, block: BlockSpec, x0: Tensor) -> tuple[int, ...]:
+        """The shape of a sample's state."""
+        shape = [*x0.shape]
+        del shape[block.samples.axis]
+        return (*((block.samples.rows,) if block.samples.rows > 1 else ()), *shape)
 
     def _residue(self, block: BlockSpec, x0: Tensor, *, moves: bool) -> Tensor:
         """What the branch of the block has given; zero where stochastic depth leaves the block out."""
         r = self.branches.pop(block.name, None)
         if r is None and moves:
             raise ValueError(
-                f"block {block.name!r} does not call its branch {block.branch!r} in this pass: take "
+                f"block {block.name!r} does not call its branch {block.branch.of!r} in this pass: take "  # type: ignore[union-attr]
                 'adapt(model, residue="displacement")'
             )
         return torch.zeros_like(x0) if r is None else r
 
-    def _measure(self, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
+    def _measure(self, block: BlockSpec, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
         reductions = None
+        if x0.is_quantized:
+            x0, x1 = x0.dequantize(), x1.dequantize()
+        x0, x1 = self._by_sample(block, x0), self._by_sample(block, x1)
+        r = None if r is None else self._by_sample(block, r)
         dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
         x0, x1 = x0.to(dtype), x1.to(dtype)
         if self.reductions:
@@ -197,10 +199,15 @@ class ForwardPass:
         if self.keep:
             self.steps.append(step)
 
+    def _by_sample(self, block: BlockSpec, x: Tensor) -> Tensor:
+        """A state with its samples first; a copy where steps are kept and it is another view of what passes."""
+        state = block.samples(x, self.samples or len(x))
+        return state.clone() if self.keep and state is not x else state
+
     def records(self) -> Records:
         """The values of the measures."""
         values = {name: torch.stack(values) for name, values in self.rows.items()}
-        return Records(values, flow_starts(self.visited), step_names(self.visited))
+        return Records(values, flow_starts(self.visited), step_names(step.block for step in self.visited))
 
     def close(self) -> list[str]:
         """Learn which outputs have been written into since their steps ended.
@@ -241,7 +248,7 @@ class ForwardPass:
                     f"block {start.key.block.name!r} has a state that is changed in place, of which there is no "
                     "gradient: give it and the layers after it inplace=False"
                 )
-            yield start.source
+            yield start.x0
 
 
 def _changed(block: BlockSpec) -> ValueError:
@@ -261,6 +268,11 @@ def _tensor(block: BlockSpec, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"block {block.name!r} must take and return a tensor, got {type(x).__name__}")
     return x
+
+
+def _shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """A state that passes the end of a step in another shape, as rows of tokens, in that of its start."""
+    return x.reshape(shape) if x.shape != shape and x.numel() == shape.numel() else x
 
 
 def _memory(x: Tensor) -> Tensor:

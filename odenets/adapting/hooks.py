@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.forward_pass import ForwardPass, InPlaceChanges
+from odenets.adapting.places import Code, Path, Place, Site, at, code_of, tensors_in
 
 __all__ = ["Hooks"]
 
-Event = Callable[[ForwardPass, BlockSpec, Any, bool], None]
+Event = tuple[Callable[[ForwardPass, BlockSpec, Any, bool], None], BlockSpec, Path]
+"""What a tensor that passes a place means for a step, and where it is in what passes."""
 
 
 class Hooks:
@@ -25,20 +28,22 @@ class Hooks:
     def __init__(self) -> None:
         self.passes: dict[int, ForwardPass | None] = {}
         self.in_place = InPlaceChanges()
+        self.functions: dict[Place, list[Event]] = {}
 
-    def attach(self, model: nn.Module, block: BlockSpec) -> None:
-        """Let the modules of a block call the events of the pass."""
-        inputs = {block.first: ForwardPass.start} | dict.fromkeys(block.mid, ForwardPass.middle)
-        last = model.get_submodule(block.last)
-        places = sum(module is last for _, module in model.named_modules(remove_duplicate=False))
-        end = ForwardPass.end if places == 1 else ForwardPass.end_of_shared
-        outputs = {end: block.last, ForwardPass.restart: block.shortcut, ForwardPass.branch: block.branch}
-        for name, event in inputs.items():
-            hook = partial(_input_hook, self, event, block)
-            model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-        for event, name in outputs.items():
-            if name is not None:
-                model.get_submodule(name).register_forward_hook(partial(_output_hook, self, event, block))
+    def attach(self, model: nn.Module, blocks: Iterable[BlockSpec]) -> None:
+        """Let modules, and functions where states pass no module, call the events of the pass."""
+        modules: dict[tuple[str, str], list[Event]] = {}
+        for place, event in _events(blocks):
+            if isinstance(place.of, str):
+                modules.setdefault((place.of, place.side), []).append(event)
+            else:
+                self.functions.setdefault(place._replace(path=()), []).append(event)
+        for (name, side), events in modules.items():
+            module = model.get_submodule(name)
+            if side == "input":
+                module.register_forward_pre_hook(partial(_input_hook, self, events), with_kwargs=True)
+            else:
+                module.register_forward_hook(partial(_output_hook, self, events))
 
     @property
     def current(self) -> ForwardPass | None:
@@ -46,13 +51,27 @@ class Hooks:
         return self.passes.get(_thread())
 
     @contextmanager
-    def running(self, current: ForwardPass | None) -> Iterator[None]:
-        """The pass is that of this thread for a while, and then what was before."""
+    def running(self, current: ForwardPass | None, model: nn.Module) -> Iterator[None]:
+        """The pass is that of this thread for a while, and then what was before.
+
+        Raises:
+            ValueError: functions are to be watched in a graph of ``torch.compile``.
+        """
         thread = _thread()
         before = self.passes.get(thread)
         self.passes[thread] = current
         try:
-            yield
+            if current is None or not self.functions:
+                yield
+                return
+            if torch.compiler.is_compiling():
+                place = next(iter(self.functions)).of
+                raise ValueError(
+                    f"the sum in {place.module or type(model).__name__!r} is in no module of its own, which "  # type: ignore[union-attr]
+                    "torch.compile cannot watch: make the block a module, whose output is the state"
+                )
+            with _Functions(current, self.functions, model):
+                yield
         finally:
             if before is None:
                 del self.passes[thread]
@@ -60,18 +79,76 @@ class Hooks:
                 self.passes[thread] = before
 
 
+def _events(blocks: Iterable[BlockSpec]) -> Iterator[tuple[Place, Event]]:
+    """All places with what they mean: ends before starts, for a state ends one step and starts another."""
+    blocks = list(blocks)
+    for block in blocks:
+        if block.branch is not None:
+            yield block.branch, (ForwardPass.branch, block, block.branch.path)
+    for block in blocks:
+        for place in block.ends:
+            yield place, (ForwardPass.end, block, place.path)
+    for block in blocks:
+        if block.start is not None:
+            yield block.start, (ForwardPass.start, block, block.start.path)
+
+
 def _input_hook(
-    hooks: Hooks, event: Event, block: BlockSpec, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    hooks: Hooks, events: list[Event], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     if (current := hooks.current) is not None:
-        event(current, block, args[0] if args else next(iter(kwargs.values()), None), module.training)
+        for event, block, path in events:
+            event(current, block, _argument(args, kwargs, path), module.training)
 
 
-def _output_hook(
-    hooks: Hooks, event: Event, block: BlockSpec, module: nn.Module, args: tuple[Any, ...], output: Any
-) -> None:
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> Any:
+    """What is given by position or by keyword; the first argument by whatever keyword it comes."""
+    if isinstance(path[0], str):
+        return at(kwargs, path)
+    value = at(args, path)
+    return next(iter(kwargs.values()), None) if value is None and path == (0,) else value
+
+
+def _output_hook(hooks: Hooks, events: list[Event], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if (current := hooks.current) is not None:
-        event(current, block, output, module.training)
+        for event, block, path in events:
+            event(current, block, _result(output, path), module.training)
+
+
+def _result(output: Any, path: Path) -> Any:
+    """What is in an output; the first tensor where the whole is meant and is none."""
+    value = at(output, path)
+    if path or isinstance(value, Tensor):
+        return value
+    return next((x for _, x in tensors_in(value)), value)
+
+
+class _Functions(TorchFunctionMode):
+    """Calls the events of functions."""
+
+    def __init__(self, current: ForwardPass, places: Mapping[Place, list[Event]], model: nn.Module) -> None:
+        super().__init__()
+        self.current, self.model = current, model
+        self.sides = {side: {p.of: events for p, events in places.items() if p.side == side} for side in ("input", "output")}
+        self.codes: set[Code] = {place.of.code for place in places if isinstance(place.of, Site)}
+        self.names: dict[int, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        code, frame = code_of(1)
+        if code not in self.codes:
+            return func(*args, **kwargs)
+        module = None if frame is None else frame.f_locals.get("self")
+        if not self.names:
+            self.names = {id(one): name for name, one in self.model.named_modules()}
+        site = Site(self.names.get(id(module), ""), code)
+        training = getattr(module, "training", False)
+        for event, block, path in self.sides["input"].get(site, ()):
+            event(self.current, block, _argument(args, kwargs, path), training)
+        output = func(*args, **kwargs)
+        for event, block, path in self.sides["output"].get(site, ()):
+            event(self.current, block, at(output, path), training)
+        return output
 
 
 def _thread() -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from odenets.adapting.places import Place, Site, code_of, line_of, tensors_in
 from odenets.recording import is_recorder
 
-__all__ = ["Call", "Node", "Passage", "Path", "Place", "Program", "Site", "site_of", "tensors_in", "trace"]
-
-Path = tuple[int | str, ...]
-"""Where a tensor is in the arguments or the output of a module: positions, keys, attributes."""
-
-Site = tuple[tuple[str, str, int], ...]
-"""Where a function is called: file, function and instruction, from the call outwards to the call of the module."""
+__all__ = ["Call", "Node", "Passage", "Program", "trace"]
 
 SAME_VALUES = frozenset(
     "view _unsafe_view reshape _reshape_alias clone contiguous detach alias flatten squeeze unsqueeze expand lift_fresh "
@@ -47,7 +40,6 @@ class Node:
         same: whether its elements are those of its first input, in the same order.
         call: the call of the module in which it is computed.
         site: where in Python it is computed.
-        operands: the number of its inputs that are the operator's own, without what it writes over.
         users: what is computed from it.
         returned: whether it is part of the output.
     """
@@ -88,25 +80,6 @@ class Call:
         return (*(self.parent.chain if self.parent is not None else ()), self)
 
 
-class Place(NamedTuple):
-    """Where tensors pass: the input or output of a module, or of a function.
-
-    Attributes:
-        of: the dotted name of the module; or the site of a call of a function.
-        side: "input" or "output".
-        path: where among the arguments, by position or keyword, or in the output.
-    """
-
-    of: str | Site
-    side: Literal["input", "output"]
-    path: Path = ()
-
-    @property
-    def is_module(self) -> bool:
-        """Whether it is the border of a module."""
-        return isinstance(self.of, str)
-
-
 class Passage(NamedTuple):
     """A tensor that passes a place: when, and in which call of a module."""
 
@@ -125,37 +98,9 @@ class Program:
     output: Any
     samples: int
     rows: dict[Node, Tensor]  # of sums: the mean square of each row, by which rows of two passes are compared
-
-
-def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The tensors in nested tuples, lists, mappings and data classes, with their places."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, one in value.items():
-            if isinstance(key, str | int):
-                yield from tensors_in(one, (*path, key))
-    elif isinstance(value, tuple | list):
-        for i, one in enumerate(value):
-            yield from tensors_in(one, (*path, i))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for one in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, one.name), (*path, one.name))
-
-
-_CALL = nn.Module._call_impl.__code__
-_TORCH = torch.overrides.handle_torch_function.__code__.co_filename, torch.nn.functional.__file__
-
-
-def site_of(depth: int) -> Site:
-    """The site from which a function was called, ``depth`` frames above this one: up to the call of a module."""
-    frame: Any = sys._getframe(depth + 1)
-    site = []
-    while frame is not None and frame.f_code is not _CALL and len(site) < 8:
-        if frame.f_code.co_filename not in _TORCH:
-            site.append((frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lasti))
-        frame = frame.f_back
-    return tuple(site)
+    draws: list[str]  # where random numbers are drawn
+    reads: list[str]  # where numbers are read from data that depends on the inputs
+    recorders: list[Call]  # calls of modules that record their own steps
 
 
 class _Functions(TorchFunctionMode):
@@ -168,7 +113,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.operations.call is None:
             return func(*args, **(kwargs or {}))
-        site = self.operations.site = site_of(1)
+        site = self.operations.site = Site(self.operations.call.name, code_of(1)[0])
         self._note(Place(site, "input"), args)
         self._note(Place(site, "input"), kwargs)
         try:
@@ -194,6 +139,9 @@ class _Operations(TorchDispatchMode):
         self.call: Call | None = None
         self.known = WeakTensorKeyDictionary()
         self.rows: dict[Node, Tensor] = {}
+        self.draws: dict[str, None] = {}
+        self.reads: dict[str, None] = {}
+        self.recorders: list[Call] = []
         self.learned = {id(p) for p in model.parameters()}
 
     def add(self, op: str, inputs: tuple[Node, ...] = (), **attributes: Any) -> Node:
@@ -229,6 +177,10 @@ class _Operations(TorchDispatchMode):
         inputs = tuple([self.node_of(one) for one in operands])
         output = func(*args, **kwargs)
         op = func._schema.name.rpartition("::")[2]
+        if op in _READS and not all(one.fixed for one in inputs):
+            self.reads[self._place()] = None
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.draws[self._place()] = None
         written = self._written(func, args, kwargs)
         first = args[0] if args and isinstance(args[0], Tensor) else None
         for one in [x for x in tree_leaves(output) if isinstance(x, Tensor)] or written:
@@ -248,6 +200,9 @@ class _Operations(TorchDispatchMode):
             if node.floating and not node.fixed and op.removesuffix("_") in _SUMS:
                 self.rows[node] = _rows(one)
         return output
+
+    def _place(self) -> str:
+        return line_of(2) + (f" in {self.call.name!r}" if self.call is not None and self.call.name else "")
 
     @staticmethod
     def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -278,6 +233,7 @@ class _Operations(TorchDispatchMode):
                 )
 
 
+_READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"}
 _SUMS = {"add", "sub", "addcmul", "addmm", "baddbmm", "sum", "add_relu", "relu", "gelu", "silu", "mul", "div"}
 
 
@@ -329,7 +285,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sa
         output = model(*args, **kwargs)
     for _, x in tensors_in(output):
         operations.node_of(x).returned = True
-    return Program(operations.nodes, passages, output, samples, operations.rows)
+    return Program(operations.nodes, passages, output, samples, operations.rows, [*operations.draws], [*operations.reads], operations.recorders)
 
 
 @contextmanager
@@ -346,6 +302,8 @@ def _watched(model: nn.Module, operations: _Operations, passages: list[Passage])
 
         def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name, recorder: bool = recorder) -> None:
             operations.call = Call(name, operations.call, recorder)
+            if recorder and not any(call.recorder for call in operations.call.chain[:-1]):
+                operations.recorders.append(operations.call)
             operations.note(Place(name, "input"), args, passages)
             operations.note(Place(name, "input"), kwargs, passages)
 

@@ -1,0 +1,108 @@
+"""Places: where tensors pass the borders of modules and functions, and where they are in arguments and outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Code", "Path", "Place", "Site", "at", "code_of", "line_of", "tensors_in"]
+
+Path = tuple[int | str, ...]
+"""Where a tensor is in the arguments or the output of a module: positions, keys, attributes."""
+
+Code = tuple[tuple[str, str, int], ...]
+"""Where a function is called: file, function and instruction, from the call outwards to the call of the module."""
+
+
+class Site(NamedTuple):
+    """A call of a function: the dotted name of the module in whose forward pass it is, and the code there."""
+
+    module: str
+    code: Code
+
+
+class Place(NamedTuple):
+    """Where tensors pass: the input or output of a module, or of a function.
+
+    Attributes:
+        of: the dotted name of the module; or the site of a call of a function.
+        side: "input" or "output".
+        path: where among the arguments, by position or keyword, or in the output.
+
+    >>> Place("layer1.0", "input")
+    Place(of='layer1.0', side='input', path=())
+    """
+
+    of: str | Site
+    side: Literal["input", "output"]
+    path: Path = ()
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is the border of a module."""
+        return isinstance(self.of, str)
+
+
+def tensors_in(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+    """The tensors in nested tuples, lists, mappings and data classes, a ``value``, with their paths behind ``path``.
+
+    >>> [path for path, _ in tensors_in((torch.zeros(1), {"mask": torch.zeros(1)}))]
+    [(0,), (1, 'mask')]
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            if isinstance(key, str | int):
+                yield from tensors_in(one, (*path, key))
+    elif isinstance(value, tuple | list):
+        for i, one in enumerate(value):
+            yield from tensors_in(one, (*path, i))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name), (*path, field.name))
+
+
+def at(value: Any, path: Path) -> Any:
+    """What is in a ``value`` at a ``path``; None where there is nothing.
+
+    >>> at({"states": (1, 2)}, ("states", 1)), at((1, 2), (5,))
+    (2, None)
+    """
+    for key in path:
+        if isinstance(value, Tensor):
+            return None
+        try:
+            value = value[key] if isinstance(value, Mapping | tuple | list) else getattr(value, str(key))
+        except (LookupError, AttributeError, TypeError):
+            return None
+    return value
+
+
+_CALL = nn.Module._call_impl.__code__.co_filename
+_TORCH = {torch.overrides.handle_torch_function.__code__.co_filename, nn.functional.__file__}
+
+
+def code_of(depth: int) -> tuple[Code, Any]:
+    """The code that calls a function, ``depth`` frames above, out to the call of the module around it, and its frame."""
+    frame: Any = sys._getframe(depth + 1)
+    code = []
+    while frame is not None and frame.f_code.co_filename != _CALL and len(code) < 8:
+        if frame.f_code.co_filename not in _TORCH:
+            code.append((frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(code), frame
+
+
+def line_of(depth: int) -> str:
+    """The line of code outside torch that is run, ``depth`` frames above or further: "model.py:12"."""
+    frame: Any = sys._getframe(depth + 1)
+    while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
