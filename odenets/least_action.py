@@ -27,12 +27,12 @@ from torch import Tensor, distributed, nn
 
 from odenets import measures
 from odenets.errors import check_count, check_number, refuse
+from odenets.inputs import samples_in
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
 from odenets.training.checks import check_task
 from odenets.training.objectives import Batch, CrossEntropy, Objective
-from odenets.training.sources import samples_in
 from odenets.training.step_counting import eagerly
 from solvers.validation import is_transformed
 

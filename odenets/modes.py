@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from odenets.inputs import plain
 
 __all__ = [
     "device_of",
@@ -176,10 +179,26 @@ def dtype_of(network: nn.Module, default: torch.dtype | None = None) -> torch.dt
     return next(dtypes, default or torch.get_default_dtype())
 
 
-def inputs_for(network: nn.Module, x: Tensor) -> Tensor:
-    """Inputs on the device of a network and, where they are floating, in its precision."""
-    dtype = dtype_of(network, x.dtype).to_real() if x.is_floating_point() else x.dtype
-    return x.to(device_of(network, x.device), dtype)
+def inputs_for(network: nn.Module, inputs: Any) -> Any:
+    """Inputs on the device of a network and, where they are floating, in its precision.
+
+    >>> inputs = {"x": torch.ones(1, 2), "mask": torch.ones(1, 2, dtype=torch.long)}
+    >>> moved = inputs_for(nn.Linear(2, 2).double(), inputs)
+    >>> moved["x"].dtype, moved["mask"].dtype
+    (torch.float64, torch.int64)
+
+    Args:
+        network: whose they are; one without tensors leaves them as they are.
+        inputs: a tensor, a tuple or a mapping; what is no tensor in it stays as it is.
+    """
+
+    def of_network(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        dtype = dtype_of(network, x.dtype).to_real() if x.is_floating_point() else x.dtype
+        return x.to(device_of(network, x.device), dtype)
+
+    return of_network(inputs) if isinstance(inputs, Tensor) else tree_map(of_network, plain(inputs))
 
 
 def total_dtype(device: torch.device | str) -> torch.dtype:

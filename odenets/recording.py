@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from odenets.inputs import call, check_keywords, is_by_keyword
 from odenets.measures import StepFunction
 from odenets.records import Records
 from solvers import Step
@@ -63,7 +64,8 @@ class Recorder(Protocol):
     def record(self, x: Tensor, /, *args: Any, **measures: Any) -> tuple[Tensor, Records]:
         """The output for inputs ``x``, and each of the ``measures`` by name, ``(depth, B)``.
 
-        ``args`` go to the velocity fields.
+        ``args`` go to the velocity fields. One that takes its inputs by keyword tells them from the measures, as
+        ``record(self, input_ids, attention_mask=None, **measures)`` does.
         """
         ...
 
@@ -149,12 +151,13 @@ class Recording(nn.Module):
         self.record: Callable[..., tuple[Any, Records]] = torch.compile(network.record) if compile else network.record
         self.training = network.training  # type: ignore[attr-defined]  # a recorder that is a module
 
-    def forward(self, x: Tensor, *args: Any) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
-        """The output for ``x`` and ``args``, the records as a plain dictionary, and their ``layout``.
+    def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
+        """The output for ``inputs``, the records as a plain dictionary, and their ``layout``.
 
-        Wrappers may rebuild the dictionary; ``Records(values, *layout)`` makes the records of it again.
+        Inputs come by position, ``x, *args``, or by ``keywords``. Wrappers may rebuild the dictionary;
+        ``Records(values, *layout)`` makes the records of it again.
         """
-        output, records = self.record(x, *args, **self.measures)
+        output, records = self.record(*inputs, **keywords, **self.measures)
         return output, dict(records), records.layout
 
 
@@ -163,15 +166,16 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
 
     Args:
         network: a network that records its steps, or ``DistributedDataParallel(Recording(...))`` and the like.
-        inputs: x, or ``(x, *args)``.
+        inputs: x, ``(x, *args)``, or a mapping of what the network takes by keyword, such as a batch of Hugging Face's
+            tokenizers: ``network.record(**inputs, **measures)``.
         measures: functions ``Step -> (B,)`` by name; of a Recording, some of those it has.
 
     Returns:
         The output, and the records, ``(blocks, B)`` by name.
 
     Raises:
-        TypeError: as :func:`recorder_in`.
-        ValueError: a Recording of other measures.
+        TypeError: as :func:`recorder_in`, or inputs by keyword for a network that takes them by position.
+        ValueError: a Recording of other measures, or an input and a measure of one name.
 
     >>> import odenets
     >>> from odenets import measures
@@ -180,17 +184,18 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
     >>> output.shape, records["action"].shape
     (torch.Size([4, 3]), torch.Size([2, 4]))
     """
-    inputs = inputs if isinstance(inputs, tuple | list) else (inputs,)
-    inner = recorder_in(network)
+    inner: Any = recorder_in(network)
     if inner is network:
-        return network.record(*inputs, **measures)  # type: ignore[operator]  # a Recorder
+        return call(inner.record, inputs, **measures)
     recording = next(module for module in network.modules() if isinstance(module, Recording))
     if missing := [name for name in measures if name not in recording.measures]:
         raise ValueError(
             f"a Recording must have the measures of the objective, got none named {missing}: "
             "Recording(network, objective.measures)"
         )
-    output, values, layout = network(*inputs)
+    if is_by_keyword(inputs):
+        check_keywords(inner.record, inputs, recording.measures)
+    output, values, layout = call(network, inputs)
     return output, Records(values, *layout)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odenets.modes import device_of, dtype_of, evaluating
+from odenets.modes import device_of, dtype_of, evaluating, inputs_for
+from odenets.outputs import logits_in
 
 __all__ = ["Logits", "checked_logits", "frozen", "in_float32", "keeping_random_states", "seeded", "to_network"]
 
@@ -79,10 +80,12 @@ def seeded(*seed: int, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def to_network(network: nn.Module, x: Tensor) -> Tensor:
-    """Inputs on the network's device and, if they are floating, in its precision; as they are where it holds none."""
-    x = x.to(device_of(network, x.device))
-    return x.to(dtype_of(network, x.dtype).to_real()) if x.is_floating_point() else x
+def to_network(network: nn.Module, x: Any) -> Any:
+    """Inputs on the network's device and, if they are floating, in its precision; as they are where it holds none.
+
+    A tensor, or of a mapping of inputs by keyword each tensor.
+    """
+    return inputs_for(network, x)
 
 
 def in_float32(network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -114,12 +117,13 @@ def in_float32(network: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) 
 
 
 def checked_logits(output: Any, samples: int, fewest: int = 1) -> Tensor:
-    """The output of a network for a batch, if it is a floating tensor ``(samples, classes)``.
+    """The output of a network for a batch, or the logits in it, if they are a floating tensor ``(samples, classes)``.
 
     Raises:
         TypeError, ValueError: it is not, or there are fewer classes than ``fewest``.
     """
     rule = "network must return logits, one floating tensor of shape (B, classes)"
+    output = logits_in(output)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise TypeError(f"{rule}, got {kind}: wrap it in a module that returns the logits alone")

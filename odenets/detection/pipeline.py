@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from odenets.detection.detector import Detector
 from odenets.detection.estimators import is_outlier_detector
 from odenets.detection.evaluation import Scores, score
 from odenets.detection.features import Features, Trajectory
-from odenets.detection.features.base import check_images, in_batches
+from odenets.detection.features.base import check_inputs, in_batches
 from odenets.detection.isolation import checked_logits
 from odenets.detection.network_state import NetworkState, check_apart
 from odenets.detection.persistence import read, write
 from odenets.errors import check_count, check_number
+from odenets.inputs import is_by_keyword, samples_in
 from odenets.recording import is_recorder
 
 __all__ = ["FEWEST", "Pipeline"]
+
+Inputs = Mapping[str, Any]
+"""What a network takes by keyword, such as token ids and their mask."""
 
 FEWEST = 10
 """Fewest samples of either kind that a detector is fitted on."""
@@ -42,6 +46,9 @@ class Pipeline:
     >>> pipeline = Pipeline(network, Trajectory("action"), test).fit(clean)
     >>> pipeline.predict(torch.zeros(1, 1, 8, 8))  # another path: 1 is detected
     array([1])
+
+    Of a network that takes its inputs by keyword, as Hugging Face's do, all samples come as one mapping of tensors
+    ``(N, ...)`` wherever images are spoken of: ``pipeline.fit({"input_ids": ids, "attention_mask": mask})``.
 
     Args:
         network: a flow, a network, an adapted model or one in modules, trained; images have pixels in [0, 1], so that
@@ -78,25 +85,26 @@ class Pipeline:
         self.batch_size = batch_size
         self._fitted_on: NetworkState | None = None
 
-    def extract(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def extract(self, images: Tensor | Inputs) -> tuple[np.ndarray, np.ndarray]:
         """Features ``(N, F)`` and predicted classes ``(N,)`` of ``images`` ``(N, C, H, W)``, in one pass.
 
+        The output is logits ``(B, classes)``, or what holds them as "logits".
         Raises:
             TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, features that
                 are not ``(B, F)``, or logits or features that are not finite.
         """
         dtypes: set[torch.dtype] = set()
 
-        def classes_and_features(x: Tensor) -> Tensor:
+        def classes_and_features(x: Any) -> Tensor:
             output, values = self.features.output_and_features(self.network, x)
-            logits = checked_logits(output, len(x))
-            _check_features(self.features, values, len(x))
+            logits = checked_logits(output, n := samples_in(x))
+            _check_features(self.features, values, n)
             dtypes.add(values.dtype)
             predicted = logits.argmax(1, keepdim=True).double()
             predicted = predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan)
             return torch.cat([predicted, values.double()], 1)
 
-        values = in_batches(classes_and_features, self.network, check_images(images), self.batch_size).numpy()
+        values = in_batches(classes_and_features, self.network, check_inputs(images), self.batch_size).numpy()
         predicted, X = values[:, 0], values[:, 1:]
         if torch.float64 not in dtypes:
             with np.errstate(over="ignore"):
@@ -106,7 +114,13 @@ class Pipeline:
             raise ValueError(f"{rule}: does the network diverge on these images?")
         return X, predicted.astype(np.int64)
 
-    def fit(self, clean: Tensor, adversarial: Tensor | None = None, *, noisy: Tensor | None = None) -> Pipeline:
+    def fit(
+        self,
+        clean: Tensor | Inputs,
+        adversarial: Tensor | Inputs | None = None,
+        *,
+        noisy: Tensor | Inputs | None = None,
+    ) -> Pipeline:
         """Fit the detector.
 
         Args:
@@ -130,10 +144,10 @@ class Pipeline:
         kinds = {"clean": clean, "adversarial": adversarial, "noisy": noisy}
         kinds = {name: images for name, images in kinds.items() if images is not None}
         for name, images in kinds.items():
-            if len(images) < FEWEST and name != "noisy":
+            if _count(images) < FEWEST and name != "noisy":
                 why = ": too few attacks were successful" if name == "adversarial" else ""
-                raise ValueError(f"{name} must hold at least {FEWEST} images, got {len(images)}{why}")
-            check_images(images, name)
+                raise ValueError(f"{name} must hold at least {FEWEST} images, got {_count(images)}{why}")
+            check_inputs(images, name)
         parts = {name: self.extract(images) for name, images in kinds.items()}
         X, predicted = (np.concatenate([part[i] for part in parts.values()]) for i in range(2))
         y = np.concatenate([np.full(len(part[0]), int(name == "adversarial")) for name, part in parts.items()])
@@ -159,7 +173,7 @@ class Pipeline:
             return self.detector.decision_function(X, predicted)
         return self.detector.decision_function(X) * (-1 if is_outlier_detector(self.detector) else 1)
 
-    def scores(self, images: Tensor) -> np.ndarray:
+    def scores(self, images: Tensor | Inputs) -> np.ndarray:
         """Scores of ``images`` ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial.
 
         Raises:
@@ -168,7 +182,7 @@ class Pipeline:
         self._check_network()
         return self.score_features(*self.extract(images))
 
-    def predict(self, images: Tensor, *, threshold: float = 0.0) -> np.ndarray:
+    def predict(self, images: Tensor | Inputs, *, threshold: float = 0.0) -> np.ndarray:
         """1 where one of the ``images`` ``(N, C, H, W)`` is called adversarial and 0 where clean, ``(N,)``.
 
         It is called so where its score is above the ``threshold``, such as that of :meth:`threshold`.
@@ -181,7 +195,7 @@ class Pipeline:
             raise ValueError(f"threshold must be finite, got {threshold}")
         return (self.scores(images) > threshold).astype(int)
 
-    def threshold(self, clean: Tensor, *, rate: float = 0.05) -> float:
+    def threshold(self, clean: Tensor | Inputs, *, rate: float = 0.05) -> float:
         """The score above which a share of ``clean`` images lies: a threshold for a false-positive rate.
 
         >>> from odenets.detection import QuantileTest
@@ -209,9 +223,9 @@ class Pipeline:
         check_number("rate", rate)
         if not 0 < rate < 1:
             raise ValueError(f"rate must lie in (0, 1), got {rate}")
-        if len(clean) < 1 / rate:
+        if (n := _count(clean)) < 1 / rate:
             warnings.warn(
-                f"clean holds {len(clean)} images, fewer than the {1 / rate:.0f} that rate {rate} asks for: of new "
+                f"clean holds {n} images, fewer than the {1 / rate:.0f} that rate {rate} asks for: of new "
                 "images more will be called adversarial",
                 stacklevel=2,
             )
@@ -219,7 +233,12 @@ class Pipeline:
         return float(scores[int(rate * len(scores) + 1e-9)])
 
     def evaluate(
-        self, clean: Tensor, adversarial: Tensor, *, successful: Tensor | None = None, threshold: float = 0.0
+        self,
+        clean: Tensor | Inputs,
+        adversarial: Tensor | Inputs,
+        *,
+        successful: Tensor | None = None,
+        threshold: float = 0.0,
     ) -> Scores:
         """The detector's :func:`~odenets.detection.score` on images that it was not fitted on.
 
@@ -290,6 +309,10 @@ class Pipeline:
         pipeline = cls(network, content["features"], content["detector"], batch_size=batch_size)
         pipeline._fitted_on = state
         return pipeline
+
+
+def _count(images: Any) -> int:
+    return samples_in(images) if is_by_keyword(images) else len(images)
 
 
 def _check_features(features: Features, values: object, samples: int) -> None:

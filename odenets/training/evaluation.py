@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from odenets.errors import renamed
+from odenets.inputs import arguments, call, samples_in
 from odenets.modes import evaluating, keeping_state, total_dtype
 from odenets.network import Network
 from odenets.recording import Records, record
@@ -19,7 +20,7 @@ from odenets.training.checks import check_network, check_objective, other_names
 from odenets.training.labels import logits_and_labels
 from odenets.training.metrics import Metric, MetricFunction, accuracy, check_labels, in_single, labels_that_count
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
-from odenets.training.sources import Collate, Source, arguments, samples_in
+from odenets.training.sources import Collate, Source
 
 __all__ = ["Evaluation", "Totals", "evaluate", "evaluate_schemes", "evaluate_source"]
 
@@ -77,7 +78,7 @@ def evaluate(
     Args:
         network: any module; one that records its steps where the objective's task measures something.
         batches: any iterable of batches ``(inputs, targets)``, of which one epoch is drawn: inputs are a tensor
-            ``(B, *S)`` or a tuple ``(x, *args)``.
+            ``(B, *S)``, a tuple ``(x, *args)``, or a mapping of what the network takes by keyword.
         objective: its ``validation_loss`` is the loss; :class:`CrossEntropy` if not given.
         metric: ``(output, targets)`` to a number, the mean of the batch, or to a number per sample, ``(B,)``; or an
             object with ``reset``, ``update`` and ``compute``, as torchmetrics has them. The accuracy if not given; none
@@ -126,7 +127,7 @@ def evaluate_source(
     def run(inputs: Any) -> tuple[Any, Records]:
         if forward is not None:
             return record(forward, inputs, measures)
-        return record(network, inputs, measures) if measures else (network(*arguments(inputs)), Records({}))
+        return record(network, inputs, measures) if measures else (call(network, inputs), Records({}))
 
     totals = Totals(objective, metric, source.title)
     with keeping_state(network, objective), evaluating(network, objective):

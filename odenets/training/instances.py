@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from odenets.errors import check_count, renamed
+from odenets.inputs import arguments
 from odenets.modes import device_of, evaluating, keeping_state
 from odenets.network import Network
 from odenets.printing import shown
@@ -23,7 +24,7 @@ from odenets.training.data import Batches, TensorData
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective
 from odenets.training.optimization import Interval, MakeLRScheduler, MakeOptimizer, make_lr_scheduler
-from odenets.training.sources import Collate, Source, arguments, part
+from odenets.training.sources import Collate, Source, part
 from odenets.training.stacking import Instance, Stack, stacked
 from odenets.training.steps import check_gradients
 

@@ -7,26 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odenets.outputs import logits_in
+
 __all__ = ["logits_and_labels"]
 
 
 def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
     """Checked: logits ``(B, classes)``, in float32 at least, and labels.
 
+    The output is a tensor, or holds one named "logits", as a ModelOutput of Hugging Face's models does.
     Labels are classes, ``(B,)`` int64, or shares of the classes, ``(B, classes)`` of the logits' dtype.
 
     Raises:
         TypeError: the output is no floating tensor, or the labels are none.
         ValueError: other shapes, or a single logit, whose cross-entropy is 0 whatever it is.
     """
+    output = logits_in(output)
     if not (isinstance(output, Tensor) and output.is_floating_point()):
         raise TypeError(
             "the network must return logits, a floating tensor (B, classes), got "
-            f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}: put a module around it that "
-            "returns them"
+            f"{output.dtype if isinstance(output, Tensor) else type(output).__name__}: Task(lambda output, "
+            "y: F.cross_entropy(output[0], y)) reads any other"
         )
     if output.ndim != 2 or output.shape[1] < 2:
-        raise ValueError(f"the network must return logits (B, classes) of two classes or more, got {_shape(output)}")
+        remedy = ""
+        if output.ndim > 2:
+            of_each = "output.logits.flatten(0, 1), y.flatten()" if output.ndim == 3 else "output, y"
+            remedy = f": Task(lambda output, y: F.cross_entropy({of_each})) is of several labels a sample"
+        raise ValueError(
+            f"the network must return logits (B, classes) of two classes or more, got {_shape(output)}{remedy}"
+        )
     if not isinstance(y, Tensor) or y.is_complex():
         raise TypeError(f"labels must be a tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
     if y.is_floating_point() and y.shape != output.shape:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from odenets.checkpoints import restore_structure, warn_of_structure
 from odenets.errors import needs, renamed
+from odenets.inputs import call
 from odenets.modes import dtype_of, evaluating, inputs_for, keeping_state, to_training_mode
 from odenets.recording import Recorder
 from odenets.training.callbacks import Callbacks
@@ -34,7 +34,7 @@ from odenets.training.optimization import (
 from odenets.training.processes import Processes
 from odenets.training.progress import log_row, progress_bar
 from odenets.training.runs import STATE, Run, check_run
-from odenets.training.sources import Collate, Source, arguments, part
+from odenets.training.sources import Collate, Source, part
 from odenets.training.state import Training
 from odenets.training.steps import check_gradients, set_up
 
@@ -86,8 +86,9 @@ def fit(
         network: a module that records its steps: a Network, a Flow, a NeuralODE, or :func:`odenets.adapt` of any
             residual network. Trained in place, moved to the fabric's device.
         batches: training data: :class:`Batches` in memory, whose epoch e is the same in every run, a DataLoader, a
-            list, or any other iterable of batches ``(inputs, targets)``. Inputs are a tensor ``(B, *S)`` or a tuple
-            ``(x, *args)`` and are taken to the network's device and dtype; targets are what the objective reads. An
+            list, or any other iterable of batches ``(inputs, targets)``. Inputs are a tensor ``(B, *S)``, a tuple
+            ``(x, *args)`` or a mapping of what the network takes by keyword, and are taken to its device and, where
+            they are floating, its dtype; targets are what the objective reads. An
             iterator has one epoch.
         epochs: number of epochs, of all that the run has had; 0 or more.
         optimizer: makes the optimizer from the list of the network's parameters, as
@@ -269,7 +270,7 @@ def _materialize(network: nn.Module, source: Source) -> None:
         inputs, _ = part(first, slice(2))
         in_first = BatchNotes(source.name).next(first[0])
         with in_first, torch.no_grad(), keeping_state(network), evaluating(network):
-            network(*tree_map(lambda x: inputs_for(network, x) if isinstance(x, Tensor) else x, arguments(inputs)))
+            call(network, inputs_for(network, inputs))
 
 
 def _load(run: Run | None, checkpoint: str) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ def accuracy(output: Any, y: Any) -> Tensor:
     """1 where the largest of the logits is at the label, else 0, ``(B,)`` float32.
 
     Args:
-        output: logits ``(B, classes)``.
+        output: logits ``(B, classes)``, or what holds them as "logits".
         y: classes ``(B,)``, or shares of the classes ``(B, classes)``.
 
     Returns:

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-
-from odenets.training.sources import arguments, samples_in
+from odenets.inputs import samples_in, tensors_in
 
 __all__ = ["BatchNotes"]
 
@@ -28,12 +26,12 @@ class BatchNotes:
     def next(self, inputs: Any) -> Iterator[None]:
         """What is done with the next batch."""
         self.number += 1
-        shapes = [tuple(x.shape[1:]) for x in arguments(inputs) if isinstance(x, Tensor)]
+        shapes = [tuple(x.shape[1:]) for x in tensors_in(inputs)]
         self.first = self.first or shapes
         try:
             yield
         except Exception as error:
-            kinds = {str(x.dtype) for x in arguments(inputs) if isinstance(x, Tensor) and not x.is_floating_point()}
+            kinds = {str(x.dtype) for x in tensors_in(inputs) if not x.is_floating_point()}
             whole = f" with {' and '.join(sorted(kinds))}, where inputs come before targets" if kinds else ""
             other = f", and those of the first {self.first}" if shapes != self.first else ""
             error.add_note(

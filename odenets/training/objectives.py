@@ -20,7 +20,8 @@ from odenets.training.step_counting import StepCounter, eagerly
 __all__ = ["Batch", "CrossEntropy", "Objective", "ReverseCrossEntropy", "Task", "check_loss", "targets_of"]
 
 Batch = tuple[Any, Any]
-"""Inputs, a tensor x or a tuple ``(x, *args)`` with what the velocity fields get besides, and targets."""
+"""Inputs, a tensor x, a tuple ``(x, *args)`` with what the velocity fields get besides, or a mapping of inputs by
+keyword, and targets."""
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:
@@ -92,7 +93,8 @@ class Objective(StepCounter):
         Args:
             network: a :class:`~odenets.Recorder`, or a :class:`~odenets.recording.Recording` of one in whatever wraps
                 it: ``DistributedDataParallel(Recording(network, objective.measures))``.
-            x: inputs, a tensor ``(B, *S)`` or a tuple ``(x, *args)``.
+            x: inputs, a tensor ``(B, *S)``, a tuple ``(x, *args)``, or a mapping of what the network takes by keyword,
+                such as a batch of Hugging Face's tokenizers.
             y: targets.
             rest: nothing; more arguments are refused.
 
@@ -110,7 +112,7 @@ class Objective(StepCounter):
         """
         if y is _MISSING or rest:
             raise TypeError(
-                "an objective is called as objective(network, x, y), where x may be (x, *args), got "
+                "an objective is called as objective(network, x, y), where x may be (x, *args) or {'x': x}, got "
                 f"{1 + (x is not _MISSING) + (y is not _MISSING) + len(rest)} arguments: with output and records at "
                 "hand take objective.loss(network, (x, y), output, records)"
             )
@@ -228,6 +230,9 @@ class Task(Objective):
 class CrossEntropy(Objective):
     """Cross-entropy of the output, in float32 at least. Labels are classes, or shares of the classes.
 
+    The output is logits ``(B, classes)``, or a mapping or an object that holds them as "logits", as the ModelOutput of
+    Hugging Face's models. A ``loss`` that such a model computes from labels among its inputs is not used, here or in
+    any other objective: what is minimized is that of the targets y. ``Task(lambda output, y: output.loss)`` is it.
     A sample with the label -100 counts for nothing, as in torch; its action counts.
 
     Args:
@@ -251,7 +256,7 @@ class CrossEntropy(Objective):
         self.label_smoothing = label_smoothing
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
-        """The cross-entropy of logits ``output``, ``(B, classes)``, and the labels in ``batch``, a scalar.
+        """The cross-entropy of logits in ``output``, ``(B, classes)``, and the labels in ``batch``, a scalar.
 
         ``network`` and ``records`` play no part.
 

@@ -12,8 +12,9 @@ import torch
 from torch import distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from odenets.inputs import samples_in
 from odenets.training.sharding import is_divided
-from odenets.training.sources import Collate, Source, part, samples_in
+from odenets.training.sources import Collate, Source, part
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
 
+from odenets.inputs import arguments, has_rows, kind_of, plain, rows, samples_in
 from odenets.modes import device_of, dtype_of, random_state, set_random_state
 from odenets.training.data import Batches, TensorData, data_for
 
@@ -27,7 +28,8 @@ PARTS = ("", "sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
 class Source:
     """The batches ``(inputs, targets)`` of an iterable.
 
-    ``inputs`` is a tensor ``(B, ...)`` or a tuple ``(x, *args)``, ``targets`` whatever the objective reads.
+    ``inputs`` is a tensor ``(B, ...)``, a tuple ``(x, *args)`` or a dictionary of what the network takes by keyword,
+    ``targets`` whatever the objective reads.
 
     Attributes:
         data: the iterable: a DataLoader, a list, an iterator, which has one epoch, or what else yields batches.
@@ -200,12 +202,8 @@ class Source:
         if self.collate is not None:
             batch, which = self.collate(batch), f"what collate returns for {which}"
         if not (isinstance(batch, tuple | list) and len(batch) == 2):
-            raise TypeError(
-                f"{which} must be a pair (inputs, targets), got {_described(batch)}: "
-                + ("return two" if self.collate else "give collate=, a function batch -> (inputs, targets)")
-            )
-        inputs, targets = batch
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs  # as torch's default_collate makes them
+            raise TypeError(f"{which} must be a pair (inputs, targets), got {kind_of(batch)}: {self._remedy(batch)}")
+        inputs, targets = plain(batch[0]), batch[1]  # torch's default_collate makes lists
         if samples_in(inputs, which) == 0:
             raise ValueError(f"{which} must hold samples, got none")
         if self._place is None:
@@ -213,6 +211,14 @@ class Source:
         device, dtype = self._place
         finer = torch.promote_types(dtype, torch.float32)
         return _moved(inputs, device, dtype), _moved(targets, device, finer)
+
+    def _remedy(self, batch: Any) -> str:
+        if self.collate is not None:
+            return "return two"
+        if isinstance(batch, Mapping) and "labels" in batch:
+            inputs = '{name: x for name, x in batch.items() if name != "labels"}'
+            return f'give collate=lambda batch: ({inputs}, batch["labels"])'
+        return "give collate=, a function batch -> (inputs, targets)"
 
     def _parts(self) -> dict[str, Any]:
         """What decides the order, each once."""
@@ -279,39 +285,16 @@ class _Begun:
     after: dict[str, Any]
 
 
-def arguments(inputs: Any) -> tuple[Any, ...]:
-    """The arguments ``(x, *args)`` of a network for the inputs of a batch, a tensor or that tuple."""
-    return inputs if isinstance(inputs, tuple) else (inputs,)
-
-
-def samples_in(inputs: Any, which: str = "a batch") -> int:
-    """Samples in the inputs of a batch: the length of their first tensor.
-
-    Raises:
-        TypeError: that is no tensor ``(B, ...)``.
-    """
-    leaf = inputs if isinstance(inputs, Tensor) else next(iter(tree_leaves(inputs)), None)
-    if not isinstance(leaf, Tensor) or leaf.ndim == 0:
-        raise TypeError(f"the inputs of {which} must be tensors (B, ...), got {_described(leaf)}")
-    return len(leaf)
-
-
 def part(batch: Any, index: slice) -> Any:
     """The samples at ``index`` of a pair ``(inputs, targets)``.
 
     Of every tensor that has one row a sample, and of targets that are a list with one entry a sample.
     """
     (inputs, targets), n = batch, samples_in(batch[0])
-
-    def has_rows(leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == n
-
-    def rows(leaf: Any) -> Any:
-        return leaf[index] if has_rows(leaf) else leaf
-
-    if isinstance(targets, tuple | list) and len(targets) == n and not all(map(has_rows, tree_leaves(targets))):
-        return tree_map(rows, inputs), targets[index]
-    return tree_map(rows, (inputs, targets))
+    listed = isinstance(targets, tuple | list) and len(targets) == n
+    if listed and not all(has_rows(leaf, n) for leaf in tree_leaves(targets)):
+        return rows(inputs, index, n), targets[index]
+    return rows((inputs, targets), index, n)
 
 
 def _moved(tree: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -331,13 +314,3 @@ def _is_pair(data: Any) -> bool:
         and all(isinstance(part, Tensor) and part.ndim for part in data)
         and len(data[0]) == len(data[1])
     )
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__} of {len(value)} parts"
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} with {list(value)[:6]}"
-    if isinstance(value, Tensor):
-        return f"one tensor {tuple(value.shape)}"
-    return type(value).__name__

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_leaves, tree_map
 
+from odenets.inputs import arguments
 from odenets.modes import device_of
 from odenets.network import Network
 from odenets.training.metrics import Metric, accuracy
 from odenets.training.objectives import Objective
 from odenets.training.optimization import MakeOptimizer, make_optimizer
-from odenets.training.sources import arguments
 
 __all__ = ["Instance", "Stack", "stacked"]
 

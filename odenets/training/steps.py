@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from odenets.inputs import samples_in
 from odenets.modes import total_dtype
 from odenets.recording import Recording, record
 from odenets.training.labels import logits_and_labels
 from odenets.training.metrics import Metric, check_labels
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, check_loss
 from odenets.training.sharding import gather_for_record
-from odenets.training.sources import part, samples_in
+from odenets.training.sources import part
 from odenets.training.state import Training
 from odenets.training.step_counting import after_step
 

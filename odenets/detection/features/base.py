@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from odenets.detection.isolation import keeping_random_states, to_network
+from odenets.inputs import call, is_by_keyword, plain, rows, samples_in, tensors_in
 from odenets.modes import device_of, evaluating
 
-__all__ = ["Features", "check_images", "in_batches"]
+__all__ = ["Features", "check_images", "check_inputs", "in_batches"]
 
 
 class Features:
@@ -38,7 +40,8 @@ class Features:
 
         Args:
             network: whose steps may be read.
-            x: images ``(B, C, H, W)``, pixels in [0, 1].
+            x: images ``(B, C, H, W)``, pixels in [0, 1]; or a mapping of what the network takes by keyword, where the
+                kind reads the path alone, as :class:`~odenets.detection.Trajectory` does.
 
         Returns:
             ``(B, F)``, float32 or wider; gradients pass where the features are differentiable.
@@ -55,11 +58,13 @@ class Features:
 
     def output_and_features(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output of a ``network`` and the features of a batch ``x``, in one pass where that is possible."""
-        return network(to_network(network, x)), self(network, x)
+        return call(network, to_network(network, x)), self(network, x)
 
 
 @torch.no_grad()
-def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, batch_size: int = 256) -> Tensor:
+def in_batches(
+    call: Callable[[Any], Tensor], network: nn.Module, x: Tensor | Mapping[str, Any], batch_size: int = 256
+) -> Tensor:
     """What a function gives for many inputs, a batch at a time, in eval mode and without gradients.
 
     The network's modes are restored, and so are the random states, from which it may draw.
@@ -67,7 +72,7 @@ def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, 
     Args:
         call: of a batch ``(B, ...)`` on the network's device, a tensor with a row for each.
         network: whose modes and device they are.
-        x: inputs, ``(N, ...)``.
+        x: inputs, ``(N, ...)``, or a mapping with such, of which what has no row for each is in every batch.
         batch_size: inputs at a time.
 
     Returns:
@@ -80,11 +85,33 @@ def in_batches(call: Callable[[Tensor], Tensor], network: nn.Module, x: Tensor, 
     >>> in_batches(network, network, torch.rand(1000, 3), 100).shape
     torch.Size([1000, 2])
     """
-    if len(x) == 0 or batch_size < 1:
-        raise ValueError(f"x must hold inputs and batch_size be at least 1, got {len(x)} and {batch_size}")
-    device = device_of(network, x.device)
+    n = samples_in(x, "a network")
+    if n == 0 or batch_size < 1:
+        raise ValueError(f"x must hold inputs and batch_size be at least 1, got {n} and {batch_size}")
+    inputs, device = plain(x), device_of(network, tensors_in(x)[0].device)
+
+    def moved(leaf: Any) -> Any:
+        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
     with evaluating(network), keeping_random_states(device):
-        return torch.cat([call(part.to(device)).cpu() for part in x.split(batch_size)])
+        parts = (rows(inputs, slice(i, i + batch_size), n) for i in range(0, n, batch_size))
+        return torch.cat([call(tree_map(moved, part)).cpu() for part in parts])
+
+
+def check_inputs(x: Any, name: str = "images") -> Any:
+    """Images as :func:`check_images` has them, or a mapping of inputs by keyword, which are finite; as dictionary.
+
+    Raises:
+        TypeError, ValueError: as there; or a mapping without samples, or with numbers that are not finite.
+    """
+    if not is_by_keyword(x):
+        return check_images(x, name)
+    if samples_in(x, name) == 0:
+        raise ValueError(f"{name} must not be empty, got no sample")
+    for key, value in x.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity in {key!r}")
+    return plain(x)
 
 
 def check_images(x: Tensor, name: str = "images") -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import in_batches
 from odenets.detection.isolation import to_network
+from odenets.inputs import is_by_keyword, kind_of
 from odenets.recording import is_recorder
 
-__all__ = ["feature_map_values", "feature_maps_of", "pooled"]
+__all__ = ["check_positional", "feature_map_values", "feature_maps_of", "pooled"]
 
 
 def feature_maps_of(network: nn.Module, x: Tensor, count: int | None = None) -> list[Tensor]:
@@ -30,6 +32,7 @@ def feature_maps_of(network: nn.Module, x: Tensor, count: int | None = None) -> 
         Feature maps, each ``(B, *S)``, first to last: one more than there are runs, or the first ``count``.
 
     Raises:
+        TypeError: inputs by keyword.
         ValueError: the network has no steps.
 
     >>> import odenets
@@ -39,6 +42,7 @@ def feature_maps_of(network: nn.Module, x: Tensor, count: int | None = None) -> 
     """
     if not is_recorder(network):
         raise ValueError(f"network must have steps, got {type(network).__name__}: pass odenets.adapt(network)")
+    check_positional(x)
     maps: list[Tensor] = []
     for step in network.steps(to_network(network, x), closing=False):
         if not maps:
@@ -50,6 +54,19 @@ def feature_maps_of(network: nn.Module, x: Tensor, count: int | None = None) -> 
         if count is not None and len(maps) > count:
             break
     return maps[:count]
+
+
+def check_positional(x: Any) -> None:
+    """That inputs are a tensor: feature maps of tokens would count those that a mask leaves out.
+
+    Raises:
+        TypeError: they come by keyword.
+    """
+    if is_by_keyword(x):
+        raise TypeError(
+            f"feature maps must be of a tensor x of inputs, got a {kind_of(x)}: Trajectory measures the steps of a "
+            "network that takes its inputs by keyword, where masks count"
+        )
 
 
 def pooled(state: Tensor) -> Tensor:

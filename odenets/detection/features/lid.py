@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features
-from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of
+from odenets.detection.features.feature_maps import check_positional, feature_map_values, feature_maps_of
 from odenets.errors import check_count
 
 __all__ = ["LID", "local_dimension"]
@@ -72,8 +72,10 @@ class LID(Features):
             Itself.
 
         Raises:
+            TypeError: inputs by keyword.
             ValueError: fewer images than the reference is to hold, or states that are not finite.
         """
+        check_positional(x)
         if len(x) < self.reference:
             raise ValueError(f"x must hold at least the reference = {self.reference} images, got {len(x)}")
         drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[: self.reference]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features, check_images
-from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of, pooled
+from odenets.detection.features.feature_maps import check_positional, feature_map_values, feature_maps_of, pooled
 
 __all__ = ["MAGNITUDES", "Mahalanobis"]
 
@@ -85,9 +85,11 @@ class Mahalanobis(Features):
             Itself.
 
         Raises:
+            TypeError: inputs by keyword.
             ValueError: labels that do not fit the images or leave a class out, or states that are not finite or do not
                 vary within the classes.
         """
+        check_positional(x)
         labels = _labels(x, y)
         means, factors, mean, factor = [], [], [], []
         for i, values in enumerate(feature_map_values(network, x)):

@@ -13,6 +13,7 @@ from odenets import measures
 from odenets.detection.features.base import Features
 from odenets.detection.isolation import to_network
 from odenets.errors import check_count
+from odenets.inputs import call
 from odenets.measures import StepFunction, measure
 from odenets.recording import Recorder, is_recorder
 from solvers import Step
@@ -82,6 +83,7 @@ class Trajectory(Features):
     def __call__(self, network: nn.Module, x: Tensor) -> Tensor:
         """Features of a batch ``x`` by a ``network``, ``(B, F)``, float32 or wider.
 
+        x is a tensor, or a mapping of what the network takes by keyword, such as token ids and their mask.
         Of each measure all blocks, one measure after the other.
 
         Raises:
@@ -98,7 +100,7 @@ class Trajectory(Features):
         """
         if not is_recorder(network):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
-        output, records = network.record(to_network(network, x), **self.measures(network))
+        output, records = call(network.record, to_network(network, x), **self.measures(network))
         return output, torch.cat([values.T for values in records.values()], 1)
 
     def names(self, network: nn.Module, depth: int | None = None) -> list[str]:

@@ -110,7 +110,7 @@ class Wrapped(nn.Module):
     [
         (lambda z: (z, None), TypeError, "got a tuple: wrap it in a module that returns the logits alone"),
         (lambda z: [z], TypeError, "got a list"),
-        (lambda z: {"logits": z}, TypeError, "got a dict"),
+        (lambda z: {"scores": z}, TypeError, "got a dict"),
         (lambda z: None, TypeError, "got a NoneType"),
         (lambda z: z.argmax(1), TypeError, "got a tensor of torch.int64"),
         (lambda z: z[:, 0], ValueError, r"got shape \(1,\) for 1 inputs"),

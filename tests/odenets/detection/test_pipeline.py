@@ -72,7 +72,7 @@ def test_features_in_double_precision_keep_their_scale():
 @pytest.mark.parametrize(
     ("output", "error", "match"),
     [
-        (lambda z: {"logits": z}, TypeError, "network must return logits, .*got a dict"),
+        (lambda z: {"scores": z}, TypeError, "network must return logits, .*got a dict"),
         (lambda z: z[:, :, None], ValueError, r"network must return logits, .*got shape \(80, 10, 1\)"),
         (lambda z: z * torch.nan, ValueError, "features and logits must be finite"),
     ],

@@ -188,7 +188,13 @@ LABELS = torch.tensor([0, 1, 2])
     ("output", "y", "error", "message"),
     [
         ((torch.rand(3, 4), None), LABELS, TypeError, "the network must return logits.* got tuple"),
-        ({"logits": torch.rand(3, 4)}, LABELS, TypeError, "the network must return logits.* got dict"),
+        ({"scores": torch.rand(3, 4)}, LABELS, TypeError, r"must return logits.* got dict: Task\(lambda output, y: F"),
+        (
+            {"logits": torch.rand(3, 5, 4)},
+            LABELS,
+            ValueError,
+            r"got \(3, 5, 4\): Task\(lambda output, y: .*flatten\(0, 1",
+        ),
         (torch.ones(3, 4, dtype=torch.long), LABELS, TypeError, "the network must return logits.* got torch.int64"),
         (torch.rand(3), LABELS, ValueError, r"logits \(B, classes\) of two classes or more, got \(3,\)"),
         (torch.rand(3, 1), LABELS * 0, ValueError, r"of two classes or more, got \(3, 1\)"),
