@@ -60,7 +60,7 @@ class Reader(nn.Module):
 
 
 def sentences(n=8, length=5, seed=0):
-    """Token ids, which hold what does not count behind each end, their mask, and the kind of word that is most there."""
+    """Token ids, some of which do not count, their mask, and classes: the kind of word that is most there."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(WORDS, (n, length), generator=generator)
     mask = (torch.arange(length) < torch.randint(2, length + 1, (n, 1), generator=generator)).long()

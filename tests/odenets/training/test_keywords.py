@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -13,7 +14,7 @@ from odenets.least_action import ActionPenalty, LeastAction
 from odenets.training import CrossEntropy, Task, accuracy, evaluate, fit, fit_instances
 from odenets.training.data import Batches
 from odenets.training.sources import Source, part
-from tests.odenets.keywords import Encoding, reader, sentences
+from tests.odenets.keywords import Encoding, Reader, reader, sentences
 
 INPUTS, LABELS = sentences(40)
 SGD = partial(torch.optim.SGD, lr=0.5)
@@ -93,6 +94,24 @@ def test_fit_takes_batches_as_tokenizers_make_them():
     with torch.no_grad():
         assert evaluation.loss == pytest.approx(F.cross_entropy(logits(network), LABELS).item(), rel=1e-5)
         assert evaluation.accuracy == pytest.approx(accuracy(network(**INPUTS), LABELS).mean().item())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_batches_and_outputs_of_hugging_face_pass_in_any_precision(precision):
+    transformers = pytest.importorskip("transformers")
+
+    class Returning(Reader):
+        def record(self, **inputs):
+            output, records = super().record(**inputs)
+            return transformers.modeling_outputs.SequenceClassifierOutput(**output), records
+
+    torch.manual_seed(0)
+    network, batches = Returning(), [(transformers.BatchEncoding(dict(INPUTS)), LABELS)] * 3
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    options = {"validation": batches, "fabric": fabric, "objective": LeastAction()}
+    rows = fit(network, batches, epochs=5, optimizer=SGD, **options).rows
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    assert evaluate(network, batches).loss == pytest.approx(rows[-1]["validation_loss"], rel=0.02)
 
 
 def test_floating_inputs_by_keyword_come_in_the_precision_of_the_network():

@@ -145,13 +145,13 @@ def test_no_gradients_are_left():
 
 
 class OfLogits(Objective):
-    """Cross-entropy of what stands first in a tuple, or under "logits"."""
+    """Cross-entropy of what stands first in a tuple, or under "scores"."""
 
     def loss(self, network, batch, output, records):
-        return F.cross_entropy(output["logits"] if isinstance(output, dict) else output[0], batch[1])
+        return F.cross_entropy(output["scores"] if isinstance(output, dict) else output[0], batch[1])
 
 
-@pytest.mark.parametrize("how", [lambda z: (z, None), lambda z: {"logits": z}])
+@pytest.mark.parametrize("how", [lambda z: (z, None), lambda z: {"scores": z}])
 def test_outputs_that_are_no_tensors_are_the_objectives_matter(how):
     def network():
         torch.manual_seed(0)
