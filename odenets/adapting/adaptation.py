@@ -125,7 +125,9 @@ def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Mapping) and any(isinstance(one, Tensor) for one in example.values()):
         return (), dict(example)
     several = example if isinstance(example, list | tuple | Mapping) else [example]
-    if example is not None and (isinstance(example, type | list | Mapping) or not any(isinstance(one, Tensor) for one in several)):
+    if example is not None and (
+        isinstance(example, type | list | Mapping) or not any(isinstance(one, Tensor) for one in several)
+    ):
         raise TypeError(
             "example must be a tensor, a tuple of inputs or a mapping of inputs by keyword, got "
             f"{type(example).__name__}: blocks are named by keyword, adapt(model, blocks=...)"

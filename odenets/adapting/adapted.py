@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting.blocks import BlockSpec
-from odenets.adapting.finding import Blocks, find, samples_of
+from odenets.adapting.finding import Blocks, find
 from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts, step_names
 from odenets.adapting.hooks import Hooks
+from odenets.adapting.layouts import samples_of
 from odenets.adapting.places import tensors_in
 from odenets.measures import Measure, StepFunction
 from odenets.printing import table
@@ -74,7 +76,8 @@ class AdaptedModel(nn.Module):
         self._expected: tuple[BlockSpec, ...] | None = None  # of a pass, where the program has been seen
         self._following: dict[str, BlockSpec] = {}
         self._visited: list[Visited] | None = None
-        self._hidden: tuple[str, ...] = ()
+        self._notes: tuple[str, ...] = ()  # what is not recorded of the program
+        self._axis = 0  # of the inputs, along which the samples lie
         self._reads: tuple[str, ...] = ()
         self._warned = False
         if blocks is not None:
@@ -86,7 +89,8 @@ class AdaptedModel(nn.Module):
         pairs = zip(self._blocks, self._blocks[1:], strict=False)
         self._following = {before.name: block for before, block in pairs if block.start is None}
         if found is not None:
-            self._expected, self._hidden, self._reads = found.steps, found.hidden, found.reads
+            self._expected, self._reads, self._axis = found.steps, found.reads, found.axis
+            self._notes = (*(f"a step that is not seen in {name}" for name in found.hidden), *found.others)
         if self._whole:
             self.hooks.attach(self.model, self._blocks)
 
@@ -249,7 +253,7 @@ class AdaptedModel(nn.Module):
                 return self._run(inputs, keywords, measures, keep)
         self._check_input(inputs, keywords)
         self.find(*inputs, **keywords)
-        samples = samples_of(inputs, keywords)
+        samples = samples_of(inputs, keywords, self._axis)
         current = ForwardPass(measures, samples, keep, self.hooks.in_place, self._following)
         with self.hooks.running(current, self.model):
             output = self.model(*inputs, **keywords)
@@ -337,9 +341,11 @@ class AdaptedModel(nn.Module):
         for m, (name, block, shape) in enumerate(zip(self.names, self._last_steps(), shapes, strict=True)):
             projection = block.projection if block.projection != "" else "yes"
             rows.append((str(m), name, block.kind, " x ".join(map(str, shape)), projection or ""))
-        hidden = [f"  {len(self._hidden)} more are not seen: {', '.join(self._hidden)}"] if self._hidden else []
+        notes = [
+            f"  not recorded: {note}{f' ({n} times)' if n > 1 else ''}" for note, n in Counter(self._notes).items()
+        ]
         lines = table(("step", "name", "kind", "shape", "projection"), rows)
-        return "\n".join([f"AdaptedModel({kind}, {len(rows)} steps)", *lines, *hidden])
+        return "\n".join([f"AdaptedModel({kind}, {len(rows)} steps)", *lines, *notes])
 
 
 _GIVE = "give one, adapt(model, torch.randn(2, 3, 32, 32)), or call the model once before"

@@ -5,33 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from odenets.adapting.operators import ELEMENTWISE, FUSED, JOINING, LINEAR, PACKED, SUMS
 from odenets.adapting.program import Call, Node, Program
 
 __all__ = ["Addition", "Found", "find_additions"]
-
-LINEAR = frozenset(
-    "convolution _convolution conv1d conv2d conv3d linear linear_dynamic addmm mm matmul mkldnn_convolution "
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm "
-    "native_layer_norm layer_norm native_group_norm group_norm rms_norm _fused_rms_norm instance_norm "
-    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d mean "
-    "max_pool2d_with_indices max_pool3d_with_indices max_pool2d quantized_max_pool2d quantized_max_pool1d "
-    "constant_pad_nd pad reflection_pad2d replication_pad2d slice select narrow index index_select split "
-    "split_with_sizes chunk unbind permute transpose t as_strided view _unsafe_view reshape clone expand repeat "
-    "unsqueeze squeeze flatten contiguous detach alias cat _to_copy to roll flip pixel_shuffle pixel_unshuffle "
-    "upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d mul div neg add sub dropout written".split()
-)
-"""Operators that are linear, a norm or a pooling in what depends on the input, where that is one operand: shortcuts."""
-
-ELEMENTWISE = frozenset(
-    "relu relu6 gelu silu hardswish hardtanh leaky_relu elu selu celu tanh sigmoid hardsigmoid mish softplus clamp "
-    "clamp_min _prelu_kernel prelu mul div".split()
-)
-"""Operators on a sum that belong to its step, of one operand that depends on the input."""
-
-JOINING = frozenset({"add", "sub", "cat", "stack", "written"})
-"""Operators that are linear in several operands together."""
-
-SUMS = frozenset({"add", "sub", "addcmul", "addmm", "baddbmm", "sum", "add_relu"})
 
 
 @dataclass(eq=False)
@@ -109,9 +86,9 @@ def _operands(node: Node) -> list[Node]:
             return []
         parts = [one.value for one in stacked.inputs]
         return [one for one in parts if _size(one) == _size(node)] if len(parts) > 1 else []
-    first = node.inputs[:1] if node.op in ("addcmul", "addmm", "baddbmm") else node.inputs
+    first = node.inputs[:1] if node.op in FUSED else node.inputs
     operands = [one for one in first if one.shape == node.shape and one.floating]
-    if node.op in ("addcmul", "addmm", "baddbmm") and operands:
+    if node.op in FUSED and operands:
         operands.append(node)  # the branch is the operator itself
     return operands
 
@@ -124,31 +101,44 @@ def _size(node: Node) -> int:
 
 
 def _residual(node: Node, operands: Sequence[Node], additions: dict[Node, Addition]) -> Addition | str:
-    minuends = operands[:1] if node.op == "sub" else operands
+    """The addition that a sum is, or the reason why it is none, "" if it has nothing of one."""
+    minuends, reason = operands[:1] if node.op == "sub" else operands, ""
     for x in minuends:
         branches = [one for one in operands if one is not x]
         for state in (x.value, *_grown(x.value, node, additions)):
-            if state.op == "parameter":
+            between = [_between(state, one) if one is not node else _inputs_between(state, node) for one in branches]
+            if state.op == "parameter" or not branches or not (all(between) or state is not x.value):
                 continue
-            between = [_between(state, branch) if branch is not node else _inputs_between(state, node) for branch in branches]
-            if all(between) and any(map(_learned, between)):
+            if any(_continues(one.value, state, additions) for one in branches):
+                reason = "a sum of two states"
+            elif state is not x.value or any(map(_learned, between)):
                 return _made(node, state, state, branches[0], False)
-    reason = ""
-    for x in minuends:
-        branches = [one for one in operands if one is not x and one is not node]
-        if len(branches) != 1:
-            continue
+            else:
+                reason = "a branch without parameters"
+    if reason or len(operands) != 2 or operands[1] is node:
+        return reason
+    for x, branch in zip(minuends, operands[::-1], strict=False):
         for source in _projected_from(x.value):
-            between = [_between(source, branches[0])]
-            if not between[0]:
+            between = _between(source, branch)
+            if not between or _between(x.value, branch):
                 continue
-            if not any(map(_nonlinear, between)):
+            if not _nonlinear(between):
                 reason = "a sum of two linear maps of one state"
-            elif not any(map(_learned, between)):
+            elif not _learned(between):
                 reason = "a branch without parameters"
             else:
-                return _made(node, x.value, source, branches[0], True)
+                return _made(node, x.value, source, branch, True)
     return reason
+
+
+def _continues(x: Node, state: Node, additions: dict[Node, Addition]) -> bool:
+    """Whether x is what steps that begin at a state make of it."""
+    ends = {one.x1.value: one for one in additions.values() if not one.projected}
+    while (addition := ends.get(x)) is not None:
+        x = addition.x0.value
+        if x is state:
+            return True
+    return False
 
 
 def _made(node: Node, state: Node, source: Node, summand: Node, projected: bool) -> Addition:
@@ -159,9 +149,12 @@ def _made(node: Node, state: Node, source: Node, summand: Node, projected: bool)
 
 
 def _grown(x: Node, node: Node, additions: dict[Node, Addition]) -> list[Node]:
-    """The state of a sum to which only this one adds further: ``x + f(x) + g(x)``."""
+    """The state of a sum to which only this one adds further, in the same module: ``x + f(x) + g(x)``."""
     before = additions.get(x)
-    if before is None or before.projected or any(user is not node and not user.same for user in _users(x)):
+    if before is None or before.projected or before.node.call is not node.call or _returned(x):
+        return []
+    others = [one for one in node.inputs if one.value is not x]
+    if _users(x) != [node] or any(one.fixed or one.shape != node.shape for one in others):
         return []
     return [before.x0]
 
@@ -175,7 +168,7 @@ def _users(node: Node) -> list[Node]:
 
 
 def _finished(node: Node) -> Node:
-    """The end of the step: what elementwise functions make of the sum, within its module, where nothing else reads it."""
+    """The end of the step: what elementwise functions in the same module make of the sum, if nothing else reads it."""
     while True:
         users = _users(node)
         if len(users) != 1 or _returned(node):
@@ -195,7 +188,7 @@ def _returned(node: Node) -> bool:
 
 
 def _between(source: Node, node: Node) -> frozenset[Node]:
-    """What is computed from the source, and goes into the node, the node among it; empty if it does not depend on it."""
+    """What is computed from the source and goes into the node, which is among it; empty if it does not depend on it."""
     before: set[Node] = set()
     stack = [node]
     while stack:
@@ -221,11 +214,7 @@ def _inputs_between(state: Node, node: Node) -> frozenset[Node]:
 
 def _learned(region: Iterable[Node]) -> bool:
     """Whether parameters go into the region: tensors, or weights that an operator holds by itself."""
-    return any(one.op in _HOLDERS or any(each.learned for each in one.inputs) for one in region)
-
-
-_HOLDERS = frozenset({"linear_dynamic", "linear", "conv2d", "conv1d", "conv3d", "conv2d_relu", "linear_relu"})
-"""Operators on packed weights."""
+    return any(one.op in PACKED or any(each.learned for each in one.inputs) for one in region)
 
 
 def _nonlinear(region: Iterable[Node]) -> bool:
@@ -236,7 +225,7 @@ def _nonlinear(region: Iterable[Node]) -> bool:
 def _projected_from(x: Node) -> list[Node]:
     """What a node is a linear map of, from the nearest on."""
     sources: list[Node] = []
-    while x.op in LINEAR and len(varying := [one for one in x.inputs if not one.fixed]) == 1:
+    while x.op in LINEAR and len(varying := [*dict.fromkeys(one for one in x.inputs if not one.fixed)]) == 1:
         x = varying[0]
         if x.floating:
             sources.append(x)
@@ -247,17 +236,23 @@ def _outermost(additions: list[Addition], others: list[tuple[Node, str]]) -> lis
     """Without those within the branch of another; but for a sum over states that are used elsewhere too."""
     kept: list[Addition] = []
     for addition in sorted(additions, key=lambda one: -one.node.index):
-        outer = next((one for one in kept if addition.node in one.region), None)
+        outer = next((one for one in kept if _lies_in(addition, one)), None)
         if outer is not None:
             outer.within.append(addition)
             continue
-        inner = [one for one in additions if one is not addition and one.node in addition.region]
-        inner = [one for one in inner if not _grows(one, addition)]
+        inner = [one for one in additions if _lies_in(one, addition) and not _grows(one, addition)]
         if any(_escapes(one.x1, addition) for one in inner):
             others.append((addition.node, "a sum over several blocks whose states are used elsewhere too"))
             continue
         kept.append(addition)
     return kept[::-1]
+
+
+def _lies_in(inner: Addition, outer: Addition) -> bool:
+    """Whether an addition is within the branch of another, and begins there too: coupled states do not."""
+    if inner is outer or inner.node not in outer.region:
+        return False
+    return inner.source is outer.source or inner.source.value in outer.region or inner.source in outer.region
 
 
 def _grows(inner: Addition, outer: Addition) -> bool:

@@ -10,7 +10,6 @@ from odenets.adapting.places import Place
 __all__ = ["layers_of"]
 
 
-
 def layers_of(model: nn.Module) -> tuple[BlockSpec, ...]:
     """The layers that keep the shape, each with the norm and activation after it, if the ``model`` is a chain.
 

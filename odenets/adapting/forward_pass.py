@@ -160,9 +160,7 @@ class ForwardPass:
             )
         rows = x0.shape[block.samples.axis] if x0.ndim > block.samples.axis else 0
         if self.samples is not None and rows != block.samples.rows * self.samples:
-            raise ValueError(
-                f"block {block.name!r} has states of shape {tuple(x0.shape)} for {self.samples} samples"
-            )
+            raise ValueError(f"block {block.name!r} has states of shape {tuple(x0.shape)} for {self.samples} samples")
 
     def _shape(self, block: BlockSpec, x0: Tensor) -> tuple[int, ...]:
         """The shape of a sample's state."""

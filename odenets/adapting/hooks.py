@@ -38,12 +38,12 @@ class Hooks:
                 modules.setdefault((place.of, place.side), []).append(event)
             else:
                 self.functions.setdefault(place._replace(path=()), []).append(event)
-        for (name, side), events in modules.items():
+        for (name, side), events in modules.items():  # hooks are not set by methods, which scripts refuse
             module = model.get_submodule(name)
             if side == "input":
-                module.register_forward_pre_hook(partial(_input_hook, self, events), with_kwargs=True)
+                nn.Module.register_forward_pre_hook(module, partial(_input_hook, self, events), with_kwargs=True)
             else:
-                module.register_forward_hook(partial(_output_hook, self, events))
+                nn.Module.register_forward_hook(module, partial(_output_hook, self, events))
 
     @property
     def current(self) -> ForwardPass | None:
@@ -129,7 +129,9 @@ class _Functions(TorchFunctionMode):
     def __init__(self, current: ForwardPass, places: Mapping[Place, list[Event]], model: nn.Module) -> None:
         super().__init__()
         self.current, self.model = current, model
-        self.sides = {side: {p.of: events for p, events in places.items() if p.side == side} for side in ("input", "output")}
+        self.sides = {
+            side: {p.of: events for p, events in places.items() if p.side == side} for side in ("input", "output")
+        }
         self.codes: set[Code] = {place.of.code for place in places if isinstance(place.of, Site)}
         self.names: dict[int, str] = {}
 

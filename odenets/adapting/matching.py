@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 
 from torch import nn
 
@@ -154,12 +155,12 @@ def _spec(model: nn.Module, index: _Index, addition: Addition, start: Place, end
     if addition.projected:
         projection = str(start.of) if start.is_module and start.side == "output" else ""
     branch = index.branch_of(addition) if addition.x1 is not addition.node else None
-    return BlockSpec(_branch(model, addition), block, rule.kind if rule else "residual", start, (end,), projection, branch)
+    return BlockSpec(
+        _branch(model, addition), block, rule.kind if rule else "residual", start, (end,), projection, branch
+    )
 
 
-def _named(
-    model: nn.Module, steps: Sequence[tuple[BlockSpec, Addition]]
-) -> Iterator[tuple[BlockSpec, Addition]]:
+def _named(model: nn.Module, steps: Sequence[tuple[BlockSpec, Addition]]) -> Iterator[tuple[BlockSpec, Addition]]:
     """The steps with the names of their blocks: steps of blocks within each other are of the outer one."""
     specs = list(dict.fromkeys(spec for spec, _ in steps))
     outer = {spec: _outer(spec.block, [one.block for one in specs]) for spec in specs}
@@ -175,9 +176,16 @@ def _named(
             part = part.removeprefix(f"{block}.") if block else part
             name = block if len(of_block) == 1 and block else f"{block} {halves[i] if halves else part}".strip()
             kind = rule.kind if rule else spec.kind
-            named[spec] = replace(spec, name=name or "addition", block=block or part, kind=kind)
+            before = [one.name for one in named.values()]
+            name = _unlike(name or "sum", before)
+            named[spec] = replace(spec, name=name, block=block or part, kind=kind)
     for spec, addition in steps:
         yield named[spec], addition
+
+
+def _unlike(name: str, others: Sequence[str]) -> str:
+    """A name with a number where others have it."""
+    return next(one for one in chain([name], (f"{name} {n}" for n in count(2))) if one not in others)
 
 
 def _outer(block: str, blocks: Iterable[str]) -> str:

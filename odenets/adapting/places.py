@@ -90,7 +90,7 @@ _TORCH = {torch.overrides.handle_torch_function.__code__.co_filename, nn.functio
 
 
 def code_of(depth: int) -> tuple[Code, Any]:
-    """The code that calls a function, ``depth`` frames above, out to the call of the module around it, and its frame."""
+    """The code that calls a function, ``depth`` frames above, out to the call of the module around it; that frame."""
     frame: Any = sys._getframe(depth + 1)
     code = []
     while frame is not None and frame.f_code.co_filename != _CALL and len(code) < 8:

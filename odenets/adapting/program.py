@@ -14,16 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from odenets.adapting.operators import ELEMENTWISE, READING, SAME_VALUES, SUMS
 from odenets.adapting.places import Place, Site, code_of, line_of, tensors_in
 from odenets.recording import is_recorder
 
 __all__ = ["Call", "Node", "Passage", "Program", "trace"]
-
-SAME_VALUES = frozenset(
-    "view _unsafe_view reshape _reshape_alias clone contiguous detach alias flatten squeeze unsqueeze expand lift_fresh "
-    "lift_fresh_copy slice dropout feature_dropout copy view_copy".split()
-)
-"""Operators whose result has the elements of their first operand in the same order, where it has as many."""
 
 
 @dataclass(eq=False)
@@ -91,13 +86,12 @@ class Passage(NamedTuple):
 
 @dataclass
 class Program:
-    """One pass of a model: its operations, what passes the borders of modules, its output, and the samples of it."""
+    """One pass of a model: its operations, what passes the borders of modules and its output."""
 
     nodes: list[Node]
     passages: list[Passage]
     output: Any
-    samples: int
-    rows: dict[Node, Tensor]  # of sums: the mean square of each row, by which rows of two passes are compared
+    rows: dict[Node, tuple[Tensor, ...]]  # of sums: mean squares, by which the rows of two passes are compared
     draws: list[str]  # where random numbers are drawn
     reads: list[str]  # where numbers are read from data that depends on the inputs
     recorders: list[Call]  # calls of modules that record their own steps
@@ -138,7 +132,7 @@ class _Operations(TorchDispatchMode):
         self.nodes: list[Node] = []
         self.call: Call | None = None
         self.known = WeakTensorKeyDictionary()
-        self.rows: dict[Node, Tensor] = {}
+        self.rows: dict[Node, tuple[Tensor, ...]] = {}
         self.draws: dict[str, None] = {}
         self.reads: dict[str, None] = {}
         self.recorders: list[Call] = []
@@ -177,7 +171,7 @@ class _Operations(TorchDispatchMode):
         inputs = tuple([self.node_of(one) for one in operands])
         output = func(*args, **kwargs)
         op = func._schema.name.rpartition("::")[2]
-        if op in _READS and not all(one.fixed for one in inputs):
+        if op in READING and not all(one.fixed for one in inputs):
             self.reads[self._place()] = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.draws[self._place()] = None
@@ -197,7 +191,7 @@ class _Operations(TorchDispatchMode):
             if in_place:
                 self._pass_on(one, node)
             self.known[one] = node
-            if node.floating and not node.fixed and op.removesuffix("_") in _SUMS:
+            if node.floating and not node.fixed and op.removesuffix("_") in _COMPARED:
                 self.rows[node] = _rows(one)
         return output
 
@@ -233,16 +227,17 @@ class _Operations(TorchDispatchMode):
                 )
 
 
-_READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"}
-_SUMS = {"add", "sub", "addcmul", "addmm", "baddbmm", "sum", "add_relu", "relu", "gelu", "silu", "mul", "div"}
+_COMPARED = SUMS | ELEMENTWISE
+"""Results whose rows are compared between passes."""
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The mean square of each row, on the CPU."""
-    x = x.detach()
-    if x.is_quantized:
-        x = x.dequantize()
-    return x.float().reshape(len(x), -1).square().mean(1).cpu() if x.ndim and x.numel() else torch.zeros(0)
+def _rows(x: Tensor) -> tuple[Tensor, ...]:
+    """The mean square of each row along the first axis, and along the second, on the CPU."""
+    x = (x.dequantize() if x.is_quantized else x.detach()).float()
+    axes = range(min(x.ndim, 2)) if x.numel() else ()
+    return tuple(
+        x.movedim(axis, 0).flatten(1).square().mean(1).cpu() if x.ndim > 1 else x.square().cpu() for axis in axes
+    )
 
 
 def _memory(x: Tensor) -> int | None:
@@ -261,13 +256,12 @@ def _same(op: str, args: Any, output: Tensor) -> bool:
     return op in SAME_VALUES
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int) -> Program:
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
     """The program of one pass of a ``model``, which is computed without gradients in the mode in which the model is.
 
     Args:
         model: any module.
         args, kwargs: its inputs.
-        samples: how many there are.
 
     Returns:
         The program.
@@ -285,7 +279,15 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], sa
         output = model(*args, **kwargs)
     for _, x in tensors_in(output):
         operations.node_of(x).returned = True
-    return Program(operations.nodes, passages, output, samples, operations.rows, [*operations.draws], [*operations.reads], operations.recorders)
+    return Program(
+        operations.nodes,
+        passages,
+        output,
+        operations.rows,
+        [*operations.draws],
+        [*operations.reads],
+        operations.recorders,
+    )
 
 
 @contextmanager
@@ -312,8 +314,9 @@ def _watched(model: nn.Module, operations: _Operations, passages: list[Passage])
             operations.note(Place(operations.call.name, "output"), output, passages)
             operations.call = operations.call.parent
 
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        # not as methods, which scripts refuse: these are called from Python all the same
+        handles.append(nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True))
+        handles.append(nn.Module.register_forward_hook(module, leave, with_kwargs=True))
     try:
         yield
     finally:

@@ -113,7 +113,6 @@ RULES = (
 """The kinds of blocks that have names; ``adapt(model, blocks=[*RULES, Rule(...)])`` takes modules that fit one."""
 
 
-
 def kind_of(module: nn.Module) -> Rule | None:
     """The first rule that a ``module`` fits, by which its kind is named; None if there is none.
 

@@ -33,8 +33,8 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
     if found is not None and not _same(found.output, output):
         draws = f", which draws random numbers: {'; '.join(found.draws)}" if found.draws else ""
         raise ValueError(
-            f"two passes of {type(adapted.model).__name__} in eval mode differ{draws}: switch off what is random in eval "
-            "mode, as functional dropout with training=True, or what counts its calls"
+            f"two passes of {type(adapted.model).__name__} in eval mode differ{draws}: switch off what is random in "
+            "eval mode, as functional dropout with training=True, or what counts its calls"
         )
 
 
@@ -52,4 +52,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     a, b = a.float(), b.float()
-    return torch.allclose(a, b, rtol=1e-2, atol=1e-3 * float(a.abs().nan_to_num(0).amax()) if a.numel() else 0, equal_nan=True)
+    return torch.allclose(
+        a, b, rtol=1e-2, atol=1e-3 * float(a.abs().nan_to_num(0).amax()) if a.numel() else 0, equal_nan=True
+    )
