@@ -235,8 +235,8 @@ class AdaptedModel(nn.Module):
                 keywords[name] = value
             else:
                 raise TypeError(
-                    f"measure {name!r} must be a function Step -> (B,), got {type(value).__name__}, and the model takes "
-                    f"no input of that name: {', '.join(takes) or 'none by keyword'}"
+                    f"measure {name!r} must be a function Step -> (B,), got {type(value).__name__}, and the model "
+                    f"takes no input of that name: {', '.join(takes) or 'none by keyword'}"
                 )
         return keywords, measures
 
@@ -284,7 +284,8 @@ class AdaptedModel(nn.Module):
             raise self._not_called(missing)
         raise ValueError(
             f"the blocks are called in another order or number than before, {len(blocks)} steps for "
-            f"{len(self._expected or ())}{self._hint()}: partial=True accepts it, and the rows are the steps of each pass"
+            f"{len(self._expected or ())}{self._hint()}: partial=True accepts it, and the rows are the steps "
+            "of each pass"
         )
 
     def _not_called(self, missing: list[str]) -> ValueError:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from odenets.adapting.operators import ELEMENTWISE, READING, SAME_VALUES, SUMS
+from odenets.adapting.operators import READING, SAME_VALUES, SUMS
 from odenets.adapting.places import Place, Site, code_of, line_of, tensors_in
 from odenets.recording import is_recorder
 
@@ -191,7 +191,7 @@ class _Operations(TorchDispatchMode):
             if in_place:
                 self._pass_on(one, node)
             self.known[one] = node
-            if node.floating and not node.fixed and op.removesuffix("_") in _COMPARED:
+            if node.floating and not node.fixed and op.removesuffix("_") in SUMS:
                 self.rows[node] = _rows(one)
         return output
 
@@ -225,10 +225,6 @@ class _Operations(TorchDispatchMode):
                     fixed=before.fixed and node.fixed,
                     same=whole,
                 )
-
-
-_COMPARED = SUMS | ELEMENTWISE
-"""Results whose rows are compared between passes."""
 
 
 def _rows(x: Tensor) -> tuple[Tensor, ...]:
