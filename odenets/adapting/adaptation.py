@@ -101,8 +101,8 @@ def adapt(
         specs = layers_of(model)
         if not specs:
             raise ValueError(
-                f"displacement=True takes the layers of a chain, and {type(model).__name__} is none: most of its layers "
-                "stand in no Sequential under it"
+                f"displacement=True takes the layers of a chain, and {type(model).__name__} is none: most of its "
+                "layers stand in no Sequential under it"
             )
     elif blocks is not None:
         specs = find_blocks(model, blocks)

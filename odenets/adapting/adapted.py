@@ -26,6 +26,8 @@ from solvers.validation import check_state
 
 __all__ = ["AdaptedModel"]
 
+_MISSING: Any = object()
+
 
 class AdaptedModel(nn.Module):
     """A model and where the states of its steps pass; :func:`~odenets.adapt` makes it and shows its use.
@@ -156,9 +158,9 @@ class AdaptedModel(nn.Module):
         """
         return step_names(self._last_steps())
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """The model's output for its inputs, by position and by keyword, as it is."""
-        return self._record(inputs, keywords, {})[0]
+    def forward(self, x: Any = _MISSING, /, *inputs: Any, **keywords: Any) -> Any:
+        """The model's output for its inputs, ``x`` and others by position and by keyword, as it is."""
+        return self._record(inputs if x is _MISSING else (x, *inputs), keywords, {})[0]
 
     def record(self, *inputs: Any, **named: Any) -> tuple[Any, Records]:
         """The model's output, and one ``(steps, B)`` tensor per measure, in the order in which the blocks are called.
