@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "dtype_of",
     "evaluating",
     "inputs_for",
+    "keeping_attributes",
     "keeping_modes",
     "keeping_state",
     "random_state",
@@ -89,6 +91,55 @@ def keeping_state(*networks: nn.Module) -> Iterator[None]:
         finally:
             for module, name, buffer in slots:
                 module._buffers[name] = buffer
+
+
+@contextmanager
+def keeping_attributes(network: nn.Module) -> Iterator[None]:
+    """:func:`keeping_state` and, besides, plain attributes of modules: what a pass counts or caches in them is undone.
+
+    Containers, dictionaries, lists and sets, get back what they held. A module that gets parameters or parts meanwhile,
+    as torch's lazy modules do, keeps its attributes.
+
+    >>> class Counting(nn.Module):
+    ...     calls, seen = 0, None
+    ...
+    ...     def forward(self, x):
+    ...         self.calls += 1
+    ...         return x
+    >>> module = Counting()
+    >>> with keeping_attributes(module):
+    ...     _ = module(torch.zeros(1))
+    >>> module.calls
+    0
+    """
+    before = [(module, _parts(module), _attributes(module)) for module in network.modules()]
+    containers = [value for *_, values in before for value in values.values() if type(value) in (dict, list, set)]
+    contents = [copy(value) for value in containers]
+    try:
+        with keeping_state(network):
+            yield
+    finally:
+        for value, content in zip(containers, contents, strict=True):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+        for module, parts, values in before:
+            if _parts(module) == parts:
+                for name in _attributes(module).keys() - values.keys():
+                    del vars(module)[name]
+                vars(module).update(values)
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module holds besides what torch does, its plain attributes."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+
+
+def _parts(module: nn.Module) -> tuple[Any, ...]:
+    """The class of a module and the names of its parameters, buffers and parts."""
+    return type(module), *(tuple(held) for held in (module._parameters, module._buffers, module._modules))
 
 
 @contextmanager

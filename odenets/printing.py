@@ -31,7 +31,7 @@ def shown(self: Any) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table of ``columns``, of which those that are empty in all ``rows`` are left out; numbers to the right.
+    """Lines of a table of ``columns`` but those that are empty in all ``rows``; numbers stand to the right.
 
     >>> table(("step", "name", "shape"), [("0", "layer", ""), ("10", "head", "")])
     ['  step  name', '     0  layer', '    10  head']

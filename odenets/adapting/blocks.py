@@ -20,6 +20,7 @@ class Samples:
         rows: how many rows of the state each sample has there, as the frames of a video or the windows of an image.
         apart: whether the rows of a sample lie a whole batch apart, and not one after another.
 
+    >>> import torch
     >>> Samples(axis=1)(torch.zeros(7, 2, 3), 2).shape
     torch.Size([2, 7, 3])
     """

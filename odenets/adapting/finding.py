@@ -16,7 +16,7 @@ from odenets.adapting.chains import layers_of
 from odenets.adapting.layouts import find_layouts, samples_of
 from odenets.adapting.matching import match
 from odenets.adapting.program import Node, Program, trace
-from odenets.modes import evaluating, keeping_state
+from odenets.modes import evaluating, keeping_attributes
 
 __all__ = ["Blocks", "find"]
 
@@ -71,7 +71,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
     """
     if not samples_of(args, kwargs):
         raise ValueError("example must hold a tensor with at least one sample: adapt(model, torch.randn(2, 3, 32, 32))")
-    with keeping_state(model), evaluating(model):
+    with keeping_attributes(model), evaluating(model):
         program = trace(model, args, kwargs)
         found = find_additions(program)
         if not found.additions and not program.recorders:

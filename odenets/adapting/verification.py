@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.places import tensors_in
-from odenets.modes import evaluating, keeping_state
+from odenets.modes import evaluating, keeping_attributes
 
 __all__ = ["check_example"]
 
@@ -23,7 +23,7 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
     """
     try:
         found = adapted.find(*inputs, **keywords)
-        with torch.no_grad(), keeping_state(adapted), evaluating(adapted):
+        with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted):
             output = adapted.output_and_steps(*inputs, **keywords)[0]
     except (RuntimeError, TypeError, IndexError) as error:
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for _, x in tensors_in((inputs, dict(keywords))))
