@@ -7,7 +7,7 @@ __all__ = ["ELEMENTWISE", "FUSED", "JOINING", "LINEAR", "PACKED", "READING", "SA
 # fmt: off
 SAME_VALUES = frozenset({
     "view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "contiguous", "detach", "alias", "flatten", "squeeze",
-    "unsqueeze", "expand", "lift_fresh", "lift_fresh_copy", "slice", "dropout", "feature_dropout", "copy", "view_copy",
+    "unsqueeze", "lift_fresh", "lift_fresh_copy", "slice", "dropout", "feature_dropout", "copy", "view_copy",
 })
 """The result has the elements of the first operand in the same order, where it has as many."""
 

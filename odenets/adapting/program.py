@@ -228,12 +228,11 @@ class _Operations(TorchDispatchMode):
 
 
 def _rows(x: Tensor) -> tuple[Tensor, ...]:
-    """The mean square of each row along the first axis, and along the second, on the CPU."""
-    x = (x.dequantize() if x.is_quantized else x.detach()).float()
+    """The mean square of each row along the first axis, and along the second, on the CPU in the precision of x."""
+    x = x.dequantize() if x.is_quantized else x.detach()
+    squares = x.float().square()
     axes = range(min(x.ndim, 2)) if x.numel() else ()
-    return tuple(
-        x.movedim(axis, 0).flatten(1).square().mean(1).cpu() if x.ndim > 1 else x.square().cpu() for axis in axes
-    )
+    return tuple(squares.movedim(axis, 0).reshape(x.shape[axis], -1).mean(1).to(x.dtype).cpu() for axis in axes)
 
 
 def _memory(x: Tensor) -> int | None:
