@@ -29,10 +29,15 @@ class Records(dict[str, Tensor]):
         starts: the row at which each flow begins.
         blocks: the name of each row, "blocks.0" of a flow, "flows.1 blocks.0" of a network, "step 0" of a neural ODE,
             "layer1.0" or "encoder.layers.encoder_layer_0 mlp" of an adapted model, "module 1 blocks.0" of modules.
+        tokens: sample and position of each token, ``(N, 2)``, where measures are ``(blocks, N)``, of tokens; else None.
+            It stays on the CPU, where it indexes tensors of any device.
 
     Args:
         values: measures by name.
-        starts, blocks: the attributes; the rows are steps, "step 0" and so on, if not given.
+        starts, blocks, tokens: the attributes; the rows are steps, "step 0" and so on, if not given.
+
+    Raises:
+        ValueError: tokens that are not ``(N, 2)``.
 
     >>> import odenets
     >>> from odenets import measures
@@ -43,9 +48,16 @@ class Records(dict[str, Tensor]):
     """
 
     def __init__(
-        self, values: dict[str, Tensor], starts: Sequence[int] = (0,), blocks: Sequence[str] | None = None
+        self,
+        values: dict[str, Tensor],
+        starts: Sequence[int] = (0,),
+        blocks: Sequence[str] | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         super().__init__(values)
+        if tokens is not None and (tokens.ndim != 2 or tokens.shape[1] != 2):
+            raise ValueError(f"tokens must be samples and positions, shape (N, 2), got {tuple(tokens.shape)}")
+        self.tokens = tokens
         self.starts: tuple[int, ...] = tuple(starts)
         if blocks is None:
             rows = len(next(iter(values.values()))) if values else 0
@@ -63,9 +75,9 @@ class Records(dict[str, Tensor]):
         )
 
     @property
-    def layout(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What a plain dictionary of the measures lacks; ``Records(values, *layout)`` has both."""
-        return self.starts, self.blocks
+    def layout(self) -> tuple[tuple[int, ...], tuple[str, ...], Tensor | None]:
+        """What a plain dictionary of the measures lacks; ``Records(values, *layout)`` has all of it."""
+        return self.starts, self.blocks, self.tokens
 
     @classmethod
     def join(cls, parts: Iterable[Records], names: Sequence[str] | None = None) -> Records:
@@ -80,12 +92,15 @@ class Records(dict[str, Tensor]):
             The records of all blocks, ``(blocks of all parts, B)`` by name.
 
         Raises:
-            ValueError: parts that were measured by different measures, or another number of names.
+            ValueError: parts that were measured by different measures, or on other tokens, or another number of names.
         """
         parts = [*parts]
         measured = [set(records) for records in parts]
         if any(each != measured[0] for each in measured):
             raise ValueError(f"parts must have the same measures, got {' and '.join(map(str, map(sorted, measured)))}")
+        tokens = parts[0].tokens
+        if not all(_same(records.tokens, tokens) for records in parts):
+            raise ValueError("parts must be measured on the same tokens, or all of them per sample")
         if names is None:
             names = [f"part {k}" if len(parts) > 1 else "" for k in range(len(parts))]
         starts: list[int] = []
@@ -94,7 +109,7 @@ class Records(dict[str, Tensor]):
             starts.append(len(blocks))
             blocks += [f"{part} {block}" if part else block for block in records.blocks]
         values = {name: torch.cat([records[name] for records in parts]) for name in parts[0]}
-        return cls(values, starts, blocks)
+        return cls(values, starts, blocks, tokens)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Records:
         """A ``function`` of each measure, ``(blocks, B)`` to the same rows, as ``records.map(Tensor.detach)``."""
@@ -121,6 +136,8 @@ class Records(dict[str, Tensor]):
     def to_dataframe(self) -> DataFrame:
         """A tidy table, a row for each block and sample: its columns are block, name, flow, sample, and each measure.
 
+        Of measures of tokens it has a row for each block and token, and a column more, token, its position.
+
         ``frame.groupby("block")`` keeps the order of the blocks, by their names they are sorted as words.
 
         Raises:
@@ -141,18 +158,20 @@ class Records(dict[str, Tensor]):
             import pandas as pd
 
         arrays = self.to_numpy()
-        if taken := [name for name in arrays if name in COLUMNS]:
-            raise ValueError(f"measures must not have the names of columns, {', '.join(COLUMNS)}, got {taken}")
+        columns = COLUMNS if self.tokens is None else (*COLUMNS, "token")
+        if taken := [name for name in arrays if name in columns]:
+            raise ValueError(f"measures must not have the names of columns, {', '.join(columns)}, got {taken}")
         samples = next((array.shape[1] for array in arrays.values()), 0)
         rows = np.arange(len(self.blocks))
         flows = np.searchsorted(self.starts, rows, side="right") - 1
-        columns = {
+        of = np.arange(samples)[:, None] if self.tokens is None else self.tokens.numpy(force=True)[:samples]
+        table = {
             "block": rows.repeat(samples),
             "name": np.array(self.blocks, dtype=object).repeat(samples),
             "flow": flows.repeat(samples),
-            "sample": np.tile(np.arange(samples), len(rows)),
         }
-        return pd.DataFrame(columns | {name: array.reshape(-1) for name, array in arrays.items()})
+        table |= {name: np.tile(column, len(rows)) for name, column in zip(columns[3:], of.T, strict=True)}
+        return pd.DataFrame(table | {name: array.reshape(-1) for name, array in arrays.items()})
 
     def __repr__(self) -> str:
         """The means over the samples, a row per block, of which the middle is left out where there are many."""
@@ -175,8 +194,13 @@ class Records(dict[str, Tensor]):
             for name, *cells in rows
         ]
         samples = len(next(iter(arrays.values()))[0]) if count else 0
-        title = f"Records of {count} blocks x {samples} samples, means over the samples:"
+        kind = "samples" if self.tokens is None else "tokens"
+        title = f"Records of {count} blocks x {samples} {kind}, means over the {kind}:"
         return "\n".join([title, *map(str.rstrip, lines)])
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one.cpu(), other.cpu()))
 
 
 def numbered(names: Iterable[str]) -> list[str]:

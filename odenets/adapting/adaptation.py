@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.chains import layers_of
+from odenets.adapting.masking import Mask, Masking, Per
 from odenets.adapting.places import Place
 from odenets.adapting.rules import Blocks, find_blocks
 from odenets.adapting.verification import check_example
@@ -28,6 +29,8 @@ def adapt(
     residue: Literal["displacement", "branch"] = "displacement",
     displacement: bool = False,
     partial: bool = False,
+    mask: Mask = "auto",
+    per: Per = "sample",
 ) -> AdaptedModel:
     """Any residual network, as it is, with the ``record`` of an :class:`odenets.Network`.
 
@@ -65,12 +68,19 @@ def adapt(
         displacement: whether the layers of a chain, which adds nothing, are steps.
         partial: whether additions that cannot be seen are left out, and passes may take other steps than those found,
             as where layers are dropped at random; otherwise both are errors.
+        mask: which tokens are padding and not measured, so that the measures of a sample are those of its states
+            without them. "auto", an input called ``attention_mask``, 1 where there is a token, or
+            ``src_key_padding_mask``, ``key_padding_mask`` or ``padding_mask``, True where there is padding, ``(B, T)``;
+            the name of another input, 1 where there is a token; a function of the inputs by name to such a mask; None,
+            padding is measured too.
+        per: "sample"; or "token", measures are of each token that is no padding, taken on steps ``(N, D)``, and
+            ``records.tokens`` are their samples and positions.
 
     Returns:
         The model with ``record``, ``steps`` and what else an :class:`odenets.Recorder` has.
 
     Raises:
-        TypeError: the model is no module, or blocks are neither names nor rules.
+        TypeError: the model is no module, blocks are neither names nor rules, or the mask is neither.
         ValueError: no residual addition, with the reason; some that cannot be seen; a program that goes another way for
             a part of the batch; outputs of two passes that differ; an example that the model does not take; no module
             of such a name, blocks within blocks, or another residue.
@@ -108,7 +118,7 @@ def adapt(
         specs = find_blocks(model, blocks)
         if residue == "displacement":
             specs = tuple(replace(spec, branch=None) for spec in specs)
-    adapted = AdaptedModel(model, specs, partial=partial, residue=residue)
+    adapted = AdaptedModel(model, specs, partial=partial, residue=residue, masking=Masking(mask, per))
     if example is not None:
         check_example(adapted, inputs, keywords)
     if residue == "branch" and specs is not None:

@@ -17,6 +17,7 @@ from odenets.adapting.finding import Blocks, find
 from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts, step_names
 from odenets.adapting.hooks import Hooks
 from odenets.adapting.layouts import samples_of
+from odenets.adapting.masking import Masking
 from odenets.adapting.places import tensors_in
 from odenets.measures import Measure, StepFunction
 from odenets.printing import table
@@ -43,11 +44,12 @@ class AdaptedModel(nn.Module):
     Attributes:
         hooks: what passes through them.
         partial: whether passes may take other steps than those that were found.
+        masking: which tokens are measured, and whether rows of measures are of samples or of tokens.
 
     Args:
         model: the model itself, not a copy.
         blocks: where its states pass; they are found at the first batch if not given.
-        partial: see the attribute.
+        partial, masking: see the attributes.
         part_of: the whole of which this is a part; inputs of a part are states, which are not checked.
 
     >>> from odenets.adapting import adapt
@@ -66,11 +68,13 @@ class AdaptedModel(nn.Module):
         *,
         partial: bool = False,
         residue: str = "displacement",
+        masking: Masking | None = None,
         part_of: AdaptedModel | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.partial, self.residue = partial, residue
+        self.masking = masking or (Masking() if part_of is None else part_of.masking)
         self.training = model.training
         self.hooks = Hooks() if part_of is None else part_of.hooks  # the modules of a part have the hooks of the whole
         self._whole = part_of is None
@@ -203,6 +207,8 @@ class AdaptedModel(nn.Module):
     def steps(self, *inputs: Any, closing: bool = True, **keywords: Any) -> list[Step]:
         """Every step for the model's ``inputs`` and ``keywords``, with its states; warns as :meth:`record` does.
 
+        The states are whole, with the tokens that a mask leaves out, which ``record`` does not measure.
+
         ``closing`` changes nothing, for no step has a closing stage.
 
         Raises:
@@ -211,7 +217,7 @@ class AdaptedModel(nn.Module):
         return self._run(inputs, keywords, {}, keep=True)[1].steps
 
     def output_and_steps(self, *inputs: Any, **keywords: Any) -> tuple[Any, list[Step]]:
-        """The model's output, and every step, in one pass; ``inputs`` and ``keywords`` as in :meth:`steps`."""
+        """The model's output, and every step, whole, in one pass; ``inputs`` and ``keywords`` as in :meth:`steps`."""
         output, current = self._run(inputs, keywords, {}, keep=True)
         return output, current.steps
 
@@ -256,7 +262,8 @@ class AdaptedModel(nn.Module):
         self._check_input(inputs, keywords)
         self.find(*inputs, **keywords)
         samples = samples_of(inputs, keywords, self._axis)
-        current = ForwardPass(measures, samples, keep, self.hooks.in_place, self._following)
+        tokens = self.masking.tokens(self.model, inputs, keywords, samples) if measures else None
+        current = ForwardPass(measures, samples, keep, self.hooks.in_place, self._following, tokens)
         with self.hooks.running(current, self.model):
             output = self.model(*inputs, **keywords)
         if not torch.compiler.is_compiling():

@@ -53,7 +53,7 @@ def outside_checkpoints() -> Iterator[None]:
 
 
 def _keep(x: Tensor) -> tuple[Tensor, int]:
-    return x, x._version
+    return x.detach(), x._version  # an output that is kept itself would keep the graph that keeps it
 
 
 def _kept(saved: tuple[Tensor, int]) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from odenets.adapting.blocks import BlockSpec
+from odenets.adapting.checkpointing import outside_checkpoints
+from odenets.adapting.masking import Tokens
 from odenets.measures import StepFunction, reductions_of
 from odenets.recording import Records, check_values
 from odenets.records import numbered
@@ -84,6 +86,7 @@ class ForwardPass:
         keep: whether steps are kept.
         in_place: what earlier passes have learned; this one adds to it.
         following: the step that begins where one ends, by the name of that.
+        tokens: those that are measured; None where measures are of whole samples.
     """
 
     def __init__(
@@ -93,8 +96,9 @@ class ForwardPass:
         keep: bool,
         in_place: InPlaceChanges,
         following: Mapping[str, BlockSpec],
+        tokens: Tokens | None = None,
     ) -> None:
-        self.samples, self.following = samples, following
+        self.samples, self.following, self.tokens = samples, following, tokens
         self.measures, self.reductions, self.keep = measures, reductions_of(measures.values()), keep
         self.in_place = in_place
         self.needs_states = len(measures) > 0 or keep
@@ -179,23 +183,29 @@ class ForwardPass:
         return torch.zeros_like(x0) if r is None else r
 
     def _measure(self, block: BlockSpec, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
-        reductions = None
         if x0.is_quantized:
             x0, x1 = x0.dequantize(), x1.dequantize()
         x0, x1 = self._by_sample(block, x0), self._by_sample(block, x1)
         r = None if r is None else self._by_sample(block, r)
         dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
         x0, x1 = x0.to(dtype), x1.to(dtype)
+        with outside_checkpoints():
+            states = [(x0, x1, r)] if self.tokens is None else self.tokens.split(block.name, x0, x1, r)
+            steps = [self._step(*one) for one in states]
+            for name, measure in self.measures.items():
+                values = [check_values(name, measure(step), step.x0) for step in steps]
+                self.rows[name].append(values[0] if self.tokens is None else self.tokens.join(values))
+        if self.keep:
+            self.steps += steps  # one, for nothing is measured
+
+    def _step(self, x0: Tensor, x1: Tensor, r: Tensor | None) -> Step:
+        reductions = None
         if self.reductions:
             square, cosine = displaced(x0, x1) if r is None else mean_square_and_cosine(r)
             reductions = {"action": square, "residue": square, "cosine": cosine}  # an Euler step's action with h = 1
         if r is None and (self.keep or not self.all_reduced):
             r = x1 - x0
-        step = Step(float(len(self.visited) - 1), 1.0, x0, x1, () if r is None else (r,), EULER, reductions)
-        for name, measure in self.measures.items():
-            self.rows[name].append(check_values(name, measure(step), x0))
-        if self.keep:
-            self.steps.append(step)
+        return Step(float(len(self.visited) - 1), 1.0, x0, x1, () if r is None else (r,), EULER, reductions)
 
     def _by_sample(self, block: BlockSpec, x: Tensor) -> Tensor:
         """A state with its samples first; a copy where steps are kept and it is another view of what passes."""
@@ -205,7 +215,8 @@ class ForwardPass:
     def records(self) -> Records:
         """The values of the measures."""
         values = {name: torch.stack(values) for name, values in self.rows.items()}
-        return Records(values, flow_starts(self.visited), step_names(step.block for step in self.visited))
+        tokens = None if self.tokens is None else self.tokens.positions()
+        return Records(values, flow_starts(self.visited), step_names(step.block for step in self.visited), tokens)
 
     def close(self) -> list[str]:
         """Learn which outputs have been written into since their steps ended.

@@ -1,0 +1,292 @@
+"""Masking: which tokens of a batch are measured, and whether a row of measures is of a sample or of a token."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MASKS", "Mask", "Masking", "Per", "Tokens", "inputs_by_name"]
+
+Mask = str | Callable[[Mapping[str, Any]], Tensor | None] | None
+"""Where the mask of padding is: "auto", the name of an input, a function of the inputs by name, or nowhere."""
+
+Per = Literal["sample", "token"]
+"""What a row of measures is of."""
+
+States = tuple[Tensor, Tensor, Tensor | None]
+"""A step's x0 and x1, and its residue where that is no difference of them."""
+
+MASKS = {
+    "attention_mask": True,
+    "decoder_attention_mask": True,
+    "patch_valid": True,
+    "src_key_padding_mask": False,
+    "tgt_key_padding_mask": False,
+    "key_padding_mask": False,
+    "padding_mask": False,
+}
+"""Inputs that say which tokens are padding, ``(B, T)``, and what they are where there is a token: those of Hugging Face
+and of timm are 1 there, those of ``torch.nn`` and fairseq are True, or minus infinity, where there is padding."""
+
+ENCODER, DECODER = {"attention_mask", "src_key_padding_mask"}, {"decoder_attention_mask", "tgt_key_padding_mask"}
+"""Masks of a model that takes one of each: the states of its steps are of either's tokens."""
+
+CACHE = "past_key_values"
+"""The input that holds earlier tokens, of which there are no states: a mask says of them too what they are."""
+
+MAKE = "a function makes a mask (B, T) that is True of tokens, adapt(model, mask=lambda inputs: ...)"
+OFF = "mask=None measures padding too"
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which tokens an adapted model measures.
+
+    Attributes:
+        mask: "auto", an input of one of the names in ``MASKS``; the name of another, which is 1 where there is a token;
+            a function of the inputs by name to a mask ``(B, T)`` that is True there, or to None where nothing is
+            padded; None, everything is measured.
+        per: what a row of measures is of.
+
+    Raises:
+        TypeError: a mask that is neither.
+        ValueError: what is neither "sample" nor "token".
+
+    >>> Masking(per="tokens")
+    Traceback (most recent call last):
+        ...
+    ValueError: per must be 'sample' or 'token', got 'tokens'
+    """
+
+    mask: Mask = "auto"
+    per: Per = "sample"
+
+    def __post_init__(self) -> None:
+        if self.per not in get_args(Per):
+            raise ValueError(f"per must be 'sample' or 'token', got {self.per!r}")
+        if not (self.mask is None or isinstance(self.mask, str) or callable(self.mask)):
+            raise TypeError(
+                "mask must be 'auto', the name of an input, a function of the inputs by name, or None, got "
+                f"{type(self.mask).__name__}"
+            )
+
+    def tokens(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int | None
+    ) -> Tokens | None:
+        """The tokens of a batch.
+
+        Args:
+            model: what takes the batch.
+            args, kwargs: the batch, by position and by keyword.
+            samples: B; None where that is not known.
+
+        Returns:
+            The tokens; None where measures are of samples none of which is padded.
+
+        Raises:
+            ValueError: a mask of another shape or of other numbers, a sample without tokens, several masks, or that of
+                an encoder beside a decoder.
+        """
+        mask = None if self.mask is None else self._mask(inputs_by_name(model, args, kwargs), model, samples)
+        return Tokens(mask, self.per) if mask is not None or self.per == "token" else None
+
+    def _mask(self, inputs: Mapping[str, Any], model: nn.Module, samples: int | None) -> Tensor | None:
+        """The mask, True where there is a token; None where nothing is padded."""
+        if callable(self.mask):
+            return _mask_in(self.mask(inputs), True, "mask", samples, inputs)
+        if isinstance(self.mask, str) and self.mask != "auto":
+            _check_name(self.mask, inputs, model)
+            return _mask_in(inputs.get(self.mask), MASKS.get(self.mask, True), self.mask, samples, inputs)
+        given = [name for name in MASKS if inputs.get(name) is not None]
+        both = ENCODER & _takes(model) and DECODER & _takes(model)
+        if len(given) > 1 and not both:
+            raise ValueError(
+                f"inputs hold several masks, {', '.join(given)}: name one, adapt(model, mask={given[0]!r})"
+            )
+        masks = {name: _mask_in(inputs[name], MASKS[name], name, samples, inputs) for name in given}
+        padded = {name: mask for name, mask in masks.items() if mask is not None}
+        if padded and both:
+            raise ValueError(
+                f"{next(iter(padded))} is of some of the states, for {type(model).__name__} has an encoder and a "
+                f"decoder: adapt one of them, or {OFF}"
+            )
+        return next(iter(padded.values()), None)
+
+
+class Tokens:
+    """The tokens of a batch that are measured: steps of its samples, or of its tokens, come from them.
+
+    Samples of as many tokens are measured together, each as it is without its padding, so that any measure is right.
+
+    Args:
+        mask: ``(B, T)``, True where there is a token; None where nothing is padded.
+        per: what a row of measures is of.
+
+    >>> tokens = Tokens(torch.tensor([[True, True, False], [True, True, True]]), "sample")
+    >>> x = torch.arange(6.0).reshape(2, 3, 1)
+    >>> [x0.flatten(1).tolist() for x0, _, _ in tokens.split("block", x, x, None)]
+    [[[0.0, 1.0]], [[3.0, 4.0, 5.0]]]
+    >>> tokens.join([torch.tensor([2.0]), torch.tensor([3.0])])
+    tensor([2., 3.])
+    """
+
+    def __init__(self, mask: Tensor | None, per: Per) -> None:
+        self.mask, self.per = mask, per
+        self.shape: tuple[int, ...] | None = None if mask is None else tuple(mask.shape)
+        self._groups: list[tuple[int, int]] = []  # samples and tokens of each
+        self._rows: Tensor | None = None  # of the tokens, among all rows, as groups have them
+        self._samples: Tensor | None = None  # where each is in the groups
+        if mask is not None:
+            self._group(mask)
+
+    def _group(self, mask: Tensor) -> None:
+        rows = mask.flatten().nonzero().flatten()
+        if self.per == "sample":
+            counts = mask.sum(1)
+            order = counts.argsort(stable=True)
+            self._samples = order.argsort()
+            sizes = counts[order].unique_consecutive(return_counts=True)
+            self._groups = [(count, tokens) for tokens, count in zip(*(one.tolist() for one in sizes), strict=True)]
+            rows = rows[self._samples[rows // mask.shape[1]].argsort(stable=True)]
+        self._rows = rows
+
+    def split(self, block: str, x0: Tensor, x1: Tensor, r: Tensor | None) -> list[States]:
+        """The states of a block and its residue, ``(B, T, *D)``, as those of groups.
+
+        Args:
+            block: its name.
+            x0, x1, r: states and residue.
+
+        Returns:
+            Those of samples, ``(G, n, *D)``, or of all tokens, ``(N, D)``.
+
+        Raises:
+            ValueError: states that are not of these tokens.
+        """
+        befores, afters = self._split(block, x0), self._split(block, x1)
+        residues = [None] * len(befores) if r is None else self._split(block, r)
+        return [*zip(befores, afters, residues, strict=True)]
+
+    def _split(self, block: str, x: Tensor) -> Sequence[Tensor]:
+        if self.shape is None and x.ndim > 2:
+            self.shape = tuple(x.shape[:2])
+        if x.ndim < 3 or tuple(x.shape[:2]) != self.shape or (self.per == "token" and x.ndim != 3):
+            raise self._other(block, x)
+        x = x.flatten(0, 1)
+        if self._rows is not None:
+            if self._rows.device != x.device:
+                self._rows = self._rows.to(x.device)
+            x = x.index_select(0, self._rows)
+        if self.per == "token":
+            return [x]
+        parts = x.split([samples * tokens for samples, tokens in self._groups])
+        return [part.unflatten(0, group) for part, group in zip(parts, self._groups, strict=True)]
+
+    def _other(self, block: str, x: Tensor) -> ValueError:
+        tokens = "(B, T)" if self.shape is None else str(self.shape)
+        if self.mask is not None:
+            return ValueError(
+                f"block {block!r} has states of shape {tuple(x.shape)}, and the mask is of {tokens} tokens: {MAKE}, "
+                f"and {OFF}"
+            )
+        return ValueError(
+            f"block {block!r} has states of shape {tuple(x.shape)}, which are not {tokens} tokens (B, T, D): "
+            'adapt(model, per="sample") measures samples'
+        )
+
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """The ``values`` of a measure of each group as one, ``(B,)`` or ``(N,)``."""
+        if self._samples is None:
+            return values[0]
+        joined = torch.cat([*values])
+        if self._samples.device != joined.device:
+            self._samples = self._samples.to(joined.device)
+        return joined.index_select(0, self._samples)
+
+    def positions(self) -> Tensor | None:
+        """Sample and position of each row of the measures, ``(N, 2)``, on the CPU; None where they are of samples."""
+        if self.per == "sample" or self.shape is None:
+            return None
+        samples, length = self.shape
+        rows = torch.arange(samples * length) if self._rows is None else self._rows.cpu()
+        return torch.stack([rows // length, rows % length], 1)
+
+
+def inputs_by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``model`` is given, ``args`` and ``kwargs``, by the names under which its forward pass takes it.
+
+    What is in mappings that it takes is there too, under names that it has not.
+
+    >>> inputs_by_name(nn.TransformerEncoderLayer(4, 2), [1], {"src_key_padding_mask": 2})
+    {'src': 1, 'src_key_padding_mask': 2}
+    """
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+    except (TypeError, ValueError):  # no signature, or other inputs, which the model refuses itself
+        return dict(kwargs)
+    inputs = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            inputs |= inputs.pop(parameter.name, {})
+    for value in [*inputs.values()]:
+        if isinstance(value, Mapping):
+            inputs = {name: one for name, one in value.items() if isinstance(name, str)} | inputs
+    return inputs
+
+
+def _takes(model: nn.Module) -> set[str]:
+    """The names of what a model takes, with "**" where it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {"**" if one.kind is one.VAR_KEYWORD else one.name for one in parameters}
+
+
+def _check_name(name: str, inputs: Mapping[str, Any], model: nn.Module) -> None:
+    takes = _takes(model)
+    if name not in inputs and name not in takes and "**" not in takes:
+        raise ValueError(f"mask {name!r} is no input of {type(model).__name__}, which takes {', '.join(sorted(takes))}")
+
+
+def _mask_in(value: Any, token: bool, name: str, samples: int | None, inputs: Mapping[str, Any]) -> Tensor | None:
+    """The input ``name`` as True where there is a token, on the CPU; None where nothing is padded."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.ndim != 2 or (samples is not None and len(value) != samples):
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{name} must have shape ({'B' if samples is None else samples}, T), a number per token, got {got}: "
+            f"{MAKE}, and {OFF}"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name} groups samples by their tokens, which torch.compile cannot: {OFF}")
+    mask = _without_cached(_true_of_tokens(value.detach().cpu(), token, name), inputs)
+    if mask.all():
+        return None
+    if empty := (~mask.any(1)).nonzero().flatten().tolist():
+        raise ValueError(f"{name} leaves no token of sample {empty[0]}, which has no measures: leave it out, or {OFF}")
+    return mask
+
+
+def _true_of_tokens(mask: Tensor, token: bool, name: str) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask if token else ~mask
+    padding: float = 0 if token else 1
+    if not token and mask.is_floating_point():  # it is added to scores
+        padding = -torch.inf
+    tokens = mask == (1 if token else 0)
+    other = mask[~tokens & (mask != padding)]
+    if len(other):
+        raise ValueError(f"{name} must hold {int(token)} and {padding:g}, got {other[0].item():g}: {MAKE}, and {OFF}")
+    return tokens
+
+
+def _without_cached(mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """The mask of the tokens of which there are states."""
+    ids = next((inputs[name] for name in ("input_ids", "inputs_embeds") if isinstance(inputs.get(name), Tensor)), None)
+    if inputs.get(CACHE) is None or ids is None or ids.shape[1] >= mask.shape[1]:
+        return mask
+    return mask[:, -ids.shape[1] :]
