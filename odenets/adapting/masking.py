@@ -36,8 +36,8 @@ and of timm are 1 there, those of ``torch.nn`` and fairseq are True, or minus in
 ENCODER, DECODER = {"attention_mask", "src_key_padding_mask"}, {"decoder_attention_mask", "tgt_key_padding_mask"}
 """Masks of a model that takes one of each: the states of its steps are of either's tokens."""
 
-CACHE = "past_key_values"
-"""The input that holds earlier tokens, of which there are no states: a mask says of them too what they are."""
+CACHES = "past_key_values", "cache"
+"""Inputs that hold earlier tokens, of which there are no states: a mask says of them too what they are."""
 
 MAKE = "a function makes a mask (B, T) that is True of tokens, adapt(model, mask=lambda inputs: ...)"
 OFF = "mask=None measures padding too"
@@ -173,9 +173,10 @@ class Tokens:
         return [*zip(befores, afters, residues, strict=True)]
 
     def _split(self, block: str, x: Tensor) -> Sequence[Tensor]:
-        if self.shape is None and x.ndim > 2:
+        fits = x.ndim == 3 or (x.ndim > 3 and self.per == "sample")
+        if self.shape is None and fits:
             self.shape = tuple(x.shape[:2])
-        if x.ndim < 3 or tuple(x.shape[:2]) != self.shape or (self.per == "token" and x.ndim != 3):
+        if not fits or tuple(x.shape[:2]) != self.shape:
             raise self._other(block, x)
         x = x.flatten(0, 1)
         if self._rows is not None:
@@ -287,6 +288,7 @@ def _true_of_tokens(mask: Tensor, token: bool, name: str) -> Tensor:
 def _without_cached(mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """The mask of the tokens of which there are states."""
     ids = next((inputs[name] for name in ("input_ids", "inputs_embeds") if isinstance(inputs.get(name), Tensor)), None)
-    if inputs.get(CACHE) is None or ids is None or ids.shape[1] >= mask.shape[1]:
+    cached = any(inputs.get(name) is not None for name in CACHES)
+    if not cached or ids is None or ids.shape[1] >= mask.shape[1]:
         return mask
     return mask[:, -ids.shape[1] :]

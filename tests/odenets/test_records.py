@@ -70,9 +70,9 @@ def test_blocks_of_an_adapted_resnet_are_its_modules():
 
 
 def test_blocks_of_an_adapted_transformer_are_attention_and_mlp():
-    network = adapt(small_vit().eval())
-    x = torch.rand(2, 3, network.model.image_size, network.model.image_size)
-    before = network.names  # as the blocks are listed
+    x = torch.rand(2, 3, 32, 32)
+    network = adapt(small_vit().eval(), x)
+    before = network.names  # as the blocks are found
     first = "encoder.layers.encoder_layer_0"
     assert blocks(network, x)[:2] == (f"{first} attention", f"{first} mlp")
     assert before == network.names == network.record(x)[1].blocks
@@ -114,7 +114,7 @@ def test_parts_are_joined_under_names():
 def test_copies_have_the_names(copied):
     records = two_flows().record(X, action=measures.action)[1].map(Tensor.detach)
     other = copied(records)
-    assert other.layout == records.layout == ((0, 2), records.blocks)
+    assert other.layout == records.layout == ((0, 2), records.blocks, None)
     torch.testing.assert_close(dict(other), dict(records))
     assert type(other) is Records
 
@@ -125,12 +125,14 @@ def test_names_outlive_the_dictionary_that_a_wrapper_makes_anew(precision):
     network = two_flows()
     module = Fabric(accelerator="cpu", precision=precision).setup(Recording(network, {"action": measures.action}))
     _, records = record(module, X.to(next(network.parameters()).dtype), {"action": measures.action})
-    assert records.layout == ((0, 2), ("flows.0 blocks.0", "flows.0 blocks.1", "flows.1 blocks.0"))
+    assert records.layout == ((0, 2), ("flows.0 blocks.0", "flows.0 blocks.1", "flows.1 blocks.0"), None)
     moved = move_data_to_device((records.layout, dict(records)), torch.device("cpu"))
     assert Records(moved[1], *moved[0]).layout == records.layout
 
 
-@pytest.mark.parametrize("make", [two_flows, lambda: adapt(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))])
+@pytest.mark.parametrize(
+    "make", [two_flows, lambda: adapt(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), displacement=True)]
+)
 def test_a_compiled_record_has_the_names(make):
     network = make().eval()
     expected = blocks(network, X)
@@ -153,6 +155,37 @@ def test_a_table_has_a_row_for_each_block_and_sample():
         }
     )
     pd.testing.assert_frame_equal(frame, expected)
+
+
+def test_a_table_of_tokens_has_the_position_of_each():
+    tokens = torch.tensor([[0, 0], [0, 1], [1, 4]])
+    records = Records({"a": torch.arange(6.0).reshape(2, 3)}, blocks=["one", "two"], tokens=tokens)
+    frame = records.to_dataframe()
+    assert list(frame) == ["block", "name", "flow", "sample", "token", "a"]
+    assert frame["sample"].tolist() == [0, 0, 1] * 2
+    assert frame["token"].tolist() == [0, 1, 4] * 2
+    assert frame["a"].tolist() == [*range(6)]
+    assert repr(records).startswith("Records of 2 blocks x 3 tokens, means over the tokens:")
+    with pytest.raises(ValueError, match=r"must not have the names of columns, .*, token, got \['token'\]"):
+        Records({"token": torch.zeros(1, 3)}, tokens=tokens).to_dataframe()
+    assert list(Records({}, tokens=tokens).to_dataframe()) == ["block", "name", "flow", "sample", "token"]
+
+
+def test_records_of_the_same_tokens_are_joined():
+    tokens = torch.tensor([[0, 0], [0, 1], [1, 4]])
+    one, other = (Records({"a": torch.zeros(rows, 3)}, tokens=tokens.clone()) for rows in (2, 1))
+    joined = Records.join([one, other])
+    assert torch.equal(joined.tokens, tokens)
+    assert torch.equal(pickle.loads(pickle.dumps(joined)).tokens, tokens)
+    assert joined.map(torch.abs).tokens is joined.tokens
+    for others in (None, tokens + 1, tokens[:2]):
+        with pytest.raises(ValueError, match="parts must be measured on the same tokens, or all of them per sample"):
+            Records.join([one, Records({"a": torch.zeros(1, 3)}, tokens=others)])
+
+
+def test_tokens_are_samples_and_positions():
+    with pytest.raises(ValueError, match=r"tokens must be samples and positions, shape \(N, 2\), got \(3,\)"):
+        Records({"a": torch.zeros(2, 3)}, tokens=torch.arange(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
