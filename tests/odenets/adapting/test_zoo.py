@@ -1,0 +1,88 @@
+"""Networks of torchvision, timm, transformers and others: all their additions are found, and nothing changes."""
+
+import importlib
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from odenets import measures
+from odenets.adapting import adapt
+from tests.odenets.adapting.zoo import enliven, tensors_of
+
+TABLES = ("torchvision_models", "timm_models", "hugging_face", "others")
+QUICK = {
+    "torchvision_models": ("mobilenet_v3_small", "alexnet", "densenet121"),
+    "timm_models": ("regnetx_002", "rexnet_100", "xcit_nano_12_p16_224", "mobilevit_xxs", "repvgg_a0"),
+    "hugging_face": ("BERT", "GPT-2"),
+    "others": ("encoder, norm first", "U-Net", "DiT", "quantizable MobileNet V2"),
+}
+GRADIENTS = 8  # of how many parameters, where there are many
+
+
+def cases():
+    """Every network of every table whose library is there; all but a few are slow."""
+    for table in TABLES:
+        try:
+            networks = importlib.import_module(f"tests.odenets.adapting.zoo.{table}").CASES
+        except pytest.skip.Exception as missing:
+            yield pytest.param(None, marks=pytest.mark.skip(reason=str(missing)), id=table)
+            continue
+        for name, case in networks.items():
+            marks = () if name in QUICK[table] else (pytest.mark.slow,)
+            yield pytest.param(case, marks=marks, id=f"{table}-{name}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(function, example, **options):
+    if isinstance(example, Mapping):
+        return function(**example, **options)
+    return function(*example, **options) if isinstance(example, tuple) else function(example, **options)
+
+
+def some_of(parameters):
+    """All of them, or some evenly spread where there is much to differentiate."""
+    if len(parameters) <= GRADIENTS or sum(p.numel() for p in parameters) < 3e7:
+        return parameters
+    return [parameters[round(i * (len(parameters) - 1) / (GRADIENTS - 1))] for i in range(GRADIENTS)]
+
+
+def gradients(model, outputs):
+    """Those of the outputs' sum of squares."""
+    parameters = some_of([p for p in model.parameters() if p.requires_grad])
+    return torch.autograd.grad(sum(output.square().sum() for output in outputs), parameters, allow_unused=True)
+
+
+@pytest.mark.filterwarnings("ignore:the branches of .* end in a batch norm")
+@pytest.mark.parametrize("case", cases())
+def test_the_additions_of_a_network_are_found_and_recording_them_changes_nothing(case):
+    model = enliven(case.build()).eval()
+    if isinstance(case.depth, str):
+        with pytest.raises(ValueError, match=case.depth):
+            adapt(model, case.example, **case.options)
+        return
+    expected = tensors_of(call(model, case.example))
+    if case.differentiable:
+        expected_gradients = gradients(model, expected)
+    torch.manual_seed(1)
+    expected_in_training = tensors_of(call(model.train(), case.example))
+
+    adapted = adapt(model.eval(), case.example, **case.options)
+    assert adapted.depth == len(adapted.names) == len(adapted.blocks) == case.depth
+    output, records = call(adapted.record, case.example, action=measures.action)
+    outputs = tensors_of(output)
+    assert len(records["action"]) == case.depth
+    assert records["action"].isfinite().all()
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    if case.differentiable:
+        torch.testing.assert_close(gradients(model, outputs), expected_gradients, rtol=0, atol=0)
+    torch.manual_seed(1)
+    output, _ = call(adapted.train().record, case.example, action=measures.action)
+    torch.testing.assert_close(tensors_of(output), expected_in_training)
