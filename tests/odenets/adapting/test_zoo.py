@@ -33,6 +33,14 @@ def cases():
             yield pytest.param(case, marks=marks, id=f"{table}-{name}")
 
 
+def test_every_classifier_of_torchvision_is_listed():
+    tv = pytest.importorskip("torchvision.models")
+    table = importlib.import_module("tests.odenets.adapting.zoo.torchvision_models")
+    names = table.ADDING.keys() | table.CHAINS.keys() | set(table.CONCATENATING)
+    assert names == set(tv.list_models(module=tv))
+    assert [len(part) for part in (table.ADDING, table.CHAINS, table.CONCATENATING)] == [59, 9, 12]
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
@@ -61,7 +69,7 @@ def gradients(model, outputs):
 
 
 @pytest.mark.filterwarnings("ignore:the branches of .* end in a batch norm")
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", list(cases()))
 def test_the_additions_of_a_network_are_found_and_recording_them_changes_nothing(case):
     model = enliven(case.build()).eval()
     if isinstance(case.depth, str):

@@ -83,7 +83,7 @@ def mlp_mixer() -> nn.Module:
 
 
 class ConditionedBlock(nn.Module):
-    """Attention and layers whose norms are shifted, scaled and gated by a condition (Peebles and Xie 2023, adaLN-Zero)."""
+    """Attention and layers, shifted, scaled and gated by a condition (Peebles and Xie 2023, adaLN-Zero)."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -112,7 +112,7 @@ DEPTHS = {
     "mobilevitv2_050": 1 + 2 * (2 + 4 + 3),
     # 16 convolutional blocks of two, 4 hybrid blocks of three: attention, convolution, layers
     "nextvit_small": 2 * (3 + 3 + 8 + 2) + 3 * (0 + 1 + 2 + 1),
-    # 2 a block, 6 more where attention is, the downsampling of the last stage: attention plus a convolution of the state
+    # one a block, one more in the blocks with attention; in the last downsampling, attention plus a convolution
     "efficientformerv2_s0": (2 + 2 + 6 + 4) + (2 + 2) + 1,
     "efficientvit_b0": 1 + (1 + 1) + 2 * (2 + 2),  # stem, local stages but their first blocks, stages with attention
     # depthwise, layers, attention, depthwise, layers; four around each of two downsamplings

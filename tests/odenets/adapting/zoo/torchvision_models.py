@@ -1,7 +1,7 @@
 """torchvision's classifiers: every name of ``list_models(module=torchvision.models)`` in torchvision 0.29.
 
-59 add, 9 are chains (AlexNet, VGG), 12 only join features by concatenation. That the Inceptions and GoogLeNet add nothing is
-read in their sources: their only sums are those of ``transform_input``, a scale and a shift of each color.
+59 add, 9 are chains (AlexNet, VGG), 12 only join features by concatenation. That Inception v3 and GoogLeNet add nothing
+is read in their sources: their only sums are those of ``transform_input``, a scale and a shift of each color.
 """
 
 from functools import partial
@@ -51,8 +51,8 @@ def after_the_first(*repeats: int) -> int:
     return sum(n - 1 for n in repeats)
 
 
-# MobileNet V2, table 2; V3, tables 1 and 2; MnasNet-A1 without its squeezes, figure 7; EfficientNet, table 1, repeats times
-# the depth coefficient, rounded up; EfficientNetV2, table 4 and appendix, whose first stage keeps the channels of the stem.
+# MobileNet V2, table 2; V3, tables 1 and 2; MnasNet-B1, figure 7; EfficientNet, table 1, repeats times the depth
+# coefficient, rounded up; EfficientNetV2, table 4 and the reference code, whose first stage keeps the stem's channels.
 INVERTED = {
     "mobilenet_v2": after_the_first(1, 2, 3, 4, 3, 3, 1),
     # rows whose stride is 1 and whose input has as many channels as the output
