@@ -36,6 +36,7 @@ class Case(NamedTuple):
     depth: int | str
     options: Mapping[str, Any] = NOTHING  # of adapt
     differentiable: bool = True
+    warning: str = ""
 
 
 @cache
