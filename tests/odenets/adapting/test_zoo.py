@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -92,7 +93,8 @@ def test_the_additions_of_a_network_are_found_and_recording_them_changes_nothing
         expected_gradients = gradients(model, expected)
     expected_in_training = in_training(model, model, case.example)
 
-    adapted = adapt(model.eval(), case.example, **case.options)
+    with pytest.warns(UserWarning, match=case.warning) if case.warning else nullcontext():
+        adapted = adapt(model.eval(), case.example, **case.options)
     assert adapted.depth == len(adapted.names) == len(adapted.blocks) == case.depth
     output, records = call(adapted.record, case.example, action=measures.action)
     outputs = tensors_of(output)

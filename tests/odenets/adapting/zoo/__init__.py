@@ -29,12 +29,21 @@ IS_A_CHAIN = "displacement=True"
 
 
 class Case(NamedTuple):
-    """A network, one batch of it, and how many additions it has or the word in the refusal."""
+    """A network, one batch of it, and how many additions it has or the word in the refusal.
+
+    Attributes:
+        build: makes the network, with random weights.
+        example: a batch.
+        depth: the number of additions, or what the refusal says.
+        options: of ``adapt``.
+        differentiable: whether its output has a gradient.
+        warning: of ``adapt``.
+    """
 
     build: Callable[[], nn.Module]
     example: Example
     depth: int | str
-    options: Mapping[str, Any] = NOTHING  # of adapt
+    options: Mapping[str, Any] = NOTHING
     differentiable: bool = True
     warning: str = ""
 

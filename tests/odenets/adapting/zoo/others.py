@@ -138,7 +138,9 @@ TIME, LABEL = torch.tensor([0.2, 0.7]), torch.tensor([3, 8])
 CASES = {
     "encoder": Case(partial(encoder, False, True), TOKENS, 2 * 3),
     "encoder, norm first": Case(partial(encoder, True, True), TOKENS, 2 * 3),
-    "encoder, tokens first": Case(partial(encoder, False, False), TOKENS, 2 * 3),
+    "encoder, tokens first": Case(
+        partial(encoder, False, False), TOKENS, 2 * 3, warning="states of a sample depend on the other samples"
+    ),
     "encoder, norm and tokens first": Case(partial(encoder, True, False), TOKENS, 2 * 3),
     "encoder with a mask": Case(partial(encoder, True, True), masked_tokens(), 2 * 3),
     "U-Net": Case(UNet, pictures(16), 2 + 1 + 2),  # down, bottom, up
