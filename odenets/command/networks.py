@@ -268,7 +268,7 @@ def recorder(model: Model, blocks: str | None) -> Any:
         return model.network
     names = None if blocks is None else [name.strip() for name in blocks.split(",") if name.strip()]
     try:
-        return adapt(model.network, names)
+        return adapt(model.network, blocks=names)
     except (ValueError, TypeError) as error:
         hint = " (--blocks layer1.0,layer1.1 names them here)" if blocks is None else ""
         raise Mistake(f"{model.name}: {one_line(error)}{hint}", FAILED) from error

@@ -132,7 +132,7 @@ def test_the_fingerprint_tells_what_no_weight_does():
     close.flows[0].resize([0.5, 0.5 + 1e-8])
     assert fingerprint(network) != fingerprint(close)
     model = resnet18(num_classes=4)
-    adapted = [adapt(model), adapt(model, residue="branch"), adapt(model, ["layer1.0", "layer1.1"])]
+    adapted = [adapt(model), adapt(model, residue="branch"), adapt(model, blocks=["layer1.0", "layer1.1"])]
     assert len({fingerprint(network) for network in adapted}) == 3
 
 

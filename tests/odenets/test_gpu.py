@@ -46,7 +46,7 @@ def network(device="cpu", dtype=D, **options):
 def adapted():
     torch.manual_seed(0)
     blocks = [Unit(16, 16), Unit(16, 16), nn.Flatten(), nn.Linear(1024, 3)]
-    return odenets.adapt(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), *blocks), ["1", "2"]).to(D)
+    return odenets.adapt(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), *blocks), blocks=["1", "2"]).to(D)
 
 
 def close(ours, expected, near=1e-8):

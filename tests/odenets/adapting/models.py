@@ -60,13 +60,13 @@ FAMILIES = {
 
 
 def zero_branches(adapted, *parts):
-    """Let every branch, or these parts of it, return 0; shortcuts stay."""
+    """Let every branch, or these parts of it, return 0; projections stay."""
     modules = dict(adapted.model.named_modules())
-    shortcuts = {p for block in adapted.blocks if block.shortcut for p in modules[block.shortcut].parameters()}
-    for block in adapted.blocks:
-        for module in [modules[f"{block.first}.{part}"] for part in parts] or [modules[block.first]]:
+    projections = {p for block in adapted.blocks if block.projection for p in modules[block.projection].parameters()}
+    for block in dict.fromkeys(block.block for block in adapted.blocks):
+        for module in [modules[f"{block}.{part}"] for part in parts] or [modules[block]]:
             for p in module.parameters():
-                if p not in shortcuts:
+                if p not in projections:
                     nn.init.zeros_(p)
 
 

@@ -54,11 +54,11 @@ def test_records_are_those_of_the_steps(family):
 def test_a_block_whose_branch_is_zero_does_not_move_its_state(family):
     """But for the ReLU after a projection."""
     make, x, _ = FAMILIES[family]
-    adapted = adapt(make().eval())
+    adapted = adapt(make().eval(), x)
     zero_branches(adapted)
     with torch.no_grad():
         steps = adapted.steps(x)
-    projections = {block.name for block in adapted.blocks if block.shortcut}
+    projections = {block.name for block in adapted.blocks if block.projection is not None}
     assert any(step.x0.abs().amax() > 0 for step in steps)
     for name, step in zip(adapted.names, steps, strict=True):
         assert torch.equal(step.x1, step.x0.relu() if name in projections else step.x0)
@@ -68,7 +68,7 @@ def test_a_block_whose_branch_is_zero_does_not_move_its_state(family):
 @pytest.mark.parametrize("half", [0, 1])
 def test_the_two_steps_of_a_transformer_block_are_its_attention_and_its_mlp(family, half):
     make, x, _ = FAMILIES[family]
-    adapted = adapt(make().eval())
+    adapted = adapt(make().eval(), x)
     for name, p in adapted.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(p)  # so that every branch moves
@@ -162,18 +162,23 @@ def test_the_mode_is_that_of_the_model():
 
 def test_prints_what_it_found():
     adapted = adapt(small_resnet())
-    assert repr(adapted).splitlines()[:2] == ["AdaptedModel(ResNet, 4 steps)", "  0  layer1.0  ResNet"]
+    assert repr(adapted) == "AdaptedModel(ResNet, its steps are found at the first batch)"
     adapted(X)
-    assert str(adapted).splitlines()[1:3] == [
-        "  0  layer1.0  ResNet  64 x 16 x 16",
-        "  1  layer2.0  ResNet  128 x 8 x 8   shortcut layer2.0.downsample",
+    assert str(adapted).splitlines() == [
+        "AdaptedModel(ResNet, 4 steps)",
+        "  step  name      kind    shape         projection",
+        "     0  layer1.0  ResNet  64 x 16 x 16",
+        "     1  layer2.0  ResNet  128 x 8 x 8   layer2.0.downsample",
+        "     2  layer3.0  ResNet  256 x 4 x 4   layer3.0.downsample",
+        "     3  layer4.0  ResNet  512 x 2 x 2   layer4.0.downsample",
     ]
-    by_name = adapt(small_resnet(), {"layer1.0": None, "layer2.0": "layer2.0.downsample.0"})
+    by_name = adapt(small_resnet(), blocks={"layer1.0": None, "layer2.0": "layer2.0.downsample.0"})
     assert repr(by_name).splitlines()[1:] == [
-        "  0  layer1.0  by name",
-        "  1  layer2.0  by name  shortcut layer2.0.downsample.0",
+        "  step  name      kind     projection",
+        "     0  layer1.0  by name",
+        "     1  layer2.0  by name  layer2.0.downsample.0",
     ]
-    assert "0  encoder.layers.encoder_layer_0  transformer 1 of 2" in str(adapt(small_vit()))
+    assert "1  encoder.layers.encoder_layer_0 mlp        transformer  5 x 16" in str(adapt(small_vit(), SMALL))
 
 
 @pytest.mark.parametrize("passes", [0, 1])
@@ -184,7 +189,7 @@ def test_an_export_with_a_dynamic_batch_takes_any(passes):
     for _ in range(passes):
         network(x)
     batch = torch.export.Dim("batch", min=2)
-    exported = torch.export.export(network, (x,), dynamic_shapes=({0: batch},)).module()
+    exported = torch.export.export(network, (x,), dynamic_shapes=(({0: batch},),)).module()
     for size in (2, 5):
         x = torch.rand(size, 3, 32, 32)
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)

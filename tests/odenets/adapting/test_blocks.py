@@ -47,7 +47,7 @@ def test_modules_of_a_block_s_class_that_fit_no_rule_are_told():
     model = nn.Sequential(plain[0], wider, plain[1])
     with pytest.warns(UserWarning, match=r"2 modules such as '0' are not .* class Calling .* lack one of conv1, sh"):
         assert adapt(model).names == ("1",)
-    assert adapt(model, {"0": None, "1": "1.shortcut", "2": None}).names == ("0", "1", "2")
+    assert adapt(model, blocks={"0": None, "1": "1.shortcut", "2": None}).names == ("0", "1", "2")
 
 
 def states_of(model, first, last):
@@ -134,9 +134,9 @@ def test_blocks_by_name_and_by_rule(blocks, names):
     model(X)
     if names is None:
         with pytest.raises(ValueError, match=r"changes the shape|'2.way' lies in '2'"):
-            adapt(model, blocks).record(X, action=measures.action)
+            adapt(model, blocks=blocks).record(X, action=measures.action)
         return
-    adapted = adapt(model, blocks)
+    adapted = adapt(model, blocks=blocks)
     assert adapted.names == names
     steps = adapted.steps(X)
     assert len(steps) == len(names)
@@ -147,11 +147,11 @@ def test_blocks_by_name_and_by_rule(blocks, names):
 
 
 def test_a_named_block_that_fits_a_rule_is_what_the_rule_says():
-    adapted = adapt(small_resnet(), ["layer2.0", "layer3.0"])
+    adapted = adapt(small_resnet(), blocks=["layer2.0", "layer3.0"])
     assert [block.shortcut for block in adapted.blocks] == ["layer2.0.downsample", "layer3.0.downsample"]
-    whole = adapt(small_vit(), {"encoder.layers.encoder_layer_1": None})
+    whole = adapt(small_vit(), blocks={"encoder.layers.encoder_layer_1": None})
     assert whole.depth == 1
-    assert adapt(small_vit(), ["encoder.layers.encoder_layer_1"]).depth == 2
+    assert adapt(small_vit(), blocks=["encoder.layers.encoder_layer_1"]).depth == 2
 
 
 @pytest.mark.parametrize(("name", "depth"), TIMM.items())
@@ -196,13 +196,13 @@ def test_branches_of_timm_models_end_where_they_are_added(name):
     [
         (lambda: adapt(len), TypeError, "model must be a torch module, got builtin"),
         (lambda: adapt(nn.Identity()), ValueError, "no residual blocks found in Identity, which has no parts"),
-        (lambda: adapt(small_resnet(), ["layer1.7"]), ValueError, "no module 'layer1.7'; near to it are 'layer1.0'"),
-        (lambda: adapt(small_resnet(), {"layer2.0": "layer2.0.proj"}), ValueError, "no module 'layer2.0.proj'; near"),
-        (lambda: adapt(small_resnet(), []), ValueError, "at least one name or rule"),
-        (lambda: adapt(small_resnet(), [""]), ValueError, "names of modules within the model, got ''"),
-        (lambda: adapt(small_resnet(), [3]), TypeError, "names of modules or rules, got int"),
-        (lambda: adapt(small_resnet(), ["layer1", "layer1.0"]), ValueError, "'layer1.0' lies in 'layer1'"),
-        (lambda: adapt(small_resnet(), [Rule("mine", ("way",))]), ValueError, r"no residual blocks .* mine \(way\)"),
+        (lambda: adapt(small_resnet(), blocks=["layer1.7"]), ValueError, "no module 'layer1.7'; near to it are 'layer1.0'"),
+        (lambda: adapt(small_resnet(), blocks={"layer2.0": "layer2.0.proj"}), ValueError, "no module 'layer2.0.proj'; near"),
+        (lambda: adapt(small_resnet(), blocks=[]), ValueError, "at least one name or rule"),
+        (lambda: adapt(small_resnet(), blocks=[""]), ValueError, "names of modules within the model, got ''"),
+        (lambda: adapt(small_resnet(), blocks=[3]), TypeError, "names of modules or rules, got int"),
+        (lambda: adapt(small_resnet(), blocks=["layer1", "layer1.0"]), ValueError, "'layer1.0' lies in 'layer1'"),
+        (lambda: adapt(small_resnet(), blocks=[Rule("mine", ("way",))]), ValueError, r"no residual blocks .* mine \(way\)"),
         (lambda: Rule("mine"), ValueError, "rule 'mine' needs parts or a flag"),
     ],
 )

@@ -43,8 +43,8 @@ NAMES = ["1", "3", "5"]
     ],
 )
 def test_records_and_steps_are_those_of_the_model_that_changes_nothing_in_place(addition, after, mode):
-    adapted = adapt(branchings(addition, after), NAMES)
-    plain = adapt(branchings("new", after and F.relu), NAMES)
+    adapted = adapt(branchings(addition, after), blocks=NAMES)
+    plain = adapt(branchings("new", after and F.relu), blocks=NAMES)
     context = {"no_grad": torch.no_grad, "inference": torch.inference_mode}.get(mode, torch.enable_grad)
     record = torch.compile(adapted.record, backend="eager") if mode == "compiled" else adapted.record
     for _ in range(2):  # what is learned in one pass serves the next
@@ -63,7 +63,7 @@ def test_records_and_steps_are_those_of_the_model_that_changes_nothing_in_place(
 @pytest.mark.parametrize(("addition", "after"), [("in place", None), ("new", F.relu_)])
 @pytest.mark.filterwarnings("ignore:the outputs of .* are changed in place")
 def test_gradients_are_those_of_the_model_that_changes_nothing_in_place(addition, after):
-    adapted, plain = adapt(branchings(addition, after), NAMES), adapt(branchings("new", after and F.relu), NAMES)
+    adapted, plain = adapt(branchings(addition, after), blocks=NAMES), adapt(branchings("new", after and F.relu), blocks=NAMES)
     adapted.record(TINY, action=measures.action)  # from which it is learned what is changed
     for network in (adapted, plain):
         output, records = network.record(TINY, action=measures.action)
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_model_that_changes_nothing_in_place(addition
 
 
 def test_outputs_changed_in_place_after_their_block_are_told_where_gradients_are_enabled():
-    adapted = adapt(branchings("new", F.relu_), NAMES)
+    adapted = adapt(branchings("new", F.relu_), blocks=NAMES)
     with pytest.warns(UserWarning, match=r"outputs of 3 blocks \(1, ...\) are changed in place after them"):
         adapted.record(TINY, action=measures.action)
     adapted.record(TINY, action=measures.action)[1]["action"].sum().backward()
@@ -80,7 +80,7 @@ def test_outputs_changed_in_place_after_their_block_are_told_where_gradients_are
 
 def test_a_block_that_returns_its_input_does_not_move_it():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU(True))
-    adapted = adapt(model, ["1", "2"])
+    adapted = adapt(model, blocks=["1", "2"])
     for _ in range(2):
         with torch.no_grad():
             records, start = adapted.record(TINY, action=measures.action)[1], model[0](TINY)
@@ -112,14 +112,14 @@ def test_nothing_is_kept_when_nothing_is_measured():
 
 
 def test_rows_come_in_the_order_in_which_blocks_are_called():
-    adapted = adapt(Calling(lambda m, x: m.a(m.b(m.a(x))), b=Unit(3, 3), a=Unit(3, 3)), ["a", "b"])
+    adapted = adapt(Calling(lambda m, x: m.a(m.b(m.a(x))), b=Unit(3, 3), a=Unit(3, 3)), blocks=["a", "b"])
     assert adapted.names == ("b", "a")
     assert adapted.record(X, action=measures.action)[1]["action"].shape == (3, 2)
     assert adapted.names == ("a call 0", "b", "a call 1")
 
 
 def test_every_call_of_a_block_counts():
-    adapted = adapt(Repeated(3), ["block", "other"])
+    adapted = adapt(Repeated(3), blocks=["block", "other"])
     records = adapted.record(TINY, action=measures.action)[1]
     assert records["action"].shape == (4, 2)
     assert adapted.depth == adapted.evaluations == len(adapted.steps(TINY)) == 4
@@ -128,21 +128,28 @@ def test_every_call_of_a_block_counts():
     assert "4 steps" in repr(adapted)
 
 
-def test_blocks_that_are_left_out_are_told_once():
-    adapted = adapt(Repeated(2, both=False), ["block", "other"])
-    with pytest.warns(UserWarning, match="1 of 2 blocks are not called, other: the rows of records are the steps"):
+def test_blocks_that_are_left_out_are_refused_unless_that_is_accepted():
+    with pytest.raises(ValueError, match="1 of 2 blocks are not called: other; partial=True accepts it"):
+        adapt(Repeated(2, both=False), blocks=["block", "other"]).record(TINY, action=measures.action)
+    adapted = adapt(Repeated(2, both=False), blocks=["block", "other"], partial=True)
+    with pytest.warns(UserWarning, match="the rows of records are the steps of this pass"):
         adapted.record(TINY, action=measures.action)
     assert adapted.names == ("block call 0", "block call 1")
     adapted.record(TINY, action=measures.action)
 
 
-def test_another_number_of_calls_is_told():
-    adapted = adapt(Repeated(2), ["block", "other"])
-    adapted.record(TINY, action=measures.action)
-    adapted.model.times = 1
-    with pytest.warns(UserWarning, match="called in another order or number than before"):
-        records = adapted.record(TINY, action=measures.action)[1]
-    assert len(records["action"]) == adapted.depth == 2
+def test_another_number_of_calls_is_refused_unless_it_is_accepted():
+    for partial in (False, True):
+        adapted = adapt(Repeated(2), blocks=["block", "other"], partial=partial)
+        adapted.record(TINY, action=measures.action)
+        adapted.model.times = 1
+        if partial:
+            with pytest.warns(UserWarning, match="called in another order or number than before"):
+                records = adapted.record(TINY, action=measures.action)[1]
+            assert len(records["action"]) == adapted.depth == 2
+        else:
+            with pytest.raises(ValueError, match="in another order or number than before, 2 steps for 3: partial=True"):
+                adapted.record(TINY, action=measures.action)
 
 
 def test_a_branch_that_is_not_called_is_told_from_a_block_that_is_left_out():
@@ -163,38 +170,51 @@ def test_a_branch_that_is_not_called_is_told_from_a_block_that_is_left_out():
 
 def test_checkpointing_that_takes_the_gradients_is_told():
     model = Calling(lambda m, x: checkpoint(m.block, x, use_reentrant=True), block=Unit(3, 3))
-    adapted = adapt(model, ["block"])
+    adapted = adapt(model, blocks=["block"])
     with pytest.warns(UserWarning, match=r"'block' is computed without gradients, .* use_reentrant=True"):
         adapted.record(TINY.clone().requires_grad_(), action=measures.action)
 
 
+def test_a_block_may_change_in_place_what_it_projects():
+    """Its state is the output of the projection, of what has been changed."""
+    block = Calling(lambda m, x: torch.relu_(x).mean() + m.shortcut(x), shortcut=nn.Conv2d(3, 4, 1))
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), block)
+    (step,) = adapt(model, blocks={"1": "1.shortcut"}).steps(TINY)
+    x = model[0](TINY).relu()
+    torch.testing.assert_close((step.x0, step.residue), (block.shortcut(x), x.mean().expand_as(step.x0)))
+
+
+def test_the_first_tensor_of_what_a_block_returns_is_its_state():
+    block = Calling(lambda m, x: {"states": (x + 1, x), "more": None})
+    model = Calling(lambda m, x: m.block(x)["states"][0], block=block)
+    (step,) = adapt(model, blocks=["block"]).steps(TINY)
+    torch.testing.assert_close(step.residue, torch.ones_like(TINY))
+
+
 # A block that begins with a ReLU in place adds to another state than its input.
-OVERWRITING = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), Calling(lambda m, x: torch.sin(torch.relu_(x)) + x)), ["1"])
-PROJECTION = Calling(lambda m, x: torch.relu_(x).mean() + m.shortcut(x), shortcut=nn.Conv2d(3, 4, 1))
-PROJECTING = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), PROJECTION), {"1": "1.shortcut"})
-UNUSED = adapt(Calling(lambda m, x: x, unused=nn.Linear(2, 2)), ["unused"])
-FOLDED = adapt(Calling(lambda m, x: m.block(x[None])[0], block=nn.ReLU()), ["block"])
-PAIR = adapt(Calling(lambda m, x: m.block(x)[0], block=Calling(lambda m, x: (x, x))), ["block"])
+OVERWRITING = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), Calling(lambda m, x: torch.sin(torch.relu_(x)) + x)), blocks=["1"])
+UNUSED = adapt(Calling(lambda m, x: x, unused=nn.Linear(2, 2)), blocks=["unused"])
+FOLDED = adapt(Calling(lambda m, x: m.block(x[None])[0], block=nn.ReLU()), blocks=["block"])
+NOTHING = adapt(Calling(lambda m, x: m.block(x) or x, block=Calling(lambda m, x: None)), blocks=["block"])
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: adapt(small_resnet(), {"layer2.0": None})(X), ValueError, "'layer2.0' changes the shape .* shortcut"),
+        (lambda: adapt(small_resnet(), blocks={"layer2.0": None})(X), ValueError, "'layer2.0' changes the shape .* shortcut"),
         (lambda: adapt(small_resnet())(torch.full((1, 3, 8, 8), torch.nan)), ValueError, "x must be finite"),
         (lambda: adapt(small_resnet())(X[:0]), ValueError, "at least one sample"),
         (lambda: adapt(small_resnet()).record(X, action=1), TypeError, "measure 'action' must be a function"),
         (lambda: adapt(small_resnet()).record(X, total=lambda step: step.x1.sum()), ValueError, "'total' must return"),
         (lambda: adapt(small_resnet()).record(X, error=measures.error), ValueError, "euler carries no embedded error"),
-        (lambda: adapt(small_resnet(), ["layer2.0:layer1.0"])(X), ValueError, "'layer1.0' is called first"),
+        (lambda: adapt(small_resnet(), blocks=["layer2.0:layer1.0"])(X), ValueError, "'layer1.0' is called first"),
         (lambda: OVERWRITING(X), ValueError, "'1' changes its input in place: .* inplace=False"),
         (lambda: OVERWRITING.record(X, a=measures.action), ValueError, "changes its input in place"),
         (lambda: OVERWRITING.steps(X), ValueError, "changes its input in place"),
         (lambda: torch.inference_mode()(OVERWRITING.record)(X, a=measures.action), ValueError, "changes its input"),
-        (lambda: UNUSED(X), ValueError, "none of the blocks was called: unused$"),
+        (lambda: UNUSED(X), ValueError, "1 of 1 blocks are not called: unused;"),
         (lambda: FOLDED(X), ValueError, r"states of shape \(1, 2.* for 2 samples"),
-        (lambda: PAIR(X), TypeError, "'block' must take and return a tensor, got tuple"),
-        (lambda: PROJECTING(X), ValueError, "changes its input in place"),
+        (lambda: NOTHING(X), TypeError, "'block' must take and return a tensor, got NoneType"),
     ],
 )
 def test_what_cannot_be_recorded_is_named(call, error, message):

@@ -15,7 +15,7 @@ from tests.odenets.networks import Calling, Unit
 
 
 def test_a_pass_within_a_pass_is_its_own():
-    adapted = adapt(Repeated(2), ["block", "other"])
+    adapted = adapt(Repeated(2), blocks=["block", "other"])
     expected = adapted.record(TINY, action=measures.action)[1]["action"]
 
     def needs_second_forward(step):
@@ -45,7 +45,7 @@ def test_threads_record_at_once():
 
 
 def test_blocks_may_be_called_by_keyword():
-    adapted = adapt(Calling(lambda m, x: m.block(x=x), block=Unit(3, 3)), ["block"])
+    adapted = adapt(Calling(lambda m, x: m.block(x=x), block=Unit(3, 3)), blocks=["block"])
     (step,) = adapted.steps(TINY)
     torch.testing.assert_close(step.x1 - step.x0, adapted.model.block.way(TINY))
 
@@ -64,7 +64,7 @@ def test_a_pass_that_fails_leaves_nothing_behind():
 
 def test_the_same_model_adapted_twice():
     model = small_resnet().eval()
-    all_blocks, one = adapt(model), adapt(model, ["layer2.0"])
+    all_blocks, one = adapt(model), adapt(model, blocks=["layer2.0"])
     expected = all_blocks.record(X, action=measures.action)[1]["action"]
     torch.testing.assert_close(one.record(X, action=measures.action)[1]["action"], expected[1:2])
 
@@ -82,7 +82,7 @@ def test_copies_record_themselves():
 
 def test_a_pickled_network_and_a_replica_record_the_same():
     """The replica is one as DataParallel makes them, whose weights are plain tensors."""
-    adapted = adapt(Repeated(2), ["block", "other"])
+    adapted = adapt(Repeated(2), blocks=["block", "other"])
     expected = adapted.record(TINY, action=measures.action)[1]["action"]
     again = pickle.loads(pickle.dumps(adapted))
     torch.testing.assert_close(again.record(TINY, action=measures.action)[1]["action"], expected)
@@ -132,7 +132,7 @@ def test_under_autocast_records_stay_float32(family):
 
 
 def test_gradients_by_transforms():
-    adapted = adapt(small_resnet().eval())
+    adapted = adapt(small_resnet().eval(), X)
     model = Calling(lambda m, x: m.adapted.record(x, action=measures.action)[1]["action"].sum(), adapted=adapted)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     gradients = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, (X,)))(weights)

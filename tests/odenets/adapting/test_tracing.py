@@ -18,7 +18,7 @@ def test_to_be_cut_leaves_each_module_its_mode():
 
 
 def test_a_model_that_repeats_a_block_is_not_cut():
-    adapted = adapt(Repeated(2), ["block", "other"])
+    adapted = adapt(Repeated(2), blocks=["block", "other"])
     with pytest.raises(ValueError, match="does not call its blocks once each"):
         cut_adapted(adapted, [1, 2])
 
@@ -46,4 +46,4 @@ def test_a_model_with_hooks_outside_its_blocks_is_not_cut(name, called):
 )
 def test_what_tracing_cannot_follow_is_told_from_a_mistake(forward, error, message):
     with pytest.raises(error, match=message):
-        cut_adapted(adapt(Calling(forward, block=Unit(3, 3)), ["block"]), [1])
+        cut_adapted(adapt(Calling(forward, block=Unit(3, 3)), blocks=["block"]), [1])

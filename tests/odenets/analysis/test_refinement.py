@@ -74,7 +74,7 @@ def test_an_adapted_model_is_measured_as_the_network_of_its_steps():
     network = Network(model[0], Flow(iter(fields).__next__, solver="euler", depth=2, h=1.0), head)
     batches = [(torch.randn(n, 2), torch.arange(n) % 2) for n in (5, 3)]
     expected = iterative_refinement(network, batches)
-    adapted = adapt(model, ["1", "2"])
+    adapted = adapt(model, blocks=["1", "2"])
     with unchanged(model), torch.inference_mode():
         measured = iterative_refinement(adapted, batches)
     torch.testing.assert_close(measured.ratio, expected.ratio)
@@ -107,7 +107,7 @@ def test_both_steps_of_a_transformer_block_have_a_gradient(flat):
 
 def test_a_model_is_refused_whose_states_have_no_gradient():
     adds = Calling(lambda m, x: x.add_(torch.sin(1.0 + 0 * x)))
-    adapted = adapt(nn.Sequential(nn.Linear(3, 3), adds), ["1"])
+    adapted = adapt(nn.Sequential(nn.Linear(3, 3), adds), blocks=["1"])
     with pytest.raises(ValueError, match="block '1' has a state that is changed in place"):
         iterative_refinement(adapted, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
 
@@ -123,7 +123,7 @@ def test_modes_are_restored_each_module_its_own_also_after_an_error():
 def test_errors():
     with pytest.raises(TypeError, match=r"got Sequential: pass adapt\(network\)"):
         iterative_refinement(nn.Sequential(nn.Linear(3, 2)), [])
-    tupled = adapt(Calling(lambda m, x: (m.layer(x), x), layer=nn.Linear(3, 3)), ["layer"])
+    tupled = adapt(Calling(lambda m, x: (m.layer(x), x), layer=nn.Linear(3, 3)), blocks=["layer"])
     with pytest.raises(TypeError, match="network must return logits, got tuple"):
         iterative_refinement(tupled, [(torch.randn(2, 3), torch.zeros(2, dtype=torch.long))])
     with pytest.raises(ValueError, match="at least one batch"):

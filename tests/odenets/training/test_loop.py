@@ -96,14 +96,14 @@ def test_a_part_in_eval_mode_keeps_its_statistics_and_a_network_in_eval_mode_is_
 
 
 def test_a_network_in_eval_mode_within_a_new_module_is_trained():
-    net = adapt(nn.Sequential(models.Normalize([0.0], [1.0]), answering(lambda z: z).eval()), ["1.model.1"])
+    net = adapt(nn.Sequential(models.Normalize([0.0], [1.0]), answering(lambda z: z).eval()), blocks=["1.model.1"])
     assert net.training
     fit(net, TENS, epochs=1, optimizer=sgd)
     assert all(module.training for module in net.modules())
 
 
 def test_rows_of_an_adapted_model_hold_its_steps():
-    row = fit(adapt(answering(lambda z: z), ["model.1"]), TENS, epochs=1, optimizer=sgd).rows[0]
+    row = fit(adapt(answering(lambda z: z), blocks=["model.1"]), TENS, epochs=1, optimizer=sgd).rows[0]
     assert (row["depth"], row["h"], row["evaluations"]) == (1, "1", 20)
 
 
@@ -155,7 +155,7 @@ class OfLogits(Objective):
 def test_outputs_that_are_no_tensors_are_the_objectives_matter(how):
     def network():
         torch.manual_seed(0)
-        return adapt(answering(how), ["model.1"])
+        return adapt(answering(how), blocks=["model.1"])
 
     with pytest.raises(TypeError, match=r"must return logits, a floating tensor \(B, classes\), got (tuple|dict)"):
         evaluate(network(), TENS)
