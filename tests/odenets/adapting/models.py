@@ -70,6 +70,19 @@ def zero_branches(adapted, *parts):
                     nn.init.zeros_(p)
 
 
+def states_of(model, first, last):
+    """The input of one module and the output of another for X."""
+    states = []
+
+    def look(module, args, output=None):
+        states.append((args[0] if output is None else output).clone())
+
+    first, last = model.get_submodule(first), model.get_submodule(last)
+    with first.register_forward_pre_hook(look), last.register_forward_hook(look):
+        model(X)
+    return states
+
+
 class Repeated(nn.Module):
     """Calls its block as often as it is told, and its other block where it is told to."""
 

@@ -63,7 +63,10 @@ def test_records_and_steps_are_those_of_the_model_that_changes_nothing_in_place(
 @pytest.mark.parametrize(("addition", "after"), [("in place", None), ("new", F.relu_)])
 @pytest.mark.filterwarnings("ignore:the outputs of .* are changed in place")
 def test_gradients_are_those_of_the_model_that_changes_nothing_in_place(addition, after):
-    adapted, plain = adapt(branchings(addition, after), blocks=NAMES), adapt(branchings("new", after and F.relu), blocks=NAMES)
+    adapted, plain = (
+        adapt(branchings(addition, after), blocks=NAMES),
+        adapt(branchings("new", after and F.relu), blocks=NAMES),
+    )
     adapted.record(TINY, action=measures.action)  # from which it is learned what is changed
     for network in (adapted, plain):
         output, records = network.record(TINY, action=measures.action)
@@ -192,7 +195,9 @@ def test_the_first_tensor_of_what_a_block_returns_is_its_state():
 
 
 # A block that begins with a ReLU in place adds to another state than its input.
-OVERWRITING = adapt(nn.Sequential(nn.Conv2d(3, 3, 1), Calling(lambda m, x: torch.sin(torch.relu_(x)) + x)), blocks=["1"])
+OVERWRITING = adapt(
+    nn.Sequential(nn.Conv2d(3, 3, 1), Calling(lambda m, x: torch.sin(torch.relu_(x)) + x)), blocks=["1"]
+)
 UNUSED = adapt(Calling(lambda m, x: x, unused=nn.Linear(2, 2)), blocks=["unused"])
 FOLDED = adapt(Calling(lambda m, x: m.block(x[None])[0], block=nn.ReLU()), blocks=["block"])
 NOTHING = adapt(Calling(lambda m, x: m.block(x) or x, block=Calling(lambda m, x: None)), blocks=["block"])
@@ -201,7 +206,11 @@ NOTHING = adapt(Calling(lambda m, x: m.block(x) or x, block=Calling(lambda m, x:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: adapt(small_resnet(), blocks={"layer2.0": None})(X), ValueError, "'layer2.0' changes the shape .* shortcut"),
+        (
+            lambda: adapt(small_resnet(), blocks={"layer2.0": None})(X),
+            ValueError,
+            "'layer2.0' changes the shape .* shortcut",
+        ),
         (lambda: adapt(small_resnet())(torch.full((1, 3, 8, 8), torch.nan)), ValueError, "x must be finite"),
         (lambda: adapt(small_resnet())(X[:0]), ValueError, "at least one sample"),
         (lambda: adapt(small_resnet()).record(X, action=1), TypeError, "measure 'action' must be a function"),
