@@ -160,8 +160,9 @@ def fingerprint(network: nn.Module) -> str:
     """SHA-256 of what a network computes with, in hexadecimal; device and mode do not matter.
 
     It covers the weights, buffers and step sizes, and what the modules print of themselves, where numbers stand that
-    are no tensors: a normalization, a readout, the blocks of an adapted model. Of a neural ODE it covers all settings,
-    and its field, event and norm as :func:`~odenets.functions.described` tells functions, by their code.
+    are no tensors: a normalization, a readout, the blocks that an adapted model is told (those that are found are not
+    among them). Of a neural ODE it covers all settings, and its field, event and norm as
+    :func:`~odenets.functions.described` tells functions, by their code.
 
     Raises:
         ValueError: a flow has not seen an input yet and has no field.

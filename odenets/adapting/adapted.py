@@ -78,6 +78,7 @@ class AdaptedModel(nn.Module):
         self.training = model.training
         self.hooks = Hooks() if part_of is None else part_of.hooks  # the modules of a part have the hooks of the whole
         self._whole = part_of is None
+        self._named = None if blocks is None else tuple(blocks)
         self._blocks: tuple[BlockSpec, ...] | None = None
         self._expected: tuple[BlockSpec, ...] | None = None  # of a pass, where the program has been seen
         self._following: dict[str, BlockSpec] = {}
@@ -338,9 +339,9 @@ class AdaptedModel(nn.Module):
         return [*(self._expected or self.blocks)]
 
     def extra_repr(self) -> str:
-        """The blocks, for the fingerprint of the network."""
-        blocks = self._blocks or ()
-        return "; ".join(f"{block.name}: {block.kind}, {block.projection}" for block in blocks)
+        """The residue and the blocks that are named, for the fingerprint; what is found follows from the model."""
+        named = self._named or ()
+        return "; ".join([self.residue, *(f"{block.name}: {block.kind}, {block.projection}" for block in named)])
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__

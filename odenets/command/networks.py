@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from odenets import models
-from odenets.adapting import adapt
+from odenets.adapting import AdaptedModel, adapt
 from odenets.command.mistakes import FAILED, Mistake, near, one_line
 from odenets.command.weights import load_file
 from odenets.errors import needs
@@ -256,19 +256,33 @@ def _timm(name: str, weights: str | None, arguments: Mapping[str, Any]) -> Model
     return Model(network, name, words, prepare, f"{name} of timm")
 
 
-def recorder(model: Model, blocks: str | None) -> Any:
-    """The network as one that records its steps.
+def recorder(model: Model, blocks: str | None, x: Tensor) -> Any:
+    """The network as one that records its steps: its blocks as they are found in the program of images.
+
+    The layers of a chain, which adds nothing, are its steps.
+
+    Args:
+        model: the network, on the device of the images.
+        blocks: their names, with commas between them, instead of what is found.
+        x: images ``(B, C, H, W)``.
 
     Raises:
         Mistake: blocks of one that records its own; or what :func:`odenets.adapt` says.
     """
-    if is_recorder(model.network):
-        if blocks is not None and not hasattr(model.network, "model"):
+    network = model.network
+    if isinstance(network, AdaptedModel) and blocks is not None:
+        network = network.model
+    if is_recorder(network):
+        if blocks is not None:
             raise Mistake(f"--blocks is for networks that are adapted; {model.name} records its own steps")
-        return model.network
+        return network
     names = None if blocks is None else [name.strip() for name in blocks.split(",") if name.strip()]
     try:
-        return adapt(model.network, blocks=names)
+        adapted = adapt(network, blocks=names)
+        adapted.find(x)
+        return adapted
     except (ValueError, TypeError) as error:
-        hint = " (--blocks layer1.0,layer1.1 names them here)" if blocks is None else ""
+        if names is None and "displacement=True" in str(error):  # the remedy for a chain
+            return adapt(network, displacement=True)
+        hint = " (--blocks layer1.0,layer1.1 names them here)" if names is None else ""
         raise Mistake(f"{model.name}: {one_line(error)}{hint}", FAILED) from error

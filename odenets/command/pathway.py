@@ -7,7 +7,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +71,25 @@ def show(request: Request) -> None:
     _check_outputs(request)
     _seed(request.seed)
     model = build(request.model, request.weights, request.options)
-    network = recorder(model, request.blocks).to(device)
+    model.network.to(device)
     transform, prepared, mode = _transform(request, model)
     count = min(request.batch_size, len(files))
     left_out: list[Unreadable] | None = [] if request.skip_unreadable else None
     loaded = _with_progress(batches(files, transform, count, mode, left_out), len(files), count)
+    first = next(loaded)
+    with _recording(model.name, first[1]):
+        network = recorder(model, request.blocks, first[1][:2].to(device))
     with evaluating(network), torch.no_grad():
-        records, shape = record_images(network, loaded, measured, model.name)
+        records, shape = record_images(network, chain([first], loaded), measured, model.name)
     if left_out:
         files = _without(files, left_out)
     size = " x ".join(map(str, shape))
     kind = type(network.model if isinstance(network, AdaptedModel) else network).__name__
     typer.echo(f"{model.name} ({kind}), {model.weights}, on {device} ({name_of(device)})")
     typer.echo(f"{len(files)} image{'s' * (len(files) > 1)} of {size}, {prepared}")
-    typer.echo(f"means over the images, a row for each of {len(records.blocks)} blocks")
+    by_layers = isinstance(network, AdaptedModel) and network.blocks[0].kind == "layer"
+    rows = "layers that keep the shape, for nothing is added" if by_layers else "blocks"
+    typer.echo(f"means over the images, a row for each of {len(records.blocks)} {rows}")
     typer.echo()
     _print(records)
     if request.csv is not None:
@@ -142,14 +149,9 @@ def record_images(
     shape: tuple[int, ...] = ()
     for files, images in loaded:
         x = images.to(device_of(network))
-        try:
+        with _recording(name, x):
             measured = measured or _usual(network, x)
             records = network.record(x, h=h, **measured)[1].map(Tensor.cpu)
-        except Exception as error:  # whatever the forward pass of a network raises
-            size = " x ".join(map(str, x.shape))
-            what = f"{type(error).__name__}: {one_line(error)}"
-            less = " (--batch-size takes fewer at a time)" if isinstance(error, torch.OutOfMemoryError) else ""
-            raise Mistake(f"{name} cannot be recorded on images {size}: {what}{less}", FAILED) from error
         if parts and records.blocks != parts[0].blocks:
             raise Mistake(
                 f"{name} takes {len(parts[0].blocks)} steps on the first images and {len(records.blocks)} on those "
@@ -159,6 +161,20 @@ def record_images(
         parts.append(records)
         shape = tuple(images.shape[1:])
     return Records({key: torch.cat([one[key] for one in parts], 1) for key in parts[0]}, *parts[0].layout), shape
+
+
+@contextmanager
+def _recording(name: str, x: Tensor) -> Iterator[None]:
+    """Whatever the forward pass of a network raises is a mistake, on images of this shape."""
+    try:
+        yield
+    except Mistake:
+        raise
+    except Exception as error:
+        size = " x ".join(map(str, x.shape))
+        what = f"{type(error).__name__}: {one_line(error)}"
+        less = " (--batch-size takes fewer at a time)" if isinstance(error, torch.OutOfMemoryError) else ""
+        raise Mistake(f"{name} cannot be recorded on images {size}: {what}{less}", FAILED) from error
 
 
 def _usual(network: Any, x: Tensor) -> dict[str, Any]:

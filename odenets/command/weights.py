@@ -25,7 +25,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 
 def load_file(network: nn.Module, file: Path, name: str) -> nn.Module:
-    """The network with the weights of a file; adapted, where those of an adapted one were saved.
+    """The network with the weights of a file, of it or of the same adapted.
 
     Nothing is unpickled but tensors and plain values.
 
@@ -70,12 +70,12 @@ def _safetensors(file: Path) -> tuple[dict[str, Any], bool]:
 def _loaded(network: nn.Module, file: Path, name: str, state: Mapping[str, Any]) -> nn.Module:
     """The network with what ``odenets.save_weights`` wrote, of it or of the same adapted."""
     own = {key.partition(".")[0] for key, _ in network.named_children()}
-    if state and all(key.startswith("model.") for key in state) and "model" not in own:
-        network = adapt(network)
+    adapted = len(state) > 0 and all(key.startswith("model.") for key in state) and "model" not in own
     try:
-        return load_weights(network, file)
+        load_weights(adapt(network) if adapted else network, file)
     except (ValueError, RuntimeError) as error:
         raise _misfit(network, state, file, name, error) from error
+    return network
 
 
 def _of_torch(file: Path) -> dict[str, Any]:

@@ -187,8 +187,9 @@ def test_the_fingerprint_is_the_same_in_every_process():
     assert len({*runs[0].split()}) == len(ODES)
 
 
-def test_a_pass_does_not_change_the_fingerprint_of_an_adapted_network():
-    network = adapt(resnet18(num_classes=4).eval())
+@pytest.mark.parametrize("settings", [{}, {"blocks": ["layer1.0"]}])
+def test_a_pass_does_not_change_the_fingerprint_of_an_adapted_network(settings):
+    network = adapt(resnet18(num_classes=4).eval(), **settings)
     before = fingerprint(network)
     network(torch.rand(1, 3, 32, 32))
     assert fingerprint(network) == before

@@ -99,7 +99,8 @@ def test_inputs_of_another_dtype_are_named(network, dtype):
 @pytest.mark.filterwarnings("ignore:the branches of .* end in a batch norm")
 def test_what_records_its_steps_is_a_recorder(network):
     network(X)
-    assert all(isinstance(each, Recorder) for each in (network, network.flows[0], adapt(resnet18())))
+    adapted = adapt(resnet18(), torch.rand(2, 3, 32, 32))
+    assert all(isinstance(each, Recorder) for each in (network, network.flows[0], adapted))
     assert not isinstance(network.head, Recorder)
 
 

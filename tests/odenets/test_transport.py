@@ -177,9 +177,10 @@ def test_states_leave_the_modes_of_each_module_also_after_an_exception():
 @pytest.mark.parametrize("measure", [states_of, moves])
 def test_an_adapted_model_is_named(measure):
     chain = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())
+    adapted = adapt(chain, displacement=True)
     with pytest.raises(TypeError, match=r"got AdaptedModel: .*wasserstein\(step\.x0, step\.x1\)"):
-        measure(adapt(chain), torch.randn(4, 3))
-    assert all(wasserstein(step.x0, step.x1) >= 0 for step in adapt(chain).steps(torch.randn(4, 3)))
+        measure(adapted, torch.randn(4, 3))
+    assert all(wasserstein(step.x0, step.x1) >= 0 for step in adapted.steps(torch.randn(4, 3)))
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,18 @@ def test_blocks_name_what_adapt_does_not_know(run, images):
     refused = run(*words)
     assert (refused.exit_code, refused.stdout) == (1, "")
     with pytest.raises(ValueError) as raised:
-        odenets.adapt(torchvision.models.squeezenet1_1())
+        odenets.adapt(torchvision.models.squeezenet1_1(), torch.rand(2, 3, 64, 64))
     assert " ".join(str(raised.value).split()) in refused.stderr
     named = run(*words, "--blocks", "features.4")
     assert named.exit_code == 0, named.stderr
     assert list(table(named.stdout)) == ["features.4"]
+
+
+def test_the_layers_of_a_chain_are_its_rows(run, images):
+    result = run("record", "vgg11", "--weights", "none", "--size", "32", images)
+    assert result.exit_code == 0, result.stderr
+    assert "a row for each of 5 layers that keep the shape" in result.stdout
+    assert "features.8:features.9" in table(result.stdout)
 
 
 def test_steps_of_an_error_control_that_differ_by_batch_are_refused():

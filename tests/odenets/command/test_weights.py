@@ -69,7 +69,7 @@ def test_a_file_is_read_by_what_it_holds_whatever_its_name(resnet, tmp_path):
 def test_what_save_weights_wrote_of_an_adapted_network_is_one(resnet, tmp_path):
     odenets.save_weights(odenets.adapt(resnet), tmp_path / "net.safetensors")
     model = networks.build("resnet18", str(tmp_path / "net.safetensors"), ["num_classes=3"])
-    network = networks.recorder(model, None)
+    network = networks.recorder(model, None, torch.rand(2, 3, 32, 32))
     assert_same(network.model, resnet)
 
 
