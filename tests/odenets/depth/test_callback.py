@@ -21,7 +21,9 @@ def test_after_divergence_blocks_are_duplicated_unless_weights_are_not_finite():
 
 
 def test_a_network_without_flows_is_refused():
-    training = SimpleNamespace(network=adapt(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), displacement=True))
+    training = SimpleNamespace(
+        network=adapt(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)), displacement=True)
+    )
     with pytest.raises(TypeError, match="whose flows can be edited"):
         AdaptiveDepth(DepthRule(1.0), lambda: [X]).after_epoch(training, {})
 
