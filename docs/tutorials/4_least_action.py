@@ -42,13 +42,13 @@ print("training:", tuple(few[0].shape), "test:", tuple(many[0].shape))
 # A model, as it is
 # -----------------
 #
-# :func:`odenets.adapt` finds the residual blocks of a model and changes nothing in it. Each block is a step of Euler's
-# method with ``h = 1``: what it adds to its input is the velocity.
+# :func:`odenets.adapt` finds where a model adds to its states, in a batch of images, and changes nothing in it. Each
+# residual block is a step of Euler's method with ``h = 1``: what it adds to its input is the velocity.
 
 
 def resnet():
     torch.manual_seed(0)
-    return odenets.adapt(torchvision.models.resnet18(num_classes=10))
+    return odenets.adapt(torchvision.models.resnet18(num_classes=10), few[0][:2])
 
 
 network, measured = resnet(), {"length": measures.displacement, "action": measures.action}

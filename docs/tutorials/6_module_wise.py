@@ -140,8 +140,8 @@ print("images that leave after each module:", torch.bincount(exits, minlength=5)
 # A ResNet-18 of torchvision
 # --------------------------
 #
-# :func:`odenets.adapt` finds the residual blocks of a model without changing it; its modules are
-# split like any other's. The digits become color images of 32 by 32 pixels.
+# :func:`odenets.adapt` finds the residual blocks of a model in a batch, without changing it; its
+# modules are split like any other's. The digits become color images of 32 by 32 pixels.
 
 
 def enlarge(x):
@@ -150,7 +150,8 @@ def enlarge(x):
 
 torch.manual_seed(0)
 resnet18 = torchvision.models.resnet18(num_classes=10)
-modules = split_into_modules(odenets.adapt(resnet18), 4, enlarge(train.x[:8]))
+adapted = odenets.adapt(resnet18, enlarge(train.x[:2]))
+modules = split_into_modules(adapted, 4, enlarge(train.x[:8]))
 batches = Batches((enlarge(train.x), train.y), 50, seed=0)
 testing = Batches((enlarge(test.x), test.y), 120)
 fit_modules(modules, batches, epochs=4, optimizer=sgd, objective=trgl(tau=20.0))

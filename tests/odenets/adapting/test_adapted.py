@@ -189,7 +189,7 @@ def test_an_export_with_a_dynamic_batch_takes_any(passes):
     for _ in range(passes):
         network(x)
     batch = torch.export.Dim("batch", min=2)
-    exported = torch.export.export(network, (x,), dynamic_shapes=(({0: batch},),)).module()
+    exported = torch.export.export(network, (x,), dynamic_shapes=({0: batch},)).module()
     for size in (2, 5):
         x = torch.rand(size, 3, 32, 32)
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
