@@ -84,6 +84,7 @@ class AdaptedModel(nn.Module):
         self._following: dict[str, BlockSpec] = {}
         self._visited: list[Visited] | None = None
         self._notes: tuple[str, ...] = ()  # what is not recorded of the program
+        self._ways: set[tuple[bool, ...]] = set()  # decisions of passes that take the steps that were found
         self._axis = 0  # of the inputs, along which the samples lie
         self._reads: tuple[str, ...] = ()
         self._warned = False
@@ -97,6 +98,8 @@ class AdaptedModel(nn.Module):
         self._following = {before.name: block for before, block in pairs if block.start is None}
         if found is not None:
             self._expected, self._reads, self._axis = found.steps, found.reads, found.axis
+            self.hooks.decides = found.decisions is not None
+            self._ways = {found.decisions or ()}
             self._notes = (*(f"a step that is not seen in {name}" for name in found.hidden), *found.others)
         if self._whole:
             self.hooks.attach(self.model, self._blocks)
@@ -268,6 +271,7 @@ class AdaptedModel(nn.Module):
         with self.hooks.running(current, self.model):
             output = self.model(*inputs, **keywords)
         if not torch.compiler.is_compiling():
+            self._check_way(current, inputs, keywords)
             self._check_steps(current)
             self._warn(current)
             self._visited = current.visited
@@ -297,6 +301,18 @@ class AdaptedModel(nn.Module):
             f"{len(self._expected or ())}{self._hint()}: partial=True accepts it, and the rows are the steps "
             "of each pass"
         )
+
+    def _check_way(self, current: ForwardPass, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        """Where a pass has decided otherwise by its data than those before, look at its program too."""
+        if not self.hooks.decides or self.partial or (way := tuple(current.decisions)) in self._ways:
+            return
+        steps = [spec.name for spec in find(self.model, inputs, keywords, partial=True).steps]
+        if steps != [block.name for block in self._expected or ()]:
+            raise ValueError(
+                f"this pass takes other steps than those that were found, {', '.join(steps)}{self._hint()}: name those "
+                'that all passes take, adapt(model, blocks=["layer1.0", ...])'
+            )
+        self._ways.add(way)
 
     def _not_called(self, missing: list[str]) -> ValueError:
         missing = missing or [block.name for block in self.blocks]

@@ -31,7 +31,8 @@ class Blocks:
         others: sums that are no steps though they have something of one, and why.
         output: of the batch in which they were found.
         draws: where it draws random numbers.
-        reads: where the pass reads numbers from its data, by which it may go another way.
+        reads: where the pass reads from its data, by which it may go another way.
+        decisions: what it reads that is yes or no; None where it decides nothing by its data.
         axis: the axis of the inputs along which the samples lie.
     """
 
@@ -41,6 +42,7 @@ class Blocks:
     output: Any
     draws: tuple[str, ...]
     reads: tuple[str, ...]
+    decisions: tuple[bool, ...] | None
     axis: int
 
     @property
@@ -81,7 +83,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
             along = find_layouts(model, program, found.additions, args, kwargs, axis=1)
             if along is not None and not along.dependent:
                 axis, layouts = 1, along
-    if layouts is not None and layouts.dependent:
+    if layouts is not None and layouts.dependent and not program.draws:
         warnings.warn(
             f"states of a sample depend on the other samples of the batch, in {layouts.dependent[0]!r} and "
             f"{len(layouts.dependent) - 1} more blocks: their measures do too",
@@ -97,7 +99,15 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
         )
     others = tuple(f"{reason} in {where(node)}" for node, reason in found.others)
     steps = [spec if layouts is None else replace(spec, samples=layouts.samples[one]) for spec, one in matched.steps]
-    return Blocks(tuple(steps), hidden, others, program.output, tuple(program.draws), tuple(program.reads), axis)
+    if program.numbers:
+        warnings.warn(
+            f"{type(model).__name__} reads numbers from its data at {'; '.join(program.numbers)}: a pass that takes "
+            'other steps by them is not told from others; if there are some, adapt(model, blocks=["layer1.0", ...])',
+            stacklevel=6,
+        )
+    decisions = None if program.decisions is None else tuple(program.decisions)
+    draws, reads = tuple(program.draws), tuple(program.reads)
+    return Blocks(tuple(steps), hidden, others, program.output, draws, reads, decisions, axis)
 
 
 def why_none(model: nn.Module, program: Program, found: Found) -> ValueError:

@@ -38,6 +38,11 @@ class InPlaceChanges:
     inputs: dict[StepKey, bool] = field(default_factory=dict)
     outputs: dict[StepKey, bool] = field(default_factory=dict)
 
+    def written(self, key: StepKey, default: bool) -> bool:
+        """Whether the output of a step is written into, as in other modes where that is not known of this one."""
+        known = [written for other, written in self.outputs.items() if other.block == key.block]
+        return self.outputs.get(key, any(known) or default)
+
 
 class Visited(NamedTuple):
     """A step of a pass: its specification, the shape of the state's samples."""
@@ -110,6 +115,7 @@ class ForwardPass:
         self.visited: list[Visited] = []
         self.starting: dict[str, _Start] = {}  # by names: torch 2.8 compiles no other keys
         self.branches: dict[str, Tensor] = {}
+        self.decisions: list[bool] = []
         self.gradients = torch.is_grad_enabled()
         self.without_gradients: BlockSpec | None = None
 
@@ -150,7 +156,7 @@ class ForwardPass:
         r = self._residue(block, x0, moves=passed is not x0 or changed) if block.branch else None
         copy1 = None
         if counted and (self.keep or (torch.is_grad_enabled() and x1.requires_grad)):
-            copy1 = x1.clone() if changed or self.in_place.outputs.get(key, self.keep) else None
+            copy1 = x1.clone() if changed or self.in_place.written(key, self.keep) else None
             ended = start if self.keep else start._replace(copy=None)
             self.ends.append(_End(ended, x1, _version(x0), _version(x1), copy1))
         begin = start.copy if start.copy is not None and (changed or not counted) else x0

@@ -29,6 +29,7 @@ class Hooks:
         self.passes: dict[int, ForwardPass | None] = {}
         self.in_place = InPlaceChanges()
         self.functions: dict[Place, list[Event]] = {}
+        self.decides = False  # whether passes are to note what functions say that is yes or no
 
     def attach(self, model: nn.Module, blocks: Iterable[BlockSpec]) -> None:
         """Let modules, and functions where states pass no module, call the events of the pass."""
@@ -58,13 +59,17 @@ class Hooks:
             ValueError: functions are to be watched in a graph of ``torch.compile``.
         """
         thread = _thread()
-        before = self.passes.get(thread)
+        before, compiling = self.passes.get(thread), torch.compiler.is_compiling()
         self.passes[thread] = current
         try:
-            if current is None or not self.functions:
+            if (
+                current is None
+                or not (self.functions or self.decides)
+                or (self.decides and compiling and not self.functions)
+            ):
                 yield
                 return
-            if torch.compiler.is_compiling():
+            if compiling:
                 place = next(iter(self.functions)).of
                 raise ValueError(
                     f"the sum in {place.module or type(model).__name__!r} is in no module of its own, which "  # type: ignore[union-attr]
@@ -137,9 +142,12 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        code, frame = code_of(1)
+        code, frame = code_of(1) if self.codes else (None, None)
         if code not in self.codes:
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            if isinstance(output, bool):
+                self.current.decisions.append(output)
+            return output
         module = None if frame is None else frame.f_locals.get("self")
         if not self.names:
             self.names = {id(one): name for name, one in self.model.named_modules()}

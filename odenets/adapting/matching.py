@@ -54,17 +54,17 @@ def match(model: nn.Module, program: Program, additions: Sequence[Addition]) -> 
         site = addition.node.site
         groups[block.name, site or _ordinal(addition, additions), _branch(model, addition)].append(addition)
     specs: dict[Addition, BlockSpec] = {}
-    hidden: list[Addition] = []
-    for group in groups.values():
+    for (block, site, branch), group in groups.items():
         places = index.places_of(group)
-        if places is None:
-            hidden += group
-            continue
-        for addition in group:
-            specs[addition] = _spec(model, index, addition, *places)
+        if places is None:  # one sum of several branches in turn
+            group = [one for key, each in groups.items() if key[:2] == (block, site) for one in each]
+            group, branch = sorted(group, key=lambda one: one.node.index), ""
+            places = index.places_of(group)
+        if places is not None:
+            specs |= dict.fromkeys(group, _spec(model, index, group[0], str(branch), *places))
     seen = sorted(specs, key=lambda one: index.end_of(one, specs[one]))
     steps = [(specs[addition], addition) for addition in seen]
-    return Match(tuple(_named(model, steps)), tuple(sorted(hidden, key=lambda one: one.node.index)))
+    return Match(tuple(_named(model, steps)), tuple(one for one in additions if one not in specs))
 
 
 def _ordinal(addition: Addition, additions: Iterable[Addition]) -> int:
@@ -148,16 +148,14 @@ def _branch(model: nn.Module, addition: Addition) -> str:
     return max(sizes, key=sizes.__getitem__, default="")
 
 
-def _spec(model: nn.Module, index: _Index, addition: Addition, start: Place, end: Place) -> BlockSpec:
+def _spec(model: nn.Module, index: _Index, addition: Addition, name: str, start: Place, end: Place) -> BlockSpec:
     block = addition.block.name
     rule = kind_of(model.get_submodule(block)) if block else None
     projection = None
     if addition.projected:
         projection = str(start.of) if start.is_module and start.side == "output" else ""
     branch = index.branch_of(addition) if addition.x1 is not addition.node else None
-    return BlockSpec(
-        _branch(model, addition), block, rule.kind if rule else "residual", start, (end,), projection, branch
-    )
+    return BlockSpec(name, block, rule.kind if rule else "residual", start, (end,), projection, branch)
 
 
 def _named(model: nn.Module, steps: Sequence[tuple[BlockSpec, Addition]]) -> Iterator[tuple[BlockSpec, Addition]]:

@@ -48,5 +48,5 @@ SUMS = frozenset({"add", "sub", "addcmul", "addmm", "baddbmm", "lerp", "sum", "a
 FUSED = frozenset({"addcmul", "addmm", "baddbmm", "lerp"})
 """Sums of their first operand and of what they compute of the others."""
 
-READING = frozenset({"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"})
-"""Numbers or shapes that Python sees depend on the data."""
+READING = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
+"""What Python sees depends on the data."""

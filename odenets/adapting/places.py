@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from types import CodeType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ __all__ = ["Code", "Path", "Place", "Site", "at", "code_of", "line_of", "tensors
 Path = tuple[int | str, ...]
 """Where a tensor is in the arguments or the output of a module: positions, keys, attributes."""
 
-Code = tuple[tuple[str, str, int], ...]
-"""Where a function is called: file, function and instruction, from the call outwards to the call of the module."""
+Code = tuple[str, str, int | None, int | None]
+"""Where a function is called: file, name of the code around it, line and column."""
 
 
 class Site(NamedTuple):
@@ -85,24 +86,39 @@ def at(value: Any, path: Path) -> Any:
     return value
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OURS = os.path.dirname(__file__) + os.sep
 _CALL = nn.Module._call_impl.__code__.co_filename
-_TORCH = {torch.overrides.handle_torch_function.__code__.co_filename, nn.functional.__file__}
+_POSITIONS: dict[CodeType, list[Any]] = {}
 
 
-def code_of(depth: int) -> tuple[Code, Any]:
-    """The code that calls a function, ``depth`` frames above, out to the call of the module around it; that frame."""
+def code_of(depth: int) -> tuple[Code | None, Any]:
+    """The code that calls a function, ``depth`` frames above: the innermost that is not torch's, and where it is in it.
+
+    Returns:
+        The code, None outside modules; and the frame of the call of the module around it.
+    """
     frame: Any = sys._getframe(depth + 1)
-    code = []
-    while frame is not None and frame.f_code.co_filename != _CALL and len(code) < 8:
-        if frame.f_code.co_filename not in _TORCH:
-            code.append((frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lasti))
+    caller = None
+    while frame is not None and frame.f_code.co_filename != _CALL:
+        if caller is None or (_is_of_torch(caller) and not _is_of_torch(frame)):
+            caller = frame
         frame = frame.f_back
-    return tuple(code), frame
+    if caller is None or frame is None:
+        return None, frame
+    code = caller.f_code
+    if code not in _POSITIONS:  # of a call, whose instruction moves as Python specializes it
+        _POSITIONS[code] = [(line, column) for line, _, column, _ in code.co_positions()]
+    return (code.co_filename, code.co_qualname, *_POSITIONS[code][caller.f_lasti // 2]), frame
+
+
+def _is_of_torch(frame: Any) -> bool:
+    return bool(frame.f_code.co_filename.startswith(_TORCH))
 
 
 def line_of(depth: int) -> str:
     """The line of code outside torch that is run, ``depth`` frames above or further: "model.py:12"."""
     frame: Any = sys._getframe(depth + 1)
-    while frame.f_back is not None and f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, _OURS)):
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"

@@ -93,7 +93,11 @@ class Program:
     output: Any
     rows: dict[Node, tuple[Tensor, ...]]  # of sums: mean squares, by which the rows of two passes are compared
     draws: list[str]  # where random numbers are drawn
-    reads: list[str]  # where numbers are read from data that depends on the inputs
+    reads: list[str]  # where Python reads from data that depends on the inputs
+    numbers: list[str]  # those of them where it reads more than yes or no
+    decisions: (
+        list[bool] | None
+    )  # what functions say that is yes or no, in order; None where none depends on the inputs
     recorders: list[Call]  # calls of modules that record their own steps
 
 
@@ -105,16 +109,22 @@ class _Functions(TorchFunctionMode):
         self.operations, self.passages = operations, passages
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.operations.call is None:
+        code, _ = code_of(1)
+        if code is None or self.operations.call is None:
             return func(*args, **(kwargs or {}))
-        site = self.operations.site = Site(self.operations.call.name, code_of(1)[0])
+        site = self.operations.site = Site(self.operations.call.name, code)
         self._note(Place(site, "input"), args)
         self._note(Place(site, "input"), kwargs)
+        reads = len(self.operations.numbers)
         try:
             output = func(*args, **(kwargs or {}))
         finally:
             self.operations.site = None
         self._note(Place(site, "output"), output)
+        if isinstance(output, bool):
+            self.operations.decisions.append(output)
+            self.operations.decides |= len(self.operations.numbers) > reads
+            del self.operations.numbers[reads:]
         return output
 
     def _note(self, place: Place, value: Any) -> None:
@@ -133,8 +143,11 @@ class _Operations(TorchDispatchMode):
         self.call: Call | None = None
         self.known = WeakTensorKeyDictionary()
         self.rows: dict[Node, tuple[Tensor, ...]] = {}
+        self.decisions: list[bool] = []
         self.draws: dict[str, None] = {}
         self.reads: dict[str, None] = {}
+        self.numbers: list[str] = []
+        self.decides = False
         self.recorders: list[Call] = []
         self.learned = {id(p) for p in model.parameters()}
 
@@ -173,6 +186,7 @@ class _Operations(TorchDispatchMode):
         op = func._schema.name.rpartition("::")[2]
         if op in READING and not all(one.fixed for one in inputs):
             self.reads[self._place()] = None
+            self.numbers.append(self._place())
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.draws[self._place()] = None
         written = self._written(func, args, kwargs)
