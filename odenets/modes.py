@@ -112,7 +112,7 @@ def keeping_attributes(network: nn.Module) -> Iterator[None]:
     >>> module.calls
     0
     """
-    before = [(module, _parts(module), _attributes(module)) for module in network.modules()]
+    before = [(module, _parts(module), _attributes(module)) for module in _of_python(network)]
     containers = [value for *_, values in before for value in values.values() if type(value) in (dict, list, set)]
     contents = [copy(value) for value in containers]
     try:
@@ -127,6 +127,11 @@ def keeping_attributes(network: nn.Module) -> Iterator[None]:
                 for name in _attributes(module).keys() - values.keys():
                     del vars(module)[name]
                 vars(module).update(values)
+
+
+def _of_python(network: nn.Module) -> Iterator[nn.Module]:
+    """Its modules but scripts, which hold their attributes elsewhere."""
+    return (module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
 _OF_TORCH = frozenset(vars(nn.Module()))

@@ -19,6 +19,7 @@ from odenets.adapting.hooks import Hooks
 from odenets.adapting.layouts import samples_of
 from odenets.adapting.masking import Masking
 from odenets.adapting.places import tensors_in
+from odenets.adapting.program import FailedPass
 from odenets.measures import Measure, StepFunction
 from odenets.printing import table
 from odenets.recording import Records
@@ -117,6 +118,7 @@ class AdaptedModel(nn.Module):
             return None
         if torch.compiler.is_compiling():
             raise ValueError(f"the blocks are not found in a graph of torch.compile: {_GIVE}")
+        self._check_input(inputs, keywords)
         found = find(self.model, inputs, keywords, partial=self.partial)
         steps = [self._with_residue(spec) for spec in found.steps]
         found = replace(found, steps=tuple(steps))
@@ -264,7 +266,10 @@ class AdaptedModel(nn.Module):
                 inputs, keywords = _cloned((inputs, dict(keywords)))
                 return self._run(inputs, keywords, measures, keep)
         self._check_input(inputs, keywords)
-        self.find(*inputs, **keywords)
+        try:
+            self.find(*inputs, **keywords)
+        except FailedPass as failed:
+            raise (failed.__cause__ or failed) from None
         samples = samples_of(inputs, keywords, self._axis)
         tokens = self.masking.tokens(self.model, inputs, keywords, samples) if measures else None
         current = ForwardPass(measures, samples, keep, self.hooks.in_place, self._following, tokens)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from odenets.adapting.additions import Addition, find_additions
 from odenets.adapting.blocks import Samples
 from odenets.adapting.places import tensors_in
-from odenets.adapting.program import Program, trace
+from odenets.adapting.program import FailedPass, Program, trace
 
 __all__ = ["Layouts", "find_layouts", "samples_of"]
 
@@ -74,7 +74,7 @@ def find_layouts(
 
     try:
         other = trace(model, *tree_map_only(Tensor, fewer, (args, dict(kwargs))))
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError):
+    except FailedPass:
         return None
     others = find_additions(other).additions
     _check_same(model, program, additions, others)

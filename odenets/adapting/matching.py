@@ -54,14 +54,15 @@ def match(model: nn.Module, program: Program, additions: Sequence[Addition]) -> 
         site = addition.node.site
         groups[block.name, site or _ordinal(addition, additions), _branch(model, addition)].append(addition)
     specs: dict[Addition, BlockSpec] = {}
-    for (block, site, branch), group in groups.items():
-        places = index.places_of(group)
-        if places is None:  # one sum of several branches in turn
-            group = [one for key, each in groups.items() if key[:2] == (block, site) for one in each]
-            group, branch = sorted(group, key=lambda one: one.node.index), ""
-            places = index.places_of(group)
+    alone = {key: index.places_of(group) for key, group in groups.items()}
+    for key, places in alone.items():
         if places is not None:
-            specs |= dict.fromkeys(group, _spec(model, index, group[0], str(branch), *places))
+            specs |= dict.fromkeys(groups[key], _spec(model, index, groups[key][0], str(key[2]), *places))
+    for key in [key for key, places in alone.items() if places is None]:  # one sum of several branches in turn
+        group = [one for other, each in groups.items() if other[:2] == key[:2] for one in each]
+        group.sort(key=lambda one: one.node.index)
+        if (places := index.places_of(group)) is not None:
+            specs |= dict.fromkeys(group, _spec(model, index, group[0], "", *places))
     seen = sorted(specs, key=lambda one: index.end_of(one, specs[one]))
     steps = [(specs[addition], addition) for addition in seen]
     return Match(tuple(_named(model, steps)), tuple(one for one in additions if one not in specs))

@@ -18,7 +18,7 @@ from odenets.adapting.operators import READING, SAME_VALUES, SUMS
 from odenets.adapting.places import Place, Site, code_of, line_of, tensors_in
 from odenets.recording import is_recorder
 
-__all__ = ["Call", "Node", "Passage", "Program", "trace"]
+__all__ = ["Call", "FailedPass", "Node", "Passage", "Program", "trace"]
 
 
 @dataclass(eq=False)
@@ -82,6 +82,10 @@ class Passage(NamedTuple):
     place: Place
     node: Node
     call: Call
+
+
+class FailedPass(Exception):
+    """A model raises in a pass that is traced; its error is the cause."""
 
 
 @dataclass
@@ -274,6 +278,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
     Returns:
         The program.
+
+    Raises:
+        FailedPass: from what the model raises.
     """
     operations = _Operations(model)
     passages: list[Passage] = []
@@ -285,7 +292,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         stack.enter_context(_without_fast_path())
         stack.enter_context(_Functions(operations, passages))
         stack.enter_context(operations)
-        output = model(*args, **kwargs)
+        try:
+            output = model(*args, **kwargs)
+        except Exception as error:
+            raise FailedPass(model) from error
     for _, x in tensors_in(output):
         operations.node_of(x).returned = True
     return Program(
@@ -295,6 +305,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         operations.rows,
         [*operations.draws],
         [*operations.reads],
+        [*dict.fromkeys(operations.numbers)],
+        operations.decisions if operations.decides else None,
         operations.recorders,
     )
 

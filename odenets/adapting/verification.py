@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.places import tensors_in
+from odenets.adapting.program import FailedPass
 from odenets.modes import evaluating, keeping_attributes
 
 __all__ = ["check_example"]
@@ -23,13 +24,14 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
     """
     try:
         found = adapted.find(*inputs, **keywords)
-        with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted):
-            output = adapted.output_and_steps(*inputs, **keywords)[0]
-    except (RuntimeError, TypeError, IndexError) as error:
+    except FailedPass as failed:
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for _, x in tensors_in((inputs, dict(keywords))))
+        error = failed.__cause__
         raise ValueError(
             f"example must be inputs that {type(adapted.model).__name__} takes, got {shapes}: {error}"
         ) from error
+    with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted):
+        output = adapted.output_and_steps(*inputs, **keywords)[0]
     if found is not None and not _same(found.output, output):
         draws = f", which draws random numbers: {'; '.join(found.draws)}" if found.draws else ""
         raise ValueError(
