@@ -206,7 +206,8 @@ class AdaptedModel(nn.Module):
             self._check_input(inputs, keywords)
             with self.hooks.running(None, self.model):
                 output = self.model(*inputs, **keywords)
-            return output, Records({}, flow_starts(self._visited or []) or (0,), self.names)
+            names = self.names if self._blocks is not None else ()  # in an export they may not have been found
+            return output, Records({}, flow_starts(self._visited or []) or (0,), names)
         output, current = self._run(inputs, keywords, measures)
         return output, current.records()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.places import tensors_in
 from odenets.adapting.program import FailedPass
-from odenets.modes import evaluating, keeping_attributes
+from odenets.modes import device_of, evaluating, keeping_attributes
 
 __all__ = ["check_example"]
 
@@ -31,6 +31,7 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
             f"example must be inputs that {type(adapted.model).__name__} takes, got {shapes}: {error}"
         ) from error
     with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted):
+        torch.rand(1, device=device_of(adapted.model))  # so that random numbers of this pass are others
         output = adapted.output_and_steps(*inputs, **keywords)[0]
     if found is not None and not _same(found.output, output):
         draws = f", which draws random numbers: {'; '.join(found.draws)}" if found.draws else ""
