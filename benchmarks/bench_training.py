@@ -73,7 +73,10 @@ def bench_training(benchmark: Any, machine: dict[str, Any], device: str, beside:
     """ResNet-18 on batches of 64 images of 32 x 32: the median of the ratios of neighboring steps."""
     from lightning_fabric import Fabric
 
-    network, other = adapt(model()).to(device), adapt(model()) if beside == "the same network" else model()
+    example = torch.rand(2, 3, 32, 32)
+    network, other = adapt(model(), example).to(device), model()
+    if beside == "the same network":
+        other = adapt(other, example)
     batches = Interleaved(steps_of(other.to(device)), device)
     fabric = Fabric(accelerator=device, devices=1)
     benchmark.group = f"ResNet-18, {device}"

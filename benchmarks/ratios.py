@@ -93,7 +93,7 @@ def networks() -> dict[str, Case]:
         "ResNet-9, Euler": models.resnet9(3, 10, size=32, solver="euler"),
         "ResNet-9, BS23": models.resnet9(3, 10, size=32, solver="bs23"),
         "small network, BS23": models.small_network(3, 10, size=32, solver="bs23", depth=4),
-        "adapted ResNet-18": adapt(resnet18(num_classes=10)),
+        "adapted ResNet-18": adapt(resnet18(num_classes=10), images[:2]),
     }.items():
         x = vectors if isinstance(network, Flow) else images
 

@@ -30,6 +30,7 @@ from lab.networks import vision
 from lab.settings import read_settings
 from lab.thesis import thesis
 from odenets import adapt, models
+from odenets.adapting import RULES
 from odenets.analysis import measure_memory
 from odenets.module_wise import ModuleWise, end_to_end_step, greedy, parallel_step, split_into_modules, trgl
 
@@ -108,7 +109,9 @@ def modules_of(name: str, method: str, K: int, x: Tensor) -> ModuleWise:
     if name == "resnet110":
         network = models.resnet110(classes=setting.classes)
     else:
-        network = adapt(vision(name, setting.classes, stem=setting.stem, size=setting.size))
+        model = vision(name, setting.classes, stem=setting.stem, size=setting.size)
+        # by the names of their parts, for tensors without numbers do not tell how samples lie in the states
+        network = adapt(model, displacement=True) if name == "vgg19" else adapt(model, blocks=RULES)
     split = setting.split if setting.split and K == 4 and not heavy else K
     balance = "memory" if heavy else "blocks"
     return split_into_modules(network, split, x[:2], balance=balance, head=setting.head, at=setting.at).train()
