@@ -45,12 +45,13 @@ class AdaptedModel(nn.Module):
     Attributes:
         hooks: what passes through them.
         partial: whether passes may take other steps than those that were found.
+        residue: "displacement" or "branch", as :func:`~odenets.adapt` has it.
         masking: which tokens are measured, and whether rows of measures are of samples or of tokens.
 
     Args:
         model: the model itself, not a copy.
         blocks: where its states pass; they are found at the first batch if not given.
-        partial, masking: see the attributes.
+        partial, residue, masking: see the attributes.
         part_of: the whole of which this is a part; inputs of a part are states, which are not checked.
 
     >>> from odenets.adapting import adapt
@@ -169,7 +170,7 @@ class AdaptedModel(nn.Module):
         return step_names(self._last_steps())
 
     def forward(self, x: Any = _MISSING, /, *inputs: Any, **keywords: Any) -> Any:
-        """The model's output for its inputs, ``x`` and others by position and by keyword, as it is."""
+        """The model's output for its inputs, ``x`` and other ``inputs`` by position and ``keywords``, as it is."""
         return self._record(inputs if x is _MISSING else (x, *inputs), keywords, {})[0]
 
     def record(self, *inputs: Any, **named: Any) -> tuple[Any, Records]:
