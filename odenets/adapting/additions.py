@@ -11,7 +11,7 @@ from odenets.adapting.program import Call, Node, Program
 __all__ = ["Addition", "Found", "find_additions"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Addition:
     """A residual addition.
 

@@ -21,7 +21,7 @@ from odenets.recording import is_recorder
 __all__ = ["Call", "FailedPass", "Node", "Passage", "Program", "trace"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """The result of an operation.
 
@@ -51,6 +51,9 @@ class Node:
     site: Site | None = None
     users: list[Node] = field(default_factory=list)
     returned: bool = False
+
+    def __repr__(self) -> str:
+        return f"<{self.op} {self.shape} at {self.index}>"
 
     @property
     def value(self) -> Node:
@@ -88,7 +91,7 @@ class FailedPass(Exception):
     """A model raises in a pass that is traced; its error is the cause."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Program:
     """One pass of a model: its operations, what passes the borders of modules and its output."""
 
