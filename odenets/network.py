@@ -40,6 +40,13 @@ class Chain(Joined):
         return [layer for layer in self.layers if isinstance(layer, (Flow, NeuralODE))]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each step, as records have it: where there are several flows that of its flow comes before."""
+        flows = self.flows
+        parts = [f"flows.{i} " if len(flows) > 1 else "" for i in range(len(flows))]
+        return tuple(f"{part}{name}" for part, flow in zip(parts, flows, strict=True) for name in flow.names)
+
+    @property
     def recorders(self) -> list[Any]:
         """The flows, whose steps are those of the whole."""
         return self.flows

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.finding import Blocks, find
-from odenets.adapting.forward_pass import ForwardPass, Visited, flow_starts, step_names
+from odenets.adapting.flows import FlowObserver, Row, rows_of
+from odenets.adapting.forward_pass import ForwardPass, Visited
 from odenets.adapting.hooks import Hooks
 from odenets.adapting.layouts import samples_of
 from odenets.adapting.masking import Masking
 from odenets.adapting.places import tensors_in
 from odenets.adapting.program import FailedPass
 from odenets.measures import Measure, StepFunction
+from odenets.observing import observing
 from odenets.printing import table
 from odenets.recording import Records
 from solvers import Step
@@ -90,6 +92,7 @@ class AdaptedModel(nn.Module):
         self._axis = 0  # of the inputs, along which the samples lie
         self._reads: tuple[str, ...] = ()
         self._warned = False
+        self._in_program = False  # whether the blocks have been found there
         if blocks is not None:
             self._take(blocks)
 
@@ -99,6 +102,7 @@ class AdaptedModel(nn.Module):
         pairs = zip(self._blocks, self._blocks[1:], strict=False)
         self._following = {before.name: block for before, block in pairs if block.start is None}
         if found is not None:
+            self._in_program = True
             self._expected, self._reads, self._axis = found.steps, found.reads, found.axis
             self.hooks.decides = found.decisions is not None
             self._ways = {found.decisions or ()}
@@ -147,17 +151,18 @@ class AdaptedModel(nn.Module):
         They are those of the last pass that was looked at, where each call of a block counts; before the first, those
         that were found, or one call of each block that was named.
         """
-        return len(self._last_steps())
+        return len(self._rows())
 
     @property
     def h(self) -> tuple[float, ...]:
-        """Step size of each step, which is 1."""
-        return (1.0,) * self.depth
+        """Step size of each step, which is 1, and of those of a flow its own."""
+        return tuple(row.h for row in self._rows())
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of a branch in one forward pass, one per step."""
-        return self.depth
+        """Evaluations of a branch in one forward pass, one per step, and of fields of the flows in it."""
+        flows = [self.model.get_submodule(one.block.block) for one in self._last_visited() if one.block.recorder]
+        return sum(not row.block.recorder for row in self._rows()) + sum(flow.evaluations for flow in flows)  # type: ignore[misc]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -167,7 +172,7 @@ class AdaptedModel(nn.Module):
         "blocks.0 mlp"; with the number of the call where a block is called several times. In the order of the rows of
         ``record``.
         """
-        return step_names(self._last_steps())
+        return tuple(row.name for row in self._rows())
 
     def forward(self, x: Any = _MISSING, /, *inputs: Any, **keywords: Any) -> Any:
         """The model's output for its inputs, ``x`` and other ``inputs`` by position and ``keywords``, as it is."""
@@ -207,8 +212,9 @@ class AdaptedModel(nn.Module):
             self._check_input(inputs, keywords)
             with self.hooks.running(None, self.model):
                 output = self.model(*inputs, **keywords)
-            names = self.names if self._blocks is not None else ()  # in an export they may not have been found
-            return output, Records({}, flow_starts(self._visited or []) or (0,), names)
+            rows = self._rows() if self._blocks is not None else []  # in an export they may not have been found
+            starts = tuple(m for m, row in enumerate(rows) if row.begins)
+            return output, Records({}, starts or (0,), [row.name for row in rows])
         output, current = self._run(inputs, keywords, measures)
         return output, current.records()
 
@@ -217,12 +223,12 @@ class AdaptedModel(nn.Module):
 
         The states are whole, with the tokens that a mask leaves out, which ``record`` does not measure.
 
-        ``closing`` changes nothing, for no step has a closing stage.
+        ``closing``: whether those of a flow carry the closing stages of its method.
 
         Raises:
             TypeError, ValueError: as there.
         """
-        return self._run(inputs, keywords, {}, keep=True)[1].steps
+        return self._run(inputs, keywords, {}, keep=True, closing=closing)[1].steps
 
     def output_and_steps(self, *inputs: Any, **keywords: Any) -> tuple[Any, list[Step]]:
         """The model's output, and every step, whole, in one pass; ``inputs`` and ``keywords`` as in :meth:`steps`."""
@@ -262,11 +268,12 @@ class AdaptedModel(nn.Module):
         keywords: Mapping[str, Any],
         measures: dict[str, StepFunction],
         keep: bool = False,
+        closing: bool = True,
     ) -> tuple[Any, ForwardPass]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # where changes in place are counted
                 inputs, keywords = _cloned((inputs, dict(keywords)))
-                return self._run(inputs, keywords, measures, keep)
+                return self._run(inputs, keywords, measures, keep, closing)
         self._check_input(inputs, keywords)
         try:
             self.find(*inputs, **keywords)
@@ -275,11 +282,13 @@ class AdaptedModel(nn.Module):
         samples = samples_of(inputs, keywords, self._axis)
         tokens = self.masking.tokens(self.model, inputs, keywords, samples) if measures else None
         current = ForwardPass(measures, samples, keep, self.hooks.in_place, self._following, tokens)
-        with self.hooks.running(current, self.model):
+        flows = [(self.model.get_submodule(one.block), one) for one in self.blocks if one.recorder]
+        observer = FlowObserver(current, flows, closing)
+        with self.hooks.running(current, self.model), observing(observer):
             output = self.model(*inputs, **keywords)
         if not torch.compiler.is_compiling():
             self._check_way(current, inputs, keywords)
-            self._check_steps(current)
+            self._check_steps(current, observer)
             self._warn(current)
             self._visited = current.visited
         elif not current.visited:
@@ -292,14 +301,22 @@ class AdaptedModel(nn.Module):
         if self._whole and x is not None and x.is_floating_point():
             check_state(x)
 
-    def _check_steps(self, current: ForwardPass) -> None:
+    def _check_steps(self, current: ForwardPass, observer: FlowObserver) -> None:
         """Compare the steps of a pass with those that were found, or that every pass took so far."""
         blocks = tuple(step.block for step in current.visited)
         if not blocks:
             raise self._not_called([])
         if self._expected is None and set(blocks) == set(self.blocks):
             self._expected = blocks  # named by hand: the first pass shows what they are
-        if self.partial or blocks == self._expected:
+        if self.partial:
+            return
+        others = {module: name for name, module in self.model.named_modules()} if observer.others else {}
+        if self._in_program and (more := [others[one] for one in observer.others if one in others]):
+            raise ValueError(
+                f"{len(more)} flows were not called when the blocks were found: {', '.join(more[:4])}{self._hint()}: "
+                "partial=True leaves them out"
+            )
+        if blocks == self._expected:
             return
         if missing := [block.name for block in self.blocks if block not in blocks]:
             raise self._not_called(missing)
@@ -346,7 +363,7 @@ class AdaptedModel(nn.Module):
                 "by activation checkpointing with use_reentrant=True, which is to be off while records are trained on",
                 stacklevel=5,
             )
-        if self._warned or [step.block for step in current.visited] == self._last_steps():
+        if self._warned or [step.block for step in current.visited] == [one.block for one in self._last_visited()]:
             return
         self._warned = True
         warnings.warn(
@@ -355,11 +372,12 @@ class AdaptedModel(nn.Module):
             stacklevel=5,
         )
 
-    def _last_steps(self) -> list[BlockSpec]:
-        """The specification of each step of the last pass, or of one that is to come."""
-        if self._visited is not None:
-            return [step.block for step in self._visited]
-        return [*(self._expected or self.blocks)]
+    def _last_visited(self) -> list[Visited]:
+        """What the last pass has visited, or one that is to come will."""
+        return self._visited or [Visited(block, ()) for block in self._expected or self.blocks]
+
+    def _rows(self) -> list[Row]:
+        return rows_of(self.model, self._last_visited())
 
     def extra_repr(self) -> str:
         """The residue and the blocks that are named, for the fingerprint; what is found follows from the model."""
@@ -370,9 +388,8 @@ class AdaptedModel(nn.Module):
         kind = type(self.model).__name__
         if self._blocks is None:
             return f"AdaptedModel({kind}, its steps are found at the first batch)"
-        shapes = [step.shape for step in self._visited] if self._visited else [()] * self.depth
         rows = []
-        for m, (name, block, shape) in enumerate(zip(self.names, self._last_steps(), shapes, strict=True)):
+        for m, (name, block, shape, *_) in enumerate(self._rows()):
             projection = block.projection if block.projection != "" else "yes"
             rows.append((str(m), name, block.kind, " x ".join(map(str, shape)), projection or ""))
         notes = [

@@ -53,6 +53,7 @@ class BlockSpec:
         projection: the name of the module whose output is x0, where that is a projection; "" for one in no module.
         branch: where what the block adds before its last activation passes, or None.
         samples: how the samples lie in its states.
+        recorder: whether it is a module that records its own steps, several of them.
 
     >>> from torch import nn
     >>> from odenets.adapting import find_blocks
@@ -69,3 +70,4 @@ class BlockSpec:
     projection: str | None = None
     branch: Place | None = None
     samples: Samples = Samples()
+    recorder: bool = False

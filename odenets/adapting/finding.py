@@ -13,6 +13,7 @@ from torch import nn
 from odenets.adapting.additions import Found, find_additions
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.chains import layers_of
+from odenets.adapting.flows import flow_spec
 from odenets.adapting.layouts import find_layouts, samples_of
 from odenets.adapting.matching import match
 from odenets.adapting.program import Node, Program, trace
@@ -99,6 +100,8 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
         )
     others = tuple(f"{reason} in {where(node)}" for node, reason in found.others)
     steps = [spec if layouts is None else replace(spec, samples=layouts.samples[one]) for spec, one in matched.steps]
+    timed = [*zip(matched.times, steps, strict=True), *((run.time, flow_spec(run.name)) for run in program.recorders)]
+    steps = [spec for _, spec in sorted(timed, key=lambda one: one[0])]
     if program.numbers:
         warnings.warn(
             f"{type(model).__name__} reads numbers from its data at {'; '.join(program.numbers)}: a pass that takes "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from odenets.records import numbered
 from solvers import Step, get_tableau
 from solvers.reductions import displaced, mean_square_and_cosine
 
-__all__ = ["ForwardPass", "InPlaceChanges", "StepKey", "Visited", "flow_starts", "step_names"]
+__all__ = ["ForwardPass", "InPlaceChanges", "StepKey", "Visited", "begins_flow"]
 
 EULER = get_tableau("euler")
 
@@ -45,20 +45,15 @@ class InPlaceChanges:
 
 
 class Visited(NamedTuple):
-    """A step of a pass: its specification, the shape of the state's samples."""
+    """A step of a pass, or the steps of a flow: its specification, the shape of the state's samples."""
 
     block: BlockSpec
     shape: tuple[int, ...]
 
 
-def flow_starts(visited: Sequence[Visited]) -> tuple[int, ...]:
-    """The steps at which the state has another shape than before."""
-    return tuple(m for m, step in enumerate(visited) if not m or step.shape != visited[m - 1].shape)
-
-
-def step_names(blocks: Iterable[BlockSpec]) -> tuple[str, ...]:
-    """The name of each step, and its call where there are several."""
-    return tuple(numbered([block.name for block in blocks]))
+def begins_flow(step: Visited, before: Visited | None) -> bool:
+    """Whether the state of a ``step`` has another shape than the one ``before``, or comes out of a flow."""
+    return before is None or before.block.recorder or step.shape != before.shape
 
 
 class _Start(NamedTuple):
@@ -78,6 +73,7 @@ class _End(NamedTuple):
     version0: int
     version1: int
     copy: Tensor | None  # of x1
+    number: int  # of the step among those that are kept
 
 
 class ForwardPass:
@@ -113,6 +109,8 @@ class ForwardPass:
         self.steps: list[Step] = []
         self.ends: list[_End] = []  # of steps that are kept or differentiated
         self.visited: list[Visited] = []
+        self.names: list[str] = []  # of the rows
+        self.starts: list[int] = []  # the rows at which flows begin
         self.starting: dict[str, _Start] = {}  # by names: torch 2.8 compiles no other keys
         self.branches: dict[str, Tensor] = {}
         self.decisions: list[bool] = []
@@ -148,7 +146,7 @@ class ForwardPass:
             self.in_place.inputs[key] = changed
         if changed and (_memory(x1) is not _memory(x0) or (self.needs_states and start.copy is None)):
             raise _changed(block)
-        self.visited.append(Visited(block, self._shape(block, x0)))
+        self._visit(Visited(block, self._shape(block, x0)))
         if not self.needs_states:
             return
         if self.gradients and not torch.is_grad_enabled():
@@ -158,9 +156,35 @@ class ForwardPass:
         if counted and (self.keep or (torch.is_grad_enabled() and x1.requires_grad)):
             copy1 = x1.clone() if changed or self.in_place.written(key, self.keep) else None
             ended = start if self.keep else start._replace(copy=None)
-            self.ends.append(_End(ended, x1, _version(x0), _version(x1), copy1))
+            self.ends.append(_End(ended, x1, _version(x0), _version(x1), copy1, len(self.steps)))
         begin = start.copy if start.copy is not None and (changed or not counted) else x0
         self._measure(block, begin, x1 if self.keep or copy1 is None else copy1, r)
+
+    def _visit(self, step: Visited) -> None:
+        if begins_flow(step, self.visited[-1] if self.visited else None):
+            self.starts.append(len(self.names))
+        self.visited.append(step)
+        self.names.append(step.block.name)
+
+    def flow(self, block: BlockSpec, shape: tuple[int, ...], records: Records, steps: Sequence[Step]) -> None:
+        """A flow, or what else records its own steps, has run; ``steps`` are those that are kept.
+
+        Raises:
+            ValueError: its samples are not those of the model.
+        """
+        for name in self.measures:
+            if self.samples is not None and records[name].shape[1] != self.samples:
+                raise ValueError(
+                    f"flow {block.name!r} has {records[name].shape[1]} states for {self.samples} samples: let it move "
+                    "the states of a sample as one, (B, ...), or name the blocks without it"
+                )
+            self.rows[name] += records[name].unbind()
+        self.starts += [len(self.names) + start for start in records.starts]
+        self.names += [f"{block.name} {one}" for one in records.blocks]
+        self.visited.append(Visited(block, shape))
+        if self.gradients and not torch.is_grad_enabled():
+            self.without_gradients = block
+        self.steps += steps
 
     def _check_shapes(self, block: BlockSpec, x0: Tensor, x1: Tensor) -> None:
         if x0.shape != x1.shape:
@@ -222,7 +246,7 @@ class ForwardPass:
         """The values of the measures."""
         values = {name: torch.stack(values) for name, values in self.rows.items()}
         tokens = None if self.tokens is None else self.tokens.positions()
-        return Records(values, flow_starts(self.visited), step_names(step.block for step in self.visited), tokens)
+        return Records(values, self.starts or (0,), numbered(self.names), tokens)
 
     def close(self) -> list[str]:
         """Learn which outputs have been written into since their steps ended.
@@ -234,19 +258,19 @@ class ForwardPass:
             ValueError: a state of a step that is kept has been written into, and there is no copy of it.
         """
         later = []
-        for m, end in enumerate(self.ends):
+        for end in self.ends:
             start, written = end.start, _version(end.x1) != end.version1
             name, outputs = start.key.block.name, self.in_place.outputs
             if written or start.key not in outputs:
                 outputs[start.key] = written
             if self.keep:
-                step = self.steps[m]
+                step = self.steps[end.number]
                 if step.x0 is start.x0 and _version(start.x0) != end.version0:
                     unmoved = start.x0 is end.x1 and start.version == end.version0
                     step = step._replace(x0=_copied(end.copy if unmoved else start.copy, name))
                 if step.x1 is end.x1 and written:
                     step = step._replace(x1=_copied(end.copy, name))
-                self.steps[m] = step
+                self.steps[end.number] = step
             elif written and end.copy is None:
                 later.append(name)
         return later
@@ -257,7 +281,11 @@ class ForwardPass:
         Raises:
             ValueError: such a state is changed in place.
         """
-        for start, *_ in self.ends:
+        starts = {end.number: end.start for end in self.ends}
+        for m, step in enumerate(self.steps):
+            if (start := starts.get(m)) is None:  # a flow's own
+                yield step.x0
+                continue
             if start.version != _version(start.x0):
                 raise ValueError(
                     f"block {start.key.block.name!r} has a state that is changed in place, of which there is no "

@@ -86,7 +86,7 @@ class Hooks:
 
 def _events(blocks: Iterable[BlockSpec]) -> Iterator[tuple[Place, Event]]:
     """All places with what they mean: ends before starts, for a state ends one step and starts another."""
-    blocks = list(blocks)
+    blocks = [block for block in blocks if not block.recorder]
     for block in blocks:
         if block.branch is not None:
             yield block.branch, (ForwardPass.branch, block, block.branch.path)

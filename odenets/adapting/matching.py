@@ -24,10 +24,12 @@ class Match:
 
     Attributes:
         steps: each step of the pass, in order: its specification and its addition.
+        times: when each of them ends.
         hidden: the additions whose states pass no place that tells them apart.
     """
 
     steps: tuple[tuple[BlockSpec, Addition], ...]
+    times: tuple[int, ...]
     hidden: tuple[Addition, ...]
 
     @property
@@ -65,7 +67,8 @@ def match(model: nn.Module, program: Program, additions: Sequence[Addition]) -> 
             specs |= dict.fromkeys(group, _spec(model, index, group[0], "", *places))
     seen = sorted(specs, key=lambda one: index.end_of(one, specs[one]))
     steps = [(specs[addition], addition) for addition in seen]
-    return Match(tuple(_named(model, steps)), tuple(one for one in additions if one not in specs))
+    times = tuple(index.end_of(one, specs[one]) for one in seen)
+    return Match(tuple(_named(model, steps)), times, tuple(one for one in additions if one not in specs))
 
 
 def _ordinal(addition: Addition, additions: Iterable[Addition]) -> int:

@@ -16,9 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from odenets.adapting.operators import READING, SAME_VALUES, SUMS
 from odenets.adapting.places import Place, Site, code_of, line_of, tensors_in
-from odenets.recording import is_recorder
+from odenets.observing import observing, running_recorder
+from odenets.records import Records
 
-__all__ = ["Call", "FailedPass", "Node", "Passage", "Program", "trace"]
+__all__ = ["Call", "FailedPass", "Node", "Passage", "Program", "Run", "trace"]
 
 
 @dataclass(eq=False, repr=False)
@@ -66,7 +67,7 @@ class Node:
 
 @dataclass(eq=False)
 class Call:
-    """A call of a module: its name, the call in which it happens, and whether the module records its own steps."""
+    """A call of a module: its name, the call in which it happens, and whether it is the run of a recorder."""
 
     name: str
     parent: Call | None
@@ -91,6 +92,14 @@ class FailedPass(Exception):
     """A model raises in a pass that is traced; its error is the cause."""
 
 
+class Run(NamedTuple):
+    """A run of a module that records its own steps: when it ended, the name of the module, what it returned."""
+
+    time: int
+    name: str
+    output: Node | None
+
+
 @dataclass(repr=False)
 class Program:
     """One pass of a model: its operations, what passes the borders of modules and its output."""
@@ -105,7 +114,7 @@ class Program:
     decisions: (
         list[bool] | None
     )  # what functions say that is yes or no, in order; None where none depends on the inputs
-    recorders: list[Call]  # calls of modules that record their own steps
+    recorders: list[Run]  # of modules that record their own steps
 
 
 class _Functions(TorchFunctionMode):
@@ -117,7 +126,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         code, _ = code_of(1)
-        if code is None or self.operations.call is None:
+        if code is None or self.operations.call is None or running_recorder() is not None:
             return func(*args, **(kwargs or {}))
         site = self.operations.site = Site(self.operations.call.name, code)
         self._note(Place(site, "input"), args)
@@ -140,7 +149,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Makes a node of each operation."""
+    """Makes a node of each operation; recorders are looked into as little as operations."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -155,12 +164,16 @@ class _Operations(TorchDispatchMode):
         self.reads: dict[str, None] = {}
         self.numbers: list[str] = []
         self.decides = False
-        self.recorders: list[Call] = []
+        self.recorders: list[Run] = []
+        self.runs: dict[int, Call] = {}  # by the recorder
+        self.names = {id(module): name for name, module in model.named_modules()}
         self.learned = {id(p) for p in model.parameters()}
 
     def add(self, op: str, inputs: tuple[Node, ...] = (), **attributes: Any) -> Node:
         self.time += 1
-        node = Node(self.time, op, inputs, call=self.call, site=self.site, **attributes)
+        recorder = running_recorder()
+        call = self.call if recorder is None else self.runs[id(recorder)]
+        node = Node(self.time, op, inputs, call=call, site=self.site, **attributes)
         self.nodes.append(node)
         for one in inputs:
             one.users.append(node)
@@ -178,9 +191,24 @@ class _Operations(TorchDispatchMode):
         """What passes a place: the tensors in a value that can be states."""
         self.time += 1
         assert self.call is not None
+        if running_recorder() is not None:
+            return
         for path, x in tensors_in(value):
             if x.is_floating_point() or x.is_quantized:
                 passages.append(Passage(self.time, place._replace(path=path), self.node_of(x), self.call))
+
+    def measures_of(self, recorder: nn.Module) -> dict[str, Any] | None:
+        """A module of the model records its steps: its run begins."""
+        if id(recorder) not in self.names:
+            return None
+        self.runs[id(recorder)] = Call(self.names[id(recorder)], self.call, recorder=True)
+        return {}
+
+    def receive(self, recorder: nn.Module, output: Any, records: Records) -> None:
+        """Its run ends."""
+        self.time += 1
+        node = self.node_of(output) if isinstance(output, Tensor) else None
+        self.recorders.append(Run(self.time, self.names[id(recorder)], node))
 
     def input(self, x: Tensor) -> None:
         self.known[x] = self.add("input", shape=tuple(x.shape), floating=x.is_floating_point())
@@ -188,10 +216,13 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operands = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if any(nn.parameter.is_lazy(one) for one in operands):  # which gets its shape
+            return func(*args, **kwargs)
         inputs = tuple([self.node_of(one) for one in operands])
         output = func(*args, **kwargs)
         op = func._schema.name.rpartition("::")[2]
-        if op in READING and not all(one.fixed for one in inputs):
+        within = running_recorder() is not None
+        if op in READING and not within and not all(one.fixed for one in inputs):
             self.reads[self._place()] = None
             self.numbers.append(self._place())
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -212,7 +243,7 @@ class _Operations(TorchDispatchMode):
             if in_place:
                 self._pass_on(one, node)
             self.known[one] = node
-            if node.floating and not node.fixed and op.removesuffix("_") in SUMS:
+            if node.floating and not node.fixed and not within and op.removesuffix("_") in SUMS:
                 self.rows[node] = _rows(one)
         return output
 
@@ -295,6 +326,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         stack.enter_context(_without_fast_path())
         stack.enter_context(_Functions(operations, passages))
         stack.enter_context(operations)
+        stack.enter_context(observing(operations))
         try:
             output = model(*args, **kwargs)
         except Exception as error:
@@ -324,12 +356,9 @@ def _watched(model: nn.Module, operations: _Operations, passages: list[Passage])
             continue  # is called within the script
         if isinstance(module, torch.jit.ScriptModule):
             scripted.append(name)
-        recorder = bool(name) and is_recorder(module)
 
-        def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name, recorder: bool = recorder) -> None:
-            operations.call = Call(name, operations.call, recorder)
-            if recorder and not any(call.recorder for call in operations.call.chain[:-1]):
-                operations.recorders.append(operations.call)
+        def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            operations.call = Call(name, operations.call)
             operations.note(Place(name, "input"), args, passages)
             operations.note(Place(name, "input"), kwargs, passages)
 

@@ -139,6 +139,11 @@ class NeuralODE(nn.Module):
         return ((t1 - t0).abs().max().item() / self.depth,) * self.depth
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each fixed step, as records have it; "all steps", one, where their error chooses them."""
+        return ("all steps",) if self.fixed_steps is None else tuple(f"step {m}" for m in range(self.fixed_steps))
+
+    @property
     def evaluations(self) -> int:
         """Field evaluations of the last forward pass."""
         return self.statistics.evaluations
