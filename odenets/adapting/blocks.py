@@ -8,7 +8,7 @@ from torch import Tensor
 
 from odenets.adapting.places import Place
 
-__all__ = ["BlockSpec", "Samples"]
+__all__ = ["BlockSpec", "Samples", "flow_spec"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,14 @@ class BlockSpec:
     branch: Place | None = None
     samples: Samples = Samples()
     recorder: bool = False
+
+
+def flow_spec(name: str) -> BlockSpec:
+    """The specification of a module that records its own steps, by its dotted ``name``.
+
+    >>> flow_spec("encoder.flow").kind
+    'flow'
+    """
+    shown = name.replace("._orig_mod", "")  # what torch.compile wraps
+    start, end = Place(name, "input", (0,)), Place(name, "output")
+    return BlockSpec(shown, name, "flow", start, (end,), recorder=True)

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from odenets.adapting.additions import Found, find_additions
-from odenets.adapting.blocks import BlockSpec
+from odenets.adapting.blocks import BlockSpec, flow_spec
 from odenets.adapting.chains import layers_of
-from odenets.adapting.flows import flow_spec
 from odenets.adapting.layouts import find_layouts, samples_of
 from odenets.adapting.matching import match
 from odenets.adapting.program import Node, Program, trace

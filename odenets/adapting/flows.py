@@ -10,24 +10,12 @@ from torch import Tensor, nn
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.checkpointing import measured_once
 from odenets.adapting.forward_pass import ForwardPass, Visited, begins_flow
-from odenets.adapting.places import Place
 from odenets.measures import StepFunction
 from odenets.observing import keeping
 from odenets.records import Records, numbered
 from solvers import Step
 
-__all__ = ["FlowObserver", "Row", "flow_spec", "rows_of"]
-
-
-def flow_spec(name: str) -> BlockSpec:
-    """The specification of a module that records its own steps, by its dotted ``name``.
-
-    >>> flow_spec("encoder.flow").kind
-    'flow'
-    """
-    shown = name.replace("._orig_mod", "")  # what torch.compile wraps
-    start, end = Place(name, "input", (0,)), Place(name, "output")
-    return BlockSpec(shown, name, "flow", start, (end,), recorder=True)
+__all__ = ["FlowObserver", "Row", "rows_of"]
 
 
 class Row(NamedTuple):
@@ -104,7 +92,7 @@ class FlowObserver:
         """Hand the ``records`` of a ``recorder`` to the pass."""
         block = self._block_of(recorder)
         assert block is not None  # it is measured
-        steps = self.kept.pop(block.name, [])
+        steps = _apart(self.kept.pop(block.name, []))
         names = records.blocks if records or records.blocks else _names_of(recorder)
         starts = records.starts if records.blocks else sorted(_starts_of(recorder))
         self.current.flow(block, _shape_of(recorder, output), Records(records, starts, names), steps)
@@ -119,3 +107,10 @@ def _shape_of(recorder: Any, output: Any) -> tuple[int, ...]:
     if shape is None and isinstance(output, Tensor):
         shape = output.shape[1:]
     return tuple(shape or ())
+
+
+def _apart(steps: list[Step]) -> list[Step]:
+    """The steps, whose ends are copies: the states that the model goes on with may be changed in place."""
+    if steps:
+        steps[-1] = steps[-1]._replace(x1=steps[-1].x1.clone())
+    return steps

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.forward_pass import ForwardPass, InPlaceChanges
 from odenets.adapting.places import Code, Path, Place, Site, at, code_of, tensors_in
+from odenets.observing import running_recorder
 
 __all__ = ["Hooks"]
 
@@ -142,6 +143,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if running_recorder() is not None:
+            return func(*args, **kwargs)
         code, frame = code_of(1) if self.codes else (None, None)
         if code not in self.codes:
             output = func(*args, **kwargs)
