@@ -32,7 +32,7 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
         ) from error
     with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted):
         torch.rand(1, device=device_of(adapted.model))  # so that random numbers of this pass are others
-        output = adapted.output_and_steps(*inputs, **keywords)[0]
+        output = adapted.record(*inputs, **keywords)[0]
     if found is not None and not _same(found.output, output):
         draws = f", which draws random numbers: {'; '.join(found.draws)}" if found.draws else ""
         raise ValueError(
