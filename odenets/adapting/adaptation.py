@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +12,6 @@ from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.chains import layers_of
 from odenets.adapting.masking import Mask, Masking, Per
-from odenets.adapting.places import Place
 from odenets.adapting.rules import Blocks, find_blocks
 from odenets.adapting.verification import check_example
 from odenets.recording import is_recorder
@@ -121,8 +119,6 @@ def adapt(
     adapted = AdaptedModel(model, specs, partial=partial, residue=residue, masking=Masking(mask, per))
     if example is not None:
         check_example(adapted, inputs, keywords)
-    if residue == "branch" and specs is not None:
-        warn_of_norms(model, specs)
     return adapted
 
 
@@ -143,21 +139,3 @@ def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             f"{type(example).__name__}: blocks are named by keyword, adapt(model, blocks=...)"
         )
     return (example if isinstance(example, tuple) else () if example is None else (example,)), {}
-
-
-def warn_of_norms(model: nn.Module, specs: tuple[BlockSpec, ...]) -> None:
-    """Warn of branches that end in a batch norm."""
-    normed = [s.name for s in specs if s.branch and _ends_in_batch_norm(model, s.branch)]
-    if normed:
-        warnings.warn(
-            f"the branches of {len(normed)} blocks ({normed[0]}, ...) end in a batch norm: in training the mean square "
-            "of their residues is gamma^2 + beta^2 of that layer, and a penalty on it moves nothing else; "
-            'adapt(model, residue="displacement") takes what the block truly adds',
-            stacklevel=3,
-        )
-
-
-def _ends_in_batch_norm(model: nn.Module, branch: Place) -> bool:
-    module = model.get_submodule(str(branch.of))
-    last = [m for m in module.modules() if not any(m.children())][-1]
-    return isinstance(last, nn.modules.batchnorm._BatchNorm)

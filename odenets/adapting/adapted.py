@@ -19,6 +19,7 @@ from odenets.adapting.forward_pass import ForwardPass, Visited
 from odenets.adapting.hooks import Hooks
 from odenets.adapting.layouts import samples_of
 from odenets.adapting.masking import Masking
+from odenets.adapting.norms import warn_of_norms
 from odenets.adapting.places import tensors_in
 from odenets.adapting.program import FailedPass
 from odenets.measures import Measure, StepFunction
@@ -109,6 +110,7 @@ class AdaptedModel(nn.Module):
             self._notes = (*(f"a step that is not seen in {name}" for name in found.hidden), *found.others)
         if self._whole:
             self.hooks.attach(self.model, self._blocks)
+            warn_of_norms(self.model, self._blocks, stacklevel=4)
 
     def find(self, *inputs: Any, **keywords: Any) -> Blocks | None:
         """Find the blocks in the program of a batch of ``inputs`` and ``keywords``, unless that has been done.
