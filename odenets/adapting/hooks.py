@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -103,8 +103,9 @@ def _input_hook(
     hooks: Hooks, events: list[Event], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     if (current := hooks.current) is not None:
-        for event, block, path in events:
-            event(current, block, _argument(args, kwargs, path), module.training)
+        with _unwatched():
+            for event, block, path in events:
+                event(current, block, _argument(args, kwargs, path), module.training)
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> Any:
@@ -117,8 +118,9 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> A
 
 def _output_hook(hooks: Hooks, events: list[Event], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if (current := hooks.current) is not None:
-        for event, block, path in events:
-            event(current, block, _result(output, path), module.training)
+        with _unwatched():
+            for event, block, path in events:
+                event(current, block, _result(output, path), module.training)
 
 
 def _result(output: Any, path: Path) -> Any:
@@ -127,6 +129,13 @@ def _result(output: Any, path: Path) -> Any:
     if path or isinstance(value, Tensor):
         return value
     return next((x for _, x in tensors_in(value)), value)
+
+
+def _unwatched() -> AbstractContextManager[Any]:
+    """Functions are not watched while events are called: what is measured is no part of the pass."""
+    if torch.compiler.is_compiling() or not isinstance(torch.overrides._get_current_function_mode(), _Functions):
+        return nullcontext()
+    return torch.overrides._pop_mode_temporarily()
 
 
 class _Functions(TorchFunctionMode):

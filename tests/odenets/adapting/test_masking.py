@@ -343,3 +343,15 @@ def test_a_mask_in_a_compiled_graph_is_refused():
     compiled = torch.compile(network.record, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"torch\.compile"):
         compiled(STATES, MASK, action=measures.action)
+
+
+def test_batches_of_other_lengths_take_one_way():
+    """Of a model that reads from its data, whose program is looked at again where it reads otherwise."""
+    network = adapt(bert(), {"input_ids": IDS, "attention_mask": MASK})
+    passes = []
+    network.model.register_forward_hook(lambda *_: passes.append(1))
+    for lengths in ([7, 4, 4, 3, 5], [2, 2, 3, 3, 3], [1, 2, 3, 4, 5]):
+        mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+        network.record(input_ids=IDS, attention_mask=mask.long(), action=measures.action)
+        network.record(input_ids=IDS, attention_mask=mask.long(), **QUANTITIES)
+    assert len(passes) == 6
