@@ -83,7 +83,7 @@ def record(
     ] = None,
     blocks: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Its blocks, where odenets.adapt does not know them: layer1.0,layer1.1"),
+        typer.Option(metavar="NAMES", help="Its blocks, in place of those that odenets.adapt finds: layer1.0,layer1.1"),
     ] = None,
     measure: Annotated[
         list[str] | None,
