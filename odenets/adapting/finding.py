@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from odenets.adapting.additions import Found, find_additions
-from odenets.adapting.blocks import BlockSpec, flow_spec
+from odenets.adapting.blocks import BlockSpec, Samples, flow_spec
 from odenets.adapting.chains import layers_of
 from odenets.adapting.layouts import find_layouts, samples_of
 from odenets.adapting.matching import match
@@ -99,7 +99,11 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
         )
     others = tuple(f"{reason} in {where(node)}" for node, reason in found.others)
     steps = [spec if layouts is None else replace(spec, samples=layouts.samples[one]) for spec, one in matched.steps]
-    timed = [*zip(matched.times, steps, strict=True), *((run.time, flow_spec(run.name)) for run in program.recorders)]
+    flows: dict[str, BlockSpec] = {}
+    for i, run in enumerate(program.recorders):
+        samples = None if layouts is None else layouts.runs[i]
+        flows.setdefault(run.name, replace(flow_spec(run.name), samples=samples or Samples()))
+    timed = [*zip(matched.times, steps, strict=True), *((run.time, flows[run.name]) for run in program.recorders)]
     steps = [spec for _, spec in sorted(timed, key=lambda one: one[0])]
     if program.numbers:
         warnings.warn(

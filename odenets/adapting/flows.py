@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.checkpointing import measured_once
+from odenets.adapting.flow_samples import SampleMeasure
 from odenets.adapting.forward_pass import ForwardPass, Visited, begins_flow
 from odenets.measures import StepFunction
 from odenets.observing import keeping
@@ -75,6 +76,7 @@ class FlowObserver:
     def __init__(self, current: ForwardPass, flows: Sequence[tuple[nn.Module, BlockSpec]], closing: bool) -> None:
         self.current, self.flows, self.closing = current, flows, closing
         self.kept: dict[str, list[Step]] = {}
+        self.by_sample: dict[str, dict[str, SampleMeasure]] = {}
         self.others: list[nn.Module] = []
 
     def measures_of(self, recorder: nn.Module) -> Mapping[str, StepFunction] | None:
@@ -86,7 +88,12 @@ class FlowObserver:
         if self.current.keep:
             steps = self.kept[block.name] = []
             return {"steps": keeping(steps, closing=self.closing)}
-        return {name: measured_once(name, one) for name, one in self.current.measures.items()}
+        own = {
+            name: SampleMeasure(name, one, block, self.current.samples, self.current.tokens)
+            for name, one in self.current.measures.items()
+        }
+        self.by_sample[block.name] = own
+        return {name: measured_once(name, one.measure()) for name, one in own.items()}
 
     def receive(self, recorder: nn.Module, output: Any, records: Records) -> None:
         """Hand the ``records`` of a ``recorder`` to the pass."""
@@ -95,7 +102,8 @@ class FlowObserver:
         steps = _apart(self.kept.pop(block.name, []))
         names = records.blocks if records or records.blocks else _names_of(recorder)
         starts = records.starts if records.blocks else sorted(_starts_of(recorder))
-        self.current.flow(block, _shape_of(recorder, output), Records(records, starts, names), steps)
+        values = {name: one.values_of(records[name]) for name, one in self.by_sample.pop(block.name, {}).items()}
+        self.current.flow(block, _shape_of(recorder, output), Records(values, starts, names), steps)
 
     def _block_of(self, recorder: nn.Module) -> BlockSpec | None:
         return next((block for module, block in self.flows if module is recorder), None)

@@ -167,17 +167,8 @@ class ForwardPass:
         self.names.append(step.block.name)
 
     def flow(self, block: BlockSpec, shape: tuple[int, ...], records: Records, steps: Sequence[Step]) -> None:
-        """A flow, or what else records its own steps, has run; ``steps`` are those that are kept.
-
-        Raises:
-            ValueError: its samples are not those of the model.
-        """
+        """A flow, or what else records its own steps, has run; ``steps`` are those that are kept."""
         for name in self.measures:
-            if self.samples is not None and records[name].shape[1] != self.samples:
-                raise ValueError(
-                    f"flow {block.name!r} has {records[name].shape[1]} states for {self.samples} samples: let it move "
-                    "the states of a sample as one, (B, ...), or name the blocks without it"
-                )
             self.rows[name] += records[name].unbind()
         self.starts += [len(self.names) + start for start in records.starts]
         self.names += [f"{block.name} {one}" for one in records.blocks]

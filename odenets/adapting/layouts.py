@@ -13,21 +13,23 @@ from torch.utils._pytree import tree_map_only
 from odenets.adapting.additions import Addition, find_additions
 from odenets.adapting.blocks import Samples
 from odenets.adapting.places import tensors_in
-from odenets.adapting.program import FailedPass, Program, trace
+from odenets.adapting.program import FailedPass, Node, Program, trace
 
 __all__ = ["Layouts", "find_layouts", "samples_of"]
 
 
 @dataclass(frozen=True)
 class Layouts:
-    """How the samples lie in the states of each addition.
+    """How the samples lie in the states of each addition, and in those of each run of a recorder.
 
     Attributes:
         samples: of each addition.
+        runs: of each run, where that is known.
         dependent: names of the blocks in which the states of a sample depend on the other samples.
     """
 
     samples: dict[Addition, Samples]
+    runs: tuple[Samples | None, ...]
     dependent: tuple[str, ...]
 
 
@@ -77,30 +79,53 @@ def find_layouts(
     except FailedPass:
         return None
     others = find_additions(other).additions
-    _check_same(model, program, additions, others)
+    _check_same(model, program, additions, other, others)
     layouts: dict[Addition, Samples] = {}
     dependent = []
     for one, two in zip(additions, others, strict=True):
-        layout = _layout(one, two, samples, part)
-        rows, fewer_rows = program.rows.get(one.node, ()), other.rows.get(two.node, ())
-        if layout.axis < min(len(rows), len(fewer_rows)):
-            apart = _apart(rows[layout.axis], fewer_rows[layout.axis], layout.rows, samples, part)
-            if apart is None:
-                dependent.append(one.block.name)
-            layout = Samples(layout.axis, layout.rows, bool(apart))
-        layouts[one] = layout
-    return Layouts(layouts, tuple(dependent))
+        layout = _layout(one.node, two.node, samples, part)
+        if layout is None:
+            raise ValueError(
+                f"the states of {one.block.name or 'the model'!r}, {one.node.shape}, have no axis of the samples: for "
+                f"{samples} samples they are that, and for {part} {two.node.shape}"
+            )
+        layouts[one], independent = _in_order(layout, *_rows_of(program, one.node, other, two.node), samples, part)
+        if not independent:
+            dependent.append(one.block.name)
+    runs: list[Samples | None] = []
+    for run, fewer_run in zip(program.recorders, other.recorders, strict=True):
+        run_layout = None
+        if run.state is not None and fewer_run.state is not None:
+            run_layout = _layout(run.state, fewer_run.state, samples, part)
+            if run_layout is not None:
+                rows = _rows_of(program, run.state, other, fewer_run.state)
+                run_layout = _in_order(run_layout, *rows, samples, part)[0]
+        runs.append(run_layout)
+    return Layouts(layouts, tuple(runs), tuple(dependent))
 
 
-def _layout(one: Addition, two: Addition, samples: int, part: int) -> Samples:
-    pairs = zip(one.node.shape, two.node.shape, strict=True)
+Rows = tuple[Tensor, ...]
+
+
+def _rows_of(program: Program, node: Node, other: Program, other_node: Node) -> tuple[Rows, Rows]:
+    return program.rows.get(node, ()), other.rows.get(other_node, ())
+
+
+def _layout(one: Node, two: Node, samples: int, part: int) -> Samples | None:
+    """The axis that grows with the samples; None where it is not one."""
+    if len(one.shape) != len(two.shape):
+        return None
+    pairs = zip(one.shape, two.shape, strict=True)
     axes = [i for i, (a, b) in enumerate(pairs) if a * part == b * samples and a % samples == 0 and a != b]
-    if len(axes) != 1:
-        raise ValueError(
-            f"the states of {one.block.name or 'the model'!r}, {one.node.shape}, have no axis of the samples: for "
-            f"{samples} samples they are that, and for {part} {two.node.shape}"
-        )
-    return Samples(axes[0], one.node.shape[axes[0]] // samples)
+    return Samples(axes[0], one.shape[axes[0]] // samples) if len(axes) == 1 else None
+
+
+def _in_order(layout: Samples, rows: Rows, fewer: Rows, samples: int, part: int) -> tuple[Samples, bool]:
+    """The layout with the order of the rows of a sample, and whether these are as they are among fewer samples."""
+    if layout.axis >= min(len(rows), len(fewer)):
+        return layout, True
+    apart = _apart(rows[layout.axis], fewer[layout.axis], layout.rows, samples, part)
+    return Samples(layout.axis, layout.rows, bool(apart)), apart is not None
 
 
 def _apart(values: Tensor, fewer: Tensor, rows: int, samples: int, part: int) -> bool | None:
@@ -119,8 +144,13 @@ def _apart(values: Tensor, fewer: Tensor, rows: int, samples: int, part: int) ->
     return None
 
 
-def _check_same(model: nn.Module, program: Program, additions: Sequence[Addition], others: Sequence[Addition]) -> None:
+def _check_same(
+    model: nn.Module, program: Program, additions: Sequence[Addition], other: Program, others: Sequence[Addition]
+) -> None:
+    one: list[tuple[Any, ...]]
     one, two = ([(a.block.name, a.node.op, a.node.site) for a in each] for each in (additions, others))
+    one += [(run.name,) for run in program.recorders]
+    two += [(run.name,) for run in other.recorders]
     if one != two:
         names = dict.fromkeys(a[0] or "its own forward pass" for a in (*one, *two) if one.count(a) != two.count(a))
         reads = f" (numbers are read from the data at {'; '.join(program.reads)})" if program.reads else ""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -93,11 +93,11 @@ class FailedPass(Exception):
 
 
 class Run(NamedTuple):
-    """A run of a module that records its own steps: when it ended, the name of the module, what it returned."""
+    """A run of a module that records its own steps: when it ended, the name of the module, the state that it takes."""
 
     time: int
     name: str
-    output: Node | None
+    state: Node | None
 
 
 @dataclass(repr=False)
@@ -166,6 +166,7 @@ class _Operations(TorchDispatchMode):
         self.decides = False
         self.recorders: list[Run] = []
         self.runs: dict[int, Call] = {}  # by the recorder
+        self.entering: dict[Call, Tensor] = {}  # the first state that a call is given
         self.names = {id(module): name for name, module in model.named_modules()}
         self.learned = {id(p) for p in model.parameters()}
 
@@ -196,6 +197,8 @@ class _Operations(TorchDispatchMode):
         for path, x in tensors_in(value):
             if x.is_floating_point() or x.is_quantized:
                 passages.append(Passage(self.time, place._replace(path=path), self.node_of(x), self.call))
+                if place.is_module and place.side == "input":
+                    self.entering.setdefault(self.call, x)
 
     def measures_of(self, recorder: nn.Module) -> dict[str, Any] | None:
         """A module of the model records its steps: its run begins."""
@@ -207,8 +210,13 @@ class _Operations(TorchDispatchMode):
     def receive(self, recorder: nn.Module, output: Any, records: Records) -> None:
         """Its run ends."""
         self.time += 1
-        node = self.node_of(output) if isinstance(output, Tensor) else None
-        self.recorders.append(Run(self.time, self.names[id(recorder)], node))
+        name = self.names[id(recorder)]
+        called = self.call is not None and self.call.name == name  # and not by its record
+        state = self.entering.get(self.call) if called and self.call is not None else output
+        if isinstance(state, Tensor):
+            with _disable_current_modes():
+                self.rows[self.node_of(state)] = _rows(state)
+        self.recorders.append(Run(self.time, name, self.node_of(state) if isinstance(state, Tensor) else None))
 
     def input(self, x: Tensor) -> None:
         self.known[x] = self.add("input", shape=tuple(x.shape), floating=x.is_floating_point())
@@ -323,6 +331,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     with ExitStack() as stack:
         stack.enter_context(_watched(model, operations, passages))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_without_fast_path())
         stack.enter_context(_Functions(operations, passages))
         stack.enter_context(operations)

@@ -349,10 +349,73 @@ def test_recorders_of_the_user_are_looked_into(x):
     assert adapted.names == ("first", "flow.block", *(f"flow.flow blocks.{m}" for m in range(3)), "last")
 
 
+TOKENS = {
+    "tokens": lambda m, x: m.flow(m.first(x)),
+    "one state a token": lambda m, x: m.flow(m.first(x).flatten(0, 1)).unflatten(0, x.shape[:2]),
+    "tokens first": lambda m, x: m.flow(m.first(x).transpose(0, 1)).transpose(0, 1),
+    "tokens first, one state a token": lambda m, x: (
+        m.flow(m.first(x).transpose(0, 1).flatten(0, 1)).unflatten(0, (x.shape[1], -1)).transpose(0, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", TOKENS)
+@pytest.mark.parametrize("name", ["bs23", "fixed"])
+def test_measures_are_of_samples_however_they_lie_in_the_states_of_a_flow(way, name):
+    model, x = around(FLOWS[name]()), torch.randn(4, 6, WIDTH)
+    model.function = lambda m, x: m.last(TOKENS[way](m, x))
+    _, records = adapt(model, x).record(x, action=measures.action)
+    _, expected = model.flow.record(model.first(x), action=measures.action)
+    torch.testing.assert_close(records["action"][1:-1], expected["action"])
+
+
+class Masked(nn.Module):
+    """Tokens with a mask of padding, of which nothing here reads others."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.first, self.flow = Block(), flow
+
+    def forward(self, x, attention_mask=None):
+        return self.flow(self.first(x))
+
+
+MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("name", ["bs23", "network", "fixed"])
+def test_padding_is_not_measured_in_a_flow(name):
+    model, x = Masked(FLOWS[name]()), torch.randn(3, 5, WIDTH)
+    adapted = adapt(model, {"x": x, "attention_mask": MASK})
+    _, records = adapted.record(x, attention_mask=MASK, action=measures.action)
+    for i, length in enumerate((3, 5, 2)):
+        _, alone = adapted.record(x[i : i + 1, :length], action=measures.action)
+        torch.testing.assert_close(records["action"][:, i], alone["action"][:, 0])
+    by_token = adapt(model, {"x": x, "attention_mask": MASK}, per="token")
+    _, records = by_token.record(x, attention_mask=MASK, action=measures.action)
+    assert records["action"].shape == (model.flow.depth + 1, 10)
+    _, alone = model.flow.record(model.first(x)[0, :3], action=measures.action)
+    torch.testing.assert_close(records["action"][1:, :3], alone["action"])
+
+
+def test_a_mask_counts_where_a_flow_keeps_no_steps_too():
+    model, x = Masked(FLOWS["backsolve"]()), torch.randn(3, 5, WIDTH)
+    adapted = adapt(model, {"x": x, "attention_mask": MASK})
+    _, records = adapted.record(x, attention_mask=MASK, action=measures.action)
+    _, alone = adapted.record(x[:1, :3], action=measures.action)
+    torch.testing.assert_close(records["action"][:, 0], alone["action"][:, 0], rtol=1e-3, atol=1e-4)
+    by_token = adapt(model, {"x": x, "attention_mask": MASK}, per="token")
+    with pytest.raises(ValueError, match=r"integrates measures beside its 3 states.*gradient='direct'"):
+        by_token.record(x, attention_mask=MASK, action=measures.action)
+    model.flow = FLOWS["by sample"]()
+    with pytest.raises(ValueError, match=r"has steps of each state.*control='batch'"):
+        adapt(model, {"x": x, "attention_mask": MASK}).record(x, attention_mask=MASK, action=measures.action)
+
+
 def test_states_of_other_samples_are_refused(x):
     model = around(FLOWS["euler"]())
     model.function = lambda m, x: m.last(m.flow(torch.cat([x, x])).reshape(2, -1, WIDTH).sum(0))
-    adapted = adapt(model, x)
+    adapted = adapt(model, blocks=["flow", "last"])
     with pytest.raises(ValueError, match=r"flow 'flow' has 10 states for 5 samples"):
         adapted.record(x, action=measures.action)
 
