@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting.blocks import BlockSpec
+from odenets.adapting.comparison import Comparison
 from odenets.adapting.finding import Blocks, find
 from odenets.adapting.flows import FlowObserver, Row, rows_of
 from odenets.adapting.forward_pass import ForwardPass, Visited
@@ -85,15 +86,12 @@ class AdaptedModel(nn.Module):
         self._whole = part_of is None
         self._named = None if blocks is None else tuple(blocks)
         self._blocks: tuple[BlockSpec, ...] | None = None
-        self._expected: tuple[BlockSpec, ...] | None = None  # of a pass, where the program has been seen
+        self._compared: Comparison | None = None
         self._following: dict[str, BlockSpec] = {}
         self._visited: list[Visited] | None = None
         self._notes: tuple[str, ...] = ()  # what is not recorded of the program
-        self._ways: set[tuple[bool, ...]] = set()  # decisions of passes that take the steps that were found
         self._axis = 0  # of the inputs, along which the samples lie
-        self._reads: tuple[str, ...] = ()
         self._warned = False
-        self._in_program = False  # whether the blocks have been found there
         if blocks is not None:
             self._take(blocks)
 
@@ -102,11 +100,9 @@ class AdaptedModel(nn.Module):
         self._blocks = tuple(blocks)
         pairs = zip(self._blocks, self._blocks[1:], strict=False)
         self._following = {before.name: block for before, block in pairs if block.start is None}
+        self._compared = Comparison(self._blocks, found, self.partial)
         if found is not None:
-            self._in_program = True
-            self._expected, self._reads, self._axis = found.steps, found.reads, found.axis
-            self.hooks.decides = found.decisions is not None
-            self._ways = {found.decisions or ()}
+            self._axis, self.hooks.decides = found.axis, found.decisions is not None
             self._notes = (*(f"a step that is not seen in {name}" for name in found.hidden), *found.others)
         if self._whole:
             self.hooks.attach(self.model, self._blocks)
@@ -129,7 +125,7 @@ class AdaptedModel(nn.Module):
         found = find(self.model, inputs, keywords, partial=self.partial)
         steps = [self._with_residue(spec) for spec in found.steps]
         found = replace(found, steps=tuple(steps))
-        self._take(found.specs, found)
+        self._take(found.specs, replace(found, output=None))
         return found
 
     def _with_residue(self, spec: BlockSpec) -> BlockSpec:
@@ -281,6 +277,8 @@ class AdaptedModel(nn.Module):
             self.find(*inputs, **keywords)
         except FailedPass as failed:
             raise (failed.__cause__ or failed) from None
+        comparison = self._compared
+        assert comparison is not None  # since the blocks are found
         samples = samples_of(inputs, keywords, self._axis)
         tokens = self.masking.tokens(self.model, inputs, keywords, samples) if measures else None
         current = ForwardPass(measures, samples, keep, self.hooks.in_place, self._following, tokens)
@@ -288,13 +286,12 @@ class AdaptedModel(nn.Module):
         observer = FlowObserver(current, flows, closing)
         with self.hooks.running(current, self.model), observing(observer):
             output = self.model(*inputs, **keywords)
-        if not torch.compiler.is_compiling():
-            self._check_way(current, inputs, keywords)
-            self._check_steps(current, observer)
+        if torch.compiler.is_compiling():
+            comparison.check_called(current)
+        else:
+            comparison.check(self.model, current, observer, inputs, keywords)
             self._warn(current)
             self._visited = current.visited
-        elif not current.visited:
-            raise self._not_called([])
         return output, current
 
     def _check_input(self, inputs: Any, keywords: Mapping[str, Any]) -> None:
@@ -302,53 +299,6 @@ class AdaptedModel(nn.Module):
         x = next((x for _, x in tensors_in((inputs, dict(keywords)))), None)
         if self._whole and x is not None and x.is_floating_point():
             check_state(x)
-
-    def _check_steps(self, current: ForwardPass, observer: FlowObserver) -> None:
-        """Compare the steps of a pass with those that were found, or that every pass took so far."""
-        blocks = tuple(step.block for step in current.visited)
-        if not blocks:
-            raise self._not_called([])
-        if self._expected is None and set(blocks) == set(self.blocks):
-            self._expected = blocks  # named by hand: the first pass shows what they are
-        if self.partial:
-            return
-        others = {module: name for name, module in self.model.named_modules()} if observer.others else {}
-        if self._in_program and (more := [others[one] for one in observer.others if one in others]):
-            raise ValueError(
-                f"{len(more)} flows were not called when the blocks were found: {', '.join(more[:4])}{self._hint()}: "
-                "partial=True leaves them out"
-            )
-        if blocks == self._expected:
-            return
-        if missing := [block.name for block in self.blocks if block not in blocks]:
-            raise self._not_called(missing)
-        raise ValueError(
-            f"the blocks are called in another order or number than before, {len(blocks)} steps for "
-            f"{len(self._expected or ())}{self._hint()}: partial=True accepts it, and the rows are the steps "
-            "of each pass"
-        )
-
-    def _check_way(self, current: ForwardPass, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        """Where a pass has decided otherwise by its data than those before, look at its program too."""
-        if not self.hooks.decides or self.partial or (way := tuple(current.decisions)) in self._ways:
-            return
-        steps = [spec.name for spec in find(self.model, inputs, keywords, partial=True).steps]
-        if steps != [block.name for block in self._expected or ()]:
-            raise ValueError(
-                f"this pass takes other steps than those that were found, {', '.join(steps)}{self._hint()}: name those "
-                'that all passes take, adapt(model, blocks=["layer1.0", ...])'
-            )
-        self._ways.add(way)
-
-    def _not_called(self, missing: list[str]) -> ValueError:
-        missing = missing or [block.name for block in self.blocks]
-        return ValueError(
-            f"{len(missing)} of {len(self.blocks)} blocks are not called: {', '.join(missing[:4])}"
-            f"{' ...' * (len(missing) > 4)}{self._hint()}; partial=True accepts it where some are"
-        )
-
-    def _hint(self) -> str:
-        return f" (the pass reads numbers from its data at {'; '.join(self._reads)})" if self._reads else ""
 
     def _warn(self, current: ForwardPass) -> None:
         """Warn of what records lack."""
@@ -376,7 +326,8 @@ class AdaptedModel(nn.Module):
 
     def _last_visited(self) -> list[Visited]:
         """What the last pass has visited, or one that is to come will."""
-        return self._visited or [Visited(block, ()) for block in self._expected or self.blocks]
+        expected = self._compared.steps if self._compared is not None else None
+        return self._visited or [Visited(block, ()) for block in expected or self.blocks]
 
     def _rows(self) -> list[Row]:
         return rows_of(self.model, self._last_visited())

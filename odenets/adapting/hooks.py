@@ -157,7 +157,7 @@ class _Functions(TorchFunctionMode):
         code, frame = code_of(1) if self.codes else (None, None)
         if code not in self.codes:
             output = func(*args, **kwargs)
-            if isinstance(output, bool):
+            if isinstance(output, bool) and running_recorder() is None:
                 self.current.decisions.append(output)
             return output
         module = None if frame is None else frame.f_locals.get("self")

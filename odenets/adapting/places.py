@@ -17,8 +17,8 @@ __all__ = ["Code", "Path", "Place", "Site", "at", "code_of", "line_of", "tensors
 Path = tuple[int | str, ...]
 """Where a tensor is in the arguments or the output of a module: positions, keys, attributes."""
 
-Code = tuple[str, str, int | None, int | None]
-"""Where a function is called: file, name of the code around it, line and column."""
+Code = tuple[str, str, int | None, int | None, int | None]
+"""Where a function is called: file, name of the code around it, line and columns."""
 
 
 class Site(NamedTuple):
@@ -108,7 +108,7 @@ def code_of(depth: int) -> tuple[Code | None, Any]:
         return None, frame
     code = caller.f_code
     if code not in _POSITIONS:  # of a call, whose instruction moves as Python specializes it
-        _POSITIONS[code] = [(line, column) for line, _, column, _ in code.co_positions()]
+        _POSITIONS[code] = [(line, column, end) for line, _, column, end in code.co_positions()]
     return (code.co_filename, code.co_qualname, *_POSITIONS[code][caller.f_lasti // 2]), frame
 
 

@@ -137,6 +137,8 @@ class _Functions(TorchFunctionMode):
         finally:
             self.operations.site = None
         self._note(Place(site, "output"), output)
+        if func in (Tensor.tolist, Tensor.numpy) and not self.operations.node_of(args[0]).fixed:
+            self.operations.read()
         if isinstance(output, bool):
             self.operations.decisions.append(output)
             self.operations.decides |= len(self.operations.numbers) > reads
@@ -231,8 +233,7 @@ class _Operations(TorchDispatchMode):
         op = func._schema.name.rpartition("::")[2]
         within = running_recorder() is not None
         if op in READING and not within and not all(one.fixed for one in inputs):
-            self.reads[self._place()] = None
-            self.numbers.append(self._place())
+            self.read()
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.draws[self._place()] = None
         written = self._written(func, args, kwargs)
@@ -254,6 +255,11 @@ class _Operations(TorchDispatchMode):
             if node.floating and not node.fixed and not within and op.removesuffix("_") in SUMS:
                 self.rows[node] = _rows(one)
         return output
+
+    def read(self) -> None:
+        """Note that Python reads from data, and where."""
+        self.reads[self._place()] = None
+        self.numbers.append(self._place())
 
     def _place(self) -> str:
         return line_of(2) + (f" in {self.call.name!r}" if self.call is not None and self.call.name else "")
