@@ -46,6 +46,9 @@ def adapt(
       as in BERT, is a layer between steps.
     - Of additions within the branch of another the outermost is a step. Sums of linear maps of one state (RepVGG) are
       none, nor are biases, masks and position embeddings.
+    - A :class:`~odenets.Flow`, :class:`~odenets.NeuralODE` or :class:`~odenets.Network` anywhere in it, called or
+      recorded, is recorded by its own steps with its own h, "flow blocks.0", in the order in which they are taken; what
+      it adds up inside is its own. With an error-controlled neural ODE passes may take different numbers of steps.
     - A plain network (VGG), with ``displacement=True``: each convolution or linear layer that keeps the shape, with the
       norm and activation after it, from the input x0 of the layer to the output x1 of the last of them.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from odenets.adapting.places import Place
+from odenets.flow import Flow
+from odenets.network import Chain
+from odenets.neural_ode import NeuralODE
 
-__all__ = ["BlockSpec", "Samples", "flow_spec"]
+__all__ = ["BlockSpec", "Samples", "flow_spec", "records_itself"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,16 @@ class BlockSpec:
     branch: Place | None = None
     samples: Samples = Samples()
     recorder: bool = False
+
+
+def records_itself(module: nn.Module) -> bool:
+    """Whether a ``module`` is a flow, a neural ODE or a network of them, whose steps are its own.
+
+    >>> import odenets
+    >>> records_itself(odenets.Flow()), records_itself(nn.Linear(2, 2))
+    (True, False)
+    """
+    return isinstance(module, Flow | NeuralODE | Chain)
 
 
 def flow_spec(name: str) -> BlockSpec:

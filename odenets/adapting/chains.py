@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from odenets.adapting.blocks import BlockSpec
+from odenets.adapting.blocks import BlockSpec, flow_spec, records_itself
 from odenets.adapting.places import Place
 
 __all__ = ["layers_of"]
 
 
 def layers_of(model: nn.Module) -> tuple[BlockSpec, ...]:
-    """The layers that keep the shape, each with the norm and activation after it, if the ``model`` is a chain.
+    """The layers that keep the shape, each with the norm and activation after it, and flows, if ``model`` is a chain.
 
     That is one with most of its convolutions and linear layers in Sequentials that are the model or lie directly under
     it. Nothing if it is none.
@@ -22,11 +22,15 @@ def layers_of(model: nn.Module) -> tuple[BlockSpec, ...]:
     children = [("", model)] if isinstance(model, nn.Sequential) else model.named_children()
     chains = [(name, chain) for name, chain in children if isinstance(chain, nn.Sequential)]
     leaves = [leaf for name, chain in chains for leaf in _leaves(name, chain)]
-    weights = sum(_is_weight(module) for module in model.modules())
+    flows = [module for module in model.modules() if records_itself(module)]
+    within = {one for flow in flows for one in flow.modules()}
+    weights = sum(_is_weight(module) for module in model.modules() if module not in within)
     if 2 * sum(_is_weight(module) for _, module in leaves) < max(weights, 1):
         return ()
     specs = []
     for i, (name, module) in enumerate(leaves):
+        if records_itself(module):
+            specs.append(flow_spec(name))
         if not _is_weight(module) or not _keeps_shape(module):
             continue
         last = name

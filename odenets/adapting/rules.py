@@ -10,11 +10,8 @@ from typing import cast
 
 from torch import nn
 
-from odenets.adapting.blocks import BlockSpec, flow_spec
+from odenets.adapting.blocks import BlockSpec, flow_spec, records_itself
 from odenets.adapting.places import Place
-from odenets.flow import Flow
-from odenets.network import Chain
-from odenets.neural_ode import NeuralODE
 
 __all__ = ["RULES", "Blocks", "Rule", "find_blocks", "kind_of"]
 
@@ -226,7 +223,7 @@ def _by_name(
             raise ValueError(f"the model has no module {part!r}{hint}")
     if not first:
         raise ValueError(f"blocks must be names of modules within the model, got {name!r}")
-    if shortcuts is None and not last and isinstance(modules[first], Flow | NeuralODE | Chain):
+    if shortcuts is None and not last and records_itself(modules[first]):
         return (flow_spec(first),)
     rule = kind_of(modules[first])
     if shortcuts is None and not last and rule is not None:

@@ -302,6 +302,16 @@ def test_flows_by_name_are_flows(x):
     assert as_one.depth == 1
 
 
+def test_a_chain_takes_its_flows_beside_its_layers(x):
+    layers = nn.Linear(WIDTH, WIDTH), nn.ReLU(), FLOWS["bs23"](), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+    model = nn.Sequential(*layers)
+    adapted = adapt(model, x, displacement=True)
+    assert adapted.names == ("0:1", "2 blocks.0", "2 blocks.1", "3")
+    _, records = adapted.record(x, action=measures.action)
+    assert records["action"][1:3].equal(model[2].record(model[:2](x), action=measures.action)[1]["action"])
+    assert adapt(model, x).names == ("2 blocks.0", "2 blocks.1")
+
+
 def test_a_flow_that_the_model_does_not_always_call_is_not_left_out_silently(x):
     model = around(FLOWS["bs23"]())
     model.function = lambda m, x: m.last(m.flow(x) if m.training else x)
