@@ -41,7 +41,7 @@ class Chain(Joined):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of each step, as records have it: where there are several flows that of its flow comes before."""
+        """The name of each step, as records have it, after that of its flow where there are several."""
         flows = self.flows
         parts = [f"flows.{i} " if len(flows) > 1 else "" for i in range(len(flows))]
         return tuple(f"{part}{name}" for part, flow in zip(parts, flows, strict=True) for name in flow.names)
