@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odenets.adapting.blocks import BlockSpec, Samples
-from odenets.adapting.masking import Tokens
+from odenets.adapting.tokens import Tokens
 from odenets.measures import StepFunction, integrand_of, needs_closing
 from odenets.measures.marking import Measure, measure
 from odenets.recording import check_values

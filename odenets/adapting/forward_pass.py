@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.checkpointing import outside_checkpoints
-from odenets.adapting.masking import Tokens
+from odenets.adapting.tokens import Tokens
 from odenets.measures import StepFunction, reductions_of
 from odenets.recording import Records, check_values
 from odenets.records import numbered
@@ -119,7 +119,7 @@ class ForwardPass:
 
     def start(self, block: BlockSpec, x0: Any, training: bool) -> None:
         """A step begins at x0, which is copied unless the step is known not to write into it."""
-        x0, key = _tensor(block, x0), StepKey(block, training, torch.is_grad_enabled())
+        x0, key = self._state(block, x0), StepKey(block, training, torch.is_grad_enabled())
         copied = self.needs_states and (torch.compiler.is_compiling() or self.in_place.inputs.get(key, True))
         copy = x0.clone() if copied else None
         self.starting[block.name] = _Start(x0, _version(x0), copy, key)
@@ -127,15 +127,24 @@ class ForwardPass:
     def branch(self, block: BlockSpec, r: Any, training: bool) -> None:
         """The branch of the block gives r."""
         if self.needs_states:
-            self.branches[block.name] = _tensor(block, r).clone()  # torchvision's blocks add to it in place
+            self.branches[block.name] = self._state(block, r).clone()  # torchvision's blocks add to it in place
 
     def end(self, block: BlockSpec, x1: Any, training: bool) -> None:
         """A step ends at x1, if it has begun: an activation that several blocks share ends the steps of others too."""
         start = self.starting.pop(block.name, None)
         if start is not None:
-            self._end(block, start, _tensor(block, x1))
+            self._end(block, start, self._state(block, x1))
             if (following := self.following.get(block.name)) is not None:
                 self.start(following, x1, training)
+
+    def _state(self, block: BlockSpec, x: Any) -> Tensor:
+        """What passes, which must be a tensor; a nested one, of which torch's encoders leave padding out, with it."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"block {block.name!r} must take and return a tensor, got {type(x).__name__}")
+        if not x.is_nested:
+            return x
+        mask = None if self.tokens is None else self.tokens.mask
+        return x.to_padded_tensor(0.0, None if mask is None else (*mask.shape, x.size(2)))
 
     def _end(self, block: BlockSpec, start: _Start, x1: Tensor) -> None:
         x0, key = start.x0, start.key
@@ -295,12 +304,6 @@ def _copied(x: Tensor | None, name: str) -> Tensor:
             f"a state of block {name!r} is changed in place after it, and was not in earlier passes: call steps once "
             "more, or take record, which measures steps as they end"
         )
-    return x
-
-
-def _tensor(block: BlockSpec, x: Any) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"block {block.name!r} must take and return a tensor, got {type(x).__name__}")
     return x
 
 

@@ -19,7 +19,7 @@ from odenets.adapting.places import Place, Site, code_of, line_of, tensors_in
 from odenets.observing import observing, running_recorder
 from odenets.records import Records
 
-__all__ = ["Call", "FailedPass", "Node", "Passage", "Program", "Run", "trace"]
+__all__ = ["Call", "FailedPass", "Node", "Passage", "Program", "Run", "trace", "without_fast_path"]
 
 
 @dataclass(eq=False, repr=False)
@@ -338,7 +338,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         stack.enter_context(_watched(model, operations, passages))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_without_fast_path())
+        stack.enter_context(without_fast_path())
         stack.enter_context(_Functions(operations, passages))
         stack.enter_context(operations)
         stack.enter_context(observing(operations))
@@ -393,7 +393,7 @@ def _watched(model: nn.Module, operations: _Operations, passages: list[Passage])
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Layers of torch's transformers as their parts; hooks on these turn the fast path off in later passes."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.places import tensors_in
-from odenets.adapting.program import FailedPass
+from odenets.adapting.program import FailedPass, without_fast_path
 from odenets.modes import device_of, evaluating, keeping_attributes
 
 __all__ = ["check_example"]
@@ -30,7 +30,7 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
         raise ValueError(
             f"example must be inputs that {type(adapted.model).__name__} takes, got {shapes}: {error}"
         ) from error
-    with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted):
+    with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted), without_fast_path():
         torch.rand(1, device=device_of(adapted.model))  # so that random numbers of this pass are others
         output = adapted.record(*inputs, **keywords)[0]
     if found is not None and not _same(found.output, output):
