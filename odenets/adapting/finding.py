@@ -79,7 +79,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
         if not found.additions and not program.recorders:
             raise why_none(model, program, found)
         axis, layouts = 0, find_layouts(model, program, found.additions, args, kwargs)
-        if layouts is not None and layouts.dependent:
+        if layouts is None or layouts.dependent:
             along = find_layouts(model, program, found.additions, args, kwargs, axis=1)
             if along is not None and not along.dependent:
                 axis, layouts = 1, along

@@ -70,9 +70,12 @@ def find_layouts(
     part = max(samples // 2, 1) if samples > 1 else 2
 
     def fewer(x: Tensor) -> Tensor:
-        if x.ndim <= axis or x.shape[axis] != samples:
+        along = axis
+        if axis and x.ndim == 2 and x.shape[1] != samples:
+            along = 0  # masks of padding are (B, T) wherever the samples of states lie
+        if x.ndim <= along or x.shape[along] != samples:
             return x
-        return x.narrow(axis, 0, part) if part < samples else torch.cat([x, x], axis)
+        return x.narrow(along, 0, part) if part < samples else torch.cat([x, x], along)
 
     try:
         other = trace(model, *tree_map_only(Tensor, fewer, (args, dict(kwargs))))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from odenets.adapting.copying import copied
 from odenets.adapting.operators import READING, SAME_VALUES, SUMS
 from odenets.adapting.places import Place, Site, code_of, line_of, tensors_in
 from odenets.observing import observing, running_recorder
@@ -330,6 +331,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     Raises:
         FailedPass: from what the model raises.
     """
+    args, kwargs = copied((args, dict(kwargs)))
     operations = _Operations(model)
     passages: list[Passage] = []
     for _, x in tensors_in((args, dict(kwargs))):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from odenets.adapting.adapted import AdaptedModel
+from odenets.adapting.copying import copied
 from odenets.adapting.places import tensors_in
 from odenets.adapting.program import FailedPass, without_fast_path
 from odenets.modes import device_of, evaluating, keeping_attributes
@@ -32,6 +33,7 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
         ) from error
     with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted), without_fast_path():
         torch.rand(1, device=device_of(adapted.model))  # so that random numbers of this pass are others
+        inputs, keywords = copied((inputs, dict(keywords)))
         output = adapted.record(*inputs, **keywords)[0]
     if found is not None and not _same(found.output, output):
         draws = f", which draws random numbers: {'; '.join(found.draws)}" if found.draws else ""

@@ -207,6 +207,45 @@ def test_a_cache_holds_the_tokens_before_those_that_are_measured():
     torch.testing.assert_close(records["per_token"], expected["per_token"])
 
 
+def test_a_cache_stays_as_it_is_while_blocks_are_found():
+    model = gpt2()
+    cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    first = model(IDS[:, :4], use_cache=True).past_key_values  # with gradients
+    network = adapt(model, {"input_ids": IDS[:, 4:], cache: first})
+    assert first.get_seq_length() == 4
+    network = adapt(model)
+    output, _ = network.record(IDS[:, 4:], action=measures.action, **{cache: first})
+    assert first.get_seq_length() == 7
+    torch.testing.assert_close(output.last_hidden_state, model(IDS).last_hidden_state[:, 4:])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("example", [False, True])
+def test_encoders_of_torch_may_leave_padding_out(example):
+    """In eval mode without gradients states are nested tensors."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(5, 7, 8, dtype=torch.float64), torch.arange(7) >= torch.tensor([7, 4, 1, 4, 3])[:, None]
+    padding[0, 6] = True  # states are shorter than the mask
+    inputs = {"src": x, "src_key_padding_mask": padding}
+    network = adapt(model, inputs if example else None)
+    _, expected = network.record(**inputs, **QUANTITIES)
+    with torch.no_grad():
+        _, records = network.record(**inputs, **QUANTITIES)
+        assert network.steps(**inputs)[0].x0.shape == (5, 6, 8)
+        assert adapt(model, per="token").record(**inputs, action=measures.action)[1]["action"].shape == (4, 18)
+    for name in QUANTITIES:
+        torch.testing.assert_close(records[name], expected[name].detach())
+
+
+def test_a_mask_shows_that_the_samples_lie_along_the_second_axis():
+    x = torch.randn(7, 5, 8, dtype=torch.float64)
+    inputs = {"src": x, "src_key_padding_mask": MASK == 0}
+    network = adapt(encoder(), inputs)
+    actual = network.record(**inputs, action=measures.action)[1]["action"]
+    assert torch.equal(actual, adapt(network.model, x).record(**inputs, action=measures.action)[1]["action"])
+
+
 def test_each_token_is_a_row():
     network = adapt(Mixing(), per="token")
     steps = network.steps(STATES, MASK)
