@@ -51,7 +51,7 @@ class Options:
 
 def cases() -> dict[str, Case]:
     """By name: a piece of work and its floor."""
-    return solves() | networks() | reductions()
+    return solves() | networks() | adapted() | reductions()
 
 
 def solves() -> dict[str, Case]:
@@ -104,6 +104,18 @@ def networks() -> dict[str, Case]:
 
         result[f"{name}, action in a training step"] = lambda train=train: train(action=measures.action), train
     return result
+
+
+def adapted() -> dict[str, Case]:
+    """Features of a detector, and the search for steps, over a forward pass of the plain model."""
+    from benchmarks.bench_adapting import MODELS, work
+
+    made = cache(work)  # when it is first asked for: some of the models are large
+
+    def case(name: str, what: str) -> Case:
+        return (lambda: made(name)[what]()), (lambda: made(name)["forward pass"]())
+
+    return {f"{name}, {what}": case(name, what) for name in MODELS for what in ("features", "finding")}
 
 
 def reductions() -> dict[str, Case]:

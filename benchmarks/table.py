@@ -75,6 +75,14 @@ def step_table(rows: list[Info]) -> str:
     return _table(lines, ["", "", "time", *(f"K = {K}" for K in counts)])
 
 
+def adapted_table(rows: list[Info]) -> str:
+    """Time of a model's features, or of the search for its steps, in its forward passes."""
+    lines = [
+        [row["device"], row["adapted"], row["what"], f"{1e3 * row['floor']:.1f}", f"{row['ratio']:.3f}"] for row in rows
+    ]
+    return _table(lines, ["", "model", "", "forward pass (ms)", "in forward passes"])
+
+
 def _table(lines: list[list[str]], headers: list[str]) -> str:
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
@@ -92,7 +100,9 @@ def main(path: str) -> None:
         print(network_table(measured) + "\n")
     if steps := [row for row in rows if "step" in row]:
         print(step_table(steps) + "\n")
-    others = {"reduction", "measured_network", "step"}
+    if adapted := [row for row in rows if "adapted" in row]:
+        print(adapted_table(adapted) + "\n")
+    others = {"reduction", "measured_network", "step", "adapted"}
     if timed := [row for row in rows if "ratio" in row and not others & set(row)]:
         print("Time over the time of the field calls alone (how many), medians of interleaved rounds, one thread.\n")
         print(ratio_table(timed) + "\n")
