@@ -188,8 +188,7 @@ class Flow(BlockSequence):
         if check:
             check_state(x)
         if not full_passes:
-            *_, last = self._steps(x, args, closing=False, ensemble=True)
-            return {name: last.output(name) for name in self.tableau.outputs}
+            return self._outputs(x, *args)[0]
         self.materialize(x)
         ends, blocks = {}, self._blocks()
         for name in self.tableau.outputs:
@@ -199,6 +198,13 @@ class Flow(BlockSequence):
                 t, end = t + h, take_step(blocks[m], args, fields, t, end, h, scheme, closing=False).x1
             ends[name] = end
         return ends
+
+    @observed
+    def _outputs(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[dict[str, Tensor], Records]:
+        closing = any(needs_closing(measure) for measure in measures.values())
+        steps = self._steps(x, args, closing, reductions_of(measures.values()), ensemble=True)
+        last, records = measure_steps(steps, x, measures, self.names)
+        return {name: last.output(name) for name in self.tableau.outputs}, records
 
     def ensemble(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> Tensor:
         """Average of :meth:`outputs`, ``(B, *S)`` [K24, section 6.2.1].

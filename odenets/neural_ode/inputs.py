@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from odenets.blocks import check_arguments
 from odenets.functions import read_by
 from odenets.normalization import StageBatchNorm
-from solvers.validation import check_call
+from solvers.validation import check_call, check_state
 
 __all__ = [
     "SETTINGS",
     "check_event",
     "check_field",
+    "check_measured",
     "check_mixing",
     "is_times",
     "owner_of",
@@ -118,6 +119,22 @@ def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:
     else:
         yield from getattr(value, "__dict__", {}).items()
         yield None, vars(type(value)).get("__call__")
+
+
+def check_measured(x: Any, *, finite: bool) -> None:
+    """That x is a batch of states that steps are measured from, real or complex.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x must be one tensor (B, *S) where steps are measured, got {type(x).__name__}: join its parts, with "
+            "torch.cat, and part them in the field"
+        )
+    if finite:
+        for part in (x.real, x.imag) if x.is_complex() else (x,):
+            check_state(part)
 
 
 def check_mixing(field: Any) -> None:

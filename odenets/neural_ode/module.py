@@ -16,6 +16,7 @@ from odenets.neural_ode.inputs import (
     SETTINGS,
     check_event,
     check_field,
+    check_measured,
     check_mixing,
     is_times,
     owner_of,
@@ -28,7 +29,6 @@ from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
 from solvers.batch_loop import adaptive_steps, fixed_steps
 from solvers.solve import even_grid
-from solvers.validation import check_state
 
 __all__ = ["NeuralODE"]
 
@@ -174,8 +174,20 @@ class NeuralODE(nn.Module):
         With ``gradient="direct"`` it keeps the steps, and ``solution(t)`` is the state at any time. The arguments
         ``x``, ``args`` and ``at`` and what is raised are those of :meth:`forward`.
         """
+        return self._solution(x, *args, at=at)[0]
+
+    @observed
+    def _solution(self, x: Any, /, *args: Any, at: Any, **measures: StepFunction) -> tuple[Solution, Records]:
+        if measures:
+            check_measured(x, finite=False)
+            if not self._keeps_steps:
+                raise ValueError(
+                    "solution(x) of a neural ODE is measured with gradient='direct' and no event: call ode(x), beside "
+                    "whose state measures are integrated"
+                )
         keep = "last" if at is None else "states"
-        return self._solve(x, args, at, "steps" if self.gradient == "direct" else keep)
+        solution = self._solve(x, args, at, "steps" if self.gradient == "direct" else keep)
+        return solution, records_of(solution, x, measures) if measures else Records({})
 
     def _solve(self, x: Any, args: Sequence[Any], at: Any, keep: str) -> Solution:
         self._check_call(args)
@@ -233,7 +245,7 @@ class NeuralODE(nn.Module):
                     f"measure {name!r} must be a function Step -> (B,), got {type(measure).__name__}: what the field "
                     "takes besides follows x, record(x, c)"
                 )
-        _check_measured(x, finite=check)
+        check_measured(x, finite=check)
         if not self._keeps_steps:
             self._check_call(args)
             t1, options = self.t1 if at is None else None, self._options("last") | {"at": at, "args": args}
@@ -268,7 +280,7 @@ class NeuralODE(nn.Module):
                 "steps are those of the batch: a neural ODE has them with gradient='direct', control='batch' and no "
                 "event; solution(x).steps are those with control='sample'"
             )
-        _check_measured(x, finite=check)
+        check_measured(x, finite=check)
         return self._steps(x, args, closing)
 
     def _steps(self, x: Tensor, args: Sequence[Any], closing: bool) -> Iterator[Step]:
@@ -329,15 +341,3 @@ class NeuralODE(nn.Module):
             f"solver={self.tableau.name}, {steps}{controller}, t0={t0}, t1={t1}, gradient={self.gradient}, "
             f"control={self.control}"
         )
-
-
-def _check_measured(x: Any, *, finite: bool) -> None:
-    """That x is a batch of states that steps are measured from, real or complex."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"x must be one tensor (B, *S) where steps are measured, got {type(x).__name__}: join its parts, with "
-            "torch.cat, and part them in the field"
-        )
-    if finite:
-        for part in (x.real, x.imag) if x.is_complex() else (x,):
-            check_state(part)

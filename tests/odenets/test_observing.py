@@ -228,6 +228,28 @@ def test_output_times_leave_the_steps_as_they_are(name):
     torch.testing.assert_close(watch.records()["action"], records["action"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_solution_is_measured_by_its_steps():
+    for name in ("fixed", "adaptive", "by sample"):
+        ode, x, watch = RECORDERS[name](), torch.randn(4, 3), Watch()
+        expected, (_, records) = ode.solution(x), ode.record(x, **ACTION)
+        with observing(watch):
+            assert ode.solution(x).x1.equal(expected.x1)
+        torch.testing.assert_close(watch.records()["action"], records["action"])
+    ode = RECORDERS["backsolve"]()
+    with observing(Watch()), pytest.raises(ValueError, match=r"gradient='direct' and no event: call ode\(x\)"):
+        ode.solution(x)
+
+
+@pytest.mark.parametrize("name", ["bs23", "untied", "shared"])
+def test_embedded_outputs_are_of_a_pass_that_is_measured(name):
+    flow, x, watch = RECORDERS[name](), torch.randn(4, 3), Watch()
+    expected, (_, records) = flow.outputs(x), flow.record(x, **ACTION)
+    with observing(watch):
+        outputs = flow.outputs(x)
+    assert all(outputs[one].equal(expected[one]) for one in expected)
+    assert watch.records()["action"].equal(records["action"])
+
+
 def test_an_event_ends_what_is_measured():
     ode = NeuralODE(
         Velocity(lambda self, t, x: torch.ones_like(x)), steps=4, event=lambda t, x: x.min() - 0.5, control="batch"
