@@ -80,7 +80,8 @@ def at(value: Any, path: Path) -> Any:
         if isinstance(value, Tensor):
             return None
         try:
-            value = value[key] if isinstance(value, Mapping | tuple | list) else getattr(value, str(key))
+            holds = isinstance(value, Mapping | tuple | list)
+            value = value[key] if holds else getattr(value, str(key))
         except (LookupError, AttributeError, TypeError):
             return None
     return value

@@ -216,7 +216,11 @@ NOTHING = adapt(Calling(lambda m, x: m.block(x) or x, block=Calling(lambda m, x:
         (lambda: adapt(small_resnet()).record(X, action=1), TypeError, "measure 'action' must be a function"),
         (lambda: adapt(small_resnet()).record(X, total=lambda step: step.x1.sum()), ValueError, "'total' must return"),
         (lambda: adapt(small_resnet()).record(X, error=measures.error), ValueError, "euler carries no embedded error"),
-        (lambda: adapt(small_resnet(), blocks=["layer2.0:layer1.0"])(X), ValueError, "blocks are not called: layer2.0:layer1.0"),
+        (
+            lambda: adapt(small_resnet(), blocks=["layer2.0:layer1.0"])(X),
+            ValueError,
+            "not called: layer2.0:layer1.0",
+        ),
         (lambda: OVERWRITING(X), ValueError, "'1' changes its input in place: .* inplace=False"),
         (lambda: OVERWRITING.record(X, a=measures.action), ValueError, "changes its input in place"),
         (lambda: OVERWRITING.steps(X), ValueError, "changes its input in place"),
