@@ -44,7 +44,8 @@ class AdaptedModel(nn.Module):
 
     A block may add in place to its input, ``x += branch(x)``; one that changes its input and returns another tensor,
     as with a first ``ReLU(inplace=True)``, is refused. Which blocks do so is learned in the first pass, which copies
-    their inputs.
+    their inputs. Blocks may be under ``torch.utils.checkpoint`` with ``use_reentrant=False``, as Hugging Face and timm
+    have it: what is measured is kept, not computed again, and gradients are those without it.
 
     Attributes:
         hooks: what passes through them.
@@ -189,12 +190,12 @@ class AdaptedModel(nn.Module):
                 ``attention_mask=mask``.
 
         Returns:
-            The output, and the records, ``(steps, B)`` by name.
+            The output, and the records, ``(steps, B)`` by name; of tokens ``(steps, N)``, and ``records.tokens``.
 
         Raises:
             TypeError, ValueError: x is no batch of finite inputs, a measure does not return ``(B,)``, or a block is
                 none: it takes or returns no tensor, changes the shape or its input in place; or the steps of the pass
-                are others than those that were found, without ``partial``.
+                are others than those that were found, without ``partial``; or a mask is none of the states' tokens.
 
         Warns:
             UserWarning: once, with ``partial``, if the steps are others than in earlier passes: the rows are those of

@@ -97,10 +97,13 @@ class Trajectory(Features):
 
         Raises:
             TypeError: the network does not record its steps.
+            ValueError: it records tokens, not samples.
         """
         if not is_recorder(network):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
         output, records = call(network.record, to_network(network, x), **self.measures(network))
+        if getattr(records, "tokens", None) is not None:  # a recorder of the user's own may return a dictionary
+            raise ValueError('features are of samples, and the network records tokens: adapt(model, per="sample")')
         return output, torch.cat([values.T for values in records.values()], 1)
 
     def names(self, network: nn.Module, depth: int | None = None) -> list[str]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from odenets import adapt, measures
 from odenets.adapting.masking import Masking
+from odenets.detection.features import Trajectory
 from odenets.least_action import LeastAction
 from odenets.measures import measure
 from odenets.training import Task
@@ -50,6 +51,11 @@ def gpt2():
         vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
     )
     return transformers.GPT2Model(config).double().eval()
+
+
+def cache_of(model):
+    """The name of the input that holds a cache, by the version of transformers."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def encoder(**options):
@@ -194,7 +200,7 @@ def test_steps_are_whole():
 
 def test_a_cache_holds_the_tokens_before_those_that_are_measured():
     network = adapt(gpt2())
-    cache = "cache" if "cache" in signature(network.model.forward).parameters else "past_key_values"  # by version
+    cache = cache_of(network.model)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 0, 1], [1] * 7, [1] * 7])
     whole = {"attention_mask": mask, "position_ids": POSITIONS}
     counting = {"n": lambda step: step.x0.new_full((len(step.x0),), step.x0.shape[1])}
@@ -209,7 +215,7 @@ def test_a_cache_holds_the_tokens_before_those_that_are_measured():
 
 def test_a_cache_stays_as_it_is_while_blocks_are_found():
     model = gpt2()
-    cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    cache = cache_of(model)
     first = model(IDS[:, :4], use_cache=True).past_key_values  # with gradients
     network = adapt(model, {"input_ids": IDS[:, 4:], cache: first})
     assert first.get_seq_length() == 4
@@ -293,6 +299,14 @@ def test_least_action_moves_the_tokens_less(per):
         loss.backward()
         optimizer.step()
     assert costs == sorted(costs, reverse=True)
+
+
+def test_features_of_a_detector_are_of_samples():
+    inputs = {"x": STATES, "attention_mask": MASK}
+    _, features = Trajectory().output_and_features(adapt(Mixing()), inputs)
+    assert len(features) == 5
+    with pytest.raises(ValueError, match=r"features are of samples, and the network records tokens: .*per=\"sample\""):
+        Trajectory().output_and_features(adapt(Mixing(), per="token"), inputs)
 
 
 @pytest.mark.parametrize(
