@@ -45,7 +45,9 @@ class SampleMeasure:
         return self.tokens is None and self.block.samples == Samples()
 
     def measure(self) -> StepFunction:
-        """What the flow records."""
+        """What the flow records. It asks for no reductions, for which states may be rounded in another way."""
+        if self.itself and isinstance(self.function, Measure):
+            return replace(self.function, reductions=frozenset())
         if self.itself:
             return self.function
         marked = measure(closing=needs_closing(self.function))(self._of_step)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from odenets import Flow, MLPField, Network, NeuralODE, Records, adapt, measures
+from odenets import ConvField, Flow, MLPField, Network, NeuralODE, Records, adapt, measures
 from odenets.detection.features import Trajectory
 from odenets.least_action import LeastAction
 from odenets.measures import measure
@@ -145,6 +145,20 @@ def test_gradients_are_those_of_the_plain_model_and_of_the_flow_by_hand(model, n
     assert expected.keys() == actual.keys()
     for one in expected:
         torch.testing.assert_close(actual[one], expected[one])
+
+
+@pytest.mark.parametrize("solver", ["euler", "bs23", "dopri5"])
+def test_outputs_are_those_of_the_plain_model_whatever_is_measured(solver):
+    """States of many numbers go other ways through the sums of a step than those of few."""
+    flow, x = Flow(lambda: ConvField(16), solver=solver, depth=2), torch.randn(4, 3, 16, 16)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), flow).eval()
+    adapted, chosen = adapt(model, x), [measures.action, measures.residue, measures.cosine, measures.displacement]
+    chosen += [] if solver == "euler" else [measures.error]
+    expected = model(x)
+    for one in chosen:
+        output, records = adapted.record(x, one=one)
+        assert output.equal(expected)
+        torch.testing.assert_close(records["one"], flow.record(model[0](x), one=one)[1]["one"])
 
 
 def test_steps_are_those_of_the_flow(model, name, x):
