@@ -21,11 +21,15 @@ DEPTHS = {
     "skresnet18": 2 + 2 + 2 + 2,
     "tresnet_m": 3 + 4 + 11 + 3,
     "botnet26t_256": 2 + 2 + 2 + 2,
+    "halonet26t": 2 + 2 + 2 + 2,
+    "lambda_resnet26t": 2 + 2 + 2 + 2,
     "resnext26ts": 2 + 2 + 2 + 2,
+    "regnetz_b16": 1 + 5 + 11 + 1,  # 2, 6, 12, 2 blocks, the first of a stage has no skip
     "nf_regnet_b0": 1 + 3 + 6 + 6,
     "regnetx_002": 1 + 1 + 4 + 7,
     "legacy_xception": 3 + 8 + 1,  # entry, middle and exit flow
     "xception41": 3 + 8 + 1,  # the last of the 13 blocks has no skip
+    "xception41p": 3 + 8 + 1,  # of the normalized, activated input
     "darknet53": 1 + 2 + 8 + 8 + 4,
     "cs3darknet_s": 1 + 3 + 4 + 1,  # int(0.5 * n) of (3, 6, 9, 3); stages join two halves by concatenation
     "cspnext_tiny": 1 + 1 + 1,  # round(0.167 * n) of (3, 6, 6, 3); those of the last stage do not add
@@ -49,6 +53,7 @@ DEPTHS = {
     "rexnet_100": 15 - 4,  # 16 blocks, the first narrows, 4 stride; the others add to the first channels
     "ghostnet_050": 1 + 2 + 2 + 1 + 5 + 1 + 4,  # every bottleneck, with a projection where the shape changes
     "repghostnet_050": 1 + 2 + 2 + 1 + 5 + 1 + 4,
+    "ghostnetv3_050": 1 + 2 + 2 + 1 + 5 + 1 + 4,  # the sums of linear branches within are none
     "lcnetv2_small": 0 + 0 + 0 + 1,  # shortcuts in the last stage only, the first of whose two blocks strides
     # convolutional blocks that add once
     "convnext_atto": 2 + 2 + 6 + 2,
@@ -69,6 +74,7 @@ DEPTHS = {
     "eva02_tiny_patch14_224": 2 * 12,
     "samvit_base_patch16_224": 2 * 12,
     "convit_tiny": 2 * 12,
+    "vit_small_patch16_18x2_224": 2 * 18,  # two attentions, then twice layers, summed before they are added
     "pit_ti_224": 2 * (2 + 6 + 4),
     "pvt_v2_b0": 2 * (2 + 2 + 2 + 2),
     "nest_tiny": 2 * (2 + 2 + 8),
@@ -79,8 +85,11 @@ DEPTHS = {
     # where the width grows, projected and max-pooled before the addition; the pooled query is added within the branch
     "mvitv2_tiny": 2 * (1 + 2 + 5 + 2),
     "hiera_tiny_224": 2 * (1 + 2 + 7 + 2),  # three projections end in a maximum over each mask unit: a max pooling
+    "sam2_hiera_tiny": 2 * (1 + 2 + 7 + 2),
     "poolformer_s12": 2 * (2 + 2 + 6 + 2),
     "convformer_s18": 2 * (3 + 3 + 9 + 3),  # to the state times a learned scale in the last two stages
+    # the same with poolings without parameters: sums of linear maps of one state in the last two stages
+    "poolformerv2_s12": 2 * (2 + 2) + (6 + 2),
     "efficientformer_l1": 2 * (3 + 2 + 6 + 4),
     "mixer_s32_224": 2 * 8,
     "resmlp_12_224": 2 * 12,
@@ -91,7 +100,10 @@ DEPTHS = {
     "xcit_nano_12_p16_224": 3 * 12 + 2 * 2,  # attention, local interaction, layers; two blocks of class attention
     "volo_d1_224": 2 * (4 + 4 + 8 + 2) + 2 * 2,  # the same two
     "twins_pcpvt_small": 2 * (3 + 4 + 6 + 3) + 4,  # a position encoding a stage, computed from the state
+    "twins_svt_small": 2 * (2 + 2 + 10 + 4) + 4,
     "coat_lite_tiny": 3 * (2 + 2 + 2 + 2),  # such an encoding before each block, one module a stage
+    # the same, and six blocks of three resolutions, each with encoding, attention, which sums over them, and layers
+    "coat_tiny": 3 * (2 + 2 + 2 + 2) + 3 * 3 * 6,
     "davit_tiny": 2 * 4 * (1 + 1 + 3 + 1),  # spatial and channel blocks, each with two such encodings
     "crossvit_9_240": 3 * (2 * (1 + 3) + 2),  # blocks of two branches; two class tokens attend to the other branch
     # two in the pixels, two in the patches; that the pixels are added to the patches is the sum of two states, neither
@@ -101,10 +113,12 @@ DEPTHS = {
     "vit_small_r26_s32_224": (2 + 2 + 2 + 2) + 2 * 12,
     "vitamin_small_224": (2 + 4) + 2 * 14,
     "coatnet_pico_rw_224": (2 + 3) + 2 * (5 + 2),
+    "coatnext_nano_rw_224": (3 + 4) + 2 * (6 + 3),
     "maxvit_pico_rw_256": (1 + 2 + 2) * (2 + 2 + 5 + 2),
     "tiny_vit_5m_224": 2 + 2 * (2 + 6 + 2),
     "swiftformer_xs": (2 + 2 + 5 + 3) + 3 * 4,  # the last block of each stage adds thrice
     "fastvit_t8": 2 * (2 + 2 + 4 + 2),  # x + scale * (mixer(x) - norm(x)) is one; sums of linear branches are none
+    "fastvit_sa12": 2 * (2 + 2 + 6 + 2) + 1,  # and a position encoding from the state
     # token mixers norm(conv(x) + conv(x) + x), linear next to the state itself, and channel mixers; a downsampling has
     # a block and one addition more
     "repvit_m0_9": 2 * (2 + 2 + 14 + 2) + 3 * (2 + 1),
@@ -141,6 +155,7 @@ OPTIONS = {
     "cait_xxs24_224": {"img_size": 32},
     "convit_tiny": {"img_size": 32},
     "coat_lite_tiny": {"img_size": 64},
+    "coat_tiny": {"img_size": 64},
     "crossvit_9_240": {"img_size": 120},
     "deit3_small_patch16_224": {"img_size": 32, "embed_dim": 96, "num_heads": 3},
     "efficientformerv2_s0": {"img_size": 64},
@@ -152,6 +167,7 @@ OPTIONS = {
     "levit_128s": {"img_size": 64},
     "maxvit_pico_rw_256": {"img_size": 64},
     "coatnet_pico_rw_224": {"img_size": 64},
+    "coatnext_nano_rw_224": {"img_size": 64},
     "mixer_s32_224": {"img_size": 64},
     "mvitv2_tiny": {"img_size": 64},
     "nasnetalarge": {"num_features": 24 * 16, "stem_size": 16},
@@ -165,9 +181,11 @@ OPTIONS = {
     "swinv2_cr_tiny_224": {"img_size": 64},
     "tnt_s_patch16_224": {"img_size": 32},
     "twins_pcpvt_small": {"img_size": 64},
+    "twins_svt_small": {"img_size": 64},
     "visformer_tiny": {"img_size": 64},
     "vit_relpos_small_patch16_224": {"img_size": 32, "embed_dim": 96, "num_heads": 3},
     "vit_small_r26_s32_224": {"img_size": 64, "embed_dim": 96, "num_heads": 3},
+    "vit_small_patch16_18x2_224": {"img_size": 32, "embed_dim": 96, "num_heads": 3},
     "vit_tiny_patch16_224": {"img_size": 32},
     "vitamin_small_224": {"img_size": 64},
     "volo_d1_224": {"img_size": 64},
@@ -176,6 +194,9 @@ OPTIONS = {
 SIZES = {
     "convmixer_768_32": 32,
     "efficientformer_l1": 224,
+    "halonet26t": 256,
+    "lambda_resnet26t": 128,
+    "sam2_hiera_tiny": 128,
     "inception_resnet_v2": 80,
     "inception_v4": 80,
     "nasnetalarge": 64,
