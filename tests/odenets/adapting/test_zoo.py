@@ -95,7 +95,7 @@ def test_the_additions_of_a_network_are_found_and_recording_them_changes_nothing
 
     with pytest.warns(UserWarning, match=case.warning) if case.warning else nullcontext():
         adapted = adapt(model.eval(), case.example, **case.options)
-    assert adapted.depth == len(adapted.names) == len(adapted.blocks) == case.depth
+    assert adapted.depth == len(adapted.names) == case.depth
     output, records = call(adapted.record, case.example, action=measures.action)
     outputs = tensors_of(output)
     assert len(records["action"]) == case.depth

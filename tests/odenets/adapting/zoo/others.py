@@ -138,9 +138,7 @@ TIME, LABEL = torch.tensor([0.2, 0.7]), torch.tensor([3, 8])
 CASES = {
     "encoder": Case(partial(encoder, False, True), TOKENS, 2 * 3),
     "encoder, norm first": Case(partial(encoder, True, True), TOKENS, 2 * 3),
-    "encoder, tokens first": Case(
-        partial(encoder, False, False), TOKENS, 2 * 3, warning="states of a sample depend on the other samples"
-    ),
+    "encoder, tokens first": Case(partial(encoder, False, False), TOKENS, 2 * 3),
     "encoder, norm and tokens first": Case(partial(encoder, True, False), TOKENS, 2 * 3),
     "encoder with a mask": Case(partial(encoder, True, True), masked_tokens(), 2 * 3),
     "U-Net": Case(UNet, pictures(16), 2 + 1 + 2),  # down, bottom, up
@@ -163,7 +161,10 @@ CASES = {
     "quantizable ShuffleNet V2": Case(
         partial(quantized.shufflenet_v2_x0_5, weights=None, num_classes=10), pictures(32), CONCATENATES
     ),
-    "dynamically quantized MLP-Mixer": Case(dynamically_quantized, TOKENS, 2 * 3, differentiable=False),
+    # one scale for all samples of a batch
+    "dynamically quantized MLP-Mixer": Case(
+        dynamically_quantized, TOKENS, 2 * 3, differentiable=False, warning="depend on the other samples"
+    ),
     "quantized ResNet-18": Case(
         partial(statically_quantized, quantized.resnet18), pictures(32), 2 + 2 + 2 + 2, differentiable=False
     ),
