@@ -1,78 +1,163 @@
-"""An adapted network as consecutive parts, cut by torch.fx where one block ends or the next begins."""
+"""An adapted network as consecutive parts: cut in the graph of torch.fx, or where that fails in that of torch.export."""
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from typing import Any, Literal
 
-from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
+from torch import fx, nn
+from torch.fx.proxy import Proxy, TraceError
 
 from odenets.adapting.adapted import AdaptedModel
+from odenets.adapting.blocks import BlockSpec
+from odenets.adapting.export_cut import cut_exported
+from odenets.adapting.parts import CutPart, Inputs
+from odenets.adapting.splitting import Border, Operations, split
 from odenets.modes import keeping_modes
 
-__all__ = ["cut_adapted"]
+__all__ = ["blocks_in", "cut_adapted"]
+
+At = Literal["end", "start"]
+Blocks = Sequence[Sequence[BlockSpec]]
 
 # What a forward pass that is called with proxies raises: fx itself (control flow, ``len``, a module that the model does
 # not hold), and Python where a proxy is no number (``range``, ``math.sqrt``), no key and no tensor (``assert``).
-UNTRACEABLE = (TraceError, RuntimeError, NameError, TypeError, KeyError, AssertionError)
+UNTRACEABLE = (TraceError, RuntimeError, NameError, TypeError, KeyError, AssertionError, ValueError, IndexError)
+
+
+def blocks_in(network: AdaptedModel) -> list[list[BlockSpec]]:
+    """The steps of an adapted network by blocks, between which it can be cut; those of one block come together."""
+    return [[*steps] for _, steps in groupby(network.blocks, lambda spec: spec.block)]
 
 
 def cut_adapted(
-    network: AdaptedModel, ends: Sequence[int], at: Literal["end", "start"] = "end"
+    network: AdaptedModel, ends: Sequence[int], at: At = "end", example: Any = None
 ) -> tuple[list[AdaptedModel], nn.Module]:
-    """The parts of an adapted network, which share its modules, and the module of what comes after all blocks.
+    """The parts of an adapted network, which share its parameters, and the module of what comes after all blocks.
+
+    Each part takes the state and the further inputs of the model, ``part(state, *args)``.
 
     Args:
-        network: to be cut; its forward pass must be one that torch.fx can trace.
+        network: to be cut.
         ends: after how many of its blocks each part ends, rising; the last is the number of blocks.
         at: whether what stands between two blocks belongs to the later part ("end", the cut is at the end of the
             earlier block) or to the earlier ("start").
+        example: inputs of the model, a tensor, a tuple of positional ones or a mapping of keywords, of two samples or
+            more; by which a model is exported that torch.fx cannot trace.
 
     Raises:
         ValueError: the model, or a module of it that is not within a block, has hooks, which a graph leaves out; it
-            cannot be traced, calls its blocks in another order or not once, or more than one tensor crosses a cut.
+            cannot be traced or exported, calls its blocks in another order or not once, or more than one tensor
+            crosses a cut.
     """
-    _check_hooks(network.model, type(network.model).__name__)
-    traced = {mode: _trace(network, mode) for mode in (True, False)}
-    parts = {mode: _split(network, graph, ends, at) for mode, graph in traced.items()}
-    modules: list[nn.Module] = []
-    for train, evaluate in zip(parts[True], parts[False], strict=True):
-        part = train if train.code == evaluate.code else _ByMode(train, evaluate)
+    inputs = None if example is None else Inputs.of(network.model, example)
+    blocks = blocks_in(network)
+    try:
+        modules = _cut_traced(network, blocks, ends, at, inputs)
+    except ValueError as error:
+        if inputs is None:
+            raise
+        modules = _cut_exported(network, blocks, ends, at, inputs, error)
+    for part in modules:
         for module in set(part.modules()) - set(network.model.modules()):  # the model's own keep their modes
             module.training = network.training
-        modules.append(part)
-    *modules, head = modules
-    cuts = zip(modules, pairwise([0, *ends]), strict=True)
-    return [AdaptedModel(part, network.blocks[a:b], part_of=network) for part, (a, b) in cuts], head
+    *parts, head = modules
+    adapted = []
+    for part, (begin, end) in zip(parts, pairwise([0, *ends]), strict=True):
+        specs = [spec for of_block in blocks[begin:end] for spec in of_block]
+        adapted.append(AdaptedModel(part, specs, part_of=network))
+    return adapted, head
 
 
-class _ByMode(nn.Module):
-    """Two graphs of the same modules: what is computed in training mode, and what in eval mode."""
+def _cut_exported(
+    network: AdaptedModel, blocks: Blocks, ends: Sequence[int], at: At, inputs: Inputs, reason: ValueError
+) -> list[CutPart]:
+    try:
+        return cut_exported(network, blocks, ends, at, inputs)
+    except ValueError as error:
+        raise ValueError(f"{error}; by torch.fx: {reason}") from error
 
-    def __init__(self, train: fx.GraphModule, evaluate: fx.GraphModule) -> None:
-        super().__init__()
-        self.in_training, self.in_eval = train, evaluate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The output of the graph of the mode."""
-        return self.in_training(x) if self.training else self.in_eval(x)
+def _cut_traced(
+    network: AdaptedModel, blocks: Blocks, ends: Sequence[int], at: At, inputs: Inputs | None
+) -> list[CutPart]:
+    model = network.model
+    borders = [_border(network, steps) for steps in blocks]
+    _check_hooks(model, type(model).__name__)
+    names = inputs.names if inputs is not None else _required(model)
+    parts: dict[bool, list[fx.GraphModule]] = {}
+    for mode in (True, False):
+        graph = _trace(network, frozenset(name for pair in borders for name in pair), mode, names)
+        nodes = [*graph.nodes]
+        calls = Counter(node.target for node in nodes if node.op == "call_module")
+        called = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
+        first = [called.get(first, -1) for first, _ in borders]
+        last = [called.get(last, -1) for _, last in borders]
+        if any(calls[name] != 1 for pair in borders for name in pair) or first != sorted(first):
+            raise ValueError(
+                "the model cannot be cut: it does not call its blocks once each, in the order of its modules"
+            )
+        places = [node for node in nodes if node.op == "placeholder"]
+        learned = {str(node.target) for node in nodes if node.op == "get_attr"}  # whatever it is
+        operations = Operations(nodes, places, frozenset(learned), dict(model.named_modules()))
+        allowed = [
+            Border(last[end - 1], first[end] - 1 if end < len(first) else last[end - 1], f"after block {end}")
+            for end in ends
+        ]
+        parts[mode] = [fx.GraphModule(model, one) for one, _ in split(operations, allowed, at)]
+    return [
+        CutPart(train, train if train.code == evaluate.code else evaluate, inputs or Inputs(tuple(names)))
+        for train, evaluate in zip(parts[True], parts[False], strict=True)
+    ]
+
+
+def _border(network: AdaptedModel, steps: Sequence[BlockSpec]) -> tuple[str, str]:
+    """The modules with which a block begins and ends, if all its states pass borders of modules within these."""
+    block = steps[0].block
+    places = [place for spec in steps for place in (spec.start, *spec.ends, spec.branch) if place is not None]
+    names = [str(place.of) for place in places if place.is_module]
+    if len(names) == len(places):
+        if all(name == block or name.startswith(f"{block}.") for name in names):
+            return block, block
+        first, _, last = block.partition(":")
+        if last and all(name.startswith((first, last)) for name in names):
+            return first, last
+    raise ValueError(f"the model cannot be cut: the states of {steps[0].name!r} do not pass the borders of a module")
+
+
+def _required(model: nn.Module) -> list[str]:
+    """The names of the inputs that a model must be given."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [
+        one.name
+        for one in parameters
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 class _Tracer(fx.Tracer):
-    """Steps into modules, but not into blocks."""
+    """Steps into modules, but not into blocks; inputs that are not given have their defaults."""
 
-    def __init__(self, blocks: frozenset[str]) -> None:
+    def __init__(self, blocks: frozenset[str], names: Sequence[str], defaults: Mapping[str, Any]) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.blocks, self.names, self.defaults = blocks, names, defaults
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = module_qualified_name in self.blocks or super().is_leaf_module(m, module_qualified_name)
         if not leaf:
             _check_hooks(m, repr(module_qualified_name))
         return leaf
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        function, args = super().create_args_for_root(root_fn, is_module, None)
+        for i, one in enumerate(args):
+            if isinstance(one, Proxy) and (name := str(one.node.target)) not in self.names:
+                args[i] = self.defaults[name]
+                self.graph.erase_node(one.node)
+        return function, args
 
 
 def _check_hooks(module: nn.Module, name: str) -> None:
@@ -83,67 +168,16 @@ def _check_hooks(module: nn.Module, name: str) -> None:
         )
 
 
-def _trace(network: AdaptedModel, training: bool) -> fx.GraphModule:
+def _trace(network: AdaptedModel, blocks: frozenset[str], training: bool, names: Sequence[str]) -> fx.Graph:
     model = network.model
-    blocks = frozenset(name for block in network.blocks for name in (block.first, block.last))
+    parameters = inspect.signature(model.forward).parameters
+    defaults = {name: one.default for name, one in parameters.items()}
     with keeping_modes(model):
         if model.training != training:
             model.train(training)
         try:
-            return fx.GraphModule(model, _Tracer(blocks).trace(model))
+            return _Tracer(blocks, names, defaults).trace(model)
         except UNTRACEABLE as error:
             raise ValueError(
                 f"{type(model).__name__} cannot be cut: torch.fx cannot trace its forward pass ({error})"
             ) from error
-
-
-def _split(network: AdaptedModel, traced: fx.GraphModule, ends: Sequence[int], at: str) -> list[fx.GraphModule]:
-    """The graph in as many parts as there are ends, and the rest."""
-    nodes = list(traced.graph.nodes)
-    called = {node.target: i for i, node in enumerate(nodes) if node.op == "call_module"}
-    first = [called.get(block.first, -1) for block in network.blocks]
-    last = [called.get(block.last, -1) for block in network.blocks]
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    if any(calls[block.first] != 1 or calls[block.last] != 1 for block in network.blocks) or first != sorted(first):
-        raise ValueError("the model cannot be cut: it does not call its blocks once each, in the order of its modules")
-    borders = [last[end - 1] if at == "end" or end == len(first) else first[end] - 1 for end in ends]
-    order = {node: i for i, node in enumerate(nodes)}
-    parts: list[fx.GraphModule] = []
-    entering: fx.Node | None = None
-    for begin, border in pairwise([-1, *borders, len(nodes) - 1]):
-        leaving = [
-            node
-            for node in nodes[: border + 1]
-            if node.op != "get_attr" and any(order[user] > border for user in node.users)
-        ]
-        if len(leaving) > 1:
-            names = ", ".join(str(node) for node in leaving)
-            raise ValueError(
-                f"the model cannot be cut after block {ends[len(parts)]}: {names} would cross the cut, and only one "
-                "tensor may"
-            )
-        parts.append(_part(network.model, nodes[begin + 1 : border + 1], entering, leaving[0] if leaving else None))
-        entering = leaving[0] if leaving else None
-    return parts
-
-
-def _part(
-    model: nn.Module, nodes: Sequence[fx.Node], entering: fx.Node | None, leaving: fx.Node | None
-) -> fx.GraphModule:
-    """Some nodes of a graph, from the value that enters to the one that leaves, or to the output."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    if entering is not None:
-        copies[entering] = graph.placeholder("x")
-
-    def copy_of(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a parameter, which every part takes from the model by itself
-            copies[node] = graph.node_copy(node, copy_of)
-        return copies[node]
-
-    for node in nodes:
-        copies[node] = graph.node_copy(node, copy_of)
-    if leaving is not None:
-        graph.output(copies[leaving])
-    graph.lint()
-    return fx.GraphModule(model, graph)
