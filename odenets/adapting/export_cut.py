@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.blocks import BlockSpec
@@ -186,6 +185,3 @@ def _module(graph: fx.Graph, exported: Exported, model: nn.Module, modules: Mapp
             parent, _, last = f"{MODEL}.{owner}".rpartition(".")
             setattr(part.get_submodule(parent), last, original)
     return part
-
-
-# -- what the parts compute ---------------------------------------------------------------------------------------

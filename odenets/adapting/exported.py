@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_map
 
 from odenets.adapting.additions import find_additions
-from odenets.adapting.splitting import Operations
 from odenets.adapting.program import SAME_VALUES, Call, Node, Program
+from odenets.adapting.splitting import Operations
 from odenets.modes import device_of
 
 __all__ = ["MODEL", "Exported", "StepNodes", "export", "steps_in"]
@@ -161,11 +161,10 @@ def _changed(node: fx.Node) -> Iterator[fx.Node]:
     running = "batch_norm" in schema.name or "instance_norm" in schema.name
     for i, argument in enumerate(schema.arguments):
         value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        if isinstance(value, fx.Node) and value.op == "get_attr":
-            if (argument.alias_info is not None and argument.alias_info.is_write) or (
-                running and argument.name.startswith("running")
-            ):
-                yield value
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        written = written or (running and argument.name.startswith("running"))
+        if written and isinstance(value, fx.Node) and value.op == "get_attr":
+            yield value
 
 
 # -- states -------------------------------------------------------------------------------------------------------
@@ -190,13 +189,12 @@ def steps_in(exported: Exported) -> list[StepNodes]:
 
 def _call(node: fx.Node, calls: dict[tuple[str, ...], Call]) -> Call:
     """The call of the module in which a node is computed."""
-    stack = [(str(key), entry[0]) for key, entry in node.meta.get("nn_module_stack", {"": ("",)}).items()] or [("", "")]
-    call: Call | None = None
-    for depth in range(len(stack)):
-        key = tuple(key for key, _ in stack[: depth + 1])
-        name = _dotted(stack[depth][1])
-        call = calls.setdefault(key, Call(name, call))
-    assert call is not None
+    key: tuple[str, ...] = ()
+    call = calls.setdefault(key, Call("", None))
+    for part, (path, _) in node.meta.get("nn_module_stack", {}).items():
+        if name := _dotted(path):
+            key = (*key, str(part))
+            call = calls.setdefault(key, Call(name, call))
     return call
 
 

@@ -21,7 +21,7 @@ SIZES = {aten.sym_size.int, aten.sym_numel.default}
 
 SHAPED = {
     getattr(aten, name).default
-    for name in "ones_like zeros_like full_like empty_like new_ones new_zeros new_full new_empty".split()
+    for name in ["ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty"]
 }
 """Operators that make a tensor of the shape, the dtype or the device of another."""
 
@@ -62,7 +62,8 @@ class Operations:
                 if str(node.target) not in self.learned:
                     fixed.add(node)
             elif node not in written and _repeatable(node, self.modules):
-                if node.target in SIZES or node.target in SHAPED or all(one in fixed for one in node.all_input_nodes):
+                shaped = node.target in SIZES or node.target in SHAPED
+                if shaped or all(one in fixed for one in node.all_input_nodes):
                     fixed.add(node)
         return fixed
 
@@ -168,7 +169,7 @@ class _Part:
         if leaving is not None:
             self.graph.output(self.copies[leaving])
         for node in reversed(nodes):  # what only later parts use, which compute it again
-            if node in self.whole.fixed and node in self.copies and not self.copies[node].users:
+            if node.op == "call_function" and node in self.whole.fixed and not self.copies[node].users:
                 self.graph.erase_node(self.copies.pop(node))
         if self.device is not None and not self.device.users:
             self.graph.erase_node(self.device)
@@ -199,14 +200,10 @@ class _Part:
         if isinstance(node.meta.get("val"), torch.SymInt) and (size := self._size(node.meta["val"])) is not None:
             self.copies[node] = size
             return size
-        if node.target in SHAPED and node.all_input_nodes[0] not in self.whole.fixed:
-            self.copies[node.all_input_nodes[0]] = self._of_shape(node.all_input_nodes[0].meta["val"])
-        elif node.target in SIZES and node.all_input_nodes[0] not in self.copies:
-            if node.all_input_nodes[0] not in self.whole.fixed:
-                raise ValueError(
-                    f"the model cannot be cut: {node} is a size of {node.all_input_nodes[0]}, "
-                    f"{node.meta['val']}, which the state {self.entering} does not show"
-                )
+        if node.target in SIZES or node.target in SHAPED:
+            (of, *_) = node.all_input_nodes
+            if of not in self.copies and of not in self.whole.fixed:
+                self.copies[of] = self._of_shape(of.meta["val"])
         return self._copy(node)
 
     def _size(self, value: torch.SymInt) -> fx.Node | None:

@@ -1,4 +1,4 @@
-"""An adapted network as consecutive parts: cut in the graph of torch.fx, or where that fails in that of torch.export."""
+"""An adapted network as consecutive parts: cut in the graph of torch.fx, or where that fails of torch.export."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.fx.proxy import Proxy, TraceError
 
 from odenets.adapting.adapted import AdaptedModel
+from odenets.adapting.agreement import check_parts
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.export_cut import cut_exported
 from odenets.adapting.parts import CutPart, Inputs
@@ -55,12 +56,14 @@ def cut_adapted(
     """
     inputs = None if example is None else Inputs.of(network.model, example)
     blocks = blocks_in(network)
+    exported = False
     try:
         modules = _cut_traced(network, blocks, ends, at, inputs)
     except ValueError as error:
         if inputs is None:
             raise
         modules = _cut_exported(network, blocks, ends, at, inputs, error)
+        exported = True
     for part in modules:
         for module in set(part.modules()) - set(network.model.modules()):  # the model's own keep their modes
             module.training = network.training
@@ -69,6 +72,8 @@ def cut_adapted(
     for part, (begin, end) in zip(parts, pairwise([0, *ends]), strict=True):
         specs = [spec for of_block in blocks[begin:end] for spec in of_block]
         adapted.append(AdaptedModel(part, specs, part_of=network))
+    if exported and inputs is not None:
+        check_parts(network, adapted, head, inputs)
     return adapted, head
 
 
