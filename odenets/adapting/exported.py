@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_map
 
 from odenets.adapting.additions import find_additions
-from odenets.adapting.program import SAME_VALUES, Call, Node, Program
+from odenets.adapting.operators import SAME_VALUES
+from odenets.adapting.program import Call, Node, Program
 from odenets.adapting.splitting import Operations
 from odenets.modes import device_of
 
@@ -179,7 +180,7 @@ def steps_in(exported: Exported) -> list[StepNodes]:
     for node in exported.operations.nodes[-1].all_input_nodes:
         nodes[node].returned = True
     operations = {one: node for node, one in nodes.items()}
-    program = Program([*nodes.values()], [], None, 0, {}, [], [], [])
+    program = Program([*nodes.values()], [], None, {}, [], [], [])
     steps = []
     for one in find_additions(program).additions:
         x0 = next((operand for operand in one.node.inputs if operand.value is one.x0.value), one.x0)
