@@ -68,6 +68,18 @@ class Inputs:
             )
         return [state, *(given[name] for name in rest)]
 
+    def in_order(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Inputs by name in the order in which parts take them.
+
+        Raises:
+            TypeError: others than at the cut.
+        """
+        if set(inputs) != set(self.names):
+            raise TypeError(
+                f"inputs must be those with which the network was cut, {', '.join(self.names)}, got {', '.join(inputs)}"
+            )
+        return tuple(inputs[name] for name in self.names)
+
 
 def _positional(model: nn.Module, number: int) -> list[str]:
     """The names of the first arguments of a model."""

@@ -203,7 +203,7 @@ def auglocal(
     """
     if not deepest >= shallowest >= 1:
         raise ValueError(f"deepest must be at least shallowest and this at least 1, got {deepest} and {shallowest}")
-    blocks, own = cut(network, range(1, blocks_of(network) + 1), at)
+    blocks, own = cut(network, range(1, blocks_of(network, x) + 1), at, x)
     changing = _changing(blocks, inputs_for(network, x))
     heads = []
     for k, end in enumerate(ends[:-1]):

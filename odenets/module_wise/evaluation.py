@@ -11,7 +11,7 @@ from odenets.modes import evaluating, keeping_state
 from odenets.training.evaluation import Evaluation, Totals
 from odenets.training.metrics import Metric
 from odenets.training.objectives import Objective
-from odenets.training.sources import Source, arguments
+from odenets.training.sources import Source
 
 if TYPE_CHECKING:
     from odenets.module_wise.modules import ModuleWise
@@ -34,7 +34,7 @@ def evaluate_modules(
     totals = {k: Totals(objective, metric, source.title) for k, objective in objectives.items()}
     with keeping_state(network, *objectives.values()), evaluating(network, *objectives.values()):
         for inputs, y in source.in_order():
-            state, *args = arguments(inputs)
+            state, *args = network.arguments(inputs)
             for k, module in enumerate(network.modules_in_order[: max(objectives) + 1]):
                 if k not in objectives:
                     state = module.part(state, *args)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from einops.layers.torch import Rearrange, Reduce
 from torch import Tensor, nn
 
 from odenets.modes import device_of, dtype_of, evaluating, keeping_state
+from odenets.outputs import logits_in
 
 __all__ = ["Head", "check_head", "conv_head", "like", "linear_head", "make_head", "modules_of", "token_head"]
 
@@ -127,8 +128,8 @@ def modules_of(head: object) -> Iterator[nn.Module]:
             yield from modules_of(one)
 
 
-def check_head(head: nn.Module, state: Tensor, outputs: int, k: int) -> None:
-    """That the head of module k returns ``(B, outputs)``.
+def check_head(head: nn.Module, state: Tensor, outputs: int, k: int, args: tuple[Any, ...] = ()) -> None:
+    """That the head of module k returns ``(B, outputs)``, of the state and ``args`` if it takes such.
 
     Raises:
         TypeError: it returns no tensor.
@@ -136,7 +137,7 @@ def check_head(head: nn.Module, state: Tensor, outputs: int, k: int) -> None:
     """
     try:
         with torch.no_grad(), keeping_state(head), evaluating(head):
-            output = head(state)
+            output = logits_in(head(state, *args))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the head of module {k + 1} does not fit states {tuple(state.shape)} of {state.dtype}: {error}"

@@ -28,7 +28,7 @@ from odenets.training.metrics import Metric
 from odenets.training.notes import BatchNotes
 from odenets.training.objectives import Objective
 from odenets.training.optimization import Interval, step_lr_scheduler
-from odenets.training.sources import Source, arguments, samples_in
+from odenets.training.sources import Source, samples_in
 
 __all__ = ["ModuleLoop", "has_batch_norm", "move"]
 
@@ -151,7 +151,7 @@ class ModuleLoop:
                     f"{self.source.name} must hold at least 2 samples for batch norm, got one: "
                     "DataLoader(..., drop_last=True) leaves out the last batch"
                 )
-            images, *args = arguments(inputs)
+            images, *args = self.training.network.arguments(inputs)
             state = pass_through(before, images, tuple(args)) if before else images
             yield (state, *args) if args else state, images, y
 

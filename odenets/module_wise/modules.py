@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from odenets.adapting import AdaptedModel
-from odenets.errors import renamed
+from odenets.adapting.parts import CutPart
 from odenets.flow import Flow
+from odenets.inputs import arguments, is_by_keyword
 from odenets.measures import StepFunction
 from odenets.modes import evaluating, keeping_state
 from odenets.module_wise.evaluation import evaluate_modules
-from odenets.module_wise.heads import Head, check_head, like, make_head, modules_of
-from odenets.module_wise.partition import At, Cuttable, Part, balanced, blocks_of, cut, even, inputs_on
+from odenets.module_wise.partition import Part, inputs_on
+from odenets.outputs import logits_in
 from odenets.recording import Joined, Records
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Task
-from odenets.training.sources import Collate, Source, arguments
+from odenets.training.sources import Collate, Source
 from solvers import Step
 
-__all__ = ["LocalLoss", "LocalModule", "ModuleWise", "split_into_modules"]
+__all__ = ["LocalLoss", "LocalModule", "ModuleWise"]
 
 LocalLoss = Callable[[int, int, Tensor, Tensor], nn.Module]
 """Makes what a module minimizes besides, from its number, how many there are, its state and the images: a layer called
@@ -33,9 +33,10 @@ with ``(state, images, targets)`` that returns a scalar."""
 class LocalModule(Joined):
     """Consecutive blocks with a head: ``F_k`` on ``T_k``. Records and steps are those of its blocks.
 
-    :func:`split_into_modules` makes them.
+    :func:`~odenets.module_wise.split_into_modules` makes them.
 
     >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
     >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
     >>> first, last = split_into_modules(network, 2, torch.rand(2, 1, 8, 8)).modules_in_order
     >>> logits, state = first(torch.rand(5, 1, 8, 8))
@@ -66,7 +67,11 @@ class LocalModule(Joined):
         ``args`` go to the velocity fields.
         """
         state = self.part(x, *args)
-        return self.head(state), state
+        return self.output(state, args), state
+
+    def output(self, state: Tensor, args: tuple[Any, ...] = ()) -> Any:
+        """The head's output for the ``state`` after the blocks; an adapted model's own head may take ``args``."""
+        return self.head(state, *args) if getattr(self.head, "conditioned", False) else self.head(state)
 
     def forward_with_records(
         self, x: Tensor, measures: Mapping[str, StepFunction], args: tuple[Any, ...] = ()
@@ -82,7 +87,7 @@ class LocalModule(Joined):
             What the head makes, the state after the blocks, and per measure ``(blocks, B)``.
         """
         state, records = self.part.record(x, *args, **measures)
-        return self.head(state), state, records
+        return self.output(state, args), state, records
 
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Any, Records]:
         """The head's output for the state ``x`` before, and for each of the ``measures`` ``(blocks, B)``.
@@ -100,7 +105,8 @@ class LocalModule(Joined):
 class ModuleWise(Joined):
     """K modules one after another, each with a head; a classifier after each of them.
 
-    :func:`split_into_modules` makes it from a network, whose weights it shares, and :func:`fit_modules` trains it.
+    :func:`~odenets.module_wise.split_into_modules` makes it from a network, whose weights it shares, and
+    :func:`~odenets.module_wise.fit_modules` trains it.
 
     Attributes:
         parts: the modules.
@@ -140,12 +146,23 @@ class ModuleWise(Joined):
         """The flows of all modules, first to last; none where the network is an adapted model."""
         return [flow for module in self.modules_in_order for flow in getattr(module.part, "flows", ())]
 
+    def arguments(self, inputs: Any) -> tuple[Any, ...]:
+        """The arguments ``(x, *args)`` for the inputs of a batch: x, that tuple, or a mapping of an adapted model's.
+
+        Raises:
+            TypeError: a mapping of other inputs than those with which the network was cut.
+        """
+        part = self.modules_in_order[0].part
+        if is_by_keyword(inputs) and isinstance(part, AdaptedModel):
+            return cast(CutPart, part.model).inputs.in_order(inputs)
+        return arguments(inputs)
+
     def forward(self, x: Tensor, /, *args: Any, module: int | None = None) -> Any:
         """The output after a module, from 1 on, the last if not given; those behind it are not called.
 
         Args:
             x: inputs, ``(B, *S)``.
-            args: what the velocity fields of every module get besides: ``v(t, x, *args)``.
+            args: what every module gets besides: velocity fields ``v(t, x, *args)``, or an adapted model.
             module: number of the module, from 1 on.
 
         Returns:
@@ -178,7 +195,7 @@ class ModuleWise(Joined):
         for module in self.modules_in_order:
             x, records = module.part.record(x, *args, **measures)
             parts.append(records)
-        return self.modules_in_order[-1].head(x), Records.join(parts, self.module_names)
+        return self.modules_in_order[-1].output(x, tuple(args)), Records.join(parts, self.module_names)
 
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every module for inputs ``x``, and ``args`` of the velocity fields; with ``closing`` stages."""
@@ -217,7 +234,7 @@ class ModuleWise(Joined):
             ValueError: no such module.
         """
         with keeping_state(self), evaluating(self):
-            return self(*inputs_on(self, (x, *args)), module=module).argmax(1)
+            return cast(Tensor, logits_in(self(*inputs_on(self, (x, *args)), module=module))).argmax(1)
 
     def evaluate(
         self, batches: Iterable[Any], *, metric: MetricFunction | None = None, collate: Collate | None = None
@@ -255,96 +272,3 @@ class ModuleWise(Joined):
     def extra_repr(self) -> str:
         """The number of modules, and where they end."""
         return f"K={self.K}, ends={list(self.ends)}"
-
-
-@renamed(classes="outputs")
-def split_into_modules(
-    network: Cuttable,
-    split: int | Sequence[int],
-    x: Any,
-    *,
-    outputs: int | None = None,
-    balance: Literal["blocks", "memory"] = "blocks",
-    at: At = "end",
-    head: str | Head | nn.Module | Sequence[nn.Module] = "auto",
-    last_head: Literal["own", "auxiliary"] = "own",
-    local_loss: LocalLoss | None = None,
-) -> ModuleWise:
-    """A network in K modules, each with a head, to be trained without a gradient that crosses from one to another.
-
-    New layers follow the network: its device, dtype and mode. Shapes are found in eval mode, which leaves it as it was.
-
-    Args:
-        network: a flow, a network or an adapted model; its weights are shared, not copied.
-        split: the number of modules K, or after how many blocks each ends, rising, the last with or without.
-        x: a batch of inputs, of two samples or more, by which shapes are found; or a tuple ``(x, *args)`` with what
-            conditions the fields.
-        outputs: numbers that a head returns for a sample, the classes of a classifier or the size of a regression's
-            targets; as many as the network itself if not given, which a flow needs to be told.
-        balance: what is shared out equally among K modules: "blocks", or "memory": the bytes that the blocks keep for
-            their backward pass, measured on ``x``, the encoder's and transitions' with them. Weights, gradients, the
-            optimizer's state, heads and what a local loss keeps are not weighed.
-        at: "end", a transition belongs to the module after it, or "start", to the one before.
-        head: "conv", "token" or "linear" (:func:`conv_head` and so on); "auto" by the shape of the state; a function of
-            a state and the number of outputs; one layer for all modules ("same classifier"); or a list of one for each,
-            but for a last that keeps the network's.
-        last_head: whether the last module keeps the network's "own" head or has an "auxiliary" one like the others.
-        local_loss: makes what each module minimizes besides, such as :func:`infopro` or :func:`predsim`.
-
-    Returns:
-        The network in modules, in the mode of ``network``.
-
-    Raises:
-        TypeError, ValueError: as :func:`~odenets.module_wise.partition.cut` and the heads raise, K out of range, a head
-            that does not return ``(B, outputs)``, or more or fewer heads than modules that need one.
-
-    >>> import odenets
-    >>> network = odenets.models.small_network(solver="euler", h=1.0, depth=4)
-    >>> modules = split_into_modules(network, 2, torch.rand(2, 1, 8, 8))
-    >>> [logits.shape for logits in modules.outputs(torch.rand(5, 1, 8, 8))]
-    [torch.Size([5, 10]), torch.Size([5, 10])]
-    """
-    blocks = blocks_of(network)
-    if not isinstance(first := arguments(x)[0], Tensor) or len(first) < 2:
-        raise ValueError("x must be a batch of at least two inputs, which batch norms need")
-    if isinstance(split, bool | str) or not isinstance(split, Integral | Sequence):
-        raise TypeError(f"split must be a number of modules, or a list of their ends, got {split!r}")
-    if balance not in ("blocks", "memory") or last_head not in ("own", "auxiliary"):
-        words = "balance must be 'blocks' or 'memory' and last_head 'own' or 'auxiliary'"
-        raise ValueError(f"{words}, got {balance!r} and {last_head!r}")
-    inputs, has_head = inputs_on(network, x), not isinstance(network, Flow)
-    images, *args = inputs
-    with torch.no_grad(), keeping_state(network), evaluating(network):
-        output = network(*inputs)  # a flow without a field makes it here
-    if not isinstance(split, Sequence):
-        ends = even(blocks, int(split)) if balance == "blocks" else balanced(network, int(split), inputs, at)
-    else:
-        ends = [*split] if split and split[-1] == blocks else [*split, blocks]
-    parts, own = cut(network, ends, at)
-    keeps = last_head == "own" and has_head
-    if outputs is None:
-        outputs = _outputs(output, has_head)
-    if isinstance(head, Sequence) and not isinstance(head, str) and len(head) != len(parts) - keeps:
-        but = " but the last, which keeps the network's" if keeps else ""
-        raise ValueError(f"head must hold one for each module{but}: {len(parts) - keeps}, got {len(head)}")
-    modules, state = [], images
-    for k, part in enumerate(parts):
-        with torch.no_grad(), keeping_state(part), evaluating(part):
-            state = part(state, *args)
-        with images.device:  # where new layers are made
-            layer = own if keeps and k == len(parts) - 1 else make_head(head, k, state, outputs)
-            extra = None if local_loss is None else like(local_loss(k, len(parts), state, images), state)
-        check_head(layer, state, outputs, k)
-        modules.append(LocalModule(part, layer, extra))
-    result = ModuleWise(modules, ends)
-    for module in set(result.modules()) - set(network.modules()) - set(modules_of(head)):
-        module.training = network.training
-    return result
-
-
-def _outputs(output: Any, has_head: bool) -> int:
-    """Numbers that the network itself returns for a sample."""
-    if not has_head or not isinstance(output, Tensor) or output.ndim != 2:
-        got = f"has shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"is a {type(output).__name__}"
-        raise ValueError(f"outputs must be given: the network's output {got}")
-    return int(output.shape[1])

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting import AdaptedModel
-from odenets.adapting.tracing import cut_adapted
+from odenets.adapting.tracing import blocks_in, cut_adapted
 from odenets.analysis.memory import measure_memory
 from odenets.flow import Flow
+from odenets.inputs import arguments, call, is_by_keyword
 from odenets.modes import inputs_for, keeping_modes, keeping_state
 from odenets.network import Chain, Network
-from odenets.training.sources import arguments
 
 __all__ = [
     "At",
@@ -26,6 +26,7 @@ __all__ = [
     "blocks_of",
     "cut",
     "even",
+    "in_order",
     "inputs_on",
     "lightest",
     "shared_parameter",
@@ -52,11 +53,14 @@ class Part(Chain):
         return list(self.pieces)
 
 
-def blocks_of(network: Cuttable) -> int:
+def blocks_of(network: Cuttable, x: Any = None) -> int:
     """Number of blocks between which a ``network`` can be cut; a transformer's block of two steps is one.
+
+    Inputs ``x``, a tensor, a tuple or a mapping, are those by which an adapted model finds its blocks, if it has not.
 
     Raises:
         TypeError: neither a Flow, a Network nor an adapted model.
+        ValueError: an adapted model that has not found its blocks, without inputs.
 
     >>> import odenets
     >>> blocks_of(odenets.models.small_network(depth=4))
@@ -67,10 +71,16 @@ def blocks_of(network: Cuttable) -> int:
             f"network must be a Flow, a Network or an adapted model, got {type(network).__name__}: odenets.adapt makes "
             "one of any residual network"
         )
-    return len(network.blocks) if isinstance(network, AdaptedModel) else network.depth
+    if not isinstance(network, AdaptedModel):
+        return network.depth
+    if x is not None:
+        call(network.find, inputs_on(network, x))
+    return len(blocks_in(network))
 
 
-def cut(network: Cuttable, ends: Sequence[int], at: At = "end") -> tuple[list[Part] | list[AdaptedModel], nn.Module]:
+def cut(
+    network: Cuttable, ends: Sequence[int], at: At = "end", x: Any = None
+) -> tuple[list[Part] | list[AdaptedModel], nn.Module]:
     """The parts of a network, which share its modules, and its head.
 
     Args:
@@ -78,6 +88,10 @@ def cut(network: Cuttable, ends: Sequence[int], at: At = "end") -> tuple[list[Pa
         ends: after how many blocks each part ends, rising; the last is the number of blocks.
         at: whether what stands between two blocks, a transition, belongs to the later part ("end": the cut is at the
             end of the earlier block) or to the earlier ("start": at the start of the next).
+        x: inputs of an adapted model, a tensor, a tuple ``(x, *args)`` or a mapping of keywords, of two samples or
+            more: what its parts get besides the state, ``part(state, *args)``. A model that torch.fx cannot trace,
+            such as Hugging Face's, is exported with them; its parts hold for other numbers of samples and tokens, in
+            the modes that its modules have now.
 
     Returns:
         The parts, each with ``record``, and the head; the identity for a flow.
@@ -91,14 +105,14 @@ def cut(network: Cuttable, ends: Sequence[int], at: At = "end") -> tuple[list[Pa
     >>> [part.depth for part in parts]
     [1, 3]
     """
-    depth, ends = blocks_of(network), list(ends)
+    depth, ends = blocks_of(network, x), list(ends)
     if not ends or ends[-1] != depth or ends[0] < 1 or any(a >= b for a, b in pairwise(ends)):
         raise ValueError(f"ends must rise from at least 1 to the number of blocks, {depth}, got {ends}")
     if at not in ("end", "start"):
         raise ValueError(f"at must be 'end' or 'start', got {at!r}")
     if isinstance(network, AdaptedModel):
         with keeping_modes(network):
-            return cut_adapted(network, ends, at)
+            return cut_adapted(network, ends, at, None if x is None else inputs_on(network, x))
     if isinstance(network, Flow):
         return [Part([network.part(a, b)]) for a, b in pairwise([0, *ends])], nn.Identity()
     if network.readout != "solution":
@@ -155,21 +169,31 @@ def even(blocks: int, modules: int) -> list[int]:
     return [k * size + min(k, more) for k in range(1, modules + 1)]
 
 
-def inputs_on(network: nn.Module, x: Any) -> tuple[Any, ...]:
-    """Inputs ``(x, *args)``, of x or that tuple, on the device of a network and in its precision."""
-    return tuple(inputs_for(network, one) if isinstance(one, Tensor) else one for one in arguments(x))
+def inputs_on(network: nn.Module, x: Any) -> Any:
+    """Inputs, x, a tuple ``(x, *args)`` or a mapping, on the device of a network and in its precision."""
+
+    def on(one: Any) -> Any:
+        return inputs_for(network, one) if isinstance(one, Tensor) else one
+
+    return {name: on(one) for name, one in x.items()} if is_by_keyword(x) else tuple(map(on, arguments(x)))
+
+
+def in_order(x: Any) -> tuple[Any, ...]:
+    """Inputs ``(x, *args)`` as parts take them, of what comes by position or by keyword."""
+    return tuple(x.values()) if is_by_keyword(x) else arguments(x)
 
 
 def activation_memory(network: Cuttable, x: Any, at: At = "end") -> list[int]:
     """Bytes that each block keeps for its backward pass with inputs ``x``, measured; the first with the encoder's.
 
-    Inputs are a tensor, or a tuple ``(x, *args)`` with what conditions the fields.
+    Inputs are a tensor, a tuple ``(x, *args)`` with what conditions the fields, or a mapping.
 
     The network is left as it was: modes, buffers and random state.
     """
-    parts, _ = cut(network, range(1, blocks_of(network) + 1), at)
+    inputs = inputs_on(network, x)
+    parts, _ = cut(network, range(1, blocks_of(network, inputs) + 1), at, inputs)
     sizes: list[int] = []
-    x, *args = inputs_on(network, x)
+    x, *args = in_order(inputs)
     with keeping_state(network, *parts):  # batch norms see x, and dropout draws
         for part in parts:
             part.train()
@@ -209,7 +233,7 @@ def balanced(network: Cuttable, modules: int, x: Any, at: At = "end") -> list[in
     Args:
         network: to be split; a flow, a network or an adapted model.
         modules: how many.
-        x: inputs ``(B, *S)`` of the shape of training, or a tuple ``(x, *args)``; a few samples will do.
+        x: inputs ``(B, *S)`` of the shape of training, a tuple ``(x, *args)`` or a mapping; a few samples will do.
         at: see :func:`cut`.
 
     Returns:
@@ -223,7 +247,7 @@ def balanced(network: Cuttable, modules: int, x: Any, at: At = "end") -> list[in
     >>> balanced(network, 2, torch.rand(2, 3, 16, 16)), even(6, 2)
     ([2, 6], [3, 6])
     """
-    _check_number(modules, blocks_of(network))
+    _check_number(modules, blocks_of(network, x))
     return lightest(activation_memory(network, x, at), modules)
 
 

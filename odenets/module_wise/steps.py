@@ -125,7 +125,7 @@ def parallel_step(
     >>> parallel_step(network, [CrossEntropy(), CrossEntropy()], optimizers, x, y).shape
     torch.Size([2, 2])
     """
-    images, *args = arguments(x)
+    images, *args = network.arguments(x)
     state, totals = images, []
     metrics = metric if isinstance(metric, Sequence) else [metric] * network.K
     for module, objective, optimizer, one in zip(
@@ -174,7 +174,7 @@ def end_to_end_step(
     >>> end_to_end_step(network, CrossEntropy(), optimizer, x, y, checkpointed=True).shape
     torch.Size([1, 2])
     """
-    state, *args = arguments(x)
+    state, *args = network.arguments(x)
     rows: list[Tensor] = []
     parts, measures, samples = [], objective.measures, samples_in(state)
     for module in network.modules_in_order:
@@ -193,7 +193,7 @@ def end_to_end_step(
         else:
             state, *rows = run(state)
         parts.append(Records(dict(zip(measures, rows, strict=True)), *layout))
-    output = network.modules_in_order[-1].head(state)
+    output = network.modules_in_order[-1].output(state, tuple(args))
     records = Records.join(parts, network.module_names)
     loss = _loss(objective, network, (x, y), output, records, first)
     check_loss(loss, objective)

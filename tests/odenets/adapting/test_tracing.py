@@ -2,13 +2,13 @@ import pytest
 
 from odenets.adapting import adapt
 from odenets.adapting.tracing import cut_adapted
-from tests.odenets.adapting.models import Repeated, small_resnet
+from tests.odenets.adapting.models import SMALL, Repeated, small_resnet
 from tests.odenets.checks import unchanged
 from tests.odenets.networks import Calling, Unit
 
 
 def test_to_be_cut_leaves_each_module_its_mode():
-    adapted = adapt(small_resnet())
+    adapted = adapt(small_resnet(), SMALL)
     adapted.model.bn1.eval()
     adapted.model.layer2.eval()
     with unchanged(adapted.model):
@@ -25,7 +25,7 @@ def test_a_model_that_repeats_a_block_is_not_cut():
 
 @pytest.mark.parametrize(("name", "called"), [("layer2", "'layer2'"), ("", "ResNet")])
 def test_a_model_with_hooks_outside_its_blocks_is_not_cut(name, called):
-    adapted, inputs = adapt(small_resnet()), []
+    adapted, inputs = adapt(small_resnet(), SMALL), []
     hook = adapted.model.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args))
     with pytest.raises(ValueError, match=f"{called} has hooks, which would be lost where it is cut: make what they do"):
         cut_adapted(adapted, [2, 4])

@@ -174,7 +174,7 @@ def test_modes_come_back_after_an_exception():
             look()
 
 
-@pytest.mark.parametrize("how", [lambda z: (z, None), lambda z: {"logits": z}])
+@pytest.mark.parametrize("how", [lambda z: (z, None), lambda z: {"scores": z}])
 def test_heads_whose_outputs_are_no_tensors_are_named(how):
     network = small()
     network.head = Calling(lambda m, x: how(m.head(x)), head=network.head)

@@ -14,6 +14,7 @@ from tests.odenets.checks import unchanged
 from tests.odenets.networks import Calling, Velocity
 
 tv = pytest.importorskip("torchvision.models")
+timm = pytest.importorskip("timm")
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -21,11 +22,12 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SWIN, VIT = ([4, 4], 16, [2, 2], [2, 4], [4, 4]), (32, 16, 3, 2, 16, 32)
 NETWORKS = {
     "resnet110": lambda: models.resnet110(blocks=3, channels=(4, 8, 16)),
-    "resnet": lambda: adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5)),
-    "vgg": lambda: adapt(tv.vgg11_bn(num_classes=5, init_weights=False)),
-    "swin": lambda: adapt(tv.SwinTransformer(*SWIN, num_classes=5)),
-    "vit": lambda: adapt(tv.VisionTransformer(*VIT, num_classes=5)),
-    "timm": lambda: adapt(pytest.importorskip("timm").create_model("resnet10t", num_classes=5)),
+    "resnet": lambda: adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5), IMAGES),
+    "vgg": lambda: adapt(tv.vgg11_bn(num_classes=5, init_weights=False), IMAGES, displacement=True),
+    "swin": lambda: adapt(tv.SwinTransformer(*SWIN, num_classes=5), IMAGES),
+    "vit": lambda: adapt(tv.VisionTransformer(*VIT, num_classes=5), IMAGES),
+    "timm": lambda: adapt(timm.create_model("resnet10t", num_classes=5), IMAGES),
+    "timm vit": lambda: adapt(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=5), IMAGES),
 }
 
 
@@ -75,7 +77,7 @@ def test_training_mode_decides_what_a_traced_part_computes():
     def dropping(m, x):
         return m.second(nn.functional.dropout(m.first(x), 0.5, training=m.training)).mean((2, 3))
 
-    network = adapt(Calling(dropping, first=basic_block(), second=basic_block()))
+    network = adapt(Calling(dropping, first=basic_block(), second=basic_block()), torch.rand(2, 4, 8, 8))
     (one, two), _ = cut(network, [1, 2])
     x = torch.rand(2, 4, 8, 8)
     two.train()
@@ -95,7 +97,7 @@ def test_residues_of_the_branch_end_in_a_batch_norm_which_is_said():
             expected = (norm.weight.square() + norm.bias.square()).mean()
         torch.testing.assert_close(records["r"][m].mean(), expected, rtol=1e-2, atol=0)  # but for eps
     with pytest.raises(ValueError, match="residue must be 'displacement' or 'branch', got 'shortcut'"):
-        adapt(model, residue="shortcut")  # type: ignore[arg-type]
+        adapt(model, IMAGES, residue="shortcut")  # type: ignore[arg-type]
 
 
 def test_errors():
@@ -116,7 +118,7 @@ def test_errors():
 def test_only_one_tensor_may_cross_a_cut():
     skipping = Calling(lambda m, x: m.second(m.first(x)) + x, first=basic_block(), second=basic_block())
     with pytest.raises(ValueError, match="cannot be cut after block 1: x, first would cross"):
-        cut(adapt(skipping), [1, 2])
+        cut(adapt(skipping, torch.rand(2, 4, 8, 8)), [1, 2])
 
 
 @pytest.mark.parametrize("training", [False, True])
