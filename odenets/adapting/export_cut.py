@@ -103,7 +103,7 @@ def _parts(
     """The parts in one mode, and the sizes that they take."""
     operations = exported.operations
     order = operations.order
-    by_block = [*_matched(blocks, steps_in(exported))]
+    by_block = [*_matched(blocks, steps_in(exported, network.model))]
     borders = []
     for end in ends:
         last = max(order[step.x1] for _, step in by_block[end - 1])

@@ -6,7 +6,8 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import sympy
 import torch
@@ -18,6 +19,7 @@ from odenets.adapting.operators import SAME_VALUES
 from odenets.adapting.program import Call, Node, Program
 from odenets.adapting.splitting import Operations
 from odenets.modes import device_of
+from odenets.recording import is_recorder
 
 __all__ = ["MODEL", "Exported", "StepNodes", "export", "steps_in"]
 
@@ -171,16 +173,17 @@ def _changed(node: fx.Node) -> Iterator[fx.Node]:
 # -- states -------------------------------------------------------------------------------------------------------
 
 
-def steps_in(exported: Exported) -> list[StepNodes]:
-    """The residual additions of a pass, in order."""
+def steps_in(exported: Exported, model: nn.Module) -> list[StepNodes]:
+    """The residual additions of a pass of a ``model``, in order, but for those of modules that record their own steps."""
     nodes: dict[fx.Node, Node] = {}
     calls: dict[tuple[str, ...], Call] = {}
+    recorders = {name for name, module in model.named_modules() if name and is_recorder(module)}
     for index, node in enumerate(exported.operations.nodes):
-        nodes[node] = _node(node, index, nodes, _call(node, calls), exported)
+        nodes[node] = _node(node, index, nodes, _call(node, calls, recorders), exported)
     for node in exported.operations.nodes[-1].all_input_nodes:
         nodes[node].returned = True
     operations = {one: node for node, one in nodes.items()}
-    program = Program([*nodes.values()], [], None, {}, [], [], [])
+    program = cast(Program, SimpleNamespace(nodes=[*nodes.values()]))  # what the search reads
     steps = []
     for one in find_additions(program).additions:
         x0 = next((operand for operand in one.node.inputs if operand.value is one.x0.value), one.x0)
@@ -188,14 +191,14 @@ def steps_in(exported: Exported) -> list[StepNodes]:
     return steps
 
 
-def _call(node: fx.Node, calls: dict[tuple[str, ...], Call]) -> Call:
+def _call(node: fx.Node, calls: dict[tuple[str, ...], Call], recorders: set[str]) -> Call:
     """The call of the module in which a node is computed."""
     key: tuple[str, ...] = ()
     call = calls.setdefault(key, Call("", None))
     for part, (path, _) in node.meta.get("nn_module_stack", {}).items():
         if name := _dotted(path):
             key = (*key, str(part))
-            call = calls.setdefault(key, Call(name, call))
+            call = calls.setdefault(key, Call(name, call, name in recorders))
     return call
 
 

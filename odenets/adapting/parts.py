@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from odenets.adapting.masking import Masking, Tokens
 from odenets.adapting.sizes import Sizes
 
-__all__ = ["CutPart", "Exports", "Inputs"]
+__all__ = ["CutPart", "Exports", "Inputs", "PartMasking"]
 
 
 @dataclass(frozen=True)
@@ -175,3 +176,32 @@ class CutPart(nn.Module):
         p = next(self.parameters(), None)
         if p is not None and p.dtype != self.dtype:
             raise ValueError(f"the network was cut in {self.dtype}, and is in {p.dtype} now: cut it again")
+
+
+@dataclass(frozen=True)
+class PartMasking(Masking):
+    """The masking of a model in a part of it, which is given by position what the model takes by name.
+
+    Attributes:
+        inputs: of the model.
+        first: whether the part is given the first of them, and not a state.
+    """
+
+    inputs: Inputs = field(default=Inputs(()), compare=False)
+    first: bool = False
+
+    def tokens(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], samples: int | None
+    ) -> Tokens | None:
+        """As :meth:`Masking.tokens`, of the state and what is given besides, ``args``."""
+        names = self.inputs.names
+        named = dict(zip(names[1:], args[1:], strict=False)) | dict(kwargs)
+        if self.first:
+            named = {names[0]: args[0]} | named
+        try:
+            return super().tokens(model, (), named, samples)
+        except KeyError as error:
+            raise ValueError(
+                f"mask reads the input {error}, which a part of the network does not get: it gets a state, and "
+                f"{', '.join(named) or 'nothing'}"
+            ) from error

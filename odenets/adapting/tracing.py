@@ -15,7 +15,7 @@ from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.agreement import check_parts
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.export_cut import cut_exported
-from odenets.adapting.parts import CutPart, Inputs
+from odenets.adapting.parts import CutPart, Inputs, PartMasking
 from odenets.adapting.splitting import Border, Operations, split
 from odenets.modes import keeping_modes
 
@@ -71,7 +71,8 @@ def cut_adapted(
     adapted = []
     for part, (begin, end) in zip(parts, pairwise([0, *ends]), strict=True):
         specs = [spec for of_block in blocks[begin:end] for spec in of_block]
-        adapted.append(AdaptedModel(part, specs, part_of=network))
+        masking = PartMasking(network.masking.mask, network.masking.per, part.inputs, first=begin == 0)
+        adapted.append(AdaptedModel(part, specs, part_of=network, masking=masking))
     if exported and inputs is not None:
         check_parts(network, adapted, head, inputs)
     return adapted, head

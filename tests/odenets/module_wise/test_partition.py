@@ -89,7 +89,7 @@ def test_training_mode_decides_what_a_traced_part_computes():
 def test_residues_of_the_branch_end_in_a_batch_norm_which_is_said():
     model = tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
     with pytest.warns(UserWarning, match=r"4 blocks \(layer1.0, ...\) end in a batch norm"):
-        network = adapt(model, IMAGES, residue="branch")
+        network = adapt(model, blocks=tv.resnet.BasicBlock, residue="branch")
     _, records = network.record(IMAGES, r=measures.residue)
     for m, layer in enumerate([model.layer1, model.layer2, model.layer3]):
         norm = layer[0].bn2  # type: ignore[union-attr]
