@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -75,7 +76,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     shapes = tree_map(_dynamic, dict(bound.arguments))
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_cache(model):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever a model raises that is called with tensors of unknown size
@@ -83,6 +84,20 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             f"{type(model).__name__} cannot be cut: torch.export cannot follow its forward pass ({_first_lines(error)})"
         ) from error
     return _exported(program, model)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Hugging Face's models meanwhile make no cache of keys and values, which would cross all cuts."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "use_cache", False):
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
 
 
 def _dynamic(value: Any) -> dict[int, Any] | None:
@@ -174,7 +189,7 @@ def _changed(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def steps_in(exported: Exported, model: nn.Module) -> list[StepNodes]:
-    """The residual additions of a pass of a ``model``, in order, but for those of modules that record their own steps."""
+    """The residual additions of a pass of a ``model``, in order; not those of modules that record their own steps."""
     nodes: dict[fx.Node, Node] = {}
     calls: dict[tuple[str, ...], Call] = {}
     recorders = {name for name, module in model.named_modules() if name and is_recorder(module)}

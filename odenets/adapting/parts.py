@@ -53,21 +53,21 @@ class Inputs:
         """Their names alone."""
         return Inputs(self.names)
 
-    def values(self, state: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    def values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The state, and what is given besides by position or by name, in order.
 
         Raises:
             TypeError: others are given than at the cut.
         """
         rest = self.names[1:]
-        given = dict(zip(rest, args, strict=False)) | dict(kwargs)
-        if len(args) + len(kwargs) != len(rest) or set(given) != set(rest):
-            got = ", ".join(filter(None, [f"{len(args)} by position" if args else "", *kwargs])) or "nothing"
+        given = dict(zip(rest, args[1:], strict=False)) | dict(kwargs)
+        if not args or len(args) + len(kwargs) != len(self.names) or set(given) != set(rest):
+            got = ", ".join(filter(None, [f"{len(args) - 1} by position" if args[1:] else "", *kwargs])) or "nothing"
             raise TypeError(
                 f"a part takes a state and what the model was cut with besides {self.names[0]}: "
                 f"{', '.join(rest) or 'nothing'}; got {got}. Cut the network with an example of what it is called with"
             )
-        return [state, *(given[name] for name in rest)]
+        return [args[0], *(given[name] for name in rest)]
 
     def in_order(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Inputs by name in the order in which parts take them.
@@ -159,11 +159,16 @@ class CutPart(nn.Module):
         self.number = len(placeholders[0])
         self.conditioned = any(node.users for nodes in placeholders for node in nodes[1:])
 
-    def forward(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        """The next state, or the output, from the ``state``, and what the model is given besides."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The next state, or the output, from the state, and what the model is given besides, in its order or by name.
+
+        Raises:
+            TypeError, ValueError: other inputs than the graphs have.
+        """
         graph = self.in_training if self.training else self.in_eval
-        alone = not (args or kwargs or self.conditioned)
-        values = [state] if alone else self.inputs.values(state, args, kwargs)
+        if not args and (first := self.inputs.names[0]) in kwargs:
+            args = (kwargs.pop(first),)
+        values = [*args] if len(args) == 1 and not (kwargs or self.conditioned) else self.inputs.values(args, kwargs)
         if self.exports is not None:
             self._check_dtype()
             values = self.exports.leaves(values, self.training)
@@ -195,9 +200,9 @@ class PartMasking(Masking):
     ) -> Tokens | None:
         """As :meth:`Masking.tokens`, of the state and what is given besides, ``args``."""
         names = self.inputs.names
-        named = dict(zip(names[1:], args[1:], strict=False)) | dict(kwargs)
-        if self.first:
-            named = {names[0]: args[0]} | named
+        named = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if not self.first:
+            del named[names[0]]
         try:
             return super().tokens(model, (), named, samples)
         except KeyError as error:

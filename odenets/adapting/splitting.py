@@ -128,9 +128,11 @@ def _not_one(operations: Operations, border: Border) -> ValueError:
     if not crossing:
         text = f"the model cannot be cut {border.name}: nothing that depends on its first input crosses"
     elif first in crossing:
-        text += f"; {first} is the first input itself, which later parts do not have"
+        text += f"; {first} is the first input itself, in whose place later parts get the state"
     elif learned:
-        text += f"; {learned[0]} is computed from parameters before the cut and used behind it"
+        made = [path for path, _ in learned[0].meta.get("nn_module_stack", {}).values() if path]
+        where = f" in {made[-1]!r}" if made else ""
+        text += f"; {learned[0]} is computed of parameters{where} and used behind the cut"
     return ValueError(text)
 
 
