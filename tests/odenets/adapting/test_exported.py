@@ -186,7 +186,7 @@ def test_other_inputs_than_at_the_cut_are_refused(cut_gpt2):
     _, (one, two), _ = cut_gpt2
     mask = masked(IDS)["attention_mask"]
     state = one(IDS, mask)
-    with pytest.raises(TypeError, match="besides input_ids: attention_mask; got nothing. Cut the network with"):
+    with pytest.raises(TypeError, match=r"besides input_ids: attention_mask; got nothing\. Cut the network with"):
         two(state)
     with pytest.raises(TypeError, match="besides input_ids: attention_mask; got 2 by position"):
         two(state, mask, mask)
@@ -205,10 +205,10 @@ def test_a_mode_or_a_precision_that_the_graphs_do_not_have_is_refused():
     mask = masked(IDS)["attention_mask"]
     state = one(IDS, mask)
     network.model.h[1].ln_1.train()
-    with pytest.raises(ValueError, match="'h.1.ln_1' is in training mode within a part in eval mode"):
+    with pytest.raises(ValueError, match=r"'h\.1\.ln_1' is in training mode within a part in eval mode"):
         two(state, mask)
     network.model.double().eval()
-    with pytest.raises(ValueError, match="the network was cut in torch.float32, and is in torch.float64 now"):
+    with pytest.raises(ValueError, match=r"the network was cut in torch\.float32, and is in torch\.float64 now"):
         two(state.double(), mask)
 
 
