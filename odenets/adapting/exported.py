@@ -156,7 +156,7 @@ def _conditions(inputs: Sequence[fx.Node]) -> list[sympy.Basic]:
     """Conditions on the sizes of inputs."""
     for node in inputs:
         for size in getattr(node.meta.get("val"), "shape", ()):
-            if isinstance(size, torch.SymInt):
+            if isinstance(size, torch.SymInt) and size.node.shape_env is not None:
                 return [guard.expr for guard in size.node.shape_env.guards]
     return []
 
@@ -255,15 +255,15 @@ def _same(node: fx.Node, op: str, value: Any) -> bool:
     if first.dtype != value.dtype or _count(first) != _count(value):
         return False
     if op in ("dropout", "feature_dropout", "alpha_dropout"):
-        return not (node.args[1] and node.args[2])
+        return bool(node.args[1] == 0) or node.args[2] is False
     if op in ("add", "sub", "mul", "div"):
         neutral = 0 if op in ("add", "sub") else 1
-        return len(node.args) > 1 and not isinstance(node.args[1], fx.Node) and node.args[1] == neutral
+        return len(node.args) > 1 and isinstance(node.args[1], int | float) and node.args[1] == neutral
     return op in SAME_VALUES or op in ("to", "_to_copy")
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    return size if isinstance(size, int) else cast(int, size.node.hint)
 
 
 def _count(x: Tensor) -> int:

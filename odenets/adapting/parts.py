@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +178,13 @@ class CutPart(nn.Module):
         if self.exports is None or self.exports.output is None:
             return output
         return tree_unflatten([*output], self.exports.output)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module of that name in the part, or in the model, the ``target``."""
+        for name in (target, f"in_training.{target}", f"in_training.model.{target}"):
+            with suppress(AttributeError):
+                return super().get_submodule(name)
+        raise AttributeError(f"the part has no module {target!r}")
 
     def _check_dtype(self) -> None:
         if torch.compiler.is_compiling():

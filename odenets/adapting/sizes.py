@@ -71,7 +71,7 @@ class Sizes:
 
     def _check_conditions(self, sizes: Mapping[sympy.Symbol, int]) -> None:
         for one in self.conditions:
-            if one.free_symbols <= set(sizes) and one.subs(sizes) == sympy.false:
+            if one.free_symbols <= set(sizes) and one.subs([*sizes.items()]) == sympy.false:
                 got = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
                 raise ValueError(
                     f"the model takes another way for these sizes than at the cut, where {one} was so, got {got} for "

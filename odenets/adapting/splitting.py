@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -113,7 +112,8 @@ def split(
         else:
             raise _not_one(operations, border)
     graphs = []
-    for k, ((begin, entering), (end, leaving)) in enumerate(pairwise([*cuts, (len(operations.nodes) - 1, None)])):
+    ends = [*cuts[1:], (len(operations.nodes) - 1, None)]
+    for k, ((begin, entering), (end, leaving)) in enumerate(zip(cuts, ends, strict=True)):
         part = _Part(operations, entering, events[k] if k < len(events) else {})
         graphs.append((part.graph_of(operations.nodes[begin + 1 : end + 1], leaving), entering))
     return graphs

@@ -58,7 +58,7 @@ def test_gpt2_with_masks_trains_in_modules():
     torch.testing.assert_close(of_modules["action"], records["action"], rtol=0, atol=0)
     assert modules.predict(*modules.arguments(batch(1))).shape == (1,)
     assert len(modules.evaluate(batches)) == 2
-    with pytest.raises(TypeError, match="inputs must be those with which the network was cut, input_ids, attention_mask"):
+    with pytest.raises(TypeError, match="with which the network was cut, input_ids, attention_mask, got input_ids"):
         modules.arguments({"input_ids": IDS})
 
 
@@ -71,12 +71,24 @@ def test_the_memory_of_modules_is_measured_by_inputs_by_keyword():
 
 def test_timms_vit_trains_in_modules():
     torch.manual_seed(0)
-    options = {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 2, "drop_path_rate": 0.1}
+    options = {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 2, "drop_path_rate": 0.05}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **options)
     x, y = torch.rand(12, 3, 32, 32), torch.arange(12) % 3
     modules = split_into_modules(adapt(model, x[:2]), [1, 4], x[:2])
-    losses = [row["train_loss"] for row in fit_modules(modules, [(x, y)], epochs=12, **ADAM).rows if row["module"] == 2]
-    assert losses[-1] < 0.8 * losses[0]
+    options = ADAM | {"optimizer": partial(torch.optim.Adam, lr=1e-3)}
+    rows = fit_modules(modules, [(x, y)], epochs=25, **options).rows
+    for k in (1, 2):
+        losses = [row["train_loss"] for row in rows if row["module"] == k]
+        assert min(losses[-5:]) < 0.9 * losses[0]
+
+
+class Unit(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.way = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.way(x))
 
 
 class Own(nn.Module):
@@ -85,15 +97,12 @@ class Own(nn.Module):
     def __init__(self):
         super().__init__()
         self.widen = nn.Linear(4, 6)
-        self.flow = Flow(lambda: MLPField(6), depth=3, solver="euler")
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.flow = Flow(lambda: MLPField(6), depth=3, solver="euler", h=0.2)
+        self.layers = nn.Sequential(*(Unit(6) for _ in range(3)))
         self.head = nn.Linear(6, 3)
 
     def forward(self, x):
-        x = self.flow(self.widen(x))
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return self.head(x)
+        return self.head(self.layers(self.flow(self.widen(x))))
 
 
 def test_a_network_with_a_flow_trains_in_modules():
@@ -102,7 +111,7 @@ def test_a_network_with_a_flow_trains_in_modules():
     network = adapt(Own(), x)
     modules = split_into_modules(network, 2, x)
     optimizers = [torch.optim.Adam(module.parameters(), 1e-2) for module in modules.modules_in_order]
-    losses = [parallel_step(modules, [CrossEntropy()] * 2, optimizers, x, y)[:, 0] for _ in range(30)]
+    losses = [parallel_step(modules, [CrossEntropy()] * 2, optimizers, x, y)[:, 0] for _ in range(40)]
     assert (losses[-1] < 0.9 * losses[0]).all()
     records = network.eval().record(x, action=measures.action)[1]["action"]
     torch.testing.assert_close(modules.eval().record(x, action=measures.action)[1]["action"], records)
