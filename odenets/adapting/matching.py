@@ -146,7 +146,7 @@ def _branch(model: nn.Module, addition: Addition) -> str:
     """The part of the block that holds most of the parameters of the branch, "" where that is none."""
     block = addition.block
     depth = len(block.chain)
-    calls = [one.call.chain for one in addition.branch if one.call is not None]
+    calls = [one.call.chain for one in sorted(addition.branch, key=lambda one: one.index) if one.call is not None]
     parts = dict.fromkeys(chain[depth].name for chain in calls if len(chain) > depth and chain[depth - 1] is block)
     sizes = {part: sum(p.numel() for p in model.get_submodule(part).parameters()) for part in parts}
     return max(sizes, key=sizes.__getitem__, default="")

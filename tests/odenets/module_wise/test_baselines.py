@@ -69,8 +69,8 @@ def test_auglocal_has_fewer_blocks_the_later_the_module():
 
 def test_auglocal_on_an_adapted_network():
     tv = pytest.importorskip("torchvision.models")
-    resnet = adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5))
     images = torch.rand(2, 3, 32, 32)
+    resnet = adapt(tv.ResNet(tv.resnet.BasicBlock, [1, 2, 1, 1], num_classes=5), images)
     modules = split_into_modules(resnet, [1, 3, 5], images, head=auglocal(resnet, [1, 3, blocks_of(resnet)], images))
     assert all(output.shape == (2, 5) for output in modules.outputs(images))
 
