@@ -43,7 +43,8 @@ print("training:", tuple(few[0].shape), "test:", tuple(many[0].shape))
 # -----------------
 #
 # :func:`odenets.adapt` finds where a model adds to its states, in a batch of images, and changes nothing in it. Each
-# residual block is a step of Euler's method with ``h = 1``: what it adds to its input is the velocity.
+# residual block is a step of Euler's method with ``h = 1``: what it adds to its input is the velocity. Transformers,
+# masks and networks of one's own are on :doc:`a page of their own </how_to/any_network>`.
 
 
 def resnet():
