@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from tests.odenets.adapting.styles import images as i
+from tests.odenets.adapting.styles import shortcuts as c
 from tests.odenets.adapting.styles import structures as s
 from tests.odenets.adapting.styles import transformers as t
 from tests.odenets.adapting.styles import whole as w
@@ -69,13 +70,13 @@ STYLES = {
     # shortcuts
     "shortcut module only where the shape changes": Style(
         of_images(
-            *(partial(i.PreActivation, *a) for a in [(8, 8), (8, 8), (8, 16, 2), (16, 16)]),
+            *(partial(c.PreActivation, *a) for a in [(8, 8), (8, 8), (8, 16, 2), (16, 16)]),
             width=16,
         )
     ),
-    "option A": Style(of_images(i.ReluOfTheSum, i.OptionA, width=16)),
-    "PyramidNet": Style(of_images(i.Pyramid, width=16)),
-    "ResNet-D": Style(of_images(partial(i.ResNetD, 8, 8), partial(i.ResNetD, 8, 16, 2), width=16)),
+    "option A": Style(of_images(i.ReluOfTheSum, c.OptionA, width=16)),
+    "PyramidNet": Style(of_images(c.Pyramid, width=16)),
+    "ResNet-D": Style(of_images(partial(c.ResNetD, 8, 8), partial(c.ResNetD, 8, 16, 2), width=16)),
     # structures
     "nested": Style(of_images(s.Nested, s.Plain)),
     "Res2Net": Style(of_images(s.Hierarchical, s.Hierarchical)),
@@ -112,7 +113,7 @@ STYLES = {
     "latents": Style(t.Latents, tokens),
     "encoder and decoder": Style(t.EncoderDecoder, sequences),
     # precision
-    "float64": Style(of_images(partial(i.ResNetD, 8, 8), i.Gated), dtype=torch.float64),
+    "float64": Style(of_images(partial(c.ResNetD, 8, 8), i.Gated), dtype=torch.float64),
     "bfloat16": Style(of_tokens(t.PreNorm, t.Parallel), tokens, dtype=torch.bfloat16),
     "float16": Style(of_tokens(t.PreNorm, t.ParallelBranchesFirst), tokens, dtype=torch.float16),
     "a wider state": Style(t.WideResidual, tokens, dtype=torch.bfloat16),

@@ -1,4 +1,4 @@
-"""Blocks of images: ways to add, shortcuts of all kinds, and what stands beside additions."""
+"""Blocks of images: ways to add, to scale what is added, and to go on with the sum."""
 
 import math
 
@@ -273,86 +273,4 @@ class InputChangedInPlace(nn.Module):
     def by_hand(self, x):
         x0 = x.relu()
         x1 = x0 + self.norm(self.conv(x0))
-        return x1, [(x0, x1)]
-
-
-# -- shortcuts --------------------------------------------------------------------------------------------------------
-class PreActivation(nn.Module):
-    """A shortcut module only where the shape changes."""
-
-    def __init__(self, i, o, stride=1):
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(i), nn.Conv2d(i, o, 3, stride, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(o), nn.Conv2d(o, o, 3, 1, 1, bias=False)
-        if stride != 1 or i != o:
-            self.shortcut = nn.Conv2d(i, o, 1, stride, bias=False)
-
-    def forward(self, x):
-        y = F.relu(self.bn1(x))
-        kept = self.shortcut(y) if hasattr(self, "shortcut") else x
-        return self.conv2(F.relu(self.bn2(self.conv1(y)))) + kept
-
-    def by_hand(self, x):
-        y = self.bn1(x).relu()
-        x0 = self._modules["shortcut"](y) if "shortcut" in self._modules else x
-        x1 = x0 + self.conv2(self.bn2(self.conv1(y)).relu())
-        return x1, [(x0, x1)]
-
-
-class OptionA(nn.Module):
-    """Every other pixel, and channels of zeros."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1))
-
-    def forward(self, x):
-        return F.relu(self.branch(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
-
-    def by_hand(self, x):
-        x0 = torch.zeros(len(x), 16, *self.branch(x).shape[2:], dtype=x.dtype)
-        x0[:, 4:12] = x[..., ::2, ::2]
-        x1 = (x0 + self.branch(x)).relu()
-        return x1, [(x0, x1)]
-
-
-class Pyramid(nn.Module):
-    """Means of 2 x 2 pixels, and channels of zeros by a concatenation."""
-
-    def __init__(self):
-        super().__init__()
-        self.branch = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1))
-
-    def forward(self, x):
-        out, shortcut = self.branch(x), F.avg_pool2d(x, 2)
-        zeros = torch.zeros(len(out), out.shape[1] - shortcut.shape[1], *out.shape[2:], dtype=out.dtype)
-        return out + torch.cat((shortcut, zeros), 1)
-
-    def by_hand(self, x):
-        x0 = F.pad(x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5)), (0, 0, 0, 0, 0, 8))
-        x1 = x0 + self.branch(x)
-        return x1, [(x0, x1)]
-
-
-class ResNetD(nn.Module):
-    """A shortcut of three layers, and none but the empty Sequential where the shape stays."""
-
-    def __init__(self, i, o, stride=1):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
-        self.conv2, self.bn2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
-        changes = [nn.AvgPool2d(2), nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o)]
-        self.skip, self.relu = nn.Sequential(*changes * (stride > 1)), nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += self.skip(x)
-        return self.relu(out)
-
-    def by_hand(self, x):
-        r = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
-        x0 = x
-        for layer in self.skip:
-            x0 = layer(x0)
-        x1 = (x0 + r).relu()
         return x1, [(x0, x1)]

@@ -41,8 +41,7 @@ class PreNorm(nn.Module):
 
     def forward(self, x):
         x = x + self.drop(self.attn(x))
-        x = x + self.drop(self.mlp(x))
-        return x
+        return x + self.drop(self.mlp(x))
 
     def by_hand(self, x):
         y = x + self.drop(self.attn(x))

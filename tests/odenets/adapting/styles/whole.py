@@ -61,7 +61,7 @@ class RawParameters(nn.Module):
 
 
 class FunctionsOnly(nn.Module):
-    """A GELU and a LayerNorm by hand, positions, biases and sums of scores: additions that are no steps, and one step."""
+    """A GELU and a LayerNorm by hand, positions, biases: additions that are no steps, and one that is."""
 
     def __init__(self):
         super().__init__()
