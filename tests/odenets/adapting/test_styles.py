@@ -279,7 +279,7 @@ class AlwaysDropped(Plain):
 
 def test_outputs_that_differ_between_two_calls_are_refused():
     network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), AlwaysDropped()], 8, (2, 3))
-    with unchanged(network), pytest.raises(ValueError, match=r"(random|differ)(.|\n)*|blocks\.1"):
+    with unchanged(network), pytest.raises(ValueError, match=r"random|differ"):
         adapt(network, IMAGE)
 
 

@@ -8,6 +8,7 @@ from tests.odenets.adapting.styles import images as i
 from tests.odenets.adapting.styles import shortcuts as c
 from tests.odenets.adapting.styles import structures as s
 from tests.odenets.adapting.styles import transformers as t
+from tests.odenets.adapting.styles import unusual as u
 from tests.odenets.adapting.styles import whole as w
 from tests.odenets.adapting.styles.skeleton import Style, images, of_images, of_tokens, tokens
 
@@ -32,6 +33,10 @@ def sequences(batch, size):
 
 def identifiers(batch, size):
     return (torch.randint(0, 11, (batch, size)),)
+
+
+def padded(batch, size):
+    return (*tokens(batch, size), torch.arange(size) < torch.arange(batch)[:, None] + 3)
 
 
 def video(batch, size):
@@ -77,6 +82,10 @@ STYLES = {
     "option A": Style(of_images(i.ReluOfTheSum, c.OptionA, width=16)),
     "PyramidNet": Style(of_images(c.Pyramid, width=16)),
     "ResNet-D": Style(of_images(partial(c.ResNetD, 8, 8), partial(c.ResNetD, 8, 16, 2), width=16)),
+    "blocks of a GAN": Style(of_images(c.Generator, c.Discriminator)),
+    "max-pooled shortcut": Style(of_images(c.PooledSkip)),
+    "doubled channels": Style(of_images(c.DoubledChannels, width=16)),
+    "channels last": Style(of_images(c.ChannelsLast, c.ChannelsLast)),
     # structures
     "nested": Style(of_images(s.Nested, s.Plain)),
     "Res2Net": Style(of_images(s.Hierarchical, s.Hierarchical)),
@@ -100,6 +109,16 @@ STYLES = {
     "U-Net": Style(w.Unet),
     "frames in the batch": Style(w.Frames, video),
     "list of layers": Style(w.FlatList, tokens),
+    # no module's border
+    "forward called directly": Style(u.Direct),
+    "layers in a list of Python's": Style(u.Unregistered, tokens),
+    "an addition in a hook": Style(u.Hooked, tokens),
+    "functional_call": Style(u.Functional, tokens),
+    "a dictionary that blocks change": Style(u.Features),
+    "activations by hand": Style(u.ActivationsByHand),
+    "masks": Style(u.Masked, padded),
+    "an adding U-Net": Style(u.AddingUnet),
+    "squeeze and excitation": Style(u.Squeezed),
     # tokens
     "transformer": Style(of_tokens(t.PreNorm, t.PreNorm), tokens),
     "parallel branches": Style(of_tokens(t.Parallel, t.ParallelBranchesFirst, t.ParallelInPlace), tokens),

@@ -84,3 +84,89 @@ class ResNetD(nn.Module):
             x0 = layer(x0)
         x1 = (x0 + r).relu()
         return x1, [(x0, x1)]
+
+
+class Projecting(nn.Module):
+    """A shortcut by functions, ``project``, beside the branch."""
+
+    def __init__(self, *branch):
+        super().__init__()
+        self.branch, self.proj = nn.Sequential(*branch), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.project(x) + self.branch(x)
+
+    def by_hand(self, x):
+        x0 = self.projected(x)
+        x1 = self.branch(x) + x0
+        return x1, [(x0, x1)]
+
+
+class Generator(Projecting):
+    """Of a GAN: twice the side, by interpolation before the 1 x 1 convolution."""
+
+    def __init__(self):
+        super().__init__(nn.BatchNorm2d(8), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1))
+
+    def project(self, x):
+        return self.proj(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+    def projected(self, x):
+        return self.proj(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+class Discriminator(Projecting):
+    """Of a GAN: means of the sum's two parts."""
+
+    def __init__(self):
+        super().__init__(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.AvgPool2d(2))
+
+    def project(self, x):
+        return F.avg_pool2d(self.proj(x), 2)
+
+    def projected(self, x):
+        return self.proj(x).unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+
+
+class PooledSkip(Projecting):
+    """The largest of 2 x 2 pixels, as in MViT."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(8, 8, 3, 2, 1), nn.GELU(), nn.Conv2d(8, 8, 1))
+
+    def project(self, x):
+        return F.max_pool2d(x, 2)
+
+    def projected(self, x):
+        return x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).amax((3, 5))
+
+
+class DoubledChannels(Projecting):
+    """The state beside itself."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(8, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 16, 1))
+
+    def project(self, x):
+        return torch.cat([x, x], dim=1)
+
+    def projected(self, x):
+        return x.repeat(1, 2, 1, 1)
+
+
+class ChannelsLast(nn.Module):
+    """Added where channels stand last, and put back: the state of the step is what is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return x.permute(0, 3, 1, 2)
+
+    def by_hand(self, x):
+        x0 = x.movedim(1, -1)
+        x1 = x0 + self.fc2(F.gelu(self.fc1(self.norm(x0))))
+        return x1.movedim(-1, 1), [(x0, x1)]
