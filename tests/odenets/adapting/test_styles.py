@@ -175,6 +175,26 @@ def test_steps_that_are_not_always_taken_are_accepted_only_as_partial():
                 recorded(adapted, x, seed)
 
 
+@pytest.mark.parametrize("name", ["F.relu(x + branch)", "x += branch", "transformer", "three inputs"])
+def test_under_autocast_outputs_stay_and_steps_are_the_referees(name):
+    style = STYLES[name]
+    network, x = style.network().eval(), style.batch()
+    adapted = adapt(network, example_of(x))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert_same_output(recorded(adapted, x)[0], called(network, x))
+        assert_steps(style, adapted, x, by_hand(network, x)[1])
+
+
+@pytest.mark.parametrize("name", ["x += branch", "top level", "language model", "latents", "scripted and traced"])
+def test_in_inference_mode_steps_are_recorded_too(name):
+    style = STYLES[name]
+    network, x = style.network().eval(), style.batch()
+    adapted = adapt(network)
+    with torch.inference_mode():
+        torch.testing.assert_close(recorded(adapted, x)[0], called(network, x))
+        assert_steps(style, adapted, x, by_hand(network, x)[1])
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
