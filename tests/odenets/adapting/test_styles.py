@@ -4,15 +4,16 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from odenets import adapt, measures
 from tests.odenets.adapting.styles import STYLES
-from tests.odenets.adapting.styles.skeleton import Around
-from tests.odenets.adapting.styles.structures import Plain
 from tests.odenets.checks import unchanged
+
+PARTIAL = pytest.mark.filterwarnings(
+    "ignore:blocks are called in another order or number"
+)  # where partial=True is given
 
 
 @pytest.fixture(params=STYLES)
@@ -49,80 +50,63 @@ def assert_same_output(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def assert_near(one, other, rtol=1e-4, atol=1e-5):
+    """To rounding; the referee adds in another order, which shows in half precision."""
+    for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        half = {"rtol": 0.03, "atol": 0.02}
+        torch.testing.assert_close(a, b, **(half if b.dtype.itemsize < 4 else {"rtol": rtol, "atol": atol}))
+
+
 def assert_steps(style, adapted, inputs, expected):
     """The steps and records of a pass are the referee's."""
-    steps = adapted.steps(*clones(inputs))
-    torch.manual_seed(5)
-    _, records = adapted.record(*clones(inputs), action=measures.action)
-    assert len(steps) == len(expected)
-    assert adapted.depth == len(expected)
-    assert records["action"].shape == (len(expected), len(inputs[0]))
-    names = adapted.names
-    assert records.blocks == names
-    for i, (hint, x0, x1) in enumerate(expected):
-        assert hint in names[i]
-        torch.testing.assert_close(steps[i].x0, x0)
-        torch.testing.assert_close(steps[i].x1, x1)
-        mean_square = style.mean_square(x0.double(), x1.double(), len(inputs[0]))
-        loose = {"rtol": 0.05, "atol": 1e-3} if x0.dtype.itemsize < 4 else {}
-        torch.testing.assert_close(
-            records["action"][i].double(), mean_square, check_dtype=False, **(loose or {"rtol": 1e-4, "atol": 1e-6})
-        )
+    steps, samples = adapted.steps(*clones(inputs)), len(inputs[0])
+    records = recorded(adapted, inputs)[1]
+    assert len(steps) == adapted.depth == len(expected)
+    assert records["action"].shape == (len(expected), samples)
+    assert records.blocks == adapted.names
+    for (hint, x0, x1), name, step, action in zip(expected, adapted.names, steps, records["action"], strict=True):
+        assert hint in name
+        assert_near((step.x0, step.x1), (style.of_samples(x0, samples), style.of_samples(x1, samples)))
+        mean_square = style.mean_square(x0.float(), x1.float(), samples)
+        assert_near(action.to(x0.dtype), mean_square.to(x0.dtype))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_referee_computes_what_the_network_computes(style, training):
-    plain = style.network().train(training)
-    x = style.batch()
-    expected, steps = by_hand(plain, x)
-    torch.testing.assert_close(called(plain, x), expected)
-    assert len(steps) > 0 or training
-    for _, x0, x1 in steps:
-        assert x0.shape == x1.shape
-        assert not torch.equal(x0, x1)
+def test_a_referee_computes_in_training_what_the_network_computes(style):
+    network, x = style.network().train(), style.batch()
+    expected, steps = by_hand(network, x)
+    assert_near(called(network, x), expected)
+    assert all(x0.shape == x1.shape for _, x0, x1 in steps)
 
 
 def test_the_steps_are_those_that_the_author_counts(style):
-    network = style.network().eval()
-    x = style.batch()
-    expected, steps = by_hand(network, x)
+    """Also those of a single sample, after an example of two."""
+    network, example = style.network().eval(), example_of(style.batch())
     with unchanged(network):
-        adapted = adapt(network, example_of(x))
-    assert adapted.depth == len(steps)
-    torch.testing.assert_close(called(adapted, x), expected)
-    assert_steps(style, adapted, x, steps)
-
-
-def test_without_an_example_they_are_found_at_the_first_batch(style):
-    network = style.network().eval()
-    x = style.batch()
-    adapted = adapt(network)
-    with pytest.raises(ValueError, match="example"):
-        _ = adapted.depth
-    output, records = recorded(adapted, x)
-    expected, steps = by_hand(network, x)
-    torch.testing.assert_close(output, expected)
-    assert records["action"].shape == (len(steps), len(x[0]))
-    assert_steps(style, adapted, x, steps)
-
-
-@pytest.mark.parametrize(("batch", "size"), [(3, 8), (1, 8), (2, 12)])
-def test_the_steps_of_other_batches_are_recorded_too(style, batch, size):
-    if size != 8 and not style.sizes:
-        pytest.skip("takes one size")
-    network = style.network().eval()
-    adapted = adapt(network, example_of(style.batch()))
-    x = style.batch(batch, size)
-    with torch.no_grad():
+        adapted = adapt(network, example)
+    for x in (style.batch(), style.batch(1)):
         expected, steps = by_hand(network, x)
-        torch.testing.assert_close(adapted(*clones(x)), expected)
+        assert adapted.depth == len(steps) > 0
+        assert_near(called(adapted, x), expected)
         assert_steps(style, adapted, x, steps)
 
 
+def test_without_an_example_they_are_found_at_the_first_batch(style):
+    """And are recorded of other batches after it, larger or longer ones."""
+    network = style.network().eval()
+    adapted = adapt(network)
+    with pytest.raises(ValueError, match="first batch"):
+        _ = adapted.depth
+    with torch.no_grad():
+        for x in (style.batch(3), style.batch(2, 12 if style.sizes else 8)):
+            expected, steps = by_hand(network, x)
+            assert_near(recorded(adapted, x)[0], expected)
+            assert_steps(style, adapted, x, steps)
+
+
+@PARTIAL
 @pytest.mark.parametrize("training", [False, True])
 def test_outputs_and_gradients_are_those_of_the_plain_network(style, training):
-    plain = style.network().train(training)
-    network, x = copy.deepcopy(plain), style.batch()
+    plain, network, x = style.network().train(training), style.network().train(training), style.batch()
     adapted = adapt(network, example_of(x), partial=not style.steady)
     assert network.training == training
     output = called(plain, x)
@@ -140,12 +124,11 @@ def test_outputs_and_gradients_are_those_of_the_plain_network(style, training):
         assert_same_output(dict(network.named_buffers()), before)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_records_are_differentiated_as_the_author_would(style, training):
+@PARTIAL
+def test_records_are_differentiated_as_the_author_would(style):
     if style.dtype.itemsize < 4:
         pytest.skip("to rounding of float32")
-    network, x = style.network().train(training), style.batch()
-    referee = copy.deepcopy(network)
+    referee, network, x = style.network().train(), style.network().train(), style.batch()
     adapted = adapt(network, example_of(x), partial=not style.steady)
     torch.manual_seed(5)
     _, steps = referee.expected(*clones(x))
@@ -159,19 +142,19 @@ def test_records_are_differentiated_as_the_author_would(style, training):
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@PARTIAL
 def test_steps_that_are_not_always_taken_are_accepted_only_as_partial():
-    """Stochastic depth by ``if``."""
-    style = STYLES["stochastic depth by if"]
+    style = STYLES["layers dropped at random"]
     network, x = style.network().train(), style.batch()
-    steps = {seed: len(by_hand(network, x, seed)[1]) for seed in range(8)}
-    assert {1, 3} <= set(steps.values())
+    steps = {seed: count for seed in range(20) if (count := len(by_hand(network, x, seed)[1]))}
+    assert set(steps.values()) == {1, 2, 3}
     adapted, accepting = adapt(network, *x), adapt(copy.deepcopy(network), *x, partial=True)
     for seed, count in steps.items():
         assert len(recorded(accepting, x, seed)[1]["action"]) == count
         if count == 3:
             recorded(adapted, x, seed)
         else:
-            with pytest.raises(ValueError, match=r"blocks\.[02](.|\n)*partial=True"):
+            with pytest.raises(ValueError, match=r"not called(.|\n)*partial=True"):
                 recorded(adapted, x, seed)
 
 
@@ -191,121 +174,8 @@ def test_in_inference_mode_steps_are_recorded_too(name):
     network, x = style.network().eval(), style.batch()
     adapted = adapt(network)
     with torch.inference_mode():
-        torch.testing.assert_close(recorded(adapted, x)[0], called(network, x))
+        assert_near(recorded(adapted, x)[0], called(network, x))
         assert_steps(style, adapted, x, by_hand(network, x)[1])
-
-
-# -- bad input --------------------------------------------------------------------------------------------------------
-IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Dense(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(11, 8, 3, 1, 1), nn.Linear(19, 5)
-
-    def forward(self, x):
-        for layer in (self.one, self.two):
-            x = torch.cat([x, layer(x).relu()], 1)
-        return self.head(x.mean((2, 3)))
-
-
-def test_a_network_that_only_concatenates_is_refused_for_this_reason():
-    with pytest.raises(ValueError, match="concatenat"):
-        adapt(Dense(), IMAGE)
-    with pytest.raises(ValueError, match="concatenat"):
-        adapt(Dense()).record(IMAGE, action=measures.action)
-
-
-def test_a_chain_is_refused_with_the_remedy():
-    chain = nn.Sequential(nn.Conv2d(3, 3, 3, 1, 1), nn.ReLU(), nn.Conv2d(3, 3, 3, 1, 1), nn.ReLU(), nn.Flatten())
-    with pytest.raises(ValueError, match="displacement=True"):
-        adapt(chain, IMAGE)
-    adapted = adapt(chain, IMAGE, displacement=True)
-    first = chain[:2](IMAGE)
-    assert_same_output([step.x1 for step in adapted.steps(IMAGE)], [first, chain[2:4](first)])
-
-
-@pytest.mark.parametrize("linear", [nn.Linear(8, 5), nn.Sequential(nn.Flatten(), nn.Linear(192, 5))])
-def test_a_model_of_linear_maps_is_refused(linear):
-    with pytest.raises(ValueError, match="addition"):
-        adapt(linear, IMAGE)
-
-
-@pytest.mark.parametrize(
-    "example",
-    [
-        torch.randn(2, 4, 8, 8),
-        torch.randn(2, 3),
-        torch.randint(9, (2, 3, 8, 8)),
-        (IMAGE, IMAGE),
-        (),
-        {"image": IMAGE},
-        IMAGE.double(),
-        IMAGE[:0],
-        torch.full_like(IMAGE, torch.nan),
-    ],
-    ids=["channels", "dimensions", "integers", "two", "none", "keyword", "float64", "empty", "nan"],
-)
-def test_an_example_that_the_model_does_not_take_is_named(example):
-    network = STYLES["torch.add(branch, x)"].network()
-    with unchanged(network), pytest.raises((TypeError, ValueError), match="example"):
-        adapt(network, example)
-    adapted = adapt(network, IMAGE)  # no hook or mode is left
-    assert adapted.depth == 2
-
-
-@pytest.mark.parametrize("names", [["blocks.0"], "blocks.0", ("blocks.0", "blocks.1"), {"blocks.0": None}, Plain])
-def test_names_of_blocks_are_no_example(names):
-    network = STYLES["nested"].network()
-    with pytest.raises(TypeError, match="blocks="):
-        adapt(network, names)
-
-
-class Branching(Plain):
-    """Whether it takes a step hangs on the values of its input."""
-
-    def forward(self, x):
-        if x.mean() > self.limit:
-            return x + self.branch(x)
-        return self.branch(x)
-
-
-@pytest.mark.parametrize("limit", [-100.0, 100.0])
-def test_control_flow_that_hangs_on_the_data_is_refused_with_the_place(limit):
-    network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), Branching(), Plain()], 8, (2, 3))
-    network.blocks[1].limit = limit
-    with pytest.raises(ValueError, match=r"blocks\.1(.|\n)*blocks="):
-        adapt(network, IMAGE)
-    adapted = adapt(network, blocks=["blocks.0", "blocks.2"])
-    assert adapted.record(IMAGE, action=measures.action)[1]["action"].shape == (2, 2)
-
-
-def test_numbers_read_without_control_flow_are_no_matter():
-    class Checked(Plain):
-        def forward(self, x):
-            assert torch.isfinite(x).all()
-            self.last_mean = x.mean().item()
-            return x + self.branch(x)
-
-    network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), Checked()], 8, (2, 3))
-    assert adapt(network, IMAGE).depth == 2
-
-
-class AlwaysDropped(Plain):
-    def forward(self, x):
-        return x + F.dropout(self.branch(x))  # in eval mode too
-
-
-def test_outputs_that_differ_between_two_calls_are_refused():
-    network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), AlwaysDropped()], 8, (2, 3))
-    with unchanged(network), pytest.raises(ValueError, match=r"random|differ"):
-        adapt(network, IMAGE)
-
-
-def test_an_adapted_model_is_not_adapted():
-    with pytest.raises(TypeError, match="records its steps"):
-        adapt(adapt(STYLES["nested"].network(), IMAGE), IMAGE)
 
 
 def test_one_model_is_adapted_twice_over():
@@ -317,6 +187,7 @@ def test_one_model_is_adapted_twice_over():
         assert_steps(style, one, x, steps)
 
 
+@pytest.mark.slow  # to load it
 def test_a_lightning_module_is_a_module():
     lightning = pytest.importorskip("pytorch_lightning")
 
@@ -334,13 +205,3 @@ def test_a_lightning_module_is_a_module():
     style, network = STYLES["nested"], Classifier().eval()
     _, steps = by_hand(network.net, style.batch())
     assert_steps(style, adapt(network, *style.batch()), style.batch(), steps)
-
-
-def test_a_module_without_a_forward_pass_is_refused():
-    class Trained(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = STYLES["nested"].network()
-
-    with pytest.raises((TypeError, ValueError), match=r"forward"):
-        adapt(Trained(), IMAGE)

@@ -64,7 +64,7 @@ STYLES = {
     "layer scale by addcmul": Style(of_images(i.LayerScale, i.LayerScale)),
     "gate of the state": Style(of_images(i.Gated, i.Gated)),
     "stochastic depth by a mask": Style(of_images(i.Dropped, i.Dropped)),
-    "stochastic depth by if": Style(of_images(i.Skipped, i.Minus, i.Skipped), steady=False),
+    "stochastic depth by if": Style(of_images(i.Skipped, i.Minus, i.Skipped)),
     "shake-shake": Style(of_images(i.Shaken, i.Shaken)),
     # activations
     "F.relu(x + branch)": Style(of_images(i.ReluOfTheSum, i.ReluOfTheSum)),
@@ -117,6 +117,7 @@ STYLES = {
     "a dictionary that blocks change": Style(u.Features),
     "activations by hand": Style(u.ActivationsByHand),
     "masks": Style(u.Masked, padded),
+    "layers dropped at random": Style(u.LayerDrop, steady=False),
     "an adding U-Net": Style(u.AddingUnet),
     "squeeze and excitation": Style(u.Squeezed),
     # tokens

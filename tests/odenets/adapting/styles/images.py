@@ -111,14 +111,14 @@ class Scaled(Alpha):
 
 
 class Halved(Residual):
-    """The sum is divided after the step, by a constant, which is no activation."""
+    """The step ends with the division, an elementwise function of the sum."""
 
     def forward(self, x):
         return (x + self.branch(x)) / math.sqrt(2)
 
     def by_hand(self, x):
-        x1 = x + self.branch(x)
-        return x1 / math.sqrt(2), [(x, x1)]
+        x1 = (x + self.branch(x)) / math.sqrt(2)
+        return x1, [(x, x1)]
 
 
 class ReZero(Residual):
@@ -179,7 +179,7 @@ class Dropped(Residual):
 
 
 class Skipped(Residual):
-    """Stochastic depth by an ``if``: in training the step is not always taken."""
+    """Stochastic depth by an ``if``: in training the block does not always move the state."""
 
     def forward(self, x):
         if self.training and torch.rand(()) < 0.5:
@@ -188,7 +188,7 @@ class Skipped(Residual):
 
     def by_hand(self, x):
         if self.training and torch.rand(()) < 0.5:
-            return x, []
+            return x, [(x, x)]
         return super().by_hand(x)
 
 

@@ -56,8 +56,13 @@ class Style:
         inputs = self.inputs(batch, size)
         return tuple(x.to(self.dtype) if x.is_floating_point() else x for x in inputs)
 
+    def of_samples(self, state: Tensor, samples: int) -> Tensor:
+        """``(B, *S)``."""
+        state = state.movedim(self.batch_dim, 0)
+        return state if len(state) == samples else state.unflatten(0, (samples, -1))
+
     def mean_square(self, x0: Tensor, x1: Tensor, samples: int) -> Tensor:
-        return (x1 - x0).square().movedim(self.batch_dim, 0).reshape(samples, -1).mean(1)
+        return self.of_samples(x1 - x0, samples).square().flatten(1).mean(1)
 
 
 class Around(nn.Module):

@@ -186,6 +186,34 @@ class AddingUnet(nn.Module):
         return c, [("", a, b), ("last", b, c)]
 
 
+class LayerDrop(nn.Module):
+    """In training blocks, and an addition outside of any block, are left out at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Conv2d(3, 8, 3, padding=1), nn.ModuleList(Plain() for _ in range(2))
+        self.branch = convolutions()
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            if not self.training or torch.rand(()) < 0.5:
+                x = block(x)
+        if not self.training or torch.rand(()) < 0.5:
+            x = x + self.branch(x)
+        return x
+
+    def expected(self, x):
+        x, steps = self.first(x), []
+        for name, branch in zip(
+            ("blocks.0", "blocks.1", ""), (*(b.branch for b in self.blocks), self.branch), strict=True
+        ):
+            if not self.training or torch.rand(()) < 0.5:
+                steps.append((name, x, x + branch(x)))
+                x = steps[-1][2]
+        return x, steps
+
+
 class Squeezed(Around):
     """Gates within branches (squeeze and excitation), of which the last is a sum of two gates."""
 
