@@ -65,7 +65,7 @@ def test_a_model_of_linear_maps_is_refused(linear):
 )
 def test_an_example_that_the_model_does_not_take_is_named(example):
     network = STYLES["torch.add(branch, x)"].network()
-    with unchanged(network), pytest.raises((TypeError, ValueError), match=r"example|finite"):
+    with unchanged(network), pytest.raises((TypeError, ValueError), match=r"example|finite|at least one sample"):
         adapt(network, example)
     adapted = adapt(network, IMAGE)  # no hook or mode is left
     assert adapted.depth == 2
@@ -81,6 +81,8 @@ def test_names_of_blocks_are_no_example(names):
 class Branching(Plain):
     """Whether it takes a step hangs on the values of its input."""
 
+    limit = 0.0
+
     def forward(self, x):
         if x.mean() > self.limit:
             return x + self.branch(x)
@@ -88,24 +90,44 @@ class Branching(Plain):
 
 
 @pytest.mark.parametrize("limit", [-100.0, 100.0])
-def test_control_flow_that_hangs_on_the_data_is_refused_with_the_place(limit):
+def test_a_pass_that_data_lead_another_way_is_refused_with_the_place(limit):
+    """Also where both ways go through the same modules, as they do here."""
     network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), Branching(), Plain()], 8, (2, 3))
     network.blocks[1].limit = limit
-    with pytest.raises(ValueError, match=r"blocks\.1(.|\n)*blocks="):
-        adapt(network, IMAGE)
-    adapted = adapt(network, blocks=["blocks.0", "blocks.2"])
-    assert adapted.record(IMAGE, action=measures.action)[1]["action"].shape == (2, 2)
+    adapted = adapt(network, IMAGE)
+    assert adapted.depth == (3 if limit < 0 else 2)
+    adapted.record(2 * IMAGE, action=measures.action)
+    network.blocks[1].limit = -limit
+    with pytest.raises(ValueError, match=r"test_refusals.py:\d+ in 'blocks\.1'(.|\n)*blocks="):
+        adapted.record(IMAGE, action=measures.action)
+    named = adapt(network, blocks=["blocks.0", "blocks.2"])
+    assert named.record(IMAGE, action=measures.action)[1]["action"].shape == (2, 2)
 
 
-def test_numbers_read_without_control_flow_are_no_matter():
-    class Checked(Plain):
-        def forward(self, x):
-            assert torch.isfinite(x).all()
-            self.last_mean = x.mean().item()
-            return x + self.branch(x)
+class Checked(Plain):
+    def forward(self, x):
+        assert torch.isfinite(x).all()
+        return x + self.branch(x)
 
+
+class Noted(Checked):
+    def forward(self, x):
+        self.last_mean = x.mean().item()
+        return super().forward(x)
+
+
+def test_data_that_are_read_and_lead_no_other_way_do_not_matter():
     network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), Checked()], 8, (2, 3))
-    assert adapt(network, IMAGE).depth == 2
+    adapted = adapt(network, IMAGE)
+    assert adapted.depth == 2
+    adapted.record(2 * IMAGE, action=measures.action)
+
+
+def test_numbers_that_are_read_are_warned_of_with_the_place():
+    network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), Noted()], 8, (2, 3))
+    with pytest.warns(UserWarning, match=r"test_refusals.py:\d+ in 'blocks\.1'"):
+        adapted = adapt(network, IMAGE)
+    assert adapted.depth == 2
 
 
 class AlwaysDropped(Plain):
