@@ -110,21 +110,16 @@ class Checked(Plain):
         return x + self.branch(x)
 
 
-class Noted(Checked):
+class Noted(Plain):
     def forward(self, x):
-        self.last_mean = x.mean().item()
-        return super().forward(x)
+        self.mean = self.read(x.detach().mean())
+        return x + self.branch(x)
 
 
-def test_data_that_are_read_and_lead_no_other_way_do_not_matter():
-    network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), Checked()], 8, (2, 3))
-    adapted = adapt(network, IMAGE)
-    assert adapted.depth == 2
-    adapted.record(2 * IMAGE, action=measures.action)
-
-
-def test_numbers_that_are_read_are_warned_of_with_the_place():
+@pytest.mark.parametrize("read", [torch.Tensor.item, float, torch.Tensor.tolist, torch.Tensor.numpy])
+def test_numbers_that_are_read_are_warned_of_with_the_place(read):
     network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), Noted()], 8, (2, 3))
+    network.blocks[1].read = read
     with pytest.warns(UserWarning, match=r"test_refusals.py:\d+ in 'blocks\.1'"):
         adapted = adapt(network, IMAGE)
     assert adapted.depth == 2

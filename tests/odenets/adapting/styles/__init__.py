@@ -118,6 +118,8 @@ STYLES = {
     "activations by hand": Style(u.ActivationsByHand),
     "masks": Style(u.Masked, padded),
     "layers dropped at random": Style(u.LayerDrop, steady=False),
+    "loops": Style(u.Loops, tokens),
+    "a sum of states": Style(u.SumOfStates),
     "an adding U-Net": Style(u.AddingUnet),
     "squeeze and excitation": Style(u.Squeezed),
     # tokens

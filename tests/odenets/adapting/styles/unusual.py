@@ -1,5 +1,7 @@
 """Models that are legal Python, though no module's border shows their steps."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -212,6 +214,50 @@ class LayerDrop(nn.Module):
                 steps.append((name, x, x + branch(x)))
                 x = steps[-1][2]
         return x, steps
+
+
+class Loops(nn.Module):
+    """Steps of a loop outside of any block: two additions each, of which one injects the input; and `lerp`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inject, self.branch, self.last = nn.Linear(8, 8), nn.Linear(8, 8), mlp(), mlp()
+
+    def forward(self, x):
+        e = self.embed(x).relu()
+        z = e
+        for _ in range(3):
+            z = torch.tanh(z + self.branch(z) + self.inject(e))
+        return torch.lerp(z, self.last(z), 0.3)
+
+    def expected(self, x):
+        e = self.embed(x).relu()
+        states = [e]
+        for _ in range(3):
+            z = states[-1]
+            states.append((self.inject(e) + z + self.branch(z)).tanh())
+        states.append(0.7 * states[-1] + 0.3 * self.last(states[-1]))
+        return states[-1], [("", *pair) for pair in pairwise(states)]
+
+
+class SumOfStates(nn.Module):
+    """The states after all blocks are added up, which is no step, for no branch is computed for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Conv2d(3, 8, 3, padding=1), nn.ModuleList(Plain() for _ in range(2))
+
+    def forward(self, x):
+        states = [self.first(x)]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states[0] + states[1] + states[2]
+
+    def expected(self, x):
+        a = self.first(x)
+        b = a + self.blocks[0].branch(a)
+        c = b + self.blocks[1].branch(b)
+        return a + b + c, [("blocks.0", a, b), ("blocks.1", b, c)]
 
 
 class Squeezed(Around):
