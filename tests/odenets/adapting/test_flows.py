@@ -11,6 +11,7 @@ from odenets import ConvField, Flow, MLPField, Network, NeuralODE, Records, adap
 from odenets.detection.features import Trajectory
 from odenets.least_action import LeastAction
 from odenets.measures import measure
+from odenets.module_wise import split_into_modules
 from odenets.training.objectives import CrossEntropy
 from solvers import Tolerance
 from tests.odenets.networks import Calling, Unit, Velocity
@@ -527,6 +528,17 @@ def test_images_and_own_networks_go_through_least_action_and_a_trajectory():
     assert losses[-1] < losses[0]
     features = Trajectory("residue", "cosine")(adapted.eval(), images)
     assert features.shape == (6, 6)
+
+
+@pytest.mark.parametrize("name", ["euler", "adaptive"])
+def test_a_model_is_cut_beside_its_flow(name, x):
+    model = around(FLOWS[name]())
+    adapted = adapt(model, x)
+    modules = split_into_modules(adapted, 2, x)
+    _, records = modules.record(x, action=measures.action)
+    assert records["action"].equal(adapted.record(x, action=measures.action)[1]["action"])
+    assert records.blocks[:2] == ("module 1 first", f"module 1 flow {'blocks.0' if name == 'euler' else 'step 0'}")
+    assert [module.depth for module in modules.modules_in_order] == [1 + model.flow.depth, 1]
 
 
 def test_a_measure_of_the_end_is_that_of_the_flow(x):
