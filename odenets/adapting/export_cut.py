@@ -149,6 +149,11 @@ def _matched(blocks: Sequence[Sequence[BlockSpec]], steps: Sequence[StepNodes]) 
         ValueError: there are others.
     """
     specs = [spec for of_block in blocks for spec in of_block]
+    if flows := [spec.name for spec in specs if spec.recorder]:
+        raise ValueError(
+            f"the model cannot be cut: {flows[0]!r} records its own steps, which no exported graph does; one that "
+            "torch.fx can trace, all of whose blocks are modules that return the state, is cut with its flows whole"
+        )
     if len(specs) != len(steps):
         steps = [step for step in steps if any(_is_in(step, spec) for spec in specs)]
     if len(specs) != len(steps):

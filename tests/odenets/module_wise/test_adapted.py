@@ -115,3 +115,16 @@ def test_a_network_with_a_flow_trains_in_modules():
     assert (losses[-1] < 0.9 * losses[0]).all()
     records = network.eval().record(x, action=measures.action)[1]["action"]
     torch.testing.assert_close(modules.eval().record(x, action=measures.action)[1]["action"], records)
+
+
+def test_a_flow_beside_sums_in_no_module_is_not_cut():
+    class Summing(Own):
+        def forward(self, x):
+            x = self.flow(self.widen(x))
+            for layer in self.layers:
+                x = x + torch.tanh(layer.way(x))
+            return self.head(x)
+
+    x = torch.randn(4, 4)
+    with pytest.raises(ValueError, match="'flow' records its own steps, which no exported graph does"):
+        split_into_modules(adapt(Summing(), x), 2, x)
