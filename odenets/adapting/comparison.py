@@ -31,6 +31,7 @@ class Comparison:
         self.blocks, self.found, self.partial = blocks, found, partial
         self.steps = None if found is None else found.steps
         self.ways = set() if found is None else {found.decisions}  # decisions of passes that take these steps
+        self.kinds: tuple[type, ...] | None = None  # of the modules of a model that takes these steps
 
     def check(
         self,
@@ -84,16 +85,22 @@ class Comparison:
     def _check_way(
         self, model: nn.Module, current: ForwardPass, inputs: tuple[Any, ...], keywords: Mapping[str, Any]
     ) -> None:
-        """Where a pass has decided otherwise by its data than those before, look at its program too."""
-        if self.found is None or self.found.decisions is None or (way := tuple(current.decisions)) in self.ways:
+        """Look at the program too where a pass has decided otherwise by its data, or the model has other modules."""
+        if self.found is None:
+            return
+        kinds = tuple(map(type, model.modules()))
+        way = None if self.found.decisions is None else tuple(current.decisions)
+        if way in self.ways and kinds == (self.kinds or kinds):
+            self.kinds = kinds
             return
         steps = [spec.name for spec in find(model, inputs, keywords, partial=True).steps]
         if steps != [block.name for block in self.steps or ()]:
             raise ValueError(
-                f"this pass takes other steps than those that were found, {', '.join(steps)}{self._hint()}: name those "
-                'that all passes take, adapt(model, blocks=["layer1.0", ...])'
+                f"this pass takes other steps than those that were found, {', '.join(steps)}{self._hint()}: adapt the "
+                'model again, or name those that all passes take, adapt(model, blocks=["layer1.0", ...])'
             )
         self.ways.add(way)
+        self.kinds = kinds
 
     def _not_called(self, missing: Sequence[str]) -> ValueError:
         return ValueError(

@@ -157,6 +157,8 @@ class ForwardPass:
             raise _changed(block)
         self._visit(Visited(block, self._shape(block, x0)))
         if not self.needs_states:
+            if counted and key not in self.in_place.outputs:  # whether they are written into is learned here too
+                self.ends.append(_End(start, x1, _version(x0), _version(x1), None, 0))
             return
         if self.gradients and not torch.is_grad_enabled():
             self.without_gradients = block
@@ -271,7 +273,7 @@ class ForwardPass:
                 if step.x1 is end.x1 and written:
                     step = step._replace(x1=_copied(end.copy, name))
                 self.steps[end.number] = step
-            elif written and end.copy is None:
+            elif written and end.copy is None and self.needs_states:
                 later.append(name)
         return later
 

@@ -198,7 +198,7 @@ class _Operations(TorchDispatchMode):
         if running_recorder() is not None:
             return
         for path, x in tensors_in(value):
-            if x.is_floating_point() or x.is_quantized:
+            if _may_move(x):
                 passages.append(Passage(self.time, place._replace(path=path), self.node_of(x), self.call))
                 if place.is_module and place.side == "input":
                     self.entering.setdefault(self.call, x)
@@ -222,7 +222,7 @@ class _Operations(TorchDispatchMode):
         self.recorders.append(Run(self.time, name, self.node_of(state) if isinstance(state, Tensor) else None))
 
     def input(self, x: Tensor) -> None:
-        self.known[x] = self.add("input", shape=tuple(x.shape), floating=x.is_floating_point())
+        self.known[x] = self.add("input", shape=tuple(x.shape), floating=_may_move(x))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -245,7 +245,7 @@ class _Operations(TorchDispatchMode):
                 op.removesuffix("_"),
                 inputs,
                 shape=tuple(one.shape),
-                floating=one.is_floating_point() or one.is_quantized,
+                floating=_may_move(one),
                 fixed=all(n.fixed for n in inputs),
                 learned=all(n.fixed for n in inputs) and any(n.learned for n in inputs),
                 same=first is not None and not in_place and _same(op, args, one),
@@ -294,12 +294,17 @@ class _Operations(TorchDispatchMode):
                 )
 
 
+def _may_move(x: Tensor) -> bool:
+    """Whether a tensor can be a state: floating, complex or quantized."""
+    return x.is_floating_point() or x.is_complex() or x.is_quantized
+
+
 def _rows(x: Tensor) -> tuple[Tensor, ...]:
     """The mean square of each row along the first axis, and along the second, on the CPU in the precision of x."""
     x = x.dequantize() if x.is_quantized else x.detach()
-    squares = x.float().square()
+    squares = (x.abs() if x.is_complex() else x).float().square()
     axes = range(min(x.ndim, 2)) if x.numel() else ()
-    return tuple(squares.movedim(axis, 0).reshape(x.shape[axis], -1).mean(1).to(x.dtype).cpu() for axis in axes)
+    return tuple(squares.movedim(axis, 0).reshape(x.shape[axis], -1).mean(1).to(x.real.dtype).cpu() for axis in axes)
 
 
 def _memory(x: Tensor) -> int | None:
