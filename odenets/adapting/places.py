@@ -97,7 +97,7 @@ def code_of(depth: int) -> tuple[Code | None, Any]:
     """The code that calls a function, ``depth`` frames above: the innermost that is not torch's, and where it is in it.
 
     Returns:
-        The code, None outside modules; and the frame of the call of the module around it.
+        The code, None outside modules and in this room's own; and the frame of the call of the module around it.
     """
     frame: Any = sys._getframe(depth + 1)
     caller = None
@@ -105,7 +105,7 @@ def code_of(depth: int) -> tuple[Code | None, Any]:
         if caller is None or (_is_of_torch(caller) and not _is_of_torch(frame)):
             caller = frame
         frame = frame.f_back
-    if caller is None or frame is None:
+    if caller is None or frame is None or caller.f_code.co_filename.startswith(_OURS):
         return None, frame
     code = caller.f_code
     if code not in _POSITIONS:  # of a call, whose instruction moves as Python specializes it
