@@ -15,11 +15,6 @@ PARTIAL = pytest.mark.filterwarnings(
     "ignore:blocks are called in another order or number"
 )  # where partial=True is given
 
-WRITTEN = pytest.mark.xfail(
-    reason="an example does not teach which states are written into after their step", strict=True
-)
-WITH_GRADIENTS = [pytest.param(name, marks=WRITTEN) if name == "first ReLU in place" else name for name in STYLES]
-
 
 @pytest.fixture(params=STYLES)
 def style(request):
@@ -101,7 +96,7 @@ def test_without_an_example_they_are_found_at_the_first_batch(style):
             assert_steps(style, adapted, x, steps)
 
 
-@pytest.mark.parametrize("style", WITH_GRADIENTS, indirect=True)
+@pytest.mark.parametrize("style", STYLES, indirect=True)
 @PARTIAL
 @pytest.mark.parametrize("training", [False, True])
 def test_outputs_and_gradients_are_those_of_the_plain_network(style, training):
@@ -123,7 +118,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_network(style, training):
         assert_same_output(dict(network.named_buffers()), before)
 
 
-@pytest.mark.parametrize("style", WITH_GRADIENTS, indirect=True)
+@pytest.mark.parametrize("style", STYLES, indirect=True)
 @PARTIAL
 def test_records_in_training_and_their_gradients_are_the_referees(style):
     referee, network, x = style.network().train(), style.network().train(), style.batch()
