@@ -11,7 +11,7 @@ from torch import Tensor
 
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.checkpointing import outside_checkpoints
-from odenets.adapting.tokens import Tokens
+from odenets.adapting.tokens import Tokens, euler_reductions
 from odenets.measures import StepFunction, reductions_of
 from odenets.recording import Records, check_values
 from odenets.records import numbered
@@ -222,19 +222,20 @@ class ForwardPass:
         dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
         x0, x1 = x0.to(dtype), x1.to(dtype)
         with outside_checkpoints():
-            states = [(x0, x1, r)] if self.tokens is None else self.tokens.split(block.name, x0, x1, r)
-            steps = [self._step(*one) for one in states]
+            if self.tokens is None:
+                steps = [self._step(x0, x1, r)]
+            else:
+                groups = self.tokens.split(block.name, x0, x1, r, reduced=len(self.reductions) > 0)
+                steps = [self._step(*group) for group in groups]
             for name, measure in self.measures.items():
                 values = [check_values(name, measure(step), step.x0) for step in steps]
                 self.rows[name].append(values[0] if self.tokens is None else self.tokens.join(values))
         if self.keep:
             self.steps += steps  # one, for nothing is measured
 
-    def _step(self, x0: Tensor, x1: Tensor, r: Tensor | None) -> Step:
-        reductions = None
-        if self.reductions:
-            square, cosine = displaced(x0, x1) if r is None else mean_square_and_cosine(r)
-            reductions = {"action": square, "residue": square, "cosine": cosine}  # an Euler step's action with h = 1
+    def _step(self, x0: Tensor, x1: Tensor, r: Tensor | None, reductions: dict[str, Tensor] | None = None) -> Step:
+        if self.reductions and reductions is None:
+            reductions = euler_reductions(*(displaced(x0, x1) if r is None else mean_square_and_cosine(r)))
         if r is None and (self.keep or not self.all_reduced):
             r = x1 - x0
         return Step(float(len(self.visited) - 1), 1.0, x0, x1, () if r is None else (r,), EULER, reductions)
