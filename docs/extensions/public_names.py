@@ -41,7 +41,8 @@ ABBREVIATIONS = {
     "MakeLRScheduler": "odenets.training.optimization.MakeLRScheduler",
     "MakeOptimizer": "odenets.training.optimization.MakeOptimizer",
     "MetricFunction": "odenets.training.metrics.MetricFunction", "Optimizer": "torch.optim.Optimizer",
-    "Path": "pathlib.Path", "Precision": "lightning_fabric.plugins.Precision", "Site": "odenets.adapting.places.Site",
+    "Path": "pathlib.Path", "Precision": "lightning_fabric.plugins.Precision",
+    "Site": "odenets.adapting.program.places.Site",
     "Source": "odenets.training.sources.Source", "Tensor": "torch.Tensor", "TypeIs": "typing_extensions.TypeIs",
     "ndarray": "numpy.ndarray", "np.ndarray": "numpy.ndarray",
 }  # fmt: skip

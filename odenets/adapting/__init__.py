@@ -7,7 +7,7 @@
 from odenets.adapting.adaptation import adapt
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.blocks import BlockSpec, Samples
-from odenets.adapting.places import Place
+from odenets.adapting.program.places import Place
 from odenets.adapting.rules import RULES, Rule, find_blocks
 
 __all__ = ["RULES", "AdaptedModel", "BlockSpec", "Place", "Rule", "Samples", "adapt", "find_blocks"]

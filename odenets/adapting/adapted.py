@@ -21,8 +21,8 @@ from odenets.adapting.hooks import Hooks
 from odenets.adapting.layouts import samples_of
 from odenets.adapting.masking import Masking
 from odenets.adapting.norms import warn_of_norms
-from odenets.adapting.places import tensors_in
-from odenets.adapting.program import FailedPass
+from odenets.adapting.program.graph import FailedPass
+from odenets.adapting.program.places import tensors_in
 from odenets.measures import Measure, StepFunction
 from odenets.observing import observing
 from odenets.printing import table

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from odenets.adapting.places import Place
+from odenets.adapting.program.places import Place
 from odenets.flow import Flow
 from odenets.network import Chain
 from odenets.neural_ode import NeuralODE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from odenets.adapting.blocks import BlockSpec, flow_spec, records_itself
-from odenets.adapting.places import Place
+from odenets.adapting.program.places import Place
 
 __all__ = ["layers_of"]
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from odenets.adapting.additions import Found, find_additions
 from odenets.adapting.blocks import BlockSpec, Samples, flow_spec
 from odenets.adapting.chains import layers_of
 from odenets.adapting.layouts import find_layouts, samples_of
 from odenets.adapting.matching import match
-from odenets.adapting.program import Node, Program, trace
+from odenets.adapting.program.additions import Found, find_additions
+from odenets.adapting.program.graph import Node, Program
+from odenets.adapting.program.tracing import trace
 from odenets.modes import evaluating, keeping_attributes
 
 __all__ = ["Blocks", "find"]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.forward_pass import ForwardPass, InPlaceChanges
-from odenets.adapting.places import Code, Path, Place, Site, at, code_of, tensors_in
+from odenets.adapting.program.places import Code, Path, Place, Site, at, code_of, tensors_in
 from odenets.observing import running_recorder
 
 __all__ = ["Hooks"]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from odenets.adapting.additions import Addition, find_additions
 from odenets.adapting.blocks import Samples
-from odenets.adapting.places import tensors_in
-from odenets.adapting.program import FailedPass, Node, Program, trace
+from odenets.adapting.program.additions import Addition, find_additions
+from odenets.adapting.program.graph import FailedPass, Node, Program
+from odenets.adapting.program.places import tensors_in
+from odenets.adapting.program.tracing import trace
 
 __all__ = ["Layouts", "find_layouts", "samples_of"]
 

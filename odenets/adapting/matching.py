@@ -9,10 +9,10 @@ from itertools import chain, count
 
 from torch import nn
 
-from odenets.adapting.additions import Addition
 from odenets.adapting.blocks import BlockSpec
-from odenets.adapting.places import Place
-from odenets.adapting.program import Call, Node, Passage, Program
+from odenets.adapting.program.additions import Addition
+from odenets.adapting.program.graph import Call, Node, Passage, Program
+from odenets.adapting.program.places import Place
 from odenets.adapting.rules import HALVES, kind_of
 
 __all__ = ["Match", "match"]

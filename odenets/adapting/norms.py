@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from odenets.adapting.blocks import BlockSpec
-from odenets.adapting.places import Place
+from odenets.adapting.program.places import Place
 
 __all__ = ["warn_of_norms"]
 

@@ -11,7 +11,7 @@ from typing import cast
 from torch import nn
 
 from odenets.adapting.blocks import BlockSpec, flow_spec, records_itself
-from odenets.adapting.places import Place
+from odenets.adapting.program.places import Place
 
 __all__ = ["RULES", "Blocks", "Rule", "find_blocks", "kind_of"]
 

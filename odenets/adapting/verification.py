@@ -10,8 +10,9 @@ from torch import Tensor
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.copying import copied
-from odenets.adapting.places import tensors_in
-from odenets.adapting.program import FailedPass, without_fast_path
+from odenets.adapting.program.graph import FailedPass
+from odenets.adapting.program.places import tensors_in
+from odenets.adapting.program.tracing import without_fast_path
 from odenets.modes import device_of, evaluating, keeping_attributes
 
 __all__ = ["check_example"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting import AdaptedModel
-from odenets.adapting.parts import CutPart
+from odenets.adapting.cutting.parts import CutPart
 from odenets.flow import Flow
 from odenets.inputs import arguments, is_by_keyword
 from odenets.measures import StepFunction

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting import AdaptedModel
-from odenets.adapting.tracing import blocks_in, cut_adapted
+from odenets.adapting.cutting.cut import blocks_in, cut_adapted
 from odenets.analysis.memory import measure_memory
 from odenets.flow import Flow
 from odenets.inputs import arguments, call, is_by_keyword

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from odenets import measures
 from odenets.adapting import adapt
-from odenets.adapting.tracing import blocks_in, cut_adapted
+from odenets.adapting.cutting.cut import blocks_in, cut_adapted
 from tests.odenets.adapting.models import SMALL, small_resnet, small_swin, small_vit
 from tests.odenets.checks import unchanged
 
@@ -144,7 +144,7 @@ def test_what_can_be_traced_can_be_exported(name, monkeypatch):
     def untraceable(*args):
         raise ValueError("not traced")
 
-    monkeypatch.setattr("odenets.adapting.tracing._cut_traced", untraceable)
+    monkeypatch.setattr("odenets.adapting.cutting.cut._cut_traced", untraceable)
     make, example = TRACED[name]
     network = adapt(make(), example)
     parts, head = cut_adapted(network, [1, len(blocks_in(network))], "end", example)

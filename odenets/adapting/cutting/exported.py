@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_map
 
-from odenets.adapting.additions import find_additions
-from odenets.adapting.operators import SAME_VALUES
-from odenets.adapting.program import Call, Node, Program
-from odenets.adapting.splitting import Operations
+from odenets.adapting.cutting.splitting import Operations
+from odenets.adapting.program.additions import find_additions
+from odenets.adapting.program.graph import Call, Node, Program
+from odenets.adapting.program.operators import SAME_VALUES
 from odenets.modes import device_of
 from odenets.recording import is_recorder
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from odenets.adapting.cutting.sizes import Sizes
 from odenets.adapting.masking import Masking, Tokens
-from odenets.adapting.sizes import Sizes
 
 __all__ = ["CutPart", "Exports", "Inputs", "PartMasking"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from odenets.adapting.operators import ELEMENTWISE, FUSED, JOINING, LINEAR, PACKED, SUMS
-from odenets.adapting.program import Call, Node, Program
+from odenets.adapting.program.graph import Call, Node, Program
+from odenets.adapting.program.operators import ELEMENTWISE, FUSED, JOINING, LINEAR, PACKED, SUMS
 
 __all__ = ["Addition", "Found", "find_additions"]
 

@@ -1,7 +1,7 @@
 import pytest
 
 from odenets.adapting import adapt
-from odenets.adapting.tracing import cut_adapted
+from odenets.adapting.cutting.cut import cut_adapted
 from tests.odenets.adapting.models import SMALL, Repeated, small_resnet
 from tests.odenets.checks import unchanged
 from tests.odenets.networks import Calling, Unit

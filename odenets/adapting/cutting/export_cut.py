@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_flatten
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.blocks import BlockSpec
-from odenets.adapting.exported import MODEL, Exported, StepNodes, export, steps_in
+from odenets.adapting.cutting.exported import MODEL, Exported, StepNodes, export, steps_in
+from odenets.adapting.cutting.parts import CutPart, Exports, Inputs
+from odenets.adapting.cutting.sizes import Sizes
+from odenets.adapting.cutting.splitting import Border, split
 from odenets.adapting.hooks import Hooks
-from odenets.adapting.parts import CutPart, Exports, Inputs
-from odenets.adapting.sizes import Sizes
-from odenets.adapting.splitting import Border, split
 from odenets.modes import keeping_modes
 
 __all__ = ["cut_exported"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting.adapted import AdaptedModel
-from odenets.adapting.parts import Inputs
-from odenets.adapting.places import tensors_in
+from odenets.adapting.cutting.parts import Inputs
+from odenets.adapting.program.places import tensors_in
 from odenets.modes import keeping_state
 from solvers import Step
 

@@ -12,11 +12,11 @@ from torch import fx, nn
 from torch.fx.proxy import Proxy, TraceError
 
 from odenets.adapting.adapted import AdaptedModel
-from odenets.adapting.agreement import check_parts
 from odenets.adapting.blocks import BlockSpec
-from odenets.adapting.export_cut import cut_exported
-from odenets.adapting.parts import CutPart, Inputs, PartMasking
-from odenets.adapting.splitting import Border, Operations, split
+from odenets.adapting.cutting.agreement import check_parts
+from odenets.adapting.cutting.export_cut import cut_exported
+from odenets.adapting.cutting.parts import CutPart, Inputs, PartMasking
+from odenets.adapting.cutting.splitting import Border, Operations, split
 from odenets.modes import keeping_modes
 
 __all__ = ["blocks_in", "cut_adapted"]
