@@ -149,6 +149,12 @@ class ModuleWise(Joined):
     def arguments(self, inputs: Any) -> tuple[Any, ...]:
         """The arguments ``(x, *args)`` for the inputs of a batch: x, that tuple, or a mapping of an adapted model's.
 
+        Args:
+            inputs: of a batch, as :meth:`forward` or the adapted model takes them.
+
+        Returns:
+            The arguments by position.
+
         Raises:
             TypeError: a mapping of other inputs than those with which the network was cut.
         """

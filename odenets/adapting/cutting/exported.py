@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_map
@@ -21,6 +20,9 @@ from odenets.adapting.program.graph import Call, Node, Program
 from odenets.adapting.program.operators import SAME_VALUES
 from odenets.modes import device_of
 from odenets.recording import is_recorder
+
+if TYPE_CHECKING:
+    import sympy
 
 __all__ = ["MODEL", "Exported", "StepNodes", "export", "steps_in"]
 

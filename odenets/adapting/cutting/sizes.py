@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import sympy
+
 __all__ = ["Sizes"]
 
-Shape = tuple[int | sympy.Expr, ...]
+Shape = tuple[Any, ...]  # of numbers, and expressions of sympy
 
 
 class Sizes:
@@ -56,7 +58,7 @@ class Sizes:
             if len(shape) != len(expected):
                 raise ValueError(f"{name} must have {len(expected)} dimensions, as at the cut, got {shape}")
             for size, one in zip(shape, expected, strict=True):
-                known = sizes.setdefault(one, size) if isinstance(one, sympy.Symbol) else one
+                known = sizes.setdefault(one, size) if getattr(one, "is_Symbol", False) else one
                 if isinstance(known, int) and known != size:
                     raise ValueError(
                         f"{name} must have the size {known} where it has {size}, got {shape}: the network is cut for "
@@ -71,7 +73,7 @@ class Sizes:
 
     def _check_conditions(self, sizes: Mapping[sympy.Symbol, int]) -> None:
         for one in self.conditions:
-            if one.free_symbols <= set(sizes) and one.subs([*sizes.items()]) == sympy.false:
+            if one.free_symbols <= set(sizes) and not one.subs([*sizes.items()]):
                 got = ", ".join(f"{symbol} = {size}" for symbol, size in sizes.items())
                 raise ValueError(
                     f"the model takes another way for these sizes than at the cut, where {one} was so, got {got} for "
