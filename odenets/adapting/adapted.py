@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting.blocks import BlockSpec
+from odenets.adapting.calls import check_inputs, cloned, inputs_and_measures
 from odenets.adapting.comparison import Comparison
 from odenets.adapting.finding import Blocks, find
 from odenets.adapting.flows import FlowObserver, Row, rows_of
@@ -22,13 +22,11 @@ from odenets.adapting.layouts import samples_of
 from odenets.adapting.masking import Masking
 from odenets.adapting.norms import warn_of_norms
 from odenets.adapting.program.graph import FailedPass
-from odenets.adapting.program.places import tensors_in
-from odenets.measures import Measure, StepFunction
+from odenets.measures import StepFunction
 from odenets.observing import observing
 from odenets.printing import table
 from odenets.recording import Records
 from solvers import Step
-from solvers.validation import check_state
 
 __all__ = ["AdaptedModel"]
 
@@ -202,7 +200,7 @@ class AdaptedModel(nn.Module):
                 this pass; if a block with weights is computed without gradients though they are enabled; if an output
                 is changed in place after its block, so that it cannot be differentiated.
         """
-        return self._record(inputs, *self._split(named))
+        return self._record(inputs, *inputs_and_measures(self.model, named))
 
     def _record(
         self, inputs: tuple[Any, ...], keywords: Mapping[str, Any], measures: dict[str, StepFunction]
@@ -245,22 +243,6 @@ class AdaptedModel(nn.Module):
         output, current = self._run(inputs, keywords, {}, keep=True)
         return output, current.steps, list(current.sources())
 
-    def _split(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, StepFunction]]:
-        """What the model takes by keyword, and the measures."""
-        takes, anything = _keywords_of(self.model.forward)
-        keywords, measures = {}, {}
-        for name, value in named.items():
-            if isinstance(value, Measure) or (callable(value) and name not in takes):
-                measures[name] = value
-            elif name in takes or anything:
-                keywords[name] = value
-            else:
-                raise TypeError(
-                    f"measure {name!r} must be a function Step -> (B,), got {type(value).__name__}, and the model "
-                    f"takes no input of that name: {', '.join(takes) or 'none by keyword'}"
-                )
-        return keywords, measures
-
     def _run(
         self,
         inputs: tuple[Any, ...],
@@ -271,7 +253,7 @@ class AdaptedModel(nn.Module):
     ) -> tuple[Any, ForwardPass]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # where changes in place are counted
-                inputs, keywords = _cloned((inputs, dict(keywords)))
+                inputs, keywords = cloned((inputs, dict(keywords)))
                 return self._run(inputs, keywords, measures, keep, closing)
         self._check_input(inputs, keywords)
         try:
@@ -297,9 +279,8 @@ class AdaptedModel(nn.Module):
 
     def _check_input(self, inputs: Any, keywords: Mapping[str, Any]) -> None:
         """Inputs are checked here; states are not, so that a diverging network can be measured."""
-        x = next((x for _, x in tensors_in((inputs, dict(keywords)))), None)
-        if self._whole and x is not None and x.is_floating_point():
-            check_state(x)
+        if self._whole:
+            check_inputs(inputs, keywords)
 
     def _warn(self, current: ForwardPass) -> None:
         """Warn of what records lack."""
@@ -354,14 +335,3 @@ class AdaptedModel(nn.Module):
 
 
 _GIVE = "give one, adapt(model, torch.randn(2, 3, 32, 32)), or call the model once before"
-
-
-def _keywords_of(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
-    """The names that a function takes, and whether it takes any other."""
-    parameters = inspect.signature(function).parameters.values()
-    names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return names, any(p.kind == p.VAR_KEYWORD for p in parameters)
-
-
-def _cloned(inputs: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, torch.clone, inputs)
