@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -20,6 +21,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "evaluating",
+    "in_eval_mode",
     "inputs_for",
     "keeping_attributes",
     "keeping_modes",
@@ -60,6 +62,21 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     with keeping_modes(*networks):
         for network in networks:
             network.eval()
+        yield
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Eval mode by the flags alone: ``eval`` of modules that change weights by it, as to fold them, is not called.
+
+    >>> layer = nn.Dropout()
+    >>> with in_eval_mode(layer):
+    ...     layer.training
+    False
+    """
+    with keeping_modes(network):
+        for module in network.modules():
+            module.training = False
         yield
 
 
@@ -113,20 +130,31 @@ def keeping_attributes(network: nn.Module) -> Iterator[None]:
     0
     """
     before = [(module, _parts(module), _attributes(module)) for module in _of_python(network)]
-    containers = [value for *_, values in before for value in values.values() if type(value) in (dict, list, set)]
+    containers = [one for *_, values in before for one in _containers(values)]
     contents = [copy(value) for value in containers]
+    generators = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models draw from
     try:
         with keeping_state(network):
             yield
     finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
         for value, content in zip(containers, contents, strict=True):
             value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            (value.extend if isinstance(value, list | deque) else value.update)(content)
         for module, parts, values in before:
             if _parts(module) == parts:
                 for name in _attributes(module).keys() - values.keys():
                     del vars(module)[name]
                 vars(module).update(values)
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The dictionaries, lists, sets and queues in the values of a dictionary, and in those."""
+    for one in [*(value.values() if isinstance(value, dict) else value)]:
+        if type(one) in (dict, defaultdict, OrderedDict, list, set, deque):
+            yield one
+            yield from _containers(one)
 
 
 def _of_python(network: nn.Module) -> Iterator[nn.Module]:

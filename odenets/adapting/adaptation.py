@@ -102,6 +102,11 @@ def adapt(
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     if is_recorder(model):
         raise TypeError(f"model records its steps as it is, got {type(model).__name__}: nothing is to be adapted")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "model must not be compiled, which leaves its modules out: adapt the plain model, and compile what comes "
+            "of it, torch.compile(adapted)"
+        )
     if residue not in ("displacement", "branch"):
         raise ValueError(f"residue must be 'displacement' or 'branch', got {residue!r}")
     if displacement and blocks is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +33,7 @@ from solvers import Step
 __all__ = ["AdaptedModel"]
 
 _MISSING: Any = object()
+_FINDING = threading.RLock()
 
 
 class AdaptedModel(nn.Module):
@@ -91,6 +94,9 @@ class AdaptedModel(nn.Module):
         self._notes: tuple[str, ...] = ()  # what is not recorded of the program
         self._axis = 0  # of the inputs, along which the samples lie
         self._warned = False
+        self._part_of = (part_of,)  # whose hooks stay as long as there are parts
+        if part_of is None:
+            weakref.finalize(self, self.hooks.detach).atexit = False
         if blocks is not None:
             self._take(blocks)
 
@@ -120,6 +126,13 @@ class AdaptedModel(nn.Module):
             return None
         if torch.compiler.is_compiling():
             raise ValueError(f"the blocks are not found in a graph of torch.compile: {_GIVE}")
+        with _FINDING:
+            return self._find(inputs, keywords)
+
+    def _find(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Blocks | None:
+        """Find the blocks; one thread does, and others wait for it."""
+        if self._blocks is not None:
+            return None
         self._check_input(inputs, keywords)
         found = find(self.model, inputs, keywords, partial=self.partial)
         steps = [self._with_residue(spec) for spec in found.steps]

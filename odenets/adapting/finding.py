@@ -12,12 +12,12 @@ from torch import nn
 
 from odenets.adapting.blocks import BlockSpec, Samples, flow_spec
 from odenets.adapting.chains import layers_of
-from odenets.adapting.layouts import find_layouts, samples_of
+from odenets.adapting.layouts import find_layouts, samples_of, with_distinct_samples
 from odenets.adapting.matching import match
 from odenets.adapting.program.additions import Found, find_additions
 from odenets.adapting.program.graph import Node, Program
 from odenets.adapting.program.tracing import trace
-from odenets.modes import evaluating, keeping_attributes
+from odenets.modes import in_eval_mode, keeping_attributes
 
 __all__ = ["Blocks", "find"]
 
@@ -70,27 +70,42 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
         ValueError: there are no samples, no additions, some that cannot be seen, or others in a part of the batch.
 
     Warns:
-        UserWarning: states of a sample depend on the other samples of the batch.
+        UserWarning: states of a sample depend on the other samples of the batch, or the axis of the samples is the
+            second or is not known.
     """
     if not samples_of(args, kwargs):
         raise ValueError("example must hold a tensor with at least one sample: adapt(model, torch.randn(2, 3, 32, 32))")
-    with keeping_attributes(model), evaluating(model):
+    args, kwargs = with_distinct_samples(args, kwargs)
+    with keeping_attributes(model), in_eval_mode(model):
         program = trace(model, args, kwargs)
         found = find_additions(program)
         if not found.additions and not program.recorders:
             raise why_none(model, program, found)
-        axis, layouts = 0, find_layouts(model, program, found.additions, args, kwargs)
+        matched = match(model, program, found.additions)
+        places = {addition: spec.start for spec, addition in matched.steps}
+        axis, layouts = 0, find_layouts(model, program, found.additions, args, kwargs, places)
         if layouts is None or layouts.dependent:
-            along = find_layouts(model, program, found.additions, args, kwargs, axis=1)
+            along = find_layouts(model, program, found.additions, args, kwargs, places, axis=1)
             if along is not None and not along.dependent:
-                axis, layouts = 1, along
+                told, axis, layouts = layouts is None, 1, along  # what has other sizes tells the axis
+                told or warnings.warn(
+                    "states of a sample depend on others along the first axis of the inputs, and on none along the "
+                    "second, which is taken for that of the samples: if it is not, batch_first=True or a model whose "
+                    "samples do not depend on each other tells",
+                    stacklevel=6,
+                )
+    if layouts is None:
+        warnings.warn(
+            f"{type(model).__name__} takes no other number of samples than that of the example, by which the axis of "
+            "the samples could be told: the first of each state is taken for it",
+            stacklevel=6,
+        )
     if layouts is not None and layouts.dependent and not program.draws:
         warnings.warn(
             f"states of a sample depend on the other samples of the batch, in {layouts.dependent[0]!r} and "
             f"{len(layouts.dependent) - 1} more blocks: their measures do too",
             stacklevel=6,
         )
-    matched = match(model, program, found.additions)
     hidden = tuple(one.block.name or "the model's own forward pass" for one in matched.hidden)
     if hidden and not partial:
         raise ValueError(

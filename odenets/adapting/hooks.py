@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +31,7 @@ class Hooks:
         self.passes: dict[int, ForwardPass | None] = {}
         self.in_place = InPlaceChanges()
         self.functions: dict[Place, list[Event]] = {}
+        self.attached: list[tuple[nn.Module, str, int]] = []
         self.decides = False  # whether passes are to note what functions say that is yes or no
 
     def attach(self, model: nn.Module, blocks: Iterable[BlockSpec]) -> None:
@@ -43,9 +45,18 @@ class Hooks:
         for (name, side), events in modules.items():  # hooks are not set by methods, which scripts refuse
             module = model.get_submodule(name)
             if side == "input":
-                nn.Module.register_forward_pre_hook(module, partial(_input_hook, self, events), with_kwargs=True)
+                hook = partial(_input_hook, self, events)
+                handle = nn.Module.register_forward_pre_hook(module, hook, with_kwargs=True)
             else:
-                nn.Module.register_forward_hook(module, partial(_output_hook, self, events))
+                handle = nn.Module.register_forward_hook(module, partial(_output_hook, self, events))
+            self.attached.append((module, side, handle.id))
+
+    def detach(self) -> None:
+        """Take the hooks off the modules."""
+        for module, side, number in self.attached:
+            hooks = module._forward_pre_hooks if side == "input" else module._forward_hooks
+            hooks.pop(number, None)
+        self.attached.clear()
 
     @property
     def current(self) -> ForwardPass | None:
@@ -105,15 +116,17 @@ def _input_hook(
     if (current := hooks.current) is not None:
         with _unwatched():
             for event, block, path in events:
-                event(current, block, _argument(args, kwargs, path), module.training)
+                event(current, block, _argument(args, kwargs, path, module), module.training)
 
 
-def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path) -> Any:
-    """What is given by position or by keyword; the first argument by whatever keyword it comes."""
+def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Path, module: nn.Module | None = None) -> Any:
+    """What is given by position or by keyword; the first argument of a module by its name."""
     if isinstance(path[0], str):
         return at(kwargs, path)
     value = at(args, path)
-    return next(iter(kwargs.values()), None) if value is None and path == (0,) else value
+    if value is None and path == (0,) and module is not None:
+        return kwargs.get(next(iter(inspect.signature(module.forward).parameters), ""))
+    return value
 
 
 def _output_hook(hooks: Hooks, events: list[Event], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

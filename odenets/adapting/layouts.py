@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map_only
 from odenets.adapting.blocks import Samples
 from odenets.adapting.program.additions import Addition, find_additions
 from odenets.adapting.program.graph import FailedPass, Node, Program
-from odenets.adapting.program.places import tensors_in
+from odenets.adapting.program.places import Place, tensors_in
 from odenets.adapting.program.tracing import trace
 
-__all__ = ["Layouts", "find_layouts", "samples_of"]
+__all__ = ["Layouts", "find_layouts", "samples_of", "with_distinct_samples"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,34 @@ class Layouts:
 
 
 def samples_of(args: Any, kwargs: Mapping[str, Any], axis: int = 0) -> int | None:
-    """The number of samples in the inputs of a model, along an ``axis`` of the first tensor; None where there is none.
+    """The number of samples in the inputs of a model, along an ``axis``; None where there is no tensor.
+
+    It is that of the first tensor of more than one dimension, or else of the first with one: a time may come before.
 
     >>> samples_of((torch.zeros(3, 2),), {}), samples_of((), {"input_ids": torch.zeros(2, 9)})
     (3, 2)
+    >>> samples_of((torch.zeros(1), torch.zeros(4, 8)), {})
+    4
     """
-    return next((x.shape[axis] for _, x in tensors_in((args, dict(kwargs))) if x.ndim > axis), None)
+    tensors = [x for _, x in tensors_in((args, dict(kwargs))) if x.ndim > axis]
+    return next((x.shape[axis] for x in sorted(tensors, key=lambda x: x.ndim < 2)), None)
+
+
+def with_distinct_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs, with numbers in the place of floating ones that are all equal, as an example of zeros is.
+
+    >>> (x,), _ = with_distinct_samples((torch.zeros(2, 3),), {})
+    >>> bool((x[0] == x[1]).any())
+    False
+    """
+
+    def distinct(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.ndim < 2 or x.numel() < 2 or not bool((x == x.flatten()[0]).all()):
+            return x
+        numbers = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+        return x + numbers.to(x.device, x.dtype)
+
+    return tree_map_only(Tensor, distinct, (args, dict(kwargs)))
 
 
 def find_layouts(
@@ -49,6 +71,7 @@ def find_layouts(
     additions: Sequence[Addition],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    places: Mapping[Addition, Place | None],
     axis: int = 0,
 ) -> Layouts | None:
     """How the samples lie, where they do so along an ``axis`` of the inputs: along the axis that grows with them.
@@ -57,6 +80,7 @@ def find_layouts(
         model: whose program and additions these are.
         program, additions: of the batch ``args`` and ``kwargs``.
         args, kwargs: the inputs.
+        places: where x0 of each is recorded.
         axis: along which a part of the batch is taken.
 
     Returns:
@@ -87,13 +111,15 @@ def find_layouts(
     layouts: dict[Addition, Samples] = {}
     dependent = []
     for one, two in zip(additions, others, strict=True):
-        layout = _layout(one.node, two.node, samples, part)
+        state, fewer_state = (_state(*each, places.get(one)) for each in ((program, one), (other, two)))
+        layout = _layout(state, fewer_state, samples, part)
         if layout is None:
             raise ValueError(
-                f"the states of {one.block.name or 'the model'!r}, {one.node.shape}, have no axis of the samples: for "
-                f"{samples} samples they are that, and for {part} {two.node.shape}"
+                f"the states of {one.block.name or 'the model'!r}, {state.shape}, have no axis of the samples: for "
+                f"{samples} samples they are that, and for {part} {fewer_state.shape}: "
+                "name the blocks, adapt(model, blocks=[...])"
             )
-        layouts[one], independent = _in_order(layout, *_rows_of(program, one.node, other, two.node), samples, part)
+        layouts[one], independent = _in_order(layout, *_rows_of(program, state, other, fewer_state), samples, part)
         if not independent:
             dependent.append(one.block.name)
     runs: list[Samples | None] = []
@@ -106,6 +132,16 @@ def find_layouts(
                 run_layout = _in_order(run_layout, *rows, samples, part)[0]
         runs.append(run_layout)
     return Layouts(layouts, tuple(runs), tuple(dependent))
+
+
+def _state(program: Program, addition: Addition, place: Place | None) -> Node:
+    """The sum; or the state as it passes where it is recorded, where that is in another shape."""
+    seen = [
+        one.node
+        for one in program.passages
+        if one.place == place and one.node.value is addition.x0.value and one.time <= addition.node.index
+    ]
+    return seen[-1] if seen and seen[-1].shape != addition.node.shape else addition.node
 
 
 Rows = tuple[Tensor, ...]

@@ -141,8 +141,9 @@ def _takes(model: nn.Module) -> set[str]:
 
 def _check_name(name: str, inputs: Mapping[str, Any], model: nn.Module) -> None:
     takes = _takes(model)
-    if name not in inputs and name not in takes and "**" not in takes:
-        raise ValueError(f"mask {name!r} is no input of {type(model).__name__}, which takes {', '.join(sorted(takes))}")
+    if name not in inputs and name not in takes:  # nor one of any names that it takes
+        takes = sorted({*takes, *inputs} - {"**"})
+        raise ValueError(f"mask {name!r} is no input of {type(model).__name__}, which takes {', '.join(takes)}")
 
 
 def _mask_in(value: Any, token: bool, name: str, samples: int | None, inputs: Mapping[str, Any]) -> Tensor | None:

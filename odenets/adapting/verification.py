@@ -10,10 +10,12 @@ from torch import Tensor
 
 from odenets.adapting.adapted import AdaptedModel
 from odenets.adapting.copying import copied
+from odenets.adapting.finding import Blocks
+from odenets.adapting.layouts import with_distinct_samples
 from odenets.adapting.program.graph import FailedPass
 from odenets.adapting.program.places import tensors_in
 from odenets.adapting.program.tracing import without_fast_path
-from odenets.modes import device_of, evaluating, keeping_attributes
+from odenets.modes import device_of, in_eval_mode, keeping_attributes
 
 __all__ = ["check_example"]
 
@@ -24,6 +26,7 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
     Raises:
         ValueError: the model does not take the example, as :meth:`AdaptedModel.find`, or its outputs differ.
     """
+    inputs, keywords = with_distinct_samples(inputs, keywords)
     try:
         found = adapted.find(*inputs, **keywords)
     except FailedPass as failed:
@@ -32,7 +35,15 @@ def check_example(adapted: AdaptedModel, inputs: tuple[Any, ...], keywords: Mapp
         raise ValueError(
             f"example must be inputs that {type(adapted.model).__name__} takes, got {shapes}: {error}"
         ) from error
-    with torch.no_grad(), keeping_attributes(adapted.model), evaluating(adapted), without_fast_path():
+    try:
+        _check(adapted, found, inputs, keywords)
+    except BaseException:
+        adapted.hooks.detach()
+        raise
+
+
+def _check(adapted: AdaptedModel, found: Blocks | None, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+    with torch.no_grad(), keeping_attributes(adapted.model), in_eval_mode(adapted), without_fast_path():
         torch.rand(1, device=device_of(adapted.model))  # so that random numbers of this pass are others
         inputs, keywords = copied((inputs, dict(keywords)))
         output = adapted.record(*inputs, **keywords)[0]

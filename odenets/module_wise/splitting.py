@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal
@@ -9,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from odenets.adapting.masking import MASKS
 from odenets.errors import renamed
 from odenets.flow import Flow
-from odenets.inputs import call
+from odenets.inputs import call, is_by_keyword
 from odenets.modes import evaluating, keeping_state
 from odenets.module_wise.heads import Head, check_head, like, make_head, modules_of
 from odenets.module_wise.modules import LocalLoss, LocalModule, ModuleWise
@@ -102,6 +104,13 @@ def split_into_modules(
     if isinstance(head, Sequence) and not isinstance(head, str) and len(head) != len(parts) - keeps:
         but = " but the last, which keeps the network's" if keeps else ""
         raise ValueError(f"head must hold one for each module{but}: {len(parts) - keeps}, got {len(head)}")
+    by_default = isinstance(head, str) and len(parts) > keeps and is_by_keyword(x)
+    if by_default and (masks := [name for name in MASKS if name in x]):
+        warnings.warn(
+            f"the heads of modules average over all tokens, also over what {masks[0]} leaves out: give head= a "
+            "function that makes layers called with the state and the mask, or texts of one length",
+            stacklevel=3,
+        )
     modules, state = [], images
     for k, part in enumerate(parts):
         with torch.no_grad(), keeping_state(part), evaluating(part):

@@ -7,7 +7,7 @@ __all__ = ["ELEMENTWISE", "FUSED", "JOINING", "LINEAR", "PACKED", "READING", "SA
 # fmt: off
 SAME_VALUES = frozenset({
     "view", "_unsafe_view", "reshape", "_reshape_alias", "clone", "contiguous", "detach", "alias", "flatten", "squeeze",
-    "unsqueeze", "lift_fresh", "lift_fresh_copy", "slice", "dropout", "feature_dropout", "copy", "view_copy",
+    "unsqueeze", "lift_fresh", "lift_fresh_copy", "slice", "copy", "view_copy",
 })
 """The result has the elements of the first operand in the same order, where it has as many."""
 
@@ -19,7 +19,9 @@ PACKED = frozenset({
 
 LINEAR = frozenset({
     "convolution", "_convolution", "mkldnn_convolution", "conv1d", "conv2d", "conv3d", "linear", "linear_dynamic",
-    "addmm", "mm", "matmul", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "addmm", "mm", "matmul", "bmm", "baddbmm", "_fft_r2c", "_fft_c2c", "_fft_c2r", "view_as_real", "view_as_complex",
+    "real", "imag", "_conj", "_to_copy", "native_batch_norm", "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
     "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "native_layer_norm", "layer_norm", "native_group_norm",
     "group_norm", "rms_norm", "_fused_rms_norm", "instance_norm", "amax", "max", "mean", "avg_pool1d", "avg_pool2d",
     "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "max_pool2d",
@@ -27,7 +29,7 @@ LINEAR = frozenset({
     "constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "slice",
     "select", "narrow", "index", "index_select", "split", "split_with_sizes", "chunk", "unbind", "permute", "transpose",
     "t", "as_strided", "view", "_unsafe_view", "reshape", "clone", "expand", "repeat", "unsqueeze", "squeeze",
-    "flatten", "contiguous", "detach", "alias", "cat", "_to_copy", "to", "roll", "flip", "im2col", "col2im",
+    "flatten", "contiguous", "detach", "alias", "cat", "to", "feature_dropout", "roll", "flip", "im2col", "col2im",
     "pixel_shuffle", "pixel_unshuffle", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "upsample_bilinear2d", "upsample_bicubic2d", "mul", "div", "neg", "add", "sub", "dropout", "written",
 })
@@ -42,10 +44,10 @@ ELEMENTWISE = frozenset({
 })
 """Of one operand that depends on the input: on a sum they belong to its step."""
 
-SUMS = frozenset({"add", "sub", "addcmul", "addmm", "baddbmm", "lerp", "sum", "add_relu"})
+SUMS = frozenset({"add", "sub", "addcmul", "addcdiv", "addmm", "baddbmm", "lerp", "sum", "add_relu"})
 """Sums, also of what is stacked."""
 
-FUSED = frozenset({"addcmul", "addmm", "baddbmm", "lerp"})
+FUSED = frozenset({"addcmul", "addcdiv", "addmm", "baddbmm", "lerp"})
 """Sums of their first operand and of what they compute of the others."""
 
 READING = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})

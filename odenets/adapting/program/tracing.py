@@ -42,6 +42,8 @@ class _Functions(TorchFunctionMode):
             output = func(*args, **(kwargs or {}))
         finally:
             self.operations.site = None
+        if args and output is args[0] and "dropout" in getattr(func, "__name__", ""):
+            output = self.operations.dropped(output)
         self._note(Place(site, "output"), output)
         if func in (Tensor.tolist, Tensor.numpy) and not self.operations.node_of(args[0]).fixed:
             self.operations.read()
@@ -72,6 +74,7 @@ class _Operations(TorchDispatchMode):
         self.reads: dict[str, None] = {}
         self.numbers: list[str] = []
         self.decides = False
+        self.entered: dict[Call, Node] = {}  # the first argument of a call of a module
         self.recorders: list[Run] = []
         self.runs: dict[int, Call] = {}  # by the recorder
         self.entering: dict[Call, Tensor] = {}  # the first state that a call is given
@@ -125,6 +128,21 @@ class _Operations(TorchDispatchMode):
             with _disable_current_modes():
                 self.rows[self.node_of(state)] = _rows(state)
         self.recorders.append(Run(self.time, name, self.node_of(state) if isinstance(state, Tensor) else None))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What a layer makes of x that in eval mode returns x itself: another state, for in training it may be."""
+        before = self.node_of(x)
+        with _disable_current_modes():
+            after = x.detach()
+        self.known[after] = self.add(
+            "dropout",
+            (before,),
+            shape=before.shape,
+            floating=before.floating,
+            fixed=before.fixed,
+            learned=before.learned,
+        )
+        return after
 
     def input(self, x: Tensor) -> None:
         self.known[x] = self.add("input", shape=tuple(x.shape), floating=_may_move(x))
@@ -197,6 +215,11 @@ class _Operations(TorchDispatchMode):
                     fixed=before.fixed and node.fixed,
                     same=whole,
                 )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module that returns its input in eval mode may do otherwise in training."""
+    return not isinstance(module, nn.Identity) and not any(module.children())
 
 
 def _may_move(x: Tensor) -> bool:
@@ -286,13 +309,19 @@ def _watched(model: nn.Module, operations: _Operations, passages: list[Passage])
 
         def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             operations.call = Call(name, operations.call)
+            if args and isinstance(args[0], Tensor):
+                operations.entered[operations.call] = operations.node_of(args[0])
             operations.note(Place(name, "input"), args, passages)
             operations.note(Place(name, "input"), kwargs, passages)
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             assert operations.call is not None
+            unchanged = isinstance(output, Tensor) and args and output is args[0] and _drops(module)
+            if unchanged and operations.node_of(output) is operations.entered.get(operations.call):
+                output = operations.dropped(output)
             operations.note(Place(operations.call.name, "output"), output, passages)
             operations.call = operations.call.parent
+            return output
 
         # not as methods, which scripts refuse: these are called from Python all the same
         handles.append(nn.Module.register_forward_pre_hook(module, enter, with_kwargs=True))

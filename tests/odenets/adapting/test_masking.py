@@ -92,6 +92,7 @@ def test_a_sample_has_the_measures_that_it_has_without_its_padding(make):
                 torch.testing.assert_close(records[name][:, i], expected[name][:, 0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:states of a sample depend on others along the first axis")
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("added", [False, True])
 def test_masks_of_torch_are_true_of_padding(batch_first, added):
@@ -244,6 +245,7 @@ def test_encoders_of_torch_may_leave_padding_out(example):
         torch.testing.assert_close(records[name], expected[name].detach())
 
 
+@pytest.mark.filterwarnings("ignore:states of a sample depend on others along the first axis")
 def test_a_mask_shows_that_the_samples_lie_along_the_second_axis():
     x = torch.randn(7, 5, 8, dtype=torch.float64)
     inputs = {"src": x, "src_key_padding_mask": MASK == 0}

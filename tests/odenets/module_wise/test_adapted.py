@@ -40,6 +40,7 @@ class Reader(nn.Module):
         return {"logits": self.head((states * mask).sum(1) / mask.sum(1))}
 
 
+@pytest.mark.filterwarnings("ignore:the heads of modules average over all tokens")
 def test_gpt2_with_masks_trains_in_modules():
     torch.manual_seed(0)
     network = adapt(Reader())
