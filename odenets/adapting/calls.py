@@ -44,12 +44,12 @@ def inputs_and_measures(model: nn.Module, named: Mapping[str, Any]) -> tuple[dic
 
 
 def check_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """That the first tensor of the inputs, ``args`` and ``kwargs``, is finite, if it is floating.
+    """That the first tensor of more than one dimension in ``args`` and ``kwargs`` is finite, if it is floating.
 
     Raises:
         ValueError: it is not.
     """
-    x = next((x for _, x in tensors_in((args, dict(kwargs)))), None)
+    x = next((x for _, x in tensors_in((args, dict(kwargs))) if x.ndim > 1), None)
     if x is not None and x.is_floating_point():
         check_state(x)
 

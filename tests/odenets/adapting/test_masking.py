@@ -410,3 +410,18 @@ def test_batches_of_other_lengths_take_one_way():
         network.record(input_ids=IDS, attention_mask=mask.long(), action=measures.action)
         network.record(input_ids=IDS, attention_mask=mask.long(), **QUANTITIES)
     assert len(passes) == 6
+
+
+def test_the_name_of_a_mask_is_one_that_the_model_is_given():
+    class Anything(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, **named):
+            return x + self.layer(x).tanh()
+
+    with pytest.raises(ValueError, match="mask 'attention_maks' is no input of Anything, .* attention_mask, x"):
+        adapt(Anything(), mask="attention_maks").record(
+            torch.randn(2, 3, 4), attention_mask=torch.ones(2, 3), action=measures.action
+        )
