@@ -87,13 +87,14 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
         if layouts is None or layouts.dependent:
             along = find_layouts(model, program, found.additions, args, kwargs, places, axis=1)
             if along is not None and not along.dependent:
-                told, axis, layouts = layouts is None, 1, along  # what has other sizes tells the axis
-                told or warnings.warn(
-                    "states of a sample depend on others along the first axis of the inputs, and on none along the "
-                    "second, which is taken for that of the samples: if it is not, batch_first=True or a model whose "
-                    "samples do not depend on each other tells",
-                    stacklevel=6,
-                )
+                if layouts is not None:  # where the first axis has been tried
+                    warnings.warn(
+                        "states of a sample depend on others along the first axis of the inputs, and on none along the "
+                        "second, which is taken for that of the samples: if it is not, batch_first=True or a model whose "
+                        "samples do not depend on each other tells",
+                        stacklevel=6,
+                    )
+                axis, layouts = 1, along
     if layouts is None:
         warnings.warn(
             f"{type(model).__name__} takes no other number of samples than that of the example, by which the axis of "

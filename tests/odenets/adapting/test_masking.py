@@ -421,7 +421,7 @@ def test_the_name_of_a_mask_is_one_that_the_model_is_given():
         def forward(self, x, **named):
             return x + self.layer(x).tanh()
 
-    with pytest.raises(ValueError, match="mask 'attention_maks' is no input of Anything, .* attention_mask, x"):
+    with pytest.raises(ValueError, match=r"mask 'attention_maks' is no input of Anything, .* attention_mask, x"):
         adapt(Anything(), mask="attention_maks").record(
             torch.randn(2, 3, 4), attention_mask=torch.ones(2, 3), action=measures.action
         )
