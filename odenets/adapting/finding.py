@@ -90,8 +90,8 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
                 if layouts is not None:  # where the first axis has been tried
                     warnings.warn(
                         "states of a sample depend on others along the first axis of the inputs, and on none along the "
-                        "second, which is taken for that of the samples: if it is not, batch_first=True or a model whose "
-                        "samples do not depend on each other tells",
+                        "second, which is taken for that of the samples: if it is not, batch_first=True or a model "
+                        "whose samples do not depend on each other tells",
                         stacklevel=6,
                     )
                 axis, layouts = 1, along
