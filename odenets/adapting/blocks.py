@@ -20,7 +20,8 @@ class Samples:
 
     Attributes:
         axis: the axis along which they lie.
-        rows: how many rows of the state each sample has there, as the frames of a video or the windows of an image.
+        rows: how many rows of the state each sample of the example has there, as the frames of a video or the tokens of
+            a text; where it is more than one, other inputs may have other numbers of them.
         apart: whether the rows of a sample lie a whole batch apart, and not one after another.
 
     >>> import torch
@@ -31,6 +32,10 @@ class Samples:
     axis: int = 0
     rows: int = 1
     apart: bool = False
+
+    def fits(self, rows: int, samples: int) -> bool:
+        """Whether so many ``rows`` along the axis can be those of so many ``samples``."""
+        return rows == samples if self.rows == 1 else rows % samples == 0
 
     def __call__(self, state: Tensor, samples: int) -> Tensor:
         """A ``state`` as ``(samples, *S)``; itself where it is that."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from odenets.adapting.blocks import BlockSpec
@@ -74,13 +75,17 @@ class Comparison:
         )
 
     def check_called(self, current: ForwardPass) -> None:
-        """That a pass takes a step.
+        """That a pass takes a step, and in a graph, where no more is compared, as many as expected.
 
         Raises:
-            ValueError: it takes none.
+            ValueError: it does not.
         """
         if not current.visited:
             raise self._not_called([block.name for block in self.blocks])
+        steps = len(self.steps or current.visited)
+        if torch.compiler.is_compiling() and not self.partial and len(current.visited) != steps:
+            got = len(current.visited)
+            raise ValueError(f"this pass takes {got} steps, and {steps} are expected: partial=True accepts it")
 
     def _check_way(
         self, model: nn.Module, current: ForwardPass, inputs: tuple[Any, ...], keywords: Mapping[str, Any]

@@ -136,7 +136,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
 def why_none(model: nn.Module, program: Program, found: Found) -> ValueError:
     """Why a ``model`` has no blocks by its ``program`` and what was ``found`` in it, and the remedy, as an error."""
     kind = type(model).__name__
-    hand = 'name the blocks by hand, adapt(model, blocks=["layer1.0", "layer1.1"])'
+    hand = f"name the blocks by hand, adapt(model, blocks={_alike(model)})"
     if layers := layers_of(model):
         return ValueError(
             f"{kind} has no residual additions: it is a chain of layers, {len(layers)} of which keep the shape: "
@@ -149,6 +149,16 @@ def why_none(model: nn.Module, program: Program, found: Found) -> ValueError:
     if joins := sum(node.op == "cat" and not node.fixed and node.floating for node in program.nodes):
         return ValueError(f"{none}: it only concatenates, {joins} times, so that no state is moved; {hand}")
     return ValueError(f"{none}; {hand}")
+
+
+def _alike(model: nn.Module) -> list[str]:
+    """The first two modules of one class that could be blocks, as an example of names; or what there is."""
+    names: dict[type, list[str]] = {}
+    for name, module in model.named_modules():
+        if name and any(module.children()) and not isinstance(module, nn.Sequential | nn.ModuleList):
+            names.setdefault(type(module), []).append(name)
+    alike = next((some[:2] for some in names.values() if len(some) > 1), [])
+    return alike or [name for name, _ in model.named_children()][:2] or ["block"]
 
 
 def where(node: Node) -> str:

@@ -195,14 +195,14 @@ class ForwardPass:
                 f"the module of its shortcut, adapt(model, blocks={{{block.block!r}: ...}}), or leave it out"
             )
         rows = x0.shape[block.samples.axis] if x0.ndim > block.samples.axis else 0
-        if self.samples is not None and rows != block.samples.rows * self.samples:
+        if self.samples is not None and not block.samples.fits(rows, self.samples):
             raise ValueError(f"block {block.name!r} has states of shape {tuple(x0.shape)} for {self.samples} samples")
 
     def _shape(self, block: BlockSpec, x0: Tensor) -> tuple[int, ...]:
         """The shape of a sample's state."""
         shape = [*x0.shape]
-        del shape[block.samples.axis]
-        return (*((block.samples.rows,) if block.samples.rows > 1 else ()), *shape)
+        rows = shape.pop(block.samples.axis) // (self.samples or 1)
+        return (*((rows,) if block.samples.rows > 1 else ()), *shape)
 
     def _residue(self, block: BlockSpec, x0: Tensor, *, moves: bool) -> Tensor:
         """What the branch of the block has given; zero where stochastic depth leaves the block out."""

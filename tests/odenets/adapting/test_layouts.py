@@ -87,3 +87,15 @@ def test_a_model_that_takes_one_number_of_samples_is_told():
 def test_a_time_may_come_before_the_state(t):
     network = adapt(Timed(), (t, torch.randn(4, 8)))
     assert network.record(t, torch.randn(4, 8), action=measures.action)[1]["action"].shape == (1, 4)
+
+
+def test_tokens_that_are_rows_of_the_batch_may_be_of_any_number():
+    class Folded(Branch):
+        def forward(self, x):
+            return super().forward(x.flatten(0, 1)).view(x.shape).mean(1)
+
+    network = adapt(nn.Sequential(Folded(), nn.Linear(8, 2)), torch.randn(2, 5, 8))
+    x = torch.randn(3, 7, 8)
+    (step,) = network.steps(x)
+    torch.testing.assert_close(step.x0, x)
+    assert network.record(x, action=measures.action)[1]["action"].shape == (1, 3)
