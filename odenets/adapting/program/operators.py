@@ -44,11 +44,13 @@ ELEMENTWISE = frozenset({
 })
 """Of one operand that depends on the input: on a sum they belong to its step."""
 
-SUMS = frozenset({"add", "sub", "addcmul", "addcdiv", "addmm", "baddbmm", "lerp", "sum", "add_relu"})
-"""Sums, also of what is stacked."""
-
-FUSED = frozenset({"addcmul", "addcdiv", "addmm", "baddbmm", "lerp"})
+FUSED = frozenset({
+    "addbmm", "addcdiv", "addcmul", "addmm", "addmv", "addr", "baddbmm", "index_add", "lerp", "scatter_add",
+})
 """Sums of their first operand and of what they compute of the others."""
+
+SUMS = FUSED | {"add", "sub", "sum", "add_relu"}
+"""Sums, also of what is stacked."""
 
 READING = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
 """What Python sees depends on the data."""

@@ -137,3 +137,27 @@ def by_the_mean(m, x):
 def test_what_cannot_be_found_is_named(model, example, message):
     with pytest.raises(ValueError, match=message):
         adapt(model, example)
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x, r: x.index_add(0, torch.arange(len(x)), r),
+        lambda x, r: x.scatter_add(0, torch.arange(len(x))[:, None].expand_as(r), r),
+        lambda x, r: torch.addcdiv(x, r, torch.ones_like(r)),
+    ],
+    ids=["index_add", "scatter_add", "addcdiv"],
+)
+def test_sums_by_other_operators_are_steps(add):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return add(x, torch.tanh(self.layer(x)))
+
+    network, x = adapt(nn.Sequential(Block(), Block(), nn.Linear(4, 2)), torch.randn(2, 4)), torch.randn(3, 4)
+    assert network.names == ("0", "1")
+    step = network.steps(x)[0]
+    torch.testing.assert_close(step.x1, x + torch.tanh(network.model[0].layer(x)))
