@@ -135,11 +135,12 @@ def statically_quantized(build: Callable[..., nn.Module]) -> nn.Module:
 
 TIME, LABEL = torch.tensor([0.2, 0.7]), torch.tensor([3, 8])
 
+SECOND = "along the first axis of the inputs, and on none along the second"
 CASES = {
     "encoder": Case(partial(encoder, False, True), TOKENS, 2 * 3),
     "encoder, norm first": Case(partial(encoder, True, True), TOKENS, 2 * 3),
-    "encoder, tokens first": Case(partial(encoder, False, False), TOKENS, 2 * 3),
-    "encoder, norm and tokens first": Case(partial(encoder, True, False), TOKENS, 2 * 3),
+    "encoder, tokens first": Case(partial(encoder, False, False), TOKENS, 2 * 3, warning=SECOND),
+    "encoder, norm and tokens first": Case(partial(encoder, True, False), TOKENS, 2 * 3, warning=SECOND),
     "encoder with a mask": Case(partial(encoder, True, True), masked_tokens(), 2 * 3),
     "U-Net": Case(UNet, pictures(16), 2 + 1 + 2),  # down, bottom, up
     "MLP-Mixer": Case(mlp_mixer, TOKENS, 2 * 3),
