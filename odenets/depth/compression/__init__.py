@@ -1,0 +1,1 @@
+"""Fewer blocks in a trained network."""
