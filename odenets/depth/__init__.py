@@ -1,7 +1,8 @@
 """Adaptive depth: the embedded errors of Runge-Kutta blocks add and remove blocks [K24, section 6.2].
 
 As a solver refines its steps where their error is large, a network gets blocks where theirs is: :class:`AdaptiveDepth`
-does so between the epochs of a training, :func:`adapt_depth` once, by a :class:`DepthRule`.
+does so between the epochs of a training, :func:`adapt_depth` once, by a :class:`DepthRule`. :class:`Doubling` and
+:class:`Stacking` grow a network at given epochs instead.
 
 >>> from functools import partial
 >>> import torch
@@ -24,6 +25,7 @@ does so between the epochs of a training, :func:`adapt_depth` once, by a :class:
 
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
+from odenets.depth.growing import Doubling, Stacking, double, stack
 from odenets.depth.resizing import resize_as
 from odenets.depth.rule import DepthRule, block_errors, plan
 
@@ -31,10 +33,14 @@ __all__ = [
     "AdaptiveDepth",
     "DepthReport",
     "DepthRule",
+    "Doubling",
     "Edit",
+    "Stacking",
     "adapt_depth",
     "block_errors",
+    "double",
     "plan",
     "refine",
     "resize_as",
+    "stack",
 ]

@@ -86,7 +86,7 @@ class AdaptiveDepth:
             row["errors"] = " ".join(f"{e:.4g}" for flow in report.errors for e in flow)
             notes += [str(edit) for edit in report.edits]
             training.check_evaluations += report.evaluations
-        row["edits"] = "; ".join(notes)
+        row["edits"] = "; ".join(filter(None, [row.get("edits", ""), *notes]))
 
     def on_divergence(self, training: Training) -> bool:
         """Duplicate every block that the caps allow, and say of the ``training`` whether that may help.

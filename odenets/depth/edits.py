@@ -21,7 +21,10 @@ from odenets.network import Network
 from odenets.neural_ode import NeuralODE
 from odenets.normalization import StageBatchNorm, recalibrate
 
-__all__ = ["DepthReport", "Edit", "adapt_depth", "check_makers", "not_finite_weights", "refine"]
+__all__ = [
+    "DepthReport", "Edit", "adapt_depth", "check_makers", "copied", "editable", "editing", "not_finite_weights",
+    "refine",
+]  # fmt: skip
 
 
 class Edit(NamedTuple):
@@ -31,14 +34,15 @@ class Edit(NamedTuple):
     flow 0 block 2: duplicated, error 0.03, h 0.5 -> 0.25
 
     Attributes:
-        kind: "duplicate", "merge" or "undo" (a merge that breaks the tolerance is taken back).
+        kind: "duplicate", "merge", "undo" (a merge that breaks the tolerance is taken back), or "stack" (a copy comes
+            on top of all blocks).
         flow: index of the flow.
         block: index of the block, counted before this round of edits.
-        error: the error that decided.
+        error: the error that decided; NaN where none did.
         h: step size of the block before and after.
     """
 
-    kind: Literal["duplicate", "merge", "undo"]
+    kind: Literal["duplicate", "merge", "undo", "stack"]
     flow: int
     block: int
     error: float
@@ -46,8 +50,14 @@ class Edit(NamedTuple):
 
     def __str__(self) -> str:
         h, new = self.h
-        what = {"duplicate": "duplicated", "merge": "merged with the next", "undo": "merge taken back"}[self.kind]
-        return f"flow {self.flow} block {self.block}: {what}, error {self.error:.3g}, h {h:g} -> {new:g}"
+        what = {
+            "duplicate": "duplicated",
+            "merge": "merged with the next",
+            "undo": "merge taken back",
+            "stack": "copied on top",
+        }[self.kind]
+        error = "" if math.isnan(self.error) else f"error {self.error:.3g}, "
+        return f"flow {self.flow} block {self.block}: {what}, {error}h {h:g} -> {new:g}"
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def adapt_depth(
     before = set(network.parameters())
     renew()
     errors = block_errors(network, counted("inputs"), rule.norm)
-    with _editing(network, optimizer):
+    with editing(network, optimizer):
         edits, merges = _edit(network, errors, rule, optimizer)
         if merges:
             renew()
@@ -170,7 +180,7 @@ def refine(network: Network, rule: DepthRule, optimizer: Optimizer | None = None
     flow 0 block 0: duplicated, error inf, h 0.5 -> 0.25, flow 0 block 1: duplicated, error inf, h 0.5 -> 0.25
     """
     network = _checked(network, optimizer, rule)
-    with _editing(network, optimizer):
+    with editing(network, optimizer):
         return _edit(network, [[math.inf] * flow.depth for flow in network.flows], rule, optimizer)[0]
 
 
@@ -189,10 +199,24 @@ def _checked(network: nn.Module, optimizer: Optimizer | None, rule: object) -> N
     """The network, if its blocks can be edited by the rule."""
     network = flow_network(network)
     check_rule(rule)
+    network = editable(network, optimizer)
+    for flow in network.flows:
+        _ = flow.tableau.error_order
+    return network
+
+
+def editable(network: nn.Module, optimizer: Optimizer | None) -> Network:
+    """The network, if its blocks can be edited and the optimizer can follow.
+
+    Raises:
+        TypeError: it has no flows.
+        ValueError: a flow is a neural ODE, shared or used twice, weights are not finite, or the optimizer keeps state
+            that is not of one parameter (LBFGS).
+    """
+    network = flow_network(network)
     for i, flow in enumerate(network.flows):
         if isinstance(flow, NeuralODE) or flow.shared:
             raise ValueError(f"flow {i} has one field for all its steps: depth edits need a field per block")
-        _ = flow.tableau.error_order
     blocks = [block for flow in network.flows for block in flow.blocks]
     if len({*network.flows}) < len(network.flows) or len({*blocks}) < len(blocks):
         raise ValueError("network uses a flow or a block twice: depth edits need each once")
@@ -241,8 +265,16 @@ def _blocks(flow: Flow) -> list[Block]:
     return [cast(Block, block) for block in flow.blocks]
 
 
+def copied(block: Block, network: Network, optimizer: Optimizer | None) -> Block:
+    """A copy of a block, which shares what that shares with the rest of the network; the optimizer adopts it."""
+    twin = block.copy_within(network)
+    if optimizer is not None:
+        adopt_copy(optimizer, block, twin)
+    return twin
+
+
 @contextmanager
-def _editing(network: Network, optimizer: Optimizer | None) -> Iterator[None]:
+def editing(network: Network, optimizer: Optimizer | None) -> Iterator[None]:
     """Let the optimizer follow what happens to the blocks; after an exception they are what they were."""
     before = {flow: [(block, block.h) for block in _blocks(flow)] for flow in network.flows}
     groups = optimizer.param_groups if optimizer is not None else []
@@ -276,10 +308,7 @@ def _edit(
             if decisions[m] == "duplicate":
                 edits.append(Edit("duplicate", i, m, errors[i][m], (block.h, block.h / 2)))
                 block.h /= 2
-                twin = block.copy_within(network)
-                if optimizer is not None:
-                    adopt_copy(optimizer, block, twin)
-                blocks.append(twin)
+                blocks.append(copied(block, network, optimizer))
             elif decisions[m] == "merge":
                 following = old[m + 1]
                 edits.append(Edit("merge", i, m, errors[i][m], (block.h, block.h + following.h)))
