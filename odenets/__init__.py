@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import (  # noqa: F401  # isort: skip
         adapting, analysis, depth, detection, fields, least_action, measures, models, module_wise, normalization,
-        plotting, recording, training, transport,
+        penalties, plotting, recording, training, transport,
     )  # fmt: skip
     from odenets.adapting import AdaptedModel, adapt
     from odenets.blocks import Block
@@ -63,13 +63,14 @@ _HOMES = {
     "save_weights": "checkpoints",
 }
 _ROOMS = (
-    "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "plotting",
-    "recording", "training", "transport",
+    "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "penalties",
+    "plotting", "recording", "training", "transport",
 )  # fmt: skip
 _ELSEWHERE = {
     "AdaptiveDepth": "odenets.depth.AdaptiveDepth",
     "Batches": "odenets.training.Batches",
     "Detector": "odenets.detection.Detector",
+    "ErrorPenalty": "odenets.penalties.ErrorPenalty",
     "LeastAction": "odenets.least_action.LeastAction",
     "Pipeline": "odenets.detection.Pipeline",
     "Step": "solvers.Step",

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Any, Literal, Self
 
 import torch
@@ -31,10 +30,9 @@ from odenets.inputs import samples_in
 from odenets.measures import StepFunction
 from odenets.modes import keeping_state, total_dtype
 from odenets.recording import Records, record, unwrapped
-from odenets.training.checks import check_task
-from odenets.training.objectives import Batch, CrossEntropy, Objective
+from odenets.training.costs import WithCost, check_weight
+from odenets.training.objectives import Batch, Objective
 from odenets.training.step_counting import eagerly
-from solvers.validation import is_transformed
 
 __all__ = ["ActionPenalty", "Cost", "LeastAction"]
 
@@ -92,59 +90,18 @@ class Cost:
         return (torch.where(moved, squares, 1).sqrt() * moved).sum()  # where nothing moves the gradient is 0
 
 
-class _WithCost(Objective):
+class _WithCost(WithCost):
     """The loss of a task and the cost of moving the data."""
 
     def __init__(self, task: Objective | None, cost: str | Cost, p: float) -> None:
-        task = CrossEntropy() if task is None else task
-        check_task(task)
         if isinstance(cost, Cost) and p != 2:
             raise ValueError(f"p is that of the Cost where one is given, got p={p}: Cost({cost.kind!r}, p={p})")
         cost = cost if isinstance(cost, Cost) else Cost(cost, p)  # type: ignore[arg-type]  # checked there
-        if task.measures.get(cost.kind, cost.measure) != cost.measure:
-            raise ValueError(f"task must not record another measure as {cost.kind!r}, the name of the cost")
-        super().__init__({**task.measures, cost.kind: cost.measure})
-        self.task, self.cost = task, cost
-        self._last: tuple[Tensor, Tensor] | None = None  # loss and cost of the last batch
-
-    @property
-    def needs_second_forward(self) -> bool:
-        """Whether the task does."""
-        return self.task.needs_second_forward
-
-    @property
-    def counts_steps(self) -> bool:
-        """Whether the task does."""
-        return self.task.counts_steps
-
-    @property
-    def keeps_batch(self) -> bool:
-        """Whether the task does."""
-        return self.task.keeps_batch
-
-    def after_step(self, network: nn.Module, batch: Batch) -> None:
-        """That of the task, with the ``network`` and the ``batch``."""
-        self.task.after_step(network, batch)
-
-    def batch_figures(self) -> dict[str, float]:
-        """The task's loss, "batch_loss", and the cost, "batch_cost", of the last batch of training in this process.
-
-        Returns:
-            Both, for a log of every step; empty before the first batch. Reading them waits for the device.
-        """
-        last = {} if self._last is None else dict(zip(("batch_loss", "batch_cost"), self._last, strict=True))
-        return {name: value.item() for name, value in last.items()}
-
-    def _parts(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> tuple[Tensor, Tensor]:
-        """The task's loss and the cost, remembered where they are those of training."""
-        loss, cost = self.task.loss(network, batch, output, records), self.cost(records)
-        training = torch.is_grad_enabled() and self.training and unwrapped(network).training
-        if training and not torch.compiler.is_compiling() and not is_transformed(loss):
-            self._last = loss.detach(), cost.detach()
-        return loss, cost
+        super().__init__(task, cost.kind, cost.measure, cost)
+        self.kind = cost.kind
 
     def extra_repr(self) -> str:
-        return f"cost={self.cost.kind!r}"
+        return f"cost={self.kind!r}"
 
 
 class ActionPenalty(_WithCost):
@@ -161,19 +118,14 @@ class ActionPenalty(_WithCost):
     """
 
     def __init__(self, weight: float, task: Objective | None = None, *, cost: str = "action", p: float = 2.0) -> None:
-        if not isinstance(weight, Real | Tensor) or isinstance(weight, bool):
-            raise TypeError(
-                f"weight must be a number, and comes first, ActionPenalty(0.1, task), got {type(weight).__name__}"
-            )
+        check_weight(weight, "ActionPenalty(0.1, task)")
         super().__init__(task, cost, p)
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be finite and not negative, got {weight}")
         self.weight = weight
 
     def loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         """The task's loss of ``network``, ``batch``, ``output`` and ``records``, and the weighted cost, a scalar."""
         self.check_records(records)
-        loss, cost = self._parts(network, batch, output, records)
+        loss, cost = self.parts(network, batch, output, records)
         return loss + self.weight * cost
 
     def extra_repr(self) -> str:
@@ -260,7 +212,7 @@ class LeastAction(_WithCost):
         training = torch.is_grad_enabled() and self.training and unwrapped(network).training and self._may_grow
         if training:
             self.notice_step()
-        loss, cost = self._parts(network, batch, output, records)
+        loss, cost = self.parts(network, batch, output, records)
         if training and self.update != "after" and self._due and self._changed_in != self.steps:
             self._changed_in = self.steps
             self._grow(loss, samples_in(batch[0]))

@@ -28,8 +28,8 @@ FACE = {
     "fields", "initialize", "load_weights", "measures", "models", "recalibrate", "save_weights",
 }  # fmt: skip
 ROOMS = {
-    "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "plotting",
-    "recording", "training", "transport",
+    "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "penalties",
+    "plotting", "recording", "training", "transport",
 }  # fmt: skip
 
 
