@@ -40,6 +40,7 @@ from odenets.measures.marking import (
     reductions_of,
 )
 from odenets.measures.quantities import (
+    acceleration,
     action,
     cosine,
     displacement,
@@ -53,6 +54,7 @@ from odenets.measures.quantities import (
 __all__ = [
     "Measure",
     "StepFunction",
+    "acceleration",
     "action",
     "cosine",
     "displacement",

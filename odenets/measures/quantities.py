@@ -1,4 +1,4 @@
-"""The measures of the library: action, residue, error and displacement of a step, one number per sample."""
+"""The measures of the library: action, residue, error and others of a step, one number per sample."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from solvers import Step, finish_step
 from solvers.reductions import power_mean, weighted_action, weighted_root_mean_square
 
 __all__ = [
+    "acceleration",
     "action",
     "cosine",
     "displacement",
@@ -149,6 +150,44 @@ def error(step: Step) -> Tensor:
         weights = step.error_weights()
         value = weighted_root_mean_square(step.stages, weights, step.h)
     return value
+
+
+@measure
+def acceleration(step: Step) -> Tensor:
+    """Energy of the acceleration, ``<(p_k - p_1)^2> / (c_k^2 |h|)``, ``<.>`` the mean over features, ``(B,)``.
+
+    p_k is the last stage of the largest time ``c_k h``. With ``a = dv/dt`` along the path that is ``int <a^2> dt`` over
+    the step, up to a share of it of ``O(h)``, and of ``O(h^2)`` with the closing stage of an FSAL method. Where a path
+    is straight and its speed constant it is 0, however far it leads, and any method takes it in one step. Its sum over
+    the steps is the regularizer ``R_2`` of Kelly et al. (2020), there by Taylor-mode differentiation, here from the
+    velocities that the steps evaluate anyway. The stages of an untied block are not samples of one velocity, and it
+    then measures how far they differ. The unit is that of the state squared over that of time cubed.
+
+    Raises:
+        ValueError: a method whose stages are all at the time of the first, as Euler's, or the closing stage was not
+            evaluated.
+
+    References:
+        Kelly, Bettencourt, Johnson, Duvenaud. Learning differential equations that are easy to solve. NeurIPS 2020.
+
+    >>> import torch, odenets
+    >>> ode = odenets.NeuralODE(lambda t, x: torch.full_like(x, 6 * t), solver="bs23", steps=1)
+    >>> acceleration(next(iter(ode.steps(torch.zeros(1, 2)))))
+    tensor([36.])
+    """
+    c = step.tableau.c
+    last = max(range(len(c)), key=lambda i: (c[i], i))
+    if not c[last]:
+        raise ValueError(
+            f"{step.tableau.name} has no stage after its first, whose velocity would differ: take heun, midpoint, "
+            "bs23 or dopri5"
+        )
+    if last >= len(step.stages):
+        raise ValueError(
+            f"acceleration needs the closing stage of {step.tableau.name}: take the step with closing=True"
+        )
+    difference = weighted_root_mean_square(step.stages, (-1.0, *(0.0,) * (last - 1), 1.0), 1.0)
+    return difference.square() / (c[last] ** 2 * abs(step_size(step)))
 
 
 @measure(closing=False)

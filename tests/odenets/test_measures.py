@@ -29,6 +29,7 @@ CASES = {
     "square_norm": Case(measures.square_norm, lambda s: s.residue.square().sum(1)),
     "cosine": Case(measures.cosine, lambda s: cosine(s.residue)),
     "error": Case(measures.error, lambda s: root_mean_square(s.error)),
+    "acceleration": Case(measures.acceleration, lambda s: (s.stages[-1] - s.stages[0]).square().mean(1) / s.h),
     "displacement": Case(measures.displacement, lambda s: root_mean_square(s.h[:, None] * s.residue)),
     # bound
     "action of p = 3": Case(measures.action.bind(p=3.0), lambda s: s.action(3.0)),
