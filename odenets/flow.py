@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odenets.block_sequence import BlockSequence
 from odenets.blocks import Block, Velocity, take_step
+from odenets.coarsening import at_depth
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.measures.marking import check_named
 from odenets.normalization import check_closing_statistics
@@ -57,6 +58,8 @@ class Flow(BlockSequence):
     >>> flow(torch.randn(5, 2)).shape, flow.h
     (torch.Size([5, 2]), (0.3333333333333333, 0.3333333333333333, 0.3333333333333333))
     """
+
+    at_depth = at_depth
 
     @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True, check: bool = True) -> Iterator[Step]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odenets.coarsening import at_depth
 from odenets.flow import Flow
 from odenets.measures import StepFunction
 from odenets.modes import device_of, dtype_of
@@ -28,6 +29,7 @@ class Chain(Joined):
     """
 
     readout = "solution"
+    at_depth = at_depth
 
     @property
     def layers(self) -> list[nn.Module]:

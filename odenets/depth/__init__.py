@@ -24,7 +24,9 @@ does so between the epochs of a training, :func:`adapt_depth` once, by a :class:
 """
 
 from odenets.depth.callback import AdaptiveDepth
+from odenets.depth.coarsening import Group, at_depth, coarsened, groups_at_depth, without_flow
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
+from odenets.depth.elastic import ElasticDepth
 from odenets.depth.growing import Doubling, Stacking, double, stack
 from odenets.depth.resizing import resize_as
 from odenets.depth.rule import DepthRule, block_errors, plan
@@ -35,12 +37,18 @@ __all__ = [
     "DepthRule",
     "Doubling",
     "Edit",
+    "ElasticDepth",
+    "Group",
     "Stacking",
     "adapt_depth",
+    "at_depth",
     "block_errors",
+    "coarsened",
     "double",
+    "groups_at_depth",
     "plan",
     "refine",
     "resize_as",
     "stack",
+    "without_flow",
 ]
