@@ -15,6 +15,7 @@ Digits, where depth pays little, are a demonstration only.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 
 from elastic_depth_setup import ARMS, RULES, Config, Job, choices, epochs_of, parts_of, train
@@ -25,20 +26,28 @@ from lab.statistics import Interval, mean_interval, paired, paired_p_value, perc
 
 
 def jobs(config: Config) -> Jobs[Job]:
-    """What is chosen from; then seed by seed what is reported."""
+    """What is chosen from, and what of the first seed needs no choice; then seed by seed what is reported."""
     deep, *others = config.depths
-    tuned = yield [
-        Job(arm, setting, deep, 10_000 + i, tuning=True)
-        for arm in config.arms
-        if len(choices(config, arm)) > 1
+    chosen: dict[tuple[str, ...], Row] = {}
+
+    def of_seed(seed: int, arms: Iterable[str]) -> list[Job]:
+        deepest = [Job(arm, _setting(config, chosen, arm), deep, seed) for arm in arms]
+        return [*deepest, *(Job("trained", 0.0, depth, seed) for depth in others)]
+
+    choosing = [arm for arm in config.arms if len(choices(config, arm)) > 1]
+    seeds = range(10_000, 10_000 + config.tuning)
+    tuning = [
+        Job(arm, setting, deep, seed, tuning=True)
+        for arm in choosing
         for setting in choices(config, arm)
-        for i in range(config.tuning)
+        for seed in seeds
     ]
+    first = of_seed(config.seeds[0], (arm for arm in config.arms if arm not in (*choosing, "coarsening and action")))
+    tuned = (yield [*first, *tuning])[len(first) :]
     chosen = choose(tuned)
     results: list[Row] = []
     for seed in config.seeds:
-        arms = [Job(arm, _setting(config, chosen, arm), deep, seed) for arm in config.arms]
-        results += yield [*arms, *(Job("trained", 0.0, depth, seed) for depth in others)]
+        results += yield of_seed(seed, config.arms)
     return [*tuned, *results]
 
 

@@ -117,10 +117,16 @@ def groups_at_depth(
     rule: Rule | None = None,
     stays: Stays | None = None,
 ) -> list[tuple[Group, ...]]:
-    """The groups that :func:`at_depth` makes one block each, whose arguments these are, and whose errors it raises.
+    """The groups of blocks that :func:`at_depth` makes one block each.
+
+    Args:
+        network, blocks, tolerance, inputs, rule, stays: as :func:`at_depth` takes them.
 
     Returns:
         One tuple of groups per flow, which :func:`coarsened` takes.
+
+    Raises:
+        TypeError, ValueError: as :func:`at_depth`, but for statistics of batch norms, which are not looked at.
 
     >>> import odenets
     >>> groups_at_depth(odenets.Flow(odenets.MLPField(2), depth=4), 2)
@@ -172,6 +178,9 @@ def coarsened(network: nn.Module, groups: Sequence[Sequence[Group]]) -> Iterator
     Args:
         network: an :class:`~odenets.Network` or a :class:`~odenets.Flow`.
         groups: for each flow its groups in order, as :func:`groups_at_depth` returns them.
+
+    Yields:
+        Nothing; afterwards every block is there again with its own h, also after an error.
 
     Raises:
         TypeError, ValueError: as :func:`at_depth`, or groups that are not all blocks of a flow, each once and in order.
