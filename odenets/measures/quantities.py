@@ -154,7 +154,7 @@ def error(step: Step) -> Tensor:
 
 @measure
 def acceleration(step: Step) -> Tensor:
-    """Energy of the acceleration, ``<(p_k - p_1)^2> / (c_k^2 |h|)``, ``<.>`` the mean over features, ``(B,)``.
+    """Energy of a ``step``'s acceleration, ``<(p_k - p_1)^2> / (c_k^2 |h|)``, ``<.>`` the mean over features, ``(B,)``.
 
     p_k is the last stage of the largest time ``c_k h``. With ``a = dv/dt`` along the path that is ``int <a^2> dt`` over
     the step, up to a share of it of ``O(h)``, and of ``O(h^2)`` with the closing stage of an FSAL method. Where a path

@@ -120,6 +120,42 @@ def test_action_and_displacement_do_not_change_when_a_constant_step_is_cut(solve
         torch.testing.assert_close(records["residue"], torch.full((depth, 2), 9.0))
 
 
+@pytest.mark.parametrize("solver", ["midpoint", "heun", "rk4", "bs23", "dopri5"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("t0", "t1"), [(0.0, 2.0), (2.0, 0.0)])
+def test_the_energy_of_a_constant_acceleration_is_exact(solver, steps, t0, t1):
+    ode = NeuralODE(lambda t, x: torch.full_like(x, 3.0 * t), solver=solver, steps=steps, t0=t0, t1=t1)
+    _, records = ode.record(torch.zeros(2, 4), acceleration=measures.acceleration)
+    torch.testing.assert_close(records["acceleration"].sum(0), torch.full((2,), 18.0))  # 3^2 over a time of 2
+
+
+@pytest.mark.parametrize(("solver", "order"), [("midpoint", 1), ("bs23", 2), ("dopri5", 2)])
+def test_the_energy_of_the_acceleration_converges(solver, order):
+    """Of a rotation that grows faster; with the order of the difference of two velocities."""
+
+    def turning(t, x):
+        return torch.stack([-(1 + t) * x[:, 1], (1 + t) * x[:, 0]], 1)
+
+    errors = []
+    for steps in (16, 32):
+        ode = NeuralODE(turning, solver=solver, steps=steps)
+        x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+        _, records = ode.record(x, acceleration=measures.acceleration)
+        t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+        exact = torch.trapezoid((1 + t) ** 4 + 1, t) / 2  # |a|^2 = w^4 + w'^2, mean over two features
+        errors.append((records["acceleration"].sum() - exact).abs().item())
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
+
+
+def test_an_acceleration_needs_two_velocities():
+    step = rk_step(lambda t, x: x, 0.0, torch.ones(2, 3), 0.1, get_tableau("euler"))
+    with pytest.raises(ValueError, match="euler has no stage after its first"):
+        measures.acceleration(step)
+    step = rk_step(lambda t, x: x, 0.0, torch.ones(2, 3), 0.1, get_tableau("bs23"), closing=False)
+    with pytest.raises(ValueError, match="needs the closing stage of bs23"):
+        measures.acceleration(step)
+
+
 def test_a_recorded_block_is_finished_in_one_operation():
     x, flow = torch.randn(16, 6000), Flow(solver="bs23", depth=1)
     flow(x)
