@@ -2,7 +2,8 @@
 
 As a solver refines its steps where their error is large, a network gets blocks where theirs is: :class:`AdaptiveDepth`
 does so between the epochs of a training, :func:`adapt_depth` once, by a :class:`DepthRule`. :class:`Doubling` and
-:class:`Stacking` grow a network at given epochs instead.
+:class:`Stacking` grow a network at given epochs instead. In a trained network, :class:`SampleSteps` lets each sample
+take steps of its own size.
 
 >>> from functools import partial
 >>> import torch
@@ -30,6 +31,7 @@ from odenets.depth.elastic import ElasticDepth
 from odenets.depth.growing import Doubling, Stacking, double, stack
 from odenets.depth.resizing import resize_as
 from odenets.depth.rule import DepthRule, block_errors, plan
+from odenets.depth.sample_steps import SampleSteps, Walk
 
 __all__ = [
     "AdaptiveDepth",
@@ -39,7 +41,9 @@ __all__ = [
     "Edit",
     "ElasticDepth",
     "Group",
+    "SampleSteps",
     "Stacking",
+    "Walk",
     "adapt_depth",
     "at_depth",
     "block_errors",
