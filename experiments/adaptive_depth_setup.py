@@ -27,9 +27,6 @@ from solvers import get_tableau
 
 __all__ = ["DepthConfig", "Job", "build", "train"]
 
-SCHEMES = {"depth": ("schemes",), "orders": ("schemes", "full_passes")}
-"""By part: whether every embedded output is tested, from the last block on, and by a pass of its own."""
-
 
 @dataclass(frozen=True)
 class DepthConfig(TrainingConfig):
@@ -205,10 +202,18 @@ def train(config: DepthConfig, job: Job, run: Run, report: Report) -> dict[str, 
     results |= {"without_flow": _without_flow(network, batches, test)}
     if job.solver == "bs23" and not job.forward:
         results |= _errors(network, validation.inputs)
-    for kind in SCHEMES.get(job.part, ()) if job.solver == "bs23" else ():
-        of = evaluate_schemes(network, test, full_passes=kind == "full_passes")
-        results[kind] = {name: each.accuracy for name, each in of.items()}
-    return results
+    return results | _schemes(network, job, test)
+
+
+def _schemes(network: Network, job: Job, test: Batches) -> Row:
+    """Test accuracy of every embedded output, from the last block on, and by a pass of its own."""
+    if job.solver != "bs23" or job.part not in ("depth", "long", "orders"):
+        return {}
+    kinds = {"schemes": False} | ({"full_passes": True} if job.part == "orders" or job.stage_fields == "untied" else {})
+    return {
+        kind: {name: each.accuracy for name, each in evaluate_schemes(network, test, full_passes=full).items()}
+        for kind, full in kinds.items()
+    }
 
 
 def _learned(network: Network, batches: Batches) -> int:

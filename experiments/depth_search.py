@@ -62,7 +62,7 @@ def jobs(config: Config) -> Jobs[Job]:
         ]
     if config.growing:
         kinds += [{"network": f"{way} to {last}", "depth": last, "way": way} for way in ("doubling", "stacking")]
-    common = {
+    common: dict[str, Any] = {
         "part": "search",
         "total_time": config.total_time,
         "tolerance": config.tolerance,

@@ -16,7 +16,7 @@ from lab.statistics import Interval
 from odenets.plotting.figures import MARKERS, legend_beside, log_x, new_figure
 
 __all__ = [
-    "accuracy_against_cost", "block_errors", "cost_of_solves", "depth_and_steps", "epochs_of", "intervals",
+    "Kinds", "accuracy_against_cost", "block_errors", "cost_of_solves", "depth_and_steps", "epochs_of", "intervals",
     "solves_while_training", "ways_against_cost",
 ]  # fmt: skip
 
@@ -112,8 +112,8 @@ def accuracy_against_cost(rows: Iterable[Mapping[str, Any]], kinds: Kinds) -> Fi
         epochs = max(int(each["epoch"]) for each in last)  # a training that diverges ends before
         spent = [int(r["evaluations"]) + int(r["check_evaluations"]) for r in last if int(r["epoch"]) == epochs]
         style: dict[str, Any] = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "linestyle": ""}
-        axis.plot(np.array(spent) / 1e3, 100 * np.array(row["solution"].values), alpha=0.35, **style)
-        axis.plot(row["evaluations"] / 1e3, 100 * row["solution"].mean, markersize=10, label=_title(row), **style)
+        axis.plot(np.array(spent) / 1e3, row["solution"].values, alpha=0.35, **style)
+        axis.plot(row["evaluations"] / 1e3, row["solution"].mean, markersize=10, label=_title(row), **style)
     axis.set(xlabel="field evaluations in training, checks included (thousands)", ylabel="test accuracy (%)")
     log_x(axis)
     axis.grid(alpha=0.3)
