@@ -35,6 +35,7 @@ class DepthConfig(TrainingConfig):
     The rule is fixed beforehand, not chosen on the data: a tolerance of 0.003 and K = 8.
 
     Attributes:
+        dataset: one of scikit-learn's or torchvision's, or a FILE.npz in the folder, see :mod:`lab.images`.
         features: channels of the state; 0 takes those of the model.
         pool: whether states of images have half the model's resolution, by max pooling behind the encoder.
         tolerance: largest embedded error of a block, root mean square over features, mean over samples.
@@ -45,7 +46,6 @@ class DepthConfig(TrainingConfig):
         loss_limit: an epoch whose mean training loss is above this has diverged.
     """
 
-    dataset: Literal["digits", "circles", "moons", "mnist", "fashion-mnist", "cifar10", "cifar100"] = "digits"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int = 12
     features: int = 0
@@ -169,7 +169,7 @@ def _parts(config: DepthConfig) -> Split:
 def train(config: DepthConfig, job: Job, run: Run, report: Report) -> dict[str, Any]:
     """Train and evaluate one network."""
     parts = _parts(config)
-    augmented = parts.train.x.shape[-1] > 8 and "mnist" not in config.dataset
+    augmented = parts.train.x.shape[-1] > 8 and "mnist" not in parts.train.name
     batches = Batches(parts.train, config.batch_size, seed=job.seed, crop=4 * augmented, flip=augmented)
     options = {"validation": Batches(parts.validation, 500), "loss_limit": config.loss_limit, "rate": job.rate}
     options |= {"objective": objective_of(job)} | depth_options(config, job, parts)

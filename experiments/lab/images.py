@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from odenets import Network, models
@@ -21,10 +22,40 @@ FEATURES = {"digits": 16, "mnist": 32, "cifar10": 100}
 def train_and_test(
     dataset: str, folder: Path | None, train_size: int = 0, test_size: int = 0
 ) -> tuple[TensorData, TensorData]:
-    """Training and test images; all if a size is 0."""
-    train, test = datasets.load(dataset, folder)
+    """Training and test images; all if a size is 0.
+
+    A data set whose name ends so is a FILE.npz in the folder.
+    """
+    load = _of_file if dataset.endswith(".npz") else datasets.load
+    train, test = load(dataset, folder)
     train = datasets.subsample(train, train_size) if train_size else train
     return train, datasets.subsample(test, test_size) if test_size else test
+
+
+def _of_file(name: str, folder: Path | None) -> tuple[TensorData, TensorData]:
+    """Training and test images of a file, normalized by the training images' own statistics.
+
+    It holds arrays ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``: bytes (N, H, W, C), and
+    numbers from 0 on.
+    """
+    path = (folder or Path()) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"file {str(path)!r} does not exist; give its folder as folder")
+    with np.load(path, allow_pickle=False) as file:
+        missing = {f"{part}_{what}" for part in ("train", "test") for what in ("images", "labels")} - set(file)
+        if missing:
+            raise ValueError(f"{str(path)!r} must hold arrays {', '.join(sorted(missing))}, got {', '.join(file)}")
+        arrays = {each: torch.from_numpy(file[each]) for each in file}
+    train = arrays["train_images"].double().div_(255)
+    mean, std = (tuple(each.tolist()) for each in (train.mean((0, 1, 2)), train.std((0, 1, 2))))
+    classes = int(arrays["train_labels"].max()) + 1
+    return tuple(  # type: ignore[return-value]  # of two
+        TensorData(
+            arrays[f"{part}_images"].permute(0, 3, 1, 2).float().div_(255).contiguous(),
+            arrays[f"{part}_labels"].long(), path.stem, classes, mean, std,
+        )
+        for part in ("train", "test")
+    )  # fmt: skip
 
 
 def split(dataset: str, folder: Path | None, train_size: int = 0, test_size: int = 0) -> Split:

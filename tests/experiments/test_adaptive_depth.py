@@ -1,5 +1,6 @@
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from adaptive_depth import EXPERIMENT, Config, figures
@@ -13,7 +14,15 @@ from odenets import plotting
 from odenets.training import datasets
 from odenets.training.runs import read_metrics, read_summary
 
-TINY = {"seeds": (0, 1), "epochs": 2, "train_size": 100, "deep": 4, "workers": 1, "max_depth": 8, "check_samples": 40}
+TINY: dict[str, Any] = {
+    "seeds": (0, 1),
+    "epochs": 2,
+    "train_size": 100,
+    "deep": 4,
+    "workers": 1,
+    "max_depth": 8,
+    "check_samples": 40,
+}
 TINY |= {"parts": ("depth", "long"), "rates": (0.02,), "weights": (1.0,)}
 
 

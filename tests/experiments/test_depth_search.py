@@ -1,10 +1,19 @@
+from typing import Any
+
 import pytest
 from depth_search import EXPERIMENT, Config, deepening, halving, search, ways_of
 
 from lab.experiment import run
 from odenets.training.runs import read_metrics, read_summary
 
-TINY = {"seeds": (0, 1), "depths": (1, 2), "tolerances": (3e-3, 1e-2), "epochs": 2, "train_size": 100, "workers": 1}
+TINY: dict[str, Any] = {
+    "seeds": (0, 1),
+    "depths": (1, 2),
+    "tolerances": (3e-3, 1e-2),
+    "epochs": 2,
+    "train_size": 100,
+    "workers": 1,
+}
 
 
 def trained(depth, curve, test, checks=0, way="fixed", tolerance=3e-3, per_epoch=100):
