@@ -28,11 +28,11 @@ def summarize(config: Any, results: list[Row]) -> list[Row]:
         trained = [r for r in group if not r["diverged"]]
         row: Row = {"part": part, "network": network, "total_time": total_time, "seeds": len(group)}
         row |= {"diverged": len(group) - len(trained), "final_depths": [r["final_depth"] for r in trained]}
-        row |= {name: group[0][name] for name in ("rate", "weight", "multipliers", "way")}
+        row |= {name: group[0][name] for name in ("rate", "weight", "multipliers", "way", "tolerance")}
         if trained:
             row |= _row_of(trained)
             row |= _difference("", trained, _rival(reported, group[0]), lambda r: r["solution"])
-            row |= _error_ratio(trained, _rival(reported, group[0]))
+            row |= _ratios(trained, _rival(reported, group[0]))
         rows.append(row)
     return rows
 
@@ -42,7 +42,7 @@ def _row_of(trained: Sequence[Row]) -> Row:
     row: Row = {name: statistics.fmean(r[name] for r in trained) for name in ("parameters", "seconds")}
     for name in ("evaluations_per_forward", "evaluations_with_error"):
         row[name] = statistics.fmean(r[name] for r in trained)
-    row["evaluations"] = statistics.fmean(r["training_evaluations"] + r["check_evaluations"] for r in trained)
+    row["evaluations"] = statistics.fmean(map(_spent, trained))
     row["checks"] = statistics.fmean(r["check_evaluations"] for r in trained)
     for name in ("validation", "solution", "without_flow"):
         row[name] = percent(r[name] for r in trained)
@@ -70,8 +70,9 @@ def _rival(reported: Sequence[Row], of: Row) -> list[Row]:
         "action": lambda r: r["way"] == of["way"] and not r["weight"] and not r["multipliers"],
     }
     rivals = [r for r in reported if r["part"] == of["part"] and kind.get(of["part"], lambda r: False)(r)]
-    deepest = max((r["depth"] for r in rivals), default=0)
-    return [r for r in rivals if r["depth"] == deepest and not r["diverged"] and r["network"] != of["network"]]
+    usual = max(((r["depth"], -r["tolerance"]) for r in rivals), default=None)
+    rivals = [r for r in rivals if (r["depth"], -r["tolerance"]) == usual and r["network"] != of["network"]]
+    return [r for r in rivals if not r["diverged"]]
 
 
 def _difference(name: str, ours: Sequence[Row], theirs: Sequence[Row], value: Callable[[Row], float]) -> Row:
@@ -85,14 +86,23 @@ def _difference(name: str, ours: Sequence[Row], theirs: Sequence[Row], value: Ca
     return row | ({f"{name}p": paired_p_value(*pairs)} if len(seeds) > 1 else {})
 
 
-def _error_ratio(ours: Sequence[Row], theirs: Sequence[Row]) -> Row:
-    """The mean embedded error of the blocks over that of the usual network, by seed."""
-    one, other = (
-        {r["seed"]: statistics.fmean(r["errors"]) for r in each if "errors" in r and r["part"] == "action"}
-        for each in (ours, theirs)
-    )
-    ratios = [one[s] / other[s] for s in one if s in other]
-    return {"error_ratio": mean_interval(ratios)} if ratios else {}
+def _ratios(ours: Sequence[Row], theirs: Sequence[Row]) -> Row:
+    """Over the usual network, by seed: field evaluations, checks included; errors of the blocks where as many are."""
+    if ours[0]["part"] not in ("depth", "action"):
+        return {}
+    values: dict[str, Callable[[Row], float]] = {"share": _spent}
+    if ours[0]["part"] == "action" and ours[0]["way"] == "fixed":
+        values["error_ratio"] = lambda r: statistics.fmean(r["errors"])
+    row: Row = {}
+    for name, value in values.items():
+        one, other = ({r["seed"]: value(r) for r in each} for each in (ours, theirs))
+        ratios = [one[s] / other[s] for s in one if s in other]
+        row |= {name: mean_interval(ratios)} if ratios else {}
+    return row
+
+
+def _spent(result: Row) -> int:
+    return result["training_evaluations"] + result["check_evaluations"]
 
 
 def _scheme(kind: str, name: str) -> Callable[[Mapping[str, Any]], str]:
@@ -115,12 +125,13 @@ COLUMNS: Columns = {
     **{f"pass {name}": _scheme("full_passes", name) for name in SCHEMES},
     "ensemble of passes - carried": "{passes_difference:.2f}",
     "error": "{error.mean:.2g}",
-    "of the plain one's": "{error_ratio:.2f}",
+    "of the usual one's": "{error_ratio:.2f}",
     "over displacement": "{relative_error.mean:.2g}",
     "parameters": "{parameters:,.0f}",
     "evals/forward": "{evaluations_per_forward:.1f}",
     "with errors": "{evaluations_with_error:.1f}",
     "training evals": lambda row: f"{row['evaluations'] / 1e3:,.0f} k",
+    "of the usual evals": "{share:.2f}",
     "seconds": "{seconds:.1f}",
 }
 
@@ -138,13 +149,12 @@ def _words(difference: Interval) -> str:
 
 
 def _of_depth(config: Any, rows: Sequence[Row]) -> list[str]:
-    fixed = next(row for row in rows if row["network"] == f"fixed {config.deep}")
     lines = []
     for row in rows:
-        if row["way"] != "fixed" and "difference" in row and "evaluations" in fixed:
+        if row["way"] != "fixed" and "difference" in row:
             lines.append(
-                f"{row['network']}: {_words(row['difference'])} beside {fixed['network']}, training evaluations with "
-                f"checks {row['evaluations'] / fixed['evaluations']:.2f} of its"
+                f"{row['network']}: {_words(row['difference'])} beside the deepest fixed network, training evaluations "
+                f"with checks {row['share']:.2f} of its"
             )
     grown = next(row for row in rows if row["network"] == "adaptive from 1")
     return [*lines, f"adaptive from 1: ends at {' '.join(map(str, grown['final_depths']))} blocks"]
@@ -172,20 +182,15 @@ def _of_action(config: Any, rows: Sequence[Row]) -> list[str]:
     """Of each weight, and which is chosen: the largest at which validation loses at most half a point."""
     lines = []
     for row in rows:
-        if "difference" in row and "error_ratio" in row:
-            lines.append(
-                f"{row['network']}: blocks {' '.join(map(str, row['final_depths']))}, errors {row['error_ratio']:.2f} "
-                f"of the plain network's, {_words(row['difference'])}"
-            )
-    plain = next((row for row in rows if row["way"] == "adaptive" and not row["weight"] and not row["multipliers"]), {})
-    near = [
-        row
-        for row in rows
-        if row["way"] == "adaptive" and row["weight"] and "validation" in row and "validation" in plain
-        and row["validation"].mean >= plain["validation"].mean - 0.5
-    ]  # fmt: skip
-    if near:
-        chosen = max(near, key=lambda row: row["weight"])
+        if "difference" in row:
+            blocks = f"blocks {' '.join(map(str, row['final_depths']))}, evaluations {row['share']:.2f}"
+            what = f"errors {row['error_ratio']:.2f}" if "error_ratio" in row else blocks
+            lines.append(f"{row['network']}: {what} of the plain network's, {_words(row['difference'])}")
+    adaptive = [row for row in rows if row["way"] == "adaptive" and not row["multipliers"] and "validation" in row]
+    plain = min(adaptive, key=lambda row: (row["weight"], row["tolerance"]), default=None)
+    if plain is not None and not plain["weight"]:
+        near = [r for r in adaptive if r["weight"] and r["validation"].mean >= plain["validation"].mean - 0.5]
+        chosen = max(near, key=lambda row: row["weight"], default={"network": "none"})
         lines.append(f"chosen on validation, as the largest that loses at most 0.5 points there: {chosen['network']}")
     return lines
 

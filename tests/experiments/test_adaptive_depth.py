@@ -111,20 +111,31 @@ def test_the_action_is_compared_with_the_same_network_without_it():
     def result(network, weight, seed, solution, error, way="adaptive"):
         row = {"part": "action", "network": network, "total_time": 1.0, "seed": seed, "weight": weight, "way": way}
         row |= {"tuning": False, "diverged": False, "multipliers": False, "solver": "bs23", "depth": 8, "together": 1}
-        row |= {"rate": 0.1, "final_depth": 2, "parameters": 9, "seconds": 1.0, "evaluations_per_forward": 6}
+        row |= {
+            "rate": 0.1,
+            "tolerance": 0.01,
+            "final_depth": 2,
+            "parameters": 9,
+            "seconds": 1.0,
+            "evaluations_per_forward": 6,
+        }
         row |= {"evaluations_with_error": 8, "training_evaluations": 60, "check_evaluations": 4, "forward": ""}
         row |= {"validation": solution, "solution": solution, "without_flow": 0.5, "errors": [error] * 2}
         return row | {"relative_error": error}
 
     results = [result("plain", 0.0, seed, 0.9, 0.02) for seed in (0, 1)]
     results += [result("weighed", 1.0, seed, 0.91 + 0.01 * seed, 0.01) for seed in (0, 1)]
-    results += [result("fixed", 1.0, 0, 0.5, 0.01, way="fixed")]
-    plain, weighed, fixed = summarize(Config(), results)
+    results += [result("fixed", 0.0, 0, 0.5, 0.02, way="fixed")]
+    results += [result("fixed, weighed", 1.0, 0, 0.5, 0.01, way="fixed")]
+    results += [result("looser", 0.0, seed, 0.9, 0.1) | {"tolerance": 0.1, "check_evaluations": 36} for seed in (0, 1)]
+    plain, weighed, fixed, fixed_weighed, looser = rows = summarize(Config(), results)
     assert weighed["difference"].values == pytest.approx((1, 2))
-    assert weighed["error_ratio"].values == pytest.approx((0.5, 0.5))
-    assert "difference" not in plain
-    assert "difference" not in fixed  # no other fixed network is without the action
-    lines = verdict(replace(Config(), parts=("action",)), Outcome([plain, weighed, fixed]))
+    assert weighed["share"].values == (1, 1)
+    assert "error_ratio" not in weighed  # of other blocks than the plain one's
+    assert fixed_weighed["error_ratio"].values == (0.5,)
+    assert not {"difference", "share"} & (plain.keys() | fixed.keys())
+    assert looser["share"].values == (1.5, 1.5)
+    lines = verdict(replace(Config(), parts=("action",)), Outcome(rows))
     assert lines[-1] == "chosen on validation, as the largest that loses at most 0.5 points there: weighed"
 
 
