@@ -17,11 +17,13 @@ CIRCLES = "Least action in two dimensions"
 FEW = "Least action on few images"
 MODULES = "Module-wise training"
 DETECTION = "Detection by the trajectory"
+DEPTH = "Adaptive depth"
 CONTROLS = {
     CIRCLES: "epoch chosen on validation points",
     FEW: "statistics recomputed",
     MODULES: "statistics recomputed",
     DETECTION: "",
+    DEPTH: "",
 }
 """Groups of claims, and the control that each has."""
 NAMES = {"lap": "least action", "fixed lambda": "a fixed weight"}
@@ -44,7 +46,7 @@ MEASURE = "points of accuracy"
 @cache
 def comparisons() -> dict[str, tuple[Comparison, ...]]:
     """All comparisons by group."""
-    groups = {CIRCLES: _circles(), FEW: _few_images(), MODULES: _modules(), DETECTION: _detection()}
+    groups = {CIRCLES: _circles(), FEW: _few_images(), MODULES: _modules(), DETECTION: _detection(), DEPTH: _depth()}
     return {group: tuple(each) for group, each in groups.items()}
 
 
@@ -257,3 +259,24 @@ def _seen_attacks(path: str) -> Iterator[Comparison]:
             claim = Claim("table 12", f"seen attacks: {words}", page, conditions, headline if shown else "")
             ours = sentence(result, start).interval
             yield claim.sign_of(("12", cell, attacks), ("12", path, attacks), ours, MEASURE)
+
+
+def _depth() -> Iterator[Comparison]:
+    """Claims of section 6.2.1, which has no figures: those of a gain have a sign."""
+    page, where, digits = "adaptive_depth", "section 6.2.1", "digits, for CIFAR-100; three seeds"
+    untied = row(page, part="orders", network="order 3 untied, 4 blocks")["difference"]
+    words = "four blocks of order 3 less twelve Euler blocks, of as many evaluations and fields (points)"
+    yield Claim(where, words, page, digits, digits=2).sign(1, untied, "higher order is more efficient")
+    whole = row(page, part="orders", network="eq. 43 on the ensemble, 3 blocks")
+    for name, how in (("ensemble", "in one pass"), ("passes", "by a pass for each")):
+        words = f"eq. 43, ensemble of its schemes {how} less what blocks carry on (points)"
+        yield Claim(where, words, page, digits, digits=2).sign(1, whole[f"{name}_difference"], "ensembles gain")
+    merged = row(page, part="depth", network="adaptive from 8")["share"]
+    words = "eight blocks that merge: evaluations of training over those of eight fixed blocks"
+    yield Claim(where, words, page, digits, digits=2).below_one(merged, "the size is reduced")
+    action = row(page, part="action", network="adaptive from 8, weight 1")
+    longer = f"{digits}; total time 4"
+    words = "adaptive, with the action less without (points)"
+    yield Claim(where, words, page, longer, digits=2).sign(1, action["difference"], "LAP gains")
+    words = "adaptive, with the action: evaluations of training over those without"
+    yield Claim(where, words, page, longer, digits=2).below_one(action["share"], "LAP gains")

@@ -128,9 +128,10 @@ def ways_against_cost(rows: Iterable[Mapping[str, Any]]) -> Figure:
     for i, row in enumerate(row for row in rows if "evaluations" in row):
         cost, accuracy = row["evaluations"], row["accuracy"]
         style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}", "linestyle": ""}
+        style |= {} if i < 10 else {"markerfacecolor": "none"}
         widths = {"xerr": cost.half_width / 1e3, "yerr": accuracy.half_width} if cost.n > 1 else {}
         axis.errorbar(cost.mean / 1e3, accuracy.mean, label=row["way"], elinewidth=0.6, **widths, **style)
-    axis.set(xlabel="field evaluations, checks and choices included (thousands)", ylabel="test accuracy (%)")
+    axis.set(xlabel="field evaluations (thousands)", ylabel="test accuracy (%)")
     log_x(axis)
     axis.grid(alpha=0.3)
     legend_beside(axis)

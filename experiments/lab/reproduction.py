@@ -144,6 +144,11 @@ class Claim:
         """By what [K24] says without a number, in words."""
         return self._compare(words, [Figure(self._text(ours), sign(ours, theirs))])
 
+    def below_one(self, ours: Interval, words: str) -> Comparison:
+        """By a ratio that [K24] says, without a number, is below 1."""
+        less = Interval(ours.mean - 1, ours.half_width, ours.n)
+        return self._compare(words, [Figure(self._text(ours), sign(less, -1))])
+
     def sign_of(self, one: Cell, other: Cell, ours: Interval, measure: str) -> Comparison:
         """By the sign of a difference of two cells of [K24], which has another measure."""
         theirs = _difference(one, other)
