@@ -17,7 +17,7 @@ from odenets.plotting.figures import MARKERS, legend_beside, log_x, new_figure
 
 __all__ = [
     "accuracy_against_cost", "block_errors", "cost_of_solves", "depth_and_steps", "epochs_of", "intervals",
-    "solves_while_training",
+    "solves_while_training", "ways_against_cost",
 ]  # fmt: skip
 
 Epochs = list[dict[str, str]]
@@ -115,6 +115,22 @@ def accuracy_against_cost(rows: Iterable[Mapping[str, Any]], kinds: Kinds) -> Fi
         axis.plot(np.array(spent) / 1e3, 100 * np.array(row["solution"].values), alpha=0.35, **style)
         axis.plot(row["evaluations"] / 1e3, 100 * row["solution"].mean, markersize=10, label=_title(row), **style)
     axis.set(xlabel="field evaluations in training, checks included (thousands)", ylabel="test accuracy (%)")
+    log_x(axis)
+    axis.grid(alpha=0.3)
+    legend_beside(axis)
+    return figure
+
+
+def ways_against_cost(rows: Iterable[Mapping[str, Any]]) -> Figure:
+    """Test accuracy of each way to a network against the field evaluations that it took, with their intervals."""
+    figure, axes = new_figure(1, 1)
+    axis: Axes = axes[0, 0]
+    for i, row in enumerate(row for row in rows if "evaluations" in row):
+        cost, accuracy = row["evaluations"], row["accuracy"]
+        style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "color": f"C{i % 10}", "linestyle": ""}
+        widths = {"xerr": cost.half_width / 1e3, "yerr": accuracy.half_width} if cost.n > 1 else {}
+        axis.errorbar(cost.mean / 1e3, accuracy.mean, label=row["way"], elinewidth=0.6, **widths, **style)
+    axis.set(xlabel="field evaluations, checks and choices included (thousands)", ylabel="test accuracy (%)")
     log_x(axis)
     axis.grid(alpha=0.3)
     legend_beside(axis)

@@ -19,6 +19,7 @@ from odenets import Network
 from odenets.training.callbacks import Callback
 from odenets.training.data import Batches, Split
 from odenets.training.loop import fit
+from odenets.training.optimization import MakeLRScheduler
 from odenets.training.state import Training
 
 __all__ = ["Progress", "TrainingConfig", "fit_network", "parts_of"]
@@ -74,17 +75,23 @@ def parts_of(config: TrainingConfig) -> Split:
 
 def fit_network(
     config: TrainingConfig, network: Network, batches: Batches, run: Run, report: Report,
-    *, callbacks: Sequence[Callback] = (), **options: Any,
+    *, callbacks: Sequence[Callback] = (), rate: float | None = None,
+    lr_scheduler: MakeLRScheduler | None = None, **options: Any,
 ) -> Training:  # fmt: skip
-    """Train a network; the options are those of :func:`odenets.training.loop.fit`."""
+    """Train a network; the options are those of :func:`odenets.training.loop.fit`.
+
+    The learning rate is that of the configuration unless a ``rate`` is given, and a cosine brings it to 0 unless there
+    is another scheduler.
+    """
+    cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=config.epochs)
     return fit(
         network,
         batches,
         epochs=config.epochs,
-        optimizer=partial(torch.optim.SGD, lr=config.learning_rate, momentum=0.9),
-        lr_scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=config.epochs),
+        optimizer=partial(torch.optim.SGD, lr=config.learning_rate if rate is None else rate, momentum=0.9),
         callbacks=[*callbacks, Progress(report, run)],
         run=run,
         fabric=Fabric(accelerator=config.device, devices=1),
+        lr_scheduler=lr_scheduler or cosine,
         **options,
     )
