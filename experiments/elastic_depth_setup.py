@@ -75,11 +75,11 @@ class Config(ImageConfig):
     changes: tuple[float, ...] = (1e-3, 1e-2)
     tuning: int = 1
     tuning_epochs: int = 0
-    epochs: int = 10
+    epochs: int = 15
     batch_size: int = 64
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
-    total_time: float = 1.0
+    total_time: float = 4.0
     validation_size: int = 300
     train_size: int = 0
     test_size: int = 0

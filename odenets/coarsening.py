@@ -64,9 +64,9 @@ def at_depth(
         tolerance: in place of ``blocks``, the largest error of a merged step: as few blocks as keep it.
         inputs: on which errors are measured and statistics of batch norms recomputed: batches, tensors ``(B, *S)``, or
             a function that makes them.
-        rule: what the groups minimize: "error", the sum of the embedded errors of the merged steps, or of differences
-            where the method has none, as "euler"; "difference", that of the group's steps to the one step in their
-            place; "even", the unevenness of the step sizes. "error" if not given, "even" without inputs.
+        rule: of what the groups minimize the sum of squares: "error", the embedded errors of the merged steps, or where
+            the method has none, as "euler", "difference", that of the group's steps to the one step in their place;
+            "even", the step sizes, which are then as even as may be. "error" if not given, "even" without inputs.
         stays: which block of a group stays: "first", "middle", "last", or "best", that with the least difference.
             "best" if not given, "first" without inputs.
         recalibration: inputs for the statistics of batch norms, if not those of ``inputs``.

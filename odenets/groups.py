@@ -95,7 +95,7 @@ def partition(
     depth = len(h)
 
     def cost(a: int, b: int) -> float:
-        return math.fsum(h[a:b]) ** 2 if rule == "even" else errors[a, b][0]
+        return (math.fsum(h[a:b]) if rule == "even" else errors[a, b][0]) ** 2
 
     def least(allowed: Callable[[int, int], bool]) -> list[dict[int, tuple[float, int]]]:
         """For n groups that end at b, the least cost and where the last begins."""
