@@ -61,7 +61,7 @@ class Config(ImageConfig):
         tuning_epochs: of these; as many as of the others if 0.
         epochs, batch_size, learning_rate: of training by SGD with Nesterov momentum .9 and one cycle to this rate.
         weight_decay: of training.
-        total_time: of each flow.
+        total_time: of each flow, at every depth; 0 takes steps of h = 1, as in a ResNet.
         validation_size: images of the training set to choose on.
         train_size, test_size: images besides; all if 0.
         measured: training images on which errors are measured.
@@ -202,7 +202,7 @@ def build(config: Config, job: Job, dataset: TensorData) -> Network:
         if blocks:
             drops = iter([drop * (sum(shape[:i]) + m + 1) / sum(shape) for m in range(blocks)])
             field = lambda features=features, drops=drops: _field(features, next(drops))  # noqa: E731
-            flows.append(Flow(field, solver="euler", depth=blocks, total_time=config.total_time))
+            flows.append(Flow(field, solver="euler", depth=blocks, total_time=config.total_time or float(blocks)))
             between = []
         if i + 1 < len(channels):
             between.append(nn.Conv2d(features, channels[i + 1], 1, stride=2, bias=False))
