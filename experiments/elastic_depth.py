@@ -20,9 +20,8 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 
-from matplotlib.figure import Figure
-
 from elastic_depth_setup import ARMS, RULES, Config, Job, choices, epochs_of, parts_of, train
+from matplotlib.figure import Figure
 
 from lab import plotting
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Row, command
