@@ -42,6 +42,7 @@ RULES = {
     "even, middle": ("even", "middle"),
     "even, last": ("even", "last"),
     "error, best": ("difference", "best"),
+    "output, best": ("output", "best"),
 }
 """How blocks merge: what the groups of blocks minimize, and which block of a group stays."""
 
@@ -266,7 +267,8 @@ def measure(
 ) -> Row:
     """Accuracy of a network on validation and test images: whole, without its flows, and coarsened by every rule.
 
-    Statistics of batch norms are recomputed on training images in all of them.
+    Statistics of batch norms are recomputed on training images in all of them. By the output, blocks merge on from one
+    depth to the next.
     """
     statistics = [*pool.subset(torch.arange(min(2000, len(pool)))).x.split(250)]
 
@@ -281,10 +283,11 @@ def measure(
     results["removed"] = accuracy(without_flow(network, statistics))
     seen = pool.x[: config.measured]
     results["coarse"] = {}
-    for depth in config.coarse:
-        for name, (rule, stays) in RULES.items():
+    for name, (rule, stays) in RULES.items():
+        coarse = network
+        for depth in config.coarse:
             coarse = at_depth(
-                network,
+                coarse if rule == "output" else network,
                 SHAPES[config.dataset][depth],
                 inputs=[seen],
                 rule=rule,  # type: ignore[arg-type]

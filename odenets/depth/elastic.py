@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from odenets.coarsening import coarsened, flows_of
 from odenets.errors import check_count, check_number
-from odenets.groups import Group
+from odenets.groups import Group, place_of
 from odenets.recording import Records, record, unwrapped
+from odenets.regrouping import coarsened, flows_of
 from odenets.training.checks import check_task
 from odenets.training.objectives import Batch, CrossEntropy, Objective
 
@@ -135,7 +135,7 @@ def random_groups(network: nn.Module, stays: str = "first") -> list[list[Group]]
 def _group(first: int, last: int, stays: str) -> Group:
     if stays == "random":
         return Group(first, last, first + int(torch.randint(last - first, ())))
-    return Group(first, last, {"first": first, "middle": (first + last - 1) // 2, "last": last - 1}[stays])
+    return Group(first, last, place_of(stays, first, last))
 
 
 @contextmanager

@@ -17,24 +17,26 @@ TINY = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    run(EXPERIMENT, Config(**TINY, output=folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "digits", {4: (4,), 2: (2,), 1: (1,)})
+        run(EXPERIMENT, Config(**TINY, output=folder))
     return folder
 
 
 def test_the_table_holds_every_depth_the_controls_and_what_is_retained(folder):
     rows = read_summary(folder)["results"]["rows"]
-    assert {row["blocks"] for row in rows if row["arm"] == "trained at each depth"} == {16, 8, 4, 2, 1}
+    assert {row["blocks"] for row in rows if row["arm"] == "trained at each depth"} == {4, 2, 1}
     for arm in TINY["arms"]:
-        assert [row["blocks"] for row in rows if row["arm"] == arm] == [16, 8, 4, 2, 1, 0]
-    plain = read_summary(folder / "seed0" / "plain-0-depth16")["results"]
-    row = next(row for row in rows if (row["arm"], row["blocks"]) == ("plain", 4))
-    coarse = plain["coarse"][row["rule"]]["4"]["test"]
+        assert [row["blocks"] for row in rows if row["arm"] == arm] == [4, 2, 1, 0]
+    plain = read_summary(folder / "seed0" / "plain-0-depth4")["results"]
+    row = next(row for row in rows if (row["arm"], row["blocks"]) == ("plain", 2))
+    coarse = plain["coarse"][row["rule"]]["2"]["test"]
     zero, full = plain["removed"]["test"], plain["whole"]["test"]
     assert row["accuracy"]["values"][0] == pytest.approx(100 * coarse)
     if full != zero:
         assert row["retained"]["values"][0] == pytest.approx(100 * (coarse - zero) / (full - zero))
-    assert (folder / "seed0" / "trained-0-depth2" / "weights.safetensors").exists()
-    assert "test" not in read_summary(folder / "tuning" / "action-0.1-depth16")["results"]["whole"]
+    assert (folder / "seed0" / "trained-0-depth1" / "weights.safetensors").exists()
+    assert "test" not in read_summary(folder / "tuning" / "action-0.1-depth4")["results"]["whole"]
 
 
 def test_retained_is_a_share_of_the_contribution():
