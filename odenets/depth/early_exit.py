@@ -199,6 +199,7 @@ class EarlyExit(nn.Module):
 
         Raises:
             ValueError: no batch, or a cost below that of the first exit.
+            TypeError: a cost that is no number, or one tensor in place of batches.
         """
         cost, costs = check_number("cost", cost), torch.tensor(self.costs, dtype=torch.float64)
         if cost < costs[0]:
