@@ -103,6 +103,8 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
         for depth, accuracy in each.items():
             row = _row(arm, depth, accuracy, (zero, full)) | shared
             kept = _retained(accuracy, (zero, full))
+            if depth == deep:
+                row |= {name: percent(r[name]["test"] for r in its) for name in ("noisy", "rounded")}
             if arm == "plain":
                 reference[depth] = kept
             elif 0 < depth < deep:
@@ -136,6 +138,8 @@ COLUMNS: Columns = {
     "retained (%)": "{retained:.1f}",
     "- plain": "{difference:.1f}",
     "p": "{p:.2g}",
+    "noisy images": "{noisy:.2f}",
+    "rounded weights": "{rounded:.2f}",
     "action": "{action.mean:.3g}",
 }
 

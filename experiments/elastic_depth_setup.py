@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -66,6 +67,8 @@ class Config(ImageConfig):
         validation_size: images of the training set to choose on.
         train_size, test_size: images besides; all if 0.
         measured: training images on which errors are measured.
+        noise: standard deviation of noise on the pixels of images on which the whole network is measured besides.
+        bits: to which the weights of the whole network are rounded, to be measured besides.
         half: train in bfloat16, by autocast; evaluation is in float32.
     """
 
@@ -85,6 +88,8 @@ class Config(ImageConfig):
     train_size: int = 0
     test_size: int = 0
     measured: int = 100
+    noise: float = 0.1
+    bits: int = 3
     half: bool = False
     output: Path = Path("runs/elastic_depth")
 
@@ -272,14 +277,18 @@ def measure(
     """
     statistics = [*pool.subset(torch.arange(min(2000, len(pool)))).x.split(250)]
 
-    def accuracy(changed: nn.Module) -> dict[str, float]:
-        shown = {"validation": validation} if job.tuning else {"validation": validation, "test": test}
-        return {name: evaluate(changed, Batches(part, 250)).accuracy for name, part in shown.items()}
+    shown = {"validation": validation} if job.tuning else {"validation": validation, "test": test}
+
+    def accuracy(changed: nn.Module, parts: dict[str, TensorData] = shown) -> dict[str, float]:
+        return {name: evaluate(changed, Batches(part, 250)).accuracy for name, part in parts.items()}
 
     recalibrate(network, statistics)
     results: Row = {"whole": accuracy(network), "action": action(network, statistics[0])}
     if job.arm == "trained":
         return results
+    noisy = [noisy_images(part, config.noise, seed) for seed, part in enumerate(shown.values())]
+    results["noisy"] = accuracy(network, dict(zip(shown, noisy, strict=True)))
+    results["rounded"] = accuracy(rounded(network, config.bits, statistics))
     results["removed"] = accuracy(without_flow(network, statistics))
     seen = pool.x[: config.measured]
     results["coarse"] = {}
@@ -302,3 +311,20 @@ def measure(
 def action(network: Network, x: Tensor) -> float:
     """Mean action of the network on training images."""
     return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
+
+
+def noisy_images(part: TensorData, deviation: float, seed: int) -> TensorData:
+    """The images with normal noise of the seed on their pixels, in [0, 1]."""
+    noise = torch.randn(part.x.shape, generator=torch.Generator().manual_seed(seed))
+    return replace(part, x=(part.x + deviation * noise).clamp(0, 1))
+
+
+@torch.no_grad()
+def rounded(network: Network, bits: int, statistics: list[Tensor]) -> Network:
+    """A copy whose weights are rounded to so many bits, each row of them by its largest; with statistics of its own."""
+    copied, levels = copy.deepcopy(network), 2 ** (bits - 1) - 1
+    for weight in (p for p in copied.parameters() if p.ndim > 1):
+        scale = weight.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, *[1] * (weight.ndim - 1)) / levels
+        weight.copy_((weight / scale).round() * scale)
+    recalibrate(copied, statistics)
+    return copied

@@ -35,7 +35,8 @@ class Group(NamedTuple):
     """Neighboring blocks of a flow in whose place come one block, or the pieces of one.
 
     Attributes:
-        first, last: the blocks from ``first`` to before ``last``, whose step sizes are summed.
+        first: the first of the blocks, whose step sizes are summed.
+        last: the block behind the last of them.
         stays: the block whose fields stay.
         pieces: blocks with these fields among which the time is divided; 1 but where a flow gets deeper.
 

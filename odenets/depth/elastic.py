@@ -35,7 +35,8 @@ class ElasticDepth(Objective):
         passes: coarsenings drawn for a batch.
         stays: which block of a group stays, "first", "middle", "last", or one drawn at "random".
 
-    Coarsenings are drawn by torch's generator of the CPU: a seed repeats them, and ``fit`` resumes them.
+    Coarsenings are drawn by torch's generator of the CPU: a seed repeats them, and ``fit`` resumes them. ``fit`` counts
+    the evaluations at full depth alone, and takes coarsenings in the precision of the weights.
 
     Raises:
         TypeError: a task that is no objective, or weights that are no numbers.
