@@ -25,10 +25,15 @@ ARMS = {"plain": lambda: None, "coarsening": ElasticDepth}
 """How networks are trained: at the full depth, or at random coarsenings besides."""
 
 NORMS = ("rms", "prediction")
-ERRORS = {"bs23": ("next", "preceding", "midpoint"), "heun": ("next", "preceding", "embedded")}
-"""Errors that choose the steps, by method; Euler's has the first two."""
+ERRORS = {"bs23": ("next", "midpoint"), "heun": ("next", "embedded"), "euler": ("next", "preceding")}
+"""Errors that choose the steps, by method."""
 
-RULES = {"even, first": ("even", "first"), "even, middle": ("even", "middle"), "error, best": ("difference", "best")}
+RULES = {
+    "even, first": ("even", "first"),
+    "even, middle": ("even", "middle"),
+    "error, best": ("difference", "best"),
+    "output, best": ("output", "best"),
+}
 """How blocks merge for all samples alike: what the groups minimize, and which block of a group stays."""
 
 FEATURES = {"digits": 8, "mnist": 8, "cifar10": 24}
@@ -50,13 +55,13 @@ class Config(TrainingConfig):
     """
 
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
-    solver: str = "bs23"
+    solver: Literal["bs23", "heun", "euler"] = "bs23"
     arms: tuple[str, ...] = tuple(ARMS)
-    depth: int = 16
+    depth: int = 12
     total_time: float = 4.0
     budgets: tuple[int, ...] = (3, 4, 6, 8)
-    rounds: int = 10
-    permutations: int = 5
+    rounds: int = 8
+    permutations: int = 3
     measured: int = 100
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int = 15
@@ -134,7 +139,7 @@ def measure(config: Config, network: Network, train: TensorData, validation: Ten
     each = flow.tableau.interior
     samples: Row = {}
     for norm in NORMS:
-        for error in ERRORS.get(config.solver, ("next", "preceding")):
+        for error in ERRORS[config.solver]:
             samples[f"{norm}/{error}"] = {
                 str(d): _by_sample(config, network, norm, error, each * d, parts) for d in config.budgets
             }
