@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
-from sample_steps_setup import RULES, Config, Job, train
+from sample_steps_setup import EXITS, RULES, Config, Job, train
 
 from lab import plotting
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Row, command
@@ -51,7 +51,7 @@ def variants(row: Row) -> dict[str, dict[str, dict[str, Row | None]]]:
         "steps per sample": samples,
         "merged for all": row["uniform"],
         "at random": samples,
-        "exit": {"confidence": row["exit"]},
+        "exit": row["exit"],
     }
 
 
@@ -84,7 +84,7 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
                     | {"evaluations": float(its[0]["evaluations"])})  # fmt: skip
         chosen = best(its, "steps per sample")
         names = [("steps per sample", chosen), ("at random", chosen), ("merged for all", best(its, "merged for all"))]
-        names += [("exit", "confidence")]
+        names += [("exit", name) for name in EXITS]
         norm = chosen.partition("/")[0]
         other = best(its, "steps per sample", lambda name, norm=norm: not name.startswith(norm))
         names += [("steps per sample", other), ("at random", other)]
@@ -144,7 +144,7 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
         own = mean[0]
         whole, removed = (next(r for r in rows if r["way"] == way)["accuracy"] for way in ("all blocks", "no blocks"))
         lines.append(f"{arm}: {whole:.2f} % with all blocks, {removed:.2f} without any")
-        for row in mean[1:4]:
+        for row in mean[1:5]:
             word = words[row["difference"].sign] if row["difference"].n > 1 else "one seed beside"
             lines.append(
                 f"{arm}, steps per sample ({own['variant']}): {word} {WAYS[row['way']]} ({row['variant']}), "
@@ -160,7 +160,7 @@ def figures(config: Config, outcome: Outcome) -> Figures:
         series: dict[str, list[tuple[float, Any]]] = {}
         for row in outcome.rows:
             if row["arm"] == arm and row["budget"] in config.budgets:
-                name = f"{WAYS[row['way']]}: {row['variant']}" if row["way"] != "exit" else WAYS["exit"]
+                name = f"{WAYS[row['way']]}: {row['variant']}"
                 blocks = row.get("evaluations", 0.0)
                 series.setdefault(name, []).append((blocks, row["accuracy"]))
         return plotting.intervals(series, xlabel="mean evaluations of a sample", ylabel="test accuracy (%)")

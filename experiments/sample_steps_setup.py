@@ -19,7 +19,7 @@ from odenets.depth import EarlyExit, ElasticDepth, SampleSteps, at_depth, fit_he
 from odenets.module_wise import split_into_modules
 from odenets.training.data import TensorData
 
-__all__ = ["ARMS", "ERRORS", "FEATURES", "NORMS", "RULES", "Config", "Job", "build", "measure", "train"]
+__all__ = ["ARMS", "ERRORS", "EXITS", "FEATURES", "NORMS", "RULES", "Config", "Job", "build", "measure", "train"]
 
 ARMS = {"plain": lambda: None, "coarsening": ElasticDepth}
 """How networks are trained: at the full depth, or at random coarsenings besides."""
@@ -35,6 +35,9 @@ RULES = {
     "output, best": ("output", "best"),
 }
 """How blocks merge for all samples alike: what the groups minimize, and which block of a group stays."""
+
+EXITS = ("fitted heads", "own head")
+"""Heads behind the blocks: fitted to the labels of the training images, or the network's own behind each block."""
 
 FEATURES = {"digits": 8, "mnist": 8, "cifar10": 24}
 
@@ -150,7 +153,7 @@ def measure(config: Config, network: Network, train: TensorData, validation: Ten
         "removed": of(without_flow(network)),
         "uniform": uniform,
         "samples": samples,
-        "exit": _by_exit(config, network, each, train, parts),
+        "exit": {name: _by_exit(config, network, name, train, parts) for name in EXITS},
     }
 
 
@@ -191,11 +194,14 @@ def _at_random(config: Config, steps: SampleSteps, taken: Tensor, part: TensorDa
     return sum(values) / len(values)
 
 
-def _by_exit(config: Config, network: Network, each: int, train: TensorData, parts: dict[str, TensorData]) -> Row:
+def _by_exit(config: Config, network: Network, heads: str, train: TensorData, parts: dict[str, TensorData]) -> Row:
     """Exits behind every block, at the confidence of so many evaluations in the mean."""
-    ends = range(1, network.depth + 1)
-    modules: Any = split_into_modules(network, [*ends], train.x[:2], head=partial(pooled_head, places=2))
-    fit_heads(modules, zip(train.x.split(500), train.y.split(500), strict=True))
+    ends, each = range(1, network.depth + 1), network.flows[0].tableau.interior
+    fitted = heads == "fitted heads"
+    head = partial(pooled_head, places=2) if fitted else network.head
+    modules: Any = split_into_modules(network, [*ends], train.x[:2], head=head)
+    if fitted:
+        fit_heads(modules, zip(train.x.split(500), train.y.split(500), strict=True))
     early = EarlyExit(modules.eval(), costs=[each * end for end in ends])
     results = {}
     for d in config.budgets:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sample_steps import EXPERIMENT, best, jobs, summarize, verdict
-from sample_steps_setup import RULES, Config, Job, build, measure, parts_of
+from sample_steps_setup import EXITS, RULES, Config, Job, build, measure, parts_of
 
 from lab.experiment import Outcome, run
 from odenets.training.runs import read_summary
@@ -32,8 +32,9 @@ def test_every_way_keeps_to_its_budget_on_validation_images():
     for variant in found["samples"].values():
         for budget, result in variant.items():
             assert result is None or result["evaluations"] < 3 * int(budget) + 1
-    for budget, result in found["exit"].items():
-        assert result["evaluations"] < 3 * int(budget) + 1
+    for of_heads in found["exit"].values():
+        for budget, result in of_heads.items():
+            assert result["evaluations"] < 3 * int(budget) + 1
 
 
 def of(seed, own, random, even, exit, validation=0.9):
@@ -51,7 +52,7 @@ def of(seed, own, random, even, exit, validation=0.9):
             "rms/preceding": {"2": step | {"validation": 0.99, "test": 0.0} if seed else None},
             "prediction/next": {"2": step | {"validation": validation / 2}},
         },
-        "exit": {"2": {"validation": 0.9, "test": exit, "evaluations": 5.5}},
+        "exit": {name: {"2": {"validation": 0.9, "test": exit, "evaluations": 5.5}} for name in EXITS},
     }  # fmt: skip
 
 
@@ -64,10 +65,10 @@ def test_variants_are_chosen_on_validation_images_and_differences_are_paired():
     mean = {(row["way"], row.get("variant")): row for row in rows if row["budget"] == "mean"}
     assert mean["at random", "rms/next"]["difference"].mean == pytest.approx(10.2)
     assert mean["merged for all", "even, first"]["difference"].mean == pytest.approx(5.2)
-    assert mean["exit", "confidence"]["difference"].mean == pytest.approx(-9.8)
+    assert mean["exit", "fitted heads"]["difference"].mean == pytest.approx(-9.8)
     assert mean["merged for all", "even, first"]["evaluations"] == 6
     words = [line.partition(": ")[2].split(" (")[0] for line in verdict(config, Outcome(rows))[1:]]
-    assert words == ["ahead of dealt at random", "ahead of merged for all samples", "behind early exit"]
+    assert words == ["ahead of dealt at random", "ahead of merged for all samples", *["behind early exit"] * 2]
 
 
 def test_networks_of_one_seed_begin_alike_in_every_arm():
