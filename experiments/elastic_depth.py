@@ -7,7 +7,9 @@ and every network without its blocks: what is retained is the share of what the 
 ``(acc_k - acc_0) / (acc_full - acc_0)``, since where blocks contribute nothing nothing can be lost.
 
     python experiments/elastic_depth.py
-    python experiments/elastic_depth.py --dataset cifar10 --folder DIR --half True --epochs 6 --batch-size 128 ...
+    python experiments/elastic_depth.py --dataset cifar10 --folder DIR --half --epochs 12 --tuning-epochs 4
+        --batch-size 128 --learning-rate 0.2 --total-time 0 --validation-size 5000
+        --arms plain action "stochastic depth" coarsening "weight change"
 
 Digits, where depth pays little, are a demonstration only.
 """
@@ -19,8 +21,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from elastic_depth_setup import ARMS, RULES, Config, Job, choices, epochs_of, parts_of, train
+from matplotlib.figure import Figure
 
-from lab.experiment import Columns, Experiment, Jobs, Outcome, Row, command
+from lab import plotting
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Row, command
 from lab.results import best_settings, groups
 from lab.statistics import Interval, mean_interval, paired, paired_p_value, percent
 
@@ -99,6 +103,8 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
         for depth, accuracy in each.items():
             row = _row(arm, depth, accuracy, (zero, full)) | shared
             kept = _retained(accuracy, (zero, full))
+            if depth == deep:
+                row |= {name: percent(r[name]["test"] for r in its) for name in ("noisy", "rounded")}
             if arm == "plain":
                 reference[depth] = kept
             elif 0 < depth < deep:
@@ -132,6 +138,8 @@ COLUMNS: Columns = {
     "retained (%)": "{retained:.1f}",
     "- plain": "{difference:.1f}",
     "p": "{p:.2g}",
+    "noisy images": "{noisy:.2f}",
+    "rounded weights": "{rounded:.2f}",
     "action": "{action.mean:.3g}",
 }
 
@@ -148,11 +156,26 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
         for depth in config.coarse:
             row = at[arm, depth]
             difference: Interval = row["difference"]
+            word = words[difference.sign] if difference.n > 1 else "one seed beside"
             lines.append(
-                f"{arm}, {depth} blocks: {words[difference.sign]} the plain network "
+                f"{arm}, {depth} blocks: {word} the plain network "
                 f"({row['retained']:.1f} %, difference {difference:.1f} points)"
             )
     return lines
+
+
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Accuracy, and what is retained of the contribution of the blocks, over their number."""
+    by_arm = {arm: rows for (arm,), rows in groups(outcome.rows, "arm").items()}
+
+    def over_blocks(name: str, ylabel: str) -> Figure:
+        series = {arm: [(r["blocks"], r[name]) for r in rows if r["blocks"]] for arm, rows in by_arm.items()}
+        return plotting.intervals(series, xlabel="blocks", ylabel=ylabel, logarithmic=True)
+
+    return {
+        "accuracy": lambda: over_blocks("accuracy", "test accuracy (%)"),
+        "retained": lambda: over_blocks("retained", "contribution of the blocks that is retained (%)"),
+    }
 
 
 def quick(config: Config) -> Config:

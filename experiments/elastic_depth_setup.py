@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +43,7 @@ RULES = {
     "even, middle": ("even", "middle"),
     "even, last": ("even", "last"),
     "error, best": ("difference", "best"),
+    "output, best": ("output", "best"),
 }
 """How blocks merge: what the groups of blocks minimize, and which block of a group stays."""
 
@@ -61,10 +63,12 @@ class Config(ImageConfig):
         tuning_epochs: of these; as many as of the others if 0.
         epochs, batch_size, learning_rate: of training by SGD with Nesterov momentum .9 and one cycle to this rate.
         weight_decay: of training.
-        total_time: of each flow.
+        total_time: of each flow, at every depth; 0 takes steps of h = 1, as in a ResNet.
         validation_size: images of the training set to choose on.
         train_size, test_size: images besides; all if 0.
         measured: training images on which errors are measured.
+        noise: standard deviation of noise on the pixels of images on which the whole network is measured besides.
+        bits: to which the weights of the whole network are rounded, to be measured besides.
         half: train in bfloat16, by autocast; evaluation is in float32.
     """
 
@@ -75,15 +79,17 @@ class Config(ImageConfig):
     changes: tuple[float, ...] = (1e-3, 1e-2)
     tuning: int = 1
     tuning_epochs: int = 0
-    epochs: int = 10
+    epochs: int = 15
     batch_size: int = 64
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
-    total_time: float = 1.0
+    total_time: float = 4.0
     validation_size: int = 300
     train_size: int = 0
     test_size: int = 0
     measured: int = 100
+    noise: float = 0.1
+    bits: int = 3
     half: bool = False
     output: Path = Path("runs/elastic_depth")
 
@@ -202,7 +208,7 @@ def build(config: Config, job: Job, dataset: TensorData) -> Network:
         if blocks:
             drops = iter([drop * (sum(shape[:i]) + m + 1) / sum(shape) for m in range(blocks)])
             field = lambda features=features, drops=drops: _field(features, next(drops))  # noqa: E731
-            flows.append(Flow(field, solver="euler", depth=blocks, total_time=config.total_time))
+            flows.append(Flow(field, solver="euler", depth=blocks, total_time=config.total_time or float(blocks)))
             between = []
         if i + 1 < len(channels):
             between.append(nn.Conv2d(features, channels[i + 1], 1, stride=2, bias=False))
@@ -266,25 +272,31 @@ def measure(
 ) -> Row:
     """Accuracy of a network on validation and test images: whole, without its flows, and coarsened by every rule.
 
-    Statistics of batch norms are recomputed on training images in all of them.
+    Statistics of batch norms are recomputed on training images in all of them. By the output, blocks merge on from one
+    depth to the next.
     """
     statistics = [*pool.subset(torch.arange(min(2000, len(pool)))).x.split(250)]
 
-    def accuracy(changed: nn.Module) -> dict[str, float]:
-        shown = {"validation": validation} if job.tuning else {"validation": validation, "test": test}
-        return {name: evaluate(changed, Batches(part, 250)).accuracy for name, part in shown.items()}
+    shown = {"validation": validation} if job.tuning else {"validation": validation, "test": test}
+
+    def accuracy(changed: nn.Module, parts: dict[str, TensorData] = shown) -> dict[str, float]:
+        return {name: evaluate(changed, Batches(part, 250)).accuracy for name, part in parts.items()}
 
     recalibrate(network, statistics)
     results: Row = {"whole": accuracy(network), "action": action(network, statistics[0])}
     if job.arm == "trained":
         return results
+    noisy = [noisy_images(part, config.noise, seed) for seed, part in enumerate(shown.values())]
+    results["noisy"] = accuracy(network, dict(zip(shown, noisy, strict=True)))
+    results["rounded"] = accuracy(rounded(network, config.bits, statistics))
     results["removed"] = accuracy(without_flow(network, statistics))
     seen = pool.x[: config.measured]
     results["coarse"] = {}
-    for depth in config.coarse:
-        for name, (rule, stays) in RULES.items():
+    for name, (rule, stays) in RULES.items():
+        coarse = network
+        for depth in config.coarse:
             coarse = at_depth(
-                network,
+                coarse if rule == "output" else network,
                 SHAPES[config.dataset][depth],
                 inputs=[seen],
                 rule=rule,  # type: ignore[arg-type]
@@ -299,3 +311,20 @@ def measure(
 def action(network: Network, x: Tensor) -> float:
     """Mean action of the network on training images."""
     return network.record(x, action=measures.action)[1]["action"].sum(0).mean().item()
+
+
+def noisy_images(part: TensorData, deviation: float, seed: int) -> TensorData:
+    """The images with normal noise of the seed on their pixels, in [0, 1]."""
+    noise = torch.randn(part.x.shape, generator=torch.Generator().manual_seed(seed))
+    return replace(part, x=(part.x + deviation * noise).clamp(0, 1))
+
+
+@torch.no_grad()
+def rounded(network: Network, bits: int, statistics: list[Tensor]) -> Network:
+    """A copy whose weights are rounded to so many bits, each row of them by its largest; with statistics of its own."""
+    copied, levels = copy.deepcopy(network), 2 ** (bits - 1) - 1
+    for weight in (p for p in copied.parameters() if p.ndim > 1):
+        scale = weight.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, *[1] * (weight.ndim - 1)) / levels
+        weight.copy_((weight / scale).round() * scale)
+    recalibrate(copied, statistics)
+    return copied

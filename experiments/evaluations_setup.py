@@ -54,9 +54,9 @@ class Config(TrainingConfig):
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
     arms: tuple[str, ...] = ARMS
     times: tuple[float, ...] = (0.5, 0.25, 0.1)
-    actions: tuple[float, ...] = (0.1, 1.0, 10.0)
-    errors: tuple[float, ...] = (10.0, 100.0, 1000.0)
-    accelerations: tuple[float, ...] = (0.1, 1.0, 10.0)
+    actions: tuple[float, ...] = (0.3, 1.0, 3.0)
+    errors: tuple[float, ...] = (30.0, 100.0, 300.0)
+    accelerations: tuple[float, ...] = (0.3, 1.0, 3.0)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     choosing: int = 0
     total_time: float = 1.0
@@ -162,7 +162,7 @@ class Cost(Callback):
 
     def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
         """What the epoch has cost."""
-        row |= {"seconds": time.process_time() - self.began, "evaluations": self.calls / self.batches}
+        row |= {"processor_seconds": time.process_time() - self.began, "calls": self.calls / self.batches}
         self.calls, self.began = 0, time.process_time()
 
 
@@ -178,8 +178,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
         lr_scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=config.epochs),
         callbacks=[cost, Progress(report, run)], fabric=Fabric(accelerator=config.device, devices=1),
     )  # fmt: skip
-    row: Row = {"setting": job.setting, "seconds": sum(row["seconds"] for row in training.rows)}
-    row["training_evaluations"] = training.rows[-1]["evaluations"]
+    row: Row = {"setting": job.setting, "seconds": sum(row["processor_seconds"] for row in training.rows)}
+    row["training_evaluations"] = training.rows[-1]["calls"]
     for name, part in (("validation", parts.validation), ("test", parts.test)):
         row |= {f"{name}_{key}": value for key, value in measured(config, network, job, part).items()}
     return row

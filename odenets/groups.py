@@ -19,13 +19,14 @@ __all__ = [
     "check_groups",
     "groups_by_place",
     "partition",
+    "place_of",
     "share_blocks",
     "split_blocks",
 ]
 
-Rule = Literal["error", "difference", "even"]
+Rule = Literal["error", "difference", "even", "output"]
 Stays = Literal["first", "middle", "last", "best"]
-RULES, STAYS = ("error", "difference", "even"), ("first", "middle", "last", "best")
+RULES, STAYS = ("error", "difference", "even", "output"), ("first", "middle", "last", "best")
 Choice = tuple[float, int]
 """The error of a merged step, and the block that stays."""
 
@@ -34,7 +35,8 @@ class Group(NamedTuple):
     """Neighboring blocks of a flow in whose place come one block, or the pieces of one.
 
     Attributes:
-        first, last: the blocks from ``first`` to before ``last``, whose step sizes are summed.
+        first: the first of the blocks, whose step sizes are summed.
+        last: the block behind the last of them.
         stays: the block whose fields stay.
         pieces: blocks with these fields among which the time is divided; 1 but where a flow gets deeper.
 
@@ -81,11 +83,14 @@ def share_blocks(blocks: int | Sequence[int], depths: Sequence[int]) -> list[int
     return counts
 
 
-def groups_by_place(depth: int, stays: Stays) -> dict[tuple[int, int], Choice]:
+def place_of(stays: str, first: int, last: int) -> int:
+    """The block that stays by its place in a group; the first where that is none."""
+    return {"middle": (first + last - 1) // 2, "last": last - 1}.get(stays, first)
+
+
+def groups_by_place(depth: int, stays: str) -> dict[tuple[int, int], Choice]:
     """Of every group the block that stays by its place."""
-    place = {"first": lambda a, b: a, "middle": lambda a, b: (a + b - 1) // 2, "last": lambda a, b: b - 1}
-    choose = place.get(stays, place["first"])
-    return {(a, b): (0.0, choose(a, b)) for a, b in combinations(range(depth + 1), 2)}
+    return {(a, b): (0.0, place_of(stays, a, b)) for a, b in combinations(range(depth + 1), 2)}
 
 
 def partition(
@@ -95,7 +100,7 @@ def partition(
     depth = len(h)
 
     def cost(a: int, b: int) -> float:
-        return math.fsum(h[a:b]) ** 2 if rule == "even" else errors[a, b][0]
+        return (math.fsum(h[a:b]) if rule == "even" else errors[a, b][0]) ** 2
 
     def least(allowed: Callable[[int, int], bool]) -> list[dict[int, tuple[float, int]]]:
         """For n groups that end at b, the least cost and where the last begins."""

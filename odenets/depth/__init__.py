@@ -3,7 +3,7 @@
 As a solver refines its steps where their error is large, a network gets blocks where theirs is: :class:`AdaptiveDepth`
 does so between the epochs of a training, :func:`adapt_depth` once, by a :class:`DepthRule`. :class:`Doubling` and
 :class:`Stacking` grow a network at given epochs instead. In a trained network, :class:`SampleSteps` lets each sample
-take steps of its own size.
+take steps of its own size, and :class:`EarlyExit` leave behind the first head that is sure of it.
 
 >>> from functools import partial
 >>> import torch
@@ -26,6 +26,7 @@ take steps of its own size.
 
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.coarsening import Group, at_depth, coarsened, groups_at_depth, without_flow
+from odenets.depth.early_exit import EarlyExit, Exits, fit_heads, pooled_head
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
 from odenets.depth.elastic import ElasticDepth
 from odenets.depth.growing import Doubling, Stacking, double, stack
@@ -38,8 +39,10 @@ __all__ = [
     "DepthReport",
     "DepthRule",
     "Doubling",
+    "EarlyExit",
     "Edit",
     "ElasticDepth",
+    "Exits",
     "Group",
     "SampleSteps",
     "Stacking",
@@ -49,8 +52,10 @@ __all__ = [
     "block_errors",
     "coarsened",
     "double",
+    "fit_heads",
     "groups_at_depth",
     "plan",
+    "pooled_head",
     "refine",
     "resize_as",
     "stack",

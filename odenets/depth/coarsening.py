@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from odenets.coarsening import at_depth, coarsened, groups_at_depth
+from odenets.coarsening import at_depth, groups_at_depth
 from odenets.depth.rule import flow_network
 from odenets.groups import Group
 from odenets.normalization import recalibrate
+from odenets.regrouping import coarsened
 
 __all__ = ["Group", "at_depth", "coarsened", "groups_at_depth", "without_flow"]
 

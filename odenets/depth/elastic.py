@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from odenets.coarsening import coarsened, flows_of
 from odenets.errors import check_count, check_number
-from odenets.groups import Group
+from odenets.groups import Group, place_of
 from odenets.recording import Records, record, unwrapped
+from odenets.regrouping import coarsened, flows_of
 from odenets.training.checks import check_task
 from odenets.training.objectives import Batch, CrossEntropy, Objective
 
@@ -35,7 +35,8 @@ class ElasticDepth(Objective):
         passes: coarsenings drawn for a batch.
         stays: which block of a group stays, "first", "middle", "last", or one drawn at "random".
 
-    Coarsenings are drawn by torch's generator of the CPU: a seed repeats them, and ``fit`` resumes them.
+    Coarsenings are drawn by torch's generator of the CPU: a seed repeats them, and ``fit`` resumes them. ``fit`` counts
+    the evaluations at full depth alone, and takes coarsenings in the precision of the weights.
 
     Raises:
         TypeError: a task that is no objective, or weights that are no numbers.
@@ -135,7 +136,7 @@ def random_groups(network: nn.Module, stays: str = "first") -> list[list[Group]]
 def _group(first: int, last: int, stays: str) -> Group:
     if stays == "random":
         return Group(first, last, first + int(torch.randint(last - first, ())))
-    return Group(first, last, {"first": first, "middle": (first + last - 1) // 2, "last": last - 1}[stays])
+    return Group(first, last, place_of(stays, first, last))
 
 
 @contextmanager

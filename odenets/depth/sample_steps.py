@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from odenets.depth.batch_norms import check_evaluating
 from odenets.depth.rule import inputs_of
 from odenets.depth.walking import NORMS, Control, ErrorEstimate, FlowWalk, Norm, PredictionChange
 from odenets.errors import check_count, check_number
@@ -23,7 +24,6 @@ from odenets.flow import Flow
 from odenets.measures import StepFunction
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
-from odenets.normalization import StageBatchNorm
 from odenets.recording import Records, named_measures
 from solvers.controllers import I, SampleController
 from solvers.validation import check_state
@@ -239,7 +239,7 @@ class SampleSteps(nn.Module):
 
     def _walk(self, x: Tensor, told: np.ndarray | None, measures: dict[str, StepFunction]) -> Walk:
         measures = named_measures(measures)
-        self._check_norms()
+        check_evaluating(self.network, "before one block")
         network = self.network
         if isinstance(network, Flow) or (isinstance(x, Tensor) and x.is_floating_point()):
             check_state(x)
@@ -280,14 +280,6 @@ class SampleSteps(nn.Module):
         network = self.network
         assert isinstance(network, Network)  # which has a head
         return PredictionChange([*list(network.transitions)[flow:], network.head])
-
-    def _check_norms(self) -> None:
-        for name, module in self.network.named_modules():
-            if isinstance(module, StageBatchNorm | nn.modules.batchnorm._NormBase) and module.training:
-                raise ValueError(
-                    f"{name} is a batch norm in training mode, whose statistics would be of the samples that happen to "
-                    "stand before one block: call eval() before"
-                )
 
     def extra_repr(self) -> str:
         """The tolerance and what it is of, as ``print`` shows them."""

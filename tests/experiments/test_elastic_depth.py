@@ -1,7 +1,18 @@
 import pytest
 import torch
 from elastic_depth import EXPERIMENT, summarize
-from elastic_depth_setup import RULES, SHAPES, Config, DroppedField, Job, WeightChange, build, parts_of
+from elastic_depth_setup import (
+    RULES,
+    SHAPES,
+    Config,
+    DroppedField,
+    Job,
+    WeightChange,
+    build,
+    noisy_images,
+    parts_of,
+    rounded,
+)
 
 from lab.experiment import run
 from odenets import Flow, MLPField, Network
@@ -17,24 +28,26 @@ TINY = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    run(EXPERIMENT, Config(**TINY, output=folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "digits", {4: (4,), 2: (2,), 1: (1,)})
+        run(EXPERIMENT, Config(**TINY, output=folder))
     return folder
 
 
 def test_the_table_holds_every_depth_the_controls_and_what_is_retained(folder):
     rows = read_summary(folder)["results"]["rows"]
-    assert {row["blocks"] for row in rows if row["arm"] == "trained at each depth"} == {16, 8, 4, 2, 1}
+    assert {row["blocks"] for row in rows if row["arm"] == "trained at each depth"} == {4, 2, 1}
     for arm in TINY["arms"]:
-        assert [row["blocks"] for row in rows if row["arm"] == arm] == [16, 8, 4, 2, 1, 0]
-    plain = read_summary(folder / "seed0" / "plain-0-depth16")["results"]
-    row = next(row for row in rows if (row["arm"], row["blocks"]) == ("plain", 4))
-    coarse = plain["coarse"][row["rule"]]["4"]["test"]
+        assert [row["blocks"] for row in rows if row["arm"] == arm] == [4, 2, 1, 0]
+    plain = read_summary(folder / "seed0" / "plain-0-depth4")["results"]
+    row = next(row for row in rows if (row["arm"], row["blocks"]) == ("plain", 2))
+    coarse = plain["coarse"][row["rule"]]["2"]["test"]
     zero, full = plain["removed"]["test"], plain["whole"]["test"]
     assert row["accuracy"]["values"][0] == pytest.approx(100 * coarse)
     if full != zero:
         assert row["retained"]["values"][0] == pytest.approx(100 * (coarse - zero) / (full - zero))
-    assert (folder / "seed0" / "trained-0-depth2" / "weights.safetensors").exists()
-    assert "test" not in read_summary(folder / "tuning" / "action-0.1-depth16")["results"]["whole"]
+    assert (folder / "seed0" / "trained-0-depth1" / "weights.safetensors").exists()
+    assert "test" not in read_summary(folder / "tuning" / "action-0.1-depth4")["results"]["whole"]
 
 
 def test_retained_is_a_share_of_the_contribution():
@@ -42,6 +55,7 @@ def test_retained_is_a_share_of_the_contribution():
         accuracy = {"validation": coarse, "test": coarse}
         return {
             "arm": arm, "depth": 16, "seed": seed, "tuning": False, "setting": 0.0, "action": 1.0,
+            "noisy": accuracy, "rounded": accuracy,
             "whole": {"validation": whole, "test": whole}, "removed": {"validation": removed, "test": removed},
             "coarse": {rule: {str(d): accuracy for d in (8, 4, 2, 1)} for rule in RULES},
         }  # fmt: skip
@@ -82,6 +96,19 @@ def test_the_change_of_weights_is_penalized_from_block_to_block():
     weights = [torch.nn.utils.parameters_to_vector(block.parameters()) for block in flow.blocks]
     change = (weights[1] - weights[0]).square().sum() + (weights[2] - weights[1]).square().sum()
     torch.testing.assert_close(WeightChange(0.1)(network, x, y), CrossEntropy()(network, x, y) + 0.1 * change)
+
+
+def test_rounded_weights_have_so_many_levels():
+    data = parts_of(Config(train_size=50, test_size=20))[0]
+    network = build(Config(), Job("plain", 0.0, 2, 0), data)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    weights = [p for p in rounded(network, 3, [data.x]).parameters() if p.ndim > 1]
+    assert max(len(row.unique()) for weight in weights for row in weight.flatten(1)) <= 7
+    assert all(torch.equal(p, before[name]) for name, p in network.named_parameters())
+    exact = rounded(network, 20, [data.x])
+    torch.testing.assert_close(dict(exact.named_parameters()), before, rtol=0, atol=1e-4)
+    noisy = noisy_images(data, 0.1, 0)
+    assert 0.03 < (noisy.x - data.x).std() < 0.1  # less than the noise, for pixels stay in [0, 1]
 
 
 def test_arms_must_hold_the_plain_network():

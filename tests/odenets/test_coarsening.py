@@ -12,8 +12,9 @@ from torch import nn
 
 import odenets
 from odenets import Block, ConvField, Flow, MLPField, Network, NeuralODE
-from odenets.coarsening import at_depth, coarsened, groups_at_depth
+from odenets.coarsening import at_depth, groups_at_depth
 from odenets.groups import Group
+from odenets.regrouping import coarsened
 from tests.odenets.checks import assert_same, unchanged
 
 
@@ -145,6 +146,23 @@ def test_blocks_that_are_alike_merge_by_error_and_others_not():
     assert flow.at_depth(tolerance=1e-6, inputs=[X], rule="even").depth == 3
 
 
+def test_blocks_whose_merger_changes_the_output_least_merge_first():
+    flow = Flow.of([Block([Constant(value)], 0.25) for value in (0.0, 1.0, 3.0, 3.0)], solver="euler")
+    assert flow.at_depth(3, inputs=[X], rule="output").h == (0.25, 0.25, 0.5)
+    coarse = flow.at_depth(2, inputs=[X], rule="output")
+    others = [flow.at_depth(2, inputs=[X], rule=rule) for rule in ("even", "difference")]
+    changes = [(one(X) - flow(X)).abs().max().item() for one in (coarse, *others)]
+    assert changes[0] == min(changes)
+    assert [flow.at_depth(1, inputs=[X], rule="output", stays=stays).depth for stays in ("first", "last")] == [1, 1]
+
+
+def test_outputs_are_compared_with_the_statistics_of_the_inputs():
+    network, x = images_network(), torch.randn(10, 1, 6, 6)
+    network(x)
+    with unchanged(network):
+        assert network.at_depth([1, 4], inputs=[x], rule="output").flows[0].depth == 1
+
+
 def test_measuring_leaves_the_network_as_it_was():
     network, x = images_network(), torch.randn(8, 1, 6, 6)
     network(x)
@@ -245,8 +263,17 @@ def test_networks_without_blocks_to_merge_are_refused():
         ({"tolerance": -1.0, "inputs": [X]}, ValueError, "tolerance must be finite and not negative, got -1"),
         ({"tolerance": "small", "inputs": [X]}, TypeError, "tolerance must be a number"),
         ({"blocks": 2, "rule": "error"}, ValueError, "rule='error' reads errors"),
+        (
+            {"tolerance": 0.1, "inputs": [X], "rule": "output"},
+            ValueError,
+            "does not measure: give blocks",
+        ),
         ({"blocks": 2, "stays": "best"}, ValueError, "stays='best' reads errors"),
-        ({"blocks": 2, "rule": "odd"}, ValueError, "rule must be one of 'error', 'difference', 'even', got 'odd'"),
+        (
+            {"blocks": 2, "rule": "odd"},
+            ValueError,
+            "rule must be one of .*'even', 'output', got 'odd'",
+        ),
         ({"blocks": 2, "stays": "none"}, ValueError, "stays must be one of 'first', 'middle', 'last', 'best'"),
         ({"blocks": 2, "inputs": X}, TypeError, r"inputs must hold batches of inputs.*one tensor: pass \[x\]"),
         ({"blocks": 2, "inputs": [(X, X)]}, TypeError, r"got a tuple: give \(x for x, y in batches\)"),

@@ -1,0 +1,397 @@
+"""Early exit: samples leave a network behind the module whose head is sure of them, and the others go on.
+
+:func:`odenets.module_wise.split_into_modules` cuts any network into modules with heads, an adapted model too;
+:func:`fit_heads` fits heads of a trained network that stays as it is, and :class:`EarlyExit` computes only the samples
+that have not left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from einops.layers.torch import Reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odenets.depth.batch_norms import check_evaluating
+from odenets.depth.compression.macs import count_macs
+from odenets.errors import check_count, check_number
+from odenets.inputs import has_rows, is_by_keyword, rows
+from odenets.modes import evaluating, inputs_for, keeping_state
+from odenets.outputs import logits_in
+
+__all__ = ["EarlyExit", "Exits", "fit_heads", "pooled_head"]
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "confidence": lambda logits: logits.softmax(1).amax(1),
+    "entropy": lambda logits: torch.special.entr(logits.softmax(1)).sum(1).neg(),
+}
+"""Of logits ``(n, classes)``: how sure they are, ``(n,)``; of the entropy its negative."""
+
+
+class Modules(Protocol):
+    """Modules with heads, as :class:`odenets.module_wise.ModuleWise` has them."""
+
+    @property
+    def modules_in_order(self) -> Sequence[Any]:
+        """Each is called with a state, and what the network takes besides, and returns logits and the next state."""
+        ...
+
+    def arguments(self, inputs: Any) -> tuple[Any, ...]:
+        """The arguments ``(x, *args)`` for the ``inputs`` of a batch."""
+        ...
+
+
+class Exits(NamedTuple):
+    """What :class:`EarlyExit` returns.
+
+    Attributes:
+        logits: of the head behind which each sample leaves, ``(B, classes)``.
+        exit: the number of its module, from 1 on, ``(B,)``.
+        cost: of what is computed for it, ``(B,)``.
+
+    >>> exits = Exits(torch.zeros(2, 10), torch.tensor([1, 3]), torch.tensor([2.0, 6.0]))
+    >>> exits.cost.mean().item()
+    4.0
+    """
+
+    logits: Tensor
+    exit: Tensor
+    cost: Tensor
+
+
+class EarlyExit(nn.Module):
+    """A network in modules, each with a head, which each sample leaves behind the first head that is sure of it.
+
+    A batch goes through module after module; those samples go on that have not left, and behind the last module all
+    leave. Batch norms must be in eval mode.
+
+    Args:
+        modules: as :func:`odenets.module_wise.split_into_modules` makes them of a flow, a network or an adapted model,
+            with heads that return logits ``(B, classes)``; shared, not copied.
+        threshold: of the confidence, at which samples leave; or of the entropy, at most which they leave. By default
+            none leaves before the last module.
+        by: "confidence", the largest probability, or "entropy", that of the probabilities, in nats.
+        costs: of a sample that leaves behind each module, rising; the number of steps up to there if not given. What
+            :meth:`macs` counts is one.
+
+    Raises:
+        TypeError: what is no such modules, or a threshold that is no number.
+        ValueError: an unknown score, a threshold that is NaN, or costs of another number of modules, or that fall.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> network, x = odenets.models.small_network(depth=6).eval(), torch.rand(20, 1, 8, 8)
+    >>> modules = split_into_modules(network, 3, x, head=pooled_head)
+    >>> fit_heads(modules, [(x, torch.arange(20) % 10)])
+    2
+    >>> early = EarlyExit(modules, threshold=0.2)
+    >>> logits, exit, cost = early(x)
+    >>> logits.shape, sorted(set(cost.tolist()) | {2.0, 4.0, 6.0})
+    (torch.Size([20, 10]), [2.0, 4.0, 6.0])
+    """
+
+    def __init__(
+        self, modules: Modules, threshold: float | None = None, *, by: str = "confidence",
+        costs: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.parts = _in_order(modules)
+        if by not in SCORES:
+            raise ValueError(f"by must be {' or '.join(map(repr, SCORES))}, got {by!r}")
+        self.network, self.by = cast(nn.Module, modules), by
+        self.training = self.network.training
+        self.threshold = threshold
+        self.costs = costs
+
+    @property
+    def threshold(self) -> float:
+        """The confidence from which, or the entropy up to which, samples leave."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        value = (-math.inf if self.by == "entropy" else math.inf) if value is None else check_number("threshold", value)
+        if math.isnan(value):
+            raise ValueError("threshold must be a number, got NaN")
+        self._threshold = float(value)
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Of a sample that leaves behind each module."""
+        if self._costs is not None:
+            return self._costs
+        depths = [part.depth for part in self.parts]
+        return tuple(float(sum(depths[: k + 1])) for k in range(len(depths)))
+
+    @costs.setter
+    def costs(self, values: Sequence[float] | None) -> None:
+        costs = None if values is None else tuple(float(check_number("costs", value)) for value in values)
+        if costs is not None and len(costs) != len(self.parts):
+            raise ValueError(f"costs must hold one for each of {len(self.parts)} modules, got {len(costs)}")
+        if costs is not None and list(costs) != sorted(costs):
+            raise ValueError(f"costs must not fall from module to module, got {costs}")
+        self._costs = costs
+
+    def forward(self, x: Any, *args: Any) -> Exits:
+        """The logits, where each sample leaves, and what it costs.
+
+        Args:
+            x: inputs ``(B, ...)``, or a mapping of an adapted model's inputs by keyword.
+            args: what the modules take besides; of tensors with a row for each sample those of the samples are taken.
+
+        Returns:
+            The exits.
+
+        Raises:
+            ValueError: a batch norm is in training mode, heads that return no logits, or states whose first dimension
+                is not that of the samples.
+        """
+        check_evaluating(self.network, "behind one module")
+        if is_by_keyword(x):
+            x, *args = self._arguments(x)  # type: ignore[assignment]  # a list
+        samples = len(x)
+        state, left = x, torch.arange(samples, device=x.device)
+        exits = torch.full((samples,), len(self.parts), device=x.device)
+        logits: Tensor | None = None
+        for k, part in enumerate(self.parts, 1):
+            output, state = part(state, *args)
+            found = _logits(output, k, len(left))
+            logits = found.new_empty(samples, found.shape[1]) if logits is None else logits
+            if logits.shape[1] != found.shape[1]:
+                raise ValueError(f"heads must return as many logits each, got {logits.shape[1]} and {found.shape[1]}")
+            leaves = self._is_sure(found) if k < len(self.parts) else torch.ones_like(left, dtype=torch.bool)
+            logits = logits.index_copy(0, left[leaves], found[leaves])
+            exits[left[leaves]] = k
+            stays = ~leaves
+            if not stays.any():
+                break
+            if not has_rows(state, len(left)):
+                raise ValueError(
+                    f"states behind module {k} must have a row for each of {len(left)} samples, got "
+                    f"{tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__}"
+                )
+            args = tuple(rows([*args], stays, len(left)))
+            state, left = state[stays], left[stays]
+        assert logits is not None  # there is a module
+        costs = torch.tensor(self.costs, device=x.device)
+        return Exits(logits, exits, costs[exits - 1])
+
+    def _arguments(self, inputs: Any) -> tuple[Any, ...]:
+        return cast(Any, self.network).arguments(inputs)
+
+    def _is_sure(self, logits: Tensor) -> Tensor:
+        threshold = -self.threshold if self.by == "entropy" else self.threshold
+        return SCORES[self.by](logits) >= threshold
+
+    def calibrate(self, batches: Iterable[Any], cost: float) -> float:
+        """Take the threshold at which a sample costs so much at most in the mean.
+
+        Args:
+            batches: inputs of a validation set, tensors ``(B, ...)``, tuples ``(x, *args)`` or mappings.
+            cost: the mean over the samples that is allowed, in the unit of :attr:`costs`.
+
+        Returns:
+            The threshold, which the module has from then on.
+
+        Raises:
+            ValueError: no batch, or a cost below that of the first exit.
+            TypeError: a cost that is no number, or one tensor in place of batches.
+        """
+        cost, costs = check_number("cost", cost), torch.tensor(self.costs, dtype=torch.float64)
+        if cost < costs[0]:
+            raise ValueError(f"cost must be at least that of the first exit, {costs[0]:g}, got {cost}")
+        found: list[Tensor] = []
+        with torch.no_grad(), keeping_state(self), evaluating(self):
+            for inputs in _batches(batches):
+                outputs = _outputs(self.parts, self._arguments(inputs_for(self.network, inputs)))
+                scores = [SCORES[self.by](_logits(output, k, None)) for k, (output, _) in enumerate(outputs, 1)]
+                found.append(torch.stack(scores).double().cpu())
+        scores = torch.cat(found, 1)
+        scores[-1] = math.inf  # all leave behind the last module
+        candidates = torch.cat([scores[:-1].flatten(), torch.tensor([math.inf], dtype=torch.float64)]).unique()
+        low, high = 0, len(candidates)  # costs rise with the threshold: the last candidate that is allowed
+        while high - low > 1:
+            middle = (low + high) // 2
+            if costs[(scores >= candidates[middle]).int().argmax(0)].mean() <= cost:
+                low = middle
+            else:
+                high = middle
+        self.threshold = float(candidates[low]) * (-1 if self.by == "entropy" else 1)
+        return self.threshold
+
+    def macs(self, x: Any) -> tuple[float, ...]:
+        """Multiply-accumulate operations for a sample that leaves behind each module, heads up to there included.
+
+        Args:
+            x: a batch of inputs, as :meth:`forward` takes it, or a tuple ``(x, *args)``.
+
+        Returns:
+            One number per module.
+        """
+        counts: list[float] = []
+        with torch.no_grad(), keeping_state(self), evaluating(self):
+            state, *args = self._arguments(inputs_for(self.network, x))
+            samples = len(state)
+            for part in self.parts:
+                counts.append(sum(counts[-1:]) + count_macs(part, (state, *args)) / samples)
+                state = part(state, *args)[1]
+        return tuple(counts)
+
+    def extra_repr(self) -> str:
+        """When samples leave, as ``print`` shows it."""
+        return f"by={self.by}, threshold={self.threshold:g}, exits={len(self.parts)}"
+
+
+def pooled_head(state: Tensor, outputs: int, *, places: int = 1) -> nn.Sequential:
+    """A linear layer on the means of a state over its places: a head that costs next to nothing.
+
+    Args:
+        state: ``(B, C, H, W)``, tokens ``(B, T, D)``, or ``(B, D)``, which has no places.
+        outputs: numbers for a sample.
+        places: of an image, height and width of what is left of it; ``functools.partial(pooled_head, places=2)`` is a
+            head for :func:`odenets.module_wise.split_into_modules`.
+
+    Returns:
+        The head, of such states to ``(B, outputs)``, on the device and in the dtype of the state.
+
+    Raises:
+        ValueError: a state of another shape.
+
+    >>> state = torch.rand(2, 16, 8, 8)
+    >>> pooled_head(state, 10)(state).shape, pooled_head(state, 10, places=2)[-1].in_features
+    (torch.Size([2, 10]), 64)
+    """
+    check_count("places", places, 1)
+    if state.ndim not in (2, 3, 4):
+        raise ValueError(f"state must be (B, C, H, W), (B, T, D) or (B, D), got {tuple(state.shape)}")
+    pools: dict[int, list[nn.Module]] = {
+        2: [nn.Identity()],
+        3: [Reduce("b t d -> b d", "mean")],
+        4: [nn.AdaptiveAvgPool2d(places), nn.Flatten()],
+    }
+    pool = nn.Sequential(*pools[state.ndim])
+    with torch.no_grad():
+        features = pool(state[:1]).shape[1]
+    return nn.Sequential(pool, nn.Linear(features, outputs, device=state.device, dtype=state.dtype))
+
+
+def fit_heads(modules: Modules, batches: Iterable[Any], *, penalty: float = 1e-3, iterations: int = 200) -> int:
+    """Fit linear heads of a network that stays as it is: a logistic regression for each, which has one solution.
+
+    Heads are those of all modules but the last, whose own is the network's: a linear layer behind layers without
+    weights, as :func:`pooled_head` and :func:`odenets.module_wise.linear_head` are. One pass in eval mode takes what
+    they are given; L-BFGS fits the linear layers to it. Heads with other weights are trained with the network, by
+    :func:`odenets.module_wise.fit_modules`.
+
+    Args:
+        modules: as :class:`EarlyExit` takes them.
+        batches: training data, pairs ``(inputs, labels)``, of one epoch.
+        penalty: of the squares of the weights, for features of unit variance, beside the mean cross-entropy.
+        iterations: of L-BFGS, at most.
+
+    Returns:
+        The number of heads that are fitted.
+
+    Raises:
+        TypeError: what is no such modules, or batches that are no pairs.
+        ValueError: no batch, or a head with other weights.
+
+    >>> import odenets
+    >>> from odenets.module_wise import split_into_modules
+    >>> x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
+    >>> modules = split_into_modules(odenets.models.small_network(depth=4), 2, x, head=pooled_head)
+    >>> fit_heads(modules, [(x, y)])
+    1
+    """
+    parts, network = _in_order(modules), cast(nn.Module, modules)
+    heads = [_linear(part.head, k) for k, part in enumerate(parts[:-1], 1)]
+    features: list[list[Tensor]] = [[] for _ in heads]
+    labels: list[Tensor] = []
+    with torch.no_grad(), keeping_state(network), evaluating(network):
+        for pair in _batches(batches):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(f"batches must hold pairs (inputs, labels), got {type(pair).__name__}")
+            inputs, y = pair
+            state, *args = modules.arguments(inputs_for(network, inputs))
+            labels.append(y.to(state.device))
+            for part, (before, _), kept in zip(parts, heads, features, strict=False):
+                state = part.part(state, *args)
+                kept.append(before(state))
+    for (_, linear), kept in zip(heads, features, strict=True):
+        _fit_linear(linear, torch.cat(kept), torch.cat(labels), penalty, iterations)
+    return len(heads)
+
+
+def _fit_linear(linear: nn.Linear, features: Tensor, labels: Tensor, penalty: float, iterations: int) -> None:
+    """The layer of least mean cross-entropy, with a penalty on its weights for standardized features."""
+    features = features.float()
+    mean, scale = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+    features = (features - mean) / scale
+    weight = torch.zeros(linear.out_features, linear.in_features, device=features.device, requires_grad=True)
+    bias = torch.zeros(linear.out_features, device=features.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(features, weight, bias), labels) + penalty * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(cast(Any, loss))
+    with torch.no_grad():
+        linear.weight.copy_(weight / scale)
+        linear.bias.copy_(bias - (weight / scale) @ mean)
+
+
+def _linear(head: nn.Module, k: int) -> tuple[nn.Module, nn.Linear]:
+    """What comes before the last layer of the head of module k, and that layer."""
+    layers = list(head) if isinstance(head, nn.Sequential) else [head]
+    before, last = nn.Sequential(*layers[:-1]), layers[-1]
+    if not isinstance(last, nn.Linear) or last.bias is None or any(True for _ in before.parameters()):
+        raise ValueError(
+            f"the head of module {k} must be a linear layer behind layers without weights to be fitted, got "
+            f"{type(head).__name__}: split_into_modules(..., head=odenets.depth.pooled_head)"
+        )
+    return before.eval(), last
+
+
+def _in_order(modules: Any) -> list[Any]:
+    """The modules, first to last."""
+    if not isinstance(modules, nn.Module) or not hasattr(modules, "modules_in_order"):
+        raise TypeError(
+            f"modules must be a network in modules, got {type(modules).__name__}: "
+            "odenets.module_wise.split_into_modules(network, 3, x, head=odenets.depth.pooled_head) makes them"
+        )
+    return [*cast(Any, modules).modules_in_order]
+
+
+def _batches(batches: Iterable[Any]) -> Iterator[Any]:
+    empty = True
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must hold batches, got one tensor: pass [x]")
+    for one in batches:
+        empty = False
+        yield one
+    if empty:
+        raise ValueError("batches must hold at least one batch, got none")
+
+
+def _outputs(parts: Sequence[Any], inputs: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+    state, *args = inputs
+    for part in parts:
+        output, state = part(state, *args)
+        yield output, state
+
+
+def _logits(output: Any, k: int, samples: int | None) -> Tensor:
+    """The logits of a head's output."""
+    found = logits_in(output)
+    if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[1] < 2 or len(found) != (samples or len(found)):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"the head of module {k} must return logits (B, classes), got {got}")
+    return found

@@ -1,0 +1,126 @@
+"""The blocks of a flow in groups, each with one block in its place: for good, or for a while."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from odenets.block_sequence import BlockSequence
+from odenets.blocks import Block
+from odenets.groups import Group, check_groups
+from odenets.normalization.stage_batch_norm import StageBatchNorm
+
+__all__ = ["Inputs", "batches_of", "blocks_of", "coarsened", "flows_of", "norms_of", "regrouped"]
+
+Inputs = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+
+
+@contextmanager
+def coarsened(network: nn.Module, groups: Sequence[Sequence[Group]]) -> Iterator[None]:
+    """The network itself with its blocks merged, for a while: what training at several depths takes, without copies.
+
+    Statistics of batch norms are those of the whole network, and passes in training mode change them.
+
+    Args:
+        network: an :class:`~odenets.Network` or a :class:`~odenets.Flow`.
+        groups: for each flow its groups in order, as :func:`groups_at_depth` returns them.
+
+    Yields:
+        Nothing; afterwards every block is there again with its own h, also after an error.
+
+    Raises:
+        TypeError, ValueError: as :func:`at_depth`, or groups that are not all blocks of a flow, each once and in order.
+
+    >>> import odenets
+    >>> flow = odenets.Flow(odenets.MLPField(2), depth=4)
+    >>> with coarsened(flow, [[Group(0, 3, stays=1), Group(3, 4, stays=3)]]):
+    ...     flow.h
+    (0.75, 0.25)
+    >>> flow.depth
+    4
+    """
+    flows = flows_of(network)
+    if len(groups) != len(flows):
+        raise ValueError(f"groups must hold those of each of {len(flows)} flows, got {len(groups)}")
+    for flow, its in zip(flows, groups, strict=True):
+        check_groups(its, flow.depth)
+    before = [[(block, block.h) for block in blocks_of(flow)] for flow in flows]
+    try:
+        for flow, its in zip(flows, groups, strict=True):
+            flow.replace_blocks(regrouped(flow, its, network))
+        yield
+    finally:
+        for flow, blocks in zip(flows, before, strict=True):
+            for block, h in blocks:
+                block.h = h
+            flow.replace_blocks([block for block, _ in blocks])
+
+
+def flows_of(network: nn.Module) -> list[BlockSequence]:
+    """The flows of a network, or a flow itself, whose blocks can be merged.
+
+    Raises:
+        TypeError: another network.
+        ValueError: a flow that is shared, a neural ODE, or has no field yet, or a flow or block that is used twice.
+    """
+    network = getattr(network, "_orig_mod", network)  # behind torch.compile too
+    flows: Any = [network] if isinstance(network, BlockSequence) else getattr(network, "flows", None)
+    if not isinstance(flows, list) or not hasattr(network, "steps"):
+        raise TypeError(
+            f"network must be an odenets.Network or Flow, whose blocks are steps, got {type(network).__name__}"
+        )
+    for i, flow in enumerate(flows):
+        if not isinstance(flow, BlockSequence) or flow.shared:
+            raise ValueError(
+                f"flow {i} has one field for all its steps: there are no blocks to merge; make one with other steps, "
+                "NeuralODE(field, steps=...) or Flow(field, depth=..., shared=True)"
+            )
+        if not len(flow.blocks):
+            raise ValueError(f"flow {i} has no field yet: call the network once before it gets another depth")
+    blocks = [block for flow in flows for block in flow.blocks]
+    if len({*flows}) < len(flows) or len({*blocks}) < len(blocks):
+        raise ValueError("network uses a flow or a block twice: another depth needs each once")
+    return flows
+
+
+def blocks_of(flow: BlockSequence) -> list[Block]:
+    """The blocks of a flow."""
+    return [cast(Block, block) for block in flow.blocks]
+
+
+def norms_of(network: nn.Module) -> list[nn.Module]:
+    """The batch norms of a network that keep statistics."""
+    kinds = StageBatchNorm | nn.modules.batchnorm._BatchNorm
+    return [m for m in network.modules() if isinstance(m, kinds) and m.running_mean is not None]
+
+
+def regrouped(flow: BlockSequence, groups: Sequence[Group], whole: nn.Module) -> list[Block]:
+    """The blocks that stay, with their new h, and copies of those that are split."""
+    blocks, h, new = blocks_of(flow), flow.h, []
+    for group in groups:
+        block = blocks[group.stays]
+        block.h = math.fsum(h[group.first : group.last]) / group.pieces
+        new += [block, *(block.copy_within(whole) for _ in range(group.pieces - 1))]
+    return new
+
+
+def batches_of(inputs: Inputs, name: str) -> Iterator[Tensor]:
+    """Batches of inputs, if they are tensors.
+
+    Raises:
+        TypeError: they are one tensor, pairs or no iterable.
+    """
+    must = f"{name} must hold batches of inputs, tensors (B, *S), got"
+    if isinstance(inputs, Tensor):
+        raise TypeError(f"{must} one tensor: pass [x]")
+    batches = inputs() if callable(inputs) and not isinstance(inputs, Iterable) else inputs
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"{must} a {type(batches).__name__}")
+    for x in batches:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{must} a {type(x).__name__}: give (x for x, y in batches)")
+        yield x
