@@ -274,9 +274,3 @@ def _depth() -> Iterator[Comparison]:
     merged = row(page, part="depth", network="adaptive from 8")["share"]
     words = "eight blocks that merge: evaluations of training over those of eight fixed blocks"
     yield Claim(where, words, page, digits, digits=2).below_one(merged, "the size is reduced")
-    action = row(page, part="action", network="adaptive from 8, weight 1")
-    longer = f"{digits}; total time 4"
-    words = "adaptive, with the action less without (points)"
-    yield Claim(where, words, page, longer, digits=2).sign(1, action["difference"], "LAP gains")
-    words = "adaptive, with the action: evaluations of training over those without"
-    yield Claim(where, words, page, longer, digits=2).below_one(action["share"], "LAP gains")
