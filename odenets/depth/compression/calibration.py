@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from odenets.inputs import kind_of, plain, rows, samples_in
 from odenets.modes import inputs_for
 
-__all__ = ["Batches", "batches_of"]
+__all__ = ["Batches", "batches_of", "inputs_in"]
 
 HELD_OUT = 0.2
 """Share of the samples that is held out."""
@@ -64,7 +64,7 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
         raise TypeError(
             f"calibration must hold batches of inputs, got {kind_of(calibration)}: a DataLoader, or [x] for one batch"
         )
-    inputs = [inputs_for(network, _inputs(batch)) for batch in calibration]
+    inputs = [inputs_for(network, inputs_in(batch, "calibration")) for batch in calibration]
     samples = [samples_in(one, "the calibration") for one in inputs]
     if sum(samples) < 2:
         raise ValueError(
@@ -80,8 +80,8 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
     return Batches(tuple(inputs), tuple(samples), tuple(m % every == every - 1 for m in range(len(inputs))))
 
 
-def _inputs(batch: Any) -> Any:
-    """The inputs of a batch, without its labels.
+def inputs_in(batch: Any, name: str) -> Any:
+    """The inputs of a ``batch``, without its labels; ``name`` is that of the argument that holds it.
 
     Raises:
         TypeError: it is neither inputs nor a pair.
@@ -89,10 +89,10 @@ def _inputs(batch: Any) -> Any:
     if isinstance(batch, list | tuple):
         if not 1 <= len(batch) <= 2:
             raise TypeError(
-                f"calibration must hold inputs or pairs (inputs, labels), got a {kind_of(batch)}: several inputs of "
+                f"{name} must hold inputs or pairs (inputs, labels), got a {kind_of(batch)}: several inputs of "
                 "one batch are ((x, c), labels), or a mapping"
             )
         batch = batch[0]
     if not isinstance(batch, Tensor | Mapping | list | tuple):
-        raise TypeError(f"calibration must hold inputs, tensors (B, *S), got {kind_of(batch)}")
+        raise TypeError(f"{name} must hold inputs, tensors (B, *S), got {kind_of(batch)}")
     return plain(batch)
