@@ -111,11 +111,11 @@ def find_units(model: nn.Module, inputs: Any, samples: int) -> list[Unit]:
         for handle in handles:
             handle.remove()
         adapted.hooks.detach()
-    called = Counter(blocks.get(name, "") for name in adapted.names)
+    of_steps = [_block_of(name, blocks) for name in adapted.names]
+    called = Counter(of_steps)
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
-    for name, step in zip(adapted.names, steps, strict=True):
-        block = blocks.get(name, "")
+    for block, step in zip(of_steps, steps, strict=True):
         first.setdefault(block, step)
         last[block] = step
     few = min(samples, 2)
@@ -165,6 +165,12 @@ def _unit(name: str, module: nn.Module, call: _Call, first: Any, last: Any) -> t
         rectified=rectified, alone=elements is None and len(arguments) == 1 and argument == 0, reason=reason,
     )  # fmt: skip
     return unit, entry, output
+
+
+def _block_of(step: str, blocks: Mapping[str, str]) -> str:
+    """The block of a step by its name, which for the steps of a flow begins with that of the flow."""
+    names = [name for name in blocks if step == name or step.startswith(f"{name} ")]
+    return blocks[max(names, key=len)] if names else ""
 
 
 def _copy(x: Any) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import odenets
 from odenets import models
-from odenets.depth import compress
+from odenets.depth import compress, heal
+from odenets.depth.compression.divergence import Outputs
 
 
 class Half(nn.Module):
@@ -187,7 +188,7 @@ def test_bad_input_is_refused():
         ((network, [x], {"remove": 1, "choices": ["drop"]}), "choices must be some of"),
         ((network, [x], {"remove": 1, "kernels": (2,)}), "kernels must be odd"),
         ((network, [(x, x, x)], {"remove": 1}), "pairs"),
-        ((nn.Sequential(nn.Linear(3, 3)), [torch.rand(4, 3)], {"remove": 1}), ""),
+        ((nn.Sequential(nn.Linear(3, 3)), [torch.rand(4, 3)], {"remove": 1}), "residual"),
     ):
         model, data, *options = arguments
         with pytest.raises((TypeError, ValueError), match=message):
@@ -238,3 +239,87 @@ def test_blocks_that_write_into_their_input_are_fitted_to_what_they_read():
         small = compress(network, [x], remove=1)
         assert small.gone == 1
         assert small.divergence < 0.05
+
+
+class Functional(nn.Module):
+    """Branches that are added in the model's own forward pass."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 6)) for _ in range(depth)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(x)
+
+
+def test_branches_that_are_added_outside_of_them_go_and_add_nothing():
+    torch.manual_seed(0)
+    network, x = Functional(4), torch.randn(60, 6)
+    with torch.no_grad():
+        network.branches[2][2].weight.mul_(1e-3)
+        network.branches[2][2].bias.zero_()
+    small = compress(network, [x], remove=1)
+    assert [row["blocks"] for row in small.table] == ["branches.2"]
+    assert small.divergence < 1e-5
+    assert small.gone == 1
+
+
+def test_a_transformer_of_hugging_face_keeps_its_cache_in_order():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    network = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(3, 40, (24, 12))
+    for choice in ("remove", "fit", "seam"):
+        small = compress(network, [{"input_ids": tokens}], remove=2, choices=[choice])
+        assert small.gone == 2
+        kept = [layer.self_attn.layer_idx for layer in small.model.model.layers if hasattr(layer, "self_attn")]
+        assert kept == [*range(len(kept))]
+        prompt = tokens[:2, :5]
+        torch.manual_seed(0)
+        cached = small.model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+        plain = small.model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(cached, plain)
+
+
+def test_networks_of_torchvision_lose_blocks_of_every_stage_that_keep_the_shape():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=5).eval()
+    small = compress(network, [torch.rand(16, 3, 32, 32)], remove=3, longest=2)
+    assert small.gone == 3
+    assert len(small.units) == 8
+    assert {unit.name: unit.keeps for unit in small.units}["layer2.0"] is False
+
+
+def test_healing_brings_the_outputs_nearer():
+    network, x = images(), torch.rand(120, 1, 8, 8)
+    small = compress(network, [x], remove=3, choices=["remove"], refit=False, statistics=False).model
+    outputs = Outputs.of(network, [x])
+    before = outputs.divergence(small)
+    healed = heal(small, network, [(x[:60], 0), (x[60:], 0)], images=1200, lr=3e-3)
+    assert healed is small
+    assert outputs.divergence(small) < before / 2
+
+
+def test_bad_input_of_healing_is_refused():
+    network, x = images(), torch.rand(20, 1, 8, 8)
+    small = compress(network, [x], remove=1).model
+    for arguments, options, message in (
+        ((network, network, [x]), {}, "must not be the teacher"),
+        ((small, network, []), {}, "at least one batch"),
+        ((small, network, [x]), {"images": 0}, "images"),
+        ((small, network, [x]), {"lr": -1.0}, "lr and temperature"),
+        ((small, "whole", [x]), {}, "teacher must be a torch module"),
+        ((nn.Sequential(*network), network, [x]), {}, "shares parameters"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            heal(*arguments, **options)
