@@ -47,6 +47,7 @@ class NormalEquations:
 
     def __init__(self, features: int, outputs: int) -> None:
         self.features = features
+        self._factors: dict[float, Tensor] = {}  # of the sums as they are
         self.sums = {held: _Sums(features + 1, outputs) for held in (False, True)}
 
     def rows(self, *, held_out: bool) -> int:
@@ -55,6 +56,7 @@ class NormalEquations:
 
     def add(self, rows: Tensor, targets: Tensor, *, held_out: bool) -> None:
         """Count ``rows`` ``(N, features)`` with their ``targets`` ``(N, outputs)``, to fit or to judge."""
+        self._factors.clear()
         self.sums[held_out].add(torch.cat([rows, rows.new_ones(len(rows), 1)], 1), targets)
 
     def _error(self, weight: Tensor, columns: slice) -> float:
@@ -79,13 +81,16 @@ class NormalEquations:
             raise ValueError("a linear map needs rows to fit and rows held out, got none of one kind")
         gram, cross = sums.gram / sums.rows, sums.cross[:, columns] / sums.rows
         scale = gram.diagonal()[:-1].mean().clamp_min(torch.finfo(torch.float64).tiny)
-        free = torch.ones(len(gram), dtype=torch.float64)
-        free[-1] = 0  # the constant is not pulled
         fits = []
         for ridge in RIDGES:
-            pull = torch.diag(free * ridge * scale)
-            right = cross if prior is None else cross + pull @ prior
-            weight = _solve(gram + pull, right)
+            pull = torch.full((len(gram),), ridge, dtype=torch.float64) * scale
+            pull[-1] = 0  # the constant is not pulled
+            if ridge not in self._factors:
+                self._factors[ridge] = _factor(gram + torch.diag(pull))
+            right = cross if prior is None else cross + pull[:, None] * prior
+            weight = torch.cholesky_solve(right, self._factors[ridge])
+            left = gram @ weight + pull[:, None] * weight  # what the factor's floor has changed is mended once
+            weight = weight + torch.cholesky_solve(right - left, self._factors[ridge])
             fits.append((self._error(weight, columns), ridge, weight))
         error, ridge, weight = min(fits, key=lambda fit: fit[0])
         return Fit(weight[:-1], weight[-1], error, ridge)
@@ -108,11 +113,11 @@ class _Sums:
         self.rows += len(rows)
 
 
-def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """The solution of symmetric equations, which may be singular: least norm then, to rounding."""
+def _factor(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix that may be singular, a little above it then."""
     floor = 1e-10 * gram.diagonal().mean()
-    factor, failed = torch.linalg.cholesky_ex(gram + floor * torch.eye(len(gram), dtype=gram.dtype))
-    if failed:
-        return torch.linalg.lstsq(gram, right, driver="gelsd").solution
-    solution = torch.cholesky_solve(right, factor)
-    return solution + torch.cholesky_solve(right - gram @ solution, factor)  # what the floor has changed
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + floor * torch.eye(len(gram), dtype=gram.dtype))
+        if not failed:
+            return factor
+        floor = 10 * floor

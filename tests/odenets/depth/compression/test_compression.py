@@ -294,7 +294,7 @@ def test_networks_of_torchvision_lose_blocks_of_every_stage_that_keep_the_shape(
     torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     network = torchvision.models.resnet18(num_classes=5).eval()
-    small = compress(network, [torch.rand(16, 3, 32, 32)], remove=3, longest=2)
+    small = compress(network, [torch.rand(16, 3, 32, 32)], remove=3, choices=["remove", "seam"], kernels=(1,))
     assert small.gone == 3
     assert len(small.units) == 8
     assert {unit.name: unit.keeps for unit in small.units}["layer2.0"] is False
