@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -323,3 +325,19 @@ def test_bad_input_of_healing_is_refused():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             heal(*arguments, **options)
+
+
+@pytest.mark.slow
+def test_a_compressed_model_runs_in_a_process_that_lacks_the_library(tmp_path):
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    small = compress(network, [x], remove=3, choices=["fit", "seam", "remove"]).model
+    torch.export.save(torch.export.export(small, (x,)), tmp_path / "small.pt2")
+    torch.save({"x": x, "output": small(x).detach()}, tmp_path / "tensors.pt")
+    program = """
+import sys, torch
+sys.modules["odenets"] = None
+tensors = torch.load("tensors.pt")
+assert torch.allclose(torch.export.load("small.pt2").module()(tensors["x"]), tensors["output"], atol=1e-6)
+assert not [name for name in sys.modules if name.startswith("odenets.")]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True)
