@@ -85,6 +85,9 @@ class SampleSteps(nn.Module):
         controller: chooses sizes, in units of time, by errors; of these the largest number of blocks that is not longer
             is tried, one at least.
         first: blocks of a sample's first step, or attempt.
+        aligned: steps over 1, 2, 4, ... blocks alone, from blocks whose number is a multiple of it, as the block time
+            steps of many-body codes: those at which a network trained by :class:`ElasticDepth` has been. A larger
+            ``first`` lets them begin.
 
     Attributes:
         evaluations: of each sample in the last pass, ``(B,)``, rejected steps counted; None before the first.
@@ -113,6 +116,7 @@ class SampleSteps(nn.Module):
         error: str = "next",
         controller: SampleController | None = None,
         first: int = 1,
+        aligned: bool = False,
     ) -> None:
         super().__init__()
         flows = _flows(network)
@@ -127,7 +131,7 @@ class SampleSteps(nn.Module):
             raise TypeError(f"controller must have a method each, for many samples at once, got {controller!r:.80}")
         self.estimates = [ErrorEstimate.of(flow.tableau, error) for flow in flows]
         self.network, self.norm, self.error = network, norm, error
-        self.controller, self.first = controller, first
+        self.controller, self.first, self.aligned = controller, first, aligned
         self.tolerance = tolerance
         self.training = network.training
         self.evaluations: Tensor | None = None
@@ -260,8 +264,8 @@ class SampleSteps(nn.Module):
             if told is None:
                 control.norm = self._norm_behind(len(walks))
                 if not walks:
-                    control.size[:] = math.fsum(layer.h[: self.first])
-                walk.by_error(control, self.estimates[len(walks)])
+                    control.size[:] = math.fsum(layer.h[: self.first if self.tolerance else 1])
+                walk.by_error(control, self.estimates[len(walks)], self.aligned)
             else:
                 start = sum(len(each.taken) for each in walks)
                 walk.follow(_checked(told[start : start + layer.depth], start))
@@ -289,7 +293,10 @@ class SampleSteps(nn.Module):
 
     def extra_repr(self) -> str:
         """The tolerance and what it is of, as ``print`` shows them."""
-        return f"tolerance={self.tolerance:g}, norm={self.norm}, error={self.error}, first={self.first}"
+        return (
+            f"tolerance={self.tolerance:g}, norm={self.norm}, error={self.error}, first={self.first}"
+            + ", aligned" * self.aligned
+        )
 
 
 def _flows(network: Any) -> list[Flow]:

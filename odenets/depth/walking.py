@@ -174,6 +174,7 @@ class FlowWalk:
         self.rejected = np.zeros((depth, samples), dtype=np.int64)
         self.evaluations = np.zeros(samples, dtype=np.int64)
         self.at = np.zeros(samples, dtype=np.int64)  # the block before which each sample stands
+        self.aligned = False
         self.measures = measures
         self.measured = {name: torch.zeros(depth, samples, dtype=x.dtype, device=x.device) for name in measures}
         self.closing = any(needs_closing(measure) for measure in measures.values())
@@ -187,8 +188,9 @@ class FlowWalk:
                 rows = here[blocks[m, here] == k]
                 self._accept(m, int(k), rows, self._take(m, int(k), rows, closing=False))
 
-    def by_error(self, control: Control, estimate: ErrorEstimate) -> None:
-        """Steps whose sizes the error chooses."""
+    def by_error(self, control: Control, estimate: ErrorEstimate, aligned: bool = False) -> None:
+        """Steps whose sizes the error chooses; ``aligned`` ones are over 2, 4, 8 blocks from multiples of as many."""
+        self.aligned = aligned
         go = self._by_preceding if estimate.way == "preceding" else self._by_trial
         for m in range(len(self.blocks)):
             if len(here := np.flatnonzero(self.at == m)):
@@ -224,7 +226,7 @@ class FlowWalk:
                     bad = rows[~good]
                     self.rejected[m, bad] += 1
                     self._remember(bad, step.stages[0][_index(~good, step.x0)])
-                    again.append((bad, np.minimum(self._spans(m, control.size[bad]), k - 1)))
+                    again.append((bad, self._spans(m, control.size[bad], k - 1)))
             here = np.concatenate([rows for rows, _ in again]) if again else here[:0]
             spans = np.concatenate([k for _, k in again]) if again else spans[:0]
 
@@ -267,10 +269,14 @@ class FlowWalk:
         blocks = np.arange(len(self.blocks))[:, None]
         return np.where(self.taken > 0, blocks, 0).max(0)
 
-    def _spans(self, m: int, sizes: np.ndarray) -> np.ndarray:
+    def _spans(self, m: int, sizes: np.ndarray, most: int | None = None) -> np.ndarray:
         """Numbers of blocks from m on that take no longer than some sizes; 1 at least."""
         ends = np.array(self.times[m + 1 :]) - self.times[m]
-        return np.maximum(np.searchsorted(ends, sizes * (1 + 1e-9), side="right"), 1)
+        spans = np.searchsorted(ends, sizes * (1 + 1e-9), side="right").clip(1, most)
+        if not self.aligned:
+            return spans
+        powers = np.array([2**i for i in range(spans.max().item().bit_length()) if m % 2**i == 0])
+        return powers[np.searchsorted(powers, spans, side="right") - 1]
 
     def _args(self, rows: Rows) -> tuple[Any, ...]:
         return rows_of(self.args, _index(rows, self.x), len(self.x))

@@ -317,3 +317,18 @@ def test_fields_take_what_belongs_to_each_sample(error):
     torch.testing.assert_close(steps.follow(X, whole.taken, force, scale).output, whole.output)
     with pytest.raises(TypeError, match="field must take"):
         steps(X)
+
+
+@pytest.mark.parametrize("error", ["next", "preceding", "embedded"])
+def test_aligned_steps_are_those_of_halvings(error):
+    flow = flow_of(*[1.0] * 12, h=0.1)
+    steps = SampleSteps(flow, 3e-3, error=error, first=4, aligned=True)
+    taken = steps.walk(X).taken
+    assert set(taken.unique().tolist()) <= {0, 1, 2, 4, 8}
+    assert len(taken.unique()) > 2, taken
+    for m, row in enumerate(taken.tolist()):
+        assert all(k == 0 or m % k == 0 for k in row)
+    steps.tolerance = math.inf
+    assert steps.walk(X).taken[:, 0].tolist() == [4, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0]
+    steps.tolerance = 0.0
+    torch.testing.assert_close(steps(X), flow(X))
