@@ -15,12 +15,12 @@ all is told by the network without them.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
-from sample_steps_setup import EXITS, RULES, Config, Job, train
+from sample_steps_setup import EXITS, RULES, STEPS, Config, Job, train
 
 from lab import plotting
 from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Row, command
@@ -55,16 +55,15 @@ def variants(row: Row) -> dict[str, dict[str, dict[str, Row | None]]]:
     }
 
 
-def best(rows: list[Row], way: str, only: Callable[[str], bool] = lambda name: True) -> str:
-    """The variant of a way with the best accuracy on validation images, over seeds and budgets, that all of them have.
+def best(rows: list[Row], way: str) -> str:
+    """The variant of a way with the best accuracy on validation images, over seeds and budgets, that all networks have.
 
     Args:
         rows: results of an arm.
         way: one of the ways.
-        only: which variants.
     """
     scores = {}
-    for name in filter(only, variants(rows[0])[way]):
+    for name in variants(rows[0])[way]:
         found = [each for row in rows for each in variants(row)[way][name].values()]
         if all(found):
             scores[name] = statistics.fmean(each["validation"] for each in found if each)
@@ -74,6 +73,7 @@ def best(rows: list[Row], way: str, only: Callable[[str], bool] = lambda name: T
 def summarize(config: Config, results: list[Row]) -> list[Row]:
     """A row for each arm, budget and way; the differences of steps per sample to the others are paired over the seeds.
 
+    The steps at random are compared with the same steps, the others with those that are best on validation images.
     Budgets are followed by the mean over them.
     """
     rows: list[Row] = []
@@ -85,23 +85,22 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
         chosen = best(its, "steps per sample")
         names = [("steps per sample", chosen), ("at random", chosen), ("merged for all", best(its, "merged for all"))]
         names += [("exit", name) for name in EXITS]
-        norm = chosen.partition("/")[0]
-        other = best(its, "steps per sample", lambda name, norm=norm: not name.startswith(norm))
-        names += [("steps per sample", other), ("at random", other)]
+        for other in (name for name in STEPS if name != chosen and all(all(r["samples"][name].values()) for r in its)):
+            names += [("steps per sample", other), ("at random", other)]
         names += [("merged for all", rule) for rule in RULES if ("merged for all", rule) not in names]
         for budget in (*config.budgets, None):
-            own: list[float] = []
+            own: dict[str, list[float]] = {}
             for way, name in names:
                 found = _at(its, way, name, config.budgets if budget is None else (budget,))
                 row = {"arm": arm, "way": way, "variant": name, "budget": budget or "mean"} | found
+                values = [*found["accuracy"].values]
                 if way == "steps per sample":
-                    own = [*found["accuracy"].values]
+                    own[name] = values
                 else:
-                    row["difference"] = mean_interval(
-                        [a - b for a, b in zip(own, found["accuracy"].values, strict=True)]
-                    )
-                    if len(own) > 1:
-                        row["p"] = paired_p_value(own, found["accuracy"].values)
+                    one = own[name if way == "at random" else chosen]
+                    row["difference"] = mean_interval([a - b for a, b in zip(one, values, strict=True)])
+                    if len(one) > 1:
+                        row["p"] = paired_p_value(one, values)
                 rows.append(row)
         removed = percent(r["removed"]["test"] for r in its)
         rows.append({"arm": arm, "way": "no blocks", "budget": 0, "accuracy": removed, "evaluations": 0.0})

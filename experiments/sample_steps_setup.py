@@ -19,14 +19,19 @@ from odenets.depth import EarlyExit, ElasticDepth, SampleSteps, at_depth, fit_he
 from odenets.module_wise import split_into_modules
 from odenets.training.data import TensorData
 
-__all__ = ["ARMS", "ERRORS", "EXITS", "FEATURES", "NORMS", "RULES", "Config", "Job", "build", "measure", "train"]
+__all__ = ["ARMS", "EXITS", "FEATURES", "RULES", "STEPS", "Config", "Job", "build", "measure", "train"]
 
 ARMS = {"plain": lambda: None, "coarsening": ElasticDepth}
 """How networks are trained: at the full depth, or at random coarsenings besides."""
 
-NORMS = ("rms", "prediction")
-ERRORS = {"bs23": ("next", "midpoint"), "heun": ("next", "embedded"), "euler": ("next", "preceding")}
-"""Errors that choose the steps, by method."""
+STEPS = {
+    "rms": {"norm": "rms"},
+    "prediction": {"norm": "prediction"},
+    "rms, aligned": {"norm": "rms", "aligned": True},
+    "prediction, aligned": {"norm": "prediction", "aligned": True},
+}
+"""How errors choose the steps of a sample: by their size, or by the change of the prediction; over any number of
+blocks, or over 1, 2, 4, ... from multiples of as many."""
 
 RULES = {
     "even, first": ("even", "first"),
@@ -140,12 +145,10 @@ def measure(config: Config, network: Network, train: TensorData, validation: Ten
     }
     flow = network.flows[0]
     each = flow.tableau.interior
-    samples: Row = {}
-    for norm in NORMS:
-        for error in ERRORS[config.solver]:
-            samples[f"{norm}/{error}"] = {
-                str(d): _by_sample(config, network, norm, error, each * d, parts) for d in config.budgets
-            }
+    samples: Row = {
+        name: {str(d): _by_sample(config, network, options, each * d, parts) for d in config.budgets}
+        for name, options in STEPS.items()
+    }
     return {
         "depth": network.depth,
         "evaluations": network.evaluations,
@@ -159,11 +162,11 @@ def measure(config: Config, network: Network, train: TensorData, validation: Ten
 
 @torch.no_grad()
 def _by_sample(
-    config: Config, network: Network, norm: str, error: str, budget: int, parts: dict[str, TensorData]
+    config: Config, network: Network, options: dict[str, Any], budget: int, parts: dict[str, TensorData]
 ) -> Row | None:
     """Steps per sample of so many evaluations in the mean, and the same steps of other samples; None where none are."""
-    for first in (1, 2, 4, 8):
-        steps = SampleSteps(network, 0.0, norm=norm, error=error, first=first)
+    for first in (4, 8) if "aligned" in options else (1, 2, 4, 8):
+        steps = SampleSteps(network, 0.0, first=first, **options)
         try:
             steps.calibrate(parts["validation"].x.split(500), budget, rounds=config.rounds)
         except ValueError:  # steps that begin so small take more

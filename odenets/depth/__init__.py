@@ -4,6 +4,7 @@ As a solver refines its steps where their error is large, a network gets blocks 
 does so between the epochs of a training, :func:`adapt_depth` once, by a :class:`DepthRule`. :class:`Doubling` and
 :class:`Stacking` grow a network at given epochs instead. In a trained network, :class:`SampleSteps` lets each sample
 take steps of its own size, and :class:`EarlyExit` leave behind the first head that is sure of it.
+take steps of its own size. :func:`compress` takes blocks out of any trained residual network without training.
 
 >>> from functools import partial
 >>> import torch
@@ -26,6 +27,7 @@ take steps of its own size, and :class:`EarlyExit` leave behind the first head t
 
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.coarsening import Group, at_depth, coarsened, groups_at_depth, without_flow
+from odenets.depth.compression import Compression, compress, count_macs, heal
 from odenets.depth.early_exit import EarlyExit, Exits, fit_heads, pooled_head
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
 from odenets.depth.elastic import ElasticDepth
@@ -36,6 +38,7 @@ from odenets.depth.sample_steps import SampleSteps, Walk
 
 __all__ = [
     "AdaptiveDepth",
+    "Compression",
     "DepthReport",
     "DepthRule",
     "Doubling",
@@ -51,9 +54,12 @@ __all__ = [
     "at_depth",
     "block_errors",
     "coarsened",
+    "compress",
+    "count_macs",
     "double",
     "fit_heads",
     "groups_at_depth",
+    "heal",
     "plan",
     "pooled_head",
     "refine",

@@ -85,6 +85,9 @@ class SampleSteps(nn.Module):
         controller: chooses sizes, in units of time, by errors; of these the largest number of blocks that is not longer
             is tried, one at least.
         first: blocks of a sample's first step, or attempt.
+        aligned: steps over 1, 2, 4, ... blocks alone, from blocks whose number is a multiple of it, as the block time
+            steps of many-body codes: those at which a network trained by :class:`ElasticDepth` has been. A larger
+            ``first`` lets them begin.
 
     Attributes:
         evaluations: of each sample in the last pass, ``(B,)``, rejected steps counted; None before the first.
@@ -113,6 +116,7 @@ class SampleSteps(nn.Module):
         error: str = "next",
         controller: SampleController | None = None,
         first: int = 1,
+        aligned: bool = False,
     ) -> None:
         super().__init__()
         flows = _flows(network)
@@ -127,7 +131,7 @@ class SampleSteps(nn.Module):
             raise TypeError(f"controller must have a method each, for many samples at once, got {controller!r:.80}")
         self.estimates = [ErrorEstimate.of(flow.tableau, error) for flow in flows]
         self.network, self.norm, self.error = network, norm, error
-        self.controller, self.first = controller, first
+        self.controller, self.first, self.aligned = controller, first, aligned
         self.tolerance = tolerance
         self.training = network.training
         self.evaluations: Tensor | None = None
@@ -149,19 +153,22 @@ class SampleSteps(nn.Module):
         """Number of blocks of all flows, the rows of :attr:`Walk.taken`."""
         return self.network.depth
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
         """The output for inputs ``x``, ``(B, ...)``; :attr:`evaluations` are then those of this pass.
 
-        Raises:
-            TypeError, ValueError: as :meth:`walk`.
-        """
-        return self.walk(x).output
+        The velocity fields take ``args`` besides, as in :meth:`walk`.
 
-    def walk(self, x: Tensor, **measures: StepFunction) -> Walk:
+        Raises:
+            TypeError, ValueError: as there.
+        """
+        return self.walk(x, *args).output
+
+    def walk(self, x: Tensor, *args: Any, **measures: StepFunction) -> Walk:
         """The output, and what every sample did on the way.
 
         Args:
             x: inputs, ``(B, ...)``.
+            args: what the velocity fields take besides; of tensors with a row for each sample those of the samples.
             measures: functions ``Step -> (B,)`` by name, of the steps that are taken; their closing stages count.
 
         Returns:
@@ -170,15 +177,16 @@ class SampleSteps(nn.Module):
         Raises:
             TypeError, ValueError: x is no batch of inputs, or a batch norm is in training mode.
         """
-        return self._walk(x, None, measures)
+        return self._walk(x, args, None, measures)
 
-    def follow(self, x: Tensor, taken: Tensor) -> Walk:
+    def follow(self, x: Tensor, taken: Tensor, *args: Any) -> Walk:
         """The output where every sample takes steps as told, such as those of another sample.
 
         Args:
             x: inputs, ``(B, ...)``.
             taken: the number of blocks of the step from each block, as of :class:`Walk`, ``(blocks, B)``; what stands
                 where no step begins is not read.
+            args: as in :meth:`walk`.
 
         Returns:
             The walk, whose evaluations are those of the steps alone.
@@ -189,13 +197,13 @@ class SampleSteps(nn.Module):
         if not isinstance(taken, Tensor) or taken.is_floating_point() or taken.shape != (self.depth, len(x)):
             shape = tuple(taken.shape) if isinstance(taken, Tensor) else type(taken).__name__
             raise ValueError(f"taken must hold whole numbers, shape {(self.depth, len(x))}, got {shape}")
-        return self._walk(x, taken.cpu().numpy(), {})
+        return self._walk(x, args, taken.cpu().numpy(), {})
 
     def calibrate(self, batches: Iterable[Tensor], evaluations: float, *, rounds: int = 24) -> float:
         """Take the tolerance at which a sample needs so many evaluations at most in the mean, by bisection.
 
         Args:
-            batches: inputs of a validation set, each ``(B, ...)``.
+            batches: inputs of a validation set, each ``(B, ...)``, of fields that take no further arguments.
             evaluations: the mean number over the samples that is allowed.
             rounds: passes over the inputs.
 
@@ -237,7 +245,9 @@ class SampleSteps(nn.Module):
             self.tolerance = before
         return counts.double().mean().item()
 
-    def _walk(self, x: Tensor, told: np.ndarray | None, measures: dict[str, StepFunction]) -> Walk:
+    def _walk(
+        self, x: Tensor, args: tuple[Any, ...], told: np.ndarray | None, measures: dict[str, StepFunction]
+    ) -> Walk:
         measures = named_measures(measures)
         check_evaluating(self.network, "before one block")
         network = self.network
@@ -250,12 +260,12 @@ class SampleSteps(nn.Module):
             if not isinstance(layer, Flow):
                 state = layer(state)
                 continue
-            walk = FlowWalk(layer, state, measures)
+            walk = FlowWalk(layer, state, args, measures)
             if told is None:
                 control.norm = self._norm_behind(len(walks))
                 if not walks:
-                    control.size[:] = math.fsum(layer.h[: self.first])
-                walk.by_error(control, self.estimates[len(walks)])
+                    control.size[:] = math.fsum(layer.h[: self.first if self.tolerance else 1])
+                walk.by_error(control, self.estimates[len(walks)], self.aligned)
             else:
                 start = sum(len(each.taken) for each in walks)
                 walk.follow(_checked(told[start : start + layer.depth], start))
@@ -283,7 +293,10 @@ class SampleSteps(nn.Module):
 
     def extra_repr(self) -> str:
         """The tolerance and what it is of, as ``print`` shows them."""
-        return f"tolerance={self.tolerance:g}, norm={self.norm}, error={self.error}, first={self.first}"
+        return (
+            f"tolerance={self.tolerance:g}, norm={self.norm}, error={self.error}, first={self.first}"
+            + ", aligned" * self.aligned
+        )
 
 
 def _flows(network: Any) -> list[Flow]:

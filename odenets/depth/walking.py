@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odenets.blocks import Block, Velocity, take_step
+from odenets.blocks import Block, Velocity, check_arguments, take_step
 from odenets.flow import Flow
+from odenets.inputs import rows as rows_of
 from odenets.measures import StepFunction, needs_closing
 from odenets.normalization import check_closing_statistics
 from odenets.recording import check_values
@@ -149,6 +150,7 @@ class FlowWalk:
     Args:
         flow: of discrete blocks; its modes are the caller's.
         x: states before it, ``(B, *S)``.
+        args: what the fields take besides; of tensors with a row for each sample those of the samples are taken.
         measures: of accepted steps, by name.
 
     Attributes:
@@ -160,9 +162,9 @@ class FlowWalk:
         measured: by name, ``(blocks, B)``, 0 where no step begins.
     """
 
-    def __init__(self, flow: Flow, x: Tensor, measures: Mapping[str, StepFunction]) -> None:
+    def __init__(self, flow: Flow, x: Tensor, args: tuple[Any, ...], measures: Mapping[str, StepFunction]) -> None:
         flow.materialize(x)
-        self.flow, self.x = flow, x.clone()
+        self.flow, self.x, self.args = flow, x.clone(), args
         self.blocks = [cast(Block, block) for block in flow.blocks] * (flow.depth if flow.shared else 1)
         self.times = [flow.start]
         for h in flow.h:
@@ -172,6 +174,7 @@ class FlowWalk:
         self.rejected = np.zeros((depth, samples), dtype=np.int64)
         self.evaluations = np.zeros(samples, dtype=np.int64)
         self.at = np.zeros(samples, dtype=np.int64)  # the block before which each sample stands
+        self.aligned = False
         self.measures = measures
         self.measured = {name: torch.zeros(depth, samples, dtype=x.dtype, device=x.device) for name in measures}
         self.closing = any(needs_closing(measure) for measure in measures.values())
@@ -185,8 +188,9 @@ class FlowWalk:
                 rows = here[blocks[m, here] == k]
                 self._accept(m, int(k), rows, self._take(m, int(k), rows, closing=False))
 
-    def by_error(self, control: Control, estimate: ErrorEstimate) -> None:
-        """Steps whose sizes the error chooses."""
+    def by_error(self, control: Control, estimate: ErrorEstimate, aligned: bool = False) -> None:
+        """Steps whose sizes the error chooses; ``aligned`` ones are over 2, 4, 8 blocks from multiples of as many."""
+        self.aligned = aligned
         go = self._by_preceding if estimate.way == "preceding" else self._by_trial
         for m in range(len(self.blocks)):
             if len(here := np.flatnonzero(self.at == m)):
@@ -222,22 +226,29 @@ class FlowWalk:
                     bad = rows[~good]
                     self.rejected[m, bad] += 1
                     self._remember(bad, step.stages[0][_index(~good, step.x0)])
-                    again.append((bad, np.minimum(self._spans(m, control.size[bad]), k - 1)))
+                    again.append((bad, self._spans(m, control.size[bad], k - 1)))
             here = np.concatenate([rows for rows, _ in again]) if again else here[:0]
             spans = np.concatenate([k for _, k in again]) if again else spans[:0]
 
     def _velocity_behind(self, m: int, k: int, rows: Rows, step: Step) -> Tensor:
         """The first stage of the block behind a step; at the end of the flow that of its last block."""
         block = min(m + k, len(self.blocks) - 1)
+        return self._velocity(block, rows, self.times[m + k], step.x1)
+
+    def _velocity(self, m: int, rows: Rows, t: float, x: Tensor) -> Tensor:
+        """The first stage of a block at the states ``x`` of some samples."""
         self.evaluations[rows] += 1
-        return velocity(cast(Any, self._fields(block, 1, closing=False)[0]), self.times[m + k], step.x1)
+        try:
+            return velocity(cast(Any, self._fields(m, 1, rows)[0]), t, x)
+        except TypeError:
+            check_arguments(self.blocks[m].fields[0], self._args(rows))
+            raise
 
     def _by_preceding(self, m: int, here: Rows, control: Control, estimate: ErrorEstimate) -> None:
         """The size of a step is chosen behind its first stage, which is compared with that of the step before."""
         before = self.first[_index(here, self.x)] if m else None  # of the preceding step
         x = self.x[_index(here, self.x)]
-        first = velocity(cast(Any, self._fields(m, 1, closing=False)[0]), self.times[m], x)
-        self.evaluations[here] += 1
+        first = self._velocity(m, here, self.times[m], x)
         if before is not None:
             sizes = self.times[m] - np.array([self.times[i] for i in self._begun[here]])
             shaped = torch.as_tensor(sizes, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.ndim - 1))
@@ -258,17 +269,24 @@ class FlowWalk:
         blocks = np.arange(len(self.blocks))[:, None]
         return np.where(self.taken > 0, blocks, 0).max(0)
 
-    def _spans(self, m: int, sizes: np.ndarray) -> np.ndarray:
+    def _spans(self, m: int, sizes: np.ndarray, most: int | None = None) -> np.ndarray:
         """Numbers of blocks from m on that take no longer than some sizes; 1 at least."""
         ends = np.array(self.times[m + 1 :]) - self.times[m]
-        return np.maximum(np.searchsorted(ends, sizes * (1 + 1e-9), side="right"), 1)
+        spans = np.searchsorted(ends, sizes * (1 + 1e-9), side="right").clip(1, most)
+        if not self.aligned:
+            return spans
+        powers = np.array([2**i for i in range(spans.max().item().bit_length()) if m % 2**i == 0])
+        return powers[np.searchsorted(powers, spans, side="right") - 1]
 
-    def _fields(self, m: int, k: int, closing: bool) -> list[Velocity]:
+    def _args(self, rows: Rows) -> tuple[Any, ...]:
+        return rows_of(self.args, _index(rows, self.x), len(self.x))
+
+    def _fields(self, m: int, k: int, rows: Rows, closing: bool = False) -> list[Velocity]:
         block, tableau = self.blocks[m], self.flow.tableau
         if self.flow.stage_fields == "untied" and closing:
             check_closing_statistics(block.fields, tableau.interior, m)
         following = self.blocks[m + k] if m + k < len(self.blocks) else None
-        return block.velocities(tableau.stages, self.flow.stage_fields, following)
+        return block.velocities(tableau.stages, self.flow.stage_fields, following, self._args(rows))
 
     def _take(self, m: int, k: int, rows: Rows, closing: bool) -> Step:
         """A step over k blocks with the weights of the first; its evaluations count for the samples."""
@@ -276,7 +294,8 @@ class FlowWalk:
         known, h = bool(self.known[rows].all()), flow.h[m] if k == 1 else math.fsum(flow.h[m : m + k])
         closing = (closing or self.closing) and flow.tableau.interior < flow.tableau.stages
         begin = self.times[m], self.x[index], h, flow.tableau, self.first[index] if known else None
-        step = take_step(self.blocks[m], (), self._fields(m, k, closing), *begin, closing=closing)
+        fields = self._fields(m, k, rows, closing)
+        step = take_step(self.blocks[m], self._args(rows), fields, *begin, closing=closing)
         self.evaluations[rows] += len(step.stages) - known
         return step
 

@@ -11,7 +11,7 @@ from odenets.errors import needs
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["log_row", "progress_bar"]
+__all__ = ["counting", "log_row", "progress_bar"]
 
 
 @contextmanager
@@ -35,6 +35,29 @@ def progress_bar(label: str | None, epochs: int, done: int) -> Iterator[Callable
         bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if isinstance(row[name], int | float)})
 
     with tqdm(total=epochs, initial=done, desc=label, unit="epoch", leave=False) as bar:
+        yield show
+
+
+@contextmanager
+def counting(label: str | None, unit: str) -> Iterator[Callable[[int, int], object]]:
+    """What shows how many of all things are done in a bar; nothing without a label.
+
+    Raises:
+        TypeError: the label is no string.
+    """
+    if label is None:
+        yield lambda done, total: None
+        return
+    if not isinstance(label, str):
+        raise TypeError(f'progress must be the label of a bar, such as progress="label", got {label!r}')
+    with needs("training"):
+        from tqdm import tqdm
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    with tqdm(desc=label, unit=unit, leave=False) as bar:
         yield show
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sample_steps import EXPERIMENT, best, jobs, summarize, verdict
-from sample_steps_setup import EXITS, RULES, Config, Job, build, measure, parts_of
+from sample_steps_setup import EXITS, RULES, STEPS, Config, Job, build, measure, parts_of
 
 from lab.experiment import Outcome, run
 from odenets.training.runs import read_summary
@@ -48,9 +48,9 @@ def of(seed, own, random, even, exit, validation=0.9):
             for rule in RULES
         },
         "samples": {
-            "rms/next": {"2": step},
-            "rms/preceding": {"2": step | {"validation": 0.99, "test": 0.0} if seed else None},
-            "prediction/next": {"2": step | {"validation": validation / 2}},
+            "rms": {"2": step},
+            "prediction": {"2": step | {"validation": 0.99, "test": 0.0} if seed else None},
+            **{name: {"2": step | {"validation": validation / 2}} for name in STEPS if "aligned" in name},
         },
         "exit": {name: {"2": {"validation": 0.9, "test": exit, "evaluations": 5.5}} for name in EXITS},
     }  # fmt: skip
@@ -59,11 +59,11 @@ def of(seed, own, random, even, exit, validation=0.9):
 def test_variants_are_chosen_on_validation_images_and_differences_are_paired():
     config = Config(seeds=(0, 1), depth=4, budgets=(2,))
     results = [of(0, 0.8, 0.7, 0.75, 0.9), of(1, 0.9, 0.796, 0.846, 0.996)]
-    assert best(results, "steps per sample") == "rms/next"  # the other has no steps of that budget for one seed
+    assert best(results, "steps per sample") == "rms"  # the other has no steps of that budget for one seed
     assert best(results, "merged for all") == "even, first"
     rows = summarize(config, results)
     mean = {(row["way"], row.get("variant")): row for row in rows if row["budget"] == "mean"}
-    assert mean["at random", "rms/next"]["difference"].mean == pytest.approx(10.2)
+    assert mean["at random", "rms"]["difference"].mean == pytest.approx(10.2)
     assert mean["merged for all", "even, first"]["difference"].mean == pytest.approx(5.2)
     assert mean["exit", "fitted heads"]["difference"].mean == pytest.approx(-9.8)
     assert mean["merged for all", "even, first"]["evaluations"] == 6

@@ -1,1 +1,7 @@
-"""Fewer blocks in a trained network."""
+"""Compression: trained networks with fewer blocks, without training, and healed by distillation."""
+
+from odenets.depth.compression.compression import Compression, compress
+from odenets.depth.compression.healing import heal
+from odenets.depth.compression.macs import count_macs
+
+__all__ = ["Compression", "compress", "count_macs", "heal"]

@@ -44,7 +44,13 @@ def count_macs(model: nn.Module, inputs: Any, *, within: nn.Module | Sequence[nn
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     keywords = inputs if isinstance(inputs, dict) else {}
     chosen = [within] if isinstance(within, nn.Module) else list(within or ())
-    with keeping_attributes(model), _by_operator(), counter, _Spans(counter, chosen) as spans:
+    with (
+        keeping_attributes(model),
+        _without_gradients(model),
+        _by_operator(),
+        counter,
+        _Spans(counter, chosen) as spans,
+    ):
         model.eval()
         model(*args, **keywords)
     if within is None:
@@ -64,6 +70,19 @@ def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *
     """Operations of an attention on a CPU, from the shapes ``(B, H, T, D)`` of its inputs, as of torch's others."""
     batch, heads, tokens, features = query
     return 2 * batch * heads * tokens * key[-2] * (features + value[-1])
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Parameters that take no gradients: torch's counter fails on a view of one that does, made without gradients."""
+    parameters = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 @contextmanager

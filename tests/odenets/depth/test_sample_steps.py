@@ -294,3 +294,41 @@ def test_refusals_name_the_argument(build, error, message):
 def test_any_tableau_of_the_method_is_taken():
     flow = flow_of(*[1.0] * 4, solver=get_tableau("bs23").forwarding("order2"))
     torch.testing.assert_close(SampleSteps(flow, 0.0)(X), flow(X))
+
+
+class Forced(nn.Module):
+    """A field with a force for each sample, and one number for all."""
+
+    def forward(self, t, x, force, scale):
+        return scale * force * t - x.square()
+
+
+@pytest.mark.parametrize("error", ["next", "preceding", "embedded"])
+def test_fields_take_what_belongs_to_each_sample(error):
+    flow = Flow.of([Block([Forced()], 0.25) for _ in range(8)], solver="bs23").eval()
+    force, scale = torch.tensor([[0.0], [1.0], [5.0], [2.0]], dtype=torch.float64), torch.tensor(2.0)
+    steps = SampleSteps(flow, 0.0, error=error)
+    torch.testing.assert_close(steps(X, force, scale), flow(X, force, scale))
+    steps.tolerance = 1e-2
+    whole = steps.walk(X, force, scale)
+    assert len(set(whole.evaluations.tolist())) > 1
+    for i in range(4):
+        torch.testing.assert_close(steps(X[i : i + 1], force[i : i + 1], scale)[0], whole.output[i])
+    torch.testing.assert_close(steps.follow(X, whole.taken, force, scale).output, whole.output)
+    with pytest.raises(TypeError, match="field must take"):
+        steps(X)
+
+
+@pytest.mark.parametrize("error", ["next", "preceding", "embedded"])
+def test_aligned_steps_are_those_of_halvings(error):
+    flow = flow_of(*[1.0] * 12, h=0.1)
+    steps = SampleSteps(flow, 3e-3, error=error, first=4, aligned=True)
+    taken = steps.walk(X).taken
+    assert set(taken.unique().tolist()) <= {0, 1, 2, 4, 8}
+    assert len(taken.unique()) > 2, taken
+    for m, row in enumerate(taken.tolist()):
+        assert all(k == 0 or m % k == 0 for k in row)
+    steps.tolerance = math.inf
+    assert steps.walk(X).taken[:, 0].tolist() == [4, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0]
+    steps.tolerance = 0.0
+    torch.testing.assert_close(steps(X), flow(X))

@@ -1,0 +1,192 @@
+"""compress: a trained network with fewer blocks, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from odenets.depth.compression.calibration import batches_of
+from odenets.depth.compression.candidates import CHOICES, Candidate
+from odenets.depth.compression.selection import Search, Settings
+from odenets.depth.compression.units import Unit
+from odenets.errors import check_count, check_number
+from odenets.printing import table
+from odenets.training.progress import counting
+
+__all__ = ["Compression", "compress"]
+
+OURS = ("divergence", "error")
+BASELINES = ("influence", "residue", "replaceme")
+
+
+class Compression:
+    """A network with fewer blocks, and what it cost.
+
+    Attributes:
+        model: the compressed network.
+        runs: what became of which blocks, in order.
+        divergence: of its outputs from those of the whole network, on calibration data that was held out from the
+            fits: of Kullback and Leibler in nats for logits, else the relative square error.
+        macs_kept: share of the multiplications of the blocks that it takes, seams counted.
+        units: the blocks of the network.
+
+    Args:
+        search: what may become of the blocks; :func:`compress` makes it.
+        runs: what does.
+
+    >>> import torch
+    >>> from odenets.depth import compress
+    >>> from odenets.models import small_network
+    >>> small = compress(small_network(solver="euler", h=1.0, depth=4), [torch.rand(60, 1, 8, 8)], remove=1)
+    >>> [row["gone"] for row in small.curve]
+    [1, 2, 3, 4]
+    """
+
+    def __init__(self, search: Search, runs: Sequence[Candidate]) -> None:
+        self._search, self.runs, self.units = search, tuple(runs), tuple(search.units)
+        self.model, self.divergence = search.build(runs)
+        self.macs_kept = search.macs_kept(runs)
+
+    @property
+    def gone(self) -> int:
+        """How many blocks are gone."""
+        return sum(run.gone for run in self.runs)
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each run of blocks that was changed: names, what became of it, errors, share of MACs saved."""
+        total = self._search.macs
+        return [
+            {
+                "blocks": _named(self.units, run),
+                "choice": run.choice,
+                "kept": "" if run.kept is None else self.units[run.kept].name,
+                "gone": run.gone,
+                "error": run.error,
+                "divergence": run.divergence,
+                "macs saved": run.saved / total,
+            }
+            for run in self.runs
+        ]
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """A row for each number of blocks that may go: ``gone``, ``macs kept``, ``divergence`` before any refitting."""
+        return self._search.curve()
+
+    def at(self, *, remove: int | None = None, keep: float | None = None) -> Compression:
+        """Another point of the curve, from the same calibration; ``remove`` and ``keep`` as for :func:`compress`."""
+        return Compression(self._search, self._search.runs(remove, keep))
+
+    def __repr__(self) -> str:
+        rows = [
+            (row["blocks"], row["choice"], row["kept"], f"{row['error']:.3g}", f"{row['divergence']:.3g}",
+             f"{100 * row['macs saved']:.1f} %")
+            for row in self.table
+        ]  # fmt: skip
+        title = (
+            f"Compression({self.gone} of {len(self.units)} blocks gone, {100 * self.macs_kept:.1f} % of MACs kept, "
+            f"divergence {self.divergence:.3g})"
+        )
+        return "\n".join([title, *table(("blocks", "choice", "kept", "error", "divergence", "MACs saved"), rows)])
+
+
+def _named(units: Sequence[Unit], run: Candidate) -> str:
+    first, last = units[run.start].name, units[run.stop - 1].name
+    return first if first == last else f"{first} to {last}"
+
+
+def compress(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    keep: float | None = None,
+    remove: int | None = None,
+    by: Literal["divergence", "error", "influence", "residue", "replaceme"] = "divergence",
+    choices: Sequence[str] = CHOICES,
+    kernels: Sequence[int] = (1, 3),
+    longest: int = 4,
+    statistics: bool | None = None,
+    refit: bool | None = None,
+    samples: int = 500,
+    progress: str | None = None,
+) -> Compression:
+    """A trained residual network with fewer blocks, without training it.
+
+    An integrator has words for what may become of its steps:
+
+    - "remove": a step is left out;
+    - "merge": one block takes the time of a run of blocks, its step is so many times as long;
+    - "fit": the same, and the last linear map of the block is fitted by least squares so that its step ends where the
+      whole run does, at no further cost;
+    - "seam": one linear map stands for the run, as an exponential step of a linear equation does, 1x1 or 3x3.
+
+    Each is fitted to the states of the network on the calibration data, with the ridge that does best on a fifth of
+    them that is held out. Every run of up to ``longest`` blocks is tried alone, and what it costs, in the divergence of
+    the outputs, is taken to add up: dynamic programming finds the cheapest runs for every number of blocks. At last the
+    linear maps that end the blocks are fitted once more from the first change on, each to the states of the whole
+    network with what reaches it in the compressed one, so that it makes good what was lost before.
+
+    Args:
+        model: a module of residual blocks as :func:`odenets.adapt` finds them, or an :class:`odenets.Network`; left as
+            it is.
+        calibration: batches of inputs or pairs of inputs and labels, which are not read; some hundred samples or more,
+            kept in memory, and none that a figure is reported on.
+        keep: the share of the blocks' multiplications that is kept at most.
+        remove: or the number of blocks that go; seams may then add as many multiplications as one block has.
+        by: what runs are chosen by: "divergence" of the outputs; "error", the relative error of the state behind a run,
+            which takes no further passes; or, as others do, "influence", one minus the cosine of the states before and
+            behind a block, and "residue", the size of its residue over that of its state, by which single blocks are
+            removed; "replaceme", the run of so many blocks with the least cosine distance, and a linear map in the last
+            map of the block before it (Shopkhoev et al. 2025).
+        choices: what may become of runs, some of those above.
+        kernels: widths of the linear maps that are tried on images.
+        longest: blocks of the longest run.
+        statistics: whether batch norms are recalibrated behind the changes. If not given, where nothing is fitted and
+            ``by`` is no baseline: fits are made with the statistics that there are, and recalibrated ones harm them.
+        refit: whether the linear maps are fitted once more; with "divergence" and "error" if not given.
+        samples: of the calibration, on how many runs are fitted and judged; the last fit takes all.
+        progress: the label of a bar.
+
+    Returns:
+        The compressed network, what became of which blocks, and the whole curve.
+
+    Raises:
+        TypeError: no module, or no batches of inputs.
+        ValueError: neither or both of ``keep`` and ``remove``, more than may go, unknown choices, fewer than two
+            samples, a block that is called several times, no block that may go, with the reasons, or blocks that depend
+            on their index, where others have gone.
+
+    >>> import torch
+    >>> from odenets.models import small_network
+    >>> network = small_network(solver="euler", h=1.0, depth=4)
+    >>> small = compress(network, [torch.rand(60, 1, 8, 8)], remove=2)
+    >>> small.gone, small.model(torch.rand(3, 1, 8, 8)).shape
+    (2, torch.Size([3, 10]))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    if (keep is None) == (remove is None):
+        raise ValueError(f"give one of keep and remove, got keep={keep} and remove={remove}")
+    if by not in (*OURS, *BASELINES):
+        raise ValueError(f"by must be one of {[*OURS, *BASELINES]}, got {by!r}")
+    if isinstance(choices, str) or not choices or {*choices} - {*CHOICES}:
+        raise ValueError(f"choices must be some of {list(CHOICES)}, got {choices!r}")
+    if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
+        raise ValueError(f"kernels must be odd widths, such as (1, 3), got {kernels!r}")
+    if keep is not None and not 0 < check_number("keep", keep) < 1:
+        raise ValueError(f"keep must be a share between 0 and 1, got {keep}: remove= is a number of blocks")
+    if remove is not None:
+        check_count("remove", remove, 1)
+    check_count("longest", longest, 1)
+    check_count("samples", samples, 2)
+    refits = by in OURS if refit is None else refit
+    if statistics is None:
+        statistics = by in OURS and not refits and not {"fit", "seam"} & {*choices}
+    settings = Settings(by, tuple(choices), tuple(kernels), longest, statistics, refits, samples)
+    batches = batches_of(calibration, model)
+    with counting(progress, "candidate") as show:
+        search = Search(model, batches, settings, show)
+        return Compression(search, search.runs(remove, keep))

@@ -1,0 +1,116 @@
+"""heal: a compressed network trained for a while to return what the whole one does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from odenets.depth.compression.calibration import inputs_in
+from odenets.depth.compression.divergence import run, tensor_in
+from odenets.errors import check_count, check_number
+from odenets.inputs import rows, samples_in
+from odenets.modes import device_of, evaluating, inputs_for
+from odenets.training.progress import counting
+
+__all__ = ["heal"]
+
+
+def heal(
+    model: nn.Module,
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    *,
+    images: int = 7000,
+    lr: float = 3e-4,
+    temperature: float = 1.0,
+    progress: str | None = None,
+) -> nn.Module:
+    """Train a compressed network for a while so that it returns what the whole one does (Hinton et al. 2015).
+
+    No labels are read: what is minimized is the divergence of the outputs from the teacher's, of Kullback and Leibler
+    for logits, which a classifier returns, and the mean square error for states of images. Both networks are in eval
+    mode, batch norms keep their statistics and dropout drops nothing; Adam's learning rate rises for a tenth of the
+    steps and falls to 0 as a cosine does.
+
+    Args:
+        model: trained in place, those of its parameters that take gradients.
+        teacher: the whole network.
+        loader: batches of inputs, or of pairs of inputs and labels; gone through as often as needed.
+        images: samples that are seen, one counted as often as it comes.
+        lr: the largest learning rate.
+        temperature: by which logits are divided.
+        progress: the label of a bar.
+
+    Returns:
+        The model, in the mode that it was in.
+
+    Raises:
+        TypeError: no networks, or no batches of inputs.
+        ValueError: no batch, numbers out of range, a model without parameters that take gradients, the teacher itself,
+            or outputs that are not finite.
+
+    >>> import copy
+    >>> teacher = nn.Linear(3, 2)
+    >>> model = heal(nn.Linear(3, 2), teacher, [torch.randn(20, 3)], images=100, lr=0.1)
+    """
+    for name, network in (("model", model), ("teacher", teacher)):
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} must be a torch module, got {type(network).__name__}: the model of a Compression")
+    if model is teacher:
+        raise ValueError("model must not be the teacher itself, which it is to follow")
+    check_count("images", images, 1)
+    lr, temperature = check_number("lr", lr), check_number("temperature", temperature)
+    if not (lr > 0 and temperature > 0 and math.isfinite(lr * temperature)):
+        raise ValueError(f"lr and temperature must be positive, got {lr} and {temperature}")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model has no parameters that take gradients: model.requires_grad_()")
+    shared = {*map(id, parameters)} & {id(p) for p in teacher.parameters()}
+    if shared:
+        raise ValueError("model shares parameters with the teacher, which would change too: copy.deepcopy one of them")
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    seen = 0
+    with evaluating(model, teacher), counting(progress, "image") as show:
+        while seen < images:
+            before = seen
+            for batch in loader:
+                inputs = inputs_in(batch, "loader")
+                n = samples_in(inputs, "the loader")
+                if n > images - seen:
+                    inputs, n = rows(inputs, slice(None, images - seen), n), images - seen
+                inputs = inputs_for(model, inputs)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * _schedule((seen + n / 2) / images)
+                with torch.no_grad():
+                    wanted = tensor_in(run(teacher, inputs_for(teacher, inputs))).to(device_of(model))
+                loss = _loss(tensor_in(run(model, inputs)), wanted, temperature)
+                if not loss.isfinite():
+                    raise ValueError(f"outputs are not finite after {seen} images: a smaller lr than {lr}")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                seen += n
+                show(seen, images)
+                if seen >= images:
+                    break
+            if seen == before:
+                raise ValueError("loader must hold at least one batch at each pass, got none: was it used up before?")
+    return model
+
+
+def _schedule(done: float) -> float:
+    """The learning rate over its largest, at a share of all steps."""
+    return done / 0.1 if done < 0.1 else (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
+
+
+def _loss(output: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """The divergence of an output from the one that is wanted."""
+    if output.ndim not in (2, 3) or output.shape[-1] == 1:
+        return F.mse_loss(output, wanted)
+    logs, others = ((x.flatten(0, -2) / temperature).log_softmax(-1) for x in (output, wanted))
+    return F.kl_div(logs, others, reduction="batchmean", log_target=True) * temperature**2

@@ -1,0 +1,123 @@
+"""Linear maps by least squares, their ridge chosen on rows that were held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RIDGES", "Fit", "NormalEquations"]
+
+RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Ridges that are tried, in units of the mean square of a feature."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear map that was fitted.
+
+    Attributes:
+        weight: ``(features, outputs)``.
+        bias: ``(outputs,)``.
+        error: mean square error of the rows that were held out, of one output.
+        ridge: the one chosen.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    error: float
+    ridge: float
+
+
+class NormalEquations:
+    """Sums of products of rows, from which every ridge is solved and judged without the rows.
+
+    Args:
+        features, outputs: entries of a row and of its target; a constant is fitted besides.
+
+    >>> x = torch.randn(100, 3)
+    >>> sums = NormalEquations(3, 1)
+    >>> sums.add(x[:80], x[:80] @ torch.ones(3, 1) + 2, held_out=False)
+    >>> sums.add(x[80:], x[80:] @ torch.ones(3, 1) + 2, held_out=True)
+    >>> fit = sums.solve()
+    >>> fit.weight.flatten().round(decimals=4), round(fit.bias.item(), 4)
+    (tensor([1., 1., 1.], dtype=torch.float64), 2.0)
+    """
+
+    def __init__(self, features: int, outputs: int) -> None:
+        self.features = features
+        self._factors: dict[float, Tensor] = {}  # of the sums as they are
+        self.sums = {held: _Sums(features + 1, outputs) for held in (False, True)}
+
+    def rows(self, *, held_out: bool) -> int:
+        """How many rows there are to fit, or to judge."""
+        return self.sums[held_out].rows
+
+    def add(self, rows: Tensor, targets: Tensor, *, held_out: bool) -> None:
+        """Count ``rows`` ``(N, features)`` with their ``targets`` ``(N, outputs)``, to fit or to judge."""
+        self._factors.clear()
+        self.sums[held_out].add(torch.cat([rows, rows.new_ones(len(rows), 1)], 1), targets)
+
+    def _error(self, weight: Tensor, columns: slice) -> float:
+        """Mean square error on the held-out rows of a ``weight`` ``(features + 1, outputs)``, the bias in its last."""
+        sums = self.sums[True]
+        cross, square = sums.cross[:, columns], sums.square[columns].sum()
+        total = square - 2 * (weight * cross).sum() + (weight * (sums.gram @ weight)).sum()
+        return max(total.item(), 0.0) / (sums.rows * weight.shape[1])
+
+    def solve(self, prior: Tensor | None = None, columns: slice = slice(None)) -> Fit:
+        """The map of the ridge that does best on the held-out rows.
+
+        Args:
+            prior: weights ``(features + 1, outputs)`` to which the ridge pulls; zero if not given.
+            columns: of the targets, those that are fitted.
+
+        Raises:
+            ValueError: there are no rows to fit, or none held out.
+        """
+        sums = self.sums[False]
+        if not (sums.rows and self.sums[True].rows):
+            raise ValueError("a linear map needs rows to fit and rows held out, got none of one kind")
+        gram, cross = sums.gram / sums.rows, sums.cross[:, columns] / sums.rows
+        scale = gram.diagonal()[:-1].mean().clamp_min(torch.finfo(torch.float64).tiny)
+        fits = []
+        for ridge in RIDGES:
+            pull = torch.full((len(gram),), ridge, dtype=torch.float64) * scale
+            pull[-1] = 0  # the constant is not pulled
+            if ridge not in self._factors:
+                self._factors[ridge] = _factor(gram + torch.diag(pull))
+            right = cross if prior is None else cross + pull[:, None] * prior
+            weight = torch.cholesky_solve(right, self._factors[ridge])
+            left = gram @ weight + pull[:, None] * weight  # what the factor's floor has changed is mended once
+            weight = weight + torch.cholesky_solve(right - left, self._factors[ridge])
+            fits.append((self._error(weight, columns), ridge, weight))
+        error, ridge, weight = min(fits, key=lambda fit: fit[0])
+        return Fit(weight[:-1], weight[-1], error, ridge)
+
+
+class _Sums:
+    """Sums over rows: of their products, of those with the targets, and of the targets' squares."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64)
+        self.cross = torch.zeros(features, outputs, dtype=torch.float64)
+        self.square = torch.zeros(outputs, dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, rows: Tensor, targets: Tensor) -> None:
+        rows, targets = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (rows, targets))
+        self.gram += (rows.T @ rows).double().cpu()
+        self.cross += (rows.T @ targets).double().cpu()
+        self.square += targets.double().square().sum(0).cpu()
+        self.rows += len(rows)
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a matrix that may be singular, a little above it then."""
+    floor = 1e-10 * gram.diagonal().mean()
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + floor * torch.eye(len(gram), dtype=gram.dtype))
+        if not failed:
+            return factor
+        floor = 10 * floor

@@ -1,0 +1,173 @@
+"""What may become of the blocks of a network, and the network that a choice makes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from odenets.depth.compression.baselines import SCORES, replace_me, scored
+from odenets.depth.compression.calibration import Batches
+from odenets.depth.compression.calls import Calls
+from odenets.depth.compression.candidates import Candidate, applied, replaced
+from odenets.depth.compression.divergence import Outputs, run
+from odenets.depth.compression.indices import renumber
+from odenets.depth.compression.programming import Best, cheapest, programmed
+from odenets.depth.compression.refitting import refit
+from odenets.depth.compression.runs import candidates_of
+from odenets.depth.compression.units import find_units, lines_of
+from odenets.depth.compression.unrolling import rolled, unrolled
+from odenets.normalization import recalibrate
+
+__all__ = ["Search", "Settings"]
+
+PARTS = 20
+"""Into how many parts the multiplications of an average block are counted."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a network is compressed; the arguments of :func:`compress`."""
+
+    by: str
+    choices: tuple[str, ...]
+    kernels: tuple[int, ...]
+    longest: int
+    statistics: bool
+    refit: bool
+    samples: int
+
+
+class Search:
+    """The candidates of a network, and what is built of them.
+
+    Args:
+        model: the network.
+        batches: of the calibration.
+        settings: how it is compressed.
+        progress: called with the number of candidates that have been judged, and of all.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Batches, settings: Settings, progress: Callable[[int, int], object]
+    ) -> None:
+        self.whole, self.settings, self.progress = model, settings, progress
+        self.model = unrolled(copy.deepcopy(model)).eval()
+        self.batches = batches
+        first = batches.first(settings.samples)
+        self.units = find_units(self.model, first.inputs[0], first.samples[0])
+        self.macs = sum(unit.macs for unit in self.units) or 1
+        self.outputs = Outputs.of(self.model, first.inputs)
+        held = batches.only(m for m, one in enumerate(batches.held_out) if one)
+        self.held_out = Outputs.of(self.model, held.inputs, self.outputs.classifies)
+        self.calls = Calls(self.model, self.units, first)
+        self.candidates = self._candidates()
+        if not self.candidates:
+            reasons = "; ".join(f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason)
+            raise ValueError(f"no block may go and nothing may take the place of several: {reasons or 'there is one'}")
+        average = max(1, self.macs // len(self.units))
+        cost = self._cost
+        self.by_number: Best = programmed(
+            self.candidates, len(self.units), cost, lambda one: math.ceil(PARTS * one.added / average), PARTS
+        )
+        self.by_saving: Best = programmed(
+            self.candidates, len(self.units), cost, lambda one: PARTS * one.saved // average
+        )
+
+    def _cost(self, candidate: Candidate) -> float:
+        value = candidate.divergence if self.settings.by == "divergence" else candidate.error
+        return max(0.0, value) + 1e-9 if math.isfinite(value) else 1e9
+
+    @torch.no_grad()
+    def _candidates(self) -> list[Candidate]:
+        settings, units = self.settings, self.units
+        if settings.by in SCORES:
+            return scored(self.calls, SCORES[settings.by])
+        found: list[Candidate] = []
+        for line in lines_of(units):
+            if units[line[0]].adds:
+                found += [
+                    Candidate(m, m + 1, "remove", saved=units[m].macs) for m in line if "remove" in settings.choices
+                ]
+                continue
+            options = {"choices": settings.choices, "kernels": settings.kernels, "longest": settings.longest}
+            found += _worthwhile(candidates_of(self.calls, line, **options))
+        if settings.by == "error":
+            return found
+        judged = []
+        for n, one in enumerate(found):
+            with replaced(self.model, units, [one]):
+                judged.append(replace(one, divergence=self.outputs.divergence(self.model)))
+            self.progress(n + 1, len(found))
+        return judged
+
+    def runs(self, remove: int | None, keep: float | None) -> tuple[Candidate, ...]:
+        """The best runs for a number of blocks, or a share of their multiplications that is kept.
+
+        Raises:
+            ValueError: more than may go.
+        """
+        if self.settings.by == "replaceme":
+            if remove is None:
+                remove = math.ceil((1 - (keep or 0)) * len(self.units))
+            return replace_me(self.calls, remove)
+        if remove is not None:
+            runs = cheapest(self.by_number, lambda gone, _: gone == remove)
+            most = max(gone for gone, _ in self.by_number)
+            if runs is None:
+                raise ValueError(f"remove must be at most {most} of the {len(self.units)} blocks, got {remove}")
+            return runs
+        assert keep is not None
+        wanted = PARTS * (1 - keep) * len(self.units)
+        runs = cheapest(self.by_saving, lambda _, saved: saved >= wanted)
+        if runs is None:
+            least = 1 - max(saved for _, saved in self.by_saving) / PARTS / len(self.units)
+            raise ValueError(f"keep must be at least {least:.2f} of the multiplications of the blocks, got {keep}")
+        return runs
+
+    def macs_kept(self, runs: Sequence[Candidate]) -> float:
+        """Share of the blocks' multiplications that is taken with ``runs`` changed."""
+        return 1 - sum(run.saved for run in runs) / self.macs
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The divergence for each number of blocks that may go."""
+        rows = []
+        for gone in range(1, max(gone for gone, _ in self.by_number) + 1):
+            runs = cheapest(self.by_number, lambda n, _, gone=gone: n == gone)
+            if runs is not None:
+                with replaced(self.model, self.units, runs):
+                    divergence = self.outputs.divergence(self.model)
+                rows.append({"gone": gone, "macs kept": self.macs_kept(runs), "divergence": divergence})
+        return rows
+
+    @torch.no_grad()
+    def build(self, runs: Sequence[Candidate]) -> tuple[nn.Module, float]:
+        """The network with ``runs`` changed and the rest refitted, and the divergence of its outputs."""
+        model = applied(self.model, self.units, runs)
+        if self.settings.statistics:
+            recalibrate(model, iter(self.batches.inputs), lambda inputs: run(model, inputs))
+        if self.settings.refit:
+            calls = Calls(self.model, self.units, self.batches)
+            refit(model, calls, runs)
+        gone = {self.units[m].name for one in runs for m in one.positions_gone}
+        renumber(model, self.batches.inputs[0], gone, self.model)
+        divergence = self.held_out.divergence(model)
+        return rolled(model, self.whole, self.batches.inputs[0]).train(self.whole.training), divergence
+
+
+def _worthwhile(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Those candidates of each run than which none saves as much with a smaller error."""
+    by_run: dict[tuple[int, int], list[Candidate]] = {}
+    for one in candidates:
+        by_run.setdefault((one.start, one.stop), []).append(one)
+    return [
+        one
+        for run in by_run.values()
+        for one in run
+        if not any(other.saved >= one.saved and other.error < one.error and other.gone >= one.gone for other in run)
+    ]

@@ -1,0 +1,343 @@
+"""Compression of trained networks: what is exact is found to be, networks stay as they are, bad input is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import odenets
+from odenets import models
+from odenets.depth import compress, heal
+from odenets.depth.compression.divergence import Outputs
+
+
+class Half(nn.Module):
+    """An exact step of a linear equation, with a hidden layer to be a block."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(len(weight), len(weight), bias=False, dtype=weight.dtype)
+        self.linear.weight.data = weight - torch.eye(len(weight), dtype=weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class Residual(nn.Module):
+    """Blocks of two convolutions with norms, and a ReLU behind the addition or not."""
+
+    def __init__(self, channels: int, relu: bool) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return y.relu() if self.relu else y
+
+
+def images(depth: int = 5, relu: bool = True) -> nn.Module:
+    """A small network of images with statistics of its own."""
+    torch.manual_seed(0)
+    blocks = [Residual(6, relu) for _ in range(depth)]
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    for _ in range(3):
+        network(torch.rand(64, 1, 8, 8))
+    return network.eval()
+
+
+def linear_flow(depth: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(1)
+    step = torch.matrix_exp(0.3 * torch.randn(5, 5, dtype=dtype) / depth)
+    return nn.Sequential(*(Half(step) for _ in range(depth)), nn.Linear(5, 3, dtype=dtype))
+
+
+def test_half_steps_of_a_linear_flow_compress_without_error():
+    network, x = linear_flow(6), torch.randn(80, 5, dtype=torch.float64)
+    for choice in ("seam", "fit"):
+        small = compress(network, [x], remove=4, choices=[choice])
+        assert small.divergence < 1e-12
+        assert small.gone == 4
+        torch.testing.assert_close(small.model(x), network(x), rtol=0, atol=1e-6)
+
+
+def test_a_seam_is_the_known_map_between_two_states():
+    network, x = linear_flow(4), torch.randn(100, 5, dtype=torch.float64)
+    small = compress(network, [x], remove=4, choices=["seam"])
+    (seam,) = [one for one in small.model[:-1] if isinstance(one, nn.Linear)]
+    known = torch.linalg.matrix_power(torch.eye(5, dtype=torch.float64) + network[0].linear.weight, 4)
+    torch.testing.assert_close(seam.weight.data, known.detach(), rtol=0, atol=1e-6)
+    assert [run.choice for run in small.runs] == ["seam 1x1"]
+
+
+def test_time_is_conserved_where_blocks_of_a_flow_merge():
+    torch.manual_seed(0)
+    network = models.small_network(solver="bs23", depth=6, total_time=1.5)
+    small = compress(network, [torch.rand(60, 1, 8, 8)], remove=3, choices=["merge"], refit=False)
+    assert isinstance(small.model, odenets.Network)
+    assert small.model.depth == 3
+    assert sum(small.model.h) == pytest.approx(1.5)
+    assert network.depth == 6
+
+
+def test_a_constant_field_loses_nothing_when_its_steps_merge():
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.velocity = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+
+        def forward(self, t: float, x: Tensor) -> Tensor:
+            return self.velocity.expand_as(x)
+
+    flow = odenets.Flow(odenets.Block([Constant()], 0.25).fields[0], solver="euler", depth=1, h=0.25)
+    field = flow.blocks[0].fields[0]
+    flow = odenets.Flow.of([odenets.Block([field], 0.25) for _ in range(4)], solver="euler")
+    network = odenets.Network(nn.Linear(2, 3), flow, nn.Linear(3, 4))
+    x = torch.randn(40, 2)
+    small = compress(network, [x], remove=2, choices=["merge"])
+    torch.testing.assert_close(small.model(x), network(x))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_fitted_block_is_nearer_than_one_that_is_removed(relu: bool):
+    network, x = images(relu=relu), torch.rand(120, 1, 8, 8)
+    removed = compress(network, [x], remove=2, choices=["remove"], refit=False, statistics=False)
+    fitted = compress(network, [x], remove=2)
+    assert fitted.divergence < removed.divergence
+    assert fitted.gone == removed.gone == 2
+    assert fitted.macs_kept <= 4 / 5 + 1e-9
+
+
+def test_the_network_is_left_as_it_is():
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    network[1].conv1.weight.requires_grad_(False)
+    before, state = network(x), copy.deepcopy(network.state_dict())
+    network.train()
+    small = compress(network, [x], remove=1)
+    assert network.training
+    assert small.model.training
+    network.eval()
+    assert torch.equal(network(x), before)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.model.modules())
+    assert not small.model.get_submodule("1.conv1").weight.requires_grad
+
+
+def test_a_compressed_model_of_torch_saves_loads_and_exports():
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    small = compress(network, [x], remove=3, choices=["fit", "seam", "remove"]).model
+    assert not any(type(module).__module__.startswith("odenets") for module in small.modules())
+    file = io.BytesIO()
+    torch.save(small.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(small)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(twin(x), small(x))
+    program = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    torch.testing.assert_close(program.module()(x[:7]), small(x[:7]))
+
+
+@pytest.mark.parametrize("by", ["divergence", "error", "influence", "residue", "replaceme"])
+def test_every_score_removes_as_many_blocks_as_are_asked_for(by):
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    small = compress(network, [(x, torch.zeros(60))], remove=2, by=by)
+    assert small.gone == 2
+    assert small.model(x).shape == (60, 4)
+    assert 0 <= small.divergence < 100
+    assert "2 of 5 blocks gone" in repr(small)
+
+
+def test_a_share_of_the_multiplications_is_kept():
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    small = compress(network, [x], keep=0.55)
+    assert small.macs_kept <= 0.55
+    other = small.at(remove=1)
+    assert other.gone == 1
+    assert other.macs_kept > small.macs_kept
+    curve = small.curve
+    assert [row["gone"] for row in curve] == [*range(1, len(curve) + 1)]
+    assert curve[0]["macs kept"] > curve[-1]["macs kept"]
+
+
+def test_multiplications_are_those_of_the_blocks_by_hand():
+    small = compress(images(4), [torch.rand(60, 1, 8, 8)], remove=1, choices=["remove"])
+    assert {unit.macs for unit in small.units} == {2 * 6 * 6 * 9 * 64}
+    assert small.macs_kept == pytest.approx(3 / 4)
+
+
+def test_bad_input_is_refused():
+    network, x = images(), torch.rand(20, 1, 8, 8)
+    for arguments, message in (
+        ((network, x), "must hold batches of inputs, got one tensor"),
+        ((network, [x[:1]]), "at least two samples"),
+        ((network, [x], {"remove": 6}), "remove must be at most 5"),
+        ((network, [x], {"remove": 0}), "remove must be"),
+        ((network, [x], {"keep": 7.0}), "keep must be a share"),
+        ((network, [x], {"keep": 0.5, "remove": 2}), "give one of keep and remove"),
+        ((network, [x], {"remove": 1, "by": "magnitude"}), "by must be one of"),
+        ((network, [x], {"remove": 1, "choices": ["drop"]}), "choices must be some of"),
+        ((network, [x], {"remove": 1, "kernels": (2,)}), "kernels must be odd"),
+        ((network, [(x, x, x)], {"remove": 1}), "pairs"),
+        ((nn.Sequential(nn.Linear(3, 3)), [torch.rand(4, 3)], {"remove": 1}), "residual"),
+    ):
+        model, data, *options = arguments
+        with pytest.raises((TypeError, ValueError), match=message):
+            compress(model, data, **(options[0] if options else {"remove": 1}))
+
+
+def test_a_block_that_is_called_twice_cannot_go_once():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Half(torch.eye(4) * 1.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))
+
+    with pytest.raises(ValueError, match="called 2 times"):
+        compress(Shared(), [torch.randn(20, 4)], remove=1)
+
+
+def test_blocks_that_change_the_dtype_cannot_go():
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.linear(x.float())).double()
+
+    network = nn.Sequential(Cast(), nn.Linear(4, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="dtype"):
+        compress(network, [torch.randn(20, 4)], remove=1)
+
+
+def test_blocks_that_write_into_their_input_are_fitted_to_what_they_read():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += 0.3 * self.linear(x).relu()
+            return x
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 4), InPlace(), InPlace(), InPlace(), nn.Linear(4, 3))
+    x = torch.randn(60, 4)
+    with torch.no_grad():
+        small = compress(network, [x], remove=1)
+        assert small.gone == 1
+        assert small.divergence < 0.05
+
+
+class Functional(nn.Module):
+    """Branches that are added in the model's own forward pass."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 12), nn.SiLU(), nn.Linear(12, 6)) for _ in range(depth)
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(x)
+
+
+def test_branches_that_are_added_outside_of_them_go_and_add_nothing():
+    torch.manual_seed(0)
+    network, x = Functional(4), torch.randn(60, 6)
+    with torch.no_grad():
+        network.branches[2][2].weight.mul_(1e-3)
+        network.branches[2][2].bias.zero_()
+    small = compress(network, [x], remove=1)
+    assert [row["blocks"] for row in small.table] == ["branches.2"]
+    assert small.divergence < 1e-5
+    assert small.gone == 1
+
+
+def test_a_transformer_of_hugging_face_keeps_its_cache_in_order():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    network = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(3, 40, (24, 12))
+    for choice in ("remove", "fit", "seam"):
+        small = compress(network, [{"input_ids": tokens}], remove=2, choices=[choice])
+        assert small.gone == 2
+        kept = [layer.self_attn.layer_idx for layer in small.model.model.layers if hasattr(layer, "self_attn")]
+        assert kept == [*range(len(kept))]
+        prompt = tokens[:2, :5]
+        torch.manual_seed(0)
+        cached = small.model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+        plain = small.model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+        assert torch.equal(cached, plain)
+
+
+def test_networks_of_torchvision_lose_blocks_of_every_stage_that_keep_the_shape():
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=5).eval()
+    small = compress(network, [torch.rand(16, 3, 32, 32)], remove=3, choices=["remove", "seam"], kernels=(1,))
+    assert small.gone == 3
+    assert len(small.units) == 8
+    assert {unit.name: unit.keeps for unit in small.units}["layer2.0"] is False
+
+
+def test_healing_brings_the_outputs_nearer():
+    network, x = images(), torch.rand(120, 1, 8, 8)
+    small = compress(network, [x], remove=3, choices=["remove"], refit=False, statistics=False).model
+    outputs = Outputs.of(network, [x])
+    before = outputs.divergence(small)
+    healed = heal(small, network, [(x[:60], 0), (x[60:], 0)], images=1200, lr=3e-3)
+    assert healed is small
+    assert outputs.divergence(small) < before / 2
+
+
+def test_bad_input_of_healing_is_refused():
+    network, x = images(), torch.rand(20, 1, 8, 8)
+    small = compress(network, [x], remove=1).model
+    for arguments, options, message in (
+        ((network, network, [x]), {}, "must not be the teacher"),
+        ((small, network, []), {}, "at least one batch"),
+        ((small, network, [x]), {"images": 0}, "images"),
+        ((small, network, [x]), {"lr": -1.0}, "lr and temperature"),
+        ((small, "whole", [x]), {}, "teacher must be a torch module"),
+        ((nn.Sequential(*network), network, [x]), {}, "shares parameters"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            heal(*arguments, **options)
+
+
+@pytest.mark.slow
+def test_a_compressed_model_runs_in_a_process_that_lacks_the_library(tmp_path):
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    small = compress(network, [x], remove=3, choices=["fit", "seam", "remove"]).model
+    torch.export.save(torch.export.export(small, (x,)), tmp_path / "small.pt2")
+    torch.save({"x": x, "output": small(x).detach()}, tmp_path / "tensors.pt")
+    program = """
+import sys, torch
+sys.modules["odenets"] = None
+tensors = torch.load("tensors.pt")
+assert torch.allclose(torch.export.load("small.pt2").module()(tensors["x"]), tensors["output"], atol=1e-6)
+assert not [name for name in sys.modules if name.startswith("odenets.")]
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True)
