@@ -66,7 +66,7 @@ class Outputs:
                 error += (output - wanted).square().sum().item()
                 scale += (wanted - wanted.mean()).square().sum().item()
         value = error / (scale or 1.0)
-        return value if value == value else float("inf")
+        return max(value, 0.0) if value == value else float("inf")
 
 
 def tensor_in(output: Any) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,6 +58,10 @@ class Search:
     ) -> None:
         self.whole, self.settings, self.progress = model, settings, progress
         self.model = unrolled(copy.deepcopy(model)).eval()
+        config: Any = getattr(self.model, "config", None)
+        self.caches = bool(getattr(config, "use_cache", False))  # of keys and values, as Hugging Face's models make
+        if self.caches:
+            config.use_cache = False  # which calls of blocks would fill
         self.batches = batches
         first = batches.first(settings.samples)
         self.units = find_units(self.model, first.inputs[0], first.samples[0])
@@ -66,9 +70,16 @@ class Search:
         held = batches.only(m for m, one in enumerate(batches.held_out) if one)
         self.held_out = Outputs.of(self.model, held.inputs, self.outputs.classifies)
         self.calls = Calls(self.model, self.units, first)
+        self.refused: dict[Candidate, str] = {}  # candidates with which the model does not run
         self.candidates = self._candidates()
         if not self.candidates:
-            reasons = "; ".join(f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason)
+            reasons = "; ".join(
+                [f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason]
+                + [
+                    f"{self.units[one.place].name!r} is read from outside: {error}"
+                    for one, error in self.refused.items()
+                ]
+            )
             raise ValueError(f"no block may go and nothing may take the place of several: {reasons or 'there is one'}")
         average = max(1, self.macs // len(self.units))
         cost = self._cost
@@ -102,7 +113,10 @@ class Search:
         judged = []
         for n, one in enumerate(found):
             with replaced(self.model, units, [one]):
-                judged.append(replace(one, divergence=self.outputs.divergence(self.model)))
+                try:
+                    judged.append(replace(one, divergence=self.outputs.divergence(self.model)))
+                except AttributeError as error:  # of a model that reads attributes of its blocks
+                    self.refused[one] = str(error)
             self.progress(n + 1, len(found))
         return judged
 
@@ -157,6 +171,8 @@ class Search:
         gone = {self.units[m].name for one in runs for m in one.positions_gone}
         renumber(model, self.batches.inputs[0], gone, self.model)
         divergence = self.held_out.divergence(model)
+        if self.caches:
+            cast(Any, model).config.use_cache = True
         return rolled(model, self.whole, self.batches.inputs[0]).train(self.whole.training), divergence
 
 
