@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate, applied, replaced
 from odenets.depth.compression.divergence import Outputs, run
 from odenets.depth.compression.indices import renumber
+from odenets.depth.compression.judging import judged
 from odenets.depth.compression.programming import Best, cheapest, programmed
 from odenets.depth.compression.refitting import refit
 from odenets.depth.compression.runs import candidates_of
@@ -97,28 +98,32 @@ class Search:
     @torch.no_grad()
     def _candidates(self) -> list[Candidate]:
         settings, units = self.settings, self.units
-        if settings.by in SCORES:
-            return scored(self.calls, SCORES[settings.by])
-        found: list[Candidate] = []
+        if settings.by not in ("divergence", "error"):
+            return scored(self.calls, SCORES.get(settings.by, SCORES["influence"]))
+        found: list[tuple[list[int], list[Candidate]]] = []
         for line in lines_of(units):
             if units[line[0]].adds:
-                found += [
-                    Candidate(m, m + 1, "remove", saved=units[m].macs) for m in line if "remove" in settings.choices
-                ]
+                wanted = "remove" in settings.choices
+                found.append((line, [Candidate(m, m + 1, "remove", saved=units[m].macs) for m in line if wanted]))
                 continue
             options = {"choices": settings.choices, "kernels": settings.kernels, "longest": settings.longest}
-            found += _worthwhile(candidates_of(self.calls, line, **options))
+            found.append((line, _worthwhile(candidates_of(self.calls, line, **options))))
         if settings.by == "error":
-            return found
-        judged = []
-        for n, one in enumerate(found):
-            with replaced(self.model, units, [one]):
-                try:
-                    judged.append(replace(one, divergence=self.outputs.divergence(self.model)))
-                except AttributeError as error:  # of a model that reads attributes of its blocks
-                    self.refused[one] = str(error)
-            self.progress(n + 1, len(found))
-        return judged
+            return [one for _, candidates in found for one in candidates]
+        done, total, kept = 0, sum(len(candidates) for _, candidates in found), []
+
+        def progress(number: int) -> None:
+            nonlocal done
+            done += number
+            self.progress(done, total)
+
+        for line, candidates in found:
+            for one in judged(self.calls, line, candidates, self.outputs, progress):
+                if isinstance(one, Candidate):
+                    kept.append(one)
+                else:
+                    self.refused[one[0]] = one[1]
+        return kept
 
     def runs(self, remove: int | None, keep: float | None) -> tuple[Candidate, ...]:
         """The best runs for a number of blocks, or a share of their multiplications that is kept.
