@@ -102,7 +102,7 @@ class Calls:
             calls = captured(model, units, inputs)
             if b == 0:
                 maps = [
-                    None if unit.adds else last_map(module, unit, *call)
+                    last_map(module, unit, *call) if unit.keeps or unit.resizes else None
                     for unit, module, call in zip(units, self.modules, calls, strict=True)
                 ]
             self._calls.append(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from odenets.adapting import AdaptedModel
 from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.candidates import CHOICES, Candidate
 from odenets.depth.compression.selection import Search, Settings
@@ -130,8 +131,8 @@ def compress(
     network with what reaches it in the compressed one, so that it makes good what was lost before.
 
     Args:
-        model: a module of residual blocks as :func:`odenets.adapt` finds them, or an :class:`odenets.Network`; left as
-            it is.
+        model: a module of residual blocks as :func:`odenets.adapt` finds them, adapted or not, or an
+            :class:`odenets.Network`; left as it is.
         calibration: batches of inputs or pairs of inputs and labels, which are not read; some hundred samples or more,
             kept in memory, and none that a figure is reported on.
         keep: the share of the blocks' multiplications that is kept at most.
@@ -166,6 +167,8 @@ def compress(
     >>> small.gone, small.model(torch.rand(3, 1, 8, 8)).shape
     (2, torch.Size([3, 10]))
     """
+    if isinstance(model, AdaptedModel):
+        model = model.model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     if (keep is None) == (remove is None):

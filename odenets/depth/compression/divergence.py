@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,15 @@ class Outputs:
         return cls(inputs, outputs, classifies)
 
     @torch.no_grad()
-    def divergence(self, network: nn.Module) -> float:
-        """That of the outputs of another ``network``; infinite where they are not finite."""
+    def divergence(self, network: nn.Module, before: Callable[[int], object] | None = None) -> float:
+        """That of the outputs of another ``network``; infinite where they are not finite.
+
+        ``before`` is called with the number of a batch before it.
+        """
         error, scale = 0.0, 0.0
-        for one, wanted in zip(self.inputs, self.outputs, strict=True):
+        for b, (one, wanted) in enumerate(zip(self.inputs, self.outputs, strict=True)):
+            if before is not None:
+                before(b)
             output = tensor_in(run(network, one)).float()
             wanted = wanted.float()
             if self.classifies:
@@ -66,7 +71,7 @@ class Outputs:
                 error += (output - wanted).square().sum().item()
                 scale += (wanted - wanted.mean()).square().sum().item()
         value = error / (scale or 1.0)
-        return value if value == value else float("inf")
+        return max(value, 0.0) if value == value else float("inf")
 
 
 def tensor_in(output: Any) -> Tensor:

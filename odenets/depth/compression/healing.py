@@ -26,8 +26,8 @@ def heal(
     loader: Iterable[Any],
     *,
     images: int = 7000,
-    lr: float = 3e-4,
-    temperature: float = 1.0,
+    lr: float = 1e-4,
+    temperature: float = 4.0,
     progress: str | None = None,
 ) -> nn.Module:
     """Train a compressed network for a while so that it returns what the whole one does (Hinton et al. 2015).

@@ -30,13 +30,23 @@ __all__ = [
 ]
 
 
+def is_dense(layer: nn.Module) -> bool:
+    """Whether a layer is a linear map along the last axis: torch's, or that of Hugging Face's GPT-2."""
+    return type(layer) is nn.Linear or _is_transposed(layer)
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    """Whether it keeps its weights ``(features, outputs)``, as Hugging Face's Conv1D, which is no convolution."""
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
+
+
 def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
     """What a linear ``layer`` multiplies with its weights for an input ``x``, one row for each position.
 
     >>> rows_of(nn.Conv2d(2, 5, 3, padding=1), torch.zeros(4, 2, 6, 6)).shape
     torch.Size([144, 18])
     """
-    if isinstance(layer, nn.Linear):
+    if is_dense(layer):
         return x.reshape(-1, x.shape[-1])
     conv = cast(nn.Conv2d, layer)
     padding = conv._reversed_padding_repeated_twice
@@ -49,14 +59,15 @@ def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 def targets_of(layer: nn.Module, y: Tensor) -> Tensor:
     """Outputs ``y`` of a linear ``layer``, one row for each position, in the order of :func:`rows_of`."""
-    if not isinstance(layer, nn.Linear):
+    if not is_dense(layer):
         y = y.movedim(1, -1)
     return y.reshape(-1, y.shape[-1])
 
 
 def weights_of(layer: nn.Module) -> Tensor:
     """The weights of a linear ``layer``, ``(features + 1, outputs)`` in float64; the last row is its bias, or zero."""
-    weight = cast(Tensor, layer.weight).detach().flatten(1).T.double().cpu()
+    weight = cast(Tensor, layer.weight).detach().flatten(1).double().cpu()
+    weight = weight if _is_transposed(layer) else weight.T
     bias = layer.bias
     row = weight.new_zeros(1, weight.shape[1]) if bias is None else cast(Tensor, bias).detach().double().cpu()[None]
     return torch.cat([weight, row])
@@ -67,9 +78,9 @@ def with_weights(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     layer = copy.deepcopy(layer)
     old = cast(nn.Parameter, layer.weight)
     if layer.bias is None:
-        layer.bias = nn.Parameter(old.new_zeros(len(old)), requires_grad=old.requires_grad)
+        layer.bias = nn.Parameter(old.new_zeros(len(bias)), requires_grad=old.requires_grad)
     with torch.no_grad():
-        old.copy_(weight.T.reshape(old.shape))
+        old.copy_((weight if _is_transposed(layer) else weight.T).reshape(old.shape))
         cast(nn.Parameter, layer.bias).copy_(bias)
     return layer
 
@@ -86,7 +97,7 @@ def identity_of(layer: nn.Module) -> Tensor:
 
 def add_rows(sums: NormalEquations, layer: nn.Module, x: Tensor, y: Tensor, *, held_out: bool) -> None:
     """Count what a linear ``layer`` reads of ``x`` with what it should return, ``y``, some samples at a time."""
-    per_sample = max(1, sums.features * y[:1].numel() // y.shape[-1 if isinstance(layer, nn.Linear) else 1])
+    per_sample = max(1, sums.features * y[:1].numel() // y.shape[-1 if is_dense(layer) else 1])
     chunk = max(1, 2**25 // per_sample)
     for part, target in zip(x.split(chunk), y.split(chunk), strict=True):
         sums.add(rows_of(layer, part), targets_of(layer, target), held_out=held_out)
@@ -98,7 +109,7 @@ def macs_of(layer: nn.Module, shape: Sequence[int]) -> int:
     >>> macs_of(nn.Linear(8, 8), (2, 5, 8)), macs_of(nn.Conv2d(8, 8, 3, padding=1), (2, 8, 4, 4))
     (320, 9216)
     """
-    positions = shape[1:-1] if isinstance(layer, nn.Linear) else shape[2:]
+    positions = shape[1:-1] if is_dense(layer) else shape[2:]
     return cast(Tensor, layer.weight).numel() * math.prod(positions)
 
 
@@ -172,7 +183,7 @@ class LastMap:
             raise ValueError(
                 f"block {unit.name!r} has states much larger than in the first batch of the calibration: shuffle it"
             )
-        return seen[0], seen[1], x1 - scale.to(x1)
+        return seen[0], seen[1].reshape(x1.shape), x1 - scale.to(x1)
 
     def target(self, before: Tensor, output: Tensor, wanted: Tensor) -> Tensor:
         """What its output, times the scale, would have to be for the block to be as ``wanted`` before its activation.
@@ -222,7 +233,7 @@ def last_map(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> LastMap |
     calls: list[str] = []
     hooks = []
     for name, layer in module.named_modules():
-        if type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1):
+        if is_dense(layer) or (type(layer) is nn.Conv2d and layer.groups == 1):
             hooks.append(layer.register_forward_hook(lambda *_, name=name: calls.append(name)))
     try:
         x1 = state_of(module(*args, **kwargs), unit)
@@ -232,10 +243,10 @@ def last_map(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> LastMap |
     if not calls or not calls[-1] or calls.count(calls[-1]) > 1:
         return None
     layer = module.get_submodule(calls[-1])
-    axis = -1 if isinstance(layer, nn.Linear) else -3
+    axis = -1 if is_dense(layer) else -3
     largest = x1.abs().amax().float().item() or 1.0
     size = 1000 * largest  # so that it outweighs the rest behind small scales too
-    outputs = layer.out_features if isinstance(layer, nn.Linear) else cast(nn.Conv2d, layer).out_channels
+    outputs = weights_of(layer).shape[1]
     if x1.ndim < -axis or x1.shape[axis] != outputs:
         return None
 
@@ -253,12 +264,30 @@ def last_map(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> LastMap |
         open_ends.append(constant & ~((most == 0) & (least == 0)))
     plus, minus = scales
     if (open_ends[0] & open_ends[1] & ((plus - minus).abs() <= 1e-3 * plus.abs())).all():
-        return LastMap(calls[-1], plus.to(x1), axis, torch.zeros_like(plus).to(x1))  # no activation
-    ends = open_ends[0] ^ open_ends[1]
-    if not (ends | ((plus == 0) & (minus == 0))).all() or not (x1 >= 0).all():
-        return None
-    scale = torch.where(open_ends[0], plus, torch.where(open_ends[1], minus, torch.zeros_like(plus)))
-    shift = torch.where(ends, 32 * largest / torch.where(ends, scale, 1.0), 0.0)
-    found = LastMap(calls[-1], scale.to(x1), axis, shift.to(x1))
-    before = found.run(module, unit, args, kwargs)[2]
-    return found if torch.allclose(before.relu(), x1, rtol=1e-3, atol=1e-4 * largest) else None
+        found = LastMap(calls[-1], plus.to(x1), axis, torch.zeros_like(plus).to(x1))  # no activation
+    else:
+        ends = open_ends[0] ^ open_ends[1]
+        if not (ends | ((plus == 0) & (minus == 0))).all() or not (x1 >= 0).all():
+            return None
+        scale = torch.where(open_ends[0], plus, torch.where(open_ends[1], minus, torch.zeros_like(plus)))
+        shift = torch.where(ends, 32 * largest / torch.where(ends, scale, 1.0), 0.0)
+        found = LastMap(calls[-1], scale.to(x1), axis, shift.to(x1))
+    return found if _agrees(found, module, unit, args, kwargs, x1, largest) else None
+
+
+def _agrees(last: LastMap, module: nn.Module, unit: Unit, args: Any, kwargs: Any, x1: Tensor, largest: float) -> bool:
+    """Whether the block returns ``x1`` from the map, and each position of its output is where it is in the state."""
+    layer = module.get_submodule(last.name)
+    try:
+        _, output, before = last.run(module, unit, args, kwargs)
+    except RuntimeError:  # another number of entries
+        return False
+    if not torch.allclose(before.relu() if last.activation else before, x1, rtol=1e-3, atol=1e-4 * largest):
+        return False
+    noise = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).to(output) * largest
+    scale = last._along(last.scale)
+    by = noise / torch.where(scale == 0, 1.0, scale) + last._along(last.shift)
+    with _hooked(layer, lambda *_: _[-1] + by.reshape(_[-1].shape)):
+        moved = state_of(module(*args, **kwargs), unit)
+    change = moved - last._along(last.scale * last.shift) - before
+    return torch.allclose(change, torch.where(scale == 0, 0.0, noise), rtol=1e-2, atol=1e-3 * largest)

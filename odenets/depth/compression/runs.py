@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from odenets.depth.compression.calls import Calls, Passage
 from odenets.depth.compression.candidates import Candidate
 from odenets.depth.compression.least_squares import NormalEquations
-from odenets.depth.compression.linear_maps import add_rows, identity_of, macs_of, seam_for, weights_of, with_weights
+from odenets.depth.compression.linear_maps import (
+    add_rows,
+    identity_of,
+    is_dense,
+    macs_of,
+    seam_for,
+    weights_of,
+    with_weights,
+)
 from odenets.depth.compression.replacements import scaled
 from odenets.flow import Flow
 
@@ -120,7 +128,7 @@ class _Start:
         sums = NormalEquations(features - 1, len(ends) * width)
         for b, walk in enumerate(self.walks):
             x0 = walk[self.at].x0
-            targets = torch.cat([walk[end - 1].before - x0 for end in ends], -1 if isinstance(layer, nn.Linear) else 1)
+            targets = torch.cat([walk[end - 1].before - x0 for end in ends], -1 if is_dense(layer) else 1)
             add_rows(sums, layer, x0, targets, held_out=self.calls.batches.held_out[b])
         macs = macs_of(layer, self.calls.units[m].shape)
         for n, end in enumerate(ends):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate, applied, replaced
 from odenets.depth.compression.divergence import Outputs, run
 from odenets.depth.compression.indices import renumber
+from odenets.depth.compression.judging import judged
 from odenets.depth.compression.programming import Best, cheapest, programmed
 from odenets.depth.compression.refitting import refit
 from odenets.depth.compression.runs import candidates_of
@@ -58,6 +59,10 @@ class Search:
     ) -> None:
         self.whole, self.settings, self.progress = model, settings, progress
         self.model = unrolled(copy.deepcopy(model)).eval()
+        config: Any = getattr(self.model, "config", None)
+        self.caches = bool(getattr(config, "use_cache", False))  # of keys and values, as Hugging Face's models make
+        if self.caches:
+            config.use_cache = False  # which calls of blocks would fill
         self.batches = batches
         first = batches.first(settings.samples)
         self.units = find_units(self.model, first.inputs[0], first.samples[0])
@@ -66,9 +71,16 @@ class Search:
         held = batches.only(m for m, one in enumerate(batches.held_out) if one)
         self.held_out = Outputs.of(self.model, held.inputs, self.outputs.classifies)
         self.calls = Calls(self.model, self.units, first)
+        self.refused: dict[Candidate, str] = {}  # candidates with which the model does not run
         self.candidates = self._candidates()
         if not self.candidates:
-            reasons = "; ".join(f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason)
+            reasons = "; ".join(
+                [f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason]
+                + [
+                    f"{self.units[one.place].name!r} is read from outside: {error}"
+                    for one, error in self.refused.items()
+                ]
+            )
             raise ValueError(f"no block may go and nothing may take the place of several: {reasons or 'there is one'}")
         average = max(1, self.macs // len(self.units))
         cost = self._cost
@@ -86,25 +98,32 @@ class Search:
     @torch.no_grad()
     def _candidates(self) -> list[Candidate]:
         settings, units = self.settings, self.units
-        if settings.by in SCORES:
-            return scored(self.calls, SCORES[settings.by])
-        found: list[Candidate] = []
+        if settings.by not in ("divergence", "error"):
+            return scored(self.calls, SCORES.get(settings.by, SCORES["influence"]))
+        found: list[tuple[list[int], list[Candidate]]] = []
         for line in lines_of(units):
             if units[line[0]].adds:
-                found += [
-                    Candidate(m, m + 1, "remove", saved=units[m].macs) for m in line if "remove" in settings.choices
-                ]
+                wanted = "remove" in settings.choices
+                found.append((line, [Candidate(m, m + 1, "remove", saved=units[m].macs) for m in line if wanted]))
                 continue
             options = {"choices": settings.choices, "kernels": settings.kernels, "longest": settings.longest}
-            found += _worthwhile(candidates_of(self.calls, line, **options))
+            found.append((line, _worthwhile(candidates_of(self.calls, line, **options))))
         if settings.by == "error":
-            return found
-        judged = []
-        for n, one in enumerate(found):
-            with replaced(self.model, units, [one]):
-                judged.append(replace(one, divergence=self.outputs.divergence(self.model)))
-            self.progress(n + 1, len(found))
-        return judged
+            return [one for _, candidates in found for one in candidates]
+        done, total, kept = 0, sum(len(candidates) for _, candidates in found), []
+
+        def progress(number: int) -> None:
+            nonlocal done
+            done += number
+            self.progress(done, total)
+
+        for line, candidates in found:
+            for one in judged(self.calls, line, candidates, self.outputs, progress):
+                if isinstance(one, Candidate):
+                    kept.append(one)
+                else:
+                    self.refused[one[0]] = one[1]
+        return kept
 
     def runs(self, remove: int | None, keep: float | None) -> tuple[Candidate, ...]:
         """The best runs for a number of blocks, or a share of their multiplications that is kept.
@@ -157,6 +176,8 @@ class Search:
         gone = {self.units[m].name for one in runs for m in one.positions_gone}
         renumber(model, self.batches.inputs[0], gone, self.model)
         divergence = self.held_out.divergence(model)
+        if self.caches:
+            cast(Any, model).config.use_cache = True
         return rolled(model, self.whole, self.batches.inputs[0]).train(self.whole.training), divergence
 
 

@@ -31,6 +31,7 @@ class Unit:
         elements: length of the tuple that the module returns, the state first; None if it returns the state.
         follows: whether its state is the output of the unit before.
         keeps: whether it returns a state of the shape and dtype that it takes, so that it may go.
+        resizes: whether it returns a state of another shape, and is a block for the rest.
         adds: whether what it returns is added to the state outside of it, and no state.
         rectified: whether its states come out of a ReLU.
         macs: multiplications of one call of the first batch, with an addition each, of a sample.
@@ -45,6 +46,7 @@ class Unit:
     elements: int | None = None
     follows: bool = False
     keeps: bool = True
+    resizes: bool = False
     adds: bool = False
     rectified: bool = False
     macs: int = 0
@@ -111,6 +113,8 @@ def find_units(model: nn.Module, inputs: Any, samples: int) -> list[Unit]:
         for handle in handles:
             handle.remove()
         adapted.hooks.detach()
+    if len(steps) != len(adapted.names):
+        raise ValueError("model has a neural ODE whose error chooses the steps: it has no blocks that could go")
     of_steps = [_block_of(name, blocks) for name in adapted.names]
     called = Counter(of_steps)
     first: dict[str, Any] = {}
@@ -160,8 +164,9 @@ def _unit(name: str, module: nn.Module, call: _Call, first: Any, last: Any) -> t
         added = first is last and _is_state(output, first.x1 - first.x0)
         adds, reason = added, "" if added else "has a state that does not pass its border"
     rectified = not reason and not adds and all(bool((x >= 0).all()) and bool((x == 0).any()) for x in (entry, output))  # type: ignore[union-attr]
+    resizes = entry is not None and entry.shape != output.shape and not others and entry.dtype == output.dtype
     unit = Unit(
-        name, tuple(output.shape), output.dtype, argument, elements, keeps=not reason, adds=adds,
+        name, tuple(output.shape), output.dtype, argument, elements, keeps=not reason, resizes=resizes, adds=adds,
         rectified=rectified, alone=elements is None and len(arguments) == 1 and argument == 0, reason=reason,
     )  # fmt: skip
     return unit, entry, output

@@ -40,7 +40,8 @@ def unrolled(model: nn.Module) -> nn.Module:
             )
         layers: list[tuple[str, nn.Module]] = [("encoder", model.encoder)]
         for n, layer in enumerate(model.layers):
-            layers.append((f"layers{n}", layer))
+            number = n // 2 if len(model.layers) > 1 else ""
+            layers.append((f"transition{number}" if n % 2 else f"flow{number}", layer))
         model = nn.Sequential(OrderedDict([*layers, ("head", model.head)]))
     for name, flow in [*model.named_modules()]:
         if isinstance(flow, Flow):

@@ -341,3 +341,57 @@ assert torch.allclose(torch.export.load("small.pt2").module()(tensors["x"]), ten
 assert not [name for name in sys.modules if name.startswith("odenets.")]
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True)
+
+
+def test_an_adapted_model_is_compressed_as_the_model_that_it_is():
+    network, x = images(), torch.rand(40, 1, 8, 8)
+    small = compress(odenets.adapt(network, x[:4]), [x], remove=1)
+    assert type(small.model) is type(network)
+
+
+def test_a_neural_ode_has_no_blocks_that_could_go():
+    ode = odenets.NeuralODE(odenets.MLPField(8))
+    with pytest.raises(ValueError, match="no blocks that could go"):
+        compress(odenets.Network(nn.Linear(2, 8), ode, nn.Linear(8, 2)), [torch.rand(40, 2)], remove=1)
+
+
+def test_a_map_whose_positions_are_permuted_in_the_state_is_not_fitted():
+    class Windows(nn.Module):
+        """The hidden layer reads the tokens in another order."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.last(self.hidden(x.flip(1)).relu()).flip(1)
+
+    torch.manual_seed(0)
+    network = nn.Sequential(Windows(), Windows(), Windows(), nn.Flatten(), nn.Linear(24, 3))
+    x = torch.randn(50, 6, 4)
+    with pytest.raises(ValueError, match="nothing may take the place"):
+        compress(network, [x], remove=1, choices=["fit"])
+    assert compress(network, [x], remove=1).gone == 1
+
+
+def test_a_layer_that_reads_attributes_of_its_blocks_keeps_those_that_it_reads():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    network = nn.Sequential(nn.TransformerEncoder(layer, 4), nn.Flatten(), nn.Linear(16 * 6, 3)).eval()
+    small = compress(network, [torch.rand(30, 6, 16)], remove=2)
+    assert small.gone == 2
+    assert small.runs[0].start > 0
+
+
+def test_maps_of_gpt2_which_keep_their_weights_transposed_are_fitted():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_positions=32, n_embd=16, n_layer=5, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    network = transformers.GPT2LMHeadModel(config).eval()
+    tokens = torch.randint(3, 40, (60, 12))
+    removed = compress(network, [tokens], remove=2, choices=["remove"], refit=False)
+    fitted = compress(network, [tokens], remove=2, choices=["fit"])
+    assert {run.choice for run in fitted.runs} == {"fit"}
+    assert fitted.divergence < removed.divergence / 2
+    assert fitted.model.config.use_cache

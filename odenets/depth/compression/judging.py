@@ -1,0 +1,89 @@
+"""Judging: what the outputs of a network lose by each candidate alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from odenets.depth.compression.calls import Calls
+from odenets.depth.compression.candidates import Candidate, replaced
+from odenets.depth.compression.divergence import Outputs
+from odenets.depth.compression.replacements import pass_on, standing_for
+
+__all__ = ["judged"]
+
+
+class _Given(nn.Module):
+    """Returns a state that is known, whatever it takes."""
+
+    state: Tensor
+
+    def forward(self, *_: Any) -> Tensor:
+        return self.state.clone()
+
+
+@torch.no_grad()
+def judged(
+    calls: Calls, line: Sequence[int], found: Sequence[Candidate], outputs: Outputs, progress: Callable[[int], object]
+) -> Iterator[Candidate | tuple[Candidate, str]]:
+    """Each candidate of a line with its divergence; with an error in its place where the network does not run.
+
+    The states at which runs begin are computed once, and the blocks before them are not run again.
+
+    Args:
+        calls: of the network, on the data on which it is judged.
+        line: the positions of its units.
+        found: its candidates.
+        outputs: of the network.
+        progress: called with the number of candidates that are done.
+    """
+    by_start: dict[int, list[Candidate]] = {}
+    for one in found:
+        by_start.setdefault(one.start, []).append(one)
+    adds = calls.units[line[0]].adds
+    states = [] if adds else [calls.entry(b, line[0]) for b in range(len(outputs.inputs))]
+    for at, m in enumerate(line):
+        for one in by_start.get(m, ()):
+            try:
+                yield replace(one, divergence=_divergence(calls, one, line[:at], states, outputs))
+            except AttributeError:  # of a model that reads attributes of its blocks
+                try:
+                    yield replace(one, divergence=_divergence(calls, one, [], states, outputs))
+                except AttributeError as error:
+                    yield one, str(error)
+            progress(1)
+        if not adds:
+            states = [calls.passage(b, m, x).x1 for b, x in enumerate(states)]
+
+
+def _divergence(
+    calls: Calls, one: Candidate, before: Sequence[int], states: Sequence[Tensor], outputs: Outputs
+) -> float:
+    """That with a candidate, where the blocks ``before`` it are not run, but give its ``states``."""
+    given = _Given()
+
+    def give(batch: int) -> None:
+        given.state = states[batch]
+
+    with _begun(calls, before, given), replaced(calls.model, calls.units, [one]):
+        return outputs.divergence(calls.model, give if before else None)
+
+
+@contextmanager
+def _begun(calls: Calls, before: Sequence[int], given: nn.Module) -> Iterator[None]:
+    """Without the blocks ``before``, the last of which returns what is ``given``."""
+    model, units = calls.model, calls.units
+    old = [model.get_submodule(units[m].name) for m in before]
+    try:
+        for m in before:
+            new = standing_for(units[m], given) if m == before[-1] else pass_on(units[m])
+            model.set_submodule(units[m].name, new)
+        yield
+    finally:
+        for m, module in zip(before, old, strict=True):
+            model.set_submodule(units[m].name, module)
