@@ -60,16 +60,10 @@ def test_intervals_are_those_of_the_values_of_their_seeds(name):
             assert len(values) == interval["n"], key
             assert interval["mean"] == pytest.approx(sum(values) / len(values), abs=1e-9), key
             if len(values) > 1:
-<<<<<<< HEAD
-                scatter = stats.sem(values)
-                low, high = stats.t.interval(0.95, len(values) - 1, interval["mean"], scatter) if scatter else (0, 0)
-                expected = (high - low) / 2
-=======
                 expected = 0.0
                 if sem := stats.sem(values):  # no scatter, no interval
                     low, high = stats.t.interval(0.95, len(values) - 1, interval["mean"], sem)
                     expected = (high - low) / 2
->>>>>>> main
                 assert interval["half_width"] == pytest.approx(expected, abs=1e-9), key
 
 
