@@ -18,7 +18,7 @@ NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "b
 
 @torch.no_grad()
 def renumber(model: nn.Module, inputs: Any, removed: Collection[str], whole: nn.Module) -> None:
-    """Number the blocks that are left from 0 on, where they hold an index and some are ``removed``.
+    """Number the blocks that are left without gaps, where they hold an index and some are ``removed``.
 
     A cache of earlier tokens is read by it, and one with holes would be taken for an empty one.
 
@@ -35,9 +35,10 @@ def renumber(model: nn.Module, inputs: Any, removed: Collection[str], whole: nn.
         hasattr(part, name) for block in removed for part in whole.get_submodule(block).modules() for name in NAMES
     ):
         return
-    holders = [(part, name) for part in model.modules() for name in NAMES if isinstance(getattr(part, name, None), int)]
+    holders = _holders(model)
     indices = sorted({getattr(part, name) for part, name in holders})
-    new = {index: n + indices[0] * (indices[0] == 1) for n, index in enumerate(indices)}
+    first = min(getattr(part, name) for part, name in _holders(whole))
+    new = {index: first + n for n, index in enumerate(indices)}
     output = tensor_in(run(model, inputs))
     for part, name in holders:
         setattr(part, name, new[getattr(part, name)])
@@ -46,3 +47,8 @@ def renumber(model: nn.Module, inputs: Any, removed: Collection[str], whole: nn.
             f"blocks depend on their index ({holders[0][1]}), and compute something else where blocks before them have "
             "gone: such a network cannot lose blocks"
         )
+
+
+def _holders(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules that hold an index, and the names of the attributes that do."""
+    return [(part, name) for part in model.modules() for name in NAMES if isinstance(getattr(part, name, None), int)]

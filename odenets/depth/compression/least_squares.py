@@ -74,11 +74,15 @@ class NormalEquations:
             columns: of the targets, those that are fitted.
 
         Raises:
-            ValueError: there are no rows to fit, or none held out.
+            ValueError: there are no rows to fit, or none held out, or they are not finite.
         """
         sums = self.sums[False]
         if not (sums.rows and self.sums[True].rows):
             raise ValueError("a linear map needs rows to fit and rows held out, got none of one kind")
+        if not (sums.gram.isfinite().all() and sums.cross.isfinite().all()):
+            raise ValueError(
+                "a linear map cannot be fitted to states that are not finite: the network diverges on the data"
+            )
         gram, cross = sums.gram / sums.rows, sums.cross[:, columns] / sums.rows
         scale = gram.diagonal()[:-1].mean().clamp_min(torch.finfo(torch.float64).tiny)
         fits = []

@@ -233,6 +233,8 @@ def last_map(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> LastMap |
     calls: list[str] = []
     hooks = []
     for name, layer in module.named_modules():
+        if not isinstance(getattr(layer, "weight", None), nn.Parameter):
+            continue  # one that is computed, as by weight norm
         if is_dense(layer) or (type(layer) is nn.Conv2d and layer.groups == 1):
             hooks.append(layer.register_forward_hook(lambda *_, name=name: calls.append(name)))
     try:

@@ -18,6 +18,7 @@ from odenets.depth.compression.candidates import Candidate, applied, replaced
 from odenets.depth.compression.divergence import Outputs, run
 from odenets.depth.compression.indices import renumber
 from odenets.depth.compression.judging import judged
+from odenets.depth.compression.layer_lists import close_gaps
 from odenets.depth.compression.programming import Best, cheapest, programmed
 from odenets.depth.compression.refitting import refit
 from odenets.depth.compression.runs import candidates_of
@@ -175,6 +176,7 @@ class Search:
             refit(model, calls, runs)
         gone = {self.units[m].name for one in runs for m in one.positions_gone}
         renumber(model, self.batches.inputs[0], gone, self.model)
+        close_gaps(model, self.batches.inputs[0])
         divergence = self.held_out.divergence(model)
         if self.caches:
             cast(Any, model).config.use_cache = True

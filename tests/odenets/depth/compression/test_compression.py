@@ -283,7 +283,9 @@ def test_a_transformer_of_hugging_face_keeps_its_cache_in_order():
     for choice in ("remove", "fit", "seam"):
         small = compress(network, [{"input_ids": tokens}], remove=2, choices=[choice])
         assert small.gone == 2
-        kept = [layer.self_attn.layer_idx for layer in small.model.model.layers if hasattr(layer, "self_attn")]
+        layers = small.model.model.layers
+        assert len(layers) == small.model.config.num_hidden_layers
+        kept = [layer.self_attn.layer_idx for layer in layers if hasattr(layer, "self_attn")]
         assert kept == [*range(len(kept))]
         prompt = tokens[:2, :5]
         torch.manual_seed(0)
@@ -395,3 +397,46 @@ def test_maps_of_gpt2_which_keep_their_weights_transposed_are_fitted():
     assert {run.choice for run in fitted.runs} == {"fit"}
     assert fitted.divergence < removed.divergence / 2
     assert fitted.model.config.use_cache
+
+
+def test_a_compressed_model_of_hugging_face_is_saved_and_loaded_by_its_own_means(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    network = transformers.Gemma3ForCausalLM(config).eval()
+    tokens = torch.randint(3, 40, (24, 12))
+    small = compress(network, [{"input_ids": tokens}], remove=2, choices=["remove"]).model
+    assert small.config.num_hidden_layers == len(small.config.layer_types) == 4
+    assert network.config.num_hidden_layers == 6
+    small.save_pretrained(tmp_path)
+    again = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(tokens).logits, small(tokens).logits)
+
+
+def test_layers_whose_weights_are_computed_are_not_fitted():
+    def block() -> nn.Module:
+        return Wrapped(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+
+    class Wrapped(nn.Module):
+        def __init__(self, linear: nn.Module) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.linear(x)
+
+    torch.manual_seed(0)
+    network = nn.Sequential(block(), block(), block(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="nothing may take the place"):
+        compress(network, [torch.randn(40, 4)], remove=1, choices=["fit"])
+
+
+def test_states_that_are_not_finite_are_refused():
+    network = linear_flow(4)
+    with torch.no_grad():
+        network[1].linear.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="finite"):
+        compress(network, [torch.randn(40, 5, dtype=torch.float64)], remove=1)
