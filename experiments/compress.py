@@ -43,6 +43,7 @@ from lab.plotting import intervals
 from lab.results import groups
 from lab.statistics import mean_interval, paired
 from odenets.depth.compression import compress, count_macs
+from odenets.training.runs import read_summary
 
 WAYS: dict[str, dict[str, Any]] = {
     "block influence": {"by": "influence"},
@@ -58,7 +59,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A network compressed in one way, or the training of the one that is trained here."""
+    """A network compressed in one way; or first the whole one, to which it is compared."""
 
     method: str
     seed: int
@@ -70,38 +71,47 @@ class Job:
         return f"{self.method.replace(', ', '-').replace(' ', '-')}-seed{self.seed}"
 
 
+WHOLE = Job("whole", 0, tuning=True)
+WEIGHTS = "weights.pt"
+
+
 def jobs(config: Config) -> Jobs[Job]:
-    """Every way for every seed, after the training if there is one."""
-    if config.network == "digits":
-        yield [Job("training", 0, tuning=True)]
+    """Every way for every seed, after the whole network, which is trained first if it is trained here."""
+    yield [WHOLE]
     results = yield [Job(method, seed) for seed in config.seeds for method in config.methods]
     return sorted(results, key=lambda r: (config.methods.index(r["method"]), r["seed"]))
 
 
 def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     """Compress a network in one way and look at what is left at each number of blocks."""
-    weights = config.run_folder / Job("training", 0).name / "weights.pt"
-    if job.tuning:
+    weights = config.run_folder / WHOLE.name / WEIGHTS
+    if job == WHOLE and config.network == "digits":
+        run.folder.mkdir(exist_ok=True)
         torch.save(train_small(config, report).state_dict(), weights)
-        return {}
     subject = subject_of(config, job.seed, weights)
     sample = subject.calibration[0][:1]
-    whole = count_macs(subject.model, sample)
-    blocks = count_macs(subject.model, sample, within=[subject.model.get_submodule(name) for name in subject.blocks])
-    models = [subject.model]
-    curve: list[dict[str, Any]] = [{"removed": 0, "score": subject.judge(subject.model), "macs": 1.0}]
-    report(1)
+    if job == WHOLE:
+        blocks = [subject.model.get_submodule(name) for name in subject.blocks]
+        macs = {
+            "macs": count_macs(subject.model, sample),
+            "block_macs": count_macs(subject.model, sample, within=blocks),
+        }
+        return macs | {"score": subject.judge(subject.model), "blocks": len(blocks)}
+    whole = read_summary(config.run_folder / WHOLE.name)["results"]
+    curve: list[dict[str, Any]] = [{"removed": 0, "score": whole["score"], "macs": 1.0}]
     started = time.process_time()
     result = compress(
         subject.model, subject.calibration, remove=min(config.removed), samples=config.judged, **WAYS[job.method]
     )
     seconds = time.process_time() - started
+    models = [subject.model]
+    report(1)
     for removed in config.removed:
         started = time.process_time()
         with suppress(ValueError):  # no run of so many blocks for ReplaceMe
             point = result.at(remove=removed)
             each = time.process_time() - started
-            macs = 1 - (whole - count_macs(point.model, sample)) / blocks
+            macs = 1 - (whole["macs"] - count_macs(point.model, sample)) / whole["block_macs"]
             row = {"removed": removed, "score": subject.judge(point.model), "macs": macs, "seconds": seconds + each}
             curve.append(
                 row | {"divergence": point.divergence, "runs": [[r["blocks"], r["choice"]] for r in point.table]}
@@ -110,7 +120,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
         report(1)
     for row, times in zip(curve, latencies(models, subject.probe, config.rounds), strict=True):
         row |= times
-    return {"curve": curve, "blocks": len(subject.blocks)}
+    return {"curve": curve, "blocks": whole["blocks"]}
 
 
 def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -201,7 +211,7 @@ EXPERIMENT = Experiment.of(
     quick=lambda config: replace(config, removed=(1, 2), calibration=100, test=60, epochs=2, rounds=1),
     selects=("methods", "seeds"),
     columns=columns,
-    cost=lambda config, job: config.epochs if job.tuning else 1 + len(config.removed),
+    cost=lambda config, job: 1 + config.epochs if job.tuning else 1 + len(config.removed),
     data=lambda config: subject_of(config, config.seeds[0]),
 )
 

@@ -202,7 +202,7 @@ def _language(config: Config, seed: int) -> Subject:
         tokens_of(read_text(config.test_text), config.weights), config.test or config.calibration, config.window
     )
     model = load_smollm(config.weights)
-    probe = test[torch.arange(64) % len(test), :32]
+    probe = test[torch.arange(64) % len(test), :8]
     return Subject(model, _blocks(model, LlamaDecoderLayer), [*calibration.split(1)], partial(_perplexity, test), probe)
 
 

@@ -62,7 +62,7 @@ def test_a_language_model_is_judged_by_its_perplexity_on_another_text(texts):
     assert len(subject.blocks) == 5
     assert subject.judge(lambda x: torch.zeros(1, 40, 128)) == pytest.approx(128)
     small = compress(subject.model, subject.calibration, remove=2, samples=5, **WAYS["compress"])
-    assert small.model(subject.probe[:1]).shape == (1, 32, 128)
+    assert small.model(subject.probe[:1]).shape == (1, 8, 128)
 
 
 def test_windows_do_not_overlap_whatever_the_seed():
