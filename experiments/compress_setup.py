@@ -50,6 +50,8 @@ class Config(BaseConfig):
         test: samples for the test; 0 takes all images, and of texts and photographs as many as for the calibration.
         window: tokens of a window of a text.
         judged: of the calibration samples, on how many :func:`odenets.depth.compression.compress` judges runs.
+        healed: numbers of blocks gone at which what compress leaves of a network of images with labels is healed.
+        images: training images that healing sees.
         epochs: of the network that is trained here.
         rounds: in which latencies are measured.
     """
@@ -68,6 +70,8 @@ class Config(BaseConfig):
     test: int = 0
     window: int = 512
     judged: int = 500
+    healed: tuple[int, ...] = ()
+    images: int = 7000
     epochs: int = 15
     rounds: int = 5
     output: Path = Path("runs/compress")
@@ -111,6 +115,7 @@ class Subject:
         calibration: batches of inputs; operations are counted on the first sample.
         judge: what a network of its kind is worth on the test data.
         probe: inputs for latencies, of which the first is one sample.
+        images: training images to heal a network with, if there are any.
     """
 
     model: nn.Module
@@ -118,6 +123,7 @@ class Subject:
     calibration: list[Tensor]
     judge: Callable[[nn.Module], float]
     probe: Tensor
+    images: TensorData | None = None
 
 
 def subject_of(config: Config, seed: int, trained: Path | None = None) -> Subject:
@@ -147,7 +153,7 @@ def subject_of(config: Config, seed: int, trained: Path | None = None) -> Subjec
     chosen = datasets.subsample(train, min(config.calibration, len(train)), seed=seed)
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
     batches = [*chosen.x[order].split(100)]
-    return Subject(model.eval(), _blocks(model, BasicBlock), batches, partial(_accuracy, test), test.x[:64])
+    return Subject(model.eval(), _blocks(model, BasicBlock), batches, partial(_accuracy, test), test.x[:64], train)
 
 
 def _blocks(model: nn.Module, kind: type[nn.Module]) -> list[str]:

@@ -15,7 +15,9 @@ from lab.results import Outcome
 from odenets.depth.compression import compress
 from odenets.training.runs import read_summary
 
-TINY = Config(quick=True, workers=1, epochs=1, methods=("block influence", "ReplaceMe", "compress"))
+TINY = Config(
+    quick=True, workers=1, epochs=1, healed=(2,), images=64, methods=("block influence", "ReplaceMe", "compress")
+)
 
 
 def test_a_run_leaves_the_curve_of_every_way(tmp_path):
@@ -27,10 +29,13 @@ def test_a_run_leaves_the_curve_of_every_way(tmp_path):
         assert row["macs"] <= 1
         assert ("to_replaceme" in row) == (row["method"] == "compress" and row["removed"] > 0)
         assert row["ratio_1"] > 0
+        assert ("healed" in row) == (row["method"] == "compress" and row["removed"] == 2)
         if row["removed"]:
             assert row["macs"] < 1
             assert row["seconds"] > 0
-    assert "compress is ahead of ReplaceMe" in (tmp_path / "table.md").read_text()
+    text = (tmp_path / "table.md").read_text()
+    assert "compress is ahead of ReplaceMe" in text
+    assert "healed on 64 images with 2 blocks gone" in text
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"blocks", "macs"}
 
 
