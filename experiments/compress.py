@@ -226,7 +226,9 @@ def figures(config: Config, outcome: Outcome) -> Figures:
 
 EXPERIMENT = Experiment.of(
     __name__,
-    quick=lambda config: replace(config, removed=(1, 2), calibration=100, test=60, epochs=2, rounds=1),
+    quick=lambda config: replace(
+        config, seeds=config.seeds[:1], removed=(1, 2), calibration=100, test=60, epochs=2, rounds=1
+    ),
     selects=("methods", "seeds"),
     columns=columns,
     cost=lambda config, job: 1 + config.epochs if job.tuning else 1 + len(config.removed),

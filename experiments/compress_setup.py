@@ -65,7 +65,7 @@ class Config(BaseConfig):
     test_photographs: Path | None = None
     methods: tuple[Method, ...] = get_args(Method)
     removed: tuple[int, ...] = (1, 2, 3, 4)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     calibration: int = 500
     test: int = 0
     window: int = 512
