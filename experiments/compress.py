@@ -137,7 +137,7 @@ def summarize(config: Config, results: list[dict[str, Any]]) -> list[dict[str, A
     scores = {(r["method"], point["removed"], r["seed"]): point["score"] for r in results for point in r["curve"]}
     rows = []
     for (method,), group in groups(results, "method").items():
-        for removed in (0, *config.removed):
+        for removed in (0, *sorted(config.removed)):
             points = [point for r in group for point in r["curve"] if point["removed"] == removed]
             if not points:
                 continue
@@ -189,9 +189,13 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
     for short, other in BASELINES.items():
         rows = [row for row in outcome.rows if f"to_{short}" in row]
         if rows:
-            not_ahead = [str(row["removed"]) for row in rows if sign * row[f"to_{short}"].mean <= 0]
-            where = f"but for {', '.join(not_ahead)} blocks gone" if not_ahead else "at every depth"
-            lines.append(f"compress is ahead of {other} {where} ({measure.name})")
+            gains = {row["removed"]: sign * row[f"to_{short}"].mean for row in rows}
+            parts = {"ahead of": 1, "level with": 0, "behind": -1}
+            found = {
+                word: [k for k, gain in gains.items() if (gain > 0) - (gain < 0) == way] for word, way in parts.items()
+            }
+            texts = [f"{word} {other} with {', '.join(map(str, ks))} blocks gone" for word, ks in found.items() if ks]
+            lines.append(f"compress is {'; '.join(texts)} ({measure.name})")
     last = max(config.removed)
     left = [f"{row['method']} {row['score']:.2f}" for row in outcome.rows if row["removed"] == last]
     whole = next(row for row in outcome.rows if row["removed"] == 0)

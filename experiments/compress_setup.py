@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -259,19 +259,22 @@ def _crops(folder: Path, count: int, seed: int) -> Tensor:
 def latencies(models: Sequence[nn.Module], probe: Tensor, rounds: int) -> list[dict[str, float]]:
     """Processor time of a pass of each network, in milliseconds, at batch 1 and with all of a probe.
 
-    They take turns: what slows the machine slows all of them. Each time is the median over the rounds, after one to
-    warm up; "ratio" is the median of those to the first network in the same round.
+    They take turns: what slows the machine slows all of them. A time is that of passes for at least a twentieth of a
+    second, over their number, and the median over the rounds, after one to warm up; "ratio" is the median of those to
+    the first network in the same round.
     """
     rows: list[dict[str, float]] = [{} for _ in models]
     for size in (1, len(probe)):
-        times = [[_seconds(model, probe[:size]) for model in models] for _ in range(rounds + 1)][1:]
+        passes = max(1, int(0.05 / max(_seconds(models[0], probe[:size], 2), 1e-4)))
+        times = [[_seconds(model, probe[:size], passes) for model in models] for _ in range(rounds + 1)][1:]
         for row, own in zip(rows, zip(*times, strict=True), strict=True):
             row[f"ms_{size}"] = 1000 * median(own)
             row[f"ratio_{size}"] = median(one / first for one, (first, *_) in zip(own, times, strict=True))
     return rows
 
 
-def _seconds(model: nn.Module, x: Tensor) -> float:
+def _seconds(model: nn.Module, x: Tensor, passes: int) -> float:
     started = time.process_time()
-    cast(Tensor, model(x))
-    return time.process_time() - started
+    for _ in range(passes):
+        model(x)
+    return (time.process_time() - started) / passes
