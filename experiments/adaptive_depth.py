@@ -39,6 +39,7 @@ from lab.training import parts_of
 __all__ = ["COLUMNS", "EXPERIMENT", "Config", "figures", "jobs", "parts_of", "summarize", "train", "verdict"]
 
 PARTS = ("depth", "long", "orders", "action")
+RIVALS = ("least action", "tolerance")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Config(DepthConfig):
         rates: learning rates that each of them chooses from.
         action_time: total time of the part "action".
         weights: of the action.
+        rivals: of the weights: "least action", whose lambda grows, and "tolerance", ten times as large without action.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -68,11 +70,13 @@ class Config(DepthConfig):
     rates: tuple[float, ...] = (0.02, 0.05)
     action_time: float = 4.0
     weights: tuple[float, ...] = (0.1, 1.0, 10.0)
+    rivals: tuple[str, ...] = RIVALS
     output: Path = Path("runs/adaptive_depth")
 
     def __post_init__(self) -> None:
         check_any(self, "seeds", "parts", "rates", "weights")
         check_among(self, "parts", PARTS)
+        check_among(self, "rivals", RIVALS)
         if self.budget % 12 or self.budget < 12:
             raise ValueError(f"budget must be a multiple of 12, so that blocks of all orders fit, got {self.budget}")
 
@@ -158,7 +162,8 @@ def _orders(config: Config) -> Jobs[Job]:
 
 def _action(config: Config) -> Jobs[Job]:
     """Adaptive and fixed networks without the action, with weights of it, with multipliers; and a looser tolerance."""
-    losses: list[dict[str, Any]] = [{"weight": weight} for weight in (0.0, *config.weights)] + [{"multipliers": True}]
+    losses: list[dict[str, Any]] = [{"weight": weight} for weight in (0.0, *config.weights)]
+    losses += [{"multipliers": True}] * ("least action" in config.rivals)
     kinds: list[dict[str, Any]] = []
     for loss in losses:
         words = "least action" if loss.get("multipliers") else f"weight {loss['weight']:g}"
@@ -168,7 +173,8 @@ def _action(config: Config) -> Jobs[Job]:
             for name, way in (("adaptive from", "adaptive"), ("fixed", "fixed"))
         ]
     looser = {"network": f"adaptive from {config.deep}, tolerance x 10", "tolerance": 10 * config.tolerance}
-    return (yield _of_seeds(config, [*kinds, kinds[0] | looser]))
+    kinds += [kinds[0] | looser] * ("tolerance" in config.rivals)
+    return (yield _of_seeds(config, kinds))
 
 
 _JOBS: dict[str, Callable[[Config], Jobs[Job]]] = {
@@ -206,7 +212,7 @@ EXPERIMENT = Experiment.of(
     quick=quick,
     selects=(
         *("seeds", "parts", "deep", "total_time", "long_time", "action_time", "budget", "rates", "weights"),
-        *("learning_rate", "tolerance", "stage_fields"),
+        *("rivals", "learning_rate", "tolerance", "stage_fields"),
     ),
     cost=lambda config, job: config.epochs,
     keys=("part", "network", "total_time", "seed"),
