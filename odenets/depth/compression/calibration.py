@@ -65,8 +65,17 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
         raise TypeError(
             f"calibration must hold batches of inputs, got {kind_of(calibration)}: a DataLoader, or [x] for one batch"
         )
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must hold batches of inputs, got {kind_of(calibration)}")
     inputs = [inputs_for(network, inputs_in(batch, "calibration")) for batch in calibration]
+    inputs = [one for one in inputs if samples_in(one, "the calibration")]
     samples = [samples_in(one, "the calibration") for one in inputs]
+    for one in inputs:
+        if isinstance(one, Mapping) and isinstance(mask := one.get("attention_mask"), Tensor) and not mask.all():
+            raise ValueError(
+                "calibration must hold no padding, which would be fitted, got an attention_mask with zeros: batches of "
+                "texts of one length"
+            )
     if sum(samples) < 2:
         raise ValueError(
             f"calibration must hold at least two samples, one to fit on and one to choose on, got {sum(samples)}: some "

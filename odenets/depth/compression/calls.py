@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,15 @@ class Calls:
             self._calls.append(
                 [_with(call, unit, None) if unit.follows else call for unit, call in zip(units, calls, strict=True)]
             )
+
+    def in_model(self, model: nn.Module, line: Sequence[int]) -> Calls:
+        """The same with the arguments that the units of a ``line`` get in another ``model``, a compressed one."""
+        other = copy.copy(self)
+        other._calls = [[*calls] for calls in self._calls]
+        for b, inputs in enumerate(self.batches.inputs):
+            for m, call in zip(line, captured(model, self.units, inputs, line), strict=True):
+                other._calls[b][m] = _with(call, self.units[m], None) if m != line[0] else call
+        return other
 
     def rectified(self, m: int) -> bool:
         """Whether the states of unit ``m`` come out of a ReLU."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from odenets.adapting import AdaptedModel
@@ -12,6 +14,7 @@ from odenets.depth.compression.candidates import CHOICES, Candidate
 from odenets.depth.compression.selection import Search, Settings
 from odenets.depth.compression.units import Unit
 from odenets.errors import check_count, check_number
+from odenets.modes import device_of
 from odenets.printing import table
 from odenets.training.progress import counting
 
@@ -77,13 +80,17 @@ class Compression:
         return self._search.curve()
 
     def at(self, *, remove: int | None = None, keep: float | None = None) -> Compression:
-        """Another point of the curve, from the same calibration; ``remove`` and ``keep`` as for :func:`compress`."""
+        """Another point of the curve, from the same calibration; ``remove`` and ``keep`` as for :func:`compress`.
+
+        Raises:
+            TypeError, ValueError: as there.
+        """
         _check_wanted(remove, keep)
         return Compression(self._search, self._search.runs(remove, keep))
 
     def __repr__(self) -> str:
         rows = [
-            (row["blocks"], row["choice"], row["kept"], f"{row['error']:.3g}", f"{row['divergence']:.3g}",
+            (row["blocks"], row["choice"], row["kept"], _number(row["error"]), _number(row["divergence"]),
              f"{100 * row['macs saved']:.1f} %")
             for row in self.table
         ]  # fmt: skip
@@ -92,6 +99,10 @@ class Compression:
             f"divergence {self.divergence:.3g})"
         )
         return "\n".join([title, *table(("blocks", "choice", "kept", "error", "divergence", "MACs saved"), rows)])
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}"
 
 
 def _named(units: Sequence[Unit], run: Candidate) -> str:
@@ -197,6 +208,8 @@ def compress(
     if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
         raise ValueError(f"kernels must be odd widths, such as (1, 3), got {kernels!r}")
     _check_wanted(remove, keep)
+    if any(map(torch.is_autocast_enabled, {"cpu", device_of(model).type} - {"meta"})):
+        raise ValueError("compress fits in the precision of the weights: call it outside of autocast")
     check_count("longest", longest, 1)
     check_count("samples", samples, 2)
     refits = by in OURS if refit is None else refit

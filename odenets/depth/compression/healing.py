@@ -78,12 +78,14 @@ def heal(
         raise ValueError("model shares parameters with the teacher, which would change too: copy.deepcopy one of them")
     optimizer = torch.optim.Adam(parameters, lr=lr)
     seen = 0
-    with evaluating(model, teacher), counting(progress, "image") as show:
+    with evaluating(model, teacher), torch.enable_grad(), counting(progress, "image") as show:
         while seen < images:
             before = seen
             for batch in loader:
                 inputs = inputs_in(batch, "loader")
                 n = samples_in(inputs, "the loader")
+                if not n:
+                    continue
                 if n > images - seen:
                     inputs, n = rows(inputs, slice(None, images - seen), n), images - seen
                 inputs = inputs_for(model, inputs)
@@ -109,6 +111,7 @@ def heal(
                     break
             if seen == before:
                 raise ValueError("loader must hold at least one batch at each pass, got none: was it used up before?")
+    optimizer.zero_grad()
     return model
 
 

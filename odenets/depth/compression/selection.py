@@ -24,7 +24,9 @@ from odenets.depth.compression.refitting import refit
 from odenets.depth.compression.runs import candidates_of
 from odenets.depth.compression.units import find_units, lines_of
 from odenets.depth.compression.unrolling import rolled, unrolled
+from odenets.flow import Flow
 from odenets.modes import dtype_of, evaluating, inputs_for
+from odenets.network import Chain
 from odenets.normalization import recalibrate
 
 __all__ = ["Search", "Settings"]
@@ -72,6 +74,11 @@ class Search:
         if self.caches:
             config.use_cache = False  # which calls of blocks would fill
         self.batches = batches = batches_of(calibration, self.model)
+        if isinstance(model, Chain | Flow) and any(isinstance(x, tuple) and len(x) > 1 for x in batches.inputs):
+            raise ValueError(
+                "calibration must hold states alone for a Network or a Flow, whose blocks are run one by one: fields that "
+                "take more than time and state cannot be compressed"
+            )
         first = batches.first(settings.samples)
         self.units = find_units(self.model, first.inputs[0], first.samples[0])
         self.macs = sum(unit.macs for unit in self.units) or 1
@@ -83,14 +90,14 @@ class Search:
         self.refused: dict[Candidate, str] = {}  # candidates with which the model does not run
         self.candidates = self._candidates()
         if not self.candidates:
-            reasons = "; ".join(
-                [f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason]
-                + [
-                    f"{self.units[one.place].name!r} is read from outside: {error}"
-                    for one, error in self.refused.items()
-                ]
+            reasons = [f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason]
+            reasons += [
+                f"{self.units[one.place].name!r} is read from outside: {why}" for one, why in self.refused.items()
+            ]
+            tried = f"{', '.join(settings.choices)} of up to {settings.longest} of {len(self.units)} blocks was tried"
+            raise ValueError(
+                f"no block may go and nothing may take the place of several: {'; '.join([tried, *reasons])}"
             )
-            raise ValueError(f"no block may go and nothing may take the place of several: {reasons or 'there is one'}")
         average = max(1, self.macs // len(self.units))
         cost = self._cost
         self.by_number: Best = programmed(

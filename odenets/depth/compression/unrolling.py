@@ -31,7 +31,8 @@ def unrolled(model: nn.Module) -> nn.Module:
     Flows whose blocks share fields are left as they are.
 
     Raises:
-        ValueError: a network with a forward pass of its own, or that reads an ensemble of outputs, or a flow that has no field yet.
+        ValueError: a network with a forward pass of its own or that reads an ensemble of outputs, or a flow that has no
+            field yet.
     """
     if isinstance(model, Network):
         kind = type(model)

@@ -616,3 +616,70 @@ def test_the_curve_of_replaceme_is_its_own():
     ours, theirs = (compress(network, [x], remove=1, by=by) for by in ("influence", "replaceme"))
     assert len(theirs.curve) >= 3
     assert all(a["divergence"] != b["divergence"] for a, b in zip(ours.curve, theirs.curve, strict=False))
+
+
+def test_bad_calibration_is_refused_by_its_name():
+    network, x = images(), torch.rand(20, 1, 8, 8)
+    with pytest.raises(TypeError, match="calibration must hold batches"):
+        compress(network, 5, remove=1)
+    assert compress(network, [x, x[:0]], remove=1, choices=["remove"]).gone == 1
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of autocast"):
+        compress(network, [x], remove=1)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    tokens, mask = torch.randint(0, 40, (4, 9)), torch.ones(4, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    with pytest.raises(ValueError, match="no padding"):
+        compress(transformers.LlamaForCausalLM(config), [{"input_ids": tokens, "attention_mask": mask}], remove=1)
+    flow = odenets.Flow(odenets.MLPField(3), solver="euler", depth=3)
+    conditioned = odenets.Network(nn.Linear(5, 3), flow, nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="states alone"):
+        compress(conditioned, [((torch.randn(20, 5), torch.randn(20, 2)), torch.zeros(20))], remove=1)
+
+
+def test_healing_leaves_no_gradients_and_works_where_they_are_off():
+    network, x = images(), torch.rand(40, 1, 8, 8)
+    small = compress(network, [x], remove=1).model
+    with torch.no_grad():
+        heal(small, network, [x[:0], x], images=40)
+    assert all(p.grad is None for p in small.parameters())
+
+
+class Decoder(nn.Module):
+    """A second line whose blocks read the end of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(Tokens() for _ in range(3))
+        self.second = nn.ModuleList(Tokens() for _ in range(3))
+        self.start, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x
+        for block in self.first:
+            memory = block(memory, x)
+        y = self.start(x)
+        for block in self.second:
+            y = block(y, memory)
+        return self.head(y.mean(1))
+
+
+class Tokens(nn.Module):
+    """A block that reads something besides its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + self.last(self.hidden(torch.cat([x, other], -1)).tanh())
+
+
+def test_a_second_line_is_refitted_with_what_it_reads_of_the_compressed_first():
+    torch.manual_seed(0)
+    network, x = Decoder(), torch.randn(60, 5, 4)
+    small = compress(network, [x], remove=2, choices=["fit", "remove"])
+    plain = compress(network, [x], remove=2, choices=["fit", "remove"], refit=False)
+    assert small.divergence < plain.divergence
