@@ -76,8 +76,8 @@ class Search:
         self.batches = batches = batches_of(calibration, self.model)
         if isinstance(model, Chain | Flow) and any(isinstance(x, tuple) and len(x) > 1 for x in batches.inputs):
             raise ValueError(
-                "calibration must hold states alone for a Network or a Flow, whose blocks are run one by one: fields that "
-                "take more than time and state cannot be compressed"
+                "calibration must hold states alone for a Network or a Flow, whose blocks are run one by one: fields "
+                "that take more than time and state cannot be compressed"
             )
         first = batches.first(settings.samples)
         self.units = find_units(self.model, first.inputs[0], first.samples[0])
