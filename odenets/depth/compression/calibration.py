@@ -32,14 +32,15 @@ class Batches:
     held_out: tuple[bool, ...]
 
     def first(self, samples: int) -> Batches:
-        """The first batches of both kinds until they hold so many ``samples``, ``HELD_OUT`` of them held out."""
-        chosen, totals = [], {True: 0, False: 0}
-        wanted = {True: HELD_OUT * samples, False: (1 - HELD_OUT) * samples}
-        for m, held in enumerate(self.held_out):
-            if totals[held] < wanted[held]:
-                chosen.append(m)
-                totals[held] += self.samples[m]
-        return self.only(chosen)
+        """The first of both kinds, so many ``samples`` in all, :data:`HELD_OUT` of them held out."""
+        left = {True: max(1, round(HELD_OUT * samples)), False: samples - max(1, round(HELD_OUT * samples))}
+        chosen: list[tuple[Any, int, bool]] = []
+        for inputs, n, held in zip(self.inputs, self.samples, self.held_out, strict=True):
+            taken = min(n, left[held])
+            if taken:
+                chosen.append((inputs if taken == n else rows(inputs, slice(None, taken), n), taken, held))
+                left[held] -= taken
+        return Batches(*zip(*chosen, strict=True))
 
     def only(self, chosen: Iterable[int]) -> Batches:
         """The batches at some positions."""
@@ -64,20 +65,35 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
         raise TypeError(
             f"calibration must hold batches of inputs, got {kind_of(calibration)}: a DataLoader, or [x] for one batch"
         )
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must hold batches of inputs, got {kind_of(calibration)}")
     inputs = [inputs_for(network, inputs_in(batch, "calibration")) for batch in calibration]
+    inputs = [one for one in inputs if samples_in(one, "the calibration")]
     samples = [samples_in(one, "the calibration") for one in inputs]
+    for one in inputs:
+        if isinstance(one, Mapping) and isinstance(mask := one.get("attention_mask"), Tensor) and not mask.all():
+            raise ValueError(
+                "calibration must hold no padding, which would be fitted, got an attention_mask with zeros: batches of "
+                "texts of one length"
+            )
     if sum(samples) < 2:
         raise ValueError(
             f"calibration must hold at least two samples, one to fit on and one to choose on, got {sum(samples)}: some "
             "hundred are usual"
         )
-    if len(inputs) == 1:
-        (one,), (n,) = inputs, samples
-        border = n - max(1, round(HELD_OUT * n))
-        inputs = [rows(one, slice(None, border), n), rows(one, slice(border, None), n)]
-        return Batches(tuple(inputs), (border, n - border), (False, True))
-    every = max(2, round(1 / HELD_OUT)) if len(inputs) >= round(1 / HELD_OUT) else len(inputs)
-    return Batches(tuple(inputs), tuple(samples), tuple(m % every == every - 1 for m in range(len(inputs))))
+    parts: list[tuple[Any, int, bool]] = []
+    total = held = 0
+    for one, n in zip(inputs, samples, strict=True):
+        total += n
+        out = min(n, max(0, round(HELD_OUT * total) - held))
+        if total == sum(samples) and held + out == 0:
+            out = 1
+        held += out
+        if out < n:
+            parts.append((rows(one, slice(None, n - out), n) if out else one, n - out, False))
+        if out:
+            parts.append((rows(one, slice(n - out, None), n) if out < n else one, out, True))
+    return Batches(*zip(*parts, strict=True))
 
 
 def inputs_in(batch: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,18 +98,27 @@ class Calls:
         self.model, self.units, self.batches = model, units, batches
         self.modules = [model.get_submodule(unit.name) for unit in units]
         self._calls: list[list[Call]] = []
-        maps: list[LastMap | None] = []
+        self.maps: list[LastMap | None] = []
         for b, inputs in enumerate(batches.inputs):
             calls = captured(model, units, inputs)
-            if b == 0:
-                maps = [
+            if b in (0, len(batches.inputs) - 1):
+                found = [
                     last_map(module, unit, *call) if unit.keeps or unit.resizes else None
                     for unit, module, call in zip(units, self.modules, calls, strict=True)
                 ]
+                self.maps = found if b == 0 else [_same_map(*pair) for pair in zip(self.maps, found, strict=True)]
             self._calls.append(
                 [_with(call, unit, None) if unit.follows else call for unit, call in zip(units, calls, strict=True)]
             )
-        self.maps = maps
+
+    def in_model(self, model: nn.Module, line: Sequence[int]) -> Calls:
+        """The same with the arguments that the units of a ``line`` get in another ``model``, a compressed one."""
+        other = copy.copy(self)
+        other._calls = [[*calls] for calls in self._calls]
+        for b, inputs in enumerate(self.batches.inputs):
+            for m, call in zip(line, captured(model, self.units, inputs, line), strict=True):
+                other._calls[b][m] = _with(call, self.units[m], None) if m != line[0] else call
+        return other
 
     def rectified(self, m: int) -> bool:
         """Whether the states of unit ``m`` come out of a ReLU."""
@@ -158,6 +168,13 @@ class Calls:
     def line(self, batch: int, line: Sequence[int]) -> list[Passage]:
         """How the state of a batch passes the units of a ``line`` from its beginning."""
         return self.along(batch, line, self.entry(batch, line[0]))
+
+
+def _same_map(one: LastMap | None, other: LastMap | None) -> LastMap | None:
+    """The last map of a block if it is that on another batch too, so that nothing beside the state scales it."""
+    if one is None or other is None or one.name != other.name or one.activation != other.activation:
+        return None
+    return one if torch.allclose(one.scale, other.scale, rtol=1e-2, atol=1e-6) else None
 
 
 def _copied(call: Call, unit: Unit) -> Call:

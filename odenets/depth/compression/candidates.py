@@ -62,12 +62,9 @@ class Candidate:
 
 
 def applied(model: nn.Module, units: Sequence[Unit], candidates: Iterable[Candidate]) -> nn.Module:
-    """A copy of a ``model`` with ``candidates`` in the places of their runs of ``units``."""
-    model = copy.deepcopy(model)
-    for candidate in candidates:
-        for name, new in _replacements(units, candidate):
-            model.set_submodule(name, copy.deepcopy(new).train(model.get_submodule(name).training))
-    return model
+    """A copy of a ``model`` with ``candidates`` in the places of their runs; what blocks share, they share in it."""
+    with replaced(model, units, candidates):
+        return copy.deepcopy(model)
 
 
 @contextmanager

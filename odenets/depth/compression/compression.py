@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from odenets.adapting import AdaptedModel
-from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.candidates import CHOICES, Candidate
 from odenets.depth.compression.selection import Search, Settings
 from odenets.depth.compression.units import Unit
 from odenets.errors import check_count, check_number
+from odenets.modes import device_of
 from odenets.printing import table
 from odenets.training.progress import counting
 
@@ -78,12 +80,17 @@ class Compression:
         return self._search.curve()
 
     def at(self, *, remove: int | None = None, keep: float | None = None) -> Compression:
-        """Another point of the curve, from the same calibration; ``remove`` and ``keep`` as for :func:`compress`."""
+        """Another point of the curve, from the same calibration; ``remove`` and ``keep`` as for :func:`compress`.
+
+        Raises:
+            TypeError, ValueError: as there.
+        """
+        _check_wanted(remove, keep)
         return Compression(self._search, self._search.runs(remove, keep))
 
     def __repr__(self) -> str:
         rows = [
-            (row["blocks"], row["choice"], row["kept"], f"{row['error']:.3g}", f"{row['divergence']:.3g}",
+            (row["blocks"], row["choice"], row["kept"], _number(row["error"]), _number(row["divergence"]),
              f"{100 * row['macs saved']:.1f} %")
             for row in self.table
         ]  # fmt: skip
@@ -94,9 +101,27 @@ class Compression:
         return "\n".join([title, *table(("blocks", "choice", "kept", "error", "divergence", "MACs saved"), rows)])
 
 
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}"
+
+
 def _named(units: Sequence[Unit], run: Candidate) -> str:
     first, last = units[run.start].name, units[run.stop - 1].name
     return first if first == last else f"{first} to {last}"
+
+
+def _check_wanted(remove: int | None, keep: float | None) -> None:
+    """That one of both is given, and in its range.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if (keep is None) == (remove is None):
+        raise ValueError(f"give one of keep and remove, got keep={keep} and remove={remove}")
+    if keep is not None and not 0 < check_number("keep", keep) < 1:
+        raise ValueError(f"keep must be a share between 0 and 1, got {keep}: remove= is a number of blocks")
+    if remove is not None:
+        check_count("remove", remove, 1)
 
 
 def compress(
@@ -112,6 +137,7 @@ def compress(
     statistics: bool | None = None,
     refit: bool | None = None,
     samples: int = 500,
+    outputs: Literal["auto", "logits", "values"] = "auto",
     progress: str | None = None,
 ) -> Compression:
     """A trained residual network with fewer blocks, without training it.
@@ -149,6 +175,8 @@ def compress(
             ``by`` is no baseline: fits are made with the statistics that there are, and recalibrated ones harm them.
         refit: whether the linear maps are fitted once more; with "divergence" and "error" if not given.
         samples: of the calibration, on how many runs are fitted and judged; the last fit takes all.
+        outputs: what the network returns: "logits" along the last axis, or "values", whose relative square error is the
+            divergence; "auto", logits if they are called so or are a tensor ``(B, K)`` of more than one number.
         progress: the label of a bar.
 
     Returns:
@@ -171,25 +199,23 @@ def compress(
         model = model.model
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    if (keep is None) == (remove is None):
-        raise ValueError(f"give one of keep and remove, got keep={keep} and remove={remove}")
     if by not in (*OURS, *BASELINES):
         raise ValueError(f"by must be one of {[*OURS, *BASELINES]}, got {by!r}")
+    if outputs not in ("auto", "logits", "values"):
+        raise ValueError(f"outputs must be 'auto', 'logits' or 'values', got {outputs!r}")
     if isinstance(choices, str) or not choices or {*choices} - {*CHOICES}:
         raise ValueError(f"choices must be some of {list(CHOICES)}, got {choices!r}")
     if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
         raise ValueError(f"kernels must be odd widths, such as (1, 3), got {kernels!r}")
-    if keep is not None and not 0 < check_number("keep", keep) < 1:
-        raise ValueError(f"keep must be a share between 0 and 1, got {keep}: remove= is a number of blocks")
-    if remove is not None:
-        check_count("remove", remove, 1)
+    _check_wanted(remove, keep)
+    if any(map(torch.is_autocast_enabled, {"cpu", device_of(model).type} - {"meta"})):
+        raise ValueError("compress fits in the precision of the weights: call it outside of autocast")
     check_count("longest", longest, 1)
     check_count("samples", samples, 2)
     refits = by in OURS if refit is None else refit
     if statistics is None:
         statistics = by in OURS and not refits and not {"fit", "seam"} & {*choices}
-    settings = Settings(by, tuple(choices), tuple(kernels), longest, statistics, refits, samples)
-    batches = batches_of(calibration, model)
+    settings = Settings(by, tuple(choices), tuple(kernels), longest, statistics, refits, samples, outputs)
     with counting(progress, "candidate") as show:
-        search = Search(model, batches, settings, show)
+        search = Search(model, calibration, settings, show)
         return Compression(search, search.runs(remove, keep))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from odenets.depth.compression.units import positional
 from odenets.outputs import logits_in
 
-__all__ = ["Outputs", "run"]
+__all__ = ["Kind", "Outputs", "are_logits", "kl_divergence", "run", "tensor_in"]
+
+Kind = Literal["auto", "logits", "values"]
+"""What the outputs of a network are."""
 
 
 def run(network: nn.Module, inputs: Any) -> Any:
@@ -32,7 +34,7 @@ class Outputs:
         outputs: of the network.
         classifies: whether they are logits, along the last axis: the divergence is that of Kullback and Leibler of
             the probabilities, in nats for each row; otherwise the square of the error over that of the output about its
-            mean.
+            mean over the samples.
     """
 
     inputs: Sequence[Any]
@@ -41,15 +43,14 @@ class Outputs:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, network: nn.Module, inputs: Sequence[Any], classifies: bool | None = None) -> Outputs:
-        """The outputs of a ``network`` for some ``inputs``, which are logits if it ``classifies``.
+    def of(cls, network: nn.Module, inputs: Sequence[Any], kind: Kind = "auto") -> Outputs:
+        """The outputs of a ``network`` for some ``inputs``, which are of a ``kind``; see :func:`are_logits`."""
+        outputs = [run(network, one) for one in inputs]
+        return cls(inputs, [tensor_in(one) for one in outputs], are_logits(outputs[0], kind))
 
-        That is taken from the output itself if not told: what is called logits, or more than one number for a sample.
-        """
-        outputs = [tensor_in(run(network, one)) for one in inputs]
-        if classifies is None:
-            classifies = outputs[0].ndim in (2, 3) and outputs[0].shape[-1] > 1
-        return cls(inputs, outputs, classifies)
+    def only(self, number: int) -> Outputs:
+        """Those of the first batches."""
+        return Outputs(self.inputs[:number], self.outputs[:number], self.classifies)
 
     @torch.no_grad()
     def divergence(self, network: nn.Module, before: Callable[[int], object] | None = None) -> float:
@@ -64,14 +65,41 @@ class Outputs:
             output = tensor_in(run(network, one)).float()
             wanted = wanted.float()
             if self.classifies:
-                logs, others = (x.flatten(0, -2).log_softmax(-1) for x in (output, wanted))
-                error += F.kl_div(logs, others, reduction="sum", log_target=True).item()
-                scale += len(logs)
+                divergences = kl_divergence(output, wanted)
+                error += divergences.sum().item()
+                scale += len(divergences)
             else:
                 error += (output - wanted).square().sum().item()
-                scale += (wanted - wanted.mean()).square().sum().item()
+                scale += (wanted - wanted.mean(0)).square().sum().item()
         value = error / (scale or 1.0)
         return max(value, 0.0) if value == value else float("inf")
+
+
+def are_logits(output: Any, kind: Kind) -> bool:
+    """Whether an ``output`` is of logits along its last axis: of the ``kind`` "logits".
+
+    With "auto" it is if it is called so, or is a tensor ``(B, K)`` of more than one number.
+    """
+    if kind != "auto":
+        return kind == "logits"
+    inner = logits_in(output)
+    if inner is not output:
+        return True
+    return isinstance(output, Tensor) and output.ndim == 2 and output.shape[-1] > 1
+
+
+def kl_divergence(output: Tensor, wanted: Tensor) -> Tensor:
+    """That of Kullback and Leibler of probabilities from those wanted, of logits ``(..., K)``, in nats for each row.
+
+    Classes whose probability is to be 0 cost nothing.
+
+    >>> wanted = torch.tensor([[0.0, 0.0, -float("inf")]])
+    >>> kl_divergence(torch.tensor([[0.0, 0.0, -float("inf")]]), wanted)
+    tensor([0.])
+    """
+    logs, others = (x.flatten(0, -2).log_softmax(-1) for x in (output, wanted))
+    never = others == -torch.inf
+    return (others.exp() * (others - logs).masked_fill(never, 0.0)).sum(-1)
 
 
 def tensor_in(output: Any) -> Tensor:

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from odenets.depth.compression.calibration import inputs_in
-from odenets.depth.compression.divergence import run, tensor_in
+from odenets.depth.compression.divergence import Kind, are_logits, kl_divergence, run, tensor_in
 from odenets.errors import check_count, check_number
 from odenets.inputs import rows, samples_in
 from odenets.modes import device_of, evaluating, inputs_for
@@ -28,12 +28,13 @@ def heal(
     images: int = 7000,
     lr: float = 1e-4,
     temperature: float = 4.0,
+    outputs: Kind = "auto",
     progress: str | None = None,
 ) -> nn.Module:
     """Train a compressed network for a while so that it returns what the whole one does (Hinton et al. 2015).
 
     No labels are read: what is minimized is the divergence of the outputs from the teacher's, of Kullback and Leibler
-    for logits, which a classifier returns, and the mean square error for states of images. Both networks are in eval
+    for logits, which a classifier returns, and else the mean square error. Both networks are in eval
     mode, batch norms keep their statistics and dropout drops nothing; Adam's learning rate rises for a tenth of the
     steps and falls to 0 as a cosine does.
 
@@ -44,6 +45,8 @@ def heal(
         images: samples that are seen, one counted as often as it comes.
         lr: the largest learning rate.
         temperature: by which logits are divided.
+        outputs: what the networks return: "logits", or "values", whose square error is minimized; "auto", logits if
+            they are called so or are a tensor ``(B, K)`` of more than one number.
         progress: the label of a bar.
 
     Returns:
@@ -75,20 +78,28 @@ def heal(
         raise ValueError("model shares parameters with the teacher, which would change too: copy.deepcopy one of them")
     optimizer = torch.optim.Adam(parameters, lr=lr)
     seen = 0
-    with evaluating(model, teacher), counting(progress, "image") as show:
+    with evaluating(model, teacher), torch.enable_grad(), counting(progress, "image") as show:
         while seen < images:
             before = seen
             for batch in loader:
                 inputs = inputs_in(batch, "loader")
                 n = samples_in(inputs, "the loader")
+                if not n:
+                    continue
                 if n > images - seen:
                     inputs, n = rows(inputs, slice(None, images - seen), n), images - seen
                 inputs = inputs_for(model, inputs)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * _schedule((seen + n / 2) / images)
                 with torch.no_grad():
-                    wanted = tensor_in(run(teacher, inputs_for(teacher, inputs))).to(device_of(model))
-                loss = _loss(tensor_in(run(model, inputs)), wanted, temperature)
+                    returned = run(teacher, inputs_for(teacher, inputs))
+                    wanted = tensor_in(returned).to(device_of(model))
+                output = tensor_in(run(model, inputs))
+                if are_logits(returned, outputs):
+                    divergence = kl_divergence(output / temperature, wanted / temperature).mean()
+                    loss = divergence * temperature**2
+                else:
+                    loss = F.mse_loss(output, wanted)
                 if not loss.isfinite():
                     raise ValueError(f"outputs are not finite after {seen} images: a smaller lr than {lr}")
                 optimizer.zero_grad()
@@ -100,17 +111,10 @@ def heal(
                     break
             if seen == before:
                 raise ValueError("loader must hold at least one batch at each pass, got none: was it used up before?")
+    optimizer.zero_grad()
     return model
 
 
 def _schedule(done: float) -> float:
     """The learning rate over its largest, at a share of all steps."""
     return done / 0.1 if done < 0.1 else (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
-
-
-def _loss(output: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """The divergence of an output from the one that is wanted."""
-    if output.ndim not in (2, 3) or output.shape[-1] == 1:
-        return F.mse_loss(output, wanted)
-    logs, others = ((x.flatten(0, -2) / temperature).log_softmax(-1) for x in (output, wanted))
-    return F.kl_div(logs, others, reduction="batchmean", log_target=True) * temperature**2

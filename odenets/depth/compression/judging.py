@@ -48,29 +48,40 @@ def judged(
     adds = calls.units[line[0]].adds
     states = [] if adds else [calls.entry(b, line[0]) for b in range(len(outputs.inputs))]
     for at, m in enumerate(line):
+        before = line[:at] if _go_unread(calls, line[:at], states, outputs) else []
         for one in by_start.get(m, ()):
             try:
-                yield replace(one, divergence=_divergence(calls, one, line[:at], states, outputs))
-            except AttributeError:  # of a model that reads attributes of its blocks
-                try:
-                    yield replace(one, divergence=_divergence(calls, one, [], states, outputs))
-                except AttributeError as error:
-                    yield one, str(error)
+                yield replace(one, divergence=_divergence(calls, [one], before, states, outputs))
+            except AttributeError as error:  # of a model that reads attributes of its blocks
+                yield one, str(error)
             progress(1)
         if not adds:
             states = [calls.passage(b, m, x).x1 for b, x in enumerate(states)]
 
 
+def _go_unread(calls: Calls, before: Sequence[int], states: Sequence[Tensor], outputs: Outputs) -> bool:
+    """Whether a network whose last block ``before`` gives the ``states`` reads nothing else of those before.
+
+    As it would for a long skip, or with heads at several depths.
+    """
+    if not before:
+        return True
+    try:
+        return _divergence(calls, [], before, states[:1], outputs.only(1)) < 1e-9
+    except AttributeError:
+        return False
+
+
 def _divergence(
-    calls: Calls, one: Candidate, before: Sequence[int], states: Sequence[Tensor], outputs: Outputs
+    calls: Calls, runs: Sequence[Candidate], before: Sequence[int], states: Sequence[Tensor], outputs: Outputs
 ) -> float:
-    """That with a candidate, where the blocks ``before`` it are not run, but give its ``states``."""
+    """That with candidates, where the blocks ``before`` them are not run, but give their ``states``."""
     given = _Given()
 
     def give(batch: int) -> None:
         given.state = states[batch]
 
-    with _begun(calls, before, given), replaced(calls.model, calls.units, [one]):
+    with _begun(calls, before, given), replaced(calls.model, calls.units, runs):
         return outputs.divergence(calls.model, give if before else None)
 
 

@@ -47,7 +47,7 @@ class NormalEquations:
 
     def __init__(self, features: int, outputs: int) -> None:
         self.features = features
-        self._factors: dict[float, Tensor] = {}  # of the sums as they are
+        self._factors: dict[int, Tensor] = {}  # of the sums as they are
         self.sums = {held: _Sums(features + 1, outputs) for held in (False, True)}
 
     def rows(self, *, held_out: bool) -> int:
@@ -85,19 +85,28 @@ class NormalEquations:
             )
         gram, cross = sums.gram / sums.rows, sums.cross[:, columns] / sums.rows
         scale = gram.diagonal()[:-1].mean().clamp_min(torch.finfo(torch.float64).tiny)
-        fits = []
-        for ridge in RIDGES:
-            pull = torch.full((len(gram),), ridge, dtype=torch.float64) * scale
-            pull[-1] = 0  # the constant is not pulled
-            if ridge not in self._factors:
-                self._factors[ridge] = _factor(gram + torch.diag(pull))
-            right = cross if prior is None else cross + pull[:, None] * prior
-            weight = torch.cholesky_solve(right, self._factors[ridge])
-            left = gram @ weight + pull[:, None] * weight  # what the factor's floor has changed is mended once
-            weight = weight + torch.cholesky_solve(right - left, self._factors[ridge])
-            fits.append((self._error(weight, columns), ridge, weight))
-        error, ridge, weight = min(fits, key=lambda fit: fit[0])
-        return Fit(weight[:-1], weight[-1], error, ridge)
+        fits: dict[int, tuple[float, Tensor]] = {}
+
+        def error_of(n: int) -> float:
+            """The error with the nth ridge, solved once."""
+            if n not in fits:
+                pull = torch.full((len(gram),), RIDGES[n], dtype=torch.float64) * scale
+                pull[-1] = 0  # the constant is not pulled
+                if n not in self._factors:
+                    self._factors[n] = _factor(gram + torch.diag(pull))
+                right = cross if prior is None else cross + pull[:, None] * prior
+                weight = torch.cholesky_solve(right, self._factors[n])
+                if not RIDGES[n]:  # what the factor's floor has changed is mended once
+                    weight = weight + torch.cholesky_solve(right - gram @ weight, self._factors[n])
+                fits[n] = self._error(weight, columns), weight
+            return fits[n][0]
+
+        best = len(RIDGES) // 2
+        for step in (-1, 1):  # downhill from the middle
+            while 0 <= best + step < len(RIDGES) and error_of(best + step) <= error_of(best):
+                best += step
+        error, weight = fits[best]
+        return Fit(weight[:-1], weight[-1], error, RIDGES[best])
 
 
 class _Sums:

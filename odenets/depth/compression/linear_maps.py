@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 from odenets.depth.compression.least_squares import NormalEquations
 from odenets.depth.compression.units import Unit, state_of
@@ -124,11 +125,13 @@ def seam_for(unit: Unit, module: nn.Module, kernel: int) -> nn.Module | None:
     shape = unit.shape
     layers = list(module.modules())
     tensors = [*module.parameters()]
-    options: dict[str, Any] = {"device": tensors[0].device, "dtype": unit.dtype} if tensors else {"dtype": unit.dtype}
+    options: dict[str, Any] = {"device": tensors[0].device if tensors else "cpu", "dtype": unit.dtype}
+    learns = any(p.requires_grad for p in tensors)
     if len(shape) == 4 and any(isinstance(one, nn.Conv2d) and one.in_channels == shape[1] for one in layers):
-        return nn.Conv2d(shape[1], shape[1], kernel, padding=kernel // 2, **options)
+        layer: nn.Module = skip_init(nn.Conv2d, shape[1], shape[1], kernel, padding=kernel // 2, **options)
+        return layer.requires_grad_(learns)
     if kernel == 1 and any(_features(one) == shape[-1] for one in layers):
-        return nn.Linear(shape[-1], shape[-1], **options)
+        return skip_init(nn.Linear, shape[-1], shape[-1], **options).requires_grad_(learns)
     return None
 
 
@@ -197,20 +200,30 @@ class LastMap:
         return weights_of(layer) * self.scale.double().cpu()
 
     def put(self, module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-        """A copy of the block whose last map, times its scale, has a ``weight`` ``(features, outputs)`` and ``bias``.
+        """The block with another last map, which times its scale has a ``weight`` ``(features, outputs)`` and ``bias``.
 
-        Outputs of scale 0 are left.
+        Outputs of scale 0 are left, and the rest is shared with the block.
         """
-        module = copy.deepcopy(module)
         layer = module.get_submodule(self.name)
         scale = self.scale.double().cpu()
         new = torch.cat([weight, bias[None]]) / torch.where(scale == 0, 1.0, scale)
         new = torch.where(scale == 0, weights_of(layer), new)
-        module.set_submodule(self.name, with_weights(layer, new[:-1], new[-1]))
-        return module
+        return _with(module, self.name.split("."), with_weights(layer, new[:-1], new[-1]))
 
     def _along(self, values: Tensor) -> Tensor:
         return values.reshape([-1, *[1] * (-self.axis - 1)])
+
+
+def _with(module: nn.Module, path: Sequence[str], layer: nn.Module) -> nn.Module:
+    """A module that shares all with another but the ``layer`` at a path."""
+    if not path:
+        return layer
+    new = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):
+            vars(new)[name] = copy.copy(value)  # of parameters, buffers, parts and hooks
+    new._modules[path[0]] = _with(cast(nn.Module, module._modules[path[0]]), path[1:], layer)
+    return new
 
 
 @contextmanager

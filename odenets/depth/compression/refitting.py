@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from odenets.depth.compression.calls import Calls, captured
+from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate
 from odenets.depth.compression.least_squares import NormalEquations
 from odenets.depth.compression.linear_maps import add_rows, last_map, weights_of, with_weights
@@ -35,7 +35,8 @@ def refit(model: nn.Module, calls: Calls, runs: Sequence[Candidate]) -> None:
             begun = begun or line[0] in changed
             continue
         whole = [calls.entry(b, line[0]) for b in range(len(calls.batches.inputs))]
-        states = _entries(model, calls, line[0]) if begun else [*whole]
+        theirs = calls.in_model(model, line) if begun else calls
+        states = [theirs.entry(b, line[0]) for b in range(len(whole))]
         at = 0
         while at < len(line):
             run = changed.get(line[at])
@@ -46,24 +47,14 @@ def refit(model: nn.Module, calls: Calls, runs: Sequence[Candidate]) -> None:
             if begun:
                 m = line[at] if run is None else run.place
                 if run is None or run.kept is not None:
-                    _refit_block(model, calls, m, states, wanted)
+                    _refit_block(model, theirs, m, states, wanted)
                 elif run.module is not None:
-                    _refit_seam(model, calls, m, states, wanted)
+                    _refit_seam(model, theirs, m, states, wanted)
                 module = model.get_submodule(calls.units[m].name)
-                states = [calls.output(b, m, x, module) for b, x in enumerate(states)]
+                states = [theirs.output(b, m, x, module) for b, x in enumerate(states)]
             else:
                 states = [*whole]
             at = stop
-
-
-def _entries(model: nn.Module, calls: Calls, m: int) -> list[Tensor]:
-    """The state that enters a unit in the compressed network, in each batch."""
-    entries = []
-    for inputs in calls.batches.inputs:
-        ((args, kwargs),) = captured(model, calls.units, inputs, [m])
-        at = calls.units[m].argument
-        entries.append(args[at] if isinstance(at, int) else kwargs[at])
-    return entries
 
 
 def _refit_block(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from odenets.blocks import Block
 from odenets.depth.compression.units import Unit
 from odenets.flow import Flow
 
@@ -88,13 +89,17 @@ class ScaledStep(nn.Module):
         return f"h={self.h:g}"
 
 
-def scaled(module: nn.Module, unit: Unit, h: float) -> nn.Module:
-    """The block of a ``unit`` with a step ``h`` times as long; a flow of one block takes the step size itself."""
-    if isinstance(module, Flow):
-        (block,) = module.blocks
-        block.h = block.h * h  # type: ignore[operator, assignment]
-        return module
-    return ScaledStep(module, h, unit.argument, unit.elements, unit.rectified, unit.adds)
+def scaled(module: nn.Module, unit: Unit, h: float, start: float | None = None) -> nn.Module:
+    """The block of a ``unit`` with a step ``h`` times as long; it shares what the block holds.
+
+    A flow of one block takes the step size itself, from the time ``start``.
+    """
+    if not isinstance(module, Flow):
+        return ScaledStep(module, h, unit.argument, unit.elements, unit.rectified, unit.adds)
+    block = cast(Block, module.blocks[0])
+    settings = {"solver": module.tableau, "stage_fields": module.stage_fields}
+    longer = Block([*block.fields], block.h * h)
+    return Flow.of([longer], start=module.start if start is None else start, **settings).train(module.training)
 
 
 def standing_for(unit: Unit, inner: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -163,11 +162,18 @@ class _Start:
         return {end: self._one(k, end, "merge", longer[end], errors[end] / self._scale(end)) for end in ends}
 
     def _longer(self, k: int, end: int) -> nn.Module:
-        """A copy of the block at a position with the time of a run, from that at which the run begins."""
-        module = copy.deepcopy(self.calls.modules[self.line[k]])
-        if isinstance(module, Flow) and isinstance(first := self.calls.modules[self.line[self.at]], Flow):
-            module.start = first.start
-        return scaled(module, self.calls.units[self.line[k]], end - self.at)
+        """The block at a position with the time of a run, from that at which the run begins."""
+        module, first = self.calls.modules[self.line[k]], self.calls.modules[self.line[self.at]]
+        start = first.start if isinstance(first, Flow) else None
+        return scaled(module, self.calls.units[self.line[k]], self._times(k, end), start)
+
+    def _times(self, k: int, end: int) -> float:
+        """How many times as long as the step of the block at a position a run is."""
+        run = [self.calls.modules[m] for m in self.line[self.at : end]]
+        own = self.calls.modules[self.line[k]]
+        if isinstance(own, Flow) and all(isinstance(one, Flow) for one in run):
+            return sum(one.total_time for one in run if isinstance(one, Flow)) / own.total_time
+        return float(end - self.at)
 
     def fitted(self, k: int, ends: Sequence[int]) -> Mapping[int, Candidate]:
         """The block at a position, its last linear map fitted to the whole run, by the end of the run."""
@@ -185,8 +191,8 @@ class _Start:
         found = {}
         for n, end in enumerate(ends):
             fit = sums.solve(last.prior(layer), columns=slice(n * width, (n + 1) * width))
-            of_flow = isinstance(module, Flow)
-            base, h = (self._longer(k, end), end - self.at) if of_flow else (module, 1)  # which scales the map
+            of_flow = isinstance(module, Flow)  # whose step scales the map
+            base, h = (self._longer(k, end), self._times(k, end)) if of_flow else (module, 1.0)
             error = fit.error * sums.rows(held_out=True) * width / self._scale(end)
             found[end] = self._one(k, end, "fit", last.put(base, fit.weight / h, fit.bias / h), error)
         return found

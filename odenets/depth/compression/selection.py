@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from odenets.depth.compression.baselines import SCORES, replace_me, scored
-from odenets.depth.compression.calibration import Batches
+from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate, applied, replaced
-from odenets.depth.compression.divergence import Outputs, run
+from odenets.depth.compression.divergence import Kind, Outputs, run, tensor_in
 from odenets.depth.compression.indices import renumber
 from odenets.depth.compression.judging import judged
 from odenets.depth.compression.layer_lists import close_gaps
@@ -24,6 +24,9 @@ from odenets.depth.compression.refitting import refit
 from odenets.depth.compression.runs import candidates_of
 from odenets.depth.compression.units import find_units, lines_of
 from odenets.depth.compression.unrolling import rolled, unrolled
+from odenets.flow import Flow
+from odenets.modes import dtype_of, evaluating, inputs_for
+from odenets.network import Chain
 from odenets.normalization import recalibrate
 
 __all__ = ["Search", "Settings"]
@@ -43,6 +46,7 @@ class Settings:
     statistics: bool
     refit: bool
     samples: int
+    outputs: Kind
 
 
 class Search:
@@ -50,39 +54,50 @@ class Search:
 
     Args:
         model: the network.
-        batches: of the calibration.
+        calibration: batches of inputs.
         settings: how it is compressed.
         progress: called with the number of candidates that have been judged, and of all.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Batches, settings: Settings, progress: Callable[[int, int], object]
+        self, model: nn.Module, calibration: Iterable[Any], settings: Settings, progress: Callable[[int, int], object]
     ) -> None:
         self.whole, self.settings, self.progress = model, settings, progress
-        self.model = unrolled(copy.deepcopy(model)).eval()
+        self.model = unrolled(copy.deepcopy(model))
+        self._modes = {name: module.training for name, module in self.model.named_modules()} | {"": model.training}
+        self.dtype = _half(self.model)  # in which nothing can be fitted
+        if self.dtype is not None:
+            self.model.float()
+        self.model.eval()
         config: Any = getattr(self.model, "config", None)
         self.caches = bool(getattr(config, "use_cache", False))  # of keys and values, as Hugging Face's models make
         if self.caches:
             config.use_cache = False  # which calls of blocks would fill
-        self.batches = batches
+        self.batches = batches = batches_of(calibration, self.model)
+        if isinstance(model, Chain | Flow) and any(isinstance(x, tuple) and len(x) > 1 for x in batches.inputs):
+            raise ValueError(
+                "calibration must hold states alone for a Network or a Flow, whose blocks are run one by one: fields "
+                "that take more than time and state cannot be compressed"
+            )
         first = batches.first(settings.samples)
         self.units = find_units(self.model, first.inputs[0], first.samples[0])
         self.macs = sum(unit.macs for unit in self.units) or 1
-        self.outputs = Outputs.of(self.model, first.inputs)
+        self.outputs = Outputs.of(self.model, first.inputs, settings.outputs)
         held = batches.only(m for m, one in enumerate(batches.held_out) if one)
-        self.held_out = Outputs.of(self.model, held.inputs, self.outputs.classifies)
+        self.held_out = Outputs.of(self.model, held.inputs, settings.outputs)
+        self._check_same(model)
         self.calls = Calls(self.model, self.units, first)
         self.refused: dict[Candidate, str] = {}  # candidates with which the model does not run
         self.candidates = self._candidates()
         if not self.candidates:
-            reasons = "; ".join(
-                [f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason]
-                + [
-                    f"{self.units[one.place].name!r} is read from outside: {error}"
-                    for one, error in self.refused.items()
-                ]
+            reasons = [f"{unit.name!r} {unit.reason}" for unit in self.units if unit.reason]
+            reasons += [
+                f"{self.units[one.place].name!r} is read from outside: {why}" for one, why in self.refused.items()
+            ]
+            tried = f"{', '.join(settings.choices)} of up to {settings.longest} of {len(self.units)} blocks was tried"
+            raise ValueError(
+                f"no block may go and nothing may take the place of several: {'; '.join([tried, *reasons])}"
             )
-            raise ValueError(f"no block may go and nothing may take the place of several: {reasons or 'there is one'}")
         average = max(1, self.macs // len(self.units))
         cost = self._cost
         self.by_number: Best = programmed(
@@ -91,6 +106,21 @@ class Search:
         self.by_saving: Best = programmed(
             self.candidates, len(self.units), cost, lambda one: PARTS * one.saved // average
         )
+
+    @torch.no_grad()
+    def _check_same(self, model: nn.Module) -> None:
+        """That the copy computes what the model does in eval mode, which a flow that is taken apart might not."""
+        with evaluating(model):
+            output = tensor_in(run(model, inputs_for(model, self.outputs.inputs[0]))).float()
+        other = self.outputs.outputs[0].float()
+        near = {"rtol": 1e-3, "atol": 1e-4} if dtype_of(model) == dtype_of(self.model) else {"rtol": 0.1, "atol": 0.1}
+        finite = other[other.isfinite()]
+        scale = finite.abs().amax().clamp_min(1e-6) if finite.numel() else 1.0
+        if not torch.allclose(output / scale, other / scale, equal_nan=True, **near):
+            raise ValueError(
+                f"{type(model).__name__} returns something else than its copy of single blocks, or than a second pass: "
+                "it must compute the same each time in eval mode, and a Network's own forward pass"
+            )
 
     def _cost(self, candidate: Candidate) -> float:
         value = candidate.divergence if self.settings.by == "divergence" else candidate.error
@@ -133,9 +163,7 @@ class Search:
             ValueError: more than may go.
         """
         if self.settings.by == "replaceme":
-            if remove is None:
-                remove = math.ceil((1 - (keep or 0)) * len(self.units))
-            return replace_me(self.calls, remove)
+            return self._replace_me(remove, keep)
         if remove is not None:
             runs = cheapest(self.by_number, lambda gone, _: gone == remove)
             most = max(gone for gone, _ in self.by_number)
@@ -150,6 +178,14 @@ class Search:
             raise ValueError(f"keep must be at least {least:.2f} of the multiplications of the blocks, got {keep}")
         return runs
 
+    def _replace_me(self, remove: int | None, keep: float | None) -> tuple[Candidate, ...]:
+        """ReplaceMe's run of so many blocks, or of as few as save so much."""
+        for number in range(1, len(self.units)) if remove is None else [remove]:
+            runs = replace_me(self.calls, number)
+            if keep is None or self.macs_kept(runs) <= keep:
+                return runs
+        raise ValueError(f"keep must be more than by='replaceme' can do with one run, got {keep}")
+
     def macs_kept(self, runs: Sequence[Candidate]) -> float:
         """Share of the blocks' multiplications that is taken with ``runs`` changed."""
         return 1 - sum(run.saved for run in runs) / self.macs
@@ -158,12 +194,21 @@ class Search:
         """The divergence for each number of blocks that may go."""
         rows = []
         for gone in range(1, max(gone for gone, _ in self.by_number) + 1):
-            runs = cheapest(self.by_number, lambda n, _, gone=gone: n == gone)
-            if runs is not None:
+            try:
+                runs = self.runs(gone, None)
+            except ValueError:  # of ReplaceMe, which takes one run
+                break
+            else:
                 with replaced(self.model, self.units, runs):
                     divergence = self.outputs.divergence(self.model)
                 rows.append({"gone": gone, "macs kept": self.macs_kept(runs), "divergence": divergence})
         return rows
+
+    def _mode(self, name: str) -> bool:
+        """Whether a module was in training mode; of a new one, what it stands for."""
+        while name not in self._modes:
+            name = name.rpartition(".")[0]
+        return self._modes[name]
 
     @torch.no_grad()
     def build(self, runs: Sequence[Candidate]) -> tuple[nn.Module, float]:
@@ -172,15 +217,28 @@ class Search:
         if self.settings.statistics:
             recalibrate(model, iter(self.batches.inputs), lambda inputs: run(model, inputs))
         if self.settings.refit:
-            calls = Calls(self.model, self.units, self.batches)
-            refit(model, calls, runs)
+            before = self.held_out.divergence(model)
+            refitted = copy.deepcopy(model)
+            refit(refitted, Calls(self.model, self.units, self.batches), runs)
+            if self.held_out.divergence(refitted) <= before:
+                model = refitted
+        modes = {module: self._mode(name) for name, module in model.named_modules()}
         gone = {self.units[m].name for one in runs for m in one.positions_gone}
         renumber(model, self.batches.inputs[0], gone, self.model)
         close_gaps(model, self.batches.inputs[0])
         divergence = self.held_out.divergence(model)
         if self.caches:
             cast(Any, model).config.use_cache = True
-        return rolled(model, self.whole, self.batches.inputs[0]).train(self.whole.training), divergence
+        model = rolled(model, self.whole, self.batches.inputs[0])
+        for module in model.modules():
+            module.training = modes.get(module, self.whole.training)
+        return (model if self.dtype is None else model.to(self.dtype)), divergence
+
+
+def _half(model: nn.Module) -> torch.dtype | None:
+    """The dtype of a model all of whose weights are of one in half precision."""
+    dtypes = {x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()}
+    return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else None
 
 
 def _worthwhile(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -31,9 +31,16 @@ def unrolled(model: nn.Module) -> nn.Module:
     Flows whose blocks share fields are left as they are.
 
     Raises:
-        ValueError: a network that reads an ensemble of outputs, or a flow that has no field yet.
+        ValueError: a network with a forward pass of its own or that reads an ensemble of outputs, or a flow that has no
+            field yet.
     """
     if isinstance(model, Network):
+        kind = type(model)
+        if kind.forward is not Network.forward or kind.record is not Network.record or _has_hooks(model):
+            raise ValueError(
+                f"{kind.__name__} has a forward pass or hooks of its own, which are not those of its layers one after "
+                "another: put what they do into its encoder and head"
+            )
         if model.readout != "solution":
             raise ValueError(
                 "a network with readout='ensemble' reads several outputs of its last block, which must stay"
@@ -53,6 +60,10 @@ def unrolled(model: nn.Module) -> nn.Module:
                     return steps
                 model.set_submodule(name, steps)
     return model
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return bool(model._forward_hooks or model._forward_pre_hooks)
 
 
 @torch.no_grad()

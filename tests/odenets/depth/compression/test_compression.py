@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import odenets
 from odenets import models
 from odenets.depth import compress, heal
+from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.divergence import Outputs
 
 
@@ -440,3 +441,245 @@ def test_states_that_are_not_finite_are_refused():
         network[1].linear.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="finite"):
         compress(network, [torch.randn(40, 5, dtype=torch.float64)], remove=1)
+
+
+def test_a_network_with_a_forward_pass_of_its_own_is_refused():
+    class Scaled(odenets.Network):
+        def forward(self, x: Tensor, /, *args: object) -> Tensor:
+            return super().forward(x / 10, *args)
+
+    torch.manual_seed(0)
+    network = Scaled(
+        nn.Linear(5, 3), odenets.Flow(odenets.MLPField(3), solver="euler", depth=4), nn.Linear(3, 4)
+    ).eval()
+    x = 10 * torch.randn(60, 5)
+    with pytest.raises(ValueError, match="a forward pass or hooks of its own"):
+        compress(network, [x], remove=1)
+
+
+def test_steps_of_other_lengths_keep_their_total_time():
+    torch.manual_seed(0)
+    flow = odenets.Flow(odenets.MLPField(3), solver="bs23", h=(0.1, 0.2, 0.7), depth=3)
+    network = odenets.Network(nn.Linear(5, 3), flow, nn.Linear(3, 4))
+    for number, sizes in ((1, {(0.3, 0.7), (0.1, 0.9)}), (2, {(1.0,)})):
+        small = compress(network, [torch.randn(60, 5)], remove=number, choices=["merge"], refit=False).model
+        assert isinstance(small, odenets.Network)
+        assert tuple(round(h, 9) for h in small.h) in sizes
+
+
+def test_modes_random_state_and_frozen_parameters_are_left():
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    network.train().requires_grad_(False)
+    network[2].eval()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    small = compress(network, [x], remove=2, choices=["seam", "remove"]).model
+    assert torch.equal(torch.get_rng_state(), state)
+    assert small.training
+    assert not small[2].training
+    assert small[1].training
+    assert not any(p.requires_grad for p in small.parameters())
+
+
+def test_a_fifth_of_the_samples_is_held_out_whatever_the_batches():
+    for sizes in ([66, 66, 66, 2], [100, 100], [200], [1] * 40, [7, 1, 30]):
+        batches = batches_of([torch.zeros(n, 2) for n in sizes], nn.Linear(2, 2))
+        held = sum(n for n, out in zip(batches.samples, batches.held_out, strict=True) if out)
+        assert abs(held - 0.2 * sum(sizes)) <= 1
+        few = batches.first(20)
+        assert sum(few.samples) <= 20
+        assert {*few.held_out} == {True, False}
+
+
+def test_other_points_are_checked_as_the_first_is():
+    small = compress(images(), [torch.rand(40, 1, 8, 8)], remove=1, choices=["remove"])
+    for options, message in (({}, "give one"), ({"remove": 1, "keep": 0.5}, "give one"), ({"remove": 0}, "remove must"),
+                             ({"keep": 1.5}, "keep must")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            small.at(**options)
+
+
+class Skips(nn.Module):
+    """A state in the middle that is read at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(6, relu=False) for _ in range(4))
+        self.stem, self.head = nn.Conv2d(1, 6, 3, padding=1), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = early = self.stem(x)
+        for m, block in enumerate(self.blocks):
+            x = block(x)
+            early = x if m == 1 else early
+        return self.head(torch.cat([x, early], 1).mean((2, 3)))
+
+
+def test_candidates_are_judged_rightly_where_a_state_is_read_besides():
+    torch.manual_seed(0)
+    network, x = Skips(), torch.rand(60, 1, 8, 8)
+    network(x)
+    network.eval()
+    with torch.no_grad():
+        network.blocks[3].norm2.weight.zero_()
+        network.blocks[3].norm2.bias.zero_()
+    small = compress(network, [x], remove=1, choices=["remove"], refit=False, statistics=False)
+    assert [row["blocks"] for row in small.table] == ["blocks.3"]
+    assert small.runs[0].divergence < 1e-9
+
+
+def test_outputs_that_are_no_logits_are_compared_as_values():
+    class Shift(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.full((2,), by))
+            self.gate = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (self.by + 0 * self.gate(x))
+
+    network, x = nn.Sequential(nn.Linear(5, 2), Shift(50.0), Shift(0.001)), torch.randn(40, 5)
+    options = {"remove": 1, "choices": ["remove"], "refit": False}
+    small = compress(network, [x], outputs="values", **options)
+    assert [row["blocks"] for row in small.table] == ["2"]
+    teacher, student = nn.Linear(3, 2), nn.Linear(3, 2)
+    with torch.no_grad():
+        student.weight.copy_(teacher.weight)
+        student.bias.copy_(teacher.bias + 1)
+    heal(student, teacher, [torch.randn(50, 3)], images=5000, lr=0.1, outputs="values")
+    torch.testing.assert_close(student.bias, teacher.bias, rtol=0, atol=1e-2)
+
+
+def test_a_network_in_half_precision_is_fitted_and_stays_in_it():
+    network, x = images().bfloat16(), torch.rand(60, 1, 8, 8)
+    small = compress(network, [x], remove=2, choices=["fit"])
+    assert {run.choice for run in small.runs} == {"fit"}
+    assert {p.dtype for p in small.model.parameters()} == {torch.bfloat16}
+    assert small.model(x.bfloat16()).dtype == torch.bfloat16
+    assert small.divergence < 1e-3
+
+
+def test_maps_that_are_scaled_by_what_comes_beside_the_state_are_not_fitted():
+    class Times(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Scale() for _ in range(3))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, t)
+            return self.head(x)
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.last = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x + t[:, None] * self.last(self.hidden(x).tanh())
+
+    torch.manual_seed(0)
+    network = Times()
+    batches = [((torch.randn(20, 4), torch.full((20,), 0.1 + b)), torch.zeros(20)) for b in range(4)]
+    small = compress(network, batches, remove=1)
+    assert not [run for run in small.runs if run.choice == "fit"]
+    plain = compress(network, batches, remove=1, refit=False)
+    assert small.divergence <= plain.divergence * 1.001
+
+
+def test_what_blocks_share_stays_shared():
+    torch.manual_seed(0)
+    network = nn.Sequential(*(Residual(6, relu=False) for _ in range(4)), nn.Flatten(), nn.Linear(6 * 64, 3)).eval()
+    for block in network[1:4]:
+        block.conv1 = network[0].conv1
+    small = compress(network, [torch.rand(60, 6, 8, 8)], remove=1, choices=["fit"]).model
+    assert len({id(block.conv1) for block in small if isinstance(block, Residual)}) == 1
+    assert small[0].conv1 is not network[0].conv1
+
+
+def test_classes_that_are_masked_cost_nothing():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = images()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x).masked_fill(torch.tensor([False, False, True, False]), -torch.inf)
+
+    small = compress(Masked().eval(), [torch.rand(60, 1, 8, 8)], remove=2)
+    assert 0 < small.divergence < 0.1
+
+
+def test_the_curve_of_replaceme_is_its_own():
+    network, x = images(), torch.rand(60, 1, 8, 8)
+    ours, theirs = (compress(network, [x], remove=1, by=by) for by in ("influence", "replaceme"))
+    assert len(theirs.curve) >= 3
+    assert all(a["divergence"] != b["divergence"] for a, b in zip(ours.curve, theirs.curve, strict=False))
+
+
+def test_bad_calibration_is_refused_by_its_name():
+    network, x = images(), torch.rand(20, 1, 8, 8)
+    with pytest.raises(TypeError, match="calibration must hold batches"):
+        compress(network, 5, remove=1)
+    assert compress(network, [x, x[:0]], remove=1, choices=["remove"]).gone == 1
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of autocast"):
+        compress(network, [x], remove=1)
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    tokens, mask = torch.randint(0, 40, (4, 9)), torch.ones(4, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    with pytest.raises(ValueError, match="no padding"):
+        compress(transformers.LlamaForCausalLM(config), [{"input_ids": tokens, "attention_mask": mask}], remove=1)
+    flow = odenets.Flow(odenets.MLPField(3), solver="euler", depth=3)
+    conditioned = odenets.Network(nn.Linear(5, 3), flow, nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="states alone"):
+        compress(conditioned, [((torch.randn(20, 5), torch.randn(20, 2)), torch.zeros(20))], remove=1)
+
+
+def test_healing_leaves_no_gradients_and_works_where_they_are_off():
+    network, x = images(), torch.rand(40, 1, 8, 8)
+    small = compress(network, [x], remove=1).model
+    with torch.no_grad():
+        heal(small, network, [x[:0], x], images=40)
+    assert all(p.grad is None for p in small.parameters())
+
+
+class Decoder(nn.Module):
+    """A second line whose blocks read the end of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(Tokens() for _ in range(3))
+        self.second = nn.ModuleList(Tokens() for _ in range(3))
+        self.start, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x
+        for block in self.first:
+            memory = block(memory, x)
+        y = self.start(x)
+        for block in self.second:
+            y = block(y, memory)
+        return self.head(y.mean(1))
+
+
+class Tokens(nn.Module):
+    """A block that reads something besides its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + self.last(self.hidden(torch.cat([x, other], -1)).tanh())
+
+
+def test_a_second_line_is_refitted_with_what_it_reads_of_the_compressed_first():
+    torch.manual_seed(0)
+    network, x = Decoder(), torch.randn(60, 5, 4)
+    small = compress(network, [x], remove=2, choices=["fit", "remove"])
+    plain = compress(network, [x], remove=2, choices=["fit", "remove"], refit=False)
+    assert small.divergence < plain.divergence
