@@ -90,10 +90,20 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
             out = 1
         held += out
         if out < n:
-            parts.append((rows(one, slice(None, n - out), n) if out else one, n - out, False))
+            parts.append((rows(one, _others(n, out), n) if out else one, n - out, False))
         if out:
-            parts.append((rows(one, slice(n - out, None), n) if out < n else one, out, True))
+            parts.append((rows(one, _spread(n, out), n) if out < n else one, out, True))
     return Batches(*zip(*parts, strict=True))
+
+
+def _spread(n: int, out: int) -> list[int]:
+    """The positions of some of n samples, spread evenly, for they may come in the order of their classes."""
+    return [(2 * k + 1) * n // (2 * out) for k in range(out)]
+
+
+def _others(n: int, out: int) -> list[int]:
+    """The positions of the rest."""
+    return sorted({*range(n)} - {*_spread(n, out)})
 
 
 def inputs_in(batch: Any, name: str) -> Any:

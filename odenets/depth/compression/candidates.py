@@ -12,7 +12,7 @@ from torch import nn
 from odenets.depth.compression.replacements import pass_on, standing_for
 from odenets.depth.compression.units import Unit
 
-__all__ = ["CHOICES", "Candidate", "applied", "replaced"]
+__all__ = ["CHOICES", "Candidate", "applied", "replaced", "replacing"]
 
 CHOICES = ("remove", "merge", "fit", "seam")
 """What may become of a run of blocks."""
@@ -70,12 +70,21 @@ def applied(model: nn.Module, units: Sequence[Unit], candidates: Iterable[Candid
 @contextmanager
 def replaced(model: nn.Module, units: Sequence[Unit], candidates: Iterable[Candidate]) -> Iterator[None]:
     """The ``model`` itself with ``candidates`` in the places of their runs, for a while."""
+    with replacing(model, (pair for candidate in candidates for pair in _replacements(units, candidate))):
+        yield
+
+
+@contextmanager
+def replacing(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+    """The ``model`` itself with others in the places of some of its ``modules``, at all names of each, for a while."""
     before: list[tuple[str, nn.Module]] = []
     try:
-        for candidate in candidates:
-            for name, new in _replacements(units, candidate):
-                before.append((name, model.get_submodule(name)))
-                model.set_submodule(name, new)
+        for name, new in modules:
+            old = model.get_submodule(name)
+            names = [other for other, one in model.named_modules(remove_duplicate=False) if one is old]
+            for other in names:
+                before.append((other, old))
+                model.set_submodule(other, new)
         yield
     finally:
         for name, old in before:

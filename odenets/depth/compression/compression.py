@@ -203,9 +203,9 @@ def compress(
         raise ValueError(f"by must be one of {[*OURS, *BASELINES]}, got {by!r}")
     if outputs not in ("auto", "logits", "values"):
         raise ValueError(f"outputs must be 'auto', 'logits' or 'values', got {outputs!r}")
-    if isinstance(choices, str) or not choices or {*choices} - {*CHOICES}:
+    if isinstance(choices, str) or not isinstance(choices, Iterable) or not choices or {*choices} - {*CHOICES}:
         raise ValueError(f"choices must be some of {list(CHOICES)}, got {choices!r}")
-    if not kernels or any(k < 1 or k % 2 == 0 for k in kernels):
+    if not isinstance(kernels, Sequence) or not kernels or any(not isinstance(k, int) or k % 2 != 1 for k in kernels):
         raise ValueError(f"kernels must be odd widths, such as (1, 3), got {kernels!r}")
     _check_wanted(remove, keep)
     if any(map(torch.is_autocast_enabled, {"cpu", device_of(model).type} - {"meta"})):
@@ -216,6 +216,6 @@ def compress(
     if statistics is None:
         statistics = by in OURS and not refits and not {"fit", "seam"} & {*choices}
     settings = Settings(by, tuple(choices), tuple(kernels), longest, statistics, refits, samples, outputs)
-    with counting(progress, "candidate") as show:
+    with torch.inference_mode(False), counting(progress, "candidate") as show:
         search = Search(model, calibration, settings, show)
         return Compression(search, search.runs(remove, keep))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.depth.compression.calls import Calls
-from odenets.depth.compression.candidates import Candidate, replaced
+from odenets.depth.compression.candidates import Candidate, replaced, replacing
 from odenets.depth.compression.divergence import Outputs
 from odenets.depth.compression.replacements import pass_on, standing_for
 
@@ -88,13 +88,8 @@ def _divergence(
 @contextmanager
 def _begun(calls: Calls, before: Sequence[int], given: nn.Module) -> Iterator[None]:
     """Without the blocks ``before``, the last of which returns what is ``given``."""
-    model, units = calls.model, calls.units
-    old = [model.get_submodule(units[m].name) for m in before]
-    try:
-        for m in before:
-            new = standing_for(units[m], given) if m == before[-1] else pass_on(units[m])
-            model.set_submodule(units[m].name, new)
+    units = calls.units
+    last = before[-1] if before else None
+    modules = ((units[m].name, standing_for(units[m], given) if m == last else pass_on(units[m])) for m in before)
+    with replacing(calls.model, modules):
         yield
-    finally:
-        for m, module in zip(before, old, strict=True):
-            model.set_submodule(units[m].name, module)

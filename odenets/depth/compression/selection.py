@@ -204,6 +204,26 @@ class Search:
                 rows.append({"gone": gone, "macs kept": self.macs_kept(runs), "divergence": divergence})
         return rows
 
+    def _check_gone(self, runs: Sequence[Candidate]) -> None:
+        """That the blocks that go are not run by another way than their names."""
+        called: list[str] = []
+        hooks = [
+            self.calls.modules[m].register_forward_pre_hook(lambda *_, m=m: called.append(self.units[m].name))
+            for one in runs
+            for m in one.positions_gone
+        ]
+        try:
+            with replaced(self.model, self.units, runs):
+                run(self.model, self.batches.inputs[0])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if called:
+            raise ValueError(
+                f"block {called[0]!r} is run by another way than its name, as from a plain list of modules, and cannot "
+                "go: the model must call its blocks as its parts"
+            )
+
     def _mode(self, name: str) -> bool:
         """Whether a module was in training mode; of a new one, what it stands for."""
         while name not in self._modes:
@@ -213,6 +233,7 @@ class Search:
     @torch.no_grad()
     def build(self, runs: Sequence[Candidate]) -> tuple[nn.Module, float]:
         """The network with ``runs`` changed and the rest refitted, and the divergence of its outputs."""
+        self._check_gone(runs)
         model = applied(self.model, self.units, runs)
         if self.settings.statistics:
             recalibrate(model, iter(self.batches.inputs), lambda inputs: run(model, inputs))

@@ -108,7 +108,7 @@ def find_units(model: nn.Module, inputs: Any, samples: int) -> list[Unit]:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
-        _, steps = adapted.output_and_steps(*args, **kwargs)
+        steps = adapted.steps(*args, closing=False, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

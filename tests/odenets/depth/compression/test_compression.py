@@ -683,3 +683,58 @@ def test_a_second_line_is_refitted_with_what_it_reads_of_the_compressed_first():
     small = compress(network, [x], remove=2, choices=["fit", "remove"])
     plain = compress(network, [x], remove=2, choices=["fit", "remove"], refit=False)
     assert small.divergence < plain.divergence
+
+
+class Twice(nn.Module):
+    """Blocks that the forward pass reaches by a second name, or from a plain list."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(6, relu=False) for _ in range(4))
+        stem, head = nn.Conv2d(1, 6, 3, padding=1), nn.Sequential(nn.Flatten(), nn.Linear(6 * 64, 3))
+        self.all = nn.Sequential(stem, nn.Identity() if plain else nn.Sequential(*self.blocks), head)
+        self.order = [*self.blocks] if plain else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.all[1](self.all[0](x))
+        for block in self.order:
+            x = block(x)
+        return self.all[2](x)
+
+
+def test_blocks_that_have_two_names_go_from_both():
+    torch.manual_seed(0)
+    network, x = Twice(plain=False).eval(), torch.rand(40, 1, 8, 8)
+    small = compress(network, [x], remove=3, choices=["remove"], refit=False, statistics=False)
+    assert small.divergence > 0
+    assert not torch.equal(small.model(x), network(x))
+
+
+def test_blocks_that_are_run_from_a_plain_list_cannot_go():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="another way than its name"):
+        compress(Twice(plain=True).eval(), [torch.rand(40, 1, 8, 8)], remove=2, choices=["remove"])
+
+
+def test_a_network_with_batch_norms_of_stages_is_compressed_after_training():
+    torch.manual_seed(0)
+    field = odenets.ConvField(4, norm="batch")
+    flow = odenets.Flow(field, solver="bs23", depth=4)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 3))
+    network = odenets.Network(nn.Conv2d(1, 4, 1), flow, head)
+    x = torch.rand(40, 1, 6, 6)
+    network(x)
+    assert compress(network, [x], remove=1).gone == 1
+
+
+def test_a_model_that_is_compressed_in_inference_mode_can_be_healed():
+    network, x = images(), torch.rand(40, 1, 8, 8)
+    with torch.inference_mode():
+        small = compress(network, [x], remove=1).model
+    heal(small, network, [x], images=40)
+
+
+def test_the_samples_that_are_held_out_are_spread_over_a_batch():
+    batches = batches_of([torch.arange(100.0)[:, None]], nn.Linear(1, 1))
+    (held,) = [one for one, out in zip(batches.inputs, batches.held_out, strict=True) if out]
+    assert held.flatten().tolist() == [5.0 * k + 2 for k in range(20)]
