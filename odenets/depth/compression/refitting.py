@@ -67,6 +67,8 @@ def _refit_block(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor
     if last is None:
         return
     layer = module.get_submodule(last.name)
+    if _rows(calls, wanted, len(last.scale)) < len(weights_of(layer)):
+        return
     sums = NormalEquations(len(weights_of(layer)) - 1, len(last.scale))
     for b, x in enumerate(states):
         own = calls.passage(b, m, x, module, last)
@@ -84,8 +86,16 @@ def _refit_seam(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor]
         (path, one) for path, one in model.get_submodule(name).named_modules() if isinstance(one, nn.Linear | nn.Conv2d)
     ]
     prior = weights_of(layer)
+    if _rows(calls, wanted, prior.shape[1]) < len(prior):
+        return
     sums = NormalEquations(len(prior) - 1, prior.shape[1])
     for b, x in enumerate(states):
         add_rows(sums, layer, x, wanted[b], held_out=calls.batches.held_out[b])
     fit = sums.solve(prior)
     model.set_submodule(f"{name}.{path}" if path else name, with_weights(layer, fit.weight, fit.bias))
+
+
+def _rows(calls: Calls, wanted: Sequence[Tensor], width: int) -> int:
+    """Rows that there are to fit a map of so many outputs."""
+    held = calls.batches.held_out
+    return sum(x.numel() // width for x, out in zip(wanted, held, strict=True) if not out)

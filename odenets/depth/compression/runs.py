@@ -98,6 +98,11 @@ class _Start:
         rectified = [self.calls.rectified(m) for m in self.line]
         return {k: [end for end in ends if rectified[end - 1] == rectified[k]] for k, ends in kept.items()}
 
+    def _rows(self, k: int, width: int) -> int:
+        """Rows that there are to fit a map of so many outputs; of fewer than features nothing comes."""
+        walks = zip(self.walks, self.calls.batches.held_out, strict=True)
+        return sum(walk[k].before.numel() // width for walk, out in walks if not out)
+
     def _saved(self, end: int) -> int:
         return sum(self.calls.units[m].macs for m in self.line[self.at : end])
 
@@ -124,6 +129,8 @@ class _Start:
         if layer is None:
             return
         features, width = weights_of(layer).shape
+        if self._rows(self.at, width) < features:
+            return
         sums = NormalEquations(features - 1, len(ends) * width)
         for b, walk in enumerate(self.walks):
             x0 = walk[self.at].x0
@@ -182,6 +189,8 @@ class _Start:
             return {}
         layer = module.get_submodule(last.name)
         width = len(last.scale)
+        if self._rows(k, width) < len(weights_of(layer)):
+            return {}
         sums = NormalEquations(len(weights_of(layer)) - 1, len(ends) * width)
         for b, walk in enumerate(self.walks):
             own = self._own(k, b)
