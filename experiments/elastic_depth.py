@@ -151,15 +151,15 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
     trained = [at["trained at each depth", depth]["accuracy"] for depth in (deep, least)]
     gain = paired(trained[0].values, trained[1].values)
     lines = [f"depth pays {gain:.2f} points from {least} to {deep} blocks, at {trained[0]:.2f} %"]
-    words = ("retains as much as", "retains more than", "retains less than")
+    words = ("no difference is shown to", "more than", "less than")
     for arm in (arm for arm in config.arms if arm != "plain"):
         for depth in config.coarse:
             row = at[arm, depth]
             difference: Interval = row["difference"]
-            word = words[difference.sign] if difference.n > 1 else "one seed beside"
+            word = words[difference.sign] if difference.n > 1 else "one seed, beside"
             lines.append(
-                f"{arm}, {depth} blocks: {word} the plain network "
-                f"({row['retained']:.1f} %, difference {difference:.1f} points)"
+                f"{arm}, blocks {depth}: {row['retained']:.1f} % are retained, {word} the plain network "
+                f"({difference:.1f} points)"
             )
     return lines
 
