@@ -29,11 +29,13 @@ from lab.statistics import mean_interval, paired_p_value, percent
 from lab.training import parts_of
 
 WAYS = {
-    "steps per sample": "its own",
+    "steps per sample": "steps per sample",
     "merged for all": "merged for all samples",
     "at random": "dealt at random",
     "exit": "early exit",
 }
+SHOWN = 5
+"""Rows of a budget that come first: steps per sample, and what they are compared with."""
 
 
 def jobs(config: Config) -> Jobs[Job]:
@@ -143,7 +145,7 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
         own = mean[0]
         whole, removed = (next(r for r in rows if r["way"] == way)["accuracy"] for way in ("all blocks", "no blocks"))
         lines.append(f"{arm}: {whole:.2f} % with all blocks, {removed:.2f} without any")
-        for row in mean[1:5]:
+        for row in mean[1:SHOWN]:
             word = words[row["difference"].sign] if row["difference"].n > 1 else "one seed beside"
             lines.append(
                 f"{arm}, steps per sample ({own['variant']}): {word} {WAYS[row['way']]} ({row['variant']}), "
@@ -153,18 +155,18 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
 
 
 def figures(config: Config, outcome: Outcome) -> Figures:
-    """Accuracy over evaluations, for each way to train."""
+    """Accuracy over evaluations by the best variant of each way, for each way to train."""
 
     def of(arm: str) -> Figure:
-        series: dict[str, list[tuple[float, Any]]] = {}
-        for row in outcome.rows:
-            if row["arm"] == arm and row["budget"] in config.budgets:
-                name = f"{WAYS[row['way']]}: {row['variant']}"
-                blocks = row.get("evaluations", 0.0)
-                series.setdefault(name, []).append((blocks, row["accuracy"]))
+        rows = [row for row in outcome.rows if row["arm"] == arm]
+        shown = [(row["way"], row["variant"]) for row in rows if row["budget"] == "mean"][:SHOWN]
+        series: dict[str, list[tuple[float, Any]]] = {f"{WAYS[way]}: {variant}": [] for way, variant in shown}
+        for row in rows:
+            if row["budget"] in config.budgets and (row["way"], row["variant"]) in shown:
+                series[f"{WAYS[row['way']]}: {row['variant']}"].append((row["evaluations"], row["accuracy"]))
         return plotting.intervals(series, xlabel="mean evaluations of a sample", ylabel="test accuracy (%)")
 
-    return {f"{arm}": lambda arm=arm: of(arm) for arm in config.arms}
+    return {arm: lambda arm=arm: of(arm) for arm in config.arms}
 
 
 EXPERIMENT = Experiment.of(
