@@ -274,3 +274,6 @@ def _depth() -> Iterator[Comparison]:
     merged = row(page, part="depth", network="adaptive from 8")["share"]
     words = "eight blocks that merge: evaluations of training over those of eight fixed blocks"
     yield Claim(where, words, page, digits, digits=2).below_one(merged, "the size is reduced")
+    action = row("adaptive_depth_action", network="adaptive from 8, weight 0.1")
+    words = "adaptive, with the action (the weight chosen on validation images) less without (points)"
+    yield Claim(where, words, page, f"{digits}; total time 4", digits=2).sign(1, action["difference"], "LAP gains")
