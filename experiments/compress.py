@@ -106,7 +106,12 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     curve: list[dict[str, Any]] = [{"removed": 0, "score": whole["score"], "macs": 1.0}]
     started = time.process_time()
     result = compress(
-        subject.model, subject.calibration, remove=min(config.removed), samples=config.judged, **WAYS[job.method]
+        subject.model,
+        subject.calibration,
+        remove=min(config.removed),
+        samples=config.judged,
+        outputs="logits",
+        **WAYS[job.method],
     )
     seconds = time.process_time() - started
     models = [subject.model]

@@ -34,7 +34,7 @@ class Outputs:
         outputs: of the network.
         classifies: whether they are logits, along the last axis: the divergence is that of Kullback and Leibler of
             the probabilities, in nats for each row; otherwise the square of the error over that of the output about its
-            mean over the samples.
+            mean.
     """
 
     inputs: Sequence[Any]
@@ -70,7 +70,7 @@ class Outputs:
                 scale += len(divergences)
             else:
                 error += (output - wanted).square().sum().item()
-                scale += (wanted - wanted.mean(0)).square().sum().item()
+                scale += (wanted - wanted.mean()).square().sum().item()
         value = error / (scale or 1.0)
         return max(value, 0.0) if value == value else float("inf")
 

@@ -738,3 +738,15 @@ def test_the_samples_that_are_held_out_are_spread_over_a_batch():
     batches = batches_of([torch.arange(100.0)[:, None]], nn.Linear(1, 1))
     (held,) = [one for one, out in zip(batches.inputs, batches.held_out, strict=True) if out]
     assert held.flatten().tolist() == [5.0 * k + 2 for k in range(20)]
+
+
+def test_the_divergence_of_values_is_relative_with_one_sample_in_a_batch_too():
+    network = nn.Linear(3, 2)
+    x = [torch.randn(1, 3) for _ in range(30)]
+    outputs = Outputs.of(network, x, "values")
+    assert 0.5 < outputs.divergence(nn.Sequential(network, nn.Flatten(), _Zeros())) < 50
+
+
+class _Zeros(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
