@@ -137,7 +137,7 @@ def _seam(calls: Calls, distance: float, line: list[int], at: int, remove: int, 
     for b in range(len(calls.batches.inputs)):
         walk = calls.line(b, line[: at + remove])
         end = walk[at + remove - 1]
-        add_rows(sums, layer, walk[at].x0, end.before, held_out=calls.batches.held_out[b])
+        add_rows(sums, layer, walk[at].x0, end.before, walk[at].x0, held_out=calls.batches.held_out[b])
     fit = sums.solve()
     seam = with_weights(layer, fit.weight, fit.bias)
     added = macs_of(layer, calls.units[m].shape)

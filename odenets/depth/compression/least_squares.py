@@ -54,10 +54,16 @@ class NormalEquations:
         """How many rows there are to fit, or to judge."""
         return self.sums[held_out].rows
 
-    def add(self, rows: Tensor, targets: Tensor, *, held_out: bool) -> None:
-        """Count ``rows`` ``(N, features)`` with their ``targets`` ``(N, outputs)``, to fit or to judge."""
+    def add(self, rows: Tensor, targets: Tensor, *, held_out: bool, weights: Tensor | None = None) -> None:
+        """Count ``rows`` ``(N, features)`` with their ``targets`` ``(N, outputs)``, to fit or to judge.
+
+        Errors of a row are multiplied with its entry of ``weights`` ``(N,)``.
+        """
         self._factors.clear()
-        self.sums[held_out].add(torch.cat([rows, rows.new_ones(len(rows), 1)], 1), targets)
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        if weights is not None:
+            rows, targets = rows * weights[:, None], targets * weights[:, None]
+        self.sums[held_out].add(rows, targets)
 
     def _error(self, weight: Tensor, columns: slice) -> float:
         """Mean square error on the held-out rows of a ``weight`` ``(features + 1, outputs)``, the bias in its last."""

@@ -26,6 +26,7 @@ __all__ = [
     "rows_of",
     "seam_for",
     "targets_of",
+    "weights_at",
     "weights_of",
     "with_weights",
 ]
@@ -96,12 +97,30 @@ def identity_of(layer: nn.Module) -> Tensor:
     return identity.flatten(1).T
 
 
-def add_rows(sums: NormalEquations, layer: nn.Module, x: Tensor, y: Tensor, *, held_out: bool) -> None:
-    """Count what a linear ``layer`` reads of ``x`` with what it should return, ``y``, some samples at a time."""
+def add_rows(sums: NormalEquations, layer: nn.Module, x: Tensor, y: Tensor, state: Tensor, *, held_out: bool) -> None:
+    """Count what a linear ``layer`` reads of ``x`` with what it should return, ``y``, some samples at a time.
+
+    Errors are weighed as :func:`weights_at` the ``state``.
+    """
     per_sample = max(1, sums.features * y[:1].numel() // y.shape[-1 if is_dense(layer) else 1])
     chunk = max(1, 2**25 // per_sample)
-    for part, target in zip(x.split(chunk), y.split(chunk), strict=True):
-        sums.add(rows_of(layer, part), targets_of(layer, target), held_out=held_out)
+    weights = weights_at(state)
+    parts = [None] * len(x.split(chunk)) if weights is None else weights.split(chunk)
+    for part, target, weight in zip(x.split(chunk), y.split(chunk), parts, strict=True):
+        flat = None if weight is None else weight.flatten()
+        sums.add(rows_of(layer, part), targets_of(layer, target), held_out=held_out, weights=flat)
+
+
+def weights_at(state: Tensor) -> Tensor | None:
+    """What errors at the positions of a ``state`` of tokens ``(B, T, D)`` are multiplied with, ``(B, T)``.
+
+    That is one over its size, for what follows is a norm, and a few tokens are a thousand times as large as others;
+    None for other states.
+
+    >>> weights_at(torch.full((1, 1, 4), 5.0))
+    tensor([[0.2000]])
+    """
+    return state.square().mean(-1).rsqrt().clamp_max(1e6) if state.ndim == 3 else None
 
 
 def macs_of(layer: nn.Module, shape: Sequence[int]) -> int:

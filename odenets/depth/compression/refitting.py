@@ -74,7 +74,7 @@ def _refit_block(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor
         own = calls.passage(b, m, x, module, last)
         features, output = own.of_map
         target = last.target(own.before, output, wanted[b])
-        add_rows(sums, layer, features, target, held_out=calls.batches.held_out[b])
+        add_rows(sums, layer, features, target, x, held_out=calls.batches.held_out[b])
     fit = sums.solve(last.prior(layer))
     model.set_submodule(name, last.put(module, fit.weight, fit.bias))
 
@@ -90,7 +90,7 @@ def _refit_seam(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor]
         return
     sums = NormalEquations(len(prior) - 1, prior.shape[1])
     for b, x in enumerate(states):
-        add_rows(sums, layer, x, wanted[b], held_out=calls.batches.held_out[b])
+        add_rows(sums, layer, x, wanted[b], x, held_out=calls.batches.held_out[b])
     fit = sums.solve(prior)
     model.set_submodule(f"{name}.{path}" if path else name, with_weights(layer, fit.weight, fit.bias))
 

@@ -17,6 +17,7 @@ from odenets.depth.compression.linear_maps import (
     is_dense,
     macs_of,
     seam_for,
+    weights_at,
     weights_of,
     with_weights,
 )
@@ -110,7 +111,7 @@ class _Start:
         """The sum of the squares of the states at an end, on the data that is held out."""
         held = self.calls.batches.held_out
         walks = [walk for walk, out in zip(self.walks, held, strict=True) if out]
-        return _sum_of_squares(walk[end - 1].before for walk in walks) or 1.0
+        return sum(_size(walk[end - 1].before, walk[self.at].x0) for walk in walks) or 1.0
 
     def _candidate(self, end: int, choice: str, **options: object) -> Candidate:
         return Candidate(self.line[self.at], self.line[end - 1] + 1, choice, **options)  # type: ignore[arg-type]
@@ -118,7 +119,8 @@ class _Start:
     def removed(self) -> Candidate:
         """The block itself, left out."""
         held = zip(self.walks, self.calls.batches.held_out, strict=True)
-        lost = _sum_of_squares(walk[self.at].before - walk[self.at].x0 for walk, out in held if out)
+        passages = [walk[self.at] for walk, out in held if out]
+        lost = sum(_size(one.before - one.x0, one.x0) for one in passages)
         end = self.at + 1
         return self._candidate(end, "remove", error=lost / self._scale(end), saved=self._saved(end))
 
@@ -135,7 +137,7 @@ class _Start:
         for b, walk in enumerate(self.walks):
             x0 = walk[self.at].x0
             targets = torch.cat([walk[end - 1].before - x0 for end in ends], -1 if is_dense(layer) else 1)
-            add_rows(sums, layer, x0, targets, held_out=self.calls.batches.held_out[b])
+            add_rows(sums, layer, x0, targets, x0, held_out=self.calls.batches.held_out[b])
         macs = macs_of(layer, self.calls.units[m].shape)
         for n, end in enumerate(ends):
             if self._saved(end) <= macs:
@@ -165,7 +167,7 @@ class _Start:
             if self.calls.batches.held_out[b]:
                 for end, module in longer.items():
                     x1 = self.calls.output(b, self.line[k], walk[self.at].x0, module)
-                    errors[end] += _sum_of_squares([x1 - walk[end - 1].x1])
+                    errors[end] += _size(x1 - walk[end - 1].x1, walk[self.at].x0)
         return {end: self._one(k, end, "merge", longer[end], errors[end] / self._scale(end)) for end in ends}
 
     def _longer(self, k: int, end: int) -> nn.Module:
@@ -196,7 +198,8 @@ class _Start:
             own = self._own(k, b)
             features, output = own.of_map
             targets = [last.target(own.before, output, walk[end - 1].before) for end in ends]
-            add_rows(sums, layer, features, torch.cat(targets, last.axis), held_out=self.calls.batches.held_out[b])
+            held = self.calls.batches.held_out[b]
+            add_rows(sums, layer, features, torch.cat(targets, last.axis), walk[self.at].x0, held_out=held)
         found = {}
         for n, end in enumerate(ends):
             fit = sums.solve(last.prior(layer), columns=slice(n * width, (n + 1) * width))
@@ -207,5 +210,7 @@ class _Start:
         return found
 
 
-def _sum_of_squares(values: Iterable[Tensor]) -> float:
-    return sum(x.double().square().sum().item() for x in values)
+def _size(x: Tensor, state: Tensor) -> float:
+    """The sum of the squares of ``x``, weighed as errors at a ``state`` are."""
+    weights = weights_at(state)
+    return (x if weights is None else x * weights[..., None]).double().square().sum().item()
