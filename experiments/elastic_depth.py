@@ -174,7 +174,7 @@ def figures(config: Config, outcome: Outcome) -> Figures:
 
     return {
         "accuracy": lambda: over_blocks("accuracy", "test accuracy (%)"),
-        "retained": lambda: over_blocks("retained", "contribution of the blocks that is retained (%)"),
+        "retained": lambda: over_blocks("retained", "retained contribution (%)"),
     }
 
 
