@@ -28,9 +28,10 @@ take steps of its own size. :func:`compress` takes blocks out of any trained res
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.coarsening import Group, at_depth, coarsened, groups_at_depth, without_flow
 from odenets.depth.compression import Compression, compress, count_macs, heal
-from odenets.depth.early_exit import EarlyExit, Exits, fit_heads, pooled_head
+from odenets.depth.early_exit import EarlyExit, Exits
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
 from odenets.depth.elastic import ElasticDepth
+from odenets.depth.exit_heads import fit_heads, pooled_head
 from odenets.depth.growing import Doubling, Stacking, double, stack
 from odenets.depth.resizing import resize_as
 from odenets.depth.rule import DepthRule, block_errors, plan

@@ -1,48 +1,34 @@
 """Early exit: samples leave a network behind the module whose head is sure of them, and the others go on.
 
 :func:`odenets.module_wise.split_into_modules` cuts any network into modules with heads, an adapted model too;
-:func:`fit_heads` fits heads of a trained network that stays as it is, and :class:`EarlyExit` computes only the samples
-that have not left.
+:func:`~odenets.depth.fit_heads` fits heads of a trained network that stays as it is, and :class:`EarlyExit` computes
+only the samples that have not left.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from einops.layers.torch import Reduce
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from odenets.depth.batch_norms import check_evaluating
 from odenets.depth.compression.macs import count_macs
-from odenets.errors import check_count, check_number
+from odenets.depth.exit_heads import Modules, batches_in, in_order
+from odenets.errors import check_number
 from odenets.inputs import has_rows, is_by_keyword, rows
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.outputs import logits_in
 
-__all__ = ["EarlyExit", "Exits", "fit_heads", "pooled_head"]
+__all__ = ["EarlyExit", "Exits"]
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "confidence": lambda logits: logits.softmax(1).amax(1),
     "entropy": lambda logits: torch.special.entr(logits.softmax(1)).sum(1).neg(),
 }
 """Of logits ``(n, classes)``: how sure they are, ``(n,)``; of the entropy its negative."""
-
-
-class Modules(Protocol):
-    """Modules with heads, as :class:`odenets.module_wise.ModuleWise` has them."""
-
-    @property
-    def modules_in_order(self) -> Sequence[Any]:
-        """Each is called with a state, and what the network takes besides, and returns logits and the next state."""
-        ...
-
-    def arguments(self, inputs: Any) -> tuple[Any, ...]:
-        """The arguments ``(x, *args)`` for the ``inputs`` of a batch."""
-        ...
 
 
 class Exits(NamedTuple):
@@ -99,7 +85,7 @@ class EarlyExit(nn.Module):
         costs: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.parts = _in_order(modules)
+        self.parts = in_order(modules)
         if by not in SCORES:
             raise ValueError(f"by must be {' or '.join(map(repr, SCORES))}, got {by!r}")
         self.network, self.by = cast(nn.Module, modules), by
@@ -206,7 +192,11 @@ class EarlyExit(nn.Module):
             raise ValueError(f"cost must be at least that of the first exit, {costs[0]:g}, got {cost}")
         found: list[Tensor] = []
         with torch.no_grad(), keeping_state(self), evaluating(self):
-            for inputs in _batches(batches):
+            for inputs in batches_in(batches):
+                if isinstance(inputs, list):
+                    raise TypeError(
+                        f"batches must hold inputs (B, ...), got a list of {len(inputs)}: give (x for x, y in loader)"
+                    )
                 outputs = _outputs(self.parts, self._arguments(inputs_for(self.network, inputs)))
                 scores = [SCORES[self.by](_logits(output, k, None)) for k, (output, _) in enumerate(outputs, 1)]
                 found.append(torch.stack(scores).double().cpu())
@@ -244,141 +234,6 @@ class EarlyExit(nn.Module):
     def extra_repr(self) -> str:
         """When samples leave, as ``print`` shows it."""
         return f"by={self.by}, threshold={self.threshold:g}, exits={len(self.parts)}"
-
-
-def pooled_head(state: Tensor, outputs: int, *, places: int = 1) -> nn.Sequential:
-    """A linear layer on the means of a state over its places: a head that costs next to nothing.
-
-    Args:
-        state: ``(B, C, H, W)``, tokens ``(B, T, D)``, or ``(B, D)``, which has no places.
-        outputs: numbers for a sample.
-        places: of an image, height and width of what is left of it; ``functools.partial(pooled_head, places=2)`` is a
-            head for :func:`odenets.module_wise.split_into_modules`.
-
-    Returns:
-        The head, of such states to ``(B, outputs)``, on the device and in the dtype of the state.
-
-    Raises:
-        ValueError: a state of another shape.
-
-    >>> state = torch.rand(2, 16, 8, 8)
-    >>> pooled_head(state, 10)(state).shape, pooled_head(state, 10, places=2)[-1].in_features
-    (torch.Size([2, 10]), 64)
-    """
-    check_count("places", places, 1)
-    if state.ndim not in (2, 3, 4):
-        raise ValueError(f"state must be (B, C, H, W), (B, T, D) or (B, D), got {tuple(state.shape)}")
-    pools: dict[int, list[nn.Module]] = {
-        2: [nn.Identity()],
-        3: [Reduce("b t d -> b d", "mean")],
-        4: [nn.AdaptiveAvgPool2d(places), nn.Flatten()],
-    }
-    pool = nn.Sequential(*pools[state.ndim])
-    with torch.no_grad():
-        features = pool(state[:1]).shape[1]
-    return nn.Sequential(pool, nn.Linear(features, outputs, device=state.device, dtype=state.dtype))
-
-
-def fit_heads(modules: Modules, batches: Iterable[Any], *, penalty: float = 1e-3, iterations: int = 200) -> int:
-    """Fit linear heads of a network that stays as it is: a logistic regression for each, which has one solution.
-
-    Heads are those of all modules but the last, whose own is the network's: a linear layer behind layers without
-    weights, as :func:`pooled_head` and :func:`odenets.module_wise.linear_head` are. One pass in eval mode takes what
-    they are given; L-BFGS fits the linear layers to it. Heads with other weights are trained with the network, by
-    :func:`odenets.module_wise.fit_modules`.
-
-    Args:
-        modules: as :class:`EarlyExit` takes them.
-        batches: training data, pairs ``(inputs, labels)``, of one epoch.
-        penalty: of the squares of the weights, for features of unit variance, beside the mean cross-entropy.
-        iterations: of L-BFGS, at most.
-
-    Returns:
-        The number of heads that are fitted.
-
-    Raises:
-        TypeError: what is no such modules, or batches that are no pairs.
-        ValueError: no batch, or a head with other weights.
-
-    >>> import odenets
-    >>> from odenets.module_wise import split_into_modules
-    >>> x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 10
-    >>> modules = split_into_modules(odenets.models.small_network(depth=4), 2, x, head=pooled_head)
-    >>> fit_heads(modules, [(x, y)])
-    1
-    """
-    parts, network = _in_order(modules), cast(nn.Module, modules)
-    heads = [_linear(part.head, k) for k, part in enumerate(parts[:-1], 1)]
-    features: list[list[Tensor]] = [[] for _ in heads]
-    labels: list[Tensor] = []
-    with torch.no_grad(), keeping_state(network), evaluating(network):
-        for pair in _batches(batches):
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise TypeError(f"batches must hold pairs (inputs, labels), got {type(pair).__name__}")
-            inputs, y = pair
-            state, *args = modules.arguments(inputs_for(network, inputs))
-            labels.append(y.to(state.device))
-            for part, (before, _), kept in zip(parts, heads, features, strict=False):
-                state = part.part(state, *args)
-                kept.append(before(state))
-    for (_, linear), kept in zip(heads, features, strict=True):
-        _fit_linear(linear, torch.cat(kept), torch.cat(labels), penalty, iterations)
-    return len(heads)
-
-
-def _fit_linear(linear: nn.Linear, features: Tensor, labels: Tensor, penalty: float, iterations: int) -> None:
-    """The layer of least mean cross-entropy, with a penalty on its weights for standardized features."""
-    features = features.float()
-    mean, scale = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
-    features = (features - mean) / scale
-    weight = torch.zeros(linear.out_features, linear.in_features, device=features.device, requires_grad=True)
-    bias = torch.zeros(linear.out_features, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(F.linear(features, weight, bias), labels) + penalty * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(cast(Any, loss))
-    with torch.no_grad():
-        linear.weight.copy_(weight / scale)
-        linear.bias.copy_(bias - (weight / scale) @ mean)
-
-
-def _linear(head: nn.Module, k: int) -> tuple[nn.Module, nn.Linear]:
-    """What comes before the last layer of the head of module k, and that layer."""
-    layers = list(head) if isinstance(head, nn.Sequential) else [head]
-    before, last = nn.Sequential(*layers[:-1]), layers[-1]
-    if not isinstance(last, nn.Linear) or last.bias is None or any(True for _ in before.parameters()):
-        raise ValueError(
-            f"the head of module {k} must be a linear layer behind layers without weights to be fitted, got "
-            f"{type(head).__name__}: split_into_modules(..., head=odenets.depth.pooled_head)"
-        )
-    return before.eval(), last
-
-
-def _in_order(modules: Any) -> list[Any]:
-    """The modules, first to last."""
-    if not isinstance(modules, nn.Module) or not hasattr(modules, "modules_in_order"):
-        raise TypeError(
-            f"modules must be a network in modules, got {type(modules).__name__}: "
-            "odenets.module_wise.split_into_modules(network, 3, x, head=odenets.depth.pooled_head) makes them"
-        )
-    return [*cast(Any, modules).modules_in_order]
-
-
-def _batches(batches: Iterable[Any]) -> Iterator[Any]:
-    empty = True
-    if isinstance(batches, Tensor):
-        raise TypeError("batches must hold batches, got one tensor: pass [x]")
-    for one in batches:
-        empty = False
-        yield one
-    if empty:
-        raise ValueError("batches must hold at least one batch, got none")
 
 
 def _outputs(parts: Sequence[Any], inputs: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:

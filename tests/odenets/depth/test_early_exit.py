@@ -243,3 +243,32 @@ def test_linear_heads_of_all_features_can_be_fitted():
     assert fit_heads(parts, [(X, Y)]) == 2
     accuracy = (next(iter(parts.outputs(X))).argmax(1) == Y).float().mean()
     assert accuracy == 1
+
+
+def modules_with(head):
+    network = odenets.models.small_network(depth=4)
+    return split_into_modules(network, 2, torch.rand(4, 1, 8, 8), head=[head])
+
+
+def test_layers_of_heads_keep_their_modes():
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 10))
+    modules = modules_with(head).train()
+    fit_heads(modules, [(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)])
+    assert all(module.training for module in modules.modules())
+
+
+def test_heads_whose_weights_are_computed_are_refused():
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(16, 10))
+    modules = modules_with(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear))
+    with pytest.raises(ValueError, match="linear layer behind layers without weights"):
+        fit_heads(modules, [(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)])
+
+
+def test_labels_that_are_no_classes_and_pairs_in_place_of_inputs_are_refused():
+    modules = modules_with(pooled_head(torch.zeros(1, 16, 8, 8), 10))
+    x = torch.rand(20, 1, 8, 8)
+    for labels in (torch.arange(20), torch.rand(20), torch.zeros(20, 10).long()):
+        with pytest.raises(ValueError, match="labels must be whole numbers"):
+            fit_heads(modules, [(x, labels)])
+    with pytest.raises(TypeError, match="give \\(x for x, y in loader\\)"):
+        EarlyExit(modules.eval()).calibrate([[x, torch.zeros(20)]], cost=1e9)
