@@ -19,7 +19,8 @@ def count_macs(model: nn.Module, inputs: Any, *, within: nn.Module | Sequence[nn
     """Multiply-accumulate operations of a pass in eval mode: matrix products, convolutions and attention.
 
     They are counted by operator, as ``torch.utils.flop_counter`` does, whatever module calls it;
-    norms, activations and additions count as nothing, and an attention that is masked counts as a whole one. A module
+    norms, activations and additions count as nothing, quantized and bilinear layers too, and a masked attention counts
+    as a whole one. A module
     that is called twice counts twice.
 
     Args:
@@ -39,7 +40,7 @@ def count_macs(model: nn.Module, inputs: Any, *, within: nn.Module | Sequence[nn
     """
     from torch.utils.flop_counter import FlopCounterMode  # loads Triton
 
-    counter = FlopCounterMode(display=False, custom_mapping={_ATTENTION: _attention})
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     inputs = inputs_for(model, inputs)
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     keywords = inputs if isinstance(inputs, dict) else {}
@@ -63,13 +64,40 @@ def count_macs(model: nn.Module, inputs: Any, *, within: nn.Module | Sequence[nn
     return spans.total // 2
 
 
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     """Operations of an attention on a CPU, from the shapes ``(B, H, T, D)`` of its inputs, as of torch's others."""
     batch, heads, tokens, features = query
     return 2 * batch * heads * tokens * key[-2] * (features + value[-1])
+
+
+def _matrix_vector(matrix: Sequence[int], vector: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of a matrix times a vector, from their shapes."""
+    return 2 * matrix[0] * matrix[1]
+
+
+def _added_matrix_vector(added: Sequence[int], matrix: Sequence[int], vector: Sequence[int], *_: Any, **__: Any) -> int:
+    """Those of one to which something is added."""
+    return _matrix_vector(matrix, vector)
+
+
+def _inner(x: Sequence[int], y: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of an inner product."""
+    return 2 * x[0]
+
+
+def _recurrent(x: Sequence[int], inputs: Sequence[int], hidden: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of a layer of an LSTM on a CPU, from the shapes of its input ``(T, B, D)`` and its two weights."""
+    return 2 * x[0] * x[1] * (inputs[0] * inputs[1] + hidden[0] * hidden[1])
+
+
+_FORMULAS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mv: _matrix_vector,
+    torch.ops.aten.addmv: _added_matrix_vector,
+    torch.ops.aten.dot: _inner,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+}
+"""Operations by operator, of those that torch's counter does not know."""
 
 
 @contextmanager

@@ -78,3 +78,17 @@ def test_a_module_that_is_not_called_is_refused():
         ValueError, match=r"within holds 1 of 2 modules that a pass of the model does not call, .* Tanh"
     ):
         count_macs(model, torch.zeros(1, 4), within=[model[0], nn.Tanh()])
+
+
+def test_recurrent_layers_and_products_with_a_vector_count():
+    assert count_macs(nn.LSTM(5, 7, num_layers=2), torch.zeros(3, 2, 5)) == 6 * (28 * (5 + 7) + 28 * (7 + 7))
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight @ x
+
+    assert count_macs(Product(), torch.zeros(3)) == 12
