@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from odenets.depth.compression.calibration import inputs_in
-from odenets.depth.compression.divergence import Kind, are_logits, kl_divergence, run, tensor_in
+from odenets.depth.compression.divergence import Kind, Outputs, are_logits, kl_divergence, run, tensor_in
 from odenets.errors import check_count, check_number
 from odenets.inputs import rows, samples_in
 from odenets.modes import device_of, evaluating, inputs_for
@@ -52,6 +53,9 @@ def heal(
     Returns:
         The model, in the mode that it was in.
 
+    Warns:
+        UserWarning: the divergence on the first batch has risen: the weights are those before.
+
     Raises:
         TypeError: no networks, or no batches of inputs.
         ValueError: no batch, numbers out of range, a model without parameters that take gradients, the teacher itself,
@@ -77,7 +81,8 @@ def heal(
     if shared:
         raise ValueError("model shares parameters with the teacher, which would change too: copy.deepcopy one of them")
     optimizer = torch.optim.Adam(parameters, lr=lr)
-    seen = 0
+    judge: Outputs | None = None  # on the first batch
+    weights, first, seen = [p.detach().clone() for p in parameters], 0.0, 0
     with evaluating(model, teacher), torch.enable_grad(), counting(progress, "image") as show:
         while seen < images:
             before = seen
@@ -86,6 +91,9 @@ def heal(
                 n = samples_in(inputs, "the loader")
                 if not n:
                     continue
+                if judge is None:
+                    judge = _judge(model, teacher, inputs, outputs)
+                    first = judge.divergence(model)
                 if n > images - seen:
                     inputs, n = rows(inputs, slice(None, images - seen), n), images - seen
                 inputs = inputs_for(model, inputs)
@@ -111,8 +119,27 @@ def heal(
                     break
             if seen == before:
                 raise ValueError("loader must hold at least one batch at each pass, got none: was it used up before?")
-    optimizer.zero_grad()
+        optimizer.zero_grad()
+        assert judge is not None  # of at least one batch
+        if (last := judge.divergence(model)) > first:
+            with torch.no_grad():
+                for parameter, before_it in zip(parameters, weights, strict=True):
+                    parameter.copy_(before_it)
+            warnings.warn(
+                "healing has not helped, and the weights are those before: on the first batch the divergence from the "
+                f"teacher rose from {first:.3g} to {last:.3g}; a smaller lr than {lr}, more images than {images}, or "
+                "inputs that the teacher was not trained on",
+                stacklevel=2,
+            )
     return model
+
+
+@torch.no_grad()
+def _judge(model: nn.Module, teacher: nn.Module, inputs: Any, kind: Kind) -> Outputs:
+    """What the teacher returns for some inputs, by which the model is judged before and after."""
+    returned = run(teacher, inputs_for(teacher, inputs))
+    wanted = tensor_in(returned).to(device_of(model))
+    return Outputs([inputs_for(model, inputs)], [wanted], are_logits(returned, kind))
 
 
 def _schedule(done: float) -> float:

@@ -643,7 +643,7 @@ def test_healing_leaves_no_gradients_and_works_where_they_are_off():
     network, x = images(), torch.rand(40, 1, 8, 8)
     small = compress(network, [x], remove=1).model
     with torch.no_grad():
-        heal(small, network, [x[:0], x], images=40)
+        heal(small, network, [x[:0], x], images=400)
     assert all(p.grad is None for p in small.parameters())
 
 
@@ -731,7 +731,7 @@ def test_a_model_that_is_compressed_in_inference_mode_can_be_healed():
     network, x = images(), torch.rand(40, 1, 8, 8)
     with torch.inference_mode():
         small = compress(network, [x], remove=1).model
-    heal(small, network, [x], images=40)
+    heal(small, network, [x], images=400)
 
 
 def test_the_samples_that_are_held_out_are_spread_over_a_batch():
@@ -750,3 +750,12 @@ def test_the_divergence_of_values_is_relative_with_one_sample_in_a_batch_too():
 class _Zeros(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
+
+
+def test_healing_that_does_not_help_is_taken_back_and_says_so():
+    network, x = images(), torch.rand(40, 1, 8, 8)
+    small = compress(network, [x], remove=1).model
+    before = copy.deepcopy(small.state_dict())
+    with pytest.warns(UserWarning, match="healing has not helped"):
+        heal(small, network, [x], images=80, lr=1.0)
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
