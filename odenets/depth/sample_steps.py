@@ -154,7 +154,7 @@ class SampleSteps(nn.Module):
         return self.network.depth
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """The output for inputs ``x``, ``(B, ...)``; :attr:`evaluations` are then those of this pass.
+        """The output for inputs ``x``, ``(B, ...)``; ``evaluations`` are then those of this pass.
 
         The velocity fields take ``args`` besides, as in :meth:`walk`.
 

@@ -59,7 +59,7 @@ class Compression:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row for each run of blocks that was changed: names, what became of it, errors, share of MACs saved."""
+        """A row for each run that was changed, with names, what became of it, errors and the share of MACs saved."""
         total = self._search.macs
         return [
             {
@@ -76,7 +76,7 @@ class Compression:
 
     @property
     def curve(self) -> list[dict[str, Any]]:
-        """A row for each number of blocks that may go: ``gone``, ``macs kept``, ``divergence`` before any refitting."""
+        """A row for each number of blocks that may go, with ``macs kept`` and ``divergence`` before refitting."""
         return self._search.curve()
 
     def at(self, *, remove: int | None = None, keep: float | None = None) -> Compression:
