@@ -69,6 +69,7 @@ class EarlyExit(nn.Module):
         ValueError: an unknown score, a threshold that is NaN, or costs of another number of modules, or that fall.
 
     >>> import odenets
+    >>> from odenets.depth import fit_heads, pooled_head
     >>> from odenets.module_wise import split_into_modules
     >>> network, x = odenets.models.small_network(depth=6).eval(), torch.rand(20, 1, 8, 8)
     >>> modules = split_into_modules(network, 3, x, head=pooled_head)
