@@ -47,7 +47,8 @@ from lab.images import batches
 from lab.plotting import intervals
 from lab.results import groups
 from lab.statistics import mean_interval, paired
-from odenets.depth.compression import compress, count_macs, heal
+from odenets.analysis import count_macs
+from odenets.depth import compress, heal
 from odenets.training.runs import read_summary
 
 WAYS: dict[str, dict[str, Any]] = {

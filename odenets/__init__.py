@@ -76,6 +76,7 @@ _ELSEWHERE = {
     "Step": "solvers.Step",
     "Tolerance": "solvers.Tolerance",
     "Trainer": "odenets.training.fit",
+    "count_macs": "odenets.analysis.count_macs",
     "evaluate": "odenets.training.evaluate",
     "fit": "odenets.training.fit",
     "fit_modules": "odenets.module_wise.fit_modules",

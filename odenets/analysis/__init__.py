@@ -1,16 +1,17 @@
-"""What a network does and costs: iterative refinement by its blocks, and the memory of a call.
+"""What a network does and costs: iterative refinement by its blocks, multiplications of a pass, and memory of a call.
 
 >>> import torch
->>> from odenets.analysis import Memory, Refinement, iterative_refinement, measure_memory
+>>> from odenets.analysis import Memory, Refinement, count_macs, iterative_refinement, measure_memory
 >>> from odenets.models import points_network
 >>> network, x, y = points_network(depth=3), torch.rand(8, 2), torch.arange(8) % 2
 >>> refinement: Refinement = iterative_refinement(network, [(x, y)])
 >>> kept: Memory = measure_memory(lambda: network(x))  # with the graph of a forward pass
->>> refinement.cosine.shape, kept.left < kept.peak
-(torch.Size([3]), True)
+>>> refinement.cosine.shape, kept.left < kept.peak, count_macs(network, x) > 0
+(torch.Size([3]), True, True)
 """
 
+from odenets.analysis.macs import count_macs
 from odenets.analysis.memory import Memory, measure_memory
 from odenets.analysis.refinement import Refinement, iterative_refinement
 
-__all__ = ["Memory", "Refinement", "iterative_refinement", "measure_memory"]
+__all__ = ["Memory", "Refinement", "count_macs", "iterative_refinement", "measure_memory"]

@@ -27,7 +27,7 @@ take steps of its own size. :func:`compress` takes blocks out of any trained res
 
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.coarsening import Group, at_depth, coarsened, groups_at_depth, without_flow
-from odenets.depth.compression import Compression, compress, count_macs, heal
+from odenets.depth.compression import Compression, compress, heal
 from odenets.depth.early_exit import EarlyExit, Exits
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
 from odenets.depth.elastic import ElasticDepth
@@ -56,7 +56,6 @@ __all__ = [
     "block_errors",
     "coarsened",
     "compress",
-    "count_macs",
     "double",
     "fit_heads",
     "groups_at_depth",

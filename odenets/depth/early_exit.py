@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from odenets.analysis import count_macs
 from odenets.depth.batch_norms import check_evaluating
-from odenets.depth.compression.macs import count_macs
 from odenets.depth.exit_heads import Modules, batches_in, in_order
 from odenets.errors import check_number
 from odenets.inputs import has_rows, is_by_keyword, rows

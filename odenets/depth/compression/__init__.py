@@ -2,6 +2,5 @@
 
 from odenets.depth.compression.compression import Compression, compress
 from odenets.depth.compression.healing import heal
-from odenets.depth.compression.macs import count_macs
 
-__all__ = ["Compression", "compress", "count_macs", "heal"]
+__all__ = ["Compression", "compress", "heal"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from odenets.depth.compression.calibration import Batches
 from odenets.depth.compression.divergence import run
-from odenets.depth.compression.linear_maps import LastMap, last_map
+from odenets.depth.compression.last_maps import LastMap, last_map
 from odenets.depth.compression.units import Unit, state_of
 
 __all__ = ["Calls", "Passage", "captured"]

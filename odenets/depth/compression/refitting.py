@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate
+from odenets.depth.compression.last_maps import last_map
 from odenets.depth.compression.least_squares import NormalEquations
-from odenets.depth.compression.linear_maps import add_rows, last_map, weights_of, with_weights
+from odenets.depth.compression.linear_maps import add_rows, weights_of, with_weights
 from odenets.depth.compression.units import lines_of
 
 __all__ = ["refit"]

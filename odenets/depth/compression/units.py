@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from odenets.adapting import adapt
-from odenets.depth.compression.macs import count_macs
+from odenets.analysis import count_macs
 from odenets.inputs import is_by_keyword, rows
 from odenets.recording import is_recorder
 

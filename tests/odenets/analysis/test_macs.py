@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional
 
 from odenets import Flow, MLPField
-from odenets.depth.compression.macs import count_macs
+from odenets.analysis import count_macs
 
 
 def test_convolutions_and_matrix_products_count_and_nothing_else():
