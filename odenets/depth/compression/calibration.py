@@ -33,7 +33,11 @@ class Batches:
 
     def first(self, samples: int) -> Batches:
         """The first of both kinds, so many ``samples`` in all, :data:`HELD_OUT` of them held out."""
-        left = {True: max(1, round(HELD_OUT * samples)), False: samples - max(1, round(HELD_OUT * samples))}
+        held = max(1, round(HELD_OUT * samples))
+        return self._taken({True: held, False: samples - held})
+
+    def _taken(self, left: dict[bool, int]) -> Batches:
+        """The first so many samples of those held out and of the others."""
         chosen: list[tuple[Any, int, bool]] = []
         for inputs, n, held in zip(self.inputs, self.samples, self.held_out, strict=True):
             taken = min(n, left[held])
@@ -42,11 +46,10 @@ class Batches:
                 left[held] -= taken
         return Batches(*zip(*chosen, strict=True))
 
-    def only(self, chosen: Iterable[int]) -> Batches:
-        """The batches at some positions."""
-        chosen = [*chosen]
-        inputs, samples = (tuple(part[m] for m in chosen) for part in (self.inputs, self.samples))
-        return Batches(inputs, samples, tuple(self.held_out[m] for m in chosen))
+    def on_which_to_choose(self, samples: int | None = None) -> Batches:
+        """Those that are held out, the first so many ``samples`` of them."""
+        held = [one for one in zip(self.inputs, self.samples, self.held_out, strict=True) if one[-1]]
+        return Batches(*zip(*held, strict=True))._taken({True: sum(self.samples) if samples is None else samples})
 
 
 def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:

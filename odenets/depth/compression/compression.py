@@ -152,7 +152,7 @@ def compress(
 
     Each is fitted to the states of the network on the calibration data, with the ridge that does best on a fifth of
     them that is held out. Every run of up to ``longest`` blocks is tried alone, and what it costs, in the divergence of
-    the outputs, is taken to add up: dynamic programming finds the cheapest runs for every number of blocks. At last the
+    the outputs for samples that are held out, is taken to add up: dynamic programming finds the cheapest runs for every number of blocks. At last the
     linear maps that end the blocks are fitted once more from the first change on, each to the states of the whole
     network with what reaches it in the compressed one, so that it makes good what was lost before.
 
@@ -174,7 +174,8 @@ def compress(
         statistics: whether batch norms are recalibrated behind the changes. If not given, where nothing is fitted and
             ``by`` is no baseline: fits are made with the statistics that there are, and recalibrated ones harm them.
         refit: whether the linear maps are fitted once more; with "divergence" and "error" if not given.
-        samples: of the calibration, on how many runs are fitted and judged; the last fit takes all.
+        samples: of the calibration, on how many runs are fitted, and by how many of those held out they are judged; the
+            last fit takes all.
         outputs: what the network returns: "logits" along the last axis, or "values", whose relative square error is the
             divergence; "auto", logits if they are called so or are a tensor ``(B, K)`` of more than one number.
         progress: the label of a bar.

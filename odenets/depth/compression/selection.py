@@ -82,9 +82,9 @@ class Search:
         first = batches.first(settings.samples)
         self.units = find_units(self.model, first.inputs[0], first.samples[0])
         self.macs = sum(unit.macs for unit in self.units) or 1
-        self.outputs = Outputs.of(self.model, first.inputs, settings.outputs)
-        held = batches.only(m for m, one in enumerate(batches.held_out) if one)
-        self.held_out = Outputs.of(self.model, held.inputs, settings.outputs)
+        self.held_out = Outputs.of(self.model, batches.on_which_to_choose().inputs, settings.outputs)
+        self.judged = batches.on_which_to_choose(settings.samples)
+        self.outputs = Outputs.of(self.model, self.judged.inputs, settings.outputs)
         self._check_same(model)
         self.calls = Calls(self.model, self.units, first)
         self.refused: dict[Candidate, str] = {}  # candidates with which the model does not run
@@ -148,8 +148,9 @@ class Search:
             done += number
             self.progress(done, total)
 
+        calls = Calls(self.model, units, self.judged)
         for line, candidates in found:
-            for one in judged(self.calls, line, candidates, self.outputs, progress):
+            for one in judged(calls, line, candidates, self.outputs, progress):
                 if isinstance(one, Candidate):
                     kept.append(one)
                 else:
