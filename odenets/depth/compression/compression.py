@@ -152,9 +152,10 @@ def compress(
 
     Each is fitted to the states of the network on the calibration data, with the ridge that does best on a fifth of
     them that is held out. Every run of up to ``longest`` blocks is tried alone, and what it costs, in the divergence of
-    the outputs for samples that are held out, is taken to add up: dynamic programming finds the cheapest runs for every number of blocks. At last the
-    linear maps that end the blocks are fitted once more from the first change on, each to the states of the whole
-    network with what reaches it in the compressed one, so that it makes good what was lost before.
+    the outputs for samples that are held out, is taken to add up: dynamic programming finds the cheapest runs for every
+    number of blocks. At last the linear maps that end the blocks are fitted once more from the first change on, each to
+    the states of the whole network with what reaches it in the compressed one, so that it makes good what was lost
+    before.
 
     Args:
         model: a module of residual blocks as :func:`odenets.adapt` finds them, adapted or not, or an
