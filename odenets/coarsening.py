@@ -17,9 +17,10 @@ from torch import nn
 from odenets.block_sequence import BlockSequence
 from odenets.errors import check_number
 from odenets.groups import RULES, STAYS, Group, Rule, Stays, groups_by_place, partition, share_blocks, split_blocks
+from odenets.inputs import inputs_of
 from odenets.merging import groups_by_output, merge_errors
 from odenets.normalization import known_statistics, recalibrate
-from odenets.regrouping import Inputs, batches_of, flows_of, norms_of, regrouped
+from odenets.regrouping import Inputs, flows_of, norms_of, regrouped
 
 __all__ = ["at_depth", "groups_at_depth"]
 
@@ -45,8 +46,9 @@ def at_depth(
         blocks: how many there are to be, in total, which the flows share in proportion to what they have, or one number
             per flow. More than there are split blocks, those with the largest h first, into equal parts.
         tolerance: in place of ``blocks``, the largest error of a merged step: as few blocks as keep it.
-        inputs: on which errors are measured and statistics of batch norms recomputed: batches, tensors ``(B, *S)``, or
-            a function that makes them.
+        inputs: on which errors are measured and statistics of batch norms recomputed: batches of inputs or of pairs
+            ``(inputs, labels)``, whose labels are not read, or a function that makes them. What the fields take besides
+            is in a pair, ``((x, c), labels)``.
         rule: of what the groups minimize the sum of squares: "error", the embedded errors of the merged steps, or where
             the method has none, as "euler", "difference", that of the group's steps to the one step in their place;
             "even", the step sizes, which are then as even as may be. Or "output": two neighbors after two others merge,
@@ -89,7 +91,7 @@ def at_depth(
         flow.replace_blocks(regrouped(flow, its, copied))
     again = recalibration if recalibration is not None else inputs
     if again is not None:
-        recalibrate(copied, batches_of(again, "recalibration" if recalibration is not None else "inputs"))
+        recalibrate(copied, inputs_of(again, "recalibration" if recalibration is not None else "inputs"))
     return copied
 
 

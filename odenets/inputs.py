@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -13,8 +13,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = [
     "arguments",
     "call",
+    "check_batches",
     "check_keywords",
+    "exchanged",
     "has_rows",
+    "inputs_in",
+    "inputs_of",
     "is_by_keyword",
     "kind_of",
     "plain",
@@ -163,3 +167,88 @@ def kind_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"one tensor {tuple(value.shape)}"
     return type(value).__name__
+
+
+def inputs_of(batches: Any, name: str) -> Iterator[Any]:
+    """The inputs of batches, as :func:`inputs_in` reads each: what takes inputs takes the loader of a training too.
+
+    Args:
+        batches: an iterable of batches, or a function that makes one.
+        name: of the argument that holds them, for errors.
+
+    Raises:
+        TypeError: one batch in their place, or what is no iterable, or a batch without inputs.
+        ValueError: there is none.
+
+    >>> import torch
+    >>> x, labels = torch.zeros(4, 2), torch.arange(4)
+    >>> [tuple(inputs.shape) for inputs in inputs_of([x, (x, labels)], "batches")]
+    [(4, 2), (4, 2)]
+    """
+    makes = callable(batches) and not isinstance(batches, Iterable | nn.Module | type)
+    batches = cast(Any, batches)() if makes else batches
+    check_batches(batches, name)
+    empty = True
+    for batch in batches:
+        empty = False
+        yield inputs_in(batch, name)
+    if empty:
+        raise ValueError(f"{name} must hold at least one batch, got none: was an iterator used up before?")
+
+
+def check_batches(batches: Any, name: str) -> None:
+    """That an argument of a ``name`` holds ``batches``, and is not one of them.
+
+    Raises:
+        TypeError: it is one tensor, whose entries are samples, one pair, or no iterable.
+    """
+    if isinstance(batches, Tensor | Mapping | nn.Module | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must hold batches of inputs, got {kind_of(batches)}: a DataLoader, or [x] for one batch"
+        )
+    if isinstance(batches, tuple | list) and len(batches) == 2 and exchanged(*reversed(batches)):
+        raise TypeError(f"{name} must hold batches, got one pair of inputs and labels: pass [(x, y)]")
+
+
+def inputs_in(batch: Any, name: str) -> Any:
+    """The inputs of a batch of them, or of a pair ``(inputs, labels)``, whose labels are not read.
+
+    Several inputs by position are the first of a pair, ``((x, c), labels)``.
+
+    Args:
+        batch: a tensor, a mapping, or a pair.
+        name: of the argument that holds it, for errors.
+
+    Raises:
+        TypeError: it is neither inputs nor a pair, or a pair whose parts are exchanged.
+
+    >>> inputs_in(((3, 1), 0), "batches")
+    (3, 1)
+    """
+    if isinstance(batch, list | tuple):
+        if not 1 <= len(batch) <= 2:
+            raise TypeError(
+                f"{name} must hold inputs or pairs (inputs, labels), got a {kind_of(batch)}: several inputs of "
+                "one batch are ((x, c), labels), or a mapping"
+            )
+        if exchanged(*batch[:2]):
+            raise TypeError(
+                f"{name} must hold pairs (inputs, labels), got {kind_of(batch[0])} of {batch[0].dtype} before "
+                f"{kind_of(batch[1])}: exchange them"
+            )
+        batch = batch[0]
+    if not isinstance(batch, Tensor | Mapping | list | tuple):
+        raise TypeError(f"{name} must hold inputs, tensors (B, *S), got {kind_of(batch)}")
+    return plain(batch)
+
+
+def exchanged(x: Any, y: Any = None) -> bool:
+    """Whether what should be inputs x are labels, and what should be labels y are inputs.
+
+    >>> import torch
+    >>> exchanged(torch.arange(4), torch.zeros(4, 2))
+    True
+    """
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return False
+    return x.ndim < 2 and not x.is_floating_point() and y.ndim > 1 and y.is_floating_point()

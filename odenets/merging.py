@@ -15,8 +15,9 @@ from odenets import measures
 from odenets.block_sequence import BlockSequence
 from odenets.blocks import take_step
 from odenets.groups import Choice, Group, Rule, Stays, groups_by_place, place_of
+from odenets.inputs import arguments, call, inputs_of, samples_in
 from odenets.modes import evaluating, inputs_for
-from odenets.regrouping import Inputs, batches_of, blocks_of, coarsened, norms_of
+from odenets.regrouping import Inputs, blocks_of, coarsened, norms_of
 
 __all__ = ["groups_by_output", "merge_errors"]
 
@@ -30,19 +31,18 @@ def merge_errors(
     places = [groups_by_place(flow.depth, stays) for flow in flows]
     samples, passing = 0, cast(Any, network)
     with evaluating(network):
-        for x in batches_of(cast(Inputs, inputs), "inputs"):
-            steps = list(passing.steps(inputs_for(network, x), closing=False))
-            samples += len(x)
+        for of_batch in inputs_of(inputs, "inputs"):
+            _, *args = arguments(of_batch := inputs_for(network, of_batch))
+            steps = list(call(passing.steps, of_batch, closing=False))
+            samples += (n := samples_in(of_batch))
             for flow, its, by_place in zip(flows, totals, places, strict=True):
                 own, steps = steps[: flow.depth], steps[flow.depth :]
                 embedded = rule != "difference" and flow.tableau.low is not None
                 for (a, b), (_, stay) in by_place.items():
                     for j in range(a, b) if stays == "best" else (stay,):
-                        error, difference = _errors(flow, own, a, b, j, embedded)
+                        error, difference = _errors(flow, own, a, b, j, embedded, args)
                         old = its.get((a, b, j), (0.0, 0.0))
-                        its[a, b, j] = old[0] + len(x) * error, old[1] + len(x) * difference
-    if not samples:
-        raise ValueError("inputs must hold at least one batch, got none: was the iterator used up before?")
+                        its[a, b, j] = old[0] + n * error, old[1] + n * difference
     chosen = []
     for its, by_place in zip(totals, places, strict=True):
         best: dict[tuple[int, int], Choice] = {}
@@ -58,15 +58,17 @@ def _or_infinite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _errors(flow: BlockSequence, steps: Sequence[Any], a: int, b: int, j: int, embedded: bool) -> tuple[float, float]:
+def _errors(
+    flow: BlockSequence, steps: Sequence[Any], a: int, b: int, j: int, embedded: bool, args: Sequence[Any]
+) -> tuple[float, float]:
     """Mean error of one step of block j in the place of those from a to before b, and its difference to them."""
     blocks, begin, end = blocks_of(flow), steps[a], steps[b - 1].x1
     if b - a == 1 and not embedded:
         return 0.0, 0.0
     h = math.fsum(flow.h[a:b])
     following = blocks[b] if b < len(blocks) else None
-    fields = blocks[j].velocities(flow.tableau.stages, flow.stage_fields, following)
-    step = take_step(blocks[j], (), fields, begin.t, begin.x0, h, flow.tableau, None, closing=embedded)
+    fields = blocks[j].velocities(flow.tableau.stages, flow.stage_fields, following, args)
+    step = take_step(blocks[j], args, fields, begin.t, begin.x0, h, flow.tableau, None, closing=embedded)
     apart = (step.x1 - end).flatten(1)
     apart = apart.to(torch.promote_types(apart.dtype, torch.float32))
     difference = apart.square().mean(1).sqrt().mean().item()
@@ -83,10 +85,8 @@ def groups_by_output(
     """
     groups = [[Group(m, m + 1, m) for m in range(flow.depth)] for flow in flows]
     with evaluating(network), _norms_by_batch(network):
-        batches = [inputs_for(network, x) for x in batches_of(inputs, "inputs")]
-        if not batches:
-            raise ValueError("inputs must hold at least one batch, got none: was the iterator used up before?")
-        whole = [_checked(network(x)) for x in batches]
+        batches = [inputs_for(network, x) for x in inputs_of(inputs, "inputs")]
+        whole = [_checked(call(network, x)) for x in batches]
         while any(len(its) > count for its, count in zip(groups, counts, strict=True)):
             trials = [
                 [*groups[:i], merged, *groups[i + 1 :]]
@@ -106,10 +106,10 @@ def _merges(groups: list[Group], stays: Stays) -> Iterator[list[Group]]:
             yield [*groups[:n], Group(first, last, stay), *groups[n + 2 :]]
 
 
-def _change(network: nn.Module, groups: list[list[Group]], batches: list[Tensor], whole: list[Tensor]) -> float:
+def _change(network: nn.Module, groups: list[list[Group]], batches: list[Any], whole: list[Tensor]) -> float:
     """Mean square by which the output changes."""
     with coarsened(network, groups):
-        total = sum(float((network(x) - y).square().sum()) for x, y in zip(batches, whole, strict=True))
+        total = sum(float((call(network, x) - y).square().sum()) for x, y in zip(batches, whole, strict=True))
     return _or_infinite(total / sum(y.numel() for y in whole))
 
 

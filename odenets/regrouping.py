@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from odenets.block_sequence import BlockSequence
 from odenets.blocks import Block
 from odenets.groups import Group, check_groups
 from odenets.normalization.stage_batch_norm import StageBatchNorm
 
-__all__ = ["Inputs", "batches_of", "blocks_of", "coarsened", "flows_of", "norms_of", "regrouped"]
+__all__ = ["Inputs", "blocks_of", "coarsened", "flows_of", "norms_of", "regrouped"]
 
-Inputs = Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+Inputs = Iterable[Any] | Callable[[], Iterable[Any]]
+"""What :func:`odenets.inputs.inputs_of` reads: batches of inputs or of pairs, or a function that makes them."""
 
 
 @contextmanager
@@ -106,21 +107,3 @@ def regrouped(flow: BlockSequence, groups: Sequence[Group], whole: nn.Module) ->
         block.h = math.fsum(h[group.first : group.last]) / group.pieces
         new += [block, *(block.copy_within(whole) for _ in range(group.pieces - 1))]
     return new
-
-
-def batches_of(inputs: Inputs, name: str) -> Iterator[Tensor]:
-    """Batches of inputs, if they are tensors.
-
-    Raises:
-        TypeError: they are one tensor, pairs or no iterable.
-    """
-    must = f"{name} must hold batches of inputs, tensors (B, *S), got"
-    if isinstance(inputs, Tensor):
-        raise TypeError(f"{must} one tensor: pass [x]")
-    batches = inputs() if callable(inputs) and not isinstance(inputs, Iterable) else inputs
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"{must} a {type(batches).__name__}")
-    for x in batches:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{must} a {type(x).__name__}: give (x for x, y in batches)")
-        yield x

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from odenets.depth.edits import adapt_depth, check_makers, not_finite_weights, refine
 from odenets.depth.rule import DepthRule, check_rule, flow_network
 from odenets.errors import check_count
@@ -45,8 +43,7 @@ class AdaptiveDepth:
 
     Args:
         rule: when to add and remove blocks.
-        inputs: a function that makes the validation inputs anew at each call, an iterable of tensors ``(B, ...)``, such
-            as ``Batches(data, 100).inputs``.
+        inputs: a function that makes the validation inputs anew at each call, as :func:`adapt_depth` takes it.
         every: epochs between two checks.
         until: no check after this epoch, so that the last edits are trained; None checks to the end.
         recalibration: a function that makes inputs for batch norms, see :func:`adapt_depth`.
@@ -62,11 +59,11 @@ class AdaptiveDepth:
     def __init__(
         self,
         rule: DepthRule,
-        inputs: Callable[[], Iterable[Tensor]],
+        inputs: Callable[[], Iterable[Any]],
         *,
         every: int = 1,
         until: int | None = None,
-        recalibration: Callable[[], Iterable[Tensor]] | None = None,
+        recalibration: Callable[[], Iterable[Any]] | None = None,
     ) -> None:
         check_rule(rule)
         check_makers(inputs=inputs, recalibration=recalibration or inputs)

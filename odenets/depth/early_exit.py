@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from odenets.analysis import count_macs
 from odenets.depth.batch_norms import check_evaluating
-from odenets.depth.exit_heads import Modules, batches_in, in_order
+from odenets.depth.exit_heads import Modules, in_order
 from odenets.errors import check_number
-from odenets.inputs import has_rows, is_by_keyword, rows
+from odenets.inputs import has_rows, inputs_of, is_by_keyword, rows
 from odenets.modes import evaluating, inputs_for, keeping_state
 from odenets.outputs import logits_in
+from odenets.training.notes import BatchNotes
 
 __all__ = ["EarlyExit", "Exits"]
 
@@ -178,7 +179,8 @@ class EarlyExit(nn.Module):
         """Take the threshold at which a sample costs so much at most in the mean.
 
         Args:
-            batches: inputs of a validation set, tensors ``(B, ...)``, tuples ``(x, *args)`` or mappings.
+            batches: a validation set, batches of inputs, tensors ``(B, ...)`` or mappings, or of pairs
+                ``(inputs, labels)``, whose labels are not read. Several inputs are in a pair, ``((x, c), labels)``.
             cost: the mean over the samples that is allowed, in the unit of :attr:`costs`.
 
         Returns:
@@ -191,16 +193,13 @@ class EarlyExit(nn.Module):
         cost, costs = check_number("cost", cost), torch.tensor(self.costs, dtype=torch.float64)
         if cost < costs[0]:
             raise ValueError(f"cost must be at least that of the first exit, {costs[0]:g}, got {cost}")
-        found: list[Tensor] = []
+        found, notes = list[Tensor](), BatchNotes("batches")
         with torch.no_grad(), keeping_state(self), evaluating(self):
-            for inputs in batches_in(batches):
-                if isinstance(inputs, list):
-                    raise TypeError(
-                        f"batches must hold inputs (B, ...), got a list of {len(inputs)}: give (x for x, y in loader)"
-                    )
-                outputs = _outputs(self.parts, self._arguments(inputs_for(self.network, inputs)))
-                scores = [SCORES[self.by](_logits(output, k, None)) for k, (output, _) in enumerate(outputs, 1)]
-                found.append(torch.stack(scores).double().cpu())
+            for inputs in inputs_of(batches, "batches"):
+                with notes.next(inputs):
+                    outputs = _outputs(self.parts, self._arguments(inputs_for(self.network, inputs)))
+                    scores = [SCORES[self.by](_logits(output, k, None)) for k, (output, _) in enumerate(outputs, 1)]
+                    found.append(torch.stack(scores).double().cpu())
         scores = torch.cat(found, 1)
         scores[-1] = math.inf  # all leave behind the last module
         candidates = torch.cat([scores[:-1].flatten(), torch.tensor([math.inf], dtype=torch.float64)]).unique()

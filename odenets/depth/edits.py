@@ -6,17 +6,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from odenets import measures
 from odenets.blocks import Block
 from odenets.depth.optimizers import adopt_copy, follow_network, warn_of_unfollowed
-from odenets.depth.rule import DepthRule, block_errors, check_rule, flow_network, inputs_of, plan
+from odenets.depth.rule import DepthRule, block_errors, check_rule, flow_network, plan
 from odenets.flow import Flow
+from odenets.inputs import call, inputs_of, samples_in
+from odenets.modes import inputs_for
 from odenets.network import Network
 from odenets.neural_ode import NeuralODE
 from odenets.normalization import StageBatchNorm, recalibrate
@@ -81,11 +83,11 @@ class DepthReport:
 
 def adapt_depth(
     network: Network,
-    inputs: Callable[[], Iterable[Tensor]],
+    inputs: Callable[[], Iterable[Any]],
     rule: DepthRule,
     optimizer: Optimizer | None = None,
     *,
-    recalibration: Callable[[], Iterable[Tensor]] | None = None,
+    recalibration: Callable[[], Iterable[Any]] | None = None,
 ) -> DepthReport:
     """Apply the rule once to every flow: blocks with a large error are duplicated, those with a small one merged.
 
@@ -94,8 +96,8 @@ def adapt_depth(
 
     Args:
         network: changed in place. Its first and last blocks stay; a flow keeps at least one block and its total time.
-        inputs: a function that makes the validation inputs anew at each call, an iterable of tensors ``(B, ...)``, such
-            as ``Batches(data, 100).inputs``.
+        inputs: a function that makes the validation inputs anew at each call, batches of inputs or of pairs
+            ``(inputs, labels)``, whose labels are not read, such as ``lambda: loader``.
         rule: when to add and remove blocks.
         optimizer: its state follows the blocks: a copy gets its original's momentum or moments, a block that goes
             takes its state along, and the parameters of each group end up in the network's order. Without it, build
@@ -110,7 +112,7 @@ def adapt_depth(
     them anew. After an error nothing is edited.
 
     Raises:
-        TypeError: another network, no :class:`DepthRule`, or no function that makes tensors.
+        TypeError: another network, no :class:`DepthRule`, or no function that makes batches of inputs.
         ValueError: a flow is a neural ODE, shared or used twice, or its method has no embedded error; weights are not
             finite, which no step size mends; the optimizer keeps state that is not of one parameter (LBFGS); or no
             batch.
@@ -129,17 +131,17 @@ def adapt_depth(
     check_makers(**makers)
     spent = 0
 
-    def counted(name: str) -> Iterator[Tensor]:
+    def counted(name: str) -> Iterator[Any]:
         nonlocal spent
-        before = spent
         for x in inputs_of(makers[name](), name):
-            spent += len(x) * sum(flow.evaluations_per_pass(closing=True) for flow in network.flows)
+            spent += samples_in(x) * sum(flow.evaluations_per_pass(closing=True) for flow in network.flows)
             yield x
-        if spent == before:
-            raise ValueError("inputs and recalibration must make at least one batch of inputs at each call")
 
     def renew() -> None:
-        recalibrate(network, counted("recalibration"), lambda x: network.record(x, error=measures.error))
+        def record(x: Any) -> None:
+            call(network.record, inputs_for(network, x), error=measures.error)
+
+        recalibrate(network, counted("recalibration"), record)
 
     before = set(network.parameters())
     renew()

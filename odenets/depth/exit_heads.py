@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 
 from odenets.errors import check_count
 from odenets.modes import evaluating, inputs_for, keeping_state
+from odenets.training.notes import BatchNotes
+from odenets.training.sources import Source
 
-__all__ = ["Modules", "batches_in", "fit_heads", "in_order", "pooled_head"]
+__all__ = ["Modules", "fit_heads", "in_order", "pooled_head"]
 
 
 class Modules(Protocol):
@@ -72,7 +74,7 @@ def fit_heads(modules: Modules, batches: Iterable[Any], *, penalty: float = 1e-3
 
     Args:
         modules: as :class:`EarlyExit` takes them.
-        batches: training data, pairs ``(inputs, labels)``, of one epoch.
+        batches: training data, batches ``(inputs, labels)`` as :func:`odenets.training.fit` takes them, of one epoch.
         penalty: of the squares of the weights, for features of unit variance, beside the mean cross-entropy.
         iterations: of L-BFGS, at most.
 
@@ -91,19 +93,17 @@ def fit_heads(modules: Modules, batches: Iterable[Any], *, penalty: float = 1e-3
     1
     """
     parts, network = in_order(modules), cast(nn.Module, modules)
-    labels: list[Tensor] = []
+    source, notes, labels = Source.of(batches), BatchNotes("batches"), list[Tensor]()
     with torch.no_grad(), keeping_state(network), evaluating(network):
         heads = [_linear(part.head, k) for k, part in enumerate(parts[:-1], 1)]
         features: list[list[Tensor]] = [[] for _ in heads]
-        for pair in batches_in(batches):
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise TypeError(f"batches must hold pairs (inputs, labels), got {type(pair).__name__}")
-            inputs, y = pair
-            state, *args = modules.arguments(inputs_for(network, inputs))
-            labels.append(_labels(y, heads).to(state.device))
-            for part, (before, _), kept in zip(parts, heads, features, strict=False):
-                state = part.part(state, *args)
-                kept.append(before(state))
+        for inputs, y in source.in_order():
+            with notes.next(inputs):
+                state, *args = modules.arguments(inputs_for(network, inputs))
+                labels.append(_labels(y, heads).to(state.device))
+                for part, (before, _), kept in zip(parts, heads, features, strict=False):
+                    state = part.part(state, *args)
+                    kept.append(before(state))
     for (_, linear), kept in zip(heads, features, strict=True):
         _fit_linear(linear, torch.cat(kept), torch.cat(labels), penalty, iterations)
     return len(heads)
@@ -172,20 +172,3 @@ def in_order(modules: Any) -> list[Any]:
             "odenets.module_wise.split_into_modules(network, 3, x, head=odenets.depth.pooled_head) makes them"
         )
     return [*cast(Any, modules).modules_in_order]
-
-
-def batches_in(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, of which there must be one.
-
-    Raises:
-        TypeError: one tensor in their place.
-        ValueError: there is none.
-    """
-    empty = True
-    if isinstance(batches, Tensor):
-        raise TypeError("batches must hold batches, got one tensor: pass [x]")
-    for one in batches:
-        empty = False
-        yield one
-    if empty:
-        raise ValueError("batches must hold at least one batch, got none")

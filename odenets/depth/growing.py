@@ -17,14 +17,14 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from odenets.blocks import Block
 from odenets.depth.edits import Edit, check_makers, copied, editable, editing
 from odenets.depth.optimizers import warn_of_unfollowed
-from odenets.depth.rule import flow_network, inputs_of
+from odenets.depth.rule import flow_network
 from odenets.errors import check_count
+from odenets.inputs import inputs_of, samples_in
 from odenets.network import Network
 from odenets.normalization import recalibrate
 
@@ -95,7 +95,7 @@ class _Growing:
         epochs: Collection[int],
         *,
         restart: bool = False,
-        recalibration: Callable[[], Iterable[Tensor]] | None = None,
+        recalibration: Callable[[], Iterable[Any]] | None = None,
     ) -> None:
         if isinstance(epochs, str) or not isinstance(epochs, Collection):
             raise TypeError(
@@ -169,8 +169,8 @@ class Doubling(_Growing):
     Args:
         epochs: after each of which the network grows.
         restart: whether the scheduler of learning rates begins anew each time, at the rates of the first epoch.
-        recalibration: a function that makes inputs anew at each call, on which batch norms are recalibrated; without it
-            copies keep the statistics of their originals.
+        recalibration: a function that makes inputs anew at each call, as for :func:`adapt_depth`, on which batch norms
+            are recalibrated; without it copies keep the statistics of their originals.
 
     Raises:
         TypeError: epochs that are no whole numbers, or no function.
@@ -205,7 +205,7 @@ class Stacking(_Growing):
         *,
         rescale: bool = False,
         restart: bool = False,
-        recalibration: Callable[[], Iterable[Tensor]] | None = None,
+        recalibration: Callable[[], Iterable[Any]] | None = None,
     ) -> None:
         super().__init__(epochs, restart=restart, recalibration=recalibration)
         self.rescale = rescale
@@ -238,14 +238,14 @@ def _grow(
     return edits
 
 
-def _recalibrate(network: Network, make: Callable[[], Iterable[Tensor]]) -> int:
+def _recalibrate(network: Network, make: Callable[[], Iterable[Any]]) -> int:
     """Recalibrate batch norms, if there are any, and tell what that costs: field evaluations, summed over samples."""
     samples = 0
 
-    def counted() -> Iterable[Tensor]:
+    def counted() -> Iterable[Any]:
         nonlocal samples
         for x in inputs_of(make(), "recalibration"):
-            samples += len(x)
+            samples += samples_in(x)
             yield x
 
     recalibrate(network, counted())

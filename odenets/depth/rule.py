@@ -16,22 +16,23 @@ K merges more blocks with ReLU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from odenets import measures
 from odenets.errors import check_count, check_number
+from odenets.inputs import call, inputs_of
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 from odenets.neural_ode import NeuralODE
 from solvers import Step
 
-__all__ = ["DepthRule", "block_errors", "check_rule", "flow_network", "inputs_of", "plan"]
+__all__ = ["DepthRule", "block_errors", "check_rule", "flow_network", "plan"]
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,20 @@ class DepthRule:
 
 
 @torch.no_grad()
-def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms") -> list[list[float]]:
+def block_errors(network: Network, batches: Iterable[Any], norm: str = "rms") -> list[list[float]]:
     """Mean embedded error of every block on some inputs, in eval mode; the modes of its modules are restored.
 
     Args:
         network: a network of discrete flows whose method has an embedded error, such as "bs23".
-        batches: inputs, each ``(B, ...)``, taken to the network's device and dtype.
+        batches: of inputs ``(B, ...)`` or of pairs ``(inputs, labels)``, whose labels are not read, taken to the
+            network's device and dtype.
         norm: "rms" over the features of a sample, or "raw", their 2-norm.
 
     Returns:
         One list per flow, one error per block; infinite where any sample's is not finite.
 
     Raises:
-        TypeError: another network, or one tensor, or pairs, in place of batches of inputs.
+        TypeError: another network, or one tensor in place of batches of inputs.
         ValueError: no batch, another norm, a neural ODE or a flow without embedded error, or batch norms that have
             statistics of some stages only: training does not take the closing stage, which the error reads, so that
             they are to be recalibrated before.
@@ -103,11 +105,10 @@ def block_errors(network: Network, batches: Iterable[Tensor], norm: str = "rms")
     errors, starts = [], (0,)
     with evaluating(network):
         for x in inputs_of(batches, "batches"):
-            _, records = network.record(inputs_for(network, x), error=_raw_error if norm == "raw" else measures.error)
+            x, error = inputs_for(network, x), _raw_error if norm == "raw" else measures.error
+            _, records = call(network.record, x, error=error)
             errors.append(records["error"])
             starts = records.starts
-    if not errors:
-        raise ValueError("batches must hold at least one batch to measure the error on")
     values = torch.cat(errors, 1).cpu().double().mean(1).tolist()
     return [
         [e if math.isfinite(e) else math.inf for e in values[start:end]]
@@ -156,21 +157,6 @@ def plan(errors: Sequence[float], h: Sequence[float], rule: DepthRule) -> list[L
             decisions[m] = "merge"  # which may be taken back: what it frees is free in the next round
             absorbed = True
     return decisions
-
-
-def inputs_of(batches: Iterable[Tensor], name: str) -> Iterator[Tensor]:
-    """Batches of inputs, if they are tensors.
-
-    Raises:
-        TypeError: they are one tensor, or pairs.
-    """
-    must = f"{name} must hold inputs, tensors (B, *S), got"
-    if isinstance(batches, Tensor):
-        raise TypeError(f"{must} one tensor: pass [x]")
-    for x in batches:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{must} a {type(x).__name__}: give (x for x, y in batches)")
-        yield x
 
 
 def check_rule(rule: object) -> None:

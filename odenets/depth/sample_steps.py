@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from odenets.depth.batch_norms import check_evaluating
-from odenets.depth.rule import inputs_of
 from odenets.depth.walking import NORMS, Control, ErrorEstimate, FlowWalk, Norm, PredictionChange
 from odenets.errors import check_count, check_number
 from odenets.flow import Flow
+from odenets.inputs import arguments, inputs_of
 from odenets.measures import StepFunction
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
@@ -199,11 +199,12 @@ class SampleSteps(nn.Module):
             raise ValueError(f"taken must hold whole numbers, shape {(self.depth, len(x))}, got {shape}")
         return self._walk(x, args, taken.cpu().numpy(), {})
 
-    def calibrate(self, batches: Iterable[Tensor], evaluations: float, *, rounds: int = 24) -> float:
+    def calibrate(self, batches: Iterable[Any], evaluations: float, *, rounds: int = 24) -> float:
         """Take the tolerance at which a sample needs so many evaluations at most in the mean, by bisection.
 
         Args:
-            batches: inputs of a validation set, each ``(B, ...)``, of fields that take no further arguments.
+            batches: a validation set, batches of inputs ``(B, ...)`` or of pairs ``(inputs, labels)``, whose labels are
+                not read. What the fields take besides is in a pair, ``((x, c), labels)``.
             evaluations: the mean number over the samples that is allowed.
             rounds: passes over the inputs.
 
@@ -214,9 +215,7 @@ class SampleSteps(nn.Module):
             ValueError: no batch, or fewer evaluations than steps without any tolerance take.
         """
         wanted = check_number("evaluations", evaluations)
-        inputs = [inputs_for(self.network, x) for x in inputs_of(batches, "batches")]
-        if not inputs:
-            raise ValueError("batches must hold at least one batch of inputs, got none")
+        inputs = [arguments(inputs_for(self.network, one)) for one in inputs_of(batches, "batches")]
         if (full := self._mean_evaluations(inputs, 0.0)) <= wanted:
             self.tolerance = 0.0
             return 0.0
@@ -236,11 +235,11 @@ class SampleSteps(nn.Module):
         return self.tolerance
 
     @torch.no_grad()
-    def _mean_evaluations(self, inputs: Sequence[Tensor], tolerance: float) -> float:
+    def _mean_evaluations(self, inputs: Sequence[tuple[Any, ...]], tolerance: float) -> float:
         before, self.tolerance = self.tolerance, tolerance
         try:
             with evaluating(self):
-                counts = torch.cat([self.walk(x).evaluations for x in inputs])
+                counts = torch.cat([self.walk(*one).evaluations for one in inputs])
         finally:
             self.tolerance = before
         return counts.double().mean().item()

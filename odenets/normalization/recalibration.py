@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
+from odenets.inputs import call, inputs_of
 from odenets.modes import inputs_for, keeping_modes
 from odenets.normalization.stage_batch_norm import StageBatchNorm
 from odenets.normalization.statistics import note_recalibration
@@ -19,7 +20,7 @@ __all__ = ["recalibrate"]
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Tensor], object] | None = None) -> int:
+def recalibrate(network: nn.Module, batches: Iterable[Any], run: Callable[[Any], object] | None = None) -> int:
     """Recompute the running statistics of every batch norm as plain averages over the samples of ``batches``.
 
     Small data leave the running averages behind the weights, and a depth edit changes what a layer sees. Blocks take
@@ -30,10 +31,10 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
 
     Args:
         network: the network. Its modes are restored, and after an error its statistics too.
-        batches: inputs, each ``(B, *S)``, taken to the network's device and dtype; the average weighs each batch by its
-            samples.
-        run: what to run on each input; the network itself if not given, or its ``run_all``, which calls all the heads
-            of a :class:`~odenets.module_wise.ModuleWise`.
+        batches: of inputs ``(B, *S)`` or of pairs ``(inputs, labels)``, whose labels are not read, taken to the
+            network's device and dtype; the average weighs each batch by its samples.
+        run: what to run on each batch as it comes; if not given, the network itself on the inputs, or its ``run_all``,
+            which calls all the heads of a :class:`~odenets.module_wise.ModuleWise`.
 
     Returns:
         The number of norms with new statistics; 0 if the network has none that keep any, and then nothing is run and
@@ -41,7 +42,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
 
     Raises:
         ValueError: no norm is run, one is lazy and has not seen an input, or there are norms and no batch.
-        TypeError: one tensor in place of batches, or there are norms and batches of pairs without ``run``.
+        TypeError: one tensor in place of batches, or there are norms and batches without inputs.
 
     >>> import odenets
     >>> flow = odenets.Flow(odenets.ConvField(4, norm="batch"), depth=2)
@@ -49,27 +50,24 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor], run: Callable[[Te
     4
     """
     if isinstance(batches, Tensor):
-        raise TypeError("batches must hold inputs, tensors (B, *S), got one tensor: pass [x]")
+        raise TypeError("batches must hold batches of inputs, got one tensor: [x] for one batch")
     tracked = [m for m in network.modules() if _keeps_statistics(m)]
     norms = [norm for norm in tracked if not (network.training and _is_frozen(norm))]
     if not tracked:
         return 0
     averages = [_Average(norm) for norm in norms]
-    call = run or cast(Callable[[Tensor], object], getattr(network, "run_all", network))
-    empty = True
+    whole, empty = getattr(network, "run_all", network), True
     try:
         with keeping_modes(network), taking_closing_stages(network, norms), _uncompiled():
             network.eval()
             for average in averages:
                 average.begin()
-            for x in batches:
-                if isinstance(x, list | tuple) and run is None:
-                    raise TypeError(
-                        f"batches must hold inputs, tensors (B, *S), got a {type(x).__name__} of {len(x)}: give "
-                        "(x for x, y in batches), or say with run what is run"
-                    )
+            for x in batches if run else inputs_of(batches, "batches"):
                 empty = False
-                call(inputs_for(network, x) if isinstance(x, Tensor) else x)
+                if run is None:
+                    call(whole, inputs_for(network, x))
+                else:
+                    run(inputs_for(network, x) if isinstance(x, Tensor) else x)
         if empty:
             raise ValueError("batches must hold at least one batch, got none: was the iterator used up before?")
         if not any(average.totals for average in averages):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odenets.errors import refuse
+from odenets.inputs import exchanged
 from odenets.measures import StepFunction
 from odenets.recording import Records, named_measures, record, recorder_in
 from odenets.training.broadcasting import refusing_pairs
@@ -339,9 +340,7 @@ def _check_called(network: nn.Module) -> None:
 
 
 def _check_order(x: Any, y: Any) -> None:
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return
-    if x.ndim < 2 and not x.is_floating_point() and y.ndim > 1 and y.is_floating_point():
+    if exchanged(x, y):
         raise TypeError(
             f"an objective is called with (network, x, y), got {x.dtype} {_shape(x)} as inputs x and {y.dtype} "
             f"{_shape(y)} as targets y: exchange them"

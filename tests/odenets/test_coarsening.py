@@ -275,9 +275,19 @@ def test_networks_without_blocks_to_merge_are_refused():
             "rule must be one of .*'even', 'output', got 'odd'",
         ),
         ({"blocks": 2, "stays": "none"}, ValueError, "stays must be one of 'first', 'middle', 'last', 'best'"),
-        ({"blocks": 2, "inputs": X}, TypeError, r"inputs must hold batches of inputs.*one tensor: pass \[x\]"),
-        ({"blocks": 2, "inputs": [(X, X)]}, TypeError, r"got a tuple: give \(x for x, y in batches\)"),
-        ({"blocks": 2, "inputs": 3}, TypeError, "got a int"),
+        (
+            {"blocks": 2, "inputs": X},
+            TypeError,
+            r"inputs must hold batches.*one tensor .*, or \[x\] for one",
+        ),
+        ({"blocks": 2, "inputs": [(X, X, X)]}, TypeError, r"pairs \(inputs, labels\), got a tuple of 3 parts"),
+        (
+            {"blocks": 2, "inputs": (X, torch.arange(len(X)))},
+            TypeError,
+            r"got one pair.*: pass \[\(x, y\)\]",
+        ),
+        ({"blocks": 2, "inputs": [(torch.arange(len(X)), X)]}, TypeError, r"\(inputs, labels\).*exchange them"),
+        ({"blocks": 2, "inputs": 3}, TypeError, "got int"),
         ({"blocks": 2, "inputs": []}, ValueError, "at least one batch"),
     ],
 )

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from odenets.inputs import kind_of, plain, rows, samples_in
+from odenets.inputs import inputs_of, rows, samples_in
 from odenets.modes import inputs_for
 
-__all__ = ["Batches", "batches_of", "inputs_in"]
+__all__ = ["Batches", "batches_of"]
 
 HELD_OUT = 0.2
 """Share of the samples that is held out."""
@@ -62,15 +62,9 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
 
     Raises:
         TypeError: one tensor, or what holds no inputs.
-        ValueError: fewer than two samples.
+        ValueError: no batch, or fewer than two samples.
     """
-    if isinstance(calibration, Tensor | Mapping | nn.Module):
-        raise TypeError(
-            f"calibration must hold batches of inputs, got {kind_of(calibration)}: a DataLoader, or [x] for one batch"
-        )
-    if not isinstance(calibration, Iterable):
-        raise TypeError(f"calibration must hold batches of inputs, got {kind_of(calibration)}")
-    inputs = [inputs_for(network, inputs_in(batch, "calibration")) for batch in calibration]
+    inputs = [inputs_for(network, one) for one in inputs_of(calibration, "calibration")]
     inputs = [one for one in inputs if samples_in(one, "the calibration")]
     samples = [samples_in(one, "the calibration") for one in inputs]
     for one in inputs:
@@ -107,21 +101,3 @@ def _spread(n: int, out: int) -> list[int]:
 def _others(n: int, out: int) -> list[int]:
     """The positions of the rest."""
     return sorted({*range(n)} - {*_spread(n, out)})
-
-
-def inputs_in(batch: Any, name: str) -> Any:
-    """The inputs of a ``batch``, without its labels; ``name`` is that of the argument that holds it.
-
-    Raises:
-        TypeError: it is neither inputs nor a pair.
-    """
-    if isinstance(batch, list | tuple):
-        if not 1 <= len(batch) <= 2:
-            raise TypeError(
-                f"{name} must hold inputs or pairs (inputs, labels), got a {kind_of(batch)}: several inputs of "
-                "one batch are ((x, c), labels), or a mapping"
-            )
-        batch = batch[0]
-    if not isinstance(batch, Tensor | Mapping | list | tuple):
-        raise TypeError(f"{name} must hold inputs, tensors (B, *S), got {kind_of(batch)}")
-    return plain(batch)

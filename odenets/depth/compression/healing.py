@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from odenets.depth.compression.calibration import inputs_in
 from odenets.depth.compression.divergence import Kind, Outputs, are_logits, kl_divergence, run, tensor_in
 from odenets.errors import check_count, check_number
-from odenets.inputs import rows, samples_in
+from odenets.inputs import inputs_in, rows, samples_in
 from odenets.modes import device_of, evaluating, inputs_for
 from odenets.training.progress import counting
 

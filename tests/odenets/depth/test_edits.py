@@ -98,7 +98,7 @@ def test_after_an_error_nothing_is_edited():
     errors = block_errors(net, [X])[0]
     rule = DepthRule(sorted(errors)[-1] * 0.999, K=1.0001)  # one block is duplicated, others merged
     batches = iter([[X], []])
-    with pytest.raises(ValueError, match="must make at least one batch of inputs at each call"):
+    with pytest.raises(ValueError, match="inputs must hold at least one batch, got none"):
         adapt_depth(net, lambda: next(batches), rule, optimizer)
     assert list(net.flows[0].blocks) == blocks
     assert net.flows[0].h == (0.25,) * 4
@@ -157,8 +157,8 @@ def of_one_flow(field, **options):
         (lambda: of_one_flow(MLPField(3), solver="euler"), lambda: [X], ValueError, "no embedded error"),
         (lambda: nn.Linear(3, 3), lambda: [X], TypeError, "got Linear"),
         (network, [X], TypeError, "inputs must be a function .* got list"),
-        (network, lambda: X, TypeError, r"inputs must hold .* one tensor: pass \[x\]"),
-        (network, lambda: [(X, X[:, 0])], TypeError, "inputs must hold inputs, .* got a tuple"),
+        (network, lambda: X, TypeError, r"inputs must hold .* one tensor .*: a DataLoader, or \[x\]"),
+        (network, lambda: [(X, X, X)], TypeError, r"inputs must hold .* pairs \(inputs, labels\), got a tuple of 3"),
     ],
 )
 def test_what_cannot_be_edited_is_named(make, inputs, error, message):

@@ -126,8 +126,8 @@ def _broken(x):
         (lambda: [X], lambda x: None, ValueError, "none of the 4 batch norms was run"),
         (lambda: _broken(X), None, KeyError, "no more"),
         (lambda: [X, X[:, :2]], None, ValueError, r"x must have shape \(B, 3, \.\.\.\) .* got \(12, 2, 5, 5\)$"),
-        (lambda: X, None, TypeError, r"batches must hold inputs.*got one tensor: pass \[x\]"),
-        (lambda: [X, [X, X]], None, TypeError, r"batches must hold inputs.*got a list of 2.*x for x, y in"),
+        (lambda: X, None, TypeError, r"batches must hold batches of inputs.*one tensor: \[x\] for one"),
+        (lambda: [X, [X, X, X]], None, TypeError, r"pairs \(inputs, labels\), got a list of 3 parts"),
     ],
 )
 def test_after_an_error_the_statistics_are_what_they_were(batches, run, error, message):
