@@ -33,7 +33,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -119,19 +118,19 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
     report(1)
     for removed in config.removed:
         started = time.process_time()
-        with suppress(ValueError):  # no run of so many blocks for ReplaceMe
-            point = result.at(remove=removed)
-            each = time.process_time() - started
-            macs = 1 - (whole["macs"] - count_macs(point.model, sample)) / whole["block_macs"]
-            row = {"removed": removed, "score": subject.judge(point.model), "macs": macs, "seconds": seconds + each}
-            curve.append(
-                row | {"divergence": point.divergence, "runs": [[r["blocks"], r["choice"]] for r in point.table]}
-            )
-            models.append(point.model)
-            if job.method == "compress" and removed in config.healed and subject.images is not None:
-                loader = batches(subject.images, 64, seed=job.seed)
-                model = heal(copy.deepcopy(point.model), subject.model, loader, images=config.images)
-                curve[-1]["healed"] = subject.judge(model)
+        if job.method != "compress" and removed not in result.removable:  # no run of so many blocks, for ReplaceMe
+            report(1)
+            continue
+        point = result.at(remove=removed)
+        each = time.process_time() - started
+        macs = 1 - (whole["macs"] - count_macs(point.model, sample)) / whole["block_macs"]
+        row = {"removed": removed, "score": subject.judge(point.model), "macs": macs, "seconds": seconds + each}
+        curve.append(row | {"divergence": point.divergence, "runs": [[r["blocks"], r["choice"]] for r in point.table]})
+        models.append(point.model)
+        if job.method == "compress" and removed in config.healed and subject.images is not None:
+            loader = batches(subject.images, 64, seed=job.seed)
+            model = heal(copy.deepcopy(point.model), subject.model, loader, images=config.images)
+            curve[-1]["healed"] = subject.judge(model)
         report(1)
     for row, times in zip(curve, latencies(models, subject.probe, config.rounds), strict=True):
         row |= times

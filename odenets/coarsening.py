@@ -139,7 +139,7 @@ def groups_at_depth(
         counts = [*share_blocks(blocks, [flow.depth for flow in flows])]
     every = [groups_by_place(flow.depth, stays) for flow in flows]
     merged: list[list[Group] | None] = [None] * len(flows)
-    if inputs is not None and reading and any(map(_merges, counts, flows)):
+    if inputs is not None and any(reading.values()) and any(map(_merges, counts, flows)):
         if rule == "output":
             merged = [*groups_by_output(network, flows, [count or 1 for count in counts], inputs, stays)]
         else:

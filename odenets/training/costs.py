@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from odenets.inputs import kind_of
 from odenets.measures import StepFunction
 from odenets.recording import Records, unwrapped
 from odenets.training.checks import check_task
@@ -97,7 +98,7 @@ def check_weight(weight: Any, example: str) -> None:
         ...
     TypeError: weight must be a number, and comes first, ActionPenalty(0.1, task), got str
     """
-    if not isinstance(weight, Real | Tensor) or isinstance(weight, bool):
-        raise TypeError(f"weight must be a number, and comes first, {example}, got {type(weight).__name__}")
+    if not isinstance(weight, Real | Tensor) or isinstance(weight, bool) or getattr(weight, "ndim", 0):
+        raise TypeError(f"weight must be a number, and comes first, {example}, got {kind_of(weight)}")
     if not (math.isfinite(weight) and float(weight) >= 0):
         raise ValueError(f"weight must be finite and not negative, got {weight}")

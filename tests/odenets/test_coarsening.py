@@ -302,3 +302,11 @@ def test_groups_of_other_flows_are_refused():
         coarsened(linear_flow(2), [[], []]),
     ):
         pass
+
+
+def test_no_errors_are_measured_where_none_are_read():
+    flow = linear_flow(8)
+    nothing = [torch.zeros(0)]  # on which nothing could be measured
+    assert groups_at_depth(flow, 2, inputs=nothing, rule="even", stays="first") == groups_at_depth(flow, 2)
+    with pytest.raises(Exception):  # noqa: B017
+        groups_at_depth(flow, 2, inputs=nothing, rule="even", stays="best")

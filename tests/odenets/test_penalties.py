@@ -251,3 +251,8 @@ def test_a_network_without_embedded_errors_is_refused(flow, message):
 def test_what_it_cannot_weigh_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_weight_of_several_numbers_is_refused():
+    with pytest.raises(TypeError, match=r"weight must be a number, .* got one tensor \(2,\)"):
+        ErrorPenalty(torch.tensor([0.1, 0.2]))

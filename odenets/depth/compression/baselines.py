@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,9 +14,9 @@ from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate
 from odenets.depth.compression.least_squares import NormalEquations
 from odenets.depth.compression.linear_maps import add_rows, macs_of, seam_for, targets_of, weights_of, with_weights
-from odenets.depth.compression.units import lines_of
+from odenets.depth.compression.units import Unit, lines_of
 
-__all__ = ["SCORES", "replace_me", "scored"]
+__all__ = ["SCORES", "longest_run", "replace_me", "scored"]
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Of the states ``(N, D)`` before and behind a block, for each of N positions."""
@@ -63,6 +63,16 @@ def scored(calls: Calls, score: Score) -> list[Candidate]:
     return found
 
 
+def longest_run(units: Sequence[Unit]) -> int:
+    """Of how many ``units`` that may go the longest run is, one behind the other."""
+    return max((_keeping(units, line[at:]) for line in lines_of(units) for at in range(len(line))), default=0)
+
+
+def _keeping(units: Sequence[Unit], line: Sequence[int]) -> int:
+    """How many of a line may go from its beginning on."""
+    return next((n for n, m in enumerate(line) if not units[m].keeps or units[m].adds), len(line))
+
+
 @torch.no_grad()
 def replace_me(calls: Calls, remove: int) -> tuple[Candidate, ...]:
     """The run of so many blocks with the least cosine distance, and the linear map that stands for it.
@@ -78,14 +88,10 @@ def replace_me(calls: Calls, remove: int) -> tuple[Candidate, ...]:
         ValueError: no run of so many blocks keeps the shape of the state.
     """
     least: tuple[float, list[int], int] | None = None
-    longest = 0
     for line in lines_of(calls.units):
         states = [calls.line(b, line) for b in range(len(calls.batches.inputs))]
         for at in range(len(line)):
-            run = [m for m in line[at : at + remove] if calls.units[m].keeps]
-            keeping = next((n for n, m in enumerate(line[at:]) if not calls.units[m].keeps), len(line) - at)
-            longest = max(longest, keeping)
-            if len(run) < remove:
+            if _keeping(calls.units, line[at:]) < remove:
                 continue
             ends = [(walk[at].x0, walk[at + remove - 1].x1) for walk in states]
             distance = torch.cat([influence(_features(x0), _features(x1)) for x0, x1 in ends]).mean().item()
@@ -93,8 +99,8 @@ def replace_me(calls: Calls, remove: int) -> tuple[Candidate, ...]:
                 least = distance, line, at
     if least is None:
         raise ValueError(
-            f"remove must be at most {longest} blocks that follow each other and keep the shape of the state for "
-            f"by='replaceme', got {remove}"
+            f"remove must be at most {longest_run(calls.units)} blocks that follow each other and keep the shape of "
+            f"the state for by='replaceme', got {remove}"
         )
     return _mapped(calls, *least, remove)
 

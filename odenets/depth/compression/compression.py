@@ -31,9 +31,11 @@ class Compression:
         model: the compressed network.
         runs: what became of which blocks, in order.
         divergence: of its outputs from those of the whole network, on calibration data that was held out from the
-            fits: of Kullback and Leibler in nats for logits, else the relative square error.
+            fits: of Kullback and Leibler in nats for logits, else the relative square error. It is that of the model as
+            it was made: :func:`heal` does not change it.
         macs_kept: share of the multiplications of the blocks that it takes, seams counted.
         units: the blocks of the network.
+        removable: numbers of blocks that may go, those for which :meth:`at` has a network.
 
     Args:
         search: what may become of the blocks; :func:`compress` makes it.
@@ -51,6 +53,7 @@ class Compression:
         self._search, self.runs, self.units = search, tuple(runs), tuple(search.units)
         self.model, self.divergence = search.build(runs)
         self.macs_kept = search.macs_kept(runs)
+        self.removable = tuple(search.removable)
 
     @property
     def gone(self) -> int:

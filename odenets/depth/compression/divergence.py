@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from odenets.depth.compression.units import positional
+from odenets.inputs import kind_of
 from odenets.outputs import logits_in
 
-__all__ = ["Kind", "Outputs", "are_logits", "kl_divergence", "run", "tensor_in"]
+__all__ = ["Kind", "Outputs", "are_logits", "checked_run", "kl_divergence", "run", "tensor_in"]
 
 Kind = Literal["auto", "logits", "values"]
 """What the outputs of a network are."""
@@ -23,6 +24,23 @@ def run(network: nn.Module, inputs: Any) -> Any:
     """The output of a network for the inputs of a batch."""
     args, kwargs = positional(inputs)
     return network(*args, **kwargs)
+
+
+def checked_run(network: nn.Module, inputs: Any, name: str) -> Any:
+    """The same for inputs that a user gives, in the argument of a ``name``.
+
+    Raises:
+        ValueError: the network does not take them.
+    """
+    try:
+        return run(network, inputs)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"{name} must hold batches of inputs that {type(network).__name__} takes, or pairs of such and labels, got "
+            f"{kind_of(inputs)} for one batch: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -44,8 +62,12 @@ class Outputs:
     @classmethod
     @torch.no_grad()
     def of(cls, network: nn.Module, inputs: Sequence[Any], kind: Kind = "auto") -> Outputs:
-        """The outputs of a ``network`` for some ``inputs``, which are of a ``kind``; see :func:`are_logits`."""
-        outputs = [run(network, one) for one in inputs]
+        """The outputs of a ``network`` for some ``inputs`` of the calibration, of a ``kind``; see :func:`are_logits`.
+
+        Raises:
+            ValueError: the network does not take them.
+        """
+        outputs = [checked_run(network, one, "calibration") for one in inputs]
         return cls(inputs, [tensor_in(one) for one in outputs], are_logits(outputs[0], kind))
 
     def only(self, number: int) -> Outputs:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from odenets.depth.compression.divergence import Kind, Outputs, are_logits, kl_divergence, run, tensor_in
+from odenets.depth.compression.divergence import Kind, Outputs, are_logits, checked_run, kl_divergence, tensor_in
 from odenets.errors import check_count, check_number
-from odenets.inputs import inputs_in, rows, samples_in
+from odenets.inputs import check_batches, inputs_in, rows, samples_in
 from odenets.modes import device_of, evaluating, inputs_for
 from odenets.training.progress import counting
 
@@ -40,8 +40,9 @@ def heal(
 
     Args:
         model: trained in place, those of its parameters that take gradients.
-        teacher: the whole network.
-        loader: batches of inputs, or of pairs of inputs and labels; gone through as often as needed.
+        teacher: the whole network, which has no fewer weights than the model.
+        loader: batches of inputs, or of pairs of inputs and labels; gone through as often as needed, for which those of
+            a generator are kept.
         images: samples that are seen, one counted as often as it comes.
         lr: the largest learning rate.
         temperature: by which logits are divided.
@@ -57,8 +58,8 @@ def heal(
 
     Raises:
         TypeError: no networks, or no batches of inputs.
-        ValueError: no batch, numbers out of range, a model without parameters that take gradients, the teacher itself,
-            or outputs that are not finite.
+        ValueError: no batch, or one that the networks do not take; numbers out of range; a model without parameters
+            that take gradients; a teacher that is the model itself, or smaller; outputs that are not finite.
 
     >>> import copy
     >>> teacher = nn.Linear(3, 2)
@@ -76,6 +77,15 @@ def heal(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("model has no parameters that take gradients: model.requires_grad_()")
+    sizes = [sum(p.numel() for p in network.parameters() if p.ndim > 1) for network in (model, teacher)]
+    if sizes[0] > sizes[1]:
+        raise ValueError(
+            f"teacher must be the whole network, got one of {sizes[1]} weights for a model of {sizes[0]}: heal(model, "
+            "teacher, loader) trains its first argument"
+        )
+    check_batches(loader, "loader")
+    if isinstance(loader, Iterator):
+        loader = _first(loader, images)
     shared = {*map(id, parameters)} & {id(p) for p in teacher.parameters()}
     if shared:
         raise ValueError("model shares parameters with the teacher, which would change too: copy.deepcopy one of them")
@@ -99,9 +109,9 @@ def heal(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * _schedule((seen + n / 2) / images)
                 with torch.no_grad():
-                    returned = run(teacher, inputs_for(teacher, inputs))
+                    returned = checked_run(teacher, inputs_for(teacher, inputs), "loader")
                     wanted = tensor_in(returned).to(device_of(model))
-                output = tensor_in(run(model, inputs))
+                output = tensor_in(checked_run(model, inputs, "loader"))
                 if are_logits(returned, outputs):
                     divergence = kl_divergence(output / temperature, wanted / temperature).mean()
                     loss = divergence * temperature**2
@@ -133,10 +143,21 @@ def heal(
     return model
 
 
+def _first(batches: Iterator[Any], samples: int) -> list[Any]:
+    """The first batches of an iterator, which goes by once: as many as hold so many ``samples``, or all."""
+    kept, seen = [], 0
+    for batch in batches:
+        kept.append(batch)
+        seen += samples_in(inputs_in(batch, "loader"), "the loader")
+        if seen >= samples:
+            break
+    return kept
+
+
 @torch.no_grad()
 def _judge(model: nn.Module, teacher: nn.Module, inputs: Any, kind: Kind) -> Outputs:
     """What the teacher returns for some inputs, by which the model is judged before and after."""
-    returned = run(teacher, inputs_for(teacher, inputs))
+    returned = checked_run(teacher, inputs_for(teacher, inputs), "loader")
     wanted = tensor_in(returned).to(device_of(model))
     return Outputs([inputs_for(model, inputs)], [wanted], are_logits(returned, kind))
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from odenets.depth.compression.baselines import SCORES, replace_me, scored
+from odenets.depth.compression.baselines import SCORES, longest_run, replace_me, scored
 from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate, applied, replaced
@@ -80,11 +80,11 @@ class Search:
                 "that take more than time and state cannot be compressed"
             )
         first = batches.first(settings.samples)
-        self.units = find_units(self.model, first.inputs[0], first.samples[0])
-        self.macs = sum(unit.macs for unit in self.units) or 1
         self.held_out = Outputs.of(self.model, batches.on_which_to_choose().inputs, settings.outputs)
         self.judged = batches.on_which_to_choose(settings.samples)
         self.outputs = Outputs.of(self.model, self.judged.inputs, settings.outputs)
+        self.units = find_units(self.model, first.inputs[0], first.samples[0])
+        self.macs = sum(unit.macs for unit in self.units) or 1
         self._check_same(model)
         self.calls = Calls(self.model, self.units, first)
         self.refused: dict[Candidate, str] = {}  # candidates with which the model does not run
@@ -157,6 +157,13 @@ class Search:
                     self.refused[one[0]] = one[1]
         return kept
 
+    @property
+    def removable(self) -> list[int]:
+        """Numbers of blocks that may go, rising."""
+        if self.settings.by == "replaceme":
+            return [*range(1, longest_run(self.units) + 1)]
+        return sorted({gone for gone, _ in self.by_number} - {0})
+
     def runs(self, remove: int | None, keep: float | None) -> tuple[Candidate, ...]:
         """The best runs for a number of blocks, or a share of their multiplications that is kept.
 
@@ -167,9 +174,10 @@ class Search:
             return self._replace_me(remove, keep)
         if remove is not None:
             runs = cheapest(self.by_number, lambda gone, _: gone == remove)
-            most = max(gone for gone, _ in self.by_number)
             if runs is None:
-                raise ValueError(f"remove must be at most {most} of the {len(self.units)} blocks, got {remove}")
+                if remove > (most := max(self.removable, default=0)):
+                    raise ValueError(f"remove must be at most {most} of the {len(self.units)} blocks, got {remove}")
+                raise ValueError(f"remove must be one of {self.removable} with these choices, got {remove}")
             return runs
         assert keep is not None
         wanted = PARTS * (1 - keep) * len(self.units)
@@ -181,7 +189,7 @@ class Search:
 
     def _replace_me(self, remove: int | None, keep: float | None) -> tuple[Candidate, ...]:
         """ReplaceMe's run of so many blocks, or of as few as save so much."""
-        for number in range(1, len(self.units)) if remove is None else [remove]:
+        for number in self.removable if remove is None else [remove]:
             runs = replace_me(self.calls, number)
             if keep is None or self.macs_kept(runs) <= keep:
                 return runs
@@ -194,15 +202,11 @@ class Search:
     def curve(self) -> list[dict[str, Any]]:
         """The divergence for each number of blocks that may go."""
         rows = []
-        for gone in range(1, max(gone for gone, _ in self.by_number) + 1):
-            try:
-                runs = self.runs(gone, None)
-            except ValueError:  # of ReplaceMe, which takes one run
-                break
-            else:
-                with replaced(self.model, self.units, runs):
-                    divergence = self.outputs.divergence(self.model)
-                rows.append({"gone": gone, "macs kept": self.macs_kept(runs), "divergence": divergence})
+        for gone in self.removable:
+            runs = self.runs(gone, None)
+            with replaced(self.model, self.units, runs):
+                divergence = self.outputs.divergence(self.model)
+            rows.append({"gone": gone, "macs kept": self.macs_kept(runs), "divergence": divergence})
         return rows
 
     def _check_gone(self, runs: Sequence[Candidate]) -> None:

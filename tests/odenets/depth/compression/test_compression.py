@@ -16,50 +16,7 @@ from odenets import models
 from odenets.depth import compress, heal
 from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.divergence import Outputs
-
-
-class Half(nn.Module):
-    """An exact step of a linear equation, with a hidden layer to be a block."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.linear = nn.Linear(len(weight), len(weight), bias=False, dtype=weight.dtype)
-        self.linear.weight.data = weight - torch.eye(len(weight), dtype=weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(x)
-
-
-class Residual(nn.Module):
-    """Blocks of two convolutions with norms, and a ReLU behind the addition or not."""
-
-    def __init__(self, channels: int, relu: bool) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
-        return y.relu() if self.relu else y
-
-
-def images(depth: int = 5, relu: bool = True) -> nn.Module:
-    """A small network of images with statistics of its own."""
-    torch.manual_seed(0)
-    blocks = [Residual(6, relu) for _ in range(depth)]
-    network = nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
-    )
-    for _ in range(3):
-        network(torch.rand(64, 1, 8, 8))
-    return network.eval()
-
-
-def linear_flow(depth: int, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(1)
-    step = torch.matrix_exp(0.3 * torch.randn(5, 5, dtype=dtype) / depth)
-    return nn.Sequential(*(Half(step) for _ in range(depth)), nn.Linear(5, 3, dtype=dtype))
+from tests.odenets.depth.compression.networks import Half, Residual, images, linear_flow
 
 
 def test_half_steps_of_a_linear_flow_compress_without_error():
@@ -766,3 +723,14 @@ def test_healing_that_does_not_help_is_taken_back_and_says_so():
     with pytest.warns(UserWarning, match="healing has not helped"):
         heal(small, network, [x], images=80, lr=1.0)
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("choices", "longest", "removable"), [(["remove"], 4, (1, 2, 3, 4, 5)), (["merge"], 2, (1, 2)), (["fit"], 3, None)]
+)
+def test_there_is_a_network_for_every_number_of_blocks_that_may_go(choices, longest, removable):
+    small = compress(images(), [torch.rand(60, 1, 8, 8)], remove=2, choices=choices, longest=longest, refit=False)
+    assert removable is None or small.removable == removable
+    assert [row["gone"] for row in small.curve] == [*small.removable]
+    with pytest.raises(ValueError, match="remove must be at most"):
+        small.at(remove=max(small.removable) + 1)
