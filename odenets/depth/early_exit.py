@@ -199,7 +199,7 @@ class EarlyExit(nn.Module):
                 with notes.next(inputs):
                     outputs = _outputs(self.parts, self._arguments(inputs_for(self.network, inputs)))
                     scores = [SCORES[self.by](_logits(output, k, None)) for k, (output, _) in enumerate(outputs, 1)]
-                    found.append(torch.stack(scores).double().cpu())
+                    found.append(torch.stack(scores).cpu().double())
         scores = torch.cat(found, 1)
         scores[-1] = math.inf  # all leave behind the last module
         candidates = torch.cat([scores[:-1].flatten(), torch.tensor([math.inf], dtype=torch.float64)]).unique()

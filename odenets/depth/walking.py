@@ -127,7 +127,7 @@ class Control:
             size: of the steps.
             order: of the error.
         """
-        value = check_values("norm", self.norm(error.detach(), x.detach()), x).double().cpu().numpy()
+        value = check_values("norm", self.norm(error.detach(), x.detach()), x).cpu().double().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(value > 0, value / self.tolerance, np.where(np.isnan(value), np.nan, 0.0))
         ratio = np.where(self.tolerance > 0, ratio, np.inf)

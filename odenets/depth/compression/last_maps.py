@@ -70,7 +70,7 @@ class LastMap:
 
     def prior(self, layer: nn.Module) -> Tensor:
         """The weights of the ``layer`` times the scale, ``(features + 1, outputs)``."""
-        return weights_of(layer) * self.scale.double().cpu()
+        return weights_of(layer) * self.scale.cpu().double()
 
     def put(self, module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
         """The block with another last map, which times its scale has a ``weight`` ``(features, outputs)`` and ``bias``.
@@ -78,7 +78,7 @@ class LastMap:
         Outputs of scale 0 are left, and the rest is shared with the block.
         """
         layer = module.get_submodule(self.name)
-        scale = self.scale.double().cpu()
+        scale = self.scale.cpu().double()
         new = torch.cat([weight, bias[None]]) / torch.where(scale == 0, 1.0, scale)
         new = torch.where(scale == 0, weights_of(layer), new)
         return _with(module, self.name.split("."), with_weights(layer, new[:-1], new[-1]))
@@ -141,7 +141,7 @@ def last_map(module: nn.Module, unit: Unit, args: Any, kwargs: Any) -> LastMap |
 
     def moved(by: float) -> Tensor:
         with _hooked(layer, lambda *_: _[-1] + by):
-            return state_of(module(*args, **kwargs), unit).double()
+            return state_of(module(*args, **kwargs), unit).cpu().double()
 
     up, down = moved(2 * size) - moved(size), moved(-2 * size) - moved(-size)
     others = [i for i in range(x1.ndim) if i != x1.ndim + axis]
@@ -173,7 +173,7 @@ def _agrees(last: LastMap, module: nn.Module, unit: Unit, args: Any, kwargs: Any
         return False
     if not torch.allclose(before.relu() if last.activation else before, x1, rtol=1e-3, atol=1e-4 * largest):
         return False
-    noise = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).to(output) * largest
+    noise = torch.rand(output.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(output) * largest
     scale = last.along(last.scale)
     by = noise / torch.where(scale == 0, 1.0, scale) + last.along(last.shift)
     with _hooked(layer, lambda *_: _[-1] + by.reshape(_[-1].shape)):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from odenets.modes import total_dtype
+
 __all__ = ["RIDGES", "Fit", "NormalEquations"]
 
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -96,7 +98,7 @@ class NormalEquations:
         def error_of(n: int) -> float:
             """The error with the nth ridge, solved once."""
             if n not in fits:
-                pull = torch.full((len(gram),), RIDGES[n], dtype=torch.float64) * scale
+                pull = gram.new_full((len(gram),), RIDGES[n]) * scale
                 pull[-1] = 0  # the constant is not pulled
                 if n not in self._factors:
                     self._factors[n] = _factor(gram + torch.diag(pull))
@@ -119,24 +121,38 @@ class _Sums:
     """Sums over rows: of their products, of those with the targets, and of the targets' squares."""
 
     def __init__(self, features: int, outputs: int) -> None:
-        self.gram = torch.zeros(features, features, dtype=torch.float64)
-        self.cross = torch.zeros(features, outputs, dtype=torch.float64)
-        self.square = torch.zeros(outputs, dtype=torch.float64)
+        self.gram = torch.zeros(features, features, dtype=torch.float64, device="cpu")
+        self.cross = torch.zeros(features, outputs, dtype=torch.float64, device="cpu")
+        self.square = torch.zeros(outputs, dtype=torch.float64, device="cpu")
         self.rows = 0
 
     def add(self, rows: Tensor, targets: Tensor) -> None:
-        rows, targets = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (rows, targets))
-        self.gram += (rows.T @ rows).double().cpu()
-        self.cross += (rows.T @ targets).double().cpu()
-        self.square += targets.double().square().sum(0).cpu()
+        dtype = _dtype_of_products(rows)
+        rows, targets = rows.to(dtype), targets.to(dtype)
+        self.gram += (rows.T @ rows).cpu().double()
+        self.cross += (rows.T @ targets).cpu().double()
+        self.square += targets.to(total_dtype(targets.device)).square().sum(0).cpu().double()
         self.rows += len(rows)
+
+
+def _dtype_of_products(rows: Tensor) -> torch.dtype:
+    """In which products of ``rows`` are added up: float32 where it is exact to its last digits, on a CPU; else float64.
+
+    Elsewhere, and if torch is told so, products of float32 may have as few digits as those of float16; on a CPU they
+    take half the time.
+    """
+    if rows.dtype != torch.float64 and rows.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
+        return torch.float32
+    return total_dtype(rows.device)
 
 
 def _factor(gram: Tensor) -> Tensor:
     """The Cholesky factor of a matrix that may be singular, a little above it then."""
     floor = 1e-10 * gram.diagonal().mean()
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + floor * torch.eye(len(gram), dtype=gram.dtype))
+        factor, failed = torch.linalg.cholesky_ex(
+            gram + floor * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
         if not failed:
             return factor
         floor = 10 * floor

@@ -65,10 +65,10 @@ def targets_of(layer: nn.Module, y: Tensor) -> Tensor:
 
 def weights_of(layer: nn.Module) -> Tensor:
     """The weights of a linear ``layer``, ``(features + 1, outputs)`` in float64; the last row is its bias, or zero."""
-    weight = cast(Tensor, layer.weight).detach().flatten(1).double().cpu()
+    weight = cast(Tensor, layer.weight).detach().flatten(1).cpu().double()
     weight = weight if _is_transposed(layer) else weight.T
     bias = layer.bias
-    row = weight.new_zeros(1, weight.shape[1]) if bias is None else cast(Tensor, bias).detach().double().cpu()[None]
+    row = weight.new_zeros(1, weight.shape[1]) if bias is None else cast(Tensor, bias).detach().cpu().double()[None]
     return torch.cat([weight, row])
 
 
@@ -87,9 +87,9 @@ def with_weights(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
 def identity_of(layer: nn.Module) -> Tensor:
     """The weights ``(features, outputs)`` with which a linear ``layer`` that keeps the shape is the identity."""
     if isinstance(layer, nn.Linear):
-        return torch.eye(layer.in_features, dtype=torch.float64)
-    identity = torch.zeros(cast(Tensor, layer.weight).shape, dtype=torch.float64)
-    each = torch.arange(len(identity))
+        return torch.eye(layer.in_features, dtype=torch.float64, device="cpu")
+    identity = torch.zeros(cast(Tensor, layer.weight).shape, dtype=torch.float64, device="cpu")
+    each = torch.arange(len(identity), device="cpu")
     identity[each, each, identity.shape[2] // 2, identity.shape[3] // 2] = 1
     return identity.flatten(1).T
 

@@ -23,6 +23,7 @@ from odenets.depth.compression.linear_maps import (
 )
 from odenets.depth.compression.replacements import scaled
 from odenets.flow import Flow
+from odenets.modes import total_dtype
 
 __all__ = ["candidates_of"]
 
@@ -213,4 +214,4 @@ class _Start:
 def _size(x: Tensor, state: Tensor) -> float:
     """The sum of the squares of ``x``, weighed as errors at a ``state`` are."""
     weights = weights_at(state)
-    return (x if weights is None else x * weights[..., None]).double().square().sum().item()
+    return (x if weights is None else x * weights[..., None]).to(total_dtype(x.device)).square().sum().item()
