@@ -175,8 +175,14 @@ class Network(Chain):
         """What the head reads, where it is not the solution, as ``print`` shows it."""
         return "" if self.readout == "solution" else f"readout={self.readout}"
 
-    def _encode(self, x: Tensor) -> Tensor:
-        """The first state. Inputs are checked here; states are not, so that a diverging network can be measured."""
+    def encode(self, x: Tensor) -> Tensor:
+        """The first state, that of the encoder for inputs ``x``, ``(B, ...)``.
+
+        Inputs are checked here; states are not, so that a diverging network can be measured.
+
+        Raises:
+            TypeError, ValueError: x has not the dtype or the device of the network or is not finite.
+        """
         if isinstance(x, Tensor) and x.is_floating_point():
             check_state(x)
             if not torch.compiler.is_compiling():
@@ -221,7 +227,7 @@ class Network(Chain):
             TypeError, ValueError: x has not the dtype or the device of the network or is not finite, an argument that
                 only a flow's own record takes, or a measure that does not return ``(B,)``.
         """
-        x, records = super().record(self._encode(x), *args, **measures)
+        x, records = super().record(self.encode(x), *args, **measures)
         return self.head(x), records
 
     @observed_steps
@@ -236,7 +242,7 @@ class Network(Chain):
         Returns:
             The steps, each taken when it is asked for.
         """
-        return super().steps(self._encode(x), *args, closing=closing)
+        return super().steps(self.encode(x), *args, closing=closing)
 
     def outputs(self, x: Tensor, /, *args: Any, full_passes: bool = False) -> dict[str, Tensor]:
         """The head's output for every embedded scheme of the last flow, and for their average, "ensemble".
@@ -254,7 +260,7 @@ class Network(Chain):
             ValueError: the last flow is a neural ODE, which has one output.
         """
         *before, last = self.flows
-        x = self._encode(x)
+        x = self.encode(x)
         for flow, transition in zip(before, self.transitions, strict=True):
             x = transition(flow.record(x, *args, check=False)[0])
         states = last.outputs(x, *args, full_passes=full_passes, check=False)

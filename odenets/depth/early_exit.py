@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from odenets.analysis import count_macs
-from odenets.depth.batch_norms import check_evaluating
 from odenets.depth.exit_heads import Modules, in_order
+from odenets.depth.samples_apart import check_evaluating, check_not_exported
 from odenets.errors import check_number
 from odenets.inputs import has_rows, inputs_of, is_by_keyword, rows
 from odenets.modes import evaluating, inputs_for, keeping_state
@@ -37,7 +37,7 @@ class Exits(NamedTuple):
 
     Attributes:
         logits: of the head behind which each sample leaves, ``(B, classes)``.
-        exit: the number of its module, from 1 on, ``(B,)``.
+        exit: the number of its module, from 1 on as modules are counted, ``(B,)``: ``costs[exit - 1]`` is its cost.
         cost: of what is computed for it, ``(B,)``.
 
     >>> exits = Exits(torch.zeros(2, 10), torch.tensor([1, 3]), torch.tensor([2.0, 6.0]))
@@ -54,7 +54,8 @@ class EarlyExit(nn.Module):
     """A network in modules, each with a head, which each sample leaves behind the first head that is sure of it.
 
     A batch goes through module after module; those samples go on that have not left, and behind the last module all
-    leave. Batch norms must be in eval mode.
+    leave. Batch norms and dropout must be in eval mode. Threshold and costs are part of the ``state_dict``, and so of
+    a file of weights.
 
     Args:
         modules: as :func:`odenets.module_wise.split_into_modules` makes them of a flow, a network or an adapted model,
@@ -135,9 +136,11 @@ class EarlyExit(nn.Module):
             The exits.
 
         Raises:
-            ValueError: a batch norm is in training mode, heads that return no logits, or states whose first dimension
-                is not that of the samples.
+            ValueError: a batch norm or a dropout is in training mode, heads that return no logits, or states whose
+                first dimension is not that of the samples.
+            RuntimeError: in an export.
         """
+        check_not_exported("EarlyExit", "export its parts, each a module with its head, and compare their outputs")
         check_evaluating(self.network, "behind one module")
         if is_by_keyword(x):
             x, *args = self._arguments(x)  # type: ignore[assignment]  # a list
@@ -178,6 +181,9 @@ class EarlyExit(nn.Module):
     def calibrate(self, batches: Iterable[Any], cost: float) -> float:
         """Take the threshold at which a sample costs so much at most in the mean.
 
+        That holds of these inputs; others may cost more or less in the mean. At the cost of the last exit none leaves
+        before it.
+
         Args:
             batches: a validation set, batches of inputs, tensors ``(B, ...)`` or mappings, or of pairs
                 ``(inputs, labels)``, whose labels are not read. Several inputs are in a pair, ``((x, c), labels)``.
@@ -187,12 +193,13 @@ class EarlyExit(nn.Module):
             The threshold, which the module has from then on.
 
         Raises:
-            ValueError: no batch, or a cost below that of the first exit.
+            ValueError: no batch, or a cost below that of the first exit, or above that of the last.
             TypeError: a cost that is no number, or one tensor in place of batches.
         """
         cost, costs = check_number("cost", cost), torch.tensor(self.costs, dtype=torch.float64)
-        if cost < costs[0]:
-            raise ValueError(f"cost must be at least that of the first exit, {costs[0]:g}, got {cost}")
+        if not costs[0] <= cost <= costs[-1]:
+            side = "least that of the first" if cost < costs[0] else "most that of the last"
+            raise ValueError(f"cost must be at {side} exit, {costs[0 if cost < costs[0] else -1]:g}, got {cost}")
         found, notes = list[Tensor](), BatchNotes("batches")
         with torch.no_grad(), keeping_state(self), evaluating(self):
             for inputs in inputs_of(batches, "batches"):
@@ -230,6 +237,21 @@ class EarlyExit(nn.Module):
                 counts.append(sum(counts[-1:]) + count_macs(part, (state, *args)) / samples)
                 state = part(state, *args)[1]
         return tuple(counts)
+
+    def get_extra_state(self) -> Tensor:
+        """The score, the threshold, and the costs if they are given, so that they travel with ``state_dict``."""
+        return torch.tensor([[*SCORES].index(self.by), self.threshold, *(self._costs or ())], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take threshold and costs of a ``state_dict``, the ``state`` that :meth:`get_extra_state` returns.
+
+        Raises:
+            ValueError: they are of another score, or of another number of modules.
+        """
+        score, threshold, *costs = state.tolist()
+        if (by := [*SCORES][int(score)]) != self.by:
+            raise ValueError(f"by must be that of the saved threshold, {by!r}, got {self.by!r}")
+        self.threshold, self.costs = threshold, costs or None
 
     def extra_repr(self) -> str:
         """When samples leave, as ``print`` shows it."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odenets.depth.batch_norms import check_evaluating
+from odenets.depth.samples_apart import check_evaluating, check_not_exported
 from odenets.depth.walking import NORMS, Control, ErrorEstimate, FlowWalk, Norm, PredictionChange
 from odenets.errors import check_count, check_number
 from odenets.flow import Flow
@@ -62,8 +62,9 @@ class SampleSteps(nn.Module):
     is that of the sample alone, to rounding. A rejected step keeps its first stage. Steps of one block are taken
     whatever their error, and so a tolerance of 0 is the network itself.
 
-    Batch norms must be in eval mode; their statistics stay those of the full depth, which states of longer steps need
-    not have. Gradients pass through the steps that are taken, not through the choice of their sizes.
+    Batch norms and dropout must be in eval mode; statistics stay those of the full depth, which states of longer steps
+    need not have. Gradients pass through the steps that are taken, not through the choice of their sizes. The tolerance
+    is part of the ``state_dict``, and of a file of weights.
 
     Args:
         network: a network, or a flow, of discrete blocks; shared, not copied.
@@ -175,7 +176,8 @@ class SampleSteps(nn.Module):
             The walk.
 
         Raises:
-            TypeError, ValueError: x is no batch of inputs, or a batch norm is in training mode.
+            TypeError, ValueError: x is no batch of inputs, or a batch norm or a dropout is in training mode.
+            RuntimeError: in an export, for which :meth:`Network.at_depth` makes a network of fewer steps.
         """
         return self._walk(x, args, None, measures)
 
@@ -202,6 +204,8 @@ class SampleSteps(nn.Module):
     def calibrate(self, batches: Iterable[Any], evaluations: float, *, rounds: int = 24) -> float:
         """Take the tolerance at which a sample needs so many evaluations at most in the mean, by bisection.
 
+        That holds of these inputs; others may need more or less in the mean.
+
         Args:
             batches: a validation set, batches of inputs ``(B, ...)`` or of pairs ``(inputs, labels)``, whose labels are
                 not read. What the fields take besides is in a pair, ``((x, c), labels)``.
@@ -212,11 +216,14 @@ class SampleSteps(nn.Module):
             The tolerance, which the module has from then on.
 
         Raises:
-            ValueError: no batch, or fewer evaluations than steps without any tolerance take.
+            ValueError: no batch, fewer evaluations than steps without any tolerance take, or more than all blocks take.
         """
         wanted = check_number("evaluations", evaluations)
         inputs = [arguments(inputs_for(self.network, one)) for one in inputs_of(batches, "batches")]
-        if (full := self._mean_evaluations(inputs, 0.0)) <= wanted:
+        full = self._mean_evaluations(inputs, 0.0)
+        if wanted > max(full, self.network.evaluations):
+            raise ValueError(f"evaluations must be at most {full:.4g}, what all blocks take, got {wanted}")
+        if full <= wanted:
             self.tolerance = 0.0
             return 0.0
         if (least := self._mean_evaluations(inputs, math.inf)) > wanted:
@@ -247,12 +254,12 @@ class SampleSteps(nn.Module):
     def _walk(
         self, x: Tensor, args: tuple[Any, ...], told: np.ndarray | None, measures: dict[str, StepFunction]
     ) -> Walk:
-        measures = named_measures(measures)
-        check_evaluating(self.network, "before one block")
-        network = self.network
-        if isinstance(network, Flow) or (isinstance(x, Tensor) and x.is_floating_point()):
+        check_not_exported("SampleSteps", "network.at_depth(blocks) has fewer steps for all samples")
+        measures, network = named_measures(measures), self.network
+        check_evaluating(network, "before one block")
+        if isinstance(network, Flow):
             check_state(x)
-        state = network.encoder(x) if isinstance(network, Network) else x
+        state = network.encode(x) if isinstance(network, Network) else x
         control = Control(len(state), self.controller, self.tolerance, NORMS["rms"])
         walks: list[FlowWalk] = []
         for layer in network.layers if isinstance(network, Network) else [network]:
@@ -289,6 +296,14 @@ class SampleSteps(nn.Module):
         network = self.network
         assert isinstance(network, Network)  # which has a head
         return PredictionChange([*list(network.transitions)[flow:], network.head])
+
+    def get_extra_state(self) -> Tensor:
+        """The tolerance, so that it travels with ``state_dict``."""
+        return torch.tensor([self.tolerance], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the tolerance of a ``state_dict``, the ``state`` that :meth:`get_extra_state` returns."""
+        self.tolerance = state.item()
 
     def extra_repr(self) -> str:
         """The tolerance and what it is of, as ``print`` shows them."""

@@ -121,6 +121,14 @@ class ModuleWise(Joined):
         self.parts = nn.ModuleList(parts)
         self.ends = tuple(ends)
 
+    def __len__(self) -> int:
+        """Number of modules."""
+        return self.K
+
+    def __iter__(self) -> Iterator[LocalModule]:
+        """The modules, first to last."""
+        return iter(self.modules_in_order)
+
     @property
     def K(self) -> int:
         """Number of modules."""

@@ -100,6 +100,8 @@ def test_the_threshold_is_the_largest_that_the_cost_allows():
         before = mean
     with pytest.raises(ValueError, match="cost must be at least that of the first exit, 2, got 1"):
         early.calibrate([X], 1.0)
+    with pytest.raises(ValueError, match="cost must be at most that of the last exit, 6, got 1000"):
+        early.calibrate([X], 1e15)
     with pytest.raises(ValueError, match="at least one batch"):
         early.calibrate([], 3.0)
 
@@ -208,6 +210,39 @@ def test_a_model_whose_head_reads_its_tokens_again_cannot_be_cut():
     model = odenets.adapt(transformers.GPT2ForSequenceClassification(config).eval(), {"input_ids": tokens})
     with pytest.raises(ValueError, match="cannot be cut"):
         split_into_modules(model, 2, {"input_ids": tokens}, head=pooled_head, outputs=2)
+
+
+@pytest.mark.parametrize(("by", "costs"), [("confidence", None), ("entropy", (1.0, 2.0, 5.0))])
+def test_threshold_and_costs_are_saved_with_the_weights(tmp_path, by, costs):
+    early, other = EarlyExit(modules(), 0.4, by=by, costs=costs), EarlyExit(modules(), 0.9, by=by)
+    odenets.save_weights(early, tmp_path / "early.safetensors")
+    odenets.load_weights(other, tmp_path / "early.safetensors")
+    assert other.threshold == 0.4
+    assert other.costs == early.costs
+    assert torch.equal(other(X).exit, early(X).exit)
+    wrong = EarlyExit(modules(), by="entropy" if by == "confidence" else "confidence")
+    with pytest.raises(ValueError, match="by must be that of the saved threshold"):
+        wrong.load_state_dict(early.state_dict())
+
+
+@pytest.mark.parametrize("export", [torch.export.export, torch.jit.trace])
+def test_an_export_is_refused(export):
+    with pytest.raises(RuntimeError, match=r"EarlyExit takes a way for each sample.*export its parts"):
+        export(EarlyExit(modules()), (X,))
+
+
+def test_a_dropout_is_refused_while_it_trains():
+    parts = modules(head=lambda state, outputs: nn.Sequential(nn.Dropout(0.5), pooled_head(state, outputs)))
+    with pytest.raises(ValueError, match="is a Dropout in training mode, which draws anew in each call"):
+        EarlyExit(parts.train())(X)
+
+
+def test_exits_are_numbers_of_modules():
+    parts = modules()
+    assert len(parts) == len([*parts]) == 3
+    early = EarlyExit(parts, threshold=0.0)
+    assert early(X).exit.unique().tolist() == [1]
+    assert torch.equal(early(X).cost, torch.tensor(early.costs)[early(X).exit - 1])
 
 
 def test_batch_norms_are_refused_while_they_train():

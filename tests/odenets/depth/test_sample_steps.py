@@ -7,7 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import Block, ConvField, Flow, MLPField, Network, NeuralODE, models, recalibrate
+from odenets import (
+    Block,
+    ConvField,
+    Flow,
+    MLPField,
+    Network,
+    NeuralODE,
+    load_weights,
+    models,
+    recalibrate,
+    save_weights,
+)
 from odenets.depth import SampleSteps
 from odenets.measures import action, displacement
 from solvers import PI, get_tableau
@@ -165,6 +176,8 @@ def test_the_tolerance_of_a_mean_number_of_evaluations_is_found():
     assert steps.calibrate([x], flow.evaluations) == 0.0
     with pytest.raises(ValueError, match="evaluations must be at least"):
         steps.calibrate([x], 1.0)
+    with pytest.raises(ValueError, match=r"evaluations must be at most [0-9]+, what all blocks take, got 1000"):
+        steps.calibrate([x], 1000)
     with pytest.raises(ValueError, match="at least one batch"):
         steps.calibrate([], 20)
     with pytest.raises(TypeError, match="got one tensor"):
@@ -233,6 +246,54 @@ def test_batch_norms_are_those_of_the_full_depth_and_refused_while_they_train():
     torch.testing.assert_close(SampleSteps(network, 0.0)(x), network(x))
     SampleSteps(network, 1e9)(x)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class StochasticDepth(nn.Identity):
+    """Named as torchvision's, whose rate is p."""
+
+    p = 0.2
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.1), nn.RReLU(), StochasticDepth(), nn.MultiheadAttention(2, 1, dropout=0.1)]
+)
+def test_layers_that_draw_are_refused_while_they_train(layer):
+    layer.forward = lambda x: x
+    network = Network(nn.Identity(), Flow(MLPField(2), depth=2), nn.Sequential(nn.Identity(), layer)).train()
+    with pytest.raises(ValueError, match=f"'head.1' is a {type(layer).__name__} in training mode, which draws"):
+        SampleSteps(network, 0.1)(torch.rand(3, 2))
+    layer.eval()
+    assert SampleSteps(network, 0.1)(torch.rand(3, 2)).shape == (3, 2)
+
+
+def test_layers_that_would_draw_nothing_may_train():
+    layers = nn.Sequential(nn.Dropout(0.0), nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0))
+    network = Network(nn.Identity(), Flow(MLPField(2), depth=2), layers[0]).train()
+    assert SampleSteps(network, 0.1)(torch.rand(3, 2)).shape == (3, 2)
+
+
+def test_the_tolerance_is_saved_with_the_weights(tmp_path):
+    def build():
+        return models.points_network(solver="bs23", depth=2).eval()
+
+    steps = SampleSteps(build(), 0.25)
+    save_weights(steps, tmp_path / "steps.safetensors")
+    assert load_weights(SampleSteps(build(), 0.0), tmp_path / "steps.safetensors").tolerance == 0.25
+    other = SampleSteps(build(), 0.0)
+    other.load_state_dict(steps.state_dict())
+    assert other.tolerance == 0.25
+
+
+@pytest.mark.parametrize("export", [torch.export.export, torch.jit.trace])
+def test_an_export_is_refused(export):
+    with pytest.raises(RuntimeError, match=r"SampleSteps takes a way for each sample.*network.at_depth"):
+        export(SampleSteps(models.points_network(depth=2).eval(), 0.1), (torch.rand(4, 2),))
+
+
+def test_inputs_that_are_labels_are_named():
+    steps = SampleSteps(models.small_network(depth=2).eval(), 0.1)
+    with pytest.raises(TypeError, match="x must be of the floating dtype of the network"):
+        steps.calibrate([torch.arange(4)], 2)
 
 
 def test_gradients_pass_through_the_steps():
