@@ -162,7 +162,8 @@ def compress(
 
     Args:
         model: a module of residual blocks as :func:`odenets.adapt` finds them, adapted or not, or an
-            :class:`odenets.Network`; left as it is.
+            :class:`odenets.Network`; left as it is. Forward hooks that change no output are called on the first batch
+            alone; the modules that stay keep theirs.
         calibration: batches of inputs or pairs of inputs and labels, which are not read; some hundred samples or more,
             kept in memory, and none that a figure is reported on.
         keep: the share of the blocks' multiplications that is kept at most.

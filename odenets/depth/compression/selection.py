@@ -16,6 +16,7 @@ from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate, applied, replaced
 from odenets.depth.compression.divergence import Kind, Outputs, run, tensor_in
+from odenets.depth.compression.forward_hooks import put_to_sleep, wake_up
 from odenets.depth.compression.indices import renumber
 from odenets.depth.compression.judging import judged
 from odenets.depth.compression.layer_lists import close_gaps
@@ -80,6 +81,7 @@ class Search:
                 "that take more than time and state cannot be compressed"
             )
         first = batches.first(settings.samples)
+        put_to_sleep(self.model, first.inputs[0])
         self.held_out = Outputs.of(self.model, batches.on_which_to_choose().inputs, settings.outputs)
         self.judged = batches.on_which_to_choose(settings.samples)
         self.outputs = Outputs.of(self.model, self.judged.inputs, settings.outputs)
@@ -256,6 +258,7 @@ class Search:
         if self.caches:
             cast(Any, model).config.use_cache = True
         model = rolled(model, self.whole, self.batches.inputs[0])
+        wake_up(model)
         for module in model.modules():
             module.training = modes.get(module, self.whole.training)
         return (model if self.dtype is None else model.to(self.dtype)), divergence
