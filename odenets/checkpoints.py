@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 import zlib
@@ -15,17 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from odenets.errors import needs
-from odenets.files import write_atomically
 from odenets.flow import Flow
 from odenets.functions import described
 from odenets.modes import device_of, dtype_of
 from odenets.neural_ode import NeuralODE
+from odenets.weight_files import read_file, write_file
 
 __all__ = [
+    "CHANGES",
+    "changes_of",
     "check_methods",
     "fingerprint",
     "is_finite",
+    "load_tensors",
     "load_weights",
     "map_state",
     "restore_structure",
@@ -33,6 +34,9 @@ __all__ = [
     "structure",
     "warn_of_structure",
 ]
+
+CHANGES = "structure_changes"
+"""The attribute of a compressed network that says how it is made of the whole one."""
 
 
 def structure(network: nn.Module) -> dict[str, Any]:
@@ -230,7 +234,9 @@ def _tensors(network: nn.Module) -> dict[str, Any]:
 def save_weights(network: nn.Module, path: str | Path) -> Path:
     """Write weights, buffers, blocks and step sizes to one ``.safetensors`` file, atomically.
 
-    Nothing of it is pickled. A file of the same name is replaced once the new one is whole.
+    Nothing of it is pickled. A file of the same name is replaced once the new one is whole. Of a network that
+    :func:`odenets.depth.compress` has made the file says how it is made of the whole one, and
+    :func:`odenets.depth.load_compressed` loads it.
 
     Args:
         network: any module; its flows have seen an input.
@@ -240,7 +246,8 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: a flow has not seen an input yet and has no field.
+        ValueError: a flow has not seen an input yet and has no field, or a compressed network holds what a file cannot
+            say.
         TypeError: no module, or a state that is no tensor.
         ModuleNotFoundError: safetensors is not installed, ``pip install 'odenets[training]'``.
 
@@ -255,28 +262,20 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     _check_module(network, "save_weights(network, path)")
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before saving it")
-    with needs("training"):
-        from safetensors.torch import save
-
-    state = _tensors(network)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    described = {"structure": structure(network), "versions": getattr(state, "_metadata", {})}
-    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in described.items()}
-    data = save(tensors, metadata=metadata | {"checksum": _checksum(tensors, metadata)})
-    return write_atomically(path, data)
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """CRC-32 of the tensors of a file and of what it says of them."""
-    kinds = {name: [tuple(x.shape), str(x.dtype)] for name, x in sorted(tensors.items())}
-    value = zlib.crc32(repr((kinds, sorted(metadata.items()))).encode())
-    for _, x in sorted(tensors.items()):
-        value = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{value:08x}"
+    described = {"structure": structure(network), "versions": getattr(state := _tensors(network), "_metadata", {})}
+    if changes := changes_of(network):
+        if unknown := next((change["unknown"] for change in changes if "unknown" in change), None):
+            raise ValueError(
+                f"network is compressed, and a file of weights cannot say how {unknown} is made: torch.export.save, or "
+                "torch.save where the file is trusted"
+            )
+        described["changes"] = changes
+    return write_file(path, state, described)
 
 
 def _check_module(network: object, call: str) -> None:
     if not isinstance(network, nn.Module):
+        call = "its model" if isinstance(getattr(network, "model", None), nn.Module) else call
         raise TypeError(f"network must be a module, got {type(network).__name__}: {call}")
 
 
@@ -296,7 +295,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not from this package, or damaged, or the network has other flows, or with another
-            solver.
+            solver, or one is compressed.
         RuntimeError: its modules are others than the saved ones, as ``load_state_dict`` says.
         TypeError: no module.
         ModuleNotFoundError: safetensors is not installed, ``pip install 'odenets[training]'``.
@@ -311,28 +310,35 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     >>> torch.equal(loaded.weight, layer.weight)
     True
     """
-    with needs("training"):
-        from safetensors import SafetensorError, safe_open
-
     _check_module(network, "load_weights(network, path)")
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no file that odenets.save_weights writes, .safetensors: {error}") from error
-    with opened as file:
-        metadata = file.metadata() or {}
-        if "structure" not in metadata:
-            raise ValueError(f"{path} holds no flow structure: it was not written by odenets.save_weights")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    checksum = metadata.pop("checksum", None)  # older files have none
-    if checksum is not None and checksum != _checksum(tensors, metadata):
-        raise ValueError(f"{path} is damaged, its checksum is another: delete it, and save or copy it again")
-    saved = json.loads(metadata["structure"])
-    warn_of_structure(network, saved, f"{path}: ", stacklevel=2)
-    restore_structure(network, saved)
-    versions = metadata.get("versions")
-    network.load_state_dict(_with_versions(tensors, json.loads(versions)) if versions else tensors)
+    tensors, described = read_file(path)
+    own, changes = changes_of(network), described.get("changes", [])
+    if changes != own:
+        raise ValueError(
+            f"{path} holds a compressed network: odenets.depth.load_compressed(network, path), with the whole network "
+            "as the code builds it"
+            if changes
+            else f"network is compressed and {path} holds weights of a whole one: load them before it is compressed"
+        )
+    warn_of_structure(network, described["structure"], f"{path}: ", stacklevel=2)
+    restore_structure(network, described["structure"])
+    load_tensors(network, tensors, described)
     return network
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor], described: Mapping[str, Any]) -> None:
+    """Load the tensors of a file into a ``network`` of its structure, as states of the versions ``described``."""
+    versions = described.get("versions")
+    network.load_state_dict(_with_versions(dict(tensors), versions) if versions else tensors)
+
+
+def changes_of(network: nn.Module) -> list[dict[str, Any]]:
+    """What :func:`odenets.depth.compress` has changed in a network and its parts, in order; it holds what JSON does.
+
+    Each tells as "at" the name of the part that was compressed; :data:`CHANGES` is the attribute that holds them.
+    """
+    return [
+        {**change, "at": ".".join(filter(None, (name, change["at"])))}
+        for name, module in network.named_modules()
+        for change in getattr(module, CHANGES, ())
+    ]

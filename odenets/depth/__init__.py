@@ -27,7 +27,7 @@ take steps of its own size. :func:`compress` takes blocks out of any trained res
 
 from odenets.depth.callback import AdaptiveDepth
 from odenets.depth.coarsening import Group, at_depth, coarsened, groups_at_depth, without_flow
-from odenets.depth.compression import Compression, compress, heal
+from odenets.depth.compression import Compression, compress, heal, load_compressed
 from odenets.depth.early_exit import EarlyExit, Exits
 from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
 from odenets.depth.elastic import ElasticDepth
@@ -60,6 +60,7 @@ __all__ = [
     "fit_heads",
     "groups_at_depth",
     "heal",
+    "load_compressed",
     "plan",
     "pooled_head",
     "refine",

@@ -15,11 +15,13 @@ from odenets.depth.compression.baselines import SCORES, longest_run, replace_me,
 from odenets.depth.compression.calibration import batches_of
 from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate, applied, replaced
+from odenets.depth.compression.changes import write_changes
 from odenets.depth.compression.divergence import Kind, Outputs, run, tensor_in
 from odenets.depth.compression.forward_hooks import put_to_sleep, wake_up
 from odenets.depth.compression.indices import renumber
 from odenets.depth.compression.judging import judged
 from odenets.depth.compression.layer_lists import close_gaps
+from odenets.depth.compression.origins import name_origins
 from odenets.depth.compression.programming import Best, cheapest, programmed
 from odenets.depth.compression.refitting import refit
 from odenets.depth.compression.runs import candidates_of
@@ -64,7 +66,7 @@ class Search:
         self, model: nn.Module, calibration: Iterable[Any], settings: Settings, progress: Callable[[int, int], object]
     ) -> None:
         self.whole, self.settings, self.progress = model, settings, progress
-        self.model = unrolled(copy.deepcopy(model))
+        self.model = unrolled(name_origins(copy.deepcopy(model)))
         self._modes = {name: module.training for name, module in self.model.named_modules()} | {"": model.training}
         self.dtype = _half(self.model)  # in which nothing can be fitted
         if self.dtype is not None:
@@ -261,6 +263,7 @@ class Search:
         wake_up(model)
         for module in model.modules():
             module.training = modes.get(module, self.whole.training)
+        write_changes(model, self.whole)
         return (model if self.dtype is None else model.to(self.dtype)), divergence
 
 
