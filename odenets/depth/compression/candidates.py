@@ -12,7 +12,7 @@ from torch import nn
 from odenets.depth.compression.replacements import pass_on, standing_for
 from odenets.depth.compression.units import Unit
 
-__all__ = ["CHOICES", "Candidate", "applied", "replaced", "replacing"]
+__all__ = ["CHOICES", "Candidate", "applied", "put", "replaced", "replacing"]
 
 CHOICES = ("remove", "merge", "fit", "seam")
 """What may become of a run of blocks."""
@@ -74,6 +74,15 @@ def replaced(model: nn.Module, units: Sequence[Unit], candidates: Iterable[Candi
         yield
 
 
+def put(model: nn.Module, name: str, new: nn.Module) -> list[str]:
+    """Put a ``new`` module in the place of one of a ``model``, at all of its names, which are returned."""
+    old = model.get_submodule(name)
+    names = [other for other, one in model.named_modules(remove_duplicate=False) if one is old]
+    for other in names:
+        model.set_submodule(other, new)
+    return names
+
+
 @contextmanager
 def replacing(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
     """The ``model`` itself with others in the places of some of its ``modules``, at all names of each, for a while."""
@@ -81,10 +90,7 @@ def replacing(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> Ite
     try:
         for name, new in modules:
             old = model.get_submodule(name)
-            names = [other for other, one in model.named_modules(remove_duplicate=False) if one is old]
-            for other in names:
-                before.append((other, old))
-                model.set_submodule(other, new)
+            before += [(other, old) for other in put(model, name, new)]
         yield
     finally:
         for name, old in before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def write_changes(model: nn.Module, whole: nn.Module) -> None:
     forget_origins(model)
     for module in model.modules():
         vars(module).pop(CHANGES, None)
-    setattr(model, CHANGES, [*earlier, change])
+    setattr(model, CHANGES, [*earlier, json.loads(json.dumps(change))])  # with lists as a file has them
 
 
 def weights_of_whole(whole: nn.Module) -> dict[str, list[int]]:

@@ -15,7 +15,6 @@ from odenets.checkpoints import CHANGES, load_tensors, restore_structure, warn_o
 from odenets.depth.compression.changes import OF_CONFIG, weights_of_whole
 from odenets.depth.compression.indices import NAMES
 from odenets.depth.compression.kinds import KINDS
-from odenets.flow import Flow
 from odenets.modes import device_of
 from odenets.weight_files import read_file
 
@@ -75,13 +74,13 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     dtype, device = floating.pop() if len(floating) == 1 else None, device_of(model)
     for change in changes:
         _change(holder, change, path)
+    restore_structure(holder, described["structure"])
     _check(holder, tensors, path)
     for name, layer in holder.named_modules():
         for key, value in layer._parameters.items():
             if value is not None and value.is_meta and device.type != "meta":
                 like = {"device": device, "dtype": dtype or tensors[f"{name}.{key}"].dtype}
                 layer._parameters[key] = nn.Parameter(torch.empty(value.shape, **like), value.requires_grad)
-    restore_structure(holder, described["structure"])
     load_tensors(holder, tensors, described)
     network: nn.Module = holder.model
     setattr(network, CHANGES, [{**change, "at": change["at"].partition(".")[2]} for change in changes])
@@ -141,8 +140,6 @@ def _check(holder: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -
     """That a network that has been compressed has the weights of the file."""
     saved = {name.removeprefix("model."): [*value.shape] for name, value in tensors.items()}
     own = {name.removeprefix("model."): shape for name, shape in weights_of_whole(holder).items()}
-    flows = {f"{name}._extra_state".removeprefix("model.") for name, one in holder.named_modules() if isinstance(one, Flow)}
-    own |= {name: saved[name] for name in flows if name in saved}  # which get the saved depth
     _compare(own, saved, f"model must be changed as the compressed network was before it was saved to {path}, to")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.depth.compression.calls import Calls
-from odenets.depth.compression.candidates import Candidate
+from odenets.depth.compression.candidates import Candidate, put
 from odenets.depth.compression.last_maps import last_map
 from odenets.depth.compression.least_squares import NormalEquations
 from odenets.depth.compression.linear_maps import add_rows, weights_of, with_weights
@@ -77,7 +77,7 @@ def _refit_block(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor
         target = last.target(own.before, output, wanted[b])
         add_rows(sums, layer, features, target, x, held_out=calls.batches.held_out[b])
     fit = sums.solve(last.prior(layer))
-    model.set_submodule(name, last.put(module, fit.weight, fit.bias))
+    put(model, name, last.put(module, fit.weight, fit.bias))
 
 
 def _refit_seam(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
@@ -93,7 +93,7 @@ def _refit_seam(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor]
     for b, x in enumerate(states):
         add_rows(sums, layer, x, wanted[b], x, held_out=calls.batches.held_out[b])
     fit = sums.solve(prior)
-    model.set_submodule(f"{name}.{path}" if path else name, with_weights(layer, fit.weight, fit.bias))
+    put(model, f"{name}.{path}" if path else name, with_weights(layer, fit.weight, fit.bias))
 
 
 def _rows(calls: Calls, wanted: Sequence[Tensor], width: int) -> int:
