@@ -169,12 +169,13 @@ def kind_of(value: Any) -> str:
     return type(value).__name__
 
 
-def inputs_of(batches: Any, name: str) -> Iterator[Any]:
+def inputs_of(batches: Any, name: str, network: nn.Module | None = None) -> Iterator[Any]:
     """The inputs of batches, as :func:`inputs_in` reads each: what takes inputs takes the loader of a training too.
 
     Args:
         batches: an iterable of batches, or a function that makes one.
         name: of the argument that holds them, for errors.
+        network: what takes them, if that is known.
 
     Raises:
         TypeError: one batch in their place, or what is no iterable, or a batch without inputs.
@@ -191,7 +192,7 @@ def inputs_of(batches: Any, name: str) -> Iterator[Any]:
     empty = True
     for batch in batches:
         empty = False
-        yield inputs_in(batch, name)
+        yield inputs_in(batch, name, network)
     if empty:
         raise ValueError(f"{name} must hold at least one batch, got none: was an iterator used up before?")
 
@@ -210,7 +211,7 @@ def check_batches(batches: Any, name: str) -> None:
         raise TypeError(f"{name} must hold batches, got one pair of inputs and labels: pass [(x, y)]")
 
 
-def inputs_in(batch: Any, name: str) -> Any:
+def inputs_in(batch: Any, name: str, network: nn.Module | None = None) -> Any:
     """The inputs of a batch of them, or of a pair ``(inputs, labels)``, whose labels are not read.
 
     Several inputs by position are the first of a pair, ``((x, c), labels)``.
@@ -218,9 +219,11 @@ def inputs_in(batch: Any, name: str) -> Any:
     Args:
         batch: a tensor, a mapping, or a pair.
         name: of the argument that holds it, for errors.
+        network: what takes the inputs, if that is known.
 
     Raises:
-        TypeError: it is neither inputs nor a pair, or a pair whose parts are exchanged.
+        TypeError: it is neither inputs nor a pair, or a pair whose parts are exchanged, or one of tokens and their mask
+            for a network that takes an ``attention_mask``.
 
     >>> inputs_in(((3, 1), 0), "batches")
     (3, 1)
@@ -236,10 +239,23 @@ def inputs_in(batch: Any, name: str) -> Any:
                 f"{name} must hold pairs (inputs, labels), got {kind_of(batch[0])} of {batch[0].dtype} before "
                 f"{kind_of(batch[1])}: exchange them"
             )
+        masked = network is not None and len(batch) == 2 and _is_mask(batch[1], batch[0])
+        if masked and "attention_mask" in inspect.signature(cast(nn.Module, network).forward).parameters:
+            raise TypeError(
+                f"{name} must hold inputs or pairs (inputs, labels), got a pair whose second tensor is a mask of the "
+                "first, which would not be read: {'input_ids': ids, 'attention_mask': mask}"
+            )
         batch = batch[0]
     if not isinstance(batch, Tensor | Mapping | list | tuple):
         raise TypeError(f"{name} must hold inputs, tensors (B, *S), got {kind_of(batch)}")
     return plain(batch)
+
+
+def _is_mask(x: Any, tokens: Any) -> bool:
+    """Whether a tensor may be the mask of ``tokens``: whole numbers 0 and 1, one for each."""
+    if not (isinstance(x, Tensor) and isinstance(tokens, Tensor) and x.shape == tokens.shape and x.ndim > 1):
+        return False
+    return not (x.is_floating_point() or x.is_complex() or tokens.is_floating_point()) and bool((x == x.bool()).all())
 
 
 def exchanged(x: Any, y: Any = None) -> bool:

@@ -14,12 +14,14 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from odenets.adapting import adapt
 from odenets.checkpoints import load_weights
 from odenets.command.mistakes import FAILED, Mistake, one_line
+from odenets.depth import load_compressed
 from odenets.errors import needs
 
 __all__ = ["load_file"]
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "network", "model_ema")
 """Keys under which checkpoints keep the state of their network."""
+OPTIONS = "--option NAME=VALUE builds it as the saved one was"
 WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before the names."""
 
@@ -33,8 +35,10 @@ def load_file(network: nn.Module, file: Path, name: str) -> nn.Module:
         Mistake: the file holds no weights, or those of another network.
     """
     if _is_safetensors(file):
-        state, ours = _safetensors(file)
-        if ours:
+        state, said = _safetensors(file)
+        if "changes" in said:
+            return _compressed(network, file, name)
+        if "structure" in said:
             return _loaded(network, file, name, state)
     else:
         state = _of_torch(file)
@@ -55,16 +59,24 @@ def _is_safetensors(file: Path) -> bool:
     return (head[8:] == b"{" and length < file.stat().st_size) or (file.suffix == ".safetensors" and head[:2] != b"PK")
 
 
-def _safetensors(file: Path) -> tuple[dict[str, Any], bool]:
-    """The tensors of a file, and whether it says which flows they are of."""
+def _safetensors(file: Path) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """The tensors of a file, and what it says of them."""
     with needs("training"):
         from safetensors import SafetensorError, safe_open
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
-            return tensors, "structure" in (opened.metadata() or {})
+            return tensors, opened.metadata() or {}
     except SafetensorError as error:
         raise Mistake(f"--weights {file} is no file of safetensors: {one_line(error)}", FAILED) from error
+
+
+def _compressed(network: nn.Module, file: Path, name: str) -> nn.Module:
+    """The compressed network of a file, made of the whole one."""
+    try:
+        return load_compressed(network, file)
+    except ValueError as error:
+        raise Mistake(f"--weights {file} does not fit {name}: {one_line(error)}. {OPTIONS}", FAILED) from error
 
 
 def _loaded(network: nn.Module, file: Path, name: str, state: Mapping[str, Any]) -> nn.Module:
@@ -113,9 +125,7 @@ def _misfit(network: nn.Module, state: Mapping[str, Any], file: Path, name: str,
         *_some("", shapes),
     ]
     what = "; ".join(parts) or one_line(error)
-    return Mistake(
-        f"--weights {file} does not fit {name}: {what}. --option NAME=VALUE builds it as the saved one was", FAILED
-    )
+    return Mistake(f"--weights {file} does not fit {name}: {what}. {OPTIONS}", FAILED)
 
 
 def _some(what: str, names: list[str]) -> list[str]:

@@ -61,10 +61,10 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
         network: what takes them.
 
     Raises:
-        TypeError: one tensor, or what holds no inputs.
+        TypeError: one tensor, or what holds no inputs, or pairs of tokens and masks.
         ValueError: no batch, or fewer than two samples.
     """
-    inputs = [inputs_for(network, one) for one in inputs_of(calibration, "calibration")]
+    inputs = [inputs_for(network, one) for one in inputs_of(calibration, "calibration", network)]
     inputs = [one for one in inputs if samples_in(one, "the calibration")]
     samples = [samples_in(one, "the calibration") for one in inputs]
     for one in inputs:

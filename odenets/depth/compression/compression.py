@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from odenets.adapting import AdaptedModel
 from odenets.depth.compression.candidates import CHOICES, Candidate
+from odenets.depth.compression.changes import known_to_hugging_face
 from odenets.depth.compression.selection import Search, Settings
 from odenets.depth.compression.units import Unit
 from odenets.errors import check_count, check_number
@@ -54,6 +56,13 @@ class Compression:
         self.model, self.divergence = search.build(runs)
         self.macs_kept = search.macs_kept(runs)
         self.removable = tuple(search.removable)
+        if hasattr(self.model, "save_pretrained") and not known_to_hugging_face(self.model):
+            warnings.warn(
+                "save_pretrained and from_pretrained would make another network of the compressed one, without its "
+                "linear maps and biases: odenets.save_weights(small.model, path) and odenets.depth.load_compressed("
+                "whole, path) keep it, and choices=['remove'] with refit=False leaves nothing that they do not know",
+                stacklevel=3,
+            )
 
     @property
     def gone(self) -> int:
@@ -193,6 +202,9 @@ def compress(
         ValueError: neither or both of ``keep`` and ``remove``, more than may go, unknown choices, fewer than two
             samples, a block that is called several times, no block that may go, with the reasons, or blocks that depend
             on their index, where others have gone.
+
+    Warns:
+        UserWarning: Hugging Face's ``save_pretrained`` does not know what has become of the model.
 
     >>> import torch
     >>> from odenets.models import small_network

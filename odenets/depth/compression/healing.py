@@ -96,7 +96,7 @@ def heal(
         while seen < images:
             before = seen
             for batch in loader:
-                inputs = inputs_in(batch, "loader")
+                inputs = inputs_in(batch, "loader", model)
                 n = samples_in(inputs, "the loader")
                 if not n:
                     continue

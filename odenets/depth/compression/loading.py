@@ -179,12 +179,9 @@ class _Restoring:
         """The module at a ``place`` of the compressed network."""
         if "same" in described:
             return self.built[described["same"]]
-        if "kind" in described:
-            module = self._new(described, place)
-        else:
-            module = self._of_whole(described, place)
-        self.built[place] = module
-        return module
+        make = self._new if "kind" in described else self._of_whole
+        self.built[place] = make(described, place)
+        return self.built[place]
 
     def _of_whole(self, described: Mapping[str, Any], place: str) -> nn.Module:
         origin = described["whole"]

@@ -10,6 +10,7 @@ import odenets
 from odenets.command import networks
 from odenets.command.mistakes import Mistake
 from odenets.command.weights import load_file
+from odenets.depth import compress
 
 OPTIONS = ["solver=bs23", "depth=2"]
 
@@ -71,6 +72,16 @@ def test_what_save_weights_wrote_of_an_adapted_network_is_one(resnet, tmp_path):
     model = networks.build("resnet18", str(tmp_path / "net.safetensors"), ["num_classes=3"])
     network = networks.recorder(model, None, torch.rand(2, 3, 32, 32))
     assert_same(network.model, resnet)
+
+
+def test_a_compressed_network_is_made_of_the_whole_one(tmp_path):
+    build = ["solver=euler", "depth=4"]
+    network = networks.build("small_network", None, build).network
+    small = compress(network, [torch.rand(60, 1, 8, 8)], remove=2, choices=["seam"]).model
+    file = str(odenets.save_weights(small, tmp_path / "net.safetensors"))
+    assert_same(networks.build("small_network", file, build).network, small)
+    with pytest.raises(Mistake, match=r"does not fit small_network: .* must have the solver .* --option NAME=VALUE"):
+        networks.build("small_network", file, ["solver=heun", "depth=4"])
 
 
 def test_default_weights_are_those_that_torchvision_offers(monkeypatch):

@@ -229,6 +229,7 @@ def test_branches_that_are_added_outside_of_them_go_and_add_nothing():
     assert small.gone == 1
 
 
+@pytest.mark.filterwarnings("ignore:save_pretrained")
 def test_a_transformer_of_hugging_face_keeps_its_cache_in_order():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
