@@ -22,14 +22,17 @@ Description = dict[str, Any]
 
 
 def write_changes(model: nn.Module, whole: nn.Module) -> None:
-    """Write into a compressed ``model`` how it is made of the ``whole`` network, as :func:`changes_of` tells it.
+    """Write into a compressed ``model`` how it is made of the ``whole`` network.
+
+    :func:`odenets.checkpoints.changes_of` tells it.
 
     A module is described by
 
     - ``{"whole": name}``, that of the whole network, with "parts" of it that are others; "copy", where another one
       stands for it too; "bias", where a linear map got one; and "numbers", the indices of blocks;
     - ``{"same": place}``, one that stands at another place before;
-    - ``{"kind": ..., "settings": ..., "parts": ...}``, a new one, one of :data:`~.kinds.KINDS`.
+    - ``{"kind": ..., "settings": ..., "parts": ...}``, a new one of those in
+      :data:`~odenets.depth.compression.kinds.KINDS`.
 
     Args:
         model: whose modules know their origins; they forget them.

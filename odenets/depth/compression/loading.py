@@ -162,7 +162,7 @@ def _shape(shape: list[int] | None) -> str:
 
 
 class _Restoring:
-    """Modules of descriptions, those of :func:`~.changes.write_changes`.
+    """Modules of descriptions, those of :func:`~odenets.depth.compression.changes.write_changes`.
 
     Args:
         whole: the network that they come from.
