@@ -29,13 +29,13 @@ __all__ = ["ErrorPenalty", "Penalty"]
 
 
 @measure(reduction="error")
-def timed_error(step: Step) -> Tensor:
+def error_penalty(step: Step) -> Tensor:
     """Embedded error of a ``step``, root mean square over the features, times ``|h|``, ``(B,)``."""
     return error(step) * abs(step_size(step))
 
 
 @measure(reduction="error")
-def square_error(step: Step) -> Tensor:
+def square_error_penalty(step: Step) -> Tensor:
     """Square of the embedded error of a ``step``, mean over the features, ``(B,)``."""
     return error(step).square()
 
@@ -70,6 +70,9 @@ class _Weighed(WithCost):
 
 class Penalty(_Weighed):
     """``L + weight * C``, where C is a measure of the steps: summed over the steps, mean over the samples.
+
+    ``batch_figures()`` tells L and C of the last batch; the ``validation_loss`` of :func:`odenets.training.fit` is L
+    alone, and its ``train_loss`` both.
 
     Args:
         weight: of C, not negative.
@@ -117,6 +120,8 @@ class ErrorPenalty(_Weighed):
     blocks have weights of their own. Gradients flow through the stages of all steps that are accepted, while their
     sizes h are constants. The error is not divided by the tolerance, so that a weight means the same at another one.
 
+    ``batch_figures()`` tells L and R of the last batch, as of every :class:`Penalty`.
+
     Where one field with smooth stages makes a step, it is that field's curvature along the path that costs: of a method
     of order q+1 with an estimate of order q, ``E`` is ``h^(q+1)`` times derivatives of that order. The stages of an
     untied block are not samples of one velocity, and E then measures how far they differ.
@@ -155,7 +160,7 @@ class ErrorPenalty(_Weighed):
         **unknown: Any,
     ) -> None:
         refuse("ErrorPenalty", unknown, dict.fromkeys(("cost", "p", "norm", "power"), "kind, 'error' or 'square'"))
-        kinds = {"error": timed_error, "square": square_error}
+        kinds = {"error": error_penalty, "square": square_error_penalty}
         if kind not in kinds:
             raise ValueError(f"kind must be 'error' or 'square', got {kind!r}")
         check_weight(weight, "ErrorPenalty(0.1, task)")

@@ -14,8 +14,10 @@ from odenets.blocks import Block
 from odenets.groups import Group, check_groups
 from odenets.normalization.stage_batch_norm import StageBatchNorm
 
-__all__ = ["Inputs", "blocks_of", "coarsened", "flows_of", "norms_of", "regrouped"]
+__all__ = ["OTHERS", "Inputs", "blocks_of", "coarsened", "flows_of", "norms_of", "regrouped"]
 
+OTHERS = "odenets.depth.compress(network, batches, keep=0.7) takes blocks out of any other residual network"
+"""What there is for networks of other make."""
 Inputs = Iterable[Any] | Callable[[], Iterable[Any]]
 """What :func:`odenets.inputs.inputs_of` reads: batches of inputs or of pairs, or a function that makes them."""
 
@@ -72,7 +74,8 @@ def flows_of(network: nn.Module) -> list[BlockSequence]:
     flows: Any = [network] if isinstance(network, BlockSequence) else getattr(network, "flows", None)
     if not isinstance(flows, list) or not hasattr(network, "steps"):
         raise TypeError(
-            f"network must be an odenets.Network or Flow, whose blocks are steps, got {type(network).__name__}"
+            f"network must be an odenets.Network or Flow, whose blocks are steps, got {type(network).__name__}: "
+            f"{OTHERS}"
         )
     for i, flow in enumerate(flows):
         if not isinstance(flow, BlockSequence) or flow.shared:

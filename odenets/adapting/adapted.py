@@ -17,7 +17,7 @@ from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.calls import check_inputs, cloned, inputs_and_measures
 from odenets.adapting.comparison import Comparison
 from odenets.adapting.finding import Blocks, find
-from odenets.adapting.flows import FlowObserver, Row, rows_of
+from odenets.adapting.flows import FlowObserver, Row, lines_of, rows_of
 from odenets.adapting.forward_pass import ForwardPass, Visited
 from odenets.adapting.hooks import Hooks
 from odenets.adapting.layouts import samples_of
@@ -26,8 +26,8 @@ from odenets.adapting.norms import warn_of_norms
 from odenets.adapting.program.graph import FailedPass
 from odenets.measures import StepFunction
 from odenets.observing import observing
-from odenets.printing import table
 from odenets.recording import Records
+from odenets.regrouping import OTHERS
 from solvers import Step
 
 __all__ = ["AdaptedModel"]
@@ -329,22 +329,21 @@ class AdaptedModel(nn.Module):
 
     def extra_repr(self) -> str:
         """The residue and the blocks that are named, for the fingerprint; what is found follows from the model."""
-        named = self._named or ()
-        return "; ".join([self.residue, *(f"{block.name}: {block.kind}, {block.projection}" for block in named)])
+        named = (f"{block.name}: {block.kind}, {block.projection}" for block in self._named or ())
+        return "; ".join([self.residue, *named])
 
     def __repr__(self) -> str:
-        kind = type(self.model).__name__
+        kind, often = type(self.model).__name__, Counter(self._notes).items()
         if self._blocks is None:
             return f"AdaptedModel({kind}, its steps are found at the first batch)"
-        rows = []
-        for m, (name, block, shape, *_) in enumerate(self._rows()):
-            projection = block.projection if block.projection != "" else "yes"
-            rows.append((str(m), name, block.kind, " x ".join(map(str, shape)), projection or ""))
-        notes = [
-            f"  not recorded: {note}{f' ({n} times)' if n > 1 else ''}" for note, n in Counter(self._notes).items()
-        ]
-        lines = table(("step", "name", "kind", "shape", "projection"), rows)
-        return "\n".join([f"AdaptedModel({kind}, {len(rows)} steps)", *lines, *notes])
+        rows, notes = self._rows(), [f"{note} ({n} times)" if n > 1 else note for note, n in often]
+        lines = *lines_of(rows), *(f"  not recorded: {note}" for note in notes)
+        return "\n".join([f"AdaptedModel({kind}, {len(rows)} steps)", *lines])
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "at_depth":
+            raise AttributeError(f"an adapted model has no at_depth, which is of flows: {OTHERS}", name=name, obj=self)
+        return super().__getattr__(name)
 
 
 _GIVE = "give one, adapt(model, torch.randn(2, 3, 32, 32)), or call the model once before"

@@ -13,10 +13,11 @@ from odenets.adapting.flow_samples import SampleMeasure
 from odenets.adapting.forward_pass import ForwardPass, Visited, begins_flow
 from odenets.measures import StepFunction
 from odenets.observing import keeping
+from odenets.printing import table
 from odenets.records import Records, numbered
 from solvers import Step
 
-__all__ = ["FlowObserver", "Row", "rows_of"]
+__all__ = ["FlowObserver", "Row", "lines_of", "rows_of"]
 
 
 class Row(NamedTuple):
@@ -45,6 +46,15 @@ def rows_of(model: nn.Module, visited: Iterable[Visited]) -> list[Row]:
         before = one
     names = numbered([row.name for row in rows])
     return [row._replace(name=name) for row, name in zip(rows, names, strict=True)]
+
+
+def lines_of(rows: Iterable[Row]) -> list[str]:
+    """The ``rows`` as a table to read."""
+    cells = []
+    for m, (name, block, shape, *_) in enumerate(rows):
+        projection = block.projection if block.projection != "" else "yes"
+        cells.append((str(m), name, block.kind, " x ".join(map(str, shape)), projection or ""))
+    return table(("step", "name", "kind", "shape", "projection"), cells)
 
 
 def _names_of(recorder: Any) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from odenets.depth.edits import adapt_depth, check_makers, not_finite_weights, refine
+from odenets.depth.optimizers import warn_of_untrained
 from odenets.depth.rule import DepthRule, check_rule, flow_network
 from odenets.errors import check_count
 
@@ -73,6 +74,15 @@ class AdaptiveDepth:
         self.rule, self.inputs, self.every, self.until = rule, inputs, every, until
         self.recalibration = recalibration
         self._notes: list[str] = []
+
+    def before_training(self, training: Training) -> None:
+        """Warn of a ``training`` without a check.
+
+        Warns:
+            UserWarning: it ends before the first.
+        """
+        if training.epochs is not None and training.epochs < self.every:
+            warn_of_untrained(self, training, [self.every])
 
     def after_epoch(self, training: Training, row: dict[str, Any]) -> None:
         """Check and edit the network of the ``training``, and note errors and edits in the ``row``."""

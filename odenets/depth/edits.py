@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from odenets import measures
 from odenets.blocks import Block
-from odenets.depth.optimizers import adopt_copy, follow_network, warn_of_unfollowed
+from odenets.depth.optimizers import adopt_copy, check_held, follow_network, warn_of_unfollowed
 from odenets.depth.rule import DepthRule, block_errors, check_rule, flow_network, plan
 from odenets.flow import Flow
 from odenets.inputs import call, inputs_of, samples_in
@@ -114,8 +114,8 @@ def adapt_depth(
     Raises:
         TypeError: another network, no :class:`DepthRule`, or no function that makes batches of inputs.
         ValueError: a flow is a neural ODE, shared or used twice, or its method has no embedded error; weights are not
-            finite, which no step size mends; the optimizer keeps state that is not of one parameter (LBFGS); or no
-            batch.
+            finite, which no step size mends; the optimizer is of another network, or keeps state that is not of one
+            parameter (LBFGS); or no batch.
 
     Warns:
         UserWarning: an optimizer that is not given holds parameters of the network, and not all of them any more.
@@ -212,8 +212,8 @@ def editable(network: nn.Module, optimizer: Optimizer | None) -> Network:
 
     Raises:
         TypeError: it has no flows.
-        ValueError: a flow is a neural ODE, shared or used twice, weights are not finite, or the optimizer keeps state
-            that is not of one parameter (LBFGS).
+        ValueError: a flow is a neural ODE, shared or used twice, weights are not finite, or the optimizer is of another
+            network, or keeps state that is not of one parameter (LBFGS).
     """
     network = flow_network(network)
     for i, flow in enumerate(network.flows):
@@ -229,6 +229,8 @@ def editable(network: nn.Module, optimizer: Optimizer | None) -> Network:
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer must keep its state by parameter, which LBFGS does not: take SGD or Adam")
+    if optimizer is not None:
+        check_held(optimizer, network)
     return network
 
 

@@ -94,7 +94,8 @@ class ElasticDepth(Objective):
         """The task's loss of ``network``, ``batch``, ``output`` and ``records``, and that at coarsenings, a scalar.
 
         Raises:
-            TypeError, ValueError: a network whose blocks cannot be merged, as :func:`~odenets.depth.at_depth` says it.
+            TypeError, ValueError: a network whose blocks cannot be merged, as :func:`~odenets.depth.at_depth` says it,
+                or of one block a flow, where there is nothing to halve.
         """
         losses = [self.whole * self.task.loss(network, batch, output, records)] if self.whole else []
         inner = unwrapped(network)
@@ -120,7 +121,7 @@ def random_groups(network: nn.Module, stays: str = "first") -> list[list[Group]]
         For each flow its groups.
 
     Raises:
-        TypeError, ValueError: as :func:`~odenets.depth.at_depth`.
+        TypeError, ValueError: as :func:`~odenets.depth.at_depth`, or flows of one block alone.
 
     >>> import odenets
     >>> _ = torch.manual_seed(0)
@@ -128,7 +129,9 @@ def random_groups(network: nn.Module, stays: str = "first") -> list[list[Group]]
     [[Group(first=0, last=2, stays=0, pieces=1)]]
     """
     depths = [flow.depth for flow in flows_of(network)]
-    most = max(1, math.ceil(math.log2(max(depths))))
+    if max(depths) < 2:
+        raise ValueError("network must have a flow of two blocks or more, whose depth can be halved, got depth 1 alone")
+    most = math.ceil(math.log2(max(depths)))
     size = 2 ** (1 + int(torch.randint(most, ())))
     return [[_group(a, min(a + size, depth), stays) for a in range(0, depth, size)] for depth in depths]
 

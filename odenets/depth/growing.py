@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from odenets.blocks import Block
 from odenets.depth.edits import Edit, check_makers, copied, editable, editing
-from odenets.depth.optimizers import warn_of_unfollowed
+from odenets.depth.optimizers import warn_of_unfollowed, warn_of_untrained
 from odenets.depth.rule import flow_network
-from odenets.errors import check_count
+from odenets.errors import check_count, refuse
 from odenets.inputs import inputs_of, samples_in
 from odenets.network import Network
 from odenets.normalization import recalibrate
@@ -42,12 +42,13 @@ def double(network: Network, optimizer: Optimizer | None = None) -> list[Edit]:
         optimizer: its state follows the blocks, as for :func:`adapt_depth`.
 
     Returns:
-        The edits. Batch norms keep the statistics of their originals: see :func:`odenets.recalibrate`.
+        The edits, whose error is NaN, since none decides. Batch norms keep the statistics of their originals: see
+        :func:`odenets.recalibrate`.
 
     Raises:
         TypeError: a network without flows.
         ValueError: a flow is a neural ODE, shared, used twice, or has no field yet; weights are not finite; or the
-            optimizer keeps state that is not of one parameter (LBFGS).
+            optimizer is of another network, or keeps state that is not of one parameter (LBFGS).
 
     Warns:
         UserWarning: an optimizer that is not given holds parameters of the network, and not all of them any more.
@@ -96,7 +97,9 @@ class _Growing:
         *,
         restart: bool = False,
         recalibration: Callable[[], Iterable[Any]] | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse(type(self).__name__, unknown, {"rescale": "of Stacking: Doubling halves every step as it is"})
         if isinstance(epochs, str) or not isinstance(epochs, Collection):
             raise TypeError(
                 f"epochs must hold the epochs after which the network grows, got {epochs!r}: put it in a list"
@@ -115,7 +118,11 @@ class _Growing:
 
         Raises:
             ValueError: they are, and there is no scheduler.
+
+        Warns:
+            UserWarning: epochs in which the network is not trained after it has grown, or never grows.
         """
+        warn_of_untrained(self, training, sorted(self.epochs))
         if not self.restart:
             return
         if training.lr_scheduler is None:
@@ -175,6 +182,9 @@ class Doubling(_Growing):
     Raises:
         TypeError: epochs that are no whole numbers, or no function.
         ValueError: no epoch, or one below 1.
+
+    Warns:
+        UserWarning: at the start of a training that ends before an epoch, or with it: what grows then is not trained.
     """
 
     def grow(self, network: Network, optimizer: Optimizer) -> list[Edit]:
@@ -197,6 +207,9 @@ class Stacking(_Growing):
 
     Raises:
         TypeError, ValueError: as for :class:`Doubling`.
+
+    Warns:
+        UserWarning: as :class:`Doubling`.
     """
 
     def __init__(
@@ -206,8 +219,9 @@ class Stacking(_Growing):
         rescale: bool = False,
         restart: bool = False,
         recalibration: Callable[[], Iterable[Any]] | None = None,
+        **unknown: Any,
     ) -> None:
-        super().__init__(epochs, restart=restart, recalibration=recalibration)
+        super().__init__(epochs, restart=restart, recalibration=recalibration, **unknown)
         self.rescale = rescale
 
     def grow(self, network: Network, optimizer: Optimizer) -> list[Edit]:

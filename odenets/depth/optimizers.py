@@ -1,16 +1,20 @@
-"""An optimizer whose groups and state follow the blocks of a network that is edited."""
+"""An optimizer whose groups and state follow the blocks of a network that is edited, so that they are trained."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import warnings
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["adopt_copy", "follow_network", "warn_of_unfollowed"]
+if TYPE_CHECKING:
+    from odenets.training.state import Training
+
+__all__ = ["adopt_copy", "check_held", "follow_network", "warn_of_unfollowed", "warn_of_untrained"]
 
 
 def adopt_copy(optimizer: Optimizer, original: nn.Module, twin: nn.Module) -> None:
@@ -25,6 +29,20 @@ def adopt_copy(optimizer: Optimizer, original: nn.Module, twin: nn.Module) -> No
         group["params"].append(q)
         if p in optimizer.state:
             optimizer.state[q] = copy.deepcopy(optimizer.state[p])
+
+
+def check_held(optimizer: Optimizer, network: nn.Module) -> None:
+    """That an optimizer is of the ``network`` whose blocks it is to follow.
+
+    Raises:
+        ValueError: it holds none of the parameters that train.
+    """
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    trained = {p for p in network.parameters() if p.requires_grad}
+    if trained and trained.isdisjoint(held):
+        raise ValueError(
+            f"optimizer must hold parameters of the network, got one of {len(held)} others: new blocks would not train"
+        )
 
 
 def follow_network(optimizer: Optimizer, network: nn.Module, others: set[Any]) -> None:
@@ -59,4 +77,18 @@ def warn_of_unfollowed(network: nn.Module, before: set[nn.Parameter]) -> None:
             f"{missing} parameters of new blocks are in no optimizer, and would not train: give the optimizer, "
             "adapt_depth(network, inputs, rule, optimizer), or build it anew after an edit",
             stacklevel=3,
+        )
+
+
+def warn_of_untrained(callback: object, training: Training, epochs: Iterable[int]) -> None:
+    """Warn of ``epochs`` after which a ``callback`` edits the network, and which come last or never in a ``training``.
+
+    Warns:
+        UserWarning: there are any.
+    """
+    if training.epochs is not None and (late := [epoch for epoch in epochs if epoch >= training.epochs]):
+        warnings.warn(
+            f"{type(callback).__name__} acts after epochs {late}, of {training.epochs}: what it makes of the network "
+            "then is not trained, or never made; take earlier epochs, or more of them",
+            stacklevel=7,  # of who calls fit,
         )

@@ -30,6 +30,7 @@ from odenets.inputs import call, inputs_of
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 from odenets.neural_ode import NeuralODE
+from odenets.regrouping import OTHERS
 from solvers import Step
 
 __all__ = ["DepthRule", "block_errors", "check_rule", "flow_network", "plan"]
@@ -173,5 +174,7 @@ def flow_network(network: nn.Module) -> Network:
     """The network itself, whose flows can be edited, behind ``torch.compile`` too."""
     network = getattr(network, "_orig_mod", network)
     if not isinstance(network, Network):
-        raise TypeError(f"network must be an odenets.Network, whose flows can be edited, got {type(network).__name__}")
+        raise TypeError(
+            f"network must be an odenets.Network, whose flows can be edited, got {type(network).__name__}: {OTHERS}"
+        )
     return network

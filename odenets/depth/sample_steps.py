@@ -25,6 +25,7 @@ from odenets.measures import StepFunction
 from odenets.modes import evaluating, inputs_for
 from odenets.network import Network
 from odenets.recording import Records, named_measures
+from odenets.regrouping import OTHERS
 from solvers.controllers import I, SampleController
 from solvers.validation import check_state
 
@@ -321,7 +322,7 @@ def _flows(network: Any) -> list[Flow]:
         ValueError: it reads out an ensemble.
     """
     if not isinstance(network, Network | Flow):
-        raise TypeError(f"network must be an odenets.Network or a Flow, got {type(network).__name__}")
+        raise TypeError(f"network must be an odenets.Network or a Flow, got {type(network).__name__}: {OTHERS}")
     flows = [network] if isinstance(network, Flow) else network.flows
     for i, flow in enumerate(flows):
         if not isinstance(flow, Flow):

@@ -16,8 +16,8 @@ from odenets.adapting import AdaptedModel
 from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.partition import Part
 from odenets.recording import Records
-from odenets.training.labels import logits_and_labels
-from odenets.training.metrics import Metric, MetricFunction, check_labels
+from odenets.training.labels import check_labels, logits_and_labels
+from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, check_loss
 from odenets.training.sources import arguments, samples_in
 from odenets.training.step_counting import after_step

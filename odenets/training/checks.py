@@ -155,6 +155,9 @@ def check_task(task: object) -> None:
     got = type(task).__name__
     if isinstance(task, Real):
         remedy = f": a number is lambda0={task} of LeastAction, or the first argument of ActionPenalty"
+    elif isinstance(task, str):
+        got = repr(task)
+        remedy = ": text comes by keyword, the kind of ErrorPenalty, the cost of ActionPenalty and LeastAction"
     elif isinstance(task, type):
         call = f"{task.__name__}({'F.mse_loss' if issubclass(task, Task) else ''})"
         got = f"the class {task.__name__}"

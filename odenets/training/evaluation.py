@@ -17,8 +17,8 @@ from odenets.modes import evaluating, keeping_state, total_dtype
 from odenets.network import Network
 from odenets.recording import Records, record
 from odenets.training.checks import check_network, check_objective, other_names
-from odenets.training.labels import logits_and_labels
-from odenets.training.metrics import Metric, MetricFunction, accuracy, check_labels, in_single, labels_that_count
+from odenets.training.labels import check_labels, logits_and_labels
+from odenets.training.metrics import Metric, MetricFunction, accuracy, in_single, labels_that_count
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy
 from odenets.training.sources import Collate, Source
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from odenets.outputs import logits_in
+from solvers.validation import is_transformed
 
-__all__ = ["logits_and_labels"]
+__all__ = ["check_labels", "cross_entropy", "logits_and_labels", "without_label"]
 
 
 def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,57 @@ def logits_and_labels(output: Any, y: Any) -> tuple[Tensor, Tensor]:
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
     return output, y.to(output.dtype) if y.is_floating_point() else y.long()
+
+
+def cross_entropy(logits: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Torch's cross-entropy of what :func:`logits_and_labels` returns.
+
+    Raises:
+        ValueError: a class that has no logit, where torch can tell; it cannot on a GPU.
+    """
+    try:
+        return F.cross_entropy(logits, y, **options)
+    except IndexError:
+        if not is_transformed(y):
+            check_labels(logits, y, "the batch")
+        raise
+
+
+def without_label(values: Tensor, y: Tensor) -> Tensor:
+    """Values of the classes, ``(B, classes)``, with 0 for that of each label.
+
+    Raises:
+        ValueError: as :func:`cross_entropy`.
+    """
+    try:
+        return values.scatter(1, y[:, None], 0.0)
+    except RuntimeError:
+        if not is_transformed(y):
+            check_labels(values, y, "the batch")
+        raise
+
+
+def check_labels(output: Any, y: Any, name: str) -> None:
+    """That labels which are classes have a logit each, -100 counting for nothing, and that shares of the classes are
+    some. Waits for the device.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not (isinstance(output, Tensor) and isinstance(y, Tensor)) or not y.numel():
+        return
+    if y.is_floating_point():
+        if y.ndim == 2 and not bool(((y >= 0).all(1) & ((y.sum(1) - 1).abs() < 1e-2)).all()):
+            raise ValueError(
+                f"the labels of {name} must be shares of the classes, not negative and with a sum of 1, where they are "
+                "floating: for targets of another kind give objective=Task(F.mse_loss)"
+            )
+        return
+    smallest, largest = (int(end) for end in torch.stack(y.aminmax()).tolist())
+    if largest >= output.shape[1]:
+        raise ValueError(f"the network has {output.shape[1]} logits, and the labels of {name} go up to {largest}")
+    if smallest < 0 and bool(((y < 0) & (y != -100)).any()):
+        raise ValueError(f"the labels of {name} must lie in [0, {output.shape[1]}), or be -100, got {smallest}")
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -209,6 +209,7 @@ def fit(
     first = make_optimizer(optimizer, module.parameters())
     training = Training(network, first, make_lr_scheduler(lr_scheduler, first, lr_interval), objective)
     training.precision, training.source, training.callbacks = fabric.strategy.precision, source, hooks
+    training.epochs = epochs
     hooks.before_training(training)
     if saved is not None:
         _take_up(training, saved, optimizer, processes, place)

@@ -17,7 +17,7 @@ from odenets.training.broadcasting import refusing_pairs
 from odenets.training.labels import logits_and_labels
 from odenets.training.objectives import Objective, Task
 
-__all__ = ["Gathering", "Metric", "MetricFunction", "accuracy", "check_labels", "in_single", "labels_that_count"]
+__all__ = ["Gathering", "Metric", "MetricFunction", "accuracy", "in_single", "labels_that_count"]
 
 
 class Gathering(Protocol):
@@ -199,26 +199,3 @@ def in_single(value: Tensor) -> Tensor:
 def labels_that_count(y: Any, samples: int) -> Tensor | int:
     """How many labels count: all but the classes -100."""
     return (y != -100).sum() if isinstance(y, Tensor) and not y.is_floating_point() else samples
-
-
-def check_labels(output: Any, y: Any, name: str) -> None:
-    """That labels which are classes have a logit each, -100 counting for nothing, and that shares of the classes are
-    some. Waits for the device.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if not (isinstance(output, Tensor) and isinstance(y, Tensor)) or not y.numel():
-        return
-    if y.is_floating_point():
-        if y.ndim == 2 and not bool(((y >= 0).all(1) & ((y.sum(1) - 1).abs() < 1e-2)).all()):
-            raise ValueError(
-                f"the labels of {name} must be shares of the classes, not negative and with a sum of 1, where they are "
-                "floating: for targets of another kind give objective=Task(F.mse_loss)"
-            )
-        return
-    smallest, largest = (int(end) for end in torch.stack(y.aminmax()).tolist())
-    if largest >= output.shape[1]:
-        raise ValueError(f"the network has {output.shape[1]} logits, and the labels of {name} go up to {largest}")
-    if smallest < 0 and bool(((y < 0) & (y != -100)).any()):
-        raise ValueError(f"the labels of {name} must lie in [0, {output.shape[1]}), or be -100, got {smallest}")

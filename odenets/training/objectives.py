@@ -15,7 +15,7 @@ from odenets.inputs import exchanged
 from odenets.measures import StepFunction
 from odenets.recording import Records, named_measures, record, recorder_in
 from odenets.training.broadcasting import refusing_pairs
-from odenets.training.labels import logits_and_labels
+from odenets.training.labels import cross_entropy, logits_and_labels, without_label
 from odenets.training.step_counting import StepCounter, eagerly
 
 __all__ = ["Batch", "CrossEntropy", "Objective", "ReverseCrossEntropy", "Task", "check_loss", "targets_of"]
@@ -265,11 +265,11 @@ class CrossEntropy(Objective):
             TypeError, ValueError: outputs that are no logits of two classes or more, or no label for each.
         """
         output, y = logits_and_labels(output, targets_of(batch))
-        return F.cross_entropy(output, y, label_smoothing=self.label_smoothing)
+        return cross_entropy(output, y, label_smoothing=self.label_smoothing)
 
     def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         """:meth:`loss` of ``network``, ``batch``, ``output`` and ``records`` without label smoothing."""
-        return F.cross_entropy(*logits_and_labels(output, targets_of(batch)))
+        return cross_entropy(*logits_and_labels(output, targets_of(batch)))
 
 
 class ReverseCrossEntropy(Objective):
@@ -298,12 +298,12 @@ class ReverseCrossEntropy(Objective):
         output, y = logits_and_labels(output, targets_of(batch))
         if y.is_floating_point():
             raise ValueError(f"labels must be classes (B,), whole numbers, got shares of the classes {_shape(y)}")
-        others = F.log_softmax(-output, 1).scatter(1, y[:, None], 0.0).sum(1)
+        others = without_label(F.log_softmax(-output, 1), y).sum(1)
         return -others.mean() / (output.shape[1] - 1)
 
     def validation_loss(self, network: nn.Module, batch: Batch, output: Any, records: Records) -> Tensor:
         """Cross-entropy, as for any other classifier; ``network``, ``batch``, ``output``, ``records`` as for loss."""
-        return F.cross_entropy(*logits_and_labels(output, targets_of(batch)))
+        return cross_entropy(*logits_and_labels(output, targets_of(batch)))
 
 
 def check_loss(loss: Any, objective: Objective) -> None:

@@ -59,6 +59,7 @@ class Training:
         lr_scheduler: of the optimizer; None without one.
         objective: what is minimized.
         epoch: epochs completed.
+        epochs: how many there are to be, those before a resume too; None where nobody has said.
         rows: one dictionary of metrics per completed epoch.
         evaluations: field evaluations per sample, summed over all samples of all training steps so far.
         check_evaluations: the same for what callbacks measured besides.
@@ -74,6 +75,7 @@ class Training:
     lr_scheduler: LRScheduler | None
     objective: Objective = field(default_factory=CrossEntropy)
     epoch: int = 0
+    epochs: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 0
     check_evaluations: int = 0

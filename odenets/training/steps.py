@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from odenets.inputs import samples_in
 from odenets.modes import total_dtype
 from odenets.recording import Recording, record
-from odenets.training.labels import logits_and_labels
-from odenets.training.metrics import Metric, check_labels
+from odenets.training.labels import check_labels, logits_and_labels
+from odenets.training.metrics import Metric
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, check_loss
 from odenets.training.sharding import gather_for_record
 from odenets.training.sources import part
@@ -72,7 +72,10 @@ class Stepper:
         self.clip_norm, self.accumulate = clip_norm, accumulate
         self.module, self.optimizer = module, cast(Optimizer, fabric.setup_optimizers(training.optimizer))
         self._recorded = module if training.sharded else training.network
-        self._classifies = isinstance(training.objective.task, CrossEntropy | ReverseCrossEntropy)
+        task = training.objective
+        while task.task is not task:
+            task = task.task
+        self._classifies = isinstance(task, CrossEntropy | ReverseCrossEntropy)
         # or Fabric would round outputs to the default dtype
         self._context = fabric.init_tensor if fabric.strategy.precision.precision == "64-true" else nullcontext
 

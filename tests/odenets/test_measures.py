@@ -10,7 +10,7 @@ from torch import nn
 
 from odenets import Flow, MLPField, NeuralODE, measures
 from odenets.detection import Trajectory
-from odenets.penalties import square_error, timed_error
+from odenets.penalties import error_penalty, square_error_penalty
 from solvers import get_tableau, integrate, rk_step
 from tests.counting import Counted, Operations
 from tests.odenets.measure_tester import Case, MeasureTester, cosine, root_mean_square, step_of, tensors
@@ -32,8 +32,8 @@ CASES = {
     "error": Case(measures.error, lambda s: root_mean_square(s.error)),
     "acceleration": Case(measures.acceleration, lambda s: (s.stages[-1] - s.stages[0]).square().mean(1) / s.h),
     "displacement": Case(measures.displacement, lambda s: root_mean_square(s.h[:, None] * s.residue)),
-    "timed_error": Case(timed_error, lambda s: s.h * root_mean_square(s.error)),
-    "square_error": Case(square_error, lambda s: s.error.square().mean(1)),
+    "error_penalty": Case(error_penalty, lambda s: s.h * root_mean_square(s.error)),
+    "square_error_penalty": Case(square_error_penalty, lambda s: s.error.square().mean(1)),
     # bound
     "action of p = 3": Case(measures.action.bind(p=3.0), lambda s: s.action(3.0)),
     "residue of p = 1.5": Case(measures.residue.bind(p=1.5), lambda s: s.residue.abs().pow(1.5).mean(1)),

@@ -208,7 +208,7 @@ def test_it_is_copied_pickled_and_printed(network, batch):
     objective = ErrorPenalty(0.5, ActionPenalty(0.1), kind="square")
     for other in (copy.deepcopy(objective), pickle.loads(pickle.dumps(objective))):
         torch.testing.assert_close(other(network, *batch), objective(network, *batch))
-    assert "ErrorPenalty(\n  weight=0.5, measure='square_error'" in repr(objective)
+    assert "ErrorPenalty(\n  weight=0.5, measure='square_error_penalty'" in repr(objective)
 
 
 @pytest.mark.parametrize(
@@ -256,3 +256,19 @@ def test_what_it_cannot_weigh_is_refused(make, error, message):
 def test_a_weight_of_several_numbers_is_refused():
     with pytest.raises(TypeError, match=r"weight must be a number, .* got one tensor \(2,\)"):
         ErrorPenalty(torch.tensor([0.1, 0.2]))
+
+
+def test_an_error_names_what_the_user_has_written():
+    flow = NeuralODE(MLPField(2), solver="bs23", gradient="backsolve")
+    network, x, y = Network(nn.Identity(), flow, nn.Linear(2, 2)), torch.randn(4, 2), torch.arange(4) % 2
+    with pytest.raises(ValueError, match="measure 'error_penalty' is no integral over time"):
+        ErrorPenalty(1.0)(network, x, y)
+    with pytest.raises(TypeError, match="task must be an objective, got 'square': text comes by keyword, the kind of"):
+        ErrorPenalty(1.0, "square")
+
+
+def test_the_parts_of_the_last_batch_are_told():
+    network, objective, x, y = points_network(depth=2), ErrorPenalty(0.5), torch.randn(4, 2), torch.arange(4) % 2
+    loss, figures = objective(network, x, y), objective.batch_figures()
+    assert loss.item() == pytest.approx(figures["batch_loss"] + 0.5 * figures["batch_cost"])
+    assert figures["batch_loss"] == pytest.approx(F.cross_entropy(network(x), y).item())

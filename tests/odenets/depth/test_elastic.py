@@ -11,7 +11,7 @@ from odenets import Flow, MLPField, Network, NeuralODE, models
 from odenets.depth import ElasticDepth, coarsened, without_flow
 from odenets.depth.elastic import random_groups
 from odenets.least_action import ActionPenalty, LeastAction
-from odenets.training import Batches, CrossEntropy, Task, fit, points
+from odenets.training import Batches, CrossEntropy, ReverseCrossEntropy, Task, fit, points
 from odenets.training.runs import Run
 from tests.odenets.checks import assert_same
 
@@ -45,6 +45,27 @@ def test_coarsenings_halve_all_flows_as_many_times():
     assert stays == set(range(8))
     with coarsened(net, random_groups(net, "middle")):
         assert net.flows[0].total_time == pytest.approx(1)
+
+
+def test_where_nothing_can_be_halved_is_refused():
+    with pytest.raises(ValueError, match="a flow of two blocks or more"):
+        ElasticDepth()(network(depth=1), X, Y)
+    torch.testing.assert_close(ElasticDepth(coarse=0)(network(depth=1), X, Y), CrossEntropy()(network(depth=1), X, Y))
+
+
+@pytest.mark.parametrize("task", [CrossEntropy(), ReverseCrossEntropy(), ElasticDepth(ActionPenalty(0.1))])
+def test_labels_that_are_no_classes_are_named(task):
+    for labels, message in (
+        (Y + 1, "has 10 logits, and the labels of the batch go up to 10"),
+        (Y - 1, r"in \[0, 10\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task(network(), X, labels)
+    with pytest.raises(ValueError, match="labels must be classes"):
+        task(network(), X, Y.float())
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="has 10 logits, and the labels of batches go up to 10"):
+        fit(network(), [(X, Y + 1)], epochs=1, optimizer=sgd, objective=ElasticDepth(ActionPenalty(0.1, task)))
 
 
 def test_torch_s_generator_draws_them():

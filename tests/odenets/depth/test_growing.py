@@ -8,8 +8,20 @@ import pytest
 import torch
 from torch import nn
 
+import odenets
 from odenets import ConvField, Flow, MLPField, Network, NeuralODE
-from odenets.depth import AdaptiveDepth, DepthRule, Doubling, Stacking, double, stack
+from odenets.depth import (
+    AdaptiveDepth,
+    DepthRule,
+    Doubling,
+    ElasticDepth,
+    SampleSteps,
+    Stacking,
+    adapt_depth,
+    at_depth,
+    double,
+    stack,
+)
 from odenets.training import Batches, Run, TensorData, fit
 from tests.odenets.depth.networks import X, check_alignment, network, train
 
@@ -128,6 +140,7 @@ def test_a_network_grows_after_the_given_epochs(callback):
         partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=2),
         partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
         partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda epoch: 0.5**epoch),
+        partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=1e9),  # no loss is low enough
     ],
 )
 def test_the_schedule_of_learning_rates_begins_anew_where_it_is_asked_to(scheduler):
@@ -139,7 +152,7 @@ def test_the_schedule_of_learning_rates_begins_anew_where_it_is_asked_to(schedul
     assert rates[True][2:] == rates[True][:2] == rates[False][:2]
     assert rates[False][2:] != rates[False][:2]
     with pytest.raises(ValueError, match="restart is of a scheduler, got restart=True without lr_scheduler"):
-        fit(network(depth=1), Batches(DATA, 16), epochs=1, optimizer=SGD, callbacks=[Doubling([1], restart=True)])
+        fit(network(depth=1), Batches(DATA, 16), epochs=2, optimizer=SGD, callbacks=[Doubling([1], restart=True)])
 
 
 def test_a_training_that_is_taken_up_grows_as_one_that_never_stopped(tmp_path):
@@ -150,11 +163,56 @@ def test_a_training_that_is_taken_up_grows_as_one_that_never_stopped(tmp_path):
         return fit(network(depth=1), Batches(DATA, 16, seed=0), epochs=epochs, **options)
 
     whole = trained(6)
-    trained(2, Run(tmp_path / "run", {}))
+    with pytest.warns(UserWarning, match=r"Doubling acts after epochs \[2, 4\], of 2"):
+        trained(2, Run(tmp_path / "run", {}))
     resumed = trained(6, Run(tmp_path / "run", {}, resume=True))
     assert [row["learning_rate"] for row in resumed.rows] == [row["learning_rate"] for row in whole.rows]
     for a, b in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("callback", "late"),
+    [
+        (Doubling([2]), r"Doubling acts after epochs \[2\], of 2"),
+        (Stacking([1, 9]), r"Stacking acts after epochs \[9\]"),
+    ],
+)
+def test_what_grows_and_is_not_trained_is_warned_of_at_the_start(callback, late):
+    rows = []
+
+    def note(training, row):
+        rows.append(row)
+
+    with pytest.warns(UserWarning, match=late) as caught:
+        fit(network(depth=1), Batches(DATA, 16), epochs=2, optimizer=SGD, callbacks=[callback, note])
+    assert caught[0].filename == __file__
+    assert len(rows) == 2
+    AdaptiveDepth(DepthRule(1.0), lambda: [X], every=3).before_training(SimpleNamespace(epochs=3))
+    with pytest.warns(UserWarning, match=r"AdaptiveDepth acts after epochs \[3\], of 2"):
+        AdaptiveDepth(DepthRule(1.0), lambda: [X], every=3).before_training(SimpleNamespace(epochs=2))
+
+
+def test_an_optimizer_of_another_network_is_refused():
+    optimizer = torch.optim.SGD(network().parameters(), 0.1)
+    net = network()
+    for call in (double, stack, lambda *args: adapt_depth(args[0], lambda: [X], DepthRule(1e-9), args[1])):
+        with pytest.raises(ValueError, match="optimizer must hold parameters of the network, got one of 14 others"):
+            call(net, optimizer)
+    assert net.depth == 3
+    assert len(double(net.requires_grad_(False), optimizer)) == 3  # of which none trains
+
+
+def test_what_other_networks_are_for_is_named():
+    adapted = odenets.adapt(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), displacement=True)
+    for call in (double, stack, at_depth, ElasticDepth(), lambda model: SampleSteps(model, 0.1)):
+        with pytest.raises(TypeError, match=r"got AdaptedModel: odenets.depth.compress\(network, batches, keep=0.7\)"):
+            call(adapted, *([X, DATA.y] if isinstance(call, ElasticDepth) else [2] if call is at_depth else []))
+    with pytest.raises(AttributeError, match=r"no at_depth, which is of flows: odenets.depth.compress"):
+        adapted.at_depth(2)
+    assert not hasattr(adapted, "at_depth")
+    with pytest.raises(AttributeError, match="no attribute 'depht'"):
+        _ = adapted.depht
 
 
 def test_batch_norms_are_recalibrated_and_what_that_costs_is_counted():
@@ -187,9 +245,15 @@ def test_growing_and_adapting_go_together():
         ({"epochs": [0]}, ValueError, "epochs must be"),
         ({"epochs": [1.5]}, TypeError, "epochs must be a whole number"),
         ({"epochs": [1], "recalibration": [X]}, TypeError, "recalibration must be a function that makes inputs"),
+        ({"epochs": [1], "restarts": True}, TypeError, "(Doubling|Stacking) takes no 'restarts'"),
     ],
 )
 def test_what_callbacks_cannot_do_is_refused(arguments, error, message):
     for callback in (Doubling, Stacking):
         with pytest.raises(error, match=message):
             callback(**arguments)
+
+
+def test_doubling_takes_no_rescale():
+    with pytest.raises(TypeError, match="Doubling takes no 'rescale': that is of Stacking"):
+        Doubling([1], rescale=True)
