@@ -14,6 +14,7 @@ from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate
 from odenets.depth.compression.least_squares import NormalEquations
 from odenets.depth.compression.linear_maps import add_rows, macs_of, seam_for, targets_of, weights_of, with_weights
+from odenets.depth.compression.positions import at_tokens
 from odenets.depth.compression.units import Unit, lines_of
 
 __all__ = ["SCORES", "longest_run", "replace_me", "scored"]
@@ -36,8 +37,9 @@ SCORES: Mapping[str, Score] = {"influence": influence, "residue": residue}
 """Scores of single blocks by name."""
 
 
-def _features(x: Tensor) -> Tensor:
-    """A state with a row for each position: tokens apart, and a sample of an image whole."""
+def _features(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """A state with a row for each position: tokens apart, without padding, and a sample of an image whole."""
+    x = at_tokens(x, tokens)
     return x.flatten(0, -2) if x.ndim == 3 else x.flatten(1)
 
 
@@ -53,8 +55,9 @@ def scored(calls: Calls, score: Score) -> list[Candidate]:
             passages = calls.line(b, line)
             for n, passage in enumerate(passages):
                 if calls.units[line[n]].keeps:
-                    totals[n] += score(_features(passage.x0), _features(passage.x1)).sum().item()
-            count += calls.batches.samples[b] if passages[0].x1.ndim != 3 else passages[0].x1[..., 0].numel()
+                    x0, x1 = (_features(x, calls.batches.tokens(b)) for x in (passage.x0, passage.x1))
+                    totals[n] += score(x0, x1).sum().item()
+            count += len(_features(passages[0].x1, calls.batches.tokens(b)))
         found += [
             Candidate(m, m + 1, "remove", error=total / count, saved=calls.units[m].macs)
             for m, total in zip(line, totals, strict=True)
@@ -93,8 +96,11 @@ def replace_me(calls: Calls, remove: int) -> tuple[Candidate, ...]:
         for at in range(len(line)):
             if _keeping(calls.units, line[at:]) < remove:
                 continue
-            ends = [(walk[at].x0, walk[at + remove - 1].x1) for walk in states]
-            distance = torch.cat([influence(_features(x0), _features(x1)) for x0, x1 in ends]).mean().item()
+            distances = []
+            for b, walk in enumerate(states):
+                ends = walk[at].x0, walk[at + remove - 1].x1
+                distances.append(influence(*(_features(x, calls.batches.tokens(b)) for x in ends)))
+            distance = torch.cat(distances).mean().item()
             if math.isfinite(distance) and (least is None or distance < least[0]):
                 least = distance, line, at
     if least is None:
@@ -120,7 +126,7 @@ def _mapped(calls: Calls, distance: float, line: list[int], at: int, remove: int
         own, end = walk[before], walk[at + remove - 1]
         output = own.of_map[1]
         target = last.target(own.before, output, end.before)
-        rows, targets = (targets_of(layer, x) for x in (output, target))
+        rows, targets = (targets_of(layer, at_tokens(x, calls.batches.tokens(b))) for x in (output, target))
         sums = sums or NormalEquations(rows.shape[1], targets.shape[1])
         sums.add(rows, targets, held_out=calls.batches.held_out[b])
     assert sums is not None
@@ -143,7 +149,8 @@ def _seam(calls: Calls, distance: float, line: list[int], at: int, remove: int, 
     for b in range(len(calls.batches.inputs)):
         walk = calls.line(b, line[: at + remove])
         end = walk[at + remove - 1]
-        add_rows(sums, layer, walk[at].x0, end.before, walk[at].x0, held_out=calls.batches.held_out[b])
+        x0, batches = walk[at].x0, calls.batches
+        add_rows(sums, layer, x0, end.before, x0, held_out=batches.held_out[b], tokens=batches.tokens(b))
     fit = sums.solve()
     seam = with_weights(layer, fit.weight, fit.bias)
     added = macs_of(layer, calls.units[m].shape)

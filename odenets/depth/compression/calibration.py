@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from odenets.depth.compression.positions import tokens_in
 from odenets.inputs import inputs_of, rows, samples_in
 from odenets.modes import inputs_for
 
@@ -30,6 +31,10 @@ class Batches:
     inputs: tuple[Any, ...]
     samples: tuple[int, ...]
     held_out: tuple[bool, ...]
+
+    def tokens(self, batch: int) -> Tensor | None:
+        """Where a batch of texts has tokens and no padding, ``(B, T)``; None where there is none."""
+        return tokens_in(self.inputs[batch])
 
     def first(self, samples: int) -> Batches:
         """The first of both kinds, so many ``samples`` in all, :data:`HELD_OUT` of them held out."""
@@ -62,17 +67,13 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
 
     Raises:
         TypeError: one tensor, or what holds no inputs, or pairs of tokens and masks.
-        ValueError: no batch, or fewer than two samples.
+        ValueError: no batch, fewer than two samples, or padding that is told otherwise than by a mask ``(B, T)``.
     """
     inputs = [inputs_for(network, one) for one in inputs_of(calibration, "calibration", network)]
     inputs = [one for one in inputs if samples_in(one, "the calibration")]
     samples = [samples_in(one, "the calibration") for one in inputs]
     for one in inputs:
-        if isinstance(one, Mapping) and isinstance(mask := one.get("attention_mask"), Tensor) and not mask.all():
-            raise ValueError(
-                "calibration must hold no padding, which would be fitted, got an attention_mask with zeros: batches of "
-                "texts of one length"
-            )
+        tokens_in(one)  # raises where padding is told otherwise
     if sum(samples) < 2:
         raise ValueError(
             f"calibration must hold at least two samples, one to fit on and one to choose on, got {sum(samples)}: some "

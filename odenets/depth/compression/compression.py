@@ -174,7 +174,8 @@ def compress(
             :class:`odenets.Network`; left as it is. Forward hooks that change no output are called on the first batch
             alone; the modules that stay keep theirs.
         calibration: batches of inputs or pairs of inputs and labels, which are not read; some hundred samples or more,
-            kept in memory, and none that a figure is reported on.
+            kept in memory, and none that a figure is reported on. Where an ``attention_mask`` ``(B, T)`` among them is
+            0, states and outputs count for nothing.
         keep: the share of the blocks' multiplications that is kept at most.
         remove: or the number of blocks that go; seams may then add as many multiplications as one block has.
         by: what runs are chosen by: "divergence" of the outputs; "error", the relative error of the state behind a run,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from odenets.depth.compression.positions import at_tokens, tokens_in
 from odenets.depth.compression.units import positional
 from odenets.inputs import kind_of
 from odenets.outputs import logits_in
@@ -76,7 +77,7 @@ class Outputs:
 
     @torch.no_grad()
     def divergence(self, network: nn.Module, before: Callable[[int], object] | None = None) -> float:
-        """That of the outputs of another ``network``; infinite where they are not finite.
+        """That of the outputs of another ``network``, padding aside; infinite where they are not finite.
 
         ``before`` is called with the number of a batch before it.
         """
@@ -84,8 +85,7 @@ class Outputs:
         for b, (one, wanted) in enumerate(zip(self.inputs, self.outputs, strict=True)):
             if before is not None:
                 before(b)
-            output = tensor_in(run(network, one)).float()
-            wanted = wanted.float()
+            output, wanted = (at_tokens(x, tokens_in(one)).float() for x in (tensor_in(run(network, one)), wanted))
             if self.classifies:
                 divergences = kl_divergence(output, wanted)
                 error += divergences.sum().item()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from odenets.depth.compression.divergence import Kind, Outputs, are_logits, checked_run, kl_divergence, tensor_in
+from odenets.depth.compression.positions import at_tokens, tokens_in
 from odenets.errors import check_count, check_number
 from odenets.inputs import check_batches, inputs_in, rows, samples_in
 from odenets.modes import device_of, evaluating, inputs_for
@@ -36,7 +37,8 @@ def heal(
     No labels are read: what is minimized is the divergence of the outputs from the teacher's, of Kullback and Leibler
     for logits, which a classifier returns, and else the mean square error. Both networks are in eval
     mode, batch norms keep their statistics and dropout drops nothing; Adam's learning rate rises for a tenth of the
-    steps and falls to 0 as a cosine does.
+    steps and falls to 0 as a cosine does. Padding, by an ``attention_mask`` ``(B, T)``, does not
+    count.
 
     Args:
         model: trained in place, those of its parameters that take gradients.
@@ -110,8 +112,8 @@ def heal(
                     group["lr"] = lr * _schedule((seen + n / 2) / images)
                 with torch.no_grad():
                     returned = checked_run(teacher, inputs_for(teacher, inputs), "loader")
-                    wanted = tensor_in(returned).to(device_of(model))
-                output = tensor_in(checked_run(model, inputs, "loader"))
+                    wanted = at_tokens(tensor_in(returned).to(device_of(model)), tokens_in(inputs))
+                output = at_tokens(tensor_in(checked_run(model, inputs, "loader")), tokens_in(inputs))
                 if are_logits(returned, outputs):
                     divergence = kl_divergence(output / temperature, wanted / temperature).mean()
                     loss = divergence * temperature**2

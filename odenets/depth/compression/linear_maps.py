@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from odenets.depth.compression.least_squares import NormalEquations
+from odenets.depth.compression.positions import at_tokens, weights_at
 from odenets.depth.compression.units import Unit
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "rows_of",
     "seam_for",
     "targets_of",
-    "weights_at",
     "weights_of",
     "with_weights",
 ]
@@ -94,30 +94,30 @@ def identity_of(layer: nn.Module) -> Tensor:
     return identity.flatten(1).T
 
 
-def add_rows(sums: NormalEquations, layer: nn.Module, x: Tensor, y: Tensor, state: Tensor, *, held_out: bool) -> None:
+def add_rows(
+    sums: NormalEquations,
+    layer: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    state: Tensor,
+    *,
+    held_out: bool,
+    tokens: Tensor | None = None,
+) -> None:
     """Count what a linear ``layer`` reads of ``x`` with what it should return, ``y``, some samples at a time.
 
-    Errors are weighed as :func:`weights_at` the ``state``.
+    Errors are weighed as :func:`~odenets.depth.compression.positions.weights_at` the ``state``, those at other
+    positions than ``tokens`` do not count.
     """
+    if is_dense(layer):
+        x = x.reshape(*y.shape[:-1], x.shape[-1])  # of layers that read all positions in a row
+    weights, x, y = weights_at(state, tokens), at_tokens(x, tokens), at_tokens(y, tokens)
     per_sample = max(1, sums.features * y[:1].numel() // y.shape[-1 if is_dense(layer) else 1])
     chunk = max(1, 2**25 // per_sample)
-    weights = weights_at(state)
     parts = [None] * len(x.split(chunk)) if weights is None else weights.split(chunk)
     for part, target, weight in zip(x.split(chunk), y.split(chunk), parts, strict=True):
         flat = None if weight is None else weight.flatten()
         sums.add(rows_of(layer, part), targets_of(layer, target), held_out=held_out, weights=flat)
-
-
-def weights_at(state: Tensor) -> Tensor | None:
-    """What errors at the positions of a ``state`` of tokens ``(B, T, D)`` are multiplied with, ``(B, T)``.
-
-    That is one over its size, for what follows is a norm, and a few tokens are a thousand times as large as others;
-    None for other states.
-
-    >>> weights_at(torch.full((1, 1, 4), 5.0))
-    tensor([[0.2000]])
-    """
-    return state.square().mean(-1).rsqrt().clamp_max(1e6) if state.ndim == 3 else None
 
 
 def macs_of(layer: nn.Module, shape: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from odenets.depth.compression.candidates import Candidate, put
 from odenets.depth.compression.last_maps import last_map
 from odenets.depth.compression.least_squares import NormalEquations
 from odenets.depth.compression.linear_maps import add_rows, weights_of, with_weights
+from odenets.depth.compression.positions import number_of
 from odenets.depth.compression.units import lines_of
 
 __all__ = ["refit"]
@@ -75,7 +76,7 @@ def _refit_block(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor
         own = calls.passage(b, m, x, module, last)
         features, output = own.of_map
         target = last.target(own.before, output, wanted[b])
-        add_rows(sums, layer, features, target, x, held_out=calls.batches.held_out[b])
+        add_rows(sums, layer, features, target, x, held_out=calls.batches.held_out[b], tokens=calls.batches.tokens(b))
     fit = sums.solve(last.prior(layer))
     put(model, name, last.put(module, fit.weight, fit.bias))
 
@@ -91,12 +92,12 @@ def _refit_seam(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor]
         return
     sums = NormalEquations(len(prior) - 1, prior.shape[1])
     for b, x in enumerate(states):
-        add_rows(sums, layer, x, wanted[b], x, held_out=calls.batches.held_out[b])
+        add_rows(sums, layer, x, wanted[b], x, held_out=calls.batches.held_out[b], tokens=calls.batches.tokens(b))
     fit = sums.solve(prior)
     put(model, f"{name}.{path}" if path else name, with_weights(layer, fit.weight, fit.bias))
 
 
 def _rows(calls: Calls, wanted: Sequence[Tensor], width: int) -> int:
     """Rows that there are to fit a map of so many outputs."""
-    held = calls.batches.held_out
-    return sum(x.numel() // width for x, out in zip(wanted, held, strict=True) if not out)
+    batches = calls.batches
+    return sum(number_of(x, width, batches.tokens(b)) for b, x in enumerate(wanted) if not batches.held_out[b])

@@ -17,10 +17,10 @@ from odenets.depth.compression.linear_maps import (
     is_dense,
     macs_of,
     seam_for,
-    weights_at,
     weights_of,
     with_weights,
 )
+from odenets.depth.compression.positions import at_tokens, number_of, weights_at
 from odenets.depth.compression.replacements import scaled
 from odenets.flow import Flow
 from odenets.modes import total_dtype
@@ -102,27 +102,43 @@ class _Start:
 
     def _rows(self, k: int, width: int) -> int:
         """Rows that there are to fit a map of so many outputs; of fewer than features nothing comes."""
-        walks = zip(self.walks, self.calls.batches.held_out, strict=True)
-        return sum(walk[k].before.numel() // width for walk, out in walks if not out)
+        batches = self.calls.batches
+        walks = [(walk[k].before, batches.tokens(b)) for b, walk in enumerate(self.walks) if not batches.held_out[b]]
+        return sum(number_of(before, width, tokens) for before, tokens in walks)
 
     def _saved(self, end: int) -> int:
         return sum(self.calls.units[m].macs for m in self.line[self.at : end])
 
     def _scale(self, end: int) -> float:
         """The sum of the squares of the states at an end, on the data that is held out."""
-        held = self.calls.batches.held_out
-        walks = [walk for walk, out in zip(self.walks, held, strict=True) if out]
-        return sum(_size(walk[end - 1].before, walk[self.at].x0) for walk in walks) or 1.0
+        return sum(self._size(b, self.walks[b][end - 1].before) for b in self._held_out) or 1.0
+
+    @property
+    def _held_out(self) -> list[int]:
+        """The batches by which is judged."""
+        return [b for b, out in enumerate(self.calls.batches.held_out) if out]
+
+    def _size(self, b: int, x: Tensor) -> float:
+        """The sum of the squares of ``x`` in a batch, weighed as errors at the state where the runs begin are."""
+        tokens = self.calls.batches.tokens(b)
+        x, weights = at_tokens(x, tokens), weights_at(self.walks[b][self.at].x0, tokens)
+        x = x if weights is None else x * weights[..., None]
+        return x.to(total_dtype(x.device)).square().sum().item()
 
     def _candidate(self, end: int, choice: str, **options: object) -> Candidate:
         return Candidate(self.line[self.at], self.line[end - 1] + 1, choice, **options)  # type: ignore[arg-type]
 
+    def _add(self, sums: NormalEquations, layer: nn.Module, x: Tensor, y: Tensor, b: int) -> None:
+        """Count what a ``layer`` should make ``y`` of ``x`` in a batch."""
+        batches, x0 = self.calls.batches, self.walks[b][self.at].x0
+        add_rows(sums, layer, x, y, x0, held_out=batches.held_out[b], tokens=batches.tokens(b))
+
     def removed(self) -> Candidate:
         """The block itself, left out."""
-        held = zip(self.walks, self.calls.batches.held_out, strict=True)
-        passages = [walk[self.at] for walk, out in held if out]
-        lost = sum(_size(one.before - one.x0, one.x0) for one in passages)
-        end = self.at + 1
+        lost, end = 0.0, self.at + 1
+        for b in self._held_out:
+            passage = self.walks[b][self.at]
+            lost += self._size(b, passage.before - passage.x0)
         return self._candidate(end, "remove", error=lost / self._scale(end), saved=self._saved(end))
 
     def seams(self, kernel: int) -> Iterator[Candidate]:
@@ -138,7 +154,7 @@ class _Start:
         for b, walk in enumerate(self.walks):
             x0 = walk[self.at].x0
             targets = torch.cat([walk[end - 1].before - x0 for end in ends], -1 if is_dense(layer) else 1)
-            add_rows(sums, layer, x0, targets, x0, held_out=self.calls.batches.held_out[b])
+            self._add(sums, layer, x0, targets, b)
         macs = macs_of(layer, self.calls.units[m].shape)
         for n, end in enumerate(ends):
             if self._saved(end) <= macs:
@@ -164,11 +180,11 @@ class _Start:
             return {}
         errors = dict.fromkeys(ends, 0.0)
         longer = {end: self._longer(k, end) for end in ends}
-        for b, walk in enumerate(self.walks):
-            if self.calls.batches.held_out[b]:
-                for end, module in longer.items():
-                    x1 = self.calls.output(b, self.line[k], walk[self.at].x0, module)
-                    errors[end] += _size(x1 - walk[end - 1].x1, walk[self.at].x0)
+        for b in self._held_out:
+            walk = self.walks[b]
+            for end, module in longer.items():
+                x1 = self.calls.output(b, self.line[k], walk[self.at].x0, module)
+                errors[end] += self._size(b, x1 - walk[end - 1].x1)
         return {end: self._one(k, end, "merge", longer[end], errors[end] / self._scale(end)) for end in ends}
 
     def _longer(self, k: int, end: int) -> nn.Module:
@@ -199,8 +215,7 @@ class _Start:
             own = self._own(k, b)
             features, output = own.of_map
             targets = [last.target(own.before, output, walk[end - 1].before) for end in ends]
-            held = self.calls.batches.held_out[b]
-            add_rows(sums, layer, features, torch.cat(targets, last.axis), walk[self.at].x0, held_out=held)
+            self._add(sums, layer, features, torch.cat(targets, last.axis), b)
         found = {}
         for n, end in enumerate(ends):
             fit = sums.solve(last.prior(layer), columns=slice(n * width, (n + 1) * width))
@@ -209,9 +224,3 @@ class _Start:
             error = fit.error * sums.rows(held_out=True) * width / self._scale(end)
             found[end] = self._one(k, end, "fit", last.put(base, fit.weight / h, fit.bias / h), error)
         return found
-
-
-def _size(x: Tensor, state: Tensor) -> float:
-    """The sum of the squares of ``x``, weighed as errors at a ``state`` are."""
-    weights = weights_at(state)
-    return (x if weights is None else x * weights[..., None]).to(total_dtype(x.device)).square().sum().item()

@@ -583,14 +583,6 @@ def test_bad_calibration_is_refused_by_its_name():
     assert compress(network, [x, x[:0]], remove=1, choices=["remove"]).gone == 1
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of autocast"):
         compress(network, [x], remove=1)
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
-    )
-    tokens, mask = torch.randint(0, 40, (4, 9)), torch.ones(4, 9, dtype=torch.long)
-    mask[1, 5:] = 0
-    with pytest.raises(ValueError, match="no padding"):
-        compress(transformers.LlamaForCausalLM(config), [{"input_ids": tokens, "attention_mask": mask}], remove=1)
     flow = odenets.Flow(odenets.MLPField(3), solver="euler", depth=3)
     conditioned = odenets.Network(nn.Linear(5, 3), flow, nn.Linear(3, 4))
     with pytest.raises(ValueError, match="states alone"):
