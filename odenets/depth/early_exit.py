@@ -196,7 +196,7 @@ class EarlyExit(nn.Module):
             ValueError: no batch, or a cost below that of the first exit, or above that of the last.
             TypeError: a cost that is no number, or one tensor in place of batches.
         """
-        cost, costs = check_number("cost", cost), torch.tensor(self.costs, dtype=torch.float64)
+        cost, costs = check_number("cost", cost), torch.tensor(self.costs, dtype=torch.float64, device="cpu")
         if not costs[0] <= cost <= costs[-1]:
             side = "least that of the first" if cost < costs[0] else "most that of the last"
             raise ValueError(f"cost must be at {side} exit, {costs[0 if cost < costs[0] else -1]:g}, got {cost}")
@@ -209,7 +209,7 @@ class EarlyExit(nn.Module):
                     found.append(torch.stack(scores).cpu().double())
         scores = torch.cat(found, 1)
         scores[-1] = math.inf  # all leave behind the last module
-        candidates = torch.cat([scores[:-1].flatten(), torch.tensor([math.inf], dtype=torch.float64)]).unique()
+        candidates = torch.cat([scores[:-1].flatten(), scores.new_tensor([math.inf])]).unique()
         low, high = 0, len(candidates)  # costs rise with the threshold: the last candidate that is allowed
         while high - low > 1:
             middle = (low + high) // 2
@@ -240,7 +240,8 @@ class EarlyExit(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The score, the threshold, and the costs if they are given, so that they travel with ``state_dict``."""
-        return torch.tensor([[*SCORES].index(self.by), self.threshold, *(self._costs or ())], dtype=torch.float64)
+        values = [[*SCORES].index(self.by), self.threshold, *(self._costs or ())]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take threshold and costs of a ``state_dict``, the ``state`` that :meth:`get_extra_state` returns.

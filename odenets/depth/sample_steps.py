@@ -300,7 +300,7 @@ class SampleSteps(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The tolerance, so that it travels with ``state_dict``."""
-        return torch.tensor([self.tolerance], dtype=torch.float64)
+        return torch.tensor([self.tolerance], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the tolerance of a ``state_dict``, the ``state`` that :meth:`get_extra_state` returns."""

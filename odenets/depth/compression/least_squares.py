@@ -38,10 +38,10 @@ class NormalEquations:
     Args:
         features, outputs: entries of a row and of its target; a constant is fitted besides.
 
-    >>> x = torch.randn(100, 3)
+    >>> x = torch.randn(100, 3, dtype=torch.float64)
     >>> sums = NormalEquations(3, 1)
-    >>> sums.add(x[:80], x[:80] @ torch.ones(3, 1) + 2, held_out=False)
-    >>> sums.add(x[80:], x[80:] @ torch.ones(3, 1) + 2, held_out=True)
+    >>> sums.add(x[:80], x[:80].sum(1, keepdim=True) + 2, held_out=False)
+    >>> sums.add(x[80:], x[80:].sum(1, keepdim=True) + 2, held_out=True)
     >>> fit = sums.solve()
     >>> fit.weight.flatten().round(decimals=4), round(fit.bias.item(), 4)
     (tensor([1., 1., 1.], dtype=torch.float64), 2.0)

@@ -21,6 +21,7 @@ def tokens_in(inputs: Any) -> Tensor | None:
     Raises:
         ValueError: a mask of another shape, or one of several, or beside inputs of a decoder, which may be padded too.
 
+    >>> import torch
     >>> tokens_in({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
     tensor([[ True, False]])
     """
@@ -76,6 +77,7 @@ def weights_at(state: Tensor, tokens: Tensor | None = None) -> Tensor | None:
         state: the state.
         tokens: positions that are no padding, ``(B, T)``; weights are then those of these alone, ``(N,)``.
 
+    >>> import torch
     >>> weights_at(torch.full((1, 1, 4), 5.0))
     tensor([[0.2000]])
     """

@@ -305,3 +305,12 @@ def test_labels_that_are_no_classes_are_refused():
     for labels in (torch.arange(20), torch.rand(20), torch.zeros(20, 10).long()):
         with pytest.raises(ValueError, match="labels must be whole numbers"):
             fit_heads(modules, [(x, labels)])
+
+
+def test_a_default_device_that_is_another_changes_nothing():
+    plain, early = EarlyExit(modules()), EarlyExit(modules())
+    early.load_state_dict(plain.state_dict())
+    plain.calibrate([X], 3.5)
+    with torch.device("meta"):
+        early.calibrate([X], 3.5)
+    assert early.threshold == plain.threshold
