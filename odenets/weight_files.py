@@ -69,7 +69,10 @@ def read_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     if checksum is not None and checksum != _checksum(tensors, metadata):
         raise ValueError(f"{path} is damaged, its checksum is another: delete it, and save or copy it again")
     metadata.pop("format", None)
-    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    try:
+        return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, what it says of its tensors is no JSON: save or copy it again") from error
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

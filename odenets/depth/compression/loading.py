@@ -20,6 +20,9 @@ from odenets.weight_files import read_file
 
 __all__ = ["load_compressed"]
 
+KEYS = ("at", "config", "flows", "root", "weights")
+"""What a file says of each compression."""
+
 
 def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     """The compressed network that :func:`odenets.save_weights` wrote, made of the whole one as the code builds it.
@@ -62,6 +65,8 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
     changes = described.get("changes")
     if not changes:
         raise ValueError(f"{path} holds no compressed network: odenets.load_weights(network, path)")
+    if not isinstance(changes, list) or any({*KEYS} - {*change} for change in changes):
+        raise ValueError(_unknown(path, "it lacks parts"))
     if isinstance(model, AdaptedModel):
         model = model.model
     holder = nn.Module()
@@ -123,10 +128,14 @@ def _change(holder: nn.Module, change: Mapping[str, Any], path: str | Path) -> N
                 setattr(config, key, value)
         holder.set_submodule(change["at"], new)
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} says of a compressed network what this version of odenets does not understand: save it again, "
-            f"with this version ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(_unknown(path, f"{type(error).__name__}: {error}")) from error
+
+
+def _unknown(path: str | Path, why: str) -> str:
+    return (
+        f"{path} says of a compressed network what this version of odenets does not understand: save it again, with "
+        f"this version ({why})"
+    )
 
 
 def _check_whole(whole: nn.Module, saved: Mapping[str, list[int]], path: str | Path) -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from odenets import Flow, MLPField, Network, adapt, load_weights, save_weights
@@ -13,7 +14,7 @@ from odenets.depth import compress, heal, load_compressed
 from odenets.depth.compression.divergence import run, tensor_in
 from odenets.models import small_network
 from odenets.weight_files import read_file, write_file
-from tests.odenets.depth.compression.test_compression import images
+from tests.odenets.depth.compression.test_compression import Functional, images
 
 CHOICES = ("remove", "merge", "fit", "seam")
 X = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -119,6 +120,18 @@ def test_a_network_that_is_compressed_twice_comes_back(tmp_path):
     again = check_comes_back(twice, images, X, tmp_path / "twice")
     thrice = compress(again, [X], remove=1).model
     check_comes_back(thrice, images, X, tmp_path / "thrice")
+
+
+def test_branches_that_add_nothing_and_maps_of_replaceme_come_back(tmp_path):
+    def branches():
+        torch.manual_seed(0)
+        return Functional(4)
+
+    x = torch.randn(60, 6)
+    check_comes_back(compress(branches(), [x], remove=1).model, branches, x, tmp_path / "branches")
+    for remove in (1, 3):
+        small = compress(images(), [X], remove=remove, by="replaceme").model
+        check_comes_back(small, images, X, tmp_path / "replaceme")
 
 
 def test_a_compressed_part_of_a_network_comes_back_in_it(small, tmp_path):
@@ -340,6 +353,22 @@ def test_what_a_forged_file_says_is_refused_and_nothing_of_it_runs(root, small, 
     file = write_file(tmp_path / "forged", tensors, described)
     with pytest.raises(ValueError, match=r"forged says of a compressed network what this version .* not understand"):
         load_compressed(images(), file)
+
+
+@pytest.mark.parametrize("changes", [3, [{}], [{"at": ""}], ["changes"]])
+def test_changes_that_lack_parts_are_refused(changes, small, tmp_path):
+    tensors, described = read_file(save_weights(small, tmp_path / "small"))
+    file = write_file(tmp_path / "forged", tensors, described | {"changes": changes})
+    with pytest.raises(ValueError, match=r"forged says of a compressed network .* not understand.* \(it lacks parts\)"):
+        load_compressed(images(), file)
+
+
+def test_what_is_no_json_is_refused(small, tmp_path):
+    tensors = {name: value.clone() for name, value in small.state_dict().items()}
+    for text in ("{", "[" * 100_000):
+        save_file(tensors, tmp_path / "forged", metadata={"structure": "{}", "changes": text})
+        with pytest.raises(ValueError, match="forged is damaged, what it says of its tensors is no JSON"):
+            load_compressed(images(), tmp_path / "forged")
 
 
 def test_maps_larger_than_the_tensors_of_a_file_are_never_made(small, tmp_path):
