@@ -184,7 +184,8 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
         if "difference" not in row:
             continue
         difference: Interval = row["difference"]
-        how = ("no difference to", "better than", "worse than")[difference.sign]
+        words = ("no difference to", "better than", "worse than")
+        how = words[difference.sign] if difference.n > 1 else "one seed, beside"
         lines.append(
             f"{row['way']}: {how} the search ({difference:.2f} points) for {row['share'].mean:.2f} of its evaluations"
         )
