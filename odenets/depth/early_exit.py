@@ -217,7 +217,9 @@ class EarlyExit(nn.Module):
                 low = middle
             else:
                 high = middle
-        self.threshold = float(candidates[low]) * (-1 if self.by == "entropy" else 1)
+        # between two scores, so that rounding, which depends on the size of a batch, lets the same samples leave
+        threshold = (candidates[low] + candidates[low - 1]) / 2 if low else candidates[low] - 1e-6
+        self.threshold = float(threshold) * (-1 if self.by == "entropy" else 1)
         return self.threshold
 
     def macs(self, x: Any) -> tuple[float, ...]:
