@@ -13,7 +13,15 @@ from torch.nn import functional as F
 from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate
 from odenets.depth.compression.least_squares import NormalEquations
-from odenets.depth.compression.linear_maps import add_rows, macs_of, seam_for, targets_of, weights_of, with_weights
+from odenets.depth.compression.linear_maps import (
+    add_rows,
+    has_constant,
+    macs_of,
+    seam_for,
+    targets_of,
+    weights_of,
+    with_weights,
+)
 from odenets.depth.compression.positions import at_tokens
 from odenets.depth.compression.units import Unit, lines_of
 
@@ -127,7 +135,7 @@ def _mapped(calls: Calls, distance: float, line: list[int], at: int, remove: int
         output = own.of_map[1]
         target = last.target(own.before, output, end.before)
         rows, targets = (targets_of(layer, at_tokens(x, calls.batches.tokens(b))) for x in (output, target))
-        sums = sums or NormalEquations(rows.shape[1], targets.shape[1])
+        sums = sums or NormalEquations(rows.shape[1], targets.shape[1], has_constant(layer))
         sums.add(rows, targets, held_out=calls.batches.held_out[b])
     assert sums is not None
     fit = sums.solve()

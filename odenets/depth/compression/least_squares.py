@@ -11,7 +11,7 @@ from odenets.modes import total_dtype
 
 __all__ = ["RIDGES", "Fit", "NormalEquations"]
 
-RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges that are tried, in units of the mean square of a feature."""
 
 
@@ -36,7 +36,8 @@ class NormalEquations:
     """Sums of products of rows, from which every ridge is solved and judged without the rows.
 
     Args:
-        features, outputs: entries of a row and of its target; a constant is fitted besides.
+        features, outputs: entries of a row and of its target.
+        constant: whether a constant is fitted besides; else the bias is zero.
 
     >>> x = torch.randn(100, 3, dtype=torch.float64)
     >>> sums = NormalEquations(3, 1)
@@ -47,8 +48,8 @@ class NormalEquations:
     (tensor([1., 1., 1.], dtype=torch.float64), 2.0)
     """
 
-    def __init__(self, features: int, outputs: int) -> None:
-        self.features = features
+    def __init__(self, features: int, outputs: int, constant: bool = True) -> None:
+        self.features, self.constant = features, constant
         self._factors: dict[int, Tensor] = {}  # of the sums as they are
         self.sums = {held: _Sums(features + 1, outputs) for held in (False, True)}
 
@@ -62,7 +63,7 @@ class NormalEquations:
         Errors of a row are multiplied with its entry of ``weights`` ``(N,)``.
         """
         self._factors.clear()
-        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        rows = torch.cat([rows, rows.new_full((len(rows), 1), float(self.constant))], 1)
         if weights is not None:
             rows, targets = rows * weights[:, None], targets * weights[:, None]
         self.sums[held_out].add(rows, targets)
@@ -99,7 +100,7 @@ class NormalEquations:
             """The error with the nth ridge, solved once."""
             if n not in fits:
                 pull = gram.new_full((len(gram),), RIDGES[n]) * scale
-                pull[-1] = 0  # the constant is not pulled
+                pull[-1] = 0 if self.constant else scale  # a constant is not pulled
                 if n not in self._factors:
                     self._factors[n] = _factor(gram + torch.diag(pull))
                 right = cross if prior is None else cross + pull[:, None] * prior

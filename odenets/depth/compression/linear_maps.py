@@ -18,6 +18,7 @@ from odenets.depth.compression.units import Unit
 
 __all__ = [
     "add_rows",
+    "has_constant",
     "identity_of",
     "is_dense",
     "macs_of",
@@ -72,15 +73,24 @@ def weights_of(layer: nn.Module) -> Tensor:
     return torch.cat([weight, row])
 
 
+def has_constant(layer: nn.Module) -> bool:
+    """Whether a constant may be fitted to a linear ``layer``: not where it is dense and has no bias.
+
+    So what builds such a layer, as Hugging Face's Llama does by its configuration, builds the fitted one too.
+    """
+    return layer.bias is not None or not is_dense(layer)
+
+
 def with_weights(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     """A copy of a linear ``layer`` with another ``weight`` ``(features, outputs)`` and ``bias``, in its own dtype."""
     layer = copy.deepcopy(layer)
     old = cast(nn.Parameter, layer.weight)
-    if layer.bias is None:
+    if layer.bias is None and bias.any():
         layer.bias = nn.Parameter(old.new_zeros(len(bias)), requires_grad=old.requires_grad)
     with torch.no_grad():
         old.copy_((weight if _is_transposed(layer) else weight.T).reshape(old.shape))
-        cast(nn.Parameter, layer.bias).copy_(bias)
+        if layer.bias is not None:
+            cast(nn.Parameter, layer.bias).copy_(bias)
     return layer
 
 

@@ -11,7 +11,7 @@ from odenets.depth.compression.calls import Calls
 from odenets.depth.compression.candidates import Candidate, put
 from odenets.depth.compression.last_maps import last_map
 from odenets.depth.compression.least_squares import NormalEquations
-from odenets.depth.compression.linear_maps import add_rows, weights_of, with_weights
+from odenets.depth.compression.linear_maps import add_rows, has_constant, weights_of, with_weights
 from odenets.depth.compression.positions import number_of
 from odenets.depth.compression.units import lines_of
 
@@ -71,7 +71,7 @@ def _refit_block(model: nn.Module, calls: Calls, m: int, states: Sequence[Tensor
     layer = module.get_submodule(last.name)
     if _rows(calls, wanted, len(last.scale)) < len(weights_of(layer)):
         return
-    sums = NormalEquations(len(weights_of(layer)) - 1, len(last.scale))
+    sums = NormalEquations(len(weights_of(layer)) - 1, len(last.scale), has_constant(layer))
     for b, x in enumerate(states):
         own = calls.passage(b, m, x, module, last)
         features, output = own.of_map

@@ -13,6 +13,7 @@ from odenets.depth.compression.candidates import Candidate
 from odenets.depth.compression.least_squares import NormalEquations
 from odenets.depth.compression.linear_maps import (
     add_rows,
+    has_constant,
     identity_of,
     is_dense,
     macs_of,
@@ -210,7 +211,7 @@ class _Start:
         width = len(last.scale)
         if self._rows(k, width) < len(weights_of(layer)):
             return {}
-        sums = NormalEquations(len(weights_of(layer)) - 1, len(ends) * width)
+        sums = NormalEquations(len(weights_of(layer)) - 1, len(ends) * width, has_constant(layer))
         for b, walk in enumerate(self.walks):
             own = self._own(k, b)
             features, output = own.of_map

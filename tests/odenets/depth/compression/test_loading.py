@@ -230,12 +230,12 @@ def test_models_of_hugging_face_come_back_with_their_configuration(build, choice
 
 def test_what_save_pretrained_does_not_know_is_warned_of(recwarn, tmp_path):
     tokens = [{"input_ids": torch.randint(3, 40, (24, 12), generator=torch.Generator().manual_seed(0))}]
-    small = compress(llama(), tokens, remove=2, choices=["remove"], refit=False)
+    small = compress(llama(), tokens, remove=2, choices=["remove", "fit"])
     assert not len(recwarn)
-    with pytest.warns(UserWarning, match=r"without its linear maps and biases: odenets\.save_weights") as seen:
-        fitted = compress(llama(), tokens, remove=2, choices=["fit"])
+    with pytest.warns(UserWarning, match=r"without its seams: odenets\.save_weights") as seen:
+        seamed = compress(llama(), tokens, remove=2, choices=["seam"])
     assert [warning.filename for warning in seen] == [__file__]
-    for one, known in ((small, True), (fitted, False)):
+    for one, known in ((small, True), (seamed, False)):
         one.model.save_pretrained(tmp_path)
         again = type(one.model).from_pretrained(tmp_path).eval()
         assert torch.equal(again(**tokens[0]).logits, one.model(**tokens[0]).logits) == known
