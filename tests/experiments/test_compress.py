@@ -70,6 +70,15 @@ def test_a_language_model_is_judged_by_its_perplexity_on_another_text(texts):
     assert small.model(subject.probe[:1]).shape == (1, 8, 128)
 
 
+def test_a_language_model_is_calibrated_on_what_it_writes_itself(texts):
+    before = torch.get_rng_state()
+    one, other = (torch.cat(subject_of(replace(texts, text="own"), seed).calibration) for seed in (0, 1))
+    assert one.shape == (10, 40)
+    assert torch.equal(one, torch.cat(subject_of(replace(texts, text="own"), 0).calibration))
+    assert not torch.equal(one, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_windows_do_not_overlap_whatever_the_seed():
     tokens = torch.arange(1000)
     for seed in range(5):

@@ -20,7 +20,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
 from lab.pretrained.wheels import file_in
 
-__all__ = ["LanguageModel", "load_smollm", "small_llama", "tokens_of"]
+__all__ = ["LanguageModel", "load_smollm", "small_llama", "tokens_of", "written_by"]
 
 
 class LanguageModel(nn.Module):
@@ -36,6 +36,19 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits ``(B, T, V)`` of the token after each of ``(B, T)``."""
         return self.llama(tokens, use_cache=False).logits
+
+
+def written_by(model: LanguageModel, count: int, length: int, seed: int = 0) -> Tensor:
+    """Texts ``(count, length)`` that a model writes itself: each token is drawn from its distribution, from nothing on.
+
+    >>> written_by(small_llama(2), 3, 7).shape
+    torch.Size([3, 7])
+    """
+    first = torch.zeros(count, 1, dtype=torch.long)  # the token that ends a text, which begins the next
+    options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model.llama.generate(first, attention_mask=torch.ones_like(first), **options)[:, 1:]  # type: ignore[operator]
 
 
 def load_smollm(path: Path | None = None) -> LanguageModel:

@@ -59,8 +59,8 @@ class Compression:
         if hasattr(self.model, "save_pretrained") and not known_to_hugging_face(self.model):
             warnings.warn(
                 "save_pretrained and from_pretrained would make another network of the compressed one, without its "
-                "seams: odenets.save_weights(small.model, path) and odenets.depth.load_compressed(whole, path) keep it, "
-                "and choices=['remove', 'fit'] leaves nothing that they do not know",
+                "seams: odenets.save_weights(small.model, path) and odenets.depth.load_compressed(whole, path) keep "
+                "it, and choices=['remove', 'fit'] leaves nothing that they do not know",
                 stacklevel=3,
             )
 
