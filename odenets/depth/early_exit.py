@@ -213,7 +213,7 @@ class EarlyExit(nn.Module):
         low, high = 0, len(candidates)  # costs rise with the threshold: the last candidate that is allowed
         while high - low > 1:
             middle = (low + high) // 2
-            if costs[(scores >= candidates[middle]).int().argmax(0)].mean() <= cost:
+            if costs[(scores >= candidates[middle]).int().argmax(0)].mean() <= cost + 1e-12 * abs(cost):  # to rounding
                 low = middle
             else:
                 high = middle

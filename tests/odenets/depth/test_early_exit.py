@@ -106,6 +106,15 @@ def test_the_threshold_is_the_largest_that_the_cost_allows():
         early.calibrate([], 3.0)
 
 
+def test_at_the_cost_of_the_last_exit_none_leaves_before_whatever_the_mean_rounds_to():
+    parts = modules()
+    fit_heads(parts, [(X, Y)])
+    early = EarlyExit(parts, costs=(0.02, 0.05, 0.1))
+    assert torch.full((12,), 0.1, dtype=torch.float64).mean() > 0.1
+    assert early.calibrate([X[:12]], 0.1) == math.inf
+    assert (early(X).exit == 3).all()
+
+
 def test_heads_are_logistic_regressions_and_the_network_stays():
     parts = modules()
     before = copy.deepcopy(parts.state_dict())
