@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from odenets.depth.compression.divergence import Kind, Outputs, are_logits, checked_run, kl_divergence, tensor_in
@@ -62,6 +63,7 @@ def heal(
         TypeError: no networks, or no batches of inputs.
         ValueError: no batch, or one that the networks do not take; numbers out of range; a model without parameters
             that take gradients; a teacher that is the model itself, or smaller; outputs that are not finite.
+            Weights are those before then.
 
     >>> import copy
     >>> teacher = nn.Linear(3, 2)
@@ -94,7 +96,12 @@ def heal(
     optimizer = torch.optim.Adam(parameters, lr=lr)
     judge: Outputs | None = None  # on the first batch
     weights, first, seen = [p.detach().clone() for p in parameters], 0.0, 0
-    with evaluating(model, teacher), torch.enable_grad(), counting(progress, "image") as show:
+    with (
+        evaluating(model, teacher),
+        torch.enable_grad(),
+        counting(progress, "image") as show,
+        _taken_back_after_errors(parameters, weights),
+    ):
         while seen < images:
             before = seen
             for batch in loader:
@@ -133,9 +140,7 @@ def heal(
         optimizer.zero_grad()
         assert judge is not None  # of at least one batch
         if (last := judge.divergence(model)) > first:
-            with torch.no_grad():
-                for parameter, before_it in zip(parameters, weights, strict=True):
-                    parameter.copy_(before_it)
+            _take_back(parameters, weights)
             warnings.warn(
                 "healing has not helped, and the weights are those before: on the first batch the divergence from the "
                 f"teacher rose from {first:.3g} to {last:.3g}; a smaller lr than {lr}, more images than {images}, or "
@@ -143,6 +148,24 @@ def heal(
                 stacklevel=2,
             )
     return model
+
+
+@contextmanager
+def _taken_back_after_errors(parameters: Iterable[nn.Parameter], weights: Iterable[Tensor]) -> Iterator[None]:
+    """Let ``parameters`` be what they were, the ``weights``, where an error ends the training."""
+    try:
+        yield
+    except Exception:
+        _take_back(parameters, weights)
+        raise
+
+
+@torch.no_grad()
+def _take_back(parameters: Iterable[nn.Parameter], weights: Iterable[Tensor]) -> None:
+    """Give ``parameters`` the ``weights`` that they had, and no gradients."""
+    for parameter, before in zip(parameters, weights, strict=True):
+        parameter.copy_(before)
+        parameter.grad = None
 
 
 def _first(batches: Iterator[Any], samples: int) -> list[Any]:

@@ -45,3 +45,13 @@ def test_what_is_in_the_wrong_place_is_refused_and_changes_nothing():
             heal(*arguments, images=40)
     for one, state in zip((small, network), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+
+
+def test_after_outputs_that_are_not_finite_the_weights_are_those_before():
+    torch.manual_seed(0)
+    teacher, model, x = nn.Linear(3, 2), nn.Linear(3, 2), 1e10 * torch.randn(20, 3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="outputs are not finite after 20 images: a smaller lr than"):
+        heal(model, teacher, [x], images=400, lr=1e30)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
