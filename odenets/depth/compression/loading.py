@@ -122,13 +122,22 @@ def _change(holder: nn.Module, change: Mapping[str, Any], path: str | Path) -> N
     _check_whole(whole, change["weights"], path)
     try:
         new = _Restoring(whole, change["root"]).restore(change["root"], "")
-        config: Any = getattr(new, "config", None)
-        for key, value in change["config"].items():
-            if key in OF_CONFIG and hasattr(config, key):
-                setattr(config, key, value)
+        _configure(new, change["config"])
         holder.set_submodule(change["at"], new)
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(_unknown(path, f"{type(error).__name__}: {error}")) from error
+
+
+def _configure(model: nn.Module, changed: Mapping[str, Any]) -> None:
+    """Give a model a configuration of its own with what has ``changed``: other models may be made of that it has."""
+    shared: Any = getattr(model, "config", None)
+    config = copy.deepcopy(shared)
+    for key, value in changed.items():
+        if key in OF_CONFIG and hasattr(config, key):
+            setattr(config, key, value)
+    for part in model.modules():
+        if shared is not None and vars(part).get("config") is shared:
+            vars(part)["config"] = config
 
 
 def _unknown(path: str | Path, why: str) -> str:
