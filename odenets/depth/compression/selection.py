@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from odenets.depth.compression.baselines import SCORES, longest_run, replace_me, scored
 from odenets.depth.compression.calibration import batches_of
@@ -21,7 +21,7 @@ from odenets.depth.compression.forward_hooks import put_to_sleep, wake_up
 from odenets.depth.compression.indices import renumber
 from odenets.depth.compression.judging import judged
 from odenets.depth.compression.layer_lists import close_gaps
-from odenets.depth.compression.origins import name_origins
+from odenets.depth.compression.origins import name_origins, origin_of
 from odenets.depth.compression.programming import Best, cheapest, programmed
 from odenets.depth.compression.refitting import refit
 from odenets.depth.compression.runs import candidates_of
@@ -263,14 +263,31 @@ class Search:
         wake_up(model)
         for module in model.modules():
             module.training = modes.get(module, self.whole.training)
+        if self.dtype is not None:
+            _narrow(model, self.whole, self.dtype)
         write_changes(model, self.whole)
-        return (model if self.dtype is None else model.to(self.dtype)), divergence
+        return model, divergence
 
 
 def _half(model: nn.Module) -> torch.dtype | None:
-    """The dtype of a model all of whose weights are of one in half precision."""
-    dtypes = {x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()}
+    """The dtype of a model all of whose weights are of one in half precision, whatever its buffers are of."""
+    dtypes = {x.dtype for x in [*model.parameters()] or [*model.buffers()] if x.is_floating_point()}
     return dtypes.pop() if dtypes in ({torch.bfloat16}, {torch.float16}) else None
+
+
+def _narrow(model: nn.Module, whole: nn.Module, dtype: torch.dtype) -> None:
+    """Take a compressed ``model`` to a ``dtype``, but for buffers of another one in the ``whole``."""
+    others: list[tuple[nn.Module, str, Tensor]] = []
+    for module in model.modules():
+        if (origin := origin_of(module)) is not None:
+            own = whole.get_submodule(origin)._buffers
+            for key, buffer in module._buffers.items():
+                before = own.get(key)
+                if buffer is not None and before is not None and before.dtype != dtype:
+                    others.append((module, key, buffer.to(before.dtype)))
+    model.to(dtype)
+    for module, key, buffer in others:
+        module._buffers[key] = buffer
 
 
 def _worthwhile(candidates: Iterable[Candidate]) -> list[Candidate]:

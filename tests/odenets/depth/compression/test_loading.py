@@ -228,6 +228,34 @@ def test_models_of_hugging_face_come_back_with_their_configuration(build, choice
     assert torch.equal(again.generate(tokens[:2], **options), small.generate(tokens[:2], **options))
 
 
+@pytest.mark.filterwarnings("ignore:save_pretrained")
+def test_the_configuration_that_a_model_was_made_of_stays_as_it_is(tmp_path):
+    tokens = {"input_ids": torch.randint(3, 40, (24, 12), generator=torch.Generator().manual_seed(0))}
+    config, kind = llama().config, type(llama())
+    small = compress(kind(config), [tokens], remove=2, choices=["remove"]).model
+    path = save_weights(small, tmp_path / "small.safetensors")
+    for _ in range(2):
+        again = load_compressed(kind(config), path).eval()
+        assert (config.num_hidden_layers, again.config.num_hidden_layers) == (5, 3)
+        assert {id(part.config) for part in again.modules() if hasattr(part, "config")} == {id(again.config)}
+        assert torch.equal(again(**tokens).logits, small.eval()(**tokens).logits)
+
+
+@pytest.mark.filterwarnings("ignore:save_pretrained")
+def test_models_in_half_precision_with_wider_buffers_are_fitted_in_single_precision(tmp_path):
+    tokens = [{"input_ids": torch.randint(3, 40, (24, 12), generator=torch.Generator().manual_seed(0))}]
+    llama().save_pretrained(tmp_path)
+    half = type(llama()).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    wide = half.model.rotary_emb.inv_freq.clone()
+    assert wide.dtype == torch.float32
+    small = compress(half, tokens, remove=2, choices=["fit"])
+    assert small.gone == 2
+    assert {p.dtype for p in small.model.parameters()} == {torch.bfloat16}
+    assert torch.equal(small.model.model.rotary_emb.inv_freq, wide)
+    again = load_compressed(half, save_weights(small.model, tmp_path / "small.safetensors"))
+    assert torch.equal(again(**tokens[0]).logits, small.model(**tokens[0]).logits)
+
+
 def test_what_save_pretrained_does_not_know_is_warned_of(recwarn, tmp_path):
     tokens = [{"input_ids": torch.randint(3, 40, (24, 12), generator=torch.Generator().manual_seed(0))}]
     small = compress(llama(), tokens, remove=2, choices=["remove", "fit"])
