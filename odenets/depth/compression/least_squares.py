@@ -51,6 +51,7 @@ class NormalEquations:
     def __init__(self, features: int, outputs: int, constant: bool = True) -> None:
         self.features, self.constant = features, constant
         self._factors: dict[int, Tensor] = {}  # of the sums as they are
+        self._means: tuple[Tensor, Tensor] | None = None  # of the first rows, about which sums lose few digits
         self.sums = {held: _Sums(features + 1, outputs) for held in (False, True)}
 
     def rows(self, *, held_out: bool) -> int:
@@ -62,14 +63,25 @@ class NormalEquations:
 
         Errors of a row are multiplied with its entry of ``weights`` ``(N,)``.
         """
+        if not len(rows):
+            return  # of texts that are padding alone
         self._factors.clear()
+        if self._means is None:
+            means = rows.mean(0), targets.mean(0)
+            self._means = means if self.constant else (means[0] * 0, means[1] * 0)  # which a constant makes good
+        if not self.constant:
+            rows, targets = (x.to(total_dtype(x.device)) for x in (rows, targets))
+        rows, targets = (x - mean.to(x) for x, mean in zip((rows, targets), self._means, strict=True))
         rows = torch.cat([rows, rows.new_full((len(rows), 1), float(self.constant))], 1)
         if weights is not None:
             rows, targets = rows * weights[:, None], targets * weights[:, None]
         self.sums[held_out].add(rows, targets)
 
     def _error(self, weight: Tensor, columns: slice) -> float:
-        """Mean square error on the held-out rows of a ``weight`` ``(features + 1, outputs)``, the bias in its last."""
+        """Mean square error on the held-out rows of a ``weight`` ``(features + 1, outputs)``, the bias in its last.
+
+        It is of rows and targets less their means.
+        """
         sums = self.sums[True]
         cross, square = sums.cross[:, columns], sums.square[columns].sum()
         total = square - 2 * (weight * cross).sum() + (weight * (sums.gram @ weight)).sum()
@@ -93,7 +105,11 @@ class NormalEquations:
                 "a linear map cannot be fitted to states that are not finite: the network diverges on the data"
             )
         gram, cross = sums.gram / sums.rows, sums.cross[:, columns] / sums.rows
-        scale = gram.diagonal()[:-1].mean().clamp_min(torch.finfo(torch.float64).tiny)
+        assert self._means is not None  # of the rows that there are
+        mean, target = (x.cpu().double() for x in self._means)
+        target = target[columns]
+        squares = gram.diagonal()[:-1] + 2 * mean * gram[:-1, -1] + mean.square() * gram[-1, -1]  # means included
+        scale = squares.mean().clamp_min(torch.finfo(torch.float64).tiny)
         fits: dict[int, tuple[float, Tensor]] = {}
 
         def error_of(n: int) -> float:
@@ -115,7 +131,7 @@ class NormalEquations:
             while 0 <= best + step < len(RIDGES) and error_of(best + step) <= error_of(best):
                 best += step
         error, weight = fits[best]
-        return Fit(weight[:-1], weight[-1], error, RIDGES[best])
+        return Fit(weight[:-1], weight[-1] + target - mean @ weight[:-1], error, RIDGES[best])
 
 
 class _Sums:
