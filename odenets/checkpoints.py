@@ -18,6 +18,7 @@ from odenets.flow import Flow
 from odenets.functions import described
 from odenets.modes import device_of, dtype_of
 from odenets.neural_ode import NeuralODE
+from odenets.solve_settings import check_solves, solves
 from odenets.weight_files import read_file, write_file
 
 __all__ = [
@@ -263,6 +264,8 @@ def save_weights(network: nn.Module, path: str | Path) -> Path:
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before saving it")
     described = {"structure": structure(network), "versions": getattr(state := _tensors(network), "_metadata", {})}
+    if settings := solves(network):
+        described["solves"] = settings
     if changes := changes_of(network):
         if unknown := next((change["unknown"] for change in changes if "unknown" in change), None):
             raise ValueError(
@@ -295,13 +298,14 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is not from this package, or damaged, or the network has other flows, or with another
-            solver, or one is compressed.
+            solver, a neural ODE over other times, or one is compressed.
         RuntimeError: its modules are others than the saved ones, as ``load_state_dict`` says.
         TypeError: no module.
         ModuleNotFoundError: safetensors is not installed, ``pip install 'odenets[training]'``.
 
     Warns:
-        UserWarning: a flow gets another depth or other step sizes than it was made with.
+        UserWarning: a flow gets another depth or other step sizes than it was made with, or a neural ODE is solved in
+            another way than the saved one.
 
     >>> import tempfile
     >>> layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -320,6 +324,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
             if changes
             else f"network is compressed and {path} holds weights of a whole one: load them before it is compressed"
         )
+    check_solves(network, described.get("solves", {}), f"{path}: ", stacklevel=2)
     warn_of_structure(network, described["structure"], f"{path}: ", stacklevel=2)
     restore_structure(network, described["structure"])
     load_tensors(network, tensors, described)

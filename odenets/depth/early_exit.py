@@ -106,6 +106,8 @@ class EarlyExit(nn.Module):
         value = (-math.inf if self.by == "entropy" else math.inf) if value is None else check_number("threshold", value)
         if math.isnan(value):
             raise ValueError("threshold must be a number, got NaN")
+        if self.by == "confidence" and 1 < value < math.inf:
+            raise ValueError(f"threshold must be a confidence, at most 1, or infinity, where none leaves, got {value}")
         self._threshold = float(value)
 
     @property

@@ -9,6 +9,7 @@ of every sample is that of the network.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -299,19 +300,32 @@ class SampleSteps(nn.Module):
         return PredictionChange([*list(network.transitions)[flow:], network.head])
 
     def get_extra_state(self) -> Tensor:
-        """The tolerance, so that it travels with ``state_dict``."""
-        return torch.tensor([self.tolerance], dtype=torch.float64, device="cpu")
+        """The tolerance and what it is of, as a checksum, so that they travel with ``state_dict``."""
+        return torch.tensor([self.tolerance, zlib.crc32(self._measured.encode())], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the tolerance of a ``state_dict``, the ``state`` that :meth:`get_extra_state` returns."""
-        self.tolerance = state.item()
+        """Take the tolerance of a ``state_dict``, the ``state`` that :meth:`get_extra_state` returns.
+
+        Raises:
+            ValueError: it is of another norm or error, or of other runs of blocks.
+        """
+        tolerance, measured = state.tolist()
+        if measured != zlib.crc32(self._measured.encode()):
+            raise ValueError(
+                f"norm, error, first and aligned must be those of the saved tolerance {tolerance:g}, got "
+                f"{self._measured}"
+            )
+        self.tolerance = tolerance
 
     def extra_repr(self) -> str:
         """The tolerance and what it is of, as ``print`` shows them."""
-        return (
-            f"tolerance={self.tolerance:g}, norm={self.norm}, error={self.error}, first={self.first}"
-            + ", aligned" * self.aligned
-        )
+        return f"tolerance={self.tolerance:g}, {self._measured}"
+
+    @property
+    def _measured(self) -> str:
+        """What the tolerance is of."""
+        norm = self.norm if isinstance(self.norm, str) else getattr(self.norm, "__qualname__", type(self.norm).__name__)
+        return f"norm={norm}, error={self.error}, first={self.first}" + ", aligned" * self.aligned
 
 
 def _flows(network: Any) -> list[Flow]:

@@ -83,6 +83,24 @@ def test_weights_of_another_solver_are_refused(tmp_path):
         load_weights(network(solver="bs23", stage_fields="chained"), path)
 
 
+def test_weights_of_a_neural_ode_that_is_solved_otherwise_are_told(tmp_path):
+    def node(**settings):
+        return NeuralODE(MLPField(2), **{"solver": "bs23", "t1": 1.0} | settings)
+
+    path = save_weights(node(), tmp_path / "node.safetensors")
+    load_weights(node(tolerance=Tolerance()), path)  # the default
+    with pytest.raises(ValueError, match=r"the neural ODE must have the t1 that it was saved with, 1\.0, got 2\.0"):
+        load_weights(node(t1=2.0), path)
+    for settings, said in (
+        ({"solver": "dopri5"}, r"has the solver dopri5 .*, saved with bs23 .*: outputs are not those"),
+        ({"tolerance": Tolerance(1e-6, 1e-6)}, r"has the tolerance Tolerance\(.*1e-06.*, saved with Tolerance"),
+        ({"steps": 3}, r"has steps 3, saved with None"),
+    ):
+        with pytest.warns(UserWarning, match=said) as seen:
+            load_weights(node(**settings), path)
+        assert [one.filename for one in seen] == [__file__]
+
+
 def test_weights_with_a_byte_changed_are_refused(tmp_path):
     path = save_weights(network(depth=1), tmp_path / "net.safetensors")
     whole, expected = path.read_bytes(), fingerprint(load_weights(network(depth=1), path))

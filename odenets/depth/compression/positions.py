@@ -19,7 +19,8 @@ def tokens_in(inputs: Any) -> Tensor | None:
         The positions; None where no padding is told.
 
     Raises:
-        ValueError: a mask of another shape, or one of several, or beside inputs of a decoder, which may be padded too.
+        ValueError: a mask without tokens, of another shape, or one of several, or beside inputs of a decoder, which may
+            be padded too.
 
     >>> import torch
     >>> tokens_in({"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])})
@@ -36,6 +37,8 @@ def tokens_in(inputs: Any) -> Tensor | None:
             f"{padded[0]} must be (B, T), of the only tokens, to tell padding, got {tuple(tokens.shape)} beside "
             f"{[name for name in inputs if name != padded[0]]}: batches of texts of one length"
         )
+    if not tokens.any():
+        raise ValueError(f"{padded[0]} must be 1 at tokens, got zeros alone: all would be padding")
     return tokens
 
 

@@ -86,6 +86,12 @@ def test_only_the_samples_that_have_not_left_are_computed():
     assert 0 < fields[-1].samples < 40
 
 
+def test_a_threshold_that_is_no_confidence_is_refused():
+    with pytest.raises(ValueError, match=r"at most 1, or infinity, where none leaves, got 5"):
+        EarlyExit(modules(), 5.0)
+    assert EarlyExit(modules(), 5.0, by="entropy").threshold == 5.0
+
+
 def test_the_threshold_is_the_largest_that_the_cost_allows():
     parts = modules()
     fit_heads(parts, [(X, Y)])

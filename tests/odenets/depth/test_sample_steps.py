@@ -282,6 +282,8 @@ def test_the_tolerance_is_saved_with_the_weights(tmp_path):
     other = SampleSteps(build(), 0.0)
     other.load_state_dict(steps.state_dict())
     assert other.tolerance == 0.25
+    with pytest.raises(ValueError, match=r"must be those of the saved tolerance 0\.25, got norm=raw, error=next"):
+        load_weights(SampleSteps(build(), 0.0, norm="raw"), tmp_path / "steps.safetensors")
 
 
 @pytest.mark.parametrize("export", [torch.export.export, torch.jit.trace])

@@ -103,7 +103,10 @@ def test_healing_follows_the_teacher_at_tokens_alone():
 
 def test_padding_that_is_told_otherwise_is_refused():
     ids, mask = torch.ones(4, 9, dtype=torch.long), torch.zeros(4, 9)
-    assert torch.equal(tokens_in({"x": ids, "key_padding_mask": ids == 1}), ids == 0)
+    padding = torch.arange(9).expand(4, 9) > 5
+    assert torch.equal(tokens_in({"x": ids, "key_padding_mask": padding}), ~padding)
+    with pytest.raises(ValueError, match="attention_mask must be 1 at tokens, got zeros alone"):
+        tokens_in({"input_ids": ids, "attention_mask": mask})
     for inputs in (
         {"input_ids": ids, "attention_mask": mask[:, None, :, None]},
         {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids},
@@ -111,7 +114,7 @@ def test_padding_that_is_told_otherwise_is_refused():
         with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\)"):
             compress(Texts(), [inputs], remove=1)
     with pytest.raises(ValueError, match=r"a mask \(4, 9\) does not tell what is padding in \(4, 5, 3\)"):
-        at_tokens(torch.zeros(4, 5, 3), tokens_in({"attention_mask": mask}))
+        at_tokens(torch.zeros(4, 5, 3), tokens_in({"attention_mask": ~padding}))
 
 
 @pytest.mark.slow
@@ -122,4 +125,5 @@ def test_a_transformer_of_hugging_face_is_compressed_alike_with_and_without_padd
         vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    assert_near(*(compress(model, data, remove=1) for data in (texts(7), texts(0, cut=True))))
+    wanted = {"remove": 1, "choices": ["remove", "fit"]}
+    assert_near(*(compress(model, data, **wanted) for data in (texts(7), texts(0, cut=True))))
