@@ -186,8 +186,9 @@ def compress(
         choices: what may become of runs, some of those above.
         kernels: widths of the linear maps that are tried on images.
         longest: blocks of the longest run.
-        statistics: whether batch norms are recalibrated behind the changes. If not given, where nothing is fitted and
-            ``by`` is no baseline: fits are made with the statistics that there are, and recalibrated ones harm them.
+        statistics: whether batch norms are recalibrated behind the changes; unless ``by`` is a baseline, only if
+            outputs then diverge less. If not given, where nothing is fitted and ``by`` is no baseline: fits are made
+            with the statistics that there are, and recalibrated ones harm them.
         refit: whether the linear maps are fitted once more; with "divergence" and "error" if not given.
         samples: of the calibration, on how many runs are fitted, and by how many of those held out they are judged; the
             last fit takes all.

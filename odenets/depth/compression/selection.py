@@ -239,19 +239,24 @@ class Search:
             name = name.rpartition(".")[0]
         return self._modes[name]
 
+    def _better(self, model: nn.Module, other: nn.Module) -> nn.Module:
+        """The ``other``, unless its outputs diverge more."""
+        return other if self.held_out.divergence(other) <= self.held_out.divergence(model) else model
+
     @torch.no_grad()
     def build(self, runs: Sequence[Candidate]) -> tuple[nn.Module, float]:
         """The network with ``runs`` changed and the rest refitted, and the divergence of its outputs."""
         self._check_gone(runs)
         model = applied(self.model, self.units, runs)
         if self.settings.statistics:
-            recalibrate(model, iter(self.batches.inputs), lambda inputs: run(model, inputs))
+            other = copy.deepcopy(model)
+            recalibrate(other, iter(self.batches.inputs), lambda inputs: run(other, inputs))
+            ours = self.settings.by in ("divergence", "error")  # what others do is done as they do it
+            model = self._better(model, other) if ours else other
         if self.settings.refit:
-            before = self.held_out.divergence(model)
-            refitted = copy.deepcopy(model)
-            refit(refitted, Calls(self.model, self.units, self.batches), runs)
-            if self.held_out.divergence(refitted) <= before:
-                model = refitted
+            other = copy.deepcopy(model)
+            refit(other, Calls(self.model, self.units, self.batches), runs)
+            model = self._better(model, other)
         modes = {module: self._mode(name) for name, module in model.named_modules()}
         gone = {self.units[m].name for one in runs for m in one.positions_gone}
         renumber(model, self.batches.inputs[0], gone, self.model)

@@ -546,6 +546,20 @@ def test_maps_that_are_scaled_by_what_comes_beside_the_state_are_not_fitted():
     assert small.divergence <= plain.divergence * 1.001
 
 
+def test_statistics_that_lag_behind_their_network_are_kept_where_new_ones_harm():
+    torch.manual_seed(0)
+    blocks = [Residual(6, relu=True) for _ in range(4)]
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    network(torch.rand(64, 3, 8, 8))  # one pass: a tenth of the way
+    x = torch.rand(60, 3, 8, 8)
+    wanted = {"remove": 1, "choices": ["remove"], "refit": False}
+    kept = compress(network.eval(), [x], statistics=False, **wanted).divergence
+    assert compress(network, [x], **wanted).divergence == kept
+    assert compress(network, [x], by="influence", statistics=True, remove=1).divergence > 2 * kept
+
+
 def test_what_blocks_share_stays_shared():
     torch.manual_seed(0)
     network = nn.Sequential(*(Residual(6, relu=False) for _ in range(4)), nn.Flatten(), nn.Linear(6 * 64, 3)).eval()
