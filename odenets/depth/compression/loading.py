@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +72,35 @@ def load_compressed(model: nn.Module, path: str | Path) -> nn.Module:
         model = model.model
     holder = nn.Module()
     holder.model = model
-    if not _is_adapted(changes, tensors, model):
-        changes = [{**change, "at": f"model.{change['at']}".rstrip(".")} for change in changes]
-        tensors = {f"model.{name}": value for name, value in tensors.items()}
-        described = {key: _prefixed(described.get(key, {})) for key in ("structure", "versions")}
-    floating = {value.dtype for value in model.state_dict().values() if _is_floating(value)}
-    dtype, device = floating.pop() if len(floating) == 1 else None, device_of(model)
-    for change in changes:
-        _change(holder, change, path)
-    restore_structure(holder, described["structure"])
-    _check(holder, tensors, path)
-    for name, layer in holder.named_modules():
-        for key, value in layer._parameters.items():
-            if value is not None and value.is_meta and device.type != "meta":
-                like = {"device": device, "dtype": dtype or tensors[f"{name}.{key}"].dtype}
-                layer._parameters[key] = nn.Parameter(torch.empty(value.shape, **like), value.requires_grad)
-    load_tensors(holder, tensors, described)
+    with _understood(path):
+        if not _is_adapted(changes, tensors, model):
+            changes = [{**change, "at": f"model.{change['at']}".rstrip(".")} for change in changes]
+            tensors = {f"model.{name}": value for name, value in tensors.items()}
+            described = {key: _prefixed(described.get(key, {})) for key in ("structure", "versions")}
+        floating = {value.dtype for value in model.state_dict().values() if _is_floating(value)}
+        dtype, device = floating.pop() if len(floating) == 1 else None, device_of(model)
+        for change in changes:
+            _change(holder, change, path)
+        restore_structure(holder, described["structure"])
+        _check(holder, tensors, path)
+        for name, layer in holder.named_modules():
+            for key, value in layer._parameters.items():
+                if value is not None and value.is_meta and device.type != "meta":
+                    like = {"device": device, "dtype": dtype or tensors[f"{name}.{key}"].dtype}
+                    layer._parameters[key] = nn.Parameter(torch.empty(value.shape, **like), value.requires_grad)
+        load_tensors(holder, tensors, described)
     network: nn.Module = holder.model
     setattr(network, CHANGES, [{**change, "at": change["at"].partition(".")[2]} for change in changes])
     return network
+
+
+@contextmanager
+def _understood(path: str | Path) -> Iterator[None]:
+    """Errors of what a file says, where it is of other kinds than this package writes, are those of the file."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        raise ValueError(_unknown(path, f"{type(error).__name__}: {error}")) from error
 
 
 def _is_floating(value: Any) -> bool:
@@ -124,7 +135,7 @@ def _change(holder: nn.Module, change: Mapping[str, Any], path: str | Path) -> N
         new = _Restoring(whole, change["root"]).restore(change["root"], "")
         _configure(new, change["config"])
         holder.set_submodule(change["at"], new)
-    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(_unknown(path, f"{type(error).__name__}: {error}")) from error
 
 

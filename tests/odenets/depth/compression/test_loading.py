@@ -391,6 +391,17 @@ def test_changes_that_lack_parts_are_refused(changes, small, tmp_path):
         load_compressed(images(), file)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("weights", [1]), ("weights", {"0.weight": 3}), ("flows", 3), ("config", [1]), ("versions", 3)]
+)
+def test_parts_of_a_file_of_another_kind_are_refused(key, value, small, tmp_path):
+    tensors, described = read_file(save_weights(small, tmp_path / "small"))
+    (described if key == "versions" else described["changes"][0])[key] = value
+    file = write_file(tmp_path / "forged", tensors, described)
+    with pytest.raises(ValueError, match=r"forged says of a compressed network .* not understand"):
+        load_compressed(images(), file)
+
+
 def test_what_is_no_json_is_refused(small, tmp_path):
     tensors = {name: value.clone() for name, value in small.state_dict().items()}
     for text in ("{", "[" * 100_000):
