@@ -36,7 +36,8 @@ def test_adaptive_depth_recovers_from_divergence(parts):
 
     hook = net.head.register_forward_hook(lambda m, i, out: out * float("nan") if poisoned[0] and m.training else out)
     callback = Poison(DepthRule(0.1), data.Batches(parts.validation, 500).inputs, every=5)
-    training = fit(net, **settings(parts, epochs=2), callbacks=[callback])
+    with pytest.warns(UserWarning, match=r"Poison acts after epochs \[5\], of 2"):
+        training = fit(net, **settings(parts, epochs=2), callbacks=[callback])
     hook.remove()
     assert training.network.flows[0].h == (0.5, 0.5)
     assert "diverged" in training.rows[0]["edits"]
