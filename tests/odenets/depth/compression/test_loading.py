@@ -449,6 +449,7 @@ def test_a_compressed_network_comes_back_in_a_fresh_process(tmp_path):
     torch.save([x, small(x)], tmp_path / "outputs.pt")
     code = f"""
 import pickle, torch
+torch.set_num_threads({torch.get_num_threads()})
 from tests.odenets.depth.compression.test_loading import vit, load_compressed
 x, wanted = torch.load({str(tmp_path / "outputs.pt")!r}, weights_only=True)
 whole = vit()
