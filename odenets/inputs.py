@@ -20,6 +20,7 @@ __all__ = [
     "inputs_in",
     "inputs_of",
     "is_by_keyword",
+    "is_mask",
     "kind_of",
     "plain",
     "rows",
@@ -239,7 +240,7 @@ def inputs_in(batch: Any, name: str, network: nn.Module | None = None) -> Any:
                 f"{name} must hold pairs (inputs, labels), got {kind_of(batch[0])} of {batch[0].dtype} before "
                 f"{kind_of(batch[1])}: exchange them"
             )
-        masked = network is not None and len(batch) == 2 and _is_mask(batch[1], batch[0])
+        masked = network is not None and len(batch) == 2 and is_mask(batch[1], batch[0])
         if masked and "attention_mask" in inspect.signature(cast(nn.Module, network).forward).parameters:
             raise TypeError(
                 f"{name} must hold inputs or pairs (inputs, labels), got a pair whose second tensor is a mask of the "
@@ -251,7 +252,7 @@ def inputs_in(batch: Any, name: str, network: nn.Module | None = None) -> Any:
     return plain(batch)
 
 
-def _is_mask(x: Any, tokens: Any) -> bool:
+def is_mask(x: Any, tokens: Any) -> bool:
     """Whether a tensor may be the mask of ``tokens``: whole numbers 0 and 1, one for each."""
     if not (isinstance(x, Tensor) and isinstance(tokens, Tensor) and x.shape == tokens.shape and x.ndim > 1):
         return False

@@ -28,11 +28,14 @@ def write_file(path: str | Path, tensors: Mapping[str, torch.Tensor], described:
         The path.
 
     Raises:
+        ValueError: the path is that of a folder.
         ModuleNotFoundError: safetensors is not installed, ``pip install 'odenets[training]'``.
     """
     with needs("training"):
         from safetensors.torch import save
 
+    if Path(path).is_dir():
+        raise ValueError(f"path must name a file, such as {path}/weights.safetensors, got a folder")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in described.items()}
     data = save(tensors, metadata=metadata | {"checksum": _checksum(tensors, metadata)})
@@ -54,6 +57,8 @@ def read_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and no file that odenets.save_weights writes: {_within(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
@@ -73,6 +78,14 @@ def read_file(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
         return tensors, {key: json.loads(value) for key, value in metadata.items()}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, what it says of its tensors is no JSON: save or copy it again") from error
+
+
+def _within(folder: Path) -> str:
+    """What may be meant by a folder."""
+    if (folder / "config.json").is_file():
+        return "from_pretrained loads what save_pretrained wrote"
+    files = sorted(one.name for one in folder.glob("*.safetensors"))
+    return f"in it {'are ' + ', '.join(files[:3]) if files else 'is none'}"
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

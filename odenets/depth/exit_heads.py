@@ -128,7 +128,8 @@ def _labels(y: Any, heads: Sequence[tuple[nn.Module, nn.Linear]]) -> Tensor:
 def _fit_linear(linear: nn.Linear, features: Tensor, labels: Tensor, penalty: float, iterations: int) -> None:
     """The layer of least mean cross-entropy, with a penalty on its weights for standardized features."""
     features = features.float()
-    mean, scale = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+    mean, scale = features.mean(0), features.std(0, correction=0)
+    scale = torch.where(scale > 1e-5 * mean.abs(), scale, torch.inf)  # constant to rounding: no weight
     features = (features - mean) / scale
     weight = torch.zeros(linear.out_features, linear.in_features, device=features.device, requires_grad=True)
     bias = torch.zeros(linear.out_features, device=features.device, requires_grad=True)

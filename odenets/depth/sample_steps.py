@@ -97,7 +97,8 @@ class SampleSteps(nn.Module):
 
     Raises:
         TypeError: no network of flows, a neural ODE in it, or a controller that serves no samples.
-        ValueError: a tolerance below 0, an unknown norm or error, a network that reads out an ensemble.
+        ValueError: a tolerance below 0, an unknown norm or error, a first step that no flow has, a network that reads
+            out an ensemble.
 
     >>> import odenets
     >>> network = odenets.models.small_network(solver="bs23", depth=8, total_time=1.0).eval()
@@ -129,6 +130,10 @@ class SampleSteps(nn.Module):
         if norm == "prediction" and isinstance(network, Flow):
             raise ValueError("norm 'prediction' needs a network with a head, got a flow")
         check_count("first", first, 1)
+        if first > (longest := max(flow.depth for flow in flows)):
+            raise ValueError(f"first must be at most {longest}, the blocks of the longest flow, got {first}")
+        if aligned and first & (first - 1):
+            raise ValueError(f"first must be 1, 2, 4, ... blocks for aligned steps, got {first}")
         controller = I() if controller is None else controller
         if not isinstance(controller, SampleController):
             raise TypeError(f"controller must have a method each, for many samples at once, got {controller!r:.80}")

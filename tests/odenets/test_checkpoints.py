@@ -211,3 +211,17 @@ def test_a_pass_does_not_change_the_fingerprint_of_an_adapted_network(settings):
     before = fingerprint(network)
     network(torch.rand(1, 3, 32, 32))
     assert fingerprint(network) == before
+
+
+def test_folders_in_the_place_of_files(tmp_path):
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"path must name a file, such as .*weights.safetensors, got a folder"):
+        save_weights(layer, tmp_path)
+    with pytest.raises(ValueError, match=r"is a folder, .*: in it is none"):
+        load_weights(layer, tmp_path)
+    save_weights(layer, tmp_path / "layer.safetensors")
+    with pytest.raises(ValueError, match=r"in it are layer.safetensors"):
+        load_weights(layer, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"from_pretrained loads what save_pretrained wrote"):
+        load_weights(layer, tmp_path)

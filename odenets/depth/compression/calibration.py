@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from odenets.depth.compression.positions import tokens_in
+from odenets.adapting.masking import MASKS
+from odenets.depth.compression.positions import tokens_in, unread_masks
 from odenets.inputs import inputs_of, rows, samples_in
 from odenets.modes import inputs_for
 
@@ -68,12 +70,21 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
     Raises:
         TypeError: one tensor, or what holds no inputs, or pairs of tokens and masks.
         ValueError: no batch, fewer than two samples, or padding that is told otherwise than by a mask ``(B, T)``.
+
+    Warns:
+        UserWarning: a mask of another name than those that tell padding.
     """
     inputs = [inputs_for(network, one) for one in inputs_of(calibration, "calibration", network)]
     inputs = [one for one in inputs if samples_in(one, "the calibration")]
     samples = [samples_in(one, "the calibration") for one in inputs]
     for one in inputs:
         tokens_in(one)  # raises where padding is told otherwise
+    if names := unread_masks(inputs[0] if inputs else None):
+        warnings.warn(
+            f"calibration holds {names[0]!r}, which is not read as a mask of padding: all tokens count; it is read "
+            f"under one of the names {', '.join(MASKS)}",
+            stacklevel=4,
+        )
     if sum(samples) < 2:
         raise ValueError(
             f"calibration must hold at least two samples, one to fit on and one to choose on, got {sum(samples)}: some "

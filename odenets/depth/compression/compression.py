@@ -237,5 +237,5 @@ def compress(
         statistics = by in OURS and not refits and not {"fit", "seam"} & {*choices}
     settings = Settings(by, tuple(choices), tuple(kernels), longest, statistics, refits, samples, outputs)
     with torch.inference_mode(False), counting(progress, "candidate") as show:
-        search = Search(model, calibration, settings, show)
+        search = Search(model, calibration, settings, show, remove)
         return Compression(search, search.runs(remove, keep))

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from odenets.adapting.masking import MASKS
-from odenets.inputs import is_by_keyword
+from odenets.inputs import is_by_keyword, is_mask
 
-__all__ = ["at_tokens", "number_of", "tokens_in", "weights_at"]
+__all__ = ["at_tokens", "number_of", "tokens_in", "unread_masks", "weights_at"]
 
 
 def tokens_in(inputs: Any) -> Tensor | None:
@@ -45,6 +45,24 @@ def tokens_in(inputs: Any) -> Tensor | None:
 def _tokens(mask: Tensor, of_tokens: bool) -> Tensor:
     """Where there are tokens, by a mask that is 1 there; else one that is True, or minus infinity, at padding."""
     return mask.bool() if of_tokens else ~mask.bool()
+
+
+def unread_masks(inputs: Any) -> list[str]:
+    """Names of ``inputs`` by keyword that may tell padding and are not read as such.
+
+    That is what is called a mask and holds 0 and 1 for each of some whole numbers, under a name that is none of MASKS.
+
+    >>> import torch
+    >>> unread_masks({"input_ids": torch.tensor([[5, 0]]), "mask": torch.tensor([[1, 0]])})
+    ['mask']
+    """
+    masks = {name: x for name, x in inputs.items() if "mask" in str(name)} if is_by_keyword(inputs) else {}
+    others = [x for name, x in inputs.items() if name not in masks] if masks else []
+    return [
+        name
+        for name, x in masks.items()
+        if name not in MASKS and not MASKS.keys() & masks.keys() and any(is_mask(x, tokens) for tokens in others)
+    ]
 
 
 def at_tokens(x: Tensor, tokens: Tensor | None) -> Tensor:

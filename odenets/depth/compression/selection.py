@@ -60,10 +60,19 @@ class Search:
         calibration: batches of inputs.
         settings: how it is compressed.
         progress: called with the number of candidates that have been judged, and of all.
+        remove: how many blocks are to go, if that is known.
+
+    Raises:
+        ValueError: no block may go, or fewer than are to, or what a network cannot be compressed with.
     """
 
     def __init__(
-        self, model: nn.Module, calibration: Iterable[Any], settings: Settings, progress: Callable[[int, int], object]
+        self,
+        model: nn.Module,
+        calibration: Iterable[Any],
+        settings: Settings,
+        progress: Callable[[int, int], object],
+        remove: int | None = None,
     ) -> None:
         self.whole, self.settings, self.progress = model, settings, progress
         self.model = unrolled(name_origins(copy.deepcopy(model)))
@@ -88,6 +97,8 @@ class Search:
         self.judged = batches.on_which_to_choose(settings.samples)
         self.outputs = Outputs.of(self.model, self.judged.inputs, settings.outputs)
         self.units = find_units(self.model, first.inputs[0], first.samples[0])
+        if remove is not None and remove > len(self.units):  # before a long search
+            raise ValueError(f"remove must be at most {len(self.units)}, all blocks there are, got {remove}")
         self.macs = sum(unit.macs for unit in self.units) or 1
         self._check_same(model)
         self.calls = Calls(self.model, self.units, first)
@@ -188,7 +199,8 @@ class Search:
         runs = cheapest(self.by_saving, lambda _, saved: saved >= wanted)
         if runs is None:
             least = 1 - max(saved for _, saved in self.by_saving) / PARTS / len(self.units)
-            raise ValueError(f"keep must be at least {least:.2f} of the multiplications of the blocks, got {keep}")
+            least = math.ceil(1000 * least) / 1000  # rounded down it would be refused in turn
+            raise ValueError(f"keep must be at least {least:.3f} of the multiplications of the blocks, got {keep}")
         return runs
 
     def _replace_me(self, remove: int | None, keep: float | None) -> tuple[Candidate, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import odenets
 from odenets.depth import EarlyExit, fit_heads, pooled_head
+from odenets.depth.exit_heads import _fit_linear
 from odenets.module_wise import fit_modules, linear_head, split_into_modules
 
 X, Y = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
@@ -329,3 +330,12 @@ def test_a_default_device_that_is_another_changes_nothing():
     with torch.device("meta"):
         early.calibrate([X], 3.5)
     assert early.threshold == plain.threshold
+
+
+def test_a_feature_that_is_constant_to_rounding_has_no_weight():
+    features = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 3] = 3e4 * (1 + 1e-7 * torch.randn(200, generator=torch.Generator().manual_seed(1)))
+    linear = nn.Linear(4, 2)
+    _fit_linear(linear, features, (features[:, 0] > 0).long(), 1e-3, 200)
+    assert (linear.weight[:, 3] == 0).all()
+    assert ((linear(features).argmax(1) == 1) == (features[:, 0] > 0)).float().mean() > 0.97

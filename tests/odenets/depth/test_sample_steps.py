@@ -395,3 +395,15 @@ def test_aligned_steps_are_those_of_halvings(error):
     assert steps.walk(X).taken[:, 0].tolist() == [4, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0]
     steps.tolerance = 0.0
     torch.testing.assert_close(steps(X), flow(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first": 9}, "first must be at most 8, the blocks of the longest flow, got 9"),
+        ({"first": 3, "aligned": True}, r"first must be 1, 2, 4, \.\.\. blocks for aligned steps, got 3"),
+    ],
+)
+def test_first_steps_that_no_flow_takes(options, message):
+    with pytest.raises(ValueError, match=message):
+        SampleSteps(models.small_network(solver="bs23", depth=8), 0.1, **options)

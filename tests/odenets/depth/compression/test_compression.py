@@ -741,3 +741,19 @@ def test_there_is_a_network_for_every_number_of_blocks_that_may_go(choices, long
     assert [row["gone"] for row in small.curve] == [*small.removable]
     with pytest.raises(ValueError, match="remove must be at most"):
         small.at(remove=max(small.removable) + 1)
+
+
+def test_more_blocks_than_there_are_is_told_before_the_search(monkeypatch):
+    from odenets.depth.compression import selection
+
+    monkeypatch.setattr(selection.Search, "_candidates", lambda self: pytest.fail("searched"))
+    with pytest.raises(ValueError, match="remove must be at most 4, all blocks there are, got 5"):
+        compress(models.small_network(solver="euler", depth=4), [torch.rand(60, 1, 8, 8)], remove=5)
+
+
+def test_the_share_that_an_error_offers_is_taken():
+    network, x = models.small_network(solver="euler", depth=7), torch.rand(60, 1, 8, 8)
+    with pytest.raises(ValueError, match="keep must be at least") as raised:
+        compress(network, [x], keep=1e-9, choices=["merge"], longest=2, refit=False)
+    offered = float(str(raised.value).partition("at least ")[2].partition(" ")[0])
+    assert compress(network, [x], keep=offered, choices=["merge"], longest=2, refit=False).macs_kept <= offered

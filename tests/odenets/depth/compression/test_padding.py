@@ -127,3 +127,19 @@ def test_a_transformer_of_hugging_face_is_compressed_alike_with_and_without_padd
     model = transformers.LlamaForCausalLM(config).eval()
     wanted = {"remove": 1, "choices": ["remove", "fit"]}
     assert_near(*(compress(model, data, **wanted) for data in (texts(7), texts(0, cut=True))))
+
+
+class Forgiving(Texts):
+    """Takes whatever comes by keyword, as many of Hugging Face's models do."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
+        return super().forward(input_ids, attention_mask)
+
+
+def test_a_mask_of_another_name_is_told() -> None:
+    model = Forgiving().eval()
+    batches = [{"input_ids": one["input_ids"], "mask": one["attention_mask"]} for one in joined(texts(0))]
+    with pytest.warns(UserWarning, match="'mask', which is not read as a mask of padding") as caught:
+        compress(model, batches, remove=1, choices=["remove"], refit=False)
+    assert caught[0].filename == __file__
+    compress(model, joined(texts(0)), remove=1, choices=["remove"], refit=False)  # and no warning
