@@ -111,6 +111,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
         remove=min(config.removed),
         samples=config.judged,
         outputs="logits",
+        held_out=subject.held_out,
         **WAYS[job.method],
     )
     seconds = time.process_time() - started

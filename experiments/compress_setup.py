@@ -106,6 +106,10 @@ MEASURES: dict[str, Measure] = dict.fromkeys(get_args(Name), ACCURACY) | {
 }
 
 
+HELD_OUT = 0.3
+"""Share of the photographs of a calibration that is held out."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A network with its data.
@@ -117,6 +121,7 @@ class Subject:
         judge: what a network of its kind is worth on the test data.
         probe: inputs for latencies, of which the first is one sample.
         images: training images to heal a network with, if there are any.
+        held_out: batches of inputs of other sources than those of the calibration, if its samples are not independent.
     """
 
     model: nn.Module
@@ -125,6 +130,7 @@ class Subject:
     judge: Callable[[nn.Module], float]
     probe: Tensor
     images: TensorData | None = None
+    held_out: list[Tensor] | None = None
 
 
 def subject_of(config: Config, seed: int, trained: Path | None = None) -> Subject:
@@ -239,25 +245,33 @@ def _perplexity(test: Tensor, model: nn.Module) -> float:
 
 
 def _photographic(config: Config, seed: int) -> Subject:
-    """EfficientNet on crops of two collections of photographs, judged by how often it agrees with the whole one."""
+    """EfficientNet on crops of two collections of photographs, judged by how often it agrees with the whole one.
+
+    Some photographs of the calibration are held out: crops of the same are alike.
+    """
     from lab.pretrained.efficientnet import load_efficientnet
 
     if config.photographs is None or config.test_photographs is None:
         raise FileNotFoundError("photographs and test_photographs must name two folders of photographs")
-    calibration = _crops(config.photographs, config.calibration, seed)
-    order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed))
-    test = _crops(config.test_photographs, config.test or config.calibration, 0)
+    files = photographs_in(config.photographs)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [files[i] for i in order]
+    apart = round(HELD_OUT * len(files))
+    held_out = _crops(shuffled[:apart], round(HELD_OUT * config.calibration), seed)
+    calibration = _crops(shuffled[apart:], config.calibration - len(held_out), seed)
+    order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed)).tolist()
+    test = _crops(photographs_in(config.test_photographs), config.test or config.calibration, 0)
     model = load_efficientnet(config.weights)
     with torch.inference_mode():
         whole = torch.cat([model(x).argmax(1) for x in test.split(32)])
     judge = partial(_accuracy, TensorData(test, whole.clone(), classes=1000))
     names = [name for name, _ in model.named_modules() if re.fullmatch(r"1\.blocks\.\d\.\d", name)]
-    return Subject(model, names, [*calibration[order].split(32)], judge, test[:64])
+    batches = [*calibration[order].split(32)]
+    return Subject(model, names, batches, judge, test[:64], held_out=[*held_out.split(32)])
 
 
-def _crops(folder: Path, count: int, seed: int) -> Tensor:
-    """So many crops, as many of each photograph in a folder, or one more."""
-    files = photographs_in(folder)
+def _crops(files: Sequence[Path], count: int, seed: int) -> Tensor:
+    """So many crops, as many of each photograph, or one more."""
     squares = crops(files, -(-count // len(files)), seed=seed)
     return squares.unflatten(0, (len(files), -1)).transpose(0, 1).flatten(0, 1)[:count]
 

@@ -59,13 +59,14 @@ class Batches:
         return Batches(*zip(*held, strict=True))._taken({True: sum(self.samples) if samples is None else samples})
 
 
-def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
+def batches_of(calibration: Iterable[Any], network: nn.Module, held_out: Iterable[Any] | None = None) -> Batches:
     """The inputs of the batches, on the device and in the precision of the network.
 
     Args:
         calibration: batches of inputs, or of pairs of inputs and labels, which are not read. Inputs are a tensor, a
             tuple of tensors in a pair, or a mapping.
         network: what takes them.
+        held_out: the same of samples that are held out; some of the calibration's if not given.
 
     Raises:
         TypeError: one tensor, or what holds no inputs, or pairs of tokens and masks.
@@ -74,17 +75,19 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
     Warns:
         UserWarning: a mask of another name than those that tell padding.
     """
-    inputs = [inputs_for(network, one) for one in inputs_of(calibration, "calibration", network)]
-    inputs = [one for one in inputs if samples_in(one, "the calibration")]
-    samples = [samples_in(one, "the calibration") for one in inputs]
-    for one in inputs:
-        tokens_in(one)  # raises where padding is told otherwise
+    inputs, samples = _read(calibration, "calibration", network)
+    apart = None if held_out is None else _read(held_out, "held_out", network)
     if names := unread_masks(inputs[0] if inputs else None):
         warnings.warn(
             f"calibration holds {names[0]!r}, which is not read as a mask of padding: all tokens count; it is read "
             f"under one of the names {', '.join(MASKS)}",
             stacklevel=4,
         )
+    if apart is not None and samples and apart[1]:
+        fitted = [(one, n, False) for one, n in zip(inputs, samples, strict=True)]
+        return Batches(*zip(*fitted, *((one, n, True) for one, n in zip(*apart, strict=True)), strict=True))
+    if apart is not None:
+        raise ValueError(f"calibration and held_out must both hold samples, got {sum(samples)} and {sum(apart[1])}")
     if sum(samples) < 2:
         raise ValueError(
             f"calibration must hold at least two samples, one to fit on and one to choose on, got {sum(samples)}: some "
@@ -103,6 +106,15 @@ def batches_of(calibration: Iterable[Any], network: nn.Module) -> Batches:
         if out:
             parts.append((rows(one, _spread(n, out), n) if out < n else one, out, True))
     return Batches(*zip(*parts, strict=True))
+
+
+def _read(batches: Iterable[Any], name: str, network: nn.Module) -> tuple[list[Any], list[int]]:
+    """The inputs of the batches in the argument of a ``name``, and how many samples each holds; none that is empty."""
+    inputs = [inputs_for(network, one) for one in inputs_of(batches, name, network)]
+    samples = [samples_in(one, f"the batches in {name}") for one in inputs]
+    for one in inputs:
+        tokens_in(one)  # raises where padding is told otherwise
+    return [one for one, n in zip(inputs, samples, strict=True) if n], [n for n in samples if n]
 
 
 def _spread(n: int, out: int) -> list[int]:

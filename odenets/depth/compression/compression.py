@@ -150,6 +150,7 @@ def compress(
     refit: bool | None = None,
     samples: int = 500,
     outputs: Literal["auto", "logits", "values"] = "auto",
+    held_out: Iterable[Any] | None = None,
     progress: str | None = None,
 ) -> Compression:
     """A trained residual network with fewer blocks, without training it.
@@ -194,6 +195,9 @@ def compress(
             last fit takes all.
         outputs: what the network returns: "logits" along the last axis, or "values", whose relative square error is the
             divergence; "auto", logits if they are called so or are a tensor ``(B, K)`` of more than one number.
+        held_out: batches, as of the calibration, of samples that are held out from every fit: a fifth of the
+            calibration's if not given. Give them where samples are not independent, as crops of the same photographs
+            are not: others of the same would hide what fits do to new ones.
         progress: the label of a bar.
 
     Returns:
@@ -237,5 +241,5 @@ def compress(
         statistics = by in OURS and not refits and not {"fit", "seam"} & {*choices}
     settings = Settings(by, tuple(choices), tuple(kernels), longest, statistics, refits, samples, outputs)
     with torch.inference_mode(False), counting(progress, "candidate") as show:
-        search = Search(model, calibration, settings, show, remove)
+        search = Search(model, calibration, settings, show, remove, held_out)
         return Compression(search, search.runs(remove, keep))

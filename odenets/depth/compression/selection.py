@@ -61,6 +61,7 @@ class Search:
         settings: how it is compressed.
         progress: called with the number of candidates that have been judged, and of all.
         remove: how many blocks are to go, if that is known.
+        held_out: batches that are held out; some of the calibration's if not given.
 
     Raises:
         ValueError: no block may go, or fewer than are to, or what a network cannot be compressed with.
@@ -73,6 +74,7 @@ class Search:
         settings: Settings,
         progress: Callable[[int, int], object],
         remove: int | None = None,
+        held_out: Iterable[Any] | None = None,
     ) -> None:
         self.whole, self.settings, self.progress = model, settings, progress
         self.model = unrolled(name_origins(copy.deepcopy(model)))
@@ -85,7 +87,7 @@ class Search:
         self.caches = bool(getattr(config, "use_cache", False))  # of keys and values, as Hugging Face's models make
         if self.caches:
             config.use_cache = False  # which calls of blocks would fill
-        self.batches = batches = batches_of(calibration, self.model)
+        self.batches = batches = batches_of(calibration, self.model, held_out)
         if isinstance(model, Chain | Flow) and any(isinstance(x, tuple) and len(x) > 1 for x in batches.inputs):
             raise ValueError(
                 "calibration must hold states alone for a Network or a Flow, whose blocks are run one by one: fields "
