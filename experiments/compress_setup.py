@@ -143,6 +143,7 @@ def subject_of(config: Config, seed: int, trained: Path | None = None) -> Subjec
 
     Raises:
         FileNotFoundError: weights, texts or photographs are not there.
+        ValueError: there is one photograph alone.
     """
     if config.network == "smollm2":
         return _language(config, seed)
@@ -256,8 +257,10 @@ def _photographic(config: Config, seed: int) -> Subject:
     files = photographs_in(config.photographs)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [files[i] for i in order]
-    apart = round(HELD_OUT * len(files))
-    held_out = _crops(shuffled[:apart], round(HELD_OUT * config.calibration), seed)
+    if len(files) < 2:
+        raise ValueError(f"photographs must hold two at least, of which one is held out, got {len(files)}")
+    apart = max(1, round(HELD_OUT * len(files)))
+    held_out = _crops(shuffled[:apart], max(1, round(HELD_OUT * config.calibration)), seed)
     calibration = _crops(shuffled[apart:], config.calibration - len(held_out), seed)
     order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(seed)).tolist()
     test = _crops(photographs_in(config.test_photographs), config.test or config.calibration, 0)

@@ -105,7 +105,8 @@ def albums(tmp_path, monkeypatch):
 
 def test_without_labels_a_network_is_judged_by_its_agreement_with_the_whole_one(albums):
     subject = subject_of(albums, 0)
-    assert torch.cat(subject.calibration).shape == (5, 3, 224, 224)
+    assert torch.cat(subject.calibration).shape == (3, 3, 224, 224)
+    assert torch.cat(subject.held_out).shape == (2, 3, 224, 224)  # of the other photograph
     assert subject.judge(subject.model) == 100
     assert subject.judge(lambda x: -subject.model(x)) == 0
 
