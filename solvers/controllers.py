@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 
 __all__ = [
     "PI", "PID", "Controller", "ControllerState", "Fixed", "HalveDouble", "I", "SampleController", "SampleStates",
-    "check_returned",
+    "check_returned", "namespace",
 ]  # fmt: skip
 
 Array = np.ndarray
@@ -79,7 +80,8 @@ class SampleStates(NamedTuple):
 class SampleController(Protocol):
     """A :class:`Controller` that also serves many samples at once, each as if it were alone.
 
-    ``integrate(..., control="sample")`` needs one; all controllers of this package are.
+    ``integrate(..., control="sample")`` needs one, and ``graph=True`` one that takes tensors in the place of arrays,
+    of any shape; all controllers of this package are both.
     """
 
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
@@ -128,7 +130,7 @@ class Fixed:
 
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The ``states`` with every step accepted, whatever ``error`` and ``order``."""
-        return states._replace(accepted=np.ones_like(states.accepted))
+        return states._replace(accepted=namespace(error).ones_like(states.accepted))
 
 
 @dataclass(frozen=True)
@@ -164,13 +166,23 @@ class HalveDouble:
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The ``states`` behind a step of each sample with ``error`` ratios ``(B,)``, whatever the ``order``."""
         good = error <= 1
-        h = states.h * np.where(good, np.where(error < 1 / self.K, 2.0, 1.0), 0.5)
+        where = namespace(error).where
+        h = states.h * where(good, where(error < 1 / self.K, 2.0, 1.0), 0.5)
         return SampleStates(h, good, _remember(states, error, good))
 
 
 def _remember(states: SampleStates, error: Array, good: Array) -> tuple[Array, Array]:
-    last, before = states.errors
-    return np.where(good, error, last), np.where(good, last, before)
+    where, (last, before) = namespace(error).where, states.errors
+    return where(good, error, last), where(good, last, before)
+
+
+def namespace(values: Any) -> Any:
+    """The functions of NumPy for an array, those of torch for a tensor.
+
+    >>> namespace(np.zeros(1)) is np
+    True
+    """
+    return np if isinstance(values, np.ndarray) else torch
 
 
 @dataclass(frozen=True)
@@ -228,16 +240,16 @@ class PID:
 
     def each(self, states: SampleStates, error: Array, order: int) -> SampleStates:
         """The ``states`` behind a step of each sample with ``error`` ratios ``(B,)`` of lower ``order`` q."""
-        good, k = error <= 1, order + 1
-        smaller = np.minimum(np.maximum(self.safety * np.maximum(error, 1e-10) ** (-1 / k), self.facmin), self.safety)
-        smaller = np.where(np.isfinite(error), smaller, self.facmin)
-        factor = np.full_like(error, self.safety)
+        of, good, k = namespace(error), error <= 1, order + 1
+        smaller = of.clip(self.safety * of.clip(error, 1e-10, None) ** (-1 / k), self.facmin, self.safety)
+        smaller = of.where(of.isfinite(error), smaller, self.facmin)
+        factor = of.full_like(error, self.safety)
         for beta, e in zip(self.beta, (error, *states.errors), strict=True):
             if beta:
-                factor *= np.maximum(e, 1e-10) ** (-beta / k)
-        largest = np.where(states.accepted, self.facmax, 1.0)
-        factor = np.where(error == 0, largest, np.minimum(np.maximum(factor, self.facmin), largest))
-        return SampleStates(states.h * np.where(good, factor, smaller), good, _remember(states, error, good))
+                factor = factor * of.clip(e, 1e-10, None) ** (-beta / k)
+        largest = of.where(states.accepted, self.facmax, of.ones_like(error))
+        factor = of.where(error == 0, largest, of.minimum(of.clip(factor, self.facmin, None), largest))
+        return SampleStates(states.h * of.where(good, factor, smaller), good, _remember(states, error, good))
 
 
 @dataclass(frozen=True)

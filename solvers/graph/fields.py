@@ -1,0 +1,100 @@
+"""A field with its parameters as arguments: what a graph and its gradient call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_map_only
+
+from solvers.packing import Packing
+from solvers.step import Field
+from solvers.validation import real_dtype
+
+__all__ = ["GraphField"]
+
+
+class GraphField:
+    """Calls a field ``v(t, x, *args)`` of one packed state, with its own parameters or with others in their places.
+
+    Args:
+        field: what is called.
+        owner: the module whose parameters it reads; None for a function without.
+        packing: of the state.
+
+    Attributes:
+        parameters: those of the owner that require gradients, each once.
+    """
+
+    def __init__(self, field: Callable[..., Any], owner: nn.Module | None, packing: Packing) -> None:
+        self.field, self.packing = field, packing
+        self.parameters: list[Tensor] = []
+        self._places: list[tuple[nn.Module, list[tuple[str, int]]]] = []
+        self.modules = [] if owner is None else list(owner.modules())
+        numbers: dict[int, int] = {}
+        for module in self.modules:
+            here = []
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    if id(parameter) not in numbers:
+                        numbers[id(parameter)] = len(self.parameters)
+                        self.parameters.append(parameter)
+                    here.append((name, numbers[id(parameter)]))
+            if here:
+                self._places.append((module, here))
+
+    def velocity(self, args: Sequence[Any], parameters: Sequence[Tensor] | None = None) -> Field:
+        """The velocity ``v(t, x)`` for ``args``, with ``parameters`` in the place of its own, or with its own."""
+
+        def call(t: Any, x: Tensor) -> Tensor:
+            t = t.to(real_dtype(x))
+            if parameters is None:
+                return self._call(t, x, args)
+            return self._with(0, parameters, t, x, args)
+
+        return call
+
+    def _with(self, k: int, parameters: Sequence[Tensor], t: Any, x: Tensor, args: Sequence[Any]) -> Tensor:
+        """A call with the parameters of one module after the other exchanged.
+
+        The compiler knows such an exchange of the parameters that a module holds itself, and not of its parts'.
+        """
+        if k == len(self._places):
+            return self._call(t, x, args)
+        module, here = self._places[k]
+        with _reparametrize_module(module, {name: parameters[i] for name, i in here}):
+            return self._with(k + 1, parameters, t, x, args)
+
+    def _call(self, t: Any, x: Tensor, args: Sequence[Any]) -> Tensor:
+        packing = self.packing
+        if packing.single:
+            return self.field(t, x, *args)
+        return packing.pack(self.field(t, packing.unpack(x), *args), "field")
+
+    def check(self) -> None:
+        """That a call does the same each time.
+
+        Raises:
+            ValueError: batch norm in training mode, or dropout.
+        """
+        for module in self.modules:
+            if not module.training:
+                continue
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+                raise ValueError(
+                    "field holds a batch norm in training mode, whose statistics a graph does not follow: field.eval(), "
+                    "norm='group' or 'layer', or graph=False"
+                )
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise ValueError(
+                    "field holds a dropout in training mode, which draws anew where a graph calls it again for its "
+                    "gradient: field.eval(), or graph=False"
+                )
+
+
+def detached(args: Sequence[Any]) -> Any:
+    """Arguments whose tensors have no history."""
+    return tree_map_only(Tensor, torch.Tensor.detach, args)

@@ -1,0 +1,160 @@
+"""The loop of an adaptive solve as an operator: attempts until all samples are over, and what its gradient needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops import while_loop
+
+from solvers.graph.clock import GOING, Clock, Times, spread
+from solvers.graph.outputs import Outputs
+from solvers.step import Field, Step, rk_step
+from solvers.tableaus import ButcherTableau
+from solvers.validation import real_dtype
+
+__all__ = ["History", "Solved", "solve"]
+
+
+class History(NamedTuple):
+    """What is kept of the accepted steps, one row each, for the gradient.
+
+    Attributes:
+        times: start and signed size of each, ``(max_steps, 2)``, or ``(max_steps, 2, B)``, 0 where a sample took none.
+        outputs: how many output times lay behind each, ``(max_steps,)`` or ``(max_steps, B)``; one row where there are
+            none.
+        states: of the last steps, in row n modulo their number, ``(slots, *x0.shape)``.
+        stages: of the same, those that further stages read.
+    """
+
+    times: Tensor
+    outputs: Tensor
+    states: Tensor
+    stages: tuple[Tensor, ...]
+
+    @classmethod
+    def empty(cls, x: Tensor, t: Tensor, rows: int, slots: int, stages: int, outputs: bool) -> History:
+        """Room for so many steps, and for the states of some."""
+        return cls(
+            t.new_empty(rows, 2, *t.shape),
+            torch.empty(rows if outputs else 1, *t.shape, dtype=torch.int64, device=t.device),
+            x.new_empty(slots, *x.shape),
+            tuple(x.new_empty(slots, *x.shape) for _ in range(stages)),
+        )
+
+    def write(self, n: Tensor, t: Tensor, h: Tensor, x: Tensor, stages: Sequence[Tensor], behind: Tensor) -> None:
+        """Write row n, again where a step was rejected."""
+        row = n.remainder(len(self.states)).view(1)
+        self.times.index_copy_(0, n.view(1), torch.stack([t, h]).unsqueeze(0))
+        if len(self.outputs) > 1:
+            self.outputs.index_copy_(0, n.view(1), behind.unsqueeze(0))
+        for buffer, value in zip((self.states, *self.stages), (x, *stages), strict=True):
+            buffer.index_copy_(0, row, value.unsqueeze(0))
+
+
+class Solved(NamedTuple):
+    """The end of a loop.
+
+    Attributes:
+        times: of the samples at its end.
+        x: states there.
+        attempts, steps: rows of attempted and of kept steps, scalars.
+        calls: of the field, for each sample, a scalar or ``(B,)``.
+        outputs: the states at the output times, ``(n, *x0.shape)``; one row of no meaning where there are none.
+    """
+
+    times: Times
+    x: Tensor
+    attempts: Tensor
+    steps: Tensor
+    calls: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How a solve takes its steps.
+
+    Attributes:
+        tableau: the method.
+        clock: its step sizes.
+        outputs: what reads states at output times off the steps, or None.
+        raises: whether a sample that cannot go on ends the solve.
+    """
+
+    tableau: ButcherTableau
+    clock: Clock
+    outputs: Outputs | None = None
+    raises: bool = True
+
+    @property
+    def read(self) -> list[int]:
+        """The stages that further stages read: these and the state give the points at which the field is called."""
+        tableau = self.tableau
+        return [j for j in range(tableau.interior) if any(tableau.a[i][j] for i in range(j + 1, tableau.interior))]
+
+    def step(self, field: Field, t: Tensor, x: Tensor, h: Tensor, first: Tensor | None) -> Step:
+        """One step; sizes of samples are numbers of the precision of their states."""
+        h = spread(h.to(real_dtype(x)), x) if self.clock.each else h
+        return rk_step(field, spread(t, x), x, h, self.tableau, first)
+
+
+def solve(
+    rule: Rule, field: Field, x0: Tensor, t0: Tensor, t1: Tensor, h: Tensor, first: Tensor, at: Tensor | None,
+    history: History | None,
+) -> Solved:  # fmt: skip
+    """Solve from t0 to t1; without gradients.
+
+    Args:
+        rule: how.
+        field: velocity ``v(t, x)``, t a tensor.
+        x0: the first state, ``(B, *S)``.
+        t0, t1: scalars float64, or ``(B,)``.
+        h: size of the first attempt, likewise.
+        first: the velocity at the start.
+        at: output times, ``(n,)`` or ``(n, B)``, or None.
+        history: what to keep of the steps, written in place.
+    """
+    clock, tableau = rule.clock, rule.tableau
+    direction = torch.where(t1 >= t0, 1.0, -1.0).to(t0.dtype)
+    none = torch.zeros((), dtype=torch.int64, device=t0.device)
+    outputs = x0.new_empty(1 if at is None else len(at) + 1, *x0.shape)
+    times, met = clock.begin(t0, t1, h), torch.zeros_like(t0, dtype=torch.int64)
+    if rule.outputs is not None and at is not None:
+        met = rule.outputs.begin(at, x0, t0, t1, outputs)
+    lone = rule.clock.each  # counts of each sample
+
+    def goes(times: Times, x: Tensor, *_: Any) -> Tensor:
+        going = clock.moving(times, t1).any()
+        return going & (times.status == GOING).all() if rule.raises else going
+
+    def attempt(
+        times: Times, x: Tensor, first: Tensor, attempts: Tensor, steps: Tensor, calls: Tensor, met: Tensor
+    ) -> tuple[Any, ...]:
+        moving = clock.moving(times, t1)
+        h, t_next = clock.next(times, t1, direction)
+        step = rule.step(field, times.t, x, h, first if tableau.fsal else None)
+        scaled = clock.tolerance.scaled(step.error(), x, step.x1)
+        ratio = clock.tolerance.size(scaled, each=clock.each).to(times.t.dtype)
+        after, took = clock.judge(
+            times, h, t_next, t1, ratio, attempts + 1, lambda: step.stages[0].isfinite().all()
+        )  # fmt: skip
+        mask = spread(took, x)
+        if rule.outputs is not None and at is not None:
+            met = rule.outputs.read(at, met, step, field, times.t, t_next, took, outputs)
+        if history is not None:
+            stages = [step.stages[j] for j in rule.read]
+            history.write(steps, times.t, torch.where(took, h, 0.0), x, stages, met)
+        made = len(step.stages) - tableau.fsal
+        first = torch.where(mask, step.stages[-1], step.stages[0]) if tableau.fsal else first.clone()
+        return (
+            after, torch.where(mask, step.x1, x), first, attempts + 1, steps + took.any().to(torch.int64),
+            calls + (made * moving if lone else made), met.clone(),
+        )  # fmt: skip
+
+    begun = (times, x0.clone(), first.clone(), none, none.clone(), none + torch.zeros_like(met), met)
+    times, x, _, attempts, steps, calls, _ = while_loop(goes, attempt, begun)
+    return Solved(times, x, attempts, steps, calls, outputs)
