@@ -126,6 +126,10 @@ class Tolerance:
         size = to_host(self.size(self._over(value, scale), each=each))
         return np.array(size) if each else size
 
+    def size_in_graph(self, value: Tensor, scale: Tensor, *, each: bool = False) -> Tensor:
+        """The same as a tensor, float64, scalar or ``(B,)``."""
+        return self.size(self._over(value, scale), each=each).to(torch.float64)
+
     def ratio(self, step: Step) -> float:
         """Norm of the embedded error of a ``step`` over its tolerance; waits for the device, once."""
         if (rows := self._in_one_pass(step)) is not None:

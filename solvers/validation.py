@@ -15,6 +15,7 @@ __all__ = [
     "check_finite",
     "check_state",
     "exact",
+    "in_state_shape",
     "is_mapped",
     "is_transformed",
     "mismatch",
@@ -120,6 +121,11 @@ def to_state_shape(values: np.ndarray, x: Tensor) -> Tensor:
         with np.errstate(over="ignore"):
             values = values.astype(np.float32)
     return torch.from_numpy(values).to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+
+
+def in_state_shape(values: Tensor, x: Tensor) -> Tensor:
+    """A tensor of a value per sample, ``(B,)``, as it broadcasts against states ``(B, *S)``; a scalar as it is."""
+    return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
 def is_transformed(x: Tensor) -> bool:

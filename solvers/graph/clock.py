@@ -12,16 +12,11 @@ from torch import Tensor
 from solvers.controllers import SampleController, SampleStates
 from solvers.tolerance import Tolerance
 
-__all__ = ["FAILED_FIRST", "GOING", "MAX_STEPS", "NOT_FINITE", "TOO_LONG", "UNDERFLOW", "Clock", "Times", "spread"]
+__all__ = ["FAILED_FIRST", "GOING", "MAX_STEPS", "NOT_FINITE", "TOO_LONG", "UNDERFLOW", "Clock", "Times"]
 
 GOING, MAX_STEPS, UNDERFLOW, NOT_FINITE, FAILED_FIRST, TOO_LONG = range(6)
 """How a solve stands: it goes on or is over; it cannot go on, as the errors of :mod:`solvers.errors` name it; the field
 is not finite where a step begins; steps grow beyond the numbers of the state."""
-
-
-def spread(values: Tensor, x: Tensor) -> Tensor:
-    """A value per sample as it broadcasts against states; one for the batch as it is."""
-    return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
 class Times(NamedTuple):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
-from solvers.graph.clock import GOING, Clock, Times, spread
+from solvers.graph.clock import GOING, Clock, Times
 from solvers.graph.outputs import Outputs
 from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau
-from solvers.validation import real_dtype
+from solvers.validation import in_state_shape, real_dtype
 
 __all__ = ["History", "Solved", "solve"]
 
@@ -51,8 +51,9 @@ class History(NamedTuple):
         self.times.index_copy_(0, n.view(1), torch.stack([t, h]).unsqueeze(0))
         if len(self.outputs) > 1:
             self.outputs.index_copy_(0, n.view(1), behind.unsqueeze(0))
-        for buffer, value in zip((self.states, *self.stages), (x, *stages), strict=True):
-            buffer.index_copy_(0, row, value.unsqueeze(0))
+        self.states.index_copy_(0, row, x.unsqueeze(0))
+        for i in range(len(stages)):  # no names, which the compiler would give to several tensors
+            self.stages[i].index_copy_(0, row, stages[i].unsqueeze(0))
 
 
 class Solved(NamedTuple):
@@ -98,8 +99,8 @@ class Rule:
 
     def step(self, field: Field, t: Tensor, x: Tensor, h: Tensor, first: Tensor | None) -> Step:
         """One step; sizes of samples are numbers of the precision of their states."""
-        h = spread(h.to(real_dtype(x)), x) if self.clock.each else h
-        return rk_step(field, spread(t, x), x, h, self.tableau, first)
+        h = in_state_shape(h.to(real_dtype(x)), x) if self.clock.each else h
+        return rk_step(field, in_state_shape(t, x), x, h, self.tableau, first)
 
 
 def solve(
@@ -142,7 +143,7 @@ def solve(
         after, took = clock.judge(
             times, h, t_next, t1, ratio, attempts + 1, lambda: step.stages[0].isfinite().all()
         )  # fmt: skip
-        mask = spread(took, x)
+        mask = in_state_shape(took, x)
         if rule.outputs is not None and at is not None:
             met = rule.outputs.read(at, met, step, field, times.t, t_next, took, outputs)
         if history is not None:

@@ -1,0 +1,184 @@
+"""A solve in a graph with its gradient, as a function of tensors that a compiler takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from solvers.first_step import first_step
+from solvers.graph.adjoint import Adjoint
+from solvers.graph.clock import Clock
+from solvers.graph.fields import GraphField
+from solvers.graph.loop import History, Rule, Solved, solve
+from solvers.graph.outputs import Outputs
+from solvers.step import Field
+from solvers.tableaus import ButcherTableau
+from solvers.tolerance import Tolerance
+from solvers.validation import in_state_shape, real_dtype
+
+__all__ = ["Ending", "Setting", "solved"]
+
+SLOTS = 100
+"""Accepted steps whose states are kept for the gradient; where there are more they are taken anew from some."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What is solved and how, but for the tensors.
+
+    Attributes:
+        field: the velocity.
+        tableau, tolerance, controller: the method, what it accepts and how it chooses its steps.
+        raises: whether a sample that cannot go on ends the solve.
+    """
+
+    field: GraphField
+    tableau: ButcherTableau
+    tolerance: Tolerance
+    controller: Any
+    raises: bool
+
+
+class Ending(NamedTuple):
+    """How a solve ended, in tensors.
+
+    Attributes:
+        x: the last states, ``(B, *S)``; gradients flow to them.
+        outputs: the states at the output times, ``(n, B, *S)``; gradients flow to them; one row of no meaning if there
+            are none.
+        t, size, ratio: the time of each sample, its next step size and the error ratio of its last attempt, float64,
+            scalars or ``(B,)``.
+        status: GOING of those that are over, or why one cannot go on.
+        taken, rejected, calls: accepted and rejected steps, and field calls made for each sample.
+        attempts, all_calls: of the solve as a whole, scalars.
+    """
+
+    x: Tensor
+    outputs: Tensor
+    t: Tensor
+    size: Tensor
+    ratio: Tensor
+    status: Tensor
+    taken: Tensor
+    rejected: Tensor
+    calls: Tensor
+    attempts: Tensor
+    all_calls: Tensor
+
+
+def solved(setting: Setting, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None, args: Sequence[Any]) -> Ending:
+    """Solve from t0 to t1.
+
+    Args:
+        setting: what and how.
+        x0: the first state, packed.
+        t0, t1: scalars float64, or ``(B,)`` with a step size per sample.
+        at: output times float64, ``(n,)``, or ``(n, B)`` with a step size per sample; or None.
+        args: further arguments of the field.
+    """
+    leaves, spec = tree_flatten(tuple(args))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [*(leaves[i] for i in places), *setting.field.parameters]
+    needs = any(x is not None and x.requires_grad for x in (x0, at, *tensors))
+    shifts = at is not None and at.requires_grad and torch.is_grad_enabled()
+    call = _Call(setting, leaves, spec, places, shifts)
+    if not (torch.is_grad_enabled() and needs):
+        with torch.no_grad():
+            return Ending(*call.solve(x0, t0, t1, at, tensors, None)[0])
+    return Ending(*_Solve.apply(call, x0, t0, t1, at, *tensors))  # type: ignore[misc]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A solve as a function of its tensors: the first state, times, tensors among the arguments, and parameters."""
+
+    setting: Setting
+    leaves: list[Any]
+    spec: Any
+    places: list[int]
+    shifts: bool
+
+    def field(self, tensors: Sequence[Tensor], own: bool = False) -> Field:
+        """The velocity, of the tensors, or with the ``own`` parameters of its modules."""
+        leaves = [*self.leaves]
+        for i, tensor in zip(self.places, tensors, strict=False):
+            leaves[i] = tensor
+        args = tree_unflatten(leaves, self.spec)
+        return self.setting.field.velocity(args, None if own else tensors[len(self.places) :])
+
+    def rule(self, x: Tensor, t0: Tensor, gradient: bool) -> Rule:
+        """How the steps are taken."""
+        setting, each = self.setting, t0.ndim > 0
+        largest = torch.finfo(real_dtype(x) if each else torch.promote_types(real_dtype(x), torch.float32)).max
+        clock = Clock(setting.tolerance, setting.controller, setting.tableau.error_order, largest, each, gradient)
+        outputs = None if setting.tableau.dense is None else Outputs(setting.tableau, self.shifts)
+        return Rule(setting.tableau, clock, outputs, setting.raises)
+
+    def solve(
+        self, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None, tensors: Sequence[Tensor], slots: int | None
+    ) -> tuple[tuple[Tensor, ...], Solved, History | None]:
+        """Solve, and keep a history with room for the states of so many steps."""
+        tolerance, tableau = self.setting.tolerance, self.setting.tableau
+        rule, field = self.rule(x0, t0, slots is not None), self.field(tensors, own=True)
+        first, calls = field(in_state_shape(t0, x0), x0), 1
+        if tolerance.first_step is None:
+            direction = torch.where(t1 >= t0, 1.0, -1.0).to(t0.dtype)
+            h = first_step(field, t0, x0, first, direction, tableau.error_order, (t1 - t0).abs(), tolerance)
+            calls += 1
+        else:
+            h = torch.full_like(t0, tolerance.first_step)
+        history = None
+        if slots is not None:
+            history = History.empty(x0, t0, tolerance.max_steps, slots, len(rule.read), at is not None)
+        end = solve(rule, field, x0, t0, t1, h, first, at, history)
+        made = calls * (t0 != t1).to(torch.int64)
+        all_calls = made.amax() + end.attempts * (tableau.stages - tableau.fsal)
+        times = end.times
+        return (
+            end.x, end.outputs[:-1], times.t, times.size, times.ratio, times.status, times.taken, times.rejected,
+            end.calls + made, end.attempts, all_calls,
+        ), end, history  # fmt: skip
+
+
+class _Solve(torch.autograd.Function):
+    """The solve, and the discrete adjoint of its steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ending, end, history = call.solve(x0, t0, t1, at, tensors, SLOTS)
+        assert history is not None
+        ctx.call, ctx.stages, ctx.outputs = call, len(history.stages), at is not None
+        times = () if at is None else (at,)
+        ctx.save_for_backward(
+            x0, t0, t1, end.x, end.steps, history.times, history.outputs, history.states, *history.stages, *times,
+            *tensors,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(*ending[2:])
+        return ending
+
+    @staticmethod
+    def backward(ctx: Any, g1: Tensor, of_outputs: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        x0, t0, t1, x1, steps, times, outputs, states, *rest = ctx.saved_tensors
+        stages, rest = rest[: ctx.stages], rest[ctx.stages :]
+        at, tensors = (rest[0], rest[1:]) if ctx.outputs else (None, rest)
+        call = ctx.call
+        rule = call.rule(x0, t0, True)
+        met = here = None
+        if at is not None:
+            here = (at == t0) & ((t0 == t1) | torch.full_like(t0, not call.shifts, dtype=torch.bool))
+            met = here.to(torch.int64).sum(0)
+        adjoint = Adjoint(
+            rule, call.field, tensors, History(times, outputs, states, tuple(stages)), steps, x0, x1, t0, at, met
+        )
+        gx, of_tensors, of_at = adjoint.solve(g1, of_outputs if at is not None else None)
+        if at is not None and here is not None:
+            mask = here.view(*here.shape, *[1] * (1 + x0.ndim - here.ndim))
+            gx = gx + torch.where(mask, of_outputs, 0).sum(0)
+        return (None, gx, None, None, of_at if call.shifts else None, *of_tensors)
