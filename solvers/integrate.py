@@ -16,6 +16,7 @@ from torch import Tensor
 from solvers.controllers import Controller, I, SampleController
 from solvers.gradient_modes import by_backsolving, by_recomputing, captured_field
 from solvers.gradients.captured import Captured
+from solvers.graph.compilation import Graph, check_graph, solve_in_graph
 from solvers.methods import get_tableau
 from solvers.output_times import output_times
 from solvers.packing import Packing
@@ -70,6 +71,7 @@ def integrate(
     gradient: Literal["direct", "checkpoint", "backsolve"] = "direct",
     parameters: Iterable[Tensor] | None = None,
     args: Sequence[Any] = (),
+    graph: Graph = False,
     **unknown: Any,
 ) -> Solution:
     """Integrate ``dx/dt = v(t, x)`` from t0 to t1, which may lie before t0.
@@ -114,6 +116,8 @@ def integrate(
             the parameters of the field, which must then be a module, a method of one or a ``functools.partial`` of
             these, and what else it reads.
         args: further arguments for the field.
+        graph: whether the loop of error control is one graph of torch, in the caller's ``torch.compile`` or compiled
+            here, which takes some seconds once for each kind of field.
 
     Returns:
         A :class:`Solution`; with ``control="sample"`` a :class:`~solvers.SampleSolution`.
@@ -137,13 +141,17 @@ def integrate(
     tableau, per_sample = get_tableau(solver), control == "sample"
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
+    check_graph(
+        graph, steps=steps, event=event, keep=keep, gradient=gradient, controller=controller or _CONTROLLER,
+        tableau=tableau, at=at,
+    )  # fmt: skip
     _check_steps(steps, tolerance, controller, tableau)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
     captured = None
-    graph = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
-    if gradient != "direct" and torch.is_grad_enabled() and not graph:
+    traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
+    if gradient != "direct" and torch.is_grad_enabled() and not traced:
         captured = captured_field(field, parameters, args, gradient, steps is None or event is not None)
     v: Field = field if captured is None else captured
     if args or not packing.single:
@@ -161,6 +169,12 @@ def integrate(
     largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
     if not longest < math.inf or (steps is not None and longest / steps > largest):
         raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
+    if graph is True:
+        return solve_in_graph(
+            field, x, start, end, packing=packing, args=args, tableau=tableau, tolerance=tolerance or _TOLERANCE,
+            controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",
+            parameters=parameters, at=None if t is None else times, times=t,
+        )  # fmt: skip
     task = Task(
         field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
         grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,
