@@ -17,10 +17,6 @@ from solvers.validation import in_state_shape
 
 __all__ = ["Adjoint"]
 
-CHECKPOINTS = 100
-"""States that are kept on the way where there are more steps than the history has room for."""
-
-
 @dataclass(frozen=True, eq=False)
 class Adjoint:
     """The gradient of a solve, by the chain rule through its steps.
@@ -65,61 +61,53 @@ class Adjoint:
             of_outputs: those of the states at the output times, ``(n, *x0.shape)``.
         """
         history, steps, slots = self.history, self.steps, len(self.history.states)
-        again = History.empty(self.x0, self.t0, 1, slots, len(history.stages), False)
-        checks = self.x0.new_empty(CHECKPOINTS + 1, *self.x0.shape)
-        early = (steps - slots).clamp(min=0)
-        width = torch.maximum((early + CHECKPOINTS - 1) // CHECKPOINTS, torch.full_like(early, slots))
-        start = self.x0.clone()
-        kept = self._replay(torch.zeros_like(steps), early, start, again, checks, width)  # none if all are in history
+        again = History.empty(self.x0, self.t0, 1, slots, len(history.stages), None)
         of_at = torch.zeros((), device=g1.device) if self.at is None else torch.zeros_like(self.at)
         sums = tuple(torch.zeros_like(x) for x in self.tensors)
-        begun = (steps.clone(), g1.clone(), torch.zeros_like(g1), self.x1 + 0 * kept, *sums)
+        begun = (steps.clone(), g1.clone(), torch.zeros_like(g1), self.x1.clone(), *sums)
 
         def goes(n: Tensor, *_: Any) -> Tensor:
             return n > 0
 
         def window(n: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
             first = (n - slots).clamp(min=0)
-            old = n < steps  # no longer in the history
-            row = torch.where(old, first // width, 0)
-            x = torch.where(row == 0, self.x0, pick(checks, row))
-            done = self._replay(torch.where(old, row * width, n), n, x, again, None, width)
-            carried = (carried[0], carried[1], carried[2] + 0 * done, *carried[3:])
+            row = first // history.width
+            start = torch.where(n < steps, row * history.width, n)  # the last ones are in the history as they are
+            x = self._replay(start, n, pick(history.marks, row), again)
+            carried = (carried[0], carried[1], torch.where(n < steps, x, carried[2]), *carried[3:])
             return self._steps(first, n, carried, again, of_outputs, of_at)
 
         _, gx, gk, _, *sums = while_loop(goes, window, begun)
-        if self.rule.tableau.fsal:
+        if self.deferred(of_outputs):
             of_x, of_tensors = self.pull(self.t0, self.x0, gk)
             gx, sums = gx + of_x, [a + b for a, b in zip(sums, of_tensors, strict=True)]
         return gx, list(sums), of_at
 
-    def _replay(
-        self, n: Tensor, end: Tensor, x: Tensor, again: History, checks: Tensor | None, width: Tensor
-    ) -> Tensor:
-        """Take the steps from row n to the ``end`` anew, from x; keep them, and states at multiples of a width."""
+    def deferred(self, of_outputs: Tensor | None) -> bool:
+        """Whether what is pulled from a step's first stage waits for the outputs of the step before it, which read it."""
+        return self.rule.tableau.fsal and of_outputs is not None
+
+    def _replay(self, n: Tensor, end: Tensor, x: Tensor, again: History) -> Tensor:
+        """Take the steps from row n to the ``end`` anew, from x, and keep them; the state behind them."""
         rule, field, slots = self.rule, self.field(self.tensors), len(again.states)
         fsal = rule.tableau.fsal
 
         def goes(n: Tensor, x: Tensor, first: Tensor) -> Tensor:
             return n < end
 
-        def one(n: Tensor, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            t, h = pick(self.history.times, n).unbind()
-            if checks is not None:
-                row = torch.where(n % width == 0, n // width, CHECKPOINTS)
-                checks.index_copy_(0, row.view(1), x.unsqueeze(0))
+        def one(n: Tensor, x: Tensor, first: Tensor) -> tuple[Tensor, ...]:
+            t, h = (v.clone() for v in pick(self.history.times, n).unbind())
             step = rule.step(field, t, x, h, first if fsal else None)
-            at = (n % slots).view(1)
-            again.states.index_copy_(0, at, x.unsqueeze(0))
-            for i in range(len(again.stages)):
-                again.stages[i].index_copy_(0, at, step.stages[rule.read[i]].unsqueeze(0))
+            again.write(n.remainder(slots), x, [step.stages[j] for j in rule.read])
             took = in_state_shape(h != 0, x)
             first = torch.where(took, step.stages[-1], step.stages[0]) if fsal else first.clone()
             return n + 1, torch.where(took, step.x1, x), first
 
-        t = pick(self.history.times, n.clamp(max=len(self.history.times) - 1)).unbind()[0]
-        first = field(in_state_shape(torch.where(n < end, t, self.t0), x), x) if fsal else x.clone()
-        return while_loop(goes, one, (n, x.clone(), first))[1]
+        first = x.clone()
+        if fsal:
+            t = pick(self.history.times, n.clamp(max=len(self.history.times) - 1)).unbind()[0]
+            first = field(in_state_shape(torch.where(n < end, t, self.t0), x), x)
+        return while_loop(goes, one, (n.clone(), x.clone(), first))[1]
 
     def _steps(
         self, first: Tensor, n: Tensor, carried: tuple[Tensor, ...], again: History, of_outputs: Tensor | None,
@@ -189,7 +177,8 @@ class Adjoint:
             gx, g1, gp = rule.outputs.pull(
                 self.at, begun, pick(history.outputs, n), t, h, g1, stages, of_outputs, of_at
             )  # fmt: skip
-        if tableau.fsal:
+        deferred = self.deferred(of_outputs)
+        if deferred:
             closing = gk if gp[-1] is None else gk + gp[-1]
             g1 = g1 + torch.where(took, add(torch.where(took, closing, 0), t + h, x1), 0)
         for i, b in enumerate(tableau.b):
@@ -209,7 +198,7 @@ class Adjoint:
         first = gp[0]
         assert first is not None
         first = torch.where(took, first, 0)
-        if tableau.fsal:
+        if deferred:
             return g1 + torch.where(took, gx, 0), first + torch.where(took, 0, gk), x, sums
         gx = gx + add(first, t, x)
         return g1 + torch.where(took, gx, 0), gk.clone(), x, sums

@@ -25,6 +25,8 @@ from solvers.validation import is_transformed
 __all__ = ["Graph", "check_graph", "solve_in_graph"]
 
 Graph = bool | Literal["auto"]
+BACKEND: Any = "inductor"
+"""The compiler, as ``torch.compile`` names it."""
 MOST = 32
 """Kinds of solves of which compiled ones are kept."""
 
@@ -172,7 +174,7 @@ def _compiled_for(setting: Setting, x0: Tensor, per_sample: bool) -> Callable[..
     own = FunctionType(
         run.__code__.replace(co_name=f"solve_{len(_compiled)}"), run.__globals__, run.__name__, None, run.__closure__
     )
-    _compiled[key] = torch.compile(own, fullgraph=True)
+    _compiled[key] = torch.compile(own, fullgraph=True, backend=BACKEND)
     while len(_compiled) > MOST:
         _compiled.popitem(last=False)
     return _compiled[key]

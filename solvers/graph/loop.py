@@ -19,6 +19,10 @@ from solvers.validation import in_state_shape, real_dtype
 __all__ = ["History", "Solved", "solve"]
 
 
+MARKS = 100
+"""States that are kept on the way, at most."""
+
+
 class History(NamedTuple):
     """What is kept of the accepted steps, one row each, for the gradient.
 
@@ -28,29 +32,41 @@ class History(NamedTuple):
             none.
         states: of the last steps, in row n modulo their number, ``(slots, *x0.shape)``.
         stages: of the same, those that further stages read.
+        marks: states before every ``width``-th step, from which steps are taken anew, and a row of no meaning.
+        width: a number.
     """
 
     times: Tensor
     outputs: Tensor
     states: Tensor
     stages: tuple[Tensor, ...]
+    marks: Tensor
+    width: int
 
     @classmethod
-    def empty(cls, x: Tensor, t: Tensor, rows: int, slots: int, stages: int, outputs: bool) -> History:
-        """Room for so many steps, and for the states of some."""
+    def empty(cls, x: Tensor, t: Tensor, rows: int, slots: int, stages: int, outputs: bool | None) -> History:
+        """Room for so many steps, and for the states of some; ``outputs``: None where steps are taken anew."""
+        width = max(slots, -(-rows // MARKS))
         return cls(
             t.new_empty(rows, 2, *t.shape),
             torch.empty(rows if outputs else 1, *t.shape, dtype=torch.int64, device=t.device),
             x.new_empty(slots, *x.shape),
             tuple(x.new_empty(slots, *x.shape) for _ in range(stages)),
+            x.new_empty(0 if outputs is None else -(-rows // width) + 1, *x.shape),
+            width,
         )
 
-    def write(self, n: Tensor, t: Tensor, h: Tensor, x: Tensor, stages: Sequence[Tensor], behind: Tensor) -> None:
-        """Write row n, again where a step was rejected."""
-        row = n.remainder(len(self.states)).view(1)
+    def note(self, n: Tensor, t: Tensor, h: Tensor, x: Tensor, behind: Tensor) -> None:
+        """Write what is kept of every step, in row n, again where a step was rejected."""
         self.times.index_copy_(0, n.view(1), torch.stack([t, h]).unsqueeze(0))
         if len(self.outputs) > 1:
             self.outputs.index_copy_(0, n.view(1), behind.unsqueeze(0))
+        row = torch.where(n % self.width == 0, n // self.width, len(self.marks) - 1)
+        self.marks.index_copy_(0, row.view(1), x.unsqueeze(0))
+
+    def write(self, row: Tensor, x: Tensor, stages: Sequence[Tensor]) -> None:
+        """Write what is kept of the last steps."""
+        row = row.view(1)
         self.states.index_copy_(0, row, x.unsqueeze(0))
         for i in range(len(stages)):  # no names, which the compiler would give to several tensors
             self.stages[i].index_copy_(0, row, stages[i].unsqueeze(0))
@@ -148,7 +164,8 @@ def solve(
             met = rule.outputs.read(at, met, step, field, times.t, t_next, took, outputs)
         if history is not None:
             stages = [step.stages[j] for j in rule.read]
-            history.write(steps, times.t, torch.where(took, h, 0.0), x, stages, met)
+            history.note(steps, times.t, torch.where(took, h, 0.0), x, met)
+            history.write(steps.remainder(len(history.states)), x, stages)
         made = len(step.stages) - tableau.fsal
         first = torch.where(mask, step.stages[-1], step.stages[0]) if tableau.fsal else first.clone()
         return (

@@ -157,15 +157,16 @@ class _Solve(torch.autograd.Function):
         ctx.call, ctx.stages, ctx.outputs = call, len(history.stages), at is not None
         times = () if at is None else (at,)
         ctx.save_for_backward(
-            x0, t0, t1, end.x, end.steps, history.times, history.outputs, history.states, *history.stages, *times,
-            *tensors,
+            x0, t0, t1, end.x, end.steps, history.times, history.outputs, history.states, history.marks,
+            *history.stages, *times, *tensors,
         )  # fmt: skip
+        ctx.width = history.width
         ctx.mark_non_differentiable(*ending[2:])
         return ending
 
     @staticmethod
     def backward(ctx: Any, g1: Tensor, of_outputs: Tensor, *_: Any) -> Any:  # type: ignore[override]
-        x0, t0, t1, x1, steps, times, outputs, states, *rest = ctx.saved_tensors
+        x0, t0, t1, x1, steps, times, outputs, states, marks, *rest = ctx.saved_tensors
         stages, rest = rest[: ctx.stages], rest[ctx.stages :]
         at, tensors = (rest[0], rest[1:]) if ctx.outputs else (None, rest)
         call = ctx.call
@@ -175,7 +176,7 @@ class _Solve(torch.autograd.Function):
             here = (at == t0) & ((t0 == t1) | torch.full_like(t0, not call.shifts, dtype=torch.bool))
             met = here.to(torch.int64).sum(0)
         adjoint = Adjoint(
-            rule, call.field, tensors, History(times, outputs, states, tuple(stages)), steps, x0, x1, t0, at, met
+            rule, call.field, tensors, History(times, outputs, states, tuple(stages), marks, ctx.width), steps, x0, x1, t0, at, met
         )
         gx, of_tensors, of_at = adjoint.solve(g1, of_outputs if at is not None else None)
         if at is not None and here is not None:
