@@ -28,6 +28,7 @@ from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
 from solvers.batch_loop import adaptive_steps, fixed_steps
+from solvers.graph.compilation import check_graph
 from solvers.solve import even_grid
 
 __all__ = ["NeuralODE"]
@@ -61,9 +62,12 @@ class NeuralODE(nn.Module):
         event: ``(t, x)`` to a tensor: the solve ends where an entry changes sign for the first time, or at t0 where one
             is 0 there: a ball that is thrown from the ground has landed. A module or a method of one where it has
             parameters.
+        graph: whether a pass is one graph of torch, loop and all, in the caller's ``torch.compile`` or compiled at the
+            first pass, which takes some seconds: see :func:`solvers.integrate`. Where steps are measured or kept they
+            are those of the loop outside of it.
 
     Attributes:
-        statistics: counts of the last pass.
+        statistics: counts of the last pass; tensors in a caller's graph.
 
     Raises:
         ValueError, TypeError: arguments that are out of range or exclude each other; a function that reads modules or
@@ -92,6 +96,7 @@ class NeuralODE(nn.Module):
         control: Literal["batch", "sample"] = "batch",
         controller: Controller | None = None,
         event: Event | None = None,
+        graph: bool = False,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -105,6 +110,7 @@ class NeuralODE(nn.Module):
         self.tableau = get_tableau(solver)
         self.tolerance, self.fixed_steps, self.controller = tolerance, steps, controller
         self.t0, self.t1, self.gradient, self.control = time_of("t0", t0), time_of("t1", t1), gradient, control
+        self.graph = graph
         self.statistics = Statistics()
         self._warned = False  # of statistics that all evaluations share
         self._args: int | None = None  # how many the field is known to take
@@ -116,6 +122,11 @@ class NeuralODE(nn.Module):
         options: dict[str, Any] = self._options("last") | {"event": None}
         if isinstance(self.tolerance, Tolerance):
             options["tolerance"] = Tolerance()  # its tensors are of the shape of a state
+        check_graph(
+            self.graph, steps=self.fixed_steps, event=self.event, keep="last", gradient=self.gradient,
+            controller=self.controller or I(), tableau=self.tableau, at=None,
+        )  # fmt: skip
+        options |= {"graph": False}
         with torch.no_grad():
             integrate(lambda t, x: torch.zeros_like(x), torch.ones(*each, 1), self.t0, self.t1, **options)
 
@@ -124,7 +135,7 @@ class NeuralODE(nn.Module):
         return {
             "solver": self.tableau, "steps": self.fixed_steps, "tolerance": self.tolerance,
             "controller": self.controller, "control": self.control, "gradient": self.gradient, "event": self.event,
-            "keep": keep, "parameters": () if plain else None,
+            "keep": keep, "parameters": () if plain else None, "graph": self.graph and keep != "steps",
         }  # fmt: skip
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -20,7 +19,7 @@ from solvers.packing import Packing
 from solvers.solution import Solution
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
-from solvers.validation import is_transformed
+from solvers.validation import in_state_shape, is_transformed
 
 __all__ = ["Graph", "check_graph", "solve_in_graph"]
 
@@ -31,7 +30,7 @@ MOST = 32
 """Kinds of solves of which compiled ones are kept."""
 
 _compiled: OrderedDict[Any, Callable[..., Ending]] = OrderedDict()
-_warned: set[str] = set()
+_probed: set[Any] = set()
 
 
 def check_graph(
@@ -89,8 +88,8 @@ def solve_in_graph(
 
     ``x0`` is packed, ``at`` are the output times as numbers and ``times`` as a tensor.
     """
-    owner = _owner(field, parameters)
     inside = torch.compiler.is_compiling()
+    owner = _owner(field, parameters, inside)
     starts, ends = (_times(t, x0, per_sample) for t in (t0, t1))
     rows = None
     if times is not None:
@@ -101,11 +100,15 @@ def solve_in_graph(
     setting = Setting(GraphField(field, owner, packing), tableau, tolerance, controller, raises)
     if inside:
         setting.field.check()
-        return solution_of(solved(setting, x0, starts, ends, rows, args), _shown(times), packing.unpack)
+        return solution_of(solved(setting, x0, starts, ends, rows, args), times, packing.unpack)
     _check_controller(controller, tableau.error_order)
     _check_here(x0, owner)
     setting.field.check()
     run = _compiled_for(setting, x0, per_sample)
+    seen = (run, id(field), *(id(cell.cell_contents) for cell in getattr(field, "__closure__", None) or ()))
+    if seen not in _probed:
+        setting.field.probe(in_state_shape(starts, x0), x0, args)
+        _probed.add(seen)
     try:
         end = run(setting.field, x0, starts, ends, rows, tuple(args))
     except Exception as error:
@@ -117,19 +120,22 @@ def solve_in_graph(
     return solution
 
 
-def _shown(times: Tensor | None) -> Tensor | None:
-    return times
-
-
-def _owner(field: Any, parameters: Any) -> nn.Module | None:
+def _owner(field: Any, parameters: Any, inside: bool) -> nn.Module | None:
     """The module whose parameters a field reads; None of a function, which must have none where gradients flow.
 
     Raises:
         ValueError: nothing says what gets gradients.
     """
+    if parameters is not None and not (isinstance(parameters, tuple | list) and not parameters):
+        raise ValueError("parameters are those of the field with graph=True, a module: leave them out, or pass ()")
     owner = owner_of(field)
     if isinstance(owner, list):
         owner = nn.ModuleList([one for one in owner if isinstance(one, nn.Module)])
+    if inside and owner is None and parameters is None and torch.is_grad_enabled():
+        raise ValueError(
+            "field must be a module with graph=True in a graph of torch.compile, which would take what a function reads "
+            "for constants: a module, a method of one, or parameters=() where it reads nothing that gets a gradient"
+        )
     return owner
 
 
@@ -177,6 +183,7 @@ def _compiled_for(setting: Setting, x0: Tensor, per_sample: bool) -> Callable[..
     _compiled[key] = torch.compile(own, fullgraph=True, backend=BACKEND)
     while len(_compiled) > MOST:
         _compiled.popitem(last=False)
+        _probed.clear()
     return _compiled[key]
 
 

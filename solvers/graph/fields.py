@@ -16,6 +16,8 @@ from solvers.validation import real_dtype
 
 __all__ = ["GraphField"]
 
+ANEW = "which is done anew where the gradient of a graph calls it again: field.eval(), or graph=False"
+
 
 class GraphField:
     """Calls a field ``v(t, x, *args)`` of one packed state, with its own parameters or with others in their places.
@@ -74,6 +76,27 @@ class GraphField:
             return self.field(t, x, *args)
         return packing.pack(self.field(t, packing.unpack(x), *args), "field")
 
+    def probe(self, t: Tensor, x: Tensor, args: Sequence[Any]) -> None:
+        """That a call reads no tensor that gets a gradient beside its arguments and these parameters, by one call.
+
+        Raises:
+            ValueError: it does, or it draws random numbers or changes buffers, which a graph would not do each time.
+        """
+        plain = tree_map_only(Tensor, Tensor.detach, tuple(args))
+        buffers = [buffer for module in self.modules for buffer in module._buffers.values() if buffer is not None]
+        versions, state = [buffer._version for buffer in buffers], torch.get_rng_state()
+        with torch.enable_grad():
+            v = self.velocity(plain, [p.detach() for p in self.parameters])(t, x.detach())
+        if isinstance(v, Tensor) and v.requires_grad:
+            raise ValueError(
+                "field reads a tensor that requires a gradient and is no parameter of the module that it is: make it "
+                "one, let args hold it, or graph=False"
+            )
+        if not torch.equal(state, torch.get_rng_state()):
+            raise ValueError(f"field draws random numbers, {ANEW}")
+        if versions != [buffer._version for buffer in buffers]:
+            raise ValueError(f"field changes its buffers, {ANEW}")
+
     def check(self) -> None:
         """That a call does the same each time.
 
@@ -85,16 +108,7 @@ class GraphField:
                 continue
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
                 raise ValueError(
-                    "field holds a batch norm in training mode, whose statistics a graph does not follow: field.eval(), "
-                    "norm='group' or 'layer', or graph=False"
+                    f"field holds a batch norm in training mode, {ANEW}; norm='group' or 'layer' have no statistics"
                 )
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-                raise ValueError(
-                    "field holds a dropout in training mode, which draws anew where a graph calls it again for its "
-                    "gradient: field.eval(), or graph=False"
-                )
-
-
-def detached(args: Sequence[Any]) -> Any:
-    """Arguments whose tensors have no history."""
-    return tree_map_only(Tensor, torch.Tensor.detach, args)
+                raise ValueError(f"field holds a dropout in training mode, {ANEW}")

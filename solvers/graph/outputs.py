@@ -95,7 +95,8 @@ class Outputs:
                 slopes = self._slopes(theta)
                 rate = sum(((in_state_shape(w, g).to(g.real.dtype) * p) * g.conj()).real for w, p in zip(slopes, stages, strict=True))
                 rate = rate.flatten(1).sum(1) if j.ndim else rate.sum()  # type: ignore[union-attr]
-                _put(of_at, torch.where(here, j, len(at) - 1), torch.where(here, rate.to(of_at.dtype), pick(of_at, row)))
+                place = torch.where(here, j, len(at) - 1)  # where nothing is here, what is there stays
+                _put(of_at, place, torch.where(here, rate.to(of_at.dtype), pick(of_at, place)))
             return (j + here, g0 + inside, g1, *(a + f * inside for a, f in zip(gp, factors, strict=True)))
 
         zero = torch.zeros_like(g1)
@@ -142,7 +143,7 @@ def _put(values: Tensor, row: Tensor, value: Tensor) -> None:
 def pick(values: Tensor, row: Tensor) -> Tensor:
     """The row of each sample, or that of the batch."""
     if row.ndim:
-        return values.gather(0, row.unsqueeze(0)).squeeze(0)
+        return values[row, torch.arange(len(row), device=row.device)]
     return values.index_select(0, row.view(1)).squeeze(0)
 
 
