@@ -17,6 +17,7 @@ from solvers.validation import in_state_shape
 
 __all__ = ["Adjoint"]
 
+
 @dataclass(frozen=True, eq=False)
 class Adjoint:
     """The gradient of a solve, by the chain rule through its steps.
@@ -84,7 +85,7 @@ class Adjoint:
         return gx, list(sums), of_at
 
     def deferred(self, of_outputs: Tensor | None) -> bool:
-        """Whether what is pulled from a step's first stage waits for the outputs of the step before it, which read it."""
+        """Whether the pull of a step's first stage waits for the outputs of the step before, which read it."""
         return self.rule.tableau.fsal and of_outputs is not None
 
     def _replay(self, n: Tensor, end: Tensor, x: Tensor, again: History) -> Tensor:

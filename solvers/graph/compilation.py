@@ -21,7 +21,7 @@ from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import in_state_shape, is_transformed
 
-__all__ = ["Graph", "check_graph", "solve_in_graph"]
+__all__ = ["Graph", "check_graph", "forget", "solve_in_graph"]
 
 Graph = bool | Literal["auto"]
 BACKEND: Any = "inductor"
@@ -74,7 +74,9 @@ def _check_controller(controller: SampleController, order: int) -> None:
         states = controller.each(SampleStates(one, one.bool(), (one, one)), 0.5 * one, order)  # type: ignore[arg-type]
         good = all(isinstance(x, Tensor) for x in (states.h, states.accepted, *states.errors))
     except Exception as error:
-        raise TypeError(f"controller.each must take tensors with graph=True, {controller!r:.80} does not: {error}") from error
+        raise TypeError(
+            f"controller.each must take tensors with graph=True, {controller!r:.80} does not: {error}"
+        ) from error
     if not good:
         raise TypeError(f"controller.each must return tensors with graph=True, {controller!r:.80} does not")
 
@@ -94,7 +96,9 @@ def solve_in_graph(
     rows = None
     if times is not None:
         exact = torch.as_tensor(at, dtype=torch.float64, device=x0.device)
-        rows = exact if not times.requires_grad else times.to(torch.float64) + (exact - times.detach().to(torch.float64))
+        rows = (
+            exact if not times.requires_grad else times.to(torch.float64) + (exact - times.detach().to(torch.float64))
+        )
         if per_sample:
             rows = rows.t() if rows.ndim > 1 else rows[:, None].expand(-1, len(x0))
     setting = Setting(GraphField(field, owner, packing), tableau, tolerance, controller, raises)
@@ -133,8 +137,8 @@ def _owner(field: Any, parameters: Any, inside: bool) -> nn.Module | None:
         owner = nn.ModuleList([one for one in owner if isinstance(one, nn.Module)])
     if inside and owner is None and parameters is None and torch.is_grad_enabled():
         raise ValueError(
-            "field must be a module with graph=True in a graph of torch.compile, which would take what a function reads "
-            "for constants: a module, a method of one, or parameters=() where it reads nothing that gets a gradient"
+            "field must be a module with graph=True in a graph of torch.compile, which takes what a function reads for "
+            "constants: a module, a method of one, or parameters=() where it reads nothing that gets a gradient"
         )
     return owner
 
@@ -153,7 +157,9 @@ def _check_here(x0: Tensor, owner: nn.Module | None) -> None:
         ValueError: autocast, a transform of torch.func, or complex states.
     """
     if torch.is_autocast_enabled(x0.device.type):
-        raise ValueError("graph=True computes in the precision of the state: call it outside of autocast, or graph=False")
+        raise ValueError(
+            "graph=True computes in the precision of the state: call it outside of autocast, or graph=False"
+        )
     if is_transformed(x0):
         raise ValueError("graph=True cannot be transformed by torch.func: graph=False, or a graph of the caller's")
     if x0.is_complex():
@@ -185,6 +191,12 @@ def _compiled_for(setting: Setting, x0: Tensor, per_sample: bool) -> Callable[..
         _compiled.popitem(last=False)
         _probed.clear()
     return _compiled[key]
+
+
+def forget() -> None:
+    """Forget what was compiled."""
+    _compiled.clear()
+    _probed.clear()
 
 
 def _explained(error: Exception) -> Exception:

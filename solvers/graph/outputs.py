@@ -93,7 +93,10 @@ class Outputs:
             factors = (in_state_shape(w * h, g).to(g.real.dtype) for w in weights)
             if stages is not None:
                 slopes = self._slopes(theta)
-                rate = sum(((in_state_shape(w, g).to(g.real.dtype) * p) * g.conj()).real for w, p in zip(slopes, stages, strict=True))
+                rate = sum(
+                    ((in_state_shape(w, g).to(g.real.dtype) * p) * g.conj()).real
+                    for w, p in zip(slopes, stages, strict=True)
+                )
                 rate = rate.flatten(1).sum(1) if j.ndim else rate.sum()  # type: ignore[union-attr]
                 place = torch.where(here, j, len(at) - 1)  # where nothing is here, what is there stays
                 _put(of_at, place, torch.where(here, rate.to(of_at.dtype), pick(of_at, place)))

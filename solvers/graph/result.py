@@ -45,7 +45,12 @@ def solution_of(end: Ending, times: Tensor | None, unpack: Callable[[Tensor], An
         names = [NAMES[code] for code in end.status.reshape(-1).tolist()]
         status = tuple(names) if each else names[0]
         t1 = end.t.cpu() if each else end.t.item()
-    common: dict[str, Any] = {"times": (t1,), "states": (unpack(end.x),), "stats": Statistics(*counts), "status": status}
+    common: dict[str, Any] = {
+        "times": (t1,),
+        "states": (unpack(end.x),),
+        "stats": Statistics(*counts),
+        "status": status,
+    }
     if times is not None:
         outputs = end.outputs
         common |= {"times": times, "states": unpack(outputs), "end": (t1, common["states"][0])}
@@ -112,4 +117,3 @@ def _error(
     if sample is None and stage >= 0 and end.x.ndim > 1:
         here = int((stages == stage).argmax())
     return failure("not_finite", t=t, h=h, stage=stage if stage >= 0 else None, sample=here)
-

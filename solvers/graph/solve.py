@@ -176,7 +176,16 @@ class _Solve(torch.autograd.Function):
             here = (at == t0) & ((t0 == t1) | torch.full_like(t0, not call.shifts, dtype=torch.bool))
             met = here.to(torch.int64).sum(0)
         adjoint = Adjoint(
-            rule, call.field, tensors, History(times, outputs, states, tuple(stages), marks, ctx.width), steps, x0, x1, t0, at, met
+            rule,
+            call.field,
+            tensors,
+            History(times, outputs, states, tuple(stages), marks, ctx.width),
+            steps,
+            x0,
+            x1,
+            t0,
+            at,
+            met,
         )
         gx, of_tensors, of_at = adjoint.solve(g1, of_outputs if at is not None else None)
         if at is not None and here is not None:

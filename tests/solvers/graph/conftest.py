@@ -1,0 +1,20 @@
+"""Graphs of tests are traced whole and run by torch itself, which takes a tenth of the compiler's time."""
+
+import pytest
+
+from solvers.graph import compilation, loop, solve
+
+
+@pytest.fixture(autouse=True)
+def _traced(monkeypatch):
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+
+
+@pytest.fixture
+def few_slots(monkeypatch):
+    """Room for the states of five steps, and for three on the way."""
+    monkeypatch.setattr(solve, "SLOTS", 5)
+    monkeypatch.setattr(loop, "MARKS", 3)
+    compilation.forget()
+    yield
+    compilation.forget()
