@@ -116,8 +116,16 @@ def integrate(
             the parameters of the field, which must then be a module, a method of one or a ``functools.partial`` of
             these, and what else it reads.
         args: further arguments for the field.
-        graph: whether the loop of error control is one graph of torch, in the caller's ``torch.compile`` or compiled
-            here, which takes some seconds once for each kind of field.
+        graph: whether the loop of error control is one graph of torch: in the caller's ``torch.compile`` with
+            ``fullgraph=True`` or ``torch.export``, and otherwise compiled here, which takes some seconds once for each
+            kind of field, method and tolerance. It takes the steps that the loop on the host takes, and its gradient is
+            that of "direct", to x0, the parameters, args and the times ``at``, computed by the steps backwards in a graph of
+            its own: it keeps the states of 100 steps, and takes the others anew. The field is a module or reads
+            nothing that gets a gradient, and computes the same at each call; its t is a tensor, which no ``if`` takes.
+            Only the last state is kept, and the states ``at``. In a caller's graph ``solution.status`` is a tensor, 0
+            where the solve is finished, and nothing raises; counts and times are tensors. There are no second
+            derivatives. "auto" takes a graph where it can be one and the state has at most 32,768 numbers: above that
+            the field is most of the time.
 
     Returns:
         A :class:`Solution`; with ``control="sample"`` a :class:`~solvers.SampleSolution`.
@@ -141,14 +149,13 @@ def integrate(
     tableau, per_sample = get_tableau(solver), control == "sample"
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
-    check_graph(
-        graph, steps=steps, event=event, keep=keep, gradient=gradient, controller=controller or _CONTROLLER,
-        tableau=tableau, at=at,
-    )  # fmt: skip
-    _check_steps(steps, tolerance, controller, tableau)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
+    in_graph = check_graph(
+        graph, packing.pack(x0), steps=steps, event=event, keep=keep, gradient=gradient,
+        controller=controller or _CONTROLLER, tableau=tableau, at=at,
+    )  # fmt: skip
     captured = None
     traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
     if gradient != "direct" and torch.is_grad_enabled() and not traced:
@@ -169,12 +176,14 @@ def integrate(
     largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
     if not longest < math.inf or (steps is not None and longest / steps > largest):
         raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
-    if graph is True:
-        return solve_in_graph(
+    if in_graph:
+        solution = solve_in_graph(
             field, x, start, end, packing=packing, args=args, tableau=tableau, tolerance=tolerance or _TOLERANCE,
             controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",
             parameters=parameters, at=None if t is None else times, times=t,
         )  # fmt: skip
+        if solution is not None:
+            return solution
     task = Task(
         field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
         grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,

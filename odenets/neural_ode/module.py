@@ -96,7 +96,7 @@ class NeuralODE(nn.Module):
         control: Literal["batch", "sample"] = "batch",
         controller: Controller | None = None,
         event: Event | None = None,
-        graph: bool = False,
+        graph: bool | Literal["auto"] = False,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class NeuralODE(nn.Module):
         if isinstance(self.tolerance, Tolerance):
             options["tolerance"] = Tolerance()  # its tensors are of the shape of a state
         check_graph(
-            self.graph, steps=self.fixed_steps, event=self.event, keep="last", gradient=self.gradient,
+            self.graph, None, steps=self.fixed_steps, event=self.event, keep="last", gradient=self.gradient,
             controller=self.controller or I(), tableau=self.tableau, at=None,
         )  # fmt: skip
         options |= {"graph": False}
@@ -135,7 +135,7 @@ class NeuralODE(nn.Module):
         return {
             "solver": self.tableau, "steps": self.fixed_steps, "tolerance": self.tolerance,
             "controller": self.controller, "control": self.control, "gradient": self.gradient, "event": self.event,
-            "keep": keep, "parameters": () if plain else None, "graph": self.graph and keep != "steps",
+            "keep": keep, "parameters": () if plain else None, "graph": False if keep == "steps" else self.graph,
         }  # fmt: skip
 
     @property

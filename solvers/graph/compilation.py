@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -26,41 +27,84 @@ __all__ = ["Graph", "check_graph", "forget", "solve_in_graph"]
 Graph = bool | Literal["auto"]
 BACKEND: Any = "inductor"
 """The compiler, as ``torch.compile`` names it."""
+PAYS = 1 << 15
+"""Numbers of a state up to which a graph is the faster one: the loop on the host is then much of the time."""
 MOST = 32
 """Kinds of solves of which compiled ones are kept."""
 
 _compiled: OrderedDict[Any, Callable[..., Ending]] = OrderedDict()
 _probed: set[Any] = set()
+_warned = False
 
 
 def check_graph(
-    graph: Any, *, steps: Any, event: Any, keep: str, gradient: str, controller: Any, tableau: ButcherTableau, at: Any
-) -> None:
-    """That a solve can be a graph.
+    graph: Any, x: Tensor | None, *, steps: Any, event: Any, keep: str, gradient: str, controller: Any,
+    tableau: ButcherTableau, at: Any,
+) -> bool:  # fmt: skip
+    """Whether a solve is a graph: with "auto" where it can be one and pays.
+
+    Args:
+        graph: as the caller passed it.
+        x: the first state, packed, or None where it is not known.
+        steps, event, keep, gradient, controller, tableau, at: as :func:`~solvers.integrate` takes them.
 
     Raises:
-        ValueError, TypeError: it cannot; the message names the argument.
+        ValueError, TypeError: it cannot, and is to be one; the message names the argument.
     """
-    if graph not in (True, False, "auto"):
+    if graph is False:
+        return False
+    if graph is not True and graph != "auto":
         raise ValueError(f"graph must be True, False or 'auto', got {graph!r}")
-    if graph is not True:
-        return
+    reason: Exception | None = None
     if steps is not None:
-        raise ValueError("graph=True holds the loop that chooses steps: steps=n takes none, and is a graph as it is")
-    if event is not None:
-        raise ValueError("graph=True finds no event: leave out event, or graph=True")
-    if keep == "steps":
-        raise ValueError("graph=True keeps no steps: leave out keep='steps', and give the times of states, at=")
-    if gradient != "direct":
-        raise ValueError(
-            f"graph=True has a gradient of its own, that of the steps, whose memory does not grow with them: leave out "
+        reason = ValueError(
+            "graph=True holds the loop that chooses steps: steps=n takes none, and is a graph in torch.compile as it is"
+        )
+    elif event is not None:
+        reason = ValueError("graph=True finds no event: leave out event, or graph=True")
+    elif keep == "steps":
+        reason = ValueError("graph=True keeps no steps: leave out keep='steps', and give the times of states, at=")
+    elif gradient != "direct":
+        reason = ValueError(
+            "graph=True has a gradient of its own, that of the steps, whose memory does not grow with them: leave out "
             f"gradient={gradient!r}"
         )
-    if at is not None and tableau.dense is None:
-        raise ValueError(f"graph=True reads states at times off an interpolant, and {tableau.name} has none: bs23, "
-                         "dopri5 and tsit5 have")  # fmt: skip
-    if not isinstance(controller, SampleController):
-        raise TypeError(f"controller must have a method each() with graph=True, got {type(controller).__name__}")
+    elif at is not None and tableau.dense is None:
+        reason = ValueError(
+            f"graph=True reads states at times off an interpolant, and {tableau.name} has none: bs23, dopri5 and tsit5 "
+            "have"
+        )
+    elif not isinstance(controller, SampleController):
+        reason = TypeError(f"controller must have a method each() with graph=True, got {type(controller).__name__}")
+    elif torch.compiler.is_compiling():
+        return True
+    elif not torch._dynamo.is_dynamo_supported():
+        return _without("this Python has no torch.compile", graph)
+    elif x is not None and (what := _at_work(x)):
+        reason = ValueError(what)
+    if reason is not None and graph is True:
+        raise reason
+    return reason is None and (graph is True or x is None or x.numel() <= PAYS)
+
+
+def _at_work(x: Tensor) -> str:
+    """What is at work that a graph of its own does not follow, and what to do."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "graph=True computes in the precision of the state: call it outside of autocast, or graph=False"
+    if is_transformed(x):
+        return "graph=True cannot be transformed by torch.func: graph=False"
+    if x.is_complex():
+        return f"graph=True takes real states, got {x.dtype}: torch.view_as_real, or graph=False"
+    return "graph=True needs times in float64, which this device has not: graph=False" if x.device.type == "mps" else ""
+
+
+def _without(why: str, graph: Any) -> bool:
+    """That there is no graph; warned of once, where it was to be one."""
+    global _warned
+    if graph is True and not _warned:
+        warnings.warn(f"graph=True solves as graph=False does, for {why}", stacklevel=4)
+        _warned = True
+    return False
 
 
 def _check_controller(controller: SampleController, order: int) -> None:
@@ -84,21 +128,29 @@ def _check_controller(controller: SampleController, order: int) -> None:
 def solve_in_graph(
     field: Callable[..., Any], x0: Tensor, t0: Any, t1: Any, *, packing: Packing, args: Sequence[Any],
     tableau: ButcherTableau, tolerance: Tolerance, controller: SampleController, per_sample: bool, raises: bool,
-    parameters: Any, at: Any, times: Tensor | None,
+    parameters: Any, at: Any = None, times: Tensor | None, of: Any = None,
 ) -> Solution | None:  # fmt: skip
-    """The solution, or None where there is no compiler, after a warning; arguments as :func:`integrate` has them.
+    """The solution, or None where there is no compiler, after a warning.
 
-    ``x0`` is packed, ``at`` are the output times as numbers and ``times`` as a tensor.
+    Args:
+        field, x0, t0, t1, args, tableau, tolerance, controller, parameters: as :func:`~solvers.integrate` has them, the
+            first state packed.
+        packing: of it.
+        per_sample: whether each sample has its own steps.
+        raises: whether a solve that cannot go on raises.
+        at: output times as numbers, within the solve; those of ``times`` if not given.
+        times: the same as a tensor, which gradients may flow to, as the solution shows them; or None.
+        of: the function of the caller's that the field calls, if it is another.
     """
-    inside = torch.compiler.is_compiling()
-    owner = _owner(field, parameters, inside)
+    inside, of = torch.compiler.is_compiling(), field if of is None else of
+    owner = _owner(of, parameters, inside)
     starts, ends = (_times(t, x0, per_sample) for t in (t0, t1))
     rows = None
     if times is not None:
-        exact = torch.as_tensor(at, dtype=torch.float64, device=x0.device)
-        rows = (
-            exact if not times.requires_grad else times.to(torch.float64) + (exact - times.detach().to(torch.float64))
-        )
+        rows = times.to(torch.float64)
+        if at is not None:
+            exact = torch.as_tensor(at, dtype=torch.float64, device=x0.device)
+            rows = rows + (exact - rows.detach()) if times.requires_grad else exact
         if per_sample:
             rows = rows.t() if rows.ndim > 1 else rows[:, None].expand(-1, len(x0))
     setting = Setting(GraphField(field, owner, packing), tableau, tolerance, controller, raises)
@@ -106,17 +158,22 @@ def solve_in_graph(
         setting.field.check()
         return solution_of(solved(setting, x0, starts, ends, rows, args), times, packing.unpack)
     _check_controller(controller, tableau.error_order)
-    _check_here(x0, owner)
     setting.field.check()
-    run = _compiled_for(setting, x0, per_sample)
-    seen = (run, id(field), *(id(cell.cell_contents) for cell in getattr(field, "__closure__", None) or ()))
+    run = _compiled_for(setting, of, x0, per_sample)
+    seen = (run, id(of), *(id(cell.cell_contents) for cell in getattr(of, "__closure__", None) or ()))
     if seen not in _probed:
         setting.field.probe(in_state_shape(starts, x0), x0, args)
         _probed.add(seen)
     try:
-        end = run(setting.field, x0, starts, ends, rows, tuple(args))
-    except Exception as error:
-        raise _explained(error) from error
+        end = run(setting.field, tolerance, x0, starts, ends, rows, tuple(args))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        if "compiler" in str(error) and "CxxCompiler" in str(error):
+            _without("there is no compiler of C++", True)
+            return None
+        raise ValueError(
+            f"field cannot be part of a graph: {_first_lines(error)}. It must not branch on values (torch.where for "
+            "if), nor read them, as .item() does; or graph=False"
+        ) from error
     solution = solution_of(end, times, packing.unpack)
     if raises:
         velocity = setting.field.velocity(tuple(args))
@@ -150,36 +207,22 @@ def _times(t: Any, x: Tensor, per_sample: bool) -> Tensor:
     return t.expand(len(x)).clone() if per_sample else t
 
 
-def _check_here(x0: Tensor, owner: nn.Module | None) -> None:
-    """That nothing is at work that a graph of its own does not follow.
-
-    Raises:
-        ValueError: autocast, a transform of torch.func, or complex states.
-    """
-    if torch.is_autocast_enabled(x0.device.type):
-        raise ValueError(
-            "graph=True computes in the precision of the state: call it outside of autocast, or graph=False"
-        )
-    if is_transformed(x0):
-        raise ValueError("graph=True cannot be transformed by torch.func: graph=False, or a graph of the caller's")
-    if x0.is_complex():
-        raise ValueError(f"graph=True takes real states, got {x0.dtype}: torch.view_as_real, or graph=False")
-
-
-def _compiled_for(setting: Setting, x0: Tensor, per_sample: bool) -> Callable[..., Ending]:
+def _compiled_for(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Callable[..., Ending]:
     """The compiled solve of a kind; automatically of any batch size from the second one on."""
-    field = setting.field.field
     key = (
-        type(field), getattr(field, "__code__", None), setting.tableau, id(setting.tolerance), setting.controller,
+        type(of), getattr(of, "__code__", None), setting.tableau, _key_of(setting.tolerance), setting.controller,
         setting.raises, per_sample, x0.dtype, x0.device, x0.shape[1:], setting.field.packing.single,
         tuple(p.shape for p in setting.field.parameters), torch.is_grad_enabled(),
     )  # fmt: skip
     if key in _compiled:
         _compiled.move_to_end(key)
         return _compiled[key]
-    tableau, tolerance, controller, raises = setting.tableau, setting.tolerance, setting.controller, setting.raises
+    tableau, controller, raises = setting.tableau, setting.controller, setting.raises
 
-    def run(field: GraphField, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None, args: tuple[Any, ...]) -> Ending:
+    def run(
+        field: GraphField, tolerance: Tolerance, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None,
+        args: tuple[Any, ...],
+    ) -> Ending:  # fmt: skip
         return solved(Setting(field, tableau, tolerance, controller, raises), x0, t0, t1, at, args)
 
     # a code of its own, for the compiler counts and keeps what it compiles by code
@@ -193,12 +236,20 @@ def _compiled_for(setting: Setting, x0: Tensor, per_sample: bool) -> Callable[..
     return _compiled[key]
 
 
+def _key_of(tolerance: Tolerance) -> tuple[Any, ...]:
+    """What of a tolerance is a constant of a graph."""
+    kinds = (v if not isinstance(v, Tensor) else (v.shape, v.dtype) for v in (tolerance.rtol, tolerance.atol))
+    norm = getattr(tolerance.norm, "__code__", type(tolerance.norm))
+    return (*kinds, norm, tolerance.first_step, tolerance.min_step, tolerance.max_step, tolerance.max_steps)
+
+
 def forget() -> None:
     """Forget what was compiled."""
     _compiled.clear()
     _probed.clear()
 
 
-def _explained(error: Exception) -> Exception:
-    """An error of the compiler in words."""
-    return error
+def _first_lines(error: Exception) -> str:
+    """What the compiler says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:3]).rstrip(".")[:400]

@@ -12,7 +12,8 @@ from solvers.errors import SolverError
 from solvers.packing import Packing
 from solvers.solution import Solution
 from solvers.solve import Task
-from solvers.torchdiffeq.problem import MAX_STEPS_TO_EVENT, METHODS, make_task
+from solvers.torchdiffeq.graph import graph_states
+from solvers.torchdiffeq.problem import MAX_STEPS_TO_EVENT, METHODS, check_options, make_task
 
 __all__ = ["METHODS", "find_event", "odeint", "odeint_event", "solve"]
 
@@ -45,9 +46,10 @@ def odeint(
         method: with error control bosh3, dopri5, tsit5, fehlberg2 or adaptive_heun; with fixed steps euler, midpoint,
             heun2, heun3, rk4 or rk4_38. dopri5 if not given.
         options: adaptive methods: norm, first_step, min_step, max_step, safety, ifactor, dfactor, max_num_steps,
-            jump_t, step_t, dtype; fixed ones: step_size, grid_constructor, perturb, interp. ``max_num_steps`` counts
-            the attempts of the whole solve, 100000 if not given, or 20000 until an event. ``dtype`` is that of tensors
-            which hold a time or a time's gradient: with torch.float32 a solve in float32 makes no tensor in float64.
+            jump_t, step_t, dtype, graph; fixed ones: step_size, grid_constructor, perturb, interp. ``max_num_steps``
+            counts the attempts of the whole solve, 100000 if not given, or 20000 until an event. ``dtype`` is that of
+            tensors which hold a time or a time's gradient: with torch.float32 a solve in float32 makes no tensor in float64.
+            ``graph``, True, solves as ``integrate(graph=True)`` does, and has its gradient.
             ``grid_constructor`` gets ``t`` as it is and returns times from the first of them to the last.
         event_fn: ``(t, y)`` to a tensor; the solve ends where one of its entries changes sign. ``t`` is then the start
             and a time that shows the direction.
@@ -69,6 +71,13 @@ def odeint(
     (0.6931, torch.Size([2, 1]))
     """
     packing = Packing(y0)
+    if (options or {}).get("graph"):
+        check_options(method or "dopri5", options or {})
+        if event_fn is not None:
+            raise ValueError("options: graph finds no event: leave out event_fn, or graph")
+        states = graph_states(func, packing, y0, t, rtol, atol, method or "dopri5", options or {})
+        if states is not None:
+            return states
     task = make_task(func, packing, y0, t, rtol, atol, method, options, event_fn)
     if event_fn is None:
         return packing.unpack(solve(task))

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solvers.controllers import ControllerState
+from solvers.controllers import ControllerState, SampleController, SampleStates, namespace
 from solvers.methods import get_tableau
 from solvers.packing import Packing
 from solvers.solve import Grid, Task
 from solvers.tolerance import Tolerance, to_host
 from solvers.validation import check_call, real_dtype
 
-__all__ = ["ADAPTIVE", "METHODS", "check_options", "ending_at", "largest_rms", "make_task"]
+__all__ = [
+    "ADAPTIVE", "METHODS", "check_options", "ending_at", "largest_rms", "make_rule", "make_task", "make_tolerance",
+]  # fmt: skip
 
 ADAPTIVE = {"bosh3": "bs23", "dopri5": "dopri5", "tsit5": "tsit5", "fehlberg2": "fehlberg2", "adaptive_heun": "heun"}
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38"}
@@ -27,7 +29,7 @@ METHODS = (*ADAPTIVE, *FIXED)
 MAX_NUM_STEPS, MAX_STEPS_TO_EVENT, MAX_GRID_STEPS = 100_000, 20_000, 10_000_000
 
 _ADAPTIVE_OPTIONS = {"norm", "first_step", "min_step", "max_step", "safety", "ifactor", "dfactor"}
-_ADAPTIVE_OPTIONS |= {"max_num_steps", "jump_t", "step_t", "dtype"}
+_ADAPTIVE_OPTIONS |= {"max_num_steps", "jump_t", "step_t", "dtype", "graph"}
 _RULE = {"safety": 0.9, "ifactor": 10.0, "dfactor": 0.2}
 _FIXED_OPTIONS = {"step_size", "grid_constructor", "perturb", "interp"}
 
@@ -47,6 +49,14 @@ class _Rule:
             return ControllerState(state.h * self.ifactor, True)
         factor = max(self.safety * error ** (-1 / (order + 1)), 1.0 if error < 1 else self.dfactor)
         return ControllerState(state.h * min(self.ifactor, factor), error <= 1)
+
+    def each(self, states: SampleStates, error: Any, order: int) -> SampleStates:
+        """The same for arrays or tensors."""
+        of = namespace(error)
+        factor = of.where(error == 0, self.ifactor, self.safety * error ** (-1 / (order + 1)))
+        least = of.where(error < 1, of.ones_like(error), self.dfactor)
+        factor = of.where(of.isfinite(error), of.clip(of.maximum(factor, least), None, self.ifactor), self.dfactor)
+        return SampleStates(states.h * factor, error <= 1, states.errors)
 
 
 def make_task(
@@ -82,20 +92,11 @@ def make_task(
         v = func(s, x) if single else packing.pack(func(s, packing.unpack(x)), "func")
         return v if type(v) is Tensor and v.dtype == x.dtype and v.shape == x.shape else _returned(v, x)
 
-    norm = options.get("norm")
-    if norm is None and not packing.single:
-        norm = largest_rms
-    first_step = options.get("first_step")
-    tolerance = Tolerance(
-        rtol=_tolerance("rtol", rtol, packing, x0, real), atol=_tolerance("atol", atol, packing, x0, real),
-        norm=norm if norm is None or packing.single else lambda scaled: norm(packing.unpack(scaled)),
-        first_step=None if first_step is None else float(first_step), min_step=float(options.get("min_step", 0.0)),
-        max_step=float(options.get("max_step", math.inf)), max_steps=int(options.get("max_num_steps", MAX_NUM_STEPS)),
-    )  # fmt: skip
+    tolerance = make_tolerance(packing, x0, rtol, atol, options)
     tableau = get_tableau((ADAPTIVE if adaptive else FIXED)[method])
     rule, (stops, jumps) = None, (_numbers(options.get(name)) for name in ("step_t", "jump_t"))
     if adaptive:
-        rule = _Rule(**{name: float(options.get(name, value)) for name, value in _RULE.items()})
+        rule = make_rule(options)
         if tableau.dense is None and event_fn is None:  # then a step ends at each output time
             stops += times[1:]
     outputs = adaptive or not _steps_to_outputs(options)  # else the states of the steps are those at the times
@@ -108,6 +109,25 @@ def make_task(
         outputs=outputs, keep="last" if outputs else "states",
     )  # fmt: skip
     return task if event_fn is None else _to_event(task, event_fn, packing, adaptive, options)
+
+
+def make_tolerance(packing: Packing, x0: Tensor, rtol: Any, atol: Any, options: dict[str, Any]) -> Tolerance:
+    """What an adaptive solve from ``x0``, packed, accepts."""
+    real = torch.promote_types(real_dtype(x0), torch.float32)
+    norm, first_step = options.get("norm"), options.get("first_step")
+    if norm is None and not packing.single:
+        norm = largest_rms
+    return Tolerance(
+        rtol=_tolerance("rtol", rtol, packing, x0, real), atol=_tolerance("atol", atol, packing, x0, real),
+        norm=norm if norm is None or packing.single else lambda scaled: norm(packing.unpack(scaled)),
+        first_step=None if first_step is None else float(first_step), min_step=float(options.get("min_step", 0.0)),
+        max_step=float(options.get("max_step", math.inf)), max_steps=int(options.get("max_num_steps", MAX_NUM_STEPS)),
+    )  # fmt: skip
+
+
+def make_rule(options: dict[str, Any]) -> SampleController:
+    """The step-size rule that ``options`` say."""
+    return _Rule(**{name: float(options.get(name, value)) for name, value in _RULE.items()})
 
 
 def _to_event(task: Task, event_fn: Any, packing: Packing, adaptive: bool, options: dict[str, Any]) -> Task:
