@@ -181,7 +181,7 @@ def to_host(x: Tensor) -> Any:
     """
     if torch.compiler.is_exporting():
         raise RuntimeError(
-            "an adaptive solve chooses its steps by numbers and cannot be exported: take fixed steps, steps=n"
+            "an adaptive solve chooses its steps by numbers and cannot be exported: graph=True, or fixed steps, steps=n"
         )
     try:
         return x.tolist() if x.ndim else x.item()

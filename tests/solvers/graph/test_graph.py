@@ -15,6 +15,7 @@ from solvers import (
     Tolerance,
     get_tableau,
     integrate,
+    odeint,
 )
 from solvers.controllers import ControllerState, SampleStates
 from solvers.graph import compilation
@@ -273,3 +274,38 @@ def test_one_graph_serves_every_batch_size_and_time():
             theirs = integrate(field, x, 0.0, t1, args=(x,))
         torch.testing.assert_close(ours.x1, theirs.x1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of the first size, and of any
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("method", ["bosh3", "dopri5"])
+def test_odeint(method, moving):
+    """The times' gradient reaches the start too, and the field's own time."""
+    generator = torch.Generator().manual_seed(2)
+    y0 = tuple(torch.randn(3, 2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    t = torch.tensor([0.3, 0.5, 1.0], dtype=torch.float64, requires_grad=moving)
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+        def forward(self, t, y):
+            return -self.rate * y[0] * t, y[0].sin() - y[1]
+
+    func, found = Pair(), []
+    for options in ({"graph": True}, {}):
+        y = odeint(func, y0, t, rtol=1e-5, atol=1e-7, method=method, options=options)
+        wanted = [func.rate, *y0, *([t] if moving else [])]
+        found.append((*y, *torch.autograd.grad(y[0].square().sum() + y[1].sin().sum(), wanted)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"step_t": [0.5]}, "graph excludes step_t"), ({"dtype": torch.float32}, "graph excludes dtype")],
+)
+def test_options_that_a_graph_excludes(options, message):
+    with pytest.raises(ValueError, match=message):
+        odeint(lambda t, y: -y, X, torch.tensor([0.0, 1.0]), options={"graph": True, **options})
