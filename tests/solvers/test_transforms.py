@@ -134,7 +134,7 @@ def test_a_fixed_step_flow_is_exported_for_any_batch():
 @pytest.mark.parametrize("control", ["batch", "sample"])
 def test_an_adaptive_solve_says_that_it_cannot_be_exported(control):
     ode = odenets.NeuralODE(odenets.MLPField(3), control=control)
-    with pytest.raises(RuntimeError, match="cannot be exported: take fixed steps, steps=n"):
+    with pytest.raises(RuntimeError, match="cannot be exported: graph=True, or fixed steps, steps=n"):
         torch.export.export(ode, (torch.randn(4, 3),))
 
 
