@@ -122,8 +122,8 @@ def integrate(
             that of "direct", to x0, the parameters, args and the times ``at``, computed by the steps backwards in a
             graph of its own: it keeps the states of 100 steps, and takes the others anew. The field is a module or
             reads nothing that gets a gradient, and computes the same at each call; its t is a tensor, which no ``if``
-            takes. Only the last state is kept, and the states ``at``. In a caller's graph ``solution.status`` is a tensor, 0
-            where the solve is finished, and nothing raises; counts and times are tensors. There are no second
+            takes. Only the last state is kept, and the states ``at``. In a caller's graph ``solution.status`` is a
+            tensor, 0 where the solve is finished, and nothing raises; counts and times are tensors. There are no second
             derivatives. "auto" takes a graph where it can be one and the state has at most 32,768 numbers: above that
             the field is most of the time.
 
