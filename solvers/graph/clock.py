@@ -111,8 +111,9 @@ class Clock:
         if not self.each:
             status = torch.where(finite | first_finite(), status, FAILED_FIRST)
         counted = moving.to(torch.int64)
+        # clones, for a rule may return what it was given, which a loop does not
         after = Times(
-            torch.where(took, t_next, times.t), times.size, (last, before), torch.where(moving, ratio, times.ratio),
+            torch.where(took, t_next, times.t), times.size, (last.clone(), before.clone()), torch.where(moving, ratio, times.ratio),
             states.accepted | near, status, times.taken + took, times.rejected + counted - took.to(torch.int64),
         )  # fmt: skip
         return self._sized(after, size, t1, attempts, ~ratio.isfinite()), took

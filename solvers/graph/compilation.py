@@ -155,6 +155,7 @@ def solve_in_graph(
             rows = rows.t() if rows.ndim > 1 else rows[:, None].expand(-1, len(x0))
     setting = Setting(GraphField(field, owner, packing), tableau, tolerance, controller, raises)
     if inside:
+        _keep_buffers()
         setting.field.check()
         return solution_of(solved(setting, x0, starts, ends, rows, args), times, packing.unpack)
     _check_controller(controller, tableau.error_order)
@@ -165,7 +166,8 @@ def solve_in_graph(
         setting.field.probe(in_state_shape(starts, x0), x0, args)
         _probed.add(seen)
     try:
-        end = run(setting.field, tolerance, x0, starts, ends, rows, tuple(args))
+        with torch._functorch.config.patch(donated_buffer=False):  # as _keep_buffers says
+            end = run(setting.field, tolerance, x0, starts, ends, rows, tuple(args))
     except torch._dynamo.exc.TorchDynamoException as error:
         if "compiler" in str(error) and "CxxCompiler" in str(error):
             _without("there is no compiler of C++", True)
@@ -179,6 +181,17 @@ def solve_in_graph(
         velocity = setting.field.velocity(tuple(args))
         checked(solution, end, velocity, t0, t1, tableau, tolerance)
     return solution
+
+
+@torch._dynamo.assume_constant_result
+def _keep_buffers() -> bool:
+    """Let the compiler overwrite no tensor that is saved for a backward pass, while it compiles the caller's graph.
+
+    It takes the inputs of a loop in such a pass for these by their position (torch 2.14), and writes over sums that are
+    needed: gradients come out wrong without a word.
+    """
+    torch._functorch.config.donated_buffer = False
+    return True
 
 
 def _owner(field: Any, parameters: Any, inside: bool) -> nn.Module | None:
