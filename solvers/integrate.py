@@ -16,7 +16,6 @@ from torch import Tensor
 from solvers.controllers import Controller, I, SampleController
 from solvers.gradient_modes import by_backsolving, by_recomputing, captured_field
 from solvers.gradients.captured import Captured
-from solvers.graph.compilation import Graph, check_graph, solve_in_graph
 from solvers.methods import get_tableau
 from solvers.output_times import output_times
 from solvers.packing import Packing
@@ -71,7 +70,7 @@ def integrate(
     gradient: Literal["direct", "checkpoint", "backsolve"] = "direct",
     parameters: Iterable[Tensor] | None = None,
     args: Sequence[Any] = (),
-    graph: Graph = False,
+    graph: bool | Literal["auto"] = False,
     **unknown: Any,
 ) -> Solution:
     """Integrate ``dx/dt = v(t, x)`` from t0 to t1, which may lie before t0.
@@ -152,10 +151,14 @@ def integrate(
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
-    in_graph = check_graph(
-        graph, packing.pack(x0), steps=steps, event=event, keep=keep, gradient=gradient,
-        controller=controller or _CONTROLLER, tableau=tableau, at=at,
-    )  # fmt: skip
+    in_graph = False
+    if graph is not False:
+        from solvers.graph.compilation import check_graph  # the compiler takes seconds to load
+
+        in_graph = check_graph(
+            graph, packing.pack(x0), steps=steps, event=event, keep=keep, gradient=gradient,
+            controller=controller or _CONTROLLER, tableau=tableau, at=at,
+        )  # fmt: skip
     captured = None
     traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
     if gradient != "direct" and torch.is_grad_enabled() and not traced:
@@ -177,9 +180,11 @@ def integrate(
     if not longest < math.inf or (steps is not None and longest / steps > largest):
         raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
     if in_graph:
+        from solvers.graph.compilation import solve_in_graph
+
         solution = solve_in_graph(
             field, x, start, end, packing=packing, args=args, tableau=tableau, tolerance=tolerance or _TOLERANCE,
-            controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",
+            controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",  # type: ignore[arg-type] - checked
             parameters=parameters, at=None if t is None else times, times=t,
         )  # fmt: skip
         if solution is not None:

@@ -28,7 +28,6 @@ from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
 from solvers.batch_loop import adaptive_steps, fixed_steps
-from solvers.graph.compilation import check_graph
 from solvers.solve import even_grid
 
 __all__ = ["NeuralODE"]
@@ -122,10 +121,13 @@ class NeuralODE(nn.Module):
         options: dict[str, Any] = self._options("last") | {"event": None}
         if isinstance(self.tolerance, Tolerance):
             options["tolerance"] = Tolerance()  # its tensors are of the shape of a state
-        check_graph(
-            self.graph, None, steps=self.fixed_steps, event=self.event, keep="last", gradient=self.gradient,
-            controller=self.controller or I(), tableau=self.tableau, at=None,
-        )  # fmt: skip
+        if self.graph is not False:
+            from solvers.graph.compilation import check_graph  # the compiler takes seconds to load
+
+            check_graph(
+                self.graph, None, steps=self.fixed_steps, event=self.event, keep="last", gradient=self.gradient,
+                controller=self.controller or I(), tableau=self.tableau, at=None,
+            )  # fmt: skip
         options |= {"graph": False}
         with torch.no_grad():
             integrate(lambda t, x: torch.zeros_like(x), torch.ones(*each, 1), self.t0, self.t1, **options)

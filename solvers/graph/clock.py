@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,17 +92,17 @@ class Clock:
         """The times behind an attempt with an error ratio, and which samples took it."""
         moving, tolerance = self.moving(times, t1), self.tolerance
         finite = ratio.isfinite() | ~moving
-        states = SampleStates(h.abs(), times.accepted, times.errors)
-        states = self.controller.each(states, ratio, self.order)
+        before: Any = SampleStates(h.abs(), times.accepted, times.errors)  # type: ignore[arg-type] - of tensors
+        states: Any = self.controller.each(before, ratio, self.order)  # type: ignore[arg-type]
         near = (t1 - times.t).abs() <= 10 * _spacing(times.t)
         if tolerance.min_step:
             near = near | (torch.minimum(times.size, h.abs()) <= tolerance.min_step)
         wanted = moving & (states.accepted | near)
-        took, size, (last, before) = wanted & finite, states.h, states.errors
+        took, size, (last, former) = wanted & finite, states.h, states.errors
         if self.each and self.gradient:
             again = ~finite.all()
             size = torch.where(again & took, h.abs(), size)
-            last, before = torch.where(again, times.errors[0], last), torch.where(again, times.errors[1], before)
+            last, former = torch.where(again, times.errors[0], last), torch.where(again, times.errors[1], former)
             took = took & ~again
         hopeless = wanted & ~finite
         if not self.each:
@@ -113,8 +113,9 @@ class Clock:
         counted = moving.to(torch.int64)
         # clones, for a rule may return what it was given, which a loop does not
         after = Times(
-            torch.where(took, t_next, times.t), times.size, (last.clone(), before.clone()), torch.where(moving, ratio, times.ratio),
-            states.accepted | near, status, times.taken + took, times.rejected + counted - took.to(torch.int64),
+            torch.where(took, t_next, times.t), times.size, (last.clone(), former.clone()),
+            torch.where(moving, ratio, times.ratio), states.accepted | near, status, times.taken + took,
+            times.rejected + counted - took.to(torch.int64),
         )  # fmt: skip
         return self._sized(after, size, t1, attempts, ~ratio.isfinite()), took
 

@@ -6,10 +6,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import is_dynamo_supported
+from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config
+from torch.compiler import assume_constant_result
 
 from solvers.controllers import SampleController, SampleStates
 from solvers.gradients.captured import owner_of
@@ -22,9 +26,8 @@ from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import in_state_shape, is_transformed
 
-__all__ = ["Graph", "check_graph", "forget", "solve_in_graph"]
+__all__ = ["check_graph", "forget", "solve_in_graph"]
 
-Graph = bool | Literal["auto"]
 BACKEND: Any = "inductor"
 """The compiler, as ``torch.compile`` names it."""
 PAYS = 1 << 15
@@ -78,7 +81,7 @@ def check_graph(
         reason = TypeError(f"controller must have a method each() with graph=True, got {type(controller).__name__}")
     elif torch.compiler.is_compiling():
         return True
-    elif not torch._dynamo.is_dynamo_supported():
+    elif not is_dynamo_supported():
         return _without("this Python has no torch.compile", graph)
     elif x is not None and (what := _at_work(x)):
         reason = ValueError(what)
@@ -166,9 +169,9 @@ def solve_in_graph(
         setting.field.probe(in_state_shape(starts, x0), x0, args)
         _probed.add(seen)
     try:
-        with torch._functorch.config.patch(donated_buffer=False):  # as _keep_buffers says
+        with config.patch(donated_buffer=False):  # as _keep_buffers says
             end = run(setting.field, tolerance, x0, starts, ends, rows, tuple(args))
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         if "compiler" in str(error) and "CxxCompiler" in str(error):
             _without("there is no compiler of C++", True)
             return None
@@ -183,14 +186,14 @@ def solve_in_graph(
     return solution
 
 
-@torch._dynamo.assume_constant_result
+@assume_constant_result
 def _keep_buffers() -> bool:
     """Let the compiler overwrite no tensor that is saved for a backward pass, while it compiles the caller's graph.
 
     It takes the inputs of a loop in such a pass for these by their position (torch 2.14), and writes over sums that are
     needed: gradients come out wrong without a word.
     """
-    torch._functorch.config.donated_buffer = False
+    config.donated_buffer = False
     return True
 
 

@@ -12,7 +12,6 @@ from solvers.errors import SolverError
 from solvers.packing import Packing
 from solvers.solution import Solution
 from solvers.solve import Task
-from solvers.torchdiffeq.graph import graph_states
 from solvers.torchdiffeq.problem import MAX_STEPS_TO_EVENT, METHODS, check_options, make_task
 
 __all__ = ["METHODS", "find_event", "odeint", "odeint_event", "solve"]
@@ -75,6 +74,8 @@ def odeint(
         check_options(method or "dopri5", options or {})
         if event_fn is not None:
             raise ValueError("options: graph finds no event: leave out event_fn, or graph")
+        from solvers.torchdiffeq.graph import graph_states  # the compiler takes seconds to load
+
         states = graph_states(func, packing, y0, t, rtol, atol, method or "dopri5", options or {})
         if states is not None:
             return states
