@@ -67,7 +67,8 @@ def first_step(
         h0 = where(finite, least(h0, span * (1 - 1e-15)), 0.0)
         h: Any = direction * h0
         if graph or each:
-            start, h = (in_state_shape(v, x) if graph else to_state_shape(v, x) for v in (t, h))
+            shaped: Any = in_state_shape if graph else to_state_shape
+            start, h = shaped(t, x), shaped(h, x)
             second = velocity(field, start + h, torch.addcmul(x, slope, h.to(x.real.dtype)).to(x.dtype))
         else:
             second = velocity(field, t + h, torch.add(x, slope, alpha=h))

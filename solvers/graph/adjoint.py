@@ -50,7 +50,7 @@ class Adjoint:
         def velocity(x: Tensor, *tensors: Tensor) -> Tensor:
             return self.field(tensors)(in_state_shape(t, x), x)
 
-        _, pulled = torch.func.vjp(velocity, x, *self.tensors)
+        pulled: Any = torch.func.vjp(velocity, x, *self.tensors)[1]
         of_x, *of_tensors = pulled(gradient)
         return of_x, tuple(of_tensors)
 
