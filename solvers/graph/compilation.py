@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -164,12 +165,16 @@ def solve_in_graph(
     _check_controller(controller, tableau.error_order)
     setting.field.check()
     run = _compiled_for(setting, of, x0, per_sample)
+    quiet: Any = nullcontext()
     seen = (run, id(of), *(id(cell.cell_contents) for cell in getattr(of, "__closure__", None) or ()))
     if seen not in _probed:
         setting.field.probe(in_state_shape(starts, x0), x0, args)
         _probed.add(seen)
+        quiet = warnings.catch_warnings()  # the compiler asks inputs for gradients that are no leaves
     try:
-        with config.patch(donated_buffer=False):  # as _keep_buffers says
+        with config.patch(donated_buffer=False), quiet:  # as _keep_buffers says
+            if not isinstance(quiet, nullcontext):
+                warnings.filterwarnings("ignore", message="The .grad attribute")
             end = run(setting.field, tolerance, x0, starts, ends, rows, tuple(args))
     except TorchDynamoException as error:
         if "compiler" in str(error) and "CxxCompiler" in str(error):
