@@ -273,7 +273,7 @@ def _photographic(config: Config, seed: int) -> Subject:
     return Subject(model, names, batches, judge, test[:64], held_out=[*held_out.split(32)])
 
 
-def _crops(files: Sequence[Path], count: int, seed: int) -> Tensor:
+def _crops(files: list[Path], count: int, seed: int) -> Tensor:
     """So many crops, as many of each photograph, or one more."""
     squares = crops(files, -(-count // len(files)), seed=seed)
     return squares.unflatten(0, (len(files), -1)).transpose(0, 1).flatten(0, 1)[:count]

@@ -148,6 +148,7 @@ def integrate(
     tableau, per_sample = get_tableau(solver), control == "sample"
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
+    _check_steps(steps, tolerance, controller, tableau)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)

@@ -127,7 +127,7 @@ class Tolerance:
         return np.array(size) if each else size
 
     def size_in_graph(self, value: Tensor, scale: Tensor, *, each: bool = False) -> Tensor:
-        """The same as a tensor, float64, scalar or ``(B,)``."""
+        """The norm of ``value / scale`` as a tensor, float64, a scalar or with ``each`` ``(B,)``, in a graph."""
         return self.size(self._over(value, scale), each=each).to(torch.float64)
 
     def ratio(self, step: Step) -> float:
