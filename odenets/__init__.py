@@ -4,6 +4,7 @@
 ``odenets.training.fit``, loads on its first use (PEP 562). ``dir(odenets)`` lists them.
 """
 
+from threading import RLock
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,8 @@ _ELSEWHERE = {
     "split_into_modules": "odenets.module_wise.split_into_modules",
 }
 
+_LOADING = RLock()
+
 if not TYPE_CHECKING:  # a type checker that sees this function takes every name for one of the package
 
     def __getattr__(name: str):
@@ -111,7 +114,8 @@ def _load(name: str) -> ModuleType:
     from importlib import import_module
 
     try:
-        return import_module(f"{__name__}.{name}")
+        with _LOADING:  # threads that load modules which need each other's would wait for each other
+            return import_module(f"{__name__}.{name}")
     except AttributeError as error:
         raise ImportError(f"{__name__}.{name} does not load: {error}", name=f"{__name__}.{name}") from error
 
