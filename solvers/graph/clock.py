@@ -24,7 +24,8 @@ class Times(NamedTuple):
 
     Attributes:
         t: the time, float64.
-        size: of the step that is tried next, a magnitude, float64.
+        size: wanted of the step that is tried next, a magnitude, float64.
+        h: its signed size, that it ends at the end; 0 of samples that are over.
         errors: error ratios of the last two accepted steps, newest first.
         ratio: of the last attempt.
         accepted: whether the last attempt was.
@@ -35,6 +36,7 @@ class Times(NamedTuple):
 
     t: Tensor
     size: Tensor
+    h: Tensor
     errors: tuple[Tensor, Tensor]
     ratio: Tensor
     accepted: Tensor
@@ -62,21 +64,22 @@ class Clock:
     each: bool
     gradient: bool
 
-    def begin(self, t0: Tensor, t1: Tensor, h: Tensor) -> Times:
+    def begin(self, t0: Tensor, t1: Tensor, direction: Tensor, h: Tensor) -> Times:
         """At the start, with the size ``h`` of the first attempt, which is NaN where the field is not finite there."""
         ones, none = torch.ones_like(t0), torch.zeros_like(t0, dtype=torch.int64)
         status = torch.where(h.isfinite() | (t0 == t1), GOING, FAILED_FIRST)
         times = Times(
-            t0.clone(), h, (ones, ones.clone()), torch.full_like(t0, torch.nan), ones.bool(), status, none, none.clone()
+            t0.clone(), h, h, (ones, ones.clone()), torch.full_like(t0, torch.nan), ones.bool(), status, none, none.clone()
         )
-        return self._sized(times, h, t1, torch.zeros((), dtype=torch.int64, device=t0.device), status != GOING)
+        attempts = torch.zeros((), dtype=torch.int64, device=t0.device)
+        return self._sized(times, h, t1, direction, attempts, status != GOING)
 
     def moving(self, times: Times, t1: Tensor) -> Tensor:
         """Which samples go on."""
         return (times.t != t1) & (times.status == GOING)
 
     def next(self, times: Times, t1: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Signed size of the step that is tried, and the time at its end; samples that are over take one of size 0."""
+        """Signed size of the step that is tried, and the time at its end."""
         left = (t1 - times.t).abs()
         if not self.each:
             t_next = torch.where(left <= times.size, t1, times.t + direction * times.size)
@@ -86,11 +89,12 @@ class Clock:
         return h, torch.where(last, t1, times.t + h)
 
     def judge(
-        self, times: Times, h: Tensor, t_next: Tensor, t1: Tensor, ratio: Tensor, attempts: Tensor,
+        self, times: Times, t1: Tensor, direction: Tensor, ratio: Tensor, attempts: Tensor,
         first_finite: Callable[[], Tensor],
-    ) -> tuple[Times, Tensor]:  # fmt: skip
-        """The times behind an attempt with an error ratio, and which samples took it."""
-        moving, tolerance = self.moving(times, t1), self.tolerance
+    ) -> tuple[Times, Tensor, Tensor]:  # fmt: skip
+        """The times behind an attempt with an error ratio, which samples took it, and its end."""
+        moving, tolerance, h = self.moving(times, t1), self.tolerance, times.h
+        t_next = self.next(times, t1, direction)[1]
         finite = ratio.isfinite() | ~moving
         before: Any = SampleStates(h.abs(), times.accepted, times.errors)  # type: ignore[arg-type] - of tensors
         states: Any = self.controller.each(before, ratio, self.order)  # type: ignore[arg-type]
@@ -113,13 +117,15 @@ class Clock:
         counted = moving.to(torch.int64)
         # clones, for a rule may return what it was given, which a loop does not
         after = Times(
-            torch.where(took, t_next, times.t), times.size, (last.clone(), former.clone()),
+            torch.where(took, t_next, times.t), times.size, h, (last.clone(), former.clone()),
             torch.where(moving, ratio, times.ratio), states.accepted | near, status, times.taken + took,
             times.rejected + counted - took.to(torch.int64),
         )  # fmt: skip
-        return self._sized(after, size, t1, attempts, ~ratio.isfinite()), took
+        return self._sized(after, size, t1, direction, attempts, ~ratio.isfinite()), took, t_next
 
-    def _sized(self, times: Times, h: Tensor, t1: Tensor, attempts: Tensor, bad: Tensor) -> Times:
+    def _sized(
+        self, times: Times, h: Tensor, t1: Tensor, direction: Tensor, attempts: Tensor, bad: Tensor
+    ) -> Times:  # fmt: skip
         """The times with the size of the next attempt where ``h`` is wanted, or why there is none."""
         tolerance, smallest, left = self.tolerance, 10 * _spacing(times.t), (t1 - times.t).abs()
         longest = min(tolerance.max_step, self.largest) if self.each else tolerance.max_step
@@ -134,7 +140,8 @@ class Clock:
             size = size.clamp(max=self.largest)
         status = torch.where(attempts >= tolerance.max_steps, MAX_STEPS, status)
         status = torch.where(times.status == GOING, torch.where(times.t == t1, GOING, status), times.status)
-        return times._replace(size=size, status=status)
+        times = times._replace(size=size, status=status)
+        return times._replace(h=self.next(times, t1, direction)[0])
 
 
 def _spacing(t: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.compiler import assume_constant_result
 
 from solvers.controllers import SampleController, SampleStates
 from solvers.gradients.captured import owner_of
+from solvers.graph.compiler import compile_loops
 from solvers.graph.fields import GraphField
 from solvers.graph.result import checked, solution_of
 from solvers.graph.solve import Ending, Setting, solved
@@ -29,8 +30,8 @@ from solvers.validation import in_state_shape, is_transformed
 
 __all__ = ["check_graph", "forget", "solve_in_graph"]
 
-BACKEND: Any = "inductor"
-"""The compiler, as ``torch.compile`` names it."""
+BACKEND: Any = compile_loops
+"""The compiler, as ``torch.compile`` takes it."""
 PAYS = 1 << 15
 """Numbers of a state up to which a graph is the faster one: the loop on the host is then much of the time."""
 MOST = 32
@@ -172,10 +173,10 @@ def solve_in_graph(
         _probed.add(seen)
         quiet = warnings.catch_warnings()  # the compiler asks inputs for gradients that are no leaves
     try:
-        with config.patch(donated_buffer=False), quiet:  # as _keep_buffers says
+        with quiet:
             if not isinstance(quiet, nullcontext):
                 warnings.filterwarnings("ignore", message="The .grad attribute")
-            end = run(setting.field, tolerance, x0, starts, ends, rows, tuple(args))
+            end = run(setting.field, tolerance, x0, torch.stack([starts, ends]), rows, tuple(args))
     except TorchDynamoException as error:
         if "compiler" in str(error) and "CxxCompiler" in str(error):
             _without("there is no compiler of C++", True)
@@ -241,9 +242,10 @@ def _compiled_for(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Ca
     tableau, controller, raises = setting.tableau, setting.controller, setting.raises
 
     def run(
-        field: GraphField, tolerance: Tolerance, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None,
+        field: GraphField, tolerance: Tolerance, x0: Tensor, ends: Tensor, at: Tensor | None,
         args: tuple[Any, ...],
     ) -> Ending:  # fmt: skip
+        t0, t1 = (t.clone() for t in ends.unbind())  # views of one tensor cannot both be captured
         return solved(Setting(field, tableau, tolerance, controller, raises), x0, t0, t1, at, args)
 
     # a code of its own, for the compiler counts and keeps what it compiles by code

@@ -139,40 +139,38 @@ def solve(
     direction = torch.where(t1 >= t0, 1.0, -1.0).to(t0.dtype)
     none = torch.zeros((), dtype=torch.int64, device=t0.device)
     outputs = x0.new_empty(1 if at is None else len(at) + 1, *x0.shape)
-    times, met = clock.begin(t0, t1, h), torch.zeros_like(t0, dtype=torch.int64)
-    if rule.outputs is not None and at is not None:
-        met = rule.outputs.begin(at, x0, t0, t1, outputs)
-    lone = rule.clock.each  # counts of each sample
+    times = clock.begin(t0, t1, direction, h)
+    met = (rule.outputs.begin(at, x0, t0, t1, outputs),) if rule.outputs is not None and at is not None else ()
+    made = tableau.stages - tableau.fsal  # field calls of an attempt
 
     def goes(times: Times, x: Tensor, *_: Any) -> Tensor:
         going = clock.moving(times, t1).any()
         return going & (times.status == GOING).all() if rule.raises else going
 
     def attempt(
-        times: Times, x: Tensor, first: Tensor, attempts: Tensor, steps: Tensor, calls: Tensor, met: Tensor
+        times: Times, x: Tensor, first: Tensor, counts: tuple[Tensor, ...], met: tuple[Tensor, ...]
     ) -> tuple[Any, ...]:
-        moving = clock.moving(times, t1)
-        h, t_next = clock.next(times, t1, direction)
-        step = rule.step(field, times.t, x, h, first if tableau.fsal else None)
+        attempts, steps = counts or (times.taken + times.rejected, times.taken)
+        step = rule.step(field, times.t, x, times.h, first if tableau.fsal else None)
         scaled = clock.tolerance.scaled(step.error(), x, step.x1)
         ratio = clock.tolerance.size(scaled, each=clock.each).to(times.t.dtype)
-        after, took = clock.judge(
-            times, h, t_next, t1, ratio, attempts + 1, lambda: step.stages[0].isfinite().all()
+        after, took, t_next = clock.judge(
+            times, t1, direction, ratio, attempts + 1, lambda: step.stages[0].isfinite().all()
         )  # fmt: skip
         mask = in_state_shape(took, x)
         if rule.outputs is not None and at is not None:
-            met = rule.outputs.read(at, met, step, field, times.t, t_next, took, outputs)
+            met = (rule.outputs.read(at, met[0], step, field, times.t, t_next, took, outputs),)
         if history is not None:
             stages = [step.stages[j] for j in rule.read]
-            history.note(steps, times.t, torch.where(took, h, 0.0), x, met)
+            history.note(steps, times.t, torch.where(took, times.h, 0.0), x, met[0] if met else steps)
             history.write(steps.remainder(len(history.states)), x, stages)
-        made = len(step.stages) - tableau.fsal
         first = torch.where(mask, step.stages[-1], step.stages[0]) if tableau.fsal else first.clone()
-        return (
-            after, torch.where(mask, step.x1, x), first, attempts + 1, steps + took.any().to(torch.int64),
-            calls + (made * moving if lone else made), met.clone(),
-        )  # fmt: skip
+        if counts:
+            counts = attempts + 1, steps + took.any().to(torch.int64)
+        return after, torch.where(mask, step.x1, x), first, counts, tuple(m.clone() for m in met)
 
-    begun = (times, x0.clone(), first.clone(), none, none.clone(), none + torch.zeros_like(met), met)
-    times, x, _, attempts, steps, calls, _ = while_loop(goes, attempt, begun)
-    return Solved(times, x, attempts, steps, calls, outputs)
+    begun = (times, x0.clone(), first.clone(), (none, none.clone()) if clock.each else (), met)
+    times, x, _, counts, _ = while_loop(goes, attempt, begun)
+    tried = times.taken + times.rejected
+    attempts, steps = counts or (tried, times.taken)
+    return Solved(times, x, attempts, steps, made * tried, outputs)
