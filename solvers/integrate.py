@@ -157,7 +157,7 @@ def integrate(
         from solvers.graph.compilation import check_graph  # the compiler takes seconds to load
 
         in_graph = check_graph(
-            graph, packing.pack(x0), steps=steps, event=event, keep=keep, gradient=gradient,
+            graph, x0 if packing.single else packing.pack(x0), steps=steps, event=event, keep=keep, gradient=gradient,
             controller=controller or _CONTROLLER, tableau=tableau, at=at,
         )  # fmt: skip
     captured = None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import is_dynamo_supported
@@ -21,7 +22,7 @@ from solvers.gradients.captured import owner_of
 from solvers.graph.compiler import compile_loops
 from solvers.graph.fields import GraphField
 from solvers.graph.result import checked, solution_of
-from solvers.graph.solve import Ending, Setting, solved
+from solvers.graph.solve import Ending, Numbers, Setting, solved
 from solvers.packing import Packing
 from solvers.solution import Solution
 from solvers.tableaus import ButcherTableau
@@ -79,7 +80,7 @@ def check_graph(
             f"graph=True reads states at times off an interpolant, and {tableau.name} has none: bs23, dopri5 and tsit5 "
             "have"
         )
-    elif not isinstance(controller, SampleController):
+    elif not hasattr(controller, "each"):
         reason = TypeError(f"controller must have a method each() with graph=True, got {type(controller).__name__}")
     elif torch.compiler.is_compiling():
         return True
@@ -149,7 +150,7 @@ def solve_in_graph(
     """
     inside, of = torch.compiler.is_compiling(), field if of is None else of
     owner = _owner(of, parameters, inside)
-    starts, ends = (_times(t, x0, per_sample) for t in (t0, t1))
+    ends = _times((t0, t1), x0, per_sample)
     rows = None
     if times is not None:
         rows = times.to(torch.float64)
@@ -162,21 +163,21 @@ def solve_in_graph(
     if inside:
         _keep_buffers()
         setting.field.check()
-        return solution_of(solved(setting, x0, starts, ends, rows, args), times, packing.unpack)
-    _check_controller(controller, tableau.error_order)
+        end = solved(setting, x0, *_apart(ends), rows, args)
+        return solution_of(end, Numbers(*end.numbers.unbind()), times, packing.unpack)
     setting.field.check()
     run = _compiled_for(setting, of, x0, per_sample)
     quiet: Any = nullcontext()
     seen = (run, id(of), *(id(cell.cell_contents) for cell in getattr(of, "__closure__", None) or ()))
     if seen not in _probed:
-        setting.field.probe(in_state_shape(starts, x0), x0, args)
+        setting.field.probe(in_state_shape(ends[0], x0), x0, args)
         _probed.add(seen)
         quiet = warnings.catch_warnings()  # the compiler asks inputs for gradients that are no leaves
     try:
         with quiet:
             if not isinstance(quiet, nullcontext):
                 warnings.filterwarnings("ignore", message="The .grad attribute")
-            end = run(setting.field, tolerance, x0, torch.stack([starts, ends]), rows, tuple(args))
+            end = run(setting.field, tolerance, x0, ends, rows, tuple(args))
     except TorchDynamoException as error:
         if "compiler" in str(error) and "CxxCompiler" in str(error):
             _without("there is no compiler of C++", True)
@@ -185,10 +186,10 @@ def solve_in_graph(
             f"field cannot be part of a graph: {_first_lines(error)}. It must not branch on values (torch.where for "
             "if), nor read them, as .item() does; or graph=False"
         ) from error
-    solution = solution_of(end, times, packing.unpack)
+    numbers = Numbers(*end.numbers.tolist())  # waits for the device, once
+    solution = solution_of(end, numbers, times, packing.unpack)
     if raises:
-        velocity = setting.field.velocity(tuple(args))
-        checked(solution, end, velocity, t0, t1, tableau, tolerance)
+        checked(solution, end, numbers, setting.field.velocity(tuple(args)), t0, t1, tableau, tolerance)
     return solution
 
 
@@ -222,11 +223,18 @@ def _owner(field: Any, parameters: Any, inside: bool) -> nn.Module | None:
     return owner
 
 
-def _times(t: Any, x: Tensor, per_sample: bool) -> Tensor:
-    """Times as float64 tensors, a scalar, or one for each sample."""
-    t = t if isinstance(t, Tensor) else torch.as_tensor(t)
-    t = t.to(x.device, torch.float64)
-    return t.expand(len(x)).clone() if per_sample else t
+def _times(ends: tuple[Any, Any], x: Tensor, per_sample: bool) -> Tensor:
+    """Start and end as one tensor, float64, ``(2,)``, or ``(2, B)`` of each sample."""
+    if any(isinstance(t, Tensor) for t in ends):
+        t = torch.stack([torch.as_tensor(t).to(x.device, torch.float64) for t in ends])
+    else:
+        t = torch.as_tensor(ends if not per_sample else np.array(ends), dtype=torch.float64).to(x.device)
+    return t[:, None].expand(-1, len(x)).clone() if per_sample and t.ndim == 1 else t
+
+
+def _apart(ends: Tensor) -> Iterator[Tensor]:
+    """Start and end; of views of one tensor a loop cannot take several."""
+    return (t.clone() for t in ends.unbind())
 
 
 def _compiled_for(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Callable[..., Ending]:
@@ -240,13 +248,13 @@ def _compiled_for(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Ca
         _compiled.move_to_end(key)
         return _compiled[key]
     tableau, controller, raises = setting.tableau, setting.controller, setting.raises
+    _check_controller(controller, tableau.error_order)
 
     def run(
         field: GraphField, tolerance: Tolerance, x0: Tensor, ends: Tensor, at: Tensor | None,
         args: tuple[Any, ...],
     ) -> Ending:  # fmt: skip
-        t0, t1 = (t.clone() for t in ends.unbind())  # views of one tensor cannot both be captured
-        return solved(Setting(field, tableau, tolerance, controller, raises), x0, t0, t1, at, args)
+        return solved(Setting(field, tableau, tolerance, controller, raises), x0, *_apart(ends), at, args)
 
     # a code of its own, for the compiler counts and keeps what it compiles by code
     own = FunctionType(

@@ -21,7 +21,7 @@ from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import in_state_shape, real_dtype
 
-__all__ = ["Ending", "Setting", "solved"]
+__all__ = ["Ending", "Numbers", "Setting", "solved"]
 
 SLOTS = 100
 """Accepted steps whose states are kept for the gradient; where there are more they are taken anew from some."""
@@ -51,24 +51,33 @@ class Ending(NamedTuple):
         x: the last states, ``(B, *S)``; gradients flow to them.
         outputs: the states at the output times, ``(n, B, *S)``; gradients flow to them; one row of no meaning if there
             are none.
-        t, size, ratio: the time of each sample, its next step size and the error ratio of its last attempt, float64,
-            scalars or ``(B,)``.
-        status: GOING of those that are over, or why one cannot go on.
-        taken, rejected, calls: accepted and rejected steps, and field calls made for each sample.
-        attempts, all_calls: of the solve as a whole, scalars.
+        numbers: rows of numbers, float64, ``(9,)`` or ``(9, B)``, as :class:`Numbers` has them.
     """
 
     x: Tensor
     outputs: Tensor
-    t: Tensor
-    size: Tensor
-    ratio: Tensor
-    status: Tensor
-    taken: Tensor
-    rejected: Tensor
-    calls: Tensor
-    attempts: Tensor
-    all_calls: Tensor
+    numbers: Tensor
+
+
+class Numbers(NamedTuple):
+    """The numbers of a solve: of each sample, or of the batch.
+
+    Attributes:
+        t, size, ratio: the time, the next step size and the error ratio of the last attempt.
+        status: GOING if it is over, or why it cannot go on.
+        taken, rejected, calls: accepted and rejected steps, and field calls made.
+        attempts, all_calls: of the solve as a whole.
+    """
+
+    t: Any
+    size: Any
+    ratio: Any
+    status: Any
+    taken: Any
+    rejected: Any
+    calls: Any
+    attempts: Any
+    all_calls: Any
 
 
 def solved(setting: Setting, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None, args: Sequence[Any]) -> Ending:
@@ -139,10 +148,11 @@ class _Call:
         made = calls * (t0 != t1).to(torch.int64)
         all_calls = made.amax() + end.attempts * (tableau.stages - tableau.fsal)
         times = end.times
-        return (
-            end.x, end.outputs[:-1], times.t, times.size, times.ratio, times.status, times.taken, times.rejected,
-            end.calls + made, end.attempts, all_calls,
-        ), end, history  # fmt: skip
+        numbers = Numbers(
+            times.t, times.size, times.ratio, times.status, times.taken, times.rejected, end.calls + made,
+            end.attempts.expand_as(t0), all_calls.expand_as(t0),
+        )  # fmt: skip
+        return (end.x, end.outputs[:-1], torch.stack([v.to(torch.float64) for v in numbers])), end, history
 
 
 class _Solve(torch.autograd.Function):
