@@ -130,6 +130,9 @@ class ButcherTableau:
             low = self.solution(self.low).b
             object.__setattr__(self, "error_weights", tuple(b - b_low for b, b_low in zip(self.b, low, strict=True)))
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.b))
+
     def _read(self) -> None:
         """What came, as rows of numbers."""
         _check_order(f"{self.name}: order", self.order)

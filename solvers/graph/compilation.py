@@ -19,7 +19,7 @@ from torch.compiler import assume_constant_result
 
 from solvers.controllers import SampleController, SampleStates
 from solvers.gradients.captured import owner_of
-from solvers.graph.compiler import compile_loops
+from solvers.graph.compiler import compile_loops, watched
 from solvers.graph.fields import GraphField
 from solvers.graph.result import checked, solution_of
 from solvers.graph.solve import Ending, Numbers, Setting, solved
@@ -260,7 +260,9 @@ def _compiled_for(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Ca
     own = FunctionType(
         run.__code__.replace(co_name=f"solve_{len(_compiled)}"), run.__globals__, run.__name__, None, run.__closure__
     )
-    _compiled[key] = torch.compile(own, fullgraph=True, backend=BACKEND)
+    _compiled[key] = torch.compile(
+        own, fullgraph=True, backend=BACKEND, options={"guard_filter_fn": watched}
+    )
     while len(_compiled) > MOST:
         _compiled.popitem(last=False)
         _probed.clear()

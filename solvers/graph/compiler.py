@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,12 +12,10 @@ from torch._functorch import config
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-__all__ = ["compile_loops"]
+__all__ = ["compile_loops", "watched"]
 
-THIN = 4
-"""Columns up to which a product of matrices is written out, into the loops around it."""
-
-_aten: Any = torch.ops.aten
+_OURS = re.compile(r"L\['(?:tableau|raises)'\]|G\['(?!__import_(?!solvers|torch))")
+_LINEAR = torch._C._nn.linear
 _LOOPS = "torch.ops.higher_order.while_loop"
 
 
@@ -31,5 +30,35 @@ def compile_loops(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     patches: dict[str, Any] = {"unsafe_marked_cacheable_functions": {_LOOPS: "1"}}
     if on_cpu:
         patches["cpp_wrapper"] = True
+    if on_cpu:
+        _part_biases(graph)
     with config.patch(donated_buffer=False):
         return compile_fx(graph, inputs, config_patches=patches)
+
+
+def watched(guards: Sequence[Any]) -> list[bool]:
+    """Which conditions of a compiled solve are looked at before each: those that the caller can change.
+
+    Left out are a tableau, of which a compiled solve is that of one, and functions of this package and of torch: hundreds
+    of them, which take longer than a step of a small field.
+    """
+    return [_OURS.search(guard.name) is None for guard in guards]
+
+
+def _part_biases(graph: GraphModule) -> None:
+    """Take biases out of linear maps, whose library copies them first; the loop over the numbers that follows adds them.
+
+    They are subtracted with the other sign, for the compiler takes a sum of both for a call of that library.
+    """
+    for part in graph.modules():
+        nodes = part.graph.find_nodes(op="call_function", target=_LINEAR) if isinstance(part, GraphModule) else []
+        for node in nodes:
+            x, weight, *bias = node.args
+            if bias and bias[0] is not None:
+                with part.graph.inserting_before(node):
+                    product = part.graph.call_function(_LINEAR, (x, weight))
+                    whole = part.graph.call_function(torch.sub, (product, part.graph.call_function(torch.neg, (bias[0],))))
+                node.replace_all_uses_with(whole)
+                part.graph.erase_node(node)
+        if nodes:
+            part.recompile()
