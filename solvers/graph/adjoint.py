@@ -62,7 +62,8 @@ class Adjoint:
             of_outputs: those of the states at the output times, ``(n, *x0.shape)``.
         """
         history, steps, slots = self.history, self.steps, len(self.history.states)
-        again = History.empty(self.x0, self.t0, 1, slots, len(history.stages), None)
+        replays = len(history.marks) > 0
+        again = History.empty(self.x0, self.t0, 1, slots, len(history.stages), None) if replays else None
         of_at = torch.zeros((), device=g1.device) if self.at is None else torch.zeros_like(self.at)
         sums = tuple(torch.zeros_like(x) for x in self.tensors)
         begun = (steps.clone(), g1.clone(), torch.zeros_like(g1), self.x1.clone(), *sums)
@@ -71,6 +72,7 @@ class Adjoint:
             return n > 0
 
         def window(n: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+            assert again is not None
             first = (n - slots).clamp(min=0)
             row = first // history.width
             start = torch.where(n < steps, row * history.width, n)  # the last ones are in the history as they are
@@ -78,7 +80,11 @@ class Adjoint:
             carried = (carried[0], carried[1], torch.where(n < steps, x, carried[2]), *carried[3:])
             return self._steps(first, n, carried, again, of_outputs, of_at)
 
-        _, gx, gk, _, *sums = while_loop(goes, window, begun)
+        if replays:
+            _, gx, gk, _, *sums = while_loop(goes, window, begun)
+        else:
+            none = torch.zeros_like(steps)
+            _, gx, gk, _, *sums = self._steps(none, steps, begun[1:], None, of_outputs, of_at)
         if self.deferred(of_outputs):
             of_x, of_tensors = self.pull(self.t0, self.x0, gk)
             gx, sums = gx + of_x, [a + b for a, b in zip(sums, of_tensors, strict=True)]
@@ -111,7 +117,7 @@ class Adjoint:
         return while_loop(goes, one, (n.clone(), x.clone(), first))[1]
 
     def _steps(
-        self, first: Tensor, n: Tensor, carried: tuple[Tensor, ...], again: History, of_outputs: Tensor | None,
+        self, first: Tensor, n: Tensor, carried: tuple[Tensor, ...], again: History | None, of_outputs: Tensor | None,
         of_at: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Back through the steps from row n to the ``first``."""
@@ -137,7 +143,7 @@ class Adjoint:
             gk: that of the velocity there, which is the first stage of the next step.
             x1: the state behind it.
             sums: gradients of the tensors so far.
-            again: steps that were taken anew.
+            again: steps that were taken anew, if any may be.
             of_outputs, of_at: gradients of the outputs; those of the output times are written.
 
         Returns:
@@ -146,10 +152,10 @@ class Adjoint:
         rule, tableau, history, slots = self.rule, self.rule.tableau, self.history, len(self.history.states)
         t, h = (v.clone() for v in pick(history.times, n).unbind())
         recent, row = n >= self.steps - slots, n % slots
-        x, *kept = (
-            torch.where(recent, pick(a, row), pick(b, row))
-            for a, b in zip((history.states, *history.stages), (again.states, *again.stages), strict=True)
-        )
+        x, *kept = (pick(a, row) for a in (history.states, *history.stages))
+        if again is not None:
+            others = (pick(a, row) for a in (again.states, *again.stages))
+            x, *kept = (torch.where(recent, a, b) for a, b in zip((x, *kept), others, strict=True))
         p = dict(zip(rule.read, kept, strict=True))
         took, size = in_state_shape(h != 0, x), in_state_shape(h, x).to(x.real.dtype)
         a: list[list[Any]] = [[w * size for w in row] for row in tableau.a]

@@ -69,7 +69,15 @@ class Clock:
         ones, none = torch.ones_like(t0), torch.zeros_like(t0, dtype=torch.int64)
         status = torch.where(h.isfinite() | (t0 == t1), GOING, FAILED_FIRST)
         times = Times(
-            t0.clone(), h, h, (ones, ones.clone()), torch.full_like(t0, torch.nan), ones.bool(), status, none, none.clone()
+            t0.clone(),
+            h,
+            h,
+            (ones, ones.clone()),
+            torch.full_like(t0, torch.nan),
+            ones.bool(),
+            status,
+            none,
+            none.clone(),
         )
         attempts = torch.zeros((), dtype=torch.int64, device=t0.device)
         return self._sized(times, h, t1, direction, attempts, status != GOING)

@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -22,7 +23,7 @@ from solvers.gradients.captured import owner_of
 from solvers.graph.compiler import compile_loops, watched
 from solvers.graph.fields import GraphField
 from solvers.graph.result import checked, solution_of
-from solvers.graph.solve import Ending, Numbers, Setting, solved
+from solvers.graph.solve import SLOTS, Ending, Numbers, Setting, solved
 from solvers.packing import Packing
 from solvers.solution import Solution
 from solvers.tableaus import ButcherTableau
@@ -40,6 +41,7 @@ MOST = 32
 
 _compiled: OrderedDict[Any, Callable[..., Ending]] = OrderedDict()
 _probed: set[Any] = set()
+_long: set[Any] = set()  # kinds of solves that took more steps than have room
 _warned = False
 
 
@@ -159,14 +161,35 @@ def solve_in_graph(
             rows = rows + (exact - rows.detach()) if times.requires_grad else exact
         if per_sample:
             rows = rows.t() if rows.ndim > 1 else rows[:, None].expand(-1, len(x0))
-    setting = Setting(GraphField(field, owner, packing), tableau, tolerance, controller, raises)
+    setting = Setting(GraphField(field, owner, packing), tableau, tolerance, controller, raises, inside)
     if inside:
         _keep_buffers()
         setting.field.check()
         end = solved(setting, x0, *_apart(ends), rows, args)
         return solution_of(end, Numbers(*end.numbers.unbind()), times, packing.unpack)
     setting.field.check()
-    run = _compiled_for(setting, of, x0, per_sample)
+    key = _key_of(setting, of, x0, per_sample)
+    end = None
+    if key not in _long:
+        end = _run(key, setting, of, x0, ends, rows, args)
+        if end is not None and end.x.requires_grad and end.numbers[-1].max() > SLOTS:
+            _long.add(key)
+    if key in _long:
+        end = _run(key, replace(setting, replays=True), of, x0, ends, rows, args)
+    if end is None:
+        return None
+    numbers = Numbers(*end.numbers.tolist())  # waits for the device, once
+    solution = solution_of(end, numbers, times, packing.unpack)
+    if raises:
+        checked(solution, end, numbers, setting.field.velocity(tuple(args)), t0, t1, tableau, tolerance)
+    return solution
+
+
+def _run(
+    key: Any, setting: Setting, of: Any, x0: Tensor, ends: Tensor, rows: Tensor | None, args: Sequence[Any]
+) -> Ending | None:  # fmt: skip
+    """How a solve ends that is compiled here; None where there is no compiler."""
+    run = _compiled_for(key, setting)
     quiet: Any = nullcontext()
     seen = (run, id(of), *(id(cell.cell_contents) for cell in getattr(of, "__closure__", None) or ()))
     if seen not in _probed:
@@ -177,7 +200,7 @@ def solve_in_graph(
         with quiet:
             if not isinstance(quiet, nullcontext):
                 warnings.filterwarnings("ignore", message="The .grad attribute")
-            end = run(setting.field, tolerance, x0, ends, rows, tuple(args))
+            return run(setting.field, setting.tolerance, x0, ends, rows, tuple(args))
     except TorchDynamoException as error:
         if "compiler" in str(error) and "CxxCompiler" in str(error):
             _without("there is no compiler of C++", True)
@@ -186,11 +209,6 @@ def solve_in_graph(
             f"field cannot be part of a graph: {_first_lines(error)}. It must not branch on values (torch.where for "
             "if), nor read them, as .item() does; or graph=False"
         ) from error
-    numbers = Numbers(*end.numbers.tolist())  # waits for the device, once
-    solution = solution_of(end, numbers, times, packing.unpack)
-    if raises:
-        checked(solution, end, numbers, setting.field.velocity(tuple(args)), t0, t1, tableau, tolerance)
-    return solution
 
 
 @assume_constant_result
@@ -237,49 +255,49 @@ def _apart(ends: Tensor) -> Iterator[Tensor]:
     return (t.clone() for t in ends.unbind())
 
 
-def _compiled_for(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Callable[..., Ending]:
-    """The compiled solve of a kind; automatically of any batch size from the second one on."""
-    key = (
-        type(of), getattr(of, "__code__", None), setting.tableau, _key_of(setting.tolerance), setting.controller,
+def _key_of(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Any:
+    """What is constant in a graph, but for what the compiler looks at before each run."""
+    tolerance = setting.tolerance
+    kinds = (v if not isinstance(v, Tensor) else (v.shape, v.dtype) for v in (tolerance.rtol, tolerance.atol))
+    norm = getattr(tolerance.norm, "__code__", type(tolerance.norm))
+    limits = tolerance.first_step, tolerance.min_step, tolerance.max_step, tolerance.max_steps
+    return (
+        type(of), getattr(of, "__code__", None), setting.tableau, *kinds, norm, *limits, setting.controller,
         setting.raises, per_sample, x0.dtype, x0.device, x0.shape[1:], setting.field.packing.single,
         tuple(p.shape for p in setting.field.parameters), torch.is_grad_enabled(),
     )  # fmt: skip
+
+
+def _compiled_for(kind: Any, setting: Setting) -> Callable[..., Ending]:
+    """The compiled solve of a kind; automatically of any batch size from the second one on."""
+    key = (kind, setting.replays)
     if key in _compiled:
         _compiled.move_to_end(key)
         return _compiled[key]
-    tableau, controller, raises = setting.tableau, setting.controller, setting.raises
+    tableau, controller, raises, replays = setting.tableau, setting.controller, setting.raises, setting.replays
     _check_controller(controller, tableau.error_order)
 
     def run(
-        field: GraphField, tolerance: Tolerance, x0: Tensor, ends: Tensor, at: Tensor | None,
-        args: tuple[Any, ...],
-    ) -> Ending:  # fmt: skip
-        return solved(Setting(field, tableau, tolerance, controller, raises), x0, *_apart(ends), at, args)
+        field: GraphField, tolerance: Tolerance, x0: Tensor, ends: Tensor, at: Tensor | None, args: tuple[Any, ...]
+    ) -> Ending:
+        return solved(Setting(field, tableau, tolerance, controller, raises, replays), x0, *_apart(ends), at, args)
 
     # a code of its own, for the compiler counts and keeps what it compiles by code
     own = FunctionType(
         run.__code__.replace(co_name=f"solve_{len(_compiled)}"), run.__globals__, run.__name__, None, run.__closure__
     )
-    _compiled[key] = torch.compile(
-        own, fullgraph=True, backend=BACKEND, options={"guard_filter_fn": watched}
-    )
+    _compiled[key] = torch.compile(own, fullgraph=True, backend=BACKEND, options={"guard_filter_fn": watched})
     while len(_compiled) > MOST:
         _compiled.popitem(last=False)
         _probed.clear()
     return _compiled[key]
 
 
-def _key_of(tolerance: Tolerance) -> tuple[Any, ...]:
-    """What of a tolerance is a constant of a graph."""
-    kinds = (v if not isinstance(v, Tensor) else (v.shape, v.dtype) for v in (tolerance.rtol, tolerance.atol))
-    norm = getattr(tolerance.norm, "__code__", type(tolerance.norm))
-    return (*kinds, norm, tolerance.first_step, tolerance.min_step, tolerance.max_step, tolerance.max_steps)
-
-
 def forget() -> None:
     """Forget what was compiled."""
     _compiled.clear()
     _probed.clear()
+    _long.clear()
 
 
 def _first_lines(error: Exception) -> str:

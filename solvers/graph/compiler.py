@@ -39,16 +39,16 @@ def compile_loops(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., An
 def watched(guards: Sequence[Any]) -> list[bool]:
     """Which conditions of a compiled solve are looked at before each: those that the caller can change.
 
-    Left out are a tableau, of which a compiled solve is that of one, and functions of this package and of torch: hundreds
-    of them, which take longer than a step of a small field.
+    Left out are the tableau, which is a constant of it, and functions of this package and of torch: hundreds, which
+    take longer than a step of a small field.
     """
     return [_OURS.search(guard.name) is None for guard in guards]
 
 
 def _part_biases(graph: GraphModule) -> None:
-    """Take biases out of linear maps, whose library copies them first; the loop over the numbers that follows adds them.
+    """Take biases out of linear maps, whose library copies them first: the pass over numbers that follows adds them.
 
-    They are subtracted with the other sign, for the compiler takes a sum of both for a call of that library.
+    They are subtracted with the other sign, for the compiler takes a sum of the two for a call of that library.
     """
     for part in graph.modules():
         nodes = part.graph.find_nodes(op="call_function", target=_LINEAR) if isinstance(part, GraphModule) else []
@@ -57,7 +57,9 @@ def _part_biases(graph: GraphModule) -> None:
             if bias and bias[0] is not None:
                 with part.graph.inserting_before(node):
                     product = part.graph.call_function(_LINEAR, (x, weight))
-                    whole = part.graph.call_function(torch.sub, (product, part.graph.call_function(torch.neg, (bias[0],))))
+                    whole = part.graph.call_function(
+                        torch.sub, (product, part.graph.call_function(torch.neg, (bias[0],)))
+                    )
                 node.replace_all_uses_with(whole)
                 part.graph.erase_node(node)
         if nodes:

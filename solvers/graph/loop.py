@@ -27,12 +27,12 @@ class History(NamedTuple):
     """What is kept of the accepted steps, one row each, for the gradient.
 
     Attributes:
-        times: start and signed size of each, ``(max_steps, 2)``, or ``(max_steps, 2, B)``, 0 where a sample took none.
-        outputs: how many output times lay behind each, ``(max_steps,)`` or ``(max_steps, B)``; one row where there are
-            none.
+        times: start and signed size of each, ``(rows, 2)``, or ``(rows, 2, B)``, 0 where a sample took none.
+        outputs: how many output times lay behind each, ``(rows,)`` or ``(rows, B)``; one row where there are none.
         states: of the last steps, in row n modulo their number, ``(slots, *x0.shape)``.
         stages: of the same, those that further stages read.
-        marks: states before every ``width``-th step, from which steps are taken anew, and a row of no meaning.
+        marks: states before every ``width``-th step, from which steps are taken anew, and a row of no meaning; no rows
+            where none are.
         width: a number.
     """
 
@@ -45,24 +45,32 @@ class History(NamedTuple):
 
     @classmethod
     def empty(cls, x: Tensor, t: Tensor, rows: int, slots: int, stages: int, outputs: bool | None) -> History:
-        """Room for so many steps, and for the states of some; ``outputs``: None where steps are taken anew."""
+        """Room for so many steps, and for the states of some.
+
+        Args:
+            x, t: a state and a time.
+            rows, slots, stages: numbers of steps, of those whose states are kept, and of the stages of each.
+            outputs: whether there are output times; None for steps that are taken anew.
+        """
         width = max(slots, -(-rows // MARKS))
         return cls(
             t.new_empty(rows, 2, *t.shape),
             torch.empty(rows if outputs else 1, *t.shape, dtype=torch.int64, device=t.device),
             x.new_empty(slots, *x.shape),
             tuple(x.new_empty(slots, *x.shape) for _ in range(stages)),
-            x.new_empty(0 if outputs is None else -(-rows // width) + 1, *x.shape),
+            x.new_empty(0 if rows <= slots else -(-rows // width) + 1, *x.shape),
             width,
         )
 
     def note(self, n: Tensor, t: Tensor, h: Tensor, x: Tensor, behind: Tensor) -> None:
         """Write what is kept of every step, in row n, again where a step was rejected."""
-        self.times.index_copy_(0, n.view(1), torch.stack([t, h]).unsqueeze(0))
+        here = (n if len(self.marks) else n % len(self.times)).view(1)
+        self.times.index_copy_(0, here, torch.stack([t, h]).unsqueeze(0))
         if len(self.outputs) > 1:
-            self.outputs.index_copy_(0, n.view(1), behind.unsqueeze(0))
-        row = torch.where(n % self.width == 0, n // self.width, len(self.marks) - 1)
-        self.marks.index_copy_(0, row.view(1), x.unsqueeze(0))
+            self.outputs.index_copy_(0, here, behind.unsqueeze(0))
+        if len(self.marks):
+            row = torch.where(n % self.width == 0, n // self.width, len(self.marks) - 1)
+            self.marks.index_copy_(0, row.view(1), x.unsqueeze(0))
 
     def write(self, row: Tensor, x: Tensor, stages: Sequence[Tensor]) -> None:
         """Write what is kept of the last steps."""

@@ -21,7 +21,7 @@ from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import in_state_shape, real_dtype
 
-__all__ = ["Ending", "Numbers", "Setting", "solved"]
+__all__ = ["SLOTS", "Ending", "Numbers", "Setting", "solved"]
 
 SLOTS = 100
 """Accepted steps whose states are kept for the gradient; where there are more they are taken anew from some."""
@@ -35,6 +35,8 @@ class Setting:
         field: the velocity.
         tableau, tolerance, controller: the method, what it accepts and how it chooses its steps.
         raises: whether a sample that cannot go on ends the solve.
+        replays: whether steps may be more than those whose states are kept for the gradient, so that it takes some
+            anew; otherwise it is that of a solve with no more steps.
     """
 
     field: GraphField
@@ -42,6 +44,7 @@ class Setting:
     tolerance: Tolerance
     controller: Any
     raises: bool
+    replays: bool
 
 
 class Ending(NamedTuple):
@@ -51,7 +54,7 @@ class Ending(NamedTuple):
         x: the last states, ``(B, *S)``; gradients flow to them.
         outputs: the states at the output times, ``(n, B, *S)``; gradients flow to them; one row of no meaning if there
             are none.
-        numbers: rows of numbers, float64, ``(9,)`` or ``(9, B)``, as :class:`Numbers` has them.
+        numbers: rows of numbers, float64, ``(10,)`` or ``(10, B)``, as :class:`Numbers` has them.
     """
 
     x: Tensor
@@ -67,6 +70,7 @@ class Numbers(NamedTuple):
         status: GOING if it is over, or why it cannot go on.
         taken, rejected, calls: accepted and rejected steps, and field calls made.
         attempts, all_calls: of the solve as a whole.
+        steps: those that any sample took.
     """
 
     t: Any
@@ -78,6 +82,7 @@ class Numbers(NamedTuple):
     calls: Any
     attempts: Any
     all_calls: Any
+    steps: Any
 
 
 def solved(setting: Setting, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None, args: Sequence[Any]) -> Ending:
@@ -143,14 +148,17 @@ class _Call:
             h = torch.full_like(t0, tolerance.first_step)
         history = None
         if slots is not None:
-            history = History.empty(x0, t0, tolerance.max_steps, slots, len(rule.read), at is not None)
+            rows = (
+                max(tolerance.max_steps, slots + 1) if self.setting.replays and tolerance.max_steps > slots else slots
+            )
+            history = History.empty(x0, t0, rows, slots, len(rule.read), at is not None)
         end = solve(rule, field, x0, t0, t1, h, first, at, history)
         made = calls * (t0 != t1).to(torch.int64)
         all_calls = made.amax() + end.attempts * (tableau.stages - tableau.fsal)
         times = end.times
         numbers = Numbers(
             times.t, times.size, times.ratio, times.status, times.taken, times.rejected, end.calls + made,
-            end.attempts.expand_as(t0), all_calls.expand_as(t0),
+            *(count.expand_as(t0) for count in (end.attempts, all_calls, end.steps)),
         )  # fmt: skip
         return (end.x, end.outputs[:-1], torch.stack([v.to(torch.float64) for v in numbers])), end, history
 
@@ -185,18 +193,8 @@ class _Solve(torch.autograd.Function):
         if at is not None:
             here = (at == t0) & ((t0 == t1) | torch.full_like(t0, not call.shifts, dtype=torch.bool))
             met = here.to(torch.int64).sum(0)
-        adjoint = Adjoint(
-            rule,
-            call.field,
-            tensors,
-            History(times, outputs, states, tuple(stages), marks, ctx.width),
-            steps,
-            x0,
-            x1,
-            t0,
-            at,
-            met,
-        )
+        history = History(times, outputs, states, tuple(stages), marks, ctx.width)
+        adjoint = Adjoint(rule, call.field, tensors, history, steps, x0, x1, t0, at, met)
         gx, of_tensors, of_at = adjoint.solve(g1, of_outputs if at is not None else None)
         if at is not None and here is not None:
             mask = here.view(*here.shape, *[1] * (1 + x0.ndim - here.ndim))

@@ -14,6 +14,7 @@ def _traced(monkeypatch):
 def few_slots(monkeypatch):
     """Room for the states of five steps, and for three on the way."""
     monkeypatch.setattr(solve, "SLOTS", 5)
+    monkeypatch.setattr(compilation, "SLOTS", 5)
     monkeypatch.setattr(loop, "MARKS", 3)
     compilation.forget()
     yield
