@@ -149,7 +149,7 @@ def integrate(
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
     _check_steps(steps, tolerance, controller, tableau)
-    packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor))
+    packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor), finite=graph is not True)  # which looks at its end
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
     in_graph = False
@@ -160,6 +160,7 @@ def integrate(
             graph, x0 if packing.single else packing.pack(x0), steps=steps, event=event, keep=keep, gradient=gradient,
             controller=controller or _CONTROLLER, tableau=tableau, at=at,
         )  # fmt: skip
+        packing = packing if in_graph else Packing(x0, "x0", batched=packing.batched)
     captured = None
     traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
     if gradient != "direct" and torch.is_grad_enabled() and not traced:

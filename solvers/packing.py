@@ -20,13 +20,14 @@ class Packing:
         state: a tensor, or a tuple or dictionary of tensors of one dtype and device.
         name: of the argument, for errors.
         batched: the first dimension of all parts is the batch ``B``: they become one ``(B, N)``, not one vector.
+        finite: whether NaN and infinity are looked for.
 
     Raises:
         TypeError: something else, or an integer tensor.
         ValueError: nothing in it, dtypes, devices or batches that differ, or NaN or infinity (looked for on CPUs only).
     """
 
-    def __init__(self, state: Any, name: str = "y0", *, batched: bool = False) -> None:
+    def __init__(self, state: Any, name: str = "y0", *, batched: bool = False, finite: bool = True) -> None:
         self.keys = tuple(state) if isinstance(state, Mapping) else None
         self.single = isinstance(state, Tensor)
         if not self.single and not isinstance(state, (tuple, Mapping)):
@@ -43,7 +44,7 @@ class Packing:
             raise TypeError(f"{name} must be floating or complex, got {first.dtype}; convert it with .float()")
         if (batched and len({part.shape[:1] for part in parts}) > 1) or (batched and not first.ndim):
             raise ValueError(f"{name} must have one batch size, got shapes {[tuple(p.shape) for p in parts]}")
-        for part in parts:
+        for part in parts if finite else ():
             check_finite(part, name)
         self.batched = batched
         self.shapes = [part.shape[batched:] for part in parts]

@@ -20,6 +20,7 @@ from torch.compiler import assume_constant_result
 
 from solvers.controllers import SampleController, SampleStates
 from solvers.gradients.captured import owner_of
+from solvers.graph.clock import FAILED_FIRST
 from solvers.graph.compiler import compile_loops, watched
 from solvers.graph.fields import GraphField
 from solvers.graph.result import checked, solution_of
@@ -28,7 +29,7 @@ from solvers.packing import Packing
 from solvers.solution import Solution
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
-from solvers.validation import in_state_shape, is_transformed
+from solvers.validation import check_finite, in_state_shape, is_transformed
 
 __all__ = ["check_graph", "forget", "solve_in_graph"]
 
@@ -179,6 +180,8 @@ def solve_in_graph(
     if end is None:
         return None
     numbers = Numbers(*end.numbers.tolist())  # waits for the device, once
+    if per_sample or t0 == t1 or numbers.status == FAILED_FIRST:
+        check_finite(x0, "x0")
     solution = solution_of(end, numbers, times, packing.unpack)
     if raises:
         checked(solution, end, numbers, setting.field.velocity(tuple(args)), t0, t1, tableau, tolerance)

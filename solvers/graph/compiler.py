@@ -14,6 +14,9 @@ from torch.fx import GraphModule
 
 __all__ = ["compile_loops", "watched"]
 
+FEW = 8
+"""Numbers to which a linear map is written the other way round."""
+
 _OURS = re.compile(r"L\['(?:tableau|raises)'\]|G\['(?!__import_(?!solvers|torch))")
 _LINEAR = torch._C._nn.linear
 _LOOPS = "torch.ops.higher_order.while_loop"
@@ -30,8 +33,7 @@ def compile_loops(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., An
     patches: dict[str, Any] = {"unsafe_marked_cacheable_functions": {_LOOPS: "1"}}
     if on_cpu:
         patches["cpp_wrapper"] = True
-    if on_cpu:
-        _part_biases(graph)
+        _for_mkl(graph)
     with config.patch(donated_buffer=False):
         return compile_fx(graph, inputs, config_patches=patches)
 
@@ -45,22 +47,26 @@ def watched(guards: Sequence[Any]) -> list[bool]:
     return [_OURS.search(guard.name) is None for guard in guards]
 
 
-def _part_biases(graph: GraphModule) -> None:
-    """Take biases out of linear maps, whose library copies them first: the pass over numbers that follows adds them.
+def _for_mkl(graph: GraphModule) -> None:
+    """Write linear maps as the library for them is fastest: it copies biases first, and is slow in few columns.
 
-    They are subtracted with the other sign, for the compiler takes a sum of the two for a call of that library.
+    The pass over numbers that follows takes the bias. It is subtracted with the other sign, for the compiler takes a
+    sum of the two for a call of that library.
     """
     for part in graph.modules():
         nodes = part.graph.find_nodes(op="call_function", target=_LINEAR) if isinstance(part, GraphModule) else []
         for node in nodes:
-            x, weight, *bias = node.args
-            if bias and bias[0] is not None:
-                with part.graph.inserting_before(node):
-                    product = part.graph.call_function(_LINEAR, (x, weight))
-                    whole = part.graph.call_function(
-                        torch.sub, (product, part.graph.call_function(torch.neg, (bias[0],)))
-                    )
-                node.replace_all_uses_with(whole)
-                part.graph.erase_node(node)
+            x, weight, bias = (*node.args, None)[:3] if not node.kwargs else (None, None, None)
+            if weight is None or weight.meta["example_value"].dtype not in (torch.float32, torch.float64):
+                continue
+            call, method = part.graph.call_function, part.graph.call_method
+            few = len(weight.meta["example_value"]) <= FEW and x.meta["example_value"].ndim == 2
+            with part.graph.inserting_before(node):
+                product = call(_LINEAR, (x, weight)) if not few else None
+                if few:
+                    product = method("t", (call(torch.mm, (weight, method("t", (x,)))),))
+                whole = product if bias is None else call(torch.sub, (product, call(torch.neg, (bias,))))
+            node.replace_all_uses_with(whole)
+            part.graph.erase_node(node)
         if nodes:
             part.recompile()
