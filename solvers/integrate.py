@@ -163,7 +163,7 @@ def integrate(
         packing = packing if in_graph else Packing(x0, "x0", batched=packing.batched)
     captured = None
     traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
-    if gradient != "direct" and torch.is_grad_enabled() and not traced:
+    if gradient != "direct" and torch.is_grad_enabled() and not traced and not in_graph:
         captured = captured_field(field, parameters, args, gradient, steps is None or event is not None)
     v: Field = field if captured is None else captured
     if args or not packing.single:
@@ -187,7 +187,7 @@ def integrate(
         solution = solve_in_graph(
             field, x, start, end, packing=packing, args=args, tableau=tableau, tolerance=tolerance or _TOLERANCE,
             controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",  # type: ignore[arg-type] - checked
-            parameters=parameters, at=None if t is None else times, times=t,
+            parameters=parameters, gradient=gradient, at=None if t is None else times, times=t,
         )  # fmt: skip
         if solution is not None:
             return solution

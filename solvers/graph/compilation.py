@@ -73,7 +73,7 @@ def check_graph(
         reason = ValueError("graph=True finds no event: leave out event, or graph=True")
     elif keep == "steps":
         reason = ValueError("graph=True keeps no steps: leave out keep='steps', and give the times of states, at=")
-    elif gradient != "direct":
+    elif gradient == "checkpoint":
         reason = ValueError(
             "graph=True has a gradient of its own, that of the steps, whose memory does not grow with them: leave out "
             f"gradient={gradient!r}"
@@ -137,13 +137,13 @@ def _check_controller(controller: SampleController, order: int) -> None:
 def solve_in_graph(
     field: Callable[..., Any], x0: Tensor, t0: Any, t1: Any, *, packing: Packing, args: Sequence[Any],
     tableau: ButcherTableau, tolerance: Tolerance, controller: SampleController, per_sample: bool, raises: bool,
-    parameters: Any, at: Any = None, times: Tensor | None, of: Any = None,
+    parameters: Any, gradient: str = "direct", at: Any = None, times: Tensor | None, of: Any = None,
 ) -> Solution | None:  # fmt: skip
     """The solution, or None where there is no compiler, after a warning.
 
     Args:
-        field, x0, t0, t1, args, tableau, tolerance, controller, parameters: as :func:`~solvers.integrate` has them, the
-            first state packed.
+        field, x0, t0, t1, args, tableau, tolerance, controller, parameters, gradient: as :func:`~solvers.integrate` has
+            them, the first state packed.
         packing: of it.
         per_sample: whether each sample has its own steps.
         raises: whether a solve that cannot go on raises.
@@ -162,7 +162,9 @@ def solve_in_graph(
             rows = rows + (exact - rows.detach()) if times.requires_grad else exact
         if per_sample:
             rows = rows.t() if rows.ndim > 1 else rows[:, None].expand(-1, len(x0))
-    setting = Setting(GraphField(field, owner, packing), tableau, tolerance, controller, raises, inside)
+    setting = Setting(
+        GraphField(field, owner, packing), tableau, tolerance, controller, raises, gradient == "backsolve", inside
+    )
     if inside:
         _keep_buffers()
         setting.field.check()
@@ -173,7 +175,7 @@ def solve_in_graph(
     end = None
     if key not in _long:
         end = _run(key, setting, of, x0, ends, rows, args)
-        if end is not None and end.x.requires_grad and end.numbers[-1].max() > SLOTS:
+        if end is not None and end.x.requires_grad and not setting.backsolves and end.numbers[-1].max() > SLOTS:
             _long.add(key)
     if key in _long:
         end = _run(key, replace(setting, replays=True), of, x0, ends, rows, args)
@@ -266,7 +268,7 @@ def _key_of(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Any:
     limits = tolerance.first_step, tolerance.min_step, tolerance.max_step, tolerance.max_steps
     return (
         type(of), getattr(of, "__code__", None), setting.tableau, *kinds, norm, *limits, setting.controller,
-        setting.raises, per_sample, x0.dtype, x0.device, x0.shape[1:], setting.field.packing.single,
+        setting.raises, setting.backsolves, per_sample, x0.dtype, x0.device, x0.shape[1:], setting.field.packing.single,
         tuple(p.shape for p in setting.field.parameters), torch.is_grad_enabled(),
     )  # fmt: skip
 
@@ -277,13 +279,14 @@ def _compiled_for(kind: Any, setting: Setting) -> Callable[..., Ending]:
     if key in _compiled:
         _compiled.move_to_end(key)
         return _compiled[key]
-    tableau, controller, raises, replays = setting.tableau, setting.controller, setting.raises, setting.replays
+    tableau, controller = setting.tableau, setting.controller
+    ways = setting.raises, setting.backsolves, setting.replays
     _check_controller(controller, tableau.error_order)
 
     def run(
         field: GraphField, tolerance: Tolerance, x0: Tensor, ends: Tensor, at: Tensor | None, args: tuple[Any, ...]
     ) -> Ending:
-        return solved(Setting(field, tableau, tolerance, controller, raises, replays), x0, *_apart(ends), at, args)
+        return solved(Setting(field, tableau, tolerance, controller, *ways), x0, *_apart(ends), at, args)
 
     # a code of its own, for the compiler counts and keeps what it compiles by code
     own = FunctionType(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
+from solvers.first_step import first_step
 from solvers.graph.clock import GOING, Clock, Times
 from solvers.graph.outputs import Outputs
 from solvers.step import Field, Step, rk_step
@@ -88,6 +89,7 @@ class Solved(NamedTuple):
         x: states there.
         attempts, steps: rows of attempted and of kept steps, scalars.
         calls: of the field, for each sample, a scalar or ``(B,)``.
+        all_calls: of the field, a scalar.
         outputs: the states at the output times, ``(n, *x0.shape)``; one row of no meaning where there are none.
     """
 
@@ -96,6 +98,7 @@ class Solved(NamedTuple):
     attempts: Tensor
     steps: Tensor
     calls: Tensor
+    all_calls: Tensor
     outputs: Tensor
 
 
@@ -128,8 +131,8 @@ class Rule:
 
 
 def solve(
-    rule: Rule, field: Field, x0: Tensor, t0: Tensor, t1: Tensor, h: Tensor, first: Tensor, at: Tensor | None,
-    history: History | None,
+    rule: Rule, field: Field, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None = None,
+    history: History | None = None,
 ) -> Solved:  # fmt: skip
     """Solve from t0 to t1; without gradients.
 
@@ -138,13 +141,17 @@ def solve(
         field: velocity ``v(t, x)``, t a tensor.
         x0: the first state, ``(B, *S)``.
         t0, t1: scalars float64, or ``(B,)``.
-        h: size of the first attempt, likewise.
-        first: the velocity at the start.
         at: output times, ``(n,)`` or ``(n, B)``, or None.
         history: what to keep of the steps, written in place.
     """
-    clock, tableau = rule.clock, rule.tableau
+    clock, tableau, tolerance = rule.clock, rule.tableau, rule.clock.tolerance
     direction = torch.where(t1 >= t0, 1.0, -1.0).to(t0.dtype)
+    first, calls = field(in_state_shape(t0, x0), x0), 1
+    if tolerance.first_step is None:
+        h = first_step(field, t0, x0, first, direction, clock.order, (t1 - t0).abs(), tolerance)
+        calls += 1
+    else:
+        h = torch.full_like(t0, tolerance.first_step)
     none = torch.zeros((), dtype=torch.int64, device=t0.device)
     outputs = x0.new_empty(1 if at is None else len(at) + 1, *x0.shape)
     times = clock.begin(t0, t1, direction, h)
@@ -160,8 +167,8 @@ def solve(
     ) -> tuple[Any, ...]:
         attempts, steps = counts or (times.taken + times.rejected, times.taken)
         step = rule.step(field, times.t, x, times.h, first if tableau.fsal else None)
-        scaled = clock.tolerance.scaled(step.error(), x, step.x1)
-        ratio = clock.tolerance.size(scaled, each=clock.each).to(times.t.dtype)
+        scaled = tolerance.scaled(step.error(), x, step.x1)
+        ratio = tolerance.size(scaled, each=clock.each).to(times.t.dtype)
         after, took, t_next = clock.judge(
             times, t1, direction, ratio, attempts + 1, lambda: step.stages[0].isfinite().all()
         )  # fmt: skip
@@ -181,4 +188,7 @@ def solve(
     times, x, _, counts, _ = while_loop(goes, attempt, begun)
     tried = times.taken + times.rejected
     attempts, steps = counts or (tried, times.taken)
-    return Solved(times, x, attempts, steps, made * tried, outputs)
+    begun_calls = calls * (t0 != t1).to(torch.int64)
+    return Solved(
+        times, x, attempts, steps, made * tried + begun_calls, made * attempts + begun_calls.amax(), outputs
+    )  # fmt: skip

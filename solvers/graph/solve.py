@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from solvers.first_step import first_step
 from solvers.graph.adjoint import Adjoint
+from solvers.graph.backsolve import Backsolve
 from solvers.graph.clock import Clock
 from solvers.graph.fields import GraphField
 from solvers.graph.loop import History, Rule, Solved, solve
@@ -19,7 +19,7 @@ from solvers.graph.outputs import Outputs
 from solvers.step import Field
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
-from solvers.validation import in_state_shape, real_dtype
+from solvers.validation import real_dtype
 
 __all__ = ["SLOTS", "Ending", "Numbers", "Setting", "solved"]
 
@@ -35,6 +35,7 @@ class Setting:
         field: the velocity.
         tableau, tolerance, controller: the method, what it accepts and how it chooses its steps.
         raises: whether a sample that cannot go on ends the solve.
+        backsolves: whether the gradient is that of the ODE, solved backwards.
         replays: whether steps may be more than those whose states are kept for the gradient, so that it takes some
             anew; otherwise it is that of a solve with no more steps.
     """
@@ -44,6 +45,7 @@ class Setting:
     tolerance: Tolerance
     controller: Any
     raises: bool
+    backsolves: bool
     replays: bool
 
 
@@ -104,7 +106,8 @@ def solved(setting: Setting, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | No
     if not (torch.is_grad_enabled() and needs):
         with torch.no_grad():
             return Ending(*call.solve(x0, t0, t1, at, tensors, None)[0])
-    return Ending(*_Solve.apply(call, x0, t0, t1, at, *tensors))  # type: ignore[misc]
+    way = Backsolve if setting.backsolves else _Solve
+    return Ending(*way.apply(call, x0, t0, t1, at, *tensors))  # type: ignore[misc]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,28 +140,16 @@ class _Call:
         self, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | None, tensors: Sequence[Tensor], slots: int | None
     ) -> tuple[tuple[Tensor, ...], Solved, History | None]:
         """Solve, and keep a history with room for the states of so many steps."""
-        tolerance, tableau = self.setting.tolerance, self.setting.tableau
-        rule, field = self.rule(x0, t0, slots is not None), self.field(tensors, own=True)
-        first, calls = field(in_state_shape(t0, x0), x0), 1
-        if tolerance.first_step is None:
-            direction = torch.where(t1 >= t0, 1.0, -1.0).to(t0.dtype)
-            h = first_step(field, t0, x0, first, direction, tableau.error_order, (t1 - t0).abs(), tolerance)
-            calls += 1
-        else:
-            h = torch.full_like(t0, tolerance.first_step)
-        history = None
+        rule, history = self.rule(x0, t0, slots is not None), None
         if slots is not None:
-            rows = (
-                max(tolerance.max_steps, slots + 1) if self.setting.replays and tolerance.max_steps > slots else slots
-            )
+            most = self.setting.tolerance.max_steps
+            rows = max(most, slots + 1) if self.setting.replays and most > slots else slots
             history = History.empty(x0, t0, rows, slots, len(rule.read), at is not None)
-        end = solve(rule, field, x0, t0, t1, h, first, at, history)
-        made = calls * (t0 != t1).to(torch.int64)
-        all_calls = made.amax() + end.attempts * (tableau.stages - tableau.fsal)
+        end = solve(rule, self.field(tensors, own=True), x0, t0, t1, at, history)
         times = end.times
         numbers = Numbers(
-            times.t, times.size, times.ratio, times.status, times.taken, times.rejected, end.calls + made,
-            *(count.expand_as(t0) for count in (end.attempts, all_calls, end.steps)),
+            times.t, times.size, times.ratio, times.status, times.taken, times.rejected, end.calls,
+            *(count.expand_as(t0) for count in (end.attempts, end.all_calls, end.steps)),
         )  # fmt: skip
         return (end.x, end.outputs[:-1], torch.stack([v.to(torch.float64) for v in numbers])), end, history
 
