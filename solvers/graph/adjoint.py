@@ -12,6 +12,7 @@ from torch._higher_order_ops import while_loop
 
 from solvers.graph.loop import History, Rule
 from solvers.graph.outputs import pick
+from solvers.graph.repeats import at_least_once
 from solvers.step import Field
 from solvers.validation import in_state_shape
 
@@ -27,7 +28,7 @@ class Adjoint:
         field: makes the velocity ``v(t, x)`` of what else it is computed from.
         tensors: what that is; each gets a gradient.
         history: what was kept of the steps.
-        steps: their number, a scalar.
+        steps: their number, a scalar, at least 1: of a solve without a step there is a row of size 0.
         x0, x1: the first and the last state.
         t0: the start, a scalar or ``(B,)``.
         at, met: output times, and how many of them are met at the start; or None.
@@ -103,7 +104,7 @@ class Adjoint:
             return n < end
 
         def one(n: Tensor, x: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-            t, h = (v.clone() for v in pick(self.history.times, n).unbind())
+            t, h = (v.clone() for v in pick(self.history.times, n.clamp(max=len(self.history.times) - 1)).unbind())
             step = rule.step(field, t, x, h, first if fsal else None)
             again.write(n.remainder(slots), x, [step.stages[j] for j in rule.read])
             took = in_state_shape(h != 0, x)
@@ -114,7 +115,7 @@ class Adjoint:
         if fsal:
             t = pick(self.history.times, n.clamp(max=len(self.history.times) - 1)).unbind()[0]
             first = field(in_state_shape(torch.where(n < end, t, self.t0), x), x)
-        return while_loop(goes, one, (n.clone(), x.clone(), first))[1]
+        return at_least_once(goes, one, (n.clone(), x.clone(), first))[1]
 
     def _steps(
         self, first: Tensor, n: Tensor, carried: tuple[Tensor, ...], again: History | None, of_outputs: Tensor | None,

@@ -122,6 +122,7 @@ class Clock:
         status = torch.where(hopeless, NOT_FINITE, times.status)
         if not self.each:
             status = torch.where(finite | first_finite(), status, FAILED_FIRST)
+        status = torch.where(moving, status, times.status)
         counted = moving.to(torch.int64)
         # clones, for a rule may return what it was given, which a loop does not
         after = Times(

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import while_loop
 
 from solvers.first_step import first_step
 from solvers.graph.clock import GOING, Clock, Times
 from solvers.graph.outputs import Outputs
+from solvers.graph.repeats import at_least_once
 from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau
 from solvers.validation import in_state_shape, real_dtype
@@ -181,11 +181,11 @@ def solve(
             history.write(steps.remainder(len(history.states)), x, stages)
         first = torch.where(mask, step.stages[-1], step.stages[0]) if tableau.fsal else first.clone()
         if counts:
-            counts = attempts + 1, steps + took.any().to(torch.int64)
+            counts = attempts + clock.moving(times, t1).any().to(torch.int64), steps + took.any().to(torch.int64)
         return after, torch.where(mask, step.x1, x), first, counts, tuple(m.clone() for m in met)
 
     begun = (times, x0.clone(), first.clone(), (none, none.clone()) if clock.each else (), met)
-    times, x, _, counts, _ = while_loop(goes, attempt, begun)
+    times, x, _, counts, _ = at_least_once(goes, attempt, begun)
     tried = times.taken + times.rejected
     attempts, steps = counts or (tried, times.taken)
     begun_calls = calls * (t0 != t1).to(torch.int64)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import while_loop
 
+from solvers.graph.repeats import at_least_once
 from solvers.step import Field, Step
 from solvers.tableaus import ButcherTableau
 from solvers.validation import in_state_shape
@@ -54,7 +54,7 @@ class Outputs:
             self._write(outputs, met, inside, state)
             return (met + inside.to(torch.int64),)
 
-        return while_loop(goes, one, (met.clone(),))[0]
+        return at_least_once(goes, one, (met.clone(),))[0]
 
     def pull(
         self, at: Tensor, begun: Tensor, end: Tensor, t: Tensor, h: Tensor, g1: Tensor,
@@ -103,7 +103,8 @@ class Outputs:
             return (j + here, g0 + inside, g1, *(a + f * inside for a, f in zip(gp, factors, strict=True)))
 
         zero = torch.zeros_like(g1)
-        _, g0, g1, *gp = while_loop(goes, one, (begun.clone(), zero, g1.clone(), *(zero.clone() for _ in range(n))))
+        carried = begun.clone(), zero, g1.clone(), *(zero.clone() for _ in range(n))
+        _, g0, g1, *gp = at_least_once(goes, one, carried)
         return g0, g1, list(gp)
 
     def _slopes(self, theta: Tensor) -> list[Tensor]:

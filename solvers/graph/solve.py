@@ -166,7 +166,7 @@ class _Solve(torch.autograd.Function):
         ctx.call, ctx.stages, ctx.outputs = call, len(history.stages), at is not None
         times = () if at is None else (at,)
         ctx.save_for_backward(
-            x0, t0, t1, end.x, end.steps, history.times, history.outputs, history.states, history.marks,
+            x0, t0, t1, end.x, end.steps.clamp(min=1), history.times, history.outputs, history.states, history.marks,
             *history.stages, *times, *tensors,
         )  # fmt: skip
         ctx.width = history.width
