@@ -29,10 +29,12 @@ import tyro
 from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks.gpu.timing import waits
 from odenets.command.speed.fields import FIELDS, Field, calls, make
 from odenets.command.speed.solves import passes
 from odenets.training.runs import environment
 from solvers import Tolerance, integrate
+from solvers.graph.compilation import WRITES
 
 RTOL, ATOL = 1e-3, 1e-6
 WHO = ("graph", "integrate", "torchdiffeq", "diffrax", "graph per sample", "integrate per sample")
@@ -46,6 +48,7 @@ torch.set_num_threads(1)
 if sys.argv[1] == "warm":  # what any first compilation takes: the compiler's own checks, headers
     torch.compile(lambda x: x.sin() + 1)(torch.ones(9, device=sys.argv[3]))
 from benchmarks.graphs import solver_of
+from benchmarks.gpu.timing import waits
 from odenets.command.speed.fields import FIELDS, make
 from odenets.command.speed.solves import passes
 field, x = make(FIELDS[0], sys.argv[3])
@@ -146,6 +149,8 @@ def case(name: str, method: str, backward: bool, options: Options) -> Iterator[d
     works: dict[str, Callable[[], object]] = {"floor": passes(lambda: calls(field, x, n), backward)}
     steps: dict[str, int] = {}
     for who in WHO:
+        if backward and who.startswith("graph") and not WRITES:
+            continue  # this torch has no graph with a gradient
         if who == "diffrax":
             if find_spec("diffrax") is None:
                 continue
@@ -165,7 +170,8 @@ def case(name: str, method: str, backward: bool, options: Options) -> Iterator[d
     for who, seconds in taken.items():
         ratios = [one / floor for one, floor in zip(seconds, taken["floor"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        yield {
+        counted = {"waits": waits(works[who])} if x.is_cuda and who in steps and who != "diffrax" else {}
+        yield counted | {
             "field": name, "method": method, "backward": backward, "who": who, "evaluations": n,
             "steps": steps.get(who), "rounds": len(seconds), "seconds": statistics.median(seconds), "ratio": middle,
             "quartiles": [low, high],
@@ -205,14 +211,14 @@ def table(measured: dict[str, Any]) -> str:
     lines = []
     for (name, method, backward), cells in found.items():
         floor, peer = cells["floor"], cells["torchdiffeq"]["seconds"]
-        shown = [f"{cells[each]['ratio']:.2f} ({cells[each]['steps']})" if each in cells else "" for each in who]
-        times = f"{peer / cells['graph']['seconds']:.1f}, {peer / cells['integrate']['seconds']:.1f}"
+        shown = [_cell(cells[each]) if each in cells else "" for each in who]
+        times = ", ".join(f"{peer / cells[each]['seconds']:.1f}" for each in ("graph", "integrate") if each in cells)
         kind = "with gradients" if backward else "forward"
         lines.append([name, kind, method, f"{1e6 * floor['seconds']:.0f} ({floor['evaluations']})", *shown, times])
     heads = ["field", "", "method", "field calls (µs)", *who, "torchdiffeq / graph, / integrate"]
     text = [
-        "Time over that of the field calls alone (accepted and rejected steps); medians of interleaved rounds, "
-        f"rtol {RTOL:g}, atol {ATOL:g}.",
+        "Time over that of the field calls alone (accepted and rejected steps, on a GPU how often the solve waits for "
+        f"it); medians of interleaved rounds, rtol {RTOL:g}, atol {ATOL:g}.",
         tabulate(lines, heads, tablefmt="github", disable_numparse=True),
     ]
     if measured["first"]:
@@ -228,6 +234,11 @@ def table(measured: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     text.append(f"{where['device']}, {where['threads']} thread(s); {versions}; commit {where['commit']}")
     return "\n\n".join(text)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    waits = f", {row['waits']} waits" if "waits" in row else ""
+    return f"{row['ratio']:.2f} ({row['steps']}{waits})"
 
 
 def main(options: Options) -> None:

@@ -24,7 +24,7 @@ _TENSORS: Any = (
     torch.where,
     lambda a, b: torch.where(a < b, a, b),
     lambda a, b: torch.where(a > b, a, b),
-    pow,
+    lambda a, b: a**b,
     torch.isfinite,
 )
 

@@ -161,15 +161,6 @@ def integrate(
             controller=controller or _CONTROLLER, tableau=tableau, at=at,
         )  # fmt: skip
         packing = packing if in_graph else Packing(x0, "x0", batched=packing.batched)
-    captured = None
-    traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
-    if gradient != "direct" and torch.is_grad_enabled() and not traced and not in_graph:
-        captured = captured_field(field, parameters, args, gradient, steps is None or event is not None)
-    v: Field = field if captured is None else captured
-    if args or not packing.single:
-        call = v
-        v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
-    entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     x = x0 if packing.single else packing.pack(x0)
     samples, times, t = len(x) if per_sample else None, (), None
     start = _time("t0", t0, samples)
@@ -188,9 +179,19 @@ def integrate(
             field, x, start, end, packing=packing, args=args, tableau=tableau, tolerance=tolerance or _TOLERANCE,
             controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",  # type: ignore[arg-type] - checked
             parameters=parameters, gradient=gradient, at=None if t is None else times, times=t,
+            graph=graph,
         )  # fmt: skip
         if solution is not None:
             return solution
+    captured = None
+    traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
+    if gradient != "direct" and torch.is_grad_enabled() and not traced:
+        captured = captured_field(field, parameters, args, gradient, steps is None or event is not None)
+    v: Field = field if captured is None else captured
+    if args or not packing.single:
+        call = v
+        v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
+    entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     task = Task(
         field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
         grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,

@@ -17,6 +17,7 @@ from torch._dynamo.eval_frame import is_dynamo_supported
 from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config
 from torch.compiler import assume_constant_result
+from torch.utils._pytree import tree_leaves
 
 from solvers.controllers import SampleController, SampleStates
 from solvers.gradients.captured import owner_of
@@ -37,6 +38,8 @@ BACKEND: Any = compile_loops
 """The compiler, as ``torch.compile`` takes it."""
 PAYS = 1 << 15
 """Numbers of a state up to which a graph is the faster one: the loop on the host is then much of the time."""
+TRACES, WRITES = (tuple(map(int, torch.__version__.split(".")[:2])) >= version for version in ((2, 11), (2, 14)))
+"""Whether this torch takes a solve as a graph, and whether its loops write where it keeps what a gradient needs."""
 MOST = 32
 """Kinds of solves of which compiled ones are kept."""
 
@@ -85,6 +88,12 @@ def check_graph(
         )
     elif not hasattr(controller, "each"):
         reason = TypeError(f"controller must have a method each() with graph=True, got {type(controller).__name__}")
+    elif not TRACES and graph is not True:
+        return False
+    elif not TRACES and torch.compiler.is_compiling():
+        reason = ValueError(f"graph=True needs torch 2.11 or newer, this is {torch.__version__}: graph=False")
+    elif not TRACES:
+        return _without(f"it needs torch 2.11 or newer, this is {torch.__version__}", graph)
     elif torch.compiler.is_compiling():
         return True
     elif not is_dynamo_supported():
@@ -138,6 +147,7 @@ def solve_in_graph(
     field: Callable[..., Any], x0: Tensor, t0: Any, t1: Any, *, packing: Packing, args: Sequence[Any],
     tableau: ButcherTableau, tolerance: Tolerance, controller: SampleController, per_sample: bool, raises: bool,
     parameters: Any, gradient: str = "direct", at: Any = None, times: Tensor | None, of: Any = None,
+    graph: Any = True,
 ) -> Solution | None:  # fmt: skip
     """The solution, or None where there is no compiler, after a warning.
 
@@ -150,6 +160,7 @@ def solve_in_graph(
         at: output times as numbers, within the solve; those of ``times`` if not given.
         times: the same as a tensor, which gradients may flow to, as the solution shows them; or None.
         of: the function of the caller's that the field calls, if it is another.
+        graph: True or "auto", as the caller passed it.
     """
     inside, of = torch.compiler.is_compiling(), field if of is None else of
     owner = _owner(of, parameters, inside)
@@ -165,6 +176,12 @@ def solve_in_graph(
     setting = Setting(
         GraphField(field, owner, packing), tableau, tolerance, controller, raises, gradient == "backsolve", inside
     )
+    if not WRITES and (times is not None or (gradient == "direct" and _needs_gradient(setting.field, x0, args))):
+        why = f"gradients and output times need torch 2.14 or newer, this is {torch.__version__}"
+        if inside:
+            raise ValueError(f"graph=True: {why}; graph=False, or gradient='backsolve' for gradients")
+        _without(why, graph)
+        return None
     if inside:
         _keep_buffers()
         setting.field.check()
@@ -225,6 +242,13 @@ def _keep_buffers() -> bool:
     """
     config.donated_buffer = False
     return True
+
+
+def _needs_gradient(field: GraphField, x0: Tensor, args: Sequence[Any]) -> bool:
+    """Whether one is asked for."""
+    return torch.is_grad_enabled() and any(
+        x.requires_grad for x in (x0, *field.parameters, *tree_leaves(tuple(args))) if isinstance(x, Tensor)
+    )
 
 
 def _owner(field: Any, parameters: Any, inside: bool) -> nn.Module | None:

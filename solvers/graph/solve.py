@@ -123,7 +123,7 @@ class _Call:
     def field(self, tensors: Sequence[Tensor], own: bool = False) -> Field:
         """The velocity, of the tensors, or with the ``own`` parameters of its modules."""
         leaves = [*self.leaves]
-        for i, tensor in zip(self.places, tensors, strict=False):
+        for i, tensor in zip(self.places, tensors[: len(self.places)], strict=True):
             leaves[i] = tensor
         args = tree_unflatten(leaves, self.spec)
         return self.setting.field.velocity(args, None if own else tensors[len(self.places) :])
