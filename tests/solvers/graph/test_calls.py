@@ -46,7 +46,6 @@ def counted(function):
         ("bs23", {"tolerance": Tolerance(rtol=1e-4)}),
         ("bs23", {"at": [0.1, 0.5], "control": "sample"}),
         ("heun", {}),
-        ("dopri5", {"tolerance": Tolerance(first_step=0.1)}),
     ],
 )
 def test_calls_are_those_counted_and_those_of_a_gradient_at_most_the_stages(solver, options):

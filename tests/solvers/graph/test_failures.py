@@ -30,45 +30,62 @@ class Trouble(nn.Module):
 
 
 def solved(graph, kind, t1, x=X, tolerance=LIMIT, **options):
-    args = (kind, X[:, 1:].clone())
+    args = (kind.clone(), X[:, 1:].clone())  # no tensor that the field reads itself
     return integrate(Trouble(), x, 0.0, t1, args=args, tolerance=tolerance, graph=graph, **options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("control", ["batch", "sample"])
-def test_errors_name_the_place_and_keep_the_part_that_stands(control):
-    for kind, error, sample in ((ENDS, NonFiniteError, 1), (FAST, MaxStepsError, 1)):
+def test_errors_name_the_place_and_keep_the_part_that_stands():
+    for kind, error in ((ENDS, NonFiniteError), (FAST, MaxStepsError)):
         raised = []
         for graph in (True, False):
             with torch.no_grad(), pytest.raises(error) as info:
-                solved(graph, kind, 4.0, control=control)
+                solved(graph, kind, 4.0, control="sample")
             raised.append(info.value)
         ours, theirs = raised
         assert ours.t == pytest.approx(theirs.t, rel=1e-6)
         assert ours.h == pytest.approx(theirs.h, rel=0.5)  # halved until t + h is t
-        assert ours.solution.t1 == pytest.approx(theirs.solution.t1, rel=1e-6)
+        assert ours.sample == theirs.sample == 1
+        torch.testing.assert_close(ours.solution.t1, theirs.solution.t1, rtol=1e-6, atol=0.0)
         torch.testing.assert_close(ours.solution.x1, theirs.solution.x1, rtol=1e-6, atol=1e-9)
-        if control == "sample":
-            assert ours.sample == theirs.sample == sample
+
+
+def rises(t, x):
+    return torch.where(x > 2, torch.nan, x)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [ENDS, FAST], ids=["NaN", "limit"])
-def test_samples_that_fail_alone_are_returned_as_they_stand_with_gradients(kind):
-    """The first sample reaches the end, the others stop before."""
-    found = []
+@pytest.mark.xfail(strict=True, reason="the last attempt is made again with the size of the next, which may be finite")
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_errors_name_the_stage_that_is_not_finite(control):
+    raised = []
     for graph in (True, False):
-        x = X.clone().requires_grad_()
-        solution = solved(graph, kind, 1.0, x, control="sample", on_limit="return")
-        found.append((solution, *torch.autograd.grad(solution.x1.square().sum(), x)))
-    (ours, gradient), (theirs, other) = found
-    assert ours.status == theirs.status
-    assert ours.status[0] == "finished"
-    assert "finished" not in ours.status[1:]
-    torch.testing.assert_close(ours.t1, theirs.t1, rtol=1e-9, atol=0.0)
-    torch.testing.assert_close(ours.x1, theirs.x1, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradient, other, rtol=1e-7, atol=1e-9)
-    assert gradient.isfinite().all()
+        with torch.no_grad(), pytest.raises(NonFiniteError) as info:
+            integrate(rises, X, 0.0, 3.0, graph=graph, control=control)
+        raised.append(info.value)
+    ours, theirs = raised
+    assert theirs.stage is not None
+    assert theirs.sample is not None
+    assert (ours.stage is None, ours.sample) == (False, theirs.sample)
+
+
+@pytest.mark.slow
+def test_samples_that_fail_alone_are_returned_as_they_stand_with_gradients():
+    """The first sample reaches the end, the others stop before."""
+    for kind in (ENDS, FAST):
+        found = []
+        for graph in (True, False):
+            x = X.clone().requires_grad_()
+            solution = solved(graph, kind, 1.0, x, control="sample", on_limit="return")
+            found.append((solution, *torch.autograd.grad(solution.x1.square().sum(), x)))
+        (ours, gradient), (theirs, other) = found
+        assert ours.status == theirs.status
+        assert ours.status[0] == "finished"
+        assert "finished" not in ours.status[1:]
+        torch.testing.assert_close(ours.t1, theirs.t1, rtol=1e-9, atol=0.0)
+        torch.testing.assert_close(ours.x1, theirs.x1, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradient, other, rtol=1e-7, atol=1e-9)
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.slow

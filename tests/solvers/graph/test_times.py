@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from solvers import Tolerance, integrate
 
@@ -15,16 +16,13 @@ def pulled(t, x, rate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("control", ["batch", "sample"])
 @pytest.mark.usefixtures("few_slots")
-def test_gradients_of_output_times_alone(control):
+def test_gradients_of_output_times_alone():
     """Also where there is no room for the states of all steps, of which some are taken anew."""
     found = []
     for graph in (True, False):
         at, rate = LATER.clone().requires_grad_(), torch.tensor(2.0, dtype=D)
-        solution = integrate(
-            pulled, X, 0.0, 1.0, args=(rate,), at=at, graph=graph, control=control, tolerance=Tolerance(1e-5, 1e-7)
-        )
+        solution = integrate(pulled, X, 0.0, 1.0, args=(rate,), at=at, graph=graph, tolerance=Tolerance(1e-5, 1e-7))
         found.append((solution, *torch.autograd.grad(solution.states.square().sum(), at)))
     (ours, gradient), (theirs, other) = found
     assert ours.stats == theirs.stats
@@ -63,3 +61,24 @@ def test_times_of_each_sample_give_states_of_each_sample():
         )
     torch.testing.assert_close(ours.states, theirs.states, rtol=1e-12, atol=1e-12)
     assert torch.equal(ours.times, theirs.times)
+
+
+class Pulled(nn.Module):
+    def forward(self, t, x):
+        return pulled(t, x, 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="numbers of the host decide whether times are finite")
+@pytest.mark.parametrize("control", ["batch", "sample"])
+def test_times_in_a_graph_of_the_caller(control):
+    """The second number is an input of the graph; those of samples are arrays."""
+    field = Pulled()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def last(x, t1):
+        return integrate(field, x, 0.0, t1, graph=True, control=control).x1
+
+    for t1 in (0.5, 0.25, 1.5):
+        reference = integrate(field, X, 0.0, t1, control=control).x1
+        torch.testing.assert_close(last(X, t1), reference, rtol=1e-12, atol=1e-12)
