@@ -162,25 +162,32 @@ def integrate(
         )  # fmt: skip
         packing = packing if in_graph else Packing(x0, "x0", batched=packing.batched)
     x = x0 if packing.single else packing.pack(x0)
-    samples, times, t = len(x) if per_sample else None, (), None
-    start = _time("t0", t0, samples)
-    end: Any = None if t1 is None and at is not None else _time("t1", t1, samples)
-    if at is not None:
-        times, t = output_times(at, start, end, x, gradient=gradient, per_sample=per_sample)
-        end = end if end is not None else times[:, -1].copy() if per_sample else times[-1]
-    longest = end - start if not per_sample else 2 * np.abs(end / 2 - start / 2).max().item()
-    largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
-    if not longest < math.inf or (steps is not None and longest / steps > largest):
-        raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
+    times, t = (), None
+    if in_graph and at is None and torch.compiler.is_compiling():  # which has no numbers to look at
+        start: Any = t0
+        end: Any = t1
+    else:
+        samples = x.shape[0] if per_sample else None
+        start, end = _time("t0", t0, samples), None if t1 is None and at is not None else _time("t1", t1, samples)
+        if at is not None:
+            times, t = output_times(at, start, end, x, gradient=gradient, per_sample=per_sample)
+            end = end if end is not None else times[:, -1].copy() if per_sample else times[-1]
+        longest = end - start if not per_sample else 2 * np.abs(end / 2 - start / 2).max().item()
+        largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
+        if not longest < math.inf or (steps is not None and longest / steps > largest):
+            raise ValueError(f"t1 - t0 must be finite in the precision of x0, got t0 = {t0} and t1 = {t1}")
     if in_graph:
         from solvers.graph.compilation import solve_in_graph
 
-        solution = solve_in_graph(
-            field, x, start, end, packing=packing, args=args, tableau=tableau, tolerance=tolerance or _TOLERANCE,
-            controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",  # type: ignore[arg-type] - checked
-            parameters=parameters, gradient=gradient, at=None if t is None else times, times=t,
-            graph=graph,
-        )  # fmt: skip
+        try:
+            solution = solve_in_graph(
+                field, x, start, end, packing=packing, args=args, tableau=tableau, tolerance=tolerance or _TOLERANCE,
+                controller=controller or _CONTROLLER, per_sample=per_sample, raises=on_limit == "raise",  # type: ignore[arg-type] - checked
+                parameters=parameters, gradient=gradient, at=None if t is None else times, times=t, graph=graph,
+            )  # fmt: skip
+        except TypeError:
+            _check_field(field, args)
+            raise
         if solution is not None:
             return solution
     captured = None
@@ -203,8 +210,12 @@ def integrate(
     try:
         return _solved(task, captured, gradient, single=packing.single)
     except TypeError:
-        check_call(field, args, remedy="; args are what it takes besides; wrap a network, as lambda t, x: net(x)")
+        _check_field(field, args)
         raise
+
+
+def _check_field(field: Any, args: Any) -> None:
+    check_call(field, args, remedy="; args are what it takes besides; wrap a network, as lambda t, x: net(x)")
 
 
 def _with_outputs(task: Task, times: Any, t: Tensor) -> Task:

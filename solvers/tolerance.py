@@ -91,7 +91,7 @@ class Tolerance:
             ValueError: rtol or atol has the shape ``(B,)`` of several samples.
         """
         for name in ("rtol", "atol"):
-            value, batch = getattr(self, name), len(x0)
+            value, batch = getattr(self, name), x0.shape[0]
             if isinstance(value, Tensor) and value.shape == (batch,) and batch > 1:
                 one_each = (batch, *[1] * (x0.ndim - 1))
                 raise ValueError(

@@ -25,7 +25,8 @@ class Times(NamedTuple):
     Attributes:
         t: the time, float64.
         size: wanted of the step that is tried next, a magnitude, float64.
-        h: its signed size, that it ends at the end; 0 of samples that are over.
+        h: its signed size, that it ends at the end; 0 of samples that are over, and of those that are not finite that
+            of the last attempt.
         errors: error ratios of the last two accepted steps, newest first.
         ratio: of the last attempt.
         accepted: whether the last attempt was.
@@ -150,7 +151,8 @@ class Clock:
         status = torch.where(attempts >= tolerance.max_steps, MAX_STEPS, status)
         status = torch.where(times.status == GOING, torch.where(times.t == t1, GOING, status), times.status)
         times = times._replace(size=size, status=status)
-        return times._replace(h=self.next(times, t1, direction)[0])
+        h = torch.where(status == NOT_FINITE, times.h, self.next(times, t1, direction)[0])
+        return times._replace(h=h)
 
 
 def _spacing(t: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 from torch._dynamo.eval_frame import is_dynamo_supported
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config
 from torch.compiler import assume_constant_result
 from torch.utils._pytree import tree_leaves
@@ -46,7 +47,9 @@ MOST = 32
 _compiled: OrderedDict[Any, Callable[..., Ending]] = OrderedDict()
 _probed: set[Any] = set()
 _long: set[Any] = set()  # kinds of solves that took more steps than have room
-_warned = False
+_numbers: set[Any] = set()  # those whose fields have numbers that change
+_refused: set[Any] = set()  # those that "auto" does not take, for their fields cannot be a graph
+_warned = _lacking = False
 
 
 def check_graph(
@@ -74,6 +77,8 @@ def check_graph(
         )
     elif event is not None:
         reason = ValueError("graph=True finds no event: leave out event, or graph=True")
+    elif graph == "auto" and keep == "states" and at is None:
+        return False  # of which a graph keeps the last
     elif keep == "steps":
         reason = ValueError("graph=True keeps no steps: leave out keep='steps', and give the times of states, at=")
     elif gradient == "checkpoint":
@@ -98,6 +103,8 @@ def check_graph(
         return True
     elif not is_dynamo_supported():
         return _without("this Python has no torch.compile", graph)
+    elif _lacking:
+        return False
     elif x is not None and (what := _at_work(x)):
         reason = ValueError(what)
     if reason is not None and graph is True:
@@ -172,7 +179,7 @@ def solve_in_graph(
             exact = torch.as_tensor(at, dtype=torch.float64, device=x0.device)
             rows = rows + (exact - rows.detach()) if times.requires_grad else exact
         if per_sample:
-            rows = rows.t() if rows.ndim > 1 else rows[:, None].expand(-1, len(x0))
+            rows = rows.t() if rows.ndim > 1 else rows[:, None].expand(-1, x0.shape[0])
     setting = Setting(
         GraphField(field, owner, packing), tableau, tolerance, controller, raises, gradient == "backsolve", inside
     )
@@ -187,15 +194,17 @@ def solve_in_graph(
         setting.field.check()
         end = solved(setting, x0, *_apart(ends), rows, args)
         return solution_of(end, Numbers(*end.numbers.unbind()), times, packing.unpack)
-    setting.field.check()
     key = _key_of(setting, of, x0, per_sample)
-    end = None
-    if key not in _long:
-        end = _run(key, setting, of, x0, ends, rows, args)
-        if end is not None and end.x.requires_grad and not setting.backsolves and end.numbers[-1].max() > SLOTS:
-            _long.add(key)
-    if key in _long:
-        end = _run(key, replace(setting, replays=True), of, x0, ends, rows, args)
+    if graph == "auto" and key in _refused:
+        return None
+    try:
+        setting.field.check()
+        end = _end(key, setting, of, x0, ends, rows, args, graph)
+    except (ValueError, TypeError):
+        if graph != "auto":
+            raise
+        _refused.add(key)
+        return None
     if end is None:
         return None
     numbers = Numbers(*end.numbers.tolist())  # waits for the device, once
@@ -207,10 +216,23 @@ def solve_in_graph(
     return solution
 
 
+def _end(
+    key: Any, setting: Setting, of: Any, x0: Tensor, ends: Tensor, rows: Tensor | None, args: Sequence[Any], graph: Any
+) -> Ending | None:
+    """How a solve ends that is compiled here, with room for its steps; None where there is no compiler."""
+    if key not in _long:
+        end = _run(key, setting, of, x0, ends, rows, args, graph)
+        if end is None or not end.x.requires_grad or setting.backsolves or end.numbers[-1].max() <= SLOTS:
+            return end
+        _long.add(key)
+    return _run(key, replace(setting, replays=True), of, x0, ends, rows, args, graph)
+
+
 def _run(
-    key: Any, setting: Setting, of: Any, x0: Tensor, ends: Tensor, rows: Tensor | None, args: Sequence[Any]
-) -> Ending | None:  # fmt: skip
+    key: Any, setting: Setting, of: Any, x0: Tensor, ends: Tensor, rows: Tensor | None, args: Sequence[Any], graph: Any
+) -> Ending | None:
     """How a solve ends that is compiled here; None where there is no compiler."""
+    global _lacking
     run = _compiled_for(key, setting)
     quiet: Any = nullcontext()
     seen = (run, id(of), *(id(cell.cell_contents) for cell in getattr(of, "__closure__", None) or ()))
@@ -218,15 +240,25 @@ def _run(
         setting.field.probe(in_state_shape(ends[0], x0), x0, args)
         _probed.add(seen)
         quiet = warnings.catch_warnings()  # the compiler asks inputs for gradients that are no leaves
+    numbers: Any = dynamo.patch(specialize_float=True) if key in _numbers else nullcontext()
     try:
-        with quiet:
+        with quiet, numbers:
             if not isinstance(quiet, nullcontext):
                 warnings.filterwarnings("ignore", message="The .grad attribute")
             return run(setting.field, setting.tolerance, x0, ends, rows, tuple(args))
+    except FailOnRecompileLimitHit:  # fields of one class that differ inside: room for others
+        if (key, setting.replays) not in _compiled:
+            raise
+        del _compiled[key, setting.replays]
+        return _run(key, setting, of, x0, ends, rows, args, graph)
     except TorchDynamoException as error:
         if "compiler" in str(error) and "CxxCompiler" in str(error):
-            _without("there is no compiler of C++", True)
+            _lacking = True
+            _without("there is no compiler of C++", graph)
             return None
+        if key not in _numbers:  # a number of the field that was another before: a constant again
+            _numbers.add(key)
+            return _run(key, setting, of, x0, ends, rows, args, graph)
         raise ValueError(
             f"field cannot be part of a graph: {_first_lines(error)}. It must not branch on values (torch.where for "
             "if), nor read them, as .item() does; or graph=False"
@@ -273,10 +305,10 @@ def _owner(field: Any, parameters: Any, inside: bool) -> nn.Module | None:
 def _times(ends: tuple[Any, Any], x: Tensor, per_sample: bool) -> Tensor:
     """Start and end as one tensor, float64, ``(2,)``, or ``(2, B)`` of each sample."""
     if any(isinstance(t, Tensor) for t in ends):
-        t = torch.stack([torch.as_tensor(t).to(x.device, torch.float64) for t in ends])
+        t = torch.stack([torch.as_tensor(t, dtype=torch.float64, device=x.device) for t in ends])
     else:
         t = torch.as_tensor(ends if not per_sample else np.array(ends), dtype=torch.float64).to(x.device)
-    return t[:, None].expand(-1, len(x)).clone() if per_sample and t.ndim == 1 else t
+    return t[:, None].expand(-1, x.shape[0]).clone() if per_sample and t.ndim == 1 else t
 
 
 def _apart(ends: Tensor) -> Iterator[Tensor]:
@@ -293,7 +325,8 @@ def _key_of(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Any:
     return (
         type(of), getattr(of, "__code__", None), setting.tableau, *kinds, norm, *limits, setting.controller,
         setting.raises, setting.backsolves, per_sample, x0.dtype, x0.device, x0.shape[1:], setting.field.packing.single,
-        tuple(p.shape for p in setting.field.parameters), torch.is_grad_enabled(),
+        tuple(p.shape for p in setting.field.parameters), tuple(map(type, setting.field.modules)),
+        torch.is_grad_enabled(),
     )  # fmt: skip
 
 
@@ -324,10 +357,11 @@ def _compiled_for(kind: Any, setting: Setting) -> Callable[..., Ending]:
 
 
 def forget() -> None:
-    """Forget what was compiled."""
-    _compiled.clear()
-    _probed.clear()
-    _long.clear()
+    """Forget what was compiled, and what could not be."""
+    global _lacking
+    _lacking = False
+    for kept in (_compiled, _probed, _long, _numbers, _refused):
+        kept.clear()
 
 
 def _first_lines(error: Exception) -> str:

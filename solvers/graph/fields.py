@@ -11,7 +11,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map_only
 
 from solvers.packing import Packing
-from solvers.step import Field
+from solvers.step import Field, velocity
 from solvers.validation import real_dtype
 
 __all__ = ["GraphField"]
@@ -80,17 +80,17 @@ class GraphField:
         """That a call reads no tensor that gets a gradient beside its arguments and these parameters, by one call.
 
         Raises:
-            ValueError: it does, or it draws random numbers or changes buffers, which a graph would not do each time.
+            ValueError, TypeError: it does, it returns what is no velocity, or it draws random numbers or changes
+                buffers, which a graph would not do each time.
         """
         plain = tree_map_only(Tensor, Tensor.detach, tuple(args))
         buffers = [buffer for module in self.modules for buffer in module._buffers.values() if buffer is not None]
         versions, state = [buffer._version for buffer in buffers], torch.get_rng_state()
-        with torch.enable_grad():
-            v = self.velocity(plain, [p.detach() for p in self.parameters])(t, x.detach())
-        if isinstance(v, Tensor) and v.requires_grad:
+        v = velocity(self.velocity(plain, [p.detach() for p in self.parameters]), t, x.detach())
+        if v.requires_grad:
             raise ValueError(
                 "field reads a tensor that requires a gradient and is no parameter of the module that it is: make it "
-                "one, let args hold it, or graph=False"
+                "one, let args hold it, or graph=False; what it differentiates inside is for torch.func.grad"
             )
         if not torch.equal(state, torch.get_rng_state()):
             raise ValueError(f"field draws random numbers, {ANEW}")

@@ -139,7 +139,7 @@ class Outputs:
 def _put(values: Tensor, row: Tensor, value: Tensor) -> None:
     """Write the row of each sample, or that of the batch."""
     if row.ndim:
-        values.index_put_((row, torch.arange(len(row), device=row.device)), value)
+        values.index_put_((row, torch.arange(row.shape[0], device=row.device)), value)
     else:
         values.index_copy_(0, row.view(1), value.unsqueeze(0))
 
@@ -147,7 +147,7 @@ def _put(values: Tensor, row: Tensor, value: Tensor) -> None:
 def pick(values: Tensor, row: Tensor) -> Tensor:
     """The row of each sample, or that of the batch."""
     if row.ndim:
-        return values[row, torch.arange(len(row), device=row.device)]
+        return values[row, torch.arange(row.shape[0], device=row.device)]
     return values.index_select(0, row.view(1)).squeeze(0)
 
 

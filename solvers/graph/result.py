@@ -54,7 +54,8 @@ def solution_of(end: Ending, numbers: Numbers, times: Tensor | None, unpack: Cal
         "times": (t1,), "states": (last,), "stats": Statistics(*wholes), "status": status,
     }  # fmt: skip
     if times is not None:
-        common |= {"times": times, "states": unpack(end.outputs), "end": (t1, last)}
+        outputs = end.outputs.movedim(0, 1) if times.ndim > 1 else end.outputs
+        common |= {"times": times, "states": unpack(outputs), "end": (t1, last)}
     if not each:
         return Solution(**common)
     of_each: Any = [end.numbers[i].to(torch.int64) for i in map(Numbers._fields.index, ("calls", "taken", "rejected"))]
@@ -100,9 +101,8 @@ def _error(
             t=t, h=h, stage=None,
         )  # fmt: skip
     with torch.no_grad():
-        times, size, *_ = end.numbers.unbind()
-        size = in_state_shape(torch.where(size.isfinite(), size, 0.0), end.x).to(end.x.real.dtype)
-        size = size * (1 if last >= t else -1)
+        times, tried = end.numbers[0], end.numbers[Numbers._fields.index("tried")]
+        size = in_state_shape(torch.where(tried.isfinite(), tried, 0.0), end.x).to(end.x.real.dtype)
         stages = rk_step(field, in_state_shape(times, end.x), end.x, size, tableau).not_finite()
     if code == FAILED_FIRST:
         bad = (stages == 0).nonzero()[0].tolist()

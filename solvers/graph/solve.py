@@ -56,7 +56,7 @@ class Ending(NamedTuple):
         x: the last states, ``(B, *S)``; gradients flow to them.
         outputs: the states at the output times, ``(n, B, *S)``; gradients flow to them; one row of no meaning if there
             are none.
-        numbers: rows of numbers, float64, ``(10,)`` or ``(10, B)``, as :class:`Numbers` has them.
+        numbers: rows of numbers, float64, ``(11,)`` or ``(11, B)``, as :class:`Numbers` has them.
     """
 
     x: Tensor
@@ -69,6 +69,7 @@ class Numbers(NamedTuple):
 
     Attributes:
         t, size, ratio: the time, the next step size and the error ratio of the last attempt.
+        tried: signed size of the step that is tried next, or that of the last one where it was not finite.
         status: GOING if it is over, or why it cannot go on.
         taken, rejected, calls: accepted and rejected steps, and field calls made.
         attempts, all_calls: of the solve as a whole.
@@ -78,6 +79,7 @@ class Numbers(NamedTuple):
     t: Any
     size: Any
     ratio: Any
+    tried: Any
     status: Any
     taken: Any
     rejected: Any
@@ -98,7 +100,7 @@ def solved(setting: Setting, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | No
         args: further arguments of the field.
     """
     leaves, spec = tree_flatten(tuple(args))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     tensors = [*(leaves[i] for i in places), *setting.field.parameters]
     needs = any(x is not None and x.requires_grad for x in (x0, at, *tensors))
     shifts = at is not None and at.requires_grad and torch.is_grad_enabled()
@@ -148,7 +150,7 @@ class _Call:
         end = solve(rule, self.field(tensors, own=True), x0, t0, t1, at, history)
         times = end.times
         numbers = Numbers(
-            times.t, times.size, times.ratio, times.status, times.taken, times.rejected, end.calls,
+            times.t, times.size, times.ratio, times.h, times.status, times.taken, times.rejected, end.calls,
             *(count.expand_as(t0) for count in (end.attempts, end.all_calls, end.steps)),
         )  # fmt: skip
         return (end.x, end.outputs[:-1], torch.stack([v.to(torch.float64) for v in numbers])), end, history

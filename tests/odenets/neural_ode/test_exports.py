@@ -65,7 +65,6 @@ def test_a_classifier_of_rows(options):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the number of samples is a constant of the graph", strict=True)
 def test_step_sizes_of_each_sample_in_any_batch():
     ode, host = both(MLPField(2), control="sample")
     check(exported(ode, torch.randn(4, 2)).module(), host, (2,))

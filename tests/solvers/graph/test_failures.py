@@ -55,7 +55,6 @@ def rises(t, x):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the last attempt is made again with the size of the next, which may be finite")
 @pytest.mark.parametrize("control", ["batch", "sample"])
 def test_errors_name_the_stage_that_is_not_finite(control):
     raised = []

@@ -42,7 +42,6 @@ def test_a_function_has_gradients_of_its_arguments():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="times that are numbers pass through float32", strict=True)
 def test_times_keep_their_digits():
     """0.1 and 0.7 are no numbers of float32."""
     with torch.no_grad():
@@ -52,7 +51,6 @@ def test_times_keep_their_digits():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="rows of times and rows of samples are exchanged", strict=True)
 def test_times_of_each_sample_give_states_of_each_sample():
     at = torch.tensor([[0.2, 0.5], [0.5, 0.5], [0.1, 1.0]], dtype=D)
     with torch.no_grad():
@@ -69,7 +67,6 @@ class Pulled(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="numbers of the host decide whether times are finite")
 @pytest.mark.parametrize("control", ["batch", "sample"])
 def test_times_in_a_graph_of_the_caller(control):
     """The second number is an input of the graph; those of samples are arrays."""
