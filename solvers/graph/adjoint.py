@@ -12,7 +12,7 @@ from torch._higher_order_ops import while_loop
 
 from solvers.graph.loop import History, Rule
 from solvers.graph.outputs import pick
-from solvers.graph.repeats import at_least_once
+from solvers.graph.repeats import at_least_once, plain
 from solvers.step import Field
 from solvers.validation import in_state_shape
 
@@ -66,8 +66,9 @@ class Adjoint:
         replays = len(history.marks) > 0
         again = History.empty(self.x0, self.t0, 1, slots, len(history.stages), None) if replays else None
         of_at = torch.zeros((), device=g1.device) if self.at is None else torch.zeros_like(self.at)
-        sums = tuple(torch.zeros_like(x) for x in self.tensors)
-        begun = (steps.clone(), g1.clone(), torch.zeros_like(g1), self.x1.clone(), *sums)
+        sums = tuple(plain(torch.zeros_like(x)) for x in self.tensors)
+        g1, x1 = plain(g1), plain(self.x1)
+        begun = (steps.clone(), g1, torch.zeros_like(g1), x1, *sums)
 
         def goes(n: Tensor, *_: Any) -> Tensor:
             return n > 0
@@ -109,13 +110,13 @@ class Adjoint:
             again.write(n.remainder(slots), x, [step.stages[j] for j in rule.read])
             took = in_state_shape(h != 0, x)
             first = torch.where(took, step.stages[-1], step.stages[0]) if fsal else first.clone()
-            return n + 1, torch.where(took, step.x1, x), first
+            return n + 1, plain(torch.where(took, step.x1, x)), plain(first)
 
-        first = x.clone()
+        first = plain(x)
         if fsal:
             t = pick(self.history.times, n.clamp(max=len(self.history.times) - 1)).unbind()[0]
             first = field(in_state_shape(torch.where(n < end, t, self.t0), x), x)
-        return at_least_once(goes, one, (n.clone(), x.clone(), first))[1]
+        return at_least_once(goes, one, (n.clone(), plain(x), plain(first)))[1]
 
     def _steps(
         self, first: Tensor, n: Tensor, carried: tuple[Tensor, ...], again: History | None, of_outputs: Tensor | None,
@@ -128,7 +129,7 @@ class Adjoint:
 
         def one(n: Tensor, gx: Tensor, gk: Tensor, x_next: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
             gx, gk, x, sums = self._step(n - 1, gx, gk, x_next, sums, again, of_outputs, of_at)
-            return (n - 1, gx, gk, x, *sums)
+            return (n - 1, *(plain(v) for v in (gx, gk, x, *sums)))
 
         return while_loop(goes, one, (n.clone(), *(x.clone() for x in carried)))
 

@@ -95,7 +95,7 @@ class Backsolve(torch.autograd.Function):
         rule = replace(rule, clock=clock, outputs=None, raises=True)
 
         def system(t: Tensor, z: Tensor) -> Tensor:
-            y, a = z[:size].view_as(x1), z[size : 2 * size].view_as(x1)
+            y, a = z[:size].view(x1.shape), z[size : 2 * size].view(x1.shape)
             v, pull = torch.func.vjp(lambda y, *tensors: call.field(tensors)(t, y), y, *tensors)
             return _vector([v, *pull(-a)])
 
@@ -120,7 +120,7 @@ class Backsolve(torch.autograd.Function):
             _, z, start = while_loop(goes, one, (count, z, start.clone()))
         z = back(z, start, t0)
         parts = z[size:].split([size, *(x.numel() for x in tensors)])
-        gradients = [part.view_as(x) for part, x in zip(parts, (x1, *tensors), strict=True)]
+        gradients = [part.view(x.shape) for part, x in zip(parts, (x1, *tensors), strict=True)]
         return (None, gradients[0], None, None, None, *gradients[1:])
 
 

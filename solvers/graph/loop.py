@@ -12,7 +12,7 @@ from torch import Tensor
 from solvers.first_step import first_step
 from solvers.graph.clock import GOING, Clock, Times
 from solvers.graph.outputs import Outputs
-from solvers.graph.repeats import at_least_once
+from solvers.graph.repeats import at_least_once, plain
 from solvers.step import Field, Step, rk_step
 from solvers.tableaus import ButcherTableau
 from solvers.validation import in_state_shape, real_dtype
@@ -179,12 +179,12 @@ def solve(
             stages = [step.stages[j] for j in rule.read]
             history.note(steps, times.t, torch.where(took, times.h, 0.0), x, met[0] if met else steps)
             history.write(steps.remainder(len(history.states)), x, stages)
-        first = torch.where(mask, step.stages[-1], step.stages[0]) if tableau.fsal else first.clone()
+        first = torch.where(mask, step.stages[-1], step.stages[0]) if tableau.fsal else first
         if counts:
             counts = attempts + clock.moving(times, t1).any().to(torch.int64), steps + took.any().to(torch.int64)
-        return after, torch.where(mask, step.x1, x), first, counts, tuple(m.clone() for m in met)
+        return after, plain(torch.where(mask, step.x1, x)), plain(first), counts, tuple(m.clone() for m in met)
 
-    begun = (times, x0.clone(), first.clone(), (none, none.clone()) if clock.each else (), met)
+    begun = (times, plain(x0), plain(first), (none, none.clone()) if clock.each else (), met)
     times, x, _, counts, _ = at_least_once(goes, attempt, begun)
     tried = times.taken + times.rejected
     attempts, steps = counts or (tried, times.taken)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._higher_order_ops import while_loop
 
-__all__ = ["at_least_once"]
+__all__ = ["at_least_once", "plain"]
 
 
 def at_least_once(goes: Callable[..., Any], one: Callable[..., Any], begun: tuple[Any, ...]) -> Any:
@@ -26,3 +27,8 @@ def at_least_once(goes: Callable[..., Any], one: Callable[..., Any], begun: tupl
         return (torch.ones_like(once), *one(*carried))
 
     return while_loop(again, body, (torch.zeros((), dtype=torch.bool, device=device), *begun))[1:]
+
+
+def plain(x: Tensor) -> Tensor:
+    """A copy in the order of its dimensions: a loop returns what is laid out as what it was given."""
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,6 @@
 """A solve in a graph against the loops on the host: states, steps, counts, gradients, errors."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from torch import nn
 
 from solvers import (
     PI,
-    Fixed,
     HalveDouble,
     MaxStepsError,
     NonFiniteError,
@@ -310,34 +308,3 @@ def test_odeint(method, moving):
 def test_options_that_a_graph_excludes(options, message):
     with pytest.raises(ValueError, match=message):
         odeint(lambda t, y: -y, X, torch.tensor([0.0, 1.0]), options={"graph": True, **options})
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_gradients(monkeypatch):
-    """The compiler wrote over sums of gradients that a loop carries, in its own graph and in the caller's."""
-    monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    compilation.forget()
-    layer, x = nn.Linear(2, 2), torch.randn(8, 2, generator=torch.Generator().manual_seed(3))
-    options = {"tolerance": Tolerance(first_step=0.25), "controller": Fixed(), "at": [0.3, 0.5, 1.0]}
-
-    class Field(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, t, x):
-            return self.layer(x)
-
-    field = Field()
-
-    def loss(x, graph):
-        solution = integrate(field, x, 0.0, 1.0, graph=graph, **options)
-        return solution.states[0].sum() + solution.x1.square().sum()
-
-    wanted = torch.autograd.grad(loss(x, False), [*field.parameters()])
-    ours = torch.autograd.grad(loss(x, True), [*field.parameters()])
-    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
-    callers = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, True), [*field.parameters()])
-    torch.testing.assert_close(callers, wanted, rtol=1e-5, atol=1e-6)
-    compilation.forget()
