@@ -1,10 +1,10 @@
 """Adaptive solves as one graph, beside the loop on the host, torchdiffeq and diffrax, over their field calls.
 
     python -m benchmarks.graphs --output FILE.json
-    python -m benchmarks.graphs --table FILE.json
+    python -m benchmarks.graphs --table FILE.json ...
 
-Every solver of a case is timed once a round, for some hundredths of a second, and so is the floor: as many bare calls of
-the field as ``integrate`` makes. A figure is the median over rounds of a solver's time over the floor's in its round.
+Every solver of a case is timed once a round, for some hundredths of a second, and so is the floor: as many bare calls
+of the field as ``integrate`` makes. A figure is the median over rounds of a solver's time over the floor's in a round.
 diffrax needs ``pip install diffrax``; its field is the same network with the same weights, compiled by XLA.
 """
 
@@ -73,7 +73,7 @@ class Options:
         methods: bosh3, dopri5.
         first: whether the first call is timed too, in new processes.
         commit: of the code, where it lies in no repository.
-        table: such a file, whose tables are printed; nothing is measured.
+        table: such files, whose tables are printed; nothing is measured.
     """
 
     output: Path = Path("graphs.json")
@@ -84,14 +84,15 @@ class Options:
     methods: tuple[str, ...] = METHODS
     first: bool = True
     commit: str = ""
-    table: Path | None = None
+    table: tuple[Path, ...] = ()
 
 
 def solver_of(who: str, method: str, field: Field, x: Tensor) -> Callable[[], Tensor]:
     """A solve from 0 to 1 that ends with the last state."""
     if who == "torchdiffeq":
         ends = torch.tensor([0.0, 1.0], device=x.device)
-        return lambda: torchdiffeq.odeint(field, x, ends, rtol=RTOL, atol=ATOL, method=method)[-1]
+        peer: Any = torchdiffeq.odeint
+        return lambda: peer(field, x, ends, rtol=RTOL, atol=ATOL, method=method)[-1]
     options: dict[str, Any] = {
         "solver": "bs23" if method == "bosh3" else method, "tolerance": Tolerance(RTOL, ATOL), "keep": "last",
         "graph": who.startswith("graph"), "control": "sample" if who.endswith("per sample") else "batch",
@@ -99,7 +100,7 @@ def solver_of(who: str, method: str, field: Field, x: Tensor) -> Callable[[], Te
     return lambda: integrate(field, x, 0.0, 1.0, **options).x1
 
 
-def diffrax_of(method: str, field: Field, x: Tensor, backward: bool) -> tuple[Callable[[], object], int]:
+def diffrax_of(method: str, field: Any, x: Tensor, backward: bool) -> tuple[Callable[[], object], int]:
     """diffrax's solve, or its gradient for weights and state, compiled by XLA; and the steps that it takes."""
     import diffrax
     import jax
@@ -116,13 +117,15 @@ def diffrax_of(method: str, field: Field, x: Tensor, backward: bool) -> tuple[Ca
         return out + bias[None, :, None, None]
 
     def velocity(t: Any, y: Any, weights: Any) -> Any:
-        return layer(*weights[1], jax.nn.relu(layer(*weights[0], y)))
+        (one, b), (other, c) = weights
+        return layer(other, c, jax.nn.relu(layer(one, b, y)))
 
     term, rule = diffrax.ODETerm(velocity), {"bosh3": diffrax.Bosh3, "dopri5": diffrax.Dopri5}[method]()
     control = diffrax.PIDController(rtol=RTOL, atol=ATOL)
 
     def solve(weights: Any, y: Any) -> Any:
-        return diffrax.diffeqsolve(term, rule, 0.0, 1.0, None, y, weights, stepsize_controller=control)
+        solver: Any = diffrax.diffeqsolve
+        return solver(term, rule, 0.0, 1.0, None, y, weights, stepsize_controller=control)
 
     def last(weights: Any, y: Any) -> Any:
         return solve(weights, y).ys[-1]
@@ -244,7 +247,7 @@ def _cell(row: dict[str, Any]) -> str:
 def main(options: Options) -> None:
     """Measure, or print the tables of what was measured."""
     if options.table:
-        print(table(json.loads(options.table.read_text())))
+        print("\n\n".join(table(json.loads(path.read_text())) for path in options.table))
         return
     torch.set_num_threads(options.threads)
     if options.device == "cpu":

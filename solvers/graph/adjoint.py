@@ -134,7 +134,8 @@ class Adjoint:
         return while_loop(goes, one, (n.clone(), *(x.clone() for x in carried)))
 
     def _step(
-        self, n: Tensor, g1: Tensor, gk: Tensor, x1: Tensor, sums: tuple[Tensor, ...], again: History,
+        self, n: Tensor, g1: Tensor, gk: Tensor, x1: Tensor, sums: tuple[Tensor, ...],
+        again: History | None,
         of_outputs: Tensor | None, of_at: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Back through the step of row n.

@@ -94,9 +94,9 @@ class Backsolve(torch.autograd.Function):
         clock = replace(rule.clock, tolerance=_Seminorm(tolerance, x1.shape, *limits))
         rule = replace(rule, clock=clock, outputs=None, raises=True)
 
-        def system(t: Tensor, z: Tensor) -> Tensor:
+        def system(t: Any, z: Tensor) -> Tensor:
             y, a = z[:size].view(x1.shape), z[size : 2 * size].view(x1.shape)
-            v, pull = torch.func.vjp(lambda y, *tensors: call.field(tensors)(t, y), y, *tensors)
+            v, pull, *_ = torch.func.vjp(lambda y, *tensors: call.field(tensors)(t, y), y, *tensors)
             return _vector([v, *pull(-a)])
 
         def back(z: Tensor, start: Tensor, end: Tensor) -> Tensor:

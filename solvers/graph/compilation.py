@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import FunctionType
@@ -311,9 +311,10 @@ def _times(ends: tuple[Any, Any], x: Tensor, per_sample: bool) -> Tensor:
     return t[:, None].expand(-1, x.shape[0]).clone() if per_sample and t.ndim == 1 else t
 
 
-def _apart(ends: Tensor) -> Iterator[Tensor]:
+def _apart(ends: Tensor) -> tuple[Tensor, Tensor]:
     """Start and end; of views of one tensor a loop cannot take several."""
-    return (t.clone() for t in ends.unbind())
+    t0, t1 = ends.unbind()
+    return t0.clone(), t1.clone()
 
 
 def _key_of(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Any:

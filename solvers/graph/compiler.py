@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ FEW = 8
 """Numbers to which a linear map is written the other way round."""
 
 _OURS = re.compile(r"L\['(?:tableau|ways)'\]|G\['(?!__import_(?!solvers|torch))")
-_LINEAR = torch._C._nn.linear
+_LINEAR: Any = torch.nn.functional.linear
 _LOOPS = "torch.ops.higher_order.while_loop"
 
 
-def compile_loops(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def compile_loops(graph: GraphModule, inputs: Sequence[Any]) -> Any:
     """What :func:`torch.compile` calls with a graph and examples of its inputs.
 
     On a CPU the loops themselves are compiled, which otherwise are Python's. Loops are kept on disk as all else is. No
@@ -53,18 +53,21 @@ def _for_mkl(graph: GraphModule) -> None:
     The pass over numbers that follows takes the bias. It is subtracted with the other sign, for the compiler takes a
     sum of the two for a call of that library.
     """
-    for part in graph.modules():
-        nodes = part.graph.find_nodes(op="call_function", target=_LINEAR) if isinstance(part, GraphModule) else []
+    for part in (module for module in graph.modules() if isinstance(module, GraphModule)):
+        nodes: Any = part.graph.find_nodes(op="call_function", target=_LINEAR)
+        call, method = part.graph.call_function, part.graph.call_method
         for node in nodes:
-            x, weight, bias = (*node.args, None)[:3] if not node.kwargs else (None, None, None)
-            if weight is None or weight.meta["example_value"].dtype not in (torch.float32, torch.float64):
+            if len(node.args) < 2 or node.kwargs:
                 continue
-            call, method = part.graph.call_function, part.graph.call_method
-            few = len(weight.meta["example_value"]) <= FEW and x.meta["example_value"].ndim == 2
+            parts: Any = (*node.args, None)[:3]
+            x, weight, bias = parts
+            if weight.meta["example_value"].dtype not in (torch.float32, torch.float64):
+                continue
             with part.graph.inserting_before(node):
-                product = call(_LINEAR, (x, weight)) if not few else None
-                if few:
+                if len(weight.meta["example_value"]) <= FEW and x.meta["example_value"].ndim == 2:
                     product = method("t", (call(torch.mm, (weight, method("t", (x,)))),))
+                else:
+                    product = call(_LINEAR, (x, weight))
                 whole = product if bias is None else call(torch.sub, (product, call(torch.neg, (bias,))))
             node.replace_all_uses_with(whole)
             part.graph.erase_node(node)

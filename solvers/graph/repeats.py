@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["at_least_once", "plain"]
 
@@ -18,7 +19,7 @@ def at_least_once(goes: Callable[..., Any], one: Callable[..., Any], begun: tupl
     A loop without a pass returns, where it is compiled to C++ (torch 2.14), the memory of what it was given, which the
     compiler takes for free and writes over.
     """
-    device = next(x.device for x in torch.utils._pytree.tree_leaves(begun))
+    device = next(x.device for x in tree_leaves(begun))
 
     def again(once: Any, *carried: Any) -> Any:
         return ~once | goes(*carried)

@@ -106,13 +106,12 @@ def _error(
         stages = rk_step(field, in_state_shape(times, end.x), end.x, size, tableau).not_finite()
     if code == FAILED_FIRST:
         bad = (stages == 0).nonzero()[0].tolist()
-        here = sample if sample is not None else bad[0] if bad and end.x.ndim > 1 else None
+        first = sample if sample is not None else bad[0] if bad and end.x.ndim > 1 else None
         if not bad:
             return NonFiniteError(too_small(tolerance, end.x), t=t, h=h, stage=None)
         where = "the first state" if here.attempts == 0 else "an accepted state"
-        return NonFiniteError(f"the field is not finite at {where}", t=t, h=h, stage=0, sample=here)
+        return NonFiniteError(f"the field is not finite at {where}", t=t, h=h, stage=0, sample=first)
     stage = int(stages[sample]) if sample is not None else min((int(i) for i in stages if i >= 0), default=-1)
-    here = sample
     if sample is None and stage >= 0 and end.x.ndim > 1:
-        here = int((stages == stage).argmax())
-    return failure("not_finite", t=t, h=h, stage=stage if stage >= 0 else None, sample=here)
+        sample = int((stages == stage).argmax())
+    return failure("not_finite", t=t, h=h, stage=stage if stage >= 0 else None, sample=sample)
