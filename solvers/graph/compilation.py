@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -45,7 +46,7 @@ MOST = 32
 """Kinds of solves of which compiled ones are kept."""
 
 _compiled: OrderedDict[Any, Callable[..., Ending]] = OrderedDict()
-_probed: set[Any] = set()
+_probed: dict[Any, tuple[Callable[[], Any], ...]] = {}  # what a field was and read when it was looked at
 _long: set[Any] = set()  # kinds of solves that took more steps than have room
 _numbers: set[Any] = set()  # those whose fields have numbers that change
 _refused: set[Any] = set()  # those that "auto" does not take, for their fields cannot be a graph
@@ -235,10 +236,13 @@ def _run(
     global _lacking
     run = _compiled_for(key, setting)
     quiet: Any = nullcontext()
-    seen = (run, id(of), *(id(cell.cell_contents) for cell in getattr(of, "__closure__", None) or ()))
-    if seen not in _probed:
+    read = of, *(cell.cell_contents for cell in getattr(of, "__closure__", None) or ())
+    seen = (run, *((id(one), getattr(one, "requires_grad", None)) for one in read))
+    if seen not in _probed or any(ref() is not one for ref, one in zip(_probed[seen], read, strict=True)):
         setting.field.probe(in_state_shape(ends[0], x0), x0, args)
-        _probed.add(seen)
+        if len(_probed) > 1000:  # functions that are made anew for each solve
+            _probed.clear()
+        _probed[seen] = tuple(map(_reference, read))
         quiet = warnings.catch_warnings()  # the compiler asks inputs for gradients that are no leaves
     numbers: Any = dynamo.patch(specialize_float=True) if key in _numbers else nullcontext()
     try:
@@ -315,6 +319,14 @@ def _apart(ends: Tensor) -> tuple[Tensor, Tensor]:
     """Start and end; of views of one tensor a loop cannot take several."""
     t0, t1 = ends.unbind()
     return t0.clone(), t1.clone()
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+    """A call that returns what is referred to, as long as there is such a thing."""
+    try:
+        return weakref.ref(value)
+    except TypeError:  # numbers, lists
+        return lambda: value
 
 
 def _key_of(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Any:

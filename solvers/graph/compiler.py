@@ -17,7 +17,7 @@ __all__ = ["compile_loops", "watched"]
 FEW = 8
 """Numbers to which a linear map is written the other way round."""
 
-_OURS = re.compile(r"L\['(?:tableau|ways)'\]|G\['(?!__import_(?!solvers|torch))")
+_OURS = re.compile(r"L\['(?:tableau|ways)'\]|G\['(?:__import_(?:solvers|torch)(?:_dot_|')|__builtins|_?[A-Za-z])")
 _LINEAR: Any = torch.nn.functional.linear
 _LOOPS = "torch.ops.higher_order.while_loop"
 

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -236,3 +237,21 @@ def test_what_a_field_returns_is_named_as_on_the_host(field):
 def test_numpy_arrays_as_arguments_of_a_solve_are_numbers(graphs):
     integrate(decay, X, np.float64(0.0), np.array(1.0), graph=True)
     assert len(graphs) == 1
+
+
+def test_what_a_field_reads_may_change():
+    """A number of a module whose name begins as torch's; a tensor that comes to require a gradient."""
+    module = types.ModuleType("torchlike")
+    sys.modules["torchlike"] = module
+    exec("RATE = 1.0\ndef field(t, x): return -RATE * x", vars(module))
+    for rate in (1.0, 2.0):
+        module.RATE = rate
+        with torch.no_grad():
+            x1 = integrate(module.field, X, 0.0, 1.0, graph=True).x1
+        torch.testing.assert_close(x1, integrate(module.field, X, 0.0, 1.0).x1)
+    weight = torch.ones((), dtype=torch.float64)
+    field = lambda t, x: weight * x  # noqa: E731
+    integrate(field, X, 0.0, 1.0, graph=True)
+    weight.requires_grad_()
+    with pytest.raises(ValueError, match="field reads a tensor that requires a gradient"):
+        integrate(field, X, 0.0, 1.0, graph=True)
