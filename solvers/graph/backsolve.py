@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops import while_loop
 
 from solvers.graph.clock import GOING
 from solvers.graph.loop import solve
 from solvers.graph.outputs import pick
+from solvers.graph.repeats import at_least_once
 from solvers.tolerance import Tolerance
 
 __all__ = ["Backsolve"]
@@ -29,10 +29,12 @@ class _Seminorm:
     Attributes:
         of: the tolerance of the state.
         shape: of the state.
+        integrals: their number.
     """
 
     of: Tolerance
     shape: Sequence[int]
+    integrals: int
     first_step: float | None
     min_step: float
     max_step: float
@@ -41,12 +43,12 @@ class _Seminorm:
     @property
     def rtol(self) -> Any:
         """Of the state, the adjoint and the integrals."""
-        return self.of.rtol
+        return self._whole(self.of.rtol)
 
     @property
     def atol(self) -> Any:
         """Likewise."""
-        return self.of.atol
+        return self._whole(self.of.atol)
 
     def scaled(self, error: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
         """The errors of state and adjoint over their tolerances, ``(2, *shape)``."""
@@ -58,7 +60,13 @@ class _Seminorm:
 
     def size_in_graph(self, value: Tensor, scale: Tensor, *, each: bool = False) -> Tensor:
         """The same of ``value / scale``, float64."""
-        return self.size(self._parts(value / scale)).to(torch.float64)
+        return self.size(self._parts(self.of._over(value, scale))).to(torch.float64)
+
+    def _whole(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.expand(self.shape).reshape(-1)
+        return torch.cat([value, value, value.new_ones(self.integrals)])
 
     def _parts(self, z: Tensor) -> Tensor:
         return z[: 2 * math.prod(self.shape)].view(2, *self.shape)
@@ -78,20 +86,21 @@ class Backsolve(torch.autograd.Function):
         """Solve."""
         ending, end, _ = call.solve(x0, t0, t1, at, tensors, None)
         ctx.call, ctx.outputs = call, at is not None
-        ctx.save_for_backward(t0, t1, end.x, *((at, ending[1]) if at is not None else ()), *tensors)
+        ended = end.times.t.clone(), end.x.clone(), end.met.clone()
+        ctx.save_for_backward(t0, *ended, *((at, ending[1]) if at is not None else ()), *tensors)
         ctx.mark_non_differentiable(*ending[2:])
         return ending
 
     @staticmethod
     def backward(ctx: Any, g1: Tensor, of_outputs: Tensor, *_: Any) -> Any:  # type: ignore[override]
         """Solve backwards."""
-        t0, t1, x1, *rest = ctx.saved_tensors
+        t0, ended, x1, met, *rest = ctx.saved_tensors
         (at, outputs), tensors = (rest[:2], rest[2:]) if ctx.outputs else ((None, None), rest)
         call, size = ctx.call, x1.numel()
         tolerance = call.setting.tolerance
         limits = tolerance.first_step, tolerance.min_step, tolerance.max_step, tolerance.max_steps
         rule = call.rule(x1, t0, False)
-        clock = replace(rule.clock, tolerance=_Seminorm(tolerance, x1.shape, *limits))
+        clock = replace(rule.clock, tolerance=_Seminorm(tolerance, x1.shape, sum(x.numel() for x in tensors), *limits))
         rule = replace(rule, clock=clock, outputs=None, raises=True)
 
         def system(t: Any, z: Tensor) -> Tensor:
@@ -103,7 +112,7 @@ class Backsolve(torch.autograd.Function):
             solved = solve(rule, system, z, start, end)
             return torch.where(solved.times.status == GOING, solved.x, torch.nan)
 
-        z, start = _vector([x1, g1, *(torch.zeros_like(x) for x in tensors)]), t1
+        z, start = _vector([x1, g1, *(torch.zeros_like(x) for x in tensors)]), ended
         if at is not None and outputs is not None:
             outputs, of_outputs = outputs.clone(), of_outputs.clone()  # which the compiler takes for views of one
 
@@ -111,13 +120,14 @@ class Backsolve(torch.autograd.Function):
                 return i > 0
 
             def one(i: Tensor, z: Tensor, start: Tensor) -> tuple[Tensor, ...]:
-                time = pick(at, i - 1)
+                row, there = (i - 1).clamp(min=0), i > 0
+                time = torch.where(there, pick(at, row), start)
                 z = back(z, start, time)
-                a = z[size : 2 * size] + pick(of_outputs, i - 1).reshape(-1)
-                return i - 1, torch.cat([pick(outputs, i - 1).reshape(-1), a, z[2 * size :]]), time.clone()
+                a = z[size : 2 * size] + torch.where(there, pick(of_outputs, row), 0).reshape(-1)
+                y = torch.where(there, pick(outputs, row).reshape(-1), z[:size])
+                return i - 1, torch.cat([y, a, z[2 * size :]]), time
 
-            count = torch.full((), len(at), dtype=torch.int64, device=z.device)
-            _, z, start = while_loop(goes, one, (count, z, start.clone()))
+            _, z, start = at_least_once(goes, one, (met.clone(), z, start.clone()))
         z = back(z, start, t0)
         parts = z[size:].split([size, *(x.numel() for x in tensors)])
         gradients = [part.view(x.shape) for part, x in zip(parts, (x1, *tensors), strict=True)]

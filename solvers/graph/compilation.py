@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from types import FunctionType
 from typing import Any
 
@@ -15,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import is_dynamo_supported
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config
 from torch.compiler import assume_constant_result
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from solvers.controllers import SampleController, SampleStates
 from solvers.gradients.captured import owner_of
-from solvers.graph.clock import FAILED_FIRST
+from solvers.graph.clock import FAILED_FIRST, GOING
 from solvers.graph.compiler import compile_loops, watched
 from solvers.graph.fields import GraphField
 from solvers.graph.result import checked, solution_of
@@ -45,12 +47,14 @@ TRACES, WRITES = (tuple(map(int, torch.__version__.split(".")[:2])) >= version f
 MOST = 32
 """Kinds of solves of which compiled ones are kept."""
 
+_names = count()
 _compiled: OrderedDict[Any, Callable[..., Ending]] = OrderedDict()
-_probed: dict[Any, tuple[Callable[[], Any], ...]] = {}  # what a field was and read when it was looked at
+_probed: set[Any] = set()
 _long: set[Any] = set()  # kinds of solves that took more steps than have room
 _numbers: set[Any] = set()  # those whose fields have numbers that change
 _refused: set[Any] = set()  # those that "auto" does not take, for their fields cannot be a graph
 _warned = _lacking = False
+_count = 0  # of graphs that were compiled
 
 
 def check_graph(
@@ -117,7 +121,7 @@ def _at_work(x: Tensor) -> str:
     """What is at work that a graph of its own does not follow, and what to do."""
     if torch.is_autocast_enabled(x.device.type):
         return "graph=True computes in the precision of the state: call it outside of autocast, or graph=False"
-    if is_transformed(x):
+    if is_transformed(x) or torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return "graph=True cannot be transformed by torch.func: graph=False"
     if x.is_complex():
         return f"graph=True takes real states, got {x.dtype}: torch.view_as_real, or graph=False"
@@ -131,6 +135,14 @@ def _without(why: str, graph: Any) -> bool:
         warnings.warn(f"graph=True solves as graph=False does, for {why}", stacklevel=4)
         _warned = True
     return False
+
+
+def _compile(graph: Any, inputs: Any) -> Any:
+    """Compile; the compiler overwrites no tensor that is saved for a backward pass (:func:`_keep_buffers`)."""
+    global _count
+    _count += 1
+    with config.patch(donated_buffer=False):
+        return (BACKEND if callable(BACKEND) else lookup_backend(BACKEND))(graph, inputs)
 
 
 def _check_controller(controller: SampleController, order: int) -> None:
@@ -193,8 +205,15 @@ def solve_in_graph(
     if inside:
         _keep_buffers()
         setting.field.check()
+        if torch.is_grad_enabled():
+            setting.field.check_reads(in_state_shape(ends[0], x0), x0, args)
         end = solved(setting, x0, *_apart(ends), rows, args)
-        return solution_of(end, Numbers(*end.numbers.unbind()), times, packing.unpack)
+        numbers = Numbers(*end.numbers.unbind())
+        if raises:  # which a graph cannot
+            over = in_state_shape(numbers.status == GOING, end.x)
+            end = end._replace(x=torch.where(over, end.x, torch.nan))
+        return solution_of(end, numbers, times, packing.unpack)
+    x0, args = _distinct(x0, args, setting.field.parameters)
     key = _key_of(setting, of, x0, per_sample)
     if graph == "auto" and key in _refused:
         return None
@@ -208,6 +227,9 @@ def solve_in_graph(
         return None
     if end is None:
         return None
+    if end.x.requires_grad and setting.field.others:
+        kept: Any = partial(_Kept.apply, *setting.field.others)
+        end = Ending(kept(end.x), kept(end.outputs) if rows is not None else end.outputs, end.numbers)
     numbers = Numbers(*end.numbers.tolist())  # waits for the device, once
     if per_sample or t0 == t1 or numbers.status == FAILED_FIRST:
         check_finite(x0, "x0")
@@ -235,21 +257,21 @@ def _run(
     """How a solve ends that is compiled here; None where there is no compiler."""
     global _lacking
     run = _compiled_for(key, setting)
-    quiet: Any = nullcontext()
-    read = of, *(cell.cell_contents for cell in getattr(of, "__closure__", None) or ())
-    seen = (run, *((id(one), getattr(one, "requires_grad", None)) for one in read))
-    if seen not in _probed or any(ref() is not one for ref, one in zip(_probed[seen], read, strict=True)):
-        setting.field.probe(in_state_shape(ends[0], x0), x0, args)
-        if len(_probed) > 1000:  # functions that are made anew for each solve
-            _probed.clear()
-        _probed[seen] = tuple(map(_reference, read))
+    start, quiet = in_state_shape(ends[0], x0), nullcontext()
+    if run not in _probed:
+        setting.field.probe(start, x0, args)
+        _probed.add(run)
         quiet = warnings.catch_warnings()  # the compiler asks inputs for gradients that are no leaves
     numbers: Any = dynamo.patch(specialize_float=True) if key in _numbers else nullcontext()
+    compiled = _count
     try:
         with quiet, numbers:
             if not isinstance(quiet, nullcontext):
                 warnings.filterwarnings("ignore", message="The .grad attribute")
-            return run(setting.field, setting.tolerance, x0, ends, rows, tuple(args))
+            end = run(setting.field, setting.tolerance, setting.controller, x0, ends, rows, tuple(args))
+        if compiled != _count:  # something that the field reads is another
+            setting.field.probe(start, x0, args)
+        return end
     except FailOnRecompileLimitHit:  # fields of one class that differ inside: room for others
         if (key, setting.replays) not in _compiled:
             raise
@@ -267,6 +289,37 @@ def _run(
             f"field cannot be part of a graph: {_first_lines(error)}. It must not branch on values (torch.where for "
             "if), nor read them, as .item() does; or graph=False"
         ) from error
+
+
+class _Kept(torch.autograd.Function):
+    """A state, whose gradient is refused where what the field reads beside its parameters was written over."""
+
+    @staticmethod
+    def forward(ctx: Any, *others: Tensor) -> Tensor:
+        """The state, the last of these."""
+        ctx.save_for_backward(*others[:-1])
+        return others[-1].view_as(others[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        """Its gradient; torch looks at what is kept."""
+        return (*(None for _ in ctx.saved_tensors), gradient)
+
+
+def _distinct(x0: Tensor, args: Sequence[Any], parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Any]]:
+    """The first state and arguments, of which a graph takes none twice, nor views of one."""
+    if not args and not x0._is_view() and not isinstance(x0, nn.Parameter):
+        return x0, args
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+
+    def own(x: Tensor) -> Tensor:
+        place = x.untyped_storage().data_ptr()
+        if place in known:
+            return x.clone()
+        known.add(place)
+        return x
+
+    return own(x0), tree_map_only(Tensor, own, tuple(args))
 
 
 @assume_constant_result
@@ -321,14 +374,6 @@ def _apart(ends: Tensor) -> tuple[Tensor, Tensor]:
     return t0.clone(), t1.clone()
 
 
-def _reference(value: Any) -> Callable[[], Any]:
-    """A call that returns what is referred to, as long as there is such a thing."""
-    try:
-        return weakref.ref(value)
-    except TypeError:  # numbers, lists
-        return lambda: value
-
-
 def _key_of(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Any:
     """What is constant in a graph, but for what the compiler looks at before each run."""
     tolerance = setting.tolerance
@@ -336,9 +381,9 @@ def _key_of(setting: Setting, of: Any, x0: Tensor, per_sample: bool) -> Any:
     norm = getattr(tolerance.norm, "__code__", type(tolerance.norm))
     limits = tolerance.first_step, tolerance.min_step, tolerance.max_step, tolerance.max_steps
     return (
-        type(of), getattr(of, "__code__", None), setting.tableau, *kinds, norm, *limits, setting.controller,
+        type(of), getattr(of, "__code__", None), setting.tableau, *kinds, norm, *limits, type(setting.controller),
         setting.raises, setting.backsolves, per_sample, x0.dtype, x0.device, x0.shape[1:], setting.field.packing.single,
-        tuple(p.shape for p in setting.field.parameters), tuple(map(type, setting.field.modules)),
+        tuple(p.shape for p in setting.field.parameters), setting.field.kinds(),
         torch.is_grad_enabled(),
     )  # fmt: skip
 
@@ -349,20 +394,21 @@ def _compiled_for(kind: Any, setting: Setting) -> Callable[..., Ending]:
     if key in _compiled:
         _compiled.move_to_end(key)
         return _compiled[key]
-    tableau, controller = setting.tableau, setting.controller
+    tableau = setting.tableau
     ways = setting.raises, setting.backsolves, setting.replays
-    _check_controller(controller, tableau.error_order)
+    _check_controller(setting.controller, tableau.error_order)
 
     def run(
-        field: GraphField, tolerance: Tolerance, x0: Tensor, ends: Tensor, at: Tensor | None, args: tuple[Any, ...]
-    ) -> Ending:
+        field: GraphField, tolerance: Tolerance, controller: Any, x0: Tensor, ends: Tensor, at: Tensor | None,
+        args: tuple[Any, ...],
+    ) -> Ending:  # fmt: skip
         return solved(Setting(field, tableau, tolerance, controller, *ways), x0, *_apart(ends), at, args)
 
     # a code of its own, for the compiler counts and keeps what it compiles by code
     own = FunctionType(
-        run.__code__.replace(co_name=f"solve_{len(_compiled)}"), run.__globals__, run.__name__, None, run.__closure__
+        run.__code__.replace(co_name=f"solve_{next(_names)}"), run.__globals__, run.__name__, None, run.__closure__
     )
-    _compiled[key] = torch.compile(own, fullgraph=True, backend=BACKEND, options={"guard_filter_fn": watched})
+    _compiled[key] = torch.compile(own, fullgraph=True, backend=_compile, options={"guard_filter_fn": watched})
     while len(_compiled) > MOST:
         _compiled.popitem(last=False)
         _probed.clear()

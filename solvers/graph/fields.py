@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map_only
 
@@ -29,11 +30,13 @@ class GraphField:
 
     Attributes:
         parameters: those of the owner that require gradients, each once.
+        others: its other parameters and its buffers.
     """
 
     def __init__(self, field: Callable[..., Any], owner: nn.Module | None, packing: Packing) -> None:
         self.field, self.packing = field, packing
         self.parameters: list[Tensor] = []
+        self.others: list[Tensor] = []
         self._places: list[tuple[nn.Module, list[tuple[str, int]]]] = []
         self.modules = [] if owner is None else _modules(owner)
         numbers: dict[int, int] = {}
@@ -45,6 +48,9 @@ class GraphField:
                         numbers[id(parameter)] = len(self.parameters)
                         self.parameters.append(parameter)
                     here.append((name, numbers[id(parameter)]))
+                elif parameter is not None:
+                    self.others.append(parameter)
+            self.others += [buffer for buffer in module._buffers.values() if buffer is not None]
             if here:
                 self._places.append((module, here))
 
@@ -76,26 +82,52 @@ class GraphField:
             return self.field(t, x, *args)
         return packing.pack(self.field(t, packing.unpack(x), *args), "field")
 
-    def probe(self, t: Tensor, x: Tensor, args: Sequence[Any]) -> None:
+    def kinds(self) -> tuple[Any, ...]:
+        """What a compiler takes for constants of a field: kinds of its modules, and their hooks by number."""
+        hooks = (hook for m in self.modules for hook in (*m._forward_hooks, *m._forward_pre_hooks))
+        return (*map(type, self.modules), *hooks, *_global_forward_hooks, *_global_forward_pre_hooks)
+
+    def check_reads(self, t: Tensor, x: Tensor, args: Sequence[Any]) -> None:
         """That a call reads no tensor that gets a gradient beside its arguments and these parameters, by one call.
 
         Raises:
-            ValueError, TypeError: it does, it returns what is no velocity, or it draws random numbers or changes
-                buffers, which a graph would not do each time.
+            ValueError, TypeError: it does, or it returns what is no velocity.
         """
         plain = tree_map_only(Tensor, Tensor.detach, tuple(args))
-        buffers = [buffer for module in self.modules for buffer in module._buffers.values() if buffer is not None]
-        versions, state = [buffer._version for buffer in buffers], torch.get_rng_state()
-        v = velocity(self.velocity(plain, [p.detach() for p in self.parameters]), t, x.detach())
-        if v.requires_grad:
+        if velocity(self.velocity(plain, [p.detach() for p in self.parameters]), t, x.detach()).requires_grad:
             raise ValueError(
                 "field reads a tensor that requires a gradient and is no parameter of the module that it is: make it "
                 "one, let args hold it, or graph=False; what it differentiates inside is for torch.func.grad"
             )
-        if not torch.equal(state, torch.get_rng_state()):
-            raise ValueError(f"field draws random numbers, {ANEW}")
+
+    def probe(self, t: Tensor, x: Tensor, args: Sequence[Any]) -> None:
+        """:meth:`check_reads`, and that a call draws no random numbers and changes nothing.
+
+        Raises:
+            ValueError, TypeError: it does, which a graph would not do each time.
+        """
+        buffers = [buffer for module in self.modules for buffer in module._buffers.values() if buffer is not None]
+        versions, numbers, state = [buffer._version for buffer in buffers], self._numbers(), _random(x)
+        self.check_reads(t, x, args)
+        if not all(map(torch.equal, state, _random(x))):
+            raise ValueError(
+                "field draws random numbers, which are drawn anew where the gradient of a graph calls it again: hand "
+                "them over in args, field.eval() for a dropout, or graph=False"
+            )
         if versions != [buffer._version for buffer in buffers]:
-            raise ValueError(f"field changes its buffers, {ANEW}")
+            raise ValueError(f"field changes its buffers, as a batch norm in training mode does, {ANEW}")
+        if changed := [name for name, value in self._numbers().items() if numbers.get(name) != value]:
+            raise ValueError(
+                f"field changes its number {changed[0][1]!r}, which a graph holds as a constant: calls are counted in "
+                "solution.stats.evaluations; or graph=False"
+            )
+
+    def _numbers(self) -> dict[tuple[int, str], Any]:
+        """Numbers that modules hold."""
+        return {
+            (i, name): value for i, module in enumerate(self.modules) for name, value in vars(module).items()
+            if isinstance(value, (int, float))
+        }  # fmt: skip
 
     def check(self) -> None:
         """That a call does the same each time.
@@ -123,3 +155,8 @@ def _modules(owner: nn.Module) -> list[nn.Module]:
             found[id(module)] = module
             left += [part for part in module._modules.values() if part is not None]
     return list(found.values())
+
+
+def _random(x: Tensor) -> list[Tensor]:
+    """The states of the generators that a field of x may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(x.device)] if x.is_cuda else [])]

@@ -91,6 +91,7 @@ class Solved(NamedTuple):
         calls: of the field, for each sample, a scalar or ``(B,)``.
         all_calls: of the field, a scalar.
         outputs: the states at the output times, ``(n, *x0.shape)``; one row of no meaning where there are none.
+        met: how many of them were met; 0 where there are none.
     """
 
     times: Times
@@ -100,6 +101,7 @@ class Solved(NamedTuple):
     calls: Tensor
     all_calls: Tensor
     outputs: Tensor
+    met: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +187,11 @@ def solve(
         return after, plain(torch.where(mask, step.x1, x)), plain(first), counts, tuple(m.clone() for m in met)
 
     begun = (times, plain(x0), plain(first), (none, none.clone()) if clock.each else (), met)
-    times, x, _, counts, _ = at_least_once(goes, attempt, begun)
+    times, x, _, counts, met = at_least_once(goes, attempt, begun)
     tried = times.taken + times.rejected
     attempts, steps = counts or (tried, times.taken)
     begun_calls = calls * (t0 != t1).to(torch.int64)
     return Solved(
-        times, x, attempts, steps, made * tried + begun_calls, made * attempts + begun_calls.amax(), outputs
+        times, x, attempts, steps, made * tried + begun_calls, made * attempts + begun_calls.amax(), outputs,
+        met[0] if met else none,
     )  # fmt: skip

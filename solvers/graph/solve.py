@@ -100,7 +100,7 @@ def solved(setting: Setting, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | No
         args: further arguments of the field.
     """
     leaves, spec = tree_flatten(tuple(args))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    places = [i for i, leaf in enumerate(leaves) if _may_need(leaf)]
     tensors = [*(leaves[i] for i in places), *setting.field.parameters]
     needs = any(x is not None and x.requires_grad for x in (x0, at, *tensors))
     shifts = at is not None and at.requires_grad and torch.is_grad_enabled()
@@ -110,6 +110,11 @@ def solved(setting: Setting, x0: Tensor, t0: Tensor, t1: Tensor, at: Tensor | No
             return Ending(*call.solve(x0, t0, t1, at, tensors, None)[0])
     way = Backsolve if setting.backsolves else _Solve
     return Ending(*way.apply(call, x0, t0, t1, at, *tensors))  # type: ignore[misc]
+
+
+def _may_need(leaf: Any) -> bool:
+    """Whether it may get a gradient."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +173,8 @@ class _Solve(torch.autograd.Function):
         ctx.call, ctx.stages, ctx.outputs = call, len(history.stages), at is not None
         times = () if at is None else (at,)
         ctx.save_for_backward(
-            x0, t0, t1, end.x, end.steps.clamp(min=1), history.times, history.outputs, history.states, history.marks,
-            *history.stages, *times, *tensors,
+            x0, t0, t1, end.x.clone(), end.steps.clamp(min=1), history.times, history.outputs, history.states,
+            history.marks, *history.stages, *times, *tensors,
         )  # fmt: skip
         ctx.width = history.width
         ctx.mark_non_differentiable(*ending[2:])

@@ -38,7 +38,15 @@ def graph_states(
         raise TypeError("t must be a floating tensor of times, with one dimension and at least one time")
     x0, tableau, rule = packing.pack(y0), get_tableau(ADAPTIVE[method]), make_rule(options)
     if not check_graph(
-        True, x0, steps=None, event=None, keep="last", gradient="direct", controller=rule, tableau=tableau, at=t
+        options["graph"],
+        x0,
+        steps=None,
+        event=None,
+        keep="last",
+        gradient="direct",
+        controller=rule,
+        tableau=tableau,
+        at=t,
     ):
         return None
     wide = t.to(x0.device, torch.float64)
@@ -57,6 +65,7 @@ def graph_states(
             field, x0, wide[0].detach(), wide[-1].detach(), packing=packing, args=args, tableau=tableau,
             tolerance=make_tolerance(packing, x0, rtol, atol, options), controller=rule, per_sample=False, raises=True,
             parameters=None, times=wide - origin, of=func,
+            graph=options["graph"],
         )  # fmt: skip
     except SolverError as error:
         error.args = (str(error).replace("max_steps", "max_num_steps"),)
