@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -228,8 +227,7 @@ def solve_in_graph(
     if end is None:
         return None
     if end.x.requires_grad and setting.field.others:
-        kept: Any = partial(_Kept.apply, *setting.field.others)
-        end = Ending(kept(end.x), kept(end.outputs) if rows is not None else end.outputs, end.numbers)
+        _guard(end, setting.field.others)
     numbers = Numbers(*end.numbers.tolist())  # waits for the device, once
     if per_sample or t0 == t1 or numbers.status == FAILED_FIRST:
         check_finite(x0, "x0")
@@ -291,19 +289,20 @@ def _run(
         ) from error
 
 
-class _Kept(torch.autograd.Function):
-    """A state, whose gradient is refused where what the field reads beside its parameters was written over."""
+def _guard(end: Ending, others: Sequence[Tensor]) -> None:
+    """Let the gradients of a solve look whether what its field reads beside its parameters was written over."""
+    versions = [other._version for other in others]
 
-    @staticmethod
-    def forward(ctx: Any, *others: Tensor) -> Tensor:
-        """The state, the last of these."""
-        ctx.save_for_backward(*others[:-1])
-        return others[-1].view_as(others[-1])
+    def look(gradient: Tensor) -> None:
+        if versions != [other._version for other in others]:
+            raise RuntimeError(
+                "field reads a buffer or a frozen parameter that was modified by an inplace operation between the solve "
+                "and its gradient, which calls the field again: change it after backward(), or graph=False"
+            )
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        """Its gradient; torch looks at what is kept."""
-        return (*(None for _ in ctx.saved_tensors), gradient)
+    for states in (end.x, end.outputs):
+        if states.requires_grad:
+            states.register_hook(look)
 
 
 def _distinct(x0: Tensor, args: Sequence[Any], parameters: Sequence[Tensor]) -> tuple[Tensor, Sequence[Any]]:
