@@ -122,8 +122,9 @@ def integrate(
             graph of its own: it keeps the states of 100 steps, and takes the others anew; or "backsolve", NaN where the
             backward solve cannot go on. The field is a module or reads nothing that gets a gradient, and computes the
             same at each call; its t is a tensor, which no ``if`` takes. Only the last state is kept, and the states
-            ``at``. In a caller's graph ``solution.status`` is a tensor, 0 where the solve is finished, and nothing
-            raises; counts and times are tensors. There are no second derivatives. Gradients and ``at`` need torch 2.14;
+            ``at``. In a caller's graph nothing raises: ``solution.status`` is a tensor, 0 where the solve is finished,
+            and a last state that is not reached is NaN, with on_limit="return" the one where the solve stopped; counts
+            and times are tensors. There are no second derivatives. Gradients and ``at`` need torch 2.14;
             where torch or a compiler lacks, the loop is the host's, after a warning. "auto" takes a graph where there
             can be one, what is kept is the last state or the states ``at``, and the state has at most 32,768 numbers:
             above that the field is most of the time.

@@ -296,8 +296,8 @@ def _guard(end: Ending, others: Sequence[Tensor]) -> None:
     def look(gradient: Tensor) -> None:
         if versions != [other._version for other in others]:
             raise RuntimeError(
-                "field reads a buffer or a frozen parameter that was modified by an inplace operation between the solve "
-                "and its gradient, which calls the field again: change it after backward(), or graph=False"
+                "field reads a buffer or a frozen parameter that was modified by an inplace operation between the "
+                "solve and its gradient, which calls the field again: change it after backward(), or graph=False"
             )
 
     for states in (end.x, end.outputs):

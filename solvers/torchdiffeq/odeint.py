@@ -48,7 +48,8 @@ def odeint(
             jump_t, step_t, dtype, graph; fixed ones: step_size, grid_constructor, perturb, interp. ``max_num_steps``
             counts the attempts of the whole solve, 100000 if not given, or 20000 until an event. ``dtype`` is that of
             tensors which hold a time or a time's gradient: with torch.float32 a solve in float32 makes no tensor in
-            float64. ``graph``, True, solves as ``integrate(graph=True)`` does, and has its gradient.
+            float64. ``graph``, True or "auto", solves as ``integrate(graph=True)`` does,
+            and has its gradient.
             ``grid_constructor`` gets ``t`` as it is and returns times from the first of them to the last.
         event_fn: ``(t, y)`` to a tensor; the solve ends where one of its entries changes sign. ``t`` is then the start
             and a time that shows the direction.
