@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,7 @@ def solver_of(who: str, method: str, field: Field, x: Tensor) -> Callable[[], Te
 
 def diffrax_of(method: str, field: Any, x: Tensor, backward: bool) -> tuple[Callable[[], object], int]:
     """diffrax's solve, or its gradient for weights and state, compiled by XLA; and the steps that it takes."""
-    import diffrax
-    import jax
-    from jax import numpy as jnp
-
+    diffrax, jax, jnp = (import_module(name) for name in ("diffrax", "jax", "jax.numpy"))
     pairs = [tuple(jnp.asarray(p.detach().cpu().numpy()) for p in layer.parameters()) for layer in field.network]
     weights = [pair for pair in pairs if pair]
 
@@ -124,8 +122,7 @@ def diffrax_of(method: str, field: Any, x: Tensor, backward: bool) -> tuple[Call
     control = diffrax.PIDController(rtol=RTOL, atol=ATOL)
 
     def solve(weights: Any, y: Any) -> Any:
-        solver: Any = diffrax.diffeqsolve
-        return solver(term, rule, 0.0, 1.0, None, y, weights, stepsize_controller=control)
+        return diffrax.diffeqsolve(term, rule, 0.0, 1.0, None, y, weights, stepsize_controller=control)
 
     def last(weights: Any, y: Any) -> Any:
         return solve(weights, y).ys[-1]
@@ -257,10 +254,7 @@ def main(options: Options) -> None:
     where = environment()
     where["versions"]["torchdiffeq"] = torchdiffeq.__version__
     if find_spec("diffrax"):
-        import diffrax
-        import jax
-
-        where["versions"] |= {"diffrax": diffrax.__version__, "jax": jax.__version__}
+        where["versions"] |= {name: import_module(name).__version__ for name in ("diffrax", "jax")}
     where |= {"commit": options.commit or where.get("commit"), "threads": options.threads}
     measured: dict[str, Any] = {"environment": where, "rows": [], "first": []}
     if options.first:

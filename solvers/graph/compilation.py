@@ -51,7 +51,7 @@ _compiled: OrderedDict[Any, Callable[..., Ending]] = OrderedDict()
 _probed: set[Any] = set()
 _long: set[Any] = set()  # kinds of solves that took more steps than have room
 _numbers: set[Any] = set()  # those whose fields have numbers that change
-_refused: set[Any] = set()  # those that "auto" does not take, for their fields cannot be a graph
+_refused: set[Any] = set()  # those that the compiler fails at, or "auto" leaves, for their fields cannot be a graph
 _warned = _lacking = False
 _count = 0  # of graphs that were compiled
 
@@ -214,7 +214,7 @@ def solve_in_graph(
         return solution_of(end, numbers, times, packing.unpack)
     x0, args = _distinct(x0, args, setting.field.parameters)
     key = _key_of(setting, of, x0, per_sample)
-    if graph == "auto" and key in _refused:
+    if key in _refused:
         return None
     try:
         setting.field.check()
@@ -279,6 +279,13 @@ def _run(
         if "compiler" in str(error) and "CxxCompiler" in str(error):
             _lacking = True
             _without("there is no compiler of C++", graph)
+            return None
+        if type(error).__name__ == "InductorError":
+            _refused.add(key)
+            warnings.warn(
+                f"graph=True solves as graph=False does, for the compiler failed at this field: {_first_lines(error)}",
+                stacklevel=5,
+            )
             return None
         if key not in _numbers:  # a number of the field that was another before: a constant again
             _numbers.add(key)

@@ -31,6 +31,8 @@ def compile_loops(graph: GraphModule, inputs: Sequence[Any]) -> Any:
     if on_cpu:
         patches["cpp_wrapper"] = True
         _for_mkl(graph)
+    else:
+        patches["max_fusion_size"] = 12  # Triton 3.6 fails at the kernels of longer fusions of the loop
     return compile_fx(graph, inputs, config_patches=patches)
 
 

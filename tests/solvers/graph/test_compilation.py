@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from solvers import integrate, odeint
 from solvers.graph import compilation
@@ -255,3 +255,12 @@ def test_what_a_field_reads_may_change():
     weight.requires_grad_()
     with pytest.raises(ValueError, match="field reads a tensor that requires a gradient"):
         integrate(field, X, 0.0, 1.0, graph=True)
+
+
+@pytest.mark.usefixtures("anew")
+def test_where_the_compiler_fails_one_warning_and_the_loop_on_the_host(monkeypatch):
+    def failing(*_):
+        raise InductorError(RuntimeError("PassManager::run failed"), None)
+
+    monkeypatch.setattr(compilation, "BACKEND", failing)
+    assert "the compiler failed" in warned_once(lambda: integrate(decay, X, 0.0, 1.0, graph=True))

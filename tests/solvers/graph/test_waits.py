@@ -15,7 +15,7 @@ from solvers.graph.compiler import compile_loops
 def test_one_wait_for_each_step(control, monkeypatch):
     """The loop's condition is read on the host; the numbers of a solve are read once, at its end."""
     monkeypatch.setattr(compilation, "BACKEND", compile_loops)
-    field, x, found = nn.Linear(2, 2).cuda(), torch.randn(5, 2, device="cuda"), {}
+    field, x, found = nn.Linear(2, 2).double().cuda(), torch.randn(5, 2, dtype=torch.float64, device="cuda"), {}
     for steps in (2, 8):
         tolerance = Tolerance(first_step=1 / steps, max_step=1 / steps)
         options = {"tolerance": tolerance, "controller": Fixed(), "control": control, "keep": "last", "graph": True}
