@@ -418,6 +418,9 @@ def _compiled_for(kind: Any, setting: Setting) -> Callable[..., Ending]:
     while len(_compiled) > MOST:
         _compiled.popitem(last=False)
         _probed.clear()
+    for kinds in (_long, _numbers, _refused):
+        if len(kinds) > 1000:
+            kinds.clear()
     return _compiled[key]
 
 

@@ -83,9 +83,14 @@ class GraphField:
         return packing.pack(self.field(t, packing.unpack(x), *args), "field")
 
     def kinds(self) -> tuple[Any, ...]:
-        """What a compiler takes for constants of a field: kinds of its modules, and their hooks by number."""
+        """What a compiler takes for constants of a field: classes and modes of its modules, and hooks by number."""
         hooks = (hook for m in self.modules for hook in (*m._forward_hooks, *m._forward_pre_hooks))
-        return (*map(type, self.modules), *hooks, *_global_forward_hooks, *_global_forward_pre_hooks)
+        return (
+            *((type(m), m.training) for m in self.modules),
+            *hooks,
+            *_global_forward_hooks,
+            *_global_forward_pre_hooks,
+        )
 
     def check_reads(self, t: Tensor, x: Tensor, args: Sequence[Any]) -> None:
         """That a call reads no tensor that gets a gradient beside its arguments and these parameters, by one call.

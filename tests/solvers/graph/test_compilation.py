@@ -176,7 +176,8 @@ FREE = torch.ones(2, dtype=X.dtype, requires_grad=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("field", [Asks(), Normed(), lambda t, x: -x * FREE], ids=["asks", "norm", "reads"])
 def test_auto_is_the_loop_on_the_host_for_fields_that_cannot_be_a_graph(field):
-    assert integrate(field, X, 0.0, 1.0, graph="auto").status == "finished"
+    for _ in range(2):
+        assert integrate(field, X, 0.0, 1.0, graph="auto", keep="last").status == "finished"
 
 
 class Rate(nn.Module):
