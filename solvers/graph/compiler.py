@@ -59,10 +59,11 @@ def _for_mkl(graph: GraphModule) -> None:
                 continue
             parts: Any = (*node.args, None)[:3]
             x, weight, bias = parts
-            if weight.meta["example_value"].dtype not in (torch.float32, torch.float64):
+            matrix, state = (one.meta.get("example_value") for one in (weight, x))
+            if matrix is None or state is None or matrix.dtype not in (torch.float32, torch.float64):
                 continue
             with part.graph.inserting_before(node):
-                if len(weight.meta["example_value"]) <= FEW and x.meta["example_value"].ndim == 2:
+                if len(matrix) <= FEW and state.ndim == 2:
                     product = method("t", (call(torch.mm, (weight, method("t", (x,)))),))
                 else:
                     product = call(_LINEAR, (x, weight))
