@@ -42,7 +42,7 @@ def agree(field, wanted, x=X, **options):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("what", ["bias", "buffer"])
+@pytest.mark.parametrize("what", ["bias", pytest.param("buffer", marks=pytest.mark.slow)])
 def test_what_is_written_over_before_the_gradient_is_refused(what):
     field, x = Velocity(), X.clone().requires_grad_()
     field.layer.bias.requires_grad_(False)
@@ -52,6 +52,7 @@ def test_what_is_written_over_before_the_gradient_is_refused(what):
         x1.sum().backward()
 
 
+@pytest.mark.slow
 def test_a_last_state_that_is_changed_has_its_gradient():
     field, found = Velocity(), []
     for graph in (True, False):
@@ -181,6 +182,7 @@ class Attribute(nn.Module):
         return -x * self.weight
 
 
+@pytest.mark.slow
 def test_in_a_graph_of_the_caller_reads_are_refused_and_what_is_not_reached_is_nan():
     field, stiff = Attribute(), lambda t, x: -1000 * x
     with pytest.raises(Exception, match=r"reads a tensor that requires a gradient|Observed exception"):

@@ -78,6 +78,7 @@ def test_states_steps_and_gradients_are_those_of_the_loop():
     check(requires=("c",), solver="bs23")
 
 
+@pytest.mark.slow
 def test_gradients_of_inputs_alone_and_of_weights_alone_with_one_graph_each():
     check(requires=("x",), frozen=True, solver="heun")
     check(solver="heun", t0=1.0, t1=-0.5)  # backward in time
@@ -128,6 +129,7 @@ def decay(t, x):
     return torch.where(torch.as_tensor(t, dtype=x.dtype) > 0.5, torch.nan, -x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "t1", "tolerance", "error"),
     [
