@@ -255,16 +255,18 @@ def _run(
     """How a solve ends that is compiled here; None where there is no compiler."""
     global _lacking
     run = _compiled_for(key, setting)
-    start, quiet = in_state_shape(ends[0], x0), nullcontext()
+    start = in_state_shape(ends[0], x0)
     if run not in _probed:
         setting.field.probe(start, x0, args)
         _probed.add(run)
-        quiet = warnings.catch_warnings()  # the compiler asks inputs for gradients that are no leaves
+    inputs = (x for x in (x0, rows, *tree_leaves(tuple(args))) if isinstance(x, Tensor))
+    asked = any(x.requires_grad and not x.is_leaf for x in inputs)  # for their gradients, with a warning
+    quiet: Any = warnings.catch_warnings() if asked else nullcontext()
     numbers: Any = dynamo.patch(specialize_float=True) if key in _numbers else nullcontext()
     compiled = _count
     try:
         with quiet, numbers:
-            if not isinstance(quiet, nullcontext):
+            if asked:
                 warnings.filterwarnings("ignore", message="The .grad attribute")
             end = run(setting.field, setting.tolerance, setting.controller, x0, ends, rows, tuple(args))
         if compiled != _count:  # something that the field reads is another
