@@ -18,7 +18,7 @@ from odenets.normalization.mixing import warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Step
-from solvers.step import check_unchanged, versions_of
+from solvers.field_calls import check_unchanged, versions_of
 from solvers.validation import check_state
 
 __all__ = ["Flow"]

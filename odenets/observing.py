@@ -15,7 +15,7 @@ from odenets.measures import StepFunction, measure, needs_closing
 from odenets.recording import check_values
 from odenets.records import Records
 from solvers import Step
-from solvers.step import check_unchanged, versions_of
+from solvers.field_calls import check_unchanged, versions_of
 
 __all__ = ["Observer", "keeping", "observed", "observed_steps", "observing", "running_recorder"]
 

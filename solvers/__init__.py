@@ -31,12 +31,14 @@ from solvers.controllers import (
     SampleStates,
 )  # fmt: skip
 from solvers.errors import MaxStepsError, NonFiniteError, SolverError, Status, StepUnderflowError
+from solvers.field_calls import Field
 from solvers.integrate import integrate
 from solvers.interpolation import Interpolant, SampleInterpolant
 from solvers.methods import get_tableau
 from solvers.reductions import combine, finish_step
+from solvers.runge_kutta import rk_step
 from solvers.solution import SampleSolution, SampleStatistics, Solution, Statistics
-from solvers.step import Field, Step, rk_step
+from solvers.step import Step
 from solvers.tableaus import ButcherTableau, Embedded, Row
 from solvers.tolerance import Tolerance
 from solvers.torchdiffeq.adjoint import odeint_adjoint

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from solvers.controllers import Controller, ControllerState, check_returned
 from solvers.errors import NonFiniteError, failure
+from solvers.field_calls import Field, velocity
 from solvers.first_step import first_step
+from solvers.runge_kutta import rk_step
 from solvers.solution import Statistics
-from solvers.step import Field, Step, rk_step, velocity
+from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, too_small
 

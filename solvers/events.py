@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.field_calls import Field, velocity, versions_of
 from solvers.methods import get_tableau
-from solvers.step import Field, Step, rk_step, velocity, versions_of
+from solvers.runge_kutta import rk_step
+from solvers.step import Step
 from solvers.validation import real_dtype, to_state_shape
 
 __all__ = ["Event", "attach_event_gradient", "changes", "crossing", "first_crossing_fn", "values"]

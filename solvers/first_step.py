@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.step import Field, check_unchanged, velocity, versions_of
+from solvers.field_calls import Field, check_unchanged, velocity, versions_of
 from solvers.tolerance import Tolerance
 from solvers.validation import in_state_shape, real_dtype, to_state_shape
 

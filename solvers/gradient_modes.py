@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from solvers.errors import SolverError
+from solvers.field_calls import Field
 from solvers.gradients.backsolve import backsolved, seminorm
 from solvers.gradients.captured import Captured, owner_of
 from solvers.gradients.checkpoint import Read, recomputed
@@ -23,7 +24,6 @@ from solvers.outputs import BatchOutputs, SampleOutputs, stacked
 from solvers.sample_loop import align
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.solve import Task, even_grid, with_gradient
-from solvers.step import Field
 from solvers.validation import real_dtype, to_state_shape
 
 __all__ = ["by_backsolving", "by_recomputing", "captured_field"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from solvers.controllers import Controller, I, SampleController
+from solvers.field_calls import Field
 from solvers.gradient_modes import by_backsolving, by_recomputing, captured_field
 from solvers.gradients.captured import Captured
 from solvers.methods import get_tableau
@@ -22,7 +23,6 @@ from solvers.packing import Packing
 from solvers.sample_loop import within
 from solvers.solution import Solution
 from solvers.solve import Task, even_grid
-from solvers.step import Field
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import check_call

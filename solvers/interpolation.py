@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solvers.step import Field, Step, velocity
+from solvers.field_calls import Field, velocity
+from solvers.step import Step
 from solvers.validation import to_state_shape
 
 __all__ = ["Interpolant", "SampleInterpolant", "at_many", "hermite", "interpolant"]

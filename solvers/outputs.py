@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.field_calls import Field
 from solvers.interpolation import at_many, interpolant
-from solvers.step import Field, Step
+from solvers.step import Step
 from solvers.validation import to_state_shape
 
 __all__ = ["BatchOutputs", "Reading", "SampleOutputs", "SampleReading", "stacked"]

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from solvers.controllers import SampleController, SampleStates, check_returned
 from solvers.errors import SolverError, failure
+from solvers.field_calls import Field, velocity
 from solvers.first_step import first_step
+from solvers.runge_kutta import rk_step
 from solvers.solution import SampleStatistics
-from solvers.step import Field, Step, rk_step, velocity
+from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype, to_state_shape

@@ -15,11 +15,13 @@ from torch import Tensor
 from solvers.batch_loop import Observer, adaptive_steps, fixed_steps, span
 from solvers.errors import SolverError, Status
 from solvers.events import Event, attach_event_gradient, crossing, first_crossing_fn, values
+from solvers.field_calls import Field, check_unchanged, versions_of
 from solvers.interpolation import Interpolant, SampleInterpolant, interpolant
 from solvers.outputs import BatchOutputs, SampleOutputs
+from solvers.runge_kutta import step_state
 from solvers.sample_loop import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics
-from solvers.step import Field, Step, check_unchanged, step_state, versions_of
+from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import exact, to_state_shape

@@ -19,8 +19,8 @@ from odenets.normalization import check_closing_statistics
 from odenets.recording import check_values
 from solvers import ButcherTableau, Step
 from solvers.controllers import SampleController, SampleStates, check_returned
+from solvers.field_calls import velocity
 from solvers.reductions import combine
-from solvers.step import velocity
 
 __all__ = ["NORMS", "Control", "ErrorEstimate", "FlowWalk", "Norm", "PredictionChange"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from solvers.field_calls import Field
 from solvers.gradients.captured import Captured
 from solvers.packing import Packing
-from solvers.step import Field
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype
 

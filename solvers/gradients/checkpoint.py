@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from solvers.field_calls import Field
 from solvers.gradients.captured import BegunAnew, Captured
-from solvers.step import Field, Step, rk_step
+from solvers.runge_kutta import rk_step
+from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 
 __all__ = ["Read", "recomputed"]

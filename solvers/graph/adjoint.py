@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
+from solvers.field_calls import Field
 from solvers.graph.loop import History, Rule
 from solvers.graph.outputs import pick
 from solvers.graph.repeats import at_least_once, plain
-from solvers.step import Field
 from solvers.validation import in_state_shape
 
 __all__ = ["Adjoint"]

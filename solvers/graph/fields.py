@@ -11,8 +11,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._pytree import tree_map_only
 
+from solvers.field_calls import Field, velocity
 from solvers.packing import Packing
-from solvers.step import Field, velocity
 from solvers.validation import real_dtype
 
 __all__ = ["GraphField"]

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from solvers.field_calls import Field
 from solvers.first_step import first_step
 from solvers.graph.clock import GOING, Clock, Times
 from solvers.graph.outputs import Outputs
 from solvers.graph.repeats import at_least_once, plain
-from solvers.step import Field, Step, rk_step
+from solvers.runge_kutta import rk_step
+from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 from solvers.validation import in_state_shape, real_dtype
 

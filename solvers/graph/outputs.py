@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solvers.field_calls import Field
 from solvers.graph.repeats import at_least_once
-from solvers.step import Field, Step
+from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 from solvers.validation import in_state_shape
 

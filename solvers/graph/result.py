@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from solvers.errors import NonFiniteError, SolverError, Status, failure
+from solvers.field_calls import Field
 from solvers.graph.clock import FAILED_FIRST, GOING, MAX_STEPS, NOT_FINITE, TOO_LONG, UNDERFLOW
 from solvers.graph.solve import Ending, Numbers
+from solvers.runge_kutta import rk_step
 from solvers.solution import SampleSolution, SampleStatistics, Solution, Statistics
-from solvers.step import Field, rk_step
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, too_small
 from solvers.validation import in_state_shape

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from solvers.field_calls import Field
 from solvers.graph.adjoint import Adjoint
 from solvers.graph.backsolve import Backsolve
 from solvers.graph.clock import Clock
 from solvers.graph.fields import GraphField
 from solvers.graph.loop import History, Rule, Solved, solve
 from solvers.graph.outputs import Outputs
-from solvers.step import Field
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype

@@ -6,7 +6,7 @@ import torch
 from scipy.integrate import RK23, RK45
 
 from solvers import ButcherTableau, get_tableau, rk_step
-from solvers.step import step_state
+from solvers.runge_kutta import step_state
 from tests.counting import Operations
 from tests.solvers.problems import D
 

@@ -1,15 +1,13 @@
-"""The methods by name: published explicit Runge-Kutta pairs as tableaus."""
+"""Published explicit Runge-Kutta methods as tableaus."""
 
 from __future__ import annotations
 
-import difflib
-
 from solvers.tableaus import ButcherTableau, Embedded, Row
 
-__all__ = ["get_tableau"]
+__all__ = ["BS23", "DOPRI5", "EULER", "FEHLBERG2", "HEUN", "HEUN3", "MIDPOINT", "RK4", "RK4_38", "TSIT5", "method"]
 
 
-def _method(
+def method(
     name: str, *, order: int, c: Row, a: tuple[Row, ...], b: Row, output: str | None = None, low: str | None = None,
     dense: tuple[Row, ...] | None = None, **outputs: tuple[int, Row],
 ) -> ButcherTableau:  # fmt: skip
@@ -19,20 +17,20 @@ def _method(
     return ButcherTableau(name=name, order=order, c=c, a=a, b=b, embedded=solutions, low=low, dense=dense)
 
 
-EULER = _method("euler", order=1, c=(0.0,), a=((),), b=(1.0,), output="euler")
+EULER = method("euler", order=1, c=(0.0,), a=((),), b=(1.0,), output="euler")
 
-MIDPOINT = _method("midpoint", order=2, c=(0.0, 1 / 2), a=((), (1 / 2,)), b=(0.0, 1.0), output="midpoint", low="euler")
+MIDPOINT = method("midpoint", order=2, c=(0.0, 1 / 2), a=((), (1 / 2,)), b=(0.0, 1.0), output="midpoint", low="euler")
 
-HEUN = _method("heun", order=2, c=(0.0, 1.0), a=((), (1.0,)), b=(1 / 2, 1 / 2), output="heun", low="euler")
+HEUN = method("heun", order=2, c=(0.0, 1.0), a=((), (1.0,)), b=(1 / 2, 1 / 2), output="heun", low="euler")
 
 # The classic method of Kutta (1901), not the 3/8 rule.
-RK4 = _method(
+RK4 = method(
     "rk4", order=4, c=(0.0, 1 / 2, 1 / 2, 1.0), a=((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
     b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), midpoint=(2, (0.0, 1.0, 0.0, 0.0)),
 )  # fmt: skip
 
 # Bogacki and Shampine (1989), A 3(2) pair of Runge-Kutta formulas; [K24, eq. 46 and 47].
-BS23 = _method(
+BS23 = method(
     "bs23",
     order=3,
     c=(0.0, 1 / 2, 3 / 4, 1.0),
@@ -45,7 +43,7 @@ BS23 = _method(
 )
 
 # Dormand and Prince (1980), A family of embedded Runge-Kutta formulae.
-DOPRI5 = _method(
+DOPRI5 = method(
     "dopri5",
     order=5,
     c=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
@@ -80,7 +78,7 @@ _TSIT5_ERROR = (
     -0.00178001105222577714, -0.0008164344596567469, 0.007880878010261995, -0.1447110071732629,
     0.5823571654525552, -0.45808210592918697, 1 / 66,
 )  # fmt: skip
-TSIT5 = _method(
+TSIT5 = method(
     "tsit5",
     order=5,
     c=(0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
@@ -108,48 +106,15 @@ TSIT5 = _method(
 )
 
 # Fehlberg's RK1(2) (NASA TR R-315, 1969).
-FEHLBERG2 = _method(
+FEHLBERG2 = method(
     "fehlberg2", order=2, c=(0.0, 1 / 2, 1.0), a=((), (1 / 2,), (1 / 256, 255 / 256)), b=(1 / 512, 255 / 256, 1 / 512),
     midpoint=(2, (0.0, 1.0, 0.0)), order1=(1, (1 / 256, 255 / 256, 0.0)), low="order1",
 )  # fmt: skip
 
-HEUN3 = _method("heun3", order=3, c=(0.0, 1 / 3, 2 / 3), a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4))
+HEUN3 = method("heun3", order=3, c=(0.0, 1 / 3, 2 / 3), a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4))
 
 # Kutta's 3/8 rule, which torchdiffeq calls rk4.
-RK4_38 = _method(
+RK4_38 = method(
     "rk4_38", order=4, c=(0.0, 1 / 3, 2 / 3, 1.0), a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
     b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
 )  # fmt: skip
-
-_TABLEAUS = {
-    tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5)
-}
-_ALIASES = {"bosh3": "bs23"}
-_STIFF = "'dopri5' or 'tsit5' where the problem is not stiff: implicit methods are not here"
-_ELSEWHERE = {
-    "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'", "dopri8": "'dopri5' or 'tsit5'",
-    "dop853": "'dopri5' or 'tsit5'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
-    "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF,
-}  # fmt: skip
-"""What takes the place of methods of torchdiffeq and SciPy, in small letters."""
-
-
-def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
-    """The tableau called ``name``; a tableau is returned as it is.
-
-    >>> get_tableau("bosh3").name
-    'bs23'
-
-    Raises:
-        ValueError: the name is not known; the message lists those that are.
-    """
-    if isinstance(name, ButcherTableau):
-        return name
-    tableau = _TABLEAUS.get(_ALIASES.get(name, name))
-    if tableau is None:
-        known, low = [*_TABLEAUS, *_ALIASES], str(name).lower()
-        near = [repr(one) for one in difflib.get_close_matches(low, known, n=2, cutoff=0.7)]
-        remedy = _ELSEWHERE.get(low) or " or ".join(near)
-        take = f": take {remedy}" if remedy else ""
-        raise ValueError(f"unknown solver {name!r}{take}; known are {', '.join(known)}")
-    return tableau

@@ -1,0 +1,54 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from solvers.methods.explicit import (
+    BS23,
+    DOPRI5,
+    EULER,
+    FEHLBERG2,
+    HEUN,
+    HEUN3,
+    MIDPOINT,
+    RK4,
+    RK4_38,
+    TSIT5,
+)  # fmt: skip
+from solvers.tableaus import ButcherTableau
+
+__all__ = ["get_tableau"]
+
+_TABLEAUS = {
+    tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5)
+}
+_ALIASES = {"bosh3": "bs23"}
+_STIFF = "'dopri5' or 'tsit5' where the problem is not stiff: implicit methods are not here"
+_ELSEWHERE = {
+    "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'", "dopri8": "'dopri5' or 'tsit5'",
+    "dop853": "'dopri5' or 'tsit5'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
+    "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF,
+}  # fmt: skip
+"""What takes the place of methods of torchdiffeq and SciPy, in small letters."""
+
+
+def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
+    """The tableau called ``name``; a tableau is returned as it is.
+
+    >>> get_tableau("bosh3").name
+    'bs23'
+
+    Raises:
+        ValueError: the name is not known; the message lists those that are.
+    """
+    if isinstance(name, ButcherTableau):
+        return name
+    tableau = _TABLEAUS.get(_ALIASES.get(name, name))
+    if tableau is None:
+        known, low = [*_TABLEAUS, *_ALIASES], str(name).lower()
+        near = [repr(one) for one in difflib.get_close_matches(low, known, n=2, cutoff=0.7)]
+        remedy = _ELSEWHERE.get(low) or " or ".join(near)
+        take = f": take {remedy}" if remedy else ""
+        raise ValueError(f"unknown solver {name!r}{take}; known are {', '.join(known)}")
+    return tableau
