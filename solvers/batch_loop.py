@@ -5,25 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from solvers.controllers import Controller, ControllerState, check_returned
-from solvers.errors import NonFiniteError, failure
+from solvers.errors import NonFiniteError, Status, failure
 from solvers.field_calls import Field, velocity
 from solvers.first_step import first_step
-from solvers.runge_kutta import rk_step
+from solvers.implicit.steps import check_found
 from solvers.solution import Statistics
 from solvers.step import Step
+from solvers.steppers import stepper
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, too_small
 
 __all__ = ["Observer", "adaptive_steps", "fixed_steps", "span"]
 
 Observer = Callable[[str, Any, Tensor, Any], None]
-_Bad = tuple[int | None, int | None]
+
+
+class _Bad(NamedTuple):
+    """Where a step is not finite: its first such stage and, of a batch, sample, or what is not found there."""
+
+    stage: int | None
+    sample: int | None
+    status: Status
 
 
 def span(t: float, t_next: float) -> float:
@@ -51,16 +59,19 @@ def fixed_steps(
         stats: counts to add to.
     """
     stats = Statistics() if stats is None else stats
-    first = None
+    first, take = None, stepper(tableau)
     for t, t_next in pairwise(times):
         h: Any = t_next - t if isinstance(t, Tensor) else span(t, t_next)
         if observe is not None:
             observe("step", t, x, h)
         v = _inside(field, t, t_next, x.dtype) if inward else field
-        step = rk_step(v, t, x, h, tableau, first, closing=closing)
-        stats.evaluations += len(step.stages) - (first is not None)
+        before = take.calls
+        step = take(v, t, x, h, first, closing=closing)
+        stats.evaluations += take.calls - before
+        check_found(step)
+        take.accept()
         stats.accepted += 1
-        first = step.stages[-1] if tableau.fsal and closing else None
+        first = step.stages[-1] if tableau.fsal and (closing or tableau.implicit) else None
         x = step.x1
         yield step
 
@@ -89,35 +100,39 @@ def adaptive_steps(
         StepUnderflowError, MaxStepsError, NonFiniteError: the solve cannot go on.
     """
     stats = Statistics() if stats is None else stats
-    order, bounds, min_step = tableau.error_order, _Bounds(x, t0, t1, stops, jumps, tolerance), tolerance.min_step
+    order, min_step = tableau.error_order, tolerance.min_step
+    bounds = _Bounds(x, t0, t1, stops, jumps, tolerance, tableau)
     t, size, first, ratio, bad = t0, tolerance.first_step, None, math.nan, None
     if size is None:
         size, first = _first(field, x, t0, t1, tableau, tolerance, stats)
-    state = ControllerState(size)
+    state, take = ControllerState(size), stepper(tableau, tolerance)
     while bounds.direction * (t1 - t) > 0:
         if stats.accepted + stats.rejected >= tolerance.max_steps:
             h = bounds.direction * state.h
-            raise failure("max_steps", t=t, h=h, attempts=tolerance.max_steps, t1=t1, ratio=ratio)
+            raise failure(
+                "max_steps", t=t, h=h, attempts=tolerance.max_steps, t1=t1, ratio=ratio, implicit=tableau.implicit
+            )
         size, last = bounds.size(t, state.h, ratio, bad)
         t_next, clipped = bounds.end(t, size)
         h = span(t, t_next)
         if observe is not None:
             observe("step", t, x, h)
         v = bounds.one_sided(field, t, t_next) if bounds.jumps else field
-        step = rk_step(v, t, x, h, tableau, first)
-        stats.evaluations += len(step.stages) - (first is not None)
+        before = take.calls
+        step = take(v, t, x, h, first)
+        stats.evaluations += take.calls - before
         with torch.no_grad():
             ratio = tolerance.ratio(step)
         bad = None if math.isfinite(ratio) else _first_not_finite(step)
-        if bad is not None and bad[0] == 0:
-            raise NonFiniteError("the field is not finite at an accepted state", t=t, h=h, stage=0, sample=bad[1])
+        if bad is not None and bad.stage == 0 and not tableau.a[0]:
+            raise NonFiniteError("the field is not finite at an accepted state", t=t, h=h, stage=0, sample=bad.sample)
         state = controller(state._replace(h=abs(h)), ratio, order)
         check_returned(state, ControllerState, controller)
         if not state.h >= 0:
             raise ValueError(f"controller must return a step size h >= 0, got {state.h} from {controller!r:.80}")
         if state.accepted or min(size, abs(h)) <= min_step or last:
             if bad is not None:
-                raise failure("not_finite", t=t, h=h, stage=bad[0], sample=bad[1])
+                raise failure(bad.status, t=t, h=h, stage=bad.stage, sample=bad.sample)
             state = state._replace(accepted=True)
         if observe is not None:
             observe("accept" if state.accepted else "reject", t, x, h)
@@ -125,6 +140,7 @@ def adaptive_steps(
             stats.rejected += 1
             first = step.stages[0]
             continue
+        take.accept()
         stats.accepted += 1
         if clipped:  # by a stop, not by the error: what comes behind it may be as large as before
             state = state._replace(h=max(state.h, size))
@@ -137,11 +153,19 @@ class _Bounds:
     """What bounds the steps beside their error: the limits, the end of the solve, stops and jumps."""
 
     def __init__(
-        self, x: Tensor, t0: float, t1: float, stops: Sequence[float], jumps: Sequence[float], tolerance: Tolerance
+        self,
+        x: Tensor,
+        t0: float,
+        t1: float,
+        stops: Sequence[float],
+        jumps: Sequence[float],
+        tolerance: Tolerance,
+        tableau: ButcherTableau,
     ) -> None:
         self.t1, self.direction, self.jumps, self.dtype = t1, 1 if t1 >= t0 else -1, set(jumps), x.dtype
         ahead = {s for s in (*stops, *jumps) if self.direction * (s - t0) > 0}
         self.ahead = sorted(ahead, key=lambda s: -self.direction * s)
+        self.implicit = tableau.implicit
         self.min_step, self.max_step = tolerance.min_step, tolerance.max_step
         self.largest = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max
 
@@ -156,8 +180,9 @@ class _Bounds:
             size = left
         elif size < smallest:
             if bad is not None:
-                raise failure("not_finite", t=t, h=self.direction * size, stage=bad[0], sample=bad[1])
-            raise failure("underflow", t=t, h=self.direction * size, ratio=ratio, smallest=smallest)
+                raise failure(bad.status, t=t, h=self.direction * size, stage=bad.stage, sample=bad.sample)
+            h = self.direction * size
+            raise failure("underflow", t=t, h=h, ratio=ratio, smallest=smallest, implicit=self.implicit)
         if size > self.largest:
             if left > self.largest:
                 raise NonFiniteError(
@@ -194,9 +219,9 @@ def _first(
     stats.evaluations += 2
     if not math.isfinite(h):
         bad = _first_not_finite(Step(t0, math.nan, x, x, (first,), tableau))
-        if bad[0] is None and bool(x.isfinite().all()):
+        if bad.stage is None and bool(x.isfinite().all()):
             raise NonFiniteError(too_small(tolerance, x), t=t0, h=math.nan, stage=None)
-        raise NonFiniteError("the field is not finite at the first state", t=t0, h=math.nan, stage=0, sample=bad[1])
+        raise NonFiniteError("the field is not finite at the first state", t=t0, h=math.nan, stage=0, sample=bad.sample)
     return h, first
 
 
@@ -205,8 +230,10 @@ def _first_not_finite(step: Step) -> _Bad:
     stages = step.not_finite()
     stage = min((int(i) for i in stages if i >= 0), default=None)
     if stage is None or step.x0.ndim < 2:
-        return stage, None
-    return stage, int((stages == stage).argmax())
+        sample, row = None, 0
+    else:
+        sample = row = int((stages == stage).argmax())
+    return _Bad(stage, sample, "newton" if step.unsolved is not None and step.unsolved[row] == stage else "not_finite")
 
 
 def _inside(field: Field, t: Any, t_next: Any, dtype: torch.dtype, *, begins: bool = True, ends: bool = True) -> Field:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from solvers.solution import Solution
 
-__all__ = ["MaxStepsError", "NonFiniteError", "SolverError", "Status", "StepUnderflowError", "failure"]
+__all__ = ["MaxStepsError", "NewtonError", "NonFiniteError", "SolverError", "Status", "StepUnderflowError", "failure"]
 
-Status = Literal["finished", "event", "max_steps", "underflow", "not_finite"]
-"""How a solve ends, at its end, at its event or, where it cannot go on, as one of three errors names it."""
+Status = Literal["finished", "event", "max_steps", "underflow", "not_finite", "newton"]
+"""How a solve ends, at its end, at its event or, where it cannot go on, as one of four errors names it."""
 
 
 class SolverError(RuntimeError):
@@ -73,24 +73,41 @@ class NonFiniteError(SolverError):
     status = "not_finite"
 
 
+class NewtonError(SolverError):
+    """The iteration of an implicit stage does not converge, and no smaller step is taken."""
+
+    status = "newton"
+
+
 def failure(
     status: Status, *, t: float, h: float, stage: int | None = None, sample: int | None = None,
     ratio: float = math.nan, attempts: int = 0, t1: float = math.nan, smallest: float = math.nan,
+    implicit: bool = False,
 ) -> SolverError:  # fmt: skip
     """The error of a loop that cannot go on: ``attempts`` led not to ``t1``, or no step is below the ``smallest``.
 
     Args:
-        status: "max_steps", "underflow" or "not_finite".
+        status: "max_steps", "underflow", "not_finite" or "newton".
         t, h, stage, sample: where, as in :class:`SolverError`.
         ratio: the last error ratio.
+        implicit: whether the method is implicit.
     """
+    if status == "newton":
+        return NewtonError(
+            "the iteration of an implicit stage does not converge: take smaller steps, float64, or another RootFinder; "
+            "its matrix is singular, or the field too far from linear, not differentiable, or one whose samples depend "
+            "on each other (newton_krylov)",
+            t=t, h=h, stage=stage, sample=sample,
+        )  # fmt: skip
     if status == "not_finite":
         return NonFiniteError("NaN or infinity, and no smaller step avoids it", t=t, h=h, stage=stage, sample=sample)
     kind, what, remedy = MaxStepsError, f"{attempts} attempted steps did not reach t1 = {t1:g}", (
-        "raise max_steps, loosen the tolerance, or the problem is stiff"
+        "raise max_steps, or loosen the tolerance"
     )  # fmt: skip
     if status == "underflow":
         kind, what, remedy = StepUnderflowError, f"the error asks for a step below {smallest:.3g}", (
-            "the problem is stiff or discontinuous here, or the tolerance is below rounding"
+            "the problem is discontinuous here, or the tolerance is below rounding"
         )  # fmt: skip
+    if not implicit:
+        remedy += "; where the problem is stiff, solver='kvaerno5'"
     return kind(f"{what}; last error ratio {ratio:.3g}: {remedy}", t=t, h=h, stage=None, sample=sample)

@@ -34,6 +34,11 @@ def interpolant(step: Step, field: Field, *, many: bool = False) -> Callable[[An
         return (
             step.at if not many else lambda theta: _summed(step, [w * step.h for w in step.tableau.weights_at(theta)])
         )
+    if step.tableau.c[0] != 0:
+        raise ValueError(
+            f"{step.tableau.name} has no velocity at the start of its steps, from which states inside them would be "
+            "interpolated: give the table dense="
+        )
     return partial(hermite, step, velocity(field, step.t + step.h, step.x1, step.tableau.interior))
 
 

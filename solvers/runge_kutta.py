@@ -1,4 +1,4 @@
-"""Taking an explicit Runge-Kutta step."""
+"""Taking a Runge-Kutta step."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from solvers.field_calls import (
     overwritten,
     uncounted,
 )
+from solvers.implicit.steps import ImplicitSteps, check_found
 from solvers.reductions import SMALL, combination, combine, finish_step
 from solvers.step import Step
 from solvers.tableaus import ButcherTableau
@@ -43,7 +44,7 @@ def rk_step(
         x: state, ``(B, *S)``, floating.
         h: step size: a number, or a tensor that broadcasts against ``x``.
         tableau: the method.
-        first: the first stage, when it is known already (FSAL), ``(B, *S)``.
+        first: the first stage, when it is known already (FSAL), ``(B, *S)``; of no use to an implicit first stage.
         closing: evaluate the stages that the error needs and ``x1`` does not, the last one of an FSAL method.
         reductions: what to compute in the same pass over memory as ``x1``: "error" (of methods without closing
             stage), "action", "residue".
@@ -53,6 +54,7 @@ def rk_step(
 
     Raises:
         ValueError, TypeError: the field changes shape, device or (outside autocast) dtype, or writes where it must not.
+        NewtonError: a stage of an implicit method is not found.
 
     >>> import torch
     >>> from solvers import get_tableau
@@ -60,6 +62,8 @@ def rk_step(
     >>> round(step.x1.item(), 5)
     0.90483
     """
+    if tableau.implicit:
+        return _implicit_step(field, t, x, h, tableau, first, reductions)
     if not is_compiling() and is_inference_mode_enabled():
         with counting():
             x, first = countable(x), None if first is None else countable(first)
@@ -92,6 +96,8 @@ def step_state(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
 ) -> Tensor:
     """The state at the end of a step; :func:`rk_step` says more."""
+    if tableau.implicit:
+        return _implicit_step(field, t, x, h, tableau).x1
     if not is_compiling() and is_inference_mode_enabled():
         with counting():
             return step_state(field, t, countable(x), h, tableau)
@@ -99,6 +105,21 @@ def step_state(
     if versions and len(stages) > 1:
         check_unchanged(stages, versions)
     return add(x, stages, tableau.b, h)
+
+
+def _implicit_step(
+    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau,
+    first: Tensor | None = None, reductions: Collection[str] = ()
+) -> Step:  # fmt: skip
+    step = ImplicitSteps(tableau)(field, t, x, h, first)
+    check_found(step)
+    if not reductions or (isinstance(h, Tensor) and h.numel() not in (1, len(x))):
+        return step
+    _, computed = finish_step(
+        x, step.stages, tableau, h, state=False,
+        error="error" in reductions, action="action" in reductions, residue="residue" in reductions,
+    )  # fmt: skip
+    return step._replace(reductions=computed)
 
 
 def _evaluate(

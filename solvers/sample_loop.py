@@ -14,9 +14,9 @@ from solvers.controllers import SampleController, SampleStates, check_returned
 from solvers.errors import SolverError, failure
 from solvers.field_calls import Field, velocity
 from solvers.first_step import first_step
-from solvers.runge_kutta import rk_step
 from solvers.solution import SampleStatistics
 from solvers.step import Step
+from solvers.steppers import stepper
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype, to_state_shape
@@ -80,6 +80,7 @@ class SampleLoop:
         self.calls, self.counts = 0, np.zeros((3, len(self.x)), dtype=np.int64)
         self.failures: dict[int, SolverError] = {}
         self._hopeless: Array | bool = False
+        self._unfound: Array | None = None
         self._parked: list[tuple[Tensor, Tensor]] = []
         self._t = self.t
 
@@ -102,7 +103,7 @@ class SampleLoop:
         Raises:
             StepUnderflowError, MaxStepsError, NonFiniteError: a sample cannot go on, where that raises.
         """
-        order = self.tableau.error_order
+        order, take = self.tableau.error_order, stepper(self.tableau, self.tolerance, each=True)
         if not self.moving.any():
             return
         first = velocity(self.field, to_state_shape(self.t, self.x), self.x)
@@ -120,10 +121,9 @@ class SampleLoop:
                 return
             last = (size >= left) | near
             h = self.direction * np.where(self.moving, np.where(last, left, size), 0.0)
-            step = rk_step(
-                self.field, to_state_shape(self._t, self.x), self.x, to_state_shape(h, self.x), self.tableau, first
-            )
-            self.count(len(step.stages) - (first is not None))
+            calls = take.calls
+            step = take(self.field, to_state_shape(self._t, self.x), self.x, to_state_shape(h, self.x), first)
+            self.count(take.calls - calls)
             attempts += 1
             with torch.no_grad():
                 ratio = self.tolerance.ratios(step)
@@ -137,6 +137,7 @@ class SampleLoop:
             accepted = taken & finite
             if not finite.all():
                 bad_stage = np.where(finite, bad_stage, step.not_finite())
+                self._unfound = step.unsolved
                 self._hopeless = taken & ~finite  # no smaller step is allowed, or chosen by the controller
                 if torch.is_grad_enabled():  # a NaN beside good samples would reach their gradients: all try again
                     states = states._replace(h=np.where(accepted, np.abs(h), states.h), errors=before)
@@ -146,6 +147,7 @@ class SampleLoop:
             if not accepted.any():
                 first = step.stages[0]
                 continue
+            take.accept(accepted)
             everyone = bool(accepted.all())  # a sample at rest may have no finite velocity
             took = to_state_shape(accepted, self.x)
             self.x = step.x1 if everyone else torch.where(took, step.x1, self.x)
@@ -195,10 +197,12 @@ class SampleLoop:
             finite = bool(np.isfinite(ratio[i]))
             if finite and np.isnan(size[i]) and not over:
                 raise ValueError(f"controller must return step sizes h >= 0, got nan from {self.controller!r:.80}")
+            newton = self._unfound is not None and self._unfound[i] >= 0
             error = failure(
-                "max_steps" if over else "underflow" if finite else "not_finite",
+                "max_steps" if over else "underflow" if finite else "newton" if newton else "not_finite",
                 t=float(self.t[i]), h=float(self.direction[i] * size[i]), sample=i, ratio=ratio[i], attempts=attempts,
                 stage=int(bad_stage[i]) if bad_stage[i] >= 0 else None, t1=self.t1[i], smallest=smallest[i],
+                implicit=self.tableau.implicit,
             )  # fmt: skip
             if self.raises:
                 raise error

@@ -128,7 +128,8 @@ class Task:
 def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
     stats, x, grid, event = Statistics(), task.x0, task.grid, task.event
-    if grid is not None and task.keep == "last" and event is None and task.origin is None and not task.outputs:
+    plain = task.keep == "last" and event is None and task.origin is None and not task.outputs
+    if grid is not None and plain and not task.tableau.implicit:
         for start, end in pairwise(grid.times):
             x = step_state(task.field, start, x, span(start, end), task.tableau)
             stats.accepted += 1

@@ -23,7 +23,7 @@ def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float], h: float |
 
 
 class Step(NamedTuple):
-    """A step of an explicit Runge-Kutta method on ``[t, t + h]``.
+    """A step of a Runge-Kutta method on ``[t, t + h]``.
 
     Attributes:
         t: time at the start, a number.
@@ -35,6 +35,8 @@ class Step(NamedTuple):
             :meth:`~solvers.ButcherTableau.forwarding`.
         tableau: the method.
         reductions: numbers of each sample computed with ``x1``, by the names of :func:`solvers.finish_step`, or None.
+        unsolved: of an implicit method, the first stage of each sample that is not found, ``(B,)``, -1 where all are;
+            from there on its numbers are NaN. None where all stages of all samples are found.
 
     >>> from solvers import get_tableau
     >>> step = rk_step(lambda t, x: -x, 0.0, torch.ones(4, 2), 0.1, get_tableau("bs23"))
@@ -49,6 +51,7 @@ class Step(NamedTuple):
     stages: tuple[Tensor, ...]
     tableau: ButcherTableau
     reductions: dict[str, Tensor] | None = None
+    unsolved: np.ndarray | None = None
 
     @property
     def residue(self) -> Tensor:

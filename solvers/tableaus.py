@@ -1,4 +1,4 @@
-"""Butcher tableaus of explicit Runge-Kutta methods: frozen, self-validating constants."""
+"""Butcher tableaus of explicit and diagonally implicit Runge-Kutta methods: frozen, self-validating constants."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from numbers import Integral
 from typing import Any
 
 from solvers.order_conditions import missed_condition
+from solvers.roots import RootFinder
 
 __all__ = ["ButcherTableau", "Embedded", "Row"]
+
+_ROOTS = RootFinder()
 
 Row = tuple[float, ...]
 """Coefficients of a method, one per stage, as plain numbers, which hold no device and no dtype."""
@@ -62,10 +65,12 @@ class Embedded:
 
 @dataclass(frozen=True)
 class ButcherTableau:
-    """Coefficients of an explicit Runge-Kutta method.
+    """Coefficients of an explicit, or a diagonally implicit, Runge-Kutta method.
 
-    ``p_i = v(t + c_i h, x + h sum_j a_ij p_j)`` and ``x1 = x + h sum_i b_i p_i``.
-    Reference: Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, II.1.
+    ``p_i = v(t + c_i h, x + h sum_j a_ij p_j)`` and ``x1 = x + h sum_i b_i p_i``. A row of a with an entry on the
+    diagonal makes its stage implicit: p_i is the root of its equation. Methods with entries above the diagonal, as
+    those of Gauss and Radau, are refused.
+    Reference: Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, II.1; II, IV.6.
 
     Coefficients may come as tuples, lists, arrays or tensors in float64; they become tuples of numbers.
 
@@ -73,15 +78,19 @@ class ButcherTableau:
         name: the name under which :func:`~solvers.get_tableau` finds it.
         order: order of the solution that is carried on. The coefficients are checked for it, as those of embedded
             solutions for theirs: all conditions of the orders up to 4.
-        c: node of each stage, as a fraction of the step; ``c[0] = 0``.
-        a: row ``i`` holds the ``i`` weights of the earlier stages; each row sums to its ``c``.
+        c: node of each stage, as a fraction of the step; ``c[0] = 0`` if the first stage is explicit.
+        a: row ``i`` holds the ``i`` weights of the earlier stages, and of an implicit stage its own, positive; each row
+            sums to its ``c``.
         b: weights of the solution; they sum to 1.
         embedded: the solutions that the stages carry, by name, pairs or a dictionary; one of them, where there are any,
             has the weights ``b``.
         low: name of the embedded solution that the error is measured against, another than the method's own, or None.
         dense: the method's own interpolant, per stage the coefficients of ``theta, theta^2, ...`` in its weight
             ``b_i(theta)`` on ``x(t + theta h) = x0 + h sum_i b_i(theta) p_i``; or None.
-        fsal: derived; first same as last, the last stage is the velocity at the solution itself.
+        roots: how implicit stages are found.
+        implicit: derived; whether a stage is implicit.
+        fsal: derived; first same as last, the last stage is the velocity at the solution itself, and the first one
+            that at the start.
         error_weights: derived; ``b - b_low``, or None without a lower solution.
         stages: derived; number of stages.
         interior: derived; number of stages that the solution ``x1`` needs, up to the last one that ``b`` reads; those
@@ -110,6 +119,8 @@ class ButcherTableau:
     embedded: tuple[tuple[str, Embedded], ...] = ()
     low: str | None = None
     dense: tuple[Row, ...] | None = None
+    roots: RootFinder = _ROOTS
+    implicit: bool = field(init=False, default=False)
     fsal: bool = field(init=False, default=False)
     error_weights: Row | None = field(init=False, default=None)
     stages: int = field(init=False, default=0)
@@ -122,8 +133,10 @@ class ButcherTableau:
 
         # Constants from here on: plain attributes, so that torch.compile reads them without a guard on code.
         stages = len(self.c)
-        fsal = stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
-        object.__setattr__(self, "fsal", fsal)
+        implicit = any(len(row) > i for i, row in enumerate(self.a))
+        last = self.a[-1] == self.b if implicit else self.b[-1] == 0 and self.a[-1] == self.b[:-1]
+        object.__setattr__(self, "implicit", implicit)
+        object.__setattr__(self, "fsal", stages > 1 and not self.a[0] and self.c[-1] == 1 and last)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "interior", max(i for i, b in enumerate(self.b, 1) if b))
         if self.low is not None:
@@ -156,8 +169,13 @@ class ButcherTableau:
                 f"got {len(self.c)}, {len(self.a)} and {len(self.b)}"
             )
         for i, (node, row) in enumerate(zip(self.c, self.a, strict=True)):
-            if len(row) != i:
-                raise ValueError(f"{self.name}: row {i} of a must have {i} entries, got {len(row)}")
+            if len(row) not in (i, i + 1):
+                raise ValueError(
+                    f"{self.name}: row {i} of a must have {i} entries, or {i + 1} where the stage is implicit, got "
+                    f"{len(row)}; methods whose stages depend on later ones are not here"
+                )
+            if len(row) > i and not row[i] > 0:
+                raise ValueError(f"{self.name}: the diagonal entry in row {i} of a must be positive, got {row[i]!r}")
             if abs(sum(row) - node) > 1e-12:
                 raise ValueError(f"{self.name}: row {i} of a sums to {sum(row)!r}, but c[{i}] is {node!r}")
         if abs(sum(self.b) - 1) > 1e-12:
@@ -256,3 +274,16 @@ class ButcherTableau:
         dense = self.dense if chosen.b == self.b else None
         name = f"{self.name} forwarding {name}"
         return replace(self, name=name, order=chosen.order, b=chosen.b, low=low, dense=dense)
+
+    def solved_by(self, roots: RootFinder) -> ButcherTableau:
+        """The implicit method whose stages are found by ``roots``.
+
+        Raises:
+            ValueError: the method is explicit.
+            TypeError: roots is no :class:`~solvers.RootFinder`.
+        """
+        if not isinstance(roots, RootFinder):
+            raise TypeError(f"roots must be a RootFinder, as RootFinder('newton_krylov'), got {type(roots).__name__}")
+        if not self.implicit:
+            raise ValueError(f"{self.name} is explicit: no stage of it is to be solved for")
+        return replace(self, roots=roots)

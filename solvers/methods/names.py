@@ -16,19 +16,25 @@ from solvers.methods.explicit import (
     RK4_38,
     TSIT5,
 )  # fmt: skip
+from solvers.methods.implicit import IMPLICIT_EULER, IMPLICIT_MIDPOINT, KVAERNO5, TRAPEZOID
 from solvers.tableaus import ButcherTableau
 
 __all__ = ["get_tableau"]
 
-_TABLEAUS = {
-    tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5)
-}
+_METHODS = (
+    EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5, IMPLICIT_EULER, IMPLICIT_MIDPOINT,
+    TRAPEZOID, KVAERNO5,
+)  # fmt: skip
+_TABLEAUS = {tableau.name: tableau for tableau in _METHODS}
 _ALIASES = {"bosh3": "bs23"}
-_STIFF = "'dopri5' or 'tsit5' where the problem is not stiff: implicit methods are not here"
+_STIFF = "'kvaerno5'"
 _ELSEWHERE = {
     "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'", "dopri8": "'dopri5' or 'tsit5'",
     "dop853": "'dopri5' or 'tsit5'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
-    "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF,
+    "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF, "radauiia3": _STIFF, "radauiia5": _STIFF,
+    "gl2": "'implicit_midpoint'", "gl4": _STIFF, "gl6": _STIFF, "sdirk2": _STIFF, "trbdf2": _STIFF, "rodas4": _STIFF,
+    "kvaerno3": _STIFF, "kvaerno4": _STIFF, "kencarp4": _STIFF, "kencarp5": _STIFF,
+    "backward_euler": "'implicit_euler'", "crank_nicolson": "'trapezoid'",
 }  # fmt: skip
 """What takes the place of methods of torchdiffeq and SciPy, in small letters."""
 

@@ -1,0 +1,152 @@
+"""The linear systems of Newton's iteration, ``(I - h a J) d = r`` for each sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from solvers.field_calls import Field, velocity
+
+__all__ = ["Dense", "Identity", "LinearSystem", "conjugate_residuals", "jacobian", "rows"]
+
+_INVERTED = 48
+"""Features up to which a product with the inverse is the faster, and as good for an iteration that mends itself."""
+
+
+def rows(x: Tensor) -> Tensor:
+    """A state, or a vector of one sample, as ``(B, D)``."""
+    return x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)
+
+
+def jacobian(field: Field, t: Any, x: Tensor) -> Tensor:
+    """``dv/dx`` of each sample, ``(B, D, D)``, by reverse mode for all rows at once; zero where the field reads no x.
+
+    Samples are taken to be independent. One field call.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        y = x.detach().clone().requires_grad_()
+        v = velocity(field, t, y)
+        size = rows(x).shape[1]
+        if not v.requires_grad:
+            return x.new_zeros(rows(x).shape[0], size, size)
+        lead = (size, 1) if x.ndim > 1 else (size,)
+        ones = torch.eye(size, dtype=x.dtype, device=x.device)
+        ones = ones.reshape(*lead, *x.shape[1:]).expand(size, *x.shape) if x.ndim > 1 else ones.view(size, *x.shape)
+        try:
+            (grads,) = torch.autograd.grad(v, y, ones, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # an operation that cannot be mapped: row by row
+            grads = [torch.autograd.grad(v, y, one, retain_graph=True, allow_unused=True)[0] for one in ones]
+            grads = None if grads[0] is None else torch.stack(grads)
+    if grads is None:
+        return x.new_zeros(rows(x).shape[0], size, size)
+    return grads.detach().reshape(size, -1, size).transpose(0, 1)
+
+
+class LinearSystem(Protocol):
+    """A matrix for each sample, near ``I - h a J``."""
+
+    def solve(self, r: Tensor) -> Tensor:
+        """The solution for ``r``, of its shape."""
+        ...
+
+    def solve_transposed(self, r: Tensor) -> Tensor:
+        """The solution with the transposed matrices."""
+        ...
+
+
+class Dense:
+    """``I - h a J`` factorized.
+
+    Args:
+        matrix: the Jacobians, ``(B, D, D)``.
+        scale: ``h a``, a number or a tensor that broadcasts against states.
+    """
+
+    def __init__(self, matrix: Tensor, scale: Any) -> None:
+        scale = scale.detach().reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
+        system = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device) - scale * matrix
+        self._inverse: Tensor | None = None
+        if matrix.shape[1] <= _INVERTED:
+            self._inverse, _ = torch.linalg.inv_ex(system)
+        else:
+            self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(system)
+
+    def solve(self, r: Tensor) -> Tensor:
+        """The solution for ``r``; infinite or NaN where a matrix is singular, which no iteration survives."""
+        right = rows(r).unsqueeze(2)
+        if self._inverse is not None:
+            return torch.bmm(self._inverse, right).view(r.shape)
+        return torch.linalg.lu_solve(self._factors, self._pivots, right).view(r.shape)
+
+    def solve_transposed(self, r: Tensor) -> Tensor:
+        """The same with the transposed matrices."""
+        right = rows(r).unsqueeze(2)
+        if self._inverse is not None:
+            return torch.bmm(self._inverse.transpose(1, 2), right).view(r.shape)
+        return torch.linalg.lu_solve(self._factors, self._pivots, right, adjoint=True).view(r.shape)
+
+
+class Identity:
+    """No matrix: what is left of Newton's iteration is that of a fixed point."""
+
+    def solve(self, r: Tensor) -> Tensor:
+        """``r`` as it is."""
+        return r
+
+    def solve_transposed(self, r: Tensor) -> Tensor:
+        """``r`` as it is."""
+        return r
+
+
+def conjugate_residuals(
+    product: Callable[[Tensor], Tensor], r: Tensor, precondition: Callable[[Tensor], Tensor], *, tolerance: float,
+    iterations: int
+) -> tuple[Tensor, float]:  # fmt: skip
+    """The solution d of ``product(d) = r`` for each sample, and the largest residual over that of ``d = 0``.
+
+    The generalized conjugate residuals, which minimize what GMRES minimizes (Eisenstat, Elman, Schultz, SIAM J. Numer.
+    Anal. 20, 1983), each sample in a space of its own; one product an iteration.
+
+    Args:
+        product: with the matrices, of a tensor of the shape of ``r``.
+        r: the right side.
+        precondition: near the inverse of ``product``.
+        tolerance: on the residual.
+        iterations: at most.
+    """
+    d, start = torch.zeros_like(r), torch.linalg.vector_norm(rows(r), dim=1)
+    start = torch.where(start > 0, start, 1.0)
+    directions: list[tuple[Tensor, Tensor]] = []
+    residual = math.inf
+    for _ in range(iterations):
+        p = precondition(r)
+        q = product(p)
+        for before, image in _twice(directions):
+            share = _inner(image, q)
+            p, q = p - share * before, q - share * image
+        length = torch.linalg.vector_norm(rows(q), dim=1)
+        length = _shaped(torch.where(length > 0, length, 1.0), q)
+        p, q = p / length, q / length
+        share = _inner(q, r)
+        d, r = d + share * p, r - share * q
+        directions.append((p, q))
+        residual = (torch.linalg.vector_norm(rows(r), dim=1) / start).max().item()
+        if not residual > tolerance:
+            break
+    return d, residual
+
+
+def _twice(directions: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [*directions, *directions]
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return _shaped((rows(a) * rows(b)).sum(1), a)
+
+
+def _shaped(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 1)) if x.ndim > 1 else values.view(())

@@ -1,0 +1,67 @@
+"""What takes the steps of a solve, one after another, by the kind of its method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from solvers.field_calls import Field
+from solvers.implicit.steps import ImplicitSteps
+from solvers.runge_kutta import rk_step
+from solvers.step import Step
+from solvers.tableaus import ButcherTableau
+from solvers.tolerance import Tolerance
+
+__all__ = ["ExplicitSteps", "Stepper", "stepper"]
+
+
+class Stepper(Protocol):
+    """Takes steps, and may remember something from one to the next.
+
+    Attributes:
+        calls: field calls so far.
+    """
+
+    calls: int
+
+    def __call__(
+        self, field: Field | Sequence[Field], t: Any, x: Tensor, h: Any, first: Tensor | None = None, *,
+        closing: bool = True
+    ) -> Step:  # fmt: skip
+        """One step; ``first``: its first stage, where that is known, ``closing``: with all stages."""
+        ...
+
+    def accept(self, accepted: np.ndarray | None = None) -> None:
+        """The last step is taken, by all samples or by those of a mask ``(B,)``."""
+        ...
+
+
+class ExplicitSteps:
+    """Steps of an explicit method, which remember nothing."""
+
+    def __init__(self, tableau: ButcherTableau) -> None:
+        self.tableau, self.calls = tableau, 0
+
+    def __call__(
+        self, field: Field | Sequence[Field], t: Any, x: Tensor, h: Any, first: Tensor | None = None, *,
+        closing: bool = True
+    ) -> Step:  # fmt: skip
+        """:func:`~solvers.rk_step`."""
+        step = rk_step(field, t, x, h, self.tableau, first, closing=closing)
+        self.calls += len(step.stages) - (first is not None)
+        return step
+
+    def accept(self, accepted: np.ndarray | None = None) -> None:
+        """Nothing is remembered."""
+
+
+def stepper(tableau: ButcherTableau, tolerance: Tolerance | None = None, *, each: bool = False) -> Stepper:
+    """What takes the steps of a method; ``each``: samples are accepted one by one."""
+    if not tableau.implicit:
+        return ExplicitSteps(tableau)
+    if tolerance is None:
+        return ImplicitSteps(tableau, each=each)
+    return ImplicitSteps(tableau, tolerance.rtol, tolerance.atol, each=each)
