@@ -34,8 +34,9 @@ _SHARE = 0.05
 class _Measure(NamedTuple):
     """What the change of a stage by an iteration is measured with."""
 
-    weight: Tensor
+    weight: Any
     limit: float
+    relative: bool = False
 
 
 class ImplicitSteps:
@@ -82,6 +83,9 @@ class ImplicitSteps:
             self._kept = None
             first = step.stages[0] if not self.tableau.a[0] else first
             step = self._attempt(field, t, x, h, first, method)
+        if step.unsolved is not None and self.rtol is None:  # no smaller step will be tried
+            first = step.stages[0] if not self.tableau.a[0] else first
+            step = self._attempt(field, t, x, h, first, "full" if method == "newton" else method, afresh=True)
         return step
 
     def _method(self, x: Tensor) -> str:
@@ -90,7 +94,9 @@ class ImplicitSteps:
             return chosen
         return "newton" if rows(x).shape[1] <= _DENSE else "newton_krylov"
 
-    def _attempt(self, field: Any, t: Any, x: Tensor, h: Any, first: Tensor | None, method: str) -> Step:
+    def _attempt(
+        self, field: Any, t: Any, x: Tensor, h: Any, first: Tensor | None, method: str, *, afresh: bool = False
+    ) -> Step:
         tableau, several = self.tableau, isinstance(field, (list, tuple))
         if several and len(field) != tableau.stages:
             raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(field)}")
@@ -114,12 +120,11 @@ class ImplicitSteps:
                 systems[key] = self._system(v, t, x, scale, method, keep=not several)
             start = combine(x, stages, weights[:i], h) if any(weights[:i]) else x
             with torch.no_grad():
-                if stages:
-                    guess = _extrapolated(stages, tableau, i)
+                if afresh:  # from the state at the start, lest an explicit guess lead away
+                    guess = (x - start) / scale
                 else:
-                    guess = velocity(v, time, start.detach(), i)
-                    self.calls += 1
-                measure = measure or self._measure(x, guess, h)
+                    guess = _extrapolated(stages, tableau, i) if stages else torch.zeros_like(x)
+                measure = measure or self._measure(x, h)
                 p, failed = self._root(v, i, time, start.detach(), scale, guess, systems[key], measure, method)
             if failed is not None:
                 unsolved = np.full(len(failed), -1) if unsolved is None else unsolved
@@ -135,7 +140,7 @@ class ImplicitSteps:
         return Step(t, h, x, x1, stages, tableau, None, unsolved)
 
     def _system(self, v: Field, t: Any, x: Tensor, scale: Any, method: str, *, keep: bool) -> LinearSystem:
-        if method != "newton":
+        if method not in ("newton", "full"):
             return Identity()
         matrix = self._kept if keep else None
         if matrix is None:
@@ -146,14 +151,16 @@ class ImplicitSteps:
         with torch.no_grad():
             return Dense(matrix, scale)
 
-    def _measure(self, x: Tensor, guess: Tensor, h: Any) -> _Measure:
+    def _system_at(self, v: Field, t: Any, y: Tensor, scale: Any) -> Dense:
+        self.calls, self.jacobians, self.factorizations = self.calls + 1, self.jacobians + 1, self.factorizations + 1
+        return Dense(jacobian(v, t, y), scale)
+
+    def _measure(self, x: Tensor, h: Any) -> _Measure:
         """The weight ``h / tolerance`` of changes of a stage, and the limit on their root mean square."""
         x, eps = x.detach(), torch.finfo(x.dtype).eps
         h = h.detach() if isinstance(h, Tensor) else h
         if self.rtol is None:
-            size = torch.maximum(rows(x).abs(), rows(h * guess).abs()).amax(1)
-            size = (size * eps**0.75).view(-1, *[1] * (x.ndim - 1)) if x.ndim > 1 else size * eps**0.75
-            return _Measure(h / (size + torch.finfo(x.dtype).tiny) * torch.ones_like(x), 1.0)
+            return _Measure(h, eps**0.75, relative=True)
         scale = x.abs() * self.rtol + self.atol
         rtol = float(torch.as_tensor(self.rtol).min())
         share = self.tableau.roots.tolerance or min(0.03, rtol**0.5 if rtol else 0.03)
@@ -165,21 +172,24 @@ class ImplicitSteps:
     ) -> tuple[Tensor, np.ndarray | None]:  # fmt: skip
         """The stage, and the samples whose iteration does not converge, ``(B,)``, or None."""
         most, weight, limit = self.tableau.roots.max_iterations, measure.weight, measure.limit
-        eta = max(self._eta, 1e-16) ** 0.8
+        eta = max(self._eta, 1e-16) ** 0.8 if method == "newton" else 1.0
         last, sizes = None, None
-        features, worst, before = weight[0].numel() ** 0.5 if weight.ndim > 1 else weight.numel() ** 0.5, 0.0, math.nan
-        if method == "fixed_point":
-            most *= 10
+        features, worst, before = rows(start).shape[1] ** 0.5, 0.0, math.nan
+        if method != "newton":
+            most *= 5
         for k in range(most):
             y = start + scale * p
             value = velocity(v, t, y, i)
             self.calls += 1
             change = value - p
-            change = self._corrected(v, i, t, y, value, change, scale) if method == "newton_krylov" else system.solve(
-                change
-            )  # fmt: skip
+            if method == "newton_krylov":
+                change = self._corrected(v, i, t, y, value, change, scale)
+            else:
+                change = (self._system_at(v, t, y, scale) if method == "full" else system).solve(change)
             p = p + change
             last, sizes = sizes, torch.linalg.vector_norm(rows(change * weight), dim=1)
+            if measure.relative:
+                sizes = sizes / (rows(y).abs().amax(1) + torch.finfo(y.dtype).tiny)
             among = torch.where(sizes.isfinite(), sizes, 0.0) if self.each else sizes
             before, worst = worst, among.max().item() / features
             if worst == 0.0 and not self.each:
@@ -187,7 +197,8 @@ class ImplicitSteps:
             if k:
                 rate = worst / before if before else 0.0
                 self._slowest = max(self._slowest, rate)
-                eta = rate / (1 - rate) if rate < 1 else math.inf
+                rate_next = max(rate, _SHARE) if method == "newton_krylov" else rate  # which a lucky iteration hides
+                eta = rate_next / (1 - rate_next) if rate < 1 else math.inf
                 hopeless = not rate < 2 or (rate < 1 and rate ** (most - 1 - k) * eta * worst > limit)
             else:
                 hopeless = not math.isfinite(worst)
@@ -196,7 +207,7 @@ class ImplicitSteps:
                 if self.each and not bool(sizes.isfinite().all()):
                     return p, ~sizes.isfinite().cpu().numpy()
                 return p, None
-            if hopeless and not self.each:
+            if hopeless and not self.each and (method != "full" or not math.isfinite(worst)):
                 break
         self._slowest = math.inf
         assert sizes is not None
