@@ -263,7 +263,7 @@ def _check_steps(steps: Any, tolerance: Any, controller: Any, tableau: ButcherTa
     if steps is None and tableau.low is None:
         raise ValueError(
             f"{tableau.name} carries no embedded error, by which steps are chosen: take steps=n, or one of bs23, "
-            "dopri5, tsit5, heun, midpoint"
+            "dopri5, tsit5, heun, midpoint, or kvaerno5 for stiff problems"
         )
 
 

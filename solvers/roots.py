@@ -25,9 +25,8 @@ class RootFinder:
             field call each, for fields such as convolutions. "fixed_point" iterates the equation as it stands, which
             converges only where h times the Jacobian is below 1. "auto" is "newton" up to 200 features of a sample,
             "newton_krylov" above.
-        tolerance: the iteration ends where its error is estimated below this share of the tolerance of the solve; None
-            takes ``sqrt(rtol)``, at most 0.03. Without error control it ends near rounding, at ``eps ** 0.75`` of the
-            state.
+        tolerance: with error control the iteration ends where its error is estimated below this share of the tolerance
+            of the solve. Without, it ends near rounding, at ``eps ** 0.75`` of the state.
         max_iterations: the largest number of iterations of a stage; a step in which one does not converge by then is
             rejected, and where no smaller one can be taken, the solve ends with :class:`~solvers.NewtonError`.
 
@@ -40,13 +39,13 @@ class RootFinder:
     """
 
     method: Literal["auto", "newton", "newton_krylov", "fixed_point"] = "auto"
-    tolerance: float | None = None
+    tolerance: float = 0.03
     max_iterations: int = 10
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
-        if self.tolerance is not None and not (isinstance(self.tolerance, Real) and 0 < self.tolerance < 1):
+        if not (isinstance(self.tolerance, Real) and 0 < self.tolerance < 1):
             raise ValueError(f"tolerance must be a share in (0, 1), got {self.tolerance!r}")
         whole = isinstance(self.max_iterations, Integral) and not isinstance(self.max_iterations, bool)
         if not whole or self.max_iterations < 1:

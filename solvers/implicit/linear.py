@@ -104,12 +104,13 @@ class Identity:
 
 def conjugate_residuals(
     product: Callable[[Tensor], Tensor], r: Tensor, precondition: Callable[[Tensor], Tensor], *, tolerance: float,
-    iterations: int
+    iterations: int, together: bool = False
 ) -> tuple[Tensor, float]:  # fmt: skip
     """The solution d of ``product(d) = r`` for each sample, and the largest residual over that of ``d = 0``.
 
     The generalized conjugate residuals, which minimize what GMRES minimizes (Eisenstat, Elman, Schultz, SIAM J. Numer.
-    Anal. 20, 1983), each sample in a space of its own; one product an iteration.
+    Anal. 20, 1983), each sample in a space of its own; one product an iteration. The residual is right only where
+    products of samples depend on no others.
 
     Args:
         product: with the matrices, of a tensor of the shape of ``r``.
@@ -117,7 +118,15 @@ def conjugate_residuals(
         precondition: near the inverse of ``product``.
         tolerance: on the residual.
         iterations: at most.
+        together: whether all samples have one space, as where they depend on each other.
     """
+    if together:
+        shape = r.shape
+        d, residual = conjugate_residuals(
+            lambda d: product(d.view(shape)).reshape(1, -1), r.reshape(1, -1),
+            lambda r: precondition(r.view(shape)).reshape(1, -1), tolerance=tolerance, iterations=iterations,
+        )  # fmt: skip
+        return d.view(shape), residual
     d, start = torch.zeros_like(r), torch.linalg.vector_norm(rows(r), dim=1)
     start = torch.where(start > 0, start, 1.0)
     directions: list[tuple[Tensor, Tensor]] = []

@@ -163,7 +163,7 @@ class ImplicitSteps:
             return _Measure(h, eps**0.75, relative=True)
         scale = x.abs() * self.rtol + self.atol
         rtol = float(torch.as_tensor(self.rtol).min())
-        share = self.tableau.roots.tolerance or min(0.03, rtol**0.5 if rtol else 0.03)
+        share = self.tableau.roots.tolerance
         return _Measure(h / (scale + torch.finfo(x.dtype).tiny), max(10 * eps / rtol if rtol else 0.0, share))
 
     def _root(

@@ -52,7 +52,8 @@ def test_names():
         ({"order": 0}, "order must be at least 1"),
         ({"c": (0.0,)}, "one entry per stage"),
         ({"c": (0.0, 0.4)}, r"row 1 of a sums to 0.5, but c\[1\] is 0.4"),
-        ({"a": ((), (0.25, 0.25))}, "row 1 of a must have 1 entries"),
+        ({"a": ((), (0.25, 0.25, 0.0))}, "row 1 of a must have 1 entries, or 2 where the stage is implicit"),
+        ({"a": ((), (0.75, -0.25))}, "diagonal entry in row 1 of a must be positive, got -0.25"),
         ({"b": (0.5, 0.4)}, "b must sum to 1"),
         ({"embedded": (("low", Embedded(1, (1.0,))),)}, "must have 2 weights"),
         ({"embedded": (("low", Embedded(1, (1.0, 1.0))),)}, "weights of embedded 'low' must sum to 1"),
@@ -189,7 +190,7 @@ def test_forwarding_carries_another_output_on():
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("heun2", "'heun'"), ("RK45", "'dopri5'"), ("RK23", "'bs23'"), ("LSODA", "'dopri5'"), ("Euler", "'euler'")],
+    [("heun2", "'heun'"), ("RK45", "'dopri5'"), ("RK23", "'bs23'"), ("LSODA", "'kvaerno5'"), ("Euler", "'euler'")],
 )
 def test_methods_of_torchdiffeq_and_scipy_have_their_place_named(name, place):
     with pytest.raises(ValueError, match=f"unknown solver {name!r}: take {place}"):

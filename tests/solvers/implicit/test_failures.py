@@ -1,0 +1,120 @@
+"""What implicit methods refuse, and where they cannot go on."""
+
+import pytest
+import torch
+
+from solvers import NewtonError, RootFinder, Tolerance, get_tableau, integrate
+from solvers.implicit.linear import conjugate_residuals, jacobian
+from tests.solvers.problems import X0, D, decay, lotka
+
+
+def test_a_singular_matrix_says_so_and_keeps_what_stands():
+    with pytest.raises(NewtonError, match="matrix is singular") as caught:  # I - h J = 0
+        integrate(lambda t, x: torch.where(x > 2, 4.0 * x, 1.0), torch.full((2, 1), 1.9), 0.0, 1.0,
+                  solver="implicit_euler", steps=4)  # fmt: skip
+    assert caught.value.status == "newton"
+    assert caught.value.sample == 0
+    assert caught.value.solution.t1 == caught.value.t
+
+
+def test_steps_whose_stages_are_not_found_are_rejected_and_then_named():
+    def wild(t, x):  # no iteration converges beyond t = 1
+        return -x if t < 1 else torch.where(torch.frac(x * 1e9) > 0.5, 1e12, -1e12).to(x)
+
+    tolerance = Tolerance(1e-6, 1e-9, max_steps=400)
+    with pytest.raises(NewtonError, match="does not converge"):
+        integrate(wild, torch.ones(1, 1, dtype=D), 0.0, 2.0, solver="kvaerno5", tolerance=tolerance)
+    solution = integrate(
+        wild, torch.ones(1, 1, dtype=D), 0.0, 2.0, solver="kvaerno5", tolerance=tolerance, on_limit="return"
+    )
+    assert solution.status == "newton"
+    assert 0.9 < solution.t1 <= 1
+    assert solution.stats.rejected > 0
+
+
+def test_one_sample_that_fails_lets_the_others_go_on():
+    rates = torch.tensor([[1.0], [2.0]], dtype=D)
+
+    def wild(t, x):
+        return torch.where((rates > 1) & (t > 0.5), torch.where(torch.frac(x * 1e9) > 0.5, 1e12, -1e12), -x)
+
+    solution = integrate(
+        wild, torch.ones(2, 1, dtype=D), 0.0, 1.0, solver="kvaerno5", control="sample", on_limit="return",
+        tolerance=Tolerance(1e-7, 1e-10),
+    )  # fmt: skip
+    assert solution.status[0] == "finished"
+    assert solution.status[1] in ("newton", "underflow")
+    assert solution.x1[0].item() == pytest.approx(torch.exp(torch.tensor(-1.0)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
+def test_narrow_and_complex_states_are_refused(dtype):
+    with pytest.raises(TypeError, match="finds its stages in float32 or float64, got torch"):
+        integrate(decay, torch.ones(1, 1).to(dtype), 0.0, 1.0, solver="trapezoid", steps=2)
+
+
+@pytest.mark.parametrize("name", ["implicit_euler", "trapezoid", "implicit_midpoint"])
+def test_error_control_needs_an_embedded_error(name):
+    with pytest.raises(ValueError, match=f"{name} carries no embedded error.*take steps=n.*kvaerno5"):
+        integrate(decay, X0, 0.0, 1.0, solver=name)
+
+
+def test_graphs_and_transforms_are_refused():
+    with pytest.raises(ValueError, match="graph"):
+        integrate(decay, X0, 0.0, 1.0, solver="kvaerno5", graph=True, keep="last")
+    auto = integrate(decay, X0, 0.0, 1.0, solver="kvaerno5", graph="auto", keep="last")
+    torch.testing.assert_close(auto.x1, integrate(decay, X0, 0.0, 1.0, solver="kvaerno5").x1)
+    with pytest.raises(RuntimeError, match=r"torch\.func do not see"):
+        torch.func.jacrev(lambda x: integrate(decay, x, 0.0, 1.0, solver="trapezoid", steps=2).x1)(X0)
+
+
+@pytest.mark.parametrize("arguments", [{"method": "broyden"}, {"tolerance": 2.0}, {"max_iterations": 0}])
+def test_root_finders_check_their_arguments(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        RootFinder(**arguments)
+    with pytest.raises(ValueError, match="explicit"):
+        get_tableau("rk4").solved_by(RootFinder())
+    with pytest.raises(TypeError, match="RootFinder"):
+        get_tableau("trapezoid").solved_by("newton")
+
+
+@pytest.mark.parametrize("name", ["bs23", "dopri5"])
+def test_errors_of_explicit_methods_name_the_implicit_one(name):
+    with pytest.raises(RuntimeError, match="stiff, solver='kvaerno5'"):
+        integrate(lambda t, x: -1e6 * x, X0, 0.0, 10.0, solver=name, tolerance=Tolerance(max_steps=50))
+
+
+@pytest.mark.parametrize("name", ["Radau", "BDF", "LSODA", "crank_nicolson", "KenCarp4"])
+def test_names_of_other_libraries_lead_here(name):
+    with pytest.raises(ValueError, match=r"unknown solver.*take '(kvaerno5|trapezoid)'"):
+        integrate(decay, X0, 0.0, 1.0, solver=name)
+
+
+def test_inference_mode_and_no_grad_agree():
+    with torch.inference_mode():
+        inside = integrate(lotka, X0, 0.0, 1.0, solver="kvaerno5").x1
+    with torch.no_grad():
+        torch.testing.assert_close(inside.clone(), integrate(lotka, X0, 0.0, 1.0, solver="kvaerno5").x1)
+
+
+def test_a_vector_is_one_sample():
+    x0 = torch.tensor([1.0, 0.5], dtype=D)
+    alone = integrate(lotka, x0, 0.0, 1.0, solver="kvaerno5").x1
+    torch.testing.assert_close(alone, integrate(lotka, x0[None], 0.0, 1.0, solver="kvaerno5").x1[0])
+
+
+def test_jacobians_are_those_of_autograd():
+    matrices = jacobian(lotka, 0.0, X0)
+    for i, x in enumerate(X0):
+        torch.testing.assert_close(matrices[i], torch.autograd.functional.jacobian(lambda x: lotka(0.0, x), x))
+    assert not jacobian(lambda t, x: torch.ones_like(x), 0.0, X0).any()
+
+
+def test_conjugate_residuals_solve_every_sample():
+    matrices = torch.eye(5, dtype=D) * 3 + torch.randn(4, 5, 5, dtype=D) / 3
+    right = torch.randn(4, 5, dtype=D)
+    found, residual = conjugate_residuals(
+        lambda d: torch.einsum("bij,bj->bi", matrices, d), right, lambda r: r, tolerance=1e-12, iterations=20
+    )
+    torch.testing.assert_close(found, torch.linalg.solve(matrices, right), rtol=1e-10, atol=1e-10)
+    assert residual <= 1e-12
