@@ -32,6 +32,7 @@ from solvers.controllers import (
 )  # fmt: skip
 from solvers.errors import MaxStepsError, NewtonError, NonFiniteError, SolverError, Status, StepUnderflowError
 from solvers.field_calls import Field
+from solvers.gradients.reversible import Reversible
 from solvers.integrate import integrate
 from solvers.interpolation import Interpolant, SampleInterpolant
 from solvers.methods import get_tableau
@@ -47,8 +48,8 @@ from solvers.torchdiffeq.odeint import odeint, odeint_event
 
 __all__ = [
     "PI", "PID", "ButcherTableau", "Controller", "ControllerState", "Embedded", "Field", "Fixed", "HalveDouble", "I",
-    "Interpolant", "MaxStepsError", "NewtonError", "NonFiniteError", "RootFinder", "Row", "SampleController",
-    "SampleInterpolant", "SampleSolution", "SampleStates", "SampleStatistics", "Solution", "SolverError", "Statistics",
-    "Status", "Step", "StepUnderflowError", "Tolerance", "combine", "finish_step", "get_tableau", "integrate", "odeint",
-    "odeint_adjoint", "odeint_event", "rk_step",
+    "Interpolant", "MaxStepsError", "NewtonError", "NonFiniteError", "Reversible", "RootFinder", "Row",
+    "SampleController", "SampleInterpolant", "SampleSolution", "SampleStates", "SampleStatistics", "Solution",
+    "SolverError", "Statistics", "Status", "Step", "StepUnderflowError", "Tolerance", "combine", "finish_step",
+    "get_tableau", "integrate", "odeint", "odeint_adjoint", "odeint_event", "rk_step",
 ]  # fmt: skip

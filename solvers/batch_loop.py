@@ -17,7 +17,7 @@ from solvers.first_step import first_step
 from solvers.implicit.steps import check_found
 from solvers.solution import Statistics
 from solvers.step import Step
-from solvers.steppers import stepper
+from solvers.steppers import Stepper, stepper
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance, too_small
 
@@ -44,7 +44,7 @@ def span(t: float, t_next: float) -> float:
 
 def fixed_steps(
     field: Field, x: Tensor, times: Iterable[Any], tableau: ButcherTableau, *, closing: bool = False,
-    inward: bool = False, observe: Observer | None = None, stats: Statistics | None = None
+    inward: bool = False, observe: Observer | None = None, stats: Statistics | None = None, take: Stepper | None = None
 ) -> Iterator[Step]:  # fmt: skip
     """Steps from each time to the next, reusing the closing stage of FSAL methods; never waits for the device.
 
@@ -57,9 +57,10 @@ def fixed_steps(
         inward: evaluate the field just inside each step, at its first and last instant.
         observe: called as ``observe("step", t, x, h)``.
         stats: counts to add to.
+        take: what takes the steps, if not what the method is taken by.
     """
     stats = Statistics() if stats is None else stats
-    first, take = None, stepper(tableau)
+    first, take = None, take or stepper(tableau)
     for t, t_next in pairwise(times):
         h: Any = t_next - t if isinstance(t, Tensor) else span(t, t_next)
         if observe is not None:
@@ -67,9 +68,9 @@ def fixed_steps(
         v = _inside(field, t, t_next, x.dtype) if inward else field
         before = take.calls
         step = take(v, t, x, h, first, closing=closing)
-        stats.evaluations += take.calls - before
         check_found(step)
         take.accept()
+        stats.evaluations += take.calls - before
         stats.accepted += 1
         first = step.stages[-1] if tableau.fsal and (closing or tableau.implicit) else None
         x = step.x1
@@ -79,7 +80,7 @@ def fixed_steps(
 def adaptive_steps(
     field: Field, x: Tensor, *, t0: float, t1: float, tableau: ButcherTableau, tolerance: Tolerance,
     controller: Controller, stops: Sequence[float] = (), jumps: Sequence[float] = (), observe: Observer | None = None,
-    stats: Statistics | None = None
+    stats: Statistics | None = None, take: Stepper | None = None
 ) -> Iterator[Step]:  # fmt: skip
     """Accepted steps from t0 to t1 under error control; waits for the device once per attempted step
     (and three times to choose the first step, if it is not given).
@@ -95,6 +96,7 @@ def adaptive_steps(
         jumps: stops at which the field is discontinuous: it is evaluated on either side of them, never across.
         observe: called as ``observe(what, t, x, h)`` with what = "step", "accept" or "reject".
         stats: counts to add to.
+        take: what takes the steps, if not what the method is taken by.
 
     Raises:
         StepUnderflowError, MaxStepsError, NonFiniteError: the solve cannot go on.
@@ -105,7 +107,7 @@ def adaptive_steps(
     t, size, first, ratio, bad = t0, tolerance.first_step, None, math.nan, None
     if size is None:
         size, first = _first(field, x, t0, t1, tableau, tolerance, stats)
-    state, take = ControllerState(size), stepper(tableau, tolerance)
+    state, take = ControllerState(size), take or stepper(tableau, tolerance)
     while bounds.direction * (t1 - t) > 0:
         if stats.accepted + stats.rejected >= tolerance.max_steps:
             h = bounds.direction * state.h
@@ -140,7 +142,9 @@ def adaptive_steps(
             stats.rejected += 1
             first = step.stages[0]
             continue
+        before = take.calls
         take.accept()
+        stats.evaluations += take.calls - before
         stats.accepted += 1
         if clipped:  # by a stop, not by the error: what comes behind it may be as large as before
             state = state._replace(h=max(state.h, size))

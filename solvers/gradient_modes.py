@@ -20,13 +20,14 @@ from solvers.field_calls import Field
 from solvers.gradients.backsolve import backsolved, seminorm
 from solvers.gradients.captured import Captured, owner_of
 from solvers.gradients.checkpoint import Read, recomputed
+from solvers.gradients.reversible import ReversibleSteps, reversed_states
 from solvers.outputs import BatchOutputs, SampleOutputs, stacked
 from solvers.sample_loop import align
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.solve import Task, even_grid, with_gradient
 from solvers.validation import real_dtype, to_state_shape
 
-__all__ = ["by_backsolving", "by_recomputing", "captured_field"]
+__all__ = ["by_backsolving", "by_recomputing", "by_reversing", "captured_field"]
 
 
 def captured_field(field: Any, parameters: Any, args: Sequence[Any], gradient: str, searching: bool) -> Captured:
@@ -130,6 +131,28 @@ def _recomputed(
 def _eagerly() -> Callable[..., tuple[Tensor, list[Tensor]]]:
     """:func:`recomputed` outside graphs, for it remembers what the field reads."""
     return torch.compiler.disable(recomputed)  # type: ignore[return-value] - the same function
+
+
+def by_reversing(task: Task, captured: Captured | None, coupling: float) -> Solution:
+    """Take the steps of a reversible pair without a graph, and undo them when the gradient is asked for."""
+    steps = ReversibleSteps(task.tableau, task.x0, coupling)
+    plain = replace(task, keep="last", unpack=lambda x: x, take=steps)
+    with nullcontext() if captured is None else captured.forward(task.x0.device), torch.no_grad():
+        solution = plain.solve()
+    x, outputs = solution.x1, None
+    if captured is not None:
+        states, ends = x.unsqueeze(0), [len(steps.moves)]
+        if task.outputs:
+            reached = [time for time in task.at if (time - solution.t1) * (task.t1 - task.t0) <= 0]
+            times = [task.t0, *(move.t + move.h for move in steps.moves)]
+            ends = [*(min(range(len(times)), key=lambda k: abs(times[k] - time)) for time in reached), *ends]
+            states = torch.cat([solution.states[: len(reached)], states])
+        states = reversed_states(captured, task.field, steps, task.x0, states, ends)
+        x = states[-1].clone()
+        outputs = stacked(list(states[:-1].unbind()), len(task.at), x) if task.outputs else None
+    elif task.outputs:
+        outputs = solution.states
+    return with_gradient(task, solution, x, outputs)
 
 
 def by_backsolving(task: Task, captured: Captured) -> Solution:

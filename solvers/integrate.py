@@ -15,21 +15,22 @@ from torch import Tensor
 
 from solvers.controllers import Controller, I, SampleController
 from solvers.field_calls import Field
-from solvers.gradient_modes import by_backsolving, by_recomputing, captured_field
+from solvers.gradient_modes import by_backsolving, by_recomputing, by_reversing, captured_field
 from solvers.gradients.captured import Captured
+from solvers.gradients.reversible import Reversible
 from solvers.methods import get_tableau
 from solvers.output_times import output_times
 from solvers.packing import Packing
 from solvers.sample_loop import within
 from solvers.solution import Solution
-from solvers.solve import Task, even_grid
+from solvers.solve import Grid, Task, even_grid
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import check_call
 
 __all__ = ["integrate"]
 
-_TOLERANCE, _CONTROLLER = Tolerance(), I()
+_TOLERANCE, _CONTROLLER, _COUPLING = Tolerance(), I(), Reversible().coupling
 _ELSEWHERE = {
     name: ours
     for ours, names in {
@@ -67,7 +68,7 @@ def integrate(
     at: Sequence[Any] | np.ndarray | Tensor | None = None,
     event: Callable[..., Tensor] | None = None,
     on_limit: Literal["raise", "return"] = "raise",
-    gradient: Literal["direct", "checkpoint", "backsolve"] = "direct",
+    gradient: Literal["direct", "checkpoint", "backsolve", "reversible"] | Reversible = "direct",
     parameters: Iterable[Tensor] | None = None,
     args: Sequence[Any] = (),
     graph: bool | Literal["auto"] = False,
@@ -109,11 +110,13 @@ def integrate(
         gradient: "direct", through the steps; "checkpoint", the same by recomputing the steps, with the memory of the
             square root of their number and two further evaluations of each (three if adaptive); "backsolve", those of
             the ODE by its adjoint solved backwards, with constant memory and the error of that solve, steps chosen by
-            the seminorm. The last two keep only the last state; under "backsolve" the gradient may lose digits where
-            the ODE is unstable backwards.
-        parameters: a collection of what gets gradients by "backsolve" beside x0 and the tensors in args. If not given,
-            the parameters of the field, which must then be a module, a method of one or a ``functools.partial`` of
-            these, and what else it reads.
+            the seminorm; "reversible", or :class:`Reversible` with a coupling of one's own, through the steps of a
+            pair of states (two a step) that are undone, in constant memory, up to rounding: what does not lead back to
+            x0 raises, steps end at the times ``at``, and there is no event. The last three keep only the last state;
+            under "backsolve" the gradient may lose digits where the ODE is unstable backwards.
+        parameters: a collection of what gets gradients by "backsolve" or "reversible" beside x0 and the tensors in
+            args. If not given, the parameters of the field, which must then be a module, a method of one or a
+            ``functools.partial`` of these, and what else it reads; under "reversible" it may be any function.
         args: further arguments for the field.
         graph: whether the loop of error control is one graph of torch: in the caller's ``torch.compile`` with
             ``fullgraph=True`` or ``torch.export``, and otherwise compiled here, which takes some seconds once for each
@@ -149,12 +152,17 @@ def integrate(
             f"integrate() takes no {name!r}" + (f": that is {_ELSEWHERE[name]}" if name in _ELSEWHERE else "")
         )
     tableau, per_sample = get_tableau(solver), control == "sample"
+    coupling, gradient = (
+        (gradient.coupling, "reversible") if isinstance(gradient, Reversible) else (_COUPLING, gradient)
+    )
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
     _check_steps(steps, tolerance, controller, tableau)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor), finite=graph is not True)  # which looks at its end
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
+    if gradient == "reversible":
+        _check_reversible(tableau, event, at, per_sample)
     in_graph = False
     if graph is not False:
         from solvers.graph.compilation import check_graph  # the compiler takes seconds to load
@@ -208,13 +216,25 @@ def integrate(
         controller=controller or _CONTROLLER, keep=keep, event=entries, raises=on_limit == "raise",
         unpack=(lambda x: x) if packing.single else packing.unpack, per_sample=per_sample,
     )  # fmt: skip
-    if t is not None:
+    if t is not None and gradient == "reversible":  # steps end there
+        grid = None if task.grid is None else Grid(times=_merged(list(task.grid.times), times, end >= start))
+        task = replace(task, outputs=True, at=times, t=t, keep="last", stops=times, grid=grid)
+    elif t is not None:
         task = _with_outputs(task, times, t)
     try:
+        if gradient == "reversible":
+            return by_reversing(task, captured, coupling)
         return _solved(task, captured, gradient, single=packing.single)
     except TypeError:
         _check_field(field, args)
         raise
+
+
+def _merged(grid: list[float], times: Sequence[float], forward: bool) -> list[float]:
+    """The ends of steps with further ones, but for those that differ by rounding."""
+    near = 1e-12 * max(abs(grid[0]), abs(grid[-1]))
+    further = [time for time in dict.fromkeys(times) if all(abs(time - end) > near for end in grid)]
+    return sorted([*grid, *further], reverse=not forward)
 
 
 def _check_field(field: Any, args: Any) -> None:
@@ -249,7 +269,7 @@ def _check_choices(control: Any, keep: Any, on_limit: Any, gradient: Any) -> Non
     _one_of("control", control, ("batch", "sample"))
     _one_of("keep", keep, ("last", "states", "steps"))
     _one_of("on_limit", on_limit, ("raise", "return"))
-    _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve"))
+    _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve", "reversible"))
     if gradient != "direct" and keep == "steps":
         raise ValueError(f"gradient={gradient!r} keeps no steps: leave out keep='steps'")
 
@@ -265,6 +285,18 @@ def _check_steps(steps: Any, tolerance: Any, controller: Any, tableau: ButcherTa
             f"{tableau.name} carries no embedded error, by which steps are chosen: take steps=n, or one of bs23, "
             "dopri5, tsit5, heun, midpoint, or kvaerno5 for stiff problems"
         )
+
+
+def _check_reversible(tableau: ButcherTableau, event: Any, at: Any, per_sample: bool) -> None:
+    other = "take gradient='checkpoint'"
+    if tableau.implicit:
+        raise ValueError(f"gradient='reversible' takes explicit methods, got {tableau.name}: {other}")
+    if event is not None:
+        raise ValueError(f"gradient='reversible' finds no event: {other}, or 'direct'")
+    if at is not None and per_sample:
+        raise ValueError(f"gradient='reversible' has no output times with control='sample': {other}, or leave out at")
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"gradient='reversible' cannot be part of a compiled graph: {other}, or compile the field")
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from solvers.field_calls import Field, velocity
 from solvers.first_step import first_step
 from solvers.solution import SampleStatistics
 from solvers.step import Step
-from solvers.steppers import stepper
+from solvers.steppers import Stepper, stepper
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import real_dtype, to_state_shape
@@ -61,6 +61,7 @@ class SampleLoop:
         t, t1: time and end of each sample, ``(B,)`` float64.
         tableau, tolerance, controller: the method, what it accepts, how it chooses its steps.
         raises: whether a sample that cannot go on ends the solve; else it stays where it is and the others go on.
+        take: what takes the steps, if not what the method is taken by.
     """
 
     field: Field
@@ -71,6 +72,7 @@ class SampleLoop:
     tolerance: Tolerance
     controller: SampleController
     raises: bool = True
+    take: Stepper | None = None
 
     def __post_init__(self) -> None:
         self.tolerance.check_per_sample(self.x)
@@ -103,7 +105,7 @@ class SampleLoop:
         Raises:
             StepUnderflowError, MaxStepsError, NonFiniteError: a sample cannot go on, where that raises.
         """
-        order, take = self.tableau.error_order, stepper(self.tableau, self.tolerance, each=True)
+        order, take = self.tableau.error_order, self.take or stepper(self.tableau, self.tolerance, each=True)
         if not self.moving.any():
             return
         first = velocity(self.field, to_state_shape(self.t, self.x), self.x)
@@ -147,7 +149,9 @@ class SampleLoop:
             if not accepted.any():
                 first = step.stages[0]
                 continue
+            calls = take.calls
             take.accept(accepted)
+            self.count(take.calls - calls)
             everyone = bool(accepted.all())  # a sample at rest may have no finite velocity
             took = to_state_shape(accepted, self.x)
             self.x = step.x1 if everyone else torch.where(took, step.x1, self.x)

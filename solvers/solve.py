@@ -22,6 +22,7 @@ from solvers.runge_kutta import step_state
 from solvers.sample_loop import SampleLoop
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.step import Step
+from solvers.steppers import Stepper
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import exact, to_state_shape
@@ -76,6 +77,7 @@ class Task:
         raises: whether a solve that cannot go on raises.
         unpack: a state as the caller gave it.
         per_sample: whether every sample has its own time and step size.
+        take: what takes the steps, if not what the method is taken by.
     """
 
     field: Field
@@ -100,6 +102,7 @@ class Task:
     raises: bool = True
     unpack: Callable[[Tensor], Any] = lambda x: x
     per_sample: bool = False
+    take: Stepper | None = None
 
     def solve(self) -> Solution:
         """Solve it."""
@@ -129,7 +132,7 @@ def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
     stats, x, grid, event = Statistics(), task.x0, task.grid, task.event
     plain = task.keep == "last" and event is None and task.origin is None and not task.outputs
-    if grid is not None and plain and not task.tableau.implicit:
+    if grid is not None and plain and task.take is None and not task.tableau.implicit:
         for start, end in pairwise(grid.times):
             x = step_state(task.field, start, x, span(start, end), task.tableau)
             stats.accepted += 1
@@ -146,12 +149,13 @@ def _solve_batch(task: Task) -> Solution:
             numbers = None if grid.numbers is None else iter(grid.numbers[1:])
             loop = fixed_steps(
                 task.field, x, grid.times, task.tableau, inward=grid.inward, observe=task.observe, stats=stats,
-                closing=task.closing or event is not None or task.keep == "steps",
+                closing=task.closing or event is not None or task.keep == "steps", take=task.take,
             )  # fmt: skip
         else:
             loop = adaptive_steps(
                 task.field, x, t0=task.t0, t1=task.t1, tableau=task.tableau, tolerance=task.tolerance,
                 controller=task.controller, stops=task.stops, jumps=task.jumps, observe=task.observe, stats=stats,
+                take=task.take,
             )  # fmt: skip
         for step in loop:
             t: Any = step.t + step.h if numbers is None else next(numbers)
@@ -246,7 +250,7 @@ def _solve_samples(task: Task) -> SampleSolution:
     """With a time and a step size per sample."""
     loop = SampleLoop(
         field=task.field, x=task.x0, t=task.t0, t1=task.t1, tableau=task.tableau, tolerance=task.tolerance,
-        controller=task.controller, raises=task.raises,
+        controller=task.controller, raises=task.raises, take=task.take,
     )  # fmt: skip
     outputs = SampleOutputs(task.at, task.t, task.x0, task.t0, loop.t == loop.t1) if task.outputs else None
     collector = _Collector(task, outputs)

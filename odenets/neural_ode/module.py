@@ -26,7 +26,18 @@ from odenets.neural_ode.records import measure_beside, records_of
 from odenets.normalization.mixing import warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
-from solvers import ButcherTableau, Controller, I, Solution, Statistics, Step, Tolerance, get_tableau, integrate
+from solvers import (
+    ButcherTableau,
+    Controller,
+    I,
+    Reversible,
+    Solution,
+    Statistics,
+    Step,
+    Tolerance,
+    get_tableau,
+    integrate,
+)
 from solvers.batch_loop import adaptive_steps, fixed_steps
 from solvers.solve import even_grid
 
@@ -54,7 +65,8 @@ class NeuralODE(nn.Module):
         t0, t1: start and end, t1 may lie before t0; with ``control="sample"`` also ``(B,)``. They are numbers of the
             host, whatever the device, and no part of the state_dict.
         gradient: "direct", through the steps; "checkpoint", the same by computing the steps again; "backsolve", the
-            adjoint ODE with constant memory: see :func:`solvers.integrate`.
+            adjoint ODE with constant memory; "reversible" or :class:`solvers.Reversible`, through the steps of a
+            reversible pair, with constant memory: see :func:`solvers.integrate`.
         control: "batch", one step size for the batch, or "sample", one for each sample, as if it were alone: batch
             norm in training mode, which reads the others, is refused.
         controller: step-size rule of error control.
@@ -91,7 +103,7 @@ class NeuralODE(nn.Module):
         steps: int | None = None,
         t0: Time = 0.0,
         t1: Time = 1.0,
-        gradient: Literal["direct", "checkpoint", "backsolve"] = "direct",
+        gradient: Literal["direct", "checkpoint", "backsolve", "reversible"] | Reversible = "direct",
         control: Literal["batch", "sample"] = "batch",
         controller: Controller | None = None,
         event: Event | None = None,

@@ -57,7 +57,7 @@ _count = 0  # of graphs that were compiled
 
 
 def check_graph(
-    graph: Any, x: Tensor | None, *, steps: Any, event: Any, keep: str, gradient: str, controller: Any,
+    graph: Any, x: Tensor | None, *, steps: Any, event: Any, keep: str, gradient: Any, controller: Any,
     tableau: ButcherTableau, at: Any,
 ) -> bool:  # fmt: skip
     """Whether a solve is a graph: with "auto" where it can be one and pays.

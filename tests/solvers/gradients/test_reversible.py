@@ -1,0 +1,238 @@
+"""Gradients that undo the steps of a reversible pair."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from odenets import MLPField, NeuralODE
+from odenets.analysis.memory import measure_memory
+from solvers import Reversible, SolverError, Tolerance, integrate
+from solvers.gradients.reversible import ReversibleSteps
+from tests.counting import Counted
+from tests.solvers.problems import D, decay, lotka
+
+METHODS = ["euler", "heun", "heun3", "bs23", "rk4", "dopri5", "tsit5"]
+WAYS = [
+    {"steps": 12},
+    {"tolerance": Tolerance(1e-4, 1e-6)},
+    {"tolerance": Tolerance(1e-4, 1e-6), "control": "sample"},
+    {"steps": 12, "at": [0.0, 0.25, 0.33, 1.0]},
+    {"tolerance": Tolerance(1e-4, 1e-6), "at": [0.3, 0.9]},
+]
+
+
+def net(std=0.4):
+    field = MLPField(3).double()
+    for p in field.parameters():
+        nn.init.normal_(p, std=std)
+    return field
+
+
+def by_hand(field, x, moves, tableau, coupling):
+    """The same pair with a graph, by plain steps."""
+    from solvers import rk_step
+
+    y = z = x
+    for t, h, taken in moves:
+        y1 = y + (1 - coupling) * (z - y) + h * rk_step(field, t, z, h, tableau, closing=False).residue
+        y1 = y1 if taken is None else torch.where(taken, y1, y)
+        z1 = z + h * rk_step(field, t + h, y1, -h, tableau, closing=False).residue
+        y, z = y1, z1 if taken is None else torch.where(taken, z1, z)
+    return y
+
+
+@pytest.mark.parametrize("solver", METHODS)
+@pytest.mark.parametrize("steps", [True, False])
+def test_gradients_are_those_of_the_steps_taken(solver, steps):
+    if not steps and solver in ("euler", "heun3", "rk4"):
+        pytest.skip("no error")
+    a = torch.randn(3, 3, dtype=D, requires_grad=True)
+    x0 = torch.randn(2, 3, dtype=D, requires_grad=True)
+    how = {"steps": 4} if steps else {"tolerance": Tolerance(10.0, 10.0, first_step=0.2, max_step=0.2)}
+
+    def field(t, x, a):
+        return torch.tanh(x @ a) * math.cos(t)
+
+    assert torch.autograd.gradcheck(
+        lambda x, a: integrate(field, x, 0.0, 1.0, solver=solver, args=(a,), gradient=Reversible(0.9), **how).x1,
+        (x0, a),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_state_and_gradient_are_near_those_of_the_method(way):
+    field, x0 = net(), torch.randn(4, 3, dtype=D, requires_grad=True)
+    found = []
+    for gradient in ("direct", "reversible"):
+        solution = integrate(field, x0, 0.0, 1.0, solver="dopri5", gradient=gradient, **way)
+        states = solution.states if "at" in way else solution.x1
+        grads = torch.autograd.grad(states.square().sum(), (x0, *field.parameters()))
+        found.append(torch.cat([states.flatten(), *(g.flatten() for g in grads)]))
+    assert (found[0] - found[1]).norm() / found[0].norm() < 2e-3
+
+
+def test_samples_with_steps_of_their_own_have_the_gradient_of_the_pair_by_hand():
+    field, x0 = net(0.8), torch.randn(4, 3, dtype=D, requires_grad=True)
+    tolerance = Tolerance(1e-4, 1e-6)
+    recorded = []
+    original = ReversibleSteps.accept
+
+    def accept(self, accepted=None):
+        original(self, accepted)
+        recorded[:] = self.moves
+
+    ReversibleSteps.accept = accept
+    try:
+        x1 = integrate(field, x0, 0.0, 1.0, control="sample", tolerance=tolerance, gradient="reversible").x1
+    finally:
+        ReversibleSteps.accept = original
+    assert any(move.taken is not None for move in recorded)
+    from solvers import get_tableau
+
+    other = by_hand(field, x0, recorded, get_tableau("bs23"), 0.999)
+    torch.testing.assert_close(x1, other, rtol=1e-12, atol=1e-12)
+    for one, two in zip(
+        torch.autograd.grad(x1.square().sum(), (x0, *field.parameters())),
+        torch.autograd.grad(other.square().sum(), (x0, *field.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("bs23", 3), ("rk4", 4)])
+def test_the_pair_has_the_order_of_its_method(solver, order):
+    exact = integrate(lotka, torch.tensor([[1.0, 1.0]], dtype=D), 0.0, 1.0, solver="dopri5", steps=400).x1
+    errors = [
+        (integrate(lotka, torch.tensor([[1.0, 1.0]], dtype=D), 0.0, 1.0, solver=solver, steps=n,
+                   gradient="reversible").x1 - exact).abs().max().item()
+        for n in (20, 40)
+    ]  # fmt: skip
+    assert math.log2(errors[0] / errors[1]) > order - 0.35
+
+
+def test_a_thousand_steps_are_undone_to_ten_digits():
+    x0, seen = torch.tensor([[1.0, 1.0], [1.2, 0.8]], dtype=D, requires_grad=True), []
+    import solvers.gradients.reversible as module
+
+    original = module.check_inverse
+    module.check_inverse = lambda y, x, *rest: seen.append((y - x).abs().max().item())
+    try:
+        integrate(lotka, x0, 0.0, 1.0, solver="rk4", steps=1000, gradient="reversible").x1.sum().backward()
+    finally:
+        module.check_inverse = original
+    assert seen[0] < 1e-10
+
+
+def test_without_gradients_the_numbers_are_the_same():
+    field, x0 = net(), torch.randn(4, 3, dtype=D)
+    x1 = integrate(field, x0, 0.0, 1.0, steps=5, gradient="reversible").x1
+    with torch.no_grad():
+        assert torch.equal(integrate(field, x0, 0.0, 1.0, steps=5, gradient="reversible").x1, x1)
+
+
+def test_memory_does_not_grow_with_the_steps():
+    field, x = net().float(), torch.randn(64, 3)
+
+    def peak(steps):
+        def work():
+            x0 = x.clone().requires_grad_()
+            integrate(field, x0, 0.0, 1.0, solver="rk4", steps=steps, gradient="reversible").x1.sum().backward()
+
+        work()
+        return measure_memory(work, "cpu").peak
+
+    assert peak(100) <= 1.02 * peak(10)
+
+
+def test_field_calls_of_both_passes():
+    field = Counted(net())
+    x0 = torch.randn(2, 3, dtype=D, requires_grad=True)
+    solution = integrate(field, x0, 0.0, 1.0, solver="rk4", steps=10, gradient="reversible")
+    before = field.calls
+    assert solution.stats.evaluations == 80
+    solution.x1.sum().backward()
+    assert field.calls - before <= 80 + 2  # and what looks at the field
+
+
+@pytest.mark.parametrize("arguments", [{"steps": 6}, {"tolerance": Tolerance(1e-3, 1e-5)}])
+def test_a_neural_ode_trains_so(arguments):
+    grads = []
+    for gradient in ("reversible", Reversible(0.999)):
+        torch.manual_seed(0)
+        ode = NeuralODE(net(), gradient=gradient, **arguments)
+        x = torch.linspace(-1, 1, 6, dtype=D).view(2, 3)
+        ode(x).square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in ode.parameters()]))
+        assert "reversible" in repr(ode).lower()
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().max() > 0
+
+
+def test_float32_agrees_with_direct():
+    field, x0 = net().float(), torch.randn(16, 3, requires_grad=True)
+    found = []
+    for gradient in ("direct", "reversible"):
+        x1 = integrate(field, x0, 0.0, 1.0, solver="rk4", steps=40, gradient=gradient).x1
+        grads = torch.autograd.grad(x1.square().sum(), (x0, *field.parameters()))
+        found.append(torch.cat([g.flatten() for g in grads]))
+    assert (found[0] - found[1]).norm() / found[0].norm() < 1e-3
+
+
+def test_an_unstable_coupling_says_so():
+    field, x0 = net(), torch.randn(4, 3, dtype=D, requires_grad=True)
+    x1 = integrate(field, x0, 0.0, 1.0, solver="rk4", steps=400, gradient=Reversible(0.9)).x1
+    with pytest.raises(RuntimeError, match=r"undone, 400 steps end .* away from x0.*coupling nearer to 1"):
+        x1.sum().backward()
+
+
+@pytest.mark.parametrize("coupling", [0.0, -0.5, 1.5, math.nan, "much"])
+def test_couplings_that_are_none_are_refused(coupling):
+    with pytest.raises(ValueError, match=r"coupling must be a number in \(0, 1\], got " + re.escape(repr(coupling))):
+        Reversible(coupling)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"solver": "kvaerno5"}, "takes explicit methods, got kvaerno5: take gradient='checkpoint'"),
+        ({"event": lambda t, x: x.sum() - 1}, "finds no event"),
+        ({"at": [0.5], "control": "sample"}, "no output times with control='sample'"),
+        ({"keep": "steps"}, "keeps no steps"),
+        ({"graph": True, "keep": "last"}, "graph"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        integrate(decay, torch.ones(2, 1, dtype=D), 0.0, 1.0, gradient="reversible", **arguments)
+
+
+def test_times_that_require_a_gradient_are_refused():
+    at = torch.tensor([0.5], requires_grad=True)
+    with pytest.raises(ValueError, match="gradient='reversible', which loses it"):
+        integrate(net(), torch.ones(2, 3, dtype=D), 0.0, 1.0, at=at, gradient="reversible")
+
+
+def test_a_second_derivative_is_refused():
+    field, x0 = net(), torch.randn(2, 3, dtype=D, requires_grad=True)
+    x1 = integrate(field, x0, 0.0, 1.0, steps=2, gradient="reversible").x1
+    (grad,) = torch.autograd.grad(x1.sum(), x0, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad.sum().backward()
+
+
+def test_a_solve_that_cannot_go_on_keeps_what_stands():
+    with pytest.raises(SolverError) as caught:
+        integrate(lambda t, x: x * x, torch.ones(1, 1), 0.0, 2.0, gradient="reversible")
+    assert 0.9 < caught.value.solution.t1 <= 1
+
+
+def test_weights_changed_since_are_refused():
+    field, x0 = net(), torch.randn(2, 3, dtype=D, requires_grad=True)
+    x1 = integrate(field, x0, 0.0, 1.0, steps=2, gradient="reversible").x1
+    with torch.no_grad():
+        next(field.parameters()).add_(1)
+    with pytest.raises(RuntimeError):
+        x1.sum().backward()
