@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from odenets.normalization import recalibrate
     from odenets.recording import Recorder
     from odenets.records import Records
+    from odenets.reversible_flow import ReversibleFlow
 
     __version__: str
 
@@ -37,6 +38,7 @@ __all__ = [
     "NeuralODE",
     "Recorder",
     "Records",
+    "ReversibleFlow",
     "adapt",
     "fields",
     "initialize",
@@ -57,6 +59,7 @@ _HOMES = {
     "NeuralODE": "neural_ode",
     "Recorder": "recording",
     "Records": "records",
+    "ReversibleFlow": "reversible_flow",
     "adapt": "adapting",
     "initialize": "initialization",
     "load_weights": "checkpoints",

@@ -53,6 +53,7 @@ def structure(network: nn.Module) -> dict[str, Any]:
             "solver": flow.tableau.name,
             "coefficients": _coefficients(flow),
             "stage_fields": flow.stage_fields,
+            "coupling": flow.coupling,
         }
         for name, flow in _flows(network).items()
     }
@@ -87,6 +88,11 @@ def check_methods(network: nn.Module, saved: dict[str, Any]) -> None:
             solver, own = before["solver"], flow.tableau.name
             got = f"{own} with other coefficients" if solver == own else own
             raise ValueError(f"{_named(name)} must have the solver that it was saved with, {solver}, got {got}")
+        if (coupling := before.get("coupling")) != flow.coupling and before:
+            raise ValueError(
+                f"{_named(name)} must have the coupling that it was saved with, {coupling}, got {flow.coupling}: None "
+                "is that of a Flow, a number that of a ReversibleFlow"
+            )
         if (fields := before.get("stage_fields", flow.stage_fields)) != flow.stage_fields:
             raise ValueError(
                 f"{_named(name)} must have the stage_fields that it was saved with, {fields!r}, got "

@@ -60,6 +60,7 @@ class Flow(BlockSequence):
     """
 
     at_depth = at_depth
+    coupling: float | None = None  # of the pair of states that a ReversibleFlow takes on
 
     @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True, check: bool = True) -> Iterator[Step]:
@@ -105,6 +106,10 @@ class Flow(BlockSequence):
             begin = t, x, h, self.tableau, first
             yield (step := take_step(blocks[m], args, fields, *begin, closing=closes, reductions=reductions))
             t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None
+
+    def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
+        """The state at the total time where it is not that of the last of the steps as they are taken."""
+        return None
 
     def _warn_once(self) -> None:
         if not self.warned and self.stage_fields == "tied" and self.tableau.stages > 1:
@@ -168,6 +173,8 @@ class Flow(BlockSequence):
             check_state(x)
         if readout not in ("solution", "ensemble"):
             raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+        if not measures and readout == "solution" and (x1 := self._end_state(x, args)) is not None:
+            return x1, Records({}, blocks=self.names)
         closing = any(needs_closing(measure) for measure in measures.values())
         steps = self._steps(x, args, closing, reductions_of(measures.values()), readout == "ensemble")
         last, records = measure_steps(steps, x, measures, self.names)
@@ -192,6 +199,8 @@ class Flow(BlockSequence):
             check_state(x)
         if not full_passes:
             return self._outputs(x, *args)[0]
+        if self.coupling is not None:
+            raise ValueError("full_passes carry other outputs on, which the steps of a ReversibleFlow do not")
         self.materialize(x)
         ends, blocks = {}, self._blocks()
         for name in self.tableau.outputs:

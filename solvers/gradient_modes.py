@@ -20,7 +20,7 @@ from solvers.field_calls import Field
 from solvers.gradients.backsolve import backsolved, seminorm
 from solvers.gradients.captured import Captured, owner_of
 from solvers.gradients.checkpoint import Read, recomputed
-from solvers.gradients.reversible import ReversibleSteps, reversed_states
+from solvers.gradients.reversible import ReversibleSteps, increment_of, reversed_states
 from solvers.outputs import BatchOutputs, SampleOutputs, stacked
 from solvers.sample_loop import align
 from solvers.solution import SampleSolution, Solution, Statistics
@@ -147,7 +147,8 @@ def by_reversing(task: Task, captured: Captured | None, coupling: float) -> Solu
             times = [task.t0, *(move.t + move.h for move in steps.moves)]
             ends = [*(min(range(len(times)), key=lambda k: abs(times[k] - time)) for time in reached), *ends]
             states = torch.cat([solution.states[: len(reached)], states])
-        states = reversed_states(captured, task.field, steps, task.x0, states, ends)
+        increment = increment_of(task.field, task.tableau)
+        states = reversed_states(captured, lambda _: increment, steps.moves, coupling, task.x0, states, steps.z, ends)
         x = states[-1].clone()
         outputs = stacked(list(states[:-1].unbind()), len(task.at), x) if task.outputs else None
     elif task.outputs:

@@ -163,6 +163,8 @@ class FlowWalk:
     """
 
     def __init__(self, flow: Flow, x: Tensor, args: tuple[Any, ...], measures: Mapping[str, StepFunction]) -> None:
+        if flow.coupling is not None:
+            raise ValueError("network must not hold a ReversibleFlow, whose steps no sample skips: take a Flow")
         flow.materialize(x)
         self.flow, self.x, self.args = flow, x.clone(), args
         self.blocks = [cast(Block, block) for block in flow.blocks] * (flow.depth if flow.shared else 1)

@@ -20,11 +20,11 @@ from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 from solvers.validation import to_state_shape
 
-__all__ = ["Move", "Reversible", "ReversibleSteps", "check_inverse", "redo", "reversed_states", "undo"]
+__all__ = ["Move", "Reversible", "ReversibleSteps", "check_inverse", "increment_of", "reversed_states", "undo"]
 
 Time = float | Tensor
 Increment = Callable[[Time, Tensor, Time], Tensor]
-"""``sum_i b_i p_i`` of a step from a time and a state, of a size."""
+"""``h sum_i b_i p_i`` of a step from a time and a state, of a size h."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,6 @@ class Move(NamedTuple):
     t: Time
     h: Time
     taken: Tensor | None
-
-
-def redo(increment: Increment, move: Move, y: Tensor, z: Tensor, coupling: float) -> tuple[Tensor, Tensor]:
-    """The pair behind a step; ``increment`` gives ``h sum_i b_i p_i``."""
-    t, h, taken = move
-    y1 = y + (1 - coupling) * (z - y) + increment(t, z, h)
-    y1 = y1 if taken is None else torch.where(taken, y1, y)
-    z1 = z - increment(t + h, y1, -h)
-    return y1, z1 if taken is None else torch.where(taken, z1, z)
 
 
 def undo(
@@ -156,41 +147,44 @@ class ReversibleSteps:
 
 
 def reversed_states(
-    captured: Captured, field: Field, steps: ReversibleSteps, x0: Tensor, states: Tensor, ends: Sequence[int]
-) -> Tensor:
+    captured: Captured, increments: Callable[[int], Increment], moves: Sequence[Move], coupling: float, x0: Tensor,
+    states: Tensor, z: Tensor, ends: Sequence[int]
+) -> Tensor:  # fmt: skip
     """``states`` of the solution from x0, with the gradients of the steps that lead there.
 
     Args:
         captured: what the field calls.
-        field, steps: the velocity, and what took the steps.
+        increments: of each step, by its number, ``h sum_i b_i p_i``.
+        moves, coupling: the steps taken, and how.
         x0: the first state.
         states: ``(n, *x0.shape)``, the last one of them that of the last step.
-        ends: how many steps lead to each.
+        z: beside which the pair ends there.
+        ends: how many steps lead to each of the states.
     """
-    return _Reversed.apply(captured, field, steps, ends, states, x0, *captured.tensors)  # type: ignore[return-value]
+    how = captured, increments, moves, coupling, ends
+    return _Reversed.apply(how, states, z, x0, *captured.tensors)  # type: ignore[return-value]
+
+
+def increment_of(field: Field, tableau: ButcherTableau) -> Increment:
+    """``h sum_i b_i p_i`` of a step of a method."""
+    return lambda t, x, h: rk_step(field, t, x, h, tableau, closing=False).residue * h
 
 
 class _Reversed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, captured: Captured, field: Field, steps: ReversibleSteps, ends: Sequence[int], states: Tensor,
-        x0: Tensor, *params: Tensor
-    ) -> Tensor:  # fmt: skip
-        ctx.captured, ctx.field, ctx.steps, ctx.ends = captured, field, steps, ends
-        states = states.clone()
-        ctx.save_for_backward(states[-1].clone(), steps.z, x0)
+    def forward(ctx: Any, how: Any, states: Tensor, z: Tensor, x0: Tensor, *params: Tensor) -> Tensor:
+        ctx.how, states = how, states.clone()
+        ctx.save_for_backward(states[-1].clone(), z, x0)
         return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override] - torch's has *grads
         y, z, x0 = ctx.saved_tensors
-        tableau, moves, due = ctx.steps.tableau, ctx.steps.moves, list(zip(ctx.ends, grads[0], strict=True))
-        with ctx.captured.again(cut=True) as params:
+        captured, increments, moves, coupling, ends = ctx.how
+        due = list(zip(ends, grads[0], strict=True))
+        with captured.again(cut=True) as params:
             collected: list[Tensor | None] = [None] * len(params)
-
-            def increment(t: Time, x: Tensor, h: Time) -> Tensor:
-                return rk_step(ctx.field, t, x, h, tableau, closing=False).residue * h
 
             def add(change: Tensor, leaf: Tensor, pull: Tensor) -> Tensor:
                 if not change.requires_grad:
@@ -207,9 +201,9 @@ class _Reversed(torch.autograd.Function):
                 while due and due[-1][0] == k:
                     a = a + due.pop()[1]
                 if k:
-                    y, z, a, b = undo(increment, moves[k - 1], y, z, a, b, ctx.steps.coupling, add)
-        check_inverse(y, x0, len(moves), ctx.steps.coupling)
-        return (None, None, None, None, None, a + b, *collected)
+                    y, z, a, b = undo(increments(k - 1), moves[k - 1], y, z, a, b, coupling, add)
+        check_inverse(y, x0, len(moves), coupling)
+        return (None, None, None, a + b, *collected)
 
 
 def check_inverse(y: Tensor, x0: Tensor, steps: int, coupling: float) -> None:

@@ -96,6 +96,8 @@ def scaled(module: nn.Module, unit: Unit, h: float, start: float | None = None) 
     """
     if not isinstance(module, Flow):
         return ScaledStep(module, h, unit.argument, unit.elements, unit.rectified, unit.adds)
+    if module.coupling is not None:
+        raise ValueError("model must not hold a ReversibleFlow, whose blocks cannot be removed one by one: take a Flow")
     block = cast(Block, module.blocks[0])
     settings = {"solver": module.tableau, "stage_fields": module.stage_fields}
     longer = Block([*block.fields], block.h * h)

@@ -1,0 +1,113 @@
+"""Flows whose steps can be undone: a network whose memory does not grow with its depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from odenets.blocks import take_step
+from odenets.flow import Flow
+from solvers import Reversible, Step, combine
+from solvers.gradients.captured import Captured
+from solvers.gradients.reversible import Increment, Move, reversed_states
+
+__all__ = ["ReversibleFlow"]
+
+
+class ReversibleFlow(Flow):
+    """A :class:`~odenets.Flow` of reversible steps, trained in the memory of two states, whatever its depth.
+
+    ``y1 = c y + (1 - c) z + h r(t, z, h)`` and ``z1 = z + h r(t + h, y1, -h)`` for each block, with r the residue
+    of its own step and y = z = x at the start; the output is y. Any explicit method takes part, at two of its steps a
+    block. The backward pass computes the states from the last ones; what does not lead back to x raises.
+    Reference: McCallum, Foster, arXiv:2410.11648, see :class:`solvers.Reversible`.
+
+    ``forward``, ``steps`` and ``record`` are one function; what measures steps keeps them for its gradient, a plain
+    call keeps none. Fields draw no random numbers, as dropout does in training mode.
+
+    Args:
+        field: as in a flow.
+        coupling: c in (0, 1]; rounding grows by 1 / c a block on the way back.
+        settings: those of a flow besides; "chained" stage fields are refused.
+
+    Raises:
+        ValueError, TypeError: as a flow; an implicit method, chained fields, or a coupling outside (0, 1].
+
+    >>> import torch
+    >>> import odenets
+    >>> flow = odenets.ReversibleFlow(odenets.MLPField(4), solver="euler", depth=50)
+    >>> x = torch.randn(8, 4)
+    >>> flow(x).sum().backward()
+    >>> flow.evaluations
+    100
+    """
+
+    def __init__(self, field: Any = None, *, coupling: float = 0.999, **settings: Any) -> None:
+        super().__init__(field, **settings)
+        self.coupling = Reversible(coupling).coupling
+        if self.tableau.implicit:
+            raise ValueError(f"solver must be an explicit method, whose steps can be undone, got {self.tableau.name}")
+        if self.stage_fields == "chained":
+            raise ValueError("stage_fields must be 'tied' or 'untied': a chained field is not undone with its block")
+
+    def evaluations_per_pass(self, *, closing: bool = False, readout: str = "solution") -> int:
+        """Field evaluations of one pass, as :meth:`Flow.evaluations_per_pass` counts them: two steps a block."""
+        back = self.depth * self.tableau.interior
+        last = self.tableau.stages if closing or readout == "ensemble" else self.tableau.interior
+        each = self.tableau.stages if closing else self.tableau.interior
+        return back + (self.depth - 1) * each + last
+
+    @property
+    def passes_on(self) -> bool:
+        """Never: the next step's first stage is at another state."""
+        return False
+
+    def _steps(
+        self, x: Tensor, args: Sequence[Any], closing: bool, reductions: Collection[str] = (), ensemble: bool = False
+    ) -> Iterator[Step]:
+        self.materialize(x)
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_once()
+        t, y, z, blocks, coupling = self.start, x, x, self._blocks(), cast(float, self.coupling)
+        closing = closing or self.takes_closing
+        for m, h in enumerate(self.h):
+            closes = closing or (ensemble and m == len(blocks) - 1)
+            fields = self._velocities(blocks, m, self.tableau, closes, args)
+            inner = take_step(blocks[m], args, fields, t, z, h, self.tableau, closing=closes)
+            start = y + (1 - coupling) * (z - y)
+            y = combine(start, inner.stages, self.tableau.b, h)
+            yield inner._replace(x0=start, x1=y)
+            if m + 1 < len(blocks):
+                back = take_step(blocks[m], args, fields, t + h, y, -h, self.tableau, closing=False)
+                z = combine(z, back.stages, self.tableau.b, h)
+            t += h
+
+    def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        self.materialize(x)
+        if self.training:
+            self._warn_once()
+        captured = Captured(self._residue, None, args, names=("flow", "args", "odenets.Flow"))
+        times = [self.start + math.fsum(self.h[:m]) for m in range(self.depth)]
+        moves = [Move(t, h, None) for t, h in zip(times, self.h, strict=True)]
+
+        def increments(m: int) -> Increment:
+            return lambda t, x, h: captured(t, x, m, h, *args) * h
+
+        y, z, coupling = x.detach(), x.detach(), cast(float, self.coupling)
+        with captured.forward(x.device), torch.no_grad():
+            for m, (t, h, _) in enumerate(moves):
+                increment = increments(m)
+                y = y + (1 - coupling) * (z - y) + increment(t, z, h)
+                z = z - increment(t + h, y, -h)
+        return reversed_states(captured, increments, moves, coupling, x, y.unsqueeze(0), z, [self.depth])[0]
+
+    def _residue(self, t: float, x: Tensor, m: int, h: float, *args: Any) -> Tensor:
+        blocks = self._blocks()
+        fields = self._velocities(blocks, m, self.tableau, False, args)
+        return take_step(blocks[m], args, fields, t, x, h, self.tableau, closing=False).residue
