@@ -50,6 +50,11 @@ class BlockSequence(nn.Module):
         super().__init__()
         refuse("Flow", unknown, ELSEWHERE)
         self.tableau = get_tableau(solver)
+        if self.tableau.structure:
+            raise ValueError(
+                f"solver must take any field, {self.tableau.name} takes those of a structure: use NeuralODE(field, "
+                f"solver={self.tableau.name!r}, steps=n), or one of euler, midpoint, heun, bs23, rk4"
+            )
         check_sharing(stage_fields, shared)
         self._sizes = step_sizes(h, total_time, depth)
         self.stage_fields: StageFields = stage_fields

@@ -49,7 +49,7 @@ class ReversibleFlow(Flow):
     def __init__(self, field: Any = None, *, coupling: float = 0.999, **settings: Any) -> None:
         super().__init__(field, **settings)
         self.coupling = Reversible(coupling).coupling
-        if self.tableau.implicit:
+        if not self.tableau.explicit:
             raise ValueError(f"solver must be an explicit method, whose steps can be undone, got {self.tableau.name}")
         if self.stage_fields == "chained":
             raise ValueError("stage_fields must be 'tied' or 'untied': a chained field is not undone with its block")

@@ -39,6 +39,8 @@ from solvers.methods import get_tableau
 from solvers.reductions import combine, finish_step
 from solvers.roots import RootFinder
 from solvers.runge_kutta import rk_step
+from solvers.semilinear import SemiLinear
+from solvers.separable import Separable
 from solvers.solution import SampleSolution, SampleStatistics, Solution, Statistics
 from solvers.step import Step
 from solvers.tableaus import ButcherTableau, Embedded, Row
@@ -49,7 +51,8 @@ from solvers.torchdiffeq.odeint import odeint, odeint_event
 __all__ = [
     "PI", "PID", "ButcherTableau", "Controller", "ControllerState", "Embedded", "Field", "Fixed", "HalveDouble", "I",
     "Interpolant", "MaxStepsError", "NewtonError", "NonFiniteError", "Reversible", "RootFinder", "Row",
-    "SampleController", "SampleInterpolant", "SampleSolution", "SampleStates", "SampleStatistics", "Solution",
+    "SampleController", "SampleInterpolant", "SampleSolution", "SampleStates", "SampleStatistics", "SemiLinear",
+    "Separable", "Solution",
     "SolverError", "Statistics", "Status", "Step", "StepUnderflowError", "Tolerance", "combine", "finish_step",
     "get_tableau", "integrate", "odeint", "odeint_adjoint", "odeint_event", "rk_step",
 ]  # fmt: skip

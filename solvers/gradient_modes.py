@@ -49,7 +49,7 @@ def by_recomputing(task: Task, captured: Captured | None) -> Solution:
     forward = nullcontext() if captured is None else captured.forward(task.x0.device)
     if task.grid is not None and task.event is None:
         times = tuple(task.grid.times)
-        stats = Statistics((len(times) - 1) * task.tableau.interior, len(times) - 1)
+        stats = Statistics((len(times) - 1) * task.tableau.calls, len(times) - 1)
         end = (times[-1], task.x0) if task.outputs else None
         solution = Solution(
             times=task.t if task.outputs else times, states=(task.x0,), end=end, step_times=times, stats=stats
@@ -116,7 +116,7 @@ def _recomputed(
         outputs = task.batch_outputs() if task.outputs else None
         readings = [outputs.reading(t, h) for t, h in steps] if outputs is not None else []
         if stats is not None:
-            each = task.tableau.stages - task.tableau.interior if task.tableau.dense else 1
+            each = task.tableau.stages - task.tableau.interior if task.tableau.dense else task.tableau.inside_calls
             stats.evaluations += each * sum(reading.inside for reading in readings)
     reads = [None if r is None else Read(lambda step, r=r: r(step, how), r.inside) for r in readings]
     take = recomputed if captured is None else _eagerly()

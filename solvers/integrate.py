@@ -22,8 +22,10 @@ from solvers.methods import get_tableau
 from solvers.output_times import output_times
 from solvers.packing import Packing
 from solvers.sample_loop import within
+from solvers.separable import halves
 from solvers.solution import Solution
 from solvers.solve import Grid, Task, even_grid
+from solvers.structured import BoundField, check_structure
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import check_call
@@ -84,7 +86,8 @@ def integrate(
         x0: state at t0: a tensor, floating or complex, or a tuple or dictionary of tensors ``(B, ...)``.
         t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample. Where t1 is None, the
             end is the last of the times ``at``.
-        solver: name of a method or a tableau.
+        solver: name of a method or a tableau. Those that read the structure of the field take a
+            :class:`~solvers.Separable` or a :class:`~solvers.SemiLinear` one and fixed steps.
         steps: that many equal steps, without error control and without waiting for the device; a state that becomes
             non-finite on the way is then returned as it is.
         tolerance: error control, when ``steps`` is None; :class:`Tolerance` with its defaults if not given.
@@ -159,6 +162,8 @@ def integrate(
     _check_kinds(field, tolerance, controller, event, args)
     _check_steps(steps, tolerance, controller, tableau)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor), finite=graph is not True)  # which looks at its end
+    if tableau.structure:
+        _check_structure(tableau, field, x0, gradient)
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
     if gradient == "reversible":
@@ -204,9 +209,12 @@ def integrate(
     captured = None
     traced = gradient == "checkpoint" and torch.compiler.is_compiling()  # which holds what the field reads
     if gradient != "direct" and torch.is_grad_enabled() and not traced:
-        captured = captured_field(field, parameters, args, gradient, steps is None or event is not None)
+        read = field.part if tableau.structure else field  # type: ignore[attr-defined] - checked
+        captured = captured_field(read, parameters, args, gradient, steps is None or event is not None)
     v: Field = field if captured is None else captured
-    if args or not packing.single:
+    if tableau.structure:
+        v = BoundField(tableau.structure, captured or field.part, packing, args)  # type: ignore[attr-defined] - checked
+    elif args or not packing.single:
         call = v
         v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
@@ -289,7 +297,7 @@ def _check_steps(steps: Any, tolerance: Any, controller: Any, tableau: ButcherTa
 
 def _check_reversible(tableau: ButcherTableau, event: Any, at: Any, per_sample: bool) -> None:
     other = "take gradient='checkpoint'"
-    if tableau.implicit:
+    if not tableau.explicit:
         raise ValueError(f"gradient='reversible' takes explicit methods, got {tableau.name}: {other}")
     if event is not None:
         raise ValueError(f"gradient='reversible' finds no event: {other}, or 'direct'")
@@ -315,6 +323,19 @@ def _check_kinds(field: Any, tolerance: Any, controller: Any, event: Any, args: 
         raise TypeError(f"event must be a function (t, x), got {type(event).__name__}")
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"args must be a tuple of arguments for the field, got {type(args).__name__}")
+
+
+def _check_structure(tableau: ButcherTableau, field: Any, x0: Any, gradient: str) -> None:
+    check_structure(tableau, field)
+    if tableau.structure == "separable":
+        halves(x0)
+    elif not isinstance(x0, Tensor):
+        raise TypeError(f"x0 must be a tensor (B, D) for a SemiLinear field, got {type(x0).__name__}")
+    if gradient == "backsolve":
+        raise ValueError(
+            f"gradient='backsolve' solves the adjoint by the method of the solve, and {tableau.name} takes none but "
+            f"{type(field).__name__} fields: use 'checkpoint', 'direct' or another solver"
+        )
 
 
 def _check_per_sample(x0: Any, packing: Packing, steps: Any, controller: Any, gradient: str) -> None:

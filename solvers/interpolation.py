@@ -14,6 +14,7 @@ from torch import Tensor
 
 from solvers.field_calls import Field, velocity
 from solvers.step import Step
+from solvers.structured import end_velocities, exponential_state
 from solvers.validation import to_state_shape
 
 __all__ = ["Interpolant", "SampleInterpolant", "at_many", "hermite", "interpolant"]
@@ -23,7 +24,8 @@ def interpolant(step: Step, field: Field, *, many: bool = False) -> Callable[[An
     """The state at ``t + theta * h``, ``(B, *S)``, as a function of theta in [0, 1], a number or a tensor.
 
     That of the method where it has one and the step its closing stage; else cubic Hermite, which costs one field
-    evaluation.
+    evaluation, of a Separable field two of its velocity; of a SemiLinear field that of its method, which costs one
+    evaluation for each stage.
 
     Args:
         step: the step.
@@ -34,6 +36,11 @@ def interpolant(step: Step, field: Field, *, many: bool = False) -> Callable[[An
         return (
             step.at if not many else lambda theta: _summed(step, [w * step.h for w in step.tableau.weights_at(theta)])
         )
+    if step.tableau.structure == "semilinear":
+        return exponential_state(step, field)
+    if step.tableau.structure == "separable":
+        first, last = end_velocities(step, field)
+        return partial(hermite, step._replace(stages=(first,)), last)
     if step.tableau.c[0] != 0:
         raise ValueError(
             f"{step.tableau.name} has no velocity at the start of its steps, from which states inside them would be "

@@ -20,6 +20,7 @@ from solvers.field_calls import (
 from solvers.implicit.steps import ImplicitSteps, check_found
 from solvers.reductions import SMALL, combination, combine, finish_step
 from solvers.step import Step
+from solvers.structured import structured_steps
 from solvers.tableaus import ButcherTableau
 
 __all__ = ["rk_step", "step_state"]
@@ -39,7 +40,8 @@ def rk_step(
     step is taken under ``torch.no_grad`` instead. Writes that pass torch by (``x.data``, NumPy) are not noticed.
 
     Args:
-        field: the velocity ``v(t, x)``, or one callable per stage.
+        field: the velocity ``v(t, x)``, or one callable per stage; a :class:`~solvers.Separable` or
+            :class:`~solvers.SemiLinear` field where the method takes such.
         t: time at the start.
         x: state, ``(B, *S)``, floating.
         h: step size: a number, or a tensor that broadcasts against ``x``.
@@ -62,8 +64,8 @@ def rk_step(
     >>> round(step.x1.item(), 5)
     0.90483
     """
-    if tableau.implicit:
-        return _implicit_step(field, t, x, h, tableau, first, reductions)
+    if not tableau.explicit:
+        return _other_step(field, t, x, h, tableau, first, reductions)
     if not is_compiling() and is_inference_mode_enabled():
         with counting():
             x, first = countable(x), None if first is None else countable(first)
@@ -96,8 +98,8 @@ def step_state(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
 ) -> Tensor:
     """The state at the end of a step; :func:`rk_step` says more."""
-    if tableau.implicit:
-        return _implicit_step(field, t, x, h, tableau).x1
+    if not tableau.explicit:
+        return _other_step(field, t, x, h, tableau).x1
     if not is_compiling() and is_inference_mode_enabled():
         with counting():
             return step_state(field, t, countable(x), h, tableau)
@@ -107,11 +109,13 @@ def step_state(
     return add(x, stages, tableau.b, h)
 
 
-def _implicit_step(
+def _other_step(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau,
     first: Tensor | None = None, reductions: Collection[str] = ()
 ) -> Step:  # fmt: skip
-    step = ImplicitSteps(tableau)(field, t, x, h, first)
+    """A step of an implicit method, or of one that reads the structure of its field."""
+    take = ImplicitSteps(tableau) if tableau.implicit else structured_steps(tableau)
+    step = take(field, t, x, h, first)
     check_found(step)
     if not reductions or (isinstance(h, Tensor) and h.numel() not in (1, len(x))):
         return step

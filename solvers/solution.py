@@ -19,7 +19,8 @@ class Statistics:
     """Counts of a solve.
 
     Attributes:
-        evaluations: field calls.
+        evaluations: field calls; of methods that take a :class:`~solvers.Separable` field the calls of its two
+            functions, one by one, and of a :class:`~solvers.SemiLinear` field those of the network.
         accepted: accepted steps; with a step size per sample, those of all samples together.
         rejected: rejected steps, likewise.
     """

@@ -123,16 +123,16 @@ class Task:
         return interpolant(step, self.field)
 
     @property
-    def state_costs(self) -> bool:
-        """Whether :meth:`state_in` takes a field evaluation."""
-        return self.tableau.dense is None and not (self.grid is not None and self.grid.linear)
+    def state_costs(self) -> int:
+        """How many field evaluations :meth:`state_in` takes."""
+        return 0 if self.grid is not None and self.grid.linear else self.tableau.inside_calls
 
 
 def _solve_batch(task: Task) -> Solution:
     """With one time and one step size for the batch."""
     stats, x, grid, event = Statistics(), task.x0, task.grid, task.event
     plain = task.keep == "last" and event is None and task.origin is None and not task.outputs
-    if grid is not None and plain and task.take is None and not task.tableau.implicit:
+    if grid is not None and plain and task.take is None and task.tableau.explicit:
         for start, end in pairwise(grid.times):
             x = step_state(task.field, start, x, span(start, end), task.tableau)
             stats.accepted += 1
@@ -161,9 +161,9 @@ def _solve_batch(task: Task) -> Solution:
             t: Any = step.t + step.h if numbers is None else next(numbers)
             if event is not None:
                 before, value = value, values(event, t, step.x1)
-                met = crossing(
-                    step, partial(task.state_in, step), event, before, value, costs=task.state_costs, width=task.width
-                )
+                ahead = task.state_costs > 0 and not task.tableau.structure  # whose first stage is no velocity
+                met = crossing(step, partial(task.state_in, step), event, before, value, costs=ahead, width=task.width)
+                stats.evaluations += task.state_costs if task.tableau.structure else 0
                 if met is not None:
                     state_at, _, theta = met
                     t = step.t + theta * step.h
@@ -202,7 +202,7 @@ class _Collector:
                 start, size = self.times[-1], (t if end is None else end) - self.times[-1]
             reading = self.outputs.reading(start, size, None if end is None else t, step)  # type: ignore[arg-type]
             self.outputs.states += reading(step, self.task.state_in)
-            stats.evaluations += self.task.state_costs and reading.inside
+            stats.evaluations += self.task.state_costs * reading.inside
         if keep in ("last", "times"):
             self.states[-1] = x
         else:
@@ -271,7 +271,7 @@ def _solve_samples(task: Task) -> SampleSolution:
             if event is not None and times is not None:
                 end = values(event, to_state_shape(t, x), x, accepted)
                 change = crossing(
-                    step, partial(task.state_in, step), event, value, end, accepted, costs=task.state_costs
+                    step, partial(task.state_in, step), event, value, end, accepted, costs=task.state_costs > 0
                 )
                 value = np.where(accepted, end, value)
                 if change is not None:
@@ -286,7 +286,7 @@ def _solve_samples(task: Task) -> SampleSolution:
                 reading = outputs.reading(before, size, accepted, None if event is None else t)
                 if reading is not None:
                     outputs.states += reading(step, task.field)
-                    loop.count(task.state_costs and reading.inside, reading.samples)
+                    loop.count(task.state_costs > 0 and reading.inside, reading.samples)
             before = t
             if task.keep == "steps":
                 samples = torch.from_numpy(accepted).nonzero().flatten()

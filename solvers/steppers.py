@@ -12,6 +12,7 @@ from solvers.field_calls import Field
 from solvers.implicit.steps import ImplicitSteps
 from solvers.runge_kutta import rk_step
 from solvers.step import Step
+from solvers.structured import structured_steps
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 
@@ -60,8 +61,10 @@ class ExplicitSteps:
 
 def stepper(tableau: ButcherTableau, tolerance: Tolerance | None = None, *, each: bool = False) -> Stepper:
     """What takes the steps of a method; ``each``: samples are accepted one by one."""
-    if not tableau.implicit:
+    if tableau.explicit:
         return ExplicitSteps(tableau)
+    if tableau.structure:
+        return structured_steps(tableau)
     if tolerance is None:
         return ImplicitSteps(tableau, each=each)
     return ImplicitSteps(tableau, tolerance.rtol, tolerance.atol, each=each)

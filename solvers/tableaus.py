@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, ClassVar
 
 from solvers.order_conditions import missed_condition
 from solvers.roots import RootFinder
@@ -88,7 +88,10 @@ class ButcherTableau:
         dense: the method's own interpolant, per stage the coefficients of ``theta, theta^2, ...`` in its weight
             ``b_i(theta)`` on ``x(t + theta h) = x0 + h sum_i b_i(theta) p_i``; or None.
         roots: how implicit stages are found.
+        structure: of the class; what the method reads of a field: "" of a velocity for any state, "separable" of a
+            :class:`~solvers.Separable` field, "semilinear" of a :class:`~solvers.SemiLinear` one.
         implicit: derived; whether a stage is implicit.
+        explicit: derived; whether it is none of these, each stage one call of any field.
         fsal: derived; first same as last, the last stage is the velocity at the solution itself, and the first one
             that at the start.
         error_weights: derived; ``b - b_low``, or None without a lower solution.
@@ -120,7 +123,9 @@ class ButcherTableau:
     low: str | None = None
     dense: tuple[Row, ...] | None = None
     roots: RootFinder = _ROOTS
+    structure: ClassVar[str] = ""
     implicit: bool = field(init=False, default=False)
+    explicit: bool = field(init=False, default=True)
     fsal: bool = field(init=False, default=False)
     error_weights: Row | None = field(init=False, default=None)
     stages: int = field(init=False, default=0)
@@ -136,6 +141,7 @@ class ButcherTableau:
         implicit = any(len(row) > i for i, row in enumerate(self.a))
         last = self.a[-1] == self.b if implicit else self.b[-1] == 0 and self.a[-1] == self.b[:-1]
         object.__setattr__(self, "implicit", implicit)
+        object.__setattr__(self, "explicit", not implicit and not self.structure)
         object.__setattr__(self, "fsal", stages > 1 and not self.a[0] and self.c[-1] == 1 and last)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "interior", max(i for i, b in enumerate(self.b, 1) if b))
@@ -215,6 +221,16 @@ class ButcherTableau:
     def outputs(self) -> tuple[str, ...]:
         """Names of the embedded outputs."""
         return tuple(name for name, _ in self.embedded)
+
+    @property
+    def calls(self) -> int:
+        """Field calls of a step without closing stages that knows nothing of the step before."""
+        return self.interior
+
+    @property
+    def inside_calls(self) -> int:
+        """Field calls for states inside a step that carries all its stages: none, or those of cubic Hermite."""
+        return 0 if self.dense is not None else 1
 
     @property
     def error_order(self) -> int:

@@ -31,15 +31,19 @@ from solvers import (
     Controller,
     I,
     Reversible,
+    SemiLinear,
+    Separable,
     Solution,
     Statistics,
     Step,
     Tolerance,
     get_tableau,
     integrate,
-)
+)  # fmt: skip
 from solvers.batch_loop import adaptive_steps, fixed_steps
+from solvers.packing import Packing
 from solvers.solve import even_grid
+from solvers.structured import BoundField, check_structure
 
 __all__ = ["NeuralODE"]
 
@@ -141,8 +145,12 @@ class NeuralODE(nn.Module):
                 controller=self.controller or I(), tableau=self.tableau, at=None,
             )  # fmt: skip
         options |= {"graph": False}
+        rest: Any = lambda t, x: torch.zeros_like(x)  # noqa: E731
+        if self.tableau.structure:
+            check_structure(self.tableau, self.field)
+            rest = Separable(rest, rest) if self.tableau.structure == "separable" else SemiLinear(torch.zeros(2), rest)
         with torch.no_grad():
-            integrate(lambda t, x: torch.zeros_like(x), torch.ones(*each, 1), self.t0, self.t1, **options)
+            integrate(rest, torch.ones(*each, 2), self.t0, self.t1, **options)
 
     def _options(self, keep: str) -> dict[str, Any]:
         plain = self.owner is None and not isinstance(self.field, nn.Module)
@@ -310,7 +318,9 @@ class NeuralODE(nn.Module):
 
     def _steps(self, x: Tensor, args: Sequence[Any], closing: bool) -> Iterator[Step]:
         self._check_call(args)
-        field = (lambda t, x: self.field(t, x, *args)) if args else self.field
+        field: Any = (lambda t, x: self.field(t, x, *args)) if args else self.field
+        if self.tableau.structure:
+            field = BoundField(self.tableau.structure, self.field.part, Packing(x), args)  # type: ignore[union-attr] - checked
         t0, t1, self.statistics = float(self.t0), float(self.t1), Statistics()
         if self.fixed_steps is not None:
             times = even_grid(t0, t1, self.fixed_steps).times

@@ -60,12 +60,17 @@ def measure_beside(
         The output, the records, ``(1, B)`` by name, and the counts of the solve.
 
     Raises:
-        ValueError: x of 16 bits, or a measure that is no integral.
+        ValueError: x of 16 bits, a measure that is no integral, or a method that reads the structure of its field.
     """
     if torch.finfo(x.dtype).bits < 32:
         raise ValueError(
             f"x must be float32 or wider where measures are integrated beside it, got {x.dtype}: "
             "take x.float() under torch.autocast, or gradient='direct' without an event"
+        )
+    if options["solver"].structure:
+        raise ValueError(
+            f"{options['solver'].name} takes no measures beside the state of its field: measure with gradient='direct' "
+            "and no event, or take another solver"
         )
     integrands = [integrand_of(name, measure) for name, measure in measures.items()]
     options = options | {"parameters": None}

@@ -16,14 +16,16 @@ from solvers.methods.explicit import (
     RK4_38,
     TSIT5,
 )  # fmt: skip
+from solvers.methods.exponential import ETD2RK, EXPONENTIAL_EULER
 from solvers.methods.implicit import IMPLICIT_EULER, IMPLICIT_MIDPOINT, KVAERNO5, TRAPEZOID
+from solvers.methods.symplectic import LEAPFROG, YOSHIDA4
 from solvers.tableaus import ButcherTableau
 
 __all__ = ["get_tableau"]
 
 _METHODS = (
     EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5, IMPLICIT_EULER, IMPLICIT_MIDPOINT,
-    TRAPEZOID, KVAERNO5,
+    TRAPEZOID, KVAERNO5, LEAPFROG, YOSHIDA4, EXPONENTIAL_EULER, ETD2RK,
 )  # fmt: skip
 _TABLEAUS = {tableau.name: tableau for tableau in _METHODS}
 _ALIASES = {"bosh3": "bs23"}
@@ -34,7 +36,9 @@ _ELSEWHERE = {
     "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF, "radauiia3": _STIFF, "radauiia5": _STIFF,
     "gl2": "'implicit_midpoint'", "gl4": _STIFF, "gl6": _STIFF, "sdirk2": _STIFF, "trbdf2": _STIFF, "rodas4": _STIFF,
     "kvaerno3": _STIFF, "kvaerno4": _STIFF, "kencarp4": _STIFF, "kencarp5": _STIFF,
-    "backward_euler": "'implicit_euler'", "crank_nicolson": "'trapezoid'",
+    "backward_euler": "'implicit_euler'", "crank_nicolson": "'trapezoid'", "verlet": "'leapfrog'",
+    "velocity_verlet": "'leapfrog'", "stormer_verlet": "'leapfrog'", "semi_implicit_euler": "'leapfrog'",
+    "etd1": "'exponential_euler'", "etdrk2": "'etd2rk'",
 }  # fmt: skip
 """What takes the place of methods of torchdiffeq and SciPy, in small letters."""
 
