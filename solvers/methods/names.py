@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from solvers.methods.dopri8 import DOPRI8
 from solvers.methods.explicit import (
     BS23,
     DOPRI5,
@@ -21,14 +22,15 @@ from solvers.tableaus import ButcherTableau
 __all__ = ["get_tableau"]
 
 _TABLEAUS = {
-    tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5)
+    tableau.name: tableau
+    for tableau in (EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5, DOPRI8)
 }
 _ALIASES = {"bosh3": "bs23"}
 _STIFF = "'dopri5' or 'tsit5' where the problem is not stiff: implicit methods are not here"
 _ELSEWHERE = {
-    "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'", "dopri8": "'dopri5' or 'tsit5'",
-    "dop853": "'dopri5' or 'tsit5'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
-    "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF,
+    "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'", "dop853": "'dopri8'",
+    "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF, "fixed_adams": "'rk4'", "radau": _STIFF,
+    "bdf": _STIFF, "lsoda": _STIFF,
 }  # fmt: skip
 """What takes the place of methods of torchdiffeq and SciPy, in small letters."""
 
