@@ -34,6 +34,7 @@ from solvers.errors import MaxStepsError, NonFiniteError, SolverError, Status, S
 from solvers.field_calls import Field
 from solvers.integrate import integrate
 from solvers.interpolation import Interpolant, SampleInterpolant
+from solvers.learned import LearnedTableau
 from solvers.methods import get_tableau
 from solvers.reductions import combine, finish_step
 from solvers.runge_kutta import rk_step
@@ -46,8 +47,8 @@ from solvers.torchdiffeq.odeint import odeint, odeint_event
 
 __all__ = [
     "PI", "PID", "ButcherTableau", "Controller", "ControllerState", "Embedded", "Field", "Fixed", "HalveDouble", "I",
-    "Interpolant", "MaxStepsError", "NonFiniteError", "Row", "SampleController", "SampleInterpolant", "SampleSolution",
-    "SampleStates", "SampleStatistics", "Solution", "SolverError", "Statistics", "Status", "Step", "StepUnderflowError",
-    "Tolerance", "combine", "finish_step", "get_tableau", "integrate", "odeint", "odeint_adjoint", "odeint_event",
-    "rk_step",
+    "Interpolant", "LearnedTableau", "MaxStepsError", "NonFiniteError", "Row", "SampleController", "SampleInterpolant",
+    "SampleSolution", "SampleStates", "SampleStatistics", "Solution", "SolverError", "Statistics", "Status", "Step",
+    "StepUnderflowError", "Tolerance", "combine", "finish_step", "get_tableau", "integrate", "odeint", "odeint_adjoint",
+    "odeint_event", "rk_step",
 ]  # fmt: skip

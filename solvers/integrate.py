@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.coefficients import as_numbers_or_tensors
 from solvers.controllers import Controller, I, SampleController
 from solvers.field_calls import Field
 from solvers.gradient_modes import by_backsolving, by_recomputing, captured_field
 from solvers.gradients.captured import Captured
+from solvers.learned import LearnedTableau
 from solvers.methods import get_tableau
 from solvers.output_times import output_times
 from solvers.packing import Packing
@@ -58,7 +60,7 @@ def integrate(
     t0: float | Tensor,
     t1: float | Tensor | None = None,
     *,
-    solver: str | ButcherTableau = "bs23",
+    solver: str | ButcherTableau | LearnedTableau = "bs23",
     steps: int | None = None,
     tolerance: Tolerance | None = None,
     controller: Controller | None = None,
@@ -83,7 +85,7 @@ def integrate(
         x0: state at t0: a tensor, floating or complex, or a tuple or dictionary of tensors ``(B, ...)``.
         t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample. Where t1 is None, the
             end is the last of the times ``at``.
-        solver: name of a method or a tableau.
+        solver: name of a method, a tableau, or a :class:`LearnedTableau`, whose coefficients get gradients.
         steps: that many equal steps, without error control and without waiting for the device; a state that becomes
             non-finite on the way is then returned as it is.
         tolerance: error control, when ``steps`` is None; :class:`Tolerance` with its defaults if not given.
@@ -152,6 +154,7 @@ def integrate(
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
     _check_steps(steps, tolerance, controller, tableau)
+    _check_learned(tableau, gradient)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor), finite=graph is not True)  # which looks at its end
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
@@ -202,6 +205,7 @@ def integrate(
         call = v
         v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
+    tableau = as_numbers_or_tensors(tableau, x)
     task = Task(
         field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
         grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,
@@ -264,6 +268,17 @@ def _check_steps(steps: Any, tolerance: Any, controller: Any, tableau: ButcherTa
         raise ValueError(
             f"{tableau.name} carries no embedded error, by which steps are chosen: take steps=n, or one of bs23, "
             "dopri5, tsit5, heun, midpoint"
+        )
+
+
+def _check_learned(tableau: Any, gradient: str) -> None:
+    """That the gradient of a learned method is not lost."""
+    if gradient == "direct" or not isinstance(tableau, LearnedTableau):
+        return
+    if any(p.requires_grad for p in tableau.parameters()):
+        raise ValueError(
+            f"gradient={gradient!r} would lose the gradient of the coefficients of {tableau.name}: take "
+            "gradient='direct', or solver=learned.tableau(), its coefficients as numbers"
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from typing import cast
 
+from solvers.coefficients import HasCoefficients
 from solvers.methods.dopri8 import DOPRI8
 from solvers.methods.explicit import (
     BS23,
@@ -35,8 +37,8 @@ _ELSEWHERE = {
 """What takes the place of methods of torchdiffeq and SciPy, in small letters."""
 
 
-def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
-    """The tableau called ``name``; a tableau is returned as it is.
+def get_tableau(name: str | ButcherTableau | HasCoefficients) -> ButcherTableau:
+    """The tableau called ``name``; a tableau, or a :class:`~solvers.LearnedTableau`, is returned as it is.
 
     >>> get_tableau("bosh3").name
     'bs23'
@@ -46,7 +48,9 @@ def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
     """
     if isinstance(name, ButcherTableau):
         return name
-    tableau = _TABLEAUS.get(_ALIASES.get(name, name))
+    if hasattr(name, "coefficients"):  # which has the attributes of a tableau
+        return cast(ButcherTableau, name)
+    tableau = _TABLEAUS.get(_ALIASES.get(name, name))  # type: ignore[arg-type] - a name by now
     if tableau is None:
         known, low = [*_TABLEAUS, *_ALIASES], str(name).lower()
         near = [repr(one) for one in difflib.get_close_matches(low, known, n=2, cutoff=0.7)]
