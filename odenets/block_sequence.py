@@ -24,7 +24,7 @@ from odenets.errors import refuse
 from odenets.lazy import LazyParameters, make_field, refuse_state
 from odenets.normalization import StageBatchNorm
 from odenets.records import numbered
-from solvers import ButcherTableau, get_tableau
+from solvers import ButcherTableau, LearnedTableau, get_tableau
 
 __all__ = ["BlockSequence"]
 
@@ -39,7 +39,7 @@ class BlockSequence(nn.Module):
         self,
         field: FieldSource | tuple[Block, ...] | None = None,
         *,
-        solver: str | ButcherTableau = "bs23",
+        solver: str | ButcherTableau | LearnedTableau = "bs23",
         depth: int = 1,
         h: float | Sequence[float] | None = None,
         total_time: float | None = None,

@@ -20,6 +20,7 @@ from odenets.modes import device_of, dtype_of
 from odenets.neural_ode import NeuralODE
 from odenets.solve_settings import check_solves, solves
 from odenets.weight_files import read_file, write_file
+from solvers import LearnedTableau
 
 __all__ = [
     "CHANGES",
@@ -144,7 +145,10 @@ def _short(h: Sequence[float]) -> str:
 
 
 def _coefficients(flow: Flow) -> str:
-    """A checksum of those that a step takes."""
+    """A checksum of those that a step takes; of a learned method they are weights."""
+    method: Any = flow.tableau
+    if isinstance(method, LearnedTableau):
+        return method.settings
     return f"{zlib.crc32(repr((flow.tableau.c, flow.tableau.a, flow.tableau.b)).encode()):08x}"
 
 

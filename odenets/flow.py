@@ -18,6 +18,7 @@ from odenets.normalization.mixing import warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Step
+from solvers.coefficients import as_numbers_or_tensors
 from solvers.field_calls import check_unchanged, versions_of
 from solvers.validation import check_state
 
@@ -38,7 +39,8 @@ class Flow(BlockSequence):
         field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one
             each time; what it returns twice is shared. Where a :class:`~odenets.normalization.StageBatchNorm` in it
             lacks statistics of all stages, the flow takes a copy that shares its parameters and has them.
-        solver: name of a method or a tableau; ``"euler"`` with h = 1 is a residual network.
+        solver: name of a method, a tableau, or a :class:`~solvers.LearnedTableau`, which all blocks share and which
+            trains with them; ``"euler"`` with h = 1 is a residual network.
         depth: number of blocks.
         h: step size of every block, or one per block; ``total_time / depth`` if not given.
         total_time: the sum of all h; 1 if neither is given.
@@ -99,11 +101,12 @@ class Flow(BlockSequence):
             self._warn_once()
         t, first, blocks = self.start, None, self._blocks()
         closing = closing or self.takes_closing
-        passes_on = closing and self.tableau.fsal and self.passes_on
+        tableau = as_numbers_or_tensors(self.tableau, x)
+        passes_on = closing and tableau.fsal and self.passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == len(blocks) - 1)
             fields = self._velocities(blocks, m, self.tableau, closes, args)
-            begin = t, x, h, self.tableau, first
+            begin = t, x, h, tableau, first
             yield (step := take_step(blocks[m], args, fields, *begin, closing=closes, reductions=reductions))
             t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None
 

@@ -35,6 +35,7 @@ from solvers.field_calls import Field
 from solvers.gradients.reversible import Reversible
 from solvers.integrate import integrate
 from solvers.interpolation import Interpolant, SampleInterpolant
+from solvers.learned import LearnedTableau
 from solvers.methods import get_tableau
 from solvers.reductions import combine, finish_step
 from solvers.roots import RootFinder
@@ -50,9 +51,8 @@ from solvers.torchdiffeq.odeint import odeint, odeint_event
 
 __all__ = [
     "PI", "PID", "ButcherTableau", "Controller", "ControllerState", "Embedded", "Field", "Fixed", "HalveDouble", "I",
-    "Interpolant", "MaxStepsError", "NewtonError", "NonFiniteError", "Reversible", "RootFinder", "Row",
-    "SampleController", "SampleInterpolant", "SampleSolution", "SampleStates", "SampleStatistics", "SemiLinear",
-    "Separable", "Solution",
-    "SolverError", "Statistics", "Status", "Step", "StepUnderflowError", "Tolerance", "combine", "finish_step",
-    "get_tableau", "integrate", "odeint", "odeint_adjoint", "odeint_event", "rk_step",
+    "Interpolant", "LearnedTableau", "MaxStepsError", "NewtonError", "NonFiniteError", "Reversible", "RootFinder",
+    "Row", "SampleController", "SampleInterpolant", "SampleSolution", "SampleStates", "SampleStatistics", "SemiLinear",
+    "Separable", "Solution", "SolverError", "Statistics", "Status", "Step", "StepUnderflowError", "Tolerance",
+    "combine", "finish_step", "get_tableau", "integrate", "odeint", "odeint_adjoint", "odeint_event", "rk_step",
 ]  # fmt: skip

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers.coefficients import as_numbers_or_tensors
 from solvers.controllers import Controller, I, SampleController
 from solvers.field_calls import Field
 from solvers.gradient_modes import by_backsolving, by_recomputing, by_reversing, captured_field
 from solvers.gradients.captured import Captured
 from solvers.gradients.reversible import Reversible
+from solvers.learned import LearnedTableau
 from solvers.methods import get_tableau
 from solvers.output_times import output_times
 from solvers.packing import Packing
@@ -61,7 +63,7 @@ def integrate(
     t0: float | Tensor,
     t1: float | Tensor | None = None,
     *,
-    solver: str | ButcherTableau = "bs23",
+    solver: str | ButcherTableau | LearnedTableau = "bs23",
     steps: int | None = None,
     tolerance: Tolerance | None = None,
     controller: Controller | None = None,
@@ -86,8 +88,9 @@ def integrate(
         x0: state at t0: a tensor, floating or complex, or a tuple or dictionary of tensors ``(B, ...)``.
         t0, t1: start and end time; with ``control="sample"`` also ``(B,)``, one for each sample. Where t1 is None, the
             end is the last of the times ``at``.
-        solver: name of a method or a tableau. Those that read the structure of the field take a
-            :class:`~solvers.Separable` or a :class:`~solvers.SemiLinear` one and fixed steps.
+        solver: name of a method, a tableau, or a :class:`LearnedTableau`, whose coefficients get gradients. Those that
+            read the structure of the field take a :class:`~solvers.Separable` or a :class:`~solvers.SemiLinear` one and
+            fixed steps.
         steps: that many equal steps, without error control and without waiting for the device; a state that becomes
             non-finite on the way is then returned as it is.
         tolerance: error control, when ``steps`` is None; :class:`Tolerance` with its defaults if not given.
@@ -161,6 +164,7 @@ def integrate(
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
     _check_steps(steps, tolerance, controller, tableau)
+    _check_learned(tableau, gradient)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor), finite=graph is not True)  # which looks at its end
     if tableau.structure:
         _check_structure(tableau, field, x0, gradient)
@@ -218,6 +222,7 @@ def integrate(
         call = v
         v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
+    tableau = as_numbers_or_tensors(tableau, x)
     task = Task(
         field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
         grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,
@@ -305,6 +310,17 @@ def _check_reversible(tableau: ButcherTableau, event: Any, at: Any, per_sample: 
         raise ValueError(f"gradient='reversible' has no output times with control='sample': {other}, or leave out at")
     if torch.compiler.is_compiling():
         raise RuntimeError(f"gradient='reversible' cannot be part of a compiled graph: {other}, or compile the field")
+
+
+def _check_learned(tableau: Any, gradient: str) -> None:
+    """That the gradient of a learned method is not lost."""
+    if gradient == "direct" or not isinstance(tableau, LearnedTableau):
+        return
+    if any(p.requires_grad for p in tableau.parameters()):
+        raise ValueError(
+            f"gradient={gradient!r} would lose the gradient of the coefficients of {tableau.name}: take "
+            "gradient='direct', or solver=learned.tableau(), its coefficients as numbers"
+        )
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from torch import Tensor, is_inference_mode_enabled
 from torch.compiler import is_compiling
 
+from solvers.coefficients import as_numbers_or_tensors
 from solvers.field_calls import (
     Field,
     call_field,
@@ -18,6 +19,7 @@ from solvers.field_calls import (
     uncounted,
 )
 from solvers.implicit.steps import ImplicitSteps, check_found
+from solvers.learned import LearnedTableau
 from solvers.reductions import SMALL, combination, combine, finish_step
 from solvers.step import Step
 from solvers.structured import structured_steps
@@ -29,8 +31,9 @@ _SEVERAL = (list, tuple)
 
 
 def rk_step(
-    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau,
-    first: Tensor | None = None, *, closing: bool = True, reductions: Collection[str] = ()
+    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor,
+    tableau: ButcherTableau | LearnedTableau, first: Tensor | None = None, *, closing: bool = True,
+    reductions: Collection[str] = ()
 ) -> Step:  # fmt: skip
     """One step from ``x`` at ``t``.
 
@@ -64,12 +67,14 @@ def rk_step(
     >>> round(step.x1.item(), 5)
     0.90483
     """
-    if not tableau.explicit:
+    if isinstance(tableau, ButcherTableau) and not tableau.explicit:
         return _other_step(field, t, x, h, tableau, first, reductions)
     if not is_compiling() and is_inference_mode_enabled():
         with counting():
             x, first = countable(x), None if first is None else countable(first)
             return rk_step(field, t, x, h, tableau, first, closing=closing, reductions=reductions)
+    if not isinstance(tableau, ButcherTableau):
+        tableau = as_numbers_or_tensors(tableau, x)
     fields = field if isinstance(field, _SEVERAL) else None
     if fields is not None and len(fields) != tableau.stages:
         raise ValueError(f"field must be one callable or one per stage of {tableau.name}, got {len(fields)}")
@@ -98,7 +103,7 @@ def step_state(
     field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau
 ) -> Tensor:
     """The state at the end of a step; :func:`rk_step` says more."""
-    if not tableau.explicit:
+    if isinstance(tableau, ButcherTableau) and not tableau.explicit:
         return _other_step(field, t, x, h, tableau).x1
     if not is_compiling() and is_inference_mode_enabled():
         with counting():

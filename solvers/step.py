@@ -15,8 +15,10 @@ from solvers.tableaus import ButcherTableau
 __all__ = ["Step"]
 
 
-def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
     """``h * sum_i w_i p_i``: as many tensor operations as non-zero weights."""
+    if isinstance(weights, Tensor):
+        return combination(torch.zeros_like(stages[0]), stages, weights, h)
     (p, weight), *rest = [(p, w) for p, w in zip(stages, weights) if w != 0]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     add = combination if p.numel() <= SMALL else combine
     return add(p * (h * weight), [p for p, _ in rest], [w for _, w in rest], h)
@@ -92,7 +94,7 @@ class Step(NamedTuple):
             ValueError: no such output, or it needs the closing stage and that was not evaluated.
         """
         weights = self.tableau.solution(name).b
-        if weights == self.tableau.b:
+        if weights is self.tableau.b or weights == self.tableau.b:
             return self.x1
         self._needs_stages(weights, f"output({name!r})")
         return combine(self.x0, self.stages, weights, self.h)

@@ -222,7 +222,7 @@ axes[0].invert_yaxis()
 #
 # The methods here are explicit Runge-Kutta methods. Others raise, and the message names those there are.
 
-for method in ("dopri8", "implicit_adams", "scipy_solver"):
+for method in ("radau", "implicit_adams", "scipy_solver"):
     try:
         solvers.odeint(field, x0, t, method=method)
     except ValueError as error:

@@ -30,6 +30,7 @@ from solvers import (
     ButcherTableau,
     Controller,
     I,
+    LearnedTableau,
     Reversible,
     SemiLinear,
     Separable,
@@ -41,6 +42,7 @@ from solvers import (
     integrate,
 )  # fmt: skip
 from solvers.batch_loop import adaptive_steps, fixed_steps
+from solvers.coefficients import as_numbers_or_tensors
 from solvers.packing import Packing
 from solvers.solve import even_grid
 from solvers.structured import BoundField, check_structure
@@ -63,7 +65,7 @@ class NeuralODE(nn.Module):
             field is called again, by "backsolve", and by "checkpoint" where the error chooses the steps; with fixed
             steps "checkpoint" draws the same again. So is by both one whose buffers change its velocity: spectral norm
             in training mode.
-        solver: name of a method or a tableau.
+        solver: name of a method, a tableau, or a :class:`~solvers.LearnedTableau`, which trains with the field.
         tolerance: error control, ``Tolerance()`` if neither this nor ``steps`` is given.
         steps: that many equal steps instead.
         t0, t1: start and end, t1 may lie before t0; with ``control="sample"`` also ``(B,)``. They are numbers of the
@@ -102,7 +104,7 @@ class NeuralODE(nn.Module):
         self,
         field: nn.Module | Callable[..., Any],
         *,
-        solver: str | ButcherTableau = "dopri5",
+        solver: str | ButcherTableau | LearnedTableau = "dopri5",
         tolerance: Tolerance | None = None,
         steps: int | None = None,
         t0: Time = 0.0,
@@ -324,7 +326,8 @@ class NeuralODE(nn.Module):
         t0, t1, self.statistics = float(self.t0), float(self.t1), Statistics()
         if self.fixed_steps is not None:
             times = even_grid(t0, t1, self.fixed_steps).times
-            return fixed_steps(field, x, times, self.tableau, closing=closing, stats=self.statistics)
+            tableau = as_numbers_or_tensors(self.tableau, x)
+            return fixed_steps(field, x, times, tableau, closing=closing, stats=self.statistics)
         return adaptive_steps(
             field, x, t0=t0, t1=t1, tableau=self.tableau, tolerance=self.tolerance or Tolerance(),
             controller=self.controller or I(), stats=self.statistics,
@@ -361,8 +364,10 @@ class NeuralODE(nn.Module):
             for f in (self.field, self.event)
         )
         tolerance = (self.tolerance or Tolerance()) if self.fixed_steps is None else None
+        method: Any = self.tableau
+        tableau = method.settings if isinstance(method, LearnedTableau) else method  # whose coefficients are weights
         return {
-            "field": field, "event": event, "tableau": self.tableau, "tolerance": tolerance, "steps": self.fixed_steps,
+            "field": field, "event": event, "tableau": tableau, "tolerance": tolerance, "steps": self.fixed_steps,
             "controller": self.controller or I(), "t0": self.t0, "t1": self.t1, "gradient": self.gradient,
             "control": self.control,
         }  # fmt: skip

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from typing import cast
 
+from solvers.coefficients import HasCoefficients
+from solvers.methods.dopri8 import DOPRI8
 from solvers.methods.explicit import (
     BS23,
     DOPRI5,
@@ -24,15 +27,15 @@ from solvers.tableaus import ButcherTableau
 __all__ = ["get_tableau"]
 
 _METHODS = (
-    EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5, IMPLICIT_EULER, IMPLICIT_MIDPOINT,
-    TRAPEZOID, KVAERNO5, LEAPFROG, YOSHIDA4, EXPONENTIAL_EULER, ETD2RK,
+    EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5, DOPRI8, IMPLICIT_EULER,
+    IMPLICIT_MIDPOINT, TRAPEZOID, KVAERNO5, LEAPFROG, YOSHIDA4, EXPONENTIAL_EULER, ETD2RK,
 )  # fmt: skip
 _TABLEAUS = {tableau.name: tableau for tableau in _METHODS}
 _ALIASES = {"bosh3": "bs23"}
 _STIFF = "'kvaerno5'"
 _ELSEWHERE = {
-    "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'", "dopri8": "'dopri5' or 'tsit5'",
-    "dop853": "'dopri5' or 'tsit5'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
+    "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'",
+    "dop853": "'dopri8'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
     "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF, "radauiia3": _STIFF, "radauiia5": _STIFF,
     "gl2": "'implicit_midpoint'", "gl4": _STIFF, "gl6": _STIFF, "sdirk2": _STIFF, "trbdf2": _STIFF, "rodas4": _STIFF,
     "kvaerno3": _STIFF, "kvaerno4": _STIFF, "kencarp4": _STIFF, "kencarp5": _STIFF,
@@ -43,8 +46,8 @@ _ELSEWHERE = {
 """What takes the place of methods of torchdiffeq and SciPy, in small letters."""
 
 
-def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
-    """The tableau called ``name``; a tableau is returned as it is.
+def get_tableau(name: str | ButcherTableau | HasCoefficients) -> ButcherTableau:
+    """The tableau called ``name``; a tableau, or a :class:`~solvers.LearnedTableau`, is returned as it is.
 
     >>> get_tableau("bosh3").name
     'bs23'
@@ -54,7 +57,9 @@ def get_tableau(name: str | ButcherTableau) -> ButcherTableau:
     """
     if isinstance(name, ButcherTableau):
         return name
-    tableau = _TABLEAUS.get(_ALIASES.get(name, name))
+    if hasattr(name, "coefficients"):  # which has the attributes of a tableau
+        return cast(ButcherTableau, name)
+    tableau = _TABLEAUS.get(_ALIASES.get(name, name))  # type: ignore[arg-type] - a name by now
     if tableau is None:
         known, low = [*_TABLEAUS, *_ALIASES], str(name).lower()
         near = [repr(one) for one in difflib.get_close_matches(low, known, n=2, cutoff=0.7)]

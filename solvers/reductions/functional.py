@@ -117,12 +117,12 @@ def displaced(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     return _square_and_cosine(x0, *_row_moments([x1, x0], (1.0, -1.0), mean=True))
 
 
-def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+def weighted_action(stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
     """``h sum_i b_i <p_i^2>``: the quadrature of the kinetic energy over a step, ``(B,)``.
 
     Args:
         stages: velocities, each ``(B, *S)``; those whose weight is 0 are not read.
-        weights: one per stage; more may follow, all 0.
+        weights: one per stage; more may follow, all 0. A tensor ``(stages,)`` gets gradients.
         h: step size, a number or one per sample.
 
     Returns:
@@ -139,7 +139,7 @@ def weighted_action(stages: Sequence[Tensor], weights: Sequence[float], h: float
     return _finish_step(None, read, size_per_sample(h, read[0]), spec).action  # type: ignore[return-value]  # spec computes it
 
 
-def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
     """``sqrt(<(h sum_i w_i p_i)^2>)``, ``(B,)``; the gradient where it is 0 is 0.
 
     That of the displacement with the weights b, of the embedded error with its own. The arguments ``stages``,
@@ -156,13 +156,13 @@ def weighted_root_mean_square(stages: Sequence[Tensor], weights: Sequence[float]
     return _root(_finish_step(None, read, size_per_sample(h, read[0]), spec).error)  # type: ignore[arg-type]  # spec computes it
 
 
-def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
     """``x + h sum_i w_i p_i``, ``(B, *S)``.
 
     Args:
         x: state, ``(B, *S)``.
         stages: velocities, each ``(B, *S)``; as many as the non-zero weights need.
-        weights: one per stage.
+        weights: one per stage; a tensor ``(stages,)`` gets gradients.
         h: step size, a number or a tensor that broadcasts against ``x``.
 
     Returns:
@@ -171,6 +171,8 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: fl
     >>> combine(torch.zeros(1, 2), [torch.ones(1, 2), torch.ones(1, 2)], (0.25, 0.75), h=0.5)
     tensor([[0.5000, 0.5000]])
     """
+    if isinstance(weights, Tensor):
+        return combination(x, stages, weights, h)
     pairs = [(p, float(w)) for p, w in zip(stages, weights) if w]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     if len(pairs) < 2 or x.ndim < 2 or not _large([x, *stages]) or not all(alike(p, x) for p, _ in pairs):
         return combination(x, stages, weights, h)
@@ -278,7 +280,8 @@ def error_ratios(
 
 
 def _finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, spec: ReductionSpec) -> Reductions:
-    by = operator if _large(stages if x0 is None else [x0, *stages]) else reference
+    learned = isinstance(spec.b, Tensor) or isinstance(spec.e, Tensor)
+    by = operator if not learned and _large(stages if x0 is None else [x0, *stages]) else reference
     return by.finish_step(x0, stages, h, spec)
 
 

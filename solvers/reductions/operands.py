@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -26,16 +27,18 @@ def check_batch(r: Tensor, name: str = "r") -> Tensor:
     return r
 
 
-def read_stages(stages: Sequence[Tensor], weights: Sequence[float]) -> tuple[list[Tensor], tuple[float, ...]]:
+def read_stages(stages: Sequence[Tensor], weights: Sequence[float] | Tensor) -> tuple[list[Tensor], Any]:
     """The stages whose weight is not 0, and those weights.
 
     Raises:
         TypeError, ValueError: there are none, they are not alike, or there are not as many stages as weights.
     """
-    if len(stages) < len(weights) and any(weights[len(stages) :]):
+    if len(stages) < len(weights) and (isinstance(weights, Tensor) or any(weights[len(stages) :])):
         raise ValueError(f"weights ask for {len(weights)} stages, got {len(stages)}")
     if len(stages) > len(weights):
         raise ValueError(f"weights must hold one per stage, got {len(weights)} for {len(stages)}")
+    if isinstance(weights, Tensor):
+        return [check_batch(p, "stages") for p in stages], weights
     pairs = [(check_batch(p, "stages"), float(w)) for p, w in zip(stages, weights) if w != 0]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     for p, _ in pairs[1:]:
         if not alike(p, pairs[0][0]):

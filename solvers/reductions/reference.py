@@ -5,6 +5,7 @@ A compiler fuses them; the transforms of ``torch.func``, forward-mode and higher
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ class ReductionSpec:
     """What is computed from the stages ``p_i`` of a step of size h from x0, with ``r = sum_i b_i p_i``.
 
     Attributes:
-        b: weights of the solution, one per stage; a stage of weight 0 is not read for what is made of r.
+        b: weights of the solution, one per stage; a stage of weight 0 is not read for what is made of r. A tensor
+            ``(stages,)``, as e may be too, where they get gradients: no operator takes it.
         e: weights of the embedded error, one per stage.
         rtol, atol: what the error is divided by, ``s = atol + rtol * max(|x0|, |x1|)``; 0 and 1 leave it as it is.
         state: the state ``x1 = x0 + h r``, in the dtype of the stages.
@@ -108,7 +110,8 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
             scaled = scaled / spec.atol
         error = _mean_power(scaled, 2)
     if spec.action:
-        powers = (_mean_power(wide(q), 2) * b for q, b in zip(stages, spec.b, strict=True) if b)
+        learned = isinstance(spec.b, Tensor)
+        powers = (_mean_power(wide(q), 2) * b for q, b in zip(stages, spec.b, strict=True) if learned or b)
         action = h * sum(powers, start=torch.zeros((), device=p.device))
     if spec.residue:
         square, mean = row_moments(stages, spec.b, 2, True)
@@ -116,21 +119,24 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
 
 
 def row_moments(
-    rows: Sequence[Tensor], weights: Sequence[float], power: float, mean: bool
+    rows: Sequence[Tensor], weights: Sequence[float] | Tensor, power: float, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``<|r|^power>`` and, with ``mean``, ``<r>`` of ``r = sum_i w_i x_i``, each ``(B,)``; weights 0 are skipped."""
     r = _weighted(rows, weights)
     return _mean_power(r, power), _mean(r) if mean else None
 
 
-def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
+def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
     """``x + h sum_i w_i p_i`` in the dtype of x, one operation per weight that is not 0, in float32 or wider.
 
-    There may be more ``stages`` than ``weights``, or fewer; h is a number or broadcasts against x. This is
+    There may be more ``stages`` than ``weights``, or fewer; h is a number or broadcasts against x. Weights in a tensor
+    get gradients, so that none is skipped. This is
     :func:`~solvers.combine` without its kernels.
     """
     if x.dtype in HALF:
         return combination(x.float(), stages, weights, h).to(x.dtype)
+    if isinstance(weights, Tensor):
+        return (x + h * _weighted(stages[: len(weights)], weights)).to(x.dtype)
     for p, weight in zip(stages, weights):  # noqa: B905 - torch 2.8's compiler takes strict=False for True
         if weight:
             if isinstance(h, Tensor):
@@ -165,8 +171,10 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
-def _weighted(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum_i w_i x_i`` over the weights that are not 0, in float32 or wider."""
+def _weighted(rows: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
+    """``sum_i w_i x_i`` over the weights that are not 0, in float32 or wider; over all where they are a tensor."""
+    if isinstance(weights, Tensor):  # whose entries, without dimensions, leave the dtype as it is
+        return functools.reduce(torch.add, [wide(x) * w for x, w in zip(rows, weights.unbind(), strict=True)])
     (x, weight), *rest = [(wide(x), w) for x, w in zip(rows, weights, strict=True) if w != 0]
     total = x if weight == 1 else x * weight
     for x, weight in rest:

@@ -23,7 +23,10 @@ __all__ = [
     "ADAPTIVE", "METHODS", "check_options", "ending_at", "largest_rms", "make_rule", "make_task", "make_tolerance",
 ]  # fmt: skip
 
-ADAPTIVE = {"bosh3": "bs23", "dopri5": "dopri5", "tsit5": "tsit5", "fehlberg2": "fehlberg2", "adaptive_heun": "heun"}
+ADAPTIVE = {
+    "bosh3": "bs23", "dopri5": "dopri5", "dopri8": "dopri8", "tsit5": "tsit5", "fehlberg2": "fehlberg2",
+    "adaptive_heun": "heun",
+}  # fmt: skip
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38"}
 METHODS = (*ADAPTIVE, *FIXED)
 MAX_NUM_STEPS, MAX_STEPS_TO_EVENT, MAX_GRID_STEPS = 100_000, 20_000, 10_000_000

@@ -23,7 +23,7 @@ def scipy_states(field, start, span, times):
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("solver", ["bs23", "dopri5", "tsit5"])
+@pytest.mark.parametrize("solver", ["bs23", "dopri5", "tsit5", "dopri8"])
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 2.9), (2.9, 0.0)])
 def test_states_are_those_of_scipy_at_its_t_eval(control, solver, t0, t1):
     at = sorted(set(TIMES), reverse=t1 < t0)

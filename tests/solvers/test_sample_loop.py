@@ -35,7 +35,7 @@ def pendulums():
 
 
 @pytest.mark.parametrize("controller", [None, PI()])
-@pytest.mark.parametrize("solver", ["bs23", "dopri5", "tsit5", "heun"])
+@pytest.mark.parametrize("solver", ["bs23", "dopri5", "tsit5", "dopri8", "heun"])
 def test_a_sample_is_solved_as_if_it_were_alone(solver, controller, pendulums):
     tolerance = Tolerance(1e-4, 1e-5) if solver == "heun" else TIGHT
     options = {"solver": solver, "tolerance": tolerance, "controller": controller}

@@ -10,7 +10,7 @@ from solvers.runge_kutta import step_state
 from tests.counting import Operations
 from tests.solvers.problems import D
 
-NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
+NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5", "dopri8"]
 
 
 LATE = {("rk4_38", 4), ("tsit5", 4)}  # their leading error terms nearly cancel on this problem at coarser steps
@@ -36,14 +36,17 @@ def carried_on(tableau, name):
 def test_every_output_converges_at_its_order(method, output):
     """On a non-autonomous problem, where a tableau with shifted stage times is of order 1."""
     tableau = carried_on(get_tableau(method), output)
-    counts, errors = [256, 512, 1024] if (method, tableau.order) in LATE else [128, 256, 512], []
+    counts = [256, 512, 1024] if (method, tableau.order) in LATE else [128, 256, 512]
+    counts, errors = [24, 32, 48] if tableau.order > 5 else counts, []
     for n in counts:
         x, worst = torch.ones(1, 1, dtype=D), 0.0
         for i in range(n):
             x = rk_step(lambda t, x: -3 * math.cos(3 * t) * x, 2 * i / n, x, 2 / n, tableau).x1
             worst = max(worst, abs(x.item() - math.exp(-math.sin(6 * (i + 1) / n))))
         errors.append(worst)
-    assert slope([1 / n for n in counts], errors) == pytest.approx(tableau.order, abs=0.1)
+    assert slope([1 / n for n in counts], errors) == pytest.approx(
+        tableau.order, abs=0.1 if tableau.order < 6 else 0.15
+    )
 
 
 def test_bs23_error_falls_with_h_cubed_when_tied_and_with_h_when_untied():
@@ -56,12 +59,12 @@ def test_bs23_error_falls_with_h_cubed_when_tied_and_with_h_when_untied():
         assert coarse / fine == pytest.approx(ratio, abs=tolerance)
 
 
-@pytest.mark.parametrize(("name", "order"), [("bs23", 3), ("dopri5", 4), ("tsit5", 4)])
+@pytest.mark.parametrize(("name", "order"), [("bs23", 3), ("dopri5", 4), ("tsit5", 4), ("dopri8", 5)])
 def test_the_interpolant_meets_both_ends_and_its_order_between(name, order):
     def field(t, x):
         return -3 * math.cos(3 * t) * x
 
-    sizes, errors = [0.1, 0.05, 0.025], []
+    sizes, errors = [0.2, 0.1, 0.05] if order == 5 else [0.1, 0.05, 0.025], []
     for h in sizes:
         step = rk_step(field, 0.4, torch.tensor([[math.exp(-math.sin(1.2))]], dtype=D), h, get_tableau(name))
         torch.testing.assert_close(step.at(0.0), step.x0)

@@ -10,7 +10,7 @@ from solvers import ButcherTableau, Embedded, Tolerance, get_tableau, integrate,
 from tests.counting import Counted
 from tests.solvers.problems import D
 
-NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5"]
+NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5", "dopri8"]
 
 
 def field(t, x):
@@ -34,7 +34,20 @@ def test_bs23_is_the_published_pair():
     assert (bs23.order, bs23.error_order, bs23.interior) == (3, 2, 3)
 
 
-@pytest.mark.parametrize(("name", "fsal"), [("euler", False), ("rk4", False), ("bs23", True), ("dopri5", True)])
+def test_the_interpolant_of_dopri8_satisfies_the_conditions_of_order_5():
+    """``sum_i b_i(theta) c_i^k = theta^(k+1) / (k+1)``; the digit of other libraries misses them."""
+    dopri8 = get_tableau("dopri8")
+    assert (dopri8.order, dopri8.error_order, dopri8.interior, dopri8.stages) == (8, 7, 13, 14)
+    nodes = np.array(dopri8.c)
+    for theta in (0.1, 0.5, 0.9, 1.0):
+        moments = [np.dot(dopri8.weights_at(theta), nodes**k) for k in range(5)]
+        np.testing.assert_allclose(moments, [theta ** (k + 1) / (k + 1) for k in range(5)], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dopri8.weights_at(1.0), dopri8.b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "fsal"), [("dopri8", True), ("euler", False), ("rk4", False), ("bs23", True), ("dopri5", True)]
+)
 def test_fsal_is_derived(name, fsal):
     assert get_tableau(name).fsal is fsal
 
@@ -190,7 +203,14 @@ def test_forwarding_carries_another_output_on():
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("heun2", "'heun'"), ("RK45", "'dopri5'"), ("RK23", "'bs23'"), ("LSODA", "'kvaerno5'"), ("Euler", "'euler'")],
+    [
+        ("heun2", "'heun'"),
+        ("RK45", "'dopri5'"),
+        ("DOP853", "'dopri8'"),
+        ("RK23", "'bs23'"),
+        ("LSODA", "'kvaerno5'"),
+        ("Euler", "'euler'"),
+    ],
 )
 def test_methods_of_torchdiffeq_and_scipy_have_their_place_named(name, place):
     with pytest.raises(ValueError, match=f"unknown solver {name!r}: take {place}"):

@@ -77,9 +77,9 @@ def test_settings_of_other_libraries_name_those_of_this_one(keywords, message):
     [
         ({"tolerance": 1e-3}, TypeError, r"tolerance must be a Tolerance, as Tolerance\(rtol=1e-3\)"),
         (
-            {"solver": "dopri8"},
+            {"solver": "dop853"},
             ValueError,
-            "unknown solver 'dopri8': take 'dopri5' or 'tsit5'; known are .*dopri5.*bosh3",
+            "unknown solver 'dop853': take 'dopri8'; known are .*dopri5.*bosh3",
         ),
         ({"solver": "rk4"}, ValueError, "no embedded error"),
         ({"field": Swapped()}, TypeError, r"field must take t and x, .* takes \(x, t\) \(t is its first"),

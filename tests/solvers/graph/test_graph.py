@@ -91,6 +91,7 @@ def test_gradients_of_inputs_alone_and_of_weights_alone_with_one_graph_each():
         ("bs23", {"controller": PI(), "tolerance": TIGHT, "control": "sample"}),
         ("dopri5", {"t1": -0.7, "rtol": 1e-4}),  # sizes follow the rounding of a tiny error
         ("tsit5", {"tolerance": Tolerance(rtol=1e-5, first_step=1.0), "control": "sample"}),
+        ("dopri8", {"tolerance": Tolerance(rtol=1e-8)}),
         ("midpoint", {"controller": HalveDouble(), "tolerance": Tolerance(first_step=0.1)}),
         ("fehlberg2", {"tolerance": Tolerance(max_step=0.1, min_step=0.01), "control": "sample"}),
     ],

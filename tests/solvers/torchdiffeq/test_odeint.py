@@ -5,6 +5,7 @@ import torch
 import torchdiffeq
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
 from torch import nn
 
 from solvers import odeint, odeint_adjoint
@@ -18,7 +19,7 @@ THEIRS = {"rk4_38": "rk4"}
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("method", ["bosh3", "dopri5", "tsit5", "adaptive_heun", "fehlberg2"])
+@pytest.mark.parametrize("method", ["bosh3", "dopri5", "tsit5", "dopri8", "adaptive_heun", "fehlberg2"])
 def test_adaptive_methods_agree_with_torchdiffeq(method, problem, backwards, dtype):
     make, start = PROBLEMS[problem]
     if (problem, backwards) == ("van der pol", True):
@@ -31,6 +32,21 @@ def test_adaptive_methods_agree_with_torchdiffeq(method, problem, backwards, dty
         result = odeint(field, y0, t, method=method, rtol=rtol, atol=rtol / 10)
         expected = torchdiffeq.odeint(field, y0.double(), t.double(), method="dopri5", rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(result.double(), expected, rtol=300 * rtol, atol=300 * rtol)
+
+
+@pytest.mark.parametrize("reference", ["torchdiffeq", "scipy"])
+def test_dopri8_agrees_with_torchdiffeqs_and_with_scipys_dop853_at_tight_tolerance(reference):
+    y0, t = torch.tensor([1.0, 0.5], dtype=D), torch.linspace(0.3, 4.3, 9, dtype=D)
+    result = odeint(Forced(), y0, t, method="dopri8", rtol=1e-12, atol=1e-12)
+    if reference == "torchdiffeq":
+        options = {"step_t": t[1:]}  # at ends of steps, for their interpolant has a digit that is off
+        expected = torchdiffeq.odeint(Forced(), y0, t, method="dopri8", rtol=1e-12, atol=1e-12, options=options)
+    else:
+        field = lambda t, y: Forced()(torch.tensor(t, dtype=D), torch.from_numpy(y)).detach().numpy()  # noqa: E731
+        ends = t[0].item(), t[-1].item()
+        solved = solve_ivp(field, ends, y0.numpy(), method="DOP853", t_eval=t.numpy(), rtol=1e-13, atol=1e-13)
+        expected = torch.from_numpy(solved.y.T)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4_38"])
@@ -114,7 +130,7 @@ def test_gradients_to_state_times_and_parameters(method, options):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "adaptive_heun", "fehlberg2"])
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2"])
 def test_the_field_is_asked_between_the_first_and_the_last_time_only(method, backwards):
     """As sqrt(1 - t), which is not defined beyond 1."""
     seen = []

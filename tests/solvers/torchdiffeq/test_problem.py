@@ -112,7 +112,7 @@ def test_callbacks_count_steps():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"method": "dopri8"}, ValueError, "method 'dopri8' is not supported; supported are bosh3, dopri5"),
+        ({"method": "radau"}, ValueError, "method 'radau' is not supported; supported are bosh3, dopri5"),
         ({"options": {"steps": 3}}, ValueError, r"options \['steps'\] are not supported by dopri5; supported are"),
         ({"options": {"step_size": 0.1}}, ValueError, r"options \['step_size'\] are not supported by dopri5"),
         ({"method": "rk4", "options": {"safety": 0.1}}, ValueError, "not supported by rk4"),
