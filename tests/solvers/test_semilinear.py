@@ -159,6 +159,9 @@ def test_the_network_is_called_once_a_stage(method):
 
     assert calls() == calls(keep="last") == calls(keep="steps") == calls(at=[0.1, 0.4]) == 10 * n
     assert calls(at=[0.13, 0.17, 0.4, 0.88]) == 12 * n
+    assert calls(at=[0.13, 0.4], gradient="checkpoint", keep="last") == 11 * n
+    with torch.no_grad():
+        assert calls(event=lambda t, x: x.new_ones(())) == 20 * n
 
 
 @pytest.mark.parametrize("linear", [A, A.diagonal()])
@@ -274,6 +277,13 @@ def test_events_further_arguments_and_narrow_states(method):
     assert met.event_time.item() == pytest.approx(0.3, abs=1e-9)
     wide = integrate(field, X0, 0.0, 1.0, **options).x1
     torch.testing.assert_close(integrate(field.float(), X0.float(), 0.0, 1.0, **options).x1.to(D), wide)
+
+
+@each
+def test_a_solve_in_a_graph_is_the_same(method):
+    field = SemiLinear(A, driven)
+    solve = lambda x: integrate(field, x, 0.0, 1.0, solver=method, steps=3, keep="last").x1  # noqa: E731
+    rounding(torch.compile(solve, fullgraph=True, backend="eager")(X0), solve(X0))
 
 
 @each

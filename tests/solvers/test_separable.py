@@ -43,7 +43,7 @@ class Halves(nn.Module):
         self.net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).to(D)
 
     def forward(self, t, x):
-        return self.net(x) * math.cos(t)
+        return self.net(x) * torch.cos(torch.as_tensor(t))
 
 
 def of_scipy(field, x0, t0, t1):
@@ -134,6 +134,10 @@ def test_halves_are_called_once_a_substep_and_the_last_force_is_the_next_first(m
     assert calls() == calls(keep="last") == calls(keep="steps") == (10 * velocities, 10 * forces + 1)
     assert calls(at=[0.1, 0.4, 1.0]) == (10 * velocities, 10 * forces + 1)
     assert calls(at=[0.13, 0.17, 0.4, 0.88]) == (10 * velocities + 2 * 2, 10 * forces + 1)
+    first = velocities + forces + 1  # where each step begins anew
+    checkpoint = {"gradient": "checkpoint", "keep": "last"}
+    assert sum(calls(**checkpoint)) == 10 * first
+    assert sum(calls(**checkpoint, at=[0.13, 0.4])) == 10 * first + 2
     with torch.no_grad():  # what looks for an event takes the interpolant of each step
         never = {"event": lambda t, x: x.new_ones(())}
         assert calls(**never) == (10 * (velocities + 2), 10 * forces + 1)
@@ -269,6 +273,24 @@ def test_float32_no_grad_inference_mode_and_torch_func_give_the_same(method):
         rounding(integrate(pendulum(), X0, 0.0, 1.0, solver=method, steps=8).x1, wide.clone())
     solve = lambda x: integrate(pendulum(), x, 0.0, 1.0, solver=method, steps=8).x1  # noqa: E731
     rounding(torch.vmap(solve)(X0[:, None])[:, 0], wide)
+
+
+@each
+def test_a_solve_in_a_graph_is_the_same(method):
+    solve = lambda x: integrate(driven(), x, 0.0, 1.0, solver=method, steps=3, keep="last").x1  # noqa: E731
+    rounding(torch.compile(solve, fullgraph=True, backend="eager")(X0), solve(X0))
+
+
+@each
+def test_gradients_of_recomputed_steps_up_to_an_event(method):
+    x, field = X0[:1].clone().requires_grad_(), Separable(Halves(), Halves())
+    options = {"solver": method, "steps": 30, "event": lambda t, x: 1 - t + 0.1 * x[:, 0], "keep": "last"}
+    weights = [x, *field.parameters()]
+    direct, again = (integrate(field, x, 0.0, 9.0, gradient=way, **options) for way in ("direct", "checkpoint"))
+    assert direct.status == again.status == "event"
+    rounding(again.event_time, direct.event_time)
+    slopes = [torch.autograd.grad(one.x1.sum() + one.event_time.sum(), weights) for one in (direct, again)]
+    torch.testing.assert_close(*slopes, rtol=1e-2, atol=1e-4)  # whose last steps are others, of the same order
 
 
 @each
