@@ -55,7 +55,9 @@ class SplitSteps:
         force = self._force if x is self._end else self._call(field, "force", t, q, 0)
         assert force is not None
         start, begun = force, versions_of([force])
-        parts, versions, stages = list[Tensor](), list[int](), list[Tensor]()
+        parts: list[Tensor] = []
+        stages: list[Tensor] = []
+        versions: list[int] = []
         for j, share in enumerate(tableau.substeps):
             size = share * h
             p = p + size / 2 * force
