@@ -74,7 +74,18 @@ class NonFiniteError(SolverError):
 
 
 class NewtonError(SolverError):
-    """The iteration of an implicit stage does not converge, and no smaller step is taken."""
+    """The iteration of an implicit stage does not converge, and no smaller step is taken.
+
+    >>> import torch
+    >>> from solvers import integrate
+    >>> try:  # 1 - h J is singular
+    ...     integrate(
+    ...         lambda t, x: 4 * x, torch.ones(1, 1), 0.0, 1.0, solver="implicit_euler", steps=4
+    ...     )
+    ... except NewtonError as error:
+    ...     print(error.status, error.t, error.stage)
+    newton 0.0 0
+    """
 
     status = "newton"
 
