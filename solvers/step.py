@@ -38,7 +38,7 @@ class Step(NamedTuple):
         tableau: the method.
         reductions: numbers of each sample computed with ``x1``, by the names of :func:`solvers.finish_step`, or None.
 
-    >>> from solvers import get_tableau
+    >>> from solvers import get_tableau, rk_step
     >>> step = rk_step(lambda t, x: -x, 0.0, torch.ones(4, 2), 0.1, get_tableau("bs23"))
     >>> step.residue.shape, step.error().abs().max() < 1e-4
     (torch.Size([4, 2]), tensor(True))
