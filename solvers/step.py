@@ -18,7 +18,7 @@ __all__ = ["Step"]
 def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
     """``h * sum_i w_i p_i``: as many tensor operations as non-zero weights."""
     if isinstance(weights, Tensor):
-        return combination(torch.zeros_like(stages[0]), stages, weights, h)
+        return combine(torch.zeros_like(stages[0]), stages, weights, h)
     (p, weight), *rest = [(p, w) for p, w in zip(stages, weights) if w != 0]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     add = combination if p.numel() <= SMALL else combine
     return add(p * (h * weight), [p for p, _ in rest], [w for _, w in rest], h)
