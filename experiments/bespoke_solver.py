@@ -126,8 +126,8 @@ def field_of(config: Config, name: str, seed: int) -> Field:
 
 
 def error(ends: Tensor, exact: Tensor) -> Tensor:
-    """Root mean square distance of two batches of states ``(B, 2)``."""
-    return (ends - exact).square().sum(1).mean().sqrt()
+    """Root mean square distance of two batches of states ``(B, 2)``, over the root mean square of the exact ones."""
+    return ((ends - exact).square().mean() / exact.square().mean()).sqrt()
 
 
 def learn(config: Config, order: int, rate: float, solve: Any, exact: Tensor) -> LearnedTableau:
@@ -179,19 +179,20 @@ def train(config: Config, job: Job, run: Run, report: Report) -> dict[str, Any]:
 
 
 def summarize(config: Config, results: list[Row]) -> list[Row]:
-    """One row per field, budget and method: its error, and how many times that of the learned method it is."""
+    """One row per field, budget and method: its error, and its ratio to that of the learned method, seed by seed."""
     rows = []
     for (field, budget), group in groups(results, "field", "budget").items():
         for name in group[0]["errors"]:
             errors = [r["errors"][name] for r in group]
             row: Row = {"field": field, "budget": budget, "method": name}
             row["evaluations"] = group[0]["evaluations"][name]
-            row["error"] = mean_interval(errors)
             row["log10_error"] = mean_interval([math.log10(e) for e in errors])
             if name == LEARNED:
                 row["orders"] = [r["order"] for r in group]
             else:
-                row["times"] = mean_interval([e / r["errors"][LEARNED] for e, r in zip(errors, group, strict=True)])
+                ratios = [math.log10(e / r["errors"][LEARNED]) for e, r in zip(errors, group, strict=True)]
+                row["log10_ratio"] = mean_interval(ratios)
+                row["ratio"] = 10 ** row["log10_ratio"].mean
             rows.append(row)
     return rows
 
@@ -201,9 +202,9 @@ COLUMNS: Columns = {
     "budget": "{budget}",
     "method": "{method}",
     "evaluations": "{evaluations}",
-    "error": "{error:.2g}",
     "log10 error": "{log10_error:.2f}",
-    "times that of the learned": "{times:.1f}",
+    "over the learned: log10": "{log10_ratio:.2f}",
+    "ratio": "{ratio:.1f}",
 }
 
 
@@ -211,12 +212,12 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
     """What the learned method gains over the best of the others."""
     lines = []
     for (field, budget), group in groups(outcome.rows, "field", "budget").items():
-        best = min((row for row in group if row["method"] in PEERS), key=lambda row: row["error"].mean)
+        best = min((row for row in group if row["method"] in PEERS), key=lambda row: row["log10_error"].mean)
         learned = next(row for row in group if row["method"] == LEARNED)
         lines.append(
-            f"{field}, {budget} evaluations: the error of the learned method is {learned['error']:.2g}, that of the "
-            f"best other, {best['method']} with {best['evaluations']}, {best['times']:.1f} times that; orders chosen: "
-            f"{', '.join(map(str, learned['orders']))}"
+            f"{field}, {budget} evaluations: log10 of the error of the learned method is {learned['log10_error']:.2f}, "
+            f"of the best other, {best['method']} with {best['evaluations']}, larger by {best['log10_ratio']:.2f}, a "
+            f"factor of {best['ratio']:.1f}; orders chosen: {', '.join(map(str, learned['orders']))}"
         )
     return lines
 
@@ -230,7 +231,7 @@ def figures(config: Config, outcome: Outcome) -> Figures:
             name: [(row["evaluations"], row["log10_error"]) for row in group]
             for (name,), group in groups(rows, "method").items()
         }
-        return intervals(series, xlabel="evaluations of the field", ylabel="log10 of the error")
+        return intervals(series, xlabel="evaluations of the field", ylabel="log10 of the relative error")
 
     return {field: partial(draw, field) for field in config.fields}
 

@@ -151,7 +151,7 @@ def _evaluate(
             stages = (*stages, p if ends and i == tableau.interior - 1 else p.clone())
         return stages, None, combine
     shape, dtype, device, version = x.shape, x.dtype, x.device, x._version
-    add = combination if x.numel() <= SMALL else combine
+    add = combination if x.numel() <= SMALL and type(tableau.b) is tuple else combine
     versions = [p._version for p in stages] if stages else []
     for i in range(len(stages), tableau.interior):
         point = add(x, stages, a[i], h) if i else x

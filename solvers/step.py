@@ -18,7 +18,7 @@ __all__ = ["Step"]
 def _weighted_sum(stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
     """``h * sum_i w_i p_i``: as many tensor operations as non-zero weights."""
     if isinstance(weights, Tensor):
-        return combination(torch.zeros_like(stages[0]), stages, weights, h)
+        return combine(torch.zeros_like(stages[0]), stages, weights, h)
     (p, weight), *rest = [(p, w) for p, w in zip(stages, weights) if w != 0]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     add = combination if p.numel() <= SMALL else combine
     return add(p * (h * weight), [p for p, _ in rest], [w for _, w in rest], h)
@@ -40,7 +40,7 @@ class Step(NamedTuple):
         unsolved: of an implicit method, the first stage of each sample that is not found, ``(B,)``, -1 where all are;
             from there on its numbers are NaN. None where all stages of all samples are found.
 
-    >>> from solvers import get_tableau
+    >>> from solvers import get_tableau, rk_step
     >>> step = rk_step(lambda t, x: -x, 0.0, torch.ones(4, 2), 0.1, get_tableau("bs23"))
     >>> step.residue.shape, step.error().abs().max() < 1e-4
     (torch.Size([4, 2]), tensor(True))

@@ -172,7 +172,7 @@ def combine(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float] | Tens
     tensor([[0.5000, 0.5000]])
     """
     if isinstance(weights, Tensor):
-        return combination(x, stages, weights, h)
+        return reference.weighted_combination(x, stages, weights, h)
     pairs = [(p, float(w)) for p, w in zip(stages, weights) if w]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
     if len(pairs) < 2 or x.ndim < 2 or not _large([x, *stages]) or not all(alike(p, x) for p, _ in pairs):
         return combination(x, stages, weights, h)

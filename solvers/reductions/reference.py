@@ -17,7 +17,16 @@ from torch import Tensor
 from solvers.validation import real_dtype
 
 __all__ = [
-    "HALF", "ReductionSpec", "Reductions", "combination", "finish_step", "row_moments", "rows_of", "wide", "wide_dtype",
+    "HALF",
+    "ReductionSpec",
+    "Reductions",
+    "combination",
+    "finish_step",
+    "row_moments",
+    "rows_of",
+    "weighted_combination",
+    "wide",
+    "wide_dtype",
 ]  # fmt: skip
 
 HALF = (torch.float16, torch.bfloat16)
@@ -100,7 +109,7 @@ def finish_step(x0: Tensor | None, stages: Sequence[Tensor], h: float | Tensor, 
     x1 = error = action = square = mean = start = end = None
     if x0 is not None and (spec.state or spec.scaled):
         start = x0.float() if x0.dtype in HALF else x0
-        end = combination(start, stages, spec.b, size)
+        end = (weighted_combination if isinstance(spec.b, Tensor) else combination)(start, stages, spec.b, size)  # type: ignore[arg-type] - by its kind
         x1 = end.to(x0.dtype) if spec.state else None
     if spec.error:
         scaled = _weighted(stages, spec.e) * size
@@ -126,17 +135,14 @@ def row_moments(
     return _mean_power(r, power), _mean(r) if mean else None
 
 
-def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float] | Tensor, h: float | Tensor) -> Tensor:
+def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float], h: float | Tensor) -> Tensor:
     """``x + h sum_i w_i p_i`` in the dtype of x, one operation per weight that is not 0, in float32 or wider.
 
-    There may be more ``stages`` than ``weights``, or fewer; h is a number or broadcasts against x. Weights in a tensor
-    get gradients, so that none is skipped. This is
+    There may be more ``stages`` than ``weights``, or fewer; h is a number or broadcasts against x. This is
     :func:`~solvers.combine` without its kernels.
     """
     if x.dtype in HALF:
         return combination(x.float(), stages, weights, h).to(x.dtype)
-    if isinstance(weights, Tensor):
-        return (x + h * _weighted(stages[: len(weights)], weights)).to(x.dtype)
     for p, weight in zip(stages, weights):  # noqa: B905 - torch 2.8's compiler takes strict=False for True
         if weight:
             if isinstance(h, Tensor):
@@ -144,6 +150,11 @@ def combination(x: Tensor, stages: Sequence[Tensor], weights: Sequence[float] | 
             else:
                 x = torch.add(x, p, alpha=h * weight)
     return x
+
+
+def weighted_combination(x: Tensor, stages: Sequence[Tensor], weights: Tensor, h: float | Tensor) -> Tensor:
+    """:func:`combination` with weights ``(stages,)`` that get gradients, so that none is skipped."""
+    return (wide(x) + h * _weighted(stages[: len(weights)], weights)).to(x.dtype)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ import pytest
         ("adaptive_depth", {"parts": ("depths",)}, "parts must be among depth, long, orders, action"),
         ("adaptive_depth", {"budget": 10}, "budget must be a multiple of 12"),
         ("depth_search", {"depths": ()}, "depths"),
+        ("bespoke_solver", {"budgets": ()}, "budgets must be multiples of 5"),
         ("circles", {"tables": ("18",)}, "tables must be among"),
         ("circles", {"instances": 0}, "at least 1"),
         ("detection", {"methods": ("plain",)}, "methods must be among vanilla"),

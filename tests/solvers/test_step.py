@@ -10,7 +10,9 @@ from solvers.runge_kutta import step_state
 from tests.counting import Operations
 from tests.solvers.problems import D
 
-NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5", "dopri8"]
+NAMES = [
+    "euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5", "dopri8",
+]  # fmt: skip
 
 
 LATE = {("rk4_38", 4), ("tsit5", 4)}  # their leading error terms nearly cancel on this problem at coarser steps

@@ -10,7 +10,9 @@ from solvers import ButcherTableau, Embedded, Tolerance, get_tableau, integrate,
 from tests.counting import Counted
 from tests.solvers.problems import D
 
-NAMES = ["euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5", "dopri8"]
+NAMES = [
+    "euler", "midpoint", "heun", "heun3", "rk4", "rk4_38", "fehlberg2", "bs23", "dopri5", "tsit5", "dopri8",
+]  # fmt: skip
 
 
 def field(t, x):
