@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from odenets.blocks import take_step
+from odenets.blocks import Block, FieldSource, StageFields, take_step
 from odenets.flow import Flow
-from solvers import Reversible, Step, combine
+from solvers import ButcherTableau, Reversible, Step, combine
 from solvers.gradients.captured import Captured
 from solvers.gradients.reversible import Increment, Move, reversed_states
 
@@ -30,9 +30,8 @@ class ReversibleFlow(Flow):
     call keeps none. Fields draw no random numbers, as dropout does in training mode.
 
     Args:
-        field: as in a flow.
+        field, solver, depth, h, total_time, stage_fields, shared: as in a flow.
         coupling: c in (0, 1]; rounding grows by 1 / c a block on the way back.
-        settings: those of a flow besides; "chained" stage fields are refused.
 
     Raises:
         ValueError, TypeError: as a flow; an implicit method, chained fields, or a coupling outside (0, 1].
@@ -46,8 +45,15 @@ class ReversibleFlow(Flow):
     100
     """
 
-    def __init__(self, field: Any = None, *, coupling: float = 0.999, **settings: Any) -> None:
-        super().__init__(field, **settings)
+    def __init__(
+        self, field: FieldSource | tuple[Block, ...] | None = None, *, coupling: float = 0.999,
+        solver: str | ButcherTableau = "bs23", depth: int = 1, h: float | Sequence[float] | None = None,
+        total_time: float | None = None, stage_fields: StageFields = "tied", shared: bool = False, **unknown: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            field, solver=solver, depth=depth, h=h, total_time=total_time, stage_fields=stage_fields, shared=shared,
+            **unknown,
+        )  # fmt: skip
         self.coupling = Reversible(coupling).coupling
         if not self.tableau.explicit:
             raise ValueError(f"solver must be an explicit method, whose steps can be undone, got {self.tableau.name}")
@@ -55,7 +61,15 @@ class ReversibleFlow(Flow):
             raise ValueError("stage_fields must be 'tied' or 'untied': a chained field is not undone with its block")
 
     def evaluations_per_pass(self, *, closing: bool = False, readout: str = "solution") -> int:
-        """Field evaluations of one pass, as :meth:`Flow.evaluations_per_pass` counts them: two steps a block."""
+        """Field evaluations of one pass, two steps a block.
+
+        Args:
+            closing: whether all blocks take their closing stages, as for a measure of the error.
+            readout: "solution", or "ensemble", for which the last block takes them.
+
+        Returns:
+            The number.
+        """
         back = self.depth * self.tableau.interior
         last = self.tableau.stages if closing or readout == "ensemble" else self.tableau.interior
         each = self.tableau.stages if closing else self.tableau.interior

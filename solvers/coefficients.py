@@ -59,6 +59,16 @@ class Coefficients:
         return len(self.c)
 
     @property
+    def calls(self) -> int:
+        """Field calls of a step."""
+        return len(self.c)
+
+    @property
+    def inside_calls(self) -> int:
+        """Field calls for states inside a step: one, of cubic Hermite."""
+        return 1
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the embedded outputs: the solution's alone."""
         return (f"order{self.order}",)

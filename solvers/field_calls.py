@@ -37,7 +37,7 @@ def checked(p: Tensor, x: Tensor, stage: int) -> Tensor:
 
 
 def velocity(field: Field, t: float | Tensor, x: Tensor, stage: int = 0) -> Tensor:
-    """One call of the field, checked as :func:`rk_step` checks it.
+    """One call of the field, checked as :func:`~solvers.rk_step` checks it.
 
     Raises:
         ValueError, TypeError: as there.

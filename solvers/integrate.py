@@ -144,6 +144,7 @@ def integrate(
     Raises:
         ValueError, TypeError: an argument is out of range, or has another name here; the message names it.
         SolverError: the solve cannot go on; its ``solution`` is the part that stands.
+        RuntimeError: ``gradient="reversible"`` in a graph of ``torch.compile``.
 
     >>> import torch
     >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, solver="rk4", steps=10)

@@ -111,6 +111,16 @@ class LearnedTableau(nn.Module):
         return self.coefficients().b
 
     @property
+    def calls(self) -> int:
+        """Field calls of a step."""
+        return self.stages
+
+    @property
+    def inside_calls(self) -> int:
+        """Field calls for states inside a step: one, of cubic Hermite."""
+        return 1
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the embedded outputs: the solution's alone."""
         return (f"order{self.order}",)
@@ -135,7 +145,7 @@ class LearnedTableau(nn.Module):
         """What it is beside its coefficients, as text."""
         return f"{self.name} of order {self.order} and {self.stages} stages"
 
-    def coefficients(self) -> Coefficients:
+    def coefficients(self) -> Any:
         """The coefficients of this moment, in float64; gradients flow to the parameters.
 
         Raises:

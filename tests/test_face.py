@@ -24,8 +24,9 @@ import solvers
 
 ROOT = Path(__file__).parent.parent
 FACE = {
-    "AdaptedModel", "Block", "ConvField", "Flow", "MLPField", "Network", "NeuralODE", "Recorder", "Records", "adapt",
-    "fields", "initialize", "load_weights", "measures", "models", "recalibrate", "save_weights",
+    "AdaptedModel", "Block", "ConvField", "Flow", "MLPField", "Network", "NeuralODE", "Recorder", "Records",
+    "ReversibleFlow", "adapt", "fields", "initialize", "load_weights", "measures", "models", "recalibrate",
+    "save_weights",
 }  # fmt: skip
 ROOMS = {
     "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "penalties",

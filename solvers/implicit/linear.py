@@ -47,7 +47,16 @@ def jacobian(field: Field, t: Any, x: Tensor) -> Tensor:
 
 
 class LinearSystem(Protocol):
-    """A matrix for each sample, near ``I - h a J``."""
+    """A matrix for each sample, near ``I - h a J``.
+
+    Attributes:
+        size: its norm, as far as it is known.
+    """
+
+    @property
+    def size(self) -> float:
+        """See above."""
+        ...
 
     def solve(self, r: Tensor) -> Tensor:
         """The solution for ``r``, of its shape."""
@@ -69,11 +78,17 @@ class Dense:
     def __init__(self, matrix: Tensor, scale: Any) -> None:
         scale = scale.detach().reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
         system = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device) - scale * matrix
+        self._matrix, self._scale = matrix, scale
         self._inverse: Tensor | None = None
         if matrix.shape[1] <= _INVERTED:
             self._inverse, _ = torch.linalg.inv_ex(system)
         else:
             self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(system)
+
+    @property
+    def size(self) -> float:
+        """The largest sum of a row's absolute values."""
+        return 1 + (self._scale * self._matrix).abs().sum(2).max().item()
 
     def solve(self, r: Tensor) -> Tensor:
         """The solution for ``r``; infinite or NaN where a matrix is singular, which no iteration survives."""
@@ -92,6 +107,8 @@ class Dense:
 
 class Identity:
     """No matrix: what is left of Newton's iteration is that of a fixed point."""
+
+    size = 1.0
 
     def solve(self, r: Tensor) -> Tensor:
         """``r`` as it is."""

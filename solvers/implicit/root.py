@@ -50,13 +50,15 @@ class _Root(torch.autograd.Function):
         eps = torch.finfo(y.dtype).eps
         if not bool(grads[0].any()):
             return grads[0], None, None, None, None
-        for together in (False, True):  # where samples depend on each other, all of them at once
-            w, _ = conjugate_residuals(
-                product, grads[0], ctx.system.solve_transposed, tolerance=eps**0.75, iterations=_ITERATIONS,
-                together=together,
-            )  # fmt: skip
-            residual = ((grads[0] - product(w)).abs().max() / grads[0].abs().max()).item()
-            if residual <= eps**0.5:
+        w, r, largest = torch.zeros_like(y), grads[0], grads[0].abs().max()
+        for together in (False, False, True, True):  # and refined; where samples depend on each other, all at once
+            d, _ = conjugate_residuals(
+                product, r, ctx.system.solve_transposed, tolerance=eps**0.75, iterations=_ITERATIONS, together=together
+            )
+            w = w + d
+            r = grads[0] - product(w)
+            residual = (r.abs().max() / largest).item()
+            if residual <= max(eps**0.5, 10 * eps * ctx.system.size * (w.abs().max() / largest).item()):
                 break
         else:
             raise RuntimeError(

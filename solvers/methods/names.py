@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import cast
+from typing import Any, cast
 
-from solvers.coefficients import HasCoefficients
 from solvers.methods.dopri8 import DOPRI8
 from solvers.methods.explicit import (
     BS23,
@@ -46,7 +45,7 @@ _ELSEWHERE = {
 """What takes the place of methods of torchdiffeq and SciPy, in small letters."""
 
 
-def get_tableau(name: str | ButcherTableau | HasCoefficients) -> ButcherTableau:
+def get_tableau(name: Any) -> ButcherTableau:
     """The tableau called ``name``; a tableau, or a :class:`~solvers.LearnedTableau`, is returned as it is.
 
     >>> get_tableau("bosh3").name

@@ -96,7 +96,7 @@ def test_gradients_flow_through_accepted_steps():
         ({"x0": [1.0]}, TypeError, "x0 must be a tensor"),
         ({"x0": (torch.ones(2, 1), torch.ones(3))}, ValueError, "x0 must have one batch size"),
         ({"control": "each"}, ValueError, "control must be 'batch' or 'sample', got 'each'"),
-        ({"gradient": "adjoint"}, ValueError, "gradient must be 'direct', 'checkpoint' or 'backsolve'"),
+        ({"gradient": "adjoint"}, ValueError, "gradient must be 'direct', 'checkpoint', 'backsolve' or 'reversible'"),
         ({"gradient": "backsolve"}, ValueError, "needs a torch module as field, or parameters"),
         ({"gradient": "checkpoint", "keep": "steps"}, ValueError, "leave out keep='steps'"),
         ({"gradient": "backsolve", "control": "sample"}, ValueError, "needs one time for the batch"),

@@ -152,7 +152,7 @@ def test_methods_of_modules_and_plain_functions_are_fields(x):
         ({"steps": 3, "tolerance": TIGHT}, ValueError, "steps excludes tolerance"),
         ({"steps": 0}, ValueError, "steps must be a whole number, at least 1"),
         ({"solver": "euler"}, ValueError, "no embedded error"),
-        ({"gradient": "adjoint"}, ValueError, "gradient must be 'direct', 'checkpoint' or 'backsolve'"),
+        ({"gradient": "adjoint"}, ValueError, "gradient must be 'direct', 'checkpoint', 'backsolve' or 'reversible'"),
         ({"control": "each"}, ValueError, "control must be"),
         ({"control": "sample", "gradient": "backsolve"}, ValueError, "needs one time for the batch"),
         ({"control": "sample", "steps": 3}, ValueError, "leave out steps"),
