@@ -14,7 +14,7 @@ from odenets.coarsening import at_depth
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.measures.marking import check_named
 from odenets.normalization import check_closing_statistics
-from odenets.normalization.mixing import warn_of_mixed_statistics
+from odenets.normalization.mixing import refuse_statistics, warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
 from solvers import ButcherTableau, Step
@@ -99,6 +99,8 @@ class Flow(BlockSequence):
         self.materialize(x)
         if self.training and not torch.compiler.is_compiling():
             self._warn_once()
+        if self.tableau.implicit and self.training:
+            refuse_statistics(self, self.tableau.name)
         t, first, blocks = self.start, None, self._blocks()
         closing = closing or self.takes_closing
         tableau = as_numbers_or_tensors(self.tableau, x)

@@ -225,7 +225,8 @@ def integrate(
     entries = None if event is None else lambda t, x: event(t, packing.unpack(x))
     tableau = as_numbers_or_tensors(tableau, x)
     task = Task(
-        field=within(v, start, end, x) if per_sample else v, x0=x, t0=start, t1=end, tableau=tableau,
+        field=within(v, start, _latest(tableau, start, end), x) if per_sample else v,
+        x0=x, t0=start, t1=end, tableau=tableau,
         grid=None if steps is None else even_grid(start, end, steps), tolerance=tolerance or _TOLERANCE,
         controller=controller or _CONTROLLER, keep=keep, event=entries, raises=on_limit == "raise",
         unpack=(lambda x: x) if packing.single else packing.unpack, per_sample=per_sample,
@@ -242,6 +243,11 @@ def integrate(
     except TypeError:
         _check_field(field, args)
         raise
+
+
+def _latest(tableau: ButcherTableau, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """How far the field of each sample is called: stages of implicit methods may lie behind the step."""
+    return end if max(tableau.c) <= 1 else np.where(end >= start, np.inf, -np.inf)
 
 
 def _merged(grid: list[float], times: Sequence[float], forward: bool) -> list[float]:

@@ -1,4 +1,4 @@
-"""A warning where batch norm of a velocity field mixes the states of several evaluations in its statistics."""
+"""Where batch norm of a velocity field mixes the states of several evaluations in its statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from odenets.normalization.stage_batch_norm import StageBatchNorm
 
-__all__ = ["warn_of_mixed_statistics"]
+__all__ = ["refuse_statistics", "warn_of_mixed_statistics"]
 
 
 def warn_of_mixed_statistics(field: nn.Module, evaluated: str, remedy: str, *, by_stage: bool) -> None:
@@ -32,3 +32,18 @@ def warn_of_mixed_statistics(field: nn.Module, evaluated: str, remedy: str, *, b
                 stacklevel=2,
             )
             return
+
+
+def refuse_statistics(flow: nn.Module, method: str) -> None:
+    """Refuse a ``flow`` of an implicit ``method`` with batch norm in training mode.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, module in flow.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase | StageBatchNorm) and module.training:
+            raise ValueError(
+                f"{name} is {type(module).__name__} in training mode, and {method} calls its field until a stage is "
+                "found: every call would count in the statistics, and samples depend on each other. Take "
+                "nn.GroupNorm, as with norm='group', or eval()"
+            )

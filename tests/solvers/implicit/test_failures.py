@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from odenets import Flow, MLPField
 from solvers import NewtonError, RootFinder, Tolerance, get_tableau, integrate
 from solvers.implicit.linear import conjugate_residuals, jacobian
 from tests.solvers.problems import X0, D, decay, lotka
@@ -118,3 +119,30 @@ def test_conjugate_residuals_solve_every_sample():
     )
     torch.testing.assert_close(found, torch.linalg.solve(matrices, right), rtol=1e-10, atol=1e-10)
     assert residual <= 1e-12
+
+
+def test_batch_norm_in_training_mode_is_refused():
+    x = torch.randn(4, 3)
+    flow = Flow(MLPField(3, norm="batch"), solver="implicit_euler", depth=2)
+    with pytest.raises(ValueError, match="training mode, and implicit_euler calls its field until a stage is found"):
+        flow(x)
+    assert flow.eval()(x).shape == x.shape
+    assert Flow(MLPField(3, norm="group"), solver="implicit_euler", depth=2)(x).shape == x.shape
+
+
+def test_a_field_that_depends_on_time_is_called_behind_the_end_per_sample_too():
+    """A stage of kvaerno5 lies at 1.23 h: held at t1, the last step would lose its order."""
+    x0, steps = (
+        torch.tensor([[1.0], [0.5]], dtype=D),
+        Tolerance(1e-9, 1e-9, first_step=0.25, min_step=0.25, max_step=0.25),
+    )
+    latest = []
+
+    def field(t, x):
+        latest.append(t.max().item())
+        return -x + torch.cos(3 * t)
+
+    one = integrate(field, x0, 0.0, 1.0, solver="kvaerno5", control="sample", tolerance=steps)
+    assert max(latest) == pytest.approx(1 + 0.2303 * 0.25, abs=1e-3)
+    other = integrate(decay, x0, 0.0, 1.0, solver="kvaerno5", steps=4)
+    torch.testing.assert_close(one.x1, other.x1, rtol=1e-9, atol=1e-9)

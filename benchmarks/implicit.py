@@ -1,0 +1,236 @@
+"""Implicit and reversible solves: beside SciPy's Radau, over their floor, and over gradients through the steps.
+
+    python -m benchmarks.implicit --output FILE.json
+
+Three tables. Stiff problems, a batch of 64 samples with parameters of their own: the time of one solve with steps per
+sample, and of SciPy's Radau sample by sample with the exact Jacobian, at tolerances of like error (the largest relative
+error of a component, against Radau at a tight tolerance). One implicit step over its floor: its Jacobian, its
+factorization with as many solutions, and its field calls, taken alone. Reversible gradients over direct ones: the time
+of both passes, in turns, and the peak of memory with 10 and 1,000 steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from scipy.integrate import solve_ivp
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from odenets.analysis.memory import measure_memory
+from odenets.training.runs import environment
+from solvers import Tolerance, get_tableau, integrate
+from solvers.implicit.linear import Dense, jacobian
+from solvers.implicit.steps import ImplicitSteps
+
+D = torch.float64
+POINTS = 100
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        output: JSON file of the results.
+        batch: samples of each stiff problem.
+        rounds: of what is timed in turns.
+    """
+
+    output: Path = Path("implicit.json")
+    batch: int = 64
+    rounds: int = 15
+
+
+def robertson(t: Any, x: Tensor, k: Tensor) -> Tensor:
+    """Three species."""
+    a, b, c = x.unbind(1)
+    lost, quick = k[:, 0] * a - k[:, 1] * b * c, k[:, 2] * b * b
+    return torch.stack([-lost, lost - quick, quick], 1)
+
+
+def van_der_pol(t: Any, x: Tensor, k: Tensor) -> Tensor:
+    """The relaxation oscillator."""
+    u, v = x.unbind(1)
+    return torch.stack([v, k[:, 0] * (1 - u * u) * v - u], 1)
+
+
+def reaction_diffusion(t: Any, x: Tensor, k: Tensor) -> Tensor:
+    """Nagumo's equation on 100 points."""
+    padded = nn.functional.pad(x, (1, 1))
+    bend = (padded[:, 2:] - 2 * x + padded[:, :-2]) * (POINTS + 1) ** 2
+    return k[:, :1] * bend + k[:, 1:] * x * (1 - x) * (x - 0.25)
+
+
+def problems() -> dict[str, tuple[Callable[..., Tensor], Tensor, float, Tensor]]:
+    """By name: field, first state of a sample, end, and parameters."""
+    wave = torch.sin(math.pi * torch.arange(1, POINTS + 1, dtype=D) / (POINTS + 1))
+    return {
+        "Robertson": (robertson, torch.tensor([1.0, 0.0, 0.0], dtype=D), 1e5, torch.tensor([0.04, 1e4, 3e7], dtype=D)),
+        "Van der Pol": (van_der_pol, torch.tensor([2.0, 0.0], dtype=D), 2000.0, torch.tensor([1e3], dtype=D)),
+        "reaction and diffusion": (reaction_diffusion, wave, 10.0, torch.tensor([0.01, 5.0], dtype=D)),
+    }
+
+
+def radau(name: str, x0: Tensor, t1: float, k: Tensor, rtol: float, atol: float) -> np.ndarray:
+    """SciPy's solution of one sample, with a field and a Jacobian written in NumPy."""
+    if name == "Robertson":
+        k1, k2, k3 = k.tolist()
+
+        def velocity(t: float, y: np.ndarray) -> list[float]:
+            lost, quick = k1 * y[0] - k2 * y[1] * y[2], k3 * y[1] ** 2
+            return [-lost, lost - quick, quick]
+
+        matrix: Any = lambda t, y: [  # noqa: E731
+            [-k1, k2 * y[2], k2 * y[1]], [k1, -k2 * y[2] - 2 * k3 * y[1], -k2 * y[1]], [0, 2 * k3 * y[1], 0],
+        ]  # fmt: skip
+    elif name == "Van der Pol":
+        mu = k.item()
+        velocity = lambda t, y: [y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]]  # noqa: E731
+        matrix = lambda t, y: [[0, 1], [-2 * mu * y[0] * y[1] - 1, mu * (1 - y[0] ** 2)]]  # noqa: E731
+    else:
+        rate, growth = k.tolist()
+        scale = rate * (POINTS + 1) ** 2
+        bend = scale * (np.eye(POINTS, k=1) + np.eye(POINTS, k=-1) - 2 * np.eye(POINTS))
+        velocity = lambda t, y: bend @ y + growth * y * (1 - y) * (y - 0.25)  # noqa: E731
+        matrix = lambda t, y: bend + np.diag(growth * (-3 * y**2 + 2.5 * y - 0.25))  # noqa: E731
+    return solve_ivp(velocity, (0, t1), x0.numpy(), method="Radau", jac=matrix, rtol=rtol, atol=atol).y[:, -1]
+
+
+def stiff(options: Options) -> list[dict[str, Any]]:
+    """Times and errors of the stiff problems."""
+    rows = []
+    for name, (field, x0, t1, k) in problems().items():
+        spread = 1 + 0.1 * torch.linspace(0, 1, options.batch, dtype=D)[:, None]
+        ks, starts = k * spread, x0.repeat(options.batch, 1)
+        exact = np.stack([radau(name, x0, t1, one, 1e-11, 1e-15) for one in ks])
+
+        def error(x: np.ndarray, exact: np.ndarray = exact) -> float:
+            return float((np.abs(x - exact) / np.abs(exact)).max())
+
+        for tolerance in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
+            began = time.perf_counter()
+            solution = integrate(
+                field, starts, 0.0, t1, args=(ks,), solver="kvaerno5", control="sample", keep="last",
+                tolerance=Tolerance(tolerance, tolerance * 1e-4, max_steps=100_000),
+            )  # fmt: skip
+            ours = time.perf_counter() - began
+            began = time.perf_counter()
+            theirs = np.stack([radau(name, x0, t1, one, tolerance, tolerance * 1e-4) for one in ks])
+            rows.append({
+                "problem": name, "tolerance": tolerance, "seconds": ours, "error": error(solution.x1.numpy()),
+                "evaluations": solution.stats.evaluations, "radau seconds": time.perf_counter() - began,
+                "radau error": error(theirs),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def timed(work: Callable[[], object], shortest: float = 0.02) -> float:
+    """Seconds of one call."""
+    count, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < shortest:
+        work()
+        count += 1
+    return spent / count
+
+
+def overhead(options: Options) -> list[dict[str, Any]]:
+    """A step of kvaerno5 over its Jacobian, its factorization and solutions, and its field calls."""
+    rows = []
+    for features in (2, 8, 32):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(features, 64), nn.Tanh(), nn.Linear(64, features)).requires_grad_(False).double()
+        x = torch.randn(options.batch, features, dtype=D)
+
+        def field(t: Any, x: Tensor, net: nn.Module = net) -> Tensor:
+            return net(x) - 20 * x
+
+        take = ImplicitSteps(get_tableau("kvaerno5"), 1e-6, 1e-8)
+        take(field, 0.0, x, 0.05)
+        calls = take.calls - take.jacobians
+        matrix, right = jacobian(field, 0.0, x), torch.randn_like(x)
+
+        def step(field: Any = field, x: Tensor = x) -> None:
+            ImplicitSteps(get_tableau("kvaerno5"), 1e-6, 1e-8)(field, 0.0, x, 0.05)
+
+        def floor(
+            field: Any = field, x: Tensor = x, matrix: Tensor = matrix, right: Tensor = right, calls: int = calls
+        ) -> None:
+            jacobian(field, 0.0, x)
+            system = Dense(matrix, 0.013)
+            for _ in range(calls):
+                field(0.0, x)
+                system.solve(right)
+
+        with torch.no_grad():
+            ratios = [timed(step) / timed(floor) for _ in range(options.rounds)]
+        rows.append({"features": features, "calls": calls, "ratio": statistics.median(ratios), "rounds": ratios})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def reversible(options: Options) -> list[dict[str, Any]]:
+    """Reversible gradients over direct ones."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 32))
+    start, rows = torch.randn(256, 32), []
+
+    class Velocity(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, t: Any, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    field = Velocity()
+    ways: dict[str, dict[str, Any]] = {
+        "euler, 50 steps": {"solver": "euler", "steps": 50}, "bs23, 50 steps": {"solver": "bs23", "steps": 50},
+        "rk4, 50 steps": {"solver": "rk4", "steps": 50},
+        "bs23, adaptive": {"solver": "bs23", "tolerance": Tolerance(1e-5, 1e-6)},
+        "dopri5, adaptive": {"solver": "dopri5", "tolerance": Tolerance(1e-6, 1e-7)},
+    }  # fmt: skip
+
+    def passes(gradient: Any, **way: Any) -> None:
+        x = start.clone().requires_grad_()
+        integrate(field, x, 0.0, 1.0, gradient=gradient, keep="last", **way).x1.square().sum().backward()
+
+    for name, way in ways.items():
+        ratios = [
+            timed(lambda way=way: passes("reversible", **way)) / timed(lambda way=way: passes("direct", **way))
+            for _ in range(options.rounds)
+        ]
+        row: dict[str, Any] = {"way": name, "ratio": statistics.median(ratios), "rounds": ratios}
+        if "steps" in way:
+            for n in (10, 1000):
+                longer = way | {"steps": n}
+                row[f"peak of {n} steps"] = measure_memory(lambda way=longer: passes("reversible", **way)).peak
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main(options: Options) -> None:
+    """Measure, print the tables and write the file."""
+    torch.set_num_threads(1)
+    measured = {"environment": environment(), "command": "python -m benchmarks.implicit"}
+    measured |= {"overhead": overhead(options), "reversible": reversible(options), "stiff": stiff(options)}
+    options.output.write_text(json.dumps(measured, indent=1) + "\n")
+    for name in ("stiff", "overhead", "reversible"):
+        rows = [{key: value for key, value in row.items() if key != "rounds"} for row in measured[name]]
+        print(f"\n{tabulate(rows, headers='keys', tablefmt='github', floatfmt='.3g')}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
