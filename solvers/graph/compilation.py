@@ -85,7 +85,9 @@ def check_graph(
         return False  # of which a graph keeps the last
     elif keep == "steps":
         reason = ValueError("graph=True keeps no steps: leave out keep='steps', and give the times of states, at=")
-    elif gradient == "checkpoint":
+    elif not tableau.explicit:
+        reason = ValueError(f"graph=True takes explicit methods, got {tableau.name}: graph=False")
+    elif gradient not in ("direct", "backsolve"):
         reason = ValueError(
             "graph=True has a gradient of its own, that of the steps, whose memory does not grow with them: leave out "
             f"gradient={gradient!r}"

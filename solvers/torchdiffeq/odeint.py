@@ -1,4 +1,4 @@
-"""``odeint`` with torchdiffeq's signature and semantics, for explicit Runge-Kutta methods."""
+"""``odeint`` with torchdiffeq's signature and semantics, for Runge-Kutta methods."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def odeint(
     stage for it. The embedded error of ``dopri5`` is that of Dormand and Prince (and SciPy), 1.5 times torchdiffeq's,
     whose fourth-order weights are Shampine's: a few more steps at equal tolerance. ``func`` is asked at times between
     the first and the last of ``t`` only, where torchdiffeq's adaptive methods step past the last; with ``event_fn`` up
-    to the end of the step that meets the event. Time is kept in float64; ``func`` gets it in the precision of the
-    state, float32 at least.
+    to the end of the step that meets the event, and with kvaerno5 a quarter of a step behind. Time is kept in float64;
+    ``func`` gets it in the precision of the state, float32 at least.
 
     Args:
         func: ``(t, y)`` to the velocity, with ``t`` a scalar tensor and ``y`` as ``y0``. May have the callbacks
@@ -42,8 +42,9 @@ def odeint(
         t: times ``(n,)``, strictly increasing or decreasing; gradients flow to it.
         rtol, atol: numbers, tensors that broadcast against y0, or one of these per part of a tuple; as in
             :class:`~solvers.Tolerance`.
-        method: with error control bosh3, dopri5, tsit5, fehlberg2 or adaptive_heun; with fixed steps euler, midpoint,
-            heun2, heun3, rk4 or rk4_38. dopri5 if not given.
+        method: with error control bosh3, dopri5, tsit5, dopri8, fehlberg2, adaptive_heun or, for stiff problems,
+            kvaerno5; with fixed steps euler, midpoint, heun2, heun3, rk4, rk4_38, implicit_euler, implicit_midpoint or
+            trapezoid. dopri5 if not given.
         options: adaptive methods: norm, first_step, min_step, max_step, safety, ifactor, dfactor, max_num_steps,
             jump_t, step_t, dtype, graph; fixed ones: step_size, grid_constructor, perturb, interp. ``max_num_steps``
             counts the attempts of the whole solve, 100000 if not given, or 20000 until an event. ``dtype`` is that of

@@ -24,10 +24,13 @@ __all__ = [
 ]  # fmt: skip
 
 ADAPTIVE = {
-    "bosh3": "bs23", "dopri5": "dopri5", "dopri8": "dopri8", "tsit5": "tsit5", "fehlberg2": "fehlberg2",
-    "adaptive_heun": "heun",
+    "bosh3": "bs23", "dopri5": "dopri5", "tsit5": "tsit5", "dopri8": "dopri8", "fehlberg2": "fehlberg2",
+    "adaptive_heun": "heun", "kvaerno5": "kvaerno5",
 }  # fmt: skip
-FIXED = {"euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38"}
+FIXED = {
+    "euler": "euler", "midpoint": "midpoint", "heun2": "heun", "heun3": "heun3", "rk4": "rk4", "rk4_38": "rk4_38",
+    "implicit_euler": "implicit_euler", "implicit_midpoint": "implicit_midpoint", "trapezoid": "trapezoid",
+}  # fmt: skip
 METHODS = (*ADAPTIVE, *FIXED)
 MAX_NUM_STEPS, MAX_STEPS_TO_EVENT, MAX_GRID_STEPS = 100_000, 20_000, 10_000_000
 

@@ -201,7 +201,7 @@ def test_couplings_that_are_none_are_refused(coupling):
         ({"event": lambda t, x: x.sum() - 1}, "finds no event"),
         ({"at": [0.5], "control": "sample"}, "no output times with control='sample'"),
         ({"keep": "steps"}, "keeps no steps"),
-        ({"graph": True, "keep": "last"}, "graph"),
+        ({"graph": True, "keep": "last"}, "graph=True has a gradient of its own.*leave out gradient='reversible'"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(arguments, message):
@@ -236,3 +236,9 @@ def test_weights_changed_since_are_refused():
         next(field.parameters()).add_(1)
     with pytest.raises(RuntimeError):
         x1.sum().backward()
+
+
+def test_a_graph_where_it_pays_leaves_it_alone():
+    field, x0 = net(), torch.randn(2, 3, dtype=D)
+    how = {"tolerance": Tolerance(1e-3, 1e-5), "keep": "last", "gradient": "reversible"}
+    assert torch.equal(integrate(field, x0, 0.0, 1.0, graph="auto", **how).x1, integrate(field, x0, 0.0, 1.0, **how).x1)

@@ -1,6 +1,7 @@
 """Implicit methods: orders, stability, invariants, and other solvers as referees."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.integrate import solve_ivp
 from scipy.optimize import fsolve
 
 from odenets import NeuralODE, measures
-from solvers import ButcherTableau, RootFinder, Tolerance, get_tableau, integrate, rk_step
+from solvers import ButcherTableau, RootFinder, Tolerance, get_tableau, integrate, odeint, odeint_adjoint, rk_step
 from tests.counting import Counted
 from tests.solvers.implicit.stiff import PROBLEMS, for_scipy, robertson
 from tests.solvers.problems import X0, D, close, decay, lotka
@@ -190,3 +191,21 @@ def test_a_neural_ode_takes_an_implicit_method():
     other = NeuralODE(field, solver="dopri5", tolerance=Tolerance(1e-9, 1e-11))(X0)
     close(y, other)
     assert records["action"].shape[1] == len(X0)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_odeint_takes_them_with_gradients(adjoint):
+    rate = torch.nn.Parameter(torch.tensor(30.0, dtype=D))
+    solve = partial(odeint_adjoint, adjoint_params=(rate,)) if adjoint else odeint
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=D)
+
+    def fall(t, y):
+        return -rate * (y - torch.cos(t))
+
+    y = solve(fall, torch.ones(3, 2, dtype=D), t, method="kvaerno5")
+    exact = (rate**2 * torch.cos(t) + rate * torch.sin(t) + torch.exp(-rate * t)) / (1 + rate**2)
+    torch.testing.assert_close(y[:, 0, 0], exact, rtol=1e-6, atol=0)
+    grads = [torch.autograd.grad(value, rate)[0] for value in (y[-1, 0, 0], exact[-1])]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=0)
+    fixed = odeint(fall, torch.ones(3, 2, dtype=D), t, method="trapezoid", options={"step_size": 0.005})
+    torch.testing.assert_close(fixed[:, 0, 0], exact, rtol=1e-4, atol=0)
