@@ -77,7 +77,7 @@ class ReversibleFlow(Flow):
 
     @property
     def passes_on(self) -> bool:
-        """Never: the next step's first stage is at another state."""
+        """Never, for the next step's first stage is at another state."""
         return False
 
     def _steps(

@@ -55,7 +55,7 @@ class Coefficients:
 
     @property
     def interior(self) -> int:
-        """Number of stages that the solution needs: all."""
+        """Number of stages that the solution needs, all."""
         return len(self.c)
 
     @property
@@ -65,12 +65,12 @@ class Coefficients:
 
     @property
     def inside_calls(self) -> int:
-        """Field calls for states inside a step: one, of cubic Hermite."""
+        """Field calls for states inside a step, one, of cubic Hermite."""
         return 1
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the embedded outputs: the solution's alone."""
+        """Names of the embedded outputs, the solution's alone."""
         return (f"order{self.order}",)
 
     def solution(self, name: str) -> Output:

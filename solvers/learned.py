@@ -92,7 +92,7 @@ class LearnedTableau(nn.Module):
 
     @property
     def interior(self) -> int:
-        """Number of stages that a step evaluates: all."""
+        """Number of stages that a step evaluates, all."""
         return self.stages
 
     @property
@@ -117,12 +117,12 @@ class LearnedTableau(nn.Module):
 
     @property
     def inside_calls(self) -> int:
-        """Field calls for states inside a step: one, of cubic Hermite."""
+        """Field calls for states inside a step, one, of cubic Hermite."""
         return 1
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the embedded outputs: the solution's alone."""
+        """Names of the embedded outputs, the solution's alone."""
         return (f"order{self.order}",)
 
     @property
@@ -133,7 +133,7 @@ class LearnedTableau(nn.Module):
 
     @property
     def error_order(self) -> int:
-        """None: there is no lower solution.
+        """None, for there is no lower solution.
 
         Raises:
             ValueError: always.

@@ -229,7 +229,7 @@ class ButcherTableau:
 
     @property
     def inside_calls(self) -> int:
-        """Field calls for states inside a step that carries all its stages: none, or those of cubic Hermite."""
+        """Field calls for states inside a step that carries all its stages, none or those of cubic Hermite."""
         return 0 if self.dense is not None else 1
 
     @property
