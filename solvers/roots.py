@@ -25,6 +25,10 @@ class RootFinder:
             field call each, for fields such as convolutions. "fixed_point" iterates the equation as it stands, which
             converges only where h times the Jacobian is below 1. "auto" is "newton" up to 200 features of a sample,
             "newton_krylov" above.
+        band: how far an entry of the Jacobian that is not 0 lies from its diagonal at most, over the features of a
+            sample as they lie in memory: 1 for a line of points that see their neighbours. "newton" then takes ``2 band +
+            1`` products with the Jacobian for all of it, and banded factors, on the host, by SciPy: for lines of
+            thousands of points. A band that is too narrow costs iterations, and no accuracy. None for whole matrices.
         tolerance: with error control the iteration ends where its error is estimated below this share of the tolerance
             of the solve. Without, it ends near rounding, at ``eps ** 0.75`` of the state.
         max_iterations: the largest number of iterations of a stage; a step in which one does not converge by then is
@@ -39,7 +43,8 @@ class RootFinder:
     """
 
     method: Literal["auto", "newton", "newton_krylov", "fixed_point"] = "auto"
-    tolerance: float = 0.03
+    band: int | None = None
+    tolerance: float = 0.1
     max_iterations: int = 10
 
     def __post_init__(self) -> None:
@@ -47,6 +52,11 @@ class RootFinder:
             raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {self.method!r}")
         if not (isinstance(self.tolerance, Real) and 0 < self.tolerance < 1):
             raise ValueError(f"tolerance must be a share in (0, 1), got {self.tolerance!r}")
+        if self.band is not None:
+            if not isinstance(self.band, Integral) or isinstance(self.band, bool) or self.band < 0:
+                raise ValueError(f"band must be a whole number of diagonals, 0 or more, or None, got {self.band!r}")
+            if self.method not in ("auto", "newton"):
+                raise ValueError(f"band goes with method 'newton', got method={self.method!r}, which has no matrix")
         whole = isinstance(self.max_iterations, Integral) and not isinstance(self.max_iterations, bool)
         if not whole or self.max_iterations < 1:
             raise ValueError(f"max_iterations must be a whole number, at least 1, got {self.max_iterations!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from solvers.field_calls import Field, velocity
 
-__all__ = ["Dense", "Identity", "LinearSystem", "conjugate_residuals", "jacobian", "rows"]
+__all__ = ["Dense", "Identity", "LinearSystem", "conjugate_residuals", "jacobian", "pulled", "rows"]
 
 _INVERTED = 48
 """Features up to which a product with the inverse is the faster, and as good for an iteration that mends itself."""
@@ -27,23 +27,28 @@ def jacobian(field: Field, t: Any, x: Tensor) -> Tensor:
 
     Samples are taken to be independent. One field call.
     """
+    size = rows(x).shape[1]
+    return pulled(field, t, x, torch.eye(size, dtype=x.dtype, device=x.device)).transpose(0, 1)
+
+
+def pulled(field: Field, t: Any, x: Tensor, covectors: Tensor) -> Tensor:
+    """Products of covectors ``(n, D)``, the same for each sample, with ``dv/dx``, ``(n, B, D)``. One field call."""
+    count, size = covectors.shape
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         y = x.detach().clone().requires_grad_()
         v = velocity(field, t, y)
-        size = rows(x).shape[1]
+        samples = rows(x).shape[0]
         if not v.requires_grad:
-            return x.new_zeros(rows(x).shape[0], size, size)
-        lead = (size, 1) if x.ndim > 1 else (size,)
-        ones = torch.eye(size, dtype=x.dtype, device=x.device)
-        ones = ones.reshape(*lead, *x.shape[1:]).expand(size, *x.shape) if x.ndim > 1 else ones.view(size, *x.shape)
+            return x.new_zeros(count, samples, size)
+        vs = covectors[:, None].expand(count, samples, size).reshape(count, *x.shape)
         try:
-            (grads,) = torch.autograd.grad(v, y, ones, is_grads_batched=True, retain_graph=True, allow_unused=True)
-        except RuntimeError:  # an operation that cannot be mapped: row by row
-            grads = [torch.autograd.grad(v, y, one, retain_graph=True, allow_unused=True)[0] for one in ones]
+            (grads,) = torch.autograd.grad(v, y, vs, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # an operation that cannot be mapped: one by one
+            grads = [torch.autograd.grad(v, y, one, retain_graph=True, allow_unused=True)[0] for one in vs]
             grads = None if grads[0] is None else torch.stack(grads)
     if grads is None:
-        return x.new_zeros(rows(x).shape[0], size, size)
-    return grads.detach().reshape(size, -1, size).transpose(0, 1)
+        return x.new_zeros(count, samples, size)
+    return grads.detach().reshape(count, samples, size)
 
 
 class LinearSystem(Protocol):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from torch.compiler import is_compiling
 
 from solvers.errors import failure
 from solvers.field_calls import Field, countable, counting, velocity
-from solvers.implicit.linear import Dense, Identity, LinearSystem, conjugate_residuals, jacobian, rows
+from solvers.implicit.banded import Banded, banded_jacobian
+from solvers.implicit.iteration import Iteration, Measure
+from solvers.implicit.linear import Dense, Identity, LinearSystem, jacobian, rows
 from solvers.implicit.root import attach_gradient
 from solvers.reductions import combine
 from solvers.step import Step
@@ -25,19 +27,9 @@ __all__ = ["ImplicitSteps", "check_found", "check_implicit"]
 
 _DENSE = 200
 """Features of a sample up to which "auto" makes matrices."""
+
 _SLOW = 0.05
 """Rate of convergence beyond which a Jacobian is not kept for the next step."""
-_SHARE = 0.05
-"""How far the linear systems of "newton_krylov" are solved."""
-
-
-class _Measure(NamedTuple):
-    """What the change of a stage by an iteration is measured with."""
-
-    weight: Any
-    limit: float
-    relative: bool = False
-
 
 class ImplicitSteps:
     """Takes steps of an implicit method, and keeps the Jacobian from one to the next while it serves.
@@ -50,21 +42,26 @@ class ImplicitSteps:
         each: whether samples are accepted one by one, so that one whose iteration fails does not end the others'.
 
     Attributes:
-        calls: field calls so far.
+        iteration: what finds the stages.
         jacobians: Jacobians computed so far.
         factorizations: matrices factorized so far, one for all samples.
     """
 
     def __init__(self, tableau: ButcherTableau, rtol: Any = None, atol: Any = None, *, each: bool = False) -> None:
         self.tableau, self.rtol, self.atol, self.each = tableau, rtol, atol, each
-        self.calls = self.jacobians = self.factorizations = 0
+        self.iteration = Iteration(tableau.roots, each=each)
+        self.jacobians = self.factorizations = self._calls = 0
         self._kept: Tensor | None = None
         self._fresh = False
-        self._eta, self._slowest = 1.0, 0.0
+
+    @property
+    def calls(self) -> int:
+        """Field calls so far."""
+        return self._calls + self.iteration.calls
 
     def accept(self, accepted: np.ndarray | None = None) -> None:
         """The last step is taken, by all samples or some; the next one begins elsewhere."""
-        if self._slowest > _SLOW:
+        if self.iteration.slowest > _SLOW:
             self._kept = None
         self._fresh = False
 
@@ -92,7 +89,7 @@ class ImplicitSteps:
         chosen = self.tableau.roots.method
         if chosen != "auto":
             return chosen
-        return "newton" if rows(x).shape[1] <= _DENSE else "newton_krylov"
+        return "newton" if self.tableau.roots.band is not None or rows(x).shape[1] <= _DENSE else "newton_krylov"
 
     def _attempt(
         self, field: Any, t: Any, x: Tensor, h: Any, first: Tensor | None, method: str, *, afresh: bool = False
@@ -103,7 +100,7 @@ class ImplicitSteps:
         stages: tuple[Tensor, ...] = ()
         systems: dict[Any, LinearSystem] = {}
         unsolved: np.ndarray | None = None
-        measure, self._slowest = None, 0.0
+        measure, self.iteration.slowest = None, 0.0
         for i, weights in enumerate(tableau.a):
             v = field[i] if several else field
             time = t + tableau.c[i] * h
@@ -111,7 +108,7 @@ class ImplicitSteps:
                 p = first if i == 0 and first is not None else None
                 if p is None:
                     p = velocity(v, time, combine(x, stages, weights, h) if i else x, i)
-                    self.calls += 1
+                    self._calls += 1
                 stages = (*stages, p)
                 continue
             scale = h * weights[i]
@@ -125,16 +122,19 @@ class ImplicitSteps:
                 else:
                     guess = _extrapolated(stages, tableau, i) if stages else torch.zeros_like(x)
                 measure = measure or self._measure(x, h)
-                p, failed = self._root(v, i, time, start.detach(), scale, guess, systems[key], measure, method)
-            if failed is not None:
-                unsolved = np.full(len(failed), -1) if unsolved is None else unsolved
-                unsolved = np.where((unsolved < 0) & failed, i, unsolved)
-                if not self.each or failed.all():
-                    stages = (*stages, *[torch.full_like(x, math.nan)] * (tableau.stages - i))
-                    break
-                p = torch.where(_mask(failed, x), math.nan, p)
-            elif torch.is_grad_enabled():
+            solve = partial(self._solved, v, time, scale, None if method == "full" else systems[key])
+            p, failed, differentiable = self.iteration(
+                v, i, time, start.detach(), scale, guess, measure, method, solve
+            )
+            if failed is not None and (not self.each or failed.all()):
+                unsolved = _first_failed(unsolved, failed, i)
+                stages = (*stages, *[torch.full_like(x, math.nan)] * (tableau.stages - i))
+                break
+            if torch.is_grad_enabled() and (differentiable or start.requires_grad):
                 p = self._with_gradient(v, i, time, start, scale, p, systems[key])
+            if failed is not None:
+                unsolved = _first_failed(unsolved, failed, i)
+                p = torch.where(_mask(failed, x), math.nan, p)
             stages = (*stages, p)
         x1 = combine(x, stages, tableau.b, h)
         return Step(t, h, x, x1, stages, tableau, None, unsolved)
@@ -144,93 +144,34 @@ class ImplicitSteps:
             return Identity()
         matrix = self._kept if keep else None
         if matrix is None:
-            matrix = jacobian(v, t, x)
-            self.calls, self.jacobians = self.calls + 1, self.jacobians + 1
+            matrix = self._jacobian(v, t, x)
             self._kept, self._fresh = (matrix if keep else None), True
+        return self._factorized(matrix, scale)
+
+    def _jacobian(self, v: Field, t: Any, x: Tensor) -> Tensor:
+        self._calls, self.jacobians = self._calls + 1, self.jacobians + 1
+        band = self.tableau.roots.band
+        return jacobian(v, t, x) if band is None else banded_jacobian(v, t, x, band)
+
+    def _factorized(self, matrix: Tensor, scale: Any) -> LinearSystem:
         self.factorizations += 1
         with torch.no_grad():
-            return Dense(matrix, scale)
+            return Dense(matrix, scale) if self.tableau.roots.band is None else Banded(matrix, scale)
 
-    def _system_at(self, v: Field, t: Any, y: Tensor, scale: Any) -> Dense:
-        self.calls, self.jacobians, self.factorizations = self.calls + 1, self.jacobians + 1, self.factorizations + 1
-        return Dense(jacobian(v, t, y), scale)
+    def _solved(self, v: Field, t: Any, scale: Any, system: LinearSystem | None, r: Tensor, y: Tensor) -> Tensor:
+        """The solution for r, with a matrix of its own at y where there is none."""
+        return (system or self._factorized(self._jacobian(v, t, y), scale)).solve(r)
 
-    def _measure(self, x: Tensor, h: Any) -> _Measure:
+    def _measure(self, x: Tensor, h: Any) -> Measure:
         """The weight ``h / tolerance`` of changes of a stage, and the limit on their root mean square."""
         x, eps = x.detach(), torch.finfo(x.dtype).eps
         h = h.detach() if isinstance(h, Tensor) else h
         if self.rtol is None:
-            return _Measure(h, eps**0.75, relative=True)
+            return Measure(h, eps**0.75, relative=True)
         scale = x.abs() * self.rtol + self.atol
         rtol = float(torch.as_tensor(self.rtol).min())
         share = self.tableau.roots.tolerance
-        return _Measure(h / (scale + torch.finfo(x.dtype).tiny), max(10 * eps / rtol if rtol else 0.0, share))
-
-    def _root(
-        self, v: Field, i: int, t: Any, start: Tensor, scale: Any, p: Tensor, system: LinearSystem, measure: _Measure,
-        method: str
-    ) -> tuple[Tensor, np.ndarray | None]:  # fmt: skip
-        """The stage, and the samples whose iteration does not converge, ``(B,)``, or None."""
-        most, weight, limit = self.tableau.roots.max_iterations, measure.weight, measure.limit
-        eta = max(self._eta, 1e-16) ** 0.8 if method == "newton" else 1.0
-        last, sizes = None, None
-        features, worst, before = rows(start).shape[1] ** 0.5, 0.0, math.nan
-        if method != "newton":
-            most *= 5
-        for k in range(most):
-            y = start + scale * p
-            value = velocity(v, t, y, i)
-            self.calls += 1
-            change = value - p
-            if method == "newton_krylov":
-                change = self._corrected(v, i, t, y, value, change, scale)
-            else:
-                change = (self._system_at(v, t, y, scale) if method == "full" else system).solve(change)
-            p = p + change
-            last, sizes = sizes, torch.linalg.vector_norm(rows(change * weight), dim=1)
-            if measure.relative:
-                sizes = sizes / (rows(y).abs().amax(1) + torch.finfo(y.dtype).tiny)
-            among = torch.where(sizes.isfinite(), sizes, 0.0) if self.each else sizes
-            before, worst = worst, among.max().item() / features
-            if worst == 0.0 and not self.each:
-                return p, None
-            if k:
-                rate = worst / before if before else 0.0
-                self._slowest = max(self._slowest, rate)
-                rate_next = max(rate, _SHARE) if method == "newton_krylov" else rate  # which a lucky iteration hides
-                eta = rate_next / (1 - rate_next) if rate < 1 else math.inf
-                hopeless = not rate < 2 or (rate < 1 and rate ** (most - 1 - k) * eta * worst > limit)
-            else:
-                hopeless = not math.isfinite(worst)
-            if eta * worst <= limit:
-                self._eta = eta
-                if self.each and not bool(sizes.isfinite().all()):
-                    return p, ~sizes.isfinite().cpu().numpy()
-                return p, None
-            if hopeless and not self.each and (method != "full" or not math.isfinite(worst)):
-                break
-        self._slowest = math.inf
-        assert sizes is not None
-        if not self.each:
-            return p, np.ones(len(sizes), dtype=bool)
-        rates = (sizes / last).cpu().numpy() if last is not None else np.full(len(sizes), np.inf)
-        sizes = sizes.cpu().numpy() / features
-        with np.errstate(all="ignore"):
-            found = (sizes == 0) | ((rates < 1) & (rates / (1 - rates) * sizes <= limit))
-        return p, None if found.all() else ~found
-
-    def _corrected(self, v: Field, i: int, t: Any, y: Tensor, value: Tensor, r: Tensor, scale: Any) -> Tensor:
-        """Newton's correction, by products with the Jacobian that are differences of velocities."""
-        eps = torch.finfo(y.dtype).eps ** 0.5
-        size = _norms(y) + 1e-3
-
-        def product(d: Tensor) -> Tensor:
-            length = _norms(d)
-            small = eps * size / torch.where(length > 0, length, 1.0)
-            self.calls += 1
-            return d - scale * (velocity(v, t, y + small * d, i) - value) / small
-
-        return conjugate_residuals(product, r, lambda r: r, tolerance=_SHARE, iterations=30)[0]
+        return Measure(h / (scale + torch.finfo(x.dtype).tiny), max(10 * eps / rtol if rtol else 0.0, share))
 
     def _with_gradient(
         self, v: Field, i: int, t: Any, start: Tensor, scale: Any, p: Tensor, system: LinearSystem
@@ -238,11 +179,11 @@ class ImplicitSteps:
         """The stage as a function of what its equation depends on; one field call, with a graph."""
         y = start + scale * p
         value = velocity(v, t, y, i)
-        self.calls += 1
+        self._calls += 1
         if value.requires_grad and not y.requires_grad:  # by parameters of the field alone
             y.requires_grad_()
             value = velocity(v, t, y, i)
-            self.calls += 1
+            self._calls += 1
         return attach_gradient(value, y, p, scale, system) if value.requires_grad else p
 
 
@@ -299,9 +240,9 @@ def _extrapolated(stages: Sequence[Tensor], tableau: ButcherTableau, i: int) -> 
     return guess
 
 
-def _norms(x: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(rows(x), dim=1)
-    return norms.view(-1, *[1] * (x.ndim - 1)) if x.ndim > 1 else norms.view(())
+def _first_failed(unsolved: np.ndarray | None, failed: np.ndarray, i: int) -> np.ndarray:
+    unsolved = np.full(len(failed), -1) if unsolved is None else unsolved
+    return np.where((unsolved < 0) & failed, i, unsolved)
 
 
 def _mask(samples: np.ndarray, x: Tensor) -> Tensor:
