@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,10 +21,16 @@ from solvers.gradients.backsolve import backsolved, seminorm
 from solvers.gradients.captured import Captured, owner_of
 from solvers.gradients.checkpoint import Read, recomputed
 from solvers.gradients.reversible import ReversibleSteps, increment_of, reversed_states
+from solvers.implicit.root import CALLED_AGAIN
+from solvers.implicit.steps import check_found
 from solvers.outputs import BatchOutputs, SampleOutputs, stacked
+from solvers.runge_kutta import rk_step
 from solvers.sample_loop import align
 from solvers.solution import SampleSolution, Solution, Statistics
 from solvers.solve import Task, even_grid, with_gradient
+from solvers.step import Step
+from solvers.steppers import stepper
+from solvers.tableaus import ButcherTableau
 from solvers.validation import real_dtype, to_state_shape
 
 __all__ = ["by_backsolving", "by_recomputing", "by_reversing", "captured_field"]
@@ -49,7 +55,8 @@ def by_recomputing(task: Task, captured: Captured | None) -> Solution:
     forward = nullcontext() if captured is None else captured.forward(task.x0.device)
     if task.grid is not None and task.event is None:
         times = tuple(task.grid.times)
-        stats = Statistics((len(times) - 1) * task.tableau.calls, len(times) - 1)
+        calls = 0 if task.tableau.implicit else (len(times) - 1) * task.tableau.calls
+        stats = Statistics(calls, len(times) - 1)
         end = (times[-1], task.x0) if task.outputs else None
         solution = Solution(
             times=task.t if task.outputs else times, states=(task.x0,), end=end, step_times=times, stats=stats
@@ -116,15 +123,37 @@ def _recomputed(
         outputs = task.batch_outputs() if task.outputs else None
         readings = [outputs.reading(t, h) for t, h in steps] if outputs is not None else []
         if stats is not None:
-            each = task.tableau.stages - task.tableau.interior if task.tableau.dense else task.tableau.inside_calls
+            closing = 0 if task.tableau.implicit else task.tableau.stages - task.tableau.interior
+            each = closing if task.tableau.dense else task.tableau.inside_calls
             stats.evaluations += each * sum(reading.inside for reading in readings)
     reads = [None if r is None else Read(lambda step, r=r: r(step, how), r.inside) for r in readings]
-    take = recomputed if captured is None else _eagerly()
-    x, states = take(captured, field, task.x0, steps, task.tableau, reads)
+    calls: list[int] = []
+    take: Any = partial(_implicit_step, task, captured, calls) if task.tableau.implicit else rk_step
+    solve = recomputed if captured is None else _eagerly()
+    x, states = solve(captured, field, task.x0, steps, task.tableau, reads, take)
+    if stats is not None:
+        stats.evaluations += sum(calls)
     if outputs is None:
         return x, None
     outputs.states += states
     return x, outputs.stacked()
+
+
+def _implicit_step(
+    task: Task, captured: Captured | None, calls: list[int], field: Field, t: Any, x: Tensor, h: Any,
+    tableau: ButcherTableau, *, closing: bool
+) -> Step:  # fmt: skip
+    """A step whose stages are found as closely as those of the solve; ``calls`` counts what it takes."""
+    take = stepper(tableau, task.tolerance if task.grid is None else None, each=task.per_sample)
+    token = None if captured is None else CALLED_AGAIN.set(partial(captured.again, look=False))
+    try:
+        step = take(field, t, x, h, closing=closing)
+    finally:
+        if token is not None:
+            CALLED_AGAIN.reset(token)
+    check_found(step)
+    calls.append(take.calls)
+    return step
 
 
 @cache

@@ -26,11 +26,13 @@ class RootFinder:
             converges only where h times the Jacobian is below 1. "auto" is "newton" up to 200 features of a sample,
             "newton_krylov" above.
         band: how far an entry of the Jacobian that is not 0 lies from its diagonal at most, over the features of a
-            sample as they lie in memory: 1 for a line of points that see their neighbours. "newton" then takes ``2 band +
-            1`` products with the Jacobian for all of it, and banded factors, on the host, by SciPy: for lines of
-            thousands of points. A band that is too narrow costs iterations, and no accuracy. None for whole matrices.
+            sample as they lie in memory: 1 for a line of points that see their neighbours. "newton" then takes
+            ``2 band + 1`` products with the Jacobian for all of it, and banded factors, on the host, by SciPy: for
+            lines of thousands of points. A band that is too narrow costs iterations, and no accuracy. None for whole
+            matrices.
         tolerance: with error control the iteration ends where its error is estimated below this share of the tolerance
-            of the solve. Without, it ends near rounding, at ``eps ** 0.75`` of the state.
+            of the solve. Without, this is not read: the iteration ends near rounding, where the largest change of a
+            component is ``eps ** 0.75`` of it, or no more than the last digit of the largest.
         max_iterations: the largest number of iterations of a stage; a step in which one does not converge by then is
             rejected, and where no smaller one can be taken, the solve ends with :class:`~solvers.NewtonError`.
 

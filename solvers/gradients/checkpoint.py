@@ -44,7 +44,7 @@ class _Again:
 
 def recomputed(
     captured: Captured | None, field: Field, x: Tensor, steps: Sequence[tuple[Time, Time]], tableau: ButcherTableau,
-    reads: Sequence[Read | None] = ()
+    reads: Sequence[Read | None] = (), take: Callable[..., Step] = rk_step
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The state after steps ``(t, h)``, whose gradient keeps ``2 sqrt(n)`` states and the stages of one step.
 
@@ -59,6 +59,7 @@ def recomputed(
             whatever the field reads.
         steps: start and size of each.
         reads: what is read off each step; None of any, if not given.
+        take: what takes a step.
 
     Returns:
         The state, and what was read.
@@ -66,7 +67,7 @@ def recomputed(
     closes = tableau.dense is not None
 
     def one(x: Tensor, t: Time, h: Time, read: Read | None) -> tuple[Tensor, ...]:
-        step = rk_step(field, t, x, h, tableau, closing=closes and read is not None and read.closing)
+        step = take(field, t, x, h, tableau, closing=closes and read is not None and read.closing)
         return (step.x1, *(read.states(step) if read is not None else ()))
 
     def several(x: Tensor, run: Sequence[tuple[Time, Time, Read | None]]) -> tuple[Tensor, ...]:

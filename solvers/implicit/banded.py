@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,21 +40,29 @@ class Banded:
     """
 
     def __init__(self, bands: Tensor, scale: Any) -> None:
-        self._lapack = _lapack()
-        self._band = len(bands) // 2
-        scale = scale.detach().reshape(1, -1, 1) if isinstance(scale, Tensor) else scale
-        scaled = bands * scale
-        self.size = 1 + scaled.abs().sum(0).max().item()
+        band = len(bands) // 2
+        system = bands * (-scale.reshape(1, -1, 1) if isinstance(scale, Tensor) else -scale)
+        system[band] += 1
+        matrix = torch.zeros(system[0].numel(), 3 * band + 1, dtype=system.dtype)
+        matrix[:, band:] = system.flatten(1).T
+        factors, pivots, _ = _lapack("trf", system.dtype)(matrix.numpy().T, band, band, overwrite_ab=True)
+        norm = system.abs().sum(0).amax()
+        self.tensors = (norm, torch.from_numpy(factors.T), torch.from_numpy(pivots))
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Banded:
+        """The system that is made of tensors."""
+        system = cls.__new__(cls)
+        system.tensors = tuple(tensors)
+        return system
+
+    @property
+    def size(self) -> float:
         """The largest sum of a column's absolute values."""
-        matrix = np.zeros((scaled[0].numel(), 3 * self._band + 1), dtype=scaled.cpu().numpy().dtype)
-        matrix[:, self._band :] = -scaled.flatten(1).T.cpu().numpy()
-        matrix[:, 2 * self._band] += 1
-        kind = "d" if matrix.dtype == np.float64 else "s"
-        factorize, self._solve = (getattr(self._lapack, f"{kind}gb{what}") for what in ("trf", "trs"))
-        self._factors, self._pivots, self._singular = factorize(matrix.T, self._band, self._band, overwrite_ab=True)
+        return self.tensors[0].item()
 
     def solve(self, r: Tensor) -> Tensor:
-        """The solution for ``r``; NaN where a matrix is singular, which no iteration survives."""
+        """The solution for ``r``."""
         return self._solved(r, transposed=False)
 
     def solve_transposed(self, r: Tensor) -> Tensor:
@@ -62,14 +70,17 @@ class Banded:
         return self._solved(r, transposed=True)
 
     def _solved(self, r: Tensor, *, transposed: bool) -> Tensor:
-        right = r.detach().reshape(-1).cpu().numpy()
-        d, _ = self._solve(self._factors, self._band, self._band, right, self._pivots, trans=int(transposed))
+        _, factors, pivots = self.tensors
+        band = (factors.shape[1] - 1) // 3
+        d, _ = _lapack("trs", factors.dtype)(
+            factors.numpy().T, band, band, r.reshape(-1).cpu().numpy(), pivots.numpy(), trans=int(transposed)
+        )
         return torch.from_numpy(d).to(r.device).view(r.shape)
 
 
-def _lapack() -> Any:
+def _lapack(what: str, dtype: torch.dtype) -> Any:
     try:
-        from scipy.linalg import lapack  # noqa: PLC0415 - of this method alone
+        from scipy.linalg import lapack
     except ImportError as error:
         raise ImportError("RootFinder(band=...) solves by SciPy: pip install scipy") from error
-    return lapack
+    return getattr(lapack, f"{'d' if dtype == torch.float64 else 's'}gb{what}")

@@ -55,7 +55,8 @@ class LinearSystem(Protocol):
     """A matrix for each sample, near ``I - h a J``.
 
     Attributes:
-        size: its norm, as far as it is known.
+        size: a norm of it, as far as it is known.
+        tensors: what it is made of.
     """
 
     @property
@@ -63,8 +64,18 @@ class LinearSystem(Protocol):
         """See above."""
         ...
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See above."""
+        ...
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> LinearSystem:
+        """The system that is made of tensors."""
+        ...
+
     def solve(self, r: Tensor) -> Tensor:
-        """The solution for ``r``, of its shape."""
+        """The solution for ``r``, of its shape; infinite or NaN where a matrix is singular."""
         ...
 
     def solve_transposed(self, r: Tensor) -> Tensor:
@@ -73,7 +84,7 @@ class LinearSystem(Protocol):
 
 
 class Dense:
-    """``I - h a J`` factorized.
+    """``I - h a J`` factorized, or inverted where it is small.
 
     Args:
         matrix: the Jacobians, ``(B, D, D)``.
@@ -81,39 +92,52 @@ class Dense:
     """
 
     def __init__(self, matrix: Tensor, scale: Any) -> None:
-        scale = scale.detach().reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
+        scale = scale.reshape(-1, 1, 1) if isinstance(scale, Tensor) else scale
         system = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device) - scale * matrix
-        self._matrix, self._scale = matrix, scale
-        self._inverse: Tensor | None = None
+        norm = system.detach().abs().sum(2).amax()
         if matrix.shape[1] <= _INVERTED:
-            self._inverse, _ = torch.linalg.inv_ex(system)
+            self.tensors: tuple[Tensor, ...] = (norm, torch.linalg.inv_ex(system)[0])
         else:
-            self._factors, self._pivots, _ = torch.linalg.lu_factor_ex(system)
+            self.tensors = (norm, *torch.linalg.lu_factor_ex(system)[:2])
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Dense:
+        """The system that is made of tensors."""
+        system = cls.__new__(cls)
+        system.tensors = tuple(tensors)
+        return system
 
     @property
     def size(self) -> float:
         """The largest sum of a row's absolute values."""
-        return 1 + (self._scale * self._matrix).abs().sum(2).max().item()
+        return self.tensors[0].item()
 
     def solve(self, r: Tensor) -> Tensor:
-        """The solution for ``r``; infinite or NaN where a matrix is singular, which no iteration survives."""
-        right = rows(r).unsqueeze(2)
-        if self._inverse is not None:
-            return torch.bmm(self._inverse, right).view(r.shape)
-        return torch.linalg.lu_solve(self._factors, self._pivots, right).view(r.shape)
+        """The solution for ``r``."""
+        return self._solved(r, transposed=False)
 
     def solve_transposed(self, r: Tensor) -> Tensor:
         """The same with the transposed matrices."""
+        return self._solved(r, transposed=True)
+
+    def _solved(self, r: Tensor, *, transposed: bool) -> Tensor:
         right = rows(r).unsqueeze(2)
-        if self._inverse is not None:
-            return torch.bmm(self._inverse.transpose(1, 2), right).view(r.shape)
-        return torch.linalg.lu_solve(self._factors, self._pivots, right, adjoint=True).view(r.shape)
+        if len(self.tensors) == 2:
+            inverse = self.tensors[1]
+            return torch.bmm(inverse.transpose(1, 2) if transposed else inverse, right).view(r.shape)
+        return torch.linalg.lu_solve(*self.tensors[1:], right, adjoint=transposed).view(r.shape)
 
 
 class Identity:
     """No matrix: what is left of Newton's iteration is that of a fixed point."""
 
     size = 1.0
+    tensors: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Identity:
+        """The same."""
+        return cls()
 
     def solve(self, r: Tensor) -> Tensor:
         """``r`` as it is."""

@@ -16,9 +16,9 @@ from torch.compiler import is_compiling
 from solvers.errors import failure
 from solvers.field_calls import Field, countable, counting, velocity
 from solvers.implicit.banded import Banded, banded_jacobian
-from solvers.implicit.iteration import Iteration, Measure
+from solvers.implicit.iteration import Iteration, Measure, refuse_forward_mode
 from solvers.implicit.linear import Dense, Identity, LinearSystem, jacobian, rows
-from solvers.implicit.root import attach_gradient
+from solvers.implicit.root import stage_with_gradient
 from solvers.reductions import combine
 from solvers.step import Step
 from solvers.tableaus import ButcherTableau
@@ -30,6 +30,7 @@ _DENSE = 200
 
 _SLOW = 0.05
 """Rate of convergence beyond which a Jacobian is not kept for the next step."""
+
 
 class ImplicitSteps:
     """Takes steps of an implicit method, and keeps the Jacobian from one to the next while it serves.
@@ -74,6 +75,7 @@ class ImplicitSteps:
             with counting():
                 return self(field, t, countable(x), h, None if first is None else countable(first), closing=closing)
         check_implicit(self.tableau, x)
+        refuse_forward_mode(x)
         method = self._method(x)
         step = self._attempt(field, t, x, h, first, method)
         if step.unsolved is not None and method == "newton" and not self._fresh:
@@ -123,15 +125,14 @@ class ImplicitSteps:
                     guess = _extrapolated(stages, tableau, i) if stages else torch.zeros_like(x)
                 measure = measure or self._measure(x, h)
             solve = partial(self._solved, v, time, scale, None if method == "full" else systems[key])
-            p, failed, differentiable = self.iteration(
-                v, i, time, start.detach(), scale, guess, measure, method, solve
-            )
+            p, failed, differentiable = self.iteration(v, i, time, start.detach(), scale, guess, measure, method, solve)
             if failed is not None and (not self.each or failed.all()):
                 unsolved = _first_failed(unsolved, failed, i)
                 stages = (*stages, *[torch.full_like(x, math.nan)] * (tableau.stages - i))
                 break
             if torch.is_grad_enabled() and (differentiable or start.requires_grad):
-                p = self._with_gradient(v, i, time, start, scale, p, systems[key])
+                p, calls = stage_with_gradient(v, i, time, start + scale * p, p, scale, systems[key])
+                self._calls += calls
             if failed is not None:
                 unsolved = _first_failed(unsolved, failed, i)
                 p = torch.where(_mask(failed, x), math.nan, p)
@@ -155,6 +156,7 @@ class ImplicitSteps:
 
     def _factorized(self, matrix: Tensor, scale: Any) -> LinearSystem:
         self.factorizations += 1
+        scale = scale.detach() if isinstance(scale, Tensor) else scale
         with torch.no_grad():
             return Dense(matrix, scale) if self.tableau.roots.band is None else Banded(matrix, scale)
 
@@ -172,19 +174,6 @@ class ImplicitSteps:
         rtol = float(torch.as_tensor(self.rtol).min())
         share = self.tableau.roots.tolerance
         return Measure(h / (scale + torch.finfo(x.dtype).tiny), max(10 * eps / rtol if rtol else 0.0, share))
-
-    def _with_gradient(
-        self, v: Field, i: int, t: Any, start: Tensor, scale: Any, p: Tensor, system: LinearSystem
-    ) -> Tensor:
-        """The stage as a function of what its equation depends on; one field call, with a graph."""
-        y = start + scale * p
-        value = velocity(v, t, y, i)
-        self._calls += 1
-        if value.requires_grad and not y.requires_grad:  # by parameters of the field alone
-            y.requires_grad_()
-            value = velocity(v, t, y, i)
-            self._calls += 1
-        return attach_gradient(value, y, p, scale, system) if value.requires_grad else p
 
 
 def check_found(step: Step) -> None:

@@ -146,3 +146,16 @@ def test_a_field_that_depends_on_time_is_called_behind_the_end_per_sample_too():
     assert max(latest) == pytest.approx(1 + 0.2303 * 0.25, abs=1e-3)
     other = integrate(decay, x0, 0.0, 1.0, solver="kvaerno5", steps=4)
     torch.testing.assert_close(one.x1, other.x1, rtol=1e-9, atol=1e-9)
+
+
+def test_the_sample_whose_iteration_fails_is_named():
+    rates = torch.tensor([[1.0], [1.0], [1.0], [4.0]])  # of which 1 - h J is singular
+    with pytest.raises(NewtonError) as raised:
+        integrate(lambda t, x: rates * x, torch.ones(4, 1), 0.0, 1.0, solver="implicit_euler", steps=4)
+    assert raised.value.sample == 3
+
+
+@pytest.mark.parametrize(("band", "method"), [(-1, "auto"), (1.5, "auto"), (True, "auto"), (1, "newton_krylov")])
+def test_bands_that_cannot_be(band, method):
+    with pytest.raises(ValueError, match=r"^band "):
+        RootFinder(method, band=band)

@@ -11,6 +11,8 @@ from scipy.optimize import fsolve
 
 from odenets import NeuralODE, measures
 from solvers import ButcherTableau, RootFinder, Tolerance, get_tableau, integrate, odeint, odeint_adjoint, rk_step
+from solvers.implicit.banded import Banded, banded_jacobian
+from solvers.implicit.linear import Dense, jacobian
 from tests.counting import Counted
 from tests.solvers.implicit.stiff import PROBLEMS, for_scipy, robertson
 from tests.solvers.problems import X0, D, close, decay, lotka
@@ -209,3 +211,67 @@ def test_odeint_takes_them_with_gradients(adjoint):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=0)
     fixed = odeint(fall, torch.ones(3, 2, dtype=D), t, method="trapezoid", options={"step_size": 0.005})
     torch.testing.assert_close(fixed[:, 0, 0], exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("big", [1e-3, 1.0, 1e4, 1e8])
+def test_small_components_are_found_beside_large_ones(big):
+    """Stages of fixed steps are found component by component, in float32 too."""
+
+    def field(t, x):
+        return torch.stack([0 * x[:, 0], -1e4 * torch.sinh(x[:, 1])], 1)
+
+    x0 = torch.tensor([[big, 3.0]])
+    x1 = integrate(field, x0, 0.0, 1e-3, solver="implicit_euler", steps=10).x1
+    assert x1[0, 1].item() == pytest.approx(0.0024311, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["implicit_euler", "trapezoid", "kvaerno5"])
+@pytest.mark.parametrize("slope", [30.0, 100.0, 300.0])
+def test_saturating_fields_have_their_one_root_found(name, slope):
+    for start in torch.linspace(-3, 3, 25, dtype=D):
+        x = start.view(1, 1)
+        x1 = rk_step(lambda t, x: -slope * torch.tanh(x), 0.0, x, 0.1, get_tableau(name)).x1
+        if name == "implicit_euler":
+            close(x1 + 0.1 * slope * torch.tanh(x1), x)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_banded_systems_are_those_of_whole_matrices(transposed):
+    x, scale = torch.randn(3, 7, dtype=D), torch.tensor([0.1, 0.7, 2.0], dtype=D).view(3, 1)
+    weights = torch.randn(3, 7, 7, dtype=D).tril(2).triu(-2)
+    field = lambda t, x: torch.tanh(torch.einsum("bij,bj->bi", weights, x))  # noqa: E731
+    matrix, bands = jacobian(field, 0.0, x), banded_jacobian(field, 0.0, x, 2)
+    r = torch.randn_like(x)
+    solutions = [
+        system.solve_transposed(r) if transposed else system.solve(r)
+        for system in (Dense(matrix, scale), Banded(bands, scale))
+    ]
+    torch.testing.assert_close(*solutions, rtol=1e-10, atol=1e-12)
+
+
+def test_a_band_gives_the_same_solution_with_few_products():
+    field, x0, t1, k = PROBLEMS["reaction and diffusion"]
+    rates = torch.tensor([k], dtype=D, requires_grad=True)
+    solutions = [
+        integrate(
+            field, x0, 0.0, t1, args=(rates,), solver=get_tableau("kvaerno5").solved_by(RootFinder(band=band)),
+            tolerance=Tolerance(1e-7, 1e-10),
+        ).x1
+        for band in (None, 1)
+    ]  # fmt: skip
+    torch.testing.assert_close(*solutions, rtol=1e-7, atol=1e-10)
+    grads = [torch.autograd.grad(x1.sum(), rates)[0] for x1 in solutions]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
+
+
+def test_a_band_solves_lines_of_thousands_of_points():
+    points = 4000
+    x0 = torch.sin(math.pi * torch.arange(1, points + 1, dtype=D) / (points + 1))[None]
+
+    def heat(t, x):
+        padded = torch.nn.functional.pad(x, (1, 1))
+        return (padded[:, 2:] - 2 * x + padded[:, :-2]) * (points + 1) ** 2
+
+    solver = get_tableau("kvaerno5").solved_by(RootFinder(band=1))
+    x1 = integrate(heat, x0, 0.0, 0.1, solver=solver, tolerance=Tolerance(1e-6, 1e-10)).x1
+    torch.testing.assert_close(x1, x0 * math.exp(-(math.pi**2) * 0.1), rtol=1e-5, atol=1e-8)
