@@ -107,7 +107,9 @@ class Flow(BlockSequence):
         passes_on = closing and tableau.fsal and self.passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == len(blocks) - 1)
-            fields = self._velocities(blocks, m, self.tableau, closes, args)
+            fields: Any = self._velocities(blocks, m, self.tableau, closes, args)
+            if self.tableau.implicit and self.stage_fields == "tied":  # of which one Jacobian serves all stages
+                fields = fields[0]
             begin = t, x, h, tableau, first
             yield (step := take_step(blocks[m], args, fields, *begin, closing=closes, reductions=reductions))
             t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods on tensors: one call, :func:`integrate`, and the parts that it is made of.
+"""Runge-Kutta methods on tensors: one call, :func:`integrate`, and the parts that it is made of.
 
 A solve takes a velocity field ``v(t, x)``, the state of a batch ``(B, *S)``, and the times between which it goes:
 
@@ -37,6 +37,7 @@ from solvers.integrate import integrate
 from solvers.interpolation import Interpolant, SampleInterpolant
 from solvers.learned import LearnedTableau
 from solvers.methods import get_tableau
+from solvers.methods.rosenbrock import RosenbrockTableau
 from solvers.reductions import combine, finish_step
 from solvers.roots import RootFinder
 from solvers.runge_kutta import rk_step
@@ -52,7 +53,8 @@ from solvers.torchdiffeq.odeint import odeint, odeint_event
 __all__ = [
     "PI", "PID", "ButcherTableau", "Controller", "ControllerState", "Embedded", "Field", "Fixed", "HalveDouble", "I",
     "Interpolant", "LearnedTableau", "MaxStepsError", "NewtonError", "NonFiniteError", "Reversible", "RootFinder",
-    "Row", "SampleController", "SampleInterpolant", "SampleSolution", "SampleStates", "SampleStatistics", "SemiLinear",
-    "Separable", "Solution", "SolverError", "Statistics", "Status", "Step", "StepUnderflowError", "Tolerance",
-    "combine", "finish_step", "get_tableau", "integrate", "odeint", "odeint_adjoint", "odeint_event", "rk_step",
+    "RosenbrockTableau", "Row", "SampleController", "SampleInterpolant", "SampleSolution", "SampleStates",
+    "SampleStatistics", "SemiLinear", "Separable", "Solution", "SolverError", "Statistics", "Status", "Step",
+    "StepUnderflowError", "Tolerance", "combine", "finish_step", "get_tableau", "integrate", "odeint",
+    "odeint_adjoint", "odeint_event", "rk_step",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from solvers.controllers import Controller, ControllerState, check_returned
 from solvers.errors import NonFiniteError, Status, failure
 from solvers.field_calls import Field, velocity
 from solvers.first_step import first_step
-from solvers.implicit.steps import check_found
+from solvers.implicit import check_found
 from solvers.solution import Statistics
 from solvers.step import Step
 from solvers.steppers import Stepper, stepper
@@ -126,7 +126,7 @@ def adaptive_steps(
         with torch.no_grad():
             ratio = tolerance.ratio(step)
         bad = None if math.isfinite(ratio) else _first_not_finite(step)
-        if bad is not None and bad.stage == 0 and not tableau.a[0]:
+        if bad is not None and bad.stage == 0 and not tableau.a[0] and step.unsolved is None:
             raise NonFiniteError("the field is not finite at an accepted state", t=t, h=h, stage=0, sample=bad.sample)
         state = controller(state._replace(h=abs(h)), ratio, order)
         check_returned(state, ControllerState, controller)

@@ -106,8 +106,8 @@ def failure(
     if status == "newton":
         return NewtonError(
             "the iteration of an implicit stage does not converge: take smaller steps, float64, or another RootFinder; "
-            "its matrix is singular, or the field too far from linear, not differentiable, or one whose samples depend "
-            "on each other (newton_krylov)",
+            "its matrix is singular, or the field too far from linear, not finite near the state, not differentiable, "
+            "drawing at random (dropout in training mode), or one whose samples depend on each other (newton_krylov)",
             t=t, h=h, stage=stage, sample=sample,
         )  # fmt: skip
     if status == "not_finite":
@@ -120,5 +120,5 @@ def failure(
             "the problem is discontinuous here, or the tolerance is below rounding"
         )  # fmt: skip
     if not implicit:
-        remedy += "; where the problem is stiff, solver='kvaerno5'"
+        remedy += "; where the problem is stiff, solver='rodas4' or 'kvaerno5'"
     return kind(f"{what}; last error ratio {ratio:.3g}: {remedy}", t=t, h=h, stage=None, sample=sample)

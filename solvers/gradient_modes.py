@@ -21,8 +21,8 @@ from solvers.gradients.backsolve import backsolved, seminorm
 from solvers.gradients.captured import Captured, owner_of
 from solvers.gradients.checkpoint import Read, recomputed
 from solvers.gradients.reversible import ReversibleSteps, increment_of, reversed_states
+from solvers.implicit import check_found
 from solvers.implicit.root import CALLED_AGAIN
-from solvers.implicit.steps import check_found
 from solvers.outputs import BatchOutputs, SampleOutputs, stacked
 from solvers.runge_kutta import rk_step
 from solvers.sample_loop import align

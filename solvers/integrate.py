@@ -21,6 +21,7 @@ from solvers.gradients.captured import Captured
 from solvers.gradients.reversible import Reversible
 from solvers.learned import LearnedTableau
 from solvers.methods import get_tableau
+from solvers.methods.rosenbrock import RosenbrockTableau
 from solvers.output_times import output_times
 from solvers.packing import Packing
 from solvers.sample_loop import within
@@ -169,6 +170,11 @@ def integrate(
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor), finite=graph is not True)  # which looks at its end
     if tableau.structure:
         _check_structure(tableau, field, x0, gradient)
+    if isinstance(tableau, RosenbrockTableau) and gradient != "direct":
+        raise ValueError(
+            f"gradient={gradient!r} would differentiate the Jacobian of {tableau.name} again for each step: take "
+            "'direct', or solver='kvaerno5'"
+        )
     if per_sample:
         _check_per_sample(x0, packing, steps, controller, gradient)
     if gradient == "reversible":
@@ -303,7 +309,7 @@ def _check_steps(steps: Any, tolerance: Any, controller: Any, tableau: ButcherTa
     if steps is None and tableau.low is None:
         raise ValueError(
             f"{tableau.name} carries no embedded error, by which steps are chosen: take steps=n, or one of bs23, "
-            "dopri5, tsit5, heun, midpoint, or kvaerno5 for stiff problems"
+            "dopri5, tsit5, heun, midpoint, or rodas4 and kvaerno5 for stiff problems"
         )
 
 

@@ -18,7 +18,7 @@ from solvers.field_calls import (
     overwritten,
     uncounted,
 )
-from solvers.implicit.steps import ImplicitSteps, check_found
+from solvers.implicit import check_found, implicit_steps
 from solvers.learned import LearnedTableau
 from solvers.reductions import SMALL, combination, combine, finish_step
 from solvers.step import Step
@@ -119,7 +119,7 @@ def _other_step(
     first: Tensor | None = None, reductions: Collection[str] = ()
 ) -> Step:  # fmt: skip
     """A step of an implicit method, or of one that reads the structure of its field."""
-    take = ImplicitSteps(tableau) if tableau.implicit else structured_steps(tableau)
+    take = implicit_steps(tableau) if tableau.implicit else structured_steps(tableau)
     step = take(field, t, x, h, first)
     check_found(step)
     if not reductions or (isinstance(h, Tensor) and h.numel() not in (1, len(x))):

@@ -62,6 +62,7 @@ class SampleLoop:
         tableau, tolerance, controller: the method, what it accepts, how it chooses its steps.
         raises: whether a sample that cannot go on ends the solve; else it stays where it is and the others go on.
         take: what takes the steps, if not what the method is taken by.
+        stops: times at which a step of a sample ends, ``(B, n)`` in the order of the solve.
     """
 
     field: Field
@@ -73,6 +74,7 @@ class SampleLoop:
     controller: SampleController
     raises: bool = True
     take: Stepper | None = None
+    stops: Array | None = None
 
     def __post_init__(self) -> None:
         self.tolerance.check_per_sample(self.x)
@@ -115,7 +117,8 @@ class SampleLoop:
         attempts, largest = 0, min(self.tolerance.max_step, torch.finfo(to_state_shape(self.t, self.x).dtype).max)
         while self.moving.any():
             size = np.clip(states.h, self.tolerance.min_step, largest)
-            left = np.abs(self.t1 - self.t)
+            goal = self._goal()
+            left = np.abs(goal - self.t)
             smallest = 10 * np.spacing(np.abs(self.t))
             near = left <= smallest
             self._fail_where_stuck(size, smallest, near, ratio, bad_stage, attempts)
@@ -130,7 +133,7 @@ class SampleLoop:
             with torch.no_grad():
                 ratio = self.tolerance.ratios(step)
             finite = np.isfinite(ratio) | ~self.moving
-            before = states.errors
+            before, clipped = states, last & (goal != self.t1)
             states = self.controller.each(states._replace(h=np.abs(h)), ratio, order)
             check_returned(states, SampleStates, self.controller)
             if self.tolerance.min_step:
@@ -142,13 +145,15 @@ class SampleLoop:
                 self._unfound = step.unsolved
                 self._hopeless = taken & ~finite  # no smaller step is allowed, or chosen by the controller
                 if torch.is_grad_enabled():  # a NaN beside good samples would reach their gradients: all try again
-                    states = states._replace(h=np.where(accepted, np.abs(h), states.h), errors=before)
+                    states = states._replace(h=np.where(accepted, np.abs(h), states.h), errors=before.errors)
                     accepted = np.zeros_like(accepted)
             self.counts[1] += accepted
             self.counts[2] += self.moving & ~accepted
             if not accepted.any():
                 first = step.stages[0]
                 continue
+            if clipped.any():  # by a stop, not by the error: what comes behind it may be as large as before
+                states = states._replace(h=np.where(clipped & accepted, np.maximum(states.h, before.h), states.h))
             calls = take.calls
             take.accept(accepted)
             self.count(take.calls - calls)
@@ -158,10 +163,19 @@ class SampleLoop:
             first = step.stages[-1] if self.tableau.fsal else None
             if first is not None and not everyone:
                 first = torch.where(took, first, step.stages[0])
-            self.t = np.where(accepted, np.where(last, self.t1, self.t + h), self.t)
+            self.t = np.where(accepted, np.where(last, goal, self.t + h), self.t)
             self._t = np.where(accepted, self.t, self._t) if self._parked else self.t
             self.moving = self.moving & (self.t != self.t1)
             yield Round(step, accepted, self.t, self.states)
+
+    def _goal(self) -> Array:
+        """Where the step of each sample ends at the latest."""
+        if self.stops is None:
+            return self.t1
+        ahead = self.direction[:, None] * (self.stops - self.t[:, None])
+        next_one = np.where(ahead > 0, ahead, np.inf).argmin(1)
+        stop = np.take_along_axis(self.stops, next_one[:, None], 1)[:, 0]
+        return np.where((ahead > 0).any(1), stop, self.t1)
 
     def stop(self, samples: Array) -> None:
         """Let the samples of a mask ``(B,)`` go no further."""

@@ -123,6 +123,11 @@ class Task:
         return interpolant(step, self.field)
 
     @property
+    def stopping_outputs(self) -> Sequence[Any]:
+        """The output times at which steps end: of stiff methods, whose steps grow beyond what is to be seen inside."""
+        return self.at if self.outputs and self.grid is None and self.tableau.implicit else ()
+
+    @property
     def state_costs(self) -> int:
         """How many field evaluations :meth:`state_in` takes."""
         return 0 if self.grid is not None and self.grid.linear else self.tableau.inside_calls
@@ -154,8 +159,8 @@ def _solve_batch(task: Task) -> Solution:
         else:
             loop = adaptive_steps(
                 task.field, x, t0=task.t0, t1=task.t1, tableau=task.tableau, tolerance=task.tolerance,
-                controller=task.controller, stops=task.stops, jumps=task.jumps, observe=task.observe, stats=stats,
-                take=task.take,
+                controller=task.controller, stops=(*task.stops, *task.stopping_outputs), jumps=task.jumps,
+                observe=task.observe, stats=stats, take=task.take,
             )  # fmt: skip
         for step in loop:
             t: Any = step.t + step.h if numbers is None else next(numbers)
@@ -251,6 +256,7 @@ def _solve_samples(task: Task) -> SampleSolution:
     loop = SampleLoop(
         field=task.field, x=task.x0, t=task.t0, t1=task.t1, tableau=task.tableau, tolerance=task.tolerance,
         controller=task.controller, raises=task.raises, take=task.take,
+        stops=task.at if len(task.stopping_outputs) else None,
     )  # fmt: skip
     outputs = SampleOutputs(task.at, task.t, task.x0, task.t0, loop.t == loop.t1) if task.outputs else None
     collector = _Collector(task, outputs)

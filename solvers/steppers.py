@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from solvers.field_calls import Field
-from solvers.implicit.steps import ImplicitSteps
+from solvers.implicit import implicit_steps
 from solvers.runge_kutta import rk_step
 from solvers.step import Step
 from solvers.structured import structured_steps
@@ -20,13 +20,12 @@ __all__ = ["ExplicitSteps", "Stepper", "stepper"]
 
 
 class Stepper(Protocol):
-    """Takes steps, and may remember something from one to the next.
+    """Takes steps, and may remember something from one to the next."""
 
-    Attributes:
-        calls: field calls so far.
-    """
-
-    calls: int
+    @property
+    def calls(self) -> int:
+        """Field calls so far."""
+        ...
 
     def __call__(
         self, field: Field | Sequence[Field], t: Any, x: Tensor, h: Any, first: Tensor | None = None, *,
@@ -66,5 +65,5 @@ def stepper(tableau: ButcherTableau, tolerance: Tolerance | None = None, *, each
     if tableau.structure:
         return structured_steps(tableau)
     if tolerance is None:
-        return ImplicitSteps(tableau, each=each)
-    return ImplicitSteps(tableau, tolerance.rtol, tolerance.atol, each=each)
+        return implicit_steps(tableau, each=each)
+    return implicit_steps(tableau, tolerance.rtol, tolerance.atol, each=each)

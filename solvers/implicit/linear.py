@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,33 +23,39 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1) if x.ndim > 1 else x.reshape(1, -1)
 
 
-def jacobian(field: Field, t: Any, x: Tensor) -> Tensor:
+def jacobian(field: Field, t: Any, x: Tensor, *, create_graph: bool = False) -> Tensor:
     """``dv/dx`` of each sample, ``(B, D, D)``, by reverse mode for all rows at once; zero where the field reads no x.
 
     Samples are taken to be independent. One field call.
     """
     size = rows(x).shape[1]
-    return pulled(field, t, x, torch.eye(size, dtype=x.dtype, device=x.device)).transpose(0, 1)
+    ones = torch.eye(size, dtype=x.dtype, device=x.device)
+    return pulled(field, t, x, ones, create_graph=create_graph).transpose(0, 1)
 
 
-def pulled(field: Field, t: Any, x: Tensor, covectors: Tensor) -> Tensor:
-    """Products of covectors ``(n, D)``, the same for each sample, with ``dv/dx``, ``(n, B, D)``. One field call."""
+def pulled(field: Field, t: Any, x: Tensor, covectors: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Products of covectors ``(n, D)``, the same for each sample, with ``dv/dx``, ``(n, B, D)``. One field call.
+
+    With ``create_graph`` they are functions of what x and the field depend on.
+    """
     count, size = covectors.shape
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        y = x.detach().clone().requires_grad_()
+    kept = nullcontext() if create_graph else torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.enable_grad(), kept:
+        y = x if create_graph and x.requires_grad else x.detach().clone().requires_grad_()
         v = velocity(field, t, y)
         samples = rows(x).shape[0]
         if not v.requires_grad:
             return x.new_zeros(count, samples, size)
         vs = covectors[:, None].expand(count, samples, size).reshape(count, *x.shape)
+        how: Any = {"retain_graph": True, "allow_unused": True, "create_graph": create_graph}
         try:
-            (grads,) = torch.autograd.grad(v, y, vs, is_grads_batched=True, retain_graph=True, allow_unused=True)
+            (grads,) = torch.autograd.grad(v, y, vs, is_grads_batched=True, **how)
         except RuntimeError:  # an operation that cannot be mapped: one by one
-            grads = [torch.autograd.grad(v, y, one, retain_graph=True, allow_unused=True)[0] for one in vs]
-            grads = None if grads[0] is None else torch.stack(grads)
+            parts = [torch.autograd.grad(v, y, one, **how)[0] for one in vs]
+            grads = None if parts[0] is None else torch.stack(parts)
     if grads is None:
         return x.new_zeros(count, samples, size)
-    return grads.detach().reshape(count, samples, size)
+    return (grads if create_graph else grads.detach()).reshape(count, samples, size)
 
 
 class LinearSystem(Protocol):

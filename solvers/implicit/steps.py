@@ -23,9 +23,9 @@ from solvers.reductions import combine
 from solvers.step import Step
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["ImplicitSteps", "check_found", "check_implicit"]
+__all__ = ["DENSE", "ImplicitSteps", "check_found", "check_implicit"]
 
-_DENSE = 200
+DENSE = 200
 """Features of a sample up to which "auto" makes matrices."""
 
 _SLOW = 0.05
@@ -91,7 +91,7 @@ class ImplicitSteps:
         chosen = self.tableau.roots.method
         if chosen != "auto":
             return chosen
-        return "newton" if self.tableau.roots.band is not None or rows(x).shape[1] <= _DENSE else "newton_krylov"
+        return "newton" if self.tableau.roots.band is not None or rows(x).shape[1] <= DENSE else "newton_krylov"
 
     def _attempt(
         self, field: Any, t: Any, x: Tensor, h: Any, first: Tensor | None, method: str, *, afresh: bool = False

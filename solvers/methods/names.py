@@ -20,6 +20,7 @@ from solvers.methods.explicit import (
 )  # fmt: skip
 from solvers.methods.exponential import ETD2RK, EXPONENTIAL_EULER
 from solvers.methods.implicit import IMPLICIT_EULER, IMPLICIT_MIDPOINT, KVAERNO5, TRAPEZOID
+from solvers.methods.rosenbrock import RODAS4
 from solvers.methods.symplectic import LEAPFROG, YOSHIDA4
 from solvers.tableaus import ButcherTableau
 
@@ -27,16 +28,17 @@ __all__ = ["get_tableau"]
 
 _METHODS = (
     EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5, DOPRI8, IMPLICIT_EULER,
-    IMPLICIT_MIDPOINT, TRAPEZOID, KVAERNO5, LEAPFROG, YOSHIDA4, EXPONENTIAL_EULER, ETD2RK,
+    IMPLICIT_MIDPOINT, TRAPEZOID, KVAERNO5, RODAS4, LEAPFROG, YOSHIDA4, EXPONENTIAL_EULER, ETD2RK,
 )  # fmt: skip
 _TABLEAUS = {tableau.name: tableau for tableau in _METHODS}
 _ALIASES = {"bosh3": "bs23"}
-_STIFF = "'kvaerno5'"
+_STIFF = "'rodas4' or 'kvaerno5'"
 _ELSEWHERE = {
     "heun2": "'heun'", "adaptive_heun": "'heun'", "rk45": "'dopri5'", "rk23": "'bs23'",
     "dop853": "'dopri8'", "explicit_adams": "'dopri5' or 'rk4'", "implicit_adams": _STIFF,
     "fixed_adams": "'rk4'", "radau": _STIFF, "bdf": _STIFF, "lsoda": _STIFF, "radauiia3": _STIFF, "radauiia5": _STIFF,
-    "gl2": "'implicit_midpoint'", "gl4": _STIFF, "gl6": _STIFF, "sdirk2": _STIFF, "trbdf2": _STIFF, "rodas4": _STIFF,
+    "gl2": "'implicit_midpoint'", "gl4": _STIFF, "gl6": _STIFF, "sdirk2": _STIFF, "trbdf2": _STIFF,
+    "rodas3": _STIFF, "rodas5": _STIFF, "rodas5p": _STIFF, "rosenbrock23": _STIFF, "ode23s": _STIFF,
     "kvaerno3": _STIFF, "kvaerno4": _STIFF, "kencarp4": _STIFF, "kencarp5": _STIFF,
     "backward_euler": "'implicit_euler'", "crank_nicolson": "'trapezoid'", "verlet": "'leapfrog'",
     "velocity_verlet": "'leapfrog'", "stormer_verlet": "'leapfrog'", "semi_implicit_euler": "'leapfrog'",

@@ -1,10 +1,12 @@
 """What implicit methods refuse, and where they cannot go on."""
 
+import math
+
 import pytest
 import torch
 
-from odenets import Flow, MLPField
-from solvers import NewtonError, RootFinder, Tolerance, get_tableau, integrate
+from odenets import Flow, MLPField, NeuralODE
+from solvers import NewtonError, RootFinder, RosenbrockTableau, Tolerance, get_tableau, integrate
 from solvers.implicit.linear import conjugate_residuals, jacobian
 from tests.solvers.problems import X0, D, decay, lotka
 
@@ -81,7 +83,7 @@ def test_root_finders_check_their_arguments(arguments):
 
 @pytest.mark.parametrize("name", ["bs23", "dopri5"])
 def test_errors_of_explicit_methods_name_the_implicit_one(name):
-    with pytest.raises(RuntimeError, match="stiff, solver='kvaerno5'"):
+    with pytest.raises(RuntimeError, match="stiff, solver='rodas4' or 'kvaerno5'"):
         integrate(lambda t, x: -1e6 * x, X0, 0.0, 10.0, solver=name, tolerance=Tolerance(max_steps=50))
 
 
@@ -159,3 +161,43 @@ def test_the_sample_whose_iteration_fails_is_named():
 def test_bands_that_cannot_be(band, method):
     with pytest.raises(ValueError, match=r"^band "):
         RootFinder(method, band=band)
+
+
+def test_what_rodas4_refuses():
+    wide = torch.ones(2, 300, dtype=D)
+    with pytest.raises(ValueError, match=r"states of up to 200 features, got 300: take kvaerno5.*RootFinder\(band=n\)"):
+        integrate(decay, wide, 0.0, 1.0, solver="rodas4")
+    whole = get_tableau("rodas4").solved_by(RootFinder("newton"))
+    exact = torch.full_like(wide, torch.e**-1)
+    torch.testing.assert_close(integrate(decay, wide, 0.0, 1.0, solver=whole, steps=4).x1, exact, rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match=r"solves with its Jacobian, got RootFinder\('newton_krylov'\): take kvaerno5"):
+        integrate(decay, X0, 0.0, 1.0, solver=get_tableau("rodas4").solved_by(RootFinder("newton_krylov")))
+    with pytest.raises(
+        ValueError, match=r"would need its Jacobian: take 'direct' or 'checkpoint', or solver='kvaerno5'"
+    ):
+        NeuralODE(MLPField(2), solver="rodas4", gradient="backsolve")
+    with pytest.raises(ValueError, match=r"rodas4 takes one field for all its stages, as with stage_fields='tied'"):
+        Flow(lambda: MLPField(2), depth=1, h=1.0, solver="rodas4", stage_fields="untied")(torch.ones(1, 2))
+
+
+def test_a_singular_matrix_of_rodas4_says_so():
+    with pytest.raises(NewtonError, match="matrix is singular") as caught:  # I - h J / 4 = 0
+        integrate(lambda t, x: 4.0 * x, torch.ones(2, 1), 0.0, 1.0, solver="rodas4", steps=1)
+    assert caught.value.sample == 0
+
+
+@pytest.mark.parametrize(
+    ("gamma", "message"),
+    [(((0.5,), (0.1, 0.25)), "same in all rows"), (((0.5,),), "must have i"), (((0.3,), (0.0, 0.3)), "at most 1")],
+)
+def test_rosenbrock_tables_that_cannot_be(gamma, message):
+    with pytest.raises(ValueError, match=message):
+        RosenbrockTableau("mine", order=2, c=(0.0, 1.0), a=((), (1.0,)), b=(0.5, 0.5), gamma=gamma)
+
+
+def test_a_rosenbrock_table_of_ones_own():
+    g = 1 - 1 / math.sqrt(2)
+    ros2 = RosenbrockTableau("ros2", 2, c=(0.0, 1.0), a=((), (1.0,)), b=(0.5, 0.5), gamma=((g,), (-2 * g, g)))
+    exact = integrate(lotka, X0, 0.0, 1.0, solver="dopri8", steps=20).x1
+    errors = [(integrate(lotka, X0, 0.0, 1.0, solver=ros2, steps=n).x1 - exact).abs().max() for n in (20, 40)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
