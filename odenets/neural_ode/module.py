@@ -43,6 +43,7 @@ from solvers import (
 )  # fmt: skip
 from solvers.batch_loop import adaptive_steps, fixed_steps
 from solvers.coefficients import as_numbers_or_tensors
+from solvers.learned import check_gradient
 from solvers.packing import Packing
 from solvers.solve import even_grid
 from solvers.structured import BoundField, check_structure
@@ -153,6 +154,7 @@ class NeuralODE(nn.Module):
             rest = Separable(rest, rest) if self.tableau.structure == "separable" else SemiLinear(torch.zeros(2), rest)
         with torch.no_grad():
             integrate(rest, torch.ones(*each, 2), self.t0, self.t1, **options)
+        check_gradient(self.tableau, self.gradient if isinstance(self.gradient, str) else "reversible")
 
     def _options(self, keep: str) -> dict[str, Any]:
         plain = self.owner is None and not isinstance(self.field, nn.Module)
