@@ -27,7 +27,7 @@ from solvers.sample_loop import within
 from solvers.separable import halves
 from solvers.solution import Solution
 from solvers.solve import Grid, Task, even_grid
-from solvers.structured import BoundField, check_structure
+from solvers.structured import BoundField, check_structure, part_of
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import check_call
@@ -219,7 +219,7 @@ def integrate(
         captured = captured_field(read, parameters, args, gradient, steps is None or event is not None)
     v: Field = field if captured is None else captured
     if tableau.structure:
-        v = BoundField(tableau.structure, captured or field.part, packing, args)  # type: ignore[attr-defined] - checked
+        v = BoundField(tableau.structure, captured or part_of(field), packing, args)
     elif args or not packing.single:
         call = v
         v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731

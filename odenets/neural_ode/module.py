@@ -46,7 +46,7 @@ from solvers.coefficients import as_numbers_or_tensors
 from solvers.learned import check_gradient
 from solvers.packing import Packing
 from solvers.solve import even_grid
-from solvers.structured import BoundField, check_structure
+from solvers.structured import BoundField, check_structure, part_of
 
 __all__ = ["NeuralODE"]
 
@@ -324,7 +324,7 @@ class NeuralODE(nn.Module):
         self._check_call(args)
         field: Any = (lambda t, x: self.field(t, x, *args)) if args else self.field
         if self.tableau.structure:
-            field = BoundField(self.tableau.structure, self.field.part, Packing(x), args)  # type: ignore[union-attr] - checked
+            field = BoundField(self.tableau.structure, part_of(self.field), Packing(x), args)
         t0, t1, self.statistics = float(self.t0), float(self.t1), Statistics()
         if self.fixed_steps is not None:
             times = even_grid(t0, t1, self.fixed_steps).times
