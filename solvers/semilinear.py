@@ -107,7 +107,11 @@ class SemiLinear(nn.Module):
         return self.begun()(t, x, name, *args)
 
     def begun(self) -> Callable[..., Tensor]:
-        """:meth:`part` for one solve: A is as it is now, and each function of it computed once."""
+        """:meth:`part` for one solve: A is as it is now, and each function of it computed once.
+
+        Raises:
+            TypeError, ValueError: what A returns is no such matrix.
+        """
         A = _checked(self.A) if isinstance(self.A, Tensor) else _checked(self.A(), "what A returns")
         return partial(self._part, _Functions(A, self))
 
@@ -119,7 +123,7 @@ class SemiLinear(nn.Module):
             return v if name == "network" else _times(A, A, x) + v
         return _times(A, A if name == "linear" else functions(int(name[-1]), t), x)
 
-    def kept(self, A: Tensor) -> dict[Any, Tensor]:
+    def _kept_of(self, A: Tensor) -> dict[Any, Tensor]:
         """The functions of a matrix that are kept over solves, as long as it is the same."""
         of = self._of
         if of is None or (of.dtype, of.device) != (A.dtype, A.device) or not torch.equal(of, A):
@@ -144,7 +148,7 @@ class _Functions:
         flows = torch.is_grad_enabled() and A.requires_grad
         single = flows or A.ndim == 1 or is_transformed(A) or unpack_dual(A).tangent is not None
         if not single and self.shared is None:
-            self.shared = self.field.kept(A)
+            self.shared = self.field._kept_of(A)
         kept = self.own if single or self.shared is None else self.shared
         if (k, h, flows) not in kept:
             if len(kept) >= _MOST:

@@ -58,6 +58,9 @@ class Separable(nn.Module):
             kinetic: of momenta ``(B, *S)`` to an energy for each sample, ``(B,)`` or ``(B, 1)``.
             potential: of positions, likewise. Both take what further ``args`` the field gets.
 
+        Returns:
+            The field, whose modules ``velocity`` and ``force`` hold the energies as ``energy``.
+
         Raises:
             TypeError: one of the two is no function of a state.
             ValueError: when called, an energy of another shape, or one that does not depend on the state by autograd.
