@@ -22,7 +22,7 @@ from solvers.coefficients import as_numbers_or_tensors
 from solvers.field_calls import check_unchanged, versions_of
 from solvers.validation import check_state
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "check_readout"]
 
 
 class Flow(BlockSequence):
@@ -178,8 +178,7 @@ class Flow(BlockSequence):
         check_named(args, check)
         if check:
             check_state(x)
-        if readout not in ("solution", "ensemble"):
-            raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+        check_readout(readout, self.tableau)
         if not measures and readout == "solution" and (x1 := self._end_state(x, args)) is not None:
             return x1, Records({}, blocks=self.names)
         closing = any(needs_closing(measure) for measure in measures.values())
@@ -230,4 +229,19 @@ class Flow(BlockSequence):
 
         The arguments ``x``, ``args`` and ``full_passes`` are those of it.
         """
+        check_readout("ensemble", self.tableau)
         return torch.stack(tuple(self.outputs(x, *args, full_passes=full_passes).values())).mean(0)
+
+
+def check_readout(readout: Any, tableau: ButcherTableau) -> None:
+    """That a method has what is read out.
+
+    Raises:
+        ValueError: it is no readout, or the ensemble of a method without embedded outputs.
+    """
+    if readout not in ("solution", "ensemble"):
+        raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+    if readout == "ensemble" and not tableau.outputs:
+        raise ValueError(
+            f"readout must be 'solution': {tableau.name} has no embedded outputs to average; heun, bs23 and dopri5 have"
+        )

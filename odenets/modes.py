@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from odenets.inputs import plain
+from solvers import LearnedTableau
 
 __all__ = [
     "device_of",
@@ -258,8 +259,13 @@ def device_of(network: nn.Module, default: torch.device | str = "cpu") -> torch.
 
 
 def dtype_of(network: nn.Module, default: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the first floating or complex parameter, or buffer; ``default``, or torch's own, without one."""
-    dtypes = (t.dtype for t in _tensors(network) if t.is_floating_point() or t.is_complex())
+    """The dtype of the first floating or complex parameter, or buffer; ``default``, or torch's own, without one.
+
+    Coefficients of a :class:`~solvers.LearnedTableau`, which goes with every dtype, do not count.
+    """
+    learned = {p for m in network.modules() if isinstance(m, LearnedTableau) for p in m.parameters()}
+    tensors = (t for t in _tensors(network) if t not in learned)
+    dtypes = (t.dtype for t in tensors if t.is_floating_point() or t.is_complex())
     return next(dtypes, default or torch.get_default_dtype())
 
 

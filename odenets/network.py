@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.coarsening import at_depth
-from odenets.flow import Flow
+from odenets.flow import Flow, check_readout
 from odenets.measures import StepFunction
 from odenets.modes import device_of, dtype_of
 from odenets.neural_ode import NeuralODE
@@ -113,7 +113,8 @@ class Network(Chain):
             step's embedded outputs.
 
     Raises:
-        ValueError: the number of transitions does not fit the number of flows, or the readout is unknown.
+        ValueError: the number of transitions does not fit the number of flows, or the readout is unknown or
+            one that the method of the last flow has not.
         TypeError: something else than modules, and flows where flows are.
 
     >>> import odenets
@@ -143,8 +144,7 @@ class Network(Chain):
                 f"{len(flows)} flows need {len(flows) - 1} transitions, got {len(transitions)}: "
                 "transitions=[...], nn.Identity() where the state stays as it is"
             )
-        if readout not in ("solution", "ensemble"):
-            raise ValueError(f"readout must be 'solution' or 'ensemble', got {readout!r}")
+        check_readout(readout, flows[-1].tableau)
         if readout == "ensemble" and not isinstance(flows[-1], Flow):
             raise ValueError("readout must be 'solution' where the last flow is a neural ODE, which has one output")
         self.encoder = encoder
@@ -264,6 +264,7 @@ class Network(Chain):
         for flow, transition in zip(before, self.transitions, strict=True):
             x = transition(flow.record(x, *args, check=False)[0])
         states = last.outputs(x, *args, full_passes=full_passes, check=False)
+        check_readout("ensemble", last.tableau)
         states["ensemble"] = torch.stack(tuple(states.values())).mean(0)
         return {name: self.head(state) for name, state in states.items()}
 

@@ -89,7 +89,7 @@ class Coefficients:
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"{self.name} has no interpolant of its own; bs23, dopri5, tsit5 and dopri8 have")
+        raise ValueError(f"{self.name} has no interpolant of its own; bs23, dopri5, dopri8 and kvaerno5 have")
 
 
 class HasCoefficients(Protocol):

@@ -19,7 +19,7 @@ from solvers.field_calls import Field
 from solvers.gradient_modes import by_backsolving, by_recomputing, by_reversing, captured_field
 from solvers.gradients.captured import Captured
 from solvers.gradients.reversible import Reversible
-from solvers.learned import LearnedTableau
+from solvers.learned import LearnedTableau, check_gradient
 from solvers.methods import get_tableau
 from solvers.methods.rosenbrock import RosenbrockTableau
 from solvers.output_times import output_times
@@ -28,7 +28,7 @@ from solvers.sample_loop import within
 from solvers.separable import halves
 from solvers.solution import Solution
 from solvers.solve import Grid, Task, even_grid
-from solvers.structured import BoundField, check_structure
+from solvers.structured import BoundField, check_structure, part_of
 from solvers.tableaus import ButcherTableau
 from solvers.tolerance import Tolerance
 from solvers.validation import check_call
@@ -166,7 +166,8 @@ def integrate(
     _check_choices(control, keep, on_limit, gradient)
     _check_kinds(field, tolerance, controller, event, args)
     _check_steps(steps, tolerance, controller, tableau)
-    _check_learned(tableau, gradient)
+    if torch.is_grad_enabled():
+        check_gradient(tableau, gradient)
     packing = Packing(x0, "x0", batched=not isinstance(x0, Tensor), finite=graph is not True)  # which looks at its end
     if tableau.structure:
         _check_structure(tableau, field, x0, gradient)
@@ -224,7 +225,7 @@ def integrate(
         captured = captured_field(read, parameters, args, gradient, steps is None or event is not None)
     v: Field = field if captured is None else captured
     if tableau.structure:
-        v = BoundField(tableau.structure, captured or field.part, packing, args)  # type: ignore[attr-defined] - checked
+        v = BoundField(tableau.structure, captured or part_of(field), packing, args)
     elif args or not packing.single:
         call = v
         v = lambda t, x: packing.pack(call(t, packing.unpack(x), *args), "field")  # noqa: E731
@@ -323,17 +324,6 @@ def _check_reversible(tableau: ButcherTableau, event: Any, at: Any, per_sample: 
         raise ValueError(f"gradient='reversible' has no output times with control='sample': {other}, or leave out at")
     if torch.compiler.is_compiling():
         raise RuntimeError(f"gradient='reversible' cannot be part of a compiled graph: {other}, or compile the field")
-
-
-def _check_learned(tableau: Any, gradient: str) -> None:
-    """That the gradient of a learned method is not lost."""
-    if gradient == "direct" or not isinstance(tableau, LearnedTableau):
-        return
-    if any(p.requires_grad for p in tableau.parameters()):
-        raise ValueError(
-            f"gradient={gradient!r} would lose the gradient of the coefficients of {tableau.name}: take "
-            "gradient='direct', or solver=learned.tableau(), its coefficients as numbers"
-        )
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

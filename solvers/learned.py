@@ -13,7 +13,7 @@ from solvers.methods import get_tableau
 from solvers.tableaus import ButcherTableau, Embedded
 from solvers.validation import is_transformed
 
-__all__ = ["LearnedTableau"]
+__all__ = ["LearnedTableau", "check_gradient"]
 
 CONDITIONS = {1: 1, 2: 2, 3: 4}
 """Number of order conditions up to each order."""
@@ -36,9 +36,11 @@ class LearnedTableau(nn.Module):
     ``gradient="direct"``. Looking at the conditions waits for a GPU once for each solve.
 
     Args:
-        start: name of a method or a tableau to begin with, whose embedded solutions are left behind; or None.
+        start: name of an explicit method, or its tableau, to begin with, whose embedded solutions are left behind; or
+            None.
         stages: number of stages, in place of a start: it then begins with the method of Jameson, Schmidt and Turkel
-            (1981), each stage from the one before, at the nodes ``1 / (stages + 1 - i)``.
+            (1981), each stage from the one before, at the nodes ``1 / (stages + 1 - i)``; with order 3 its weights b
+            are the nearest of that order.
         order: 1, 2 or 3, which is kept. If not given, that of the start, or 2 without one, at most that which so many
             stages keep: order 2 takes 2 stages, order 3 takes 4.
 
@@ -47,7 +49,8 @@ class LearnedTableau(nn.Module):
         change_b: change of the free weights, ``(stages,)``, or None where b follows from a.
 
     Raises:
-        TypeError, ValueError: no start and no stages, or both, or an order that is out of reach.
+        TypeError, ValueError: no start and no stages, or both, a start that is not explicit, or an order that is out of
+            reach.
 
     References:
         Hairer, Norsett, Wanner. Solving Ordinary Differential Equations I, II.1 and II.2.
@@ -79,11 +82,15 @@ class LearnedTableau(nn.Module):
         begin = _chain(stages) if start is None else get_tableau(start)
         if not isinstance(begin, ButcherTableau):
             raise TypeError(f"start must be the name of a method or a ButcherTableau, got {type(begin).__name__}")
+        if not begin.explicit:
+            kind = "implicit" if begin.implicit else f"for fields that are {begin.structure}"
+            raise ValueError(f"start must be an explicit method, as rk4, bs23 or dopri5: {begin.name} is {kind}")
         self.stages = begin.stages
         if self.stages < 2:
             raise ValueError(f"start must have at least 2 stages, for one leaves nothing to learn, got {begin.name}")
-        most = min(begin.order, 3 if self.stages >= CONDITIONS[3] else 2)
-        self.order: int = most if order is None else _check_order(order, most, begin)
+        reach = 3 if start is None else begin.order  # a chain takes the weights of its order
+        most = min(reach, 3 if self.stages >= CONDITIONS[3] else 2)
+        self.order: int = min(begin.order, most) if order is None else _check_order(order, most, reach, begin)
         self.name = f"learned {begin.name}"
         self._start = torch.tensor([*(value for row in begin.a for value in row), *begin.b], dtype=torch.float64)
         self.change_a = nn.Parameter(torch.zeros(self.stages * (self.stages - 1) // 2))
@@ -138,7 +145,7 @@ class LearnedTableau(nn.Module):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"{self.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
+        raise ValueError(f"{self.name} carries no embedded error: take bs23, dopri5, dopri8 or kvaerno5")
 
     @property
     def settings(self) -> str:
@@ -244,19 +251,34 @@ class LearnedTableau(nn.Module):
         return f"{self.name!r}, stages={self.stages}, order={self.order}"
 
 
-def _check_order(order: Any, most: int, begin: ButcherTableau) -> int:
+def check_gradient(tableau: Any, gradient: str) -> None:
+    """That the gradient of a learned method is not lost.
+
+    Raises:
+        ValueError: coefficients that require one, with a ``gradient`` that goes to the field alone.
+    """
+    if gradient == "direct" or not isinstance(tableau, LearnedTableau):
+        return
+    if any(p.requires_grad for p in tableau.parameters()):
+        raise ValueError(
+            f"gradient={gradient!r} would lose the gradient of the coefficients of {tableau.name}: take "
+            "gradient='direct', or solver=learned.tableau(), its coefficients as numbers"
+        )
+
+
+def _check_order(order: Any, most: int, reach: int, begin: ButcherTableau) -> int:
     if not isinstance(order, Integral) or isinstance(order, bool):
         raise TypeError(f"order must be 1, 2 or 3, got {order!r}")
     order = int(order)
     if not 1 <= order <= 3:
         raise ValueError(f"order must be 1, 2 or 3, got {order}")
-    if order > begin.order:
-        raise ValueError(f"order must be at most {begin.order}, that of the start {begin.name}, got {order}")
+    if order > reach:
+        raise ValueError(f"order must be at most {reach}, that of the start {begin.name}, got {order}")
     if order > most:
         needed = CONDITIONS[order]
         raise ValueError(
             f"order={order} holds at all coefficients from {needed} stages on, and {begin.name} has {begin.stages}: "
-            f"take order={most}, or a start of {needed} stages"
+            f"take order={most}, or {needed} stages"
         )
     return order
 

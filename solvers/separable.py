@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solvers.validation import check_call
+from solvers.validation import called, check_call, is_transformed, mismatch
 
-__all__ = ["Separable", "halves"]
+__all__ = ["Separable", "Slope", "halves"]
 
 
 class Separable(nn.Module):
@@ -46,6 +46,39 @@ class Separable(nn.Module):
             check_call(function, None, name)
         self.velocity, self.force = velocity, force
 
+    @classmethod
+    def of_energies(cls, kinetic: Callable[..., Tensor], potential: Callable[..., Tensor]) -> Separable:
+        """The field of the energy ``H(q, p) = kinetic(p) + potential(q)``.
+
+        ``dq/dt = d kinetic / dp`` and ``dp/dt = -d potential / dq``, by autograd, also where no gradients are kept.
+        Energies that are networks make a Hamiltonian network, whose parameters train. They must be smooth: that of ReLU
+        has a force that jumps.
+
+        Args:
+            kinetic: of momenta ``(B, *S)`` to an energy for each sample, ``(B,)`` or ``(B, 1)``.
+            potential: of positions, likewise. Both take what further ``args`` the field gets.
+
+        Returns:
+            The field, whose modules ``velocity`` and ``force`` hold the energies as ``energy``.
+
+        Raises:
+            TypeError: one of the two is no function of a state.
+            ValueError: when called, an energy of another shape, or one that does not depend on the state by autograd.
+
+        >>> from solvers import integrate
+        >>> spring = Separable.of_energies(lambda p: p.square().sum(1) / 2, lambda q: q.square().sum(1) / 2)
+        >>> x0 = torch.tensor([[1.0, 0.0]])
+        >>> q, p = integrate(spring, x0, 0.0, 100.0, solver="leapfrog", steps=1000).x1[0]
+        >>> round((q**2 + p**2).item(), 2)
+        1.0
+        """
+        for name, energy in (("kinetic", kinetic), ("potential", potential)):
+            if not callable(energy):
+                raise TypeError(f"{name} must be a function of a state, got {type(energy).__name__}")
+            if problem := mismatch(energy.forward if isinstance(energy, nn.Module) else energy, None, least=True):
+                raise TypeError(f"{name} must take a state alone, as energy(x), but it takes {problem}")
+        return cls(Slope("kinetic", kinetic), Slope("potential", potential, -1.0))
+
     def forward(self, t: Any, x: Any, *args: Any) -> Any:
         """The velocity of a state.
 
@@ -63,7 +96,7 @@ class Separable(nn.Module):
             ValueError: an odd dimension, or q and p of different shapes.
         """
         q, p = halves(x)
-        rates = self.velocity(t, p, *args), self.force(t, q, *args)
+        rates = self.part(t, p, "velocity", *args), self.part(t, q, "force", *args)
         return torch.cat(rates, 1) if isinstance(x, Tensor) else rates
 
     def part(self, t: Any, x: Any, name: str, *args: Any) -> Any:
@@ -78,7 +111,41 @@ class Separable(nn.Module):
         Returns:
             The same as x.
         """
-        return (self if name == "whole" else getattr(self, name))(t, x, *args)
+        return self(t, x, *args) if name == "whole" else called(getattr(self, name), name, t, x, *args)
+
+
+class Slope(nn.Module):
+    """The derivative of an energy by the state, times a sign, as a function of time and state.
+
+    Args:
+        name: of the energy, for errors.
+        energy: of states ``(B, *S)``, a number for each.
+        sign: 1 or -1.
+    """
+
+    def __init__(self, name: str, energy: Callable[..., Tensor], sign: float = 1.0) -> None:
+        super().__init__()
+        self.name, self.energy, self.sign = name, energy, sign
+
+    def forward(self, t: Any, x: Tensor, *args: Any) -> Tensor:
+        """The slope at states ``x``; gradients flow through it where they are kept."""
+        keeps = torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or is_transformed(x):
+            return self.sign * torch.func.grad(self._total)(x, *args)
+        with torch.enable_grad():
+            x = x if keeps and x.requires_grad else x.detach().requires_grad_()
+            total = self._total(x, *args)
+            if not total.requires_grad:
+                raise ValueError(f"{self.name} must depend on the state by operations of torch, got a constant")
+            (slope,) = torch.autograd.grad(total, x, create_graph=keeps, materialize_grads=True)
+        return self.sign * slope
+
+    def _total(self, x: Tensor, *args: Any) -> Tensor:
+        energy = self.energy(x, *args)
+        if not isinstance(energy, Tensor) or energy.shape not in ((len(x),), (len(x), 1)):
+            got = tuple(energy.shape) if isinstance(energy, Tensor) else type(energy).__name__
+            raise ValueError(f"{self.name} must return an energy for each sample, ({len(x)},), got {got}")
+        return energy.sum()
 
 
 def halves(x: Any) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,7 @@ class Step(NamedTuple):
         """
         weights = self.tableau.error_weights
         if weights is None:
-            raise ValueError(f"{self.tableau.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
+            raise ValueError(f"{self.tableau.name} carries no embedded error: take bs23, dopri5, dopri8 or kvaerno5")
         self._needs_stages(weights, "error()")
         return weights
 

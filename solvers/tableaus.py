@@ -32,6 +32,13 @@ def _row(name: str, values: Any) -> Row:
     return row
 
 
+def _triangle(a: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of a square array without what is zero from the diagonal on; other rows as they are."""
+    if any(len(row) != len(a) for row in a):
+        return a
+    return tuple(row if any(row[i + 1 :]) else row[: i + bool(row[i])] for i, row in enumerate(a))
+
+
 def _check_order(name: str, order: object) -> None:
     if not isinstance(order, Integral) or isinstance(order, bool):
         raise TypeError(f"{name} must be a whole number, got {order!r}")
@@ -75,12 +82,12 @@ class ButcherTableau:
     Coefficients may come as tuples, lists, arrays or tensors in float64; they become tuples of numbers.
 
     Attributes:
-        name: the name under which :func:`~solvers.get_tableau` finds it.
+        name: a label, for messages and records; :func:`~solvers.get_tableau` finds the published methods alone.
         order: order of the solution that is carried on. The coefficients are checked for it, as those of embedded
             solutions for theirs: all conditions of the orders up to 4.
         c: node of each stage, as a fraction of the step; ``c[0] = 0`` if the first stage is explicit.
         a: row ``i`` holds the ``i`` weights of the earlier stages, and of an implicit stage its own, positive; each row
-            sums to its ``c``.
+            sums to its ``c``. Or a square array, which is zero above its diagonal; a zero on it is an explicit stage.
         b: weights of the solution; they sum to 1.
         embedded: the solutions that the stages carry, by name, pairs or a dictionary; one of them, where there are any,
             has the weights ``b``.
@@ -101,7 +108,7 @@ class ButcherTableau:
 
     Raises:
         TypeError: an order that is no whole number, or coefficients that are no numbers.
-        ValueError: the coefficients are not finite, not those of a consistent explicit method, or not of the order.
+        ValueError: the coefficients are not finite, not those of a consistent method, or not of the order.
 
     >>> import torch
     >>> from solvers import integrate
@@ -156,7 +163,7 @@ class ButcherTableau:
         """What came, as rows of numbers."""
         _check_order(f"{self.name}: order", self.order)
         rows: dict[str, Any] = {key: _row(f"{self.name}: {key}", getattr(self, key)) for key in ("c", "b")}
-        rows["a"] = tuple(_row(f"{self.name}: row {i} of a", row) for i, row in enumerate(self.a))
+        rows["a"] = _triangle(tuple(_row(f"{self.name}: row {i} of a", row) for i, row in enumerate(self.a)))
         if self.dense is not None:
             rows["dense"] = tuple(_row(f"{self.name}: row {i} of dense", row) for i, row in enumerate(self.dense))
         embedded = self.embedded.items() if isinstance(self.embedded, Mapping) else self.embedded
@@ -240,7 +247,7 @@ class ButcherTableau:
             ValueError: the method has no lower solution.
         """
         if self.low is None:
-            raise ValueError(f"{self.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
+            raise ValueError(f"{self.name} carries no embedded error: take bs23, dopri5, dopri8 or kvaerno5")
         return min(self.order, self.solution(self.low).order)
 
     def solution(self, name: str) -> Embedded:
@@ -261,7 +268,7 @@ class ButcherTableau:
             ValueError: the method has no interpolant of its own.
         """
         if self.dense is None:
-            raise ValueError(f"{self.name} has no interpolant of its own; bs23, dopri5 and tsit5 have")
+            raise ValueError(f"{self.name} has no interpolant of its own; bs23, dopri5, dopri8 and kvaerno5 have")
         weights = []
         for row in self.dense:
             value = row[-1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "called",
     "check_call",
     "check_finite",
     "check_state",
@@ -61,6 +62,25 @@ def mismatch(function: Any, *args: Any, least: bool = False, **unseen: Any) -> s
     except TypeError as error:
         return f"{seen} ({str(error).replace('too many positional arguments', 'no further arguments by position')})"
     return None
+
+
+def called(function: Any, name: str, t: Any, x: Tensor, *args: Any) -> Any:
+    """A part of a field, called.
+
+    Raises:
+        ValueError: it fails, and is a module of another precision than the state.
+    """
+    try:
+        return function(t, x, *args)
+    except RuntimeError as error:
+        parameters = function.parameters() if isinstance(function, nn.Module) else ()
+        other = next((p.dtype for p in parameters if p.is_floating_point() and p.dtype != real_dtype(x)), None)
+        if other is None:
+            raise
+        raise ValueError(
+            f"{name} must have the dtype of the state, {x.dtype}, got parameters of {other}: take field.to(x0), or "
+            f"x0.to({other})"
+        ) from error
 
 
 def check_state(x: object, name: str = "x") -> None:

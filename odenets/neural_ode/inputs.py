@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from odenets.blocks import check_arguments
 from odenets.functions import read_by
 from odenets.normalization import StageBatchNorm
+from solvers import SemiLinear, Separable
+from solvers.separable import Slope
 from solvers.validation import check_call, check_state
 
 __all__ = [
@@ -53,12 +55,20 @@ def check_field(field: Any) -> None:
     """That a field is a velocity whose parameters are seen.
 
     Raises:
-        TypeError: no function of t and x, or a function that reads modules or parameters.
+        TypeError: no function of t and x, or a function, also a part of a field with a structure, that reads modules or
+            parameters.
     """
     if not callable(field) or isinstance(field, type):
         raise TypeError(f"field must be a velocity v(t, x), a module or a function, got {field!r:.80}")
     check_arguments(field, None)
     _check_seen("field", field)
+    modules = [*field.modules()] if isinstance(field, nn.Module) else []
+    for module in modules:
+        for name, part in vars(module).items() if isinstance(module, SemiLinear | Separable | Slope) else ():
+            if isinstance(part, Tensor) and part.requires_grad:
+                raise TypeError(f"{name} must be an nn.Parameter, which an optimizer sees, got a tensor that is none")
+            if isinstance(part, FunctionType | MethodType | partial):
+                _check_seen(name, part, modules)
 
 
 def check_event(event: Any) -> None:
@@ -79,8 +89,9 @@ def owner_of(function: Any) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def _check_seen(name: str, function: Any) -> None:
-    if isinstance(function, nn.Module) or owner_of(function) is not None:
+def _check_seen(name: str, function: Any, known: Sequence[nn.Module] | None = None) -> None:
+    owner = owner_of(function)  # any one, or one of those known
+    if isinstance(function, nn.Module) or (owner is not None and (known is None or owner in known)):
         return
     hidden = next(_trained(function, getattr(function, "__name__", type(function).__name__), _DEPTH, set()), None)
     if hidden is not None:

@@ -43,9 +43,10 @@ from solvers import (
 )  # fmt: skip
 from solvers.batch_loop import adaptive_steps, fixed_steps
 from solvers.coefficients import as_numbers_or_tensors
+from solvers.learned import check_gradient
 from solvers.packing import Packing
 from solvers.solve import even_grid
-from solvers.structured import BoundField, check_structure
+from solvers.structured import BoundField, check_structure, part_of
 
 __all__ = ["NeuralODE"]
 
@@ -153,6 +154,7 @@ class NeuralODE(nn.Module):
             rest = Separable(rest, rest) if self.tableau.structure == "separable" else SemiLinear(torch.zeros(2), rest)
         with torch.no_grad():
             integrate(rest, torch.ones(*each, 2), self.t0, self.t1, **options)
+        check_gradient(self.tableau, self.gradient if isinstance(self.gradient, str) else "reversible")
 
     def _options(self, keep: str) -> dict[str, Any]:
         plain = self.owner is None and not isinstance(self.field, nn.Module)
@@ -322,7 +324,7 @@ class NeuralODE(nn.Module):
         self._check_call(args)
         field: Any = (lambda t, x: self.field(t, x, *args)) if args else self.field
         if self.tableau.structure:
-            field = BoundField(self.tableau.structure, self.field.part, Packing(x), args)  # type: ignore[union-attr] - checked
+            field = BoundField(self.tableau.structure, part_of(self.field), Packing(x), args)
         t0, t1, self.statistics = float(self.t0), float(self.t1), Statistics()
         if self.fixed_steps is not None:
             times = even_grid(t0, t1, self.fixed_steps).times

@@ -232,7 +232,7 @@ def finish_step(
             )
     weights = tableau.error_weights
     if error and weights is None:
-        raise ValueError(f"{tableau.name} carries no embedded error; use one of bs23, dopri5, heun, midpoint")
+        raise ValueError(f"{tableau.name} carries no embedded error: take bs23, dopri5, dopri8 or kvaerno5")
     if error and len(stages) < tableau.stages:
         raise ValueError(f"error needs the closing stage of {tableau.name}: give all {tableau.stages} stages")
     scaled = rtol is not None or atol is not None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from solvers.structured.exponential import ExponentialSteps, exponential_state
-from solvers.structured.fields import BoundField, check_structure
+from solvers.structured.fields import BoundField, check_structure, part_of
 from solvers.structured.split import SplitSteps, end_velocities
 from solvers.tableaus import ButcherTableau
 
 __all__ = [
     "BoundField", "ExponentialSteps", "SplitSteps", "check_structure", "end_velocities", "exponential_state",
-    "structured_steps",
+    "part_of", "structured_steps",
 ]  # fmt: skip
 
 

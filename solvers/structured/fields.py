@@ -11,7 +11,7 @@ from torch import Tensor
 from solvers.packing import Packing
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["BoundField", "check_structure"]
+__all__ = ["BoundField", "check_structure", "part_of"]
 
 _CLASSES = {
     "separable": "Separable(velocity, force) from solvers, for dq/dt = velocity(t, p), dp/dt = force(t, q)",
@@ -48,6 +48,11 @@ class BoundField:
         half = x.reshape(len(x), *self.packing.shapes[0])
         rate = self.call(t, half, name, *self.args)
         return rate.reshape(x.shape) if isinstance(rate, Tensor) and rate.shape == half.shape else rate
+
+
+def part_of(field: Any) -> Callable[..., Any]:
+    """``field.part`` for one solve."""
+    return field.begun() if field.structure == "semilinear" else field.part
 
 
 def check_structure(tableau: ButcherTableau, field: Any) -> None:

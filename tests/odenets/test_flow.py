@@ -228,5 +228,15 @@ def test_wrong_measures_are_named():
         flow.record(VECTORS, action="action")
     with pytest.raises(ValueError, match="readout must be 'solution' or 'ensemble', got <measure action>"):
         flow.record(VECTORS, readout=measures.action)
+    plain = odenets.Flow(solver="implicit_euler", depth=2)
+    plain(VECTORS)
+    for call in (
+        lambda: plain(VECTORS, readout="ensemble"),
+        lambda: plain.ensemble(VECTORS),
+        lambda: odenets.Network(torch.nn.Identity(), plain, torch.nn.Identity(), readout="ensemble"),
+        lambda: odenets.Network(torch.nn.Identity(), plain, torch.nn.Identity()).ensemble(VECTORS),
+    ):
+        with pytest.raises(ValueError, match="readout must be 'solution': implicit_euler has no embedded outputs"):
+            call()
     with pytest.raises(ValueError, match="euler carries no embedded error"):
         Flow(solver="euler").record(VECTORS, error=measures.error)

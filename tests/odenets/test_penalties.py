@@ -214,8 +214,8 @@ def test_it_is_copied_pickled_and_printed(network, batch):
 @pytest.mark.parametrize(
     ("flow", "message"),
     [
-        (lambda: Flow(MLPField(2), solver="euler"), "euler carries no embedded error; use one of bs23"),
-        (lambda: NeuralODE(MLPField(2), solver="rk4", steps=4), "rk4 carries no embedded error; use one of bs23"),
+        (lambda: Flow(MLPField(2), solver="euler"), "euler carries no embedded error: take bs23"),
+        (lambda: NeuralODE(MLPField(2), solver="rk4", steps=4), "rk4 carries no embedded error: take bs23"),
         (lambda: NeuralODE(MLPField(2), gradient="checkpoint"), "take gradient='direct'"),
         (lambda: NeuralODE(MLPField(2), gradient="backsolve"), "take gradient='direct'"),
         (lambda: NeuralODE(MLPField(2), event=lambda t, x: x[:, 0] - 9), "take gradient='direct'"),

@@ -9,6 +9,7 @@ import torch
 import odenets
 from odenets import measures
 from odenets.checkpoints import fingerprint, load_weights, save_weights
+from odenets.modes import dtype_of
 from solvers import ButcherTableau, LearnedTableau, Tolerance, combine, get_tableau, integrate, rk_step
 from solvers.coefficients import Coefficients
 from tests.solvers.problems import D
@@ -57,6 +58,19 @@ def test_stages_alone_begin_with_a_chain(stages):
     assert (learned.order, learned.stages, learned.interior) == (2, stages, stages)
     assert learned.tableau().b == pytest.approx([*[0.0] * (stages - 1), 1.0], abs=1e-15)
     assert missed(moved(None, stages=stages, order=1).coefficients(), 1) <= 1e-12
+
+
+@pytest.mark.parametrize("stages", [4, 5, 8])
+def test_a_chain_of_order_3_has_the_nearest_weights_of_it(stages):
+    learned = LearnedTableau(stages=stages, order=3)
+    assert missed(learned.coefficients(), 3) <= 1e-12
+    assert sum(map(abs, learned.tableau().b)) < 9
+    assert missed(moved(None, 3, 0.01, stages=stages).coefficients(), 3) <= 1e-12
+    errors = []
+    for n in (64, 128):
+        x1 = integrate(wave, torch.ones(1, 1, dtype=D), 0.0, 2.0, solver=learned.tableau(), steps=n).x1
+        errors.append(abs(x1.item() - math.exp(-math.sin(6.0))))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(3, abs=0.15)
 
 
 @pytest.mark.parametrize(("start", "order"), STARTS)
@@ -205,6 +219,13 @@ def test_parts_copies_and_other_depths_of_a_flow_have_it():
     torch.testing.assert_close(flow(x, readout="ensemble"), flow(x))
 
 
+def test_it_does_not_count_for_the_dtype_of_a_network():
+    flow = odenets.Flow(lambda: odenets.MLPField(3).double(), solver=LearnedTableau("rk4"), depth=4)
+    assert dtype_of(flow) == D
+    x = torch.randn(5, 3, dtype=D)
+    assert flow.at_depth(2, inputs=[x])(x).dtype == D
+
+
 def test_a_state_brings_its_start_along():
     learned, other = moved("rk4", 2), LearnedTableau("rk4_38", order=2)
     other.load_state_dict(learned.state_dict())
@@ -248,8 +269,16 @@ def test_nodes_of_which_too_few_differ_are_refused(order):
         (
             {"start": "heun3", "order": 3},
             ValueError,
-            "from 4 stages on, and heun3 has 3: take order=2",
+            "from 4 stages on, and heun3 has 3: take order=2, or 4 stages",
         ),
+        ({"stages": 3, "order": 3}, ValueError, "from 4 stages on, and chain of 3 stages has 3: take order=2"),
+        (
+            {"start": "leapfrog"},
+            ValueError,
+            "must be an explicit method, as rk4, .*: leapfrog is for .* separable",
+        ),
+        ({"start": "etd2rk"}, ValueError, "must be an explicit method, as rk4, .*: etd2rk is for .* semilinear"),
+        ({"start": "kvaerno5"}, ValueError, "start must be an explicit method, as rk4, .*: kvaerno5 is implicit"),
         ({"start": "euler"}, ValueError, "at least 2 stages, .*got euler"),
         ({"stages": 1}, ValueError, "stages must be at least 2"),
         ({"stages": 2.0}, TypeError, "stages must be a whole number, got 2.0"),
@@ -275,6 +304,7 @@ def test_starts_that_are_none_are_refused(arguments, error, message):
             r"would lose .*'direct', or .*tableau\(\)",
         ),
         ({"steps": 3, "gradient": "backsolve", "keep": "last"}, "gradient='backsolve' would lose the gradient"),
+        ({"steps": 3, "gradient": "reversible", "keep": "last"}, "gradient='reversible' would lose the gradient"),
     ],
 )
 def test_what_would_lose_its_gradient_is_refused(options, message):
@@ -286,6 +316,9 @@ def test_what_would_lose_its_gradient_is_refused(options, message):
         if "gradient" in options:
             integrate(net, torch.randn(2, 3), 0.0, 1.0, solver=frozen, **options).x1.sum().backward()
             assert any(p.grad is not None for p in net.parameters())
+            with torch.no_grad():  # where nothing is lost
+                x1 = integrate(net, torch.ones(2, 3), 0.0, 1.0, solver=LearnedTableau("rk4"), **options).x1
+            assert x1.isfinite().all()
     options = {k: v for k, v in options.items() if k != "keep"}
     with pytest.raises(ValueError, match=message):
         odenets.NeuralODE(net, solver=LearnedTableau("rk4"), **options)

@@ -184,9 +184,12 @@ def test_functions_are_computed_once_a_size_and_anew_where_the_linear_part_chang
         rounding(solve(), integrate(fresh, X0, 0.0, 1.0, solver="exponential_euler", steps=50).x1)
         twin, loaded = copy.deepcopy(field), pickle.loads(pickle.dumps(SemiLinear(A, Net())))
         assert twin._kept == loaded._kept == {}
+        field.A.data.mul_(2.0)  # which torch does not count
+        fresh = SemiLinear(field.A.detach().clone(), driven)
+        rounding(solve(), integrate(fresh, X0, 0.0, 1.0, solver="exponential_euler", steps=50).x1)
     before = len(computed)
-    assert solve(5).requires_grad
-    assert len(computed) == before + 5
+    assert solve(4).requires_grad
+    assert len(computed) == before + 1  # gradients of all steps add up in it
 
 
 def test_functions_kept_in_inference_mode_serve_gradients():
@@ -243,18 +246,54 @@ def test_second_derivatives_and_gradients_to_output_times(method):
         )
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_functions_are_anew_after_the_step_of_an_optimizer(fused):
+    field = SemiLinear(nn.Parameter(torch.tensor([[-1.0, 0.5], [0.0, -2.0]])), zero)
+    x0, options = torch.ones(1, 2), {"solver": "etd2rk", "steps": 2}
+    optimizer = torch.optim.Adam([field.A], 0.5, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            x1 = integrate(field, x0, 0.0, 1.0, **options).x1
+        torch.testing.assert_close(x1, x0 @ torch.linalg.matrix_exp(field.A.detach()).mT)
+        field.A.grad = torch.ones(2, 2)
+        optimizer.step()
+
+
+class Diffusivity(nn.Module):
+    """A linear part that learns one number."""
+
+    def __init__(self, linear, nu=0.3):
+        super().__init__()
+        self.nu = nn.Parameter(torch.tensor(nu, dtype=D))
+        self.register_buffer("linear", linear)
+        self.calls = 0
+
+    def forward(self):
+        self.calls += 1
+        return self.nu.exp() * self.linear
+
+
 @each
+@pytest.mark.parametrize("linear", [A, A.diagonal()], ids=["matrix", "diagonal"])
 @pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
-def test_a_linear_part_that_is_computed_gets_its_gradient(method, gradient):
-    scale = torch.tensor(1.5, dtype=D, requires_grad=True)
-    field = SemiLinear(A * scale, Net())
+def test_a_linear_part_that_is_computed_learns(method, linear, gradient):
+    field = SemiLinear(Diffusivity(linear), Net())
+    ode = odenets.NeuralODE(field, solver=method, steps=3, gradient=gradient)
+    assert "field.A.nu" in dict(ode.named_parameters())
+    for _ in range(2):  # a graph for each pass
+        ode.zero_grad()
+        ode(X0).sum().backward()
+    assert gradient == "checkpoint" or field.A.calls == 2
+    sides = []
+    for s in (0.3 - 1e-5, 0.3 + 1e-5):
+        field.A.nu.data.fill_(s)
+        with torch.no_grad():
+            sides.append(integrate(field, X0, 0.0, 1.0, solver=method, steps=3).x1.sum().item())
+    assert field.A.nu.grad.item() == pytest.approx((sides[1] - sides[0]) / 2e-5, rel=1e-6)
+    nu = torch.tensor(0.3, dtype=D, requires_grad=True)
+    field = SemiLinear(lambda: nu.exp() * linear, Net())
     x1 = integrate(field, X0, 0.0, 1.0, solver=method, steps=3, gradient=gradient, keep="last").x1
-    (slope,) = torch.autograd.grad(x1.sum(), scale)
-    sides = [
-        integrate(SemiLinear(A * s, Net()), X0, 0.0, 1.0, solver=method, steps=3).x1.sum().item()
-        for s in (1.5 - 1e-5, 1.5 + 1e-5)
-    ]
-    assert slope.item() == pytest.approx((sides[1] - sides[0]) / 2e-5, rel=1e-6)
+    assert torch.autograd.grad(x1.sum(), nu)[0].item() == pytest.approx((sides[1] - sides[0]) / 2e-5, rel=1e-6)
 
 
 @each
@@ -292,6 +331,13 @@ def test_complex_states(method):
     x0 = torch.ones(1, 2, dtype=torch.complex128)
     for linear in (rates, rates.diag()):
         rounding(integrate(SemiLinear(linear, zero), x0, 0.0, 1.0, solver=method, steps=3).x1, rates.exp()[None])
+    for linear in (A, A.diagonal()):  # a real one, as of a heat equation of Fourier coefficients
+        x0 = torch.complex(X0, X0.flip(0))
+        exact = x0 @ torch.linalg.matrix_exp(linear if linear.ndim == 2 else linear.diag()).mT.to(x0.dtype)
+        field = SemiLinear(linear, zero)
+        rounding(integrate(field, x0, 0.0, 1.0, solver=method, steps=3).x1, exact)
+        states = integrate(field, x0, 0.0, 1.0, solver=method, steps=3, at=[0.5, 1.0]).states
+        rounding(states[1], exact)
 
 
 @each
@@ -313,7 +359,7 @@ def solved(field=None, x0=X0, **options):
     )
 
 
-EULER = get_tableau("exponential_euler")
+EULER, NET = get_tableau("exponential_euler"), Net()
 
 
 @pytest.mark.parametrize(
@@ -324,6 +370,21 @@ EULER = get_tableau("exponential_euler")
         (partial(solved, x0=X0[0]), ValueError, r"x0 must have shape \(B, 3\).*got \(3,\)"),
         (partial(solved, x0=(X0, X0)), TypeError, r"x0 must be a tensor \(B, D\).*got tuple"),
         (partial(solved, x0=X0.float()), ValueError, r"A must have the dtype.*take field.to\(x0\)"),
+        (partial(solved, SemiLinear(A, Net()), x0=X0.float()), ValueError, "A must have the dtype"),
+        (partial(solved, SemiLinear(A, Net().float())), ValueError, "network must have the dtype of the state"),
+        (partial(solved, x0=X0.to(torch.complex64)), ValueError, r"got torch.float64.*take SemiLinear\(A.to\(x0\)"),
+        (partial(solved, SemiLinear(A.cfloat(), zero)), ValueError, "got torch.complex64 .*take a complex x0"),
+        (partial(solved, x0=X0.view(2, 1, 3, 1)), ValueError, r"got \(2, 1, 3, 1\): flatten it, x0.flatten\(1\), 3"),
+        (lambda: SemiLinear(A.to_sparse(), driven), TypeError, r"A must be.*got a sparse one: take A.to_dense\(\)"),
+        (lambda: SemiLinear(A * torch.ones(1, dtype=D, requires_grad=True), zero), ValueError, "hand over what comp"),
+        (lambda: SemiLinear(lambda h: A, zero), TypeError, r"A must be.*without arguments, got one of \(h\)"),
+        (partial(solved, SemiLinear(lambda: A[:2], zero)), ValueError, r"what A returns must have shape \(D, D\)"),
+        (lambda: odenets.NeuralODE(SemiLinear(lambda: NET.net[0].weight, zero)), TypeError, "A must be a module"),
+        (
+            lambda: odenets.NeuralODE(SemiLinear(A.clone().requires_grad_(), zero)),
+            TypeError,
+            "A must be an nn.Parameter",
+        ),
         (partial(solved, steps=None), ValueError, "exponential_euler carries no embedded error.*take steps=n"),
         (partial(solved, steps=None, solver="etd2rk"), ValueError, "etd2rk carries no embedded error.*take steps=n"),
         (partial(solved, control="sample"), ValueError, "control='sample' chooses its steps"),
@@ -333,7 +394,7 @@ EULER = get_tableau("exponential_euler")
         (partial(solved, SemiLinear(A, lambda t, x: x.mul_(2))), ValueError, "must not write into its input"),
         (lambda: SemiLinear(A[:2], driven), ValueError, r"A must have shape \(D, D\).*got \(2, 3\)"),
         (lambda: SemiLinear(A.long(), driven), TypeError, "A must be a floating or complex tensor, got torch.int64"),
-        (lambda: SemiLinear(3.0, driven), TypeError, "A must be a floating or complex tensor, got float"),
+        (lambda: SemiLinear(3.0, driven), TypeError, "A must be a floating or complex tensor.*got float"),
         (lambda: SemiLinear(A, 3.0), TypeError, r"network must be a function \(t, x\), got float"),
         (lambda: SemiLinear(A, lambda x: x), TypeError, "network must take t and x"),
         (lambda: rk_step(SemiLinear(A, zero), 0, X0, X0[:, :1], EULER), ValueError, r"h must be one.*\(2, 1\)"),

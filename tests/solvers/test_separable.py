@@ -312,8 +312,62 @@ def test_a_neural_ode_trains_both_halves(method):
         checkpointed.record(X0, action=action)
 
 
+def energies():
+    """The network of an energy for each half."""
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).to(D) for _ in range(2)]
+
+
+@each
+def test_energies_make_a_field_that_keeps_them(method):
+    kinetic, potential = energies()
+    field = Separable.of_energies(lambda p: p.square().sum(1) / 2 + kinetic(p)[:, 0], potential)
+    options = {"solver": method, "steps": 1000}
+    with torch.no_grad():
+        states = torch.cat(integrate(field, X0[:1], 0.0, 100.0, **options).states)
+        q, p = states.chunk(2, 1)
+        total = p.square().sum(1) / 2 + kinetic(p)[:, 0] + potential(q)[:, 0]
+        assert (total - total[0]).abs().max() < 2e-4
+        assert states.std() > 1  # it moves
+        exact = Separable.of_energies(lambda p: p.square().sum(1) / 2, lambda q: -q.cos().sum(1))
+        rounding(integrate(exact, X0, 0.0, 1.0, **options).x1, integrate(pendulum(), X0, 0.0, 1.0, **options).x1)
+    with torch.inference_mode():
+        rounding(torch.cat(integrate(field, X0[:1], 0.0, 100.0, **options).states).clone(), states)
+
+
+@each
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint"])
+def test_energies_train(method, gradient):
+    ode = odenets.NeuralODE(Separable.of_energies(*energies()), solver=method, steps=3, gradient=gradient)
+    weights = dict(ode.named_parameters())
+    assert len(weights) == 8
+    ode(X0).sin().sum().backward()
+    for name, p in weights.items():
+        if name.endswith("energy.2.bias"):  # which no slope reads
+            continue
+        turn, sides = torch.randn_like(p), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.add_(sign * 1e-6 * turn)
+                sides.append(ode(X0).sin().sum().item())
+                p.sub_(sign * 1e-6 * turn)
+        assert (p.grad * turn).sum().item() == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-5, abs=1e-8)
+
+
+def test_energies_go_through_graphs_and_transforms():
+    field = Separable.of_energies(*energies())
+    solve = lambda x: integrate(field, x, 0.0, 1.0, solver="leapfrog", steps=3, keep="last").x1  # noqa: E731
+    rounding(torch.compile(solve, fullgraph=True, backend="eager")(X0), solve(X0))
+    rounding(torch.vmap(solve)(X0[:, None])[:, 0], solve(X0))
+    x = X0.clone().requires_grad_()
+    rounding(torch.func.grad(lambda x: solve(x).sum())(X0), torch.autograd.grad(solve(x).sum(), x)[0])
+
+
 def solved(field=None, x0=X0, **options):
     return integrate(field or pendulum(), x0, 0.0, 1.0, **{"solver": "leapfrog", "steps": 4} | options)
+
+
+SQUARE, NET = lambda q: q.square().sum(1), Halves()
 
 
 @pytest.mark.parametrize(
@@ -340,6 +394,13 @@ def solved(field=None, x0=X0, **options):
         (lambda: odenets.NeuralODE(Halves(), solver="leapfrog", steps=2), TypeError, "Separable.*got Halves"),
         (lambda: odenets.NeuralODE(pendulum(), solver="leapfrog"), ValueError, "leapfrog carries no embedded error"),
         (lambda: get_tableau("velocity_verlet"), ValueError, "take 'leapfrog'"),
+        (partial(solved, Separable(Halves(), Halves()), x0=X0.float()), ValueError, "force must have the dtype"),
+        (lambda: Separable.of_energies(lambda: 0, Halves()), TypeError, "kinetic must take a state alone"),
+        (lambda: Separable.of_energies(3.0, Halves()), TypeError, "kinetic must be a function of a state, got float"),
+        (partial(solved, Separable.of_energies(lambda p: p.mean(), SQUARE)), ValueError, r"kinetic must .*got \(\)"),
+        (partial(solved, Separable.of_energies(lambda p: p[:, 0] * 1, lambda q: q.detach()[:, 0])), ValueError, "dep"),
+        (lambda: odenets.NeuralODE(Separable.of_energies(lambda p: NET(p), SQUARE)), TypeError, "hides 'NET'"),
+        (lambda: odenets.NeuralODE(Separable(NET.forward, lambda t, q: q)), TypeError, "velocity must be a module"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(call, error, message):

@@ -129,6 +129,32 @@ def test_coefficients_come_in_any_container(kind):
     assert ButcherTableau("heun", 2, kind(heun.c), a, kind(heun.b), embedded, low="euler") == heun
 
 
+@pytest.mark.parametrize("name", ["euler", "rk4", "dopri5", "implicit_euler", "trapezoid", "kvaerno5"])
+@pytest.mark.parametrize("kind", [list, np.array, lambda rows: torch.tensor(rows, dtype=D)])
+def test_the_rows_of_a_square_array_are_those_of_its_triangle(name, kind):
+    tableau = get_tableau(name)
+    square = kind([[*row, *[0.0] * (tableau.stages - len(row))] for row in tableau.a])
+    assert dataclasses.replace(tableau, a=square) == tableau
+
+
+def test_a_square_array_with_an_entry_above_its_diagonal_is_refused():
+    root = 3**0.5 / 6
+    with pytest.raises(ValueError, match=r"row 0 of a .*methods whose stages depend on later ones are not here"):
+        ButcherTableau("gauss", 4, (0.5 - root, 0.5 + root), [[0.25, 0.25 - root], [0.25 + root, 0.25]], (0.5, 0.5))
+
+
+def test_messages_name_methods_that_have_what_is_missing():
+    error = "carries no embedded error: take bs23, dopri5, dopri8 or kvaerno5"
+    for call in (
+        lambda: get_tableau("rk4").error_order,
+        rk_step(field, 0.0, torch.ones(1, 1), 0.1, get_tableau("rk4")).error,
+    ):
+        with pytest.raises(ValueError, match=f"rk4 {error}"):
+            call()
+    with pytest.raises(ValueError, match="rk4 has no interpolant of its own; bs23, dopri5, dopri8 and kvaerno5 have"):
+        get_tableau("rk4").weights_at(0.5)
+
+
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("bs23", 3)])
 def test_an_order_above_that_of_the_coefficients_is_refused(name, order):
     tableau = get_tableau(name)
