@@ -3,8 +3,8 @@
     python -m benchmarks.implicit --output FILE.json
 
 Three tables. Stiff problems, a batch of 64 samples with parameters of their own: the time of one solve with steps per
-sample, and of SciPy's Radau sample by sample with the exact Jacobian, at tolerances of like error (the largest relative
-error of a component, against Radau at a tight tolerance). One implicit step over its floor: its Jacobian, its
+sample, of diffrax's, and of SciPy's Radau sample by sample with the exact Jacobian, and the largest relative error of a
+component at the end, against Radau at a tight tolerance. One implicit step over its floor: its Jacobian, its
 factorization with as many solutions, and its field calls, taken alone. Reversible gradients over direct ones: the time
 of both passes, in turns, and the peak of memory with 10 and 1,000 steps.
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from odenets.analysis.memory import measure_memory
 from odenets.training.runs import environment
-from solvers import Tolerance, get_tableau, integrate
+from solvers import RootFinder, Tolerance, get_tableau, integrate
 from solvers.implicit.linear import Dense, jacobian
 from solvers.implicit.steps import ImplicitSteps
 
@@ -45,11 +45,17 @@ class Options:
         output: JSON file of the results.
         batch: samples of each stiff problem.
         rounds: of what is timed in turns.
+        turns: the same for stiff problems, after one that is not timed.
+        samples: how many of the batch the errors are measured on, and SciPy is timed on, for the batch in proportion.
+        only: one of the tables alone.
     """
 
     output: Path = Path("implicit.json")
     batch: int = 64
     rounds: int = 15
+    turns: int = 3
+    samples: int = 8
+    only: Literal["overhead", "reversible", "stiff"] | None = None
 
 
 def robertson(t: Any, x: Tensor, k: Tensor) -> Tensor:
@@ -78,7 +84,7 @@ def problems() -> dict[str, tuple[Callable[..., Tensor], Tensor, float, Tensor]]
     return {
         "Robertson": (robertson, torch.tensor([1.0, 0.0, 0.0], dtype=D), 1e5, torch.tensor([0.04, 1e4, 3e7], dtype=D)),
         "Van der Pol": (van_der_pol, torch.tensor([2.0, 0.0], dtype=D), 2000.0, torch.tensor([1e3], dtype=D)),
-        "reaction and diffusion": (reaction_diffusion, wave, 10.0, torch.tensor([0.01, 5.0], dtype=D)),
+        "reaction and diffusion": (reaction_diffusion, wave, 3.0, torch.tensor([0.01, 5.0], dtype=D)),
     }
 
 
@@ -108,32 +114,80 @@ def radau(name: str, x0: Tensor, t1: float, k: Tensor, rtol: float, atol: float)
 
 
 def stiff(options: Options) -> list[dict[str, Any]]:
-    """Times and errors of the stiff problems."""
+    """Times and errors of the stiff problems: rounds in which every solver has its turn."""
     rows = []
     for name, (field, x0, t1, k) in problems().items():
         spread = 1 + 0.1 * torch.linspace(0, 1, options.batch, dtype=D)[:, None]
         ks, starts = k * spread, x0.repeat(options.batch, 1)
-        exact = np.stack([radau(name, x0, t1, one, 1e-11, 1e-15) for one in ks])
+        some = range(0, options.batch, options.batch // options.samples)
+        exact = np.stack([radau(name, x0, t1, ks[i], 1e-11, 1e-15) for i in some])
 
-        def error(x: np.ndarray, exact: np.ndarray = exact) -> float:
-            return float((np.abs(x - exact) / np.abs(exact)).max())
+        def ours(method: Any, tolerance: float, field: Any = field, t1: float = t1, rest: Any = (starts, ks)) -> Any:
+            control = Tolerance(tolerance, tolerance * 1e-4, max_steps=100_000)
+            starts, ks = rest
+            return integrate(
+                field, starts, 0.0, t1, args=(ks,), solver=method, control="sample", keep="last", tolerance=control
+            ).x1[list(some)].numpy()  # fmt: skip
 
-        for tolerance in (1e-4, 1e-5, 1e-6, 1e-7, 1e-8):
-            began = time.perf_counter()
-            solution = integrate(
-                field, starts, 0.0, t1, args=(ks,), solver="kvaerno5", control="sample", keep="last",
-                tolerance=Tolerance(tolerance, tolerance * 1e-4, max_steps=100_000),
-            )  # fmt: skip
-            ours = time.perf_counter() - began
-            began = time.perf_counter()
-            theirs = np.stack([radau(name, x0, t1, one, tolerance, tolerance * 1e-4) for one in ks])
-            rows.append({
-                "problem": name, "tolerance": tolerance, "seconds": ours, "error": error(solution.x1.numpy()),
-                "evaluations": solution.stats.evaluations, "radau seconds": time.perf_counter() - began,
-                "radau error": error(theirs),
-            })  # fmt: skip
-            print(rows[-1], flush=True)
+        def theirs(method: Any, tolerance: float, name: str = name, rest: Any = (x0, t1, ks)) -> Any:
+            x0, t1, ks = rest
+            return np.stack([radau(name, x0, t1, ks[i], tolerance, tolerance * 1e-4) for i in some])
+
+        runs: list[tuple[str, Any, Callable[..., Any], float]] = [
+            (method, method, ours, 1.0) for method in ("rodas4", "kvaerno5")
+        ]
+        if name == "reaction and diffusion":
+            banded = {method: get_tableau(method).solved_by(RootFinder(band=1)) for method in ("rodas4", "kvaerno5")}
+            runs += [(f"{method}, band=1", tableau, ours, 1.0) for method, tableau in banded.items()]
+        if peer := in_jax(name, starts, t1, ks):
+            runs.append(("diffrax Kvaerno5, vmap", None, lambda _, tolerance: peer(tolerance)[list(some)], 1.0))
+        runs.append(("SciPy Radau, a loop", None, theirs, options.batch / len(some)))
+        for tolerance in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
+            seconds: dict[str, list[float]] = {}
+            for turn in range(options.turns + 1):
+                for label, method, solve, share in runs:
+                    began = time.perf_counter()
+                    x1 = solve(method, tolerance)
+                    if turn:  # the first compiles what is compiled
+                        seconds.setdefault(label, []).append((time.perf_counter() - began) * share)
+                        continue
+                    error = float((np.abs(x1 - exact) / np.abs(exact)).max())
+                    rows.append({"problem": name, "solver": label, "tolerance": tolerance, "error": error})
+            for row in rows[-len(runs) :]:
+                row |= {"seconds": statistics.median(seconds[row["solver"]]), "rounds": seconds[row["solver"]]}
+                print({key: value for key, value in row.items() if key != "rounds"}, flush=True)
     return rows
+
+
+def in_jax(name: str, starts: Tensor, t1: float, ks: Tensor) -> Callable[[float], np.ndarray] | None:
+    """diffrax's solution of the batch, vmapped and compiled, by tolerance; None where it is not installed."""
+    try:
+        import diffrax
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        return None
+    jax.config.update("jax_enable_x64", True)
+
+    def velocity(t: Any, y: Any, k: Any) -> Any:
+        if name == "Robertson":
+            lost, quick = k[0] * y[0] - k[1] * y[1] * y[2], k[2] * y[1] ** 2
+            return jnp.stack([-lost, lost - quick, quick])
+        if name == "Van der Pol":
+            return jnp.stack([y[1], k[0] * (1 - y[0] ** 2) * y[1] - y[0]])
+        padded = jnp.pad(y, 1)
+        bend = (padded[2:] - 2 * y + padded[:-2]) * (POINTS + 1) ** 2
+        return k[0] * bend + k[1] * y * (1 - y) * (y - 0.25)
+
+    def one(x0: Any, k: Any, tolerance: Any) -> Any:
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(velocity), diffrax.Kvaerno5(), 0.0, t1, None, x0, k, max_steps=None,
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance * 1e-4),
+        ).ys[-1]  # fmt: skip
+
+    solve = jax.jit(jax.vmap(one, (0, 0, None)))
+    x0, k = starts.numpy(), ks.numpy()
+    return lambda tolerance: np.asarray(solve(x0, k, tolerance))
 
 
 def timed(work: Callable[[], object], shortest: float = 0.02) -> float:
@@ -225,9 +279,10 @@ def main(options: Options) -> None:
     """Measure, print the tables and write the file."""
     torch.set_num_threads(1)
     measured = {"environment": environment(), "command": "python -m benchmarks.implicit"}
-    measured |= {"overhead": overhead(options), "reversible": reversible(options), "stiff": stiff(options)}
+    tables = {"overhead": overhead, "reversible": reversible, "stiff": stiff}
+    measured |= {name: table(options) for name, table in tables.items() if options.only in (None, name)}
     options.output.write_text(json.dumps(measured, indent=1) + "\n")
-    for name in ("stiff", "overhead", "reversible"):
+    for name in tables.keys() & measured.keys():
         rows = [{key: value for key, value in row.items() if key != "rounds"} for row in measured[name]]
         print(f"\n{tabulate(rows, headers='keys', tablefmt='github', floatfmt='.3g')}")
 
