@@ -122,15 +122,17 @@ def stiff(options: Options) -> list[dict[str, Any]]:
         some = range(0, options.batch, options.batch // options.samples)
         exact = np.stack([radau(name, x0, t1, ks[i], 1e-11, 1e-15) for i in some])
 
-        def ours(method: Any, tolerance: float, field: Any = field, t1: float = t1, rest: Any = (starts, ks)) -> Any:
+        def ours(
+            method: Any, tolerance: float, field: Any = field, t1: float = t1, rest: Any = (starts, ks, some)
+        ) -> Any:
             control = Tolerance(tolerance, tolerance * 1e-4, max_steps=100_000)
-            starts, ks = rest
+            starts, ks, some = rest
             return integrate(
                 field, starts, 0.0, t1, args=(ks,), solver=method, control="sample", keep="last", tolerance=control
             ).x1[list(some)].numpy()  # fmt: skip
 
-        def theirs(method: Any, tolerance: float, name: str = name, rest: Any = (x0, t1, ks)) -> Any:
-            x0, t1, ks = rest
+        def theirs(method: Any, tolerance: float, name: str = name, rest: Any = (x0, t1, ks, some)) -> Any:
+            x0, t1, ks, some = rest
             return np.stack([radau(name, x0, t1, ks[i], tolerance, tolerance * 1e-4) for i in some])
 
         runs: list[tuple[str, Any, Callable[..., Any], float]] = [
@@ -140,7 +142,8 @@ def stiff(options: Options) -> list[dict[str, Any]]:
             banded = {method: get_tableau(method).solved_by(RootFinder(band=1)) for method in ("rodas4", "kvaerno5")}
             runs += [(f"{method}, band=1", tableau, ours, 1.0) for method, tableau in banded.items()]
         if peer := in_jax(name, starts, t1, ks):
-            runs.append(("diffrax Kvaerno5, vmap", None, lambda _, tolerance: peer(tolerance)[list(some)], 1.0))
+            jax = lambda _, tolerance, solve=peer, some=some: solve(tolerance)[list(some)]  # noqa: E731
+            runs.append(("diffrax Kvaerno5, vmap", None, jax, 1.0))
         runs.append(("SciPy Radau, a loop", None, theirs, options.batch / len(some)))
         for tolerance in (1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
             seconds: dict[str, list[float]] = {}

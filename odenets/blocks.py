@@ -34,11 +34,13 @@ __all__ = [
 ]
 
 _BY_ERROR = "one of odenets.NeuralODE(field, tolerance=Tolerance(rtol=1e-3)), whose steps are chosen by their error"
+_UNDONE = "odenets.ReversibleFlow(field, coupling=0.999), whose steps are undone"
 _OF_FIELD = "one of the field, Flow(odenets.MLPField(features, hidden))"
 ELSEWHERE = {
     "tolerance": _BY_ERROR, "controller": _BY_ERROR, "method": "solver", "steps": "depth", "layers": "depth", "dt": "h",
     "step_size": "h", "rtol": _BY_ERROR, "atol": _BY_ERROR, "adjoint": _BY_ERROR, "blocks": "depth",
-    "num_blocks": "depth", "num_layers": "depth", "hidden": _OF_FIELD, "activation": _OF_FIELD, "norm": _OF_FIELD,
+    "num_blocks": "depth", "num_layers": "depth", "gradient": _UNDONE, "coupling": _UNDONE,
+    "hidden": _OF_FIELD, "activation": _OF_FIELD, "norm": _OF_FIELD,
 }  # fmt: skip
 """What has the place of arguments that a flow does not take."""
 

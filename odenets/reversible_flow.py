@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ from odenets.blocks import Block, FieldSource, StageFields, take_step
 from odenets.flow import Flow
 from solvers import ButcherTableau, Reversible, Step, combine
 from solvers.gradients.captured import Captured
-from solvers.gradients.reversible import Increment, Move, reversed_states
+from solvers.gradients.pair import Move, sizes
+from solvers.gradients.reversible import Increment, Taken, check_precision, reversed_states
 
 __all__ = ["ReversibleFlow"]
 
@@ -25,6 +27,12 @@ class ReversibleFlow(Flow):
     of its own step and y = z = x at the start; the output is y. Any explicit method takes part, at two of its steps a
     block. The backward pass computes the states from the last ones; what does not lead back to x raises.
     Reference: McCallum, Foster, arXiv:2410.11648, see :class:`solvers.Reversible`.
+
+    It is another discretization than a flow with the same weights, of the same order: at ten Euler blocks gradients
+    differ by 0.1 % as they are drawn, and by some 3 % with larger weights. The difference of y and z grows by
+    ``c exp(h r)`` a block where blocks contract at a rate r. Nothing is wrong then with the network and its gradient,
+    but its output is no longer near that of the flow, nor of an ODE: a backward pass warns, once, where y - z is larger
+    than the states of a sample.
 
     ``forward``, ``steps`` and ``record`` are one function; what measures steps keeps them for its gradient, a plain
     call keeps none. Fields draw no random numbers, as dropout does in training mode.
@@ -54,7 +62,7 @@ class ReversibleFlow(Flow):
             field, solver=solver, depth=depth, h=h, total_time=total_time, stage_fields=stage_fields, shared=shared,
             **unknown,
         )  # fmt: skip
-        self.coupling = Reversible(coupling).coupling
+        self.coupling, self._said_apart = Reversible(coupling).coupling, False
         if not self.tableau.explicit:
             raise ValueError(f"solver must be an explicit method, whose steps can be undone, got {self.tableau.name}")
         if self.stage_fields == "chained":
@@ -103,6 +111,7 @@ class ReversibleFlow(Flow):
     def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        check_precision(x, "ReversibleFlow")
         self.materialize(x)
         if self.training:
             self._warn_once()
@@ -113,13 +122,29 @@ class ReversibleFlow(Flow):
         def increments(m: int) -> Increment:
             return lambda t, x, h: captured(t, x, m, h, *args) * h
 
-        y, z, coupling = x.detach(), x.detach(), cast(float, self.coupling)
+        y, z, size, coupling = x.detach(), x.detach(), sizes(x), cast(float, self.coupling)
         with captured.forward(x.device), torch.no_grad():
             for m, (t, h, _) in enumerate(moves):
                 increment = increments(m)
+                captured.anew()  # each block reads weights, and may draw numbers, of its own
                 y = y + (1 - coupling) * (z - y) + increment(t, z, h)
                 z = z - increment(t + h, y, -h)
-        return reversed_states(captured, increments, moves, coupling, x, y.unsqueeze(0), z, [self.depth])[0]
+                size = torch.maximum(size, sizes(y))
+        taken = Taken(captured, increments, moves, coupling, size, "ReversibleFlow", self._warn_apart)
+        return reversed_states(taken, x, y.unsqueeze(0), z, [self.depth])[0]
+
+    def _warn_apart(self) -> None:
+        if not self._said_apart:
+            warnings.warn(
+                "the two states of a ReversibleFlow end further apart than they are large: its blocks contract, and "
+                "its output is no longer near that of a Flow. Take a smaller coupling, a smaller h, or odenets.Flow",
+                stacklevel=2,
+            )
+        self._said_apart = True
+
+    def extra_repr(self) -> str:
+        """Those of a flow, and the coupling."""
+        return f"{super().extra_repr()}, coupling={self.coupling}"
 
     def _residue(self, t: float, x: Tensor, m: int, h: float, *args: Any) -> Tensor:
         blocks = self._blocks()

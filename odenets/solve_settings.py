@@ -11,6 +11,7 @@ from torch import nn
 
 from odenets.functions import described
 from odenets.neural_ode import NeuralODE
+from solvers import Reversible
 
 __all__ = ["check_solves", "solves"]
 
@@ -27,9 +28,16 @@ def solves(network: nn.Module) -> dict[str, dict[str, str]]:
     """
     return {
         name: {key: _text(module.settings[key], key) for key in (*TIMES, *SHOWN)}
+        | {"coupling": str(_coupling(module.gradient))}
         for name, module in network.named_modules()
         if isinstance(module, NeuralODE)
     }
+
+
+def _coupling(gradient: object) -> float | None:
+    """That of the pair of states that are solved; the other gradients are of one and the same solution."""
+    pair = Reversible() if gradient == "reversible" else gradient
+    return pair.coupling if isinstance(pair, Reversible) else None
 
 
 def _text(value: object, key: str) -> str:
@@ -74,4 +82,5 @@ def _named(name: str) -> str:
 
 
 def _word(key: str) -> str:
-    return {"tableau": "the solver", "tolerance": "the tolerance", "controller": "the controller"}.get(key, key)
+    words = {"tableau": "the solver", "tolerance": "the tolerance", "controller": "the controller"}
+    return (words | {"coupling": "gradient='reversible' with the coupling"}).get(key, key)

@@ -20,7 +20,8 @@ from solvers.field_calls import Field
 from solvers.gradients.backsolve import backsolved, seminorm
 from solvers.gradients.captured import Captured, owner_of
 from solvers.gradients.checkpoint import Read, recomputed
-from solvers.gradients.reversible import ReversibleSteps, increment_of, reversed_states
+from solvers.gradients.pair import ReversibleSteps
+from solvers.gradients.reversible import Taken, check_precision, increment_of, reversed_states
 from solvers.implicit import check_found
 from solvers.implicit.root import CALLED_AGAIN
 from solvers.outputs import BatchOutputs, SampleOutputs, stacked
@@ -31,7 +32,7 @@ from solvers.solve import Task, even_grid, with_gradient
 from solvers.step import Step
 from solvers.steppers import stepper
 from solvers.tableaus import ButcherTableau
-from solvers.validation import real_dtype, to_state_shape
+from solvers.validation import is_mapped, real_dtype, to_state_shape
 
 __all__ = ["by_backsolving", "by_recomputing", "by_reversing", "captured_field"]
 
@@ -163,11 +164,25 @@ def _eagerly() -> Callable[..., tuple[Tensor, list[Tensor]]]:
 
 
 def by_reversing(task: Task, captured: Captured | None, coupling: float) -> Solution:
-    """Take the steps of a reversible pair without a graph, and undo them when the gradient is asked for."""
-    steps = ReversibleSteps(task.tableau, task.x0, coupling)
+    """Take the steps of a reversible pair without a graph, and undo them when the gradient is asked for.
+
+    Raises:
+        TypeError: a state in half precision.
+        RuntimeError: the two states have come apart; a transform of torch.vmap, in which none is seen.
+    """
+    check_precision(task.x0, "gradient='reversible'")
+    if is_mapped(task.x0):
+        raise RuntimeError("gradient='reversible' looks at its states, which torch.vmap hides: take gradient='direct'")
+    tolerance = task.tolerance if task.grid is None else None
+    steps = ReversibleSteps(task.tableau, task.x0, coupling, tolerance, each=task.per_sample)
     plain = replace(task, keep="last", unpack=lambda x: x, take=steps)
     with nullcontext() if captured is None else captured.forward(task.x0.device), torch.no_grad():
-        solution = plain.solve()
+        try:
+            solution = plain.solve()
+        except SolverError as error:
+            steps.check()
+            raise _unpacked(error, task) from None
+        steps.check()
     x, outputs = solution.x1, None
     if captured is not None:
         states, ends = x.unsqueeze(0), [len(steps.moves)]
@@ -177,7 +192,8 @@ def by_reversing(task: Task, captured: Captured | None, coupling: float) -> Solu
             ends = [*(min(range(len(times)), key=lambda k: abs(times[k] - time)) for time in reached), *ends]
             states = torch.cat([solution.states[: len(reached)], states])
         increment = increment_of(task.field, task.tableau)
-        states = reversed_states(captured, lambda _: increment, steps.moves, coupling, task.x0, states, steps.z, ends)
+        taken = Taken(captured, lambda _: increment, steps.moves, coupling, steps.size)
+        states = reversed_states(taken, task.x0, states, steps.z, ends)
         x = states[-1].clone()
         outputs = stacked(list(states[:-1].unbind()), len(task.at), x) if task.outputs else None
     elif task.outputs:
@@ -185,11 +201,23 @@ def by_reversing(task: Task, captured: Captured | None, coupling: float) -> Solu
     return with_gradient(task, solution, x, outputs)
 
 
+def _unpacked(error: SolverError, task: Task) -> SolverError:
+    """The error of a solve of packed states, with its solution as the caller gave it."""
+    if (solution := error.solution) is not None:
+        states = task.unpack(solution.states) if task.outputs else tuple(map(task.unpack, solution.states))
+        end = None if solution.end is None else (solution.end[0], task.unpack(solution.end[1]))
+        error.solution = replace(solution, states=states, end=end)
+    return error
+
+
 def by_backsolving(task: Task, captured: Captured) -> Solution:
     """Solve without a graph, and the adjoint backwards when its gradient is asked for."""
     plain = replace(task, keep="last", unpack=lambda x: x)
     with captured.forward(task.x0.device), torch.no_grad():
-        solution = plain.solve()
+        try:
+            solution = plain.solve()
+        except SolverError as error:
+            raise _unpacked(error, task) from None
     t0, t1, x1 = task.t0, solution.t1, solution.x1
     plain = replace(plain, outputs=False)
     if task.grid is None:

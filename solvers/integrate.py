@@ -52,6 +52,7 @@ _ELSEWHERE = {
         "parameters": ("adjoint_params", "params"),
         'keep="steps", and solution(t)': ("dense_output", "dense"),
         "controller": ("stepsize_controller",),
+        "gradient=Reversible(coupling=0.999)": ("coupling",),
     }.items()
     for name in names
 }  # fmt: skip
@@ -93,7 +94,7 @@ def integrate(
             read the structure of the field take a :class:`~solvers.Separable` or a :class:`~solvers.SemiLinear` one and
             fixed steps.
         steps: that many equal steps, without error control and without waiting for the device; a state that becomes
-            non-finite on the way is then returned as it is.
+            non-finite on the way is then returned as it is. Under "reversible" it is waited for once.
         tolerance: error control, when ``steps`` is None; :class:`Tolerance` with its defaults if not given.
         controller: the step-size rule of error control; :class:`~solvers.controllers.I` if not given.
         control: one step size for the batch, whose error is taken as a whole, or one for each sample, as if it were
@@ -118,8 +119,9 @@ def integrate(
             square root of their number and two further evaluations of each (three if adaptive); "backsolve", those of
             the ODE by its adjoint solved backwards, with constant memory and the error of that solve, steps chosen by
             the seminorm; "reversible", or :class:`Reversible` with a coupling of one's own, through the steps of a
-            pair of states (two a step) that are undone, in constant memory, up to rounding: what does not lead back to
-            x0 raises, steps end at the times ``at``, and there is no event. The last three keep only the last state;
+            pair of states (two a step) that are undone, in constant memory, up to rounding: where the two states come
+            apart, as in contracting fields, and where the way back does not lead to x0 it raises, whatever on_limit;
+            steps end at the times ``at``, and there is no event. The last three keep only the last state;
             under "backsolve" the gradient may lose digits where the ODE is unstable backwards.
         parameters: a collection of what gets gradients by "backsolve" or "reversible" beside x0 and the tensors in
             args. If not given, the parameters of the field, which must then be a module, a method of one or a
@@ -145,7 +147,7 @@ def integrate(
     Raises:
         ValueError, TypeError: an argument is out of range, or has another name here; the message names it.
         SolverError: the solve cannot go on; its ``solution`` is the part that stands.
-        RuntimeError: ``gradient="reversible"`` in a graph of ``torch.compile``.
+        RuntimeError: ``gradient="reversible"`` in a graph of ``torch.compile``, or where its states come apart.
 
     >>> import torch
     >>> solution = integrate(lambda t, x: -x, torch.ones(1, 1), 0.0, 1.0, solver="rk4", steps=10)
@@ -296,6 +298,8 @@ def _check_choices(control: Any, keep: Any, on_limit: Any, gradient: Any) -> Non
     _one_of("control", control, ("batch", "sample"))
     _one_of("keep", keep, ("last", "states", "steps"))
     _one_of("on_limit", on_limit, ("raise", "return"))
+    if isinstance(gradient, Real) and not isinstance(gradient, bool):
+        raise ValueError(f"gradient must be a name, got {gradient}: a coupling is gradient=Reversible({gradient})")
     _one_of("gradient", gradient, ("direct", "checkpoint", "backsolve", "reversible"))
     if gradient != "direct" and keep == "steps":
         raise ValueError(f"gradient={gradient!r} keeps no steps: leave out keep='steps'")

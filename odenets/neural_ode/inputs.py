@@ -46,6 +46,7 @@ SETTINGS = {
         "the field, a module that holds what trains": ("adjoint_params", "parameters", "params"),
         "event": ("event_fn", "events"),
         "the call: ode(x, *args)": ("args",),
+        "gradient=solvers.Reversible(coupling=0.999)": ("coupling",),
     }.items()
     for name in names
 }  # fmt: skip

@@ -73,7 +73,9 @@ class NeuralODE(nn.Module):
             host, whatever the device, and no part of the state_dict.
         gradient: "direct", through the steps; "checkpoint", the same by computing the steps again; "backsolve", the
             adjoint ODE with constant memory; "reversible" or :class:`solvers.Reversible`, through the steps of a
-            reversible pair, with constant memory: see :func:`solvers.integrate`.
+            reversible pair, with constant memory, of fields that do not contract for long: another solution than the
+            others have, also without gradients, and told as such where weights are loaded. See
+            :func:`solvers.integrate`.
         control: "batch", one step size for the batch, or "sample", one for each sample, as if it were alone: batch
             norm in training mode, which reads the others, is refused.
         controller: step-size rule of error control.
@@ -137,7 +139,8 @@ class NeuralODE(nn.Module):
     def _check_settings(self) -> None:
         """Raise here what a solve would raise: one of a state that stands still, in no time."""
         each = next((t.shape for t in (self.t0, self.t1) if isinstance(t, Tensor)), torch.Size([1]))
-        options: dict[str, Any] = self._options("last") | {"event": None}
+        undone = self.gradient == "reversible" or isinstance(self.gradient, Reversible)  # which finds no event
+        options: dict[str, Any] = self._options("last") | {"event": self.event if undone else None}
         if isinstance(self.tolerance, Tolerance):
             options["tolerance"] = Tolerance()  # its tensors are of the shape of a state
         if self.graph is not False:

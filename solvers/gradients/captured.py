@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from solvers.gradients.reads import mark, reads
 from solvers.gradients.repeats import FirstCall, random_state
 from solvers.gradients.snapshot import Known, Snapshot
 from solvers.validation import is_transformed
 
 __all__ = ["BegunAnew", "Captured", "owner_of", "tensors_of"]
-
-_Node = Any
 
 
 def tensors_of(name: str, collection: Any) -> list[Tensor]:
@@ -69,6 +69,7 @@ class Captured:
 
     Attributes:
         tensors: what gets gradients; complete once the forward pass is over.
+        open: whether that is what the field reads, too.
     """
 
     def __init__(
@@ -76,17 +77,22 @@ class Captured:
         recompute: bool = False, random: bool = False
     ) -> None:  # fmt: skip
         self._names, self._random, self._recompute = names, random, recompute
-        self._open = parameters is None or recompute
+        self.open = parameters is None or recompute
         owner = owner_of(field) if parameters is None else parameters
         self.tensors = tensors_of(names[1], [*tensors_of(names[1], () if owner is None else owner), *_tensors_in(args)])
+        self._claimed = {id(x) for x in self.tensors}
         self._snapshot = Snapshot(field, args)
+        self._at_hand = parameters is None and not recompute and any(x.requires_grad for x in _in_sight(field))
         self._field: Callable[..., Any] | None = field
-        self._differentiates = False
+        self._differentiates, self._first = False, True
+        buffers = self._snapshot.buffers()  # but counts, and averages, which normalizations write or read, not both
+        self._changing = any(b.tensor.is_floating_point() and not b.name.startswith("running_") for b in buffers)
         self._known: dict[int, Known] = {}
         self._now: dict[int, Tensor] = {}
         self._read: set[int] = set()
         self._looked = False
         self._inputs: list[Tensor] = []
+        self._gathered: tuple[Any, dict[int, Tensor], dict[tuple[Any, int], Tensor]] = None, {}, {}
         self._calls, self._back, self._unclaimed = 0, False, dict[int, weakref.ref[Tensor]]()
 
     def __call__(self, *args: Any) -> Any:
@@ -103,6 +109,33 @@ class Captured:
         with torch.enable_grad():
             v = self.field(t, x, *args)
         return v if keeps else tree_map_only(Tensor, Tensor.detach, v)
+
+    @property
+    def instead(self) -> str:
+        """What to use instead, for errors."""
+        return self._names[2]
+
+    @property
+    def direct(self) -> str:
+        """The same without what calls the field again."""
+        return self._names[2].removesuffix(" or 'checkpoint'")
+
+    @property
+    def may_read_more(self) -> bool:
+        """Whether a function has tensors with a gradient at hand, as at times that its first calls are not at."""
+        return self._at_hand or (self.open and any(x.requires_grad for x in self._snapshot.weights.values()))
+
+    def lost(self, what: str) -> str:
+        """That the field reads ``what``, which it did not read in its first calls."""
+        return (
+            f"{self._names[0]} reads {what} that it did not read in its first calls, and its gradient would be lost: "
+            f"hand it over in {self._names[1]}, or use {self.direct}; or call backward() before the field or its "
+            "modules are replaced"
+        )
+
+    def anew(self) -> None:
+        """Another part of the field begins, whose first two calls are watched as well."""
+        self._calls = 0
 
     @property
     def field(self) -> Callable[..., Any]:
@@ -129,6 +162,7 @@ class Captured:
         if self._calls == 1:
             self._claim([leaf for reference in self._unclaimed.values() if (leaf := reference()) is not None])
         self._close()
+        self._gathered = None, {}, {}
 
     @contextmanager
     def again(self, *, cut: bool = False, look: bool = True) -> Iterator[list[Tensor]]:
@@ -153,10 +187,12 @@ class Captured:
             ):
                 calls = 0 if look and not (self._recompute and self._looked) else 2
                 self._field, self._calls, self._back, self._unclaimed, self._now = field, calls, True, {}, now
+                self._gathered = None, {}, {}
                 yield [now.get(id(x), x) for x in self.tensors]
         finally:
             self._looked = self._looked or (look and self._calls > 1)
             self._field, self._calls, self._back, self._unclaimed, self._now = outer
+            self._gathered = None, {}, {}
 
     def _close(self) -> None:
         """What is known when a forward pass is over."""
@@ -170,7 +206,7 @@ class Captured:
         """The leaves of a tensor that cannot be cut off get their gradient through it, and would get it twice."""
         within = self._snapshot.weights
         through = [x for x in self.tensors if x.grad_fn is not None and id(x) not in within]
-        behind = {id(x) for x in _reads([], 0, set(), [(x.grad_fn, x.output_nr) for x in through])[0]}
+        behind = {id(x) for x in reads([], 0, set(), [(x.grad_fn, x.output_nr) for x in through])[0]}
         if self._recompute or not behind:
             return
         unread = any(id(x) not in self._read for x in through)
@@ -187,7 +223,8 @@ class Captured:
         self._calls += 1
         if torch.compiler.is_compiling():
             return self.field(*args)
-        if any(is_transformed(x) for x in (*tree_leaves(args), *self.tensors) if isinstance(x, Tensor)):
+        held = self.tensors if self._first else ()
+        if any(is_transformed(x) for x in (*tree_leaves(args), *held) if isinstance(x, Tensor)):
             self._refuse_transforms()
         if self._recompute and not self._back and graph:  # the first state may also be read as itself
             self._inputs += [
@@ -195,10 +232,11 @@ class Captured:
             ]
         if not graph:
             args = (*(tree_map_only(Tensor, Tensor.detach, x) for x in args[:2]), *args[2:])
-        before = FirstCall(self._snapshot, self._device) if first and not self._back else None
+        looks = first and not self._back and (self._first or self._changing)
+        before = FirstCall(self._snapshot, self._device) if looks else None
         state = None if first or self._random or self._back else random_state(self._device)
         with torch.enable_grad():
-            mark = torch.zeros((), dtype=torch.float32, requires_grad=True).view(()).grad_fn._sequence_nr()  # type: ignore[union-attr]
+            begun = mark()
             if self._differentiates and not any(x.requires_grad for x in tree_leaves(args[1])):
                 args = (args[0], _leaves_of(args[1]), *args[2:])
             try:
@@ -217,11 +255,11 @@ class Captured:
             remedy = f"Draw once before the solve, or use {self._names[2]}"
             self._refuse_other("draws random numbers at every call (dropout in training mode?)", remedy)
         if before is not None and (reason := before.other(self.field, args, outputs)):
-            direct = self._names[2].removesuffix(" or 'checkpoint'")
-            self._refuse_other(reason, f"Put what changes into eval mode, or use {direct}")
+            self._refuse_other(reason, f"Put what changes into eval mode, or use {self.direct}")
         if any(map(is_transformed, outputs)):
             self._refuse_transforms()
-        self._note(outputs, mark, [x for x in tree_leaves(args[:2]) if isinstance(x, Tensor)], first)
+        self._first = False
+        self._note(outputs, begun, [x for x in tree_leaves(args[:2]) if isinstance(x, Tensor)], first)
         return v if graph else tree_map_only(Tensor, Tensor.detach, v)
 
     def _refuse_other(self, reason: str, remedy: str) -> None:
@@ -235,23 +273,31 @@ class Captured:
             f"again: use {self._names[2]}, or torch.autograd.grad"
         )
 
-    def _note(self, outputs: list[Tensor], mark: int, inputs: list[Tensor], first: bool) -> None:
-        candidates = {id(x): x for x in (*self.tensors, *self._inputs, *self._now.values())} | self._snapshot.weights
-        by_edge = {(x.grad_fn, x.output_nr): x for x in candidates.values() if x.grad_fn is not None}
+    def _candidates(self) -> tuple[dict[int, Tensor], dict[tuple[Any, int], Tensor]]:
+        """What may get gradients, by identity and, what was computed, by its node: as long as it is the same."""
+        key = len(self.tensors), len(self._inputs), self._back
+        if self._gathered[0] != key:
+            every = {id(x): x for x in (*self.tensors, *self._inputs, *self._now.values())} | self._snapshot.weights
+            by_edge = {(x.grad_fn, x.output_nr): x for x in every.values() if x.grad_fn is not None}
+            self._gathered = key, every, by_edge
+        return self._gathered[1:]
+
+    def _note(self, outputs: list[Tensor], begun: int, inputs: list[Tensor], first: bool) -> None:
+        candidates, by_edge = self._candidates()
         own = {id(x) for x in inputs}
         stops = set(by_edge) | {(x.grad_fn, x.output_nr) for x in inputs if x.grad_fn is not None}
-        leaves, outside = _reads(outputs, mark, stops)
+        leaves, outside = reads(outputs, begun, stops)
         leaves = [x for x in leaves if id(x) not in own]
         read = {id(x): x for x in (*leaves, *(by_edge[edge] for edge in outside if edge in by_edge))}
         self._read |= set(read)
         if not self._back:
             self._known |= {k: Known.of(x) for k, x in read.items() if k in candidates and k not in self._known}
-        if not self._open:
+        if not self.open:
             return
         for node, number in () if self._recompute else outside:
             if (node, number) in stops:
                 continue
-            behind, _ = _reads([], 0, stops, [(node, number)])
+            behind, _ = reads([], 0, stops, [(node, number)])
             if not all(id(x) in candidates or id(x) in own for x in behind):
                 raise ValueError(
                     f"{self._names[0]} reads a tensor computed outside of it ({type(node).__name__}), whose gradient "
@@ -267,17 +313,13 @@ class Captured:
         # one that the field makes itself is another at every call
         both = [x for key, x in unclaimed.items() if key in self._unclaimed and self._unclaimed[key]() is x]
         if both and self._back:
-            raise RuntimeError(
-                f"{self._names[0]} reads other tensors than in the forward pass, one of shape {tuple(both[0].shape)}: "
-                "call backward() before the field or its modules are replaced"
-            )
+            raise RuntimeError(self.lost(f"a tensor of shape {tuple(both[0].shape)}"))
         self._claim(both)
 
     def _claim(self, tensors: Iterable[Tensor]) -> None:
-        known = {id(x) for x in self.tensors}
         for x in tensors:
-            if not self._recompute and id(x) not in known:
-                known.add(id(x))
+            if not self._recompute and id(x) not in self._claimed:
+                self._claimed.add(id(x))
                 self.tensors.append(x)
             if id(x) not in self._known:
                 self._known[id(x)] = Known.of(x)
@@ -293,6 +335,13 @@ def owner_of(field: Any) -> Any:
         owner = owner_of(field.func)
         return None if owner is None else [owner, *_tensors_in((field.args, field.keywords))]
     return None
+
+
+def _in_sight(field: Any) -> Iterator[Tensor]:
+    """The tensors that a function closes over, or has among its globals and its defaults."""
+    if isinstance(field, FunctionType):
+        values = inspect.getclosurevars(field)
+        yield from _tensors_in((values.nonlocals, values.globals, field.__defaults__))
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -315,27 +364,3 @@ def _autocast(kind: str) -> tuple[Any, ...]:
 def _leaves_of(state: Any) -> Any:
     """The state, a tensor or several, without history and requiring a gradient."""
     return tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), state)
-
-
-def _reads(
-    outputs: list[Tensor], mark: int, stops: set[Any], edges: Sequence[tuple[_Node, int]] = ()
-) -> tuple[list[Tensor], list[tuple[_Node, int]]]:
-    """The leaves that tensors depend on, and the edges to what was computed before ``mark`` or is in ``stops``."""
-    leaves: dict[int, Tensor] = {id(x): x for x in outputs if x.requires_grad and x.grad_fn is None}
-    stack = [*edges, *((x.grad_fn, x.output_nr) for x in outputs if x.grad_fn is not None)]
-    outside, seen = list[tuple[_Node, int]](), set[Any]()
-    while stack:
-        edge = stack.pop()
-        node = edge[0]
-        if node is None or edge in seen:
-            continue
-        seen.add(edge)
-        if edge in stops:
-            outside.append(edge)
-        elif type(node).__name__ == "AccumulateGrad":
-            leaves[id(node.variable)] = node.variable
-        elif hasattr(node, "_sequence_nr") and node._sequence_nr() < mark:
-            outside.append(edge)
-        else:
-            stack.extend(node.next_functions)
-    return list(leaves.values()), outside

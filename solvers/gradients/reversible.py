@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from solvers.field_calls import Field
 from solvers.gradients.captured import Captured
-from solvers.reductions import combine
+from solvers.gradients.pair import Move, sizes
+from solvers.gradients.reads import LaterReads
 from solvers.runge_kutta import rk_step
-from solvers.step import Step
 from solvers.tableaus import ButcherTableau
-from solvers.validation import to_state_shape
+from solvers.validation import real_dtype
 
-__all__ = ["Move", "Reversible", "ReversibleSteps", "check_inverse", "increment_of", "reversed_states", "undo"]
+__all__ = ["Reversible", "Taken", "check_inverse", "check_precision", "increment_of", "reversed_states", "undo"]
 
 Time = float | Tensor
 Increment = Callable[[Time, Tensor, Time], Tensor]
@@ -35,11 +33,17 @@ class Reversible:
     step; both begin at x0, and y is the solution, of the order of the method. The backward pass computes the states
     from the last ones, up to rounding, and the gradient from them: it is that of the steps taken, not of the ODE, and
     keeps two states whatever their number.
+
+    The coupling trades one loss for another. Undone, rounding grows by ``1 / c`` a step, 2.7 for 1,000 steps at 0.999
+    and four digits at 0.99. Forward, ``y - z`` grows by ``c exp(h r)`` a step where the field contracts at a rate r,
+    and the solution is off by half of it: over a time T by ``exp(r T)`` unless ``c exp(h r) < 1``. So a small coupling
+    for short contracting solves, one near 1 for long solves that oscillate, and for stiff fields another gradient. What
+    is lost either way raises: forward, with and without gradients and whatever ``on_limit``, where the states come
+    apart, and backward, where the steps do not lead back to x0.
     Reference: McCallum, Foster, Efficient, accurate and stable gradients for neural ODEs, arXiv:2410.11648.
 
     Attributes:
-        coupling: c in (0, 1], how much of y is kept. Below 1 it damps the difference of the two states; undone, it
-            amplifies the rounding, by 1 / c a step: 2.7 for 1,000 steps at 0.999, four digits at 0.99.
+        coupling: c in (0, 1], how much of y is kept.
 
     Raises:
         ValueError: a coupling outside (0, 1].
@@ -58,18 +62,11 @@ class Reversible:
     coupling: float = 0.999
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.coupling, Real) and 0 < self.coupling <= 1):
+        number = isinstance(self.coupling, Real) and not isinstance(self.coupling, bool)
+        if not (number and 0 < self.coupling <= 1):
             raise ValueError(
                 f"coupling must be a number in (0, 1], got {self.coupling!r}: the pair of states drifts apart beyond"
             )
-
-
-class Move(NamedTuple):
-    """A step that was taken: where it begins, its size, and by which samples, ``(B, 1, ..., 1)``; None of all."""
-
-    t: Time
-    h: Time
-    taken: Tensor | None
 
 
 def undo(
@@ -105,64 +102,42 @@ def undo(
     return torch.where(taken, y, y1), z, torch.where(taken, coupling * above, a), below
 
 
-class ReversibleSteps:
-    """Takes the steps of the pair, and remembers which ones; each is that of y, with the stages at z.
+class Taken(NamedTuple):
+    """How steps were taken that are to be undone.
 
     Attributes:
-        calls: field calls so far.
-        moves: the steps taken.
+        captured: what the field calls.
+        increments: of each step, by its number, ``h sum_i b_i p_i``.
+        moves, coupling: the steps, and how.
+        size: the largest value of each sample on the way, ``(B,)``, or of the whole, ``(1,)``.
+        owner: what took them, for errors.
+        apart: warns in the backward pass, where the pair ends further apart than this size; None where a solve has
+            looked.
     """
 
-    def __init__(self, tableau: ButcherTableau, x0: Tensor, coupling: float) -> None:
-        self.tableau, self.coupling, self.calls = tableau, coupling, 0
-        self.z, self.moves = x0, list[Move]()
-        self._moved = False
-        self._last: tuple[Field, Move, Tensor] | None = None
-
-    def __call__(
-        self, field: Any, t: Any, x: Tensor, h: Any, first: Tensor | None = None, *, closing: bool = True
-    ) -> Step:
-        """A step from ``(x, z)``; ``first`` is the velocity at z, or is not used."""
-        first = None if self._moved else first
-        z, self._moved = self.z, False
-        inner = rk_step(field, t, z, h, self.tableau, first, closing=closing)
-        self.calls += len(inner.stages) - (first is not None)
-        start = x + (1 - self.coupling) * (z - x)
-        end = combine(start, inner.stages, self.tableau.b, h)
-        self._last = field, Move(t, h, None), end
-        return inner._replace(x0=start, x1=end, reductions=None)
-
-    def accept(self, accepted: np.ndarray | None = None) -> None:
-        """The last step is taken, by all samples or by those of a mask ``(B,)``: z goes after y."""
-        assert self._last is not None
-        field, move, end = self._last
-        every = accepted is None or bool(accepted.all())
-        taken = None if every else to_state_shape(accepted, end)  # type: ignore[arg-type] - a mask here
-        back = rk_step(field, move.t + move.h, end, -move.h, self.tableau, closing=False)
-        self.calls += len(back.stages)
-        z = combine(self.z, back.stages, self.tableau.b, move.h)
-        self.z = z if taken is None else torch.where(taken, z, self.z)
-        self.moves.append(move._replace(taken=taken))
-        self._moved = True
+    captured: Captured
+    increments: Callable[[int], Increment]
+    moves: Sequence[Move]
+    coupling: float
+    size: Tensor
+    owner: str = "gradient='reversible'"
+    apart: Callable[[], None] | None = None
 
 
-def reversed_states(
-    captured: Captured, increments: Callable[[int], Increment], moves: Sequence[Move], coupling: float, x0: Tensor,
-    states: Tensor, z: Tensor, ends: Sequence[int]
-) -> Tensor:  # fmt: skip
+def reversed_states(taken: Taken, x0: Tensor, states: Tensor, z: Tensor, ends: Sequence[int]) -> Tensor:
     """``states`` of the solution from x0, with the gradients of the steps that lead there.
 
     Args:
-        captured: what the field calls.
-        increments: of each step, by its number, ``h sum_i b_i p_i``.
-        moves, coupling: the steps taken, and how.
+        taken: the steps.
         x0: the first state.
         states: ``(n, *x0.shape)``, the last one of them that of the last step.
         z: beside which the pair ends there.
         ends: how many steps lead to each of the states.
     """
-    how = captured, increments, moves, coupling, ends
-    return _Reversed.apply(how, states, z, x0, *captured.tensors)  # type: ignore[return-value]
+    captured, anchor = taken.captured, None
+    if not any(x.requires_grad for x in (x0, *captured.tensors)) and captured.may_read_more:
+        anchor = torch.zeros((), requires_grad=True)  # so that a backward pass looks
+    return _Reversed.apply(taken, ends, states, z, x0, anchor, *captured.tensors)  # type: ignore[return-value]
 
 
 def increment_of(field: Field, tableau: ButcherTableau) -> Increment:
@@ -172,25 +147,35 @@ def increment_of(field: Field, tableau: ButcherTableau) -> Increment:
 
 class _Reversed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: Any, states: Tensor, z: Tensor, x0: Tensor, *params: Tensor) -> Tensor:
-        ctx.how, states = how, states.clone()
+    def forward(ctx: Any, taken: Taken, ends: Any, states: Tensor, z: Tensor, x0: Tensor, *_: Tensor | None) -> Tensor:
+        ctx.taken, ctx.ends, states = taken, ends, states.clone()
         ctx.save_for_backward(states[-1].clone(), z, x0)
         return states
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override] - torch's has *grads
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        taken: Taken = ctx.taken
+        captured, moves = taken.captured, taken.moves
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{taken.owner} has no second derivatives, which create_graph=True asks for: they would be lost. Take "
+                f"{captured.direct}"
+            )
         y, z, x0 = ctx.saved_tensors
-        captured, increments, moves, coupling, ends = ctx.how
-        due = list(zip(ends, grads[0], strict=True))
+        apart = (sizes(y - z) > taken.size).any()
+        due = list(zip(ctx.ends, grads[0], strict=True))
         with captured.again(cut=True) as params:
             collected: list[Tensor | None] = [None] * len(params)
+            later = LaterReads(params, captured.lost if captured.open else None)
 
             def add(change: Tensor, leaf: Tensor, pull: Tensor) -> Tensor:
                 if not change.requires_grad:
                     return torch.zeros_like(leaf)
-                first, *others = torch.autograd.grad(change, (leaf, *params), pull, allow_unused=True)
-                for i, grad in enumerate(others):
+                read = later.see(change, leaf)
+                first, *others = torch.autograd.grad(
+                    change, (leaf, *(params[i] for i in read)), pull, allow_unused=True
+                )
+                for i, grad in zip(read, others, strict=True):
                     if grad is not None:
                         before = collected[i]
                         collected[i] = grad if before is None else before + grad
@@ -201,23 +186,40 @@ class _Reversed(torch.autograd.Function):
                 while due and due[-1][0] == k:
                     a = a + due.pop()[1]
                 if k:
-                    y, z, a, b = undo(increments(k - 1), moves[k - 1], y, z, a, b, coupling, add)
-        check_inverse(y, x0, len(moves), coupling)
-        return (None, None, None, a + b, *collected)
+                    y, z, a, b = undo(taken.increments(k - 1), moves[k - 1], y, z, a, b, taken.coupling, add)
+            later.close()
+        if check_inverse(y, x0, taken, apart) and taken.apart is not None:
+            taken.apart()
+        return (None, None, None, None, a + b, None, *collected)
 
 
-def check_inverse(y: Tensor, x0: Tensor, steps: int, coupling: float) -> None:
-    """That undoing the steps leads back to where they began.
+def check_precision(x0: Tensor, owner: str) -> None:
+    """That the way back has digits to lose.
+
+    Raises:
+        TypeError: a state in half precision.
+    """
+    if real_dtype(x0).itemsize < 4:
+        kind = str(x0.dtype).removeprefix("torch.")
+        raise TypeError(f"{owner} takes float32 or float64, whose steps can be undone, got {kind}: give x0.float()")
+
+
+def check_inverse(y: Tensor, x0: Tensor, taken: Taken, apart: Tensor) -> bool:
+    """That undoing the steps leads each sample back to where it began; waits for the device, once.
+
+    Returns:
+        ``apart``.
 
     Raises:
         RuntimeError: it does not; the gradient would be wrong.
     """
-    off = ((y - x0).abs().max() / x0.abs().max().clamp(min=torch.finfo(x0.real.dtype).tiny)).item()
-    limit = 10 * torch.finfo(x0.real.dtype).eps ** 0.5
-    if not off <= max(limit, 0.0):
+    tiny, limit = torch.finfo(taken.size.dtype).tiny, 10 * torch.finfo(taken.size.dtype).eps ** 0.5
+    off, far = torch.stack([(sizes(y - x0) / taken.size.clamp(min=tiny)).amax(), apart.to(taken.size)]).tolist()
+    if not off <= limit:
         raise RuntimeError(
-            f"gradient='reversible': undone, {steps} steps end {off:.2g} (relative) away from x0, more than "
-            f"{limit:.2g}: the gradient would be wrong. Rounding grows by 1 / coupling a step, here {coupling}, and "
-            "where the steps contract, as of stiff fields: take a coupling nearer to 1, float64, fewer steps, or "
-            "gradient='checkpoint'"
+            f"{taken.owner}: undone, {len(taken.moves)} steps end {off:.2g} (relative) away from x0, more than "
+            f"{limit:.2g}: the gradient would be wrong. Rounding grows by 1 / coupling a step, here {taken.coupling}, "
+            f"and where the steps contract, as of stiff fields: take a coupling nearer to 1, float64, fewer steps, or "
+            f"{taken.captured.instead}"
         )
+    return bool(far)

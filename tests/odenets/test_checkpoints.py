@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 
 from odenets import Flow, MLPField, Network, NeuralODE, adapt, load_weights, models, save_weights
 from odenets.checkpoints import fingerprint
-from solvers import PI, Tolerance, get_tableau
+from solvers import PI, Reversible, Tolerance, get_tableau
 from tests.odenets.networks import Velocity
 
 CAPTURED = {"check": True, "capture_output": True, "text": True}
@@ -95,6 +95,7 @@ def test_weights_of_a_neural_ode_that_is_solved_otherwise_are_told(tmp_path):
         ({"solver": "dopri5"}, r"has the solver dopri5 .*, saved with bs23 .*: outputs are not those"),
         ({"tolerance": Tolerance(1e-6, 1e-6)}, r"has the tolerance Tolerance\(.*1e-06.*, saved with Tolerance"),
         ({"steps": 3}, r"has steps 3, saved with None"),
+        ({"gradient": Reversible(0.5)}, r"has gradient='reversible' with the coupling 0\.5, saved with None"),
     ):
         with pytest.warns(UserWarning, match=said) as seen:
             load_weights(node(**settings), path)

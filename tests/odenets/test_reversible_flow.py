@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from odenets import Flow, MLPField, Network, ReversibleFlow, load_weights, measures, save_weights
+from odenets import Block, Flow, MLPField, Network, ReversibleFlow, load_weights, measures, save_weights
 from odenets.analysis.memory import measure_memory
 from odenets.depth import SampleSteps
 
@@ -78,6 +78,7 @@ def test_a_network_of_it_learns_and_is_saved(tmp_path):
     other = Network(nn.Linear(2, 3).double(), flow(), nn.Linear(3, 2).double())
     load_weights(other, tmp_path / "weights.safetensors")
     torch.testing.assert_close(other(x), network(x))
+    assert "coupling=0.99" in repr(other)
     plain = Network(nn.Linear(2, 3).double(), Flow(MLPField(3).double(), depth=4), nn.Linear(3, 2).double())
     with pytest.raises(ValueError, match=r"must have the coupling that it was saved with, 0\.99, got None"):
         load_weights(plain, tmp_path / "weights.safetensors")
@@ -110,6 +111,62 @@ def test_blocks_of_the_pair_are_not_walked_one_by_one():
     network = flow().float()
     with pytest.raises(ValueError, match="no sample skips"):
         SampleSteps(network, tolerance=0.1)(torch.randn(4, 3))
+
+
+class Parts(nn.Module):
+    """A field that reads a tensor outside of it, and drops some of its output."""
+
+    def __init__(self, outside=None, drop=0.0):
+        super().__init__()
+        self.layer, self.drop, self.read = nn.Linear(3, 3).double(), drop, outside
+
+    def forward(self, t, x):
+        x = nn.functional.dropout(x, self.drop, self.training) if self.drop else x
+        return torch.tanh(self.layer(x)) + (0 if self.read is None else torch.sin(x @ self.read[0]))
+
+
+@pytest.mark.parametrize("reading", range(4))
+def test_what_one_block_alone_reads_gets_its_gradient(reading):
+    outside, grads = [torch.randn(3, 3, dtype=D, requires_grad=True)], []
+    blocks = [Block([Parts(outside if m == reading else None)], 0.25) for m in range(4)]
+    for network in (ReversibleFlow.of(blocks, solver="rk4"), Flow.of(blocks, solver="rk4")):
+        grads += torch.autograd.grad(network(torch.ones(2, 3, dtype=D)).sum(), outside)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_of_a_later_block_is_refused():
+    blocks = [Block([Parts(drop=0.1 * m)], 0.25) for m in range(4)]
+    with pytest.raises(ValueError, match="draws random numbers"):
+        ReversibleFlow.of(blocks, solver="euler")(torch.ones(2, 3, dtype=D))
+
+
+def test_half_precision_and_second_derivatives_are_refused_and_autocast_is_not():
+    network, x = flow().bfloat16(), start()
+    with pytest.raises(TypeError, match="ReversibleFlow takes float32 or float64"):
+        network(x.bfloat16())
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*odenets\.Flow"):
+        torch.autograd.grad(flow()(x).sum() + x.square().sum(), x, create_graph=True)
+    network = flow().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = network(x.float())
+    y.sum().backward()
+    assert y.dtype == torch.float32
+
+
+def test_states_that_end_far_apart_are_told_once():
+    class Decay(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.ones((), dtype=D))
+
+        def forward(self, t, x):
+            return -self.rate * x
+
+    network = ReversibleFlow(Decay, solver="rk4", depth=60, total_time=20.0)
+    with pytest.warns(UserWarning, match="two states of a ReversibleFlow end further apart"):
+        network(start()).sum().backward()
+    network(start()).sum().backward()  # warnings are errors
+    assert network._said_apart
 
 
 def test_dropout_is_refused_and_full_passes_too():
