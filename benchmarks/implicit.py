@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,9 +166,7 @@ def stiff(options: Options) -> list[dict[str, Any]]:
 def in_jax(name: str, starts: Tensor, t1: float, ks: Tensor) -> Callable[[float], np.ndarray] | None:
     """diffrax's solution of the batch, vmapped and compiled, by tolerance; None where it is not installed."""
     try:
-        import diffrax
-        import jax
-        import jax.numpy as jnp
+        diffrax, jax, jnp = (import_module(module) for module in ("diffrax", "jax", "jax.numpy"))
     except ImportError:
         return None
     jax.config.update("jax_enable_x64", True)
