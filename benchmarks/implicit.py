@@ -213,7 +213,8 @@ def overhead(options: Options) -> list[dict[str, Any]]:
             return net(x) - 20 * x
 
         take = ImplicitSteps(get_tableau("kvaerno5"), 1e-6, 1e-8)
-        take(field, 0.0, x, 0.05)
+        with torch.no_grad():
+            take(field, 0.0, x, 0.05)
         calls = take.calls - take.jacobians
         matrix, right = jacobian(field, 0.0, x), torch.randn_like(x)
 
@@ -280,7 +281,7 @@ def reversible(options: Options) -> list[dict[str, Any]]:
 def main(options: Options) -> None:
     """Measure, print the tables and write the file."""
     torch.set_num_threads(1)
-    measured = {"environment": environment(), "command": "python -m benchmarks.implicit"}
+    measured: dict[str, Any] = {"environment": environment() | {"command": "python -m benchmarks.implicit"}}
     tables = {"overhead": overhead, "reversible": reversible, "stiff": stiff}
     measured |= {name: table(options) for name, table in tables.items() if options.only in (None, name)}
     options.output.write_text(json.dumps(measured, indent=1) + "\n")

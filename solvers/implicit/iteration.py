@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,8 +23,12 @@ _FACTOR = 5
 """How many more iterations others than the simplified Newton's may take."""
 _HALVINGS = 12
 """How often a correction is halved at most."""
+_ROUNDING = 8
+"""How many units of the last digit of the largest component are rounding."""
 _IDLE = 3
 """After how many iterations without progress what moves in the last digit of the largest component is rounding."""
+
+_TINY = np.finfo(np.float64).tiny
 
 Array = np.ndarray
 
@@ -46,7 +51,7 @@ class Measure(NamedTuple):
         moved = rows(change * self.weight)
         if self.relative:
             return (moved.abs().amax(1) / (rows(y).abs().amax(1) + torch.finfo(y.dtype).tiny)).cpu().numpy()
-        return (torch.linalg.vector_norm(moved, dim=1) / moved.shape[1] ** 0.5).cpu().numpy()
+        return torch.linalg.vector_norm(moved, dim=1).cpu().numpy() * moved.shape[1] ** -0.5
 
     def shares(self, change: Tensor, y: Tensor, increment: Tensor) -> Array:
         """The largest share of a component that its change is, ``(B,)``."""
@@ -66,6 +71,108 @@ class Root(NamedTuple):
     p: Tensor
     failed: Array | None
     differentiable: bool
+
+
+class _Batch:
+    """How the iteration of a batch goes whose samples fail together: by its largest change.
+
+    Args:
+        eta: of the stage before, by which the first change is judged.
+        measure: what changes are measured with.
+        method: which iteration.
+    """
+
+    def __init__(self, eta: Any, measure: Measure, method: str) -> None:
+        self.measure, self.method = measure, method
+        self.eta = max(eta, 1e-16) ** 0.8 if method == "newton" else 1.0
+        self.sizes, self.rate, self.slowest = np.zeros(0), 0.0, 0.0
+        self._worst, self._first = 0.0, True
+        self._best, self._idle = math.inf, 0
+
+    def found(self, change: Tensor, y: Tensor, increment: Tensor | None) -> bool:
+        """Whether the stage is found, by its last change."""
+        self.sizes, last = self.measure.sizes(change, y), self._worst
+        self._worst = float(self.sizes.max(initial=0.0))
+        if not self._first:
+            self.rate = self._worst / last if last else 0.0
+            self.slowest = max(self.slowest, self.rate)
+            rate = max(self.rate, _SHARE) if self.method == "newton_krylov" else self.rate  # which luck may hide
+            self.eta = rate / (1 - rate) if rate < 1 else math.inf
+        self._first = False
+        small = self._worst == 0 or self.eta * self._worst <= self.measure.limit
+        if increment is None or not small:
+            return small
+        share = float(self.measure.shares(change, y, increment).max(initial=0.0))
+        self._idle = self._idle + 1 if share > 0.9 * self._best else 0
+        self._best = min(self._best, share)
+        at_rounding = self._worst <= _ROUNDING * torch.finfo(y.dtype).eps and self._idle >= _IDLE
+        return share == 0 or self.eta * share <= self.measure.limit or at_rounding
+
+    def hopeless(self, left: int) -> bool:
+        """Whether it will not be found in as many more iterations."""
+        if not math.isfinite(self._worst):
+            return True
+        if self.rate == 0.0 or self.method == "full":  # the first, or one that may wander before it converges
+            return False
+        return not self.rate < 2 or (self.rate < 1 and self.rate**left * self.eta * self._worst > self.measure.limit)
+
+    @property
+    def memory(self) -> float:
+        """What the first change of the next stage is judged by."""
+        return self.eta if math.isfinite(self.eta) else 1.0
+
+    @property
+    def failed(self) -> Array:
+        """The samples that have gone the farthest astray."""
+        return ~(self.sizes < 0.5 * self._worst)
+
+
+class _Samples:
+    """The same where samples fail one by one."""
+
+    def __init__(self, eta: Any, measure: Measure, method: str) -> None:
+        self.measure, self.method = measure, method
+        self.eta: Any = np.maximum(eta, 1e-16) ** 0.8 if method == "newton" else 1.0
+        self.sizes, self.rate, self.slowest = np.zeros(0), np.zeros(0), 0.0
+        self._first = True
+        self._done: Any = np.False_
+
+    def found(self, change: Tensor, y: Tensor, increment: Tensor | None) -> bool:
+        """Whether the stages of all are found, by their last changes."""
+        sizes, last, before = self.measure.sizes(change, y), self.sizes, self._done
+        self.sizes = sizes
+        if not self._first:
+            self.rate = sizes / np.maximum(last, _TINY)
+            rate = np.maximum(self.rate, _SHARE) if self.method == "newton_krylov" else self.rate
+            self.eta = np.where(rate < 1, rate / (1 - rate), np.inf)
+        small = self.eta * sizes <= self.measure.limit
+        if increment is not None:
+            small &= self.eta * self.measure.shares(change, y, increment) <= self.measure.limit
+        self._done = self._done | (sizes == 0) | small
+        if not (self._done.all() and np.isfinite(sizes).all()):
+            self._first = False
+            return False
+        if not self._first:
+            self.slowest = self.rate.max(initial=0.0, where=~before)
+        return True
+
+    def hopeless(self, left: int) -> bool:
+        """Whether those that are not found will not be in as many more iterations."""
+        lost = ~np.isfinite(self.sizes)
+        if self.rate.size and self.method != "full":
+            rest = self.rate**left * np.minimum(self.eta, 1e3) * self.sizes
+            lost |= ~(self.rate < 2) | (rest > self.measure.limit)
+        return bool((lost | self._done).all())
+
+    @property
+    def memory(self) -> Array:
+        """What the first change of the next stage is judged by."""
+        return np.where(np.isfinite(self.eta), self.eta, 1.0)
+
+    @property
+    def failed(self) -> Array:
+        """The samples whose stages are not found."""
+        return ~(self._done & np.isfinite(self.sizes))
 
 
 class Iteration:
@@ -94,15 +201,12 @@ class Iteration:
         ``solve``: the solution of the linear system for a right side, at a state.
         """
         most = self.roots.max_iterations * (1 if method == "newton" else _FACTOR)
-        last: Array | None = None
         value, differentiable = self._first_value(v, i, t, start, scale, p)
-        done, sizes = np.zeros(len(rows(start)), dtype=bool), np.zeros(0)
-        best, idle = np.full(len(done), np.inf), np.zeros(len(done))
-        rounding = 8 * torch.finfo(start.dtype).eps
-        eta: Any = np.maximum(self._eta, 1e-16) ** 0.8 if method == "newton" else 1.0
+        kind = _Samples if self.each else _Batch
+        progress = kind(self._eta if method == "newton" else 1.0, measure, method)
         with torch.no_grad(), np.errstate(all="ignore"):
             for k in range(most):
-                y = start + scale * p
+                y = start + scale * p if isinstance(scale, Tensor) else torch.add(start, p, alpha=scale)
                 if k and method != "full":
                     value = self._value(v, i, t, y)
                 r = value - p
@@ -110,34 +214,13 @@ class Iteration:
                 if method == "full":
                     change, value = self._damped(v, i, t, start, scale, p, r, change)
                 p = p + change
-                sizes = measure.sizes(change, y)
-                hopeless = ~np.isfinite(sizes)
-                if last is not None:
-                    rate = sizes / last
-                    self.slowest = max(self.slowest, rate.max(initial=0.0, where=~done & ~np.isnan(rate)))
-                    if method == "newton_krylov":  # of which a lucky iteration hides the rate
-                        rate = np.maximum(rate, _SHARE)
-                    eta = np.where(rate < 1, rate / (1 - rate), np.inf)
-                    if method != "full":  # which may wander before it converges
-                        left = rate ** (most - 1 - k) * np.minimum(eta, 1e3) * sizes
-                        hopeless |= ~(rate < 2) | (left > measure.limit)
-                found = eta * sizes <= measure.limit
-                if measure.relative and found.any():
-                    share = measure.shares(change, y, scale * p)
-                    idle = np.where(share > 0.9 * best, idle + 1, 0)
-                    best = np.minimum(best, share)
-                    found = (found & (eta * share <= measure.limit)) | ((sizes <= rounding) & (idle >= _IDLE))
-                done |= (sizes == 0) | found
-                if done.all() and np.isfinite(sizes).all():
-                    self._eta = np.where(np.isfinite(eta), eta, 1.0)
+                if progress.found(change, y, scale * p if measure.relative else None):
+                    self.slowest, self._eta = max(self.slowest, progress.slowest), progress.memory
                     return Root(p, None, differentiable)
-                lost = hopeless & ~done
-                if (lost | done).all() if self.each else lost.any():
-                    done = ~lost
+                if progress.hopeless(most - 1 - k):
                     break
-                last = sizes
         self.slowest = np.inf
-        return Root(p, ~(done & np.isfinite(sizes)), differentiable)
+        return Root(p, progress.failed, differentiable)
 
     def _value(self, v: Field, i: int, t: Any, y: Tensor) -> Tensor:
         self.calls += 1
