@@ -1,6 +1,7 @@
 """Implicit and reversible solves: beside SciPy's Radau, over their floor, and over gradients through the steps.
 
     python -m benchmarks.implicit --output FILE.json
+    python -m benchmarks.implicit --table FILE.json
 
 Three tables. Stiff problems, a batch of 64 samples with parameters of their own: the time of one solve with steps per
 sample, of diffrax's, and of SciPy's Radau sample by sample with the exact Jacobian, and the largest relative error of a
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +52,8 @@ class Options:
         turns: the same for stiff problems, after one that is not timed.
         samples: how many of the batch the errors are measured on, and SciPy is timed on, for the batch in proportion.
         only: one of the tables alone.
+        commit: of the code.
+        table: print the tables of such a file instead.
     """
 
     output: Path = Path("implicit.json")
@@ -57,6 +62,8 @@ class Options:
     turns: int = 3
     samples: int = 8
     only: Literal["overhead", "reversible", "stiff"] | None = None
+    commit: str = ""
+    table: Path | None = None
 
 
 def robertson(t: Any, x: Tensor, k: Tensor) -> Tensor:
@@ -278,16 +285,53 @@ def reversible(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+def table(measured: dict[str, Any]) -> str:
+    """The rows as tables, and where they were measured."""
+    rows = measured["stiff"]
+    tolerances = sorted({row["tolerance"] for row in rows}, reverse=True)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        peers = [one for one in rows if one["problem"] == row["problem"] and "SciPy" in one["solver"]]
+        errors, seconds = ([math.log(one[key]) for one in peers] for key in ("error", "seconds"))
+        peer = math.exp(np.interp(-math.log(row["error"]), [-error for error in errors], seconds))
+        inside = min(errors) <= math.log(row["error"]) <= max(errors)
+        share = f", {row['seconds'] / peer:.2f}" if inside and row not in peers else ""
+        cell = f"{row['seconds']:.2g} ({row['error']:.0e}{share})"
+        lines.setdefault((row["problem"], row["solver"]), []).append(cell)
+    stiff = [[*names, *cells] for names, cells in lines.items()]
+    over = [[row["features"], row["calls"], f"{row['ratio']:.2f}"] for row in measured["overhead"]]
+    pair = [
+        [row["way"], f"{row['ratio']:.2f}", *(row.get(f"peak of {n} steps", "") for n in (10, 1000))]
+        for row in measured["reversible"]
+    ]
+    where = measured["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
+    heads = ["problem", "solver", *(f"tolerance {tolerance:g}" for tolerance in tolerances)]
+    return "\n\n".join([
+        "Seconds of a batch of 64 (largest relative error of a component at the end; over the time that Radau takes "
+        "for as small an error, where it was measured around that).",
+        tabulate(stiff, heads, tablefmt="github", disable_numparse=True),
+        "A step of kvaerno5 over its Jacobian, its factorization, and as many field calls and solutions as it takes.",
+        tabulate(over, ["features", "field calls", "ratio"], tablefmt="github", disable_numparse=True),
+        "Gradients by reversible steps over those through the steps, both passes; peak of memory in bytes.",
+        tabulate(pair, ["", "ratio", "10 steps", "1,000 steps"], tablefmt="github", disable_numparse=True),
+        f"{where['device']}, {where['threads']} thread; {versions}; commit {where['commit']}",
+    ])  # fmt: skip
+
+
 def main(options: Options) -> None:
-    """Measure, print the tables and write the file."""
+    """Measure and write the file, or print the tables of one."""
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return
     torch.set_num_threads(1)
-    measured: dict[str, Any] = {"environment": environment() | {"command": "python -m benchmarks.implicit"}}
+    where = environment() | {"command": "python -m benchmarks.implicit", "commit": options.commit}
+    peers = ("scipy", "diffrax", "jax")
+    where["versions"] |= {name: version(name) for name in peers if find_spec(name)}
+    measured: dict[str, Any] = {"environment": where}
     tables = {"overhead": overhead, "reversible": reversible, "stiff": stiff}
-    measured |= {name: table(options) for name, table in tables.items() if options.only in (None, name)}
+    measured |= {name: make(options) for name, make in tables.items() if options.only in (None, name)}
     options.output.write_text(json.dumps(measured, indent=1) + "\n")
-    for name in tables.keys() & measured.keys():
-        rows = [{key: value for key, value in row.items() if key != "rounds"} for row in measured[name]]
-        print(f"\n{tabulate(rows, headers='keys', tablefmt='github', floatfmt='.3g')}")
 
 
 if __name__ == "__main__":
