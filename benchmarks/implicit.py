@@ -325,7 +325,8 @@ def main(options: Options) -> None:
         print(table(json.loads(options.table.read_text())))
         return
     torch.set_num_threads(1)
-    where = environment() | {"command": "python -m benchmarks.implicit", "commit": options.commit}
+    where: dict[str, Any] = environment()
+    where |= {"command": "python -m benchmarks.implicit", "commit": options.commit}
     peers = ("scipy", "diffrax", "jax")
     where["versions"] |= {name: version(name) for name in peers if find_spec(name)}
     measured: dict[str, Any] = {"environment": where}
