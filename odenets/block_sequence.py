@@ -24,7 +24,9 @@ from odenets.errors import refuse
 from odenets.lazy import LazyParameters, make_field, refuse_state
 from odenets.normalization import StageBatchNorm
 from odenets.records import numbered
-from solvers import ButcherTableau, LearnedTableau, get_tableau
+from odenets.schemes.names import method_of
+from odenets.schemes.scheme import Scheme
+from solvers import ButcherTableau, LearnedTableau
 
 __all__ = ["BlockSequence"]
 
@@ -49,13 +51,18 @@ class BlockSequence(nn.Module):
     ) -> None:
         super().__init__()
         refuse("Flow", unknown, ELSEWHERE)
-        self.tableau = get_tableau(solver)
-        if self.tableau.structure:
+        self.tableau = method_of(solver)
+        scheme = self.tableau if isinstance(self.tableau, Scheme) else None
+        if scheme is None and self.tableau.structure:
             raise ValueError(
                 f"solver must take any field, {self.tableau.name} takes those of a structure: use NeuralODE(field, "
                 f"solver={self.tableau.name!r}, steps=n), or one of euler, midpoint, heun, bs23, rk4"
             )
         check_sharing(stage_fields, shared)
+        if scheme is not None and stage_fields != "tied":
+            raise ValueError(
+                f"stage_fields must be 'tied' with {scheme.name}, which says itself what fields a block has"
+            )
         self._sizes = step_sizes(h, total_time, depth)
         self.stage_fields: StageFields = stage_fields
         self.shared = shared
@@ -63,9 +70,12 @@ class BlockSequence(nn.Module):
         self.takes_closing = False  # whether passes take all closing stages, as while statistics are recomputed
         self.warned = False  # of statistics that several stages share
         self.start = 0.0  # the time of its first state; that of a part of a flow lies later
+        self.before: float | None = None  # the step size before a part to which the memory of a scheme is handed
+        self.hands_on = False  # whether it returns the memory of its last step behind the state, as such a part does
         self.blocks = nn.ModuleList()
         if field is None:
-            count = (1 if shared else depth) * fields_per_block(self.tableau, stage_fields)
+            count = fields_per_block(self.tableau, stage_fields) + (scheme is not None and scheme.learns)
+            count *= 1 if shared else depth
             self.field_of_first_input = LazyParameters(count)
             self.register_load_state_dict_pre_hook(refuse_state)
         elif isinstance(field, tuple):
@@ -139,10 +149,36 @@ class BlockSequence(nn.Module):
             The number.
         """
         interior, stages = self.tableau.interior, self.tableau.stages
+        if isinstance(self.tableau, Scheme):
+            return self.depth * self.tableau.calls
         if closing and self.tableau.fsal and self.passes_on:
             return self.depth * (stages - 1) + 1
         last = stages if closing or readout == "ensemble" else interior
         return (self.depth - 1) * (stages if closing else interior) + last
+
+    @property
+    def one_step(self) -> bool:
+        """Whether each step reads the state before it and nothing else of the steps before."""
+        return not (isinstance(self.tableau, Scheme) and self.tableau.memory)
+
+    def check_one_step(self, name: str, remedy: str) -> None:
+        """That each step reads nothing but the state before it, for what takes steps one by one.
+
+        Args:
+            name: of the argument that the flow is in, for the message.
+            remedy: what it takes instead.
+
+        Raises:
+            ValueError: a :class:`~odenets.ReversibleFlow`, or a scheme with a memory.
+        """
+        if not self.one_step:
+            kind = f"a {type(self).__name__} of {self.tableau.name}"
+            raise ValueError(f"{name} must not hold {kind}, whose steps read more than the state before them: {remedy}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the class besides blocks and step sizes, as :meth:`of` takes them."""
+        return {"solver": self.tableau, "stage_fields": self.stage_fields, "shared": self.shared}
 
     @property
     def passes_on(self) -> bool:
@@ -169,7 +205,7 @@ class BlockSequence(nn.Module):
         """
         if "field_of_first_input" in self._modules:
             make: Any = torch.compiler.disable(make_field) if torch.compiler.is_compiling() else make_field
-            make(self, x, self._make_blocks)
+            make(self, self.tableau.fields_see(x) if isinstance(self.tableau, Scheme) else x, self._make_blocks)
         self.input_shape = self.input_shape or tuple(x.shape[1:])
 
     def resize(self, sizes: Sequence[float], whole: nn.Module | None = None) -> None:
@@ -208,6 +244,8 @@ class BlockSequence(nn.Module):
     def part(self, first: int, last: int) -> Self:
         """The blocks from ``first`` to before ``last`` as a flow of its own, which shares them and keeps their times.
 
+        Where a scheme has a memory, it travels from part to part behind the state, in dimension 1.
+
         Raises:
             ValueError: no such blocks, no field yet, or blocks that share fields.
             TypeError: a class with settings of its own, which a part would lack.
@@ -225,10 +263,11 @@ class BlockSequence(nn.Module):
             [cast(Block, block) for block in self.blocks[first:last]],
             self.h[first:last],
             start=self.start + math.fsum(self.h[:first]),
-            solver=self.tableau,
-            stage_fields=self.stage_fields,
-            shared=self.shared,
+            **self.settings,
         )
+        if not self.one_step:
+            part.before = self.h[first - 1] if first else self.before
+            part.hands_on = last < self.depth or self.hands_on
         part.training, part.blocks.training, part.input_shape = self.training, self.blocks.training, self.input_shape
         return part
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from odenets.fields import VelocityField, reset_modules
 from odenets.normalization import StageBatchNorm
 from odenets.normalization.stage_batch_norm import at_stage, expand_stages
+from odenets.schemes.scheme import Scheme, Velocity
 from solvers import ButcherTableau, Step, rk_step
 from solvers.validation import check_call, mismatch
 
@@ -31,6 +33,7 @@ __all__ = [
     "make_blocks",
     "step_sizes",
     "take_step",
+    "uses_of",
 ]
 
 _BY_ERROR = "one of odenets.NeuralODE(field, tolerance=Tolerance(rtol=1e-3)), whose steps are chosen by their error"
@@ -46,14 +49,14 @@ ELSEWHERE = {
 
 StageFields = Literal["tied", "chained", "untied"]
 FieldSource = nn.Module | Callable[[], nn.Module]
-Velocity = Callable[[float | Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
     """One solver step with its own fields and its own step size h; a :class:`~odenets.Flow` takes the step.
 
     Attributes:
-        fields: one velocity field (tied), or one per stage.
+        fields: one velocity field (tied), or one per stage; of a :class:`~odenets.schemes.Scheme` its fields,
+            and behind them what the block learns besides.
         h: step size, in units of the flow's time.
 
     >>> import odenets
@@ -69,12 +72,13 @@ class Block(nn.Module):
         self._by_stage = any(isinstance(module, StageBatchNorm) for module in self.fields.modules())
 
     def velocities(
-        self, stages: int, stage_fields: StageFields, following: Block | None = None, args: Sequence[Any] = ()
-    ) -> list[Velocity]:
-        """One ``v(t, x)`` per stage, to which the fields' further arguments are bound.
+        self, method: ButcherTableau, stage_fields: StageFields, following: Block | None = None,
+        args: Sequence[Any] = (),
+    ) -> list[Velocity]:  # fmt: skip
+        """One ``v(t, x)`` per stage, or of a scheme per use of a field, to which its further arguments are bound.
 
         Args:
-            stages: how many the method has.
+            method: of the step.
             stage_fields: "tied", "chained" or "untied", as in :class:`~odenets.Flow`.
             following: the next block, whose first field is that of the last stage where this block has none for it.
             args: what the fields take besides.
@@ -83,15 +87,19 @@ class Block(nn.Module):
             The velocities.
         """
         fields: list[Any] = list(self.fields)
-        tied = stage_fields == "tied"
+        tied, uses = stage_fields == "tied", uses_of(method) if stage_fields == "tied" else ()
         if tied:
-            fields = fields * stages
-        elif len(fields) < stages:
-            fields.append((following or self).fields[0])
+            fields, stages = [v for v, n in zip(fields, uses) for _ in range(n)], [i for n in uses for i in range(n)]  # noqa: B905 - torch 2.8's compiler takes strict=False for True
+        else:
+            if len(fields) < method.stages:
+                fields.append((following or self).fields[0])
+            stages = [0] * len(fields)
         if tied or args:  # which must not be taken for the stage
-            fields = [partial(v, stage=i * tied) if isinstance(v, VelocityField) else v for i, v in enumerate(fields)]
+            fields = [
+                partial(v, stage=i) if isinstance(v, VelocityField) else v for v, i in zip(fields, stages, strict=True)
+            ]
         fields = [_conditioned(field, args) for field in fields] if args else fields
-        return [at_stage(field, i * tied) for i, field in enumerate(fields)] if self._by_stage else fields
+        return [at_stage(v, i) for v, i in zip(fields, stages, strict=True)] if self._by_stage else fields
 
     def copy_within(self, whole: nn.Module) -> Block:
         """A copy, which shares what the block shares with other parts of the ``whole`` that it is in."""
@@ -121,10 +129,16 @@ def check_arguments(field: Any, args: Sequence[Any] | None) -> None:
     check_call(field, args, remedy=remedy, **stage)
 
 
-def take_step(block: Block, args: Sequence[Any], fields: Sequence[Velocity], *begin: Any, **options: Any) -> Step:
-    """:func:`solvers.rk_step` with the fields of a block; one that takes no such args is named."""
+def take_step(
+    block: Block, args: Sequence[Any], fields: Sequence[Velocity], t: Any, x: Tensor, h: float, method: Any,
+    first: Any = None, *, closing: bool = True, reductions: Collection[str] = (),
+) -> Step:  # fmt: skip
+    """:func:`solvers.rk_step` with the fields of a block, or the step of a scheme; one that takes no args is named."""
     try:
-        return rk_step(fields, *begin, **options)
+        if isinstance(method, Scheme):
+            learned = block.fields[len(method.uses)] if method.learns else None
+            return method.take(fields, learned, t, x, h, first, reductions)
+        return rk_step(fields, t, x, h, method, first, closing=closing, reductions=reductions)
     except TypeError:
         check_arguments(block.fields[0], args)
         raise
@@ -189,9 +203,16 @@ def step_sizes(h: float | Sequence[float] | None, total_time: float | None, dept
     return tuple(map(float, sizes))
 
 
+def uses_of(method: ButcherTableau) -> tuple[int, ...]:
+    """How often a step evaluates each field of a block that has tied ones."""
+    return method.uses if isinstance(method, Scheme) else (method.stages,)
+
+
 def fields_per_block(tableau: ButcherTableau, stage_fields: StageFields) -> int:
     """How many fields a block of a method has."""
-    return 1 if stage_fields == "tied" else tableau.stages - (stage_fields == "chained" and tableau.fsal)
+    if stage_fields == "tied":
+        return len(uses_of(tableau))
+    return tableau.stages - (stage_fields == "chained" and tableau.fsal)
 
 
 def make_blocks(
@@ -210,8 +231,14 @@ def make_blocks(
             "field=lambda: MyField(...), or shared=True for one field in all blocks"
         )
     if stage_fields == "tied":
-        fields = [_with_stages(field, tableau.stages) for field in fields]
-    return [Block(fields[m * per_block : (m + 1) * per_block], size) for m, size in enumerate(sizes)]
+        uses = uses_of(tableau) * len(sizes)
+        fields = [_with_stages(field, max(n, 1)) for field, n in zip(fields, uses, strict=True)]
+    blocks = [Block(fields[m * per_block : (m + 1) * per_block], size) for m, size in enumerate(sizes)]
+    if isinstance(tableau, Scheme) and tableau.learns:
+        for m, block in enumerate(blocks):
+            like = next(block.parameters(), torch.empty(()))
+            block.fields.append(cast(nn.Module, tableau.learned(m, len(blocks))).to(like.device, like.dtype))
+    return blocks
 
 
 def _new_field(source: FieldSource, *, first: bool) -> nn.Module:

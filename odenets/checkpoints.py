@@ -18,6 +18,7 @@ from odenets.flow import Flow
 from odenets.functions import described
 from odenets.modes import device_of, dtype_of
 from odenets.neural_ode import NeuralODE
+from odenets.schemes.scheme import Scheme
 from odenets.solve_settings import check_solves, solves
 from odenets.weight_files import read_file, write_file
 from solvers import LearnedTableau
@@ -147,6 +148,8 @@ def _short(h: Sequence[float]) -> str:
 def _coefficients(flow: Flow) -> str:
     """A checksum of those that a step takes; of a learned method they are weights."""
     method: Any = flow.tableau
+    if isinstance(method, Scheme):
+        return repr(method)
     if isinstance(method, LearnedTableau):
         return method.settings
     return f"{zlib.crc32(repr((flow.tableau.c, flow.tableau.a, flow.tableau.b)).encode()):08x}"

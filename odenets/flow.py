@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odenets.block_sequence import BlockSequence
-from odenets.blocks import Block, Velocity, take_step
+from odenets.blocks import Block, take_step, uses_of
 from odenets.coarsening import at_depth
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.measures.marking import check_named
@@ -17,6 +17,7 @@ from odenets.normalization import check_closing_statistics
 from odenets.normalization.mixing import refuse_statistics, warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
+from odenets.schemes.scheme import Memory, Scheme, Velocity
 from solvers import ButcherTableau, Step
 from solvers.coefficients import as_numbers_or_tensors
 from solvers.field_calls import check_unchanged, versions_of
@@ -96,14 +97,15 @@ class Flow(BlockSequence):
         self, x: Tensor, args: Sequence[Any], closing: bool, reductions: Collection[str] = (), ensemble: bool = False
     ) -> Iterator[Step]:
         """The steps; with ``ensemble`` the last one carries its closing stages in any case."""
+        x, first = self._entered(x)
         self.materialize(x)
         if self.training and not torch.compiler.is_compiling():
             self._warn_once()
         if self.tableau.implicit and self.training:
             refuse_statistics(self, self.tableau.name)
-        t, first, blocks = self.start, None, self._blocks()
+        t, blocks = self.start, self._blocks()
         closing = closing or self.takes_closing
-        tableau = as_numbers_or_tensors(self.tableau, x)
+        tableau: Any = as_numbers_or_tensors(self.tableau, x)
         passes_on = closing and tableau.fsal and self.passes_on
         for m, h in enumerate(self.h):
             closes = closing or (ensemble and m == len(blocks) - 1)
@@ -112,17 +114,30 @@ class Flow(BlockSequence):
                 fields = fields[0]
             begin = t, x, h, tableau, first
             yield (step := take_step(blocks[m], args, fields, *begin, closing=closes, reductions=reductions))
-            t, x, first = t + h, step.x1, step.stages[-1] if passes_on else None
+            t, x = t + h, step.x1
+            first = step.stages[-1] if passes_on else None if self.one_step else tableau.hands_on(step)
+
+    def _entered(self, x: Tensor) -> tuple[Tensor, Any]:
+        """The first state, and the memory of the step before where a part has got it behind the state."""
+        if self.before is None:
+            return x, None
+        x, value = x.chunk(2, 1)
+        return x, Memory(value, self.before)
+
+    def _left(self, last: Step) -> Tensor:
+        """The last state, and behind it the memory of the last step where another part is to have it."""
+        memory = cast(Scheme, self.tableau).hands_on(last) if self.hands_on else None
+        return last.x1 if memory is None else torch.cat([last.x1, memory.value], 1)
 
     def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
         """The state at the total time where it is not that of the last of the steps as they are taken."""
         return None
 
     def _warn_once(self) -> None:
-        if not self.warned and self.stage_fields == "tied" and self.tableau.stages > 1:
+        if not self.warned and self.stage_fields == "tied" and (uses := max(uses_of(self.tableau))) > 1:
             warn_of_mixed_statistics(
                 self,
-                f"all {self.tableau.stages} stages of {self.tableau.name} evaluate",
+                f"all {uses} stages of {self.tableau.name} evaluate",
                 "Take odenets.normalization.StageBatchNorm(features), which has statistics for each stage, or "
                 "nn.GroupNorm, which has none; make_norm makes both",
                 by_stage=True,
@@ -136,7 +151,7 @@ class Flow(BlockSequence):
         block, following = blocks[m], blocks[m + 1] if m + 1 < len(blocks) else None
         if self.stage_fields == "untied" and (closing or method.interior > self.tableau.interior):
             check_closing_statistics(block.fields, self.tableau.interior, m)
-        return block.velocities(method.stages, self.stage_fields, following, args)
+        return block.velocities(method, self.stage_fields, following, args)
 
     def forward(self, x: Tensor, /, *args: Any, readout: str = "solution") -> Tensor:
         """The state at the total time, ``(B, *S)``, that of :meth:`record`, with the arguments of it.
@@ -185,7 +200,7 @@ class Flow(BlockSequence):
         steps = self._steps(x, args, closing, reductions_of(measures.values()), readout == "ensemble")
         last, records = measure_steps(steps, x, measures, self.names)
         if readout == "solution":
-            return last.x1, records
+            return self._left(last), records
         return torch.stack([last.output(name) for name in self.tableau.outputs]).mean(0), records
 
     def outputs(self, x: Tensor, /, *args: Any, full_passes: bool = False, check: bool = True) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ def merge_errors(
     network: nn.Module, flows: Sequence[BlockSequence], inputs: Inputs | None, rule: Rule, stays: Stays
 ) -> list[dict[tuple[int, int], Choice]]:
     """The error of every group of blocks of each flow, and the block that stays."""
+    for flow in flows:
+        flow.check_one_step("network", "errors of merged steps are measured one by one; give blocks without inputs")
     totals: list[dict[tuple[int, int, int], tuple[float, float]]] = [{} for _ in flows]
     places = [groups_by_place(flow.depth, stays) for flow in flows]
     samples, passing = 0, cast(Any, network)
@@ -67,7 +69,7 @@ def _errors(
         return 0.0, 0.0
     h = math.fsum(flow.h[a:b])
     following = blocks[b] if b < len(blocks) else None
-    fields = blocks[j].velocities(flow.tableau.stages, flow.stage_fields, following, args)
+    fields = blocks[j].velocities(flow.tableau, flow.stage_fields, following, args)
     step = take_step(blocks[j], args, fields, begin.t, begin.x0, h, flow.tableau, None, closing=embedded)
     apart = (step.x1 - end).flatten(1)
     apart = apart.to(torch.promote_types(apart.dtype, torch.float32))

@@ -88,6 +88,16 @@ class ReversibleFlow(Flow):
         """Never, for the next step's first stage is at another state."""
         return False
 
+    @property
+    def one_step(self) -> bool:
+        """Never, for a step reads both states."""
+        return False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of a flow, and the coupling."""
+        return {**super().settings, "coupling": self.coupling}
+
     def _steps(
         self, x: Tensor, args: Sequence[Any], closing: bool, reductions: Collection[str] = (), ensemble: bool = False
     ) -> Iterator[Step]:

@@ -163,8 +163,7 @@ class FlowWalk:
     """
 
     def __init__(self, flow: Flow, x: Tensor, args: tuple[Any, ...], measures: Mapping[str, StepFunction]) -> None:
-        if flow.coupling is not None:
-            raise ValueError("network must not hold a ReversibleFlow, whose steps no sample skips: take a Flow")
+        flow.check_one_step("network", "no sample skips these; take Flow(solver='bs23') or its like")
         flow.materialize(x)
         self.flow, self.x, self.args = flow, x.clone(), args
         self.blocks = [cast(Block, block) for block in flow.blocks] * (flow.depth if flow.shared else 1)
@@ -288,7 +287,7 @@ class FlowWalk:
         if self.flow.stage_fields == "untied" and closing:
             check_closing_statistics(block.fields, tableau.interior, m)
         following = self.blocks[m + k] if m + k < len(self.blocks) else None
-        return block.velocities(tableau.stages, self.flow.stage_fields, following, self._args(rows))
+        return block.velocities(tableau, self.flow.stage_fields, following, self._args(rows))
 
     def _take(self, m: int, k: int, rows: Rows, closing: bool) -> Step:
         """A step over k blocks with the weights of the first; its evaluations count for the samples."""

@@ -41,17 +41,11 @@ def _layer(kind: type[nn.Module], *settings: str, **options: Any) -> Kind:
     return Kind(kind, settings, lambda parts, values: kind(**parts, **values, **options))
 
 
-def _check_plain(flow: Flow) -> None:
-    if flow.coupling is not None:
-        raise ValueError("model must not hold a ReversibleFlow, whose blocks cannot be removed one by one: take a Flow")
-
-
 def _flow(parts: Parts, settings: Settings) -> Flow:
     like = settings["like"]
-    _check_plain(like)
+    like.check_one_step("model", "blocks that are removed one by one are those of Flow(solver='euler') and its like")
     kind = Flow if settings["plain"] else type(like)
-    options = {"solver": like.tableau, "stage_fields": like.stage_fields}
-    return kind.of([*parts["blocks"]], start=settings["start"], **options)
+    return kind.of([*parts["blocks"]], start=settings["start"], **like.settings | {"shared": False})
 
 
 def _network(parts: Parts, _: Settings) -> Network:

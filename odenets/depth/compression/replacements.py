@@ -96,12 +96,12 @@ def scaled(module: nn.Module, unit: Unit, h: float, start: float | None = None) 
     """
     if not isinstance(module, Flow):
         return ScaledStep(module, h, unit.argument, unit.elements, unit.rectified, unit.adds)
-    if module.coupling is not None:
-        raise ValueError("model must not hold a ReversibleFlow, whose blocks cannot be removed one by one: take a Flow")
+    module.check_one_step("model", "blocks that are removed one by one are those of Flow(solver='euler') and its like")
     block = cast(Block, module.blocks[0])
-    settings = {"solver": module.tableau, "stage_fields": module.stage_fields}
     longer = Block([*block.fields], block.h * h)
-    return Flow.of([longer], start=module.start if start is None else start, **settings).train(module.training)
+    return Flow.of(
+        [longer], start=module.start if start is None else start, **module.settings | {"shared": False}
+    ).train(module.training)
 
 
 def standing_for(unit: Unit, inner: nn.Module) -> nn.Module:

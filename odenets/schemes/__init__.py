@@ -1,0 +1,32 @@
+"""Schemes: what a flow takes as its solver where its blocks are no Runge-Kutta steps of one field each.
+
+>>> import odenets, torch
+>>> from odenets import measures
+>>> flow = odenets.Flow(odenets.MLPField(2), solver="lm", depth=3)  # or solver=odenets.schemes.LinearMultistep()
+>>> state, records = flow.record(torch.randn(4, 2), action=measures.action)
+>>> records["action"].shape
+torch.Size([3, 4])
+"""
+
+from odenets.schemes.fractal import Fractal
+from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
+from odenets.schemes.noise import Noisy, mean_over_paths
+from odenets.schemes.polynomial import Polynomial
+from odenets.schemes.runge_kutta import LearnedRungeKutta
+from odenets.schemes.scheme import Memory, Scheme
+from odenets.schemes.splitting import Splitting
+from odenets.schemes.stochastic_depth import StochasticDepth
+
+__all__ = [
+    "AdamsBashforth2",
+    "Fractal",
+    "LearnedRungeKutta",
+    "LinearMultistep",
+    "Memory",
+    "Noisy",
+    "Polynomial",
+    "Scheme",
+    "Splitting",
+    "StochasticDepth",
+    "mean_over_paths",
+]

@@ -1,0 +1,189 @@
+"""Scheme: how a block of a flow comes by its residue, where that is no Runge-Kutta step of one field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from solvers import ButcherTableau, RootFinder, Step, combine, finish_step
+from solvers.field_calls import check_unchanged, countable, counting, velocity, versions_of
+from solvers.tableaus import Embedded, Row
+
+__all__ = ["Calls", "Memory", "Scheme", "Velocity"]
+
+Velocity = Callable[[float | Tensor, Tensor], Tensor]
+"""A velocity ``v(t, x)``, of a time and a state ``(B, *S)``."""
+
+
+class Memory(NamedTuple):
+    """What a step hands on to the next one.
+
+    Attributes:
+        value: the velocity that it hands on, ``(B, *S)``.
+        h: its step size.
+        versions: torch's count of writes into the value, or None where it does not count.
+    """
+
+    value: Tensor
+    h: float
+    versions: list[int] | None = None
+
+
+class Calls:
+    """The calls of fields within a step: what each returns has the shape of its input and is not written into."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.versions: list[int] | None = []
+
+    def __call__(self, field: Velocity, t: float | Tensor, x: Tensor, stage: int) -> Tensor:
+        """The velocity at ``x`` ``(B, *S)``."""
+        p = velocity(field, t, x, stage)
+        version = versions_of([p])
+        self.values.append(p)
+        self.versions = None if version is None or self.versions is None else [*self.versions, *version]
+        return p
+
+    def check(self, memory: Memory | None) -> None:
+        """That nothing was written into what the fields have returned, in this step and in the one before.
+
+        Raises:
+            ValueError: a field has.
+        """
+        check_unchanged(self.values, self.versions)
+        if memory is not None:
+            check_unchanged([memory.value], memory.versions)
+
+
+@dataclass(frozen=True)
+class Scheme(ButcherTableau):
+    """A rule for the residue of a block, ``x1 = x0 + h r``: what a :class:`~odenets.Flow` takes as its solver.
+
+    A subclass defines :meth:`residue`, and may say that a block has several fields, how often a step evaluates each
+    (:attr:`uses`), what a block learns besides (:meth:`learned`), and whether a step reads the one before it
+    (:attr:`memory`). To what measures steps, the residue is the one stage of the step: the action is ``h <r^2>``, and
+    there is no embedded error. Its own attributes are the arguments of the class; it has the same value as another with
+    the same ones.
+
+    >>> import odenets
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Damped(Scheme):
+    ...     rate: float = 0.1
+    ...
+    ...     def residue(self, fields, learned, t, x, h, memory):
+    ...         return fields[0](t, x) - self.rate * x
+    >>> odenets.Flow(odenets.MLPField(2), solver=Damped(0.5), depth=3)(torch.ones(4, 2)).shape
+    torch.Size([4, 2])
+    """
+
+    name: str = field(init=False, repr=False, default="")
+    order: int = field(init=False, repr=False, default=1)
+    c: Row = field(init=False, repr=False, default=(0.0,))
+    a: tuple[Row, ...] = field(init=False, repr=False, default=((),))
+    b: Row = field(init=False, repr=False, default=(1.0,))
+    embedded: tuple[tuple[str, Embedded], ...] = field(init=False, repr=False, default=())
+    low: str | None = field(init=False, repr=False, default=None)
+    dense: tuple[Row, ...] | None = field(init=False, repr=False, default=None)
+    roots: RootFinder = field(init=False, repr=False, default_factory=RootFinder)
+    implicit: bool = field(init=False, repr=False, default=False)
+    explicit: bool = field(init=False, repr=False, default=False)
+    fsal: bool = field(init=False, repr=False, default=False)
+    error_weights: Row | None = field(init=False, repr=False, default=None)
+    stages: int = field(init=False, repr=False, default=0)
+    interior: int = field(init=False, repr=False, default=0)
+    structure: ClassVar[str] = "blocks"
+    memory: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or type(self).__name__)
+        super().__post_init__()
+
+    def adopt(self, tableau: ButcherTableau) -> None:
+        """Take the stages of a ``tableau``, their weights and its embedded outputs, before the scheme is complete."""
+        for key in ("order", "c", "a", "b", "embedded", "low"):
+            object.__setattr__(self, key, getattr(tableau, key))
+
+    @property
+    def uses(self) -> tuple[int, ...]:
+        """How often a step evaluates each field of a block; statistics of batch norms are apart for each time."""
+        return (1,)
+
+    @property
+    def calls(self) -> int:
+        """Field calls of a step."""
+        return sum(self.uses)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a block has something besides its fields, which is then behind them in ``block.fields``."""
+        return type(self).learned is not Scheme.learned
+
+    def learned(self, m: int, depth: int) -> nn.Module | None:
+        """What block ``m`` of ``depth`` learns or draws besides its fields, made for each, or None."""
+        return None
+
+    def fields_see(self, x: Tensor) -> Tensor:
+        """Of a state ``(B, *S)`` what the fields get, by which a flow without a field makes one."""
+        return x
+
+    def residue(
+        self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None = None
+    ) -> Tensor:
+        """The residue ``r`` of a block, ``(B, *S)``.
+
+        Args:
+            fields: the velocities, each field as often as a step evaluates it.
+            learned: what :meth:`learned` made for the block.
+            t: time at the start of the step.
+            x: state there, ``(B, *S)``.
+            h: step size.
+            memory: of the step before, where the scheme has a memory; None at the first step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define residue(fields, learned, t, x, h, memory)")
+
+    def take(
+        self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None = None,
+        reductions: Collection[str] = ()
+    ) -> Step:  # fmt: skip
+        """One step from ``x`` at ``t``; the arguments are those of :meth:`residue`.
+
+        ``reductions`` are those of :func:`solvers.rk_step`.
+
+        Raises:
+            TypeError, ValueError: as of a step of :func:`solvers.rk_step`.
+        """
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with counting():
+                x = countable(x)
+                memory = memory and memory._replace(value=countable(memory.value))
+                return self.take(fields, learned, t, x, h, memory, reductions)
+        stages, tableau = self.stages_of(fields, learned, t, x, h, memory)
+        if not reductions:
+            return Step(t, h, x, combine(x, stages, tableau.b, h), stages, tableau)
+        x1, computed = finish_step(
+            x, stages, tableau, h, action="action" in reductions, residue="residue" in reductions
+        )
+        assert x1 is not None
+        return Step(t, h, x, x1, stages, tableau, computed)
+
+    def stages_of(
+        self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None
+    ) -> tuple[tuple[Tensor, ...], ButcherTableau]:
+        """The stages of a step and the tableau that weighs them: its residue and the scheme itself."""
+        calls = Calls()
+        r = self.residue([partial(calls, v, stage=i) for i, v in enumerate(fields)], learned, t, x, h, memory)
+        calls.check(memory)
+        return (r,), self
+
+    def hands_on(self, step: Step) -> Memory | None:
+        """What the next step reads of a ``step``, where the scheme has a memory."""
+        if not self.memory:
+            return None
+        value = step.stages[0]
+        return Memory(value, float(step.h), versions_of([value]))
