@@ -19,8 +19,8 @@ def columns_of(fields, columns):
 def expand(cells, z, h, cell):
     """The outputs of all columns of a fractal, of which the last join takes the mean; ``cells`` are those of each.
 
-    The paper's f_{C+1} = (f_C of f_C) joined with a cell: two fractals of half the time, one after the other, beside the
-    shallowest column.
+    The paper's f_{C+1} = (f_C of f_C) joined with a cell: two fractals of half the time, one after the other, beside
+    the shallowest column.
     """
     shallow, *deeper = cells
     out = [cell(shallow[0], z, h)]
