@@ -6,14 +6,14 @@ from torch import nn
 
 __all__ = ["ACTIVATIONS", "make_activation"]
 
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh, "gelu": nn.GELU, "relu6": nn.ReLU6}
 
 
 def make_activation(name: str) -> nn.Module:
     """The layer of an activation.
 
     Args:
-        name: "relu", "silu", "tanh" or "gelu".
+        name: "relu", "silu", "tanh", "gelu" or "relu6".
 
     Raises:
         ValueError: another name.

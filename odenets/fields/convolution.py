@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.fields.activations import make_activation
-from odenets.fields.sizes import check_sizes
+from odenets.fields.sizes import check_odd, check_sizes
 from odenets.fields.time_input import time_like
 from odenets.fields.velocity_field import VelocityField
 from odenets.normalization import make_norm
@@ -21,7 +21,7 @@ class ConvField(VelocityField):
         channels: channels of x.
         hidden: channels between the convolutions; ``channels`` if not given.
         norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None.
-        activation: "relu", "silu", "gelu" or "tanh".
+        activation: "relu", "silu", "gelu", "tanh" or "relu6".
         time: whether t is an input, as a constant channel of both convolutions.
         kernel_size: odd size of the convolutions.
         bias: whether the convolutions have one.
@@ -49,9 +49,8 @@ class ConvField(VelocityField):
         leading: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(channels=channels, hidden=hidden, kernel_size=kernel_size)
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd to keep the shape of x, got {kernel_size}")
+        check_sizes(channels=channels, hidden=hidden)
+        check_odd(kernel_size)
         hidden = hidden or channels
         self.time = time
         self.leading = leading

@@ -20,7 +20,7 @@ class MLPField(VelocityField):
     Args:
         features: size of the last dimension of x.
         hidden: width of the hidden layer; ``max(64, 2 * features)`` if not given.
-        activation: "relu", "silu", "gelu" or "tanh" (ten times slower on CPUs).
+        activation: "relu", "silu", "gelu", "relu6" or "tanh" (ten times slower on CPUs).
         time: whether t is an input.
         norm: "group", "layer", "batch" (own statistics per stage where stages share the field) or None; x is then
             ``(B, features)``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from odenets.fields.sizes import check_sizes
+from odenets.fields.sizes import check_divides, check_sizes
 from odenets.fields.velocity_field import VelocityField
 from odenets.normalization import make_norm
 
@@ -25,7 +25,7 @@ class ResNeXtField(VelocityField):
 
     Raises:
         TypeError: a size that is no whole number.
-        ValueError: a size below 1, an unknown norm, or channels that the groups do not divide.
+        ValueError: a size below 1, an unknown norm, or groups that do not divide hidden.
 
     >>> import torch
     >>> field = ResNeXtField(64, hidden=32, groups=8)
@@ -35,7 +35,8 @@ class ResNeXtField(VelocityField):
 
     def __init__(self, channels: int, hidden: int, groups: int = 32, *, norm: str | None = "batch") -> None:
         super().__init__()
-        check_sizes(channels=channels, hidden=hidden, groups=groups)
+        check_sizes(channels=channels)
+        check_divides(groups=groups, hidden=hidden)
         self.conv1 = nn.Conv2d(channels, hidden, 1, bias=False)
         self.norm1 = make_norm(norm, hidden)
         self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=groups, bias=False)

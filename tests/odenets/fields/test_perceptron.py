@@ -18,5 +18,5 @@ def test_mlp_is_two_linear_layers(activation, time):
 
 
 def test_an_unknown_activation_is_named():
-    with pytest.raises(ValueError, match="activation must be one of relu, silu, tanh, gelu, got 'sine'"):
+    with pytest.raises(ValueError, match="activation must be one of relu, silu, tanh, gelu, relu6, got 'sine'"):
         MLPField(3, activation="sine")
