@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from odenets.fields.activations import make_activation
@@ -10,6 +12,7 @@ from odenets.fields.feature_norm import FeatureNorm
 from odenets.fields.sizes import check_divides, check_sizes
 from odenets.fields.tokens import as_state, as_tokens
 from odenets.fields.velocity_field import VelocityField
+from solvers.validation import is_transformed
 
 __all__ = ["AttentionField", "FeedForwardField"]
 
@@ -26,6 +29,8 @@ class AttentionField(VelocityField):
         heads: number of heads.
         norm: "layer", over the features of each token, "group", "batch" (own statistics per stage where stages share
             the field) or None.
+        fused: whether attention is one operation of torch, which has no second derivatives; False for these. Forward
+            derivatives and the transforms of ``torch.func`` take the formula in any case.
 
     Raises:
         TypeError: a size that is no whole number.
@@ -42,10 +47,10 @@ class AttentionField(VelocityField):
     (torch.Size([2, 5, 8]), torch.Size([2, 8, 4, 4]))
     """
 
-    def __init__(self, features: int, heads: int = 1, *, norm: str | None = "layer") -> None:
+    def __init__(self, features: int, heads: int = 1, *, norm: str | None = "layer", fused: bool = True) -> None:
         super().__init__()
         check_divides(heads=heads, features=features)
-        self.heads = heads
+        self.heads, self.fused = heads, fused
         self.norm = FeatureNorm(norm, features)
         self.project_in = nn.Linear(features, 3 * features)
         self.project_out = nn.Linear(features, features)
@@ -58,8 +63,20 @@ class AttentionField(VelocityField):
         """
         projected = self.project_in(self.norm(as_tokens(x), stage))
         q, k, v = projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return as_state(self.project_out(attended), x)
+        attend = F.scaled_dot_product_attention if self.fused and not _is_differentiated_forward(q) else _attention
+        return as_state(self.project_out(attend(q, k, v).transpose(1, 2).flatten(2)), x)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``softmax(Q K^T / sqrt(d)) V``, each ``(B, heads, N, d)``."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def _is_differentiated_forward(x: Tensor) -> bool:
+    """Whether a tangent comes along, or a transform of ``torch.func`` is at work, which fused attention lacks."""
+    if torch.compiler.is_compiling():
+        return False
+    return is_transformed(x) or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None)
 
 
 class FeedForwardField(VelocityField):

@@ -29,6 +29,28 @@ def test_attention_is_its_formula():
     torch.testing.assert_close(field(0.0, x), field.project_out(torch.cat(heads, -1)))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_formula_has_the_derivatives_that_fused_attention_lacks(fused):
+    """torch's has no second and no forward derivatives (pytorch/pytorch issues 116350 and 128971)."""
+    field, formula = AttentionField(6, 2, fused=fused).double(), AttentionField(6, 2, fused=False).double()
+    formula.load_state_dict(field.state_dict())
+    x, u = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    x.requires_grad_()
+    torch.testing.assert_close(field(0.0, x), formula(0.0, x))
+    jacobian = torch.autograd.functional.jacobian(lambda x: formula(0.0, x), x.detach())
+    expected = torch.einsum("bndBND,BND->bnd", jacobian, u)
+    torch.testing.assert_close(torch.func.jvp(lambda x: field(0.0, x), (x,), (u,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, u)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(field(0.0, dual)).tangent, expected)
+    each = torch.func.vmap(lambda x: field(0.0, x[None])[0])(x)
+    torch.testing.assert_close(each, field(0.0, x))
+    if not fused:
+        (gradient,) = torch.autograd.grad(field(0.0, x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("make", [AttentionField, FeedForwardField])
 @pytest.mark.parametrize("norm", ["layer", "group", "batch", None])
 def test_places_of_images_are_tokens(make, norm):
