@@ -62,24 +62,18 @@ def adjoint(weight: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def square_norm(
-    weight: Tensor,
-    size: tuple[int, int] | None = None,
-    *,
-    vectors: int = 8,
-    tolerance: float = 1e-9,
-    iterations: int = 10_000,
+    weight: Tensor, size: tuple[int, int] | None = None, *, tolerance: float = 1e-6, iterations: int = 300
 ) -> float:
     """``||K||^2``, the largest eigenvalue of ``K^T K``, of the ``weight`` of K.
 
-    That of a matrix is its largest singular value squared. That of a convolution is found by power iteration on a few
-    orthogonal images at once, from below, in float64; the random state stays as it is.
+    That of a matrix is its largest singular value squared. That of a convolution is found from below by the iteration
+    of Lanczos, whose vectors stay orthogonal, in float64; the random state stays as it is.
 
     Args:
         weight: of a matrix, ``(out, features)``, or of a convolution, ``(out, channels, k, k)``.
         size: height and width of the images.
-        vectors: how many images the power iteration takes.
-        tolerance: the relative growth of an iteration at which it ends.
-        iterations: the most that are taken.
+        tolerance: the residual of the eigenvector over the eigenvalue at which the iteration ends.
+        iterations: the most that are taken, each with one image in memory.
 
     Returns:
         The number.
@@ -87,6 +81,9 @@ def square_norm(
     Raises:
         TypeError: a height or width that is no whole number.
         ValueError: a convolution without a size of images, or one of sizes below 1.
+
+    References:
+        Golub, Van Loan. Matrix computations. 4th edition, section 10.1.
 
     >>> square_norm(torch.diag(torch.tensor([1.0, 3.0])))
     9.0
@@ -98,15 +95,25 @@ def square_norm(
         raise ValueError(f"size must be height and width of the images that are convolved, (32, 32), got {size!r}")
     for name, length in zip(("height", "width"), size, strict=True):
         check_count(f"size, {name}", length, 1)
-    shape = (weight.shape[1], *size)
-    images = torch.randn(vectors, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    images, norm = images.to(weight.device), 0.0
-    for _ in range(iterations):
-        orthogonal = torch.linalg.qr(images.flatten(1).T).Q.T
-        outputs = apply(weight, orthogonal.reshape(-1, *shape))
-        flat = outputs.flatten(1)
-        before, norm = norm, float(torch.linalg.eigvalsh(flat @ flat.T)[-1])
-        if norm - before <= tolerance * norm:
+    shape = (1, weight.shape[1], *size)
+    image = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    vectors = [image.flatten() / image.norm()]
+    diagonal, beside, value = [], [], 0.0
+    for _ in range(min(iterations, image.numel())):
+        image = adjoint(weight, apply(weight, vectors[-1].reshape(shape))).flatten()
+        diagonal.append(image @ vectors[-1])
+        before = torch.stack(vectors)
+        for _ in range(2):  # once leaves what rounding makes of it
+            image = image - before.T @ (before @ image)
+        eigenvalues, eigenvectors = torch.linalg.eigh(_tridiagonal(diagonal, beside))
+        value = float(eigenvalues[-1])
+        beside.append(image.norm())
+        if beside[-1] * eigenvectors[-1, -1].abs() <= tolerance * value:
             break
-        images = adjoint(weight, outputs)
-    return norm
+        vectors.append(image / beside[-1])
+    return value
+
+
+def _tridiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
+    matrix = torch.stack(diagonal).diag()
+    return matrix + torch.stack(beside).diag(1) + torch.stack(beside).diag(-1) if beside else matrix

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import count
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odenets.blocks import fields_per_block
-from odenets.errors import check_count
+from odenets.errors import check_count, check_number
 from odenets.fields import AttentionField, FeedForwardField, VelocityField
 from odenets.fields.sizes import check_divides
 from odenets.flow import Flow
@@ -20,6 +21,9 @@ from odenets.network import Network
 from solvers import get_tableau
 
 __all__ = ["vit"]
+
+_SPLITTINGS = {"lie-trotter": (1.0, 1.0), "strang": (0.5, 1.0, 0.5)}
+"""The steps of a block, over h: attention, perceptron, and attention again."""
 
 
 class PatchTokens(nn.Module):
@@ -81,6 +85,7 @@ def vit(
     blocks: int = 12,
     heads: int = 3,
     expansion: int = 4,
+    splitting: str = "lie-trotter",
     norm: str | None = "layer",
     normalize: Normalize | None = None,
     readout: str = "solution",
@@ -90,9 +95,12 @@ def vit(
 
     The encoder makes tokens of patches, with one for the class. The flow takes two half steps a block, one with
     ``v = attention(norm(x))`` and one with ``v = perceptron(norm(x))``, Euler's with h = 1: a Lie-Trotter splitting of
-    the sum of both (Lu et al. 2019). The head reads the token of the class. For images of 32 x 32, ``size=32,
-    patch=4``. Vit-S/16 has ``features=384, heads=6`` (22,050,664 parameters), ViT-B/16 ``features=768, heads=12``
-    (86,567,656, as torchvision).
+    the sum of both (Lu et al. 2019). With ``splitting="strang"``, of order 2 where its steps are, there are three:
+    h / 2 with attention, h with the perceptron and h / 2 with the same attention again, for as many parameters. The
+    head reads the token of the class.
+
+    For images of 32 x 32, ``size=32, patch=4``. ViT-S/16 has ``features=384, heads=6`` (22,050,664 parameters),
+    ViT-B/16 ``features=768, heads=12`` (86,567,656, as torchvision).
 
     Args:
         in_channels: channels of the images.
@@ -100,9 +108,10 @@ def vit(
         size: height (= width) of the images.
         patch: that of a patch.
         features: features of each token.
-        blocks: of two steps each.
+        blocks: of two steps each, or three.
         heads: heads of the attention.
         expansion: hidden width of the perceptron over features.
+        splitting: "lie-trotter" or "strang".
         norm: that of the fields: "layer", over the features of each token, "batch" (statistics per stage), "group" or
             None.
         normalize: the first layer, so that inputs are pixels in [0, 1].
@@ -114,9 +123,9 @@ def vit(
         The network, ``(B, in_channels, size, size)`` to logits ``(B, classes)``.
 
     Raises:
-        TypeError: a size that is no whole number.
-        ValueError: a size below 1, patches that do not fit the images, heads that do not divide the features, or a
-            shared block, where there are two fields.
+        TypeError: a size that is no whole number, or an h or a total time of Strang's splitting that is no number.
+        ValueError: a size below 1, patches that do not fit the images, heads that do not divide the features, another
+            splitting, or a shared block, where there are two fields.
 
     References:
         Dosovitskiy et al. An image is worth 16x16 words. arXiv:2010.11929 (2021). Touvron et al. Training
@@ -130,17 +139,32 @@ def vit(
     """
     check_divides(patch=patch, size=size)
     check_count("blocks", blocks, 1)
+    if splitting not in _SPLITTINGS:
+        raise ValueError(f"splitting must be one of {', '.join(_SPLITTINGS)}, got {splitting!r}")
     if flow.get("shared"):
         raise ValueError("shared is for one field in all blocks, and a transformer has two, attention and perceptron")
+    parts = _SPLITTINGS[splitting]
     flow = residual(flow)
+    if splitting == "strang":
+        flow = _with_sizes(flow, parts * blocks)
     per_block = fields_per_block(get_tableau(flow["solver"]), flow.get("stage_fields", "tied"))
-    number = count()
 
-    def field() -> VelocityField:
-        if next(number) // per_block % 2:
-            return FeedForwardField(features, expansion, norm=norm)
-        return AttentionField(features, heads, norm=norm)
+    def fields() -> Iterator[VelocityField]:
+        for _ in range(blocks):
+            attention = [AttentionField(features, heads, norm=norm) for _ in range(per_block)]
+            perceptron = [FeedForwardField(features, expansion, norm=norm) for _ in range(per_block)]
+            yield from (attention + perceptron + attention)[: len(parts) * per_block]
 
     encoder = nn.Sequential(normalize or nn.Identity(), PatchTokens(in_channels, features, size, patch))
     head = nn.Sequential(FirstToken(), nn.LayerNorm(features, eps=1e-6), nn.Linear(features, classes))
-    return Network(encoder, Flow(field, depth=2 * blocks, **flow), head, readout=readout)
+    steps = Flow(partial(next, fields()), depth=len(parts) * blocks, **flow)
+    return Network(encoder, steps, head, readout=readout)
+
+
+def _with_sizes(flow: dict[str, Any], parts: Sequence[float]) -> dict[str, Any]:
+    """Arguments of a flow whose steps are these parts of one size."""
+    flow = dict(flow)
+    h, total_time = flow.pop("h", None), flow.pop("total_time", None)
+    if h is None:
+        h = check_number("total_time", total_time) / sum(parts)
+    return {**flow, "h": [part * check_number("h", h) for part in parts]}

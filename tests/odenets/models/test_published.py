@@ -1,10 +1,12 @@
 """Networks of the literature: as many parameters, and torchvision's outputs with torchvision's weights."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from odenets import load_weights, measures, models, save_weights
+from odenets import Block, Flow, NeuralODE, load_weights, measures, models, save_weights
 from odenets.least_action import LeastAction
 from tests.odenets.fields.published import randomize, take_weights
 
@@ -179,6 +181,56 @@ def test_blocks_of_a_transformer_are_attention_and_perceptron_in_turn(stage_fiel
     assert kinds == [{"AttentionField"}, {"FeedForwardField"}] * 2
 
 
+@pytest.mark.parametrize("stage_fields", ["tied", "untied"])
+def test_strang_splitting_takes_half_steps_of_one_attention_around_the_perceptron(stage_fields, tmp_path):
+    network = SMALL["vit"](splitting="strang", stage_fields=stage_fields, h=0.5).double()
+    assert network.h == (0.25, 0.5, 0.25) * 2
+    with torch.device("meta"):
+        assert SMALL["vit"](splitting="strang", total_time=2.0).h == (0.25, 0.5, 0.25) * 2
+        assert sum(p.numel() for p in models.vit(splitting="strang").parameters()) == 5_717_416
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    y = network.encoder(x)
+    for m in (0, 3):
+        attention, perceptron, again = (block.fields[0] for block in network.flows[0].blocks[m : m + 3])
+        assert again is attention
+        y = y + 0.25 * attention(0.0, y)
+        y = y + 0.5 * perceptron(0.0, y)
+        y = y + 0.25 * attention(0.0, y)
+    torch.testing.assert_close(network(x), network.head(y))
+    other = SMALL["vit"](splitting="strang", stage_fields=stage_fields, h=0.5).double()
+    load_weights(other, save_weights(network, tmp_path / "weights.safetensors"))
+    assert torch.equal(other(x), network(x))
+
+
+@pytest.mark.parametrize(("splitting", "order"), [("lie-trotter", 1), ("strang", 2)])
+def test_splittings_have_their_orders(splitting, order):
+    """Blocks that share their fields are one splitting of the sum of both, taken ever finer."""
+    model = SMALL["vit"]().double()
+    attention, perceptron = (block.fields[0] for block in model.flows[0].blocks[:2])
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+
+    def end(n):
+        parts = {"lie-trotter": (attention, perceptron), "strang": (attention, perceptron, attention)}[splitting]
+        sizes = {"lie-trotter": (1.0, 1.0), "strang": (0.5, 1.0, 0.5)}[splitting]
+        blocks = [Block([field], size / n) for _ in range(n) for field, size in zip(parts, sizes, strict=True)]
+        return Flow.of(blocks, solver="rk4")(x)
+
+    exact = NeuralODE(Sum(attention, perceptron), solver="rk4", steps=64).double()(x)
+    errors = [(end(n) - exact).abs().max().item() for n in (8, 16)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.2)
+
+
+class Sum(nn.Module):
+    """The sum of two fields."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, t, x):
+        return sum(part(t, x) for part in self.parts)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -192,6 +244,8 @@ def test_blocks_of_a_transformer_are_attention_and_perceptron_in_turn(stage_fiel
         (lambda: models.vit(size=30, patch=4), ValueError, "patch must divide size, got 4 and 30"),
         (lambda: models.vit(heads=5), ValueError, "heads must divide features, got 5 and 192"),
         (lambda: models.vit(shared=True), ValueError, "shared is for one field in all blocks"),
+        (lambda: models.vit(splitting="yoshida"), ValueError, "splitting must be one of lie-trotter, strang, got"),
+        (lambda: models.vit(splitting="strang", h=[1.0]), TypeError, r"h must be a number, got \[1\.0\]"),
         (lambda: models.vit(num_heads=3), TypeError, "takes no 'num_heads': that is heads"),
         (lambda: SMALL["vit"]()(torch.rand(2, 3, 28, 28)), ValueError, r"x must have shape \(B, 3, 32, 32\), got"),
         (lambda: models.convnext(blocks=(1, 2)), ValueError, "blocks and channels must be as many"),
