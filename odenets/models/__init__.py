@@ -7,7 +7,9 @@ depth; the method of residual networks is Euler's.
 """
 
 from odenets.models.bottlenecks import resnet50
+from odenets.models.by_scheme import network
 from odenets.models.convnext import convnext
+from odenets.models.listing import list_models as list
 from odenets.models.mobilenet import mobilenet_v2
 from odenets.models.normalize import Normalize
 from odenets.models.resnets import resnet9, resnet110, resnet_km, wide_resnet
@@ -18,7 +20,9 @@ from odenets.models.vision_transformer import vit
 __all__ = [
     "Normalize",
     "convnext",
+    "list",
     "mobilenet_v2",
+    "network",
     "points_network",
     "resnet9",
     "resnet50",

@@ -131,7 +131,7 @@ def resnet110(
     >>> network(torch.rand(2, 3, 32, 32)).shape, network.depth
     (torch.Size([2, 10]), 9)
     """
-    first, *_, last = channels
+    first, last = channels[0], channels[-1]
     convolution = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
     encoder = nn.Sequential(normalize or nn.Identity(), convolution, nn.BatchNorm2d(first))
     flows = [_flow(c, blocks, norm, flow, leading=i > 0) for i, c in enumerate(channels)]

@@ -18,7 +18,7 @@ from odenets.models.names import refusing_other_names
 from odenets.models.normalize import Normalize
 from odenets.models.resnets import residual
 from odenets.network import Network
-from solvers import get_tableau
+from odenets.schemes.names import method_of
 
 __all__ = ["vit"]
 
@@ -147,7 +147,7 @@ def vit(
     flow = residual(flow)
     if splitting == "strang":
         flow = _with_sizes(flow, parts * blocks)
-    per_block = fields_per_block(get_tableau(flow["solver"]), flow.get("stage_fields", "tied"))
+    per_block = fields_per_block(method_of(flow["solver"]), flow.get("stage_fields", "tied"))
 
     def fields() -> Iterator[VelocityField]:
         for _ in range(blocks):

@@ -10,6 +10,7 @@ torch.Size([3, 4])
 
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
+from odenets.schemes.names import SOURCES, names
 from odenets.schemes.noise import Noisy, mean_over_paths
 from odenets.schemes.polynomial import Polynomial
 from odenets.schemes.runge_kutta import LearnedRungeKutta
@@ -18,6 +19,7 @@ from odenets.schemes.splitting import Splitting
 from odenets.schemes.stochastic_depth import StochasticDepth
 
 __all__ = [
+    "SOURCES",
     "AdamsBashforth2",
     "Fractal",
     "LearnedRungeKutta",
@@ -29,4 +31,5 @@ __all__ = [
     "Splitting",
     "StochasticDepth",
     "mean_over_paths",
+    "names",
 ]
