@@ -20,8 +20,8 @@ def unroll_last(flow: Flow, times: int, *, refine: bool = False) -> Flow:
     Args:
         flow: one with blocks of their own; it stays as it is, and its weights are those of both.
         times: how often; 1 is the flow itself.
-        refine: whether the repeated steps share the last step's time, ``h / times`` each, for the same equation over the
-            same time; they have its h otherwise, and the total time grows.
+        refine: whether the repeated steps share the last step's time, ``h / times`` each, for the same equation over
+            the same time; they have its h otherwise, and the total time grows.
 
     Returns:
         The flow, in the mode of the other.

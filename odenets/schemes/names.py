@@ -14,6 +14,7 @@ from odenets.schemes.splitting import Splitting
 from odenets.schemes.stochastic_depth import StochasticDepth
 from solvers import ButcherTableau, get_tableau
 from solvers.methods import method_names
+from solvers.methods.rosenbrock import RosenbrockTableau
 
 __all__ = ["SCHEMES", "SOURCES", "method_of", "names", "scheme_of"]
 
@@ -64,9 +65,11 @@ def scheme_of(name: str, channels: int) -> ButcherTableau:
 
 
 def names() -> tuple[str, ...]:
-    """The names that a flow takes as its solver: those of schemes, and those of the methods for any field.
+    """The names that a flow of images takes as its solver: those of schemes, and of methods for states of any size.
 
     >>> "lm" in names(), "bs23" in names()
     (True, True)
     """
-    return (*SCHEMES, *(name for name in method_names() if not get_tableau(name).structure))
+    methods = {name: get_tableau(name) for name in method_names()}
+    dense = [name for name, method in methods.items() if method.structure or isinstance(method, RosenbrockTableau)]
+    return (*SCHEMES, *(name for name in methods if name not in dense))

@@ -157,7 +157,7 @@ def test_another_depth_keeps_the_total_time(name):
     x = IMAGES
     near = same(lambda: deeper(x)) - same(lambda: flow(x))
     if name != "noisy":
-        assert near.norm() < 0.2 * (flow(x) - x).norm()
+        assert near.norm() < 0.5 * (flow(x) - x).norm()
 
 
 @pytest.mark.parametrize("name", MEMORIES)
