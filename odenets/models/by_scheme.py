@@ -57,6 +57,7 @@ def network(
     *,
     channels: Sequence[int] = (16, 32, 64),
     blocks: int = 3,
+    stride: int = 1,
     norm: str | None = "own",
     normalize: Normalize | None = None,
     readout: str = "solution",
@@ -78,6 +79,7 @@ def network(
         classes: number of outputs.
         channels: of the state of each flow.
         blocks: of each flow.
+        stride: of the first convolution.
         norm: that of the fields, "batch" (statistics per use), "group", "layer" or None; "own" is that which each class
             of fields has by itself.
         normalize: the first layer, so that inputs are pixels in [0, 1].
@@ -97,6 +99,7 @@ def network(
     """
     channels = [*channels] if isinstance(channels, Sequence) else [channels]
     check_count("blocks", blocks, 1)
+    check_count("stride", stride, 1)
     if not channels:
         raise ValueError("channels must hold the channels of at least one flow, got none")
     for each in channels:
@@ -108,7 +111,7 @@ def network(
         flow["h"] = habit.h
     first, last = channels[0], channels[-1]
     encoder = nn.Sequential(
-        normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first)
+        normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, stride, 1, bias=False), nn.BatchNorm2d(first)
     )
     flows = [_flow(scheme, fields, each, blocks, norm, flow) for each in channels]
     transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
