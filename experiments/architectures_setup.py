@@ -144,10 +144,10 @@ def build(config: Config, job: Job, dataset: TensorData) -> Network:
     """The network of a job with its seed's weights: of the width or the depth that the budget allows."""
     channels, blocks = sizes_of(config, job.architecture, job.budget)
     torch.manual_seed(job.seed)
-    network = _network(config, job.architecture, channels, blocks, dataset.x.shape[1], dataset.classes)
+    shape = dataset.x.shape[1], dataset.classes
+    network = _network(config, job.architecture, channels, blocks, *shape, normalize=images.normalize(dataset))
     for flow in network.flows:
         flow.resize([job.size * h for h in flow.h])
-    network.encoder[0] = images.normalize(dataset)
     return network
 
 
@@ -172,8 +172,10 @@ def sizes_of(config: Config, architecture: str, budget: str) -> tuple[int, int]:
     return config.channels, max(fit, default=1)
 
 
-def _network(config: Config, name: str, channels: int, blocks: int, in_channels: int, classes: int) -> Network:
-    architecture, settings = ARCHITECTURES[name], dict(ARCHITECTURES[name].settings)
+def _network(
+    config: Config, name: str, channels: int, blocks: int, in_channels: int, classes: int, **more: Any
+) -> Network:
+    architecture, settings = ARCHITECTURES[name], dict(ARCHITECTURES[name].settings) | more
     return models.network(
         architecture.scheme, architecture.fields, in_channels, classes, blocks=blocks, stride=config.stride,
         channels=[channels * 2**i for i in range(config.flows)], **settings,

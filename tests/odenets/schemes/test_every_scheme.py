@@ -16,6 +16,7 @@ from odenets.least_action import LeastAction
 from odenets.module_wise import split_into_modules
 from odenets.schemes.names import SCHEMES
 from solvers import integrate
+from tests.counting import Operations
 
 IMAGES = torch.randn(4, 4, 6, 6)
 MEMORIES = [name for name, scheme in SCHEMES.items() if scheme.memory]
@@ -222,3 +223,32 @@ def test_a_neural_ode_takes_no_scheme(name):
         odenets.NeuralODE(odenets.MLPField(4), solver=name, steps=3)
     with pytest.raises(TypeError, match=r"a scheme for the blocks of an odenets\.Flow"):
         integrate(odenets.MLPField(4), torch.ones(1, 4), 0.0, 1.0, solver=SCHEMES[name], steps=3)
+
+
+OPERATIONS = {
+    "lm": (2, "v - k r, x + h r"),
+    "ab2": (2, "x + 1.5 h v - 0.5 h v"),
+    "poly2": (2, "v + h v, x + h r"),
+    "mpoly2": (2, "v + h w, x + h r"),
+    "two_way": (2, "v + w, x + h r"),
+    "lie_trotter": (3, "y = x + h v, r = v + w, x + h r"),
+    "strang": (6, "of three steps, two of half h, and their sum"),
+    "stochastic_depth": (2, "p v, x + h r"),
+    "noisy": (3, "n, v + s n, x + h r"),
+}
+"""Tensor operations of a block outside its fields."""
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_block_costs_what_its_formula_needs(name):
+    class Field(nn.Module):
+        def forward(self, t, x):
+            return x
+
+    totals = []
+    for depth in (2, 3):
+        flow = odenets.Flow(Field, solver=name, depth=depth, h=0.5).eval()
+        with torch.no_grad(), Operations() as operations:
+            flow(IMAGES)
+        totals.append(operations.total)
+    assert totals[1] - totals[0] == OPERATIONS[name][0], OPERATIONS[name][1]
