@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -20,6 +21,7 @@ from lab.training import TrainingConfig, fit_network, parts_of
 from odenets import Network, measures, models
 from odenets.analysis import measure_memory
 from odenets.errors import DivergedError
+from odenets.schemes import Fractal
 from odenets.training.data import TensorData
 
 __all__ = ["ARCHITECTURES", "BUDGETS", "SIZES", "Config", "Job", "build", "epochs_of", "measure", "train"]
@@ -57,14 +59,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "PolyNet (poly-2)": Architecture("poly2"),
     "PolyNet (mpoly-2)": Architecture("mpoly2"),
     "PolyNet (2-way)": Architecture("two_way"),
-    "FractalNet": Architecture("fractal"),
+    "FractalNet": Architecture(Fractal(columns=2)),
     "transformer (Lie-Trotter)": Architecture("lie_trotter"),
     "transformer (Strang)": Architecture("strang"),
-    "parabolic CNN": Architecture("euler", "parabolic", {"h": 0.25}),
+    "parabolic CNN": Architecture("euler", "parabolic"),
 }
 """By the names of the table."""
 
-SIZES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+SIZES = (0.25, 1.0, 4.0, 16.0, 64.0)
 """Factors of the step size at which it is tried whether a training survives."""
 
 
@@ -96,7 +98,7 @@ class Config(TrainingConfig):
     channels: int = 8
     flows: int = 1
     stride: int = 1
-    rates: tuple[float, ...] = (0.02, 0.1)
+    rates: tuple[float, ...] = (0.02, 0.1, 0.5)
     size_epochs: int = 2
     noise: float = 0.2
     attack: float = 0.1
@@ -164,12 +166,13 @@ def sizes_of(config: Config, architecture: str, budget: str) -> tuple[int, int]:
             network = _network(config, architecture, channels, blocks, 1 + 2 * (config.dataset == "cifar10"), 10)
         return network.evaluations if budget == "evaluations" else sum(p.numel() for p in network.parameters())
 
-    if budget != "evaluations":
-        widths = range(4, 20 * config.channels, 4)  # attention has four heads, reversible blocks have halves
-        fit = [c for c in widths if cost(c, config.blocks) <= config.parameters]
-        return max(fit, default=4), config.blocks
-    fit = [n for n in range(1, config.evaluations + 1) if cost(config.channels, n) <= config.evaluations]
-    return config.channels, max(fit, default=1)
+    if budget == "evaluations":
+        depths = range(1, config.evaluations + 1)
+        return config.channels, depths[
+            bisect_right(depths, config.evaluations, 1, key=lambda n: cost(config.channels, n)) - 1
+        ]
+    widths = range(4, 40 * config.channels, 2)  # of two halves
+    return widths[bisect_right(widths, config.parameters, 1, key=lambda c: cost(c, config.blocks)) - 1], config.blocks
 
 
 def _network(
@@ -184,8 +187,9 @@ def _network(
 
 def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Train a network and measure it; of one that diverges only that is told."""
-    parts, config = parts_of(config), replace(config, epochs=epochs_of(config, job))
+    parts = parts_of(config)
     network = build(config, job, parts.train)
+    config = replace(config, epochs=epochs_of(config, job))
     batches = images.batches(parts.train, config.batch_size, job.seed)
     try:
         fit_network(config, network, batches, run, report, rate=job.rate, loss_limit=1e3)
