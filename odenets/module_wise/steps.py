@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from odenets.adapting import AdaptedModel
 from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.partition import Part
-from odenets.recording import Records
+from odenets.recording import Records, record
 from odenets.training.labels import check_labels, logits_and_labels
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, check_loss
@@ -183,7 +183,7 @@ def end_to_end_step(
         def run(
             state: Tensor, part: Part | AdaptedModel = module.part, layout: list[Any] = layout
         ) -> tuple[Tensor, ...]:
-            state, records = part.record(state, *args, **measures)
+            state, records = record(part, (state, *args), measures)
             layout[:] = records.layout
             return state, *(records[name] for name in measures)
 
