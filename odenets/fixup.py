@@ -29,6 +29,9 @@ def fixup(network: N) -> N:
     then begin as the identity, and a step of SGD of rate eta changes the function by the order of eta, whatever the
     depth, at h = 1. Fields that are no FixupField train without the paper's scalars.
 
+    A scalar acts on all features at once: the paper's authors train them at a tenth of the rate of the weights, and
+    those of SkipInit and ReZero go without weight decay, as in the example.
+
     Args:
         network: a :class:`~odenets.Network` or a :class:`~odenets.Flow`, changed in place.
 
@@ -44,10 +47,15 @@ def fixup(network: N) -> N:
         Zhang, Dauphin, Ma. Fixup initialization: residual learning without normalization. ICLR 2019, arXiv:1901.09321.
 
     >>> import torch, odenets
-    >>> flow = odenets.Flow(lambda: odenets.MLPField(8, activation="relu"), solver="euler", h=1.0, depth=50)
-    >>> x = torch.randn(4, 8)
+    >>> def field():
+    ...     return FixupField(nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False))
+    >>> flow, x = odenets.Flow(field, solver="euler", h=1.0, depth=50), torch.randn(4, 8)
     >>> torch.equal(fixup(flow)(x), x)
     True
+    >>> scalars = [p for name, p in flow.named_parameters() if name.endswith((".biases", ".scale"))]
+    >>> weights = [p for p in flow.parameters() if not any(p is one for one in scalars)]
+    >>> groups = [{"params": weights}, {"params": scalars, "lr": 0.01, "weight_decay": 0.0}]
+    >>> optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=1e-4)
     """
     if not isinstance(network, Network | Flow):
         raise TypeError(f"network must be an odenets.Network or a Flow, got {type(network).__name__}")

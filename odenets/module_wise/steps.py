@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from odenets.adapting import AdaptedModel
+from odenets.measures import needs_gradient
 from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.partition import Part
 from odenets.recording import Records, record
@@ -164,7 +165,7 @@ def end_to_end_step(
         Loss and metric, summed over the batch, ``(1, 2)``.
 
     Raises:
-        TypeError, ValueError: as :func:`local_step`.
+        TypeError, ValueError: as :func:`local_step`; an objective that differentiates steps, checkpointed.
 
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
@@ -177,6 +178,11 @@ def end_to_end_step(
     state, *args = network.arguments(x)
     rows: list[Tensor] = []
     parts, measures, samples = [], objective.measures, samples_in(state)
+    if checkpointed and (names := [name for name, one in measures.items() if needs_gradient(one)]):
+        raise ValueError(
+            f"checkpointed must be False where {names[0]!r} is measured, which differentiates steps within the pass, "
+            "got True: modules are computed again in the backward pass alone"
+        )
     for module in network.modules_in_order:
         layout: list[Any] = []
 

@@ -10,16 +10,19 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from odenets import Flow, MLPField, Network, NeuralODE, ReversibleFlow, adapt, measures
+from odenets import ConvField, Flow, MLPField, Network, NeuralODE, ReversibleFlow, adapt, measures
 from odenets.measures.derivatives import probes_like, projected_jacobian
 from odenets.models import points_network
 from odenets.module_wise import fit_modules, split_into_modules
+from odenets.module_wise.steps import end_to_end_step
 from odenets.penalties import ErrorPenalty, JacobianPenalty
 from odenets.recording import Recording, record
 from odenets.training import Batches, Task, TensorData, evaluate, fit, fit_instances
+from solvers.reductions import SMALL
 from tests.odenets.checks import unchanged
-from tests.odenets.networks import Calling
+from tests.odenets.networks import Calling, Velocity
 
 ZERO = Task(lambda output, y: 0.0 * output.sum())
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -209,6 +212,58 @@ def test_training_evaluation_and_modules_take_it(batch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("solver", ["euler", "bs23"])
+def test_its_gradient_is_that_of_differences_where_operators_add_the_stages_up(solver):
+    torch.manual_seed(0)
+    flow = Flow(lambda: ConvField(8, activation="tanh"), solver=solver, depth=2).double()
+    x, weight = torch.randn(12, 8, 16, 16, dtype=torch.float64), flow.blocks[0].fields[0].conv1.weight
+    assert x.numel() > SMALL
+    direction, eps = torch.randn_like(weight), 1e-5
+
+    def loss():
+        torch.manual_seed(1)
+        return JacobianPenalty(1.0, ZERO)(flow, x, x)
+
+    (slope,) = torch.autograd.grad(loss(), weight)
+    with torch.no_grad():
+        weight += eps * direction
+        above = loss()
+        weight -= 2 * eps * direction
+        below = loss()
+    torch.testing.assert_close((slope * direction).sum(), (above - below) / (2 * eps), rtol=1e-5, atol=1e-8)
+
+
+def test_wrappers_and_checkpoints_change_nothing(batch, tmp_path):
+    """pytorch#24005: a gradient within the pass, checkpoints and DistributedDataParallel together."""
+    field = MLPField(2)
+    again = Velocity(lambda m, t, x: checkpoint(m.field, t, x, use_reentrant=False), field=field)
+    plain, inner = (Network(nn.Identity(), Flow(one, h=0.5), nn.Linear(2, 2)) for one in (field, again))
+    inner.head = plain.head
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        objective, slopes = JacobianPenalty(1.0), []
+        wrapped = nn.parallel.DistributedDataParallel(Recording(inner, objective.measures))
+        for network in (plain, wrapped):
+            torch.manual_seed(0)
+            plain.zero_grad()
+            objective(network, *batch).backward()
+            slopes.append([p.grad.clone() for p in plain.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*slopes)
+
+
+def test_it_is_computed_in_float32_where_states_are_narrower(batch):
+    network = points_network(depth=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = JacobianPenalty(1.0)(network, *batch)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    narrow = network.bfloat16()
+    _, records = record(narrow, batch[0].bfloat16(), {"jacobian": measures.jacobian})
+    assert records["jacobian"].dtype == torch.float32
+
+
 def test_less_is_left_of_the_jacobians_where_they_are_penalized():
     torch.manual_seed(0)
     x = torch.randn(64, 2)
@@ -279,5 +334,8 @@ def test_where_it_is_recorded_without_a_gradient_the_remedy_is_named(batch):
         Recording(network, {"jacobian": measures.jacobian + measures.action}, compile=True)
     with pytest.raises(ValueError, match="compile=False"):
         fit(network, [batch], epochs=1, optimizer=SGD, objective=JacobianPenalty(1.0), compile=True)
+    whole = split_into_modules(network, 2, batch[0])
+    with pytest.raises(ValueError, match="checkpointed must be False where 'jacobian_penalty' is measured"):
+        end_to_end_step(whole, JacobianPenalty(1.0), SGD(whole.parameters()), *batch, checkpointed=True)
     with pytest.raises(ValueError, match="train one network after the other"):
         fit_instances([network], [[batch]], epochs=1, optimizer=SGD, objective=lambda: JacobianPenalty(1.0))
