@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from lab.training import TrainingConfig, fit_network, parts_of
 from odenets import Network, measures, models
 from odenets.analysis import measure_memory
 from odenets.errors import DivergedError
+from odenets.fields import ConvField, FixupField, ScaledField
+from odenets.fixup import fixup
 from odenets.schemes import Fractal
 from odenets.training.data import TensorData
 
@@ -38,16 +40,30 @@ class Architecture:
         scheme: of the blocks.
         fields: of them; those that the scheme is published with if not given.
         settings: other arguments of the network.
+        draw: draws its weights anew, if not None.
     """
 
     scheme: Any
     fields: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    draw: Callable[[Network], Network] | None = None
+
+
+def skip_init(channels: int) -> ScaledField:
+    """The branch of a pre-activation block without norms, times a scalar that begins at 0."""
+    return ScaledField(ConvField(channels, norm=None))
+
+
+def fixup_field(channels: int) -> FixupField:
+    """Two convolutions with scalar biases and a multiplier."""
+    return FixupField(*(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "ResNet (Euler)": Architecture("euler"),
     "small h (0.1)": Architecture("euler", settings={"h": 0.1}),
+    "SkipInit": Architecture("euler", skip_init),
+    "Fixup": Architecture("euler", fixup_field, draw=fixup),
     "shared block": Architecture("euler", settings={"shared": True}),
     "stochastic depth": Architecture("stochastic_depth"),
     "noisy": Architecture("noisy"),
@@ -148,6 +164,8 @@ def build(config: Config, job: Job, dataset: TensorData) -> Network:
     torch.manual_seed(job.seed)
     shape = dataset.x.shape[1], dataset.classes
     network = _network(config, job.architecture, channels, blocks, *shape, normalize=images.normalize(dataset))
+    if draw := ARCHITECTURES[job.architecture].draw:
+        draw(network)
     for flow in network.flows:
         flow.resize([job.size * h for h in flow.h])
     return network
