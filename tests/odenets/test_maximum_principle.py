@@ -183,7 +183,7 @@ def test_weights_that_run_away_are_taken_back():
     flow, x = Flow(MLPField(2), solver="euler"), torch.randn(4, 2)
     before = copy.deepcopy(flow)
     far = partial(torch.optim.SGD, lr=1e30)
-    with pytest.raises(ValueError, match="the weights of blocks.0 must stay finite, and SGD takes them to infinity"):
+    with pytest.raises(ValueError, match=r"the weights of blocks.0 must stay finite, and SGD takes them to infinity"):
         SuccessiveApproximations(flow, half_square, optimizer=far, iterations=5).update(x, x)
     torch.testing.assert_close([*flow.parameters()], [*before.parameters()], rtol=0, atol=0)
 
