@@ -143,7 +143,7 @@ class SuccessiveApproximations:
             The loss before the update, a scalar without a gradient.
 
         Raises:
-            TypeError, ValueError: a loss that is not finite; as the class, of what has changed since.
+            TypeError, ValueError: a loss or weights that are not finite; as the class, of what has changed since.
         """
         layers = _layers(self.network)
         with torch.inference_mode(False), torch.enable_grad():
@@ -179,7 +179,7 @@ class SuccessiveApproximations:
 
     def _maximize(self, layer: _Layer, point: _Point, args: tuple[Any, ...]) -> None:
         parameters = layer.parameters
-        before = [p.grad for p in parameters]
+        before, weights = [p.grad for p in parameters], [p.detach().clone() for p in parameters]
         optimizer: Any = self.optimizer(parameters)  # whose types know no closure that returns a tensor
 
         def closure() -> Tensor:
@@ -196,6 +196,14 @@ class SuccessiveApproximations:
         finally:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
+        if not all(bool(p.isfinite().all()) for p in parameters):
+            with torch.no_grad():
+                for p, weight in zip(parameters, weights, strict=True):
+                    p.copy_(weight)
+            raise ValueError(
+                f"the weights of {layer.name} must stay finite, and {type(optimizer).__name__} takes them to infinity: "
+                "they are left as they were; take a larger rho, or another optimizer"
+            )
 
     def _hamiltonian(self, layer: _Layer, point: _Point, args: tuple[Any, ...]) -> Tensor:
         """The augmented Hamiltonian of a layer with the weights that it has, the mean over the samples."""

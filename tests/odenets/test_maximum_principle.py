@@ -179,6 +179,15 @@ def test_words_are_inputs_too():
     assert training.update(x, y) > training.update(x, y)
 
 
+def test_weights_that_run_away_are_taken_back():
+    flow, x = Flow(MLPField(2), solver="euler"), torch.randn(4, 2)
+    before = copy.deepcopy(flow)
+    far = partial(torch.optim.SGD, lr=1e30)
+    with pytest.raises(ValueError, match=r"the weights of blocks.0 must stay finite, and SGD takes them to infinity"):
+        SuccessiveApproximations(flow, half_square, optimizer=far, iterations=5).update(x, x)
+    torch.testing.assert_close([*flow.parameters()], [*before.parameters()], rtol=0, atol=0)
+
+
 def test_a_network_without_a_field_gets_it_from_the_first_batch():
     network = Network(nn.Identity(), Flow(depth=2), nn.Linear(2, 2))
     fit_maximum_principle(network, [(torch.rand(4, 2), torch.arange(4) % 2)], epochs=1)
