@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from odenets.schemes.fractal import Fractal
+from odenets.schemes.halves import Hamiltonian, RevNet
+from odenets.schemes.momentum import Momentum
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.noise import Noisy
 from odenets.schemes.polynomial import Polynomial
 from odenets.schemes.runge_kutta import LearnedRungeKutta
 from odenets.schemes.scheme import Scheme
+from odenets.schemes.second_order import HeavyBall, SecondOrder, TwoStepMidpoint
 from odenets.schemes.splitting import Splitting
 from odenets.schemes.stochastic_depth import StochasticDepth
 from solvers import ButcherTableau, get_tableau
@@ -21,6 +24,7 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         LinearMultistep(), AdamsBashforth2(), Polynomial("poly2"), Polynomial("mpoly2"), Polynomial("two_way"),
         Fractal(), LearnedRungeKutta(), Splitting("lie_trotter"), Splitting("strang"), StochasticDepth(), Noisy(),
+        RevNet(), Hamiltonian(), Hamiltonian("verlet"), TwoStepMidpoint(), SecondOrder(), Momentum(), HeavyBall(),
     )
 }  # fmt: skip
 """Those that need nothing but a name, by it."""
