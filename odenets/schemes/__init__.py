@@ -12,6 +12,7 @@ from odenets.schemes.fractal import Fractal
 from odenets.schemes.halves import Hamiltonian, RevNet
 from odenets.schemes.momentum import Momentum
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
+from odenets.schemes.names import SOURCES, names
 from odenets.schemes.noise import Noisy, mean_over_paths
 from odenets.schemes.polynomial import Polynomial
 from odenets.schemes.reversible import CoupledHalves, Reversible, VelocityState
@@ -23,6 +24,7 @@ from odenets.schemes.splitting import Splitting
 from odenets.schemes.stochastic_depth import StochasticDepth
 
 __all__ = [
+    "SOURCES",
     "AdamsBashforth2",
     "CoupledHalves",
     "Fractal",
@@ -45,4 +47,5 @@ __all__ = [
     "TwoStepMidpoint",
     "VelocityState",
     "mean_over_paths",
+    "names",
 ]

@@ -24,7 +24,7 @@ class Mixing(nn.Module):
     def __init__(self, start: float) -> None:
         super().__init__()
         self.start = start
-        self.k = nn.Parameter(torch.tensor(start))
+        self.k = nn.Parameter(torch.tensor(start, dtype=torch.float64))
 
     def reset_parameters(self) -> None:
         """Take the first value again."""
