@@ -142,7 +142,7 @@ class Flow(BlockSequence):
         if self.training:
             self._warn_once()
         x1, value = end_state(scheme, self._velocity, self.start, self.h, x, memory, args)
-        return torch.cat([x1, cast(Tensor, value)], 1) if self.hands_on else x1
+        return torch.cat([x1, cast(Tensor, value)], 1) if self.passes_memory else x1
 
     def _velocity(self, t: float, x: Tensor, m: int, call: int, *args: Any) -> Tensor:
         """One velocity of block m."""
@@ -186,7 +186,7 @@ class Flow(BlockSequence):
             check_state(x1)
         if self.training:
             refuse_statistics(self, "the inverse", "calls its fields once more")
-        if self.hands_on:
+        if self.passes_memory:
             x1, memory = x1.chunk(2, 1)
         check_memory(scheme, x1, memory)
         self.materialize(x1)

@@ -36,6 +36,9 @@ SOURCES = {
     "lm": "Lu 2018", "ab2": "Bashforth 1883", "poly2": "Zhang 2017", "mpoly2": "Zhang 2017", "two_way": "Zhang 2017",
     "fractal": "Larsson 2017", "rkcnn": "Zhu 2018", "lie_trotter": "Lu 2019", "strang": "Strang 1968",
     "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "euler": "He 2016", "implicit_euler": "Euler",
+    "revnet": "Gomez 2017", "hamiltonian": "Chang 2018", "hamiltonian_verlet": "Chang 2018",
+    "two_step_midpoint": "Chang 2018", "second_order": "Chang 2018; Ruthotto, Haber 2020", "momentum": "Sander 2021",
+    "heavy_ball": "Xia 2021",
     "bs23": "Bogacki, Shampine 1989", "dopri5": "Dormand, Prince 1980", "tsit5": "Tsitouras 2011", "rk4": "Kutta 1901",
     "dopri8": "Dormand, Prince 1981", "heun": "Heun 1900", "midpoint": "Runge 1895",
 }  # fmt: skip
