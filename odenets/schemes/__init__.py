@@ -9,6 +9,7 @@ torch.Size([3, 4])
 """
 
 from odenets.schemes.fractal import Fractal
+from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.noise import Noisy, mean_over_paths
 from odenets.schemes.polynomial import Polynomial
@@ -20,6 +21,7 @@ from odenets.schemes.stochastic_depth import StochasticDepth
 __all__ = [
     "AdamsBashforth2",
     "Fractal",
+    "ImplicitExplicit",
     "LearnedRungeKutta",
     "LinearMultistep",
     "Memory",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from odenets.schemes.fractal import Fractal
+from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.noise import Noisy
 from odenets.schemes.polynomial import Polynomial
@@ -21,6 +22,7 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         LinearMultistep(), AdamsBashforth2(), Polynomial("poly2"), Polynomial("mpoly2"), Polynomial("two_way"),
         Fractal(), LearnedRungeKutta(), Splitting("lie_trotter"), Splitting("strang"), StochasticDepth(), Noisy(),
+        ImplicitExplicit(),
     )
 }  # fmt: skip
 """Those that need nothing but a name, by it."""
