@@ -71,7 +71,7 @@ class BlockSequence(nn.Module):
         self.warned = False  # of statistics that several stages share
         self.start = 0.0  # the time of its first state; that of a part of a flow lies later
         self.before: float | None = None  # the step size before a part to which the memory of a scheme is handed
-        self.hands_on = False  # whether it returns the memory of its last step behind the state, as such a part does
+        self.passes_memory = False  # whether it returns that of its last step behind the state, for a part after it
         self.blocks = nn.ModuleList()
         if field is None:
             count = fields_per_block(self.tableau, stage_fields) + (scheme is not None and scheme.learns)
@@ -267,7 +267,7 @@ class BlockSequence(nn.Module):
         )
         if not self.one_step:
             part.before = self.h[first - 1] if first else self.before
-            part.hands_on = last < self.depth or self.hands_on
+            part.passes_memory = last < self.depth or self.passes_memory
         part.training, part.blocks.training, part.input_shape = self.training, self.blocks.training, self.input_shape
         return part
 

@@ -126,7 +126,7 @@ class Flow(BlockSequence):
 
     def _left(self, last: Step) -> Tensor:
         """The last state, and behind it the memory of the last step where another part is to have it."""
-        memory = cast(Scheme, self.tableau).hands_on(last) if self.hands_on else None
+        memory = cast(Scheme, self.tableau).hands_on(last) if self.passes_memory else None
         return last.x1 if memory is None else torch.cat([last.x1, memory.value], 1)
 
     def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:

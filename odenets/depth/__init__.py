@@ -4,7 +4,8 @@ As a solver refines its steps where their error is large, a network gets blocks 
 does so between the epochs of a training, :func:`adapt_depth` once, by a :class:`DepthRule`. :class:`Doubling` and
 :class:`Stacking` grow a network at given epochs instead. In a trained network, :class:`SampleSteps` lets each sample
 take steps of its own size, and :class:`EarlyExit` leave behind the first head that is sure of it.
-take steps of its own size. :func:`compress` takes blocks out of any trained residual network without training.
+:func:`compress` takes blocks out of any trained residual network without training, :func:`unroll_last` repeats a
+flow's last block, and :func:`share_last` lets its last ones share one field.
 
 >>> from functools import partial
 >>> import torch
@@ -33,6 +34,7 @@ from odenets.depth.edits import DepthReport, Edit, adapt_depth, refine
 from odenets.depth.elastic import ElasticDepth
 from odenets.depth.exit_heads import fit_heads, pooled_head
 from odenets.depth.growing import Doubling, Stacking, double, stack
+from odenets.depth.repetition import share_last, unroll_last
 from odenets.depth.resizing import resize_as
 from odenets.depth.rule import DepthRule, block_errors, plan
 from odenets.depth.sample_steps import SampleSteps, Walk
@@ -65,6 +67,8 @@ __all__ = [
     "pooled_head",
     "refine",
     "resize_as",
+    "share_last",
     "stack",
+    "unroll_last",
     "without_flow",
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, pairwise, repeat
 from typing import Any
 
 from einops.layers.torch import Rearrange, Reduce
 from torch import nn
 
+from odenets.errors import check_count
 from odenets.fields import ConvField
 from odenets.flow import Flow
 from odenets.models.names import refusing_other_names
 from odenets.models.normalize import Normalize
+from odenets.models.projections import PreactivatedProjection, convolution
 from odenets.network import Network
 
 __all__ = ["activated_conv", "residual", "resnet9", "resnet110", "resnet_km", "unit_steps", "wide_resnet"]
@@ -128,7 +131,7 @@ def resnet110(
     >>> network(torch.rand(2, 3, 32, 32)).shape, network.depth
     (torch.Size([2, 10]), 9)
     """
-    first, *_, last = channels
+    first, last = channels[0], channels[-1]
     convolution = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
     encoder = nn.Sequential(normalize or nn.Identity(), convolution, nn.BatchNorm2d(first))
     flows = [_flow(c, blocks, norm, flow, leading=i > 0) for i, c in enumerate(channels)]
@@ -144,6 +147,7 @@ def wide_resnet(
     *,
     blocks: int = 4,
     widen: int = 10,
+    projections: str = "convolution",
     norm: str | None = "batch",
     normalize: Normalize | None = None,
     readout: str = "solution",
@@ -151,15 +155,17 @@ def wide_resnet(
 ) -> Network:
     """WideResNet-28-10 (Zagoruyko and Komodakis 2016) for images of 32 x 32: three flows of four wide blocks.
 
-    A 1 x 1 convolution leads to each flow, of stride 2 from the second on, so that every block is a step; in the
-    original the first block of a flow changes the number of channels beside such a shortcut, and there are 36,479,194
-    parameters for 38,991,802 here.
+    A 1 x 1 convolution leads to each flow, of stride 2 from the second on, so that every block is a step: 38,991,802
+    parameters. In the original the first block of a flow changes the number of channels beside such a shortcut; with
+    ``projections="block"`` such blocks lead to flows of one block less, and there are 36,479,194 parameters as there.
 
     Args:
         in_channels: channels of the images.
         classes: number of outputs.
-        blocks: of each flow; the depth, counted in layers with weights, is ``6 * blocks + 4``.
+        blocks: of each flow, with the one that leads to it; the depth, counted in layers with weights, is
+            ``6 * blocks + 4``.
         widen: channels of the first flow over 16.
+        projections: what leads to each flow, "convolution" or "block".
         norm: that of the fields: "batch" (statistics per stage), "group", "layer" or None.
         normalize: the first layer, so that inputs are pixels in [0, 1].
         readout: what the head reads, "solution" or "ensemble", as in :class:`~odenets.Network`.
@@ -169,19 +175,25 @@ def wide_resnet(
     Returns:
         The network, ``(B, in_channels, 32, 32)`` to logits ``(B, classes)``.
 
+    Raises:
+        TypeError: a number of blocks that is no whole number.
+        ValueError: other projections, or too few blocks: 1, or 2 where one of them leads to the flow.
+
     >>> import torch
     >>> network = wide_resnet(blocks=2, widen=1)
     >>> network(torch.rand(2, 3, 32, 32)).shape, network.depth
     (torch.Size([2, 10]), 6)
     """
+    if projections not in ("convolution", "block"):
+        raise ValueError(f"projections must be 'convolution' or 'block', got {projections!r}")
+    block = projections == "block"
+    check_count("blocks", blocks, 1 + block)
     channels = [16 * widen, 32 * widen, 64 * widen]
-    encoder = nn.Sequential(
-        normalize or nn.Identity(),
-        nn.Conv2d(in_channels, 16, 3, padding=1, bias=False),
-        nn.Conv2d(16, channels[0], 1, bias=False),
-    )
-    flows = [_flow(c, blocks, norm, flow) for c in channels]
-    transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
+    lead = PreactivatedProjection if block else partial(convolution, kernel_size=1)
+    first = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+    encoder = nn.Sequential(normalize or nn.Identity(), first, lead(16, channels[0]))
+    flows = [_flow(c, blocks - block, norm, flow) for c in channels]
+    transitions = [lead(a, b, stride=2) for a, b in pairwise(channels)]
     return Network(encoder, flows, _normed_head(channels[-1], classes), transitions=transitions, readout=readout)
 
 

@@ -26,6 +26,7 @@ from odenets.neural_ode.records import measure_beside, records_of
 from odenets.normalization.mixing import warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
+from odenets.schemes.names import method_of
 from solvers import (
     ButcherTableau,
     Controller,
@@ -38,7 +39,6 @@ from solvers import (
     Statistics,
     Step,
     Tolerance,
-    get_tableau,
     integrate,
 )  # fmt: skip
 from solvers.batch_loop import adaptive_steps, fixed_steps
@@ -127,7 +127,7 @@ class NeuralODE(nn.Module):
         self.field, self.event = field, event
         self.owner, owner = owner_of(field), owner_of(event)  # whose parameters train
         self.event_owner = None if owner in {*self.modules()} else owner
-        self.tableau = get_tableau(solver)
+        self.tableau = method_of(solver)
         self.tolerance, self.fixed_steps, self.controller = tolerance, steps, controller
         self.t0, self.t1, self.gradient, self.control = time_of("t0", t0), time_of("t1", t1), gradient, control
         self.graph = graph

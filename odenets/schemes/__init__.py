@@ -11,6 +11,7 @@ torch.Size([3, 4])
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
+from odenets.schemes.names import SOURCES, names
 from odenets.schemes.noise import Noisy, mean_over_paths
 from odenets.schemes.polynomial import Polynomial
 from odenets.schemes.runge_kutta import LearnedRungeKutta
@@ -19,6 +20,7 @@ from odenets.schemes.splitting import Splitting
 from odenets.schemes.stochastic_depth import StochasticDepth
 
 __all__ = [
+    "SOURCES",
     "AdamsBashforth2",
     "Fractal",
     "ImplicitExplicit",
@@ -31,4 +33,5 @@ __all__ = [
     "Splitting",
     "StochasticDepth",
     "mean_over_paths",
+    "names",
 ]

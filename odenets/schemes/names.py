@@ -14,8 +14,10 @@ from odenets.schemes.scheme import Scheme
 from odenets.schemes.splitting import Splitting
 from odenets.schemes.stochastic_depth import StochasticDepth
 from solvers import ButcherTableau, get_tableau
+from solvers.methods import method_names
+from solvers.methods.rosenbrock import RosenbrockTableau
 
-__all__ = ["SCHEMES", "method_of"]
+__all__ = ["SCHEMES", "SOURCES", "method_of", "names", "scheme_of"]
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -26,6 +28,16 @@ SCHEMES: dict[str, Scheme] = {
     )
 }  # fmt: skip
 """Those that need nothing but a name, by it."""
+
+
+SOURCES = {
+    "lm": "Lu 2018", "ab2": "Bashforth 1883", "poly2": "Zhang 2017", "mpoly2": "Zhang 2017", "two_way": "Zhang 2017",
+    "fractal": "Larsson 2017", "rkcnn": "Zhu 2018", "lie_trotter": "Lu 2019", "strang": "Strang 1968",
+    "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "euler": "He 2016", "implicit_euler": "Euler",
+    "bs23": "Bogacki, Shampine 1989", "dopri5": "Dormand, Prince 1980", "tsit5": "Tsitouras 2011", "rk4": "Kutta 1901",
+    "dopri8": "Dormand, Prince 1981", "heun": "Heun 1900", "midpoint": "Runge 1895",
+}  # fmt: skip
+"""Where schemes and methods come from, by name."""
 
 
 def method_of(solver: Any) -> ButcherTableau:
@@ -40,3 +52,26 @@ def method_of(solver: Any) -> ButcherTableau:
     if isinstance(solver, str) and solver in SCHEMES:
         return SCHEMES[solver]
     return get_tableau(solver)
+
+
+def scheme_of(name: str, channels: int) -> ButcherTableau:
+    """The scheme or the method of a ``name`` for states of so many ``channels``.
+
+    Raises:
+        ValueError: neither a scheme nor a method has the name.
+
+    >>> scheme_of("lm", 16)
+    LinearMultistep(start=0.0)
+    """
+    return method_of(name)
+
+
+def names() -> tuple[str, ...]:
+    """The names that a flow of images takes as its solver: those of schemes, and of methods for states of any size.
+
+    >>> "lm" in names(), "bs23" in names()
+    (True, True)
+    """
+    methods = {name: get_tableau(name) for name in method_names()}
+    dense = [name for name, method in methods.items() if method.structure or isinstance(method, RosenbrockTableau)]
+    return (*SCHEMES, *(name for name in methods if name not in dense))

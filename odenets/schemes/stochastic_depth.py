@@ -26,7 +26,7 @@ class Survival(nn.Module):
 
     def __init__(self, probability: float) -> None:
         super().__init__()
-        self.register_buffer("probability", torch.tensor(probability))
+        self.register_buffer("probability", torch.tensor(probability, dtype=torch.float64))
 
     def mask(self, x: Tensor, by: str) -> Tensor | None:
         """What multiplies the velocity at ``x``, one number or one per sample; None where the block is left out."""

@@ -24,7 +24,7 @@ from solvers.methods.rosenbrock import RODAS4
 from solvers.methods.symplectic import LEAPFROG, YOSHIDA4
 from solvers.tableaus import ButcherTableau
 
-__all__ = ["get_tableau"]
+__all__ = ["get_tableau", "method_names"]
 
 _METHODS = (
     EULER, MIDPOINT, HEUN, HEUN3, RK4, RK4_38, FEHLBERG2, BS23, DOPRI5, TSIT5, DOPRI8, IMPLICIT_EULER,
@@ -68,3 +68,12 @@ def get_tableau(name: Any) -> ButcherTableau:
         take = f": take {remedy}" if remedy else ""
         raise ValueError(f"unknown solver {name!r}{take}; known are {', '.join(known)}")
     return tableau
+
+
+def method_names() -> tuple[str, ...]:
+    """The names of all published methods, as :func:`get_tableau` takes them.
+
+    >>> method_names()[:2]
+    ('euler', 'midpoint')
+    """
+    return tuple(_TABLEAUS)

@@ -61,6 +61,11 @@ def check_structure(tableau: ButcherTableau, field: Any) -> None:
     Raises:
         TypeError: with what to take.
     """
+    if tableau.structure == "blocks":
+        raise TypeError(
+            f"solver must be a method for one field, got {tableau.name}, a scheme for the blocks of an "
+            f"odenets.Flow(field, solver={tableau.name!r})"
+        )
     if getattr(field, "structure", "") != tableau.structure:
         kind = f"{len(field)} fields" if isinstance(field, (list, tuple)) else type(field).__name__
         raise TypeError(f"field must be a {_CLASSES[tableau.structure]}, with solver={tableau.name!r}, got {kind}")

@@ -45,7 +45,7 @@ def _flow(parts: Parts, settings: Settings) -> Flow:
     like = settings["like"]
     like.check_one_step("model", "blocks that are removed one by one are those of Flow(solver='euler') and its like")
     kind = Flow if settings["plain"] else type(like)
-    return kind.of([*parts["blocks"]], start=settings["start"], **like.settings | {"shared": False})
+    return kind.of([*parts["blocks"]], start=settings["start"], **like.settings)
 
 
 def _network(parts: Parts, _: Settings) -> Network:

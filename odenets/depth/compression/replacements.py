@@ -98,10 +98,8 @@ def scaled(module: nn.Module, unit: Unit, h: float, start: float | None = None) 
         return ScaledStep(module, h, unit.argument, unit.elements, unit.rectified, unit.adds)
     module.check_one_step("model", "blocks that are removed one by one are those of Flow(solver='euler') and its like")
     block = cast(Block, module.blocks[0])
-    longer = Block([*block.fields], block.h * h)
-    return Flow.of(
-        [longer], start=module.start if start is None else start, **module.settings | {"shared": False}
-    ).train(module.training)
+    longer, settings = Block([*block.fields], block.h * h), module.settings
+    return Flow.of([longer], start=module.start if start is None else start, **settings).train(module.training)
 
 
 def standing_for(unit: Unit, inner: nn.Module) -> nn.Module:

@@ -104,8 +104,7 @@ def _joined(layers: list[nn.Module]) -> list[nn.Module]:
         before = joined[-1] if joined else None
         if isinstance(layer, Flow) and isinstance(before, Flow) and _follows(before, layer):
             blocks = [cast(Block, block) for block in (*before.blocks, *layer.blocks)]
-            settings = before.settings | {"shared": False}
-            joined[-1] = Flow.of(blocks, start=before.start, **settings).train(before.training)
+            joined[-1] = Flow.of(blocks, start=before.start, **before.settings).train(before.training)
         else:
             joined.append(layer)
     return joined or [nn.Identity()]
