@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, cast
 
@@ -79,10 +79,10 @@ class PositiveConvolution(nn.Module):
         """The symbol of A for states of these sizes, ``(C, *sizes)``, of the last one half and one: ``|B^|^2``."""
         return torch.view_as_real(symbol(_wide(self.kernel), sizes, centered=False)).square().sum(-1)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.lazy and (value := state_dict.get(f"{prefix}kernel")) is not None:
             self._become(value.shape[0], value.ndim - 1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """The shape of the kernel, as ``print`` shows it."""
@@ -144,6 +144,10 @@ class ImplicitExplicit(Scheme):
     def learns(self) -> bool:
         """Whether a block learns its operator."""
         return self.operator is None
+
+    def of_channels(self, channels: int) -> ImplicitExplicit:
+        """The scheme whose blocks have their operators, for so many channels, before the first state comes."""
+        return replace(self, channels=channels)
 
     def learned(self, m: int, depth: int) -> nn.Module:
         """The operator of a block."""

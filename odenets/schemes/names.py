@@ -33,7 +33,8 @@ SCHEMES: dict[str, Scheme] = {
 SOURCES = {
     "lm": "Lu 2018", "ab2": "Bashforth 1883", "poly2": "Zhang 2017", "mpoly2": "Zhang 2017", "two_way": "Zhang 2017",
     "fractal": "Larsson 2017", "rkcnn": "Zhu 2018", "lie_trotter": "Lu 2019", "strang": "Strang 1968",
-    "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "euler": "He 2016", "implicit_euler": "Euler",
+    "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "imex": "Haber 2019",
+    "euler": "He 2016", "implicit_euler": "Euler",
     "bs23": "Bogacki, Shampine 1989", "dopri5": "Dormand, Prince 1980", "tsit5": "Tsitouras 2011", "rk4": "Kutta 1901",
     "dopri8": "Dormand, Prince 1981", "heun": "Heun 1900", "midpoint": "Runge 1895",
 }  # fmt: skip
@@ -63,7 +64,8 @@ def scheme_of(name: str, channels: int) -> ButcherTableau:
     >>> scheme_of("lm", 16)
     LinearMultistep(start=0.0)
     """
-    return method_of(name)
+    method = method_of(name)
+    return method.of_channels(channels) if isinstance(method, Scheme) else method
 
 
 def names() -> tuple[str, ...]:
