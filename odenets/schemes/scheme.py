@@ -131,6 +131,10 @@ class Scheme(ButcherTableau):
         """What block ``m`` of ``depth`` learns or draws besides its fields, made for each, or None."""
         return None
 
+    def of_channels(self, channels: int) -> Scheme:
+        """The scheme for images of so many channels, where what its blocks learn depends on that; else itself."""
+        return self
+
     def fields_see(self, x: Tensor) -> Tensor:
         """Of a state ``x`` ``(B, *S)`` what the fields get, by which a flow without a field makes one."""
         return x

@@ -267,6 +267,7 @@ def test_it_trains_in_data_parallel_as_alone(process_group, name):
     """Which waits for the gradients of all parameters."""
     x, y = torch.randn(4, 3, 6, 6), torch.arange(4)
     network = odenets.Network(nn.Conv2d(3, 4, 1), flow_of(name), nn.Sequential(nn.Flatten(), nn.Linear(144, 5)))
+    network(x)  # makes the parameters that come with the first state
     alone = copy.deepcopy(network)
     wrapped = nn.parallel.DistributedDataParallel(Recording(network, LeastAction().measures))
     for one in (wrapped, alone):
