@@ -8,6 +8,7 @@
 torch.Size([3, 4])
 """
 
+from odenets.schemes.equilibrium import Equilibrium
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
@@ -22,6 +23,7 @@ from odenets.schemes.stochastic_depth import StochasticDepth
 __all__ = [
     "SOURCES",
     "AdamsBashforth2",
+    "Equilibrium",
     "Fractal",
     "ImplicitExplicit",
     "LearnedRungeKutta",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from odenets.schemes.equilibrium import Equilibrium
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
@@ -24,7 +25,7 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         LinearMultistep(), AdamsBashforth2(), Polynomial("poly2"), Polynomial("mpoly2"), Polynomial("two_way"),
         Fractal(), LearnedRungeKutta(), Splitting("lie_trotter"), Splitting("strang"), StochasticDepth(), Noisy(),
-        ImplicitExplicit(),
+        ImplicitExplicit(), Equilibrium(),
     )
 }  # fmt: skip
 """Those that need nothing but a name, by it."""
@@ -33,7 +34,7 @@ SCHEMES: dict[str, Scheme] = {
 SOURCES = {
     "lm": "Lu 2018", "ab2": "Bashforth 1883", "poly2": "Zhang 2017", "mpoly2": "Zhang 2017", "two_way": "Zhang 2017",
     "fractal": "Larsson 2017", "rkcnn": "Zhu 2018", "lie_trotter": "Lu 2019", "strang": "Strang 1968",
-    "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "imex": "Haber 2019",
+    "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "imex": "Haber 2019", "equilibrium": "Bai 2019",
     "euler": "He 2016", "implicit_euler": "Euler",
     "bs23": "Bogacki, Shampine 1989", "dopri5": "Dormand, Prince 1980", "tsit5": "Tsitouras 2011", "rk4": "Kutta 1901",
     "dopri8": "Dormand, Prince 1981", "heun": "Heun 1900", "midpoint": "Runge 1895",

@@ -71,11 +71,14 @@ class ImplicitSteps:
         closing: bool = True
     ) -> Step:  # fmt: skip
         """One step, as :func:`~solvers.rk_step` takes it."""
+        check_implicit(self.tableau, x)
         if is_inference_mode_enabled():
             with counting():
                 return self(field, t, countable(x), h, None if first is None else countable(first), closing=closing)
-        check_implicit(self.tableau, x)
         refuse_forward_mode(x)
+        if torch.is_autocast_enabled(x.device.type):  # in whose dtypes no iteration comes near a root
+            with torch.autocast(x.device.type, enabled=False):
+                return self(field, t, x, h, first, closing=closing)
         method = self._method(x)
         step = self._attempt(field, t, x, h, first, method)
         if step.unsolved is not None and method == "newton" and not self._fresh:
