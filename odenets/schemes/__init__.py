@@ -11,6 +11,7 @@ torch.Size([3, 4])
 from odenets.schemes.equilibrium import Equilibrium
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.implicit_explicit import ImplicitExplicit
+from odenets.schemes.implicit_runge_kutta import LearnedImplicitRungeKutta
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.names import SOURCES, names
 from odenets.schemes.noise import Noisy, mean_over_paths
@@ -26,6 +27,7 @@ __all__ = [
     "Equilibrium",
     "Fractal",
     "ImplicitExplicit",
+    "LearnedImplicitRungeKutta",
     "LearnedRungeKutta",
     "LinearMultistep",
     "Memory",
