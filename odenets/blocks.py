@@ -112,7 +112,7 @@ class Block(nn.Module):
 
 
 def _conditioned(field: Callable[..., Tensor], args: Sequence[Any]) -> Velocity:
-    return lambda t, x: field(t, x, *args)
+    return lambda t, x, *injected: field(t, x, *injected, *args)
 
 
 def check_arguments(field: Any, args: Sequence[Any] | None) -> None:

@@ -103,7 +103,7 @@ class Flow(BlockSequence):
         self.materialize(x)
         if self.training and not torch.compiler.is_compiling():
             self._warn_once()
-        if self.tableau.implicit and self.training:
+        if self.training and (self.tableau.implicit or getattr(self.tableau, "iterates", False)):
             refuse_statistics(self, self.tableau.name)
         t, blocks = self.start, self._blocks()
         closing = closing or self.takes_closing

@@ -103,7 +103,16 @@ def norms_of(network: nn.Module) -> list[nn.Module]:
 
 
 def regrouped(flow: BlockSequence, groups: Sequence[Group], whole: nn.Module) -> list[Block]:
-    """The blocks that stay, with their new h, and copies of those that are split."""
+    """The blocks that stay, with their new h, and copies of those that are split.
+
+    Raises:
+        ValueError: h changes nothing in a block.
+    """
+    if not getattr(flow.tableau, "follows_time", True) and any(g.last - g.first > 1 or g.pieces > 1 for g in groups):
+        raise ValueError(
+            f"another depth is another function where blocks of {flow.tableau.name} end at equilibria that do not "
+            "depend on h: take Equilibrium(injection='sum')"
+        )
     blocks, h, new = blocks_of(flow), flow.h, []
     for group in groups:
         block = blocks[group.stays]

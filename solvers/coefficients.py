@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from solvers.roots import RootFinder
 from solvers.validation import real_dtype
 
 if TYPE_CHECKING:
     from solvers.tableaus import ButcherTableau
 
-__all__ = ["Coefficients", "HasCoefficients", "Output", "as_numbers_or_tensors"]
+__all__ = ["Coefficients", "HasCoefficients", "ImplicitCoefficients", "Output", "as_numbers_or_tensors"]
 
 
 class Output(NamedTuple):
@@ -90,6 +91,19 @@ class Coefficients:
             ValueError: always.
         """
         raise ValueError(f"{self.name} has no interpolant of its own; bs23, dopri5, dopri8 and kvaerno5 have")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImplicitCoefficients(Coefficients):
+    """Those of a diagonally implicit method: where a stage is implicit, its row of a has its own weight behind.
+
+    Attributes:
+        roots: how stages are found.
+    """
+
+    roots: RootFinder
+    explicit: ClassVar[bool] = False
+    implicit: ClassVar[bool] = True
 
 
 class HasCoefficients(Protocol):

@@ -13,7 +13,7 @@ from solvers.methods import get_tableau
 from solvers.tableaus import ButcherTableau, Embedded
 from solvers.validation import is_transformed
 
-__all__ = ["LearnedTableau", "check_gradient"]
+__all__ = ["CONDITIONS", "LearnedTableau", "check_gradient", "nearest_weights"]
 
 CONDITIONS = {1: 1, 2: 2, 3: 4}
 """Number of order conditions up to each order."""
@@ -166,28 +166,9 @@ class LearnedTableau(nn.Module):
         a = start.new_zeros(n, n).index_put((below[0], below[1]), start[:entries] + self.change_a.double())
         c = a.sum(1)
         free = start[entries:] + (0.0 if self.change_b is None else self.change_b.double())
-        b = self._nearest(free, a, c)
+        b = nearest_weights(free, a, c, self.order, self.name)
         rows = tuple([row[:i] for i, row in enumerate(a.unbind())])
         return Coefficients(self.name, self.order, c.unbind(), rows, b)
-
-    def _nearest(self, free: Tensor, a: Tensor, c: Tensor) -> Tensor:
-        """The weights b nearest to ``free`` that satisfy the conditions of the order."""
-        matrix = torch.stack([torch.ones_like(c), c, c * c, a @ c][: CONDITIONS[self.order]])
-        right = torch.tensor([1, 1 / 2, 1 / 3, 1 / 6], dtype=c.dtype, device=c.device)[: len(matrix)]
-        q, r = torch.linalg.qr(matrix.T)  # M = r^T q^T, and M^+ = q r^-T
-        b = free
-        for _ in range(2):  # once more, for rounding
-            b = b + q @ torch.linalg.solve_triangular(r.T, (right - matrix @ b)[:, None], upper=False)[:, 0]
-        holds = (matrix @ b - right).abs().amax() <= _MISSED
-        if torch.compiler.is_compiling() or is_transformed(b):
-            return torch.where(holds, b, torch.nan)
-        if not holds:
-            raise ValueError(
-                f"{self.name}: no weights b satisfy the conditions of order {self.order} with the nodes "
-                f"{[round(node, 6) for node in c.tolist()]}: begin anew, with a smaller learning rate, more stages or "
-                "a lower order"
-            )
-        return b
 
     def tableau(self, name: str | None = None) -> ButcherTableau:
         """The method as it is now, frozen: numbers, which no training changes, as fast as any tableau.
@@ -249,6 +230,41 @@ class LearnedTableau(nn.Module):
     def extra_repr(self) -> str:
         """The method, as ``print`` shows it."""
         return f"{self.name!r}, stages={self.stages}, order={self.order}"
+
+
+def nearest_weights(free: Tensor, a: Tensor, c: Tensor, order: int, name: str) -> Tensor:
+    """The weights b nearest to ``free`` that satisfy the conditions of an order, ``(stages,)``.
+
+    Args:
+        free: weights, ``(stages,)``, float64.
+        a: the weights of stages in each other, ``(stages, stages)``.
+        c: the nodes, ``(stages,)``.
+        order: 1, 2 or 3.
+        name: of the method, for the message.
+
+    Raises:
+        ValueError: there are none; in a graph of ``torch.compile`` or ``torch.func`` b is NaN there.
+
+    >>> a = torch.tensor([[0.0, 0.0], [0.5, 0.5]])
+    >>> nearest_weights(torch.zeros(2), a, a.sum(1), 2, "trapezoid")
+    tensor([0.5000, 0.5000])
+    """
+    matrix = torch.stack([torch.ones_like(c), c, c * c, a @ c][: CONDITIONS[order]])
+    right = torch.tensor([1, 1 / 2, 1 / 3, 1 / 6], dtype=c.dtype, device=c.device)[: len(matrix)]
+    q, r = torch.linalg.qr(matrix.T)  # M = r^T q^T, and M^+ = q r^-T
+    b = free
+    for _ in range(2):  # once more, for rounding
+        b = b + q @ torch.linalg.solve_triangular(r.T, (right - matrix @ b)[:, None], upper=False)[:, 0]
+    holds = (matrix @ b - right).abs().amax() <= _MISSED
+    if torch.compiler.is_compiling() or is_transformed(b):
+        return torch.where(holds, b, torch.nan)
+    if not holds:
+        raise ValueError(
+            f"{name}: no weights b satisfy the conditions of order {order} with the nodes "
+            f"{[round(node, 6) for node in c.tolist()]}: begin anew, with a smaller learning rate, more stages or "
+            "a lower order"
+        )
+    return b
 
 
 def check_gradient(tableau: Any, gradient: str) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 __all__ = ["RootFinder"]
 
-METHODS = ("auto", "newton", "newton_krylov", "fixed_point")
+METHODS = ("auto", "newton", "newton_krylov", "anderson", "fixed_point")
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class RootFinder:
             long as the iteration converges fast, and one factorization a step; it takes each sample for itself.
             "newton_krylov", no matrix: each iteration solves its linear system by products with the Jacobian, one
             field call each, for fields such as convolutions. "fixed_point" iterates the equation as it stands, which
-            converges only where h times the Jacobian is below 1. "auto" is "newton" up to 200 features of a sample,
-            "newton_krylov" above.
+            converges only where h times the Jacobian is below 1. "anderson" accelerates that by the last iterates of
+            each sample, one field call an iteration, and converges in many cases beyond. "auto" is "newton" up to 200
+            features of a sample, "newton_krylov" above.
         band: how far an entry of the Jacobian that is not 0 lies from its diagonal at most, over the features of a
             sample as they lie in memory: 1 for a line of points that see their neighbours. "newton" then takes
             ``2 band + 1`` products with the Jacobian for all of it, and banded factors, on the host, by SciPy: for
@@ -44,7 +45,7 @@ class RootFinder:
     'newton_krylov'
     """
 
-    method: Literal["auto", "newton", "newton_krylov", "fixed_point"] = "auto"
+    method: Literal["auto", "newton", "newton_krylov", "anderson", "fixed_point"] = "auto"
     band: int | None = None
     tolerance: float = 0.1
     max_iterations: int = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from torch import Tensor, is_inference_mode_enabled
 from torch.compiler import is_compiling
@@ -67,7 +68,7 @@ def rk_step(
     >>> round(step.x1.item(), 5)
     0.90483
     """
-    if isinstance(tableau, ButcherTableau) and not tableau.explicit:
+    if not tableau.explicit:
         return _other_step(field, t, x, h, tableau, first, reductions)
     if not is_compiling() and is_inference_mode_enabled():
         with counting():
@@ -115,7 +116,7 @@ def step_state(
 
 
 def _other_step(
-    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: ButcherTableau,
+    field: Field | Sequence[Field], t: float | Tensor, x: Tensor, h: float | Tensor, tableau: Any,
     first: Tensor | None = None, reductions: Collection[str] = ()
 ) -> Step:  # fmt: skip
     """A step of an implicit method, or of one that reads the structure of its field."""

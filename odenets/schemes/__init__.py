@@ -8,9 +8,11 @@
 torch.Size([3, 4])
 """
 
+from odenets.schemes.equilibrium import Equilibrium
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.halves import Hamiltonian, RevNet
 from odenets.schemes.implicit_explicit import ImplicitExplicit
+from odenets.schemes.implicit_runge_kutta import LearnedImplicitRungeKutta
 from odenets.schemes.momentum import Momentum
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.names import SOURCES, names
@@ -28,11 +30,13 @@ __all__ = [
     "SOURCES",
     "AdamsBashforth2",
     "CoupledHalves",
+    "Equilibrium",
     "Fractal",
     "Hamiltonian",
     "HeavyBall",
     "ImplicitExplicit",
     "InjectivePadding",
+    "LearnedImplicitRungeKutta",
     "LearnedRungeKutta",
     "LinearMultistep",
     "Memory",

@@ -68,10 +68,11 @@ class Scheme(ButcherTableau):
     """A rule for the residue of a block, ``x1 = x0 + h r``: what a :class:`~odenets.Flow` takes as its solver.
 
     A subclass defines :meth:`residue`, and may say that a block has several fields, how often a step evaluates each
-    (:attr:`uses`), what a block learns besides (:meth:`learned`), and whether a step reads the one before it
-    (:attr:`memory`). To what measures steps, the residue is the one stage of the step: the action is ``h <r^2>``, and
-    there is no embedded error. Its own attributes are the arguments of the class; it has the same value as another with
-    the same ones.
+    (:attr:`uses`), what a block learns besides (:meth:`learned`), whether a step reads the one before it
+    (:attr:`memory`), calls its fields until an iteration ends (:attr:`iterates`, which batch norms in training mode do
+    not bear), or has an end that h does not change (not :attr:`follows_time`, so that no other depth stands for it). To
+    what measures steps, the residue is the one stage of the step: the action is ``h <r^2>``, and there is no embedded
+    error. Its own attributes are the arguments of the class; it has the same value as another with the same ones.
 
     >>> import odenets
     >>> from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Scheme(ButcherTableau):
     interior: int = field(init=False, repr=False, default=0)
     structure: ClassVar[str] = "blocks"
     memory: ClassVar[bool] = False
+    iterates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or type(self).__name__)
@@ -121,6 +123,11 @@ class Scheme(ButcherTableau):
     def calls(self) -> int:
         """Field calls of a step."""
         return sum(self.uses)
+
+    @property
+    def follows_time(self) -> bool:
+        """Whether the end of a block depends on h, so that another depth may stand for it."""
+        return True
 
     @property
     def learns(self) -> bool:

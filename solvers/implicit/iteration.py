@@ -1,4 +1,4 @@
-"""The iteration that finds a stage: Newton's simplified, Newton's with fresh or no matrices, or a fixed point's."""
+"""The iteration that finds a stage: Newton's simplified, Newton's with fresh or no matrices, a fixed point's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from solvers.field_calls import Field, velocity
+from solvers.implicit.anderson import Anderson
 from solvers.implicit.linear import conjugate_residuals, rows
 from solvers.roots import RootFinder
 
@@ -19,6 +20,10 @@ __all__ = ["Iteration", "Measure", "Root", "refuse_forward_mode"]
 
 _SHARE = 0.05
 """How far the linear systems of "newton_krylov" are solved."""
+_LEAST = {"newton_krylov": _SHARE, "anderson": 0.5}
+"""Rates of convergence below which one that is seen is not believed."""
+_WANDERING = ("full", "anderson")
+"""Iterations that may go astray before they converge."""
 _FACTOR = 5
 """How many more iterations others than the simplified Newton's may take."""
 _HALVINGS = 12
@@ -96,7 +101,7 @@ class _Batch:
         if not self._first:
             self.rate = self._worst / last if last else 0.0
             self.slowest = max(self.slowest, self.rate)
-            rate = max(self.rate, _SHARE) if self.method == "newton_krylov" else self.rate  # which luck may hide
+            rate = max(self.rate, _LEAST.get(self.method, 0.0))  # which luck may hide
             self.eta = rate / (1 - rate) if rate < 1 else math.inf
         self._first = False
         small = self._worst == 0 or self.eta * self._worst <= self.measure.limit
@@ -112,7 +117,7 @@ class _Batch:
         """Whether it will not be found in as many more iterations."""
         if not math.isfinite(self._worst):
             return True
-        if self.rate == 0.0 or self.method == "full":  # the first, or one that may wander before it converges
+        if self.rate == 0.0 or self.method in _WANDERING:  # the first
             return False
         return not self.rate < 2 or (self.rate < 1 and self.rate**left * self.eta * self._worst > self.measure.limit)
 
@@ -143,7 +148,7 @@ class _Samples:
         self.sizes = sizes
         if not self._first:
             self.rate = sizes / np.maximum(last, _TINY)
-            rate = np.maximum(self.rate, _SHARE) if self.method == "newton_krylov" else self.rate
+            rate = np.maximum(self.rate, _LEAST.get(self.method, 0.0))
             self.eta = np.where(rate < 1, rate / (1 - rate), np.inf)
         small = self.eta * sizes <= self.measure.limit
         if increment is not None:
@@ -159,7 +164,7 @@ class _Samples:
     def hopeless(self, left: int) -> bool:
         """Whether those that are not found will not be in as many more iterations."""
         lost = ~np.isfinite(self.sizes)
-        if self.rate.size and self.method != "full":
+        if self.rate.size and self.method not in _WANDERING:
             rest = self.rate**left * np.minimum(self.eta, 1e3) * self.sizes
             lost |= ~(self.rate < 2) | (rest > self.measure.limit)
         return bool((lost | self._done).all())
@@ -185,11 +190,12 @@ class Iteration:
     Attributes:
         calls: field calls so far.
         slowest: the largest rate of convergence since it was last set to 0; infinite where a stage was not found.
+        residual: of the last stage that was not found, the largest of a sample, over the norm of its state.
     """
 
     def __init__(self, roots: RootFinder, *, each: bool) -> None:
         self.roots, self.each = roots, each
-        self.calls, self.slowest = 0, 0.0
+        self.calls, self.slowest, self.residual = 0, 0.0, math.nan
         self._eta: Array | float = 1.0
 
     def __call__(
@@ -203,14 +209,19 @@ class Iteration:
         most = self.roots.max_iterations * (1 if method == "newton" else _FACTOR)
         value, differentiable = self._first_value(v, i, t, start, scale, p)
         kind = _Samples if self.each else _Batch
-        progress = kind(self._eta if method == "newton" else 1.0, measure, method)
+        progress, anderson = kind(self._eta if method == "newton" else 1.0, measure, method), Anderson()
         with torch.no_grad(), np.errstate(all="ignore"):
             for k in range(most):
                 y = start + scale * p if isinstance(scale, Tensor) else torch.add(start, p, alpha=scale)
                 if k and method != "full":
                     value = self._value(v, i, t, y)
                 r = value - p
-                change = self._corrected(v, i, t, y, value, r, scale) if method == "newton_krylov" else solve(r, y)
+                if method == "newton_krylov":
+                    change = self._corrected(v, i, t, y, value, r, scale)
+                elif method == "anderson":
+                    change = anderson.correction(p, r)
+                else:
+                    change = solve(r, y)
                 if method == "full":
                     change, value = self._damped(v, i, t, start, scale, p, r, change)
                 p = p + change
@@ -219,6 +230,7 @@ class Iteration:
                     return Root(p, None, differentiable)
                 if progress.hopeless(most - 1 - k):
                     break
+            self.residual = float((_norms(scale * r) / _norms(y)).max())  # type: ignore[possibly-undefined] - one at least
         self.slowest = np.inf
         return Root(p, progress.failed, differentiable)
 

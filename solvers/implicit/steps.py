@@ -71,19 +71,22 @@ class ImplicitSteps:
         closing: bool = True
     ) -> Step:  # fmt: skip
         """One step, as :func:`~solvers.rk_step` takes it."""
+        check_implicit(self.tableau, x)
         if is_inference_mode_enabled():
             with counting():
                 return self(field, t, countable(x), h, None if first is None else countable(first), closing=closing)
-        check_implicit(self.tableau, x)
         refuse_forward_mode(x)
+        if torch.is_autocast_enabled(x.device.type):  # in whose dtypes no iteration comes near a root
+            with torch.autocast(x.device.type, enabled=False):
+                return self(field, t, x, h, first, closing=closing)
         method = self._method(x)
         step = self._attempt(field, t, x, h, first, method)
         if step.unsolved is not None and method == "newton" and not self._fresh:
             self._kept = None
-            first = step.stages[0] if not self.tableau.a[0] else first
+            first = step.stages[0] if not len(self.tableau.a[0]) else first
             step = self._attempt(field, t, x, h, first, method)
         if step.unsolved is not None and self.rtol is None:  # no smaller step will be tried
-            first = step.stages[0] if not self.tableau.a[0] else first
+            first = step.stages[0] if not len(self.tableau.a[0]) else first
             step = self._attempt(field, t, x, h, first, "full" if method == "newton" else method, afresh=True)
         return step
 
@@ -212,17 +215,17 @@ def check_implicit(tableau: ButcherTableau, x: Tensor) -> None:
 
 
 @lru_cache(maxsize=64)
-def _weights(tableau: ButcherTableau, i: int) -> tuple[float, ...]:
-    """Weights of the stages before i whose sum extrapolates their velocities to the node of stage i, of least norm."""
-    nodes = np.array(tableau.c[:i])
+def _weights(*c: float) -> tuple[float, ...]:
+    """Weights of stages whose sum extrapolates their velocities from their nodes to the last one, of least norm."""
+    nodes = np.array(c[:-1])
     degree = min(len(set(nodes.tolist())) - 1, 2)
     powers = np.arange(degree + 1)[:, None]
-    return tuple(np.linalg.lstsq(nodes[None, :] ** powers, np.float64(tableau.c[i]) ** powers[:, 0], rcond=None)[0])
+    return tuple(np.linalg.lstsq(nodes[None, :] ** powers, np.float64(c[-1]) ** powers[:, 0], rcond=None)[0])
 
 
 def _extrapolated(stages: Sequence[Tensor], tableau: ButcherTableau, i: int) -> Tensor:
     guess = None
-    for p, weight in zip(stages, _weights(tableau, i), strict=True):
+    for p, weight in zip(stages, _weights(*map(float, tableau.c[: i + 1])), strict=True):
         if weight:
             guess = p.detach() * weight if guess is None else torch.add(guess, p.detach(), alpha=weight)
     assert guess is not None
