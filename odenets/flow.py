@@ -66,6 +66,7 @@ class Flow(BlockSequence):
 
     at_depth = at_depth
     coupling: float | None = None  # of the pair of states that a ReversibleFlow takes on
+    _own_weights_alone: Sequence[int] = ()  # the blocks, where a pass with gradients has seen them read nothing else
 
     @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True, check: bool = True) -> Iterator[Step]:
@@ -141,16 +142,19 @@ class Flow(BlockSequence):
         self.materialize(x)
         if self.training:
             self._warn_once()
-        x1, value = end_state(scheme, self._velocity, self.start, self.h, x, memory, args)
+        blocks = [*map(id, self.blocks)]
+        steps = scheme, self._velocity, self.start, self.h, x, memory, args
+        x1, value, other = end_state(*steps, watch=self._own_weights_alone != blocks)
+        self._own_weights_alone = [] if other else blocks
         return torch.cat([x1, cast(Tensor, value)], 1) if self.passes_memory else x1
 
     def _velocity(self, t: float, x: Tensor, m: int, call: int, *args: Any) -> Tensor:
-        """One velocity of block m."""
-        blocks = self._blocks()
+        """One velocity of block m of a scheme."""
+        block = cast(Block, self.blocks[0 if self.shared else m])
         try:
-            return velocity(self._velocities(blocks, m, self.tableau, False, args)[call], t, x, call)
+            return velocity(block.velocities(self.tableau, "tied", args=args)[call], t, x, call)
         except TypeError:
-            check_arguments(blocks[m].fields[0], args)
+            check_arguments(block.fields[0], args)
             raise
 
     def inverse(self, x1: Tensor, /, *args: Any, memory: Tensor | None = None, check: bool = True) -> Tensor:

@@ -31,9 +31,9 @@ def _shears(scheme: Reversible, start: float, sizes: Sequence[float], before: fl
 
 def end_state(
     scheme: Reversible, velocity: Callable[..., Tensor], start: float, sizes: Sequence[float], x: Tensor,
-    memory: Memory | None, args: Sequence[Any],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The state behind steps, and the value of its memory, with gradients that undo the steps.
+    memory: Memory | None, args: Sequence[Any], watch: bool,
+) -> tuple[Tensor, Tensor | None, bool]:  # fmt: skip
+    """The state behind steps, the value of its memory, with gradients that undo the steps, and whether to watch again.
 
     Args:
         scheme: of the steps.
@@ -43,6 +43,7 @@ def end_state(
         x: state there.
         memory: of a step before.
         args: what the velocity takes besides.
+        watch: what every block reads, which may be other tensors than its weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`solvers.gradients.shears.with_gradients`.
@@ -51,7 +52,8 @@ def end_state(
     captured = Captured(velocity, None, args, names=("flow", "args", instead), random=True)
     before, value = (None, None) if memory is None else (memory.h, memory.value)
     steps = _shears(scheme, start, sizes, before)
-    return scheme.whole(with_gradients(captured, steps, scheme.parts(x, value), args, f"solver={scheme.name!r}"))
+    parts = with_gradients(captured, steps, scheme.parts(x, value), args, f"solver={scheme.name!r}", watch)
+    return *scheme.whole(parts), not captured.as_it_says
 
 
 def first_state(

@@ -19,6 +19,8 @@ __all__ = ["Shear", "growth", "loss", "undone", "with_gradients"]
 
 Parts = tuple[Tensor, Tensor]
 
+_LOOKS = 8  # steps from one look at how large parts are to the next
+
 
 class Shear(NamedTuple):
     """``part[target] <- scale part[target] + weight v`` with v a velocity at ``part[source]``, or that part itself.
@@ -97,7 +99,12 @@ class _Course(NamedTuple):
 
 
 def with_gradients(
-    captured: Captured, steps: Sequence[Sequence[Shear]], parts: Parts, args: Sequence[Any], owner: str
+    captured: Captured,
+    steps: Sequence[Sequence[Shear]],
+    parts: Parts,
+    args: Sequence[Any],
+    owner: str,
+    watch: bool = True,
 ) -> Parts:
     """The parts of a state behind steps, whose gradients undo the steps: two parts are kept, whatever their number.
 
@@ -111,6 +118,7 @@ def with_gradients(
         parts: two tensors ``(B, *S)`` of float32 or float64.
         args: further arguments of the velocities.
         owner: what takes the steps, for errors.
+        watch: at what every velocity reads, and not only those of the first step; what is read besides raises then.
 
     Raises:
         TypeError: parts of half precision.
@@ -129,12 +137,14 @@ def with_gradients(
                 v = now[shear.source]
                 if shear.call is not None:
                     before = random_state(device)
-                    captured.anew()  # each reads weights of its own
+                    if watch or m == 0:
+                        captured.anew()  # each reads weights of its own
                     v = captured(shear.t, v, m, shear.call, *args)
                     if not all(map(torch.equal, before, random_state(device))):
                         drawn[m, k] = before
                 now[shear.target] = shear.forward(now[shear.target], v)
-            size = torch.maximum(size, _sizes(now))
+            if m % _LOOKS == 0 or m == len(steps) - 1:
+                size = torch.maximum(size, _sizes(now))
     course, anchor = _Course(captured, steps, args, kept, size, drawn, owner), None
     if not any(x.requires_grad for x in (*parts, *captured.tensors)) and captured.may_read_more:
         anchor = torch.zeros((), requires_grad=True)  # so that a backward pass looks
@@ -183,16 +193,16 @@ def _undo(course: _Course, m: int, k: int, now: list[Tensor], due: list[Tensor],
     """Undo shear k of step m: the parts, and their gradients, are those before it."""
     shear = course.steps[m][k]
     gradient, source = due[shear.target], now[shear.source].detach()
-    pull = gradient if shear.weight == 1 else gradient * shear.weight
     if shear.call is None:
         v = source
+        due[shear.source] = due[shear.source].add(gradient, alpha=shear.weight)
     else:
         with torch.enable_grad(), _drawing(course.drawn.get((m, k)), source.device):
             source.requires_grad_()
             v = course.captured(shear.t, source, m, shear.call, *course.args)
-        pull = collected.pull(v, source, pull)
+        pulled = collected.pull(v, source, gradient if shear.weight == 1 else gradient * shear.weight)
+        due[shear.source] = due[shear.source] + pulled
     now[shear.target] = shear.back(now[shear.target], v.detach())
-    due[shear.source] = due[shear.source] + pull
     if shear.scale != 1:
         due[shear.target] = gradient * shear.scale if shear.scale else torch.zeros_like(gradient)
 

@@ -224,13 +224,33 @@ def test_what_one_block_alone_reads_gets_its_gradient():
         def forward(self, t, x):
             return torch.tanh(self.layer(x) + sum(x @ w for w in self.reads))
 
-    blocks = [odenets.Block([Reading(4, reads=m == 2).double()], 0.2) for m in range(4)]
+    blocks = [odenets.Block([Reading(4, reads=m == 2).double()], 0.2) for m in range(5)]
     x = torch.randn(5, 4, dtype=D, requires_grad=True)
     ours, theirs = (
         gradients(odenets.Flow.of(blocks, solver=replace(SCHEMES["momentum"], reversible=r)), x, inputs=[x, outside])
         for r in (True, False)
     )
     assert_gradients(ours[1], theirs[1], 1e-10)
+
+
+def test_what_a_block_reads_at_a_later_pass_alone_is_not_lost():
+    outside, read = torch.randn(4, 4, dtype=D, requires_grad=True), []
+
+    class Later(nn.Module):
+        def __init__(self, reads=False):
+            super().__init__()
+            self.layer, self.reads = nn.Linear(4, 4, dtype=D), read if reads else []
+
+        def forward(self, t, x):
+            return torch.tanh(self.layer(x) + sum(x @ w for w in self.reads))
+
+    flow = odenets.Flow.of([odenets.Block([Later(m == 4)], 0.2) for m in range(5)], solver="momentum")
+    x = torch.randn(5, 4, dtype=D)
+    flow(x).sum().backward()
+    read.append(outside)
+    end = flow(x).sum()
+    with pytest.raises(RuntimeError, match=r"flow reads a tensor of shape \(4, 4\).*its gradient would be lost"):
+        end.backward()
 
 
 def test_measured_steps_are_kept_and_have_the_same_gradient():
