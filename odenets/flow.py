@@ -17,9 +17,9 @@ from odenets.normalization import check_closing_statistics
 from odenets.normalization.mixing import refuse_statistics, warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
-from odenets.schemes.reversible import Reversible
+from odenets.schemes.reversible import ReversibleScheme
 from odenets.schemes.scheme import Memory, Scheme, Velocity
-from odenets.schemes.undoing import check_memory, end_state, first_state
+from odenets.schemes.undoing import check_memory, end_state, first_state, undoes
 from solvers import ButcherTableau, Step
 from solvers.coefficients import as_numbers_or_tensors
 from solvers.field_calls import check_unchanged, velocity, versions_of
@@ -135,8 +135,7 @@ class Flow(BlockSequence):
     def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
         """The state at the total time where it is not that of the last of the steps as they are taken."""
         scheme: Any = self.tableau
-        undoes = isinstance(scheme, Reversible) and scheme.reversible
-        if not undoes or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not undoes(scheme):
             return None
         x, memory = self._entered(x)
         self.materialize(x)
@@ -170,7 +169,7 @@ class Flow(BlockSequence):
             The state, up to rounding; of a part to which a memory is handed, with it, as it takes it.
 
         Raises:
-            ValueError: the solver is no :class:`~odenets.schemes.Reversible` one, the memory is missing or not of the
+            ValueError: the solver is no :class:`~odenets.schemes.ReversibleScheme`, the memory is missing or not of the
                 shape of the state, or not one of the scheme; normalizations that would count the batch, random
                 numbers, or an inverse that has few digits left.
             TypeError: half precision.
@@ -181,7 +180,7 @@ class Flow(BlockSequence):
         True
         """
         scheme: Any = self.tableau
-        if not isinstance(scheme, Reversible):
+        if not isinstance(scheme, ReversibleScheme):
             raise ValueError(
                 f"solver must be a scheme whose steps can be undone, got {scheme.name}: 'revnet', 'hamiltonian', "
                 "'two_step_midpoint', 'second_order', 'momentum', 'heavy_ball'"

@@ -12,11 +12,11 @@ from torch import Tensor
 from odenets.schemes.scheme import Memory, Scheme, Velocity
 from solvers.gradients.shears import Shear
 
-__all__ = ["CoupledHalves", "Reversible", "VelocityState"]
+__all__ = ["CoupledHalves", "ReversibleScheme", "VelocityState"]
 
 
 @dataclass(frozen=True)
-class Reversible(Scheme):
+class ReversibleScheme(Scheme):
     """A scheme whose step is a sequence of shears, ``part <- scale part + weight v(other part)``, each of which undoes.
 
     A subclass says which (:meth:`shears`) and what the parts are: :class:`CoupledHalves` of the state, or the state and
@@ -24,9 +24,9 @@ class Reversible(Scheme):
 
     Args:
         reversible: whether gradients undo the steps, so that a plain call keeps two parts of a state whatever the
-            depth, and a training step costs one more pass forward; calls that measure steps keep them in any case, and
-            compiled ones leave it to the compiler. False is backpropagation, which also has second derivatives and
-            takes half precision.
+            depth, and a training step costs one more pass forward. Calls that measure steps keep them in any case, as
+            do those that ``torch.func`` transforms, and compiled ones leave it to the compiler. False is
+            backpropagation, which also has second derivatives and takes half precision.
 
     Raises:
         TypeError: reversible that is neither True nor False.
@@ -59,7 +59,7 @@ class Reversible(Scheme):
 
 
 @dataclass(frozen=True)
-class CoupledHalves(Reversible):
+class CoupledHalves(ReversibleScheme):
     """Shears of the two halves of the state's dimension 1, one by a field of the other.
 
     A block has two fields of half the channels, which come in turns. A subclass defines :meth:`couplings`.
@@ -113,7 +113,7 @@ class CoupledHalves(Reversible):
 
 
 @dataclass(frozen=True)
-class VelocityState(Reversible):
+class VelocityState(ReversibleScheme):
     """A velocity r beside the state, ``r_m = scale r_{m-1} + weight v(t, x_m)`` and ``x_{m+1} = x_m + h r_m``.
 
     It is the residue, and the memory of a step. At the start it is 0. A subclass defines :meth:`rates`.

@@ -128,7 +128,8 @@ def with_gradients(
     device, now, most = parts[0].device, [part.detach() for part in parts], growth(parts[0].dtype)
     kept, states, drawn, factor = list[int](), list[Tensor](), dict[tuple[int, int], list[Tensor]](), 1.0
     size = _sizes(now)
-    with captured.forward(device), torch.no_grad():
+    aside = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # a checkpoint counts what is saved
+    with captured.forward(device), torch.no_grad(), aside:
         for m, shears in enumerate(steps):
             factor *= loss(shears) if m else 1.0
             if factor > most:  # the step is not undone for those before it, which begin at the pair that is kept

@@ -8,18 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import odenets
 from odenets import measures
 from odenets.analysis import measure_memory
 from odenets.least_action import LeastAction
 from odenets.normalization import StageBatchNorm
-from odenets.schemes import CoupledHalves, HeavyBall, Momentum, Reversible
+from odenets.schemes import CoupledHalves, HeavyBall, Momentum, ReversibleScheme
 from odenets.schemes.names import SCHEMES
 from tests.odenets.schemes.fields import Tanh
 
 D = torch.float64
-REVERSIBLE = {name: scheme for name, scheme in SCHEMES.items() if isinstance(scheme, Reversible)}
+REVERSIBLE = {name: scheme for name, scheme in SCHEMES.items() if isinstance(scheme, ReversibleScheme)}
 EVERY = [*REVERSIBLE.values(), Momentum(0.0), Momentum(0.5), Momentum(1e-6), HeavyBall(20.0)]
 
 
@@ -274,6 +275,30 @@ def test_autocast_is_as_the_forward_pass_had_it():
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(ends[0][1], ends[1][1], strict=True):
         assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+def test_transforms_and_tangents_keep_the_steps():
+    flow, kept, x = pair(SCHEMES["momentum"], depth=3)
+    x = x.detach()
+    wanted = torch.func.jacrev(kept)(x)
+    torch.testing.assert_close(torch.func.jacrev(flow)(x), wanted)
+    parameters = dict(flow.named_parameters())
+    loss = lambda p, x: torch.func.functional_call(flow, p, (x[None],)).sum()  # noqa: E731
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    flow(x).sum().backward()
+    for name, p in flow.named_parameters():
+        torch.testing.assert_close(each[name].sum(0), p.grad)
+    way = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        end = torch.autograd.forward_ad.unpack_dual(flow(torch.autograd.forward_ad.make_dual(x, way)))
+    torch.testing.assert_close(end.tangent, torch.einsum("bdce,ce->bd", wanted, way))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_flow_is_checkpointed(reentrant):
+    flow, kept, x = pair(SCHEMES["revnet"], depth=3)
+    checkpoint(flow, x, use_reentrant=reentrant).square().sum().backward()
+    assert_gradients([x.grad], gradients(kept, x)[1][:1], 1e-10)
 
 
 def test_threads_train_one_network():
