@@ -63,8 +63,8 @@ def loss(shears: Sequence[Shear]) -> float:
 
 
 def growth(dtype: torch.dtype) -> float:
-    """The factor of rounding up to which states are undone, ``eps^(-1/4)``, 54 in float32; before it a pair is kept."""
-    return torch.finfo(dtype).eps ** -0.25
+    """The factor of rounding up to which steps are undone, ``eps^(-1/3)``, 203 in float32: then a pair is kept."""
+    return torch.finfo(dtype).eps ** (-1 / 3)
 
 
 def undone(shears: Sequence[Shear], parts: Parts, velocity: Any) -> Parts:

@@ -75,10 +75,8 @@ class Counting(nn.Module):
 
 def peak(scheme, depth):
     torch.manual_seed(0)
-    flow = odenets.Flow(
-        Counting(32 if isinstance(scheme, CoupledHalves) else 64), solver=scheme, depth=depth, shared=True
-    )
-    x = torch.randn(512, 64)
+    field = odenets.MLPField(32 if isinstance(scheme, CoupledHalves) else 64, hidden=256)
+    flow, x = odenets.Flow(field, solver=scheme, depth=depth, shared=True), torch.randn(256, 64)
 
     def work():
         flow(x.clone().requires_grad_()).sum().backward()
@@ -91,9 +89,7 @@ def peak(scheme, depth):
 def test_memory_of_training_does_not_grow_with_depth(name):
     scheme = REVERSIBLE[name]
     few, many = peak(scheme, 10), peak(scheme, 100)
-    if name == "momentum":  # which keeps a pair of states every 38 blocks
-        many -= 2 * 2 * 512 * 64 * 4
-    assert many <= 1.1 * few
+    assert many <= 1.1 * few  # momentum keeps one pair of states on the way
     assert name not in ("revnet", "momentum") or peak(replace(scheme, reversible=False), 100) > 5 * many
 
 

@@ -26,7 +26,7 @@ def test_a_shear_is_undone():
 def test_what_a_step_forgets_is_its_loss():
     assert loss([Shear(0, 1, 0.5, 1.0), Shear(1, 0, -0.25, 1.0), Shear(0, 1, 3.0, 1.0)]) == 8
     assert loss([Shear(0, 1, 0.0, 1.0)]) == math.inf
-    assert growth(torch.float32) == pytest.approx(53.8, abs=0.1)
+    assert growth(torch.float32) == pytest.approx(203, abs=1)
 
 
 class Sine(nn.Module):
@@ -63,4 +63,4 @@ def test_a_pair_is_kept_before_digits_are_missed():
         x = torch.zeros(2, 3, requires_grad=True)
         end, _ = with_gradients(captured, steps, (x, torch.zeros(2, 3)), (), "these steps")
         kept[scale] = len(end.grad_fn.saved_tensors) // 2 - 2
-    assert kept == {1.0: 0, 0.9: 2, 0.5: 16, 0.0: 99}
+    assert kept == {1.0: 0, 0.9: 1, 0.5: 12, 0.0: 99}
