@@ -86,6 +86,9 @@ def make_field(flow: Any, x: Tensor, make_blocks: Callable[[nn.Module], Sequence
     with _MAKING, torch.inference_mode(False):  # whose tensors could never be trained
         if hasattr(flow, "field_of_first_input"):  # no other thread has made one
             blocks = make_blocks(field_for(x))
+            for module in (module for block in blocks for module in block.modules()):
+                if materialize := getattr(module, "materialize", None):  # what a scheme learns besides
+                    materialize(x)
             flow.field_of_first_input.become([field for block in blocks for field in block.fields])
             flow.replace_blocks(blocks)
             flow.train(flow.training)

@@ -16,8 +16,8 @@ from lab.statistics import Interval
 from odenets.plotting.figures import MARKERS, legend_beside, log_x, new_figure
 
 __all__ = [
-    "Kinds", "accuracy_against_cost", "block_errors", "cost_of_solves", "depth_and_steps", "epochs_of", "intervals",
-    "solves_while_training", "ways_against_cost",
+    "Kinds", "accuracy_against_cost", "accuracy_by_evaluations", "block_errors", "cost_of_solves", "depth_and_steps",
+    "epochs_of", "intervals", "norms_along_depth", "solves_while_training", "ways_against_cost",
 ]  # fmt: skip
 
 Epochs = list[dict[str, str]]
@@ -190,3 +190,47 @@ def solves_while_training(metrics: Iterable[Mapping[str, str]]) -> Figure:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     return figure
+
+
+def accuracy_by_evaluations(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy over field evaluations of an image, each architecture a number that the list beside names.
+
+    Args:
+        rows: with "architecture", "evaluations" and an interval "accuracy"; the best is number 1.
+    """
+    figure, axes = new_figure(1, 1, size=(9.0, max(4.2, 0.24 * len(rows))))
+    axis: Axes = axes[0, 0]
+    ordered = sorted(rows, key=lambda row: -row["accuracy"].mean)
+    colors = _colors(len(ordered))
+    for n, (row, color) in enumerate(zip(ordered, colors, strict=True), 1):
+        mean, half = row["accuracy"].mean, row["accuracy"].half_width
+        near = sum(other["evaluations"] == row["evaluations"] for other in ordered[: n - 1])
+        x = row["evaluations"] * 1.035 ** ((near + 1) // 2 * (-1) ** near)  # beside each other, not on each other
+        half = half if np.isfinite(half) else 0.0
+        axis.errorbar(x, mean, half, fmt="o", color=color, capsize=2, label=f"{n}  {row['architecture']}")
+        axis.annotate(str(n), (x, mean), textcoords="offset points", xytext=(4, 3), fontsize="x-small")
+    log_x(axis)
+    axis.set(xlabel="field evaluations of an image", ylabel="test accuracy (%)")
+    axis.grid(alpha=0.3)
+    legend_beside(axis)
+    return figure
+
+
+def norms_along_depth(norms: Mapping[str, Sequence[float]]) -> Figure:
+    """The norm of the state behind each block over the share of the blocks before it, a line per architecture."""
+    figure, axes = new_figure(1, 1, size=(9.0, max(4.2, 0.24 * len(norms))))
+    axis: Axes = axes[0, 0]
+    ordered = sorted(norms.items(), key=lambda pair: -pair[1][-1])
+    for i, ((name, values), color) in enumerate(zip(ordered, _colors(len(ordered)), strict=True)):
+        depth = np.arange(1, len(values) + 1) / len(values)
+        axis.plot(depth, values, color=color, marker=MARKERS[i % len(MARKERS)], markersize=4, label=name)
+    axis.set(xlabel="share of the blocks", ylabel="root mean square of the state", yscale="log")
+    axis.grid(alpha=0.3)
+    legend_beside(axis)
+    return figure
+
+
+def _colors(count: int) -> np.ndarray:
+    from matplotlib import colormaps
+
+    return colormaps["turbo"](np.linspace(0.05, 0.95, count))

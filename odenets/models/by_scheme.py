@@ -34,15 +34,21 @@ class Habit:
     Attributes:
         field: its field, or its fields in turns.
         h: its step size.
+        norm: that of its fields, "own" is that of their class.
     """
 
     field: FieldName | tuple[FieldName, ...] = "conv"
     h: float = 1.0
+    norm: str = "own"
 
 
 _HABITS: dict[str, Habit] = {
     "lie_trotter": Habit(("attention", "feed_forward")),
     "strang": Habit(("attention", "feed_forward")),
+    "hamiltonian": Habit("parabolic", norm="group"),
+    "hamiltonian_verlet": Habit("parabolic", norm="group"),
+    "second_order": Habit("parabolic", norm="group"),
+    "two_step_midpoint": Habit("antisymmetric", h=0.5),
 }
 
 
@@ -57,6 +63,7 @@ def network(
     *,
     channels: Sequence[int] = (16, 32, 64),
     blocks: int = 3,
+    stride: int = 1,
     norm: str | None = "own",
     normalize: Normalize | None = None,
     readout: str = "solution",
@@ -78,6 +85,7 @@ def network(
         classes: number of outputs.
         channels: of the state of each flow.
         blocks: of each flow.
+        stride: of the first convolution.
         norm: that of the fields, "batch" (statistics per use), "group", "layer" or None; "own" is that which each class
             of fields has by itself.
         normalize: the first layer, so that inputs are pixels in [0, 1].
@@ -97,6 +105,7 @@ def network(
     """
     channels = [*channels] if isinstance(channels, Sequence) else [channels]
     check_count("blocks", blocks, 1)
+    check_count("stride", stride, 1)
     if not channels:
         raise ValueError("channels must hold the channels of at least one flow, got none")
     for each in channels:
@@ -108,8 +117,9 @@ def network(
         flow["h"] = habit.h
     first, last = channels[0], channels[-1]
     encoder = nn.Sequential(
-        normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, padding=1, bias=False), nn.BatchNorm2d(first)
+        normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, stride, 1, bias=False), nn.BatchNorm2d(first)
     )
+    norm = habit.norm if norm == "own" and field is None else norm
     flows = [_flow(scheme, fields, each, blocks, norm, flow) for each in channels]
     transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
     head = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(last, classes))

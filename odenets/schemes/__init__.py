@@ -10,6 +10,7 @@ torch.Size([3, 4])
 
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.halves import Hamiltonian, RevNet
+from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.momentum import Momentum
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.names import SOURCES, names
@@ -30,6 +31,7 @@ __all__ = [
     "Fractal",
     "Hamiltonian",
     "HeavyBall",
+    "ImplicitExplicit",
     "InjectivePadding",
     "LearnedRungeKutta",
     "LinearMultistep",

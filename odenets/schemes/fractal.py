@@ -55,7 +55,8 @@ class Fractal(Scheme):
     A join is the mean. A cell is a step of Euler's method over its share of h, so that every column, and any way
     through the block, is an integrator of its own for the fields that it meets; published cells have no shortcut,
     ``cells="plain"``. The columns' residues, which the last join averages, are the stages of a step; its embedded
-    error is against the shallowest of them.
+    error is against the shallowest of them. Fields on paths that are dropped get no gradient
+    (``find_unused_parameters`` of torch's data parallelism).
     Reference: Larsson, Maire, Shakhnarovich. FractalNet: ultra-deep neural networks without residuals. ICLR 2017.
 
     Args:

@@ -70,8 +70,10 @@ class LinearMultistep(Scheme):
         self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None = None
     ) -> Tensor:
         """``v(t, x) - k r`` with the residue r of the step before."""
-        v = fields[0](t, x)
-        return v if memory is None else torch.addcmul(v, learned.k.to(v.dtype), memory.value, value=-1)
+        v, k = fields[0](t, x), learned.k.to(x.dtype)
+        if memory is None:
+            return v.add(k, alpha=0)  # so that every parameter has a gradient, as data parallelism expects
+        return torch.addcmul(v, k, memory.value, value=-1)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from odenets.schemes.fractal import Fractal
 from odenets.schemes.halves import Hamiltonian, RevNet
+from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.momentum import Momentum
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.noise import Noisy
@@ -27,6 +28,7 @@ SCHEMES: dict[str, Scheme] = {
         LinearMultistep(), AdamsBashforth2(), Polynomial("poly2"), Polynomial("mpoly2"), Polynomial("two_way"),
         Fractal(), LearnedRungeKutta(), Splitting("lie_trotter"), Splitting("strang"), StochasticDepth(), Noisy(),
         RevNet(), Hamiltonian(), Hamiltonian("verlet"), TwoStepMidpoint(), SecondOrder(), Momentum(), HeavyBall(),
+        ImplicitExplicit(),
     )
 }  # fmt: skip
 """Those that need nothing but a name, by it."""
@@ -39,6 +41,7 @@ SOURCES = {
     "revnet": "Gomez 2017", "hamiltonian": "Chang 2018", "hamiltonian_verlet": "Chang 2018",
     "two_step_midpoint": "Chang 2018", "second_order": "Chang 2018; Ruthotto, Haber 2020", "momentum": "Sander 2021",
     "heavy_ball": "Xia 2021",
+    "imex": "Haber 2019",
     "bs23": "Bogacki, Shampine 1989", "dopri5": "Dormand, Prince 1980", "tsit5": "Tsitouras 2011", "rk4": "Kutta 1901",
     "dopri8": "Dormand, Prince 1981", "heun": "Heun 1900", "midpoint": "Runge 1895",
 }  # fmt: skip
@@ -68,7 +71,8 @@ def scheme_of(name: str, channels: int) -> ButcherTableau:
     >>> scheme_of("lm", 16)
     LinearMultistep(start=0.0)
     """
-    return method_of(name)
+    method = method_of(name)
+    return method.of_channels(channels) if isinstance(method, Scheme) else method
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,173 @@
+"""What do the architectures that come from numerical schemes do on one budget of parameters, and one of evaluations?
+
+A network of each scheme is as wide as a number of parameters lets it be, or as deep as a number of field evaluations.
+Its learning rate is chosen on validation images of a seed of its own. Told are, after the last epoch, accuracy on test
+images, as they are, with Gaussian noise, and after a step against the label by the sign of the gradient; what a
+training step keeps in memory; how far the first states are missed, where they can be computed back; the action; and the
+largest step size at which a training still learns.
+
+    python experiments/architectures.py
+    python experiments/architectures.py --dataset cifar10 --folder DIR --train-size 5000 --parameters 60000
+        --channels 16 --flows 2 --stride 2 --epochs 12
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+from architectures_setup import BUDGETS, SIZES, Config, Job, epochs_of, train
+from matplotlib.figure import Figure
+
+from lab import plotting
+from lab.experiment import Columns, Experiment, Figures, Jobs, Outcome, Row, command
+from lab.results import best_settings, groups
+from lab.statistics import mean_interval, paired, percent
+from lab.training import parts_of
+
+PLAIN = "ResNet (Euler)"
+
+
+def jobs(config: Config) -> Jobs[Job]:
+    """Learning rates to choose from; then every network, seed by seed, and its step sizes."""
+    tuned: list[Row] = []
+    if len(config.rates) > 1:
+        tuned = yield [
+            Job(name, BUDGETS[0], rate, 10_000, tuning=True) for name in config.architectures for rate in config.rates
+        ]
+    rates = choose(config, tuned)
+    results: list[Row] = []
+    for seed in config.seeds:
+        results += yield [
+            Job(name, budget, rates[name], seed) for name in config.architectures for budget in config.budgets
+        ]
+    sizes = yield [
+        Job(name, "step size", rates[name], seed, size)
+        for name in config.architectures for size in SIZES for seed in config.seeds[:1]
+    ]  # fmt: skip
+    return [*tuned, *results, *sizes]
+
+
+def choose(config: Config, tuned: list[Row]) -> dict[str, float]:
+    """The learning rate of each architecture that is best on validation images."""
+    if len(config.rates) == 1:
+        return dict.fromkeys(config.architectures, config.rates[0])
+    best = best_settings(tuned, ("rate",), within=("architecture",), score=lambda row: [row["validation"]])
+    return {name: settings["rate"] for (name,), settings in best.items()}
+
+
+def largest_size(rows: list[Row]) -> float:
+    """The largest factor up to which all trainings learn: end, and at half the validation accuracy at 1 or above."""
+    plain = statistics.fmean(row["validation"] for row in rows if row["size"] == 1.0)
+    largest = 0.0
+    for (size,), its in sorted(groups(rows, "size").items()):
+        if any(row["diverged"] or row["validation"] < plain / 2 for row in its):
+            break
+        largest = size
+    return largest
+
+
+def summarize(config: Config, results: list[Row]) -> list[Row]:
+    """A row per budget and architecture; differences to the residual network are paired over the seeds."""
+    reported = groups((row for row in results if not row["tuning"]), "budget", "architecture")
+    rows: list[Row] = []
+    for budget in config.budgets:
+        plain = _by_seed(reported.get((budget, PLAIN), []))
+        for name in config.architectures:
+            its = _by_seed(reported[budget, name])
+            lived = [row for row in its if not row["diverged"]]
+            row: Row = {"budget": budget, "architecture": name, "rate": its[0]["rate"]}
+            row["diverged"] = len(its) - len(lived)
+            row["accuracy"] = percent(0.0 if one["diverged"] else one["test"] for one in its)
+            if plain and name != PLAIN:
+                other = percent(0.0 if one["diverged"] else one["test"] for one in plain)
+                row["difference"] = paired([*row["accuracy"].values], [*other.values])
+            if lived:
+                first = lived[0]
+                row |= {
+                    key: first[key] for key in ("parameters", "depth", "channels", "evaluations", "memory", "inverse")
+                }
+                row |= {key: percent(one[key] for one in lived) for key in ("noise", "attack")}
+                row["action"] = mean_interval([one["action"] for one in lived])
+                row["norms"] = [
+                    statistics.fmean(values) for values in zip(*(one["norms"] for one in lived), strict=True)
+                ]
+            if sizes := reported.get(("step size", name)):
+                row["largest"] = largest_size(sizes)
+            rows.append(row)
+    return rows
+
+
+def _by_seed(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+COLUMNS: Columns = {
+    "one budget of": "{budget}",
+    "architecture": "{architecture}",
+    "parameters": "{parameters}",
+    "blocks": "{depth}",
+    "channels": "{channels}",
+    "evaluations": "{evaluations}",
+    "test accuracy (%)": "{accuracy:.2f}",
+    "- ResNet": "{difference:.2f}",
+    "with noise (%)": "{noise:.1f}",
+    "attacked (%)": "{attack:.1f}",
+    "memory (KiB)": lambda row: f"{row['memory'] / 1024:.0f}" if "memory" in row else "",
+    "inverse error": lambda row: f"{row['inverse']:.1e}" if row.get("inverse") is not None else "",
+    "action": "{action.mean:.3g}",
+    "largest h": lambda row: f"{row['largest']:g} x" if "largest" in row else "",
+    "learning rate": "{rate:g}",
+    "diverged": lambda row: row["diverged"] or "",
+}
+
+
+def verdict(config: Config, outcome: Outcome) -> list[str]:
+    """Which architectures differ from the residual network on the same budget, by 95 % intervals of paired seeds."""
+    lines = []
+    for (budget,), rows in groups(outcome.rows, "budget").items():
+        signs = {1: "ahead of", -1: "behind", 0: "no different from"}
+        differing = [row for row in rows if "difference" in row]
+        for sign, word in signs.items():
+            names = [row["architecture"] for row in differing if row["difference"].sign == sign]
+            if names:
+                lines.append(f"on one budget of {budget}, {word} the residual network: {', '.join(names)}")
+    return lines
+
+
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Accuracy against evaluations, and the norm of the state along the depth, for each budget."""
+    made: Figures = {}
+    for (budget,), rows in groups(outcome.rows, "budget").items():
+        shown = [row for row in rows if "evaluations" in row]
+        made[f"accuracy_{budget}"] = lambda shown=shown: plotting.accuracy_by_evaluations(shown)
+        made[f"norms_{budget}"] = lambda shown=shown: _norms(shown)
+    return made
+
+
+def _norms(rows: list[Row]) -> Figure:
+    return plotting.norms_along_depth({row["architecture"]: row["norms"] for row in rows})
+
+
+EXPERIMENT = Experiment.of(
+    __name__,
+    quick=lambda config: replace(
+        config,
+        seeds=(0,),
+        epochs=1,
+        size_epochs=1,
+        train_size=200,
+        test_size=100,
+        rates=(0.1,),
+        parameters=8000,
+        blocks=2,
+        evaluations=4,
+    ),
+    data=parts_of,
+    train=train,
+    selects=("seeds", "architectures", "budgets"),
+    cost=epochs_of,
+)
+
+if __name__ == "__main__":
+    command(EXPERIMENT, __doc__)
