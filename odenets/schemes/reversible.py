@@ -46,15 +46,29 @@ class ReversibleScheme(Scheme):
             t: time at its start.
             h: its size.
             before: the size of the step before, where there is one.
+
+        Returns:
+            The shears, in the order in which they are taken.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define shears(t, h, before)")
 
     def parts(self, x: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The two parts of a state ``(B, *S)`` and of the ``value`` of the memory, None at the start."""
+        """The two parts of a state ``x`` ``(B, *S)`` and of the ``value`` of the memory, None at the start.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define parts(x, value)")
 
     def whole(self, parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The state that has these parts, and the value of its memory."""
+        """The state that has these ``parts``, and the value of its memory.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define whole(parts)")
 
 
@@ -66,7 +80,11 @@ class CoupledHalves(ReversibleScheme):
     """
 
     def couplings(self) -> tuple[tuple[int, float, float, int], ...]:
-        """Of each shear which half it moves, by how much of h, from when in it, and by which velocity."""
+        """Of each shear which half it moves, by how much of h, from when in it, and by which velocity.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define couplings()")
 
     def shears(self, t: float, h: float, before: float | None) -> tuple[Shear, ...]:
@@ -122,7 +140,11 @@ class VelocityState(ReversibleScheme):
     memory: ClassVar[bool] = True
 
     def rates(self, h: float, before: float | None) -> tuple[float, float]:
-        """The scale and the weight, of a step of size ``h`` and the one ``before`` it, None at the start."""
+        """The scale and the weight, of a step of size ``h`` and the one ``before`` it, None at the start.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define rates(h, before)")
 
     def shears(self, t: float, h: float, before: float | None) -> tuple[Shear, ...]:
