@@ -23,7 +23,7 @@ from odenets.analysis import measure_memory
 from odenets.errors import DivergedError
 from odenets.fields import ConvField, FixupField, ScaledField
 from odenets.fixup import fixup
-from odenets.schemes import Fractal, Reversible
+from odenets.schemes import Fractal, ReversibleScheme
 from odenets.training.data import TensorData
 
 __all__ = ["ARCHITECTURES", "BUDGETS", "SIZES", "Config", "Job", "build", "epochs_of", "measure", "train"]
@@ -263,7 +263,7 @@ def measure(config: Config, network: Network, test: TensorData) -> Row:
 def inverse_error(network: Network, x: Tensor) -> float | None:
     """Largest error of the first states, over their size, computed back from the last ones; None where none are."""
     flow, state = network.flows[0], network.encode(x)
-    if not isinstance(flow.tableau, Reversible):
+    if not isinstance(flow.tableau, ReversibleScheme):
         return None
     *_, last = flow.steps(state)
     memory = {"memory": last.residue} if flow.tableau.memory else {}
