@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +21,9 @@ from lab.training import TrainingConfig, fit_network, parts_of
 from odenets import Network, measures, models
 from odenets.analysis import measure_memory
 from odenets.errors import DivergedError
+from odenets.fields import ConvField, FixupField, ScaledField
+from odenets.fixup import fixup
+from odenets.schemes import Fractal, Reversible
 from odenets.training.data import TensorData
 
 __all__ = ["ARCHITECTURES", "BUDGETS", "SIZES", "Config", "Job", "build", "epochs_of", "measure", "train"]
@@ -36,16 +40,30 @@ class Architecture:
         scheme: of the blocks.
         fields: of them; those that the scheme is published with if not given.
         settings: other arguments of the network.
+        draw: draws its weights anew, if not None.
     """
 
     scheme: Any
     fields: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    draw: Callable[[Network], Network] | None = None
+
+
+def skip_init(channels: int) -> ScaledField:
+    """The branch of a pre-activation block without norms, times a scalar that begins at 0."""
+    return ScaledField(ConvField(channels, norm=None))
+
+
+def fixup_field(channels: int) -> FixupField:
+    """Two convolutions with scalar biases and a multiplier."""
+    return FixupField(*(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "ResNet (Euler)": Architecture("euler"),
     "small h (0.1)": Architecture("euler", settings={"h": 0.1}),
+    "SkipInit": Architecture("euler", skip_init),
+    "Fixup": Architecture("euler", fixup_field, draw=fixup),
     "shared block": Architecture("euler", settings={"shared": True}),
     "stochastic depth": Architecture("stochastic_depth"),
     "noisy": Architecture("noisy"),
@@ -57,14 +75,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     "PolyNet (poly-2)": Architecture("poly2"),
     "PolyNet (mpoly-2)": Architecture("mpoly2"),
     "PolyNet (2-way)": Architecture("two_way"),
-    "FractalNet": Architecture("fractal"),
+    "FractalNet": Architecture(Fractal(columns=2)),
     "transformer (Lie-Trotter)": Architecture("lie_trotter"),
     "transformer (Strang)": Architecture("strang"),
-    "parabolic CNN": Architecture("euler", "parabolic", {"h": 0.25}),
+    "IMEX-Net": Architecture("imex"),
+    "RevNet": Architecture("revnet"),
+    "Hamiltonian": Architecture("hamiltonian"),
+    "Hamiltonian (Verlet)": Architecture("hamiltonian_verlet"),
+    "two-step midpoint": Architecture("two_step_midpoint"),
+    "Momentum ResNet": Architecture("momentum"),
+    "heavy ball": Architecture("heavy_ball"),
+    "hyperbolic CNN": Architecture("second_order"),
+    "parabolic CNN": Architecture("euler", "parabolic"),
 }
 """By the names of the table."""
 
-SIZES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+SIZES = (0.25, 1.0, 4.0, 16.0, 64.0)
 """Factors of the step size at which it is tried whether a training survives."""
 
 
@@ -96,7 +122,7 @@ class Config(TrainingConfig):
     channels: int = 8
     flows: int = 1
     stride: int = 1
-    rates: tuple[float, ...] = (0.02, 0.1)
+    rates: tuple[float, ...] = (0.02, 0.1, 0.5)
     size_epochs: int = 2
     noise: float = 0.2
     attack: float = 0.1
@@ -146,6 +172,8 @@ def build(config: Config, job: Job, dataset: TensorData) -> Network:
     torch.manual_seed(job.seed)
     shape = dataset.x.shape[1], dataset.classes
     network = _network(config, job.architecture, channels, blocks, *shape, normalize=images.normalize(dataset))
+    if draw := ARCHITECTURES[job.architecture].draw:
+        draw(network)
     for flow in network.flows:
         flow.resize([job.size * h for h in flow.h])
     return network
@@ -164,12 +192,13 @@ def sizes_of(config: Config, architecture: str, budget: str) -> tuple[int, int]:
             network = _network(config, architecture, channels, blocks, 1 + 2 * (config.dataset == "cifar10"), 10)
         return network.evaluations if budget == "evaluations" else sum(p.numel() for p in network.parameters())
 
-    if budget != "evaluations":
-        widths = range(4, 20 * config.channels, 4)  # attention has four heads, reversible blocks have halves
-        fit = [c for c in widths if cost(c, config.blocks) <= config.parameters]
-        return max(fit, default=4), config.blocks
-    fit = [n for n in range(1, config.evaluations + 1) if cost(config.channels, n) <= config.evaluations]
-    return config.channels, max(fit, default=1)
+    if budget == "evaluations":
+        depths = range(1, config.evaluations + 1)
+        return config.channels, depths[
+            bisect_right(depths, config.evaluations, 1, key=lambda n: cost(config.channels, n)) - 1
+        ]
+    widths = range(4, 40 * config.channels, 2)  # of two halves
+    return widths[bisect_right(widths, config.parameters, 1, key=lambda c: cost(c, config.blocks)) - 1], config.blocks
 
 
 def _network(
@@ -184,12 +213,15 @@ def _network(
 
 def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """Train a network and measure it; of one that diverges only that is told."""
-    parts, config = parts_of(config), replace(config, epochs=epochs_of(config, job))
+    parts = parts_of(config)
     network = build(config, job, parts.train)
+    config = replace(config, epochs=epochs_of(config, job))
     batches = images.batches(parts.train, config.batch_size, job.seed)
     try:
         fit_network(config, network, batches, run, report, rate=job.rate, loss_limit=1e3)
-    except DivergedError:
+    except (DivergedError, RuntimeError) as error:  # of which the latter may tell that blocks are not undone exactly
+        if not isinstance(error, DivergedError) and "gradient would be wrong" not in str(error):
+            raise
         report(config.epochs)
         return {"diverged": True, "validation": 0.0}
     network.eval()
@@ -227,18 +259,15 @@ def measure(config: Config, network: Network, test: TensorData) -> Row:
     }
 
 
+@torch.no_grad()
 def inverse_error(network: Network, x: Tensor) -> float | None:
     """Largest error of the first states, over their size, computed back from the last ones; None where none are."""
-    inverse = getattr(network.flows[0], "inverse", None)
-    if inverse is None:
+    flow, state = network.flows[0], network.encode(x)
+    if not isinstance(flow.tableau, Reversible):
         return None
-    with torch.no_grad():
-        state = network.encode(x)
-        try:
-            back = inverse(network.flows[0](state))
-        except (TypeError, ValueError):
-            return None
-        return ((back - state).abs().max() / state.abs().max()).item()
+    *_, last = flow.steps(state)
+    memory = {"memory": last.residue} if flow.tableau.memory else {}
+    return ((flow.inverse(last.x1, **memory) - state).abs().max() / state.abs().max()).item()
 
 
 def accuracy(network: Network, part: TensorData, change: Any = None) -> float:

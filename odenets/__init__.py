@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import (  # noqa: F401  # isort: skip
-        adapting, analysis, depth, detection, fields, least_action, measures, models, module_wise, normalization,
-        penalties, plotting, recording, training, transport,
+        adapting, analysis, depth, detection, fields, fixup, least_action, maximum_principle, measures, models,
+        module_wise, normalization, penalties, plotting, recording, schemes, training, transport,
     )  # fmt: skip
     from odenets.adapting import AdaptedModel, adapt
     from odenets.blocks import Block
@@ -67,8 +67,8 @@ _HOMES = {
     "save_weights": "checkpoints",
 }
 _ROOMS = (
-    "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "penalties",
-    "plotting", "recording", "training", "transport",
+    "adapting", "analysis", "depth", "detection", "fixup", "least_action", "maximum_principle", "module_wise",
+    "normalization", "penalties", "plotting", "recording", "schemes", "training", "transport",
 )  # fmt: skip
 _ELSEWHERE = {
     "AdaptiveDepth": "odenets.depth.AdaptiveDepth",

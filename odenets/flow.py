@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from odenets.block_sequence import BlockSequence
-from odenets.blocks import Block, take_step, uses_of
+from odenets.blocks import Block, check_arguments, take_step, uses_of
 from odenets.coarsening import at_depth
 from odenets.measures import StepFunction, needs_closing, reductions_of
 from odenets.measures.marking import check_named
@@ -17,10 +17,12 @@ from odenets.normalization import check_closing_statistics
 from odenets.normalization.mixing import refuse_statistics, warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
+from odenets.schemes.reversible import Reversible
 from odenets.schemes.scheme import Memory, Scheme, Velocity
+from odenets.schemes.undoing import check_memory, end_state, first_state
 from solvers import ButcherTableau, Step
 from solvers.coefficients import as_numbers_or_tensors
-from solvers.field_calls import check_unchanged, versions_of
+from solvers.field_calls import check_unchanged, velocity, versions_of
 from solvers.validation import check_state
 
 __all__ = ["Flow", "check_readout"]
@@ -131,7 +133,65 @@ class Flow(BlockSequence):
 
     def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
         """The state at the total time where it is not that of the last of the steps as they are taken."""
-        return None
+        scheme: Any = self.tableau
+        undoes = isinstance(scheme, Reversible) and scheme.reversible
+        if not undoes or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        x, memory = self._entered(x)
+        self.materialize(x)
+        if self.training:
+            self._warn_once()
+        x1, value = end_state(scheme, self._velocity, self.start, self.h, x, memory, args)
+        return torch.cat([x1, cast(Tensor, value)], 1) if self.passes_memory else x1
+
+    def _velocity(self, t: float, x: Tensor, m: int, call: int, *args: Any) -> Tensor:
+        """One velocity of block m."""
+        blocks = self._blocks()
+        try:
+            return velocity(self._velocities(blocks, m, self.tableau, False, args)[call], t, x, call)
+        except TypeError:
+            check_arguments(blocks[m].fields[0], args)
+            raise
+
+    def inverse(self, x1: Tensor, /, *args: Any, memory: Tensor | None = None, check: bool = True) -> Tensor:
+        """The state at time 0 that leads to a state at the total time, ``(B, *S)``, of a reversible scheme.
+
+        Args:
+            x1: that state, ``(B, *S)``; of a part that hands its memory on, as it returns it.
+            args: what the fields take besides, as in the forward pass.
+            memory: of a scheme with a velocity beside the state, the residue of the last step, ``(B, *S)``.
+            check: as in :meth:`steps`.
+
+        Returns:
+            The state, up to rounding; of a part to which a memory is handed, with it, as it takes it.
+
+        Raises:
+            ValueError: the solver is no :class:`~odenets.schemes.Reversible` one, the memory is missing or not of the
+                shape of the state, or not one of the scheme; normalizations that would count the batch, random
+                numbers, or an inverse that has few digits left.
+            TypeError: half precision.
+
+        >>> import odenets
+        >>> flow, x = odenets.Flow(solver="revnet", depth=5), torch.randn(3, 4)
+        >>> torch.allclose(flow.inverse(flow(x)), x, atol=1e-5)
+        True
+        """
+        scheme: Any = self.tableau
+        if not isinstance(scheme, Reversible):
+            raise ValueError(
+                f"solver must be a scheme whose steps can be undone, got {scheme.name}: 'revnet', 'hamiltonian', "
+                "'two_step_midpoint', 'second_order', 'momentum', 'heavy_ball'"
+            )
+        if check:
+            check_state(x1)
+        if self.training:
+            refuse_statistics(self, "the inverse", "calls its fields once more")
+        if self.passes_memory:
+            x1, memory = x1.chunk(2, 1)
+        check_memory(scheme, x1, memory)
+        self.materialize(x1)
+        x, value = first_state(scheme, self._velocity, self.start, self.h, x1, memory, self.before, args)
+        return x if self.before is None else torch.cat([x, cast(Tensor, value)], 1)
 
     def _warn_once(self) -> None:
         if not self.warned and self.stage_fields == "tied" and (uses := max(uses_of(self.tableau))) > 1:

@@ -86,6 +86,20 @@ class Chain(Joined):
                 x = layer(x)
         return x, Records.join(parts, [f"flows.{i}" if len(parts) > 1 else "" for i in range(len(parts))])
 
+    def inverse(self, x: Tensor, /, *args: Any) -> Tensor:
+        """The first state, ``(B, *S)``, that leads to a last state ``x``, where all layers can be undone.
+
+        Flows of :class:`~odenets.schemes.Reversible` schemes are, and layers that have an ``inverse``, such as
+        :class:`~odenets.schemes.SpaceToDepth`. ``args`` are those of the velocity fields.
+
+        Raises:
+            TypeError: a layer has no inverse.
+            ValueError: as :meth:`Flow.inverse`.
+        """
+        for layer in reversed(self.layers):
+            x = _undone(layer, x, args)
+        return x
+
     @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True) -> Iterator[Step]:
         """Every step of every flow for inputs ``x``; ``args`` and ``closing`` as :meth:`Flow.steps` takes them."""
@@ -210,6 +224,25 @@ class Network(Chain):
                 ) from error
             raise
 
+    def inverse(self, x: Tensor, /, *args: Any) -> Tensor:
+        """The input that leads to a last state ``x``, that before the head, where encoder and layers can be undone.
+
+        ``args`` are those of the velocity fields.
+
+        Raises:
+            TypeError: the encoder, a flow or a transition has no inverse.
+            ValueError: as :meth:`Flow.inverse`.
+
+        >>> import odenets
+        >>> from odenets.schemes import InjectivePadding, SpaceToDepth
+        >>> encoder = nn.Sequential(InjectivePadding(3, 4), SpaceToDepth())
+        >>> flow = odenets.Flow(odenets.ConvField(8), solver="revnet", depth=3)
+        >>> network, x = Network(encoder, flow, nn.Flatten()), torch.randn(2, 3, 8, 8)
+        >>> torch.allclose(network.inverse(flow(encoder(x))), x, atol=1e-5)
+        True
+        """
+        return _undone(self.encoder, super().inverse(x, *args), ())
+
     @observed
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Tensor, Records]:
         """The head's output, and the records of all flows as one.
@@ -274,6 +307,24 @@ class Network(Chain):
         The arguments ``x``, ``args`` and ``full_passes`` and what is raised are those of :meth:`outputs`.
         """
         return self.outputs(x, *args, full_passes=full_passes)["ensemble"]
+
+
+def _undone(layer: Any, x: Tensor, args: Sequence[Any]) -> Tensor:
+    """What a layer leads to ``x`` from."""
+    if isinstance(layer, Flow):
+        return layer.inverse(x, *args, check=False)
+    if isinstance(layer, nn.Sequential):
+        for one in reversed(layer):
+            x = _undone(one, x, ())
+        return x
+    if isinstance(layer, nn.Identity):
+        return x
+    if not callable(getattr(layer, "inverse", None)):
+        raise TypeError(
+            f"inverse: {type(layer).__name__} has none; layers that have one are flows of reversible schemes, "
+            "odenets.schemes.SpaceToDepth and InjectivePadding, and modules of your own with a method inverse(x)"
+        )
+    return layer.inverse(x)
 
 
 def _check_layers(encoder: Any, flows: Iterable[Any], head: Any, transitions: Iterable[Any]) -> None:

@@ -6,6 +6,7 @@
 >>> network = odenets.Network(nn.Linear(4, 2), flow, nn.Linear(2, 3))
 >>> x, y = torch.randn(8, 4), torch.arange(8) % 3
 >>> ErrorPenalty(1.0)(network, x, y).backward()  # cross-entropy and the embedded error
+>>> JacobianPenalty(0.01)(network, x, y).backward()  # cross-entropy and the Jacobians of the steps
 >>> both = ErrorPenalty(1.0, ActionPenalty(0.1))  # and the action
 >>> loss = both(network, x, y)
 """
@@ -18,14 +19,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from odenets.errors import refuse
-from odenets.measures import Measure, StepFunction, error, measure, step_size
+from odenets.errors import check_count, refuse
+from odenets.measures import Measure, StepFunction, error, jacobian, measure, step_size
+from odenets.measures.derivatives import DISTRIBUTIONS
 from odenets.recording import Records
 from odenets.training.costs import WithCost, check_weight
 from odenets.training.objectives import Batch, Objective
 from solvers import Step
 
-__all__ = ["ErrorPenalty", "Penalty"]
+__all__ = ["ErrorPenalty", "JacobianPenalty", "Penalty"]
 
 
 @measure(reduction="error")
@@ -38,6 +40,15 @@ def error_penalty(step: Step) -> Tensor:
 def square_error_penalty(step: Step) -> Tensor:
     """Square of the embedded error of a ``step``, mean over the features, ``(B,)``."""
     return error(step).square()
+
+
+@measure(closing=False, gradient=True)
+def jacobian_penalty(step: Step, *, probes: int = 1, distribution: str = "rademacher") -> Tensor:
+    """Estimate of ``|dr/dx0|_F^2 / D`` of a ``step`` times ``|h|``, with :func:`~odenets.measures.jacobian`, ``(B,)``.
+
+    ``probes`` and ``distribution`` are those of it.
+    """
+    return jacobian(step, probes=probes, distribution=distribution) * abs(step_size(step))
 
 
 @dataclass(frozen=True)
@@ -165,3 +176,65 @@ class ErrorPenalty(_Weighed):
             raise ValueError(f"kind must be 'error' or 'square', got {kind!r}")
         check_weight(weight, "ErrorPenalty(0.1, task)")
         super().__init__(weight, kinds[kind].name, kinds[kind], task)
+
+
+class JacobianPenalty(_Weighed):
+    """``L + weight * J``: what bends little is robust to changes of its inputs, and easy to solve.
+
+    With the residue ``r_m`` of step m at its state ``x_m`` of D features, J is the mean over the samples of
+    ``sum_m |h_m| |dr_m/dx_m|_F^2 / D``, for one field the integral of the squared Frobenius norm of its Jacobian along
+    the path, which halving a block hardly changes. It is estimated without bias by Hutchinson's probes e, as
+    ``|e^T dr_m/dx_m|^2``, see :func:`~odenets.measures.jacobian`: each takes a backward pass through the steps, and
+    the gradient of the loss is one through that. Fields are differentiated twice; of piecewise linear activations, as
+    ReLU, J has a gradient in the weights though their second derivative is 0.
+
+    Any network that records its steps takes part, whether its encoder trains or not: the objective calls it with inputs
+    that require a gradient, also in eval mode and under ``torch.no_grad``. Refused are steps that each sample takes by
+    itself, those of a ReversibleFlow and of implicit methods, solves that keep no steps, blocks of adapted models
+    whose samples do not lie in the first dimension, ``torch.compile`` and ``fit_instances``.
+    A block of an adapted model that starts from a projection has the Jacobian at the projection's output, to which its
+    branch is added: that of the activation behind the sum alone.
+
+    ``batch_figures()`` tells L and J of the last batch, as of every :class:`Penalty`.
+
+    Args:
+        weight: of J, not negative.
+        task: what is to be solved, L; cross-entropy if not given.
+        probes: how many are drawn for each step, by torch's generator.
+        distribution: "rademacher", entries -1 or 1, or "gaussian".
+
+    Raises:
+        TypeError: a weight or probes that are no number, or a task that is no objective.
+        ValueError: a weight that is negative or not finite, no probe, or an unknown distribution. Where the network is
+            recorded: what is refused.
+
+    References:
+        Hoffman, Roberts, Yaida. Robust learning with Jacobian regularization. arXiv:1908.02729.
+        Finlay, Jacobsen, Nurbekyan, Oberman. How to train your neural ODE. ICML 2020, arXiv:2002.02798.
+
+    >>> import torch, odenets
+    >>> network, x, y = odenets.models.points_network(depth=3), torch.rand(8, 2), torch.arange(8) % 2
+    >>> JacobianPenalty(0.1, probes=2)(network, x, y).backward()
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        task: Objective | None = None,
+        *,
+        probes: int = 1,
+        distribution: Literal["rademacher", "gaussian"] = "rademacher",
+        **unknown: Any,
+    ) -> None:
+        refuse(
+            "JacobianPenalty",
+            unknown,
+            dict.fromkeys(("n", "num_proj", "projections", "samples"), "probes") | {"kind": "distribution"},
+        )
+        check_weight(weight, "JacobianPenalty(0.1, task)")
+        check_count("probes", probes, 1)
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be 'rademacher' or 'gaussian', got {distribution!r}")
+        chosen = {"probes": probes} if probes != 1 else {}
+        chosen |= {"distribution": distribution} if distribution != "rademacher" else {}
+        super().__init__(weight, "jacobian_penalty", jacobian_penalty.bind(**chosen), task)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from odenets.inputs import call, check_keywords, is_by_keyword
-from odenets.measures import StepFunction
+from odenets.inputs import call, check_keywords, is_by_keyword, plain
+from odenets.measures import StepFunction, needs_gradient
 from odenets.records import Records
 from solvers import Step
+from solvers.validation import is_transformed
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -22,6 +24,7 @@ __all__ = [
     "Recorder",
     "Recording",
     "Records",
+    "check_compiled",
     "check_values",
     "is_recorder",
     "measure_steps",
@@ -137,6 +140,9 @@ class Recording(nn.Module):
         measures: what it records, by name.
         compile: whether ``record`` is compiled.
 
+    Raises:
+        ValueError: a measure that is not compiled.
+
     >>> import odenets
     >>> from odenets import measures
     >>> wrapped = Recording(odenets.Flow(depth=2), {"action": measures.action})
@@ -148,6 +154,8 @@ class Recording(nn.Module):
     def __init__(self, network: Recorder, measures: Mapping[str, StepFunction], compile: bool = False) -> None:
         super().__init__()
         self.network, self.measures = network, named_measures(measures)
+        if compile:
+            check_compiled(self.measures)
         self.record: Callable[..., tuple[Any, Records]] = torch.compile(network.record) if compile else network.record
         self.training = network.training  # type: ignore[attr-defined]  # a recorder that is a module
 
@@ -161,8 +169,26 @@ class Recording(nn.Module):
         return output, dict(records), records.layout
 
 
+def check_compiled(measures: Mapping[str, StepFunction]) -> None:
+    """That a pass that records some ``measures`` can be compiled.
+
+    Raises:
+        ValueError: one differentiates its steps, whose gradient torch does not compile.
+
+    >>> from odenets.measures import action
+    >>> check_compiled({"action": action})
+    """
+    if names := [name for name, one in measures.items() if needs_gradient(one)]:
+        raise ValueError(
+            f"measure {names[0]!r} differentiates its steps, and torch.compile has no second derivatives: compile=False"
+        )
+
+
 def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]) -> tuple[Any, Records]:
     """The output and records of a network, or of what wraps a :class:`Recording` of it.
+
+    Where a measure differentiates steps in their states, as :func:`~odenets.measures.jacobian`, the inputs are copies
+    that require a gradient, and gradients are enabled meanwhile.
 
     Args:
         network: a network that records its steps, or ``DistributedDataParallel(Recording(...))`` and the like.
@@ -175,7 +201,8 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
 
     Raises:
         TypeError: as :func:`recorder_in`, or inputs by keyword for a network that takes them by position.
-        ValueError: a Recording of other measures, or an input and a measure of one name.
+        ValueError: a Recording of other measures, an input and a measure of one name, or a measure that differentiates
+            steps where torch.func maps the network.
 
     >>> import odenets
     >>> from odenets import measures
@@ -184,6 +211,32 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
     >>> output.shape, records["action"].shape
     (torch.Size([4, 3]), torch.Size([2, 4]))
     """
+    if not any(map(needs_gradient, measures.values())):
+        return _record(network, inputs, measures)
+    enabled = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        output, records = _record(network, tree_map(_requiring_gradient, plain(inputs)), measures)
+    if enabled:
+        return output, records
+    values = {name: one.detach() for name, one in records.items()}
+    return tree_map(lambda one: one.detach() if isinstance(one, Tensor) else one, output), Records(
+        values, *records.layout
+    )
+
+
+def _requiring_gradient(x: Any) -> Any:
+    """A floating input as one that requires a gradient, and may be changed in place."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or (x.requires_grad and not x.is_leaf):
+        return x
+    if is_transformed(x):
+        raise ValueError(
+            "a measure that differentiates its steps is not recorded where torch.func maps or differentiates the "
+            "network, as odenets.training.fit_instances does: train one network after the other"
+        )
+    return (x if x.requires_grad else x.detach().clone().requires_grad_()).clone()
+
+
+def _record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]) -> tuple[Any, Records]:
     inner: Any = recorder_in(network)
     if inner is network:
         return call(inner.record, inputs, **measures)

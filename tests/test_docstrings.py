@@ -127,10 +127,11 @@ def _documented(module: str) -> Iterator[Documented]:
             bases = [base for base in value.__mro__ if base.__module__.startswith(PACKAGES)]
             yield Documented(name, value, tuple(map(_text, bases)))
             for key, member in {key: member for base in reversed(bases) for key, member in vars(base).items()}.items():
+                over = [vars(base)[key] for base in bases if key in vars(base)]  # which say what it does not say anew
                 for attribute in ("fget", "__func__", "func"):  # of properties, class methods, cached properties
                     member = getattr(member, attribute, member)
                 if inspect.isfunction(member) and (key == "__call__" or not key.startswith("_")):
-                    yield Documented(f"{name}.{key}", member, (_text(member),))
+                    yield Documented(f"{name}.{key}", member, tuple(map(_text, over)))
 
 
 each_module = pytest.mark.parametrize("module", MODULES)

@@ -29,8 +29,8 @@ FACE = {
     "save_weights",
 }  # fmt: skip
 ROOMS = {
-    "adapting", "analysis", "depth", "detection", "least_action", "module_wise", "normalization", "penalties",
-    "plotting", "recording", "training", "transport",
+    "adapting", "analysis", "depth", "detection", "fixup", "least_action", "maximum_principle", "module_wise",
+    "normalization", "penalties", "plotting", "recording", "schemes", "training", "transport",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ ROOMS = {  # of the import contract: its title, its color, and what some of its 
         "odenets: networks made of steps, and methods on their steps", RUST, {
             "plotting": "figures", "module_wise": "methods: each measures steps", "training": "the loop, objectives",
             "network": "flows in a row, encoder, head", "flow": "blocks with weights of their own; one field",
+            "schemes": "steps that are no Runge-Kutta steps",
             "normalization": "what offers its steps: Recorder", "measures": "a step to a number for each sample",
         },
     ),

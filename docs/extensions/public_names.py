@@ -27,11 +27,11 @@ from sphinx.util.inspect import signature as signature_of
 from sphinx.util.inspect import stringify_signature
 
 MODULES = (
-    "odenets", "odenets.fields", "odenets.models", "odenets.measures", "odenets.recording", "odenets.adapting",
-    "odenets.training", "odenets.least_action", "odenets.penalties", "odenets.depth", "odenets.module_wise",
-    "odenets.detection",
-    "odenets.transport", "odenets.analysis", "odenets.plotting", "odenets.normalization", "odenets.errors",
-    "solvers", "solvers.reductions", "solvers.torchdiffeq",
+    "odenets", "odenets.fields", "odenets.models", "odenets.schemes", "odenets.fixup", "odenets.measures",
+    "odenets.recording", "odenets.adapting", "odenets.training", "odenets.least_action", "odenets.penalties",
+    "odenets.maximum_principle", "odenets.depth", "odenets.module_wise", "odenets.detection", "odenets.transport",
+    "odenets.analysis", "odenets.plotting", "odenets.normalization", "odenets.errors", "solvers",
+    "solvers.reductions", "solvers.torchdiffeq",
 )  # fmt: skip
 
 ABBREVIATIONS = {

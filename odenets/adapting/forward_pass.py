@@ -12,7 +12,7 @@ from torch import Tensor
 from odenets.adapting.blocks import BlockSpec
 from odenets.adapting.checkpointing import outside_checkpoints
 from odenets.adapting.tokens import Tokens, euler_reductions
-from odenets.measures import StepFunction, reductions_of
+from odenets.measures import StepFunction, needs_gradient, reductions_of
 from odenets.recording import Records, check_values
 from odenets.records import numbered
 from solvers import Step, get_tableau
@@ -103,6 +103,7 @@ class ForwardPass:
         self.measures, self.reductions, self.keep = measures, reductions_of(measures.values()), keep
         self.in_place = in_place
         self.needs_states = len(measures) > 0 or keep
+        self.differentiated = any(map(needs_gradient, measures.values()))
         read = [reductions_of([one]) for one in measures.values()]
         self.all_reduced = all(len(one) > 0 and "error" not in one for one in read)
         self.rows: dict[str, list[Tensor]] = {name: [] for name in measures}
@@ -169,7 +170,7 @@ class ForwardPass:
             ended = start if self.keep else start._replace(copy=None)
             self.ends.append(_End(ended, x1, _version(x0), _version(x1), copy1, len(self.steps)))
         begin = start.copy if start.copy is not None and (changed or not counted) else x0
-        self._measure(block, begin, x1 if self.keep or copy1 is None else copy1, r)
+        self._measure(block, begin, x1 if self.keep or copy1 is None else copy1, r, source=x0)
 
     def _visit(self, step: Visited) -> None:
         if begins_flow(step, self.visited[-1] if self.visited else None):
@@ -214,13 +215,19 @@ class ForwardPass:
             )
         return torch.zeros_like(x0) if r is None else r
 
-    def _measure(self, block: BlockSpec, x0: Tensor, x1: Tensor, r: Tensor | None) -> None:
+    def _measure(self, block: BlockSpec, x0: Tensor, x1: Tensor, r: Tensor | None, source: Tensor) -> None:
         if x0.is_quantized:
             x0, x1 = x0.dequantize(), x1.dequantize()
         x0, x1 = self._by_sample(block, x0), self._by_sample(block, x1)
         r = None if r is None else self._by_sample(block, r)
         dtype = torch.promote_types(x0.dtype, x1.dtype) if r is None else r.dtype
         x0, x1 = x0.to(dtype), x1.to(dtype)
+        if self.differentiated and (x0 is not source or self.tokens is not None):
+            raise ValueError(
+                f"block {block.name!r} has no Jacobian in a state that is seen as a copy or another view of what "
+                "passes: one that is changed in place, of another precision, without tokens that a mask leaves out, or "
+                "whose samples do not lie in the first dimension"
+            )
         with outside_checkpoints():
             if self.tokens is None:
                 steps = [self._step(x0, x1, r)]

@@ -1,4 +1,4 @@
-"""What a network does and costs: iterative refinement by its blocks, multiplications of a pass, and memory of a call.
+"""What a network does and costs: its blocks' refinement and lesions, its gradients, multiplications, and memory.
 
 >>> import torch
 >>> from odenets.analysis import Memory, Refinement, count_macs, iterative_refinement, measure_memory
@@ -10,8 +10,22 @@
 (torch.Size([3]), True, True)
 """
 
+from odenets.analysis.gradients import ShatteredGradients, shattered_gradients
+from odenets.analysis.lesions import Lesions, lesion_study, permuted_blocks, removed_blocks
 from odenets.analysis.macs import count_macs
 from odenets.analysis.memory import Memory, measure_memory
 from odenets.analysis.refinement import Refinement, iterative_refinement
 
-__all__ = ["Memory", "Refinement", "count_macs", "iterative_refinement", "measure_memory"]
+__all__ = [
+    "Lesions",
+    "Memory",
+    "Refinement",
+    "ShatteredGradients",
+    "count_macs",
+    "iterative_refinement",
+    "lesion_study",
+    "measure_memory",
+    "permuted_blocks",
+    "removed_blocks",
+    "shattered_gradients",
+]

@@ -11,9 +11,11 @@ from odenets.fields.by_name import make, names
 from odenets.fields.convnext import ConvNeXtField
 from odenets.fields.convolution import ConvField
 from odenets.fields.default import field_for
+from odenets.fields.fixup_branch import FixupField
 from odenets.fields.inverted import InvertedField
 from odenets.fields.perceptron import MLPField
 from odenets.fields.resnext import ResNeXtField
+from odenets.fields.scaled import ScaledField
 from odenets.fields.symmetric import SymmetricField
 from odenets.fields.velocity_field import VelocityField, reset_modules
 
@@ -25,9 +27,11 @@ __all__ = [
     "ConvField",
     "ConvNeXtField",
     "FeedForwardField",
+    "FixupField",
     "InvertedField",
     "MLPField",
     "ResNeXtField",
+    "ScaledField",
     "SymmetricField",
     "VelocityField",
     "field_for",

@@ -31,12 +31,14 @@ A measure is called on a step as well, where one has steps:
 (True, torch.Size([4]))
 """
 
+from odenets.measures.derivatives import jacobian
 from odenets.measures.marking import (
     Measure,
     StepFunction,
     integrand_of,
     measure,
     needs_closing,
+    needs_gradient,
     reductions_of,
 )
 from odenets.measures.quantities import (
@@ -60,8 +62,10 @@ __all__ = [
     "displacement",
     "error",
     "integrand_of",
+    "jacobian",
     "measure",
     "needs_closing",
+    "needs_gradient",
     "reductions_of",
     "residue",
     "square_norm",

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from solvers import Step
 
-__all__ = ["Measure", "StepFunction", "check_named", "integrand_of", "measure", "needs_closing", "reductions_of"]
+__all__ = [
+    "Measure", "StepFunction", "check_named", "integrand_of", "measure", "needs_closing", "needs_gradient",
+    "reductions_of",
+]  # fmt: skip
 
 StepFunction = Callable[[Step], Tensor]
 """A measure, be it a :class:`Measure` or a plain function, from a step to one number per sample, ``(B,)``."""
@@ -48,6 +51,7 @@ class Measure:
         integrand: a velocity ``(B, *S)``, and the same options, to ``(B,)``, where the measure of a step is the
             integral of that over the step, so that a solve that keeps no steps can integrate it beside the state. Sums
             of such measures and their products with numbers have one.
+        gradient: whether it differentiates the step in its state x0, which :func:`odenets.recording.record` sees to.
         options: bound by :meth:`bind`, name and value.
     """
 
@@ -56,6 +60,7 @@ class Measure:
     reductions: frozenset[str] = frozenset()
     integrand: Callable[..., Tensor] | None = None
     options: tuple[tuple[str, Any], ...] = field(default=())
+    gradient: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.function, _Composed):  # help() and IPython's ? show what the measure is
@@ -163,7 +168,8 @@ def _composed(function: Callable[..., Any], *operands: Any) -> Measure:
     measures: list[Any] = [one for one in operands if callable(one)]
     read = reductions_of(measures) if all(reductions_of([one]) for one in measures) else frozenset()
     closing = any(map(needs_closing, measures))
-    return Measure(_Composed(function, operands), closing, read, _linear(function, operands))
+    gradient = any(map(needs_gradient, measures))
+    return Measure(_Composed(function, operands), closing, read, _linear(function, operands), gradient=gradient)
 
 
 def _linear(function: Callable[..., Any], operands: tuple[Any, ...]) -> _Composed | None:
@@ -184,6 +190,7 @@ def measure(
     closing: bool = True,
     reduction: str | None = None,
     integrand: Callable[..., Tensor] | None = None,
+    gradient: bool = False,
 ) -> Any:
     """Make a :class:`Measure` of a function ``Step -> (B,)``, as a decorator; a measure stays as it is.
 
@@ -193,6 +200,7 @@ def measure(
             ``step.stages`` lacks one that is evaluated for another measure.
         reduction: what it reads of ``step.reductions``, "error", "action" or "residue", where that is not None.
         integrand: what the measure integrates over a step, see :class:`Measure`.
+        gradient: whether it differentiates the step in its state x0.
 
     Returns:
         The measure, or the decorator where no function is given.
@@ -211,7 +219,7 @@ def measure(
         raise ValueError(f"reduction must be 'error', 'action' or 'residue', got {reduction!r}")
     if function is None:
         read = frozenset([reduction] if reduction else ())
-        return partial(Measure, closing=closing, reductions=read, integrand=integrand)
+        return partial(Measure, closing=closing, reductions=read, integrand=integrand, gradient=gradient)
     if not callable(function):
         raise TypeError(f"a measure must be a function Step -> (B,), got {type(function).__name__}")
     return function if isinstance(function, Measure) else Measure(function)
@@ -242,6 +250,18 @@ def needs_closing(measure: StepFunction) -> bool:
     while isinstance(measure, partial):
         measure = measure.func
     return not isinstance(measure, Measure) or measure.closing
+
+
+def needs_gradient(measure: StepFunction) -> bool:
+    """Whether a ``measure`` differentiates a step in its state, as :func:`odenets.measures.jacobian` does.
+
+    >>> from odenets.measures import action, jacobian
+    >>> [needs_gradient(one) for one in (action, jacobian, action + 0.1 * jacobian)]
+    [False, True, True]
+    """
+    while isinstance(measure, partial):
+        measure = measure.func
+    return isinstance(measure, Measure) and measure.gradient
 
 
 def reductions_of(measures: Iterable[StepFunction]) -> frozenset[str]:

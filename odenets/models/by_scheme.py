@@ -34,15 +34,21 @@ class Habit:
     Attributes:
         field: its field, or its fields in turns.
         h: its step size.
+        norm: that of its fields, "own" is that of their class.
     """
 
     field: FieldName | tuple[FieldName, ...] = "conv"
     h: float = 1.0
+    norm: str = "own"
 
 
 _HABITS: dict[str, Habit] = {
     "lie_trotter": Habit(("attention", "feed_forward")),
     "strang": Habit(("attention", "feed_forward")),
+    "hamiltonian": Habit("parabolic", norm="group"),
+    "hamiltonian_verlet": Habit("parabolic", norm="group"),
+    "second_order": Habit("parabolic", norm="group"),
+    "two_step_midpoint": Habit("antisymmetric", h=0.5),
 }
 
 
@@ -113,6 +119,7 @@ def network(
     encoder = nn.Sequential(
         normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, stride, 1, bias=False), nn.BatchNorm2d(first)
     )
+    norm = habit.norm if norm == "own" and field is None else norm
     flows = [_flow(scheme, fields, each, blocks, norm, flow) for each in channels]
     transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
     head = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(last, classes))

@@ -78,6 +78,11 @@ def list_models() -> None:
     """Print the networks of :mod:`odenets.models`: calls, sources, parameters, steps, field evaluations of a pass.
 
     The parameters are those with the defaults; of ``network(scheme)`` with 3 blocks of 16, 32 and 64 channels each.
+
+    >>> from odenets import models
+    >>> models.list()  # doctest: +ELLIPSIS
+      network ...
+      resnet9() ...
     """
     rows = [(one.call, one.source, str(one.parameters), str(one.depth), str(one.evaluations)) for one in entries()]
     print("\n".join(table(("network", "source", "parameters", "steps", "evaluations"), rows)))

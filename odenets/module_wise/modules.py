@@ -17,7 +17,7 @@ from odenets.modes import evaluating, keeping_state
 from odenets.module_wise.evaluation import evaluate_modules
 from odenets.module_wise.partition import Part, inputs_on
 from odenets.outputs import logits_in
-from odenets.recording import Joined, Records
+from odenets.recording import Joined, Records, record
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Task
 from odenets.training.sources import Collate, Source
@@ -86,7 +86,7 @@ class LocalModule(Joined):
         Returns:
             What the head makes, the state after the blocks, and per measure ``(blocks, B)``.
         """
-        state, records = self.part.record(x, *args, **measures)
+        state, records = record(self.part, (x, *args), measures)
         return self.output(state, args), state, records
 
     def record(self, x: Tensor, /, *args: Any, **measures: StepFunction) -> tuple[Any, Records]:

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from odenets.adapting import AdaptedModel
+from odenets.measures import needs_gradient
 from odenets.module_wise.modules import LocalModule, ModuleWise
 from odenets.module_wise.partition import Part
-from odenets.recording import Records
+from odenets.recording import Records, record
 from odenets.training.labels import check_labels, logits_and_labels
 from odenets.training.metrics import Metric, MetricFunction
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, check_loss
@@ -164,7 +165,7 @@ def end_to_end_step(
         Loss and metric, summed over the batch, ``(1, 2)``.
 
     Raises:
-        TypeError, ValueError: as :func:`local_step`.
+        TypeError, ValueError: as :func:`local_step`; an objective that differentiates steps, checkpointed.
 
     >>> import odenets
     >>> from odenets.module_wise import split_into_modules
@@ -177,13 +178,18 @@ def end_to_end_step(
     state, *args = network.arguments(x)
     rows: list[Tensor] = []
     parts, measures, samples = [], objective.measures, samples_in(state)
+    if checkpointed and (names := [name for name, one in measures.items() if needs_gradient(one)]):
+        raise ValueError(
+            f"checkpointed must be False where {names[0]!r} is measured, which differentiates steps within the pass, "
+            "got True: modules are computed again in the backward pass alone"
+        )
     for module in network.modules_in_order:
         layout: list[Any] = []
 
         def run(
             state: Tensor, part: Part | AdaptedModel = module.part, layout: list[Any] = layout
         ) -> tuple[Tensor, ...]:
-            state, records = part.record(state, *args, **measures)
+            state, records = record(part, (state, *args), measures)
             layout[:] = records.layout
             return state, *(records[name] for name in measures)
 

@@ -34,8 +34,8 @@ def warn_of_mixed_statistics(field: nn.Module, evaluated: str, remedy: str, *, b
             return
 
 
-def refuse_statistics(flow: nn.Module, method: str) -> None:
-    """Refuse a ``flow`` of an implicit ``method`` with batch norm in training mode.
+def refuse_statistics(flow: nn.Module, method: str, calls: str = "calls its field until a stage is found") -> None:
+    """Refuse a ``flow`` of an implicit ``method`` with batch norm in training mode, or another that ``calls`` so.
 
     Raises:
         ValueError: there is one.
@@ -43,7 +43,7 @@ def refuse_statistics(flow: nn.Module, method: str) -> None:
     for name, module in flow.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase | StageBatchNorm) and module.training:
             raise ValueError(
-                f"{name} is {type(module).__name__} in training mode, and {method} calls its field until a stage is "
-                "found: every call would count in the statistics, and samples depend on each other. Take "
+                f"{name} is {type(module).__name__} in training mode, and {method} {calls}: every call "
+                " would count in the statistics, and samples depend on each other. Take "
                 "nn.GroupNorm, as with norm='group', or eval()"
             )

@@ -6,13 +6,16 @@ from typing import Any
 
 from odenets.schemes.equilibrium import Equilibrium
 from odenets.schemes.fractal import Fractal
+from odenets.schemes.halves import Hamiltonian, RevNet
 from odenets.schemes.implicit_explicit import ImplicitExplicit
 from odenets.schemes.implicit_runge_kutta import LearnedImplicitRungeKutta
+from odenets.schemes.momentum import Momentum
 from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.noise import Noisy
 from odenets.schemes.polynomial import Polynomial
 from odenets.schemes.runge_kutta import LearnedRungeKutta
 from odenets.schemes.scheme import Scheme
+from odenets.schemes.second_order import HeavyBall, SecondOrder, TwoStepMidpoint
 from odenets.schemes.splitting import Splitting
 from odenets.schemes.stochastic_depth import StochasticDepth
 from solvers import ButcherTableau, get_tableau
@@ -26,6 +29,7 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         LinearMultistep(), AdamsBashforth2(), Polynomial("poly2"), Polynomial("mpoly2"), Polynomial("two_way"),
         Fractal(), LearnedRungeKutta(), Splitting("lie_trotter"), Splitting("strang"), StochasticDepth(), Noisy(),
+        RevNet(), Hamiltonian(), Hamiltonian("verlet"), TwoStepMidpoint(), SecondOrder(), Momentum(), HeavyBall(),
         ImplicitExplicit(), Equilibrium(), LearnedImplicitRungeKutta(),
     )
 }  # fmt: skip
@@ -35,9 +39,11 @@ SCHEMES: dict[str, Scheme] = {
 SOURCES = {
     "lm": "Lu 2018", "ab2": "Bashforth 1883", "poly2": "Zhang 2017", "mpoly2": "Zhang 2017", "two_way": "Zhang 2017",
     "fractal": "Larsson 2017", "rkcnn": "Zhu 2018", "lie_trotter": "Lu 2019", "strang": "Strang 1968",
-    "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "imex": "Haber 2019",
-    "equilibrium": "Bai 2019", "rkcnn_implicit": "Zhu 2018",
-    "euler": "He 2016", "implicit_euler": "Euler",
+    "stochastic_depth": "Huang 2016", "noisy": "Wang 2019", "euler": "He 2016", "implicit_euler": "Euler",
+    "revnet": "Gomez 2017", "hamiltonian": "Chang 2018", "hamiltonian_verlet": "Chang 2018",
+    "two_step_midpoint": "Chang 2018", "second_order": "Chang 2018; Ruthotto, Haber 2020", "momentum": "Sander 2021",
+    "heavy_ball": "Xia 2021",
+    "imex": "Haber 2019", "equilibrium": "Bai 2019", "rkcnn_implicit": "Zhu 2018",
     "bs23": "Bogacki, Shampine 1989", "dopri5": "Dormand, Prince 1980", "tsit5": "Tsitouras 2011", "rk4": "Kutta 1901",
     "dopri8": "Dormand, Prince 1981", "heun": "Heun 1900", "midpoint": "Runge 1895",
 }  # fmt: skip

@@ -23,6 +23,9 @@ Velocity = Callable[[float | Tensor, Tensor], Tensor]
 class Memory(NamedTuple):
     """What a step hands on to the next one.
 
+    >>> Memory(torch.zeros(4, 2), 0.5).h
+    0.5
+
     Attributes:
         value: the velocity that it hands on, ``(B, *S)``.
         h: its step size.
@@ -140,13 +143,13 @@ class Scheme(ButcherTableau):
         return self
 
     def fields_see(self, x: Tensor) -> Tensor:
-        """Of a state ``(B, *S)`` what the fields get, by which a flow without a field makes one."""
+        """Of a state ``x`` ``(B, *S)`` what the fields get, by which a flow without a field makes one."""
         return x
 
     def residue(
         self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None = None
     ) -> Tensor:
-        """The residue ``r`` of a block, ``(B, *S)``.
+        """The residue ``r`` of a block.
 
         Args:
             fields: the velocities, each field as often as a step evaluates it.
@@ -155,6 +158,12 @@ class Scheme(ButcherTableau):
             x: state there, ``(B, *S)``.
             h: step size.
             memory: of the step before, where the scheme has a memory; None at the first step.
+
+        Returns:
+            The residue, ``(B, *S)``.
+
+        Raises:
+            NotImplementedError: a scheme that does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define residue(fields, learned, t, x, h, memory)")
 
@@ -162,9 +171,14 @@ class Scheme(ButcherTableau):
         self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None = None,
         reductions: Collection[str] = ()
     ) -> Step:  # fmt: skip
-        """One step from ``x`` at ``t``; the arguments are those of :meth:`residue`.
+        """One step from ``x`` at ``t``.
 
-        ``reductions`` are those of :func:`solvers.rk_step`.
+        Args:
+            fields, learned, t, x, h, memory: as in :meth:`residue`.
+            reductions: as in :func:`solvers.rk_step`.
+
+        Returns:
+            The step.
 
         Raises:
             TypeError, ValueError: as of a step of :func:`solvers.rk_step`.
@@ -186,7 +200,14 @@ class Scheme(ButcherTableau):
     def stages_of(
         self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None
     ) -> tuple[tuple[Tensor, ...], ButcherTableau]:
-        """The stages of a step and the tableau that weighs them: its residue and the scheme itself."""
+        """The stages of a step, and the tableau that weighs them: its residue, and the scheme itself.
+
+        Args:
+            fields, learned, t, x, h, memory: as in :meth:`residue`.
+
+        Returns:
+            The stages, each ``(B, *S)``, and the tableau.
+        """
         calls = Calls()
         r = self.residue([partial(calls, v, stage=i) for i, v in enumerate(fields)], learned, t, x, h, memory)
         calls.check(memory)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from odenets.inputs import arguments
 from odenets.modes import device_of
 from odenets.network import Network
+from odenets.recording import record
 from odenets.training.metrics import Metric, accuracy
 from odenets.training.objectives import Objective
 from odenets.training.optimization import MakeOptimizer, make_optimizer
@@ -39,7 +40,7 @@ class Instance(nn.Module):
         if what == "after step":
             self.objective.after_step(self.network, (inputs, y))
             return x.new_zeros(())
-        output, records = self.network.record(x, *args, **self.objective.measures)
+        output, records = record(self.network, inputs, self.objective.measures)
         return self.objective.loss(self.network, (inputs, y), output, records)
 
 

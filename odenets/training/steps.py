@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from odenets.inputs import samples_in
 from odenets.modes import total_dtype
-from odenets.recording import Recording, record
+from odenets.recording import Recording, check_compiled, record
 from odenets.training.labels import check_labels, logits_and_labels
 from odenets.training.metrics import Metric
 from odenets.training.objectives import CrossEntropy, Objective, ReverseCrossEntropy, check_loss
@@ -41,6 +41,8 @@ def check_gradients() -> None:
 
 def set_up(fabric: Fabric, network: Any, objective: Objective, compile: bool) -> Any:
     """The module that Fabric calls to record a network, and which a sharding strategy shards."""
+    if compile:
+        check_compiled(objective.measures)
     recording = Recording(network, objective.measures)
     module = fabric.setup_module(recording)
     gather_for_record(network)

@@ -121,6 +121,11 @@ class Captured:
         return self._names[2].removesuffix(" or 'checkpoint'")
 
     @property
+    def precision(self) -> float:
+        """That of what is computed under autocast, as the forward pass was; 0 without."""
+        return torch.finfo(self._autocast[1]).eps if self._autocast and self._autocast[2] else 0.0
+
+    @property
     def may_read_more(self) -> bool:
         """Whether a function has tensors with a gradient at hand, as at times that its first calls are not at."""
         return self._at_hand or (self.open and any(x.requires_grad for x in self._snapshot.weights.values()))
@@ -135,6 +140,8 @@ class Captured:
 
     def anew(self) -> None:
         """Another part of the field begins, whose first two calls are watched as well."""
+        if self._calls == 1 and not self._back:
+            self._claim_survivors()
         self._calls = 0
 
     @property
@@ -160,7 +167,7 @@ class Captured:
         finally:
             self._field = None
         if self._calls == 1:
-            self._claim([leaf for reference in self._unclaimed.values() if (leaf := reference()) is not None])
+            self._claim_survivors()
         self._close()
         self._gathered = None, {}, {}
 
@@ -315,6 +322,10 @@ class Captured:
         if both and self._back:
             raise RuntimeError(self.lost(f"a tensor of shape {tuple(both[0].shape)}"))
         self._claim(both)
+
+    def _claim_survivors(self) -> None:
+        """What a single call has read and not made itself, which would be gone."""
+        self._claim([leaf for reference in self._unclaimed.values() if (leaf := reference()) is not None])
 
     def _claim(self, tensors: Iterable[Tensor]) -> None:
         for x in tensors:

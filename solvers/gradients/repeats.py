@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from solvers.gradients.snapshot import Snapshot
 
-__all__ = ["FirstCall", "random_state"]
+__all__ = ["FirstCall", "random_state", "set_random_state"]
 
 
 class FirstCall:
@@ -39,10 +39,10 @@ class FirstCall:
             return None
         values = [(held, name, x, x.clone()) for held, name, x, _ in now if not x.is_inference()]
         drawn = random_state(self.device)
-        _set_random_state(self.drawn, self.device)
+        set_random_state(self.drawn, self.device)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # a checkpoint counts what is saved
             again = [x for x in tree_leaves(field(*args)) if isinstance(x, Tensor)]
-        _set_random_state(drawn, self.device)
+        set_random_state(drawn, self.device)
         with torch.no_grad():
             for held, name, x, value in values:
                 held[name] = x.copy_(value)
@@ -64,7 +64,8 @@ def random_state(device: torch.device) -> list[Tensor]:
     return states
 
 
-def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+def set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    """Put back what :func:`random_state` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

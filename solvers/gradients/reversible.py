@@ -12,8 +12,8 @@ from torch import Tensor
 
 from solvers.field_calls import Field
 from solvers.gradients.captured import Captured
+from solvers.gradients.collected import Collected
 from solvers.gradients.pair import Move, sizes
-from solvers.gradients.reads import LaterReads
 from solvers.runge_kutta import rk_step
 from solvers.tableaus import ButcherTableau
 from solvers.validation import real_dtype
@@ -165,32 +165,17 @@ class _Reversed(torch.autograd.Function):
         apart = (sizes(y - z) > taken.size).any()
         due = list(zip(ctx.ends, grads[0], strict=True))
         with captured.again(cut=True) as params:
-            collected: list[Tensor | None] = [None] * len(params)
-            later = LaterReads(params, captured.lost if captured.open else None)
-
-            def add(change: Tensor, leaf: Tensor, pull: Tensor) -> Tensor:
-                if not change.requires_grad:
-                    return torch.zeros_like(leaf)
-                read = later.see(change, leaf)
-                first, *others = torch.autograd.grad(
-                    change, (leaf, *(params[i] for i in read)), pull, allow_unused=True
-                )
-                for i, grad in zip(read, others, strict=True):
-                    if grad is not None:
-                        before = collected[i]
-                        collected[i] = grad if before is None else before + grad
-                return torch.zeros_like(leaf) if first is None else first
-
+            collected = Collected(captured, params)
             a, b = torch.zeros_like(y), torch.zeros_like(z)
             for k in range(len(moves), -1, -1):
                 while due and due[-1][0] == k:
                     a = a + due.pop()[1]
                 if k:
-                    y, z, a, b = undo(taken.increments(k - 1), moves[k - 1], y, z, a, b, taken.coupling, add)
-            later.close()
+                    y, z, a, b = undo(taken.increments(k - 1), moves[k - 1], y, z, a, b, taken.coupling, collected.pull)
+            grads_of_tensors = collected.close()
         if check_inverse(y, x0, taken, apart) and taken.apart is not None:
             taken.apart()
-        return (None, None, None, None, a + b, None, *collected)
+        return (None, None, None, None, a + b, None, *grads_of_tensors)
 
 
 def check_precision(x0: Tensor, owner: str) -> None:

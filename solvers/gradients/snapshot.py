@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ __all__ = ["Buffer", "Known", "Snapshot"]
 _DICTIONARIES = ("_parameters", "_buffers", "_modules")
 _MISSING = object()
 _FEW = 100_000
+_PLAIN = {bool, int, float, str, type(None)}
+_TABLES = {dict, OrderedDict, set, list, tuple}
 
 
 @dataclass
@@ -132,7 +135,7 @@ class Snapshot:
                 part.rest = {
                     k: v
                     for k, v in vars(module).items()
-                    if k not in _DICTIONARIES and (k in part.attributes or not _has_history(v))
+                    if k not in _DICTIONARIES and (_is_plain(v) or k in part.attributes or not _has_history(v))
                 }
         self._index, self.weights = {}, self._weights()
 
@@ -176,7 +179,7 @@ class Snapshot:
             if id(value) in self._index or isinstance(value, torch.jit.ScriptModule):
                 return
             self._index[id(value)] = len(self._parts)
-            attributes = vars(value)
+            attributes = {k: v for k, v in vars(value).items() if not _is_plain(v)}
             tensors = {k: v for k, v in attributes.items() if isinstance(v, Tensor) and v.requires_grad}
             buffers = dict(value._buffers)
             versions = {name: _version(x) for name, x in buffers.items() if x is not None}
@@ -189,7 +192,7 @@ class Snapshot:
                 self._visit(child, whole, depth)
                 part.children[name] = self._index.get(id(child), child)
             for name, held in attributes.items():
-                if isinstance(held, list | tuple | dict) and held and name not in _DICTIONARIES and depth < 4:
+                if isinstance(held, list | tuple | dict) and name not in _DICTIONARIES and depth < 4:
                     self._visit(held, whole, depth + 1)
         elif depth > 4:
             return
@@ -279,6 +282,12 @@ def _contents(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # not yet assigned
             continue
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a plain one, or a collection without entries, as are most attributes of modules."""
+    kind = type(value)
+    return kind in _PLAIN or (kind in _TABLES and not value)
 
 
 def _has_history(value: Any) -> bool:

@@ -160,7 +160,8 @@ def test_another_depth_keeps_the_total_time(name):
     assert coarser.depth == 2
     x = IMAGES
     near = same(lambda: deeper(x)) - same(lambda: flow(x))
-    if name != "noisy":
+    # one draws, one forgets by blocks and not by time, and one reads every other block of a few that differ
+    if name not in ("noisy", "momentum", "two_step_midpoint"):
         assert near.norm() < 0.5 * (flow(x) - x).norm()
 
 
