@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -51,7 +52,7 @@ class Options:
 
 def cases() -> dict[str, Case]:
     """By name: a piece of work and its floor."""
-    return solves() | networks() | adapted() | reductions()
+    return solves() | networks() | undone() | adapted() | reductions()
 
 
 def solves() -> dict[str, Case]:
@@ -103,6 +104,21 @@ def networks() -> dict[str, Case]:
             loss.backward()
 
         result[f"{name}, action in a training step"] = lambda train=train: train(action=measures.action), train
+    return result
+
+
+def undone() -> dict[str, Case]:
+    """A training step of a hundred blocks whose states are computed again, over one that keeps them."""
+    from benchmarks.bench_solvers import passes
+    from odenets import ConvField, Flow
+    from odenets.schemes import CoupledHalves, Hamiltonian, Momentum, RevNet, SecondOrder
+
+    x, result = torch.randn(16, 16, 16, 16), {}
+    for scheme in (RevNet(), Hamiltonian(), SecondOrder(), Momentum()):
+        field = ConvField(8 if isinstance(scheme, CoupledHalves) else 16)
+        flow = Flow(field, solver=scheme, depth=100)
+        keeping: Any = Flow.of([*flow.blocks], solver=replace(scheme, reversible=False))  # type: ignore[list-item]
+        result[f"{scheme.name}, undone"] = passes(partial(flow, x), True), passes(partial(keeping, x), True)
     return result
 
 

@@ -84,9 +84,10 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
                 row["difference"] = paired([*row["accuracy"].values], [*other.values])
             if lived:
                 first = lived[0]
-                row |= {
-                    key: first[key] for key in ("parameters", "depth", "channels", "evaluations", "memory", "inverse")
-                }
+                row |= {key: first[key] for key in ("parameters", "depth", "channels", "evaluations")}
+                row["kib"] = first["memory"] / 1024
+                if first["inverse"] is not None:
+                    row["inverse"] = first["inverse"]
                 row |= {key: percent(one[key] for one in lived) for key in ("noise", "attack")}
                 row["action"] = mean_interval([one["action"] for one in lived])
                 row["norms"] = [
@@ -113,10 +114,10 @@ COLUMNS: Columns = {
     "- ResNet": "{difference:.2f}",
     "with noise (%)": "{noise:.1f}",
     "attacked (%)": "{attack:.1f}",
-    "memory (KiB)": lambda row: f"{row['memory'] / 1024:.0f}" if "memory" in row else "",
-    "inverse error": lambda row: f"{row['inverse']:.1e}" if row.get("inverse") is not None else "",
+    "memory (KiB)": "{kib:.0f}",
+    "inverse error": "{inverse:.1e}",
     "action": "{action.mean:.3g}",
-    "largest h": lambda row: f"{row['largest']:g} x" if "largest" in row else "",
+    "largest h": "{largest:g}",
     "learning rate": "{rate:g}",
     "diverged": lambda row: row["diverged"] or "",
 }

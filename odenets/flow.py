@@ -17,9 +17,9 @@ from odenets.normalization import check_closing_statistics
 from odenets.normalization.mixing import refuse_statistics, warn_of_mixed_statistics
 from odenets.observing import observed, observed_steps
 from odenets.recording import Records, measure_steps
-from odenets.schemes.reversible import Reversible
+from odenets.schemes.reversible import ReversibleScheme
 from odenets.schemes.scheme import Memory, Scheme, Velocity
-from odenets.schemes.undoing import check_memory, end_state, first_state
+from odenets.schemes.undoing import check_memory, end_state, first_state, undoes
 from solvers import ButcherTableau, Step
 from solvers.coefficients import as_numbers_or_tensors
 from solvers.field_calls import check_unchanged, velocity, versions_of
@@ -66,6 +66,7 @@ class Flow(BlockSequence):
 
     at_depth = at_depth
     coupling: float | None = None  # of the pair of states that a ReversibleFlow takes on
+    _own_weights_alone: Sequence[int] = ()  # the blocks, where a pass with gradients has seen them read nothing else
 
     @observed_steps
     def steps(self, x: Tensor, *args: Any, closing: bool = True, check: bool = True) -> Iterator[Step]:
@@ -134,23 +135,25 @@ class Flow(BlockSequence):
     def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
         """The state at the total time where it is not that of the last of the steps as they are taken."""
         scheme: Any = self.tableau
-        undoes = isinstance(scheme, Reversible) and scheme.reversible
-        if not undoes or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not undoes(scheme):
             return None
         x, memory = self._entered(x)
         self.materialize(x)
         if self.training:
             self._warn_once()
-        x1, value = end_state(scheme, self._velocity, self.start, self.h, x, memory, args)
+        blocks = [*map(id, self.blocks)]
+        steps = scheme, self._velocity, self.start, self.h, x, memory, args
+        x1, value, other = end_state(*steps, watch=self._own_weights_alone != blocks)
+        self._own_weights_alone = [] if other else blocks
         return torch.cat([x1, cast(Tensor, value)], 1) if self.passes_memory else x1
 
     def _velocity(self, t: float, x: Tensor, m: int, call: int, *args: Any) -> Tensor:
-        """One velocity of block m."""
-        blocks = self._blocks()
+        """One velocity of block m of a scheme."""
+        block = cast(Block, self.blocks[0 if self.shared else m])
         try:
-            return velocity(self._velocities(blocks, m, self.tableau, False, args)[call], t, x, call)
+            return velocity(block.velocities(self.tableau, "tied", args=args)[call], t, x, call)
         except TypeError:
-            check_arguments(blocks[m].fields[0], args)
+            check_arguments(block.fields[0], args)
             raise
 
     def inverse(self, x1: Tensor, /, *args: Any, memory: Tensor | None = None, check: bool = True) -> Tensor:
@@ -166,7 +169,7 @@ class Flow(BlockSequence):
             The state, up to rounding; of a part to which a memory is handed, with it, as it takes it.
 
         Raises:
-            ValueError: the solver is no :class:`~odenets.schemes.Reversible` one, the memory is missing or not of the
+            ValueError: the solver is no :class:`~odenets.schemes.ReversibleScheme`, the memory is missing or not of the
                 shape of the state, or not one of the scheme; normalizations that would count the batch, random
                 numbers, or an inverse that has few digits left.
             TypeError: half precision.
@@ -177,7 +180,7 @@ class Flow(BlockSequence):
         True
         """
         scheme: Any = self.tableau
-        if not isinstance(scheme, Reversible):
+        if not isinstance(scheme, ReversibleScheme):
             raise ValueError(
                 f"solver must be a scheme whose steps can be undone, got {scheme.name}: 'revnet', 'hamiltonian', "
                 "'two_step_midpoint', 'second_order', 'momentum', 'heavy_ball'"

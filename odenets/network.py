@@ -89,8 +89,8 @@ class Chain(Joined):
     def inverse(self, x: Tensor, /, *args: Any) -> Tensor:
         """The first state, ``(B, *S)``, that leads to a last state ``x``, where all layers can be undone.
 
-        Flows of :class:`~odenets.schemes.Reversible` schemes are, and layers that have an ``inverse``, such as
-        :class:`~odenets.schemes.SpaceToDepth`. ``args`` are those of the velocity fields.
+        Flows of a :class:`~odenets.schemes.ReversibleScheme` can be undone, and layers that have an ``inverse``, as
+        :class:`~odenets.schemes.SpaceToDepth` has. ``args`` are those of the velocity fields.
 
         Raises:
             TypeError: a layer has no inverse.

@@ -18,7 +18,7 @@ from odenets.schemes.multistep import AdamsBashforth2, LinearMultistep
 from odenets.schemes.names import SOURCES, names
 from odenets.schemes.noise import Noisy, mean_over_paths
 from odenets.schemes.polynomial import Polynomial
-from odenets.schemes.reversible import CoupledHalves, Reversible, VelocityState
+from odenets.schemes.reversible import CoupledHalves, ReversibleScheme, VelocityState
 from odenets.schemes.runge_kutta import LearnedRungeKutta
 from odenets.schemes.scheme import Memory, Scheme
 from odenets.schemes.second_order import HeavyBall, SecondOrder, TwoStepMidpoint
@@ -44,7 +44,7 @@ __all__ = [
     "Noisy",
     "Polynomial",
     "RevNet",
-    "Reversible",
+    "ReversibleScheme",
     "Scheme",
     "SecondOrder",
     "SpaceToDepth",

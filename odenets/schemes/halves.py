@@ -21,7 +21,7 @@ class RevNet(CoupledHalves):
     Jacobsen, Smeulders, Oyallon. i-RevNet. ICLR 2018, arXiv:1802.07088.
 
     Args:
-        reversible: as in :class:`~odenets.schemes.Reversible`.
+        reversible: as in :class:`~odenets.schemes.ReversibleScheme`.
 
     >>> import odenets, torch
     >>> flow, x = odenets.Flow(odenets.MLPField(2), solver=RevNet(), depth=3), torch.randn(5, 4)
@@ -59,7 +59,7 @@ class Hamiltonian(CoupledHalves):
 
     Args:
         form: "euler" or "verlet".
-        reversible: as in :class:`~odenets.schemes.Reversible`.
+        reversible: as in :class:`~odenets.schemes.ReversibleScheme`.
 
     Raises:
         ValueError: another form.

@@ -21,9 +21,9 @@ class Momentum(VelocityState):
 
     Args:
         gamma: how much of the velocity is kept, in [0, 1).
-        reversible: as in :class:`~odenets.schemes.Reversible`. On the way back rounding grows by ``1 / gamma`` a block.
-            The published network keeps the bits that are lost; here a pair of states is kept before they are missed,
-            in float32 every 38 blocks with gamma = 0.9, every 6 with 0.5, and every one with 0.
+        reversible: as in :class:`~odenets.schemes.ReversibleScheme`. On the way back rounding grows by ``1 / gamma`` a
+            block. The published network keeps the bits that are lost; here a pair of states is kept before they are
+            missed, in float32 every 51 blocks with gamma = 0.9, every 8 with 0.5, and every one with 0.
 
     Raises:
         TypeError, ValueError: a gamma that is no number, or not in [0, 1).

@@ -12,11 +12,11 @@ from torch import Tensor
 from odenets.schemes.scheme import Memory, Scheme, Velocity
 from solvers.gradients.shears import Shear
 
-__all__ = ["CoupledHalves", "Reversible", "VelocityState"]
+__all__ = ["CoupledHalves", "ReversibleScheme", "VelocityState"]
 
 
 @dataclass(frozen=True)
-class Reversible(Scheme):
+class ReversibleScheme(Scheme):
     """A scheme whose step is a sequence of shears, ``part <- scale part + weight v(other part)``, each of which undoes.
 
     A subclass says which (:meth:`shears`) and what the parts are: :class:`CoupledHalves` of the state, or the state and
@@ -24,9 +24,9 @@ class Reversible(Scheme):
 
     Args:
         reversible: whether gradients undo the steps, so that a plain call keeps two parts of a state whatever the
-            depth, and a training step costs one more pass forward; calls that measure steps keep them in any case, and
-            compiled ones leave it to the compiler. False is backpropagation, which also has second derivatives and
-            takes half precision.
+            depth, and a training step costs one more pass forward. Calls that measure steps keep them in any case, as
+            do those that ``torch.func`` transforms, and compiled ones leave it to the compiler. False is
+            backpropagation, which also has second derivatives and takes half precision.
 
     Raises:
         TypeError: reversible that is neither True nor False.
@@ -46,27 +46,45 @@ class Reversible(Scheme):
             t: time at its start.
             h: its size.
             before: the size of the step before, where there is one.
+
+        Returns:
+            The shears, in the order in which they are taken.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define shears(t, h, before)")
 
     def parts(self, x: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The two parts of a state ``(B, *S)`` and of the ``value`` of the memory, None at the start."""
+        """The two parts of a state ``x`` ``(B, *S)`` and of the ``value`` of the memory, None at the start.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define parts(x, value)")
 
     def whole(self, parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The state that has these parts, and the value of its memory."""
+        """The state that has these ``parts``, and the value of its memory.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define whole(parts)")
 
 
 @dataclass(frozen=True)
-class CoupledHalves(Reversible):
+class CoupledHalves(ReversibleScheme):
     """Shears of the two halves of the state's dimension 1, one by a field of the other.
 
     A block has two fields of half the channels, which come in turns. A subclass defines :meth:`couplings`.
     """
 
     def couplings(self) -> tuple[tuple[int, float, float, int], ...]:
-        """Of each shear which half it moves, by how much of h, from when in it, and by which velocity."""
+        """Of each shear which half it moves, by how much of h, from when in it, and by which velocity.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define couplings()")
 
     def shears(self, t: float, h: float, before: float | None) -> tuple[Shear, ...]:
@@ -113,7 +131,7 @@ class CoupledHalves(Reversible):
 
 
 @dataclass(frozen=True)
-class VelocityState(Reversible):
+class VelocityState(ReversibleScheme):
     """A velocity r beside the state, ``r_m = scale r_{m-1} + weight v(t, x_m)`` and ``x_{m+1} = x_m + h r_m``.
 
     It is the residue, and the memory of a step. At the start it is 0. A subclass defines :meth:`rates`.
@@ -122,7 +140,11 @@ class VelocityState(Reversible):
     memory: ClassVar[bool] = True
 
     def rates(self, h: float, before: float | None) -> tuple[float, float]:
-        """The scale and the weight, of a step of size ``h`` and the one ``before`` it, None at the start."""
+        """The scale and the weight, of a step of size ``h`` and the one ``before`` it, None at the start.
+
+        Raises:
+            NotImplementedError: a subclass has not defined it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define rates(h, before)")
 
     def shears(self, t: float, h: float, before: float | None) -> tuple[Shear, ...]:

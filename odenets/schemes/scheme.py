@@ -139,7 +139,7 @@ class Scheme(ButcherTableau):
         return None
 
     def of_channels(self, channels: int) -> Scheme:
-        """The scheme for images of so many channels, where what its blocks learn depends on that; else itself."""
+        """The scheme for images of so many ``channels``, where what its blocks learn depends on that; else itself."""
         return self
 
     def fields_see(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class TwoStepMidpoint(VelocityState):
     Equations I*, III.1.
 
     Args:
-        reversible: as in :class:`~odenets.schemes.Reversible`.
+        reversible: as in :class:`~odenets.schemes.ReversibleScheme`.
 
     >>> import odenets
     >>> odenets.Flow(odenets.MLPField(2), solver=TwoStepMidpoint(), depth=3).evaluations
@@ -55,7 +55,7 @@ class SecondOrder(VelocityState):
     partial differential equations. JMIV 2020, arXiv:1804.04272.
 
     Args:
-        reversible: as in :class:`~odenets.schemes.Reversible`.
+        reversible: as in :class:`~odenets.schemes.ReversibleScheme`.
 
     >>> import odenets, torch
     >>> flow, x = odenets.Flow(odenets.MLPField(2), solver=SecondOrder(), depth=3), torch.randn(5, 2)
@@ -87,8 +87,8 @@ class HeavyBall(SecondOrder):
 
     Args:
         gamma: the damping, not negative, in the unit of one over time.
-        reversible: as in :class:`~odenets.schemes.Reversible`; rounding grows by ``exp(gamma h)`` a block on the way
-            back, before it is too much a pair of states is kept.
+        reversible: as in :class:`~odenets.schemes.ReversibleScheme`; rounding grows by ``exp(gamma h)`` a block on the
+            way back, before it is too much a pair of states is kept.
 
     Raises:
         TypeError, ValueError: a gamma that is no number, negative or not finite.

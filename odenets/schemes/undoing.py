@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
 
-from odenets.schemes.reversible import Reversible
+from odenets.schemes.reversible import ReversibleScheme
 from odenets.schemes.scheme import Memory
 from solvers.gradients.captured import Captured
 from solvers.gradients.repeats import random_state
 from solvers.gradients.reversible import check_precision
 from solvers.gradients.shears import Shear, loss, undone, with_gradients
 
-__all__ = ["check_memory", "end_state", "first_state"]
+__all__ = ["check_memory", "end_state", "first_state", "undoes"]
 
 Shears = Sequence[tuple[Shear, ...]]
 
 
-def _shears(scheme: Reversible, start: float, sizes: Sequence[float], before: float | None) -> Shears:
+def _shears(scheme: ReversibleScheme, start: float, sizes: Sequence[float], before: float | None) -> Shears:
     """Those of each step; sizes as :meth:`Flow.h` and times as its steps have them."""
     shears, t = [], start
     for h in sizes:
@@ -29,11 +31,18 @@ def _shears(scheme: Reversible, start: float, sizes: Sequence[float], before: fl
     return shears
 
 
+def undoes(scheme: Any) -> bool:
+    """Whether a pass of a ``scheme`` undoes steps for gradients; none does that is compiled or transformed."""
+    if not (isinstance(scheme, ReversibleScheme) and scheme.reversible and torch.is_grad_enabled()):
+        return False
+    return not torch.compiler.is_compiling() and maybe_current_level() is None and forward_ad._current_level < 0
+
+
 def end_state(
-    scheme: Reversible, velocity: Callable[..., Tensor], start: float, sizes: Sequence[float], x: Tensor,
-    memory: Memory | None, args: Sequence[Any],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The state behind steps, and the value of its memory, with gradients that undo the steps.
+    scheme: ReversibleScheme, velocity: Callable[..., Tensor], start: float, sizes: Sequence[float], x: Tensor,
+    memory: Memory | None, args: Sequence[Any], watch: bool,
+) -> tuple[Tensor, Tensor | None, bool]:  # fmt: skip
+    """The state behind steps, the value of its memory, with gradients that undo the steps, and whether to watch again.
 
     Args:
         scheme: of the steps.
@@ -43,6 +52,7 @@ def end_state(
         x: state there.
         memory: of a step before.
         args: what the velocity takes besides.
+        watch: what every block reads, which may be other tensors than its weights.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`solvers.gradients.shears.with_gradients`.
@@ -51,11 +61,12 @@ def end_state(
     captured = Captured(velocity, None, args, names=("flow", "args", instead), random=True)
     before, value = (None, None) if memory is None else (memory.h, memory.value)
     steps = _shears(scheme, start, sizes, before)
-    return scheme.whole(with_gradients(captured, steps, scheme.parts(x, value), args, f"solver={scheme.name!r}"))
+    parts = with_gradients(captured, steps, scheme.parts(x, value), args, f"solver={scheme.name!r}", watch)
+    return *scheme.whole(parts), not captured.as_it_says
 
 
 def first_state(
-    scheme: Reversible, velocity: Callable[..., Tensor], start: float, sizes: Sequence[float], x: Tensor,
+    scheme: ReversibleScheme, velocity: Callable[..., Tensor], start: float, sizes: Sequence[float], x: Tensor,
     value: Tensor | None, before: float | None, args: Sequence[Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The state before steps, and the value of its memory, from those behind them.
@@ -91,7 +102,7 @@ def first_state(
     return scheme.whole(parts)
 
 
-def check_memory(scheme: Reversible, x: Tensor, memory: Any) -> None:
+def check_memory(scheme: ReversibleScheme, x: Tensor, memory: Any) -> None:
     """That a ``memory`` is given where a ``scheme`` has one, and is one of the state ``x``.
 
     Raises:

@@ -81,6 +81,7 @@ class Captured:
         owner = owner_of(field) if parameters is None else parameters
         self.tensors = tensors_of(names[1], [*tensors_of(names[1], () if owner is None else owner), *_tensors_in(args)])
         self._claimed = {id(x) for x in self.tensors}
+        self._at_first = len(self.tensors)
         self._snapshot = Snapshot(field, args)
         self._at_hand = parameters is None and not recompute and any(x.requires_grad for x in _in_sight(field))
         self._field: Callable[..., Any] | None = field
@@ -119,6 +120,11 @@ class Captured:
     def direct(self) -> str:
         """The same without what calls the field again."""
         return self._names[2].removesuffix(" or 'checkpoint'")
+
+    @property
+    def as_it_says(self) -> bool:
+        """Whether the field has read the tensors that it is known to have alone, and nothing else is to be watched."""
+        return len(self.tensors) == self._at_first and not self._differentiates and not self._changing
 
     @property
     def precision(self) -> float:

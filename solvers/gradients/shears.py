@@ -19,6 +19,8 @@ __all__ = ["Shear", "growth", "loss", "undone", "with_gradients"]
 
 Parts = tuple[Tensor, Tensor]
 
+_LOOKS = 8  # steps from one look at how large parts are to the next
+
 
 class Shear(NamedTuple):
     """``part[target] <- scale part[target] + weight v`` with v a velocity at ``part[source]``, or that part itself.
@@ -61,8 +63,8 @@ def loss(shears: Sequence[Shear]) -> float:
 
 
 def growth(dtype: torch.dtype) -> float:
-    """The factor of rounding up to which states are undone, ``eps^(-1/4)``, 54 in float32; before it a pair is kept."""
-    return torch.finfo(dtype).eps ** -0.25
+    """The factor of rounding up to which steps are undone, ``eps^(-1/3)``, 203 in float32: then a pair is kept."""
+    return torch.finfo(dtype).eps ** (-1 / 3)
 
 
 def undone(shears: Sequence[Shear], parts: Parts, velocity: Any) -> Parts:
@@ -97,7 +99,12 @@ class _Course(NamedTuple):
 
 
 def with_gradients(
-    captured: Captured, steps: Sequence[Sequence[Shear]], parts: Parts, args: Sequence[Any], owner: str
+    captured: Captured,
+    steps: Sequence[Sequence[Shear]],
+    parts: Parts,
+    args: Sequence[Any],
+    owner: str,
+    watch: bool = True,
 ) -> Parts:
     """The parts of a state behind steps, whose gradients undo the steps: two parts are kept, whatever their number.
 
@@ -111,6 +118,7 @@ def with_gradients(
         parts: two tensors ``(B, *S)`` of float32 or float64.
         args: further arguments of the velocities.
         owner: what takes the steps, for errors.
+        watch: at what every velocity reads, and not only those of the first step; what is read besides raises then.
 
     Raises:
         TypeError: parts of half precision.
@@ -120,7 +128,8 @@ def with_gradients(
     device, now, most = parts[0].device, [part.detach() for part in parts], growth(parts[0].dtype)
     kept, states, drawn, factor = list[int](), list[Tensor](), dict[tuple[int, int], list[Tensor]](), 1.0
     size = _sizes(now)
-    with captured.forward(device), torch.no_grad():
+    aside = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # a checkpoint counts what is saved
+    with captured.forward(device), torch.no_grad(), aside:
         for m, shears in enumerate(steps):
             factor *= loss(shears) if m else 1.0
             if factor > most:  # the step is not undone for those before it, which begin at the pair that is kept
@@ -129,12 +138,14 @@ def with_gradients(
                 v = now[shear.source]
                 if shear.call is not None:
                     before = random_state(device)
-                    captured.anew()  # each reads weights of its own
+                    if watch or m == 0:
+                        captured.anew()  # each reads weights of its own
                     v = captured(shear.t, v, m, shear.call, *args)
                     if not all(map(torch.equal, before, random_state(device))):
                         drawn[m, k] = before
                 now[shear.target] = shear.forward(now[shear.target], v)
-            size = torch.maximum(size, _sizes(now))
+            if m % _LOOKS == 0 or m == len(steps) - 1:
+                size = torch.maximum(size, _sizes(now))
     course, anchor = _Course(captured, steps, args, kept, size, drawn, owner), None
     if not any(x.requires_grad for x in (*parts, *captured.tensors)) and captured.may_read_more:
         anchor = torch.zeros((), requires_grad=True)  # so that a backward pass looks
@@ -183,16 +194,16 @@ def _undo(course: _Course, m: int, k: int, now: list[Tensor], due: list[Tensor],
     """Undo shear k of step m: the parts, and their gradients, are those before it."""
     shear = course.steps[m][k]
     gradient, source = due[shear.target], now[shear.source].detach()
-    pull = gradient if shear.weight == 1 else gradient * shear.weight
     if shear.call is None:
         v = source
+        due[shear.source] = due[shear.source].add(gradient, alpha=shear.weight)
     else:
         with torch.enable_grad(), _drawing(course.drawn.get((m, k)), source.device):
             source.requires_grad_()
             v = course.captured(shear.t, source, m, shear.call, *course.args)
-        pull = collected.pull(v, source, pull)
+        pulled = collected.pull(v, source, gradient if shear.weight == 1 else gradient * shear.weight)
+        due[shear.source] = due[shear.source] + pulled
     now[shear.target] = shear.back(now[shear.target], v.detach())
-    due[shear.source] = due[shear.source] + pull
     if shear.scale != 1:
         due[shear.target] = gradient * shear.scale if shear.scale else torch.zeros_like(gradient)
 

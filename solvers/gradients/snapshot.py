@@ -132,11 +132,10 @@ class Snapshot:
                     part.versions[name] = -1
             module = part.reference()
             if module is not None:
-                part.rest = {
-                    k: v
-                    for k, v in vars(module).items()
-                    if k not in _DICTIONARIES and (_is_plain(v) or k in part.attributes or not _has_history(v))
-                }
+                part.rest = vars(module).copy()
+                lost = [k for k, v in _held(module).items() if k not in part.attributes and _has_history(v)]
+                for name in (*_DICTIONARIES, *lost):
+                    part.rest.pop(name, None)
         self._index, self.weights = {}, self._weights()
 
     @contextmanager
@@ -179,7 +178,7 @@ class Snapshot:
             if id(value) in self._index or isinstance(value, torch.jit.ScriptModule):
                 return
             self._index[id(value)] = len(self._parts)
-            attributes = {k: v for k, v in vars(value).items() if not _is_plain(v)}
+            attributes = _held(value)
             tensors = {k: v for k, v in attributes.items() if isinstance(v, Tensor) and v.requires_grad}
             buffers = dict(value._buffers)
             versions = {name: _version(x) for name, x in buffers.items() if x is not None}
@@ -191,8 +190,8 @@ class Snapshot:
             for name, child in value._modules.items():
                 self._visit(child, whole, depth)
                 part.children[name] = self._index.get(id(child), child)
-            for name, held in attributes.items():
-                if isinstance(held, list | tuple | dict) and name not in _DICTIONARIES and depth < 4:
+            for held in attributes.values():
+                if isinstance(held, list | tuple | dict) and depth < 4:
                     self._visit(held, whole, depth + 1)
         elif depth > 4:
             return
@@ -284,10 +283,13 @@ def _contents(function: FunctionType) -> Iterator[Any]:
             continue
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a plain one, or a collection without entries, as are most attributes of modules."""
-    kind = type(value)
-    return kind in _PLAIN or (kind in _TABLES and not value)
+def _held(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module beside its dictionaries, but plain values and empty collections, as most are."""
+    return {
+        k: v
+        for k, v in vars(module).items()
+        if (kind := type(v)) not in _PLAIN and (kind not in _TABLES or (v and k not in _DICTIONARIES))
+    }
 
 
 def _has_history(value: Any) -> bool:
