@@ -42,6 +42,9 @@ class Habit:
     norm: str = "own"
 
 
+_IMPLICIT = ("equilibrium", "rkcnn_implicit", "implicit_euler", "implicit_midpoint", "trapezoid", "kvaerno5")
+"""Whose stages are roots, which monotone fields have at any step size."""
+
 _HABITS: dict[str, Habit] = {
     "lie_trotter": Habit(("attention", "feed_forward")),
     "strang": Habit(("attention", "feed_forward")),
@@ -49,6 +52,7 @@ _HABITS: dict[str, Habit] = {
     "hamiltonian_verlet": Habit("parabolic", norm="group"),
     "second_order": Habit("parabolic", norm="group"),
     "two_step_midpoint": Habit("antisymmetric", h=0.5),
+    **dict.fromkeys(_IMPLICIT, Habit("parabolic")),
 }
 
 

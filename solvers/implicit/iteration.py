@@ -92,7 +92,7 @@ class _Batch:
         self.eta = max(eta, 1e-16) ** 0.8 if method == "newton" else 1.0
         self.sizes, self.rate, self.slowest = np.zeros(0), 0.0, 0.0
         self._worst, self._first = 0.0, True
-        self._best, self._idle = math.inf, 0
+        self._best, self._idle, self._rounding = math.inf, 0, False
 
     def found(self, change: Tensor, y: Tensor, increment: Tensor | None) -> bool:
         """Whether the stage is found, by its last change."""
@@ -104,20 +104,20 @@ class _Batch:
             rate = max(self.rate, _LEAST.get(self.method, 0.0))  # which luck may hide
             self.eta = rate / (1 - rate) if rate < 1 else math.inf
         self._first = False
-        small = self._worst == 0 or self.eta * self._worst <= self.measure.limit
+        self._rounding = increment is not None and self._worst <= _ROUNDING * torch.finfo(y.dtype).eps
+        small = self._worst == 0 or self._rounding or self.eta * self._worst <= self.measure.limit
         if increment is None or not small:
             return small
         share = float(self.measure.shares(change, y, increment).max(initial=0.0))
         self._idle = self._idle + 1 if share > 0.9 * self._best else 0
         self._best = min(self._best, share)
-        at_rounding = self._worst <= _ROUNDING * torch.finfo(y.dtype).eps and self._idle >= _IDLE
-        return share == 0 or self.eta * share <= self.measure.limit or at_rounding
+        return share == 0 or self.eta * share <= self.measure.limit or (self._rounding and self._idle >= _IDLE)
 
     def hopeless(self, left: int) -> bool:
         """Whether it will not be found in as many more iterations."""
         if not math.isfinite(self._worst):
             return True
-        if self.rate == 0.0 or self.method in _WANDERING:  # the first
+        if self._rounding or self.rate == 0.0 or self.method in _WANDERING:  # of which 0 is the first
             return False
         return not self.rate < 2 or (self.rate < 1 and self.rate**left * self.eta * self._worst > self.measure.limit)
 

@@ -177,6 +177,23 @@ def test_memory_does_not_depend_on_the_iterations():
     assert saved(None, "newton_krylov") == saved(0.5, "newton_krylov") == saved(None, "anderson")
 
 
+@pytest.mark.parametrize("h", [1.0, 5.0])
+@pytest.mark.parametrize("solver", ["equilibrium", "implicit_euler", "rkcnn_implicit"])
+def test_roots_of_monotone_fields_are_found_at_large_steps(solver, h):
+    """``-K^T relu(K x)`` in float32, whose kinks keep the last digits moving; steps bring no states apart."""
+    flow = odenets.Flow(lambda: odenets.fields.SymmetricField(8, kernel_size=3), solver=solver, depth=3, h=h)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(3.0)
+    x, y = torch.randn(2, 8, 8, 8, 8)
+    one, other = flow(x), flow(y)
+    one.square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in flow.parameters())
+    if solver != "rkcnn_implicit":  # the trapezoidal rule is not contractive
+        norms = torch.linalg.vector_norm((one - other).flatten(1), dim=1) / (x - y).flatten(1).norm(dim=1)
+        assert (norms <= 1 + 1e-5).all()
+
+
 def test_no_equilibrium_is_an_error_with_its_residual():
     class Away(nn.Module):
         def forward(self, t, x):
