@@ -15,6 +15,7 @@ from odenets.blocks import (
     FieldSource,
     StageFields,
     block_list,
+    check_blocks,
     check_sharing,
     fields_per_block,
     make_blocks,
@@ -80,6 +81,7 @@ class BlockSequence(nn.Module):
             self.register_load_state_dict_pre_hook(refuse_state)
         elif isinstance(field, tuple):
             self.blocks.extend(block_list(field))
+            check_blocks(field, self.tableau, stage_fields)
         else:
             self.blocks.extend(self._make_blocks(field))
 

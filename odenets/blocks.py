@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from odenets.fields import VelocityField, reset_modules
 from odenets.normalization import StageBatchNorm
 from odenets.normalization.stage_batch_norm import at_stage, expand_stages
-from odenets.schemes.scheme import Scheme, Velocity
-from solvers import ButcherTableau, Step, rk_step
+from odenets.schemes.scheme import Learned, Scheme, Velocity
+from solvers import ButcherTableau, LearnedTableau, Step, rk_step
 from solvers.validation import check_call, mismatch
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Velocity",
     "block_list",
     "check_arguments",
+    "check_blocks",
     "check_sharing",
     "fields_per_block",
     "make_blocks",
@@ -136,7 +137,7 @@ def take_step(
     """:func:`solvers.rk_step` with the fields of a block, or the step of a scheme; one that takes no args is named."""
     try:
         if isinstance(method, Scheme):
-            learned = block.fields[len(method.uses)] if method.learns else None
+            learned = block.fields[len(method.uses)] if len(block.fields) > len(method.uses) else None
             return method.take(fields, learned, t, x, h, first, reductions)
         return rk_step(fields, t, x, h, method, first, closing=closing, reductions=reductions)
     except TypeError:
@@ -156,6 +157,31 @@ def block_list(blocks: Iterable[nn.Module]) -> list[Block]:
         got = "none" if other is None else type(other).__name__
         raise TypeError(f"blocks must be at least one odenets.Block, Block([field], h), got {got}")
     return cast(list[Block], blocks)
+
+
+def check_blocks(blocks: Iterable[Block], method: ButcherTableau, stage_fields: StageFields) -> None:
+    """That blocks are of a method: as many fields as its steps evaluate, and what its blocks learn besides.
+
+    Raises:
+        ValueError: one is of another.
+    """
+    fields = fields_per_block(method, stage_fields)
+    kind = type(method.learned(0, 1)) if isinstance(method, Scheme) and method.learns else type(None)
+    no_field = Learned | LearnedTableau
+    for m, block in enumerate(blocks):
+        own, *more = [*block.fields][fields:] or [None]
+        if (
+            len(block.fields) < fields
+            or more
+            or type(own) is not kind
+            or isinstance(block.fields[fields - 1], no_field)
+        ):
+            besides = "" if kind is type(None) else f" and a {kind.__name__}"
+            got = ", ".join(type(one).__name__ for one in block.fields)
+            raise ValueError(
+                f"blocks of {method.name} must have {fields} field{'s' * (fields > 1)}{besides}, got block {m} of {got}"
+                ": blocks go with the solver that they were made for"
+            )
 
 
 def _held(module: nn.Module) -> Counter[Any]:
@@ -237,7 +263,8 @@ def make_blocks(
     if isinstance(tableau, Scheme) and tableau.learns:
         for m, block in enumerate(blocks):
             like = next(block.parameters(), torch.empty(()))
-            block.fields.append(cast(nn.Module, tableau.learned(m, len(blocks))).to(like.device, like.dtype))
+            if (learned := tableau.learned(m, len(blocks))) is not None:
+                block.fields.append(learned.to(like.device, like.dtype))
     return blocks
 
 

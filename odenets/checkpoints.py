@@ -149,7 +149,7 @@ def _coefficients(flow: Flow) -> str:
     """A checksum of those that a step takes; of a learned method they are weights."""
     method: Any = flow.tableau
     if isinstance(method, Scheme):
-        return repr(method)
+        return method.settings
     if isinstance(method, LearnedTableau):
         return method.settings
     return f"{zlib.crc32(repr((flow.tableau.c, flow.tableau.a, flow.tableau.b)).encode()):08x}"

@@ -130,13 +130,22 @@ class Flow(BlockSequence):
     def _left(self, last: Step) -> Tensor:
         """The last state, and behind it the memory of the last step where another part is to have it."""
         memory = cast(Scheme, self.tableau).hands_on(last) if self.passes_memory else None
-        return last.x1 if memory is None else torch.cat([last.x1, memory.value], 1)
+        if memory is None:
+            return last.x1
+        if memory.value.shape != last.x1.shape:
+            raise ValueError(
+                f"{self.tableau.name} must hand on a value of the shape of the state, {tuple(last.x1.shape)}, to be "
+                f"cut into parts, got {tuple(memory.value.shape)}"
+            )
+        return torch.cat([last.x1, memory.value], 1)
 
     def _end_state(self, x: Tensor, args: Sequence[Any]) -> Tensor | None:
         """The state at the total time where it is not that of the last of the steps as they are taken."""
         scheme: Any = self.tableau
         if not undoes(scheme):
             return None
+        if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # states are undone in float32; autocast has the fields in its own dtype
         x, memory = self._entered(x)
         self.materialize(x)
         if self.training:

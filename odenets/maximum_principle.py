@@ -342,6 +342,11 @@ def _layers(network: Any) -> list[_Layer]:
                     f"{layer.name}: take blocks with weights of their own, or odenets.training.fit"
                 )
         for name, module in layer.module.named_modules():
+            if module.training and isinstance(module, Flow) and getattr(module.tableau, "draws", False):
+                raise ValueError(
+                    f"{layer.name} has steps of {module.tableau.name} that draw random numbers, another function at "
+                    "each evaluation: call network.eval() before, or odenets.training.fit"
+                )
             if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise ValueError(
                     f"{layer.name} has active dropout, {name!r}, which is another function at each evaluation: "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from odenets.inputs import call, check_keywords, is_by_keyword, plain
@@ -214,7 +215,7 @@ def record(network: nn.Module, inputs: Any, measures: Mapping[str, StepFunction]
     if not any(map(needs_gradient, measures.values())):
         return _record(network, inputs, measures)
     enabled = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have one derivative
         output, records = _record(network, tree_map(_requiring_gradient, plain(inputs)), measures)
     if enabled:
         return output, records

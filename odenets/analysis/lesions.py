@@ -296,8 +296,7 @@ def _parts(flow: Any, number: int) -> list[Flow]:
     """Each block of a flow as a flow that keeps its time."""
     if not isinstance(flow, Flow):
         raise TypeError(f"network must be of Flows, whose blocks can be removed, got a {type(flow).__name__}")
-    if flow.coupling is not None:
-        raise ValueError("network must not have a ReversibleFlow, whose steps are of two states")
+    flow.check_one_step("network", "a block of it is no function of the state alone")
     if not len(flow.blocks):
         raise ValueError(f"flow {number} has no field yet: call network(x) once")
     if flow.stage_fields == "chained" and flow.depth > 1:

@@ -74,7 +74,7 @@ def _flow_of(blocks: list[Block], like: Flow) -> Flow:
     flow = type(like).of(blocks, start=like.start, **like.settings)
     for module in (flow, flow.blocks, *blocks, *(block.fields for block in blocks)):
         module.training = like.training
-    flow.input_shape = like.input_shape
+    flow.input_shape, flow.before, flow.passes_memory = like.input_shape, like.before, like.passes_memory
     return flow
 
 

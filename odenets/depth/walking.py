@@ -17,6 +17,7 @@ from odenets.inputs import rows as rows_of
 from odenets.measures import StepFunction, needs_closing
 from odenets.normalization import check_closing_statistics
 from odenets.recording import check_values
+from odenets.schemes.scheme import Scheme
 from solvers import ButcherTableau, Step
 from solvers.controllers import SampleController, SampleStates, check_returned
 from solvers.field_calls import velocity
@@ -164,6 +165,11 @@ class FlowWalk:
 
     def __init__(self, flow: Flow, x: Tensor, args: tuple[Any, ...], measures: Mapping[str, StepFunction]) -> None:
         flow.check_one_step("network", "no sample skips these; take Flow(solver='bs23') or its like")
+        if isinstance(flow.tableau, Scheme):
+            raise ValueError(
+                f"network must hold Runge-Kutta flows, whose first velocity is the step's, got {flow.tableau.name}: "
+                "take Flow(solver='bs23') or its like"
+            )
         flow.materialize(x)
         self.flow, self.x, self.args = flow, x.clone(), args
         self.blocks = [cast(Block, block) for block in flow.blocks] * (flow.depth if flow.shared else 1)

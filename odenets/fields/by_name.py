@@ -73,6 +73,8 @@ def make(name: str, channels: int, **options: Any) -> VelocityField:
     >>> make("bottleneck", 16, norm="group")(0.0, torch.randn(2, 16, 8, 8)).shape
     torch.Size([2, 16, 8, 8])
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be one of {', '.join(_FIELDS)}, got {name!r}")
     if name not in _FIELDS:
         raise ValueError(f"name must be one of {', '.join(_FIELDS)}, got {name!r}")
     check_sizes(channels=channels)

@@ -11,6 +11,7 @@ import torch
 from einops.layers.torch import Reduce
 from torch import nn
 
+from odenets.blocks import fields_per_block
 from odenets.errors import check_count
 from odenets.fields import make as make_field
 from odenets.flow import Flow
@@ -18,7 +19,7 @@ from odenets.models.names import refusing_other_names
 from odenets.models.normalize import Normalize
 from odenets.network import Network
 from odenets.schemes import Scheme
-from odenets.schemes.names import method_of, scheme_of
+from odenets.schemes.names import method_of
 from solvers import ButcherTableau, LearnedTableau
 
 __all__ = ["FieldName", "network"]
@@ -114,9 +115,16 @@ def network(
         raise ValueError("channels must hold the channels of at least one flow, got none")
     for each in channels:
         check_count("channels", each, 1)
+    method_of(scheme)
     habit = _HABITS.get(getattr(scheme, "name", scheme), Habit())  # type: ignore[arg-type] - of a learned method
     several = habit.field if field is None else field
-    fields: Any = (several,) if isinstance(several, str) or callable(several) else tuple(several)
+    fields: Any = tuple(several) if isinstance(several, list | tuple) else (several,)
+    for one in fields or [None]:
+        if isinstance(one, nn.Module) or not (isinstance(one, str) or callable(one)):
+            raise TypeError(
+                f"field must be a name of odenets.fields.names(), a function of a number of channels, as lambda c: "
+                f"ConvField(c), or a list of such, got {several!r:.80}"
+            )
     if not {"h", "total_time"} & set(flow):
         flow["h"] = habit.h
     first, last = channels[0], channels[-1]
@@ -124,20 +132,33 @@ def network(
         normalize or nn.Identity(), nn.Conv2d(in_channels, first, 3, stride, 1, bias=False), nn.BatchNorm2d(first)
     )
     norm = habit.norm if norm == "own" and field is None else norm
-    flows = [_flow(scheme, fields, each, blocks, norm, flow) for each in channels]
+    flows = [
+        _flow(scheme, fields, each, blocks, norm, flow, i / len(channels), (i + 1) / len(channels))
+        for i, each in enumerate(channels)
+    ]
     transitions = [nn.Conv2d(a, b, 1, stride=2, bias=False) for a, b in pairwise(channels)]
     head = nn.Sequential(nn.BatchNorm2d(last), nn.ReLU(), Reduce("b c h w -> b c", "mean"), nn.Linear(last, classes))
     return Network(encoder, flows, head, transitions=transitions, readout=readout)
 
 
 def _flow(
-    scheme: Any, fields: Sequence[FieldName], channels: int, depth: int, norm: str | None, settings: dict[str, Any]
-) -> Flow:
-    """A flow of so many channels, whose fields come in turns."""
-    method = scheme_of(scheme, channels) if isinstance(scheme, str) else method_of(scheme)
+    scheme: Any, fields: Sequence[FieldName], channels: int, depth: int, norm: str | None, settings: dict[str, Any],
+    begin: float, end: float,
+) -> Flow:  # fmt: skip
+    """A flow of so many channels, whose fields come in turns, from one share of the network's blocks to another.
+
+    Raises:
+        ValueError: more fields than its blocks have.
+    """
+    method = method_of(scheme)
+    if isinstance(method, Scheme):
+        method = method.of_channels(channels).of_share(begin, end)
     state = torch.empty(1, channels, 1, 1)
     own = method.fields_see(state).shape[1] if isinstance(method, Scheme) else channels
-    turns = cycle(fields)
+    turns, shared = cycle(fields), settings.get("shared", False)
+    drawn = fields_per_block(method, settings.get("stage_fields", "tied")) * (1 if shared else depth)
+    if len(fields) > drawn:
+        raise ValueError(f"field must hold at most the {drawn} of a flow's blocks, got {len(fields)}")
     return Flow(lambda: _field(next(turns), own, norm), solver=method, depth=depth, **settings)
 
 

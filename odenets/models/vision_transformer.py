@@ -22,7 +22,7 @@ from odenets.schemes.names import method_of
 
 __all__ = ["vit"]
 
-_SPLITTINGS = {"lie-trotter": (1.0, 1.0), "strang": (0.5, 1.0, 0.5)}
+_SPLITTINGS = {"lie_trotter": (1.0, 1.0), "strang": (0.5, 1.0, 0.5)}
 """The steps of a block, over h: attention, perceptron, and attention again."""
 
 
@@ -85,7 +85,7 @@ def vit(
     blocks: int = 12,
     heads: int = 3,
     expansion: int = 4,
-    splitting: str = "lie-trotter",
+    splitting: str = "lie_trotter",
     norm: str | None = "layer",
     normalize: Normalize | None = None,
     readout: str = "solution",
@@ -111,7 +111,7 @@ def vit(
         blocks: of two steps each, or three.
         heads: heads of the attention.
         expansion: hidden width of the perceptron over features.
-        splitting: "lie-trotter" or "strang".
+        splitting: "lie_trotter" or "strang".
         norm: that of the fields: "layer", over the features of each token, "batch" (statistics per stage), "group" or
             None.
         normalize: the first layer, so that inputs are pixels in [0, 1].

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from odenets.errors import check_count
 from odenets.schemes.probability import check_probability
-from odenets.schemes.scheme import Calls, Memory, Scheme, Velocity
+from odenets.schemes.scheme import Calls, Learned, Memory, Scheme, Velocity
 from solvers import ButcherTableau
 from solvers.tableaus import Embedded
 
@@ -21,7 +21,7 @@ __all__ = ["Fractal"]
 _MOST = 8  # columns, of 255 fields a block
 
 
-class Paths(nn.Module):
+class Paths(Learned):
     """Draws the paths of a fractal block in training mode.
 
     Args:
@@ -105,6 +105,16 @@ class Fractal(Scheme):
         """Each field once, but for those of columns that are left out."""
         return tuple([int(self.only in (None, c + 1)) for c in range(self.columns) for _ in range(2**c)])
 
+    @property
+    def draws(self) -> bool:
+        """Where paths are dropped."""
+        return max(self.drop, self.single) > 0
+
+    @property
+    def settings(self) -> str:
+        """What is left when no paths are dropped."""
+        return repr(replace(self, drop=0.0, single=0.0))
+
     def column(self, c: int) -> Fractal:
         """The scheme of the column ``c`` alone, from 1, the shallowest, for blocks of this one.
 
@@ -142,7 +152,9 @@ class Fractal(Scheme):
                 joined = own[0] if len(own) == 1 else torch.stack(own).mean(0)
                 moved |= dict.fromkeys(ending, joined)
         calls.check(None)
-        return tuple(own), self if len(own) == self.stages else _joined(len(own))
+        if self.only is None and self.draws and learned.training:
+            return tuple(own), _joined(len(own), "fractal, of which paths are dropped in training mode,", False)
+        return tuple(own), self
 
     def _cell(self, x: Tensor, before: Tensor | None, v: Tensor, length: float, h: float) -> Tensor:
         """How far a cell ends from x, over h, of its velocity and how far it began."""
@@ -154,10 +166,10 @@ class Fractal(Scheme):
 
 
 @cache
-def _joined(columns: int) -> ButcherTableau:
-    """The mean of so many residues, and each of them."""
+def _joined(columns: int, name: str = "fractal", each_too: bool = True) -> ButcherTableau:
+    """The mean of so many residues, and each of them too."""
     zeros, each = (0.0,) * columns, (1 / columns,) * columns
     of = [(f"column{c + 1}", Embedded(1, tuple([float(c == i) for i in range(columns)]))) for c in range(columns)]
-    embedded = (*of, ("joined", Embedded(1, each))) if columns > 1 else ()
+    embedded = (*of, ("joined", Embedded(1, each))) if columns > 1 and each_too else ()
     a = tuple(zeros[:i] for i in range(columns))
-    return ButcherTableau("fractal", 1, zeros, a, each, embedded, "column1" if columns > 1 else None)
+    return ButcherTableau(name, 1, zeros, a, each, embedded, "column1" if embedded else None)

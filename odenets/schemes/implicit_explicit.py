@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from odenets.errors import check_count
-from odenets.schemes.scheme import Memory, Scheme, Velocity
+from odenets.schemes.scheme import Learned, Memory, Scheme, Velocity
+from solvers.validation import is_transformed
 
 __all__ = ["ImplicitExplicit", "PositiveConvolution", "symbol"]
 
@@ -26,7 +27,7 @@ _ROUNDING = 1e-6
 """Share of the largest weight that is rounding in a kernel, and in its symbol."""
 
 
-class PositiveConvolution(nn.Module):
+class PositiveConvolution(Learned):
     """The operator ``A = B^T B`` of a block, with a convolution B in each channel, and so never negative.
 
     Args:
@@ -145,6 +146,11 @@ class ImplicitExplicit(Scheme):
         """Whether a block learns its operator."""
         return self.operator is None
 
+    @property
+    def settings(self) -> str:
+        """The operator, where it is given; what is learned is in the state."""
+        return f"{self.name} {self.operator}"
+
     def of_channels(self, channels: int) -> ImplicitExplicit:
         """The scheme whose blocks have their operators, for so many channels, before the first state comes."""
         return replace(self, channels=channels)
@@ -218,8 +224,10 @@ def _solved(v: Tensor, damping: Tensor, dims: int) -> Tensor:
     if not dims:
         return (v * damping).to(v.dtype)
     compiling = torch.compiler.is_compiling()
-    graph = compiling or (torch.is_grad_enabled() and (v.requires_grad or damping.requires_grad))
-    last = v.ndim == 4 and not v.is_contiguous() and v.is_contiguous(memory_format=torch.channels_last)
+    transformed = is_transformed(v)  # by torch.func, under which no layout is asked for
+    graph = compiling or transformed or (torch.is_grad_enabled() and (v.requires_grad or damping.requires_grad))
+    last = not transformed and v.ndim == 4 and not v.is_contiguous()
+    last = last and v.is_contiguous(memory_format=torch.channels_last)
     if graph or v.device.type != "cpu" or v.numel() <= _CACHED:
         r = _transformed(_wide(v), damping, dims, graph)
     else:
@@ -234,7 +242,10 @@ def _transformed(v: Tensor, damping: Tensor, dims: int, graph: bool, out: Tensor
     spectrum = spectrum * damping if graph else spectrum.mul_(damping)
     if dims > 1:  # one after another, which takes two thirds of the time of irfftn on CPUs
         spectrum = torch.fft.ifftn(spectrum, dim=tuple(range(-dims, -1)))
-    return torch.fft.irfft(spectrum, n=v.shape[-1], out=out)
+    r = torch.fft.irfft(spectrum, n=v.shape[-1], out=out)
+    if r.requires_grad and not torch.compiler.is_compiling():
+        r.register_hook(Tensor.contiguous)  # which torch 2.8's transforms on CPUs ask of the gradient of a sum
+    return r
 
 
 def _wide(x: Tensor) -> Tensor:

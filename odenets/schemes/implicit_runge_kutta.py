@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from odenets.schemes.scheme import Memory, Scheme, Velocity
+from odenets.schemes.scheme import Learned, Memory, Scheme, Velocity
 from solvers import ButcherTableau, RootFinder, Step, get_tableau, rk_step
 from solvers.coefficients import ImplicitCoefficients
 from solvers.learned import CONDITIONS, nearest_weights
@@ -18,7 +18,7 @@ from solvers.validation import real_dtype
 __all__ = ["ImplicitWeights", "LearnedImplicitRungeKutta"]
 
 
-class ImplicitWeights(nn.Module):
+class ImplicitWeights(Learned):
     """The coefficients of a block: those of a method at first.
 
     Diagonal entries are ``a_ii exp(d_i)`` with a learned d, so that they stay positive; those below change freely; b is

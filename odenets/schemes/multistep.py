@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from odenets.errors import check_number
-from odenets.schemes.scheme import Calls, Memory, Scheme, Velocity
+from odenets.schemes.scheme import Calls, Learned, Memory, Scheme, Velocity
 from solvers import ButcherTableau, get_tableau
 from solvers.tableaus import Row
 
 __all__ = ["AdamsBashforth2", "LinearMultistep"]
 
 
-class Mixing(nn.Module):
+class Mixing(Learned):
     """The number k by which a block of :class:`LinearMultistep` mixes the residue of the one before into its own."""
 
     def __init__(self, start: float) -> None:
@@ -61,6 +61,11 @@ class LinearMultistep(Scheme):
         if not -1 < start < 1:
             raise ValueError(f"start must be in (-1, 1), where the recurrence is stable, got {start}")
         super().__post_init__()
+
+    @property
+    def settings(self) -> str:
+        """The name: k is in the state."""
+        return self.name
 
     def learned(self, m: int, depth: int) -> nn.Module:
         """The number k of a block."""

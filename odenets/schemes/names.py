@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from odenets.schemes.equilibrium import Equilibrium
@@ -22,7 +23,7 @@ from solvers import ButcherTableau, get_tableau
 from solvers.methods import method_names
 from solvers.methods.rosenbrock import RosenbrockTableau
 
-__all__ = ["SCHEMES", "SOURCES", "method_of", "names", "scheme_of"]
+__all__ = ["SCHEMES", "SOURCES", "method_of", "names"]
 
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
@@ -35,6 +36,13 @@ SCHEMES: dict[str, Scheme] = {
 }  # fmt: skip
 """Those that need nothing but a name, by it."""
 
+
+_PUBLISHED = {
+    "lmresnet": "lm", "adamsbashforth": "ab2", "polynet": "poly2", "fractalnet": "fractal", "imexnet": "imex",
+    "irevnet": "revnet", "momentumresnet": "momentum", "deq": "equilibrium", "leapfrognetwork": "second_order",
+    "hyperbolic": "second_order", "transformer": "lie_trotter", "enresnet": "noisy", "droppath": "stochastic_depth",
+}  # fmt: skip
+"""Names of schemes by those of the networks, in small letters."""
 
 SOURCES = {
     "lm": "Lu 2018", "ab2": "Bashforth 1883", "poly2": "Zhang 2017", "mpoly2": "Zhang 2017", "two_way": "Zhang 2017",
@@ -59,22 +67,20 @@ def method_of(solver: Any) -> ButcherTableau:
     >>> method_of("lm"), method_of("bs23").name
     (LinearMultistep(start=0.0), 'bs23')
     """
-    if isinstance(solver, str) and solver in SCHEMES:
+    if isinstance(solver, type) and issubclass(solver, Scheme):
+        raise TypeError(f"solver must be a scheme, got the class {solver.__name__}: solver={solver.__name__}()")
+    if not isinstance(solver, str):
+        return get_tableau(solver)
+    if solver in SCHEMES:
         return SCHEMES[solver]
-    return get_tableau(solver)
-
-
-def scheme_of(name: str, channels: int) -> ButcherTableau:
-    """The scheme or the method of a ``name`` for states of so many ``channels``.
-
-    Raises:
-        ValueError: neither a scheme nor a method has the name.
-
-    >>> scheme_of("lm", 16)
-    LinearMultistep(start=0.0)
-    """
-    method = method_of(name)
-    return method.of_channels(channels) if isinstance(method, Scheme) else method
+    try:
+        return get_tableau(solver)
+    except ValueError as error:
+        low = "".join(c if c.isalnum() else "_" for c in solver.lower())
+        low = _PUBLISHED.get(low.replace("_", ""), low)
+        near = [repr(name) for name in get_close_matches(low, SCHEMES, n=2, cutoff=0.7)]
+        take = f": take {' or '.join(near)}" if near else ""
+        raise ValueError(f"{error}; schemes are {', '.join(SCHEMES)}{take}") from None
 
 
 def names() -> tuple[str, ...]:

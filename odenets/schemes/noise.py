@@ -48,6 +48,11 @@ class Noisy(Scheme):
             raise ValueError(f"sigma must be finite and not negative, got {sigma}")
         super().__post_init__()
 
+    @property
+    def draws(self) -> bool:
+        """Where there is noise."""
+        return self.sigma > 0
+
     def residue(
         self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None = None
     ) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,10 +14,16 @@ from solvers import ButcherTableau, RootFinder, Step, combine, finish_step
 from solvers.field_calls import check_unchanged, countable, counting, velocity, versions_of
 from solvers.tableaus import Embedded, Row
 
-__all__ = ["Calls", "Memory", "Scheme", "Velocity"]
+__all__ = ["Calls", "Learned", "Memory", "Scheme", "Velocity"]
 
 Velocity = Callable[[float | Tensor, Tensor], Tensor]
 """A velocity ``v(t, x)``, of a time and a state ``(B, *S)``."""
+
+
+_RESERVED = {one.name for one in fields(ButcherTableau)} | {
+    "calls", "draws", "inside_calls", "learned", "learns", "memory", "outputs", "residue", "structure", "take", "uses",
+}  # fmt: skip
+"""Names that a scheme has for something else than an option."""
 
 
 class Memory(NamedTuple):
@@ -63,6 +69,10 @@ class Calls:
             check_unchanged([memory.value], memory.versions)
 
 
+class Learned(nn.Module):
+    """What a block of a scheme learns or draws besides its fields, which is no field."""
+
+
 @dataclass(frozen=True)
 class Scheme(ButcherTableau):
     """A rule for the residue of a block, ``x1 = x0 + h r``: what a :class:`~odenets.Flow` takes as its solver.
@@ -105,6 +115,21 @@ class Scheme(ButcherTableau):
     memory: ClassVar[bool] = False
     iterates: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} must have its options as fields of a frozen dataclass, by which it is compared and "
+                "saved, and no __init__: @dataclass(frozen=True), and weight: float = 0.5 in the class"
+            )
+        for key, kind in vars(cls).get("__annotations__", {}).items():
+            default = vars(cls).get(key)
+            own = "ClassVar" in str(kind) or (isinstance(default, Field) and (not default.init or key == "roots"))
+            if key in _RESERVED and not own:
+                raise TypeError(
+                    f"{cls.__name__} must name its option {key!r} otherwise: every scheme has a {key} of its own"
+                )
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or type(self).__name__)
         super().__post_init__()
@@ -130,6 +155,11 @@ class Scheme(ButcherTableau):
         return True
 
     @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers in training mode, so that it is another one each time."""
+        return False
+
+    @property
     def learns(self) -> bool:
         """Whether a block has something besides its fields, which is then behind them in ``block.fields``."""
         return type(self).learned is not Scheme.learned
@@ -141,6 +171,15 @@ class Scheme(ButcherTableau):
     def of_channels(self, channels: int) -> Scheme:
         """The scheme for images of so many ``channels``, where what its blocks learn depends on that; else itself."""
         return self
+
+    def of_share(self, begin: float, end: float) -> Scheme:
+        """The scheme for the blocks from one share of a network's to another, ``begin`` to ``end``; else itself."""
+        return self
+
+    @property
+    def settings(self) -> str:
+        """Those that decide what a network of the same weights computes, which files of weights hold."""
+        return repr(self)
 
     def fields_see(self, x: Tensor) -> Tensor:
         """Of a state ``x`` ``(B, *S)`` what the fields get, by which a flow without a field makes one."""
@@ -211,7 +250,29 @@ class Scheme(ButcherTableau):
         calls = Calls()
         r = self.residue([partial(calls, v, stage=i) for i, v in enumerate(fields)], learned, t, x, h, memory)
         calls.check(memory)
+        if len(calls.values) != self.calls and not self.draws:
+            raise ValueError(
+                f"{self.name} says by its uses {self.uses} that a step calls its fields {self.calls} times, and called "
+                f"them {len(calls.values)} times"
+            )
+        if not isinstance(r, Tensor) or r.shape != x.shape or r.dtype != x.dtype or r.device != x.device:
+            got = f"{tuple(r.shape)}, {r.dtype}, {r.device}" if isinstance(r, Tensor) else type(r).__name__
+            raise ValueError(
+                f"the residue of {self.name} must have the shape, dtype and device of x, {tuple(x.shape)}, {x.dtype}, "
+                f"{x.device}, got {got}"
+            )
         return (r,), self
+
+    def forwarding(self, name: str) -> ButcherTableau:
+        """None: a scheme carries on what it is.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"full_passes carry the embedded output {name!r} on, which blocks of {self.name} do not: take "
+            "flow.outputs(x), those of the last block"
+        )
 
     def hands_on(self, step: Step) -> Memory | None:
         """What the next step reads of a ``step``, where the scheme has a memory."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from odenets.schemes.probability import check_probability
-from odenets.schemes.scheme import Memory, Scheme, Velocity
+from odenets.schemes.scheme import Learned, Memory, Scheme, Velocity
 
 __all__ = ["StochasticDepth"]
 
 
-class Survival(nn.Module):
+class Survival(Learned):
     """Draws whether a block takes its step, in training mode.
 
     Attributes:
@@ -42,12 +42,14 @@ class Survival(nn.Module):
 class StochasticDepth(Scheme):
     """``x1 = x + h b v(x)`` with b drawn from {0, 1} in training mode; ``x1 = x + h p v(x)``, its mean, in eval mode.
 
-    The probability p of b = 1 falls along the flow from 1: ``p_m = 1 - (m + 1) / depth * (1 - survival)``. A block that
-    depth edits copy hands its own on.
+    The probability p of b = 1 falls along the flow: ``p_m = first - (m + 1) / depth * (first - survival)``. A block
+    that depth edits copy hands its own on; a shared one has that of the last.
     Reference: Huang, Sun, Liu, Sedra, Weinberger. Deep networks with stochastic depth. ECCV 2016, eq. 2, 4 and 5.
 
     Args:
         survival: p of the last block, in (0, 1].
+        first: p before the first block, from which it falls; where a network has several flows,
+            :func:`odenets.models.network` lets it fall along all of them.
         by: "sample", b is drawn for each, or "batch", as published: one b for all, and a block that is left out is not
             evaluated, so that its weights get no gradient (``find_unused_parameters`` of torch's data parallelism).
 
@@ -63,16 +65,33 @@ class StochasticDepth(Scheme):
     name: str = field(init=False, repr=False, default="stochastic_depth")
     survival: float = 0.5
     by: str = "sample"
+    first: float = 1.0
 
     def __post_init__(self) -> None:
         check_probability("survival", self.survival, loses=False)
+        check_probability("first", self.first, loses=False)
         if self.by not in ("sample", "batch"):
             raise ValueError(f"by must be 'sample' or 'batch', got {self.by!r}")
         super().__post_init__()
 
+    @property
+    def draws(self) -> bool:
+        """Where a block may be left out."""
+        return self.survival < 1
+
     def learned(self, m: int, depth: int) -> nn.Module:
         """What draws whether block m takes its step."""
-        return Survival(1 - (m + 1) / depth * (1 - self.survival))
+        return Survival(self.first - (m + 1) / depth * (self.first - self.survival))
+
+    def of_share(self, begin: float, end: float) -> StochasticDepth:
+        """That of the blocks from one share of a network's to another, so that p falls along all."""
+        fall = self.first - self.survival
+        return replace(self, first=self.first - begin * fall, survival=self.first - end * fall)
+
+    @property
+    def settings(self) -> str:
+        """The name: probabilities are in the state."""
+        return self.name
 
     def residue(
         self, fields: Sequence[Velocity], learned: Any, t: float, x: Tensor, h: float, memory: Memory | None = None

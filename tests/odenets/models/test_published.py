@@ -202,7 +202,7 @@ def test_strang_splitting_takes_half_steps_of_one_attention_around_the_perceptro
     assert torch.equal(other(x), network(x))
 
 
-@pytest.mark.parametrize(("splitting", "order"), [("lie-trotter", 1), ("strang", 2)])
+@pytest.mark.parametrize(("splitting", "order"), [("lie_trotter", 1), ("strang", 2)])
 def test_splittings_have_their_orders(splitting, order):
     """Blocks that share their fields are one splitting of the sum of both, taken ever finer."""
     model = SMALL["vit"]().double()
@@ -210,8 +210,8 @@ def test_splittings_have_their_orders(splitting, order):
     x = torch.randn(2, 5, 12, dtype=torch.float64)
 
     def end(n):
-        parts = {"lie-trotter": (attention, perceptron), "strang": (attention, perceptron, attention)}[splitting]
-        sizes = {"lie-trotter": (1.0, 1.0), "strang": (0.5, 1.0, 0.5)}[splitting]
+        parts = {"lie_trotter": (attention, perceptron), "strang": (attention, perceptron, attention)}[splitting]
+        sizes = {"lie_trotter": (1.0, 1.0), "strang": (0.5, 1.0, 0.5)}[splitting]
         blocks = [Block([field], size / n) for _ in range(n) for field, size in zip(parts, sizes, strict=True)]
         return Flow.of(blocks, solver="rk4")(x)
 
@@ -244,7 +244,7 @@ class Sum(nn.Module):
         (lambda: models.vit(size=30, patch=4), ValueError, "patch must divide size, got 4 and 30"),
         (lambda: models.vit(heads=5), ValueError, "heads must divide features, got 5 and 192"),
         (lambda: models.vit(shared=True), ValueError, "shared is for one field in all blocks"),
-        (lambda: models.vit(splitting="yoshida"), ValueError, "splitting must be one of lie-trotter, strang, got"),
+        (lambda: models.vit(splitting="yoshida"), ValueError, "splitting must be one of lie_trotter, strang, got"),
         (lambda: models.vit(splitting="strang", h=[1.0]), TypeError, r"h must be a number, got \[1\.0\]"),
         (lambda: models.vit(num_heads=3), TypeError, "takes no 'num_heads': that is heads"),
         (lambda: SMALL["vit"]()(torch.rand(2, 3, 28, 28)), ValueError, r"x must have shape \(B, 3, 32, 32\), got"),

@@ -13,7 +13,6 @@ from torch import nn
 import odenets
 from odenets.schemes import ImplicitExplicit
 from odenets.schemes.implicit_explicit import symbol
-from odenets.schemes.names import scheme_of
 
 LAPLACIAN = [[0, -1, 0], [-1, 4, -1], [0, -1, 0]]
 
@@ -235,7 +234,7 @@ def test_narrow_dtypes_are_transformed_in_float32():
 def test_a_name_takes_its_channels_from_the_first_state():
     flow = odenets.Flow(lambda: odenets.ConvField(4), solver="imex", depth=2)
     optimizer = torch.optim.SGD(flow.parameters(), lr=0.1)
-    known = odenets.Flow(lambda: odenets.ConvField(4), solver=scheme_of("imex", 4), depth=2)
+    known = odenets.Flow(lambda: odenets.ConvField(4), solver=ImplicitExplicit().of_channels(4), depth=2)
     flow.load_state_dict(known.state_dict())  # which makes them as well
     x = torch.randn(2, 4, 6, 6)
     torch.testing.assert_close(flow(x), known(x))
