@@ -224,7 +224,7 @@ def _solved(v: Tensor, damping: Tensor, dims: int) -> Tensor:
     if not dims:
         return (v * damping).to(v.dtype)
     compiling = torch.compiler.is_compiling()
-    transformed = is_transformed(v)  # by torch.func, under which no layout is asked for
+    transformed = not compiling and is_transformed(v)  # by torch.func, under which no layout is asked for
     graph = compiling or transformed or (torch.is_grad_enabled() and (v.requires_grad or damping.requires_grad))
     last = not transformed and v.ndim == 4 and not v.is_contiguous()
     last = last and v.is_contiguous(memory_format=torch.channels_last)

@@ -70,6 +70,8 @@ def method_of(solver: Any) -> ButcherTableau:
     if isinstance(solver, type) and issubclass(solver, Scheme):
         raise TypeError(f"solver must be a scheme, got the class {solver.__name__}: solver={solver.__name__}()")
     if not isinstance(solver, str):
+        if not isinstance(solver, ButcherTableau) and not hasattr(solver, "coefficients"):
+            raise TypeError(f"solver must be the name of a scheme or a method, or one itself, got {solver!r:.80}")
         return get_tableau(solver)
     if solver in SCHEMES:
         return SCHEMES[solver]

@@ -209,7 +209,7 @@ MLP = MLPField(2)
         ),
         (
             lambda: lesion_study(Network(nn.Identity(), ReversibleFlow(MLP), nn.Identity()), batches_of(2)),
-            ValueError, "must not have a ReversibleFlow",
+            ValueError, "must not hold a ReversibleFlow",
         ),
         (
             lambda: lesion_study(
