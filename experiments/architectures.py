@@ -156,7 +156,7 @@ EXPERIMENT = Experiment.of(
         config,
         seeds=(0,),
         epochs=1,
-        size_epochs=1,
+        short_epochs=1,
         train_size=200,
         test_size=100,
         rates=(0.1,),

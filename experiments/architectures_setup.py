@@ -21,10 +21,11 @@ from lab.training import TrainingConfig, fit_network, parts_of
 from odenets import Network, measures, models
 from odenets.analysis import measure_memory
 from odenets.errors import DivergedError
-from odenets.fields import ConvField, FixupField, ScaledField
+from odenets.fields import ConvField, FixupField, ScaledField, VelocityField
 from odenets.fixup import fixup
-from odenets.schemes import Fractal, Reversible
+from odenets.schemes import Equilibrium, Fractal, ReversibleScheme
 from odenets.training.data import TensorData
+from solvers import RootFinder
 
 __all__ = ["ARCHITECTURES", "BUDGETS", "SIZES", "Config", "Job", "build", "epochs_of", "measure", "train"]
 
@@ -59,6 +60,9 @@ def fixup_field(channels: int) -> FixupField:
     return FixupField(*(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)))
 
 
+EQUILIBRIUM = Equilibrium(roots=RootFinder("anderson"), tolerance=1e-3)
+"""The step of the implicit Euler method, found as nearly as a training needs it."""
+
 ARCHITECTURES: dict[str, Architecture] = {
     "ResNet (Euler)": Architecture("euler"),
     "small h (0.1)": Architecture("euler", settings={"h": 0.1}),
@@ -78,6 +82,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "FractalNet": Architecture(Fractal(columns=2)),
     "transformer (Lie-Trotter)": Architecture("lie_trotter"),
     "transformer (Strang)": Architecture("strang"),
+    "implicit Euler": Architecture(EQUILIBRIUM),
+    "deep equilibrium": Architecture(EQUILIBRIUM, settings={"blocks": 1}),
     "IMEX-Net": Architecture("imex"),
     "RevNet": Architecture("revnet"),
     "Hamiltonian": Architecture("hamiltonian"),
@@ -90,7 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By the names of the table."""
 
-SIZES = (0.25, 1.0, 4.0, 16.0, 64.0)
+SIZES = (0.25, 1.0, 4.0, 16.0)
 """Factors of the step size at which it is tried whether a training survives."""
 
 
@@ -108,7 +114,7 @@ class Config(TrainingConfig):
         flows: of a network; each has twice the channels of the one before.
         stride: of the convolution before the first.
         rates: learning rates to choose from, on validation images of a seed of their own.
-        size_epochs: epochs of the trainings that ask for the largest step size.
+        short_epochs: epochs of the trainings that ask for a learning rate and for the largest step size.
         noise: deviation of the noise on test images, whose pixels lie in [0, 1].
         attack: size of a step against the label, by the sign of the gradient.
     """
@@ -116,25 +122,25 @@ class Config(TrainingConfig):
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     budgets: tuple[str, ...] = BUDGETS
-    parameters: int = 20_000
+    parameters: int = 8_000
     blocks: int = 3
-    evaluations: int = 12
+    evaluations: int = 8
     channels: int = 8
     flows: int = 1
     stride: int = 1
-    rates: tuple[float, ...] = (0.02, 0.1, 0.5)
-    size_epochs: int = 2
+    rates: tuple[float, ...] = (0.05, 0.25)
+    short_epochs: int = 2
     noise: float = 0.2
     attack: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    epochs: int = 6
+    epochs: int = 5
     output: Path = Path("runs/architectures")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_among(self, "architectures", ARCHITECTURES)
         check_among(self, "budgets", BUDGETS)
-        check_at_least(self, 1, "blocks", "flows", "stride", "epochs", "size_epochs", "evaluations", "parameters")
+        check_at_least(self, 1, "blocks", "flows", "stride", "epochs", "short_epochs", "evaluations", "parameters")
         if not self.rates:
             raise ValueError("rates must hold at least one learning rate")
 
@@ -204,9 +210,9 @@ def sizes_of(config: Config, architecture: str, budget: str) -> tuple[int, int]:
 def _network(
     config: Config, name: str, channels: int, blocks: int, in_channels: int, classes: int, **more: Any
 ) -> Network:
-    architecture, settings = ARCHITECTURES[name], dict(ARCHITECTURES[name].settings) | more
+    architecture, settings = ARCHITECTURES[name], {"blocks": blocks, **ARCHITECTURES[name].settings} | more
     return models.network(
-        architecture.scheme, architecture.fields, in_channels, classes, blocks=blocks, stride=config.stride,
+        architecture.scheme, architecture.fields, in_channels, classes, stride=config.stride,
         channels=[channels * 2**i for i in range(config.flows)], **settings,
     )  # fmt: skip
 
@@ -232,7 +238,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
 
 def epochs_of(config: Config, job: Job) -> int:
     """Epochs that a job trains."""
-    return config.size_epochs if job.budget == "step size" else config.epochs
+    return config.short_epochs if job.tuning or job.budget == "step size" else config.epochs
 
 
 def measure(config: Config, network: Network, test: TensorData) -> Row:
@@ -247,7 +253,7 @@ def measure(config: Config, network: Network, test: TensorData) -> Row:
     return {
         "parameters": sum(p.numel() for p in network.parameters()),
         "depth": network.depth,
-        "evaluations": network.evaluations,
+        "evaluations": calls_of(network, x),
         "channels": next(iter(network.steps(x))).x0.shape[1],
         "memory": memory / len(x),
         "inverse": inverse_error(network, x),
@@ -260,10 +266,25 @@ def measure(config: Config, network: Network, test: TensorData) -> Row:
 
 
 @torch.no_grad()
+def calls_of(network: Network, x: Tensor) -> int:
+    """Field calls of a pass, those of the iterations of implicit steps among them."""
+    calls: list[nn.Module] = []
+    fields = {field for flow in network.flows for block in flow.blocks for field in block.fields}
+    handles = [
+        field.register_forward_hook(lambda field, *_: calls.append(field))
+        for field in fields if isinstance(field, VelocityField)
+    ]  # fmt: skip
+    network(x)
+    for handle in handles:
+        handle.remove()
+    return len(calls)
+
+
+@torch.no_grad()
 def inverse_error(network: Network, x: Tensor) -> float | None:
     """Largest error of the first states, over their size, computed back from the last ones; None where none are."""
     flow, state = network.flows[0], network.encode(x)
-    if not isinstance(flow.tableau, Reversible):
+    if not isinstance(flow.tableau, ReversibleScheme):
         return None
     *_, last = flow.steps(state)
     memory = {"memory": last.residue} if flow.tableau.memory else {}

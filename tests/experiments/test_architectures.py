@@ -45,7 +45,7 @@ def test_measuring_leaves_a_network_as_it_was():
     before = {name: value.clone() for name, value in network.state_dict().items()}
     found = measure(config, network, data.test)
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.items())
-    assert found["evaluations"] == network.evaluations
+    assert found["evaluations"] == network.evaluations  # of an explicit method
     assert len(found["norms"]) == network.depth
     assert found["memory"] > 0
 
