@@ -225,6 +225,8 @@ def _solved(v: Tensor, damping: Tensor, dims: int) -> Tensor:
     last = v.ndim == 4 and not v.is_contiguous() and v.is_contiguous(memory_format=torch.channels_last)
     if graph:
         r = _transformed(_wide(v), damping, dims, True)
+        if r.requires_grad and not (torch.compiler.is_compiling() or is_transformed(r)):
+            r.register_hook(Tensor.contiguous)  # of the gradient of a sum, which torch 2.8 does not transform
     else:
         damping = torch.stack((damping, damping), -1)  # of the real and the imaginary part
         some = max(1, _CACHED * len(v) // max(v.numel(), 1)) if v.device.type == "cpu" else max(len(v), 1)
