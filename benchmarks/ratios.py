@@ -52,7 +52,7 @@ class Options:
 
 def cases() -> dict[str, Case]:
     """By name: a piece of work and its floor."""
-    return solves() | networks() | undone() | adapted() | reductions()
+    return solves() | networks() | undone() | schemes() | adapted() | reductions()
 
 
 def solves() -> dict[str, Case]:
@@ -119,6 +119,27 @@ def undone() -> dict[str, Case]:
         flow = Flow(field, solver=scheme, depth=100)
         keeping: Any = Flow.of([*flow.blocks], solver=replace(scheme, reversible=False))  # type: ignore[list-item]
         result[f"{scheme.name}, undone"] = passes(partial(flow, x), True), passes(partial(keeping, x), True)
+    return result
+
+
+def schemes() -> dict[str, Case]:
+    """The solve of an IMEX step, over a dense convolution of the same images."""
+    from odenets.schemes import ImplicitExplicit
+
+    scheme, result = ImplicitExplicit(channels=64), {}
+    operator, dense = scheme.learned(0, 1), torch.nn.Conv2d(64, 64, 3, padding=1)
+    for batch in (16, 32):
+        v = torch.randn(batch, 64, 32, 32)
+
+        def work(v: Tensor = v) -> None:
+            with torch.no_grad():
+                scheme.residue([lambda t, x: x], operator, 0.0, v, 0.1)
+
+        def floor(v: Tensor = v) -> None:
+            with torch.no_grad():
+                dense(v)
+
+        result[f"IMEX solve, {batch} images, over a convolution"] = work, floor
     return result
 
 

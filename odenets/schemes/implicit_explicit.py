@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parameter import UninitializedParameter
 
 from odenets.errors import check_count
@@ -78,7 +79,8 @@ class PositiveConvolution(Learned):
 
     def forward(self, sizes: Sequence[int]) -> Tensor:
         """The symbol of A for states of these sizes, ``(C, *sizes)``, of the last one half and one: ``|B^|^2``."""
-        return torch.view_as_real(symbol(_wide(self.kernel), sizes, centered=False)).square().sum(-1)
+        values = symbol(_wide(self.kernel), sizes, centered=False)
+        return values.real.square() + values.imag.square()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.lazy and (value := state_dict.get(f"{prefix}kernel")) is not None:
@@ -224,14 +226,19 @@ def _solved(v: Tensor, damping: Tensor, dims: int) -> Tensor:
     if not dims:
         return (v * damping).to(v.dtype)
     compiling = torch.compiler.is_compiling()
-    transformed = not compiling and is_transformed(v)  # by torch.func, under which no layout is asked for
-    graph = compiling or transformed or (torch.is_grad_enabled() and (v.requires_grad or damping.requires_grad))
-    last = not transformed and v.ndim == 4 and not v.is_contiguous()
+    transformed = not compiling and (is_transformed(v) or is_transformed(damping))
+    graph = compiling or transformed or forward_ad._current_level >= 0
+    graph |= torch.is_grad_enabled() and (v.requires_grad or damping.requires_grad)
+    last = not transformed and v.ndim == 4 and not v.is_contiguous()  # vmap tells of no memory format
     last = last and v.is_contiguous(memory_format=torch.channels_last)
-    if graph or v.device.type != "cpu" or v.numel() <= _CACHED:
-        r = _transformed(_wide(v), damping, dims, graph)
+    if graph:
+        r = _transformed(_wide(v), damping, dims, True)
+        if r.requires_grad and not (compiling or transformed):
+            r.register_hook(Tensor.contiguous)  # of the gradient of a sum, which torch 2.8 does not transform
     else:
-        some, r = max(1, _CACHED * len(v) // v.numel()), torch.empty(v.shape, dtype=damping.dtype)
+        damping = torch.stack((damping, damping), -1)  # of the real and the imaginary part
+        some = max(1, _CACHED * len(v) // max(v.numel(), 1)) if v.device.type == "cpu" else max(len(v), 1)
+        r = torch.empty(v.shape, dtype=damping.dtype, device=v.device)
         for i in range(0, len(v), some):
             _transformed(_wide(v[i : i + some]), damping, dims, False, out=r[i : i + some])
     return r.to(v.dtype, memory_format=torch.channels_last if last else torch.preserve_format)
@@ -239,13 +246,13 @@ def _solved(v: Tensor, damping: Tensor, dims: int) -> Tensor:
 
 def _transformed(v: Tensor, damping: Tensor, dims: int, graph: bool, out: Tensor | None = None) -> Tensor:
     spectrum = torch.fft.rfftn(v, dim=tuple(range(-dims, 0)))
-    spectrum = spectrum * damping if graph else spectrum.mul_(damping)
+    if graph:
+        spectrum = spectrum * damping
+    else:
+        torch.view_as_real(spectrum).mul_(damping)
     if dims > 1:  # one after another, which takes two thirds of the time of irfftn on CPUs
         spectrum = torch.fft.ifftn(spectrum, dim=tuple(range(-dims, -1)))
-    r = torch.fft.irfft(spectrum, n=v.shape[-1], out=out)
-    if r.requires_grad and not torch.compiler.is_compiling():
-        r.register_hook(Tensor.contiguous)  # which torch 2.8's transforms on CPUs ask of the gradient of a sum
-    return r
+    return torch.fft.irfft(spectrum, n=v.shape[-1], out=out)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -20,9 +20,11 @@ __all__ = ["Iteration", "Measure", "Root", "refuse_forward_mode"]
 
 _SHARE = 0.05
 """How far the linear systems of "newton_krylov" are solved."""
-_LEAST = {"newton_krylov": _SHARE, "anderson": 0.5}
+_LEAST = {"newton_krylov": _SHARE, "damped_krylov": _SHARE, "anderson": 0.5}
 """Rates of convergence below which one that is seen is not believed."""
-_WANDERING = ("full", "anderson")
+_DAMPED = ("full", "damped_krylov")
+"""Newton's iterations whose corrections are halved until the residual falls."""
+_WANDERING = (*_DAMPED, "anderson")
 """Iterations that may go astray before they converge."""
 _FACTOR = 5
 """How many more iterations others than the simplified Newton's may take."""
@@ -211,21 +213,24 @@ class Iteration:
         kind = _Samples if self.each else _Batch
         progress, anderson = kind(self._eta if method == "newton" else 1.0, measure, method), Anderson()
         with torch.no_grad(), np.errstate(all="ignore"):
+            first = value
             for k in range(most):
                 y = start + scale * p if isinstance(scale, Tensor) else torch.add(start, p, alpha=scale)
-                if k and method != "full":
+                if k and method not in _DAMPED:
                     value = self._value(v, i, t, y)
                 r = value - p
-                if method == "newton_krylov":
+                if method in ("newton_krylov", "damped_krylov"):
                     change = self._corrected(v, i, t, y, value, r, scale)
                 elif method == "anderson":
                     change = anderson.correction(p, r)
                 else:
                     change = solve(r, y)
-                if method == "full":
+                if method in _DAMPED:
                     change, value = self._damped(v, i, t, start, scale, p, r, change)
                 p = p + change
                 if progress.found(change, y, scale * p if measure.relative else None):
+                    if method == "damped_krylov" and not bool(_is_root(p, value, first, start / scale).all()):
+                        break
                     self.slowest, self._eta = max(self.slowest, progress.slowest), progress.memory
                     return Root(p, None, differentiable)
                 if progress.hopeless(most - 1 - k):
@@ -285,6 +290,16 @@ def refuse_forward_mode(x: Tensor) -> None:
         raise RuntimeError(
             "implicit stages have no forward-mode derivative: take torch.autograd.grad, or an explicit method"
         )
+
+
+def _is_root(p: Tensor, value: Tensor, first: Tensor, start: Tensor) -> Tensor:
+    """Where p, at which the velocity is ``value``, is one by its residual, and not so far that this is rounding alone.
+
+    ``first`` is the velocity at the guess, and ``start`` the state there, both in the unit of p.
+    """
+    small, size, residual = torch.finfo(p.dtype).eps ** 0.5, _norms(p), _norms(value - p)
+    near = residual <= torch.maximum(1e-3 * _norms(first), small * (size + _norms(start)))
+    return near & (small * size <= _norms(first) + _norms(start))
 
 
 def _norms(x: Tensor) -> Tensor:

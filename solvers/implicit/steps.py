@@ -87,7 +87,8 @@ class ImplicitSteps:
             step = self._attempt(field, t, x, h, first, method)
         if step.unsolved is not None and self.rtol is None:  # no smaller step will be tried
             first = step.stages[0] if not len(self.tableau.a[0]) else first
-            step = self._attempt(field, t, x, h, first, "full" if method == "newton" else method, afresh=True)
+            method = {"newton": "full", "newton_krylov": "damped_krylov"}.get(method, method)
+            step = self._attempt(field, t, x, h, first, method, afresh=True)
         return step
 
     def _method(self, x: Tensor) -> str:

@@ -211,7 +211,7 @@ def test_batch_norm_is_refused_in_training_and_graphs_are():
     with pytest.raises(ValueError, match=r"in training mode, and equilibrium calls its field until"):
         flow(x)
     flow.eval()(x)
-    with pytest.raises(Exception, match="equilibrium iterates until its stages are found"):
+    with pytest.raises(Exception, match=r"equilibrium iterates until its stages are found|Observed exception"):
         torch.compile(flow, backend="eager", fullgraph=True)(x)
     torch._dynamo.reset()
 
