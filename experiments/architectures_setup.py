@@ -23,7 +23,8 @@ from odenets.analysis import measure_memory
 from odenets.errors import DivergedError
 from odenets.fields import ConvField, FixupField, ScaledField, VelocityField
 from odenets.fixup import fixup
-from odenets.schemes import Equilibrium, Fractal, ReversibleScheme
+from odenets.schemes import CoupledHalves, Equilibrium, Fractal, Noisy, ReversibleScheme, mean_over_paths
+from odenets.schemes.names import method_of
 from odenets.training.data import TensorData
 from solvers import RootFinder
 
@@ -100,6 +101,10 @@ SIZES = (0.25, 1.0, 4.0, 16.0)
 """Factors of the step size at which it is tried whether a training survives."""
 
 
+PATHS = 10
+"""Of a noisy network, whose mean output is what predicts."""
+
+
 @dataclass(frozen=True)
 class Config(TrainingConfig):
     """What is trained and measured.
@@ -110,7 +115,7 @@ class Config(TrainingConfig):
         parameters: of a network, at most, on the budget of parameters.
         blocks: of each of its flows there.
         evaluations: of a network, at most, on the budget of evaluations.
-        channels: of the first state there.
+        channels: of the fields of its first flow there.
         flows: of a network; each has twice the channels of the one before.
         stride: of the convolution before the first.
         rates: learning rates to choose from, on validation images of a seed of their own.
@@ -198,12 +203,11 @@ def sizes_of(config: Config, architecture: str, budget: str) -> tuple[int, int]:
             network = _network(config, architecture, channels, blocks, 1 + 2 * (config.dataset == "cifar10"), 10)
         return network.evaluations if budget == "evaluations" else sum(p.numel() for p in network.parameters())
 
+    halves = isinstance(method_of(ARCHITECTURES[architecture].scheme), CoupledHalves)  # whose fields see one of them
     if budget == "evaluations":
-        depths = range(1, config.evaluations + 1)
-        return config.channels, depths[
-            bisect_right(depths, config.evaluations, 1, key=lambda n: cost(config.channels, n)) - 1
-        ]
-    widths = range(4, 40 * config.channels, 2)  # of two halves
+        channels, depths = config.channels * (1 + halves), range(1, config.evaluations + 1)
+        return channels, depths[bisect_right(depths, config.evaluations, 1, key=lambda n: cost(channels, n)) - 1]
+    widths = range(4, 40 * config.channels, 1 + halves)
     return widths[bisect_right(widths, config.parameters, 1, key=lambda c: cost(c, config.blocks)) - 1], config.blocks
 
 
@@ -293,11 +297,11 @@ def inverse_error(network: Network, x: Tensor) -> float | None:
 
 def accuracy(network: Network, part: TensorData, change: Any = None) -> float:
     """The share of images, perhaps changed, that a network is right on."""
-    right = 0
+    right, paths = 0, PATHS if isinstance(network.flows[0].tableau, Noisy) else 1
     for x, y in zip(part.x.split(500), part.y.split(500), strict=True):
         x = x if change is None else change(x, y)
         with torch.no_grad():
-            right += int((network(x).argmax(1) == y).sum())
+            right += int((mean_over_paths(network, x, paths=paths).argmax(1) == y).sum())
     return right / len(part)
 
 

@@ -84,4 +84,4 @@ def test_rates_are_those_best_on_validation_images():
         of(name, seed=10_000, tuning=True, rate=rate, validation=value)
         for name, rate, value in [(FEW[0], 0.1, 0.9), (FEW[0], 0.2, 0.8), (FEW[1], 0.1, 0.1), (FEW[1], 0.2, 0.3)]
     ]
-    assert choose(config, tuned) == {FEW[0]: 0.1, FEW[1]: 0.2}
+    assert choose(config, tuned) == {("parameters", FEW[0]): 0.1, ("parameters", FEW[1]): 0.2}
