@@ -42,8 +42,9 @@ class Flow(BlockSequence):
         field: a velocity field ``v(t, x)``, copied and drawn anew for every further use, or a callable that makes one
             each time; what it returns twice is shared. Where a :class:`~odenets.normalization.StageBatchNorm` in it
             lacks statistics of all stages, the flow takes a copy that shares its parameters and has them.
-        solver: name of a method, a tableau, or a :class:`~solvers.LearnedTableau`, which all blocks share and which
-            trains with them; ``"euler"`` with h = 1 is a residual network.
+        solver: name of a method, a tableau, a scheme of :mod:`odenets.schemes` or its name, or a
+            :class:`~solvers.LearnedTableau`, which all blocks share and which trains with them; ``"euler"`` with h = 1
+            is a residual network.
         depth: number of blocks.
         h: step size of every block, or one per block; ``total_time / depth`` if not given.
         total_time: the sum of all h; 1 if neither is given.

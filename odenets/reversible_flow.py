@@ -28,6 +28,8 @@ class ReversibleFlow(Flow):
     block. The backward pass computes the states from the last ones; what does not lead back to x raises.
     Reference: McCallum, Foster, arXiv:2410.11648, see :class:`solvers.Reversible`.
 
+    Schemes whose steps can be undone as they are, as RevNet's, are solvers of a flow: :mod:`odenets.schemes`.
+
     It is another discretization than a flow with the same weights, of the same order: at ten Euler blocks gradients
     differ by 0.1 % as they are drawn, and by some 3 % with larger weights. The difference of y and z grows by
     ``c exp(h r)`` a block where blocks contract at a rate r. Nothing is wrong then with the network and its gradient,

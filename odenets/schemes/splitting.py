@@ -22,7 +22,8 @@ class Splitting(Scheme):
     * order 2, Strang: ``F`` over h / 2, ``G`` over h, ``F`` over h / 2 with the same weights. The splitting is of
       order 2, its Euler steps are not.
 
-    The fields come in turns, as from ``itertools.cycle``: F and G of the first block, then of the second.
+    The fields come in turns, F and G of the first block, then of the second: with ``turns = itertools.cycle([F, G])``
+    of functions that make them, ``Flow(lambda: next(turns)(), solver="lie_trotter")``.
     Reference: McLachlan, Quispel. Splitting methods. Acta Numerica 2002.
 
     Args:
