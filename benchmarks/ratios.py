@@ -123,8 +123,10 @@ def undone() -> dict[str, Case]:
 
 
 def schemes() -> dict[str, Case]:
-    """The solve of an IMEX step, over a dense convolution of the same images."""
+    """The solve of an IMEX step, over a dense convolution of the same images; a record of the action, over a pass."""
+    from odenets import ConvField, Flow, measures
     from odenets.schemes import ImplicitExplicit
+    from odenets.schemes.names import SCHEMES
 
     scheme, result = ImplicitExplicit(channels=64), {}
     operator, dense = scheme.learned(0, 1), torch.nn.Conv2d(64, 64, 3, padding=1)
@@ -140,7 +142,21 @@ def schemes() -> dict[str, Case]:
                 dense(v)
 
         result[f"IMEX solve, {batch} images, over a convolution"] = work, floor
+    x = torch.randn(32, 16, 16, 16)
+    for name, one in SCHEMES.items():
+        channels = one.fields_see(x).shape[1]
+        flow = Flow(lambda channels=channels: ConvField(channels), solver=name, depth=4, h=0.1).eval()
+        record = partial(flow.record, x, action=measures.action)
+        result[f"{name}, record(action)"] = _without_gradients(record), _without_gradients(partial(flow, x))
     return result
+
+
+def _without_gradients(work: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            work()
+
+    return run
 
 
 def adapted() -> dict[str, Case]:

@@ -26,7 +26,6 @@ from odenets.fixup import fixup
 from odenets.schemes import CoupledHalves, Equilibrium, Fractal, Noisy, ReversibleScheme, mean_over_paths
 from odenets.schemes.names import method_of
 from odenets.training.data import TensorData
-from solvers import RootFinder
 
 __all__ = ["ARCHITECTURES", "BUDGETS", "SIZES", "Config", "Job", "build", "epochs_of", "measure", "train"]
 
@@ -61,7 +60,7 @@ def fixup_field(channels: int) -> FixupField:
     return FixupField(*(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)))
 
 
-EQUILIBRIUM = Equilibrium(roots=RootFinder("anderson"), tolerance=1e-3)
+EQUILIBRIUM = Equilibrium(tolerance=1e-3)
 """The step of the implicit Euler method, found as nearly as a training needs it."""
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -229,8 +228,9 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     batches = images.batches(parts.train, config.batch_size, job.seed)
     try:
         fit_network(config, network, batches, run, report, rate=job.rate, loss_limit=1e3)
-    except (DivergedError, RuntimeError) as error:  # of which the latter may tell that blocks are not undone exactly
-        if not isinstance(error, DivergedError) and "gradient would be wrong" not in str(error):
+    except (DivergedError, RuntimeError) as error:  # of which the latter may tell what a scheme cannot compute
+        told = ("gradient would be wrong", "no equilibrium is found")
+        if not isinstance(error, DivergedError) and not any(text in str(error) for text in told):
             raise
         report(config.epochs)
         return {"diverged": True, "validation": 0.0}
