@@ -13,6 +13,7 @@ import solvers
 from odenets import measures
 from odenets.analysis import iterative_refinement
 from odenets.depth import DepthRule, adapt_depth
+from odenets.detection import Pipeline, QuantileTest, Trajectory
 from odenets.least_action import LeastAction
 from odenets.module_wise import split_into_modules
 from odenets.recording import Recording
@@ -282,3 +283,11 @@ def test_it_trains_in_data_parallel_as_alone(process_group, name):
             optimizer.step()
     for own, other in zip(network.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+def test_its_trajectories_are_features_of_a_detector(name):
+    flow, head = flow_of(name, total_time=0.3), nn.Sequential(nn.Flatten(), nn.Linear(144, 5))
+    network = odenets.Network(nn.Conv2d(3, 4, 1), flow, head).eval()
+    images = torch.rand(40, 3, 6, 6)
+    pipeline = Pipeline(network, Trajectory("action"), QuantileTest(0.1)).fit(images)
+    assert pipeline.predict(images).mean() < 0.3
