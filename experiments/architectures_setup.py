@@ -60,7 +60,7 @@ def fixup_field(channels: int) -> FixupField:
     return FixupField(*(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)))
 
 
-EQUILIBRIUM = Equilibrium(tolerance=1e-3)
+EQUILIBRIUM = Equilibrium(tolerance=1e-2)
 """The step of the implicit Euler method, found as nearly as a training needs it."""
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -96,7 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By the names of the table."""
 
-SIZES = (0.25, 1.0, 4.0, 16.0)
+SIZES = (1.0, 4.0, 16.0)
 """Factors of the step size at which it is tried whether a training survives."""
 
 
@@ -128,7 +128,7 @@ class Config(TrainingConfig):
     budgets: tuple[str, ...] = BUDGETS
     parameters: int = 8_000
     blocks: int = 3
-    evaluations: int = 8
+    evaluations: int = 6
     channels: int = 8
     flows: int = 1
     stride: int = 1
@@ -137,7 +137,7 @@ class Config(TrainingConfig):
     noise: float = 0.2
     attack: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    epochs: int = 5
+    epochs: int = 4
     output: Path = Path("runs/architectures")
 
     def __post_init__(self) -> None:

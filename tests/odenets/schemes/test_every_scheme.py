@@ -31,6 +31,8 @@ def name(request):
 
 
 def flow_of(name, norm="group", **settings):
+    if SCHEMES[name].implicit or getattr(SCHEMES[name], "iterates", False):  # in few iterations
+        settings = {"total_time": 0.1} | settings
     flow = odenets.Flow(lambda: odenets.ConvField(fields_channels(name), norm=norm), solver=name, depth=3, **settings)
     return flow.eval()
 
