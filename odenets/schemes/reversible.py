@@ -30,6 +30,10 @@ class ReversibleScheme(Scheme):
 
     Raises:
         TypeError: reversible that is neither True nor False.
+
+    >>> import odenets
+    >>> isinstance(odenets.schemes.RevNet(), ReversibleScheme), odenets.schemes.RevNet(reversible=False).reversible
+    (True, False)
     """
 
     reversible: bool = field(default=True, kw_only=True, repr=False)
@@ -77,6 +81,10 @@ class CoupledHalves(ReversibleScheme):
     """Shears of the two halves of the state's dimension 1, one by a field of the other.
 
     A block has two fields of half the channels, which come in turns. A subclass defines :meth:`couplings`.
+
+    >>> import odenets
+    >>> odenets.schemes.RevNet().couplings()
+    ((0, 1.0, 0.0, 0), (1, 1.0, 0.0, 1))
     """
 
     def couplings(self) -> tuple[tuple[int, float, float, int], ...]:
@@ -135,6 +143,10 @@ class VelocityState(ReversibleScheme):
     """A velocity r beside the state, ``r_m = scale r_{m-1} + weight v(t, x_m)`` and ``x_{m+1} = x_m + h r_m``.
 
     It is the residue, and the memory of a step. At the start it is 0. A subclass defines :meth:`rates`.
+
+    >>> import odenets
+    >>> odenets.schemes.Momentum(0.5).rates(1.0, 1.0)
+    (0.5, 0.5)
     """
 
     memory: ClassVar[bool] = True

@@ -246,6 +246,9 @@ class Scheme(ButcherTableau):
 
         Returns:
             The stages, each ``(B, *S)``, and the tableau.
+
+        Raises:
+            ValueError: a residue that is not like x, or other calls of the fields than :attr:`uses` says.
         """
         calls = Calls()
         r = self.residue([partial(calls, v, stage=i) for i, v in enumerate(fields)], learned, t, x, h, memory)

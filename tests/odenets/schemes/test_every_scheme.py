@@ -118,7 +118,7 @@ def test_weights_travel(name, tmp_path):
     assert torch.equal(same(lambda: other(IMAGES)), same(lambda: flow(IMAGES)))
     for again in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         assert torch.equal(same(lambda: again(IMAGES)), same(lambda: flow(IMAGES)))  # noqa: B023 - called here
-    euler = odenets.Flow(lambda: odenets.ConvField(4), solver="euler", depth=3)
+    euler = odenets.Flow(lambda: odenets.ConvField(4), solver="euler", depth=3, total_time=flow.total_time)
     with pytest.raises(ValueError, match="must have the solver that it was saved with"):
         odenets.load_weights(euler, tmp_path / "weights.safetensors")
 
