@@ -99,7 +99,7 @@ class ImplicitExplicit(Scheme):
     That is ``x1 = x0 + h (I + h A)^-1 v(x0)``, whose residue is the velocity made smooth: consistent with ``x' = v`` to
     first order, stable where A outweighs half of a stiff v, and each pixel reads all others of its channel. A is a
     convolution of each channel by itself with edges that meet (periodic), which the Fourier transform makes diagonal,
-    ``r^ = v^ / (1 + h A^)``; it must not be negative. Each block learns its own, see :class:`PositiveConvolution`.
+    ``r^ = v^ / (1 + h A^)``; it must not be negative. Each block learns its own, see ``PositiveConvolution``.
     States are ``(B, C, *S)``; for vectors ``(B, D)`` A is diagonal. Transforms are in float32 or float64.
     Reference: Haber, Lensink, Treister, Ruthotto. IMEXnet: a forward stable deep neural network. ICML 2019,
     arXiv:1903.02639.

@@ -64,7 +64,7 @@ class LinearMultistep(Scheme):
 
     @property
     def settings(self) -> str:
-        """The name: k is in the state."""
+        """Its name, for k is in the state."""
         return self.name
 
     def learned(self, m: int, depth: int) -> nn.Module:

@@ -79,7 +79,7 @@ class Scheme(ButcherTableau):
 
     A subclass defines :meth:`residue`, and may say that a block has several fields, how often a step evaluates each
     (:attr:`uses`), what a block learns besides (:meth:`learned`), whether a step reads the one before it
-    (:attr:`memory`), calls its fields until an iteration ends (:attr:`iterates`, which batch norms in training mode do
+    (:attr:`memory`), calls its fields until an iteration ends (``iterates``, which batch norms in training mode do
     not bear), or has an end that h does not change (not :attr:`follows_time`, so that no other depth stands for it). To
     what measures steps, the residue is the one stage of the step: the action is ``h <r^2>``, and there is no embedded
     error. Its own attributes are the arguments of the class; it has the same value as another with the same ones.

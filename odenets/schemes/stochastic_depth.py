@@ -90,7 +90,7 @@ class StochasticDepth(Scheme):
 
     @property
     def settings(self) -> str:
-        """The name: probabilities are in the state."""
+        """Its name, for probabilities are in the state."""
         return self.name
 
     def residue(
