@@ -1,10 +1,11 @@
 """What do the architectures that come from numerical schemes do on one budget of parameters, and one of evaluations?
 
-A network of each scheme is as wide as a number of parameters lets it be, or as deep as a number of field evaluations.
-Its learning rate is chosen on validation images of a seed of its own. Told are, after the last epoch, accuracy on test
-images, as they are, with Gaussian noise, and after a step against the label by the sign of the gradient; what a
-training step keeps in memory; how far the first states are missed, where they can be computed back; the action; and the
-largest step size at which a training still learns.
+A network of each scheme is as wide as a number of parameters lets it be, or as deep as a number of field evaluations,
+but for implicit steps, which take as many as they need. All are trained by Adam, at one learning rate or at that of
+several which is best on validation images of a seed of its own. Told are, after the last epoch, accuracy on test images,
+as they are, with Gaussian noise, and after a step against the label by the sign of the gradient; what a training step
+keeps in memory; how far the first states are missed, where they can be computed back; the action; and the largest step
+size at which a training still learns.
 
     python experiments/architectures.py
     python experiments/architectures.py --dataset cifar10 --folder DIR --train-size 5000 --parameters 60000
@@ -16,7 +17,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 
-from architectures_setup import SIZES, Config, Job, epochs_of, train
+from architectures_setup import ARCHITECTURES, SIZES, Config, Job, epochs_of, train
 from matplotlib.figure import Figure
 
 from lab import plotting
@@ -29,30 +30,39 @@ PLAIN = "ResNet (Euler)"
 
 
 def jobs(config: Config) -> Jobs[Job]:
-    """Learning rates to choose from; then every network, seed by seed, and its step sizes."""
+    """Learning rates to choose from; then every network and its step sizes."""
+    networks = [
+        (budget, name) for name in config.architectures for budget in config.budgets
+        if budget != "evaluations" or not ARCHITECTURES[name].iterates
+    ]  # fmt: skip
+    networks.sort(key=lambda network: not ARCHITECTURES[network[1]].iterates)  # what takes longest begins first
     tuned: list[Row] = []
     if len(config.rates) > 1:
         tuned = yield [
             Job(name, budget, rate, 10_000, tuning=True)
-            for name in config.architectures for budget in config.budgets for rate in config.rates
+            for budget, name in networks for rate in rates_of(config, name)
         ]  # fmt: skip
     rates = choose(config, tuned)
-    results: list[Row] = []
-    for seed in config.seeds:
-        results += yield [
-            Job(name, budget, rates[budget, name], seed) for name in config.architectures for budget in config.budgets
-        ]
-    sizes = yield [
-        Job(name, "step size", rates[config.budgets[0], name], seed, size)
-        for name in config.architectures for size in SIZES for seed in config.seeds[:1]
+    sizes = [
+        Job(name, "step size", rates[budget, name], config.seeds[0], size)
+        for budget, name in networks if budget == config.budgets[0] for size in SIZES
     ]  # fmt: skip
-    return [*tuned, *results, *sizes]
+    results = yield [
+        *(Job(name, budget, rates[budget, name], seed) for seed in config.seeds for budget, name in networks),
+        *sizes,
+    ]
+    return [*tuned, *results]
+
+
+def rates_of(config: Config, architecture: str) -> list[float]:
+    """Learning rates to choose from."""
+    return [rate * ARCHITECTURES[architecture].rates for rate in config.rates]
 
 
 def choose(config: Config, tuned: list[Row]) -> dict[tuple[str, ...], float]:
     """The learning rate of each architecture on each budget that is best on validation images."""
     if len(config.rates) == 1:
-        return {(budget, name): config.rates[0] for budget in config.budgets for name in config.architectures}
+        return {(budget, name): rates_of(config, name)[0] for budget in config.budgets for name in config.architectures}
     best = best_settings(tuned, ("rate",), within=("budget", "architecture"), score=lambda row: [row["validation"]])
     return {place: settings["rate"] for place, settings in best.items()}
 
@@ -75,7 +85,9 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
     for budget in config.budgets:
         plain = _by_seed(reported.get((budget, PLAIN), []))
         for name in config.architectures:
-            its = _by_seed(reported[budget, name])
+            its = _by_seed(reported.get((budget, name), []))
+            if not its:  # an implicit step takes as many evaluations as it needs
+                continue
             lived = [row for row in its if not row["diverged"]]
             row: Row = {"budget": budget, "architecture": name, "rate": its[0]["rate"]}
             row["diverged"] = len(its) - len(lived)

@@ -18,7 +18,7 @@ from lab import images
 from lab.config import check_among, check_at_least
 from lab.experiment import Report, Row, Run
 from lab.training import TrainingConfig, fit_network, parts_of
-from odenets import Network, measures, models
+from odenets import Network, measures, models, recalibrate
 from odenets.analysis import measure_memory
 from odenets.errors import DivergedError
 from odenets.fields import ConvField, FixupField, ScaledField, VelocityField
@@ -42,12 +42,19 @@ class Architecture:
         fields: of them; those that the scheme is published with if not given.
         settings: other arguments of the network.
         draw: draws its weights anew, if not None.
+        rates: factor of its learning rates.
     """
 
     scheme: Any
     fields: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     draw: Callable[[Network], Network] | None = None
+    rates: float = 1.0
+
+    @property
+    def iterates(self) -> bool:
+        """Whether a step is found by iterations, as many as training makes them."""
+        return isinstance(self.scheme, Equilibrium)
 
 
 def skip_init(channels: int) -> ScaledField:
@@ -60,8 +67,8 @@ def fixup_field(channels: int) -> FixupField:
     return FixupField(*(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)))
 
 
-EQUILIBRIUM = Equilibrium(tolerance=1e-2)
-"""The step of the implicit Euler method, found as nearly as a training needs it."""
+IMPLICIT = partial(Architecture, Equilibrium(tolerance=1e-2), rates=1 / 3)
+"""Implicit Euler steps, found as nearly as a training needs them; fields that grow fast make them slow."""
 
 ARCHITECTURES: dict[str, Architecture] = {
     "ResNet (Euler)": Architecture("euler"),
@@ -82,8 +89,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "FractalNet": Architecture(Fractal(columns=2)),
     "transformer (Lie-Trotter)": Architecture("lie_trotter"),
     "transformer (Strang)": Architecture("strang"),
-    "implicit Euler": Architecture(EQUILIBRIUM),
-    "deep equilibrium": Architecture(EQUILIBRIUM, settings={"blocks": 1}),
+    "implicit Euler": IMPLICIT(settings={"h": 0.25}),
+    "deep equilibrium": IMPLICIT(settings={"h": 0.25, "blocks": 1}),
     "IMEX-Net": Architecture("imex"),
     "RevNet": Architecture("revnet"),
     "Hamiltonian": Architecture("hamiltonian"),
@@ -96,7 +103,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By the names of the table."""
 
-SIZES = (1.0, 4.0, 16.0)
+SIZES = (1.0, 8.0, 64.0)
 """Factors of the step size at which it is tried whether a training survives."""
 
 
@@ -117,8 +124,9 @@ class Config(TrainingConfig):
         channels: of the fields of its first flow there.
         flows: of a network; each has twice the channels of the one before.
         stride: of the convolution before the first.
-        rates: learning rates to choose from, on validation images of a seed of their own.
-        short_epochs: epochs of the trainings that ask for a learning rate and for the largest step size.
+        rates: learning rates of Adam; of several, that of each network on each budget is chosen on validation images,
+            by trainings of a seed of their own.
+        short_epochs: epochs of the trainings that ask for the largest step size.
         noise: deviation of the noise on test images, whose pixels lie in [0, 1].
         attack: size of a step against the label, by the sign of the gradient.
     """
@@ -126,18 +134,19 @@ class Config(TrainingConfig):
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     budgets: tuple[str, ...] = BUDGETS
-    parameters: int = 8_000
-    blocks: int = 3
-    evaluations: int = 6
+    parameters: int = 6_000
+    blocks: int = 2
+    evaluations: int = 4
     channels: int = 8
     flows: int = 1
     stride: int = 1
-    rates: tuple[float, ...] = (0.05, 0.25)
-    short_epochs: int = 2
+    rates: tuple[float, ...] = (0.03,)
+    short_epochs: int = 1
     noise: float = 0.2
     attack: float = 0.1
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    epochs: int = 4
+    epochs: int = 3
+    batch_size: int = 48
     output: Path = Path("runs/architectures")
 
     def __post_init__(self) -> None:
@@ -227,7 +236,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     config = replace(config, epochs=epochs_of(config, job))
     batches = images.batches(parts.train, config.batch_size, job.seed)
     try:
-        fit_network(config, network, batches, run, report, rate=job.rate, loss_limit=1e3)
+        fit_network(config, network, batches, run, report, rate=job.rate, optimizer=torch.optim.Adam, loss_limit=1e3)
+        recalibrate(network, parts.train.x.split(500))  # else norms that lag behind decide
     except (DivergedError, RuntimeError) as error:  # of which the latter may tell what a scheme cannot compute
         told = ("gradient would be wrong", "no equilibrium is found")
         if not isinstance(error, DivergedError) and not any(text in str(error) for text in told):
@@ -242,7 +252,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
 
 def epochs_of(config: Config, job: Job) -> int:
     """Epochs that a job trains."""
-    return config.short_epochs if job.tuning or job.budget == "step size" else config.epochs
+    return config.short_epochs if job.budget == "step size" else config.epochs
 
 
 def measure(config: Config, network: Network, test: TensorData) -> Row:

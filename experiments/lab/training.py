@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,20 +75,21 @@ def parts_of(config: TrainingConfig) -> Split:
 
 def fit_network(
     config: TrainingConfig, network: Network, batches: Batches, run: Run, report: Report,
-    *, callbacks: Sequence[Callback] = (), rate: float | None = None,
+    *, callbacks: Sequence[Callback] = (), rate: float | None = None, optimizer: Callable[..., Any] | None = None,
     lr_scheduler: MakeLRScheduler | None = None, **options: Any,
 ) -> Training:  # fmt: skip
     """Train a network; the options are those of :func:`odenets.training.loop.fit`.
 
-    The learning rate is that of the configuration unless a ``rate`` is given, and a cosine brings it to 0 unless there
-    is another scheduler.
+    The optimizer is SGD with momentum unless another class is given, its learning rate that of the configuration unless
+    a ``rate`` is, and a cosine brings it to 0 unless there is another scheduler.
     """
+    sgd = partial(torch.optim.SGD, momentum=0.9)
     cosine = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=config.epochs)
     return fit(
         network,
         batches,
         epochs=config.epochs,
-        optimizer=partial(torch.optim.SGD, lr=config.learning_rate if rate is None else rate, momentum=0.9),
+        optimizer=partial(optimizer or sgd, lr=config.learning_rate if rate is None else rate),
         callbacks=[*callbacks, Progress(report, run)],
         run=run,
         fabric=Fabric(accelerator=config.device, devices=1),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from solvers.field_calls import Field, velocity
 
@@ -180,35 +181,35 @@ def conjugate_residuals(
             lambda r: precondition(r.view(shape)).reshape(1, -1), tolerance=tolerance, iterations=iterations,
         )  # fmt: skip
         return d.view(shape), residual
-    d, start = torch.zeros_like(r), torch.linalg.vector_norm(rows(r), dim=1)
+    shape, r = r.shape, rows(r)
+    start = torch.linalg.vector_norm(r, dim=1)
     start = torch.where(start > 0, start, 1.0)
-    directions: list[tuple[Tensor, Tensor]] = []
+    images = r.new_empty(len(r), 0, r.shape[1])  # of the directions, orthonormal, and what made them so
+    directions: list[Tensor] = []
+    columns: list[Tensor] = []
+    shares: list[Tensor] = []
     residual = math.inf
-    for _ in range(iterations):
-        p = precondition(r)
-        q = product(p)
-        for before, image in _twice(directions):
-            share = _inner(image, q)
-            p, q = p - share * before, q - share * image
-        length = torch.linalg.vector_norm(rows(q), dim=1)
-        length = _shaped(torch.where(length > 0, length, 1.0), q)
-        p, q = p / length, q / length
-        share = _inner(q, r)
-        d, r = d + share * p, r - share * q
-        directions.append((p, q))
-        residual = (torch.linalg.vector_norm(rows(r), dim=1) / start).max().item()
+    for k in range(iterations):
+        directions.append(precondition(r.view(shape)))
+        q = rows(product(directions[-1]))[:, None]
+        column = q.new_zeros(len(q), 1, k)
+        for _ in range(2 if k else 0):  # twice is enough
+            share = q @ images[:, :k].mT
+            q, column = torch.baddbmm(q, share, images[:, :k], alpha=-1), column + share
+        length = torch.linalg.vector_norm(q, dim=2, keepdim=True)
+        length = torch.where(length > 0, length, 1.0)
+        q = q / length
+        if k == images.shape[1]:
+            images = torch.cat([images, images.new_empty(len(q), max(k, 8), q.shape[2])], 1)
+        images[:, k] = q[:, 0]
+        shares.append((q[:, 0] * r).sum(1))
+        columns.append(pad(torch.cat([column, length], 2), (0, iterations - k - 1)))
+        r = r - shares[-1][:, None] * q[:, 0]
+        residual = (torch.linalg.vector_norm(r, dim=1) / start).max().item()
         if not residual > tolerance:
             break
-    return d, residual
-
-
-def _twice(directions: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    return [*directions, *directions]
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return _shaped((rows(a) * rows(b)).sum(1), a)
-
-
-def _shaped(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.ndim - 1)) if x.ndim > 1 else values.view(())
+    n = len(directions)
+    triangle = torch.cat(columns, 1).mT[:, :n]
+    weights = torch.linalg.solve_triangular(triangle, torch.stack(shares, 1)[..., None], upper=True)
+    d = torch.stack([rows(p) for p in directions], 2) @ weights
+    return d.view(shape), residual
