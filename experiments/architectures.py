@@ -2,7 +2,7 @@
 
 A network of each scheme is as wide as a number of parameters lets it be, or as deep as a number of field evaluations,
 but for implicit steps, which take as many as they need. All are trained by Adam, at one learning rate or at that of
-several which is best on validation images of a seed of its own. Told are, after the last epoch, accuracy on test images,
+several which is best on validation images of a seed of its own. Told are, after the last epoch: accuracy on test images
 as they are, with Gaussian noise, and after a step against the label by the sign of the gradient; what a training step
 keeps in memory; how far the first states are missed, where they can be computed back; the action; and the largest step
 size at which a training still learns.
