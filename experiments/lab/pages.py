@@ -5,7 +5,7 @@
 ``experiments/pages`` holds a template for every page, in Markdown with expressions of Jinja that quote rows of results
 (:mod:`lab.evidence`), figures of [K24] (:mod:`lab.thesis`) and verdicts on both (:mod:`lab.comparisons`). Written are
 ``docs/experiments/*.md``, ``docs/reproduction.md``, ``docs/benchmarks.md``, ``experiments/README.md`` and, between
-comments, two tables of ``README.md``.
+comments, three tables of ``README.md``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,17 @@ __all__ = ["EXPERIMENTS", "main", "pages"]
 EXPERIMENTS = (
     "circles", "small_data", "action_and_accuracy", "no_batchnorm", "decode", "module_wise", "module_depth",
     "module_memory", "detection", "detection_mnist", "detection_cifar10", "detection_adaptive", "action_histogram",
-    "adaptive_depth", "sample_steps", "depth_search", "elastic_depth", "neural_ode", "evaluations", "bespoke_solver",
-    "compress",
+    "architectures", "adaptive_depth", "sample_steps", "depth_search", "elastic_depth", "neural_ode", "evaluations",
+    "bespoke_solver", "compress",
 )  # fmt: skip
 """Templates of experiments, in the order of the contents."""
 TEMPLATES = evidence.ROOT / "experiments/pages"
 NOTICE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
+SHORT = (
+    "ResNet (Euler)", "LM-ResNet", "PolyNet (mpoly-2)", "FractalNet", "rk4", "IMEX-Net", "deep equilibrium", "RevNet",
+    "Hamiltonian", "Momentum ResNet", "transformer (Lie-Trotter)",
+)  # fmt: skip
+"""Architectures of README's table, one of each family."""
 SPEED = {"bosh3": "bs23", "dopri5": "dopri5"}
 """Methods in README's table, by their names in the benchmarks (torchdiffeq calls bs23 bosh3)."""
 
@@ -53,7 +58,7 @@ def pages() -> dict[Path, str]:
             _environment().get_template(f"{name}.md").render(contents=rows)
         )
     readme = (evidence.ROOT / "README.md").read_text()
-    for name, table in {"speed": _speed(), "results": filled(headlines())}.items():
+    for name, table in {"speed": _speed(), "results": filled(headlines()), "architectures": _architectures()}.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n\n{table.strip()}\n\n{end}{rest.split(end)[1]}"
@@ -82,6 +87,17 @@ def _speed() -> str:
     solvers = {"integrate": "`integrate`", "odeint": "`odeint`", "torchdiffeq": "torchdiffeq"}
     samples = {"integrate per sample": "`integrate`, a step per sample", "torchode": "torchode"}
     columns |= {heading: f"{{{name}}}" for name, heading in (solvers | samples).items()}
+    return tables.table(chosen, columns)
+
+
+def _architectures() -> str:
+    """README's table of architectures with as many parameters."""
+    columns = {
+        "network": "{architecture}", "evaluations": "{evaluations}", "test accuracy (%)": "{accuracy:.1f}",
+        "with noise (%)": "{noise:.1f}",
+        "memory of a training step (KiB)": "{kib:.0f}", "can be undone to": "{inverse:.0e}",
+    }  # fmt: skip
+    chosen = [row for row in evidence.rows("architectures", budget="parameters") if row["architecture"] in SHORT]
     return tables.table(chosen, columns)
 
 

@@ -64,7 +64,7 @@ def test_intervals_are_those_of_the_values_of_their_seeds(name):
                 if sem := stats.sem(values):  # no scatter, no interval
                     low, high = stats.t.interval(0.95, len(values) - 1, interval["mean"], sem)
                     expected = (high - low) / 2
-                assert interval["half_width"] == pytest.approx(expected, abs=1e-9), key
+                assert interval["half_width"] == pytest.approx(expected, rel=1e-12, abs=1e-9), key
 
 
 @pytest.mark.parametrize("name", sorted(RESULTS.keys() - WITHOUT_VALUES))
