@@ -123,9 +123,13 @@ def check_parts(network, parts, head, example):
 
 
 CUTS = [*((name, "end") for name in (*EXPORTED, *TRACED)), *((name, "start") for name in ("gpt2", *TRACED))]
+LONG = {("gpt2", "end"), ("gpt2", "start"), ("bert", "end"), ("llama", "end"), ("vit", "end"), ("encoder", "end")}
+"""Of which GPT-2 with its fixture, the sums and what is traced show fast what these show."""
 
 
-@pytest.mark.parametrize(("name", "at"), CUTS)
+@pytest.mark.parametrize(
+    ("name", "at"), [pytest.param(*cut, marks=pytest.mark.slow) if cut in LONG else cut for cut in CUTS]
+)
 def test_parts_are_the_whole(name, at):
     """Outputs, records, gradients and buffers; to the last bit in eval mode."""
     make, example = (EXPORTED | TRACED)[name]
@@ -139,7 +143,7 @@ def test_parts_are_the_whole(name, at):
     assert ours <= theirs
 
 
-@pytest.mark.parametrize("name", ["resnet", "timm's vit"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("timm's vit", marks=pytest.mark.slow)])
 def test_what_can_be_traced_can_be_exported(name, monkeypatch):
     def untraceable(*args):
         raise ValueError("not traced")
@@ -198,6 +202,7 @@ def test_other_inputs_than_at_the_cut_are_refused(cut_gpt2):
         two(state, mask[0])
 
 
+@pytest.mark.slow
 def test_a_mode_or_a_precision_that_the_graphs_do_not_have_is_refused():
     network = adapt(gpt2().eval())
     network.find(**masked(IDS))
@@ -212,6 +217,7 @@ def test_a_mode_or_a_precision_that_the_graphs_do_not_have_is_refused():
         two(state.double(), mask)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_at_the_cut_stays_so():
     model = encoder()
     model.layers[1].eval()
@@ -272,8 +278,18 @@ class Deciding(Sums):
 @pytest.mark.parametrize(
     ("make", "example", "message"),
     [
-        (t5, masked(IDS), r"would cross the cut, and only one tensor may; .* is computed of parameters in 'encoder.*'"),
-        (classifier, masked(IDS), "input_ids is the first input itself, in whose place later parts get the state"),
+        pytest.param(
+            t5,
+            masked(IDS),
+            r"would cross the cut, and only one tensor may; .* is computed of parameters in 'encoder.*'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            classifier,
+            masked(IDS),
+            "input_ids is the first input itself, in whose place later parts get the state",
+            marks=pytest.mark.slow,
+        ),
         (Reversing, ROWS, "in training mode the gradients of its parts differ from those of the whole"),
         (Counting, ROWS, "in eval mode the states of its parts differ from those of the whole"),
         (Deciding, ROWS, "torch.export cannot follow its forward pass .*; by torch.fx: "),
@@ -287,6 +303,7 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(make, example, message):
         cut_adapted(network, [1, len(blocks_in(network))], "end", example)
 
 
+@pytest.mark.slow
 def test_images_of_another_size_are_refused():
     network = adapt(hf.ViTModel(hf.ViTConfig(image_size=32, patch_size=8, **SIZES)), {"pixel_values": SMALL})
     (part, *_), _ = cut_adapted(network, [1, 3], "end", {"pixel_values": SMALL})

@@ -18,7 +18,10 @@ FITTING = {"test_vit": 160, "swin_tiny_patch4_window7_224": 64, "swinv2_tiny_win
 """Pixels of those that take no other number than they are made for."""
 
 
-@pytest.mark.parametrize(("name", "depth"), TIMM.items())
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [pytest.param(*one, marks=[pytest.mark.slow] * one[0].startswith("swin")) for one in TIMM.items()],
+)
 def test_timm_models(name, depth):
     """The number of blocks, and that those whose branch is zero do not move their state."""
     timm = pytest.importorskip("timm")

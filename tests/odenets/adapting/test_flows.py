@@ -477,6 +477,7 @@ def test_a_compiled_flow_is_recorded(x):
         torch.testing.assert_close(adapted.record(x, action=measures.action)[1]["action"], expected["action"])
 
 
+@pytest.mark.slow
 def test_a_compiled_record_measures_flows_too(x):
     model = around(FLOWS["bs23"]()).eval()
     adapted = adapt(model, x)

@@ -99,7 +99,7 @@ def test_a_pickled_network_and_a_replica_record_the_same():
     torch.testing.assert_close(grads, [p.grad for p in adapted.parameters()])
 
 
-@pytest.mark.parametrize("family", ["resnet", "vit"])
+@pytest.mark.parametrize("family", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])
 def test_record_compiles_without_a_graph_break(family):
     make, x, _ = FAMILIES[family]
     adapted = adapt(make().eval())

@@ -152,7 +152,7 @@ def action_and_accuracy(network, x, y):
     return records["action"].sum(0), accuracy(output, y).mean().item()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "vit")) for n in CASES])
 def test_least_action_solves_the_task_and_moves_the_data_less(name):
     case = CASES[name]
     new = case.data(100, 1)
