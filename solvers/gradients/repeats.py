@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from solvers.gradients.snapshot import Snapshot
+from solvers.saved_tensors import saved_uncounted
 
 __all__ = ["FirstCall", "random_state", "set_random_state"]
 
@@ -40,7 +41,7 @@ class FirstCall:
         values = [(held, name, x, x.clone()) for held, name, x, _ in now if not x.is_inference()]
         drawn = random_state(self.device)
         set_random_state(self.drawn, self.device)
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # a checkpoint counts what is saved
+        with saved_uncounted():
             again = [x for x in tree_leaves(field(*args)) if isinstance(x, Tensor)]
         set_random_state(drawn, self.device)
         with torch.no_grad():

@@ -14,6 +14,7 @@ from solvers.gradients.collected import Collected
 from solvers.gradients.pair import sizes
 from solvers.gradients.repeats import random_state, set_random_state
 from solvers.gradients.reversible import check_precision
+from solvers.saved_tensors import saved_uncounted
 
 __all__ = ["Shear", "growth", "loss", "undone", "with_gradients"]
 
@@ -128,8 +129,7 @@ def with_gradients(
     device, now, most = parts[0].device, [part.detach() for part in parts], growth(parts[0].dtype)
     kept, states, drawn, factor = list[int](), list[Tensor](), dict[tuple[int, int], list[Tensor]](), 1.0
     size = _sizes(now)
-    aside = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # a checkpoint counts what is saved
-    with captured.forward(device), torch.no_grad(), aside:
+    with captured.forward(device), torch.no_grad(), saved_uncounted():
         for m, shears in enumerate(steps):
             factor *= loss(shears) if m else 1.0
             if factor > most:  # the step is not undone for those before it, which begin at the pair that is kept

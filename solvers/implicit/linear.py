@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from solvers.field_calls import Field, velocity
+from solvers.saved_tensors import saved_uncounted
 
 __all__ = ["Dense", "Identity", "LinearSystem", "conjugate_residuals", "jacobian", "pulled", "rows"]
 
@@ -40,7 +41,7 @@ def pulled(field: Field, t: Any, x: Tensor, covectors: Tensor, *, create_graph: 
     With ``create_graph`` they are functions of what x and the field depend on.
     """
     count, size = covectors.shape
-    kept = nullcontext() if create_graph else torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    kept = nullcontext() if create_graph else saved_uncounted()
     with torch.enable_grad(), kept:
         y = x if create_graph and x.requires_grad else x.detach().clone().requires_grad_()
         v = velocity(field, t, y)

@@ -1,6 +1,7 @@
 """What holds for every scheme by name, whatever it is: all methods read its steps without knowing it."""
 
 import copy
+import gc
 import pickle
 import warnings
 
@@ -66,6 +67,19 @@ def test_a_step_moves_by_its_residue(name):
         assert following is None or torch.equal(step.x1, following.x0)
         assert (measures.residue(step) > 0).all()
         assert (measures.displacement(step) > 0).all()
+
+
+def test_training_steps_leave_nothing_in_memory(name):
+    """Not even with activations in place, which save their own outputs."""
+    flow = flow_of(name)
+
+    def tensors():
+        flow(IMAGES.clone().requires_grad_()).sum().backward()
+        gc.collect()
+        return sum(type(one) is torch.Tensor for one in gc.get_objects())
+
+    tensors()
+    assert tensors() >= tensors()
 
 
 def test_it_trains_with_least_action(name):
