@@ -14,6 +14,9 @@ matplotlib.use("Agg")
 
 ROOT = Path(__file__).parent.parent
 GENERATED = {"_build", "gallery"}
+LONG = ("docs/how_to/compression.md", "docs/how_to/saving.md", "docs/how_to/solvers.md")
+"""Pages that fit, compile or export more than once."""
+
 PAGES = sorted(
     page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md") if not GENERATED & set(page.parts)
 )
@@ -41,7 +44,7 @@ def test_a_snippet_of_the_readme_runs_alone(line, code):
 
 
 @pytest.mark.filterwarnings("ignore:.*(LeafSpec|many workers|log_every_n_steps|litlogger|is not empty)")  # of Lightning
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in LONG)) for page in PAGES])
 def test_a_page_runs_from_top_to_bottom(page):
     names = {"__name__": page}
     for line, code in snippets(page):

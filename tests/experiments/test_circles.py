@@ -63,6 +63,7 @@ def test_the_methods_are_those_of_the_thesis():
     assert lap.multiplier.item() == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_least_action_moves_the_points_less_and_more_directly():
     """After some epochs on the circles: the claims of section 3.2.2 and Fig. 37, over ten instances."""
     setting, config = replace(SETTINGS["figures"], points=200, blocks=6), Config()

@@ -30,6 +30,7 @@ def test_memory_saved_on_resnet110_is_at_least_the_thesis():
             assert found <= 1.03 * peak("resnet110", "VanGL", K, 64, "cpu")["bytes"]
 
 
+@pytest.mark.slow
 def test_four_modules_end_where_the_thesis_has_them():
     with FakeTensorMode():
         x = torch.rand(2, 3, 64, 64)

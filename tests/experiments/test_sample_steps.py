@@ -23,6 +23,7 @@ def test_a_run_leaves_its_table_and_figures(tmp_path, capsys):
     assert "steps per sample" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_way_keeps_to_its_budget_on_validation_images():
     config = Config(depth=4, budgets=(2, 3), rounds=6, permutations=1, test_size=100, total_time=1.0)
     parts = parts_of(config)

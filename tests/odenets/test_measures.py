@@ -61,7 +61,7 @@ class TestEveryMeasure(MeasureTester):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 compiles no properties of named tuples")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_every_measure_is_compiled_in_one_graph(backend):
     def measured(*tensors):
         return {name: case.measure(step_of(*tensors)) for name, case in CASES.items()}

@@ -201,6 +201,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, damage):
     assert fit(tiny(), TENS, epochs=2, optimizer=sgd, run=run).epoch == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_bit_flipped_is_refused_or_the_same(tmp_path):
     """Whatever torch is told of the checksums that it writes, and never reads."""
     run, state = Run(tmp_path / "run", {}), {"x": torch.randn(8), "rows": "[1, 2]", "epoch": 3}

@@ -37,7 +37,9 @@ def test_gradients_are_clipped_to_the_norm(parts):
     assert_same(one.network, two.network, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param(backend, marks=pytest.mark.slow) for backend in ("aot_eager", "inductor")]
+)
 def test_compiled_training_is_what_eager_is(parts, monkeypatch, backend):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     parts = in_double(parts)
