@@ -142,7 +142,7 @@ def schemes() -> dict[str, Case]:
                 dense(v)
 
         result[f"IMEX solve, {batch} images, over a convolution"] = work, floor
-    x = torch.randn(32, 16, 16, 16)
+    x = torch.randn(8, 64, 32, 32)
     for name, one in SCHEMES.items():
         channels = one.fields_see(x).shape[1]
         flow = Flow(lambda channels=channels: ConvField(channels), solver=name, depth=4, h=0.1).eval()
