@@ -61,7 +61,16 @@ from odenets.detection.evaluation import (
     score,
     split,
 )
-from odenets.detection.features import LID, Features, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory
+from odenets.detection.features import (
+    LID,
+    Features,
+    FeatureSqueezing,
+    FourierSpectrum,
+    KernelDensity,
+    Mahalanobis,
+    NaturalSceneStatistics,
+    Trajectory,
+)
 from odenets.detection.features.base import check_images, in_batches
 from odenets.detection.pipeline import Pipeline
 from odenets.detection.quantile import QuantileTest
@@ -75,8 +84,10 @@ __all__ = [
     "Choice",
     "Detector",
     "Evasion",
+    "FeatureSqueezing",
     "Features",
     "FourierSpectrum",
+    "KernelDensity",
     "Mahalanobis",
     "NaturalSceneStatistics",
     "Parts",

@@ -86,18 +86,19 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def load_resnet(depth: int, folder: Path) -> ResNet:
-    """The trained network of so many layers, in eval mode.
+def load_resnet(depth: int, weights: Path) -> ResNet:
+    """The trained network of so many layers, in eval mode; its weights are in a file, or in the folder of all of them.
 
     Raises:
         ValueError: there are no weights of such a depth.
-        FileNotFoundError: the folder does not hold the file.
+        FileNotFoundError: the file is not there.
     """
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
-    path = Path(folder) / f"resnet{depth}.safetensors"
+    path = Path(weights)
+    path = path if path.suffix else path / f"resnet{depth}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: folder must hold the weights of pytorch_resnet_cifar10")
+        raise FileNotFoundError(f"{path} is not there: it must hold the weights of pytorch_resnet_cifar10")
     with torch.random.fork_rng(devices=[]):
         network = ResNet((depth - 2) // 6)
     network.load_state_dict(load_file(path))

@@ -2,9 +2,20 @@
 
 from odenets.detection.features.base import Features
 from odenets.detection.features.fourier import FourierSpectrum
+from odenets.detection.features.kernel_density import KernelDensity
 from odenets.detection.features.lid import LID
 from odenets.detection.features.mahalanobis import Mahalanobis
 from odenets.detection.features.natural_scenes import NaturalSceneStatistics
+from odenets.detection.features.squeezing import FeatureSqueezing
 from odenets.detection.features.trajectory import Trajectory
 
-__all__ = ["LID", "Features", "FourierSpectrum", "Mahalanobis", "NaturalSceneStatistics", "Trajectory"]
+__all__ = [
+    "LID",
+    "FeatureSqueezing",
+    "Features",
+    "FourierSpectrum",
+    "KernelDensity",
+    "Mahalanobis",
+    "NaturalSceneStatistics",
+    "Trajectory",
+]

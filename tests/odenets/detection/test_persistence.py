@@ -25,12 +25,14 @@ from tests.odenets.detection.victims import CLEAN, FOREST, NEW, ODD, network, re
         ("Trajectory('action')", QuantileTest()),
         ("Mahalanobis(magnitude=0.01, relative=True)", Detector(LogisticRegression())),
         ("LID(k=5, reference=20, seed=0)", Detector(LogisticRegression())),
+        ("KernelDensity(bandwidth=0.5)", Detector(LogisticRegression())),
+        ("FeatureSqueezing('bits', 'median', bits=4, window=2, strength=0.02)", Detector(LogisticRegression())),
         ("FourierSpectrum('phase')", Detector(LogisticRegression())),
         ("NaturalSceneStatistics()", Detector(LogisticRegression())),
     ],
 )
 def test_scores_are_the_same_after_loading(text, detector, tmp_path):
-    features = eval(text, vars(odenets.detection)).fit(network(), CLEAN, torch.arange(80) % 2)
+    features = eval(text, vars(odenets.detection)).fit(network(), CLEAN, torch.arange(80) % 10)
     pipeline = Pipeline(network(), features, detector).fit(CLEAN, None if isinstance(detector, QuantileTest) else ODD)
     loaded = Pipeline.load(pipeline.save(tmp_path / "detector.skops"), network())
     np.testing.assert_array_equal(loaded.scores(NEW), pipeline.scores(NEW))

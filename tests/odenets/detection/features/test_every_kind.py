@@ -6,13 +6,23 @@ import pytest
 import torch
 
 from odenets import Flow, models
-from odenets.detection import LID, FourierSpectrum, Mahalanobis, NaturalSceneStatistics, Trajectory, in_batches
+from odenets.detection import (
+    LID,
+    FeatureSqueezing,
+    FourierSpectrum,
+    KernelDensity,
+    Mahalanobis,
+    NaturalSceneStatistics,
+    Trajectory,
+    in_batches,
+)
 from odenets.detection.features.feature_maps import feature_maps_of
 from tests.odenets.detection.victims import refused
 
 X, Y = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10
 KINDS = [
     *(Trajectory(), LID(k=5, reference=30), Mahalanobis(), Mahalanobis(magnitude=0.002, relative=True)),
+    *(KernelDensity(bandwidth=1.0), FeatureSqueezing("median")),
     *(FourierSpectrum(), FourierSpectrum("phase"), NaturalSceneStatistics()),
 ]
 
