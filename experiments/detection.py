@@ -12,10 +12,16 @@ and the test have to themselves. Normalization is a layer of the attacked networ
     python experiments/detection.py --setting adaptive
     python experiments/detection.py --setting timing
     python experiments/detection.py --setting seen --dataset mnist --folder DIR --solver euler --depth 9
+
+Networks that others trained have a study of their own, ``detection_pretrained.py``, which this script begins too:
+
+    python experiments/detection.py --network resnet56 --weights FILE --folder DIR
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from timeit import timeit
@@ -178,5 +184,18 @@ EXPERIMENT = Experiment.of(
     cost=lambda config, job: {"adaptive": 4, "timing": 2 + config.rounds}.get(config.setting, 3),
 )  # fmt: skip
 
+
+def begun(arguments: Sequence[str]) -> tuple[Experiment[Any, Any], str | None]:
+    """The experiment that arguments of the command line ask for: of a network with weights or of networks of its own.
+
+    With what it says of itself.
+    """
+    if any(each == "--weights" or each.startswith("--weights=") for each in arguments):
+        import detection_pretrained
+
+        return detection_pretrained.EXPERIMENT, detection_pretrained.__doc__
+    return EXPERIMENT, __doc__
+
+
 if __name__ == "__main__":
-    command(EXPERIMENT, __doc__)
+    command(*begun(sys.argv[1:]))

@@ -13,11 +13,17 @@ from lab import images
 from lab.config import Config as BaseConfig
 from lab.config import check_any, check_at_least
 from lab.pretrained.resnets import ResNet, load_resnet
-from odenets.detection import PRESETS, Attack, Attacked, in_batches, preset, run_attack
+from odenets.detection import PRESETS, Attack, Attacked, in_batches, preset, run_attack, split
 from odenets.training import datasets
 from odenets.training.data import TensorData
 
-__all__ = ["Config", "Set", "attack_of", "attacked", "images_of", "network_of", "noise_like", "rounded"]
+__all__ = [
+    "CLEAN", "NOISE", "Config", "Set", "attack_of", "attacked", "images_of", "network_of", "noise_like", "rounded",
+    "sets_of",
+]  # fmt: skip
+
+CLEAN, NOISE = "clean", "noise as large as "
+"""Names of sets of images: the pool, and before the name of an attack its noise."""
 
 FAST = {
     "FGM": {},
@@ -63,7 +69,7 @@ class Config(BaseConfig):
     attacks: tuple[str, ...] = ("FGM", "BIM", "APGD")
     slow: tuple[str, ...] = ()
     eps: tuple[float, ...] = (0.03, 0.01)
-    pool: int = 1000
+    pool: int = 600
     few: int = 100
     train: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -82,6 +88,7 @@ class Config(BaseConfig):
             raise ValueError(f"eps must hold sizes in (0, 1], got {self.eps}")
         if self.few > self.pool:
             raise ValueError(f"few must be at most pool, got {self.few} of {self.pool}")
+        split(min(self.few, self.pool), test=self.test, validation=self.validation)  # raises where a part is empty
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from lab.statistics import Interval
 from odenets.plotting.figures import MARKERS, legend_beside, log_x, new_figure
 
 __all__ = [
-    "Kinds", "accuracy_against_cost", "accuracy_by_evaluations", "block_errors", "cost_of_solves", "depth_and_steps",
-    "epochs_of", "intervals", "norms_along_depth", "solves_while_training", "ways_against_cost",
+    "Kinds", "accuracy_against_cost", "accuracy_by_evaluations", "block_errors", "categories", "cost_of_solves",
+    "depth_and_steps", "epochs_of", "intervals", "norms_along_depth", "solves_while_training", "ways_against_cost",
 ]  # fmt: skip
 
 Epochs = list[dict[str, str]]
@@ -41,6 +41,28 @@ def intervals(
         style = {"marker": MARKERS[i % len(MARKERS)], "capsize": 3}
         axis.errorbar(x, [m.mean for m in means], [m.half_width for m in means], label=name, **style)
     axis.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logarithmic else "linear")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def categories(series: Mapping[str, Mapping[str, Interval]], *, xlabel: str) -> Figure:
+    """Means with their confidence intervals, a line per category, a kind of mark per name.
+
+    Args:
+        series: per name an interval by category.
+        xlabel: of the axis.
+    """
+    titles = list(dict.fromkeys(title for of in series.values() for title in of))
+    figure, axes = new_figure(1, 1, size=(8.0, 1.2 + 0.32 * len(titles)))
+    axis: Axes = axes[0, 0]
+    for i, (name, of) in enumerate(series.items()):
+        y = [titles.index(title) + 0.18 * (i - (len(series) - 1) / 2) for title in of]
+        widths = [0.0 if np.isnan(m.half_width) else m.half_width for m in of.values()]
+        style: dict[str, Any] = {"fmt": MARKERS[i % len(MARKERS)], "capsize": 2, "markersize": 4}
+        axis.errorbar([m.mean for m in of.values()], y, xerr=widths, label=name, **style)
+    axis.set(xlabel=xlabel, yticks=range(len(titles)), yticklabels=titles)
+    axis.invert_yaxis()
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure

@@ -69,6 +69,7 @@ from odenets.detection.features import (
     KernelDensity,
     Mahalanobis,
     NaturalSceneStatistics,
+    Separation,
     Trajectory,
 )
 from odenets.detection.features.base import check_images, in_batches
@@ -96,6 +97,7 @@ __all__ = [
     "QuantileTest",
     "Samples",
     "Scores",
+    "Separation",
     "Surrogate",
     "Trajectory",
     "black_box",

@@ -6,6 +6,7 @@ from odenets.detection.features.kernel_density import KernelDensity
 from odenets.detection.features.lid import LID
 from odenets.detection.features.mahalanobis import Mahalanobis
 from odenets.detection.features.natural_scenes import NaturalSceneStatistics
+from odenets.detection.features.separation import Separation
 from odenets.detection.features.squeezing import FeatureSqueezing
 from odenets.detection.features.trajectory import Trajectory
 
@@ -17,5 +18,6 @@ __all__ = [
     "KernelDensity",
     "Mahalanobis",
     "NaturalSceneStatistics",
+    "Separation",
     "Trajectory",
 ]

@@ -27,6 +27,7 @@ from tests.odenets.detection.victims import CLEAN, FOREST, NEW, ODD, network, re
         ("LID(k=5, reference=20, seed=0)", Detector(LogisticRegression())),
         ("KernelDensity(bandwidth=0.5)", Detector(LogisticRegression())),
         ("FeatureSqueezing('bits', 'median', bits=4, window=2, strength=0.02)", Detector(LogisticRegression())),
+        ("Separation(width=0.5, alone=False)", Detector(LogisticRegression())),
         ("FourierSpectrum('phase')", Detector(LogisticRegression())),
         ("NaturalSceneStatistics()", Detector(LogisticRegression())),
     ],

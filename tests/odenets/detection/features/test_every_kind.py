@@ -13,6 +13,7 @@ from odenets.detection import (
     KernelDensity,
     Mahalanobis,
     NaturalSceneStatistics,
+    Separation,
     Trajectory,
     in_batches,
 )
@@ -22,7 +23,7 @@ from tests.odenets.detection.victims import refused
 X, Y = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10
 KINDS = [
     *(Trajectory(), LID(k=5, reference=30), Mahalanobis(), Mahalanobis(magnitude=0.002, relative=True)),
-    *(KernelDensity(bandwidth=1.0), FeatureSqueezing("median")),
+    *(KernelDensity(bandwidth=1.0), FeatureSqueezing("median"), Separation()),
     *(FourierSpectrum(), FourierSpectrum("phase"), NaturalSceneStatistics()),
 ]
 

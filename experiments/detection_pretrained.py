@@ -1,0 +1,211 @@
+"""Detection on trained ResNets for CIFAR-10: attacks, noise of their size, and the detectors of the literature.
+
+The test images are attacked and rounded to 8 bits, as clean ones are. Beside every attack stands noise of its own size:
+the same changes, level by level, at other places and of random signs. A detector that calls noise an attack sees a
+perturbation, no attack, so everything is measured twice: with noise left out of the fit, and with noise that counts as
+clean wherever clean images do. Features, classifiers and their settings are chosen on validation images; the pool is
+split anew, by index, for every seed.
+
+    python experiments/detection.py --network resnet56 --weights FILE --folder DIR
+    python experiments/detection.py --network resnet20 --weights FILE --folder DIR --slow AA DF CW HSJ BA
+    python experiments/detection_pretrained.py --quick
+
+FILE holds the weights (`lab/pretrained/resnets.py`), DIR what torchvision downloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detection_pretrained_detectors import CONTENDERS, FEATURES, Sample, compare
+from detection_pretrained_setup import (
+    CLEAN,
+    NOISE,
+    Config,
+    Set,
+    attacked,
+    images_of,
+    network_of,
+    noise_like,
+    sets_of,
+)
+from torch import Tensor
+
+from lab.experiment import Experiment, Jobs, Report, Row, Run, command
+from odenets import adapt
+from odenets.detection import in_batches, split
+from odenets.files import write_atomically
+
+__all__ = ["EXPERIMENT"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Attack images, read features off all of them, or compare the detectors on a split of them.
+
+    Attributes:
+        attack: a set of attacked images to make.
+        features: a kind to read.
+        seed: of the split.
+    """
+
+    attack: Set | None = None
+    features: str = ""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        if self.attack:
+            return self.attack.name.replace(" ", "_")
+        return self.features.replace(" ", "_").replace(",", "") if self.features else f"split{self.seed}"
+
+    @property
+    def tuning(self) -> bool:
+        """Whether it serves the others."""
+        return bool(self.features)
+
+
+def jobs(config: Config) -> Jobs[Job]:
+    """Attacks, features, splits."""
+    attacks = yield [Job(attack=each) for each in sets_of(config)]
+    yield [Job(features=name) for name in FEATURES]
+    splits = yield [Job(seed=seed) for seed in config.seeds]
+    return attacks + splits
+
+
+def train(config: Config, job: Job, run: Run, report: Report) -> Row:
+    """What a job is for."""
+    if job.attack:
+        result = attack(config, job.attack, run)
+    elif job.features:
+        result = read(config, job.features, run)
+    else:
+        result = {"scores": compare_all(config, job.seed)}
+    report(1)
+    return result | {"tuning": job.tuning}
+
+
+def attack(config: Config, each: Set, run: Run) -> Row:
+    """Images under an attack and with noise of its size, on disk; how large they are and what they do."""
+    network, (_, pool) = network_of(config), images_of(config)
+    made = attacked(config, network, each, pool, config.output / "attacks")
+    noisy = noise_like(pool.x[: each.images], made.images, seed=0)
+    _save(run.folder / "images.npz", attack=_bytes(made.images), noise=_bytes(noisy), successful=made.success.numpy())
+    right = made.clean == made.labels
+    after_noise = in_batches(network, network, noisy).argmax(1)
+    change = (noisy - pool.x[: each.images]).flatten(1)
+    return {
+        "set": each.name,
+        "images": each.images,
+        "accuracy": right.float().mean().item(),
+        "success": made.success_rate,
+        "noise_success": (after_noise != made.labels)[right].float().mean().item(),
+        "linf": 255 * made.linf.mean().item(),
+        "l2": made.l2.mean().item(),
+        "noise_l2": change.norm(dim=1).mean().item(),
+    }
+
+
+def read(config: Config, kind: str, run: Run) -> Row:
+    """Features of one kind of all images, and the classes that the network predicts for them, on disk."""
+    model, (train, pool) = network_of(config), images_of(config)
+    network = adapt(model, pool.x[:2])
+    features = FEATURES[kind].fit(network, train.x, train.y)
+    values: dict[str, np.ndarray] = {}
+    for name, x in _sets(config, pool.x):
+        values[name] = in_batches(partial(features, network), network, x, 100).numpy()
+        if kind == next(iter(FEATURES)):
+            values[f"predicted {name}"] = in_batches(model, model, x, 100).argmax(1).numpy()
+    _save(run.folder / "features.npz", **values)
+    return {"columns": values[CLEAN].shape[1]}
+
+
+def _sets(config: Config, pool: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """All sets of images by name."""
+    yield CLEAN, pool
+    for each in sets_of(config):
+        with np.load(config.run_folder / Job(attack=each).name / "images.npz", allow_pickle=False) as file:
+            for name, key in ((each.name, "attack"), (NOISE + each.name, "noise")):
+                yield name, torch.from_numpy(file[key]).float() / 255
+
+
+def samples_of(config: Config) -> dict[str, Sample]:
+    """All sets as detectors see them."""
+    features: dict[str, dict[str, np.ndarray]] = {}
+    for kind in FEATURES:
+        with np.load(config.run_folder / Job(features=kind).name / "features.npz", allow_pickle=False) as file:
+            features[kind] = {name: file[name] for name in file}
+    successful: dict[str, np.ndarray] = {}
+    for each in sets_of(config):
+        with np.load(config.run_folder / Job(attack=each).name / "images.npz", allow_pickle=False) as file:
+            successful[each.name] = file["successful"]
+    first = features[next(iter(FEATURES))]
+    names = [name for name in first if not name.startswith("predicted ")]
+    return {
+        name: Sample(
+            {kind: of[name] for kind, of in features.items()},
+            first[f"predicted {name}"],
+            successful.get(name, np.ones(len(first[name]), dtype=bool)),
+        )
+        for name in names
+    }
+
+
+def comparisons(config: Config) -> list[tuple[str, tuple[str, ...]]]:
+    """On what detectors are fitted and on what they are tested; the first attack is tested on all others too."""
+    sets = sets_of(config)
+    first = [each.name for each in sets if each.attack == config.attacks[0]]
+    names = [each.name for each in sets]
+    return [(name, tuple(other for other in names if other == name or name in first)) for name in names]
+
+
+def compare_all(config: Config, seed: int) -> list[Row]:
+    """Scores of all contenders on a split of the pool."""
+    samples = samples_of(config)
+    parts = split(config.pool, test=config.test, validation=config.validation, seed=seed)
+    rows: list[Row] = []
+    for seen, others in comparisons(config):
+        tested = {name: (samples[name], samples[NOISE + name]) for name in others}
+        for noisy in (False, True):
+            noise = samples[NOISE + seen] if noisy else None
+            for name, contender in CONTENDERS.items():
+                chosen, measures = compare(contender, samples[CLEAN], noise, samples[seen], tested, parts, seed)
+                about = {"seen": seen, "noisy": noisy, "detector": name, "chosen": chosen}
+                rows += [about | {"tested": other} | of for other, of in measures.items()]
+    return rows
+
+
+def _bytes(x: Tensor) -> np.ndarray:
+    return (255 * x).round().byte().numpy()
+
+
+def _save(path: Path, **arrays: Any) -> None:
+    """An ``.npz`` file, atomically."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # given a path, savez would add an ending
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
+
+
+EXPERIMENT = Experiment.of(
+    __name__,
+    data=images_of,
+    quick=lambda c: replace(
+        c, network="digits", attacks=("FGM", "BIM"), eps=(0.1,), pool=120, few=60, train=300, seeds=(0, 1), epochs=3
+    ),
+    selects=("seeds",),
+    settings=lambda config, job: {"attack": asdict(job.attack) if job.attack else None},
+    cost=lambda config, job: 1,
+)
+
+if __name__ == "__main__":
+    command(EXPERIMENT, __doc__)

@@ -1,0 +1,113 @@
+"""What the study of detection on trained networks reports: rows, table, sentences, a figure."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from detection_pretrained_detectors import FIRST
+from detection_pretrained_setup import Config
+
+from lab import plotting
+from lab.experiment import Columns, Figures, Outcome, Row
+from lab.results import groups
+from lab.statistics import paired, paired_p_value, percent
+
+__all__ = ["COLUMNS", "MEASURES", "best_rival", "details", "figures", "summarize", "verdict"]
+
+MEASURES = (
+    "auroc", "auroc_successful", "auroc_noise", "noise_auroc", "detected", "detected_successful", "false_positives",
+    "noise_detected",
+)  # fmt: skip
+"""Of the scores of :func:`detection_pretrained_detectors.compare`."""
+OWN = ("eq. 34", "separation")
+"""How the names of detectors by trajectories begin."""
+COLUMNS: Columns = {
+    "noise counts as clean": "{noisy}",
+    "fitted on": "{seen}",
+    "tested on": "{tested}",
+    "detector": "{detector}",
+    "AUROC": "{auroc:.1f}",
+    f"- {FIRST}": "{difference:.1f}",
+    "p": "{p:.2g}",
+    "of successful": "{auroc_successful:.1f}",
+    "against noise": "{auroc_noise:.1f}",
+    "noise against clean": "{noise_auroc:.1f}",
+    "detected": "{detected:.1f}",
+    "successful detected": "{detected_successful:.1f}",
+    "false positives": "{false_positives:.1f}",
+    "noise detected": "{noise_detected:.1f}",
+}
+
+
+def summarize(config: Config, results: list[Row]) -> list[Row]:
+    """One row per what noise counts as, what was seen and tested, and detector: means over the splits, in percent.
+
+    Differences in the area under the curve are to the first detector on the same splits, paired.
+    """
+    scores = groups((score for r in results if "scores" in r for score in r["scores"]), "noisy", "seen", "tested")
+    rows: list[Row] = []
+    for (noisy, seen, tested), of_all in scores.items():
+        first: tuple[float, ...] = ()
+        for (detector,), of in groups(of_all, "detector").items():
+            row: Row = {"noisy": noisy, "seen": seen, "tested": tested, "detector": detector}
+            for name in MEASURES:
+                values = [round(score[name], 5) for score in of if not math.isnan(score[name])]
+                row[name] = percent(values) if values else None
+            if detector == FIRST:
+                first = row["auroc"].values
+            elif len(first) > 1:
+                row["difference"] = paired(row["auroc"].values, first)
+                row["p"] = paired_p_value(row["auroc"].values, first)
+            rows.append(row)
+    return rows
+
+
+def best_rival(rows: list[Row]) -> Row:
+    """Of one comparison the row of the detector without the trajectory that has the largest area under the curve."""
+    return max((row for row in rows if not row["detector"].startswith(OWN)), key=lambda row: row["auroc"].mean)
+
+
+def details(config: Config, results: list[Row]) -> dict[str, Any]:
+    """What the attacks do, and how often what was chosen."""
+    attacks = [{k: v for k, v in r.items() if k not in ("tuning", "attack", "features")} for r in results if "set" in r]
+    chosen: dict[str, dict[str, int]] = {}
+    for r in results:
+        for score in r.get("scores", ()):
+            of = chosen.setdefault(score["detector"], {})
+            of[score["chosen"]] = of.get(score["chosen"], 0) + 1
+    return {"attacks": attacks, "chosen": chosen}
+
+
+def verdict(config: Config, outcome: Outcome) -> list[str]:
+    """What the attacks do, and for each comparison how far the detectors by trajectories are from the first row."""
+    attacks = outcome.detail("attacks")
+    lines = [f"{config.network}: accuracy {100 * attacks[0]['accuracy']:.1f} % on the pool"]
+    lines += [
+        f"{a['set']} fools {100 * a['success']:.1f} % of what was right, noise of its size "
+        f"{100 * a['noise_success']:.1f} %; L2 {a['l2']:.3f} and {a['noise_l2']:.3f}, {a['images']} images"
+        for a in attacks
+    ]
+    for (noisy, seen, tested), rows in groups(outcome.rows, "noisy", "seen", "tested").items():
+        by = {row["detector"]: row for row in rows}
+        first, own, rival = by[FIRST]["auroc"], by["separation"], best_rival(rows)
+        gain = (own["auroc"].mean - first.mean) / max(100 - first.mean, 1e-9)
+        lines.append(
+            f"fitted on {seen}, tested on {tested}, noise {'clean' if noisy else 'left out'}: {FIRST} {first:.1f}, "
+            f"separation {own['auroc']:.1f} ({100 * gain:.0f} % of the distance to 100), {rival['detector']} "
+            f"{rival['auroc']:.1f}"
+        )
+    return lines
+
+
+def figures(config: Config, outcome: Outcome) -> Figures:
+    """Areas under the curve by what is fitted on and tested, where noise counts as clean."""
+    series: dict[str, dict[str, Any]] = {}
+    for (seen, tested), rows in groups((row for row in outcome.rows if row["noisy"]), "seen", "tested").items():
+        title = tested if seen == tested else f"{tested}, fitted on {seen}"
+        by = {row["detector"]: row for row in rows}
+        shown = {name: by[name] for name in (FIRST, "separation")} | {"best of the others": best_rival(rows)}
+        for name, row in shown.items():
+            series.setdefault(name, {})[title] = row["auroc"]
+    return {"auroc": partial(plotting.categories, series, xlabel="area under the curve (%), noise counts as clean")}
