@@ -35,6 +35,7 @@ from detection_pretrained_setup import (
     noise_like,
     sets_of,
 )
+from detection_pretrained_tables import COLUMNS, details, figures, summarize, verdict
 from torch import Tensor
 
 from lab.experiment import Experiment, Jobs, Report, Row, Run, command
@@ -198,14 +199,13 @@ def _save(path: Path, **arrays: Any) -> None:
 
 EXPERIMENT = Experiment.of(
     __name__,
-    data=images_of,
+    data=images_of, summarize=summarize, columns=COLUMNS, verdict=verdict, details=details, figures=figures,
     quick=lambda c: replace(
         c, network="digits", attacks=("FGM", "BIM"), eps=(0.1,), pool=120, few=60, train=300, seeds=(0, 1), epochs=3
     ),
     selects=("seeds",),
     settings=lambda config, job: {"attack": asdict(job.attack) if job.attack else None},
-    cost=lambda config, job: 1,
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     command(EXPERIMENT, __doc__)
