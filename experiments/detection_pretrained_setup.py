@@ -61,6 +61,7 @@ class Config(BaseConfig):
         seeds: splits of the pool.
         test, validation: share of the pool for the test; of the rest for choosing.
         epochs: of the network that is trained here.
+        output: folder of the runs, one for each network; attacks in it serve all.
     """
 
     network: Literal["digits", "resnet20", "resnet32", "resnet44", "resnet56"] = "resnet56"
@@ -89,6 +90,11 @@ class Config(BaseConfig):
         if self.few > self.pool:
             raise ValueError(f"few must be at most pool, got {self.few} of {self.pool}")
         split(min(self.few, self.pool), test=self.test, validation=self.validation)  # raises where a part is empty
+
+    @property
+    def run_folder(self) -> Path:
+        """One for each network."""
+        return self.output / self.network
 
 
 @dataclass(frozen=True)
