@@ -127,6 +127,8 @@ def sets_of(config: Config) -> list[Set]:
 def images_of(config: Config) -> tuple[TensorData, TensorData]:
     """The network's training images that statistics are taken of, and the pool, of the test images."""
     train, test = images.train_and_test("digits" if config.network == "digits" else "cifar10", config.folder)
+    if config.network == "digits":  # at 17 levels
+        test = replace(test, x=rounded(test.x))
     # the pool in an order by seed, so that its first ones are of all classes
     pool = datasets.subsample(test, config.pool) if config.pool < len(test) else test
     pool = pool.subset(torch.randperm(len(pool), generator=torch.Generator().manual_seed(0)))
