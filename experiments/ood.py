@@ -72,7 +72,7 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
     """What a job is for."""
     if job.images:
         images = sets_of(config)[job.images]
-        values = read(config, images.x, odin=job.images != TRAIN) | {"y": images.y.numpy()}
+        values: dict[str, Any] = {**read(config, images.x, odin=job.images != TRAIN), "y": images.y.numpy()}
 
         def write(partial: Path) -> None:
             with partial.open("wb") as file:  # given a path, savez would add an ending

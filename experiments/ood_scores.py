@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ LAST = (
 )  # fmt: skip
 """Scores of logits and of states before the head, in the order of the table."""
 PATH = "trajectory"
+ASH: tuple[Literal["ash-b", "ash-s"], ...] = ("ash-b", "ash-s")
 
 Read = Mapping[str, np.ndarray]
 Variants = dict[str, dict[str, np.ndarray]]
@@ -56,15 +58,15 @@ def scores_of(sets: Mapping[str, Read], y: np.ndarray, head: nn.Linear) -> dict[
     }
     of_maps = {
         "ReAct": {
-            f"{p:g}": ood.ReAct(None, pooled_head, percentile=p).fit_feature_maps(maps, labels)
+            f"{p:g}": ood.ReAct(nn.Identity(), pooled_head, percentile=p).fit_feature_maps(maps, labels)
             for p in (0.85, 0.9, 0.95, 0.99)
         },
         "ASH": {
-            f"{variant} {p:g}": ood.ASH(None, pooled_head, percentile=p, variant=variant)
-            for variant in ("ash-b", "ash-s")
+            f"{variant} {p:g}": ood.ASH(nn.Identity(), pooled_head, percentile=p, variant=variant)
+            for variant in ASH
             for p in (0.65, 0.8, 0.9)
         },
-        "SCALE": {f"{p:g}": ood.SCALE(None, pooled_head, percentile=p) for p in (0.65, 0.8, 0.9)},
+        "SCALE": {f"{p:g}": ood.SCALE(nn.Identity(), pooled_head, percentile=p) for p in (0.65, 0.8, 0.9)},
     }
     scores: dict[str, Variants] = {name: {} for name in (*LAST, PATH)}
     for set_name, read in others.items():
@@ -110,8 +112,8 @@ class PathDistance:
     """
 
     def __init__(self, X: np.ndarray, predicted: np.ndarray, scale: str = "standard") -> None:
-        normal = {"output_distribution": "normal", "n_quantiles": min(500, len(X)), "subsample": None}
-        self.scaler = (QuantileTransformer(**normal) if scale == "normal" else StandardScaler()).fit(X)
+        normal: dict[str, Any] = {"output_distribution": "normal", "n_quantiles": min(500, len(X)), "subsample": None}
+        self.scaler: Any = (QuantileTransformer(**normal) if scale == "normal" else StandardScaler()).fit(X)
         values = self.scaler.transform(X)
         self.mean = values.mean(0)
         self.means = {c: values[predicted == c].mean(0) for c in np.unique(predicted).tolist()}
@@ -134,7 +136,8 @@ def joined(last: np.ndarray, path: np.ndarray, clean: tuple[np.ndarray, np.ndarr
         clean: the two of clean images.
         weight: of the second.
     """
-    a, b = ((x - of.mean()) / (of.std() or 1.0) for x, of in zip((last, path), clean, strict=True))
+    of_last, of_path = clean
+    a, b = (last - of_last.mean()) / (of_last.std() or 1.0), (path - of_path.mean()) / (of_path.std() or 1.0)
     return a + weight * b
 
 
