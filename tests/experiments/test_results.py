@@ -23,7 +23,10 @@ WITHOUT_VALUES = {  # made before summaries held the values of the seeds
     "small_data_mnist", "small_data_mnist_200", "small_data_mnist_300",
 }  # fmt: skip
 SCRIPTS = sorted((path.stem for path in ROOT.glob("experiments/*.py")), key=len, reverse=True)
-UNDRAWN = ("action_histogram", "circles", "decode", "detection_")  # lack weights, images, or what summaries hold since
+UNDRAWN = (  # lack weights, images, or what summaries hold since
+    "action_histogram", "circles", "decode", *(name for name in WITHOUT_VALUES if name.startswith("detection_")),
+    "detection_timing",
+)  # fmt: skip
 LACKING = {"action_and_accuracy": {"fig_6"}, "module_depth": {"fig_43"}, "module_depth_20": {"fig_43"}}  # as well
 GONE = {"circles_20": {"epochs"}}  # columns of an older table: its mean was over all instances, also those with faults
 PAIR = re.compile(r"(-?\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)")

@@ -26,9 +26,9 @@ SMALLEST = 1e-20
 class Separation(Features):
     """Features of each block of two paths, that of an image and that of the same image smoothed.
 
-    An image as it comes from a camera and its smoothed copy take similar paths. An adversarial change is undone by the
-    smoothing, noise of the same size is too, but it moved the path less and elsewhere. With x and r state and residue
-    after a block, and x' and r' those of the smoothed copy, of each block
+    Smoothing takes away what an attack has added, and what noise of the same size has. What it took from an attacked
+    image had moved the path otherwise than what it takes from a clean or a noisy one. With x and r the state after a
+    block and its residue, and x' and r' those of the smoothed copy, of each block
 
     - the relative distance ``|x - x'| / |x|``, as of neighboring trajectories in a finite-time Lyapunov exponent;
     - the cosine of r and r';
