@@ -3,8 +3,8 @@
 The test images are attacked and rounded to 8 bits, as clean ones are. Beside every attack stands noise of its own size:
 the same changes, level by level, at other places and of random signs. A detector that calls noise an attack sees a
 perturbation, no attack, so everything is measured twice: with noise left out of the fit, and with noise that counts as
-clean wherever clean images do. Features, classifiers and their settings are chosen on validation images; the pool is
-split anew, by index, for every seed.
+clean wherever clean images do. Images that an attack leaves as they are do not count. Features, classifiers and their
+settings are chosen on validation images; the pool is split anew, by index, for every seed.
 
     python experiments/detection.py --network resnet56 --weights FILE --folder DIR
     python experiments/detection.py --network resnet20 --weights FILE --folder DIR --slow AA DF CW HSJ BA
@@ -99,12 +99,13 @@ def attack(config: Config, each: Set, run: Run) -> Row:
     made = attacked(config, network, each, pool, config.output / "attacks")
     noisy = noise_like(pool.x[: each.images], made.images, seed=0)
     _save(run.folder / "images.npz", attack=_bytes(made.images), noise=_bytes(noisy), successful=made.success.numpy())
-    right = made.clean == made.labels
+    right, changed = made.clean == made.labels, (made.l2 > 0).float().mean().item()
     after_noise = in_batches(network, network, noisy).argmax(1)
     change = (noisy - pool.x[: each.images]).flatten(1)
     return {
         "set": each.name,
         "images": each.images,
+        "changed": changed,
         "accuracy": right.float().mean().item(),
         "success": made.success_rate,
         "noise_success": (after_noise != made.labels)[right].float().mean().item(),
@@ -143,17 +144,19 @@ def samples_of(config: Config) -> dict[str, Sample]:
     for kind in FEATURES:
         with np.load(config.run_folder / Job(features=kind).name / "features.npz", allow_pickle=False) as file:
             features[kind] = {name: file[name] for name in file}
-    successful: dict[str, np.ndarray] = {}
+    clean = _bytes(images_of(config)[1].x)
+    masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for each in sets_of(config):
         with np.load(config.run_folder / Job(attack=each).name / "images.npz", allow_pickle=False) as file:
-            successful[each.name] = file["successful"]
+            changed = (file["attack"] != clean[: each.images]).any((1, 2, 3))
+            masks |= {each.name: (file["successful"], changed), NOISE + each.name: (np.ones_like(changed), changed)}
     first = features[next(iter(FEATURES))]
     names = [name for name in first if not name.startswith("predicted ")]
     return {
         name: Sample(
             {kind: of[name] for kind, of in features.items()},
             first[f"predicted {name}"],
-            successful.get(name, np.ones(len(first[name]), dtype=bool)),
+            *masks.get(name, np.ones((2, len(first[name])), dtype=bool)),
         )
         for name in names
     }

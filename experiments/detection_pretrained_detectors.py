@@ -124,15 +124,22 @@ class Sample:
         X: features by name, ``(N, F)``.
         predicted: classes, ``(N,)``.
         successful: which fool the network, ``(N,)`` of bool; all where there is no attack.
+        changed: which an attack has changed, ``(N,)`` of bool, all where there is none; the others do not count.
     """
 
     X: Mapping[str, np.ndarray]
     predicted: np.ndarray
     successful: np.ndarray
+    changed: np.ndarray
+
+    def among(self, index: np.ndarray) -> np.ndarray:
+        """Those of some indices of the pool that are here and count."""
+        index = index[index < len(self.predicted)]
+        return index[self.changed[index]]
 
     def part(self, name: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features and predicted classes of those of some indices of the pool that are here."""
-        index = index[index < len(self.predicted)]
+        """Features and predicted classes of those of some indices of the pool."""
+        index = self.among(index)
         return self.X[name][index], self.predicted[index]
 
 
@@ -179,7 +186,7 @@ def compare(
     for other, (attack, as_large) in tested.items():
         of_clean, of_attack, of_noise = (scorer(*each.part(features, test)) for each in (clean, attack, as_large))
         negative = of_clean if noise is None else np.concatenate([of_clean, of_noise])
-        fooled = of_attack[attack.successful[test[test < len(attack.successful)]]]
+        fooled = of_attack[attack.successful[attack.among(test)]]
         measures[other] = {
             "auroc": _auroc(negative, of_attack),
             "auroc_successful": _auroc(negative, fooled),

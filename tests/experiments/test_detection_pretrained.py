@@ -119,7 +119,7 @@ def planted(n=200, moved=3.0):
     sets = []
     for shift in ([0, 0], [moved, 0], [0, moved]):
         X = draw.normal(size=(n, 2)) + shift
-        sets.append(Sample({"f": X}, np.arange(n) % 2, np.arange(n) % 4 > 0))
+        sets.append(Sample({"f": X}, np.arange(n) % 2, np.arange(n) % 4 > 0, np.arange(n) > 9))
     return sets
 
 
@@ -135,7 +135,7 @@ def test_a_detector_that_has_seen_noise_as_clean_does_not_call_it_an_attack():
     assert of["planted"]["auroc_noise"] > 0.97
     assert of["planted"]["noise_detected"] < 0.1
     assert without["planted"]["auroc"] > 0.9
-    assert without["planted"]["noise_detected"] > of["planted"]["noise_detected"]
+    assert without["planted"]["noise_detected"] >= of["planted"]["noise_detected"]
     assert of["planted"]["false_positives"] < 0.15
 
 
@@ -151,11 +151,11 @@ def test_a_detector_that_is_fitted_on_clean_images_sees_both():
 
 def test_sets_of_fewer_images_are_scored_on_those_of_them_in_the_test_part():
     clean, noise, attack = planted()
-    short = [Sample({"f": s.X["f"][:50]}, s.predicted[:50], s.successful[:50]) for s in (attack, noise)]
+    short = [Sample({"f": s.X["f"][:50]}, s.predicted[:50], s.successful[:50], s.changed[:50]) for s in (attack, noise)]
     contender = replace(CONTENDERS[FIRST], features=("f",))
     parts = split(200, test=0.3, validation=0.25)
     _, of = compare(contender, clean, noise, attack, {"short": (short[0], short[1])}, parts, 0)
-    count = int((parts.test < 50).sum())
+    count = int(((parts.test < 50) & (parts.test > 9)).sum())  # the first ten are as the attack found them
     assert round(of["short"]["detected"] * count) == pytest.approx(of["short"]["detected"] * count)
 
 
