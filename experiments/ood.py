@@ -3,7 +3,8 @@
 A trained ResNet for CIFAR-10 sees images of other collections. Every score is fitted on training images, its settings
 are chosen on a third of the test images and on classes of the near set that are not tested; the rest is scored once,
 for five such splits. The path's score is a distance from the paths of clean images, and no foreign image is fitted on.
-Joined, its share is chosen in the same place, none at all included.
+Joined with the best score of the last layer, its features and its share are chosen in the same place, none at all
+included.
 
     python experiments/ood.py --network resnet56 --weights FILE --folder DIR --near DIR/cifar100.npz \\
         --far DIR/gtsrb.npz blended textures
@@ -30,8 +31,8 @@ from odenets.files import write_atomically
 
 __all__ = ["EXPERIMENT"]
 
-WEIGHTS = (0.0, 0.1, 0.2, 0.5, 1.0, 2.0)
-"""Shares of the path in the joined score among which is chosen."""
+WEIGHTS = (0.1, 0.2, 0.5, 1.0, 2.0)
+"""Shares of the path in the joined score, among which, and none, is chosen."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,15 @@ def compare(config: Config, seed: int) -> list[Row]:
         variant = max(variants, key=lambda each: area(variants[each]))
         chosen[name] = variant, variants[variant]
     best = max(LAST, key=lambda name: area(chosen[name][1]))
-    (_, last), (_, path) = chosen[best], chosen[PATH]
-    clean = last[POOL][choosing], path[POOL][choosing]
-    sums = {weight: {name: joined(last[name], path[name], clean, weight) for name in last} for weight in WEIGHTS}
-    weight = max(WEIGHTS, key=lambda each: area(sums[each]))
+    last = chosen[best][1]
+    sums = {"none": last}
+    for variant, path in scores[PATH].items():
+        clean = last[POOL][choosing], path[POOL][choosing]
+        for weight in WEIGHTS:
+            sums[f"{weight:g} {variant}"] = {name: joined(last[name], path[name], clean, weight) for name in last}
+    share = max(sums, key=lambda each: area(sums[each]))
     chosen["best of the last layer"] = best, last
-    chosen["joined"] = f"{best} + {weight:g} {PATH}", sums[weight]
+    chosen["joined"] = f"{best} + {share}", sums[share]
 
     rows: list[Row] = []
     for name, (variant, values) in chosen.items():
@@ -131,7 +135,7 @@ EXPERIMENT = Experiment.of(
     __name__,
     data=data, summarize=summarize, columns=COLUMNS, verdict=verdict, figures=figures,
     quick=lambda c: replace(c, network="digits", train=300, pool=100, foreign=60, seeds=(0, 1), held=0.3, epochs=3),
-    selects=("seeds",),
+    selects=("seeds", "held"),
 )  # fmt: skip
 
 if __name__ == "__main__":

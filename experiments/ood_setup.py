@@ -74,7 +74,7 @@ class Config(BaseConfig):
     pool: int = 3000
     foreign: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    held: float = 0.1
+    held: float = 0.3
     epochs: int = 15
     output: Path = Path("runs/ood")
 
