@@ -12,15 +12,14 @@ from detection_pretrained_setup import Config
 from lab import plotting
 from lab.experiment import Columns, Figures, Outcome, Row
 from lab.results import groups
-from lab.statistics import paired, paired_p_value, percent
+from lab.statistics import mean_interval, paired, paired_p_value
 
-__all__ = ["COLUMNS", "MEASURES", "best_rival", "details", "figures", "summarize", "verdict"]
+__all__ = ["AREAS", "COLUMNS", "MEANS", "best_rival", "details", "figures", "summarize", "verdict"]
 
-MEASURES = (
-    "auroc", "auroc_successful", "auroc_noise", "noise_auroc", "detected", "detected_successful", "false_positives",
-    "noise_detected",
-)  # fmt: skip
-"""Of the scores of :func:`detection_pretrained_detectors.compare`."""
+AREAS = ("auroc", "auroc_successful", "noise_auroc")
+"""Of the scores of :func:`detection_pretrained_detectors.compare`, those whose intervals are reported."""
+MEANS = ("auroc_noise", "detected", "detected_successful", "false_positives", "noise_detected")
+"""And those whose means are."""
 OWN = ("eq. 34", "separation")
 """How the names of detectors by trajectories begin."""
 COLUMNS: Columns = {
@@ -44,17 +43,21 @@ COLUMNS: Columns = {
 def summarize(config: Config, results: list[Row]) -> list[Row]:
     """One row per what noise counts as, what was seen and tested, and detector: means over the splits, in percent.
 
-    Differences in the area under the curve are to the first detector on the same splits, paired.
+    Differences in the area under the curve are to the first detector on the same splits, paired. With noise left out,
+    detectors are tested on what they were fitted on alone.
     """
     scores = groups((score for r in results if "scores" in r for score in r["scores"]), "noisy", "seen", "tested")
     rows: list[Row] = []
     for (noisy, seen, tested), of_all in scores.items():
+        if seen != tested and not noisy:
+            continue
         first: tuple[float, ...] = ()
         for (detector,), of in groups(of_all, "detector").items():
             row: Row = {"noisy": noisy, "seen": seen, "tested": tested, "detector": detector}
-            for name in MEASURES:
-                values = [round(score[name], 5) for score in of if not math.isnan(score[name])]
-                row[name] = percent(values) if values else None
+            for name in (*AREAS, *MEANS):
+                values = [round(100 * score[name], 2) for score in of if not math.isnan(score[name])]
+                mean = mean_interval(values) if values else None
+                row[name] = mean if mean is None or name in AREAS else round(mean.mean, 2)
             if detector == FIRST:
                 first = row["auroc"].values
             elif len(first) > 1:
@@ -92,11 +95,11 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
     for (noisy, seen, tested), rows in groups(outcome.rows, "noisy", "seen", "tested").items():
         by = {row["detector"]: row for row in rows}
         first, own, rival = by[FIRST]["auroc"], by["separation"], best_rival(rows)
-        gain = (own["auroc"].mean - first.mean) / max(100 - first.mean, 1e-9)
+        left = 100 - first.mean
+        gain = f" ({100 * (own['auroc'].mean - first.mean) / left:.0f} % of the distance to 100)" if left > 0.5 else ""
         lines.append(
             f"fitted on {seen}, tested on {tested}, noise {'clean' if noisy else 'left out'}: {FIRST} {first:.1f}, "
-            f"separation {own['auroc']:.1f} ({100 * gain:.0f} % of the distance to 100), {rival['detector']} "
-            f"{rival['auroc']:.1f}"
+            f"separation {own['auroc']:.1f}{gain}, {rival['detector']} {rival['auroc']:.1f}"
         )
     return lines
 

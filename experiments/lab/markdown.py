@@ -47,7 +47,9 @@ def pivot(rows: Iterable[Mapping[str, Any]], down: str, across: str, format: str
     """A table whose lines are the values of one field and whose columns are those of another."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        lines.setdefault(row[down], {corner: row[down]})[Path(str(row[across])).stem] = format.format_map(row)
+        lines.setdefault(row[down], {corner: row[down]})[Path(str(row[across])).name.removesuffix(".npz")] = (
+            format.format_map(row)
+        )
     columns: dict[str, str | Callable[[Mapping[str, Any]], object]] = {}
     for name in dict.fromkeys(name for line in lines.values() for name in line):
         columns[name] = lambda line, name=name: line.get(name, "")
