@@ -16,9 +16,9 @@ from lab.statistics import mean_interval, paired, paired_p_value
 
 __all__ = ["AREAS", "COLUMNS", "MEANS", "best_rival", "details", "figures", "summarize", "verdict"]
 
-AREAS = ("auroc", "auroc_successful", "noise_auroc")
+AREAS = ("auroc", "noise_auroc")
 """Of the scores of :func:`detection_pretrained_detectors.compare`, those whose intervals are reported."""
-MEANS = ("auroc_noise", "detected", "detected_successful", "false_positives", "noise_detected")
+MEANS = ("auroc_successful", "auroc_noise", "detected", "detected_successful", "false_positives", "noise_detected")
 """And those whose means are."""
 OWN = ("eq. 34", "separation")
 """How the names of detectors by trajectories begin."""
