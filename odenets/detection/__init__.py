@@ -15,6 +15,13 @@ from those of clean ones. Attacks (:func:`run_attack`) make the images that it i
 >>> pipeline.predict(attacked.images[:3])
 array([1, 1, 1])
 
+A :class:`Monitor` needs clean images alone, and says how foreign others are as p-values:
+
+>>> from odenets.detection import Monitor
+>>> monitor = Monitor(network).fit(torch.rand(200, 1, 8, 8))
+>>> monitor.predict(torch.zeros(2, 1, 8, 8))
+array([1, 1])
+
 Adaptive attacks know of the detector: they begin at images that it detects, and look for others that fool network and
 detector. Here with far fewer steps than they need:
 
@@ -39,6 +46,7 @@ detector. Here with far fewer steps than they need:
 (torch.Size([1, 1, 8, 8]), torch.Size([1]))
 """
 
+from odenets.detection.assessment import Assessment
 from odenets.detection.attacks import PRESETS, Attack, Attacked, preset, run_attack
 from odenets.detection.attacks.adaptive import (
     Evasion,
@@ -48,6 +56,13 @@ from odenets.detection.attacks.adaptive import (
     distill,
     feature_attack,
     surrogate_attack,
+)
+from odenets.detection.conformal import (
+    Drift,
+    conformal_p_values,
+    conformal_threshold,
+    drift_test,
+    false_positive_interval,
 )
 from odenets.detection.detector import Detector
 from odenets.detection.evaluation import (
@@ -73,6 +88,8 @@ from odenets.detection.features import (
     Trajectory,
 )
 from odenets.detection.features.base import check_images, in_batches
+from odenets.detection.monitor import Monitor
+from odenets.detection.one_class import OneClassGaussian
 from odenets.detection.pipeline import Pipeline
 from odenets.detection.quantile import QuantileTest
 
@@ -80,17 +97,21 @@ __all__ = [
     "FALSE_POSITIVE_RATES",
     "LID",
     "PRESETS",
+    "Assessment",
     "Attack",
     "Attacked",
     "Choice",
     "Detector",
+    "Drift",
     "Evasion",
     "FeatureSqueezing",
     "Features",
     "FourierSpectrum",
     "KernelDensity",
     "Mahalanobis",
+    "Monitor",
     "NaturalSceneStatistics",
+    "OneClassGaussian",
     "Parts",
     "Pipeline",
     "ProjectedDescent",
@@ -103,8 +124,12 @@ __all__ = [
     "black_box",
     "check_images",
     "choose_and_score",
+    "conformal_p_values",
+    "conformal_threshold",
     "detection_rates",
     "distill",
+    "drift_test",
+    "false_positive_interval",
     "feature_attack",
     "in_batches",
     "preset",

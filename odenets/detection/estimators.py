@@ -10,6 +10,7 @@ from odenets.errors import needs
 if TYPE_CHECKING or find_spec("sklearn"):
     with needs("detection"):
         from sklearn.base import BaseEstimator, ClassifierMixin, OutlierMixin, clone, is_outlier_detector
+        from sklearn.covariance import LedoitWolf
         from sklearn.ensemble import RandomForestClassifier
         from sklearn.metrics import accuracy_score, roc_auc_score, roc_curve
         from sklearn.utils.multiclass import check_classification_targets
@@ -31,5 +32,6 @@ else:
     class OutlierMixin:
         """Likewise."""
 
+    LedoitWolf = _missing
     RandomForestClassifier = accuracy_score = check_classification_targets = check_is_fitted = clone = _missing
     is_outlier_detector = roc_auc_score = roc_curve = validate_data = _missing

@@ -11,6 +11,7 @@ import numpy as np
 
 from odenets.detection import features
 from odenets.detection.detector import Detector
+from odenets.detection.one_class import OneClassGaussian
 from odenets.detection.quantile import QuantileTest
 from odenets.errors import needs
 from odenets.files import write_atomically
@@ -30,7 +31,7 @@ def _tree_type() -> type:
 def trusted_types() -> list[str]:
     """Types that a file may hold besides those that skops trusts: numbers, arrays, scikit-learn's estimators."""
     kinds = (getattr(features, name) for name in features.__all__)
-    types = (Detector, QuantileTest, *kinds, _tree_type())
+    types = (Detector, OneClassGaussian, QuantileTest, *kinds, _tree_type())
     return [f"{each.__module__}.{each.__qualname__}" for each in types]
 
 
@@ -40,12 +41,13 @@ def write(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda partial: io.dump(content, partial))
 
 
-def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
+def read(path: Path, trusted: Sequence[str] = (), writer: str = "Pipeline.save") -> dict[str, Any]:
     """Read an archive.
 
     Args:
         path: of the file.
         trusted: dotted names of further types that it may hold, such as another classifier's.
+        writer: what writes such files, for errors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -60,11 +62,11 @@ def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     try:
         unknown = sorted(set(io.get_untrusted_types(file=path)) - {*trusted})
     except Exception as error:  # whatever a foreign file does to the reader
-        raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save ({error})") from error
+        raise ValueError(f"{path} holds no detector: it was not written by {writer} ({error})") from error
     names = ", ".join(unknown)
     if unknown and all(name.startswith("odenets.") for name in unknown):
         rule = "was written by another version of odenets, with types that this one does not load"
-        raise ValueError(f"{path} {rule}: {names}; fit the pipeline again and save it")
+        raise ValueError(f"{path} {rule}: {names}; fit it again and save it")
     if unknown:
         raise ValueError(
             f"{path} holds types that are not trusted, so nothing of it was loaded: {names}; "
@@ -75,7 +77,7 @@ def read(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save")
+        raise ValueError(f"{path} holds no detector: it was not written by {writer}")
     for tree, columns in _trees(content):
         if not _is_sound(tree, columns):
             raise ValueError(f"{path} is damaged: it holds a tree whose branches lead out of it or of its features")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,15 @@ from odenets.checkpoints import fingerprint
 from odenets.detection.detector import Detector
 from odenets.detection.estimators import is_outlier_detector
 from odenets.detection.evaluation import Scores, score
+from odenets.detection.extraction import Inputs, extract, sample_count
 from odenets.detection.features import Features, Trajectory
-from odenets.detection.features.base import check_inputs, in_batches
-from odenets.detection.isolation import checked_logits
+from odenets.detection.features.base import check_inputs
 from odenets.detection.network_state import NetworkState, check_apart
 from odenets.detection.persistence import read, write
 from odenets.errors import check_count, check_number
-from odenets.inputs import is_by_keyword, samples_in
 from odenets.recording import is_recorder
 
 __all__ = ["FEWEST", "Pipeline"]
-
-Inputs = Mapping[str, Any]
-"""What a network takes by keyword, such as token ids and their mask."""
 
 FEWEST = 10
 """Fewest samples of either kind that a detector is fitted on."""
@@ -89,30 +85,12 @@ class Pipeline:
         """Features ``(N, F)`` and predicted classes ``(N,)`` of ``images`` ``(N, C, H, W)``, in one pass.
 
         The output is logits ``(B, classes)``, or what holds them as "logits".
+
         Raises:
             TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, features that
                 are not ``(B, F)``, or logits or features that are not finite.
         """
-        dtypes: set[torch.dtype] = set()
-
-        def classes_and_features(x: Any) -> Tensor:
-            output, values = self.features.output_and_features(self.network, x)
-            logits = checked_logits(output, n := samples_in(x))
-            _check_features(self.features, values, n)
-            dtypes.add(values.dtype)
-            predicted = logits.argmax(1, keepdim=True).double()
-            predicted = predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan)
-            return torch.cat([predicted, values.double()], 1)
-
-        values = in_batches(classes_and_features, self.network, check_inputs(images), self.batch_size).numpy()
-        predicted, X = values[:, 0], values[:, 1:]
-        if torch.float64 not in dtypes:
-            with np.errstate(over="ignore"):
-                X = X.astype(np.float32)
-        if not (np.isfinite(X).all() and np.isfinite(predicted).all()):
-            rule = "features and logits must be finite, got NaN or infinity"
-            raise ValueError(f"{rule}: does the network diverge on these images?")
-        return X, predicted.astype(np.int64)
+        return extract(self.network, self.features, images, self.batch_size)
 
     def fit(
         self,
@@ -144,9 +122,9 @@ class Pipeline:
         kinds = {"clean": clean, "adversarial": adversarial, "noisy": noisy}
         kinds = {name: images for name, images in kinds.items() if images is not None}
         for name, images in kinds.items():
-            if _count(images) < FEWEST and name != "noisy":
+            if sample_count(images) < FEWEST and name != "noisy":
                 why = ": too few attacks were successful" if name == "adversarial" else ""
-                raise ValueError(f"{name} must hold at least {FEWEST} images, got {_count(images)}{why}")
+                raise ValueError(f"{name} must hold at least {FEWEST} images, got {sample_count(images)}{why}")
             check_inputs(images, name)
         parts = {name: self.extract(images) for name, images in kinds.items()}
         X, predicted = (np.concatenate([part[i] for part in parts.values()]) for i in range(2))
@@ -223,7 +201,7 @@ class Pipeline:
         check_number("rate", rate)
         if not 0 < rate < 1:
             raise ValueError(f"rate must lie in (0, 1), got {rate}")
-        if (n := _count(clean)) < 1 / rate:
+        if (n := sample_count(clean)) < 1 / rate:
             warnings.warn(
                 f"clean holds {n} images, fewer than the {1 / rate:.0f} that rate {rate} asks for: of new "
                 "images more will be called adversarial",
@@ -309,20 +287,3 @@ class Pipeline:
         pipeline = cls(network, content["features"], content["detector"], batch_size=batch_size)
         pipeline._fitted_on = state
         return pipeline
-
-
-def _count(images: Any) -> int:
-    return samples_in(images) if is_by_keyword(images) else len(images)
-
-
-def _check_features(features: Features, values: object, samples: int) -> None:
-    """That features are a row for each image.
-
-    Raises:
-        TypeError, ValueError: they are not.
-    """
-    rule = f"{type(features).__name__} must return features (B, F), a row for each image"
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{rule}, got {type(values).__name__}")
-    if values.ndim != 2 or len(values) != samples:
-        raise ValueError(f"{rule}, got shape {tuple(values.shape)} for {samples} images")

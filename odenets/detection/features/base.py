@@ -98,14 +98,14 @@ def in_batches(
         return torch.cat([call(tree_map(moved, part)).cpu() for part in parts])
 
 
-def check_inputs(x: Any, name: str = "images") -> Any:
+def check_inputs(x: Any, name: str = "images", *, normalized: bool = False) -> Any:
     """Images as :func:`check_images` has them, or a mapping of inputs by keyword, which are finite; as dictionary.
 
     Raises:
         TypeError, ValueError: as there; or a mapping without samples, or with numbers that are not finite.
     """
     if not is_by_keyword(x):
-        return check_images(x, name)
+        return check_images(x, name, normalized=normalized)
     if samples_in(x, name) == 0:
         raise ValueError(f"{name} must not be empty, got no sample")
     for key, value in x.items():
@@ -114,8 +114,10 @@ def check_inputs(x: Any, name: str = "images") -> Any:
     return plain(x)
 
 
-def check_images(x: Tensor, name: str = "images") -> Tensor:
+def check_images(x: Tensor, name: str = "images", *, normalized: bool = False) -> Tensor:
     """The images ``x``, if they are ``(N, C, H, W)`` with pixels in [0, 1]; errors call them by ``name``.
+
+    Where they come ``normalized``, all finite values will do.
 
     Raises:
         TypeError: no floating tensor.
@@ -134,6 +136,8 @@ def check_images(x: Tensor, name: str = "images") -> Tensor:
         raise ValueError(f"{name} must be a batch (N, C, H, W), not empty, got shape {tuple(x.shape)}")
     if not x.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
+    if normalized:
+        return x
     low, high = x.min().item(), x.max().item()
     if low < 0 or high > 1:
         raise ValueError(

@@ -1,0 +1,119 @@
+"""Extraction: features and predicted classes of images, in one pass, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from odenets.detection.features.base import Features, check_inputs, in_batches
+from odenets.detection.isolation import checked_logits
+from odenets.inputs import inputs_of, is_by_keyword, plain, rows, samples_in
+
+__all__ = ["Inputs", "batches_of", "check_features", "extract", "sample_count"]
+
+Inputs = Mapping[str, Any]
+"""What a network takes by keyword, such as token ids and their mask."""
+
+
+def extract(
+    network: nn.Module,
+    features: Features,
+    images: Tensor | Inputs,
+    batch_size: int = 256,
+    *,
+    normalized: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features ``(N, F)`` and predicted classes ``(N,)`` of ``images`` ``(N, C, H, W)``, in one pass.
+
+    Args:
+        network: whose output is logits ``(B, classes)``, or what holds them as "logits".
+        features: of a batch.
+        images: or a mapping of what the network takes by keyword.
+        batch_size: images in a pass.
+        normalized: whether images have any finite values, and not pixels in [0, 1].
+
+    Returns:
+        Features, float32 or wider, and classes, int64.
+
+    Raises:
+        TypeError, ValueError: no such images, a network that returns no logits ``(B, classes)``, features
+            that are not ``(B, F)``, or logits or features that are not finite.
+
+    >>> from odenets.detection import Trajectory
+    >>> from odenets.models import small_network
+    >>> X, predicted = extract(small_network(depth=3), Trajectory(), torch.rand(5, 1, 8, 8))
+    >>> X.shape, predicted.shape
+    ((5, 6), (5,))
+    """
+    dtypes: set[torch.dtype] = set()
+
+    def classes_and_features(x: Any) -> Tensor:
+        output, values = features.output_and_features(network, x)
+        logits = checked_logits(output, n := samples_in(x))
+        check_features(features, values, n)
+        dtypes.add(values.dtype)
+        predicted = logits.argmax(1, keepdim=True).double()
+        predicted = predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan)
+        return torch.cat([predicted, values.double()], 1)
+
+    values = in_batches(classes_and_features, network, check_inputs(images, normalized=normalized), batch_size)
+    values = values.numpy()
+    predicted, X = values[:, 0], values[:, 1:]
+    if torch.float64 not in dtypes:
+        with np.errstate(over="ignore"):
+            X = X.astype(np.float32)
+    if not (np.isfinite(X).all() and np.isfinite(predicted).all()):
+        rule = "features and logits must be finite, got NaN or infinity"
+        raise ValueError(f"{rule}: does the network diverge on these images?")
+    return X, predicted.astype(np.int64)
+
+
+def batches_of(images: Any, batch_size: int, name: str = "images", network: nn.Module | None = None) -> Iterator[Any]:
+    """The inputs of images, a batch at a time: of one tensor, one mapping of inputs by keyword, or a loader.
+
+    Args:
+        images: ``(N, C, H, W)``; a mapping of tensors ``(N, ...)``; or an iterable of batches, each inputs or a pair
+            ``(inputs, labels)``, whose labels are not read. A loader's batches stay as they are.
+        batch_size: images at a time of a tensor or a mapping.
+        name: of the argument, for errors.
+        network: what takes them, if that is known.
+
+    Raises:
+        TypeError: neither of these.
+        ValueError: no images.
+
+    >>> [len(x) for x in batches_of(torch.rand(5, 1, 8, 8), 2)]
+    [2, 2, 1]
+    >>> [len(x) for x in batches_of([(torch.rand(3, 1, 8, 8), torch.zeros(3))], 2)]
+    [3]
+    """
+    if not (isinstance(images, Tensor) or is_by_keyword(images)):
+        yield from inputs_of(images, name, network)
+        return
+    n = samples_in(images, name)
+    if n == 0:
+        raise ValueError(f"{name} must not be empty, got no sample")
+    for i in range(0, n, batch_size):
+        yield rows(plain(images), slice(i, i + batch_size), n)
+
+
+def sample_count(images: Any) -> int:
+    """Samples of a tensor or a mapping of inputs by keyword."""
+    return samples_in(images) if is_by_keyword(images) else len(images)
+
+
+def check_features(features: Features, values: object, samples: int) -> None:
+    """That features are a row for each image.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    rule = f"{type(features).__name__} must return features (B, F), a row for each image"
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{rule}, got {type(values).__name__}")
+    if values.ndim != 2 or len(values) != samples:
+        raise ValueError(f"{rule}, got shape {tuple(values.shape)} for {samples} images")
