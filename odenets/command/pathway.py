@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,18 +11,26 @@ from typing import Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from odenets import measures, plotting
 from odenets.adapting import AdaptedModel
 from odenets.command.devices import chosen, name_of
-from odenets.command.images import Unreadable, batches, files_of, parsed_size, resized
-from odenets.command.mistakes import FAILED, Mistake, near, one_line, require
-from odenets.command.networks import Model, build, function_of, recorder
+from odenets.command.images import Unreadable, batches, files_of
+from odenets.command.mistakes import FAILED, Mistake, near, require
+from odenets.command.networks import build, function_of, recorder
+from odenets.command.preparation import (
+    Batch,
+    check_writable,
+    once,
+    recording,
+    seed_weights,
+    transform_of,
+    with_progress,
+    without,
+    written,
+)
 from odenets.command.tables import print_table
-from odenets.files import write_atomically
 from odenets.modes import device_of, evaluating
 from odenets.records import Records
 from solvers import Step
@@ -36,7 +40,6 @@ __all__ = ["Request", "h", "record_images", "show"]
 USUAL = ("action", "residue", "cosine")
 NAMED = (*USUAL, "error", "displacement", "square_norm")
 FIGURES = (".png", ".pdf", ".svg")
-Batch = tuple[list[Path], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,22 @@ def show(request: Request) -> None:
     Raises:
         Mistake: what the user can mend.
     """
-    files, device, measured = _once(files_of(request.images)), chosen(request.device), _measures(request.measures)
+    files, device, measured = once(files_of(request.images)), chosen(request.device), _measures(request.measures)
     _check_outputs(request)
-    _seed(request.seed)
+    seed_weights(request.seed)
     model = build(request.model, request.weights, request.options)
     model.network.to(device)
-    transform, prepared, mode = _transform(request, model)
+    transform, prepared, mode = transform_of(model, request.size, request.gray, request.transform)
     count = min(request.batch_size, len(files))
     left_out: list[Unreadable] | None = [] if request.skip_unreadable else None
-    loaded = _with_progress(batches(files, transform, count, mode, left_out), len(files), count)
+    loaded = with_progress(batches(files, transform, count, mode, left_out), len(files), count)
     first = next(loaded)
-    with _recording(model.name, first[1]):
+    with recording(model.name, first[1]):
         network = recorder(model, request.blocks, first[1][:2].to(device))
     with evaluating(network), torch.no_grad():
         records, shape = record_images(network, chain([first], loaded), measured, model.name)
     if left_out:
-        files = _without(files, left_out)
+        files = without(files, left_out)
     size = " x ".join(map(str, shape))
     kind = type(network.model if isinstance(network, AdaptedModel) else network).__name__
     typer.echo(f"{model.name} ({kind}), {model.weights}, on {device} ({name_of(device)})")
@@ -96,32 +99,6 @@ def show(request: Request) -> None:
         typer.echo(f"\n{_write_rows(request.csv, files, records)}: a row for each image and block")
     if request.figure is not None:
         typer.echo(f"\n{_draw(request.figure, files, records, request.by_folder)}: blocks by images")
-
-
-def _once(files: Iterable[Path]) -> list[Path]:
-    """The files, each one once, where a file and its folder are named, or one twice."""
-    by_place: dict[str, Path] = {}
-    for file in files:
-        by_place.setdefault(os.path.abspath(file), file)  # links are files of their own
-    return [*by_place.values()]
-
-
-def _seed(seed: int) -> None:
-    try:
-        torch.manual_seed(seed)
-    except (RuntimeError, ValueError) as error:  # of torch 2.8 and of later ones
-        raise Mistake(f"--seed must be from -2**63 to 2**64 - 1, got {seed}") from error
-
-
-def _without(files: Sequence[Path], left_out: Sequence[Unreadable]) -> list[Path]:
-    """The files that were read, with a word on the others."""
-    names = ", ".join(str(one.file) for one in left_out[:3])
-    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    warnings.warn(
-        f"{len(left_out)} of {len(files)} images cannot be read and are left out: {names}{more}", stacklevel=3
-    )
-    out = {one.file for one in left_out}
-    return [file for file in files if file not in out]
 
 
 @measures.measure(closing=False)
@@ -149,7 +126,7 @@ def record_images(
     shape: tuple[int, ...] = ()
     for files, images in loaded:
         x = images.to(device_of(network))
-        with _recording(name, x):
+        with recording(name, x):
             measured = measured or _usual(network, x)
             records = network.record(x, h=h, **measured)[1].map(Tensor.cpu)
         if parts and records.blocks != parts[0].blocks:
@@ -161,20 +138,6 @@ def record_images(
         parts.append(records)
         shape = tuple(images.shape[1:])
     return Records({key: torch.cat([one[key] for one in parts], 1) for key in parts[0]}, *parts[0].layout), shape
-
-
-@contextmanager
-def _recording(name: str, x: Tensor) -> Iterator[None]:
-    """Whatever the forward pass of a network raises is a mistake, on images of this shape."""
-    try:
-        yield
-    except Mistake:
-        raise
-    except Exception as error:
-        size = " x ".join(map(str, x.shape))
-        what = f"{type(error).__name__}: {one_line(error)}"
-        less = " (--batch-size takes fewer at a time)" if isinstance(error, torch.OutOfMemoryError) else ""
-        raise Mistake(f"{name} cannot be recorded on images {size}: {what}{less}", FAILED) from error
 
 
 def _usual(network: Any, x: Tensor) -> dict[str, Any]:
@@ -216,18 +179,6 @@ def _measures(names: Sequence[str]) -> dict[str, Any]:
     return by_name
 
 
-def _transform(request: Request, model: Model) -> tuple[Callable[[Any], Tensor], str, str | None]:
-    """How images are prepared, that in words, and their mode."""
-    size, mode = parsed_size(request.size), "L" if request.gray else "RGB"
-    if request.transform is not None:
-        if size or request.gray:
-            raise Mistake("--transform takes the place of --size and --gray: name it alone")
-        return function_of(request.transform, "--transform"), f"prepared by {request.transform}", None
-    if model.prepare is not None and not request.gray:
-        return model.prepare(size), f"prepared as for {model.prepared_as}", mode
-    return resized(size), "pixels in [0, 1]" + ("" if size is None else ", resized"), mode
-
-
 def _check_outputs(request: Request) -> None:
     if request.figure is not None:
         if request.figure.suffix.lower() not in FIGURES:
@@ -235,20 +186,7 @@ def _check_outputs(request: Request) -> None:
         require("matplotlib", "pip install 'odenets[plot]'", "--figure")
     elif request.by_folder:
         raise Mistake("--by-folder groups the images of a figure: --figure FILE.png")
-    for name, file in (("--csv", request.csv), ("--figure", request.figure)):
-        if file is not None and file.is_dir():
-            raise Mistake(f"{name} must be a file, got the folder {file}")
-        if file is not None:
-            folder = next(parent for parent in file.absolute().parents if parent.exists())
-            if not folder.is_dir() or not os.access(folder, os.W_OK):
-                raise Mistake(f"{name} cannot write {file}: {folder} is no folder that one may write to")
-
-
-def _with_progress(loaded: Iterable[Batch], count: int, size: int) -> Iterator[Batch]:
-    """A bar in a terminal, where there are several batches."""
-    console = Console(stderr=True)
-    silent = not sys.stderr.isatty() or count <= size
-    yield from track(loaded, "images", -(-count // size), console=console, transient=True, disable=silent)
+    check_writable({"--csv": request.csv, "--figure": request.figure})
 
 
 def _print(records: Records) -> None:
@@ -269,17 +207,10 @@ def _write_rows(file: Path, files: Sequence[Path], records: Records) -> Path:
                 for m, block in enumerate(records.blocks):
                     writer.writerow([image, m, block, *(value[m][i] for value in values.values())])
 
-    return _written(file, write)
+    return written(file, write)
 
 
 def _draw(file: Path, files: Sequence[Path], records: Records, by_folder: bool) -> Path:
     labels = [image.parent.name for image in files] if by_folder else None
     figure = plotting.blocks_by_samples(records, [name for name in records if name != "h"], labels=labels)
-    return _written(file, lambda path: figure.savefig(path, format=file.suffix[1:].lower(), dpi=100))
-
-
-def _written(file: Path, write: Callable[[Path], None]) -> Path:
-    try:
-        return write_atomically(file, write)
-    except OSError as error:
-        raise Mistake(f"{file} cannot be written: {one_line(error)}", FAILED) from error
+    return written(file, lambda path: figure.savefig(path, format=file.suffix[1:].lower(), dpi=100))

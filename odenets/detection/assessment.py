@@ -53,7 +53,7 @@ class Assessment:
         return np.argsort(-self.scores, kind="stable")
 
     def discoveries(self, rate: float = 0.05) -> np.ndarray:
-        """Which images of all are called foreign, if a share ``rate`` of those called so may be clean, ``(N,)`` of bool.
+        """Which are called foreign, if a share ``rate`` of those called so may be clean, ``(N,)`` of bool.
 
         By Benjamini and Hochberg (1995), whose procedure holds that rate in the mean for conformal p-values
         (Bates et al. 2023, arXiv:2104.08279). It needs small p-values, and so many calibration images.

@@ -204,7 +204,7 @@ class Monitor:
     def predict(
         self, images: Tensor | Inputs | Iterable[Any], *, false_positive_rate: float | None = None
     ) -> np.ndarray:
-        """1 where one of ``images`` is flagged and 0 elsewhere, ``(N,)``; ``false_positive_rate`` as in :meth:`stream`."""
+        """1 where one of ``images`` is flagged, at a ``false_positive_rate`` as in :meth:`stream`, and 0 elsewhere."""
         return self.check(images, false_positive_rate=false_positive_rate).flags.astype(int)
 
     def threshold(self, false_positive_rate: float | None = None) -> float:

@@ -20,10 +20,12 @@ matplotlib comes with ``pip install 'odenets[plot]'``; without it a function rai
 
 from odenets.plotting.detection import histograms, operating_characteristics
 from odenets.plotting.figures import save
+from odenets.plotting.monitor_report import monitor_report
+from odenets.plotting.monitoring import monitor_scores, surest_images
 from odenets.plotting.records import blocks_by_samples
 from odenets.plotting.transport import action_against_accuracy, clouds, displacements, pictures, refinement_by_block
 
 __all__ = [
-    "action_against_accuracy", "blocks_by_samples", "clouds", "displacements", "histograms",
-    "operating_characteristics", "pictures", "refinement_by_block", "save",
+    "action_against_accuracy", "blocks_by_samples", "clouds", "displacements", "histograms", "monitor_report",
+    "monitor_scores", "operating_characteristics", "pictures", "refinement_by_block", "save", "surest_images",
 ]  # fmt: skip
