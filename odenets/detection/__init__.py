@@ -58,13 +58,12 @@ from odenets.detection.attacks.adaptive import (
     surrogate_attack,
 )
 from odenets.detection.conformal import (
-    Drift,
     conformal_p_values,
     conformal_threshold,
-    drift_test,
     false_positive_interval,
 )
 from odenets.detection.detector import Detector
+from odenets.detection.drift import Drift, drift_test
 from odenets.detection.evaluation import (
     FALSE_POSITIVE_RATES,
     Choice,

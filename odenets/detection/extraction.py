@@ -26,6 +26,7 @@ def extract(
     batch_size: int = 256,
     *,
     normalized: bool = False,
+    name: str = "images",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features ``(N, F)`` and predicted classes ``(N,)`` of ``images`` ``(N, C, H, W)``, in one pass.
 
@@ -35,6 +36,7 @@ def extract(
         images: or a mapping of what the network takes by keyword.
         batch_size: images in a pass.
         normalized: whether images have any finite values, and not pixels in [0, 1].
+        name: of the images, for errors.
 
     Returns:
         Features, float32 or wider, and classes, int64.
@@ -60,7 +62,7 @@ def extract(
         predicted = predicted.masked_fill(logits.isnan().any(1, keepdim=True), torch.nan)
         return torch.cat([predicted, values.double()], 1)
 
-    values = in_batches(classes_and_features, network, check_inputs(images, normalized=normalized), batch_size)
+    values = in_batches(classes_and_features, network, check_inputs(images, name, normalized=normalized), batch_size)
     values = values.numpy()
     predicted, X = values[:, 0], values[:, 1:]
     if torch.float64 not in dtypes:

@@ -14,18 +14,18 @@ from odenets.adapting import adapt
 from odenets.checkpoints import fingerprint
 from odenets.detection.assessment import Assessment
 from odenets.detection.conformal import (
-    Drift,
+    check_counts,
     check_rate,
     conformal_p_values,
     conformal_threshold,
-    drift_test,
     false_positive_interval,
 )
+from odenets.detection.drift import Drift, drift_test
 from odenets.detection.estimators import is_outlier_detector
 from odenets.detection.extraction import Inputs, batches_of, extract
 from odenets.detection.features import Features, Trajectory
-from odenets.detection.isolation import keeping_random_states, seeded
-from odenets.detection.network_state import NetworkState, check_apart
+from odenets.detection.isolation import keeping_random_states
+from odenets.detection.network_state import NetworkState, check_apart, check_blocks, check_repeatable
 from odenets.detection.one_class import OneClassGaussian
 from odenets.detection.persistence import read, write
 from odenets.errors import check_count, check_number
@@ -142,13 +142,13 @@ class Monitor:
         parts = []
         with keeping_random_states(device_of(self.network)):
             for x in batches_of(clean, self.batch_size, "clean", self.network):
-                parts.append(self._extract(x))
+                parts.append(self._extract(x, "clean"))
                 if len(parts) == 1:
-                    self._check_first(x)
+                    self._check_path(x)
         X, predicted = (np.concatenate([part[i] for part in parts]) for i in range(2))
         order = torch.randperm(len(X), generator=torch.Generator().manual_seed(self.seed)).numpy()
         calibrating, fitting = np.split(order, [round(self.calibration * len(X))])
-        self._check_counts(len(fitting), len(calibrating), X.shape[1])
+        check_counts(len(fitting), len(calibrating), X.shape[1], self.false_positive_rate)
         if self._takes_classes:
             self.detector.fit(X[fitting], predicted=predicted[fitting])
         else:
@@ -300,16 +300,15 @@ class Monitor:
     def _takes_classes(self) -> bool:
         return isinstance(self.detector, OneClassGaussian)
 
-    def _extract(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _extract(self, x: Any, name: str = "images") -> tuple[np.ndarray, np.ndarray]:
         """Features and predicted classes of a batch, in one pass."""
-        extracted = extract(self.network, self.features, x, samples_in(x, "images"), normalized=self.normalized)
-        if isinstance(x, Tensor):
-            shape = tuple(x.shape[1:])
-            if self._shape is None:
-                self._shape = shape
-            elif shape != self._shape:
-                sizes = f"{_dims(self._shape)} as in fit, got {_dims(shape)}"
-                raise ValueError(f"images must have one shape, {sizes}: resize them, as their paths depend on it")
+        shape = tuple(x.shape[1:]) if isinstance(x, Tensor) else None
+        if shape is not None and self._shape not in (None, shape):
+            sizes = f"{_dims(self._shape)} as the first of fit, got {_dims(shape)}"
+            raise ValueError(f"{name} must have one shape, {sizes}: resize them, as their paths depend on it")
+        count = samples_in(x, name)
+        extracted = extract(self.network, self.features, x, count, normalized=self.normalized, name=name)
+        self._shape = shape if self._shape is None else self._shape
         return extracted
 
     def _scores(self, X: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -319,36 +318,12 @@ class Monitor:
             raise ValueError(f"{_kind(self.detector)} must give finite scores, got NaN or infinity")
         return scores
 
-    def _check_first(self, x: Any) -> None:
-        """That the network's trajectory is one, and that a second pass takes it again."""
-        if isinstance(self.features, Trajectory) and self.network.depth < 2:
-            raise ValueError(
-                f"network must have at least two blocks for the features of its trajectory, got {self.network.depth}: "
-                "give other features, such as FourierSpectrum()"
-            )
-        few, passes = rows(x, slice(0, 2), samples_in(x)), []
-        for seed in range(2):
-            with seeded(seed, device=device_of(self.network)):
-                passes.append(self._extract(few)[0])
-        if not np.allclose(*passes, rtol=1e-3, atol=1e-6 * np.abs(passes[0]).max()):
-            raise ValueError(
-                "network must take the same path in every pass, and the features of two passes in eval mode differ: "
-                "random draws of its own, such as those of a noisy scheme, make no statistics of clean images"
-            )
-
-    def _check_counts(self, fitting: int, calibrating: int, features: int) -> None:
-        least = int(np.ceil(1 / self.false_positive_rate - 1e-9)) - 1
-        if calibrating < least:
-            raise ValueError(
-                f"clean must hold more images: {calibrating} of {fitting + calibrating} calibrate, and a "
-                f"false_positive_rate of {self.false_positive_rate:g} needs {least}; the smallest that they have is "
-                f"{1 / (calibrating + 1):.3g}"
-            )
-        if fitting <= features:
-            raise ValueError(
-                f"clean must hold more images: {fitting} of {fitting + calibrating} fit the detector, and there are "
-                f"{features} features: at least {round((features + 1) / (1 - self.calibration) + 0.5)} images"
-            )
+    def _check_path(self, x: Any) -> None:
+        """That a path of the features has several blocks, and that a second pass takes it again."""
+        if isinstance(self.features, Trajectory):
+            check_blocks(self.network.depth)
+        few = rows(x, slice(0, 2), samples_in(x))
+        check_repeatable(lambda: self._extract(few)[0], device_of(self.network))
 
     def _rate(self, false_positive_rate: float | None) -> float:
         self._check_fitted()

@@ -1,15 +1,19 @@
-"""The network of a detector: whether it is as it was when the detector was fitted, and treats images apart."""
+"""The network of a detector: whether it is as it was when that was fitted, and what of it a detector can watch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from odenets.checkpoints import fingerprint
+from odenets.detection.isolation import seeded
 from odenets.neural_ode import NeuralODE
 
-__all__ = ["NetworkState", "check_apart"]
+__all__ = ["NetworkState", "check_apart", "check_blocks", "check_repeatable"]
 
 
 class NetworkState:
@@ -85,3 +89,33 @@ def check_apart(network: nn.Module) -> None:
                     f"network must treat each image apart to be watched by a detector, but {where} that takes as many "
                     "steps as the images that come together need: steps=n"
                 )
+
+
+def check_blocks(depth: int) -> None:
+    """That a network has several blocks: of one, a trajectory is no path.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if depth < 2:
+        raise ValueError(
+            f"network must have at least two blocks for the features of its trajectory, got {depth}: give other "
+            "features, such as FourierSpectrum()"
+        )
+
+
+def check_repeatable(features: Callable[[], np.ndarray], device: torch.device) -> None:
+    """That two passes of the same images, with other seeds on a ``device``, have the same ``features``.
+
+    Raises:
+        ValueError: they have others.
+    """
+    passes = []
+    for seed in range(2):
+        with seeded(seed, device=device):
+            passes.append(features())
+    if not np.allclose(*passes, rtol=1e-3, atol=1e-6 * np.abs(passes[0]).max()):
+        raise ValueError(
+            "network must take the same path in every pass, and the features of two passes in eval mode differ: "
+            "random draws of its own, such as those of a noisy scheme, make no statistics of clean images"
+        )

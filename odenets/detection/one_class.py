@@ -85,7 +85,8 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
         mean = z.mean(0)
         self.means_ = np.stack([*((each.sum(0) + self.prior * mean) / (len(each) + self.prior) for each in own), mean])
         covariance = LedoitWolf(assume_centered=True).fit(z - self._means_of(classes, len(z)))
-        self.precision_, self.shrinkage_ = covariance.precision_, float(covariance.shrinkage_)
+        self.precision_: np.ndarray = np.asarray(covariance.precision_)
+        self.shrinkage_ = float(covariance.shrinkage_)
         self.offset_ = float(np.quantile(self._score(z, classes), self.level))
         return self
 
@@ -108,7 +109,7 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
 
     def _score(self, z: np.ndarray, classes: np.ndarray) -> np.ndarray:
         centered = z - self._means_of(classes, len(z))
-        return -np.einsum("nf,fg,ng->n", centered, self.precision_, centered, optimize=True)
+        return -(centered @ self.precision_ * centered).sum(1)
 
     def _means_of(self, classes: np.ndarray, samples: int) -> np.ndarray:
         """The mean for each sample, ``(N, F)``, that of all where its class was not fitted."""

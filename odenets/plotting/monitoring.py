@@ -53,7 +53,7 @@ def monitor_scores(
     axes = grid.ravel()
     _draw_histogram(axes[0], {"calibration": calibration, "checked": scores, "foreign": foreign}, threshold)
     _draw_p_values(axes[1], p_values, false_positive_rate)
-    _draw_flags(axes[2], p_values <= false_positive_rate, false_positive_rate, window)
+    _draw_flags(axes[2], p_values <= false_positive_rate + 1e-9, false_positive_rate, window)
     if foreign is not None:
         _draw_roc(axes[3], scores, foreign, threshold)
     return figure
@@ -92,7 +92,7 @@ def _draw_histogram(axis: Axes, kinds: dict[str, np.ndarray | None], threshold: 
     low, high = together.min(), together.max()
     logarithmic = low > 0 and high > 20 * low
     ends = (low, high) if high > low else (low - 0.5, high + 0.5)
-    bins = np.geomspace(*ends, 50) if logarithmic else np.linspace(*ends, 50)
+    bins = (np.geomspace(*ends, 50) if logarithmic else np.linspace(*ends, 50)).tolist()
     for (name, each), color in zip(values.items(), (CLEAN, CHECKED, FOREIGN), strict=False):
         weights = np.full(len(each), 100 / len(each))
         label = f"{name} ({len(each)})"
@@ -105,7 +105,9 @@ def _draw_histogram(axis: Axes, kinds: dict[str, np.ndarray | None], threshold: 
 
 
 def _draw_p_values(axis: Axes, p_values: np.ndarray, rate: float) -> None:
-    axis.hist(p_values, np.linspace(0, 1, 21), weights=np.full(len(p_values), 20 / len(p_values)), color=CHECKED)
+    axis.hist(
+        p_values, np.linspace(0, 1, 21).tolist(), weights=np.full(len(p_values), 20 / len(p_values)), color=CHECKED
+    )
     axis.axhline(1, color="black", linestyle=":", linewidth=1, label="clean images")
     axis.axvspan(0, rate, color=FOREIGN, alpha=0.2, label="flagged")
     axis.set(title="p-values of those checked", xlabel="p-value", ylabel="density", xlim=(0, 1))
