@@ -67,5 +67,5 @@ class Assessment:
 
     @classmethod
     def joined(cls, parts: Sequence[Assessment]) -> Assessment:
-        """Several as one."""
+        """Several ``parts`` as one."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))

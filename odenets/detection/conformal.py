@@ -62,7 +62,7 @@ def conformal_p_values(scores: Any, calibration: Any, *, ties: int | None = None
 def conformal_threshold(calibration: Any, false_positive_rate: float) -> float:
     """The score above which p-values are at most a ``false_positive_rate``: the k-th largest calibration score.
 
-    ``k = floor(rate (n + 1))`` for n calibration scores.
+    ``k = floor(rate (n + 1))`` for the scores of n images in ``calibration``.
 
     Raises:
         ValueError: a rate outside (0, 1), or below ``1 / (n + 1)``, which no p-value is.

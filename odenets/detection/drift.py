@@ -17,6 +17,9 @@ __all__ = ["Drift", "drift_test"]
 class Drift:
     """Tests of consecutive windows of p-values; :func:`drift_test` makes it.
 
+    >>> drift_test(np.full(100, 0.01), np.linspace(0.01, 1, 100), window=50).first
+    0
+
     Attributes:
         window: p-values in each.
         statistics: the largest difference of the distributions, ``(windows,)`` in [0, 1].
@@ -97,7 +100,7 @@ def drift_test(p_values: Any, calibration: Any, *, window: int = 200, level: flo
     with needs("detection"):
         from scipy.stats import ks_2samp
     count = len(p_values) // window
-    tests = [ks_2samp(part, calibration) for part in p_values[: count * window].reshape(count, window)]
+    tests: list[Any] = [ks_2samp(part, calibration) for part in p_values[: count * window].reshape(count, window)]
     alone = np.array([test.pvalue for test in tests], dtype=float)
     k = np.arange(1, count + 1)
     return Drift(

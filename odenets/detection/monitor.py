@@ -189,7 +189,10 @@ class Monitor:
             yield Assessment(index, scores, p_values, scores > threshold, predicted)
 
     def check(self, images: Tensor | Inputs | Iterable[Any], *, false_positive_rate: float | None = None) -> Assessment:
-        """What it says of all ``images``: :meth:`stream`, joined; five numbers of each are kept."""
+        """What it says of all ``images``: :meth:`stream`, joined; five numbers of each are kept.
+
+        ``false_positive_rate``: another one than the monitor's.
+        """
         with keeping_random_states(device_of(self.network)):
             return Assessment.joined([*self.stream(images, false_positive_rate=false_positive_rate)])
 
@@ -216,7 +219,10 @@ class Monitor:
         return conformal_threshold(self.calibration_scores, self._rate(false_positive_rate))
 
     def interval(self, false_positive_rate: float | None = None, *, confidence: float = 0.9) -> tuple[float, float]:
-        """Where this monitor's share of false alarms lies with some ``confidence``: :func:`false_positive_interval`."""
+        """Where this monitor's share of false alarms lies with some ``confidence``: :func:`false_positive_interval`.
+
+        ``false_positive_rate``: that is chosen, the monitor's if not given.
+        """
         return false_positive_interval(len(self.calibration_scores), self._rate(false_positive_rate), confidence)
 
     def drift(self, p_values: Any, *, window: int = 200, level: float = 0.01) -> Drift:
@@ -226,6 +232,9 @@ class Monitor:
             p_values: of :meth:`p_values`, or of the assessments of a stream so far, ``(N,)``.
             window: p-values in a window.
             level: the probability that a stream of clean images, however long, is ever said to drift.
+
+        Returns:
+            The test of each window.
         """
         self._check_fitted()
         reference = conformal_p_values(self.calibration_scores, self.calibration_scores)
@@ -262,6 +271,9 @@ class Monitor:
             path: the file.
             model: the network, with the weights that it had, adapted or not.
             trusted: dotted names of further types that the file may hold, such as another detector's.
+
+        Returns:
+            The monitor.
 
         Raises:
             FileNotFoundError: no such file.

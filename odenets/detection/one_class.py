@@ -66,6 +66,9 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
             y: ignored.
             predicted: classes that the network predicts, whole numbers ``(N,)``; needed where it is conditional.
 
+        Returns:
+            Itself.
+
         Raises:
             ValueError: no predicted classes where they are needed, a negative prior, a level outside (0, 1), or
                 features that are not finite.
@@ -97,11 +100,14 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
         return self._score(self._scaled(X), self._checked(predicted, len(X)))
 
     def decision_function(self, X: Any, predicted: Any = None) -> np.ndarray:
-        """:meth:`score_samples` of ``X`` minus the offset, ``(N,)``; negative for outliers."""
+        """:meth:`score_samples` of ``X`` minus the offset, ``(N,)``; negative for outliers.
+
+        ``predicted`` is as for :meth:`fit`.
+        """
         return self.score_samples(X, predicted) - self.offset_
 
     def predict(self, X: Any, predicted: Any = None) -> np.ndarray:
-        """1 for inliers and -1 for outliers among ``X``, ``(N,)``."""
+        """1 for inliers and -1 for outliers among ``X``, ``(N,)``; ``predicted`` is as for :meth:`fit`."""
         return np.where(self.decision_function(X, predicted) < 0, -1, 1)
 
     def _scaled(self, X: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_what_it_says_that_record_prints_is_printed(run, tmp_path, monkeypatch):
+def test_what_it_says_that_record_and_detect_print_is_printed(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, tried = {}, 0
     for kind, text in BLOCKS:
@@ -39,11 +39,11 @@ def test_what_it_says_that_record_prints_is_printed(run, tmp_path, monkeypatch):
             exec(compile(text, str(PAGE), "exec"), names)
             continue
         command, printed = text.removeprefix("$ odenets ").split("\n", 1)
-        if command.startswith("record") and not printed.startswith("Error"):
+        if command.startswith(("record", "detect")) and not printed.startswith("Error"):
             result = run(*shlex.split(command), "--device", "cpu")
             assert words(result.output) == words(printed)
             tried += 1
-    assert tried == 2
+    assert tried == 3
 
 
 def test_the_parts_of_what_info_prints_are_those_of_the_page(run):
