@@ -148,7 +148,8 @@ class Monitor:
         X, predicted = (np.concatenate([part[i] for part in parts]) for i in range(2))
         order = torch.randperm(len(X), generator=torch.Generator().manual_seed(self.seed)).numpy()
         calibrating, fitting = np.split(order, [round(self.calibration * len(X))])
-        check_counts(len(fitting), len(calibrating), X.shape[1], self.false_positive_rate)
+        width = X.shape[1] if self._takes_classes else 0  # other detectors may have a use for fewer images
+        check_counts(len(fitting), len(calibrating), width, self.false_positive_rate)
         if self._takes_classes:
             self.detector.fit(X[fitting], predicted=predicted[fitting])
         else:
@@ -314,7 +315,7 @@ class Monitor:
 
     def _extract(self, x: Any, name: str = "images") -> tuple[np.ndarray, np.ndarray]:
         """Features and predicted classes of a batch, in one pass."""
-        shape = tuple(x.shape[1:]) if isinstance(x, Tensor) else None
+        shape = tuple(x.shape[1:]) if isinstance(x, Tensor) and x.ndim == 4 else None
         if shape is not None and self._shape not in (None, shape):
             sizes = f"{_dims(self._shape)} as the first of fit, got {_dims(shape)}"
             raise ValueError(f"{name} must have one shape, {sizes}: resize them, as their paths depend on it")

@@ -257,6 +257,7 @@ def test_errors():
     refused(
         r"1 / \(n \+ 1\) = 0.0244 with n = 40 .* got 0.01: 99 of them", monitor.predict, NEW, false_positive_rate=0.01
     )
+    refused("images must be a batch .* got shape \\(1, 8, 8\\)", monitor.predict, NEW[0])
     refused("images must be finite, got NaN", monitor.predict, torch.full((2, 1, 8, 8), torch.nan))
     refused(
         "images must have one shape, 1 x 8 x 8 as the first of fit, got 1 x 9 x 9",
