@@ -32,6 +32,8 @@ class Hooks:
         self.in_place = InPlaceChanges()
         self.functions: dict[Place, list[Event]] = {}
         self.attached: list[tuple[nn.Module, str, int]] = []
+        self.watches: dict[int, _Watch] = {}
+        self.watched: nn.Module | None = None  # a model whose functions are watched in some of its modules alone
         self.decides = False  # whether passes are to note what functions say that is yes or no
 
     def attach(self, model: nn.Module, blocks: Iterable[BlockSpec]) -> None:
@@ -50,6 +52,14 @@ class Hooks:
             else:
                 handle = nn.Module.register_forward_hook(module, partial(_output_hook, self, events))
             self.attached.append((module, side, handle.id))
+        names = sorted({place.of.module for place in self.functions if isinstance(place.of, Site)})
+        if names and all(names):  # a watch costs a call of Python for each function
+            self.watched = model
+            for name in names:
+                module = model.get_submodule(name)
+                begin = nn.Module.register_forward_pre_hook(module, partial(_begin_watch, self))
+                end = nn.Module.register_forward_hook(module, partial(_end_watch, self))
+                self.attached += [(module, "input", begin.id), (module, "output", end.id)]
 
     def detach(self) -> None:
         """Take the hooks off the modules."""
@@ -87,8 +97,16 @@ class Hooks:
                     f"the sum in {place.module or type(model).__name__!r} is in no module of its own, which "  # type: ignore[union-attr]
                     "torch.compile cannot watch: make the block a module, whose output is the state"
                 )
-            with _Functions(current, self.functions, model):
-                yield
+            functions = _Functions(current, self.functions, model)
+            if model is self.watched and not self.decides:
+                with _Watch(functions) as self.watches[thread]:
+                    try:
+                        yield
+                    finally:
+                        del self.watches[thread]
+            else:
+                with functions:
+                    yield
         finally:
             if before is None:
                 del self.passes[thread]
@@ -184,6 +202,50 @@ class _Functions(TorchFunctionMode):
         for event, block, path in self.sides["output"].get(site, ()):
             event(self.current, block, at(output, path), training)
         return output
+
+
+class _Watch:
+    """Watches functions while modules run that call those of interest, each of which may call others of these.
+
+    Args:
+        functions: their events.
+    """
+
+    def __init__(self, functions: _Functions) -> None:
+        self.functions = functions
+        self.modules: list[nn.Module] = []
+
+    def begin(self, module: nn.Module) -> None:
+        """A module begins."""
+        if not self.modules:
+            self.functions.__enter__()
+        self.modules.append(module)
+
+    def end(self, module: nn.Module) -> None:
+        """A module ends, if it is the last that has begun; after an error within the model it may not be."""
+        if self.modules and self.modules[-1] is module:
+            self.modules.pop()
+            if not self.modules:
+                self.functions.__exit__(None, None, None)
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends what an error has left."""
+        if self.modules:
+            self.modules.clear()
+            self.functions.__exit__(None, None, None)
+
+
+def _begin_watch(hooks: Hooks, module: nn.Module, args: Any) -> None:
+    if (watch := hooks.watches.get(_thread())) is not None:
+        watch.begin(module)
+
+
+def _end_watch(hooks: Hooks, module: nn.Module, args: Any, output: Any) -> None:
+    if (watch := hooks.watches.get(_thread())) is not None:
+        watch.end(module)
 
 
 def _thread() -> int:

@@ -182,7 +182,8 @@ class Monitor:
     def _stream(self, images: Any, rate: float) -> Iterator[Assessment]:
         begin, threshold = 0, conformal_threshold(self.calibration_scores, rate)
         for x in batches_of(images, self.batch_size, "images", self.network):
-            self._check_network()
+            if begin:
+                self._check_network()
             X, predicted = self._extract(x)
             scores = self._scores(X, predicted)
             index = np.arange(begin, begin := begin + len(scores))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -134,11 +135,11 @@ def check_images(x: Tensor, name: str = "images", *, normalized: bool = False) -
         raise TypeError(f"{name} must be a floating tensor (N, C, H, W) of pixels in [0, 1], got {kind}{remedy}")
     if x.ndim != 4 or len(x) == 0:
         raise ValueError(f"{name} must be a batch (N, C, H, W), not empty, got shape {tuple(x.shape)}")
-    if not x.isfinite().all():
+    low, high = (end.item() for end in x.aminmax())  # both NaN where one value is
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     if normalized:
         return x
-    low, high = x.min().item(), x.max().item()
     if low < 0 or high > 1:
         raise ValueError(
             f"{name} must have pixels in [0, 1], got [{low:.3g}, {high:.3g}]: normalize inside the network "
