@@ -82,6 +82,7 @@ class Hooks:
         """
         thread = _thread()
         before, compiling = self.passes.get(thread), torch.compiler.is_compiling()
+        watch = self.watches.pop(thread, None)  # of a pass in which this one is
         self.passes[thread] = current
         try:
             if (
@@ -100,10 +101,7 @@ class Hooks:
             functions = _Functions(current, self.functions, model)
             if model is self.watched and not self.decides:
                 with _Watch(functions) as self.watches[thread]:
-                    try:
-                        yield
-                    finally:
-                        del self.watches[thread]
+                    yield
             else:
                 with functions:
                     yield
@@ -112,6 +110,9 @@ class Hooks:
                 del self.passes[thread]
             else:
                 self.passes[thread] = before
+            self.watches.pop(thread, None)
+            if watch is not None:
+                self.watches[thread] = watch
 
 
 def _events(blocks: Iterable[BlockSpec]) -> Iterator[tuple[Place, Event]]:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from odenets import adapt
 from odenets.adapting import hooks
-from odenets.measures import cosine, residue
+from odenets.measures import cosine, measure, residue
 
 
 class Block(nn.Module):
@@ -42,8 +42,8 @@ def test_functions_are_watched_in_the_modules_of_their_states_alone(model, monke
     assert 0 < len(seen) < 12  # of some 30 in a pass
     assert records.blocks == ("1", "2", "3", "4", "5")
     steps = adapted.steps(x)
-    for name, measure in (("residue", residue), ("cosine", cosine)):
-        torch.testing.assert_close(records[name], torch.stack([measure(step) for step in steps]))
+    for name, one in (("residue", residue), ("cosine", cosine)):
+        torch.testing.assert_close(records[name], torch.stack([one(step) for step in steps]))
 
 
 def test_an_error_within_a_watched_module_ends_the_watch(model):
@@ -61,3 +61,29 @@ def test_an_error_within_a_watched_module_ends_the_watch(model):
     assert not adapted.hooks.watches
     handle.remove()
     assert torch.equal(adapted.record(x, residue=residue)[1]["residue"], expected)
+
+
+@pytest.mark.parametrize("place", ["0", "3", "3.conv1"])
+@pytest.mark.parametrize("kind", ["record", "steps"])
+def test_a_pass_within_a_pass_leaves_the_outer_one_its_watch(model, place, kind):
+    x, entered = torch.rand(2, 3, 16, 16), []
+    adapted = adapt(model, x)
+    expected = adapted.record(x, residue=residue)[1]["residue"]
+
+    def again(module, args, output):
+        if not entered:
+            entered.append(module)
+            adapted.record(x, residue=residue) if kind == "record" else adapted.steps(x)
+
+    handle = model.get_submodule(place).register_forward_hook(again)
+    assert torch.equal(adapted.record(x, residue=residue)[1]["residue"], expected)
+    assert not adapted.hooks.watches
+    handle.remove()
+
+
+def test_a_measure_may_call_the_model(model):
+    x = torch.rand(2, 3, 16, 16)
+    adapted = adapt(model, x)
+    expected = adapted.record(x, residue=residue)[1]["residue"]
+    calling = measure(lambda step: (adapted(x), adapted.record(x, residue=residue), residue(step))[-1])
+    assert torch.equal(adapted.record(x, residue=calling)[1]["residue"], expected)
