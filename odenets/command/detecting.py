@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -98,7 +98,7 @@ def show(request: Request) -> None:
         Mistake: what the user can mend.
     """
     images, clean, foreign = (once(files_of(each)) for each in (request.images, request.clean, request.foreign))
-    _check(request, images, clean)
+    _check(request, {"IMAGES": images, "--foreign": foreign}, clean)
     device = chosen(request.device)
     seed_weights(request.seed)
     model = build(request.model, request.weights, request.options)
@@ -126,7 +126,7 @@ def show(request: Request) -> None:
         _name_files(request)
 
 
-def _check(request: Request, images: Sequence[Path], clean: Sequence[Path]) -> None:
+def _check(request: Request, checked: Mapping[str, Sequence[Path]], clean: Sequence[Path]) -> None:
     """That the arguments go together, before anything is computed."""
     if (request.load is None) == (not clean):
         raise Mistake("either --clean names images that fit a monitor, or --load the file of one: give one of them")
@@ -137,11 +137,12 @@ def _check(request: Request, images: Sequence[Path], clean: Sequence[Path]) -> N
     if request.foreign and request.report is None:
         raise Mistake("--foreign is for the report: --report FOLDER")
     known = {os.path.realpath(file) for file in clean}
-    if both := [file for file in images if os.path.realpath(file) in known]:
-        raise Mistake(
-            f"{len(both)} of {len(images)} IMAGES are among those of --clean ({both[0]}): what a monitor was fitted on "
-            "says nothing of its false alarms"
-        )
+    for name, files in checked.items():
+        if both := [file for file in files if os.path.realpath(file) in known]:
+            raise Mistake(
+                f"{len(both)} of {len(files)} {name} are among those of --clean ({both[0]}): what a monitor was fitted "
+                "on says nothing of its false alarms"
+            )
     check_writable({"--csv": request.csv, "--save": request.save})
     if request.report is not None:
         require("matplotlib", "pip install 'odenets[plot]'", "--report")
@@ -178,7 +179,7 @@ def _monitor(
     monitor.fit(chain([first], loaded))
     n = len(monitor.calibration_scores)
     size = " x ".join(map(str, first.shape[1:]))
-    return monitor, f"{len(read)} clean images of {size}: {len(read) - n} fit a monitor, {n} calibrate it", images
+    return monitor, f"{len(read)} clean images of {size}, of which {n} calibrate a monitor", images
 
 
 def _report(
@@ -198,11 +199,17 @@ def _report(
 
 @contextmanager
 def _telling(name: str) -> Iterator[None]:
-    """What a monitor refuses is a mistake."""
+    """What a monitor refuses is a mistake, and so is what the network raises."""
     try:
         yield
+    except Mistake:
+        raise
     except (ValueError, TypeError) as error:
         raise Mistake(f"{name}: {one_line(error)}", FAILED) from error
+    except Exception as error:
+        less = " (--batch-size takes fewer at a time)" if isinstance(error, torch.OutOfMemoryError) else ""
+        what = f"{type(error).__name__}: {one_line(error)}{less}"
+        raise Mistake(f"{name} cannot be recorded on these images: {what}", FAILED) from error
 
 
 def _print(request: Request, monitor: Monitor, assessment: Assessment, drift: Drift, files: Sequence[Path]) -> None:

@@ -47,7 +47,7 @@ def test_what_is_printed_and_written_is_what_a_monitor_says(run, folders):
     np.testing.assert_allclose([float(row["p_value"]) for row in rows], assessment.p_values)
     assert [row["flagged"] == "True" for row in rows] == assessment.flags.tolist()
     assert f"{assessment.flags.sum()} of 20 images flagged" in result.stdout
-    assert "60 clean images of 1 x 8 x 8: 30 fit a monitor, 30 calibrate it; pixels in [0, 1]" in result.stdout
+    assert "60 clean images of 1 x 8 x 8, of which 30 calibrate a monitor; pixels in [0, 1]" in result.stdout
     assert "too few images for a window of 200" in result.stdout
     printed = [line.split()[1] for line in result.stdout.splitlines() if line.strip()[:1].isdigit() and ".png" in line]
     assert printed == [rows[i]["image"] for i in assessment.surest[:10]]
@@ -93,6 +93,8 @@ def test_a_page_with_names_and_detection_rates(run, folders):
     [
         ((), 2, "either --clean names images that fit a monitor, or --load the file of one"),
         (("--clean", "new"), 2, "20 of 20 IMAGES are among those of --clean"),
+        (("--clean", "clean", "--foreign", "clean", "--report", "page"), 2, "60 of 60 --foreign are among those"),
+        (("--clean", "clean", "--size", "9"), 1, "small_network cannot be recorded on these images: RuntimeError"),
         (("--load", "none.skops"), 2, "--load: no file"),
         (("--clean", "clean", "--false-positive-rate", "1.5"), 2, "--false-positive-rate must lie in (0, 1)"),
         (("--clean", "clean", "--false-positive-rate", "0.001"), 1, "of 0.001 needs 999"),
