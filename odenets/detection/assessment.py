@@ -63,7 +63,7 @@ class Assessment:
         """
         with needs("detection"):
             from scipy.stats import false_discovery_control
-        return false_discovery_control(self.p_values) <= check_rate(rate)
+        return false_discovery_control(self.p_values) <= check_rate(rate, "rate") + 1e-9
 
     @classmethod
     def joined(cls, parts: Sequence[Assessment]) -> Assessment:

@@ -8,9 +8,7 @@ import numpy as np
 
 from odenets.errors import check_count, check_number, needs
 
-__all__ = [
-    "check_counts", "check_rate", "conformal_p_values", "conformal_threshold", "false_positive_interval",
-]  # fmt: skip
+__all__ = ["check_rate", "conformal_p_values", "conformal_threshold", "false_positive_interval"]
 
 
 def conformal_p_values(scores: Any, calibration: Any, *, ties: int | None = None) -> np.ndarray:
@@ -37,7 +35,7 @@ def conformal_p_values(scores: Any, calibration: Any, *, ties: int | None = None
         p-values, ``(N,)`` float64 in (0, 1].
 
     Raises:
-        ValueError: scores that are NaN or no vector, or no calibration score.
+        TypeError, ValueError: scores that are NaN or no vector, or no calibration score.
 
     References:
         Vovk, Gammerman, Shafer. Algorithmic learning in a random world. 2005. Bates, Candès, Lei, Romano, Sesia.
@@ -65,7 +63,7 @@ def conformal_threshold(calibration: Any, false_positive_rate: float) -> float:
     ``k = floor(rate (n + 1))`` for the scores of n images in ``calibration``.
 
     Raises:
-        ValueError: a rate outside (0, 1), or below ``1 / (n + 1)``, which no p-value is.
+        TypeError, ValueError: scores that are none; a rate outside (0, 1), or below ``1 / (n + 1)``, which no p-value is.
 
     >>> conformal_threshold(range(99), 0.05)
     94.0
@@ -100,8 +98,7 @@ def false_positive_interval(n: int, false_positive_rate: float, confidence: floa
     (0.039, 0.062)
     """
     check_count("n", n, 1)
-    if not 0 < check_number("confidence", confidence) < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    check_rate(confidence, "confidence")
     k = _rank(n, false_positive_rate)
     with needs("detection"):
         from scipy.stats import beta
@@ -109,35 +106,15 @@ def false_positive_interval(n: int, false_positive_rate: float, confidence: floa
     return float(low), float(high)
 
 
-def check_rate(false_positive_rate: Any) -> float:
-    """The rate of false positives, in (0, 1).
+def check_rate(rate: Any, name: str = "false_positive_rate") -> float:
+    """A ``rate``, in (0, 1); errors call it by ``name``.
 
     Raises:
         TypeError, ValueError: it is no number there.
     """
-    rate = check_number("false_positive_rate", false_positive_rate)
-    if not 0 < rate < 1:
-        raise ValueError(f"false_positive_rate must lie in (0, 1), got {rate}")
+    if not 0 < check_number(name, rate) < 1:
+        raise ValueError(f"{name} must lie in (0, 1), got {rate}")
     return float(rate)
-
-
-def check_counts(fitting: int, calibrating: int, features: int, false_positive_rate: float) -> None:
-    """That clean images are enough for the features that are fitted to some, and the rate that others calibrate.
-
-    Raises:
-        ValueError: they are not.
-    """
-    images = fitting + calibrating
-    if calibrating < (least := int(np.ceil(1 / false_positive_rate - 1e-9)) - 1):
-        raise ValueError(
-            f"clean must hold more images: {calibrating} of {images} calibrate, and a false_positive_rate of "
-            f"{false_positive_rate:g} needs {least}; the smallest that they have is {1 / (calibrating + 1):.3g}"
-        )
-    if fitting <= features:
-        raise ValueError(
-            f"clean must hold more images: {fitting} of {images} fit the detector, and there are {features} features, "
-            f"which need {features + 1}"
-        )
 
 
 def _rank(n: int, false_positive_rate: float) -> int:
@@ -152,7 +129,11 @@ def _rank(n: int, false_positive_rate: float) -> int:
 
 
 def _vector(name: str, values: Any) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
+    try:
+        values = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must hold scores (N,), one array of numbers, got {type(values).__name__}") from error
     if values.ndim != 1 or np.isnan(values).any():
-        raise ValueError(f"{name} must hold scores (N,), none of them NaN, got shape {values.shape}")
+        got = f"shape {values.shape}" if values.ndim != 1 else "NaN"
+        raise ValueError(f"{name} must hold scores (N,), none of them NaN, got {got}")
     return values

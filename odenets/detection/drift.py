@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from odenets.errors import check_count, check_number, needs
+from odenets.detection.conformal import check_rate
+from odenets.errors import check_count, needs
 from odenets.printing import shown
 
 __all__ = ["Drift", "drift_test"]
@@ -82,7 +83,7 @@ def drift_test(p_values: Any, calibration: Any, *, window: int = 200, level: flo
         The test of each window.
 
     Raises:
-        ValueError: a window below 2, a level outside (0, 1), or p-values that are none.
+        TypeError, ValueError: a window below 2, a level outside (0, 1), or p-values that are none.
 
     >>> from odenets.detection import conformal_p_values
     >>> numbers = np.random.default_rng(0)
@@ -92,8 +93,7 @@ def drift_test(p_values: Any, calibration: Any, *, window: int = 200, level: flo
     2
     """
     check_count("window", window, 2)
-    if not 0 < check_number("level", level) < 1:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
+    check_rate(level, "level")
     p_values, calibration = _p_values("p_values", p_values), _p_values("calibration", calibration)
     if not len(calibration):
         raise ValueError("calibration must hold at least one p-value, got none")
@@ -114,7 +114,11 @@ def drift_test(p_values: Any, calibration: Any, *, window: int = 200, level: flo
 
 
 def _p_values(name: str, values: Any) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
+    try:
+        values = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        rule = f"{name} must hold p-values (N,), such as monitor.p_values(images) or assessment.p_values"
+        raise TypeError(f"{rule}, got {type(values).__name__}") from error
     if values.ndim != 1 or not ((values > 0) & (values <= 1)).all():
         raise ValueError(f"{name} must hold p-values (N,) in (0, 1], got shape {values.shape}")
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,11 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from odenets.adapting import adapt
 from odenets.detection.features.base import Features, check_inputs, in_batches
 from odenets.detection.isolation import checked_logits
-from odenets.inputs import inputs_of, is_by_keyword, plain, rows, samples_in
+from odenets.inputs import has_rows, inputs_of, is_by_keyword, plain, rows, samples_in, tensors_in
+from odenets.recording import is_recorder
 
-__all__ = ["Inputs", "batches_of", "check_features", "extract", "sample_count"]
+__all__ = [
+    "Inputs", "batches_of", "check_features", "check_parts", "extract", "first_of_each", "recording", "sample_count",
+]  # fmt: skip
 
 Inputs = Mapping[str, Any]
 """What a network takes by keyword, such as token ids and their mask."""
@@ -103,9 +108,51 @@ def batches_of(images: Any, batch_size: int, name: str = "images", network: nn.M
         yield rows(plain(images), slice(i, i + batch_size), n)
 
 
+def first_of_each(x: Any, seen: set[bytes]) -> np.ndarray:
+    """Which samples of a batch are not among those that were ``seen``, ``(B,)`` of bool; they are from now on.
+
+    >>> seen = set()
+    >>> first_of_each(torch.ones(2, 1, 8, 8), seen), first_of_each(torch.zeros(1, 1, 8, 8), seen)
+    (array([ True, False]), array([ True]))
+    """
+    n, new = samples_in(x), []
+    tables = [one.detach().cpu() for one in ([x] if isinstance(x, Tensor) else tensors_in(x)) if has_rows(one, n)]
+    for i in range(n):
+        told = hashlib.blake2b(digest_size=16)
+        for table in tables:
+            told.update(table[i].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        new.append(told.digest() not in seen)
+        seen.add(told.digest())
+    return np.array(new)
+
+
 def sample_count(images: Any) -> int:
     """Samples of a tensor or a mapping of inputs by keyword."""
     return samples_in(images) if is_by_keyword(images) else len(images)
+
+
+def recording(model: Any) -> nn.Module:
+    """A ``model`` that records its steps as it is, or any torch module adapted.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    return model if is_recorder(model) else adapt(model)
+
+
+def check_parts(features: Any, detector: Any) -> None:
+    """That ``features`` and ``detector``, where they are given, are instances, and features are some.
+
+    Raises:
+        TypeError: they are not.
+    """
+    for name, value in {"features": features, "detector": detector}.items():
+        if isinstance(value, type):
+            raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
+    if features is not None and not hasattr(features, "output_and_features"):
+        raise TypeError(f"features must be Features, such as Trajectory({features!r}), got {features!r}")
 
 
 def check_features(features: Features, values: object, samples: int) -> None:

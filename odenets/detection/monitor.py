@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,33 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from odenets.adapting import adapt
 from odenets.checkpoints import fingerprint
 from odenets.detection.assessment import Assessment
-from odenets.detection.conformal import (
-    check_counts,
-    check_rate,
-    conformal_p_values,
-    conformal_threshold,
-    false_positive_interval,
-)
+from odenets.detection.calibration import check_outlier_detector, fit_and_calibrate, score_features
+from odenets.detection.conformal import check_rate, conformal_p_values, conformal_threshold, false_positive_interval
 from odenets.detection.drift import Drift, drift_test
-from odenets.detection.estimators import is_outlier_detector
-from odenets.detection.extraction import Inputs, batches_of, extract
+from odenets.detection.extraction import Inputs, batches_of, check_parts, extract, first_of_each, recording
 from odenets.detection.features import Features, Trajectory
 from odenets.detection.isolation import keeping_random_states
-from odenets.detection.network_state import NetworkState, check_apart, check_blocks, check_repeatable
+from odenets.detection.monitor_file import read_monitor
+from odenets.detection.network_state import NetworkState, check_apart, check_blocks, check_company, check_repeatable
 from odenets.detection.one_class import OneClassGaussian
-from odenets.detection.persistence import read, write
+from odenets.detection.persistence import write
 from odenets.errors import check_count, check_number
 from odenets.inputs import rows, samples_in
-from odenets.modes import device_of
-from odenets.recording import is_recorder
+from odenets.modes import device_of, dtype_of
 
 __all__ = ["Monitor"]
-
-WRITER = "Monitor.save"
-CONTENT = {"network", "features", "detector", "settings", "calibration", "shape"}
 
 
 class Monitor:
@@ -68,8 +59,8 @@ class Monitor:
         model: a network that records its steps; or any torch module, whose blocks :func:`odenets.adapt` finds.
         features: of an image; those of the trajectory [K24, eq. 34] if not given. Those that need statistics of
             training images have been fitted, on other images than the clean ones of :meth:`fit`.
-        detector: an outlier detector of scikit-learn's kind with ``score_samples``; a :class:`OneClassGaussian`,
-            which has a mean for each predicted class, if not given.
+        detector: an outlier detector of scikit-learn's kind with ``score_samples``, of which :meth:`fit` takes a copy;
+            a :class:`OneClassGaussian`, which has a mean for each predicted class, if not given.
         false_positive_rate: the share of clean images that may be flagged, in (0, 1).
         calibration: the share of the clean images that calibrate, in (0, 1).
         normalized: whether images come normalized, with any finite values, and not as pixels in [0, 1].
@@ -99,22 +90,15 @@ class Monitor:
         batch_size: int = 64,
         seed: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch module, got {_kind(model)}")
-        for name, value in {"features": features, "detector": detector}.items():
-            if isinstance(value, type):
-                raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
-        if features is not None and not hasattr(features, "output_and_features"):
-            raise TypeError(f"features must be Features, such as Trajectory({features!r}), got {features!r}")
+        network = recording(model)
+        check_parts(features, detector)
         detector = OneClassGaussian() if detector is None else detector
-        if not (hasattr(detector, "score_samples") and is_outlier_detector(detector)):
-            rule = "detector must be an outlier detector with score_samples, such as IsolationForest()"
-            raise TypeError(f"{rule}, got {_kind(detector)}: a Detector of clean and attacked images is for Pipeline")
+        check_outlier_detector(detector)
         if not 0 < check_number("calibration", calibration) < 1:
             raise ValueError(f"calibration must be a share in (0, 1), got {calibration}")
         check_count("batch_size", batch_size, 1)
         check_count("seed", seed, 0)
-        self.network: Any = model if is_recorder(model) else adapt(model)
+        self.network: Any = network
         self.features = features or Trajectory()
         self.detector: Any = detector
         self.false_positive_rate = check_rate(false_positive_rate)
@@ -126,10 +110,14 @@ class Monitor:
     def fit(self, clean: Tensor | Inputs | Iterable[Any]) -> Monitor:
         """Fit the detector to a part of ``clean`` images, and calibrate it with the others.
 
-        They are new to the network, as later images will be: those that it was trained on take other paths.
+        They are new to the network, as later images will be: those that it was trained on take other paths. A loader
+        that draws them anew, with augmentation or at random, should give each once.
 
         Returns:
             Itself.
+
+        Warns:
+            UserWarning: images that come a second time, to the last bit; they count once.
 
         Raises:
             TypeError: no images, or a model that returns no logits.
@@ -138,24 +126,26 @@ class Monitor:
                 on the others of its batch; or features that are not finite.
         """
         check_apart(self.network)
-        self._shape, self._fitted_on = None, None
-        parts = []
+        self.calibration_scores, self._shape, self._fitted_on = np.empty(0), None, None
+        parts, seen = [], set[bytes]()
         with keeping_random_states(device_of(self.network)):
             for x in batches_of(clean, self.batch_size, "clean", self.network):
-                parts.append(self._extract(x, "clean"))
+                parts.append((*self._extract(x, "clean"), first_of_each(x, seen)))
                 if len(parts) == 1:
-                    self._check_path(x)
-        X, predicted = (np.concatenate([part[i] for part in parts]) for i in range(2))
-        order = torch.randperm(len(X), generator=torch.Generator().manual_seed(self.seed)).numpy()
-        calibrating, fitting = np.split(order, [round(self.calibration * len(X))])
-        width = X.shape[1] if self._takes_classes else 0  # other detectors may have a use for fewer images
-        check_counts(len(fitting), len(calibrating), width, self.false_positive_rate)
-        if self._takes_classes:
-            self.detector.fit(X[fitting], predicted=predicted[fitting])
-        else:
-            self.detector.fit(X[fitting])
-        self._fitted_on = NetworkState(self.network)
-        self.calibration_scores = np.sort(self._scores(X[calibrating], predicted[calibrating]))
+                    self._check_path(x, parts[0][0])
+        X, predicted, first = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        if again := len(first) - int(first.sum()):
+            warnings.warn(
+                f"clean holds {again} of {len(first)} images a second time, and they count once: what is fitted and "
+                "calibrates too hides false alarms",
+                stacklevel=2,
+            )
+            X, predicted = X[first], predicted[first]
+        fitted, scores = fit_and_calibrate(
+            self.detector, X, predicted, share=self.calibration, false_positive_rate=self.false_positive_rate,
+            seed=self.seed,
+        )  # fmt: skip
+        self.detector, self.calibration_scores, self._fitted_on = fitted, scores, NetworkState(self.network)
         return self
 
     # -- what it says of images ---------------------------------------------------------------------------------
@@ -175,17 +165,17 @@ class Monitor:
         Raises:
             TypeError, ValueError: as :meth:`fit`; before it; or if the network has changed since.
         """
-        rate = self._rate(false_positive_rate)
+        threshold = self.threshold(false_positive_rate)
         self._check_network()
-        return self._stream(images, rate)
+        return self._stream(images, threshold)
 
-    def _stream(self, images: Any, rate: float) -> Iterator[Assessment]:
-        begin, threshold = 0, conformal_threshold(self.calibration_scores, rate)
+    def _stream(self, images: Any, threshold: float) -> Iterator[Assessment]:
+        begin = 0
         for x in batches_of(images, self.batch_size, "images", self.network):
             if begin:
                 self._check_network()
             X, predicted = self._extract(x)
-            scores = self._scores(X, predicted)
+            scores = score_features(self.detector, X, predicted)
             index = np.arange(begin, begin := begin + len(scores))
             p_values = conformal_p_values(scores, self.calibration_scores)
             yield Assessment(index, scores, p_values, scores > threshold, predicted)
@@ -283,23 +273,15 @@ class Monitor:
             ValueError: a file of another kind, of another version or damaged, types that are not trusted, or another
                 network.
         """
-        content = read(Path(path), trusted, WRITER)
-        if set(content) != CONTENT:
-            raise ValueError(f"{path} holds no monitor: it was not written by {WRITER}")
+        content, network = read_monitor(Path(path), trusted), recording(model)
         try:
-            monitor = cls(model, content["features"], content["detector"], **content["settings"])
-            scores = np.asarray(content["calibration"], dtype=float)
-            shape = None if content["shape"] is None else tuple(map(int, content["shape"]))
+            monitor = cls(network, content["features"], content["detector"], **content["settings"])
         except (TypeError, ValueError) as error:
-            if not isinstance(model, nn.Module):
-                raise
             raise ValueError(f"{path} is damaged: {error}") from error
-        if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
-            raise ValueError(f"{path} is damaged: its calibration scores are no finite numbers (n,)")
-        state = NetworkState(monitor.network)
+        state = NetworkState(network)
         if content["network"] != state.fingerprint:
-            raise ValueError(f"{path} was fitted on another network, or on other weights of this one")
-        monitor.calibration_scores, monitor._shape, monitor._fitted_on = np.sort(scores), shape, state
+            raise ValueError(f"{path} was fitted on another network, or on other weights or blocks of this one")
+        monitor.calibration_scores, monitor._shape, monitor._fitted_on = content["calibration"], content["shape"], state
         return monitor
 
     def __repr__(self) -> str:
@@ -309,10 +291,6 @@ class Monitor:
         return f"Monitor({type(self.network).__name__}, {self.features!r}, {self.detector!r}, {rate}; {state})"
 
     # -- within -------------------------------------------------------------------------------------------------
-
-    @property
-    def _takes_classes(self) -> bool:
-        return isinstance(self.detector, OneClassGaussian)
 
     def _extract(self, x: Any, name: str = "images") -> tuple[np.ndarray, np.ndarray]:
         """Features and predicted classes of a batch, in one pass."""
@@ -325,19 +303,17 @@ class Monitor:
         self._shape = shape if self._shape is None else self._shape
         return extracted
 
-    def _scores(self, X: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        classes = {"predicted": predicted} if self._takes_classes else {}
-        scores = -np.asarray(self.detector.score_samples(X, **classes), dtype=float)
-        if not np.isfinite(scores).all():
-            raise ValueError(f"{_kind(self.detector)} must give finite scores, got NaN or infinity")
-        return scores
+    def _check_path(self, x: Any, X: np.ndarray) -> None:
+        """That paths have several blocks, and a second pass of the first images of x, with features X, takes them too.
 
-    def _check_path(self, x: Any) -> None:
-        """That a path of the features has several blocks, and that a second pass takes it again."""
+        Raises:
+            ValueError: they do not.
+        """
         if isinstance(self.features, Trajectory):
             check_blocks(self.network.depth)
         few = rows(x, slice(0, 2), samples_in(x))
-        check_repeatable(lambda: self._extract(few)[0], device_of(self.network))
+        alone = check_repeatable(lambda: self._extract(few)[0], device_of(self.network))
+        check_company(alone, X, dtype_of(self.network, torch.float32))
 
     def _rate(self, false_positive_rate: float | None) -> float:
         self._check_fitted()
@@ -353,10 +329,6 @@ class Monitor:
                 "network has changed since the monitor was fitted, its weights, buffers, blocks or dtype: fit the "
                 "monitor again, or load the weights that the network had"
             )
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
 
 
 def _dims(shape: Sequence[int]) -> str:

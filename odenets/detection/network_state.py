@@ -13,7 +13,7 @@ from odenets.checkpoints import fingerprint
 from odenets.detection.isolation import seeded
 from odenets.neural_ode import NeuralODE
 
-__all__ = ["NetworkState", "check_apart", "check_blocks", "check_repeatable"]
+__all__ = ["NetworkState", "check_apart", "check_blocks", "check_company", "check_repeatable"]
 
 
 class NetworkState:
@@ -104,8 +104,11 @@ def check_blocks(depth: int) -> None:
         )
 
 
-def check_repeatable(features: Callable[[], np.ndarray], device: torch.device) -> None:
+def check_repeatable(features: Callable[[], np.ndarray], device: torch.device) -> np.ndarray:
     """That two passes of the same images, with other seeds on a ``device``, have the same ``features``.
+
+    Returns:
+        These.
 
     Raises:
         ValueError: they have others.
@@ -118,4 +121,23 @@ def check_repeatable(features: Callable[[], np.ndarray], device: torch.device) -
         raise ValueError(
             "network must take the same path in every pass, and the features of two passes in eval mode differ: "
             "random draws of its own, such as those of a noisy scheme, make no statistics of clean images"
+        )
+    return passes[0]
+
+
+def check_company(alone: np.ndarray, features: np.ndarray, dtype: torch.dtype) -> None:
+    """That the features of images are the same ``alone``, ``(n, F)``, and as the first of more, ``(N, F)``.
+
+    A network of a narrow ``dtype``, which may round otherwise in another batch, is not checked.
+
+    Raises:
+        ValueError: they are not: a tenth of the spread over the images, or more, lies between them.
+    """
+    if torch.finfo(dtype).bits < 32:
+        return
+    apart = np.abs(alone - features[: len(alone)])
+    if (apart > 0.1 * features.std(0) + 1e-3 * np.abs(features).max(0)).any():
+        raise ValueError(
+            "network must treat each image apart to be watched by a detector, and the features of the first images are "
+            "others without those that come with them: take out what reads the whole batch"
         )

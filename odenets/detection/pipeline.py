@@ -15,7 +15,7 @@ from odenets.checkpoints import fingerprint
 from odenets.detection.detector import Detector
 from odenets.detection.estimators import is_outlier_detector
 from odenets.detection.evaluation import Scores, score
-from odenets.detection.extraction import Inputs, extract, sample_count
+from odenets.detection.extraction import Inputs, check_parts, extract, sample_count
 from odenets.detection.features import Features, Trajectory
 from odenets.detection.features.base import check_inputs
 from odenets.detection.network_state import NetworkState, check_apart
@@ -66,11 +66,7 @@ class Pipeline:
     ) -> None:
         if not is_recorder(network):
             raise TypeError(f"network must record its steps, got {type(network).__name__}: pass odenets.adapt(network)")
-        for name, value in {"features": features, "detector": detector}.items():
-            if isinstance(value, type):
-                raise TypeError(f"{name} must be an instance, got the class {value.__name__}: call it")
-        if features is not None and not hasattr(features, "output_and_features"):
-            raise TypeError(f"features must be Features, such as Trajectory({features!r}), got {features!r}")
+        check_parts(features, detector)
         check_count("batch_size", batch_size, 1)
         self.network = network
         self.features = features or Trajectory()

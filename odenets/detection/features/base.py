@@ -133,7 +133,7 @@ def check_images(x: Tensor, name: str = "images", *, normalized: bool = False) -
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         remedy = ": divide bytes by 255" if kind == torch.uint8 else ""
         raise TypeError(f"{name} must be a floating tensor (N, C, H, W) of pixels in [0, 1], got {kind}{remedy}")
-    if x.ndim != 4 or len(x) == 0:
+    if x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"{name} must be a batch (N, C, H, W), not empty, got shape {tuple(x.shape)}")
     low, high = (end.item() for end in x.aminmax())  # both NaN where one value is
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -125,7 +125,17 @@ def test_discoveries_hold_their_rate():
     assert np.mean(shares) <= 0.2
 
 
+def test_discoveries_at_the_rate_itself_count_as_flags_do():
+    p = np.array([1 / 20, 1.0])
+    one = Assessment(np.arange(2), p, p, p < 1, np.zeros(2, int))
+    assert one.discoveries(1 - 0.9).tolist() == [True, False]  # a little less than 0.1
+    assert conformal_threshold(range(19), 1 - 0.9) == conformal_threshold(range(19), 0.1)
+
+
 def test_errors():
+    one = Assessment(*(np.ones(1) for _ in range(5)))
+    refused(r"^rate must lie in \(0, 1\), got 2", one.discoveries, 2)
+    refused("scores must hold scores .* got Assessment", conformal_p_values, one, [1.0], error=TypeError)
     refused("scores must hold scores", conformal_p_values, [np.nan], [1.0])
     refused("calibration must hold at least one score, got none", conformal_p_values, [1.0], [])
     refused("with n = 9 calibration images, got 0.05: 19 of them have it", conformal_threshold, range(9), 0.05)

@@ -153,6 +153,9 @@ def test_it_is_the_same_after_loading_adapted_or_not(tmp_path):
         r"images must have one shape, 3 x 4 x 4 as the first of fit, got 3 x 5 x 5", again.check, torch.rand(2, 3, 5, 5)
     )
     refused("was fitted on another network, or on other weights", Monitor.load, path, Residual())
+    two = odenets.adapt(model, new[:2], blocks=["blocks.0", "blocks.1"])
+    refused("or blocks of this one", Monitor.load, path, two)
+    refused("model must be a torch module", Monitor.load, path, "model", error=TypeError)
     of_pipeline = Pipeline(network(), detector=OneClassGaussian(conditional=False)).fit(CLEAN).save(tmp_path / "other")
     refused("holds no monitor: it was not written by Monitor.save", Monitor.load, of_pipeline, network())
     refused("holds no detector: it was not written by Pipeline.save", Pipeline.load, path, network())
@@ -249,6 +252,8 @@ def test_errors():
     refused("must hold batches of inputs, got TensorDataset", monitor.fit, TensorDataset(CLEAN), error=TypeError)
     refused("clean must not be empty", monitor.fit, CLEAN[:0])
     refused("19; the smallest that they have is 0.0909", monitor.fit, CLEAN[:20])
+    forest = Monitor(network(), None, IsolationForest(), calibration=0.999)
+    refused("0 of 80 fit the detector: calibration is to be less", forest.fit, CLEAN)
     refused("15 of 60 fit the detector, and there are 32 features", Monitor(deep(), calibration=0.75).fit, CLEAN[:60])
     refused(
         "clean must be a floating tensor .* divide bytes by 255", monitor.fit, (CLEAN * 255).byte(), error=TypeError
@@ -257,7 +262,12 @@ def test_errors():
     refused(
         r"1 / \(n \+ 1\) = 0.0244 with n = 40 .* got 0.01: 99 of them", monitor.predict, NEW, false_positive_rate=0.01
     )
+    refused("got 0.01: 99 of them", monitor.stream, NEW, false_positive_rate=0.01)  # at once
     refused("images must be a batch .* got shape \\(1, 8, 8\\)", monitor.predict, NEW[0])
+    refused("images must be a batch .* not empty, got shape \\(0, 1, 8, 8\\)", monitor.predict, [NEW, NEW[:0]])
+    refused("p_values must hold p-values .* got Assessment", monitor.drift, monitor.check(NEW), error=TypeError)
+    parts = [part.p_values for part in monitor.stream(NEW.split(30))]
+    refused("assessment.p_values, got list", monitor.drift, parts, error=TypeError)
     refused("images must be finite, got NaN", monitor.predict, torch.full((2, 1, 8, 8), torch.nan))
     refused(
         "images must have one shape, 1 x 8 x 8 as the first of fit, got 1 x 9 x 9",
@@ -281,6 +291,53 @@ def test_networks_that_cannot_be_watched():
     refused("no residual addition", Monitor(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))).fit, CLEAN)
     headless = Network(nn.Identity(), Flow(Affine(0.1, 0.0), depth=2), nn.Identity())
     refused("network must return logits", Monitor(headless).fit, CLEAN)
+
+
+def test_a_network_that_mixes_the_images_of_a_batch_is_refused():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, x):
+            return self.network((4 * (x - x.mean(0))).sigmoid())
+
+    match = "must treat each image apart.*others without those that come with them"
+    refused(match, Monitor(Mixed()).fit, CLEAN)
+    refused(match, Monitor(Mixed()).fit, CLEAN.split(20))
+
+
+def test_images_that_come_twice_count_once():
+    expected = Monitor(network()).fit(CLEAN)
+    with pytest.warns(UserWarning, match="clean holds 80 of 160 images a second time, and they count once"):
+        monitor = Monitor(network()).fit([CLEAN, CLEAN])
+    np.testing.assert_allclose(monitor.calibration_scores, expected.calibration_scores, rtol=1e-4)
+
+
+def test_two_monitors_with_one_detector_are_fitted_apart():
+    detector, other = OneClassGaussian(), deep()
+    monitor = Monitor(network(), detector=detector).fit(CLEAN)
+    expected = monitor.scores(NEW)
+    Monitor(other, detector=detector, calibration=0.3).fit(CLEAN)
+    np.testing.assert_array_equal(monitor.scores(NEW), expected)
+    assert not hasattr(detector, "means_")
+
+
+class Failing(IsolationForest):
+    fails = False
+
+    def score_samples(self, X):
+        return super().score_samples(X) * (np.nan if self.fails else 1)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before it fits", "when it calibrates"])
+def test_after_a_fit_that_fails_nothing_of_the_earlier_one_is_left(late, monkeypatch):
+    monitor = Monitor(network(), detector=Failing(n_estimators=5, random_state=0)).fit(CLEAN)
+    assert "40 calibration images" in repr(monitor)
+    monkeypatch.setattr(Failing, "fails", late)
+    refused("finite scores" if late else "clean must hold more images", monitor.fit, CLEAN if late else CLEAN[:20])
+    assert "not fitted" in repr(monitor)
+    refused("the monitor is not fitted", monitor.predict, NEW)
 
 
 def test_features_that_are_not_finite_are_refused():
