@@ -55,7 +55,7 @@ def score_features(detector: Any, X: np.ndarray, predicted: np.ndarray) -> np.nd
     """
     scores = -np.asarray(detector.score_samples(X, **_classes(detector, predicted)), dtype=float)
     if not np.isfinite(scores).all():
-        raise ValueError(f"{type(detector).__name__} must give finite scores, got NaN or infinity")
+        raise ValueError(f"{_kind(detector)} must give finite scores, got NaN or infinity")
     return scores
 
 
@@ -65,10 +65,15 @@ def check_outlier_detector(detector: Any) -> None:
     Raises:
         TypeError: it is not.
     """
-    if not (hasattr(detector, "score_samples") and is_outlier_detector(detector)):
-        rule = "detector must be an outlier detector with score_samples, such as IsolationForest()"
-        kind = type(detector).__name__
+    rule, kind = "detector must be an outlier detector with score_samples, such as IsolationForest()", _kind(detector)
+    if not (hasattr(detector, "__sklearn_tags__") and is_outlier_detector(detector)):
         raise TypeError(f"{rule}, got {kind}: a Detector of clean and attacked images is for Pipeline")
+    if not hasattr(detector, "score_samples"):
+        raise TypeError(f"{rule}, got {detector!r}, which has none: LocalOutlierFactor has with novelty=True")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def _takes_classes(detector: Any) -> bool:

@@ -63,7 +63,7 @@ def conformal_threshold(calibration: Any, false_positive_rate: float) -> float:
     ``k = floor(rate (n + 1))`` for the scores of n images in ``calibration``.
 
     Raises:
-        TypeError, ValueError: scores that are none; a rate outside (0, 1), or below ``1 / (n + 1)``, which no p-value is.
+        TypeError, ValueError: scores that are none; a rate outside (0, 1), or below ``1 / (n + 1)``, as no p-value is.
 
     >>> conformal_threshold(range(99), 0.05)
     94.0

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from sklearn.ensemble import IsolationForest
+from sklearn.neighbors import LocalOutlierFactor
 from sklearn.svm import OneClassSVM
 
 from odenets.detection import OneClassGaussian
-from odenets.detection.calibration import fit_and_calibrate, score_features
+from odenets.detection.calibration import check_outlier_detector, fit_and_calibrate, score_features
+from tests.odenets.detection.victims import refused
 
 X, PREDICTED = np.random.default_rng(0).normal(size=(60, 2)), np.arange(60) % 3
 
@@ -32,3 +34,11 @@ def test_another_seed_calibrates_with_others():
         for seed in range(2)
     )
     assert not np.array_equal(one, other)
+
+
+def test_a_detector_that_scores_no_new_samples_is_refused():
+    check_outlier_detector(LocalOutlierFactor(novelty=True))
+    refused(
+        "which has none: LocalOutlierFactor has with", check_outlier_detector, LocalOutlierFactor(), error=TypeError
+    )
+    refused("got object: a Detector", check_outlier_detector, object(), error=TypeError)
