@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from odenets.command import mistakes, networks, pathway
+from odenets.command import mistakes, networks, pathway, preparation
 
 NONE = ("--weights", "none", "--size", "32")
 
@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_is_told(run, images, option, monkeypatch):
     def full(file, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pathway, "write_atomically", full)
+    monkeypatch.setattr(preparation, "write_atomically", full)
     result = run("record", "resnet18", images, *NONE, option, images / "path.png")
     assert result.exit_code == 1
     assert "block" in result.stdout  # the table is there
