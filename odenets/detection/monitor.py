@@ -69,7 +69,7 @@ class Monitor:
 
     Attributes:
         network: the model, or what adapts it.
-        features, detector, false_positive_rate, calibration, normalized, batch_size, seed: as given.
+        features: as given, and so are all other arguments.
         calibration_scores: sorted scores of the images that calibrate, ``(n,)``.
 
     Raises:

@@ -34,7 +34,8 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
         level: share of the fitted samples that :meth:`predict` calls outliers, in (0, 1).
 
     Attributes:
-        center_, scale_: median and distance of the quartiles of each feature, ``(F,)``.
+        center_: median of each feature, ``(F,)``.
+        scale_: distance of its quartiles, ``(F,)``.
         classes_: the predicted classes, sorted; empty unless conditional.
         means_: of each class, and last that of all, ``(classes + 1, F)``.
         precision_: the inverse of S, ``(F, F)``.
