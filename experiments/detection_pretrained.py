@@ -3,8 +3,9 @@
 The test images are attacked and rounded to 8 bits, as clean ones are. Beside every attack stands noise of its own size:
 the same changes, level by level, at other places and of random signs. A detector that calls noise an attack sees a
 perturbation, no attack, so everything is measured twice: with noise left out of the fit, and with noise that counts as
-clean wherever clean images do. Images that an attack leaves as they are do not count. Features, classifiers and their
-settings are chosen on validation images; the pool is split anew, by index, for every seed.
+clean wherever clean images do. Images that an attack leaves as they are do not count. A second control
+is the change that the attack makes to another image. Features, classifiers and their settings are chosen on validation
+images; the pool is split anew, by index, for every seed. At last come attacks that know of a detector.
 
     python experiments/detection.py --network resnet56 --weights FILE --folder DIR
     python experiments/detection.py --network resnet20 --weights FILE --folder DIR --slow AA DF CW HSJ BA
@@ -23,13 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from detection_pretrained_adaptive import ADAPTIVE, evade
 from detection_pretrained_detectors import CONTENDERS, FEATURES, Sample, compare
 from detection_pretrained_setup import (
     CLEAN,
+    EXCHANGED,
     NOISE,
     Config,
     Set,
     attacked,
+    exchanged,
     images_of,
     network_of,
     noise_like,
@@ -48,16 +52,20 @@ __all__ = ["EXPERIMENT"]
 
 @dataclass(frozen=True)
 class Job:
-    """Attack images, read features off all of them, or compare the detectors on a split of them.
+    """Attack images, read features off all of them, compare the detectors on a split of them, or attack one of these.
 
     Attributes:
         attack: a set of attacked images to make.
         features: a kind to read.
+        adaptive: a detector to attack.
+        eps: the size of that.
         seed: of the split.
     """
 
     attack: Set | None = None
     features: str = ""
+    adaptive: str = ""
+    eps: float = 0.0
     seed: int = 0
 
     @property
@@ -65,6 +73,8 @@ class Job:
         """Of its folder."""
         if self.attack:
             return self.attack.name.replace(" ", "_")
+        if self.adaptive:
+            return f"against {self.adaptive} {self.eps:g}".replace(" ", "_").replace(",", "")
         return self.features.replace(" ", "_").replace(",", "") if self.features else f"split{self.seed}"
 
     @property
@@ -78,7 +88,9 @@ def jobs(config: Config) -> Jobs[Job]:
     attacks = yield [Job(attack=each) for each in sets_of(config)]
     yield [Job(features=name) for name in FEATURES]
     splits = yield [Job(seed=seed) for seed in config.seeds]
-    return attacks + splits
+    known = ADAPTIVE if config.starts else ()
+    adaptive = yield [Job(adaptive=name, eps=eps, seed=config.seeds[0]) for name in known for eps in config.eps]
+    return attacks + splits + adaptive
 
 
 def train(config: Config, job: Job, run: Run, report: Report) -> Row:
@@ -87,6 +99,8 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
         result = attack(config, job.attack, run)
     elif job.features:
         result = read(config, job.features, run)
+    elif job.adaptive:
+        result = attack_detector(config, job)
     else:
         result = {"scores": compare_all(config, job.seed)}
     report(1)
@@ -94,13 +108,18 @@ def train(config: Config, job: Job, run: Run, report: Report) -> Row:
 
 
 def attack(config: Config, each: Set, run: Run) -> Row:
-    """Images under an attack and with noise of its size, on disk; how large they are and what they do."""
+    """Images under an attack and its controls, on disk; how large they are and what they do."""
     network, (_, pool) = network_of(config), images_of(config)
     made = attacked(config, network, each, pool, config.output / "attacks")
     noisy = noise_like(pool.x[: each.images], made.images, seed=0)
-    _save(run.folder / "images.npz", attack=_bytes(made.images), noise=_bytes(noisy), successful=made.success.numpy())
+    of_others = exchanged(pool.x[: each.images], made.images)
+    images = {"attack": made.images, "noise": noisy, "exchanged": of_others}
+    _save(run.folder / "images.npz", **{k: _bytes(x) for k, x in images.items()}, successful=made.success.numpy())
     right, changed = made.clean == made.labels, (made.l2 > 0).float().mean().item()
-    after_noise = in_batches(network, network, noisy).argmax(1)
+
+    def success(x: Tensor) -> float:
+        return (in_batches(network, network, x).argmax(1) != made.labels)[right].float().mean().item()
+
     change = (noisy - pool.x[: each.images]).flatten(1)
     return {
         "set": each.name,
@@ -108,7 +127,8 @@ def attack(config: Config, each: Set, run: Run) -> Row:
         "changed": changed,
         "accuracy": right.float().mean().item(),
         "success": made.success_rate,
-        "noise_success": (after_noise != made.labels)[right].float().mean().item(),
+        "noise_success": success(noisy),
+        "exchanged_success": success(of_others),
         "linf": 255 * made.linf.mean().item(),
         "l2": made.l2.mean().item(),
         "noise_l2": change.norm(dim=1).mean().item(),
@@ -134,8 +154,13 @@ def _sets(config: Config, pool: Tensor) -> Iterable[tuple[str, Tensor]]:
     yield CLEAN, pool
     for each in sets_of(config):
         with np.load(config.run_folder / Job(attack=each).name / "images.npz", allow_pickle=False) as file:
-            for name, key in ((each.name, "attack"), (NOISE + each.name, "noise")):
+            for name, key in zip(_names(each), ("attack", "noise", "exchanged"), strict=True):
                 yield name, torch.from_numpy(file[key]).float() / 255
+
+
+def _names(each: Set) -> tuple[str, str, str]:
+    """Of an attack and its controls."""
+    return each.name, NOISE + each.name, EXCHANGED + each.name
 
 
 def samples_of(config: Config) -> dict[str, Sample]:
@@ -149,7 +174,8 @@ def samples_of(config: Config) -> dict[str, Sample]:
     for each in sets_of(config):
         with np.load(config.run_folder / Job(attack=each).name / "images.npz", allow_pickle=False) as file:
             changed = (file["attack"] != clean[: each.images]).any((1, 2, 3))
-            masks |= {each.name: (file["successful"], changed), NOISE + each.name: (np.ones_like(changed), changed)}
+            masks |= {name: (np.ones_like(changed), changed) for name in _names(each)}
+            masks[each.name] = file["successful"], changed
     first = features[next(iter(FEATURES))]
     names = [name for name in first if not name.startswith("predicted ")]
     return {
@@ -176,7 +202,7 @@ def compare_all(config: Config, seed: int) -> list[Row]:
     parts = split(config.pool, test=config.test, validation=config.validation, seed=seed)
     rows: list[Row] = []
     for seen, others in comparisons(config):
-        tested = {name: (samples[name], samples[NOISE + name]) for name in others}
+        tested = {name: (samples[name], samples[NOISE + name], samples[EXCHANGED + name]) for name in others}
         for noisy in (False, True):
             noise = samples[NOISE + seen] if noisy else None
             for name, contender in CONTENDERS.items():
@@ -184,6 +210,18 @@ def compare_all(config: Config, seed: int) -> list[Row]:
                 about = {"seen": seen, "noisy": noisy, "detector": name, "chosen": chosen}
                 rows += [about | {"tested": other} | of for other, of in measures.items()]
     return rows
+
+
+def attack_detector(config: Config, job: Job) -> Row:
+    """What attacks within a ball reach that know of a detector."""
+    model, (_, pool) = network_of(config), images_of(config)
+    samples, seen = samples_of(config), Set(config.attacks[-1], min(config.eps), config.pool)
+    with np.load(config.run_folder / Job(attack=seen).name / "images.npz", allow_pickle=False) as file:
+        moved = torch.from_numpy(file["attack"]).float() / 255
+    sets = samples[CLEAN], samples[NOISE + seen.name], samples[seen.name]
+    parts = split(config.pool, test=config.test, validation=config.validation, seed=job.seed)
+    result = evade(config, adapt(model, pool.x[:2]), job.adaptive, job.eps, sets, pool, moved, parts, job.seed)
+    return {"adaptive": job.adaptive, "seen": seen.name, "eps": job.eps} | result
 
 
 def _bytes(x: Tensor) -> np.ndarray:
@@ -204,7 +242,8 @@ EXPERIMENT = Experiment.of(
     __name__,
     data=images_of, summarize=summarize, columns=COLUMNS, verdict=verdict, details=details, figures=figures,
     quick=lambda c: replace(
-        c, network="digits", attacks=("FGM", "BIM"), eps=(0.1,), pool=120, few=60, train=300, seeds=(0, 1), epochs=3
+        c, network="digits", attacks=("FGM", "BIM"), eps=(0.1,), pool=120, few=60, train=300, seeds=(0, 1), epochs=3,
+        starts=3, steps=3,
     ),
     selects=("seeds",),
     settings=lambda config, job: {"attack": asdict(job.attack) if job.attack else None},

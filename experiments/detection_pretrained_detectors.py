@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -24,12 +23,13 @@ from odenets.detection import (
     KernelDensity,
     Mahalanobis,
     NaturalSceneStatistics,
+    OneClassGaussian,
     Parts,
     Separation,
     Trajectory,
 )
 
-__all__ = ["CONTENDERS", "FEATURES", "FIRST", "Contender", "GaussianOutliers", "Sample", "compare"]
+__all__ = ["CONTENDERS", "FEATURES", "FIRST", "Contender", "Fitted", "Sample", "compare", "fit"]
 
 FEATURES: dict[str, Features] = {
     "eq. 34": Trajectory(),
@@ -48,20 +48,6 @@ FEATURES: dict[str, Features] = {
 """All kinds of features by name."""
 
 
-class GaussianOutliers(OutlierMixin, BaseEstimator):
-    """Outliers are far from clean samples, by the Mahalanobis distance with a covariance of Ledoit and Wolf (2004)."""
-
-    def fit(self, X: np.ndarray, y: object = None) -> GaussianOutliers:
-        """Of standardized clean features ``(N, F)``."""
-        self.scaler_ = StandardScaler().fit(X)
-        self.covariance_ = LedoitWolf(assume_centered=True).fit(self.scaler_.transform(X))
-        return self
-
-    def decision_function(self, X: np.ndarray) -> np.ndarray:
-        """Minus the squared distance."""
-        return -self.covariance_.mahalanobis(self.scaler_.transform(X))
-
-
 def _forest(seed: int) -> Any:
     return RandomForestClassifier(random_state=seed)
 
@@ -75,7 +61,7 @@ def _logistic(strength: float) -> Callable[[int], Any]:
 
 FOREST = {"forest": _forest}
 LOGISTIC = {f"logistic {strength:g}": _logistic(strength) for strength in (0.01, 0.1, 1)}
-OUTLIERS: dict[str, Callable[[int], Any]] = {"Gaussian": lambda seed: GaussianOutliers()}
+OUTLIERS: dict[str, Callable[[int], Any]] = {"Gaussian": lambda seed: OneClassGaussian()}
 
 
 @dataclass(frozen=True)
@@ -143,82 +129,112 @@ class Sample:
         return self.X[name][index], self.predicted[index]
 
 
+Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Of features ``(N, F)`` and predicted classes ``(N,)``, larger for what is more like an attack."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was chosen of a contender on validation images.
+
+    Attributes:
+        features, classifier: by name.
+        score: of features of that name.
+        threshold: which 5 % of the validation images that count as clean exceed.
+        spread: standard deviation of their scores.
+    """
+
+    features: str
+    classifier: str
+    score: Scorer
+    threshold: float
+    spread: float
+
+    def of(self, samples: Sequence[Sample], index: np.ndarray) -> np.ndarray:
+        """Scores of those of some indices of the pool, of all sets one after the other."""
+        return np.concatenate([self.score(*sample.part(self.features, index)) for sample in samples])
+
+
+def fit(contender: Contender, negatives: Sequence[Sample], seen: Sample, parts: Parts, seed: int) -> Fitted:
+    """Fit a contender with all its features and classifiers; that with the largest area on validation images is it.
+
+    Args:
+        contender: whose features and classifiers are tried.
+        negatives: sets that count as clean.
+        seen: the attack that it is fitted on.
+        parts: of the pool.
+        seed: of the forests.
+    """
+    validation = parts.validation.numpy()
+    best, chosen = -1.0, None
+    for features in contender.features:
+        for classifier, make in contender.classifiers.items():
+            score = _fitted(contender.mode, make(seed), features, negatives, seen, parts.fit.numpy(), seed)
+            of = Fitted(features, classifier, score, 0.0, 0.0)
+            clean = of.of(negatives, validation)
+            area = _auroc(clean, of.of([seen], validation))
+            if area > best:
+                best, chosen = area, replace(of, threshold=float(np.quantile(clean, 0.95)), spread=float(clean.std()))
+    assert chosen is not None
+    return chosen
+
+
 def compare(
     contender: Contender,
     clean: Sample,
     noise: Sample | None,
     seen: Sample,
-    tested: Mapping[str, tuple[Sample, Sample]],
+    tested: Mapping[str, tuple[Sample, Sample, Sample]],
     parts: Parts,
     seed: int,
 ) -> tuple[str, dict[str, dict[str, float]]]:
     """Fit a contender, choose on validation images what there is to choose, and score it on test images.
 
     Args:
-        contender: whose features and classifiers are tried.
+        contender, seen, parts, seed: as for :func:`fit`.
         clean: the pool.
         noise: noisy images that count as clean where it is fitted, chosen and tested, of the size of what is seen; None
             to leave them out.
-        seen: the attack that it is fitted on.
-        tested: by name attacks and noise of their size.
-        parts: of the pool.
-        seed: of the forests.
+        tested: by name attacks, noise of their size, and their changes of other images.
 
     Returns:
         What was chosen, and for each attack measures in [0, 1]: the area under the curve against what counts as clean,
-        of successful attacks too, against noise alone, and of noise against clean images; at the threshold that 5 % of
-        the validation images that count as clean exceed, how much is detected of attacks, of successful ones, of clean
-        images and of noise.
+        of successful attacks too, against noise alone, against the changes of other images, and of noise against clean
+        images; above the threshold, how many of the attacks, of the successful ones, of clean images, of noise and of
+        the changes of other images.
     """
-    fit, validation, test = (getattr(parts, part).numpy() for part in ("fit", "validation", "test"))
-    negatives = [clean] if noise is None else [clean, noise]
-    best, name, score = -1.0, "", None
-    for features in contender.features:
-        for classifier, make in contender.classifiers.items():
-            scorer = _fitted(contender.mode, make(seed), features, negatives, seen, fit, seed)
-            area = _auroc(_of(scorer, features, negatives, validation), scorer(*seen.part(features, validation)))
-            if area > best:
-                best, name, score = area, f"{features}, {classifier}", (scorer, features)
-    assert score is not None
-    scorer, features = score
-    threshold = np.quantile(_of(scorer, features, negatives, validation), 0.95)
+    fitted, test = fit(contender, [clean] if noise is None else [clean, noise], seen, parts, seed), parts.test.numpy()
     measures = {}
-    for other, (attack, as_large) in tested.items():
-        of_clean, of_attack, of_noise = (scorer(*each.part(features, test)) for each in (clean, attack, as_large))
+    for other, (attack, *controls) in tested.items():
+        of_clean, of_attack, of_noise, of_exchanged = (fitted.of([each], test) for each in (clean, attack, *controls))
         negative = of_clean if noise is None else np.concatenate([of_clean, of_noise])
         fooled = of_attack[attack.successful[attack.among(test)]]
+        detected = {
+            "detected": of_attack, "detected_successful": fooled, "false_positives": of_clean,
+            "noise_detected": of_noise, "exchanged_detected": of_exchanged,
+        }  # fmt: skip
         measures[other] = {
             "auroc": _auroc(negative, of_attack),
             "auroc_successful": _auroc(negative, fooled),
             "auroc_noise": _auroc(of_noise, of_attack),
+            "auroc_exchanged": _auroc(of_exchanged, of_attack),
             "noise_auroc": _auroc(of_clean, of_noise),
-            "detected": float((of_attack > threshold).mean()),
-            "detected_successful": float((fooled > threshold).mean()) if len(fooled) else float("nan"),
-            "false_positives": float((of_clean > threshold).mean()),
-            "noise_detected": float((of_noise > threshold).mean()),
-        }
-    return name, measures
-
-
-Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
+        } | {name: float((of > fitted.threshold).mean()) if len(of) else math.nan for name, of in detected.items()}
+    return f"{fitted.features}, {fitted.classifier}", measures
 
 
 def _fitted(
-    mode: str, classifier: Any, features: str, negatives: Sequence[Sample], seen: Sample, fit: np.ndarray, seed: int
+    mode: str, classifier: Any, features: str, negatives: Sequence[Sample], seen: Sample, index: np.ndarray, seed: int
 ) -> Scorer:
-    """Larger for what is more like the attack."""
     if mode == "clean":
-        outliers = classifier.fit(negatives[0].part(features, fit)[0])
-        return lambda X, predicted: -outliers.decision_function(X)
-    sets = [sample.part(features, fit) for sample in (*negatives, seen)]
+        X, predicted = negatives[0].part(features, index)
+        outliers = classifier.fit(X, predicted=predicted)
+        return lambda X, predicted: -outliers.decision_function(X, predicted)
+    sets = [sample.part(features, index) for sample in (*negatives, seen)]
     X, predicted = (np.concatenate(arrays) for arrays in zip(*sets, strict=True))
     y = np.repeat([0, 1], [len(X) - len(sets[-1][1]), len(sets[-1][1])])
     detector = Detector(classifier, mode=mode, random_state=seed).fit(X, y, predicted)  # type: ignore[arg-type]
     return detector.decision_function
-
-
-def _of(scorer: Scorer, features: str, samples: Sequence[Sample], index: np.ndarray) -> np.ndarray:
-    return np.concatenate([scorer(*sample.part(features, index)) for sample in samples])
 
 
 def _auroc(negative: np.ndarray, positive: np.ndarray) -> float:

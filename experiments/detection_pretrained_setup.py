@@ -1,4 +1,4 @@
-"""What detection on trained networks is measured on: configuration, networks, images, attacks, noise of equal size."""
+"""What detection on trained networks is measured on: configuration, networks, images, attacks, controls."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from odenets.training import datasets
 from odenets.training.data import TensorData
 
 __all__ = [
-    "CLEAN", "NOISE", "Config", "Set", "attack_of", "attacked", "images_of", "network_of", "noise_like", "rounded",
-    "sets_of",
+    "CLEAN", "EXCHANGED", "NOISE", "Config", "Set", "attack_of", "attacked", "exchanged", "images_of", "network_of",
+    "noise_like", "rounded", "sets_of",
 ]  # fmt: skip
 
-CLEAN, NOISE = "clean", "noise as large as "
-"""Names of sets of images: the pool, and before the name of an attack its noise."""
+CLEAN, NOISE, EXCHANGED = "clean", "noise as large as ", "exchanged "
+"""Names of sets of images: the pool; before the name of an attack its noise, and its changes of other images."""
 
 FAST = {
     "FGM": {},
@@ -60,6 +60,8 @@ class Config(BaseConfig):
         train: training images for the statistics of features, the network's own.
         seeds: splits of the pool.
         test, validation: share of the pool for the test; of the rest for choosing.
+        starts: images from which attacks begin that know of a detector; none without.
+        steps: of these.
         epochs: of the network that is trained here.
         output: folder of the runs, one for each network; attacks in it serve all.
     """
@@ -76,12 +78,16 @@ class Config(BaseConfig):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     test: float = 0.3
     validation: float = 0.25
+    starts: int = 30
+    steps: int = 20
     epochs: int = 15
     output: Path = Path("runs/detection_pretrained")
 
     def __post_init__(self) -> None:
         check_any(self, "attacks", "eps", "seeds")
         check_at_least(self, 10, "pool", "few", "train")
+        check_at_least(self, 0, "starts")
+        check_at_least(self, 1, "steps")
         for name in (*self.attacks, *self.slow):
             if name not in PRESETS:
                 raise ValueError(f"attacks and slow must be among {', '.join(PRESETS)}, got {name!r}")
@@ -211,6 +217,26 @@ def noise_like(clean: Tensor, moved: Tensor, seed: int) -> Tensor:
     size = ((moved - clean) * LEVELS).round().abs().flatten(1)
     size = size.gather(1, torch.rand(size.shape, generator=generator).argsort(1))
     sign = 1.0 - 2 * torch.randint(2, size.shape, generator=generator)
-    there = levels + sign * size
-    there = torch.where((there < 0) | (there > LEVELS), levels - sign * size, there)
-    return (there / LEVELS).reshape(clean.shape)
+    return _changed(levels, sign * size).reshape(clean.shape)
+
+
+def exchanged(clean: Tensor, moved: Tensor) -> Tensor:
+    """Clean images, each with the change that an attack makes to the one before it, of those that it changes at all.
+
+    A change that would leave [0, 1] has the other sign.
+
+    Args:
+        clean: images ``(N, C, H, W)`` at 8 bits.
+        moved: the same ones under the attack, at 8 bits.
+    """
+    levels = (clean * LEVELS).round()
+    change = (moved * LEVELS).round() - levels
+    index = change.flatten(1).any(1).nonzero()[:, 0]
+    change[index] = change[index.roll(1)]
+    return _changed(levels, change)
+
+
+def _changed(levels: Tensor, change: Tensor) -> Tensor:
+    """Pixels in [0, 1]; levels and change are of 255."""
+    there = levels + change
+    return torch.where((there < 0) | (there > LEVELS), levels - change, there) / LEVELS

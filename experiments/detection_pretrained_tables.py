@@ -18,7 +18,10 @@ __all__ = ["AREAS", "COLUMNS", "MEANS", "best_rival", "details", "figures", "sum
 
 AREAS = ("auroc", "noise_auroc")
 """Of the scores of :func:`detection_pretrained_detectors.compare`, those whose intervals are reported."""
-MEANS = ("auroc_successful", "auroc_noise", "detected", "detected_successful", "false_positives", "noise_detected")
+MEANS = (
+    "auroc_successful", "auroc_noise", "auroc_exchanged", "detected", "detected_successful", "false_positives",
+    "noise_detected", "exchanged_detected",
+)  # fmt: skip
 """And those whose means are."""
 OWN = ("eq. 34", "separation")
 """How the names of detectors by trajectories begin."""
@@ -32,11 +35,13 @@ COLUMNS: Columns = {
     "p": "{p:.2g}",
     "of successful": "{auroc_successful:.1f}",
     "against noise": "{auroc_noise:.1f}",
+    "against exchanged": "{auroc_exchanged:.1f}",
     "noise against clean": "{noise_auroc:.1f}",
     "detected": "{detected:.1f}",
     "successful detected": "{detected_successful:.1f}",
     "false positives": "{false_positives:.1f}",
     "noise detected": "{noise_detected:.1f}",
+    "exchanged detected": "{exchanged_detected:.1f}",
 }
 
 
@@ -73,14 +78,16 @@ def best_rival(rows: list[Row]) -> Row:
 
 
 def details(config: Config, results: list[Row]) -> dict[str, Any]:
-    """What the attacks do, and how often what was chosen."""
-    attacks = [{k: v for k, v in r.items() if k not in ("tuning", "attack", "features")} for r in results if "set" in r]
+    """What the attacks do, those that know of a detector too, and how often what was chosen."""
+    of_job = ("tuning", "attack", "features")
+    attacks = [{k: v for k, v in r.items() if k not in (*of_job, "adaptive", "eps")} for r in results if "set" in r]
+    adaptive = [{k: v for k, v in r.items() if k not in of_job} for r in results if "starts" in r]
     chosen: dict[str, dict[str, int]] = {}
     for r in results:
         for score in r.get("scores", ()):
             of = chosen.setdefault(score["detector"], {})
             of[score["chosen"]] = of.get(score["chosen"], 0) + 1
-    return {"attacks": attacks, "chosen": chosen}
+    return {"attacks": attacks, "adaptive": adaptive, "chosen": chosen}
 
 
 def verdict(config: Config, outcome: Outcome) -> list[str]:
@@ -89,7 +96,8 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
     lines = [f"{config.network}: accuracy {100 * attacks[0]['accuracy']:.1f} % on the pool"]
     lines += [
         f"{a['set']} fools {100 * a['success']:.1f} % of what was right, noise of its size "
-        f"{100 * a['noise_success']:.1f} %; L2 {a['l2']:.3f} and {a['noise_l2']:.3f}, {a['images']} images"
+        f"{100 * a['noise_success']:.1f} %, its changes of other images {100 * a['exchanged_success']:.1f} %; "
+        f"L2 {a['l2']:.3f} and {a['noise_l2']:.3f}, {a['images']} images"
         for a in attacks
     ]
     for (noisy, seen, tested), rows in groups(outcome.rows, "noisy", "seen", "tested").items():
@@ -100,6 +108,12 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
         lines.append(
             f"fitted on {seen}, tested on {tested}, noise {'clean' if noisy else 'left out'}: {FIRST} {first:.1f}, "
             f"separation {own['auroc']:.1f}{gain}, {rival['detector']} {rival['auroc']:.1f}"
+        )
+    for a in outcome.detail("adaptive"):
+        lines.append(
+            f"{a['adaptive']} detects {100 * a['detected']:.1f} % of {a['seen']}; of {a['starts']} of these, attacked "
+            f"anew within {a['eps']:g}, {100 * a.get('evaded', 0):.0f} % evade, "
+            f"{100 * a.get('evaded_rounded', 0):.0f} % at 8 bits"
         )
     return lines
 

@@ -8,11 +8,22 @@ import detection_pretrained
 import numpy as np
 import pytest
 import torch
-from detection_pretrained import EXPERIMENT, Job, comparisons, jobs, samples_of
-from detection_pretrained_detectors import CONTENDERS, FEATURES, FIRST, GaussianOutliers, Sample, compare
-from detection_pretrained_setup import CLEAN, NOISE, Config, Set, attack_of, images_of, network_of, noise_like, rounded
+from detection_pretrained import ADAPTIVE, EXPERIMENT, Job, comparisons, jobs, samples_of
+from detection_pretrained_detectors import CONTENDERS, FEATURES, FIRST, Sample, compare
+from detection_pretrained_setup import (
+    CLEAN,
+    EXCHANGED,
+    NOISE,
+    Config,
+    Set,
+    attack_of,
+    exchanged,
+    images_of,
+    network_of,
+    noise_like,
+    rounded,
+)
 from detection_pretrained_setup import sets_of as all_sets
-from sklearn.covariance import ledoit_wolf
 
 from lab.experiment import run
 from lab.pretrained.resnets import ResNet
@@ -20,7 +31,17 @@ from odenets.detection import split
 from odenets.training.runs import read_summary
 
 TINY = Config(
-    network="digits", attacks=("FGM",), eps=(0.1,), pool=60, few=30, train=100, seeds=(0, 1), epochs=1, workers=1
+    network="digits",
+    attacks=("FGM",),
+    eps=(0.1,),
+    pool=60,
+    few=30,
+    train=100,
+    seeds=(0, 1),
+    epochs=1,
+    workers=1,
+    starts=2,
+    steps=2,
 )
 
 
@@ -29,7 +50,8 @@ def few(monkeypatch):
     """Three detectors of two kinds of features."""
     names = (FIRST, "separation", "feature squeezing")
     kinds = {name: FEATURES[name] for name in ("eq. 34", "separation", "squeezing")}
-    for name, value in (("CONTENDERS", {name: CONTENDERS[name] for name in names}), ("FEATURES", kinds)):
+    contenders = {name: CONTENDERS[name] for name in names}
+    for name, value in (("CONTENDERS", contenders), ("FEATURES", kinds), ("ADAPTIVE", ("separation",))):
         monkeypatch.setattr(detection_pretrained, name, value)
     return names
 
@@ -47,9 +69,12 @@ def test_a_run_leaves_a_row_for_every_detector_with_noise_left_out_and_clean(tmp
     (attack,) = results["attacks"]
     assert attack["images"] == 60
     assert attack["l2"] == pytest.approx(attack["noise_l2"], rel=1e-5)
+    (known,) = results["adaptive"]
+    assert (known["adaptive"], known["seen"], known["eps"]) == ("separation", "FGM 0.1", 0.1)
+    assert known["starts"] == 0 or 0 <= known["evaded_rounded"] <= 1
     assert (tmp_path / "digits" / "figures" / "auroc.png").exists()
     samples = samples_of(replace(TINY, output=tmp_path))
-    assert list(samples) == [CLEAN, "FGM 0.1", NOISE + "FGM 0.1"]
+    assert list(samples) == [CLEAN, "FGM 0.1", NOISE + "FGM 0.1", EXCHANGED + "FGM 0.1"]
     assert samples[CLEAN].successful.all()
 
 
@@ -65,6 +90,20 @@ def test_noise_has_the_sizes_of_the_attack_at_other_places():
     assert ((noisy - clean) * (moved - clean)).flatten(1).sum(1).abs().max() < (moved - clean).square().sum()
     assert torch.equal(noisy, noise_like(clean, moved, seed=0))
     assert not torch.equal(noisy, noise_like(clean, moved, seed=1))
+
+
+def test_exchanged_changes_are_those_of_the_image_before():
+    clean = rounded(0.2 + 0.6 * torch.rand(5, 3, 8, 8))
+    moved = rounded(clean + 0.1 * torch.rand(5, 3, 8, 8))
+    moved[2] = clean[2]  # an image that the attack leaves as it is neither gives nor takes
+    there = exchanged(clean, moved)
+    assert torch.equal(there[2], clean[2])
+    for image, giver in ((0, 4), (1, 0), (3, 1), (4, 3)):
+        torch.testing.assert_close(there[image] - clean[image], moved[giver] - clean[giver], atol=1e-6, rtol=0)
+    bright = torch.ones(2, 1, 2, 2)
+    bright[1] = 0.0
+    there = exchanged(bright, bright.new_tensor([0.8, 0.2]).reshape(2, 1, 1, 1).expand_as(bright))
+    torch.testing.assert_close(there, bright.new_tensor([0.8, 0.2]).reshape(2, 1, 1, 1).expand_as(bright))
 
 
 def test_sets_and_what_detectors_are_fitted_on():
@@ -90,12 +129,14 @@ def test_jobs_read_every_kind_of_features_and_report_attacks_and_splits():
     first = next(steps)
     second = steps.send([{"set": "FGM 0.1"}] * len(first))
     third = steps.send([{}] * len(second))
+    last = steps.send([{"scores": []}] * len(third))
+    assert [(job.adaptive, job.eps) for job in last] == [(name, 0.1) for name in ADAPTIVE]
     assert [job.features for job in second] == list(FEATURES)
     assert all(job.tuning for job in second)
-    assert len({job.name for job in (*first, *second, *third)}) == len(first) + len(second) + len(third)
+    assert len({job.name for job in (*first, *second, *third, *last)}) == sum(map(len, (first, second, third, last)))
     with pytest.raises(StopIteration) as end:
-        steps.send([{"scores": []}] * len(third))
-    assert len(end.value.value) == len(first) + len(third)
+        steps.send([{}] * len(last))
+    assert len(end.value.value) == len(first) + len(third) + len(last)
 
 
 def test_the_pool_and_the_images_of_statistics_are_apart():
@@ -127,13 +168,13 @@ def test_a_detector_that_has_seen_noise_as_clean_does_not_call_it_an_attack():
     clean, noise, attack = planted()
     contender = replace(CONTENDERS["separation"], features=("f",))
     arguments = contender, clean
-    more = attack, {"planted": (attack, noise)}, split(200, test=0.3, validation=0.25), 0
+    more = attack, {"planted": (attack, noise, noise)}, split(200, test=0.3, validation=0.25), 0
     _, without = compare(*arguments, None, *more)
     name, of = compare(*arguments, noise, *more)
     assert name.startswith("f, ")
     assert of["planted"]["auroc"] > 0.97
-    assert of["planted"]["auroc_noise"] > 0.97
-    assert of["planted"]["noise_detected"] < 0.1
+    assert of["planted"]["auroc_noise"] == of["planted"]["auroc_exchanged"] > 0.97
+    assert of["planted"]["noise_detected"] == of["planted"]["exchanged_detected"] < 0.1
     assert without["planted"]["auroc"] > 0.9
     assert without["planted"]["noise_detected"] >= of["planted"]["noise_detected"]
     assert of["planted"]["false_positives"] < 0.15
@@ -142,7 +183,7 @@ def test_a_detector_that_has_seen_noise_as_clean_does_not_call_it_an_attack():
 def test_a_detector_that_is_fitted_on_clean_images_sees_both():
     clean, noise, attack = planted(moved=5.0)
     contender = replace(CONTENDERS["eq. 34, clean only"], features=("f",))
-    tested = {"planted": (attack, noise)}
+    tested = {"planted": (attack, noise, noise)}
     _, of = compare(contender, clean, None, attack, tested, split(200, test=0.3, validation=0.25), 0)
     assert of["planted"]["auroc"] > 0.97
     assert of["planted"]["noise_auroc"] > 0.97
@@ -154,17 +195,9 @@ def test_sets_of_fewer_images_are_scored_on_those_of_them_in_the_test_part():
     short = [Sample({"f": s.X["f"][:50]}, s.predicted[:50], s.successful[:50], s.changed[:50]) for s in (attack, noise)]
     contender = replace(CONTENDERS[FIRST], features=("f",))
     parts = split(200, test=0.3, validation=0.25)
-    _, of = compare(contender, clean, noise, attack, {"short": (short[0], short[1])}, parts, 0)
+    _, of = compare(contender, clean, noise, attack, {"short": (short[0], short[1], short[1])}, parts, 0)
     count = int(((parts.test < 50) & (parts.test > 9)).sum())  # the first ten are as the attack found them
     assert round(of["short"]["detected"] * count) == pytest.approx(of["short"]["detected"] * count)
-
-
-def test_distances_of_outliers_are_those_of_ledoit_and_wolf():
-    X = np.random.default_rng(0).normal(size=(50, 3)) * [1, 10, 0.1] + 4
-    z = (X - X.mean(0)) / X.std(0)
-    precision = np.linalg.inv(ledoit_wolf(z, assume_centered=True)[0])
-    expected = -np.einsum("ni,ij,nj->n", z, precision, z)
-    np.testing.assert_allclose(GaussianOutliers().fit(X).decision_function(X), expected)
 
 
 def test_the_first_script_begins_the_study_where_weights_are_given():
