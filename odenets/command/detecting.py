@@ -164,6 +164,9 @@ def _monitor(
     if request.load is not None:
         first = next(images)
         monitor = Monitor.load(request.load, recording_network(first))
+        if monitor.preparation not in ("", loader.prepared):
+            rule = f"--load: the monitor of {request.load} knows images {monitor.preparation}, these are"
+            raise Mistake(f"{rule} {loader.prepared}: give --size, --gray and --transform as where it was saved")
         monitor.false_positive_rate = request.false_positive_rate or monitor.false_positive_rate
         origin = f"monitor of {request.load} with {len(monitor.calibration_scores)} calibration images"
         return monitor, origin, chain([first], images)
@@ -175,6 +178,7 @@ def _monitor(
         false_positive_rate=request.false_positive_rate or 0.05,
         normalized=loader.normalized,
         seed=abs(request.seed),
+        preparation=loader.prepared,
     )
     monitor.fit(chain([first], loaded))
     n = len(monitor.calibration_scores)

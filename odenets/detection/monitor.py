@@ -66,6 +66,7 @@ class Monitor:
         normalized: whether images come normalized, with any finite values, and not as pixels in [0, 1].
         batch_size: images in a pass, of a tensor or a mapping; batches of a loader stay as they are.
         seed: decides which clean images calibrate.
+        preparation: how images are prepared, in words; it is saved with the monitor, for whoever loads it.
 
     Attributes:
         network: the model, or what adapts it.
@@ -73,8 +74,8 @@ class Monitor:
         calibration_scores: sorted scores of the images that calibrate, ``(n,)``.
 
     Raises:
-        TypeError: no module, features that are none, a detector that is none of outliers, or a class in place of an
-            instance.
+        TypeError: no module, features that are none, a detector that is none of outliers, a class in place of an
+            instance, or a preparation that is no string.
         ValueError: a rate or a share outside (0, 1), a batch size below 1, or a negative seed.
     """
 
@@ -89,9 +90,12 @@ class Monitor:
         normalized: bool = False,
         batch_size: int = 64,
         seed: int = 0,
+        preparation: str = "",
     ) -> None:
         network = recording(model)
         check_parts(features, detector)
+        if not isinstance(preparation, str):
+            raise TypeError(f"preparation must be words, got a {type(preparation).__name__}")
         detector = OneClassGaussian() if detector is None else detector
         check_outlier_detector(detector)
         if not 0 < check_number("calibration", calibration) < 1:
@@ -103,6 +107,7 @@ class Monitor:
         self.detector: Any = detector
         self.false_positive_rate = check_rate(false_positive_rate)
         self.calibration, self.normalized, self.batch_size, self.seed = calibration, normalized, batch_size, seed
+        self.preparation = preparation
         self.calibration_scores = np.empty(0)
         self._shape: tuple[int, ...] | None = None
         self._fitted_on: NetworkState | None = None
@@ -243,7 +248,7 @@ class Monitor:
         """
         self._check_fitted()
         self._check_network(exactly=True)
-        names = ("false_positive_rate", "calibration", "normalized", "batch_size", "seed")
+        names = ("false_positive_rate", "calibration", "normalized", "batch_size", "seed", "preparation")
         content = {
             "network": fingerprint(self.network),
             "features": self.features,

@@ -65,6 +65,10 @@ def test_a_saved_monitor_says_the_same(run, folders):
     assert one["false_positive_rate"] == other["false_positive_rate"] == 0.1
     assert one["drift"]["first"] == 3
     assert len(one["images"]) == 20
+    other_way = ("--transform", "torchvision.transforms.functional:to_tensor")
+    result = run("detect", "small_network", new, "--load", file, *OPTIONS[:-1], *other_way)
+    assert result.exit_code == 2
+    assert "knows images pixels in [0, 1], these are prepared by torchvision" in " ".join(result.stderr.split())
 
 
 def test_images_prepared_for_weights_are_taken_as_they_come(run, folders):

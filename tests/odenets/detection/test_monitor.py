@@ -142,13 +142,16 @@ def test_other_features_and_detectors(features, detector, tmp_path):
 def test_it_is_the_same_after_loading_adapted_or_not(tmp_path):
     torch.manual_seed(0)
     model, clean, new = Residual(), pixels(100), pixels(20)
-    monitor = Monitor(model, false_positive_rate=0.1, calibration=0.3, batch_size=7, seed=3).fit(clean)
+    monitor = Monitor(
+        model, false_positive_rate=0.1, calibration=0.3, batch_size=7, seed=3, preparation="of unit sum"
+    ).fit(clean)
     path = monitor.save(tmp_path / "folder" / "monitor.skops")
     for same in (model, odenets.adapt(model), monitor.network):
         again = Monitor.load(path, same)
         np.testing.assert_array_equal(again.check(new).p_values, monitor.check(new).p_values)
         np.testing.assert_array_equal(again.predict(new), monitor.predict(new))
         assert repr(again) == repr(monitor)
+        assert again.preparation == "of unit sum"
     refused(
         r"images must have one shape, 3 x 4 x 4 as the first of fit, got 3 x 5 x 5", again.check, torch.rand(2, 3, 5, 5)
     )
@@ -233,6 +236,7 @@ def test_inputs_by_keyword():
 
 def test_errors():
     refused("model must be a torch module, got str", Monitor, "resnet18", error=TypeError)
+    refused("preparation must be words, got a int", lambda: Monitor(network(), preparation=1), error=TypeError)
     refused("features must be an instance, got the class", Monitor, network(), Trajectory, error=TypeError)
     refused("features must be Features, such as", Monitor, network(), "residue", error=TypeError)
     refused(
