@@ -37,15 +37,13 @@ FEATURES: dict[str, Features] = {
     "separation": Separation(),
     "Mahalanobis": Mahalanobis(),
     "Mahalanobis, step": Mahalanobis(magnitude=0.001),
-    "Mahalanobis, relative": Mahalanobis(relative=True),
     "LID": LID(),
-    **{f"density {width:g}": KernelDensity(bandwidth=width) for width in (0.1, 0.25, 0.5, 1)},
+    **{f"density {width:g}": KernelDensity(bandwidth=width) for width in (0.25, 0.5)},
     "squeezing": FeatureSqueezing(),
     "scenes": NaturalSceneStatistics(),
-    "Fourier magnitude": FourierSpectrum("magnitude"),
-    "Fourier phase": FourierSpectrum("phase"),
+    "Fourier": FourierSpectrum("magnitude"),
 }
-"""All kinds of features by name."""
+"""All kinds of features by name. Relative distances, phases and other bandwidths were tried and never chosen."""
 
 
 def _forest(seed: int) -> Any:
@@ -69,7 +67,7 @@ class Contender:
     """A row of the table.
 
     Attributes:
-        features: among which is chosen, by names of :data:`FEATURES`.
+        features: among which is chosen, by names of :data:`FEATURES`, joined by " + " to be side by side.
         classifiers: among which is chosen, each made of a seed.
         mode: of the :class:`Detector`; "clean" is a detector that is fitted on clean images alone.
     """
@@ -82,6 +80,8 @@ class Contender:
 FIRST = "eq. 34, forest"
 _DENSITIES = tuple(name for name in FEATURES if name.startswith("density"))
 _MAHALANOBIS = tuple(name for name in FEATURES if name.startswith("Mahalanobis"))
+_RIVALS = ("Mahalanobis", "squeezing", "density 0.25")
+_JOINED = (*(f"separation + {name}" for name in _RIVALS), " + ".join(("separation", *_RIVALS)))
 CONTENDERS: dict[str, Contender] = {
     FIRST: Contender(("eq. 34",), FOREST),
     "eq. 34, forest by class": Contender(("eq. 34",), FOREST, "conditional"),
@@ -92,12 +92,14 @@ CONTENDERS: dict[str, Contender] = {
     "separation": Contender(("separation",)),
     "eq. 34, clean only": Contender(("eq. 34",), OUTLIERS, "clean"),
     "separation, clean only": Contender(("separation",), OUTLIERS, "clean"),
+    "separation and others": Contender(_JOINED, LOGISTIC),
+    "separation and others, clean only": Contender(_JOINED[-1:], OUTLIERS, "clean"),
     "Mahalanobis": Contender(_MAHALANOBIS),
     "LID": Contender(("LID",)),
     "kernel density": Contender(_DENSITIES),
     "feature squeezing": Contender(("squeezing",)),
     "scenes": Contender(("scenes",)),
-    "Fourier": Contender(("Fourier magnitude", "Fourier phase"), FOREST),  # thousands of numbers
+    "Fourier": Contender(("Fourier",), FOREST),  # thousands of numbers
 }
 """The rows, the first is that to which all others are compared."""
 
@@ -126,7 +128,8 @@ class Sample:
     def part(self, name: str, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features and predicted classes of those of some indices of the pool."""
         index = self.among(index)
-        return self.X[name][index], self.predicted[index]
+        X = np.concatenate([self.X[each][index] for each in name.split(" + ")], axis=1)
+        return X, self.predicted[index]
 
 
 Scorer = Callable[[np.ndarray, np.ndarray], np.ndarray]
