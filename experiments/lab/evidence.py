@@ -14,7 +14,7 @@ from lab.statistics import Interval
 from odenets.training.runs import read_config, read_summary
 
 __all__ = [
-    "ROOT", "Sentence", "benchmark", "command", "config", "elsewhere", "environment", "machine", "minutes", "row",
+    "ROOT", "Sentence", "benchmark", "command", "config", "detail", "elsewhere", "environment", "machine", "minutes", "row",
     "rows", "sentence", "share",
 ]  # fmt: skip
 
@@ -82,6 +82,15 @@ def row(result: str, **where: Any) -> dict[str, Any]:
     if len(chosen) != 1:
         raise ValueError(f"where must name one row of result {result!r}, got {where}, which {len(chosen)} hold")
     return chosen[0]
+
+
+def detail(result: str, name: str) -> Any:
+    """What a result holds beside its rows, by name.
+
+    >>> [attack["set"] for attack in detail("detection_pretrained_resnet56", "attacks")][:2]
+    ['FGM 0.03', 'FGM 0.01']
+    """
+    return outcome(result)[0].detail(name)
 
 
 def sentence(result: str, start: str) -> Sentence:

@@ -5,7 +5,7 @@
 ``experiments/pages`` holds a template for every page, in Markdown with expressions of Jinja that quote rows of results
 (:mod:`lab.evidence`), figures of [K24] (:mod:`lab.thesis`) and verdicts on both (:mod:`lab.comparisons`). Written are
 ``docs/experiments/*.md``, ``docs/reproduction.md``, ``docs/benchmarks.md``, ``experiments/README.md`` and, between
-comments, three tables of ``README.md``.
+comments, tables of ``README.md``.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ EXPERIMENTS = (
 """Templates of experiments, in the order of the contents."""
 TEMPLATES = evidence.ROOT / "experiments/pages"
 NOTICE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
-SHORT = (
-    "ResNet (Euler)", "LM-ResNet", "PolyNet (mpoly-2)", "FractalNet", "rk4", "IMEX-Net", "deep equilibrium", "RevNet",
-    "Hamiltonian", "Momentum ResNet", "transformer (Lie-Trotter)",
-)  # fmt: skip
-"""Architectures of README's table, one of each family."""
+SHORT = ("ResNet (Euler)", "LM-ResNet", "FractalNet", "deep equilibrium", "RevNet", "Hamiltonian", "Momentum ResNet")
+"""Architectures of README's table, of several families."""
+ATTACKS = (("FGM 0.03", "FGM 0.03"), ("FGM 0.01", "FGM 0.01"), ("APGD 0.01", "APGD 0.01"), ("FGM 0.01", "APGD 0.01"))
+"""What the detectors of README's table are fitted on and tested on."""
 SPEED = {"bosh3": "bs23", "dopri5": "dopri5"}
 """Methods in README's table, by their names in the benchmarks (torchdiffeq calls bs23 bosh3)."""
 
@@ -58,7 +57,8 @@ def pages() -> dict[Path, str]:
             _environment().get_template(f"{name}.md").render(contents=rows)
         )
     readme = (evidence.ROOT / "README.md").read_text()
-    for name, table in {"speed": _speed(), "results": filled(headlines()), "architectures": _architectures()}.items():
+    made = {"speed": _speed(), "results": filled(headlines()), "architectures": _architectures()}
+    for name, table in (made | {"detection": _detection()}).items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, rest = readme.split(begin)
         readme = f"{before}{begin}\n\n{table.strip()}\n\n{end}{rest.split(end)[1]}"
@@ -99,6 +99,29 @@ def _architectures() -> str:
     }  # fmt: skip
     chosen = [row for row in evidence.rows("architectures", budget="parameters") if row["architecture"] in SHORT]
     return tables.table(chosen, columns)
+
+
+def _detection() -> str:
+    """README's table of what the path tells on a trained network, beside the best that does without it."""
+    rows, attacks = [], "detection_pretrained_resnet56"
+    for seen, tested in ATTACKS:
+        found = evidence.rows(attacks, noisy=True, seen=seen, tested=tested)
+        of = {row["detector"]: row["auroc"] for row in found}
+        rival = max((name for name in of if not name.startswith(("eq. 34", "separation"))), key=lambda x: of[x].mean)
+        rows.append(
+            {"images": tested if seen == tested else f"{tested}, fitted on {seen}", "of": of["eq. 34, forest"]}
+            | {"separation": of["separation"], "rival": f"{of[rival]:.1f} ({rival})"}
+            | {"joined": of["separation and others"]}
+        )
+    for images, words in {"near": "CIFAR-100 (near)", "far": "GTSRB, blended digits, textures (far)"}.items():
+        of = {row["score"]: row["auroc"] for row in evidence.rows("ood_resnet56", images=images)}
+        rival = f"{of['best of the last layer']:.1f} (last layer)"
+        rows.append({"images": words, "of": of["trajectory"], "rival": rival, "joined": of["joined"]})
+    return tables.table(
+        rows,
+        {"images": "{images}", "path": "{of:.1f}", "and of the smoothed image": "{separation:.1f}"}
+        | {"best without the path": "{rival}", "joined": "{joined:.1f}"},
+    )
 
 
 def _experiment(name: str) -> str:
