@@ -14,8 +14,8 @@ from lab.statistics import Interval
 from odenets.training.runs import read_config, read_summary
 
 __all__ = [
-    "ROOT", "Sentence", "benchmark", "command", "config", "detail", "elsewhere", "environment", "machine", "minutes", "row",
-    "rows", "sentence", "share",
+    "ROOT", "Sentence", "benchmark", "command", "config", "detail", "elsewhere", "environment", "machine", "minutes",
+    "row", "rows", "sentence", "share",
 ]  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
