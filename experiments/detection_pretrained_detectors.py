@@ -187,7 +187,7 @@ def compare(
     clean: Sample,
     noise: Sample | None,
     seen: Sample,
-    tested: Mapping[str, tuple[Sample, Sample, Sample]],
+    tested: Mapping[str, tuple[Sample, Sample, Sample | None]],
     parts: Parts,
     seed: int,
 ) -> tuple[str, dict[str, dict[str, float]]]:
@@ -198,7 +198,7 @@ def compare(
         clean: the pool.
         noise: noisy images that count as clean where it is fitted, chosen and tested, of the size of what is seen; None
             to leave them out.
-        tested: by name attacks, noise of their size, and their changes of other images.
+        tested: by name attacks, noise of their size, and their changes of other images; None to leave these out.
 
     Returns:
         What was chosen, and for each attack measures in [0, 1]: the area under the curve against what counts as clean,
@@ -208,21 +208,23 @@ def compare(
     """
     fitted, test = fit(contender, [clean] if noise is None else [clean, noise], seen, parts, seed), parts.test.numpy()
     measures = {}
-    for other, (attack, *controls) in tested.items():
-        of_clean, of_attack, of_noise, of_exchanged = (fitted.of([each], test) for each in (clean, attack, *controls))
+    for other, (attack, as_large, exchanged) in tested.items():
+        of_clean, of_attack, of_noise = (fitted.of([each], test) for each in (clean, attack, as_large))
         negative = of_clean if noise is None else np.concatenate([of_clean, of_noise])
         fooled = of_attack[attack.successful[attack.among(test)]]
-        detected = {
-            "detected": of_attack, "detected_successful": fooled, "false_positives": of_clean,
-            "noise_detected": of_noise, "exchanged_detected": of_exchanged,
-        }  # fmt: skip
+        detected = {"detected": of_attack, "detected_successful": fooled}
+        detected |= {"false_positives": of_clean, "noise_detected": of_noise}
         measures[other] = {
             "auroc": _auroc(negative, of_attack),
             "auroc_successful": _auroc(negative, fooled),
             "auroc_noise": _auroc(of_noise, of_attack),
-            "auroc_exchanged": _auroc(of_exchanged, of_attack),
             "noise_auroc": _auroc(of_clean, of_noise),
-        } | {name: float((of > fitted.threshold).mean()) if len(of) else math.nan for name, of in detected.items()}
+        }
+        if exchanged is not None:
+            detected["exchanged_detected"] = fitted.of([exchanged], test)
+            measures[other]["auroc_exchanged"] = _auroc(detected["exchanged_detected"], of_attack)
+        for name, of in detected.items():
+            measures[other][name] = float((of > fitted.threshold).mean()) if len(of) else math.nan
     return f"{fitted.features}, {fitted.classifier}", measures
 
 
