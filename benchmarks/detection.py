@@ -153,7 +153,7 @@ def table(measured: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     return "\n\n".join([
         f"ResNet-{settings['depth']}, {settings['images']} images, medians of {settings['rounds']} interleaved rounds, "
-        f"processor time, one thread. By the clock the whole of Mahalanobis takes {by_clock:.2f} times the trajectory's.",
+        f"processor time, one thread. Whole by the clock, Mahalanobis over the trajectory: {by_clock:.2f}.",
         tabulate(lines, heads, tablefmt="github", disable_numparse=True),
         f"{where['device']}, {where['threads']} thread; {versions}; commit {where['commit']}",
     ])  # fmt: skip
