@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
@@ -247,15 +247,17 @@ def to_training_mode(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> li
     return [module for module in network.modules() if not module.training]
 
 
-def _tensors(network: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*network.parameters(), *network.buffers()):
-        if not nn.parameter.is_lazy(tensor):
-            yield tensor
+def _tensors(modules: Callable[[], Iterable[nn.Module]]) -> Iterator[Tensor]:
+    """The parameters and then the buffers of modules, one after the other as they are asked for."""
+    for module in modules():
+        yield from (p for p in module.parameters(recurse=False) if not nn.parameter.is_lazy(p))
+    for module in modules():
+        yield from (b for b in module.buffers(recurse=False) if not nn.parameter.is_lazy(b))
 
 
 def device_of(network: nn.Module, default: torch.device | str = "cpu") -> torch.device:
     """The device of the first parameter, or buffer; ``default`` if the network holds none yet."""
-    return next((tensor.device for tensor in _tensors(network)), torch.device(default))
+    return next((tensor.device for tensor in _tensors(network.modules)), torch.device(default))
 
 
 def dtype_of(network: nn.Module, default: torch.dtype | None = None) -> torch.dtype:
@@ -263,8 +265,7 @@ def dtype_of(network: nn.Module, default: torch.dtype | None = None) -> torch.dt
 
     Coefficients of a :class:`~solvers.LearnedTableau`, which goes with every dtype, do not count.
     """
-    learned = {p for m in network.modules() if isinstance(m, LearnedTableau) for p in m.parameters()}
-    tensors = (t for t in _tensors(network) if t not in learned)
+    tensors = _tensors(lambda: (m for m in network.modules() if not isinstance(m, LearnedTableau)))
     dtypes = (t.dtype for t in tensors if t.is_floating_point() or t.is_complex())
     return next(dtypes, default or torch.get_default_dtype())
 

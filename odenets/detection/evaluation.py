@@ -341,5 +341,7 @@ def _in_mode(detector: Detector, mode: str) -> Detector:
 
 
 def _scores(detector: Detector, candidate: str, sets: Sequence[Samples], part: str) -> list[np.ndarray]:
-    """The detector's scores of a part of each set."""
-    return [detector.decision_function(*samples.part(candidate, part)) for samples in sets]
+    """The detector's scores of a part of each set, in one call: a forest takes longer to begin than to score."""
+    parts = [samples.part(candidate, part) for samples in sets]
+    X, predicted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return np.split(detector.decision_function(X, predicted), np.cumsum([len(x) for x, _ in parts])[:-1])

@@ -13,7 +13,7 @@ from odenets.checkpoints import fingerprint
 from odenets.detection.isolation import seeded
 from odenets.neural_ode import NeuralODE
 
-__all__ = ["NetworkState", "check_apart", "check_blocks", "check_company", "check_repeatable"]
+__all__ = ["NetworkState", "check_apart", "check_blocks", "check_company", "check_repeatable", "treats_apart"]
 
 
 class NetworkState:
@@ -75,20 +75,33 @@ def check_apart(network: nn.Module) -> None:
     Raises:
         ValueError: it holds a batch norm without running statistics, or a neural ODE that chooses its steps by a batch.
     """
+    if (mixing := _mixing(network)) is not None:
+        raise ValueError(f"network must treat each image apart to be watched by a detector, but {mixing}")
+
+
+def treats_apart(network: nn.Module) -> bool:
+    """Whether a ``network`` treats each image apart, as far as :func:`check_apart` can tell.
+
+    >>> treats_apart(nn.BatchNorm2d(3)), treats_apart(nn.BatchNorm2d(3, track_running_stats=False))
+    (True, False)
+    """
+    return _mixing(network) is None
+
+
+def _mixing(network: nn.Module) -> str | None:
+    """What in a network depends on the images that come together, and the remedy; None if nothing does."""
     for name, module in network.named_modules():
         where = f"{name or 'network'!r} is a {type(module).__name__}"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(
-                f"network must treat each image apart to be watched by a detector, but {where} without running "
-                "statistics, which normalizes by the images that come together: track_running_stats=True, or group norm"
+            return (
+                f"{where} without running statistics, which normalizes by the images that come together: "
+                "track_running_stats=True, or group norm"
             )
         if isinstance(module, NeuralODE) and module.fixed_steps is None:
             keeps_steps = module.gradient == "direct" and module.event is None
             if module.control == "batch" or keeps_steps:
-                raise ValueError(
-                    f"network must treat each image apart to be watched by a detector, but {where} that takes as many "
-                    "steps as the images that come together need: steps=n"
-                )
+                return f"{where} that takes as many steps as the images that come together need: steps=n"
+    return None
 
 
 def check_blocks(depth: int) -> None:

@@ -16,7 +16,8 @@ from solvers.reductions.reference import HALF, Reductions, ReductionSpec, rows_o
 __all__ = ["finish_step", "finish_step_backward", "row_moments", "row_moments_backward", "scaled_error"]
 
 BLOCK = 1 << 18  # numbers of one operand that a thread works on at a time
-OF_MOMENTS = 1 << 17  # the same where two sums alone are taken of them
+OF_MOMENTS = 1 << 16  # the same where two sums alone are taken of them: with their operands in a cache of 1 MiB
+LONGEST = 1 << 17  # numbers of a row of which the sums of all segments are added at once
 SEGMENT = 1 << 9  # numbers of a row under one sum: torch's norms add in order, and lose a digit beyond
 SHARED = 1 << 14  # sums of a row that are added at once: fewer than torch shares among threads
 
@@ -48,19 +49,28 @@ def row_moments(
 def _whole_segments(table: Tensor) -> bool:
     """Whether rows lie whole in a block, in segments of one length, so that each sum has a place of its own."""
     n = table.shape[1]
-    return 0 < n <= OF_MOMENTS and n % _segment(n) == 0
+    return 0 < n <= LONGEST and n % _segment(n) == 0
 
 
 def _square_and_mean(tables: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The moments of such rows with the power 2: the same numbers, in fewer calls of torch."""
+    """The moments of such rows with the power 2: the same numbers, in fewer calls of torch, a segment in each row."""
     batch, n = tables[0].shape
-    length, scratch = _segment(n), _Scratch()
-    norms, sums = tables[0].new_empty(2, batch, n // length, dtype=wide_dtype(tables[0]))
-    for block in _blocks(tables[0], OF_MOMENTS):
-        r = _combination([x[block] for x in tables], weights, scratch).unflatten(1, (n // length, length))
-        torch.linalg.vector_norm(r, 2, -1, out=norms[block[0]])
-        torch.sum(r, -1, out=sums[block[0]])
-    return norms.square_().sum(1) / n, sums.sum(1) / n
+    length = _segment(n)
+    tables = [x.reshape(x.numel() // length, length) for x in tables]
+    norms, sums = tables[0].new_empty(2, len(tables[0]), dtype=wide_dtype(tables[0]))
+    count, rows, scratch = len(tables[0]), max(1, OF_MOMENTS * torch.get_num_threads() // length), _Scratch()
+    alone = (*weights,) == (1, -1) and tables[0].dtype not in HALF
+    difference = tables[0].new_empty(min(rows, count), length) if alone else None
+    for i in range(0, count, rows):
+        block = slice(i, i + rows)
+        parts, norm, total = [x[block] for x in tables], norms[block], sums[block]
+        if difference is None:
+            r = _combination(parts, weights, scratch)
+        else:
+            r = torch.sub(*parts, out=difference[: len(norm)])
+        torch.linalg.vector_norm(r, 2, -1, out=norm)
+        torch.sum(r, -1, out=total)
+    return norms.square_().view(batch, n // length).sum(1) / n, sums.view(batch, n // length).sum(1) / n
 
 
 def row_moments_backward(

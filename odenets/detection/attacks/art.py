@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from odenets.detection.network_state import treats_apart
 from odenets.errors import needs
 from odenets.modes import device_of
 
@@ -85,6 +86,8 @@ def gradient_attack(
             clip_values=(0.0, 1.0),
             device_type="cpu" if device.type == "cpu" else "gpu",
         )
+        if treats_apart(network):
+            estimator.class_gradient = _of_moved(estimator.class_gradient)
         parameters = _parameters(name)
         quiet = {"verbose": False} if "verbose" in parameters else {}
         own = {setting: value for setting, value in settings.items() if setting in parameters}
@@ -94,6 +97,25 @@ def gradient_attack(
             part.set_params(verbose=False, **{to: settings[setting] for setting, to in inner if setting in settings})
         with _multiprocess():
             return attack.generate(images.copy(), np.eye(classes, dtype=np.float32)[labels])
+
+
+def _of_moved(class_gradient: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Gradients of classes, computed of the images that have moved since the call before: DeepFool asks for all of
+    them again as long as one is not yet adversarial, and leaves the others where they are.
+    """
+    known: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # by class: the images, and their gradients
+
+    def gradient(x: np.ndarray, label: int | None = None) -> np.ndarray:
+        points, gradients = known.get(label, (x, None))
+        if gradients is None or points.shape != x.shape:
+            gradients = class_gradient(x, label)
+        elif (moved := (points != x).reshape(len(x), -1).any(1)).any():
+            gradients = gradients.copy()
+            gradients[moved] = class_gradient(x[moved], label)
+        known[label] = x.copy(), gradients
+        return gradients
+
+    return gradient
 
 
 def decision_attack(

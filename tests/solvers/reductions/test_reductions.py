@@ -292,3 +292,19 @@ def test_the_displacement_between_two_states_is_not_kept():
     torch.testing.assert_close(ours, plain)
     with pytest.raises(ValueError, match="x0 and x1 must have one shape"):
         reductions.displaced(x0, x1[:2])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(9, 16, 32, 32), (5, 3, 50, 50), (3, 7, 11, 211), (1, 16, 128, 128)])
+def test_a_displacement_over_several_blocks_is_the_formula_whatever_looks_on(shape, layout):
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = (torch.randn(shape, generator=generator).to(memory_format=layout) for _ in range(2))
+    r = x1.double() - x0.double()
+    square = r.square().mean((1, 2, 3))
+    expected = square, r.mean((1, 2, 3)) / square.sqrt()
+    with torch.no_grad():
+        values = reductions.displaced(x0, x1)
+        with Watching():  # by the operator
+            watched = reductions.displaced(x0, x1)
+    torch.testing.assert_close([v.double() for v in values], [*expected], rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(one, other) for one, other in zip(values, watched, strict=True))

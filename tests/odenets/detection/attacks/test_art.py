@@ -1,9 +1,11 @@
 """Attacks of ART."""
 
 import numpy as np
+import pytest
+import torch
 from torch import nn
 
-from odenets.detection import Attack, run_attack
+from odenets.detection import Attack, preset, run_attack
 from odenets.detection.attacks import art
 from tests.odenets.detection.victims import victim
 
@@ -46,3 +48,30 @@ def test_another_attack_of_art_needs_its_class_and_settings(batch, monkeypatch):
     result = run_attack(victim(), Attack("PGD", settings), *batch)
     assert result.linf.max() <= 0.2 + 1e-6
     assert result.success_rate > 0.5
+
+
+@pytest.mark.parametrize("nb_grads", [3, 10])
+def test_deepfool_asks_for_gradients_of_images_that_have_moved_alone_and_finds_the_same_ones(
+    batch, nb_grads, monkeypatch
+):
+    def attack(*, apart):
+        asked = []
+        monkeypatch.setattr(art, "treats_apart", lambda network: apart)
+        gradient = art.load_art().estimators.classification.PyTorchClassifier.class_gradient
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                art.load_art().estimators.classification.PyTorchClassifier,
+                "class_gradient",
+                lambda self, x, label=None, **options: asked.append(len(x)) or gradient(self, x, label, **options),
+            )
+            return run_attack(victim(), preset("DF", max_iter=30, nb_grads=nb_grads), *batch).images, sum(asked)
+
+    (images, asked), (expected, all_asked) = attack(apart=True), attack(apart=False)
+    assert torch.allclose(images, expected, atol=1e-6)
+    assert asked < all_asked / 2
+
+
+def test_a_network_that_mixes_a_batch_is_asked_for_gradients_of_all_of_it(batch, monkeypatch):
+    monkeypatch.setattr(art, "_of_moved", None)  # what would fail if it was called
+    mixing = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), nn.Flatten(), nn.Linear(64, 10))
+    assert run_attack(mixing, preset("DF", max_iter=2), *batch).images.isfinite().all()
