@@ -55,17 +55,9 @@ def row_moments(
     """As :func:`solvers.reductions.reference.row_moments`, in one pass over memory, forward and backward."""
     if torch.is_grad_enabled():
         of_power, of_mean = autograd.RowMoments.apply((weights, power, mean), *rows)
-    elif rows[0].device.type == "cpu" and _unseen(rows):
-        return aten.row_moments(rows, weights, power, mean)
     else:
         of_power, of_mean = torch.ops.solvers.row_moments.default(rows, weights, power, mean)
     return of_power, of_mean if mean else None
-
-
-def _unseen(rows: Sequence[Tensor]) -> bool:
-    """Whether nothing looks at the call of an operator, which costs as much as a sum over a small state."""
-    modes: int = torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]  # torch has no public name for it
-    return modes == 0 and all(type(x) is Tensor for x in rows)
 
 
 @cache
