@@ -24,7 +24,6 @@ import numpy as np
 from ood_scores import LAST, PATH, joined, measured, scores_of
 from ood_setup import NEAR, POOL, TRAIN, Config, data, network, read, sets_of
 from ood_tables import COLUMNS, figures, summarize, verdict
-from torch import nn
 
 from lab.experiment import Experiment, Jobs, Report, Row, Run, command
 from odenets.files import write_atomically
@@ -93,8 +92,7 @@ def compare(config: Config, seed: int) -> list[Row]:
     for name in names_of(config):
         with np.load(config.run_folder / Job(images=name).name / "read.npz", allow_pickle=False) as file:
             sets[name] = {key: file[key] for key in file}
-    heads = [module for module in network(config).modules() if isinstance(module, nn.Linear)]
-    scores = scores_of(sets, sets[TRAIN]["y"], heads[-1])
+    scores = scores_of(sets, sets[TRAIN]["y"], network(config).linear)
 
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(sets[POOL]["y"]))

@@ -7,7 +7,7 @@ import ood_setup
 import pytest
 import torch
 from ood import EXPERIMENT, compare
-from ood_scores import LAST, PATH, PathDistance, joined, measured, scores_of
+from ood_scores import COVERAGE, LAST, PATH, PathDistance, joined, measured, scores_of
 from ood_setup import NEAR, ODIN_SETTINGS, PATHS, POOL, TRAIN, Config, data, phases, read, sets_of
 from ood_tables import BEST, JOINED
 from pytorch_ood.detector import ODIN
@@ -27,7 +27,7 @@ TINY = Config(network="digits", train=100, pool=60, foreign=40, seeds=(0, 1), he
 def test_a_run_leaves_a_row_for_every_score_and_set(tmp_path):
     run(EXPERIMENT, replace(TINY, output=tmp_path))
     rows = read_summary(tmp_path / "digits")["results"]["rows"]
-    names = (*LAST, PATH, BEST, JOINED)
+    names = (*LAST, COVERAGE, PATH, BEST, JOINED)
     assert [(row["images"], row["score"]) for row in rows] == [(s, n) for s in (NEAR, "far", "textures") for n in names]
     assert all(0 <= row[key]["mean"] <= 100 for row in rows for key in ("auroc", "fpr95"))
     assert all(("difference" in row) == (row["score"] != BEST) for row in rows)
@@ -100,7 +100,7 @@ def test_what_is_read():
 
 
 def planted(n=300):
-    """States of two classes; foreign ones are between them and off them; the path of foreign images is longer."""
+    """States of two classes; foreign ones are between them and off them, and their path is longer."""
     draw, y = np.random.default_rng(0), np.arange(n) % 2
     head = nn.Linear(8, 2)
     weight = torch.zeros(2, 8)
@@ -112,7 +112,9 @@ def planted(n=300):
         path = draw.normal(length, 1, (n, 4))
         logits = head(torch.from_numpy(z)).detach().numpy()
         more = {f"ODIN {eps:g} {t:g}": -softmax(logits, 1).max(1) for eps, t in ODIN_SETTINGS}
-        return {"z": z, "logits": logits} | dict.fromkeys(PATHS, path) | more
+        kinds = draw.choice((-1, 1), (2, n, 6)) * (length == 0)  # foreign images have neurons where no clean one has
+        neurons = {f"neurons {i + 1}": kinds[i] + draw.normal(0, 0.1, (n, 6)) for i in range(2)}
+        return {"z": z, "logits": logits} | neurons | dict.fromkeys(PATHS, path) | more
 
     classes = 3 * np.eye(8)[y]
     between = np.zeros((n, 8))
@@ -123,7 +125,7 @@ def planted(n=300):
 def test_every_score_sees_planted_foreign_images():
     sets, y, head = planted()
     scores = scores_of(sets, y, head)
-    assert set(scores) == {*LAST, PATH}
+    assert set(scores) == {*LAST, COVERAGE, PATH}
     for name, variants in scores.items():
         for variant, values in variants.items():
             if name not in ("ReAct", "ASH", "SCALE"):  # of eight channels they clip or prune those that count
