@@ -4,7 +4,7 @@ A trained ResNet for CIFAR-10 sees images of other collections. Every score is f
 are chosen on a third of the test images and on classes of the near set that are not tested; the rest is scored once,
 for five such splits. The path's score is a distance from the paths of clean images, and no foreign image is fitted on.
 Joined with the best score of the last layer, its features and its share are chosen in the same place, none at all
-included.
+included. The coverage of the neurons of all stages stands beside them.
 
     python experiments/ood.py --network resnet56 --weights FILE --folder DIR --near DIR/cifar100.npz \\
         --far DIR/gtsrb.npz blended textures

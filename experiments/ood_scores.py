@@ -94,7 +94,7 @@ def _of_neurons(fit: Read, others: Mapping[str, Read]) -> Variants:
     """Coverage of the last stages, by how many, by steepness, intervals, and images that cover one."""
     names = sorted((name for name in fit if name.startswith("neurons ")), reverse=True)
     variants: Variants = {}
-    for stages, alpha, intervals, least in product(range(1, len(names) + 1), (0.3, 1, 3), (50, 500), (5, 50)):
+    for stages, alpha, intervals, least in product(range(1, len(names) + 1), (1, 3, 10), (50, 500), (10, 100)):
         score = Coverage([fit[name] for name in names[:stages]], alpha, intervals, least)
         title = f"last {stages}, alpha = {alpha:g}, M = {intervals}, O = {least}"
         variants[title] = {key: score([read[name] for name in names[:stages]]) for key, read in others.items()}
