@@ -4,7 +4,7 @@ A trained ResNet for CIFAR-10 sees images of other collections. Every score is f
 are chosen on a third of the test images and on classes of the near set that are not tested; the rest is scored once,
 for five such splits. The path's score is a distance from the paths of clean images, and no foreign image is fitted on.
 Joined with the best score of the last layer, its features and its share are chosen in the same place, none at all
-included.
+included. The coverage of the neurons of all stages stands beside them.
 
     python experiments/ood.py --network resnet56 --weights FILE --folder DIR --near DIR/cifar100.npz \\
         --far DIR/gtsrb.npz blended textures
@@ -24,7 +24,6 @@ import numpy as np
 from ood_scores import LAST, PATH, joined, measured, scores_of
 from ood_setup import NEAR, POOL, TRAIN, Config, data, network, read, sets_of
 from ood_tables import COLUMNS, figures, summarize, verdict
-from torch import nn
 
 from lab.experiment import Experiment, Jobs, Report, Row, Run, command
 from odenets.files import write_atomically
@@ -93,8 +92,7 @@ def compare(config: Config, seed: int) -> list[Row]:
     for name in names_of(config):
         with np.load(config.run_folder / Job(images=name).name / "read.npz", allow_pickle=False) as file:
             sets[name] = {key: file[key] for key in file}
-    heads = [module for module in network(config).modules() if isinstance(module, nn.Linear)]
-    scores = scores_of(sets, sets[TRAIN]["y"], heads[-1])
+    scores = scores_of(sets, sets[TRAIN]["y"], network(config).linear)
 
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(sets[POOL]["y"]))

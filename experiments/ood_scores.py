@@ -1,25 +1,29 @@
-"""Scores of foreign images: those of the last layer through ``pytorch-ood``, those of the path, and the two joined."""
+"""Scores of foreign images: of the last layer through ``pytorch-ood``, coverage of neurons, of the path, joined."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from ood_coverage import Coverage
 from ood_setup import ODIN_SETTINGS, PATHS, TRAIN
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.preprocessing import QuantileTransformer, StandardScaler
 from torch import Tensor, nn
 
-__all__ = ["LAST", "PATH", "PathDistance", "joined", "measured", "scores_of"]
+__all__ = ["COVERAGE", "LAST", "PATH", "PathDistance", "joined", "measured", "scores_of"]
 
 LAST = (
     "MSP", "MaxLogit", "energy", "GEN", "ODIN", "KNN", "ViM", "ReAct", "ASH", "SCALE", "Mahalanobis",
     "relative Mahalanobis",
 )  # fmt: skip
 """Scores of logits and of states before the head, in the order of the table."""
+COVERAGE = "NAC"
+"""A score of the states of all stages, apart from those of the last layer."""
 PATH = "trajectory"
 ASH: tuple[Literal["ash-b", "ash-s"], ...] = ("ash-b", "ash-s")
 
@@ -68,7 +72,7 @@ def scores_of(sets: Mapping[str, Read], y: np.ndarray, head: nn.Linear) -> dict[
         },
         "SCALE": {f"{p:g}": ood.SCALE(nn.Identity(), pooled_head, percentile=p) for p in (0.65, 0.8, 0.9)},
     }
-    scores: dict[str, Variants] = {name: {} for name in (*LAST, PATH)}
+    scores: dict[str, Variants] = {name: {} for name in LAST}
     for set_name, read in others.items():
         logits, states = torch.from_numpy(read["logits"]), torch.from_numpy(read["z"])
         values: dict[tuple[str, str], Tensor | np.ndarray] = {}
@@ -83,8 +87,18 @@ def scores_of(sets: Mapping[str, Read], y: np.ndarray, head: nn.Linear) -> dict[
             values["ODIN", f"eps = {eps:g}, T = {t:g}"] = read[f"ODIN {eps:g} {t:g}"]
         for (name, variant), each in values.items():
             scores[name].setdefault(variant, {})[set_name] = np.asarray(each, dtype=np.float64)
-    scores[PATH] = _of_paths(fit, others)
-    return scores
+    return scores | {COVERAGE: _of_neurons(fit, others), PATH: _of_paths(fit, others)}
+
+
+def _of_neurons(fit: Read, others: Mapping[str, Read]) -> Variants:
+    """Coverage of the last stages, by how many, by steepness, intervals, and images that cover one."""
+    names = sorted((name for name in fit if name.startswith("neurons ")), reverse=True)
+    variants: Variants = {}
+    for stages, alpha, intervals, least in product(range(1, len(names) + 1), (1, 3, 10), (50, 500), (10, 100)):
+        score = Coverage([fit[name] for name in names[:stages]], alpha, intervals, least)
+        title = f"last {stages}, alpha = {alpha:g}, M = {intervals}, O = {least}"
+        variants[title] = {key: score([read[name] for name in names[:stages]]) for key, read in others.items()}
+    return variants
 
 
 def _of_paths(fit: Read, others: Mapping[str, Read]) -> Variants:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from detection_pretrained_setup import Config as TrainedConfig
 from detection_pretrained_setup import network_of, rounded
-from torch import Tensor, nn
+from ood_coverage import neuron_states
+from torch import Tensor
 from torch.nn import functional as F
 
 from lab import images
 from lab.config import Config as BaseConfig
 from lab.config import check_any, check_at_least
+from lab.pretrained.resnets import ResNet
 from odenets import adapt
 from odenets.detection import Separation, Trajectory, in_batches
-from odenets.detection.features.feature_maps import feature_maps_of, pooled
 from odenets.training import datasets
 from odenets.training.data import TensorData
 
@@ -108,10 +109,10 @@ class Images:
         return Images(self.x[index], self.y[index])
 
 
-def network(config: Config) -> nn.Module:
+def network(config: Config) -> ResNet:
     """The trained one, pixels in [0, 1] come in."""
     given = {name: getattr(config, name) for name in ("network", "weights", "folder", "epochs")}
-    return network_of(TrainedConfig(**given))
+    return cast(ResNet, network_of(TrainedConfig(**given)))
 
 
 def data(config: Config) -> tuple[TensorData, TensorData]:
@@ -169,15 +170,22 @@ def phases(x: Tensor, seed: int = 0) -> Tensor:
 
 
 def read(config: Config, x: Tensor, *, odin: bool) -> dict[str, np.ndarray]:
-    """What scores need of images: logits, states before the head, features of the path, predictions by ODIN."""
+    """What scores need of images: logits, states before the head, features of the path, predictions by ODIN.
+
+    And of each stage, first to last, "neurons 1" and so on, as :func:`ood_coverage.neuron_states` has them.
+    """
     model = network(config)
     adapted = adapt(model, x[:2])
+    parts = [neuron_states(model, part) for part in x.split(100)]
     values = {
-        "logits": in_batches(model, model, x, 100),
-        "z": in_batches(lambda part: pooled(feature_maps_of(adapted, part)[-1]), adapted, x, 100),
+        "logits": torch.cat([logits for logits, _, _ in parts]),
+        "z": torch.cat([means[-1] for _, means, _ in parts]),
     }
-    for name, features in PATHS.items():
-        values[name] = in_batches(partial(features, adapted), adapted, x, 100)
+    for i in range(len(model.stages)):
+        values[f"neurons {i + 1}"] = torch.cat([products[i] for _, _, products in parts])
+    for name in ("path", "separation"):
+        values[name] = in_batches(partial(PATHS[name], adapted), adapted, x, 100)
+    values["eq. 34"] = values["path"][:, : 2 * adapted.depth]  # the residues; states come after them
     if odin:
         from pytorch_ood.detector import ODIN
 

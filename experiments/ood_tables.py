@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ood_scores import LAST, PATH
+from ood_scores import COVERAGE, LAST, PATH
 from ood_setup import NEAR, Config
 
 from lab import plotting
@@ -69,6 +69,6 @@ def figures(config: Config, outcome: Outcome) -> Figures:
     """Areas under the curve of all scores, near and far."""
     series: dict[str, dict[str, Any]] = {}
     for row in outcome.rows:
-        if row["images"] in (NEAR, "far") and row["score"] in (*LAST, PATH, JOINED):
+        if row["images"] in (NEAR, "far") and row["score"] in (*LAST, COVERAGE, PATH, JOINED):
             series.setdefault(row["images"], {})[row["score"]] = row["auroc"]
     return {"auroc": partial(plotting.categories, series, xlabel="area under the curve (%)")}
