@@ -155,8 +155,7 @@ def _renamed(name: str) -> str:
 def trained(config: Config, method: str, seed: int, callbacks: tuple[Any, ...] = ()) -> Network:
     """The network of a method and a seed in eval mode: read where its weights are, else trained once for all runs."""
     train, _ = parts_of(config)
-    small = config.dataset == "digits"
-    network = resnet14(train, seed, *(((4, 8, 16), 2) if small else ()))
+    network = resnet14(train, seed, widths=(4, 8, 16) if config.dataset == "digits" else (16, 32, 64))
     if config.pairs and (path := config.pairs / f"resnet14-{FILES[method]}-{seed}.safetensors").exists():
         return read_pair(network, path)
     folder = config.output / "networks" / f"{FILES[method]}-{seed}"
