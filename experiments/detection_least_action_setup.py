@@ -72,13 +72,13 @@ class Config(BaseConfig):
     apart: float = 0.5
     attacks: tuple[str, ...] = ("FGM", "BIM", "APGD")
     eps: tuple[float, ...] = (0.03, 0.01)
-    pool: int = 500
+    pool: int = 400
     train: int = 2000
     splits: tuple[int, ...] = (0, 1, 2, 3, 4)
     test: float = 0.3
     validation: float = 0.25
-    points: int = 64
-    iterations: int = 20
+    points: int = 40
+    iterations: int = 15
     output: Path = Path("runs/detection_least_action")
 
     def __post_init__(self) -> None:

@@ -35,22 +35,11 @@ CONSTANTS = {
     "apart": "distance of residues over that of two clean images",
 }
 """What is measured on the paths, by its name in the results."""
+SAID = ("clean", "noise", "attacked", "noise over clean", "attacked over clean")
+"""Images of which the verdict speaks."""
+FACTOR = "{{{0}[0]:.2f}} ({{{0}[1]:.2f}} to {{{0}[2]:.2f}})"
+"""A value and the ends of its interval."""
 OFF = ("noise", "attacked", "between", "uniform")
-
-
-def _factor(row: Any) -> str:
-    """``exp`` of a mean difference of logarithms and of the ends of its interval."""
-    if "log" not in row:
-        return ""
-    mean, half = row["difference"].mean, row["difference"].half_width
-    ends = "" if math.isnan(half) else f" ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f})"
-    return f"{math.exp(mean):.2f}{ends}"
-
-
-def _adjusted(row: Any) -> str:
-    """The difference at equal accuracy with its interval, a factor where it is one of logarithms."""
-    mean, low, high = (math.exp(value) if "log" in row else value for value in row["adjusted"])
-    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 COLUMNS: Columns = {
@@ -60,10 +49,10 @@ COLUMNS: Columns = {
     "detector": "{detector}",
     PLAIN: "{plain:.2f}",
     LEAST_ACTION: "{least_action:.2f}",
-    "difference": lambda row: "" if "log" in row else f"{row['difference']:.2f}",
-    "factor": _factor,
-    "p": "{p:.2g}",
-    "at equal accuracy": _adjusted,
+    "difference": "{difference:.2f}",
+    "factor": FACTOR.format("factor"),
+    "p": lambda row: f"{row['log_p' if 'factor' in row else 'p']:.2g}",
+    "at equal accuracy": FACTOR.format("adjusted"),
 }
 
 
@@ -124,7 +113,7 @@ def _measures(result: Row) -> list[tuple[Row, float]]:
     for each in result["mechanism"]:
         logs.setdefault(each["quantity"], {})[each["points"]] = float(np.mean(each["log"]))
     for quantity, of in logs.items():
-        about = {"measure": CONSTANTS[quantity], "log": True}
+        about = {"measure": CONSTANTS[quantity]}
         found += [(about | {"images": points}, value) for points, value in of.items()]
         on = of.get("clean")
         found += [(about | {"images": f"{p} over clean"}, of[p] - on) for p in OFF if on is not None and p in of]
@@ -140,18 +129,24 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
     pairs = _pairs(config, results)
     if not pairs:
         return []
+    is_least = [result["method"] == LEAST_ACTION for result in results]
+    accuracy = [100 * result["accuracy_of_others"] for result in results]
     rows: list[Row] = []
     for i, (about, _) in enumerate(of[results[0]["name"]]):
         plain, least = ([of[pair[k]["name"]][i][1] for pair in pairs] for k in (0, 1))
-        shown = [np.exp(each).tolist() if "log" in about else each for each in (plain, least)]
+        logarithm = about["measure"] in CONSTANTS.values()
+        shown = [np.exp(each).tolist() if logarithm else each for each in (plain, least)]
         row = about | {"plain": mean_interval(shown[0]), "least_action": mean_interval(shown[1])}
-        row["difference"] = paired(least, plain)
+        difference, prefix = paired(least, plain), "log_" if logarithm else ""
+        row[f"{prefix}difference"] = difference
         if len(pairs) > 1:
-            row["p"] = paired_p_value(least, plain)
-        every = [of[result["name"]][i][1] for result in results]
-        is_least = [result["method"] == LEAST_ACTION for result in results]
-        row["adjusted"] = adjusted(every, is_least, [100 * result["accuracy_of_others"] for result in results])
-        rows.append(row)
+            row[f"{prefix}p"] = paired_p_value(least, plain)
+        at_equal = adjusted([of[result["name"]][i][1] for result in results], is_least, accuracy)
+        if logarithm:
+            mean, half = difference.mean, 0.0 if math.isnan(difference.half_width) else difference.half_width
+            row["factor"] = np.exp([mean, mean - half, mean + half]).tolist()
+            at_equal = None if at_equal is None else np.exp(at_equal).tolist()
+        rows.append(row | {"adjusted": at_equal})
     return rows
 
 
@@ -177,6 +172,10 @@ def _sign(difference: Interval, pairs: int) -> str:
     return ("it makes no difference that the interval excludes", "it raises it", "it lowers it")[difference.sign]
 
 
+def _said(network: Row) -> str:
+    return f"{network['method']}, seed {network['seed']} ({100 * network['accuracy_of_others']:.2f} %)"
+
+
 def verdict(config: Config, outcome: Outcome) -> list[str]:
     """Pairs, whether least action raises detection, and what it does to the constants."""
     pairs = outcome.detail("pairs")
@@ -184,6 +183,14 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
         f"{len(pairs)} pairs within {config.apart:g} points of clean accuracy on the test images that are not attacked"
         + (f", below {LEAST}: no sign is claimed" if len(pairs) < LEAST else "")
     ]
+    networks = {network["name"]: network for network in outcome.detail("networks")}
+    for i, pair in enumerate(pairs, 1):
+        one, other = (networks[name] for name in pair)
+        lines.append(f"pair {i}: {_said(one)} and {_said(other)}")
+    if alone := [
+        _said(each) for name, each in networks.items() if name not in {name for pair in pairs for name in pair}
+    ]:
+        lines.append(f"without a partner: {', '.join(alone)}")
     for row in outcome.rows:
         if row["measure"] == AREAS["auroc"] and row["images"] == MEAN:
             noise = "clean" if row["noisy"] else "left out"
@@ -192,10 +199,10 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
                 f"plain, {row['difference']:.2f} points: {_sign(row['difference'], len(pairs))}"
             )
     for row in outcome.rows:
-        if "log" in row and row["images"] in ("clean", "attacked over clean", "noise over clean", "noise", "attacked"):
+        if "factor" in row and row["images"] in SAID:
             lines.append(
-                f"{row['measure']}, {row['images']}: {_factor(row)} times with least action: "
-                f"{_sign(row['difference'], len(pairs))}"
+                f"{row['measure']}, {row['images']}: {FACTOR.format('factor').format_map(row)} times with least "
+                f"action: {_sign(row['log_difference'], len(pairs))}"
             )
     return lines
 

@@ -8,7 +8,7 @@ import torch
 from detection_least_action import EXPERIMENT, Job, jobs
 from detection_least_action_lipschitz import CLEAN, apart, constants, path_of, singular_values, slopes
 from detection_least_action_setup import LEAST_ACTION, METHODS, PLAIN, Config, parts_of, read_pair, resnet14, trained
-from detection_least_action_tables import AREAS, LEAST, MEAN, adjusted, matched, summarize, verdict
+from detection_least_action_tables import AREAS, LEAST, MEAN, adjusted, details, matched, summarize, verdict
 from detection_pretrained_setup import images_of
 from safetensors.torch import save_file
 from scipy import stats
@@ -39,7 +39,8 @@ def test_a_run_leaves_weights_and_a_row_for_every_measure(tmp_path):
     assert {(row["noisy"], row["detector"]) for row in areas} == {(n, d) for n in (False, True) for d in four()}
     assert results["pairs"] == [["plain_seed0", "least_action_seed0"]]
     assert "below 4: no sign is claimed" in results["verdict"][0]
-    assert all("no sign is claimed" in line for line in results["verdict"])
+    assert results["verdict"][1].startswith("pair 1: plain, seed 0 (")
+    assert all("no sign is claimed" in line for line in results["verdict"][2:])
     assert {"auroc.png", "constants.png"} == {path.name for path in (tmp_path / "figures").iterdir()}
     for method in METHODS:
         assert (tmp_path / Job(method, 0).name / "weights.safetensors").exists()
@@ -104,16 +105,18 @@ def results_of(differences):
 
 def test_a_sign_is_claimed_of_four_pairs_and_of_no_fewer():
     few = summarize(TINY, results_of([0.01, 0.012, 0.011]))
-    outcome = Outcome(few, TINY.output, {"pairs": [["", ""]] * (LEAST - 1)})
-    assert all("no sign is claimed" in line for line in verdict(TINY, outcome))
+    outcome = Outcome(few, TINY.output, details(TINY, results_of([0.0] * (LEAST - 1))))
+    assert sum("no sign is claimed" in line for line in verdict(TINY, outcome)) == 3
     rows = summarize(TINY, results_of([0.01, 0.012, 0.011, 0.01]))
-    outcome = Outcome(rows, TINY.output, {"pairs": [["", ""]] * LEAST})
+    outcome = Outcome(rows, TINY.output, details(TINY, results_of([0.0] * LEAST)))
     by = {(row["measure"], row.get("images")): row for row in rows}
     assert by[AREAS["auroc"], MEAN]["difference"].mean == pytest.approx(1.075)
     assert by[AREAS["auroc"], MEAN]["p"] < 0.001
-    assert "it raises it" in verdict(TINY, outcome)[1]
-    block = next(row for row in rows if row.get("log"))
-    assert block["difference"].mean == pytest.approx(0.01075)
+    assert "it raises it" in verdict(TINY, outcome)[1 + LEAST]
+    block = next(row for row in rows if "log_difference" in row)
+    assert block["log_difference"].mean == pytest.approx(0.01075)
+    assert block["factor"][0] == pytest.approx(np.exp(0.01075))
+    assert block["factor"][1] < block["factor"][0] < block["factor"][2]
     assert block["plain"].mean == pytest.approx(1.0)  # a geometric mean
     assert summarize(replace(TINY, apart=0.5), results_of([0.01])[:1] + results_of([0.0, 0.0])[3:]) == []
 
@@ -233,7 +236,7 @@ def test_bad_input():
         Config(seeds=())
     with pytest.raises(ValueError, match="apart must be points of accuracy, not negative, got -1"):
         Config(apart=-1)
-    with pytest.raises(ValueError, match="points must be at most pool, got 600 of 500"):
+    with pytest.raises(ValueError, match="points must be at most pool, got 600 of 400"):
         Config(points=600)
     with pytest.raises(ValueError, match=r"attacks and slow must be among .*, got 'PGD'"):
         Config(attacks=("PGD",))
