@@ -59,7 +59,7 @@ class Config(BaseConfig):
         test, validation: share of the pool for the test; of the rest for choosing.
         points: images on which the singular values of Jacobians are computed.
         iterations: of power iteration.
-        output: run folder; networks in it serve all runs.
+        output: folder of the runs, one for each data set; networks and attacks in it serve all.
     """
 
     dataset: Literal["digits", "cifar10"] = "cifar10"
@@ -90,6 +90,11 @@ class Config(BaseConfig):
         if self.points > self.pool:
             raise ValueError(f"points must be at most pool, got {self.points} of {self.pool}")
         _ = self.attacked  # raises where something does not fit
+
+    @property
+    def run_folder(self) -> Path:
+        """One for each data set."""
+        return self.output / self.dataset
 
     @property
     def attacked(self) -> AttackConfig:

@@ -33,7 +33,7 @@ def digits():
 
 def test_a_run_leaves_weights_and_a_row_for_every_measure(tmp_path):
     run(EXPERIMENT, replace(TINY, output=tmp_path))
-    results = read_summary(tmp_path)["results"]
+    results = read_summary(tmp_path / "digits")["results"]
     areas = [row for row in results["rows"] if row["measure"] == AREAS["auroc"]]
     assert [(row["noisy"], row["images"]) for row in areas[:2]] == [(False, "FGM 0.1"), (False, MEAN)]
     assert {(row["noisy"], row["detector"]) for row in areas} == {(n, d) for n in (False, True) for d in four()}
@@ -41,9 +41,9 @@ def test_a_run_leaves_weights_and_a_row_for_every_measure(tmp_path):
     assert "below 4: no sign is claimed" in results["verdict"][0]
     assert results["verdict"][1].startswith("pair 1: plain, seed 0 (")
     assert all("no sign is claimed" in line for line in results["verdict"][2:])
-    assert {"auroc.png", "constants.png"} == {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"auroc.png", "constants.png"} == {path.name for path in (tmp_path / "digits/figures").iterdir()}
     for method in METHODS:
-        assert (tmp_path / Job(method, 0).name / "weights.safetensors").exists()
+        assert (tmp_path / "digits" / Job(method, 0).name / "weights.safetensors").exists()
     again = trained(replace(TINY, output=tmp_path), PLAIN, 0)  # read, not trained
     assert not again.training
 
