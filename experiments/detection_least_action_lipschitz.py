@@ -37,7 +37,7 @@ def singular_values(f: Callable[[Tensor], Tensor], x: Tensor, iterations: int = 
 
     >>> matrix = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     >>> singular_values(lambda x: x @ matrix.T, torch.zeros(2, 2))
-    tensor([3.0000, 3.0000])
+    tensor([3., 3.])
     """
     draw = torch.Generator().manual_seed(seed)
     v = _unit(torch.randn(x.shape, generator=draw, dtype=x.dtype))
