@@ -120,7 +120,7 @@ def slopes(network: Network, sets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     of = {
         CLEAN: torch.stack([(r[one] - r[other]).norm(dim=1) for r in clean]) / (start[one] - start[other]).norm(dim=1)
     }
-    for name in sets.keys() - {CLEAN}:
+    for name in (name for name in sets if name != CLEAN):
         there, residues = _residues(network, sets[name])
         moved = (there - start).norm(dim=1)
         steps = torch.stack([(a - b).norm(dim=1) for a, b in zip(residues, clean, strict=True)])
@@ -141,7 +141,7 @@ def apart(network: Network, sets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     _, clean = _residues(network, sets[CLEAN])
     one, other = torch.triu_indices(len(clean[0]), len(clean[0]), 1)
     of = {}
-    for name in sets.keys() - {CLEAN}:
+    for name in (name for name in sets if name != CLEAN):
         _, residues = _residues(network, sets[name])
         of[name] = torch.stack(
             [

@@ -115,9 +115,13 @@ def _measures(result: Row) -> list[tuple[Row, float]]:
     for quantity, of in logs.items():
         about = {"measure": CONSTANTS[quantity]}
         found += [(about | {"images": points}, value) for points, value in of.items()]
-        on = of.get("clean")
-        found += [(about | {"images": f"{p} over clean"}, of[p] - on) for p in OFF if on is not None and p in of]
+        off = [points for points in OFF if "clean" in of and points in of]
+        found += [(about | {"images": f"{points} over clean"}, of[points] - of["clean"]) for points in off]
     return found
+
+
+def _key(about: Row) -> tuple[tuple[str, Any], ...]:
+    return tuple(about.items())
 
 
 def summarize(config: Config, results: list[Row]) -> list[Row]:
@@ -125,15 +129,16 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
 
     Constants are geometric means over images and blocks, and their difference is that of logarithms. No pairs, no rows.
     """
-    of = {result["name"]: _measures(result) for result in results}
+    of = {result["name"]: {_key(about): value for about, value in _measures(result)} for result in results}
     pairs = _pairs(config, results)
     if not pairs:
         return []
     is_least = [result["method"] == LEAST_ACTION for result in results]
     accuracy = [100 * result["accuracy_of_others"] for result in results]
     rows: list[Row] = []
-    for i, (about, _) in enumerate(of[results[0]["name"]]):
-        plain, least = ([of[pair[k]["name"]][i][1] for pair in pairs] for k in (0, 1))
+    for about, _ in _measures(results[0]):
+        key = _key(about)
+        plain, least = ([of[pair[k]["name"]][key] for pair in pairs] for k in (0, 1))
         logarithm = about["measure"] in CONSTANTS.values()
         shown = [np.exp(each).tolist() if logarithm else each for each in (plain, least)]
         row = about | {"plain": mean_interval(shown[0]), "least_action": mean_interval(shown[1])}
@@ -141,7 +146,7 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
         row[f"{prefix}difference"] = difference
         if len(pairs) > 1:
             row[f"{prefix}p"] = paired_p_value(least, plain)
-        at_equal = adjusted([of[result["name"]][i][1] for result in results], is_least, accuracy)
+        at_equal = adjusted([of[result["name"]][key] for result in results], is_least, accuracy)
         if logarithm:
             mean, half = difference.mean, 0.0 if math.isnan(difference.half_width) else difference.half_width
             row["factor"] = np.exp([mean, mean - half, mean + half]).tolist()
@@ -169,7 +174,7 @@ def _sign(difference: Interval, pairs: int) -> str:
     """What may be said of a difference."""
     if pairs < LEAST:
         return "no sign is claimed of so few"
-    return ("it makes no difference that the interval excludes", "it raises it", "it lowers it")[difference.sign]
+    return ("no difference can be told", "it raises it", "it lowers it")[difference.sign]
 
 
 def _said(network: Row) -> str:

@@ -240,3 +240,16 @@ def test_bad_input():
         Config(points=600)
     with pytest.raises(ValueError, match=r"attacks and slow must be among .*, got 'PGD'"):
         Config(attacks=("PGD",))
+
+
+def test_measures_are_compared_by_name_whatever_their_order():
+    results = results_of([0.01, 0.012, 0.011, 0.01])
+    for i, result in enumerate(results):
+        off = (
+            {"quantity": "apart", "points": "noise", "log": [1.0]},
+            {"quantity": "apart", "points": "attacked", "log": [2.0]},
+        )
+        result["mechanism"] += off[:: (-1) ** i]
+    by = {row["images"]: row for row in summarize(TINY, results) if "distance" in row["measure"]}
+    assert by["noise"]["log_difference"].values == (0, 0, 0, 0)
+    assert by["attacked"]["plain"].mean == pytest.approx(np.exp(2))
