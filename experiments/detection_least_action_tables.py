@@ -16,7 +16,7 @@ from scipy.stats import t
 from lab import plotting
 from lab.experiment import Columns, Figures, Outcome, Row
 from lab.results import groups
-from lab.statistics import Interval, mean_interval, paired, paired_p_value
+from lab.statistics import Interval, correlation, mean_interval, paired, paired_p_value
 
 __all__ = ["AREAS", "COLUMNS", "LEAST", "MEAN", "adjusted", "details", "figures", "matched", "summarize", "verdict"]
 
@@ -39,6 +39,8 @@ SAID = ("clean", "noise", "attacked", "noise over clean", "attacked over clean")
 """Images of which the verdict speaks."""
 FACTOR = "{{{0}[0]:.2f}} ({{{0}[1]:.2f}} to {{{0}[2]:.2f}})"
 """A value and the ends of its interval."""
+DECIDES = {"measure": AREAS["auroc"], "noisy": False, "detector": FIRST, "images": MEAN}
+ON_DATA = {"measure": CONSTANTS["block"], "images": "clean"}
 OFF = ("noise", "attacked", "between", "uniform")
 
 
@@ -156,15 +158,20 @@ def summarize(config: Config, results: list[Row]) -> list[Row]:
 
 
 def details(config: Config, results: list[Row]) -> dict[str, Any]:
-    """All networks, those that are paired, and constants block by block."""
+    """All networks with what decides and their constant on the data, those that are paired, constants by block."""
     names = ("name", "method", "seed", "accuracy", "accuracy_of_others", "action")
     blocks: dict[str, dict[str, list[list[float]]]] = {}
     for result in results:
         for each in result["mechanism"]:
             if each["quantity"] == "block":
                 blocks.setdefault(each["points"], {}).setdefault(result["method"], []).append(each["log"])
+    networks: list[Row] = []
+    for result in results:
+        of = {_key(about): value for about, value in _measures(result)}
+        network = {name: result[name] for name in names}
+        networks.append(network | {"area": of[_key(DECIDES)], "constant": math.exp(of[_key(ON_DATA)])})
     return {
-        "networks": [{name: result[name] for name in names} for result in results],
+        "networks": networks,
         "pairs": [[one["name"], other["name"]] for one, other in _pairs(config, results)],
         "blocks": blocks,
     }
@@ -178,7 +185,8 @@ def _sign(difference: Interval, pairs: int) -> str:
 
 
 def _said(network: Row) -> str:
-    return f"{network['method']}, seed {network['seed']} ({100 * network['accuracy_of_others']:.2f} %)"
+    accuracy = 100 * network["accuracy_of_others"]
+    return f"{network['method']}, seed {network['seed']} ({accuracy:.2f} %, action {network['action']:.2f})"
 
 
 def verdict(config: Config, outcome: Outcome) -> list[str]:
@@ -196,6 +204,17 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
         _said(each) for name, each in networks.items() if name not in {name for pair in pairs for name in pair}
     ]:
         lines.append(f"without a partner: {', '.join(alone)}")
+    lower = sum(networks[other]["action"] < networks[one]["action"] for one, other in pairs)
+    lines.append(f"the action is lower with least action in {lower} of {len(pairs)} pairs")
+    if len(networks) > 2:
+        logs = [math.log(network["action"]) for network in networks.values()]
+        for key, words in {
+            "area": f"area under the curve of {FIRST}",
+            "constant": f"{CONSTANTS['block']}, clean",
+        }.items():
+            r, p = correlation(logs, [network[key] for network in networks.values()])
+            about = f"over all {len(logs)} networks, correlation with the logarithm of the action"
+            lines.append(f"{about}, {words}: {r:.2f} (p = {p:.2g})")
     for row in outcome.rows:
         if row["measure"] == AREAS["auroc"] and row["images"] == MEAN:
             noise = "clean" if row["noisy"] else "left out"

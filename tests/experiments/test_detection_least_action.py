@@ -40,7 +40,8 @@ def test_a_run_leaves_weights_and_a_row_for_every_measure(tmp_path):
     assert results["pairs"] == [["plain_seed0", "least_action_seed0"]]
     assert "below 4: no sign is claimed" in results["verdict"][0]
     assert results["verdict"][1].startswith("pair 1: plain, seed 0 (")
-    assert all("no sign is claimed" in line for line in results["verdict"][2:])
+    assert results["verdict"][2].startswith("the action is lower with least action in ")
+    assert all("no sign is claimed" in line for line in results["verdict"][3:])
     assert {"auroc.png", "constants.png"} == {path.name for path in (tmp_path / "digits/figures").iterdir()}
     for method in METHODS:
         assert (tmp_path / "digits" / Job(method, 0).name / "weights.safetensors").exists()
@@ -112,7 +113,7 @@ def test_a_sign_is_claimed_of_four_pairs_and_of_no_fewer():
     by = {(row["measure"], row.get("images")): row for row in rows}
     assert by[AREAS["auroc"], MEAN]["difference"].mean == pytest.approx(1.075)
     assert by[AREAS["auroc"], MEAN]["p"] < 0.001
-    assert "it raises it" in verdict(TINY, outcome)[1 + LEAST]
+    assert "it raises it" in verdict(TINY, outcome)[4 + LEAST]
     block = next(row for row in rows if "log_difference" in row)
     assert block["log_difference"].mean == pytest.approx(0.01075)
     assert block["factor"][0] == pytest.approx(np.exp(0.01075))
