@@ -27,9 +27,9 @@ __all__ = ["EXPERIMENTS", "main", "pages"]
 
 EXPERIMENTS = (
     "circles", "small_data", "action_and_accuracy", "no_batchnorm", "decode", "module_wise", "module_depth",
-    "module_memory", "detection", "detection_mnist", "detection_cifar10", "detection_pretrained", "ood",
-    "detection_adaptive", "action_histogram", "architectures", "adaptive_depth", "sample_steps", "depth_search",
-    "elastic_depth", "neural_ode", "evaluations", "bespoke_solver", "compress",
+    "module_memory", "detection", "detection_mnist", "detection_cifar10", "detection_pretrained",
+    "detection_least_action", "ood", "detection_adaptive", "action_histogram", "architectures", "adaptive_depth",
+    "sample_steps", "depth_search", "elastic_depth", "neural_ode", "evaluations", "bespoke_solver", "compress",
 )  # fmt: skip
 """Templates of experiments, in the order of the contents."""
 TEMPLATES = evidence.ROOT / "experiments/pages"
