@@ -1,7 +1,7 @@
 """What detectors cost on ResNet-56 for CIFAR-10, over a forward pass of the plain network.
 
-    python -m benchmarks.detection --weights FILE --folder DIR --output FILE.json
-    python -m benchmarks.detection --table FILE.json
+    PYTHONPATH=experiments python -m benchmarks.detection --weights FILE --folder DIR --output FILE.json
+    PYTHONPATH=experiments python -m benchmarks.detection --table FILE.json
 
 Images of the test set go through the network, their features are taken, and a random forest is fitted to those of clean
 and attacked ones and scores them. Rounds take all in turns, on one thread; a figure is the median over rounds of the

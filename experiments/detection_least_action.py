@@ -139,7 +139,7 @@ def constants_of(config: Config, network: Network, pool: TensorData, attacks: Ma
     and uniform noise.
     """
     x = pool.x[: config.points]
-    moved = attacks[f"{config.attacks[-1]} {config.eps[0]:g}"].images
+    moved = attacks[f"{config.attacks[-1]} {max(config.eps):g}"].images
     near = {CLEAN: x, "noise": noise_like(pool.x, moved, seed=0)[: config.points], "attacked": moved[: config.points]}
     draw = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     sets = near | {"between": (x + x.roll(1, 0)) / 2, "uniform": draw}

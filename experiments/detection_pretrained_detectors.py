@@ -167,6 +167,9 @@ def fit(contender: Contender, negatives: Sequence[Sample], seen: Sample, parts: 
         seen: the attack that it is fitted on.
         parts: of the pool.
         seed: of the forests.
+
+    Raises:
+        ValueError: no area can be had, as there are no images that count among those for validation.
     """
     validation = parts.validation.numpy()
     best, chosen = -1.0, None
@@ -178,7 +181,8 @@ def fit(contender: Contender, negatives: Sequence[Sample], seen: Sample, parts: 
             area = _auroc(clean, of.of([seen], validation))
             if area > best:
                 best, chosen = area, replace(of, threshold=float(np.quantile(clean, 0.95)), spread=float(clean.std()))
-    assert chosen is not None
+    if chosen is None:
+        raise ValueError("seen must hold attacked images among those for validation, got none: more images")
     return chosen
 
 

@@ -239,4 +239,5 @@ def exchanged(clean: Tensor, moved: Tensor) -> Tensor:
 def _changed(levels: Tensor, change: Tensor) -> Tensor:
     """Pixels in [0, 1]; levels and change are of 255."""
     there = levels + change
-    return torch.where((there < 0) | (there > LEVELS), levels - change, there) / LEVELS
+    there = torch.where((there < 0) | (there > LEVELS), levels - change, there)
+    return there.clamp(0, LEVELS) / LEVELS  # a change of more than half of the levels may leave both ways

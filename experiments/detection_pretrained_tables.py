@@ -109,11 +109,11 @@ def verdict(config: Config, outcome: Outcome) -> list[str]:
             f"fitted on {seen}, tested on {tested}, noise {'clean' if noisy else 'left out'}: {FIRST} {first:.1f}, "
             f"separation {own['auroc']:.1f}{gain}, {rival['detector']} {rival['auroc']:.1f}"
         )
-    for a in outcome.detail("adaptive"):
+    for a in (each for each in outcome.detail("adaptive") if each["starts"]):
         lines.append(
             f"{a['adaptive']} detects {100 * a['detected']:.1f} % of {a['seen']}; of {a['starts']} of these, attacked "
-            f"anew within {a['eps']:g}, {100 * a.get('evaded', 0):.0f} % evade, "
-            f"{100 * a.get('evaded_rounded', 0):.0f} % at 8 bits"
+            f"anew within {a['eps']:g}, {100 * a['evaded']:.0f} % evade, "
+            f"{100 * a['evaded_rounded']:.0f} % at 8 bits"
         )
     return lines
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lab.results import Outcome, read_outcome
-from lab.statistics import Interval
+from lab.statistics import Interval, paired
 from odenets.training.runs import read_config, read_summary
 
 __all__ = [
-    "ROOT", "Sentence", "benchmark", "command", "config", "detail", "elsewhere", "environment", "machine", "minutes",
-    "row", "rows", "sentence", "share",
+    "ROOT", "Sentence", "benchmark", "command", "config", "detail", "difference", "elsewhere", "environment",
+    "machine", "minutes", "row", "rows", "sentence", "share",
 ]  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +91,16 @@ def detail(result: str, name: str) -> Any:
     ['FGM 0.03', 'FGM 0.01']
     """
     return outcome(result)[0].detail(name)
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> Interval:
+    """The paired difference of the areas under the curve of two rows of as many splits.
+
+    >>> near = {score: row("ood_resnet56", images="near", score=score) for score in ("MSP", "KNN")}
+    >>> f"{difference(near['KNN'], near['MSP']):.1f}"
+    '1.4 ± 0.2'
+    """
+    return paired(one["auroc"].values, other["auroc"].values)
 
 
 def sentence(result: str, start: str) -> Sentence:

@@ -34,7 +34,7 @@ EXPERIMENTS = (
 """Templates of experiments, in the order of the contents."""
 TEMPLATES = evidence.ROOT / "experiments/pages"
 NOTICE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
-SHORT = ("ResNet (Euler)", "LM-ResNet", "FractalNet", "deep equilibrium", "RevNet", "Hamiltonian", "Momentum ResNet")
+SHORT = ("ResNet (Euler)", "LM-ResNet", "FractalNet", "RevNet", "Hamiltonian", "Momentum ResNet")
 """Architectures of README's table, of several families."""
 ATTACKS = (("FGM 0.03", "FGM 0.03"), ("FGM 0.01", "FGM 0.01"), ("APGD 0.01", "APGD 0.01"), ("FGM 0.01", "APGD 0.01"))
 """What the detectors of README's table are fitted on and tested on."""
@@ -109,17 +109,18 @@ def _detection() -> str:
         of = {row["detector"]: row["auroc"] for row in found}
         rival = max((name for name in of if not name.startswith(("eq. 34", "separation"))), key=lambda x: of[x].mean)
         rows.append(
-            {"images": tested if seen == tested else f"{tested}, fitted on {seen}", "of": of["eq. 34, forest"]}
+            {"images": tested if seen == tested else f"{tested}, fitted on {seen}", "path": of["eq. 34, forest"]}
             | {"separation": of["separation"], "rival": f"{of[rival]:.1f} ({rival})"}
             | {"joined": of["separation and others"]}
         )
     for images, words in {"near": "CIFAR-100 (near)", "far": "GTSRB, blended digits, textures (far)"}.items():
         of = {row["score"]: row["auroc"] for row in evidence.rows("ood_resnet56", images=images)}
-        rival = f"{of['best of the last layer']:.1f} (last layer)"
-        rows.append({"images": words, "of": of["trajectory"], "rival": rival, "joined": of["joined"]})
+        path, joined = (of.pop(name) for name in ("trajectory", "joined"))
+        rival = max(of.keys() - {"best of the last layer"}, key=lambda x: of[x].mean)
+        rows.append({"images": words, "path": path, "rival": f"{of[rival]:.1f} ({rival})", "joined": joined})
     return tables.table(
         rows,
-        {"images": "{images}", "path": "{of:.1f}", "and of the smoothed image": "{separation:.1f}"}
+        {"images": "{images}", "path": "{path:.1f}", "and of the smoothed image": "{separation:.1f}"}
         | {"best without the path": "{rival}", "joined": "{joined:.1f}"},
     )
 

@@ -165,8 +165,10 @@ def _monitor(
         first = next(images)
         monitor = Monitor.load(request.load, recording_network(first))
         if monitor.preparation not in ("", loader.prepared):
-            rule = f"--load: the monitor of {request.load} knows images {monitor.preparation}, these are"
-            raise Mistake(f"{rule} {loader.prepared}: give --size, --gray and --transform as where it was saved")
+            differ = f"the monitor of {request.load} knows images {monitor.preparation}, these are {loader.prepared}"
+            if monitor.preparation.startswith(("pixels in [0, 1]", "prepared ")):  # words of this command
+                raise Mistake(f"--load: {differ}: give --size, --gray and --transform as where it was saved")
+            typer.echo(differ, err=True)
         monitor.false_positive_rate = request.false_positive_rate or monitor.false_positive_rate
         origin = f"monitor of {request.load} with {len(monitor.calibration_scores)} calibration images"
         return monitor, origin, chain([first], images)

@@ -86,7 +86,7 @@ def gradient_attack(
             clip_values=(0.0, 1.0),
             device_type="cpu" if device.type == "cpu" else "gpu",
         )
-        if treats_apart(network):
+        if name in ("DF", "AA") and treats_apart(network):
             estimator.class_gradient = _of_moved(estimator.class_gradient)
         parameters = _parameters(name)
         quiet = {"verbose": False} if "verbose" in parameters else {}

@@ -144,7 +144,7 @@ def _distance(step: Step) -> Tensor:
 @measure(closing=False)
 def _turn(step: Step) -> Tensor:
     one, other = _pairs(measures.wide_residue(step))
-    product = torch.einsum("bd,bd->b", one, other)
+    product = (one * other).sum(1)  # no product of matrices, which autocast narrows
     return _twice(product / (_norm(one).clamp(min=LEAST) * _norm(other).clamp(min=LEAST)))
 
 
