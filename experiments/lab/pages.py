@@ -36,8 +36,13 @@ TEMPLATES = evidence.ROOT / "experiments/pages"
 NOTICE = "<!-- Made by `make pages` from experiments/pages/{}.md and committed results: change those, not this. -->\n\n"
 SHORT = ("ResNet (Euler)", "LM-ResNet", "FractalNet", "RevNet", "Hamiltonian", "Momentum ResNet")
 """Architectures of README's table, of several families."""
-ATTACKS = (("FGM 0.03", "FGM 0.03"), ("FGM 0.01", "FGM 0.01"), ("APGD 0.01", "APGD 0.01"), ("FGM 0.01", "APGD 0.01"))
-"""What the detectors of README's table are fitted on and tested on."""
+ATTACKS = (
+    ("56", "FGM 0.01", "FGM 0.01"),
+    ("56", "APGD 0.01", "APGD 0.01"),
+    ("56", "FGM 0.01", "APGD 0.01"),
+    ("20", "CW", "CW"),
+)
+"""Layers of the networks of README's table, and what detectors are fitted on and tested on."""
 SPEED = {"bosh3": "bs23", "dopri5": "dopri5"}
 """Methods in README's table, by their names in the benchmarks (torchdiffeq calls bs23 bosh3)."""
 
@@ -103,13 +108,16 @@ def _architectures() -> str:
 
 def _detection() -> str:
     """README's table of what the path tells on a trained network, beside the best that does without it."""
-    rows, attacks = [], "detection_pretrained_resnet56"
-    for seen, tested in ATTACKS:
-        found = evidence.rows(attacks, noisy=True, seen=seen, tested=tested)
+    rows = []
+    for layers, seen, tested in ATTACKS:
+        found = evidence.rows(f"detection_pretrained_resnet{layers}", noisy=True, seen=seen, tested=tested)
         of = {row["detector"]: row["auroc"] for row in found}
         rival = max((name for name in of if not name.startswith(("eq. 34", "separation"))), key=lambda x: of[x].mean)
         rows.append(
-            {"images": tested if seen == tested else f"{tested}, fitted on {seen}", "path": of["eq. 34, forest"]}
+            {
+                "images": f"{tested}, {'seen' if seen == tested else f'after {seen}'}, ResNet-{layers}",
+                "path": of["eq. 34, forest"],
+            }
             | {"separation": of["separation"], "rival": f"{of[rival]:.1f} ({rival})"}
             | {"joined": of["separation and others"]}
         )
