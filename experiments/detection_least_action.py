@@ -135,23 +135,25 @@ def compare_all(
 def constants_of(config: Config, network: Network, pool: TensorData, attacks: Mapping[str, Attacked]) -> list[Row]:
     """What theorems 6 to 8 bound, on the data and off it: means of logarithms over images, or pairs, and blocks.
 
-    Off the data are images under the last attack at the first size, noise of that size, the means of two clean images,
-    and uniform noise.
+    The images are the first ones that the last attack changes at the larger size. Off the data are these under that
+    attack, with noise of its size, the means of two clean ones, and uniform noise.
     """
-    x = pool.x[: config.points]
     moved = attacks[f"{config.attacks[-1]} {max(config.eps):g}"].images
-    near = {CLEAN: x, "noise": noise_like(pool.x, moved, seed=0)[: config.points], "attacked": moved[: config.points]}
+    noisy = noise_like(pool.x, moved, seed=0)
+    points = (moved != pool.x).flatten(1).any(1).nonzero()[: config.points, 0]
+    x = pool.x[points]
+    near = {CLEAN: x, "noise": noisy[points], "attacked": moved[points]}
     draw = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     sets = near | {"between": (x + x.roll(1, 0)) / 2, "uniform": draw}
     of: dict[str, dict[str, Tensor]] = {}
-    for points, images in sets.items():
+    for name, images in sets.items():
         for quantity, values in constants(network, images, config.iterations).items():
-            of.setdefault(quantity, {})[points] = values
+            of.setdefault(quantity, {})[name] = values
     of |= {"slope": slopes(network, near), "apart": apart(network, near)}
     return [
-        {"quantity": quantity, "points": points, "log": values.log().mean(1).tolist()}
-        for quantity, by_points in of.items()
-        for points, values in by_points.items()
+        {"quantity": quantity, "points": name, "log": values.log().mean(1).tolist()}
+        for quantity, by_name in of.items()
+        for name, values in by_name.items()
     ]
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from detection_least_action import EXPERIMENT, Job, jobs
+from detection_least_action import EXPERIMENT, Job, constants_of, jobs
 from detection_least_action_lipschitz import CLEAN, apart, constants, path_of, singular_values, slopes
 from detection_least_action_setup import LEAST_ACTION, METHODS, PLAIN, Config, parts_of, read_pair, resnet14, trained
 from detection_least_action_tables import AREAS, LEAST, MEAN, adjusted, details, matched, summarize, verdict
@@ -18,6 +18,7 @@ from lab import images
 from lab.experiment import run
 from lab.results import Outcome
 from odenets import measures
+from odenets.detection import preset, run_attack
 from odenets.training.runs import read_summary
 
 TINY = Config(
@@ -230,6 +231,20 @@ def test_slopes_and_distances_are_quotients_of_norms(digits):
     torch.testing.assert_close(far["attacked"][0, 0], (shift / spread).detach())
     still = slopes(network, sets | {"attacked": torch.cat([clean[:1], sets["attacked"][1:]])})
     assert still["attacked"].shape == (4, 2)  # the image that is not moved does not count
+
+
+def test_constants_are_of_images_that_the_attack_changes(digits):
+    network = resnet14(digits, 0, (4, 8, 16)).eval()
+    pool = digits.subset(torch.arange(10))
+    moved = pool.x.clone()
+    moved[[3, 7, 8]] = pool.x[[3, 7, 8]].flip(-1)
+    one = run_attack(network, preset("FGM", eps=0.1), pool.x, pool.y)
+    config = replace(TINY, points=2, iterations=3)
+    rows = constants_of(config, network, pool, {"FGM 0.1": replace(one, images=moved)})
+    found = {row["points"]: row["log"] for row in rows if row["quantity"] == "block"}
+    for name, x in {CLEAN: pool.x, "attacked": moved}.items():
+        of = constants(network, x[[3, 7]], 3)["block"]
+        torch.testing.assert_close(torch.tensor(found[name]), of.log().mean(1))
 
 
 def test_bad_input():
