@@ -7,6 +7,8 @@ Images of the test set go through the network, their features are taken, and a r
 and attacked ones and scores them. Rounds take all in turns, on one thread; a figure is the median over rounds of the
 processor time, in milliseconds an image, and of its ratio to the forward pass of its round. The whole of a detector is
 its features, the statistics of training images that they need, of as many images as are looked at, and its forest.
+What the trajectory's features add to a forward pass has a floor, of torch's own operations: to read the states before
+and after each step, which have left the processor's cache, and to reduce as many numbers that lie in it.
 """
 
 from __future__ import annotations
@@ -38,8 +40,12 @@ from odenets.detection import (
 )
 from odenets.training import datasets
 from odenets.training.runs import environment
+from solvers import Step
 
 FORWARD, TRAJECTORY = "forward pass", "trajectory"
+READ, REDUCE = "floor: reading the states", "floor: reducing them in the cache"
+CACHED = 8
+"""Images whose states lie in the cache."""
 STATISTICS, FOREST = ": statistics", ": forest, fitted and asked"
 PUBLISHED = 0.001
 """Input step of the Mahalanobis detector as published [K24, appendix E.2.1]."""
@@ -93,7 +99,13 @@ def works(options: Options) -> dict[str, Callable[[], object]]:
     network, size = adapt(model, test.x[:2]), options.batch_size
     moved = run_attack(network, preset("FGM"), test.x, test.y, batch_size=size).images
     y = torch.arange(2).repeat_interleave(options.images).numpy()
-    result: dict[str, Callable[[], object]] = {FORWARD: partial(in_batches, plain, plain, test.x, size)}
+    with torch.no_grad():
+        steps = list(network.steps(test.x))
+    result: dict[str, Callable[[], object]] = {
+        FORWARD: partial(in_batches, plain, plain, test.x, size),
+        READ: partial(read, steps),
+        REDUCE: partial(reduce, steps),
+    }
     for name, kind in kinds().items():
         kind.fit(network, train.x, train.y)
         call = partial(kind, network)
@@ -107,6 +119,21 @@ def works(options: Options) -> dict[str, Callable[[], object]]:
         if type(kind).fit is not Features.fit:
             result[name + STATISTICS] = partial(kind.fit, network, train.x, train.y)
     return result
+
+
+def read(steps: list[Step]) -> None:
+    """All numbers of the states before and after each step, once."""
+    for step in steps:
+        _ = step.x0.sum(), step.x1.sum()
+
+
+def reduce(steps: list[Step]) -> None:
+    """Difference, norm and sum of states, as many numbers as the steps have, a few in turns."""
+    for step in steps:
+        x0, x1 = step.x0[:CACHED], step.x1[:CACHED]
+        for _ in range(len(step.x0) // CACHED):
+            residue = x1 - x0
+            _ = residue.norm(), residue.sum()
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -143,7 +170,7 @@ def table(measured: dict[str, Any]) -> str:
         line: list[str] = [name, f"{statistics.median(of[name]):.3f}", f"{over(of[name], forward):.2f}"]
         for part in (STATISTICS, FOREST):
             line.append(f"{statistics.median(of[name + part]):.3f}" if name + part in of else "")
-        if name != FORWARD:
+        if name + FOREST in of:
             total = whole(of, name)
             line += [f"{statistics.median(total):.3f}", f"{over(total, whole(of, TRAJECTORY)):.2f}"]
         lines.append(line)

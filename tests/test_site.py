@@ -121,5 +121,6 @@ def test_what_one_looks_for_is_found(site):
 
 
 def test_the_site_is_small(site):
-    """Under 20 MB, of which the figures of the tutorials, which are not drawn here, take 2."""
-    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 18e6
+    """Pages and figures under 16 MB, of which those of the tutorials, which are not drawn here, take 2."""
+    pages = [path for path in site.rglob("*") if path.is_file() and "_downloads" not in path.parts]
+    assert sum(path.stat().st_size for path in pages) < 14e6

@@ -170,18 +170,18 @@ def _memory() -> Iterator[Comparison]:
             row("module_memory", network="resnet110", method=name, K=count)["saved"]
             for name in (method, "checkpointed")
         )
-        rival = f"backpropagation with checkpoints saves {plain:.0f}"
-        yield Claim("table 9", words, page, counted, headline, 0, rival).level(("9", count, method), saved)
+        beside = f"backpropagation with checkpoints saves {plain:.0f}"
+        yield Claim("table 9", words, page, counted, headline, 0, beside).level(("9", count, method), saved)
     for network, title in NETWORKS.items():
         for method in ("VanGL", "TRGL"):
             saved, plain = (
                 row("module_memory", network=network, method=name, K=4)["saved"] for name in (method, "checkpointed")
             )
-            words, rival = (
+            words, beside = (
                 f"{title}, 4 modules, {method}: memory saved (%)",
                 f"backpropagation with checkpoints saves {plain:.0f}",
             )
-            claim = Claim("table 31", words, page, counted, digits=0, rival=rival)
+            claim = Claim("table 31", words, page, counted, digits=0, beside=beside)
             yield claim.level(("31", network, method), saved)
     times = {line["time"]: line for line in reversed(benchmark("module_wise"))}
     conditions = "ResNet-110 at 32 x 32 on a CPU"
@@ -248,7 +248,7 @@ def _seen_attacks(path: str) -> Iterator[Comparison]:
         claim = Claim(
             "table 12", f"{attack}, seen: Mahalanobis less trajectory", "detection_pretrained",
             "ResNet-56 for ResNet-110; area under the curve; five splits", headline,
-            rival=f"{control:.1f} where noise of that size counts as clean",
+            beside=f"{control:.1f} where noise of that size counts as clean",
         )  # fmt: skip
         cells = ("12", "vanilla, Mahalanobis", attack), ("12", path, attack)
         yield claim.sign_of(*cells, ours, MEASURE)
@@ -272,7 +272,7 @@ def _seen_attacks(path: str) -> Iterator[Comparison]:
         "table 12", "seen attacks: trajectory, least action less plain", "detection_least_action",
         f"{ours.n} pairs of ResNet-14 for ResNet-110; area under the curve",
         "least action makes attacks easier to tell (points)",
-        rival=f"{control:.1f} where noise of that size counts as clean",
+        beside=f"{control:.1f} where noise of that size counts as clean",
     )  # fmt: skip
     attacks = ("FGM", "BIM", "APGD")
     yield claim.sign_of(("12", "least action, trajectory", attacks), ("12", path, attacks), ours, MEASURE)

@@ -113,7 +113,7 @@ class Claim:
         conditions: of ours, where they are not those of [K24].
         headline: the claim in a few words, where it stands in the README too.
         digits: of its figures.
-        rival: what has as much without the method, where there is such a thing.
+        beside: the figure to read it by: without the method, or of a control.
     """
 
     table: str
@@ -122,7 +122,7 @@ class Claim:
     conditions: str = ""
     headline: str = ""
     digits: int = 1
-    rival: str = ""
+    beside: str = ""
 
     def effect(self, one: Cell, other: Cell, ours: Interval, control: Interval | None = None) -> Comparison:
         """By the difference of two cells of [K24]."""

@@ -56,13 +56,13 @@ def headlines() -> str:
         for comparison in each:
             control = comparison.control
             words = f"{control.text} {_in_brackets(CONTROLS[group])}: {control.verdict}" if control else ""
-            words = words or comparison.claim.rival
+            words = words or comparison.claim.beside
             rows += [{"of": comparison, "control": words}] if comparison.claim.headline else []
     return tables.table(rows, columns)
 
 
 def _conditions(claim: Claim) -> str:
-    return "; ".join(filter(None, (claim.conditions, claim.rival)))
+    return "; ".join(filter(None, (claim.conditions, claim.beside)))
 
 
 def _in_brackets(words: str) -> str:
