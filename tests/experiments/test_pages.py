@@ -163,7 +163,7 @@ def test_memory_stands_beside_backpropagation_that_computes_twice():
         network = claim.words.partition(",")[0].lower().replace("resnet-", "resnet").replace("vgg-", "vgg")
         count = int(re.findall(r"(\d+) (?:equally heavy )?modules", claim.words)[0])
         rival = evidence.row("module_memory", network=network.replace("-", "_"), method="checkpointed", K=count)
-        assert claim.rival.endswith(f" {rival['saved']:.0f}"), claim
+        assert claim.beside.endswith(f" {rival['saved']:.0f}"), claim
 
 
 @pytest.mark.parametrize(
