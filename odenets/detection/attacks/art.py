@@ -19,7 +19,9 @@ from odenets.detection.network_state import treats_apart
 from odenets.errors import needs
 from odenets.modes import device_of
 
-__all__ = ["CLASSES", "DECISION_BASED", "decision_attack", "gradient_attack", "known_settings", "load_art"]
+__all__ = [
+    "CLASSES", "DECISION_BASED", "check_squares", "decision_attack", "gradient_attack", "known_settings", "load_art",
+]  # fmt: skip
 
 CLASSES = {
     "FGM": "FastGradientMethod",
@@ -45,6 +47,7 @@ _INNER = {
     "DeepFool": {"deepfool_iter": "max_iter"},
     "SquareAttack": {"square_iter": "max_iter", "square_restarts": "nb_restarts"},
 }
+_SQUARE = 0.8  # share of an image that Square changes at first
 _STUCK_AFTER = 1000  # batches of queries in vain; ART's loops that end need fewer
 
 
@@ -65,6 +68,22 @@ def known_settings(name: str) -> list[str]:
     """Settings of an attack: the arguments of ART's class; of AutoAttack, also those of the attacks in it."""
     inner = [setting for settings in _INNER.values() for setting in settings] if name == "AA" else []
     return [parameter for parameter in _parameters(name) if parameter not in _NOT_SETTINGS] + inner
+
+
+def check_squares(settings: Mapping[str, Any], height: int, width: int) -> None:
+    """That images are large enough for the squares that AutoAttack's last attack, Square, moves about in them.
+
+    Raises:
+        ValueError: they are too narrow or too small.
+    """
+    side = max(1, round((_SQUARE * height * width) ** 0.5))
+    if settings.get("norm", "inf") == 2:
+        side = max(3, side + 1 - side % 2)
+    if side >= min(height, width):
+        raise ValueError(
+            f"AA moves squares of {side} pixels about in images, got images of {height} x {width}: pad them to squares "
+            "of 6 pixels or more, or choose another attack"
+        )
 
 
 def gradient_attack(

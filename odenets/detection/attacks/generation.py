@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from odenets.checkpoints import fingerprint
-from odenets.detection.attacks.art import CLASSES, DECISION_BASED, decision_attack, gradient_attack, load_art
+from odenets.detection.attacks.art import (
+    CLASSES,
+    DECISION_BASED,
+    check_squares,
+    decision_attack,
+    gradient_attack,
+    load_art,
+)
 from odenets.detection.attacks.caching import BatchFolder, key_of
 from odenets.detection.attacks.presets import Attack, checked, preset
 from odenets.detection.features.base import check_images
@@ -106,7 +113,7 @@ def run_attack(
 
     Raises:
         TypeError, ValueError: arguments out of range, images outside [0, 1], a network that returns no finite logits of
-            two classes or more, or AutoAttack on fewer than 3 classes.
+            two classes or more, or AutoAttack on fewer than 3 classes or on images too small or narrow for its squares.
         ModuleNotFoundError: ART is not installed: ``pip install 'odenets[detection]'``.
 
     Warns:
@@ -233,6 +240,8 @@ def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> 
         raise ValueError(f"{rule}, got {largest} and logits of shape {(1, classes)}")
     if attack.name == "AA" and classes < 3:
         raise ValueError(f"AA compares three logits of a network, got one with {classes}: choose another attack")
+    if attack.name == "AA":
+        check_squares(dict(attack.settings), *images.shape[2:])
     return classes
 
 
