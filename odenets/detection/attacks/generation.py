@@ -117,7 +117,8 @@ def run_attack(
         ModuleNotFoundError: ART is not installed: ``pip install 'odenets[detection]'``.
 
     Warns:
-        UserWarning: the network seems to return probabilities, on which attacks by gradients are weak.
+        UserWarning: the network seems to return probabilities, on which attacks by gradients are weak; or "FGM" or
+            "BIM" leaves images as they are, of which it fails to find a gradient.
 
     >>> from odenets.models import small_network
     >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -145,7 +146,9 @@ def run_attack(
     names = ("images", "clean", "predicted")
     joined = {name: torch.cat([batches[i][name] for i in range(len(parts))]) for name in names}
     moved = (joined["images"] - images).flatten(1)
-    return Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **joined)
+    attacked = Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **joined)
+    _check_moved(attack, attacked)
+    return attacked
 
 
 def with_progress(items: Sequence[Any], label: str | None, unit: str, *, done: int = 0) -> Iterable[Any]:
@@ -243,6 +246,23 @@ def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> 
     if attack.name == "AA":
         check_squares(dict(attack.settings), *images.shape[2:])
     return classes
+
+
+def _check_moved(attack: Attack, attacked: Attacked) -> None:
+    """Warn of images that an attack of one step or several leaves as they are: it tells nothing of the network there.
+
+    Others begin at random, or leave images where they fail.
+    """
+    if attack.name not in ("FGM", "BIM") or dict(attack.settings).get("eps") == 0:
+        return
+    right = attacked.clean == attacked.labels
+    if left := int((right & (attacked.linf == 0)).sum()):
+        warnings.warn(
+            f"{attack.name} leaves {left} of {int(right.sum())} images as they are, as the network's gradient is 0 "
+            "there or leads out of [0, 1]: where it rounds or is cut off, an attack by predictions says more, "
+            '"HSJ" or "BA"',
+            stacklevel=3,
+        )
 
 
 def _attack_batch(logits: Logits, attack: Attack, x: Tensor, y: Tensor, classes: int) -> dict[str, Tensor]:
