@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from odenets.detection.attacks.cross_entropy import CrossEntropy
 from odenets.detection.network_state import treats_apart
 from odenets.errors import needs
 from odenets.modes import device_of
@@ -99,7 +100,7 @@ def gradient_attack(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # ART takes the current one
         estimator = art.estimators.classification.PyTorchClassifier(
             network,
-            loss=nn.CrossEntropyLoss(),
+            loss=CrossEntropy(),
             input_shape=images.shape[1:],
             nb_classes=classes,
             clip_values=(0.0, 1.0),
@@ -114,6 +115,9 @@ def gradient_attack(
         for part in attack.attacks if name == "AA" else ():
             inner = _INNER[type(part).__name__].items()
             part.set_params(verbose=False, **{to: settings[setting] for setting, to in inner if setting in settings})
+        for part in attack.attacks if name == "AA" else (attack,):
+            if getattr(part, "loss_type", None) == "cross_entropy":  # with an estimator of its own
+                part.estimator.loss.ce_loss = CrossEntropy("none")
         with _multiprocess():
             return attack.generate(images.copy(), np.eye(classes, dtype=np.float32)[labels])
 

@@ -93,7 +93,8 @@ def run_attack(
     and gradients and the random states are restored. Whatever the network's precision, the attack computes in float32:
     images are cast on the way in and logits on the way out. Batch i draws from ``(seed, i)`` alone, so that a resumed
     attack ends with the images of an uninterrupted one. Attacks move away from the true labels (DeepFool, HopSkipJump
-    and the boundary attack from the predictions instead).
+    and the boundary attack from the predictions instead), those by cross-entropy in the exact direction of its
+    gradient, which ART's own loses in single precision where the network is sure of an image.
 
     Args:
         network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalizes inside, as
@@ -185,6 +186,8 @@ def _batch_folder(
         "batch_size": batch_size,
         "weights": fingerprint(network),
     }
+    if attack.name not in (*DECISION_BASED, "DF", "CW"):
+        about["loss"] = "cross-entropy by direction"  # images that were made otherwise are others
     more = {"attributes": _attributes(network), "images": x, "labels": y} | _unsaved(network)
     kind = device_of(network).type
     if torch.is_autocast_enabled(kind):
