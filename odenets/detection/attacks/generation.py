@@ -119,7 +119,8 @@ def run_attack(
 
     Warns:
         UserWarning: the network seems to return probabilities, on which attacks by gradients are weak; or "FGM" or
-            "BIM" leaves images as they are, of which it fails to find a gradient.
+            "BIM" leaves images as they are, of which it fails to find a gradient; or
+            two passes of the network differ, so that success is that of one draw.
 
     >>> from odenets.models import small_network
     >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -233,8 +234,14 @@ def _fits(batch: dict[str, Tensor], x: Tensor) -> bool:
 
 def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> int:
     with torch.no_grad():
-        first = logits(images[:1])
+        first, again = logits(images[:1]), logits(images[:1])
     classes = first.shape[1]
+    if not torch.allclose(first, again, rtol=1e-3, atol=1e-5, equal_nan=True):
+        warnings.warn(
+            "network seems to draw random numbers in eval mode: which images an attack fools is that of one draw, and "
+            "others are fooled in the next pass",
+            stacklevel=3,
+        )
     if attack.name not in DECISION_BASED and bool((first >= 0).all()) and abs(first.sum().item() - 1) < 1e-4:
         warnings.warn(
             f"network seems to return probabilities, which {attack.name} takes for logits, so that its gradients are "

@@ -106,6 +106,18 @@ def test_labels_of_any_integers_serve(batch, dtype):
     assert same(result, run_attack(victim(), "FGM", *batch))
 
 
+class Noisy(nn.Module):
+    """Another answer in every pass."""
+
+    def forward(self, x):
+        return victim()(x + 0.3 * torch.randn_like(x))
+
+
+def test_success_against_a_network_that_draws_is_told_to_be_of_one_draw(batch):
+    with pytest.warns(UserWarning, match="network seems to draw random numbers in eval mode: .* of one draw"):
+        run_attack(Noisy(), "FGM", *batch)
+
+
 class Rounded(nn.Module):
     """Sees pixels at two levels."""
 
