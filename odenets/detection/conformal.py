@@ -129,10 +129,13 @@ def _rank(n: int, false_positive_rate: float) -> int:
 
 
 def _vector(name: str, values: Any) -> np.ndarray:
+    rule = f"{name} must hold scores (N,), one array of numbers"
     try:
+        if np.iscomplexobj(values):
+            raise TypeError("complex")
         values = np.asarray(values, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must hold scores (N,), one array of numbers, got {type(values).__name__}") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # torch's of a tensor with gradients, or on a GPU
+        raise TypeError(f"{rule}, got {type(values).__name__} ({error})") from error
     if values.ndim != 1 or np.isnan(values).any():
         got = f"shape {values.shape}" if values.ndim != 1 else "NaN"
         raise ValueError(f"{name} must hold scores (N,), none of them NaN, got {got}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -77,7 +79,7 @@ class Detector(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: labels of one class only or of more than two, an unknown mode, no predicted classes where they
-                are needed, or features that are not finite.
+                are needed, features that are not finite, or a class whose samples are too few for the estimator.
         """
         if self.mode not in MODES:
             raise ValueError(f"mode must be among {', '.join(MODES)}, got {self.mode!r}")
@@ -97,7 +99,9 @@ class Detector(ClassifierMixin, BaseEstimator):
             for c in np.unique(predicted).tolist():
                 members = predicted == c
                 if len(np.unique(labels[members])) == 2:
-                    self.conditional_[c] = self._new().fit(X[members], labels[members])
+                    with _of_class(c, int(members.sum())):
+                        self.conditional_[c] = self._new().fit(X[members], labels[members])
+                        _adversarial(self.conditional_[c], X[members][:1])
         return self
 
     def decision_function(self, X: Any, predicted: Any = None) -> np.ndarray:
@@ -107,21 +111,21 @@ class Detector(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: no predicted classes where they are needed, another number of features or of classes than of
-                samples, or a mode that it was not fitted for.
+                samples, a mode that it was not fitted for, or an estimator whose probabilities are NaN.
         """
         check_is_fitted(self)
         if self.mode not in MODES or (self.mode != "general" and self.fitted_mode_ == "general"):
             raise ValueError(f"mode is {self.mode!r} and was {self.fitted_mode_!r} when fitted: fit it again")
         X = validate_data(self, X, reset=False)
         predicted = self._checked(predicted, len(X))
-        general = self.general_.predict_proba(X)[:, 1]
+        general = _adversarial(self.general_, X)
         if predicted is None or self.mode == "general":
             return general - 0.5
         conditional = general.copy()
         for c, classifier in self.conditional_.items():
             members = predicted == c
             if members.any():
-                conditional[members] = classifier.predict_proba(X[members])[:, 1]
+                conditional[members] = _adversarial(classifier, X[members])
         return (conditional if self.mode == "conditional" else np.maximum(general, conditional)) - 0.5
 
     def predict_proba(self, X: Any, predicted: Any = None) -> np.ndarray:
@@ -168,3 +172,21 @@ class Detector(ClassifierMixin, BaseEstimator):
         if classes is None or (classes != predicted).any():
             raise ValueError(f"predicted must hold classes as whole numbers, got {predicted.dtype}")
         return classes
+
+
+def _adversarial(classifier: Any, X: np.ndarray) -> np.ndarray:
+    """Probabilities of the second class, ``(N,)``, if they are some: NaN would pass for clean."""
+    probabilities = np.asarray(classifier.predict_proba(X), dtype=float)[:, 1]
+    if not np.isfinite(probabilities).all():
+        raise ValueError(f"estimator must give finite probabilities, got NaN from {type(classifier).__name__}")
+    return probabilities
+
+
+@contextmanager
+def _of_class(c: int, samples: int) -> Iterator[None]:
+    """Errors of a classifier say that it is that of predicted class c, and has so many samples."""
+    try:
+        yield
+    except ValueError as error:
+        rule = f"estimator must serve the {samples} samples of predicted class {c}: choose another or mode='general'"
+        raise ValueError(f"{rule} ({error})") from error

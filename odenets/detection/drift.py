@@ -116,7 +116,7 @@ def drift_test(p_values: Any, calibration: Any, *, window: int = 200, level: flo
 def _p_values(name: str, values: Any) -> np.ndarray:
     try:
         values = np.asarray(values, dtype=float)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # torch's of a tensor with gradients
         rule = f"{name} must hold p-values (N,), such as monitor.p_values(images) or assessment.p_values"
         raise TypeError(f"{rule}, got {type(values).__name__}") from error
     if values.ndim != 1 or not ((values > 0) & (values <= 1)).all():

@@ -139,10 +139,7 @@ def score(
     >>> scores.accuracy, scores.auroc, scores.detected, scores.false_positives
     (0.75, 0.875, 0.75, 0.25)
     """
-    clean, adversarial = np.asarray(clean, dtype=float), np.asarray(adversarial, dtype=float)
-    for name, values in (("clean", clean), ("adversarial", adversarial)):
-        if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-            raise ValueError(f"{name} must hold finite scores (N,), at least one, got shape {values.shape}")
+    clean, adversarial = _finite("clean", clean), _finite("adversarial", adversarial)
     fooled = np.ones(len(adversarial), dtype=bool) if successful is None else np.asarray(successful)
     if not np.isin(fooled, (0, 1)).all():
         raise ValueError(f"successful must hold True or False, no indices, got {fooled.dtype} up to {fooled.max()}")
@@ -174,13 +171,24 @@ def detection_rates(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
     Returns:
         The detection rate at each false-positive rate.
 
+    Raises:
+        ValueError: no samples of either kind, of which there is no curve, or scores that are not finite.
+
     >>> rates = detection_rates(np.array([-0.5, -0.2, 0.1, -0.4]), np.array([0.3, 0.4, -0.3, 0.2]))
     >>> rates.shape, float(rates[25]), float(rates[50])  # at 0.25 and 0.5
     ((101,), 0.75, 1.0)
     """
+    clean, adversarial = _finite("clean", clean), _finite("adversarial", adversarial)
     y, scores = np.repeat([0, 1], [len(clean), len(adversarial)]), np.concatenate([clean, adversarial])
     false, true, _ = roc_curve(y, scores)
     return np.interp(FALSE_POSITIVE_RATES, false, true)
+
+
+def _finite(name: str, scores: Any) -> np.ndarray:
+    values = np.asarray(scores, dtype=float)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"{name} must hold finite scores (N,), at least one, got shape {values.shape}")
+    return values
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from odenets.errors import check_number
 __all__ = ["OneClassGaussian"]
 
 SPREAD = 1e-10
-"""Quartiles that differ by less than this part of the largest value are those of a constant."""
+"""Values that differ by less than this part of the largest are those of a constant."""
 
 
 class OneClassGaussian(OutlierMixin, BaseEstimator):
     """Outliers are the samples whose features are far from the mean of clean ones, in units of their covariance.
 
-    With z the features less their medians, over the distance of their quartiles, the score is the square of the
-    Mahalanobis distance::
+    With z the features less their medians, over the distance of their quartiles (or over their standard deviation
+    where more than half of the samples have one value), the score is the square of the Mahalanobis distance::
 
         d^2 = (z - mu_c)^T S^-1 (z - mu_c)
 
@@ -35,7 +35,7 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
 
     Attributes:
         center_: median of each feature, ``(F,)``.
-        scale_: distance of its quartiles, ``(F,)``.
+        scale_: distance of its quartiles, or its standard deviation where they are one; 1 of a constant; ``(F,)``.
         classes_: the predicted classes, sorted; empty unless conditional.
         means_: of each class, and last that of all, ``(classes + 1, F)``.
         precision_: the inverse of S, ``(F, F)``.
@@ -72,7 +72,7 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
 
         Raises:
             ValueError: no predicted classes where they are needed, a negative prior, a level outside (0, 1), or
-                features that are not finite.
+                features that are not finite or do not vary.
         """
         if not check_number("prior", self.prior) >= 0:
             raise ValueError(f"prior must not be negative, got {self.prior}")
@@ -81,14 +81,18 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         classes = self._checked(predicted, len(X))
         low, self.center_, high = np.quantile(X, [0.25, 0.5, 0.75], axis=0)
-        constant = high - low <= SPREAD * np.abs(X).max(0)
-        self.scale_ = np.where(constant, 1.0, high - low)
+        rounding, spread = SPREAD * np.abs(X).max(0), X.std(0)
+        self.scale_ = np.where(high - low > rounding, high - low, np.where(spread > rounding, spread, 1.0))
         z = self._scaled(X)
         self.classes_ = np.unique(classes)
         own = [z[classes == c] for c in self.classes_]
         mean = z.mean(0)
         self.means_ = np.stack([*((each.sum(0) + self.prior * mean) / (len(each) + self.prior) for each in own), mean])
-        covariance = LedoitWolf(assume_centered=True).fit(z - self._means_of(classes, len(z)))
+        centered = z - self._means_of(classes, len(z))
+        if not centered.any():
+            about = " of its predicted class" if self.conditional else ""
+            raise ValueError(f"X must hold features that vary, got {len(X)} samples that are all at the mean{about}")
+        covariance = LedoitWolf(assume_centered=True).fit(centered)
         self.precision_: np.ndarray = np.asarray(covariance.precision_)
         self.shrinkage_ = float(covariance.shrinkage_)
         self.offset_ = float(np.quantile(self._score(z, classes), self.level))

@@ -142,10 +142,18 @@ class Pipeline:
         self._fitted_on = NetworkState(self.network)
 
     def score_features(self, X: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        """Scores of features ``X`` ``(N, F)`` and ``predicted`` classes, ``(N,)``; above 0 where they are detected."""
+        """Scores of features ``X`` ``(N, F)`` and ``predicted`` classes, ``(N,)``; above 0 where they are detected.
+
+        Raises:
+            ValueError: a detector whose scores are not one finite number for each.
+        """
         if isinstance(self.detector, Detector):
             return self.detector.decision_function(X, predicted)
-        return self.detector.decision_function(X) * (-1 if is_outlier_detector(self.detector) else 1)
+        scores = np.asarray(self.detector.decision_function(X), dtype=float)
+        if scores.shape != (len(X),) or not np.isfinite(scores).all():
+            rule = f"{type(self.detector).__name__} must give a finite score of each of {len(X)} samples"
+            raise ValueError(f"{rule}, got shape {scores.shape}, or NaN or infinity in it")
+        return scores * (-1 if is_outlier_detector(self.detector) else 1)
 
     def scores(self, images: Tensor | Inputs) -> np.ndarray:
         """Scores of ``images`` ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial.

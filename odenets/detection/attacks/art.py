@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from odenets.detection.attacks.cross_entropy import CrossEntropy
 from odenets.detection.network_state import treats_apart
 from odenets.errors import needs
 from odenets.modes import device_of
 
-__all__ = ["CLASSES", "DECISION_BASED", "decision_attack", "gradient_attack", "known_settings", "load_art"]
+__all__ = [
+    "CLASSES", "DECISION_BASED", "check_squares", "decision_attack", "gradient_attack", "known_settings", "load_art",
+]  # fmt: skip
 
 CLASSES = {
     "FGM": "FastGradientMethod",
@@ -45,6 +48,7 @@ _INNER = {
     "DeepFool": {"deepfool_iter": "max_iter"},
     "SquareAttack": {"square_iter": "max_iter", "square_restarts": "nb_restarts"},
 }
+_SQUARE = 0.8  # share of an image that Square changes at first
 _STUCK_AFTER = 1000  # batches of queries in vain; ART's loops that end need fewer
 
 
@@ -67,6 +71,22 @@ def known_settings(name: str) -> list[str]:
     return [parameter for parameter in _parameters(name) if parameter not in _NOT_SETTINGS] + inner
 
 
+def check_squares(settings: Mapping[str, Any], height: int, width: int) -> None:
+    """That images are large enough for the squares that AutoAttack's last attack, Square, moves about in them.
+
+    Raises:
+        ValueError: they are too narrow or too small.
+    """
+    side = max(1, round((_SQUARE * height * width) ** 0.5))
+    if settings.get("norm", "inf") == 2:
+        side = max(3, side + 1 - side % 2)
+    if side >= min(height, width):
+        raise ValueError(
+            f"AA moves squares of {side} pixels about in images, got images of {height} x {width}: pad them to squares "
+            "of 6 pixels or more, or choose another attack"
+        )
+
+
 def gradient_attack(
     network: nn.Module, name: str, settings: Mapping[str, Any], images: np.ndarray, labels: np.ndarray, classes: int
 ) -> np.ndarray:
@@ -80,7 +100,7 @@ def gradient_attack(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # ART takes the current one
         estimator = art.estimators.classification.PyTorchClassifier(
             network,
-            loss=nn.CrossEntropyLoss(),
+            loss=CrossEntropy(),
             input_shape=images.shape[1:],
             nb_classes=classes,
             clip_values=(0.0, 1.0),
@@ -95,6 +115,9 @@ def gradient_attack(
         for part in attack.attacks if name == "AA" else ():
             inner = _INNER[type(part).__name__].items()
             part.set_params(verbose=False, **{to: settings[setting] for setting, to in inner if setting in settings})
+        for part in attack.attacks if name == "AA" else (attack,):
+            if getattr(part, "loss_type", None) == "cross_entropy":  # with an estimator of its own
+                part.estimator.loss.ce_loss = CrossEntropy("none")
         with _multiprocess():
             return attack.generate(images.copy(), np.eye(classes, dtype=np.float32)[labels])
 

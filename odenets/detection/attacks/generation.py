@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from odenets.checkpoints import fingerprint
-from odenets.detection.attacks.art import CLASSES, DECISION_BASED, decision_attack, gradient_attack, load_art
+from odenets.detection.attacks.art import (
+    CLASSES,
+    DECISION_BASED,
+    check_squares,
+    decision_attack,
+    gradient_attack,
+    load_art,
+)
 from odenets.detection.attacks.caching import BatchFolder, key_of
 from odenets.detection.attacks.presets import Attack, checked, preset
 from odenets.detection.features.base import check_images
@@ -86,7 +93,8 @@ def run_attack(
     and gradients and the random states are restored. Whatever the network's precision, the attack computes in float32:
     images are cast on the way in and logits on the way out. Batch i draws from ``(seed, i)`` alone, so that a resumed
     attack ends with the images of an uninterrupted one. Attacks move away from the true labels (DeepFool, HopSkipJump
-    and the boundary attack from the predictions instead).
+    and the boundary attack from the predictions instead), those by cross-entropy in the exact direction of its
+    gradient, which ART's own loses in single precision where the network is sure of an image.
 
     Args:
         network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalizes inside, as
@@ -106,11 +114,13 @@ def run_attack(
 
     Raises:
         TypeError, ValueError: arguments out of range, images outside [0, 1], a network that returns no finite logits of
-            two classes or more, or AutoAttack on fewer than 3 classes.
+            two classes or more, or AutoAttack on fewer than 3 classes or on images too small or narrow for its squares.
         ModuleNotFoundError: ART is not installed: ``pip install 'odenets[detection]'``.
 
     Warns:
-        UserWarning: the network seems to return probabilities, on which attacks by gradients are weak.
+        UserWarning: the network seems to return probabilities, on which attacks by gradients are weak; or "FGM" or
+            "BIM" leaves images as they are, of which it fails to find a gradient; or
+            two passes of the network differ, so that success is that of one draw.
 
     >>> from odenets.models import small_network
     >>> images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
@@ -138,7 +148,9 @@ def run_attack(
     names = ("images", "clean", "predicted")
     joined = {name: torch.cat([batches[i][name] for i in range(len(parts))]) for name in names}
     moved = (joined["images"] - images).flatten(1)
-    return Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **joined)
+    attacked = Attacked(labels=labels, linf=moved.abs().amax(1), l2=moved.norm(dim=1), **joined)
+    _check_moved(attack, attacked)
+    return attacked
 
 
 def with_progress(items: Sequence[Any], label: str | None, unit: str, *, done: int = 0) -> Iterable[Any]:
@@ -175,6 +187,8 @@ def _batch_folder(
         "batch_size": batch_size,
         "weights": fingerprint(network),
     }
+    if attack.name not in (*DECISION_BASED, "DF", "CW"):
+        about["loss"] = "cross-entropy by direction"  # images that were made otherwise are others
     more = {"attributes": _attributes(network), "images": x, "labels": y} | _unsaved(network)
     kind = device_of(network).type
     if torch.is_autocast_enabled(kind):
@@ -220,8 +234,14 @@ def _fits(batch: dict[str, Tensor], x: Tensor) -> bool:
 
 def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> int:
     with torch.no_grad():
-        first = logits(images[:1])
+        first, again = logits(images[:1]), logits(images[:1])
     classes = first.shape[1]
+    if not torch.allclose(first, again, rtol=1e-3, atol=1e-5, equal_nan=True):
+        warnings.warn(
+            "network seems to draw random numbers in eval mode: which images an attack fools is that of one draw, and "
+            "others are fooled in the next pass",
+            stacklevel=3,
+        )
     if attack.name not in DECISION_BASED and bool((first >= 0).all()) and abs(first.sum().item() - 1) < 1e-4:
         warnings.warn(
             f"network seems to return probabilities, which {attack.name} takes for logits, so that its gradients are "
@@ -233,7 +253,26 @@ def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> 
         raise ValueError(f"{rule}, got {largest} and logits of shape {(1, classes)}")
     if attack.name == "AA" and classes < 3:
         raise ValueError(f"AA compares three logits of a network, got one with {classes}: choose another attack")
+    if attack.name == "AA":
+        check_squares(dict(attack.settings), *images.shape[2:])
     return classes
+
+
+def _check_moved(attack: Attack, attacked: Attacked) -> None:
+    """Warn of images that an attack of one step or several leaves as they are: it tells nothing of the network there.
+
+    Others begin at random, or leave images where they fail.
+    """
+    if attack.name not in ("FGM", "BIM") or dict(attack.settings).get("eps") == 0:
+        return
+    right = attacked.clean == attacked.labels
+    if left := int((right & (attacked.linf == 0)).sum()):
+        warnings.warn(
+            f"{attack.name} leaves {left} of {int(right.sum())} images as they are, as the network's gradient is 0 "
+            "there or leads out of [0, 1]: where it rounds or is cut off, an attack by predictions says more, "
+            '"HSJ" or "BA"',
+            stacklevel=3,
+        )
 
 
 def _attack_batch(logits: Logits, attack: Attack, x: Tensor, y: Tensor, classes: int) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ Within 0.03 of every pixel (L-infinity): the fast gradient method "FGM", the bas
 "APGD" and AutoAttack "AA". As near as they get in L2: DeepFool "DF" (``epsilon`` is its overshoot), Carlini-Wagner
 "CW", and, seeing predicted classes alone, HopSkipJump "HSJ" and the boundary attack "BA". [K24] calls DeepFool and
 the boundary attack L-infinity; ART has them in L2. ART's step of 0.1, larger than the ball, takes BIM from corner to
-corner.
+corner. ART's Auto-PGD returns an image that it fails on as its last random start, which is noise of the ball's size.
 
 [K24] runs the AutoAttack of its authors: APGD with cross-entropy, APGD with targeted differences of logits, FAB,
 and Square. "AA" is ART's, which is weaker: APGD with either loss and no target, five random starts and 100 iterations

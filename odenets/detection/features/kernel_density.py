@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features, in_batches
+from odenets.detection.features.class_labels import class_labels
 from odenets.detection.features.feature_maps import check_positional, feature_maps_of, pooled
 from odenets.detection.isolation import checked_logits, to_network
 
@@ -63,21 +64,16 @@ class KernelDensity(Features):
             Itself.
 
         Raises:
-            TypeError: inputs by keyword.
-            ValueError: labels that do not fit the images, a class without two of them, or states that are not finite or
-                do not vary within the classes.
+            TypeError: inputs by keyword, or labels that are no tensor.
+            ValueError: labels that do not fit the images or are negative, a class without two of them, or states that
+                are not finite or do not vary within the classes.
         """
         check_positional(x)
-        if y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
-            got = f"{y.dtype} of shape {tuple(y.shape)}"
-            raise ValueError(f"y must hold one integer label for each of {len(x)} images, got {got}")
+        labels = class_labels(x, y, fewest=2)
         z = in_batches(lambda part: self._last(network, part), network, x)
         if not z.isfinite().all():
             raise ValueError("network must have finite states on the training images, got NaN or infinity")
-        y = y.cpu().long()
-        states = [z[y == c].double().numpy() for c in range(int(y.max()) + 1)]
-        if few := [c for c, each in enumerate(states) if len(each) < 2]:
-            raise ValueError(f"y must hold two images of every class at least, got fewer of {few}")
+        states = [z.double().numpy()[labels == c] for c in range(labels.max() + 1)]
         # the mean square distance of two different ones is twice the unbiased variance, summed over the channels
         square = float(sum(2 * each.var(0, ddof=1).sum() for each in states)) / len(states)
         if square == 0:

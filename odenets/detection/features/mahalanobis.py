@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features, check_images
+from odenets.detection.features.class_labels import class_labels
 from odenets.detection.features.feature_maps import check_positional, feature_map_values, feature_maps_of, pooled
 
 __all__ = ["MAGNITUDES", "Mahalanobis"]
@@ -85,12 +86,12 @@ class Mahalanobis(Features):
             Itself.
 
         Raises:
-            TypeError: inputs by keyword.
+            TypeError: inputs by keyword, or labels that are no tensor.
             ValueError: labels that do not fit the images or leave a class out, or states that are not finite or do not
                 vary within the classes.
         """
         check_positional(x)
-        labels = _labels(x, y)
+        labels = class_labels(x, y)
         means, factors, mean, factor = [], [], [], []
         for i, values in enumerate(feature_map_values(network, x)):
             z = values.double().numpy()
@@ -176,15 +177,3 @@ def _factor(centered: np.ndarray, rounding: float, state: int) -> np.ndarray:
     if not varying.any():
         raise ValueError(f"x must hold images that differ within a class, got equal ones in state {state}")
     return vectors[:, varying] / np.sqrt(variances[varying]) / scale
-
-
-def _labels(x: Tensor, y: Tensor) -> np.ndarray:
-    if len(x) == 0 or y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
-        got = f"{y.dtype} of shape {tuple(y.shape)}"
-        raise ValueError(f"y must hold one integer label for each of {len(x)} images, got {got}")
-    labels = y.cpu().long().numpy()
-    if labels.min() < 0:
-        raise ValueError(f"y must hold labels 0, 1, ..., got {labels.min()}")
-    if absent := sorted(set(range(labels.max() + 1)) - set(labels.tolist())):
-        raise ValueError(f"y must hold every class from 0 to {labels.max()}, got no image of {absent}")
-    return labels

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -137,6 +138,10 @@ def test_errors():
     refused(r"^rate must lie in \(0, 1\), got 2", one.discoveries, 2)
     refused("scores must hold scores .* got Assessment", conformal_p_values, one, [1.0], error=TypeError)
     refused("scores must hold scores", conformal_p_values, [np.nan], [1.0])
+    with_gradients = torch.ones(1, requires_grad=True)
+    refused("one array of numbers, got Tensor .*detach", conformal_p_values, with_gradients, [1.0], error=TypeError)
+    refused("p_values must hold p-values .* got Tensor", drift_test, with_gradients, [1.0], error=TypeError)
+    refused("got list .complex", conformal_p_values, [1.0], [1j], error=TypeError)
     refused("calibration must hold at least one score, got none", conformal_p_values, [1.0], [])
     refused("with n = 9 calibration images, got 0.05: 19 of them have it", conformal_threshold, range(9), 0.05)
     refused(r"false_positive_rate must lie in \(0, 1\), got 1.5", conformal_threshold, range(9), 1.5)

@@ -8,6 +8,8 @@ from sklearn.base import clone
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Perceptron
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score, cross_validate
+from sklearn.naive_bayes import GaussianNB
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -140,6 +142,26 @@ def test_a_mode_that_it_was_not_fitted_for_is_refused():
     refused("mode is 'conditional' and was 'general' when fitted: fit it again", conditional.predict, X, predicted)
     ensemble = Detector(LogisticRegression(), mode="ensemble").fit(X, y, predicted)
     np.testing.assert_array_equal(ensemble.set_params(mode="general").predict(X), detector.predict(X))
+
+
+@pytest.mark.parametrize("mode", ["general", "conditional"])
+def test_probabilities_that_are_not_finite_are_refused(mode):
+    """Of a feature without variance naive Bayes gives NaN, which is above no threshold: all would pass for clean."""
+    X, y, predicted = by_class(40)
+    detector = Detector(GaussianNB(var_smoothing=0), mode=mode)
+    with np.errstate(all="ignore"):
+
+        def fit_and_predict():
+            detector.fit(X * 0, y, predicted).predict(X, predicted)
+
+        refused("estimator must give finite probabilities, got NaN from GaussianNB", fit_and_predict)
+
+
+def test_a_class_that_is_too_small_for_the_estimator_is_named_when_it_is_fitted():
+    X, y, predicted = by_class(40)
+    predicted[[np.argmax(y == 0), np.argmax(y == 1)]] = 7
+    match = "the 2 samples of predicted class 7: choose another or mode='general' .*n_neighbors"
+    refused(match, Detector(KNeighborsClassifier(5), mode="conditional").fit, X, y, predicted)
 
 
 def test_errors():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from odenets.detection import Detector, Parts, Samples, choose_and_score, score, split
+from odenets.detection import Detector, Parts, Samples, choose_and_score, detection_rates, score, split
 from tests.odenets.detection.victims import FOREST, refused
 
 RNG = np.random.default_rng(0)
@@ -61,9 +61,15 @@ def test_scores():
     assert score(even, even).fpr95 == pytest.approx(0.95)
 
 
+@pytest.mark.parametrize("call", [score, detection_rates])
+def test_scores_of_both_kinds_are_needed(call):
+    """Of one kind scikit-learn's curve is NaN."""
+    refused("clean must hold finite scores", call, [np.nan], [1, 1])
+    refused("clean must hold finite scores", call, [], [1, 1])
+    refused("adversarial must hold finite scores", call, [0, 0], [])
+
+
 def test_scores_are_checked():
-    refused("clean must hold finite scores", score, [np.nan], [1, 1])
-    refused("adversarial must hold finite scores", score, [0, 0], [])
     refused("successful must hold one per", score, [0, 0], [1, 1], successful=[True] * 3)
     refused("successful must hold True or False, no indices", score, [0, 0], [1, 1], successful=[3, 5])
     refused("threshold must be finite, got nan", score, [0, 0], [1, 1], threshold=np.nan)

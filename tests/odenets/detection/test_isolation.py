@@ -47,6 +47,7 @@ class Drawing(nn.Module):
         return self.network(x + 1e-3 * torch.rand_like(x) * np.random.rand() * random.random())  # noqa: NPY002
 
 
+@pytest.mark.filterwarnings("ignore:network seems to draw random numbers")
 @pytest.mark.parametrize("make", [partly_trained, Drawing])
 @pytest.mark.parametrize("name", ["FGM", "CW", "HSJ"])
 def test_an_attack_leaves_no_trace(batch, name, make):

@@ -51,6 +51,25 @@ def test_a_feature_that_never_varies_tells_what_departs_from_it():
     assert (gaussian.score_samples(other) < gaussian.score_samples(same)).all()
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_a_feature_that_rarely_varies_counts_in_its_own_units(unit):
+    """Its quartiles are one: taken as it is, it would drown the others or go under, by its unit."""
+    rare = np.where(np.arange(60) % 10, 0, np.linspace(-1, 1, 60))
+    gaussian = OneClassGaussian(conditional=False).fit(np.column_stack([X, unit * rare]))
+    expected = OneClassGaussian(conditional=False).fit(np.column_stack([X, rare]))
+    new = np.column_stack([NEW, np.linspace(-2, 2, len(NEW))])
+    units = np.append(np.ones(X.shape[1]), unit)
+    np.testing.assert_allclose(gaussian.score_samples(new * units), expected.score_samples(new), rtol=1e-6)
+
+
+def test_features_that_never_vary_are_refused():
+    """Their covariance is 0 and so is its pseudo-inverse, by which nothing would be foreign."""
+    constant = OneClassGaussian(conditional=False)
+    refused("features that vary, got 60 samples that are all at the mean$", constant.fit, np.full((60, 2), 0.3))
+    match = "features that vary, got 60 samples that are all at the mean of its predicted class$"
+    refused(match, OneClassGaussian(prior=0).fit, CLASSES[:, None] / 3, predicted=CLASSES)
+
+
 def test_errors():
     refused("predicted must hold the predicted class of each sample, got none", OneClassGaussian().fit, X)
     refused("a whole number for each sample", OneClassGaussian().fit, X, predicted=CLASSES[:3])

@@ -7,7 +7,7 @@ from torch import nn
 
 from odenets.detection import Attack, preset, run_attack
 from odenets.detection.attacks import art
-from tests.odenets.detection.victims import victim
+from tests.odenets.detection.victims import refused, victim
 
 
 def test_hop_skip_jump_ends_where_rounding_lets_no_step_succeed():
@@ -39,7 +39,29 @@ def test_art_and_the_preset_agree_on_what_autoattack_is_made_of(batch):
     assert names == ["AutoProjectedGradientDescent", "AutoProjectedGradientDescent", "DeepFool", "SquareAttack"]
     assert [part.loss_type for part in parts[:2]] == ["cross_entropy", "difference_logits_ratio"]
     assert [(part.targeted, part.nb_random_init, part.max_iter) for part in parts[:2]] == [(False, 5, 100)] * 2
-    assert (parts[2].epsilon, parts[3].nb_restarts) == (1e-3, 5)
+    assert (parts[2].epsilon, parts[3].nb_restarts, parts[3].p_init) == (1e-3, 5, 0.8)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 5), (4, 4), (2, 9), (6, 7), (9, 24)])
+def test_autoattack_is_refused_where_squares_do_not_fit_into_the_images(size):
+    """ART's Square draws their place from an empty range there."""
+    squares = art.load_art().attacks.evasion.SquareAttack(box(size), max_iter=1, nb_restarts=1, verbose=False)
+    images = np.random.default_rng(0).random((2, 1, *size)).astype(np.float32)
+    try:
+        squares.generate(images, np.eye(3, dtype=np.float32)[[0, 0]])
+    except ValueError:
+        refused(r"AA moves squares of \d+ pixels about in images, got images of", art.check_squares, {}, *size)
+    else:
+        art.check_squares({}, *size)
+    refused("squares of 5 pixels", art.check_squares, {"norm": 2}, 5, 5)  # its sides are odd
+
+
+def box(size):
+    """Answers class 0 whatever comes, so that no attack ends early."""
+    answer = np.eye(3, dtype=np.float32)[0]
+    options = {"input_shape": (1, *size), "nb_classes": 3, "clip_values": (0, 1)}
+    kind = art.load_art().estimators.classification.BlackBoxClassifierNeuralNetwork
+    return kind(lambda x: np.tile(answer, (len(x), 1)), **options)
 
 
 def test_another_attack_of_art_needs_its_class_and_settings(batch, monkeypatch):

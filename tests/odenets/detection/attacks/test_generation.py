@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from odenets.detection import PRESETS, Attacked, preset, run_attack
@@ -103,3 +104,32 @@ def test_labels_of_any_integers_serve(batch, dtype):
     result = run_attack(victim(), "FGM", batch[0], batch[1].to(dtype))
     assert result.labels.dtype == torch.int64
     assert same(result, run_attack(victim(), "FGM", *batch))
+
+
+class Noisy(nn.Module):
+    """Another answer in every pass."""
+
+    def forward(self, x):
+        return victim()(x + 0.3 * torch.randn_like(x))
+
+
+def test_success_against_a_network_that_draws_is_told_to_be_of_one_draw(batch):
+    with pytest.warns(UserWarning, match="network seems to draw random numbers in eval mode: .* of one draw"):
+        run_attack(Noisy(), "FGM", *batch)
+
+
+class Rounded(nn.Module):
+    """Sees pixels at two levels."""
+
+    def forward(self, x):
+        return victim()(x.round())
+
+
+@pytest.mark.parametrize("name", ["FGM", "BIM"])
+def test_images_that_an_attack_leaves_as_they_are_are_told(batch, name, tmp_path):
+    x, y = batch
+    y, attack = victim()(x.round()).argmax(1), preset(name, eps=0.1, **SHORT[name])
+    for _ in range(2):  # the second time from the disk
+        with pytest.warns(UserWarning, match=rf"{name} leaves 12 of 12 images as they are.*gradient is 0"):
+            run_attack(Rounded(), attack, x, y, cache=tmp_path)
+    run_attack(Rounded(), preset(name, eps=0.0), x, y)

@@ -82,3 +82,13 @@ def test_features_are_fitted_to_one_network_that_does_not_diverge(kind):
     refused("network must be the one of fit", kind.fit(net, X, Y), models.small_network(features=4), X)
     net.encoder[-1].weight.data.fill_(torch.inf)
     refused("network must have finite states.*, got NaN or infinity", kind.fit, net, X, Y)
+
+
+@pytest.mark.parametrize("kind", [Mahalanobis(), KernelDensity()], ids=repr)
+def test_labels_are_integers_from_0_in_a_tensor(kind):
+    """What has no label is often -1: it would be left out and nobody told."""
+    net = network()
+    refused(r"labels 0, 1, ..., got -1", kind.fit, net, X, torch.where(Y == 3, -1, Y))
+    for labels, got in ((Y.tolist(), "list"), (Y.numpy(), "ndarray")):
+        refused(f"in a tensor .* got {got}", kind.fit, net, X, labels, error=TypeError)
+    refused(r"torch.int64 of shape \(60, 10\)", kind.fit, net, X, torch.nn.functional.one_hot(Y))

@@ -1,0 +1,64 @@
+"""Cross-entropy whose gradient keeps its direction, beside torch's in double precision."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from odenets.detection import Attack, preset, run_attack
+from odenets.detection.attacks.cross_entropy import CrossEntropy
+from tests.odenets.detection.victims import victim
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_the_loss_is_that_of_torch_and_so_is_the_direction_of_its_gradient(reduction):
+    z, y = (8 * torch.randn(50, 5, dtype=torch.float64)).requires_grad_(), torch.randint(5, (50,))
+    loss = CrossEntropy(reduction)(z, y)
+    torch.testing.assert_close(loss, F.cross_entropy(z, y, reduction=reduction))
+    torch.testing.assert_close(loss, CrossEntropy(reduction)(z, F.one_hot(y).float()))
+    (own,), (expected,) = torch.autograd.grad(loss.sum(), z), torch.autograd.grad(F.cross_entropy(z, y), z)
+    torch.testing.assert_close(F.normalize(own), F.normalize(expected))
+
+
+def test_a_small_loss_is_no_zero():
+    z = torch.tensor([[60.0, 0.0, 0.0]])
+    torch.testing.assert_close(CrossEntropy("none")(z, torch.tensor([0])).item(), 2 * np.exp(-60.0))
+    assert F.cross_entropy(z, torch.tensor([0])) == 0
+
+
+class Sure(nn.Module):
+    """Logits times a gain."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.network, self.gain = victim(), gain
+
+    def forward(self, x):
+        return self.gain * self.network(x)
+
+
+def directions(gain, x, y):
+    """Gradients in double precision of ``log sum exp`` of the other logits less that of the label."""
+    moving = x.clone().requires_grad_()
+    z = Sure(gain)(moving).double()
+    d = torch.logsumexp(z.masked_fill(F.one_hot(y, 10).bool(), -torch.inf), 1) - z.gather(1, y[:, None])[:, 0]
+    return torch.autograd.grad(d.sum(), moving)[0]
+
+
+@pytest.mark.parametrize("gain", [4.0, 300.0])
+def test_attacks_do_not_hang_on_how_sure_a_network_is(batch, gain):
+    """At 4 softmax rounds to 1 in single precision, at 300 its gradient is 0."""
+    x, y = batch
+    assert Sure(gain)(x).softmax(1).amax(1).median() == 1
+    result, gradient = run_attack(Sure(gain), preset("FGM", eps=0.1), x, y), directions(gain, x, y)
+    clear = gradient.abs() > 1e-4 * gradient.abs().amax((1, 2, 3), keepdim=True)
+    assert torch.equal((result.images - x)[clear].sign(), ((x + 0.1 * gradient.sign()).clamp(0, 1) - x)[clear].sign())
+    ball = (("norm", 2), ("eps", 1.5))
+    steps = (*ball, ("eps_step", 0.7), ("max_iter", 5), ("nb_random_init", 1))
+    for attack in (
+        Attack("FGM", ball),
+        Attack("APGD", steps),
+        Attack("APGD", (*steps, ("loss_type", "cross_entropy"))),
+    ):
+        assert run_attack(Sure(gain), attack, x, y).success_rate > 0.7
