@@ -56,6 +56,7 @@ class Config(BaseConfig):
             are tested unseen.
         slow: attacks on the first of the images alone.
         eps: sizes of the attacks in the maximum norm.
+        exact: whether attacks climb the cross-entropy in its exact direction; else by ART's loss, as in [K24].
         pool, few: images that are attacked, and by the slow ones.
         train: training images for the statistics of features, the network's own.
         seeds: splits of the pool.
@@ -72,6 +73,7 @@ class Config(BaseConfig):
     attacks: tuple[str, ...] = ("FGM", "BIM", "APGD")
     slow: tuple[str, ...] = ()
     eps: tuple[float, ...] = (0.03, 0.01)
+    exact: bool = False
     pool: int = 600
     few: int = 100
     train: int = 2000
@@ -100,7 +102,7 @@ class Config(BaseConfig):
     @property
     def run_folder(self) -> Path:
         """One for each network."""
-        return self.output / self.network
+        return self.output / f"{self.network}{'_exact' if self.exact else ''}"
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,11 @@ def _of_digits(config: Config) -> ResNet:
     return network.eval()
 
 
-def attack_of(each: Set) -> Attack:
+def attack_of(each: Set, exact: bool) -> Attack:
     """The attack with its settings."""
     settings: dict[str, Any] = dict((FAST | SLOW)[each.attack])
     if each.eps:
-        settings["eps"] = each.eps
+        settings |= {"eps": each.eps, "exact": exact}
     if "eps_step" in dict(PRESETS[each.attack].settings):
         settings["eps_step"] = each.eps if each.attack == "APGD" else each.eps / 4
     return preset(each.attack, **settings)
@@ -185,7 +187,7 @@ def attack_of(each: Set) -> Attack:
 def attacked(config: Config, network: nn.Module, each: Set, pool: TensorData, cache: Path) -> Attacked:
     """The first images of the pool under an attack, rounded to 8 bits as clean ones are; computed once."""
     x, y = pool.x[: each.images], pool.y[: each.images]
-    raw = run_attack(network, attack_of(each), x, y, cache=cache, batch_size=100, seed=0)
+    raw = run_attack(network, attack_of(each, config.exact), x, y, cache=cache, batch_size=100, seed=0)
     moved = rounded(raw.images)
     change = (moved - x).flatten(1)
     predicted = in_batches(network, network, moved).argmax(1)

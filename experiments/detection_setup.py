@@ -221,7 +221,7 @@ def trained(config: NetworkConfig, job: Job, train: TensorData) -> Network:
 
 
 def attack_of(config: Config, name: str) -> Attack:
-    """The attack of [K24] by that name, of the size and with the iterations of the configuration.
+    """The attack of [K24] by that name, of the size and with the iterations of the configuration, and ART's own loss.
 
     Few iterations need steps that stay in the ball: a quarter of its size, instead of ART's 0.1.
     """
@@ -230,6 +230,7 @@ def attack_of(config: Config, name: str) -> Attack:
         settings |= {"max_iter": config.iterations}
         settings |= {"eps_step": config.strength / 4} if name != "DF" else {}
         settings |= {"nb_random_init": 1} if name == "APGD" else {}
+    settings |= {"exact": False} if name in ("FGM", "BIM", "APGD", "AA") else {}
     return preset(name, **settings)
 
 

@@ -93,7 +93,7 @@ def test_attacks_have_the_size_and_the_iterations_asked_for():
 
 @pytest.mark.parametrize("name", ["BIM", "APGD"])
 def test_without_iterations_the_steps_are_those_of_the_thesis(name):
-    assert attack_of(Config(dataset="cifar10", iterations=0), name) == preset(name)
+    assert attack_of(Config(dataset="cifar10", iterations=0), name) == preset(name, exact=False)
     assert dict(attack_of(Config(dataset="cifar10", iterations=10), name).settings)["eps_step"] == 0.03 / 4
 
 

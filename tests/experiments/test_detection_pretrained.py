@@ -118,10 +118,12 @@ def test_sets_and_what_detectors_are_fitted_on():
 
 
 def test_attacks_have_the_sizes_and_steps_that_are_stated():
-    assert dict(attack_of(Set("BIM", 0.02, 10)).settings) == {"eps": 0.02, "eps_step": 0.005, "max_iter": 10}
-    apgd = dict(attack_of(Set("APGD", 0.02, 10)).settings)
+    assert dict(attack_of(Set("BIM", 0.02, 10), exact=True).settings) == {
+        "eps": 0.02, "eps_step": 0.005, "max_iter": 10, "exact": True
+    }  # fmt: skip
+    apgd = dict(attack_of(Set("APGD", 0.02, 10), exact=False).settings)
     assert (apgd["eps_step"], apgd["max_iter"], apgd["nb_random_init"]) == (0.02, 20, 1)
-    assert "eps" not in dict(attack_of(Set("DF", 0.0, 10)).settings)
+    assert "eps" not in dict(attack_of(Set("DF", 0.0, 10), exact=True).settings)
 
 
 def test_jobs_read_every_kind_of_features_and_report_attacks_and_splits():

@@ -21,7 +21,8 @@ from odenets.errors import needs
 from odenets.modes import device_of
 
 __all__ = [
-    "CLASSES", "DECISION_BASED", "check_squares", "decision_attack", "gradient_attack", "known_settings", "load_art",
+    "BY_CROSS_ENTROPY", "CLASSES", "DECISION_BASED", "check_squares", "decision_attack", "gradient_attack",
+    "known_settings", "load_art",
 ]  # fmt: skip
 
 CLASSES = {
@@ -36,6 +37,8 @@ CLASSES = {
 }
 DECISION_BASED = ("HSJ", "BA")
 """Those that use the predicted class alone."""
+BY_CROSS_ENTROPY = ("FGM", "BIM", "APGD", "AA")
+"""Those that climb it, by default in the exact direction of its gradient."""
 
 # arguments of ART's constructors that are set here, or that are no numbers, bools or strings
 _NOT_SETTINGS = (
@@ -66,9 +69,10 @@ def load_art() -> ModuleType:
 
 
 def known_settings(name: str) -> list[str]:
-    """Settings of an attack: the arguments of ART's class; of AutoAttack, also those of the attacks in it."""
-    inner = [setting for settings in _INNER.values() for setting in settings] if name == "AA" else []
-    return [parameter for parameter in _parameters(name) if parameter not in _NOT_SETTINGS] + inner
+    """Settings of an attack: the arguments of ART's class, for AutoAttack also of the attacks in it, and "exact"."""
+    more = [setting for settings in _INNER.values() for setting in settings] if name == "AA" else []
+    more += ["exact"] if name in BY_CROSS_ENTROPY else []
+    return [parameter for parameter in _parameters(name) if parameter not in _NOT_SETTINGS] + more
 
 
 def check_squares(settings: Mapping[str, Any], height: int, width: int) -> None:
@@ -94,13 +98,13 @@ def gradient_attack(
 
     The network is frozen, on a CPU or a CUDA device, and gives float32 logits, as many as ``classes``, of such pixels.
     """
-    art, device = load_art(), device_of(network)
+    art, device, exact = load_art(), device_of(network), settings.get("exact", True)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"network must be on a CPU or a CUDA device to be attacked by ART, got {device}")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # ART takes the current one
         estimator = art.estimators.classification.PyTorchClassifier(
             network,
-            loss=CrossEntropy(),
+            loss=CrossEntropy() if exact else nn.CrossEntropyLoss(),
             input_shape=images.shape[1:],
             nb_classes=classes,
             clip_values=(0.0, 1.0),
@@ -116,7 +120,7 @@ def gradient_attack(
             inner = _INNER[type(part).__name__].items()
             part.set_params(verbose=False, **{to: settings[setting] for setting, to in inner if setting in settings})
         for part in attack.attacks if name == "AA" else (attack,):
-            if getattr(part, "loss_type", None) == "cross_entropy":  # with an estimator of its own
+            if exact and getattr(part, "loss_type", None) == "cross_entropy":  # with an estimator of its own
                 part.estimator.loss.ce_loss = CrossEntropy("none")
         with _multiprocess():
             return attack.generate(images.copy(), np.eye(classes, dtype=np.float32)[labels])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from odenets.checkpoints import fingerprint
 from odenets.detection.attacks.art import (
+    BY_CROSS_ENTROPY,
     CLASSES,
     DECISION_BASED,
     check_squares,
@@ -94,7 +95,7 @@ def run_attack(
     images are cast on the way in and logits on the way out. Batch i draws from ``(seed, i)`` alone, so that a resumed
     attack ends with the images of an uninterrupted one. Attacks move away from the true labels (DeepFool, HopSkipJump
     and the boundary attack from the predictions instead), those by cross-entropy in the exact direction of its
-    gradient, which ART's own loses in single precision where the network is sure of an image.
+    gradient, which ART's own loses in single precision where the network is sure of an image (``exact=False``).
 
     Args:
         network: from pixels in [0, 1] to logits, one tensor ``(B, classes)``; it normalizes inside, as
@@ -181,13 +182,13 @@ def _batch_folder(
     about = {
         "attack": attack.name,
         "class": CLASSES[attack.name],
-        "settings": dict(attack.settings),
+        "settings": {setting: value for setting, value in attack.settings if setting != "exact"},
         "art": load_art().__version__,
         "seed": seed,
         "batch_size": batch_size,
         "weights": fingerprint(network),
     }
-    if attack.name not in (*DECISION_BASED, "DF", "CW"):
+    if attack.name in BY_CROSS_ENTROPY and dict(attack.settings).get("exact", True):
         about["loss"] = "cross-entropy by direction"  # images that were made otherwise are others
     more = {"attributes": _attributes(network), "images": x, "labels": y} | _unsaved(network)
     kind = device_of(network).type

@@ -62,3 +62,21 @@ def test_attacks_do_not_hang_on_how_sure_a_network_is(batch, gain):
         Attack("APGD", (*steps, ("loss_type", "cross_entropy"))),
     ):
         assert run_attack(Sure(gain), attack, x, y).success_rate > 0.7
+
+
+def test_arts_own_loss_is_a_setting(batch, tmp_path):
+    """It has no gradient where the network is sure, and its images are others on disk."""
+    x, y = batch
+    exact = run_attack(Sure(300.0), preset("FGM", eps=0.1), x, y, cache=tmp_path)
+    with pytest.warns(UserWarning, match="FGM leaves .* images as they are"):
+        rounded = run_attack(Sure(300.0), preset("FGM", eps=0.1, exact=False), x, y, cache=tmp_path)
+    assert (exact.l2 > 0).all()
+    assert (rounded.l2 == 0).any()
+    assert len(list(tmp_path.iterdir())) == 2
+    one = preset("FGM", eps=0.1, exact=True)
+    assert torch.equal(run_attack(Sure(300.0), one, x, y, cache=tmp_path).images, exact.images)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(TypeError, match="exact of FGM must be True or False, got 1"):
+        preset("FGM", exact=1)
+    with pytest.raises(ValueError, match="CW has no setting exact"):
+        preset("CW", exact=True)
