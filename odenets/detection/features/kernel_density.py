@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features, in_batches
-from odenets.detection.features.feature_maps import check_positional, feature_maps_of, pooled
+from odenets.detection.features.feature_maps import check_training, feature_maps_of, pooled, training_labels
 from odenets.detection.isolation import checked_logits, to_network
 
 __all__ = ["KernelDensity", "log_density"]
@@ -51,33 +51,29 @@ class KernelDensity(Features):
         self.states: list[np.ndarray] = []
         self.width = 0.0
 
-    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> KernelDensity:
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor, *, normalized: bool = False) -> KernelDensity:
         """Keep the states of training images in eval mode.
 
         Args:
             network: a network that records its steps.
-            x: training images ``(N, C, H, W)``.
+            x: training images ``(N, C, H, W)``, pixels in [0, 1].
             y: their labels 0, 1, ..., ``(N,)`` of integers.
+            normalized: whether images come normalized, with any finite values, and not as pixels in [0, 1].
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: inputs by keyword.
-            ValueError: labels that do not fit the images, a class without two of them, or states that are not finite or
-                do not vary within the classes.
+            TypeError: inputs by keyword, images that are no floating tensor, or labels that are no tensor.
+            ValueError: images outside [0, 1], labels that do not fit them, a class without two of them, or states that
+                are not finite or do not vary within the classes.
         """
-        check_positional(x)
-        if y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
-            got = f"{y.dtype} of shape {tuple(y.shape)}"
-            raise ValueError(f"y must hold one integer label for each of {len(x)} images, got {got}")
+        check_training(x, normalized=normalized)
+        labels = training_labels(x, y, fewest=2)
         z = in_batches(lambda part: self._last(network, part), network, x)
         if not z.isfinite().all():
             raise ValueError("network must have finite states on the training images, got NaN or infinity")
-        y = y.cpu().long()
-        states = [z[y == c].double().numpy() for c in range(int(y.max()) + 1)]
-        if few := [c for c, each in enumerate(states) if len(each) < 2]:
-            raise ValueError(f"y must hold two images of every class at least, got fewer of {few}")
+        states = [z.double().numpy()[labels == c] for c in range(labels.max() + 1)]
         # the mean square distance of two different ones is twice the unbiased variance, summed over the channels
         square = float(sum(2 * each.var(0, ddof=1).sum() for each in states)) / len(states)
         if square == 0:

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features, check_images
-from odenets.detection.features.feature_maps import check_positional, feature_map_values, feature_maps_of, pooled
+from odenets.detection.features.feature_maps import (
+    check_training,
+    feature_map_values,
+    feature_maps_of,
+    pooled,
+    training_labels,
+)
 
 __all__ = ["MAGNITUDES", "Mahalanobis"]
 
@@ -73,24 +79,25 @@ class Mahalanobis(Features):
         self.mean: list[np.ndarray] = []
         self.factor: list[np.ndarray] = []
 
-    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Mahalanobis:
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor, *, normalized: bool = False) -> Mahalanobis:
         """Take the means of the classes and the covariance they share, in eval mode.
 
         Args:
             network: a network that records its steps.
-            x: training images ``(N, C, H, W)``.
+            x: training images ``(N, C, H, W)``, pixels in [0, 1].
             y: their labels 0, 1, ..., ``(N,)`` of integers.
+            normalized: whether images come normalized, with any finite values, and not as pixels in [0, 1].
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: inputs by keyword.
-            ValueError: labels that do not fit the images or leave a class out, or states that are not finite or do not
-                vary within the classes.
+            TypeError: inputs by keyword, images that are no floating tensor, or labels that are no tensor.
+            ValueError: images outside [0, 1], labels that do not fit them or leave a class out, or states that are not
+                finite or do not vary within the classes.
         """
-        check_positional(x)
-        labels = _labels(x, y)
+        check_training(x, normalized=normalized)
+        labels = training_labels(x, y)
         means, factors, mean, factor = [], [], [], []
         for i, values in enumerate(feature_map_values(network, x)):
             z = values.double().numpy()
@@ -176,15 +183,3 @@ def _factor(centered: np.ndarray, rounding: float, state: int) -> np.ndarray:
     if not varying.any():
         raise ValueError(f"x must hold images that differ within a class, got equal ones in state {state}")
     return vectors[:, varying] / np.sqrt(variances[varying]) / scale
-
-
-def _labels(x: Tensor, y: Tensor) -> np.ndarray:
-    if len(x) == 0 or y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:
-        got = f"{y.dtype} of shape {tuple(y.shape)}"
-        raise ValueError(f"y must hold one integer label for each of {len(x)} images, got {got}")
-    labels = y.cpu().long().numpy()
-    if labels.min() < 0:
-        raise ValueError(f"y must hold labels 0, 1, ..., got {labels.min()}")
-    if absent := sorted(set(range(labels.max() + 1)) - set(labels.tolist())):
-        raise ValueError(f"y must hold every class from 0 to {labels.max()}, got no image of {absent}")
-    return labels

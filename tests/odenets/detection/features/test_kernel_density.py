@@ -53,7 +53,7 @@ def test_bad_input():
     refused("bandwidth must be positive and finite, got 0", KernelDensity, bandwidth=0)
     refused("must be fitted to training images before it is called", KernelDensity(), net, X)
     refused("one integer label for each of 60 images, got torch.float32", KernelDensity().fit, net, X, Y.float())
-    refused(r"two images of every class at least, got fewer of \[0, 1, 2\]", KernelDensity().fit, net, X, Y * 0 + 3)
+    refused(r"2 images of every class from 0 to 3, got fewer of \[0, 1, 2\]", KernelDensity().fit, net, X, Y * 0 + 3)
     refused("images that differ within a class", KernelDensity().fit, net, torch.zeros(20, 1, 8, 8), Y[:20])
     kind = KernelDensity().fit(net, X, Y)
     refused("network must be the one of fit, with states of", kind, models.small_network(features=4), X)
