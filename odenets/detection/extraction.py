@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting import adapt
-from odenets.detection.features.base import Features, check_images, check_inputs, in_batches
+from odenets.detection.features.base import Features, check_data, check_images, check_inputs, in_batches
 from odenets.detection.isolation import checked_logits
 from odenets.inputs import has_rows, inputs_of, is_by_keyword, plain, rows, samples_in, tensors_in
 from odenets.recording import is_recorder
@@ -91,7 +91,7 @@ def batches_of(images: Any, batch_size: int, name: str = "images", network: nn.M
         network: what takes them, if that is known.
 
     Raises:
-        TypeError: neither of these.
+        TypeError: neither of these, or a tensor without its numbers.
         ValueError: no images.
 
     >>> [len(x) for x in batches_of(torch.rand(5, 1, 8, 8), 2)]
@@ -105,6 +105,8 @@ def batches_of(images: Any, batch_size: int, name: str = "images", network: nn.M
     n = samples_in(images, name)
     if n == 0:
         raise ValueError(f"{name} must not be empty, got no sample")
+    for table in tensors_in(images):
+        check_data(table, name)
     for i in range(0, n, batch_size):
         yield rows(plain(images), slice(i, i + batch_size), n)
 

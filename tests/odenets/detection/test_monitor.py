@@ -259,6 +259,7 @@ def test_errors():
     refused("got ndarray: torch.as_tensor of an array, torchvision's to_tensor", monitor.fit, [array], error=TypeError)
     refused(r"got shape \(1, 8, 8\): x\[None\] is a batch of one, and a DataLoader", monitor.fit, list(CLEAN))
     refused("clean must hold numbers, got a tensor on the meta", monitor.fit, CLEAN.to("meta"), error=TypeError)
+    refused("clean must be dense, got a tensor of torch.sparse_coo", monitor.fit, CLEAN.to_sparse(), error=TypeError)
     without = Monitor(network().to("meta"))
     refused("network must have weights, got 'encoder.1.weight' on the meta device", without.fit, CLEAN)
     message = "the model takes no input named 'image', a tensor, but input"
