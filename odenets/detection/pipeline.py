@@ -298,7 +298,7 @@ class Pipeline:
                 network.
         """
         content = read(Path(path), trusted)
-        if set(content) - {"shape"} != {"network", "features", "detector"}:  # files of 0.1 hold no shape
+        if set(content) - {"shape"} != {"network", "features", "detector"}:  # older files hold no shape
             raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save")
         pipeline = cls(network, content["features"], content["detector"], batch_size=batch_size)
         state = NetworkState(network)
