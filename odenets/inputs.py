@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -204,6 +205,10 @@ def check_batches(batches: Any, name: str) -> None:
     Raises:
         TypeError: it is one tensor, whose entries are samples, one pair, or no iterable.
     """
+    if isinstance(batches, np.ndarray):
+        raise TypeError(
+            f"{name} must hold batches of inputs, got an array {batches.shape}: torch.from_numpy makes a tensor"
+        )
     if isinstance(batches, Tensor | Mapping | nn.Module | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"{name} must hold batches of inputs, got {kind_of(batches)}: a DataLoader, or [x] for one batch"
@@ -248,7 +253,8 @@ def inputs_in(batch: Any, name: str, network: nn.Module | None = None) -> Any:
             )
         batch = batch[0]
     if not isinstance(batch, Tensor | Mapping | list | tuple):
-        raise TypeError(f"{name} must hold inputs, tensors (B, *S), got {kind_of(batch)}")
+        remedy = "torch.as_tensor of an array, torchvision's to_tensor of a PIL image"
+        raise TypeError(f"{name} must hold inputs, tensors (B, *S), got {kind_of(batch)}: {remedy}")
     return plain(batch)
 
 

@@ -26,7 +26,10 @@ def inputs_and_measures(model: nn.Module, named: Mapping[str, Any]) -> tuple[dic
     >>> inputs_and_measures(nn.Linear(2, 2), {"input": 1, "norm": len})
     ({'input': 1}, {'norm': <built-in function len>})
     """
-    parameters = inspect.signature(model.forward).parameters.values()
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except ValueError:  # of a script, which has none
+        parameters = inspect.signature(lambda **inputs: inputs).parameters.values()
     takes = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     anything = any(p.kind == p.VAR_KEYWORD for p in parameters)
     keywords, measures = {}, {}
@@ -36,9 +39,12 @@ def inputs_and_measures(model: nn.Module, named: Mapping[str, Any]) -> tuple[dic
         elif name in takes or anything:
             keywords[name] = value
         else:
+            inputs = ", ".join(takes) or "none by keyword"
+            if isinstance(value, Tensor):
+                raise TypeError(f"the model takes no input named {name!r}, a tensor, but {inputs}")
             raise TypeError(
                 f"measure {name!r} must be a function Step -> (B,), got {type(value).__name__}, and the model takes no "
-                f"input of that name: {', '.join(takes) or 'none by keyword'}"
+                f"input of that name: {inputs}"
             )
     return keywords, measures
 

@@ -155,10 +155,12 @@ def _built(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]
     return network
 
 
-def _with_file(name: str, network: nn.Module, weights: str | None) -> tuple[nn.Module, str]:
-    """The network with the weights of a file, or the random ones that it has; and which, in words."""
+def _with_file(
+    name: str, network: nn.Module, weights: str | None, its: str = "random weights"
+) -> tuple[nn.Module, str]:
+    """The network with the weights of a file, or ``its`` own; and which, in words."""
     if weights is None or weights.lower() == "none":
-        return network, "random weights"
+        return network, its
     return load_file(network, Path(weights), name), f"weights of {weights}"
 
 
@@ -190,7 +192,8 @@ def _ours(name: str, function: Callable[..., Any], weights: str | None, argument
             f"{', '.join(arguments)}, or name the function"
         )
     network = function if isinstance(function, nn.Module) else _built(name, function, arguments)
-    network, words = _with_file(name, network, weights)
+    own = name not in OURS
+    network, words = _with_file(name, network, weights, "the weights that it has" if own else "random weights")
     return Model(network, name, words)
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from odenets.adapting import adapt
-from odenets.detection.features.base import Features, check_inputs, in_batches
+from odenets.detection.features.base import Features, check_data, check_images, check_inputs, in_batches
 from odenets.detection.isolation import checked_logits
 from odenets.inputs import has_rows, inputs_of, is_by_keyword, plain, rows, samples_in, tensors_in
 from odenets.recording import is_recorder
 
 __all__ = [
-    "Inputs", "batches_of", "check_features", "check_parts", "extract", "first_of_each", "recording", "sample_count",
+    "Inputs", "batches_of", "check_features", "check_kind", "check_parts", "check_shape", "extract", "first_of_each",
+    "recording", "sample_count", "shape_of",
 ]  # fmt: skip
 
 Inputs = Mapping[str, Any]
@@ -90,7 +91,7 @@ def batches_of(images: Any, batch_size: int, name: str = "images", network: nn.M
         network: what takes them, if that is known.
 
     Raises:
-        TypeError: neither of these.
+        TypeError: neither of these, or a tensor without its numbers.
         ValueError: no images.
 
     >>> [len(x) for x in batches_of(torch.rand(5, 1, 8, 8), 2)]
@@ -104,6 +105,8 @@ def batches_of(images: Any, batch_size: int, name: str = "images", network: nn.M
     n = samples_in(images, name)
     if n == 0:
         raise ValueError(f"{name} must not be empty, got no sample")
+    for table in tensors_in(images):
+        check_data(table, name)
     for i in range(0, n, batch_size):
         yield rows(plain(images), slice(i, i + batch_size), n)
 
@@ -124,6 +127,39 @@ def first_of_each(x: Any, seen: set[bytes]) -> np.ndarray:
         new.append(told.digest() not in seen)
         seen.add(told.digest())
     return np.array(new)
+
+
+def shape_of(images: Any) -> tuple[int, ...] | None:
+    """The shape of an image in a batch of them, ``(C, H, W)``; None of other inputs."""
+    return tuple(images.shape[1:]) if isinstance(images, Tensor) and images.ndim == 4 else None
+
+
+def check_shape(images: Any, shape: tuple[int, ...] | None, name: str) -> None:
+    """That images have the ``shape`` of those of fit, if both have one.
+
+    Raises:
+        ValueError: they do not.
+
+    >>> check_shape(torch.rand(2, 3, 8, 8), (3, 16, 16), "images")
+    Traceback (most recent call last):
+        ...
+    ValueError: images must have one shape, 3 x 16 x 16 as the first of fit, got 3 x 8 x 8: resize them, as their ...
+    """
+    if (came := shape_of(images)) is None or shape in (None, came):
+        return
+    wanted, got = (" x ".join(map(str, dims)) for dims in (shape, came))
+    remedy = "resize them, as their paths depend on it" if shape[0] == came[0] else "their channels are others"
+    raise ValueError(f"{name} must have one shape, {wanted} as the first of fit, got {got}: {remedy}")
+
+
+def check_kind(images: Any, name: str) -> None:
+    """That images are a tensor or a mapping, whose samples can be counted.
+
+    Raises:
+        TypeError: they are not.
+    """
+    if not is_by_keyword(images) and not isinstance(images, Tensor):
+        check_images(images, name)
 
 
 def sample_count(images: Any) -> int:

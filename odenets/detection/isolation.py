@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from odenets.modes import device_of, dtype_of, evaluating, inputs_for
 from odenets.outputs import logits_in
 
-__all__ = ["Logits", "checked_logits", "frozen", "in_float32", "keeping_random_states", "seeded", "to_network"]
+__all__ = [
+    "Logits",
+    "check_weights",
+    "checked_logits",
+    "frozen",
+    "in_float32",
+    "keeping_random_states",
+    "seeded",
+    "to_network",
+]
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -29,10 +38,11 @@ def frozen(network: N) -> Iterator[N]:
     copy.
 
     Raises:
-        ValueError: a flow has not seen an input yet and has no field.
+        ValueError: a flow has not seen an input yet and has no field, or weights on the meta device.
     """
     if any(nn.parameter.is_lazy(p) for p in network.parameters()):
         raise ValueError("network has a flow without a field: call network(x) once before attacking it")
+    check_weights(network)
     with torch.inference_mode(False), torch.enable_grad(), keeping_random_states(device_of(network)):
         if any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers())):
             network = copy.deepcopy(network)
@@ -47,6 +57,23 @@ def frozen(network: N) -> Iterator[N]:
             for p, requires_grad, gradient in state:
                 p.requires_grad_(requires_grad)
                 p.grad = gradient
+
+
+def check_weights(network: nn.Module) -> None:
+    """That the weights of a ``network`` are numbers.
+
+    Raises:
+        ValueError: some are on the meta device.
+
+    >>> check_weights(nn.Linear(2, 2, device="meta"))
+    Traceback (most recent call last):
+        ...
+    ValueError: network must have weights, got 'weight' on the meta device: load them, network.load_state_dict(..., ...
+    """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_meta:
+            remedy = "load them, network.load_state_dict(..., assign=True)"
+            raise ValueError(f"network must have weights, got {name!r} on the meta device: {remedy}")
 
 
 @contextmanager

@@ -16,7 +16,16 @@ from odenets.detection.assessment import Assessment
 from odenets.detection.calibration import check_outlier_detector, fit_and_calibrate, score_features
 from odenets.detection.conformal import check_rate, conformal_p_values, conformal_threshold, false_positive_interval
 from odenets.detection.drift import Drift, drift_test
-from odenets.detection.extraction import Inputs, batches_of, check_parts, extract, first_of_each, recording
+from odenets.detection.extraction import (
+    Inputs,
+    batches_of,
+    check_parts,
+    check_shape,
+    extract,
+    first_of_each,
+    recording,
+    shape_of,
+)  # fmt: skip
 from odenets.detection.features import Features, Trajectory
 from odenets.detection.isolation import keeping_random_states
 from odenets.detection.monitor_file import read_monitor
@@ -299,13 +308,10 @@ class Monitor:
 
     def _extract(self, x: Any, name: str = "images") -> tuple[np.ndarray, np.ndarray]:
         """Features and predicted classes of a batch, in one pass."""
-        shape = tuple(x.shape[1:]) if isinstance(x, Tensor) and x.ndim == 4 else None
-        if shape is not None and self._shape not in (None, shape):
-            sizes = f"{_dims(self._shape)} as the first of fit, got {_dims(shape)}"
-            raise ValueError(f"{name} must have one shape, {sizes}: resize them, as their paths depend on it")
+        check_shape(x, self._shape, name)
         count = samples_in(x, name)
         extracted = extract(self.network, self.features, x, count, normalized=self.normalized, name=name)
-        self._shape = shape if self._shape is None else self._shape
+        self._shape = shape_of(x) if self._shape is None else self._shape
         return extracted
 
     def _check_path(self, x: Any, X: np.ndarray) -> None:
@@ -334,7 +340,3 @@ class Monitor:
                 "network has changed since the monitor was fitted, its weights, buffers, blocks or dtype: fit the "
                 "monitor again, or load the weights that the network had"
             )
-
-
-def _dims(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from odenets.detection.persistence import read
+from odenets.detection.persistence import read, stored_shape
 
 __all__ = ["read_monitor"]
 
@@ -31,9 +31,8 @@ def read_monitor(path: Path, trusted: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"{path} holds no monitor: it was not written by Monitor.save")
     try:
         scores = np.sort(np.asarray(content["calibration"], dtype=float))
-        shape = None if content["shape"] is None else tuple(map(int, content["shape"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
         raise ValueError(f"{path} is damaged: its calibration scores are no finite numbers (n,)")
-    return content | {"calibration": scores, "shape": shape}
+    return content | {"calibration": scores, "shape": stored_shape(content["shape"], path)}

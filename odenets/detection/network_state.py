@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from odenets.checkpoints import fingerprint
-from odenets.detection.isolation import seeded
+from odenets.detection.isolation import check_weights, seeded
 from odenets.neural_ode import NeuralODE
 
 __all__ = ["NetworkState", "check_apart", "check_blocks", "check_company", "check_repeatable", "treats_apart"]
@@ -73,8 +73,10 @@ def check_apart(network: nn.Module) -> None:
     """Refuse a network whose features of an image depend on the other images of its batch, as far as that can be told.
 
     Raises:
-        ValueError: it holds a batch norm without running statistics, or a neural ODE that chooses its steps by a batch.
+        ValueError: it holds a batch norm without running statistics, or a neural ODE that chooses its steps by a batch;
+            or weights on the meta device.
     """
+    check_weights(network)
     if (mixing := _mixing(network)) is not None:
         raise ValueError(f"network must treat each image apart to be watched by a detector, but {mixing}")
 

@@ -16,7 +16,7 @@ from odenets.detection.quantile import QuantileTest
 from odenets.errors import needs
 from odenets.files import write_atomically
 
-__all__ = ["read", "trusted_types", "write"]
+__all__ = ["read", "stored_shape", "trusted_types", "write"]
 
 
 @cache
@@ -82,6 +82,18 @@ def read(path: Path, trusted: Sequence[str] = (), writer: str = "Pipeline.save")
         if not _is_sound(tree, columns):
             raise ValueError(f"{path} is damaged: it holds a tree whose branches lead out of it or of its features")
     return content
+
+
+def stored_shape(shape: Any, path: Path) -> tuple[int, ...] | None:
+    """The ``shape`` of an image, as the file at ``path`` holds it, ``(C, H, W)`` or None.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return None if shape is None else tuple(map(int, shape))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _skops() -> Any:

@@ -15,11 +15,11 @@ from odenets.checkpoints import fingerprint
 from odenets.detection.detector import Detector
 from odenets.detection.estimators import is_outlier_detector
 from odenets.detection.evaluation import Scores, score
-from odenets.detection.extraction import Inputs, check_parts, extract, sample_count
+from odenets.detection.extraction import Inputs, check_kind, check_parts, check_shape, extract, sample_count, shape_of
 from odenets.detection.features import Features, Trajectory
 from odenets.detection.features.base import check_inputs
 from odenets.detection.network_state import NetworkState, check_apart
-from odenets.detection.persistence import read, write
+from odenets.detection.persistence import read, stored_shape, write
 from odenets.errors import check_count, check_number
 from odenets.recording import is_recorder
 
@@ -75,7 +75,12 @@ class Pipeline:
             kind = type(self.detector).__name__
             raise TypeError(f"detector must have a decision_function, got {kind}: pass Detector({kind}(...))")
         self.batch_size = batch_size
+        self._shape: tuple[int, ...] | None = None
         self._fitted_on: NetworkState | None = None
+
+    def __repr__(self) -> str:
+        state = "not fitted" if self._fitted_on is None else "fitted"
+        return f"Pipeline({type(self.network).__name__}, {self.features!r}, {self.detector!r}; {state})"
 
     def extract(self, images: Tensor | Inputs) -> tuple[np.ndarray, np.ndarray]:
         """Features ``(N, F)`` and predicted classes ``(N,)`` of ``images`` ``(N, C, H, W)``, in one pass.
@@ -83,10 +88,15 @@ class Pipeline:
         The output is logits ``(B, classes)``, or what holds them as "logits".
 
         Raises:
-            TypeError, ValueError: no images in [0, 1], a network that returns no logits ``(B, classes)``, features that
-                are not ``(B, F)``, or logits or features that are not finite.
+            TypeError, ValueError: no images in [0, 1], or of another shape than those of :meth:`fit`; a network that
+                returns no logits ``(B, classes)``, features that are not ``(B, F)``, or logits or features that are not
+                finite.
         """
-        return extract(self.network, self.features, images, self.batch_size)
+        return self._extract(images, "images")
+
+    def _extract(self, images: Tensor | Inputs, name: str) -> tuple[np.ndarray, np.ndarray]:
+        check_shape(images, self._shape, name)
+        return extract(self.network, self.features, images, self.batch_size, name=name)
 
     def fit(
         self,
@@ -106,26 +116,33 @@ class Pipeline:
             Itself.
 
         Raises:
-            ValueError: too few images of a kind, no adversarial ones for a classifier, or a network whose features of
-                an image depend on the others of its batch: a batch norm without running statistics, a neural ODE that
-                chooses its steps.
+            TypeError, ValueError: no images in [0, 1], too few of a kind, images of several shapes, no adversarial ones
+                for a classifier, or a network whose features of an image depend on the others of its batch: a batch
+                norm without running statistics, a neural ODE that chooses its steps.
         """
         check_apart(self.network)
         outliers = is_outlier_detector(self.detector)
         if outliers != (adversarial is None):
             what = "no adversarial images" if outliers else "adversarial images too"
             raise ValueError(f"{type(self.detector).__name__} is fitted on {what}")
-        kinds = {"clean": clean, "adversarial": adversarial, "noisy": noisy}
-        kinds = {name: images for name, images in kinds.items() if images is not None}
+        kinds: dict[str, Any] = {"clean": clean, "adversarial": adversarial, "noisy": noisy}
+        kinds = {name: images for name, images in kinds.items() if images is not None or name == "clean"}
+        shape = shape_of(clean)
         for name, images in kinds.items():
+            check_kind(images, name)
             if sample_count(images) < FEWEST and name != "noisy":
                 why = ": too few attacks were successful" if name == "adversarial" else ""
                 raise ValueError(f"{name} must hold at least {FEWEST} images, got {sample_count(images)}{why}")
             check_inputs(images, name)
-        parts = {name: self.extract(images) for name, images in kinds.items()}
+            check_shape(images, shape, name)
+        parts = {
+            name: extract(self.network, self.features, images, self.batch_size, name=name)
+            for name, images in kinds.items()
+        }
         X, predicted = (np.concatenate([part[i] for part in parts.values()]) for i in range(2))
         y = np.concatenate([np.full(len(part[0]), int(name == "adversarial")) for name, part in parts.items()])
         self.fit_features(X, y, predicted)
+        self._shape = shape
         return self
 
     def fit_features(self, X: np.ndarray, y: np.ndarray, predicted: np.ndarray) -> None:
@@ -139,7 +156,7 @@ class Pipeline:
             self.detector.fit(X, y, predicted)
         else:
             self.detector.fit(X, y)
-        self._fitted_on = NetworkState(self.network)
+        self._shape, self._fitted_on = None, NetworkState(self.network)
 
     def score_features(self, X: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         """Scores of features ``X`` ``(N, F)`` and ``predicted`` classes, ``(N,)``; above 0 where they are detected.
@@ -159,10 +176,13 @@ class Pipeline:
         """Scores of ``images`` ``(N, C, H, W)``, ``(N,)``; above 0 where they are called adversarial.
 
         Raises:
-            ValueError: the network has changed since the detector was fitted.
+            TypeError, ValueError: as :meth:`extract`, or the network has changed since the detector was fitted.
         """
+        return self._scores(images, "images")
+
+    def _scores(self, images: Tensor | Inputs, name: str) -> np.ndarray:
         self._check_network()
-        return self.score_features(*self.extract(images))
+        return self.score_features(*self._extract(images, name))
 
     def predict(self, images: Tensor | Inputs, *, threshold: float = 0.0) -> np.ndarray:
         """1 where one of the ``images`` ``(N, C, H, W)`` is called adversarial and 0 where clean, ``(N,)``.
@@ -205,13 +225,14 @@ class Pipeline:
         check_number("rate", rate)
         if not 0 < rate < 1:
             raise ValueError(f"rate must lie in (0, 1), got {rate}")
+        check_kind(clean, "clean")
         if (n := sample_count(clean)) < 1 / rate:
             warnings.warn(
                 f"clean holds {n} images, fewer than the {1 / rate:.0f} that rate {rate} asks for: of new "
                 "images more will be called adversarial",
                 stacklevel=2,
             )
-        scores = np.sort(self.scores(clean))[::-1]
+        scores = np.sort(self._scores(clean, "clean"))[::-1]
         return float(scores[int(rate * len(scores) + 1e-9)])
 
     def evaluate(
@@ -236,7 +257,8 @@ class Pipeline:
             ValueError: as :meth:`scores`.
         """
         mask = None if successful is None else torch.as_tensor(successful).cpu().numpy()
-        return score(self.scores(clean), self.scores(adversarial), threshold=threshold, successful=mask)
+        scores = (self._scores(images, name) for name, images in {"clean": clean, "adversarial": adversarial}.items())
+        return score(*scores, threshold=threshold, successful=mask)
 
     def _check_network(self, *, exactly: bool = False) -> None:
         if self._fitted_on is not None and not self._fitted_on.is_that_of(self.network, exactly=exactly):
@@ -258,6 +280,7 @@ class Pipeline:
         """
         self._check_network(exactly=True)
         content = {"network": fingerprint(self.network), "features": self.features, "detector": self.detector}
+        content["shape"] = None if self._shape is None else [*self._shape]
         write(Path(path), content)
         return Path(path)
 
@@ -283,11 +306,11 @@ class Pipeline:
                 network.
         """
         content = read(Path(path), trusted)
-        if set(content) != {"network", "features", "detector"}:
+        if set(content) - {"shape"} != {"network", "features", "detector"}:  # older files hold no shape
             raise ValueError(f"{path} holds no detector: it was not written by Pipeline.save")
+        pipeline = cls(network, content["features"], content["detector"], batch_size=batch_size)
         state = NetworkState(network)
         if content["network"] != state.fingerprint:
             raise ValueError(f"{path} was fitted on another network, or on other weights of this one")
-        pipeline = cls(network, content["features"], content["detector"], batch_size=batch_size)
-        pipeline._fitted_on = state
+        pipeline._shape, pipeline._fitted_on = stored_shape(content.get("shape"), Path(path)), state
         return pipeline

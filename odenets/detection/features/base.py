@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -14,7 +16,7 @@ from odenets.detection.isolation import keeping_random_states, to_network
 from odenets.inputs import call, is_by_keyword, plain, rows, samples_in, tensors_in
 from odenets.modes import device_of, evaluating
 
-__all__ = ["Features", "check_images", "check_inputs", "in_batches"]
+__all__ = ["Features", "check_data", "check_images", "check_inputs", "in_batches", "telling_of"]
 
 
 class Features:
@@ -94,7 +96,7 @@ def in_batches(
     def moved(leaf: Any) -> Any:
         return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
-    with evaluating(network), keeping_random_states(device):
+    with telling_of(x), evaluating(network), keeping_random_states(device):
         parts = (rows(inputs, slice(i, i + batch_size), n) for i in range(0, n, batch_size))
         return torch.cat([call(tree_map(moved, part)).cpu() for part in parts])
 
@@ -124,17 +126,19 @@ def check_images(x: Tensor, name: str = "images", *, normalized: bool = False) -
         TypeError: no floating tensor.
         ValueError: another shape, none, or pixels that are not finite or outside [0, 1].
 
-    >>> check_images(torch.rand(3, 8, 8))
+    >>> check_images(torch.rand(8, 8))
     Traceback (most recent call last):
         ...
-    ValueError: images must be a batch (N, C, H, W), not empty, got shape (3, 8, 8)
+    ValueError: images must be a batch (N, C, H, W), not empty, got shape (8, 8)
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        remedy = ": divide bytes by 255" if kind == torch.uint8 else ""
-        raise TypeError(f"{name} must be a floating tensor (N, C, H, W) of pixels in [0, 1], got {kind}{remedy}")
+        rule = f"{name} must be a floating tensor (N, C, H, W) of pixels in [0, 1], got"
+        raise TypeError(f"{rule} {kind}{_to_images(x)}")
+    check_data(x, name)
     if x.ndim != 4 or x.numel() == 0:
-        raise ValueError(f"{name} must be a batch (N, C, H, W), not empty, got shape {tuple(x.shape)}")
+        remedy = ": x[None] is a batch of one, and a DataLoader makes batches" if x.ndim == 3 else ""
+        raise ValueError(f"{name} must be a batch (N, C, H, W), not empty, got shape {tuple(x.shape)}{remedy}")
     low, high = (end.item() for end in x.aminmax())  # both NaN where one value is
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
@@ -146,3 +150,52 @@ def check_images(x: Tensor, name: str = "images", *, normalized: bool = False) -
             "(models.Normalize), and divide what is in [0, 255] by 255"
         )
     return x
+
+
+def check_data(x: Tensor, name: str) -> None:
+    """That a tensor ``x`` has its numbers, each of them; errors call it by ``name``.
+
+    Raises:
+        TypeError: it is on the meta device, or sparse.
+
+    >>> check_data(torch.empty(2, device="meta"), "images")
+    Traceback (most recent call last):
+        ...
+    TypeError: images must hold numbers, got a tensor on the meta device, which has none
+    """
+    if x.is_meta:
+        raise TypeError(f"{name} must hold numbers, got a tensor on the meta device, which has none")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got a tensor of {x.layout}: x.to_dense()")
+
+
+def _to_images(x: Any) -> str:
+    """How images are made of what is no floating tensor, for errors."""
+    if isinstance(x, Tensor):
+        return ": divide bytes by 255" if x.dtype == torch.uint8 else ""
+    if isinstance(x, np.ndarray):
+        return ": torch.from_numpy(x), channels first, bytes divided by 255"
+    if isinstance(getattr(x, "images", None), Tensor):
+        return ": pass its images"
+    if isinstance(x, Iterable) and not isinstance(x, str):
+        return ": one tensor of all, torch.stack of images and torch.cat of batches (a Monitor takes a DataLoader)"
+    return ""
+
+
+@contextmanager
+def telling_of(x: Any) -> Iterator[None]:
+    """Around a network's look at images ``x``: its error gets a note if their channels seem to come last.
+
+    >>> with telling_of(torch.rand(2, 8, 8, 3)):
+    ...     raise RuntimeError("sizes must match")
+    Traceback (most recent call last):
+        ...
+    RuntimeError: sizes must match
+    images of shape (2, 8, 8, 3), are their channels last? x.permute(0, 3, 1, 2)
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(x, Tensor) and x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+            error.add_note(f"images of shape {tuple(x.shape)}, are their channels last? x.permute(0, 3, 1, 2)")
+        raise

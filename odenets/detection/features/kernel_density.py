@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features, in_batches
-from odenets.detection.features.class_labels import class_labels
-from odenets.detection.features.feature_maps import check_positional, feature_maps_of, pooled
+from odenets.detection.features.feature_maps import feature_maps_of, pooled
+from odenets.detection.features.training_set import check_training, training_labels
 from odenets.detection.isolation import checked_logits, to_network
 
 __all__ = ["KernelDensity", "log_density"]
@@ -52,24 +52,25 @@ class KernelDensity(Features):
         self.states: list[np.ndarray] = []
         self.width = 0.0
 
-    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> KernelDensity:
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor, *, normalized: bool = False) -> KernelDensity:
         """Keep the states of training images in eval mode.
 
         Args:
             network: a network that records its steps.
-            x: training images ``(N, C, H, W)``.
+            x: training images ``(N, C, H, W)``, pixels in [0, 1].
             y: their labels 0, 1, ..., ``(N,)`` of integers.
+            normalized: whether images come normalized, with any finite values, and not as pixels in [0, 1].
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: inputs by keyword, or labels that are no tensor.
-            ValueError: labels that do not fit the images or are negative, a class without two of them, or states that
+            TypeError: inputs by keyword, images that are no floating tensor, or labels that are no tensor.
+            ValueError: images outside [0, 1], labels that do not fit them, a class without two of them, or states that
                 are not finite or do not vary within the classes.
         """
-        check_positional(x)
-        labels = class_labels(x, y, fewest=2)
+        check_training(x, normalized=normalized)
+        labels = training_labels(x, y, fewest=2)
         z = in_batches(lambda part: self._last(network, part), network, x)
         if not z.isfinite().all():
             raise ValueError("network must have finite states on the training images, got NaN or infinity")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features
-from odenets.detection.features.feature_maps import check_positional, feature_map_values, feature_maps_of
+from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of
+from odenets.detection.features.training_set import check_training
 from odenets.errors import check_count
 
 __all__ = ["LID", "local_dimension"]
@@ -60,22 +61,23 @@ class LID(Features):
         self.k, self.reference, self.seed = k, reference, seed
         self.states: list[np.ndarray] = []
 
-    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> LID:
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor, *, normalized: bool = False) -> LID:
         """Draw the reference images among clean training images, and keep the states that they have in eval mode.
 
         Args:
             network: a network that records its steps.
-            x: clean training images ``(N, C, H, W)``.
+            x: clean training images ``(N, C, H, W)``, pixels in [0, 1].
             y: their labels, which are not used.
+            normalized: whether images come normalized, with any finite values, and not as pixels in [0, 1].
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: inputs by keyword.
-            ValueError: fewer images than the reference is to hold, or states that are not finite.
+            TypeError: inputs by keyword, or images that are no floating tensor.
+            ValueError: images outside [0, 1], fewer than the reference is to hold, or states that are not finite.
         """
-        check_positional(x)
+        check_training(x, normalized=normalized)
         if len(x) < self.reference:
             raise ValueError(f"x must hold at least the reference = {self.reference} images, got {len(x)}")
         drawn = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))[: self.reference]

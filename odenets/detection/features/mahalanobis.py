@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from odenets.detection.features.base import Features, check_images
-from odenets.detection.features.class_labels import class_labels
-from odenets.detection.features.feature_maps import check_positional, feature_map_values, feature_maps_of, pooled
+from odenets.detection.features.feature_maps import feature_map_values, feature_maps_of, pooled
+from odenets.detection.features.training_set import check_training, training_labels
 
 __all__ = ["MAGNITUDES", "Mahalanobis"]
 
@@ -74,24 +74,25 @@ class Mahalanobis(Features):
         self.mean: list[np.ndarray] = []
         self.factor: list[np.ndarray] = []
 
-    def fit(self, network: nn.Module, x: Tensor, y: Tensor) -> Mahalanobis:
+    def fit(self, network: nn.Module, x: Tensor, y: Tensor, *, normalized: bool = False) -> Mahalanobis:
         """Take the means of the classes and the covariance they share, in eval mode.
 
         Args:
             network: a network that records its steps.
-            x: training images ``(N, C, H, W)``.
+            x: training images ``(N, C, H, W)``, pixels in [0, 1].
             y: their labels 0, 1, ..., ``(N,)`` of integers.
+            normalized: whether images come normalized, with any finite values, and not as pixels in [0, 1].
 
         Returns:
             Itself.
 
         Raises:
-            TypeError: inputs by keyword, or labels that are no tensor.
-            ValueError: labels that do not fit the images or leave a class out, or states that are not finite or do not
-                vary within the classes.
+            TypeError: inputs by keyword, images that are no floating tensor, or labels that are no tensor.
+            ValueError: images outside [0, 1], labels that do not fit them or leave a class out, or states that are not
+                finite or do not vary within the classes.
         """
-        check_positional(x)
-        labels = class_labels(x, y)
+        check_training(x, normalized=normalized)
+        labels = training_labels(x, y)
         means, factors, mean, factor = [], [], [], []
         for i, values in enumerate(feature_map_values(network, x)):
             z = values.double().numpy()

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from odenets import adapt, measures
+from odenets.adapting.calls import inputs_and_measures
 from tests.odenets.adapting.styles import STYLES
 from tests.odenets.adapting.styles.skeleton import Around
 from tests.odenets.adapting.styles.structures import Plain
@@ -134,6 +135,20 @@ def test_outputs_that_differ_between_two_calls_are_refused():
     network = Around(nn.Conv2d(3, 8, 3, padding=1), [Plain(), AlwaysDropped()], 8, (2, 3))
     with unchanged(network), pytest.raises(ValueError, match=r"random|differ"):
         adapt(network, IMAGE)
+
+
+def test_inputs_of_a_model_without_a_signature_are_all_that_is_no_measure():
+    class Scripted(nn.Module):
+        forward = max  # as that of a script, which inspect knows nothing of
+
+    named = {"x": IMAGE, "action": measures.action}
+    assert inputs_and_measures(Scripted(), named) == ({"x": IMAGE}, {"action": measures.action})
+
+
+def test_an_input_that_the_model_does_not_take_is_named():
+    adapted = adapt(STYLES["nested"].network(), IMAGE)
+    with pytest.raises(TypeError, match="the model takes no input named 'image', a tensor, but x"):
+        adapted.record(image=IMAGE)
 
 
 def test_an_adapted_model_is_not_adapted():

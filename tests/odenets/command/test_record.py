@@ -161,6 +161,7 @@ def test_functions_of_the_user_are_model_transform_and_measure(run, images):
     model = nn.Sequential(nn.Conv2d(3, 6, 1), block(6, 6))
     expected = direct(model, torch.ones(5, 3, 4, 4), peak=lambda step: step.x1.flatten(1).amax(1))["peak"].mean(1)
     assert table(result.stdout)["1"]["peak"] == pytest.approx(expected.item(), rel=1e-3)
+    assert result.stdout.startswith("mine_of_a_user:network (Sequential), the weights that it has, on ")
 
 
 @pytest.mark.usefixtures("own_module")

@@ -254,6 +254,16 @@ def test_errors():
         "clean must be a floating tensor .* got torch.int64", monitor.fit, [torch.zeros(3, dtype=int)], error=TypeError
     )
     refused("must hold batches of inputs, got TensorDataset", monitor.fit, TensorDataset(CLEAN), error=TypeError)
+    array = CLEAN.numpy()
+    refused(r"got an array \(80, 1, 8, 8\): torch.from_numpy makes a tensor", monitor.fit, array, error=TypeError)
+    refused("got ndarray: torch.as_tensor of an array, torchvision's to_tensor", monitor.fit, [array], error=TypeError)
+    refused(r"got shape \(1, 8, 8\): x\[None\] is a batch of one, and a DataLoader", monitor.fit, list(CLEAN))
+    refused("clean must hold numbers, got a tensor on the meta", monitor.fit, CLEAN.to("meta"), error=TypeError)
+    refused("clean must be dense, got a tensor of torch.sparse_coo", monitor.fit, CLEAN.to_sparse(), error=TypeError)
+    without = Monitor(network().to("meta"))
+    refused("network must have weights, got 'encoder.1.weight' on the meta device", without.fit, CLEAN)
+    message = "the model takes no input named 'image', a tensor, but input"
+    refused(message, Monitor(nn.Sequential(network())).fit, [{"image": CLEAN}], error=TypeError)
     refused("clean must not be empty", monitor.fit, CLEAN[:0])
     refused("19; the smallest that they have is 0.0909", monitor.fit, CLEAN[:20])
     forest = Monitor(network(), None, IsolationForest(), calibration=0.999)

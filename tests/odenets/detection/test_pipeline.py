@@ -7,10 +7,12 @@ import pytest
 import torch
 from sklearn.ensemble import RandomForestClassifier
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from odenets import MLPField, Network, NeuralODE, models
+from odenets import ConvField, Flow, MLPField, Network, NeuralODE, models
 from odenets.checkpoints import fingerprint
 from odenets.detection import (
+    Attacked,
     Detector,
     Features,
     FourierSpectrum,
@@ -22,6 +24,7 @@ from odenets.detection import (
     network_state,
     score,
 )
+from odenets.detection.persistence import write
 from odenets.module_wise import split_into_modules
 from tests.odenets.detection.victims import CLEAN, FOREST, GENERATOR, NEW, NEW_ODD, ODD, network, refused, unchanged
 
@@ -238,6 +241,95 @@ def test_errors():
     refused("QuantileTest is fitted on no adversarial images", by_quantile.fit, CLEAN, ODD)
     refused(r"adversarial must have pixels in \[0, 1\]", pipeline.fit, CLEAN, 2 * ODD)
     refused("images must be finite", pipeline.predict, torch.full((2, 1, 8, 8), torch.nan))
+
+
+def pooling():
+    """A network that takes images of any size."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    net = Network(nn.Conv2d(1, 4, 3), Flow(lambda: ConvField(4), solver="euler", depth=2, h=1.0), head)
+    net(CLEAN[:2])
+    return net
+
+
+def test_images_of_another_shape_are_refused_also_after_loading(tmp_path):
+    pipeline = Pipeline(pooling(), detector=Detector(FOREST)).fit(CLEAN, ODD)
+    large = torch.rand(20, 1, 12, 12)
+    for each in (pipeline, Pipeline.load(pipeline.save(tmp_path / "detector"), pooling())):
+        for call in (each.extract, each.scores, each.predict):
+            refused("images must have one shape, 1 x 8 x 8 as the first of fit, got 1 x 12 x 12: resize", call, large)
+        refused("clean must have one shape", each.threshold, large)
+        refused("adversarial must have one shape", each.evaluate, NEW, large)
+    refused("adversarial must have one shape", pipeline.fit, CLEAN, large)
+    refused("noisy must have one shape", pipeline.fit, CLEAN, ODD, noisy=large)
+    assert pipeline.fit(large, large.flip(0)).scores(large).shape == (20,)
+
+
+def test_a_file_without_a_shape_loads(tmp_path):
+    pipeline = Pipeline(pooling(), Trajectory(), QuantileTest())
+    X, predicted = pipeline.extract(CLEAN)
+    pipeline.fit_features(X, np.zeros(len(X), int), predicted)
+    content = {"network": fingerprint(pooling()), "features": pipeline.features, "detector": pipeline.detector}
+    write(tmp_path / "old", content)
+    for path in (pipeline.save(tmp_path / "new"), tmp_path / "old"):
+        again = Pipeline.load(path, pooling())
+        assert np.array_equal(again.scores(NEW), pipeline.scores(NEW))
+        assert again.scores(torch.rand(3, 1, 12, 12)).shape == (3,)  # what is fitted to features knows no images
+    write(tmp_path / "damaged", content | {"shape": ["wide"]})
+    refused("is damaged", Pipeline.load, tmp_path / "damaged", pooling())
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ([CLEAN[:40], CLEAN[40:]], r"got list: one tensor of all, torch.stack of images and torch.cat of batches"),
+        (DataLoader(TensorDataset(CLEAN), 5), "got DataLoader: one tensor of all"),
+        (iter([]), "got list_iterator: one tensor of all"),
+        (CLEAN.numpy(), r"got ndarray: torch.from_numpy\(x\), channels first, bytes divided by 255"),
+        (None, "got NoneType$"),
+        ("photos/", "got str$"),
+        (CLEAN.to("meta"), "hold numbers, got a tensor on the meta device"),
+        (CLEAN.to_sparse(), r"be dense, got a tensor of torch.sparse_coo: x.to_dense\(\)"),
+    ],
+)
+def test_what_are_no_images_is_refused_by_the_name_of_the_argument(value, match):
+    pipeline = Pipeline(network(), Trajectory(), QuantileTest()).fit(CLEAN)
+    both = Pipeline(network(), detector=Detector(FOREST)).fit(CLEAN, ODD)
+    refused(f"clean must .*{match}", Pipeline(network(), Trajectory(), QuantileTest()).fit, value, error=TypeError)
+    refused(f"images must .*{match}", pipeline.scores, value, error=TypeError)
+    refused(f"clean must .*{match}", pipeline.threshold, value, error=TypeError)
+    refused(f"adversarial must .*{match}", both.evaluate, CLEAN, value, error=TypeError)
+    if value is not None:
+        refused(f"adversarial must .*{match}", both.fit, CLEAN, value, error=TypeError)
+        refused(f"noisy must .*{match}", both.fit, CLEAN, ODD, noisy=value, error=TypeError)
+
+
+def test_attacked_images_come_as_images():
+    labels = torch.zeros(80, dtype=torch.long)
+    attacked = Attacked(ODD, labels, labels, labels, torch.zeros(80), torch.zeros(80))
+    refused(
+        "adversarial must .* got Attacked: pass its images", Pipeline(network()).fit, CLEAN, attacked, error=TypeError
+    )
+
+
+def test_a_pipeline_says_what_it_is():
+    pipeline = Pipeline(network(), Trajectory("action"), QuantileTest())
+    assert repr(pipeline) == "Pipeline(Network, Trajectory('action'), QuantileTest(); not fitted)"
+    assert repr(pipeline.fit(CLEAN)) == "Pipeline(Network, Trajectory('action'), QuantileTest(); fitted)"
+
+
+def test_a_plain_network_is_told_of_adapt_where_a_detector_is_loaded(tmp_path):
+    path = Pipeline(network(), Trajectory(), QuantileTest()).fit(CLEAN).save(tmp_path / "detector")
+    refused(
+        "must record its steps, got Linear: pass odenets.adapt", Pipeline.load, path, nn.Linear(2, 2), error=TypeError
+    )
+
+
+def test_an_error_of_the_network_says_if_channels_seem_last():
+    colored = models.small_network(3, solver="bs23", depth=2, normalize=models.Normalize([0.5] * 3, [0.3] * 3))
+    with pytest.raises(ValueError, match="x must have 3 channels") as caught:
+        Pipeline(colored).extract(torch.rand(12, 8, 8, 3))
+    assert caught.value.__notes__ == ["images of shape (12, 8, 8, 3), are their channels last? x.permute(0, 3, 1, 2)"]
 
 
 @pytest.mark.parametrize("kind", [Trajectory, FourierSpectrum, Mahalanobis, NaturalSceneStatistics])

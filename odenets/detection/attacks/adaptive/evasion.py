@@ -16,6 +16,9 @@ from odenets.printing import shown
 
 __all__ = ["Evasion", "Features", "Target", "checked_pool", "detected_by", "judge", "starting_points"]
 
+TO_8_BITS = 1 / 255
+"""What attacked images may have moved beyond what their attack says, where they were rounded afterwards."""
+
 Features = Callable[[Any, Tensor], Tensor]
 """Of a network and images ``(B, C, H, W)``, ``(B, F)``: such as :class:`odenets.detection.Features`."""
 
@@ -57,6 +60,13 @@ class Target:
     features: Features
     detector: Callable[[Tensor], Any]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.features, type):
+            raise TypeError(f"features must be an instance, got the class {self.features.__name__}: call it")
+        if not callable(self.features):
+            kind = type(self.features).__name__
+            raise TypeError(f"features must be a function of network and images, such as Trajectory(), got {kind}")
+
     def features_of(self, x: Tensor) -> Tensor:
         """Features of a batch of images, ``(B, F)`` float32."""
         return in_float32(self.network, lambda x: self.features(self.network, x), x).float()
@@ -76,13 +86,21 @@ def starting_points(
     """The clean images, float32 on the CPU, if an attack can begin at the start images.
 
     Raises:
-        TypeError, ValueError: clean images outside [0, 1] or not as many as start images, or start images that do not
-            fool the network or are not detected.
+        TypeError, ValueError: a start that is no :class:`Attacked`, clean images outside [0, 1] or others than those of
+            the start images, or start images that do not fool the network or are not detected.
     """
+    if not isinstance(start, Attacked):
+        raise TypeError(f"start must be Attacked, as run_attack returns them, got {type(start).__name__}")
+    if not len(start):
+        raise ValueError("start must hold successful adversarial images that are detected, got none")
     images = check_images(images).detach().float().cpu()
     if images.shape != start.images.shape:
         shape, other = tuple(start.images.shape), tuple(images.shape)
         raise ValueError(f"images must be the clean ones of start, {shape}, got shape {other}")
+    moved = (start.images - images).flatten(1).abs().amax(1)
+    if far := int((moved > start.linf + TO_8_BITS).sum()):
+        rule = "images must be the clean ones of start, in its order"
+        raise ValueError(f"{rule}, got {far} of {len(start)} farther from theirs than the attack went: clean[index]")
     if others := int((~start.success).sum()):
         remedy = "start.subset(start.success), and the clean images likewise"
         raise ValueError(f"start must hold successful adversarial images, got {others} others: {remedy}")
@@ -90,7 +108,8 @@ def starting_points(
     if right := int((~before.wrong).sum()):
         raise ValueError(f"start must hold images that fool this network, got {right} that it has right")
     if evading := int(before.evaded.sum()):
-        raise ValueError(f"start must hold detected images, got {evading} that the detector does not tell")
+        remedy = "start.subset(detected), and the clean images likewise"
+        raise ValueError(f"start must hold detected images, got {evading} that the detector does not tell: {remedy}")
     return images
 
 

@@ -42,7 +42,14 @@ class Surrogate(nn.Module):
         ).float()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Logits of features ``z`` ``(B, F)``, ``(B,)``; their sigmoid is the score."""
+        """Logits of features ``z`` ``(B, F)``, ``(B,)``; their sigmoid is the score.
+
+        Raises:
+            ValueError: another number of features.
+        """
+        if z.ndim != 2 or z.shape[1] != len(self.mean):
+            rule = f"features must be (B, {len(self.mean)}), as those that the surrogate was fitted to"
+            raise ValueError(f"{rule}, got shape {tuple(z.shape)}")
         return self.layers(((z - self.mean) / self.std).to(self.mean.dtype))[:, 0]
 
 
@@ -77,6 +84,7 @@ def distill(
         The surrogate, in eval mode and on the CPU, its weights without gradients.
 
     Raises:
+        TypeError: a score that is no function.
         ValueError: numbers out of range, fewer than two features, features or scores that are not finite, or scores
             outside [0, 1].
 
@@ -117,6 +125,9 @@ def distill(
 
 def scores_of(score: Score, features: np.ndarray) -> np.ndarray:
     """A detector's scores of features ``(N, F)``, ``(N,)`` float32, if they are numbers in [0, 1]."""
+    if not callable(score):
+        remedy = "lambda z: pipeline.detector.predict_proba(z)[:, 1]"
+        raise TypeError(f"score must be a function of features (N, F), such as {remedy}, got {type(score).__name__}")
     scores = np.asarray(score(features), dtype=np.float32)
     if scores.shape != (len(features),):
         raise ValueError(f"score must give one number for each of {len(features)} features, got shape {scores.shape}")

@@ -13,7 +13,7 @@ from odenets.detection.attacks.adaptive.evasion import Evasion, Features, Target
 from odenets.detection.attacks.adaptive.surrogate import Score, Surrogate, scores_of
 from odenets.detection.attacks.generation import Attacked, with_progress
 from odenets.detection.isolation import Logits, frozen
-from odenets.errors import check_count
+from odenets.errors import check_count, check_number
 from odenets.modes import device_of
 
 __all__ = ["ProjectedDescent", "surrogate_attack"]
@@ -121,7 +121,14 @@ def surrogate_attack(
         [K24, section 5.4.5] on the choice of a differentiable term for the detector. Tramer, Carlini, Brendel, Madry.
         On adaptive attacks to adversarial example defenses. NeurIPS 2020.
     """
-    descent = descent or ProjectedDescent()
+    descent = ProjectedDescent() if descent is None else descent
+    if not isinstance(descent, ProjectedDescent):
+        raise TypeError(f"descent must be a ProjectedDescent, got {type(descent).__name__}: ProjectedDescent(eps=0.03)")
+    if not isinstance(surrogate, nn.Module):
+        raise TypeError(f"surrogate must be a Surrogate, as distill makes it, got {type(surrogate).__name__}")
+    if not 0 <= check_number("threshold", threshold) < 1:
+        raise ValueError(f"threshold must lie in [0, 1), as scores do, got {threshold}")
+    check_count("batch_size", batch_size, 1)
 
     def detector(z: Tensor) -> Tensor:
         return torch.from_numpy(scores_of(score, z.numpy()) > threshold)
@@ -155,7 +162,12 @@ def _descend(
                 best = torch.where(evades[:, None, None, None], x, best)
             others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
             margin = logits.gather(1, y[:, None])[:, 0] - others
-            loss = margin.clamp(min=-descent.confidence) + weight * surrogate(z)
+            told = surrogate(z)
+            if told.shape != (len(z),):
+                raise ValueError(
+                    f"surrogate must return logits (B,), got shape {tuple(told.shape)} for {len(z)} images"
+                )
+            loss = margin.clamp(min=-descent.confidence) + weight * told
             (gradient,) = torch.autograd.grad(loss.sum(), x)
             if not gradient.isfinite().all():
                 raise ValueError("features and network must have finite gradients, got NaN or infinity")

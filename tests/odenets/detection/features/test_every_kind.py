@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from odenets import Flow, models
 from odenets.detection import (
@@ -84,11 +85,38 @@ def test_features_are_fitted_to_one_network_that_does_not_diverge(kind):
     refused("network must have finite states.*, got NaN or infinity", kind.fit, net, X, Y)
 
 
-@pytest.mark.parametrize("kind", [Mahalanobis(), KernelDensity()], ids=repr)
-def test_labels_are_integers_from_0_in_a_tensor(kind):
-    """What has no label is often -1: it would be left out and nobody told."""
+FITTED = [LID(k=5, reference=30), Mahalanobis(), KernelDensity(bandwidth=1.0)]
+
+
+@pytest.mark.parametrize("kind", FITTED, ids=repr)
+def test_training_images_are_pixels_unless_they_come_normalized(kind):
     net = network()
-    refused(r"labels 0, 1, ..., got -1", kind.fit, net, X, torch.where(Y == 3, -1, Y))
-    for labels, got in ((Y.tolist(), "list"), (Y.numpy(), "ndarray")):
-        refused(f"in a tensor .* got {got}", kind.fit, net, X, labels, error=TypeError)
-    refused(r"torch.int64 of shape \(60, 10\)", kind.fit, net, X, torch.nn.functional.one_hot(Y))
+    refused("x must be a floating tensor .* divide bytes by 255", kind.fit, net, (255 * X).byte(), Y, error=TypeError)
+    refused(r"x must have pixels in \[0, 1\], got \[0.*, 25", kind.fit, net, 255 * X, Y)
+    refused(r"x must have pixels in \[0, 1\], got \[-", kind.fit, net, X - 0.5, Y)
+    for index in (3, 59):  # LID draws some of them
+        spoiled = X.clone()
+        spoiled[index] = torch.nan
+        refused("x must be finite, got NaN or infinity", kind.fit, net, spoiled, Y)
+        refused("x must be finite, got NaN or infinity", kind.fit, net, spoiled, Y, normalized=True)
+    refused("x must hold numbers, got a tensor on the meta device", kind.fit, net, X.to("meta"), Y, error=TypeError)
+    refused("got ndarray: torch.from_numpy", kind.fit, net, X.numpy(), Y, error=TypeError)
+    refused("got DataLoader: one tensor of all", kind.fit, net, DataLoader(TensorDataset(X, Y)), Y, error=TypeError)
+    assert kind.fit(net, X - 0.5, Y, normalized=True)(net, X[:5] - 0.5).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", FITTED[1:], ids=repr)
+@pytest.mark.parametrize(
+    ("labels", "error", "match"),
+    [
+        (None, TypeError, "y must be a tensor of integer labels (N,), got NoneType$"),
+        (Y.tolist(), TypeError, "got list: torch.as_tensor"),
+        (Y.numpy(), TypeError, "got ndarray: torch.as_tensor"),
+        (Y.float(), ValueError, "one integer label for each of 60 images, got torch.float32"),
+        (Y[:, None], ValueError, "one integer label for each of 60 images, got torch.int64 of shape"),
+        (Y - 1, ValueError, "y must hold labels 0, 1, ..., got -1"),
+        (100 * Y, ValueError, r"from 0 to 900, got .* of .1, 2, 3, 4, 5, ..."),
+    ],
+)
+def test_labels_are_one_whole_number_for_each_image(kind, labels, error, match):
+    refused(match.replace("(N,)", r"\(N,\)"), kind.fit, network(), X, labels, error=error)

@@ -180,7 +180,7 @@ def test_errors(images):
     refused("got -1", features.fit, net, x, y - 1)
     refused("one integer label", features.fit, net, x, y[:2])
     refused("float32", features.fit, net, x, y.float())
-    refused("each of 0 images", features.fit, net, x[:0], y[:0])
+    refused("not empty", features.fit, net, x[:0], y[:0])
     refused("equal ones in state 0", features.fit, net, 0 * x, y)
     refused(r"pixels in \[0, 1\]", features.fit(net, x, y), net, x + 1)
     refused(r"\[4, 4, 8\]", features, models.resnet110(blocks=1, channels=(4, 8)), x)

@@ -1,10 +1,12 @@
 """Attacks on a network and its detector."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from odenets.detection import Trajectory, preset, run_attack
 from odenets.detection.attacks.adaptive import ProjectedDescent, black_box, distill, feature_attack, surrogate_attack
@@ -202,6 +204,53 @@ def test_a_network_of_the_features_gets_no_gradients(attacked):
     options = {"weights": [(1.0, 1.0)], "rounds": 1, "steps": 1, **HSJ}
     feature_attack(victim(), lambda network, x: reader(quadrants(network, x)), too_bright, *attacked, **options)
     assert reader.weight.grad is None
+
+
+def test_what_a_surrogate_attack_is_given_is_checked(attacked):
+    surrogate = distill(score, np.random.default_rng(0).random((20, 4)), copies=1, epochs=1)
+    start, images = attacked
+    given = {"features": quadrants, "score": score, "surrogate": surrogate, "start": start, "images": images}
+
+    def attack(**changed):
+        return surrogate_attack(victim(), **(given | {"descent": ProjectedDescent(steps=1)} | changed))
+
+    assert len(attack().images) == 4
+    for message, changed in {
+        "start must be Attacked, as run_attack returns them, got Tensor": {"start": start.images},
+        "features must be an instance, got the class Trajectory: call it": {"features": Trajectory},
+        "features must be a function of network and images, .* got NoneType": {"features": None},
+        r"score must be a function .*predict_proba\(z\)\[:, 1\], got object": {"score": object()},
+        "surrogate must be a Surrogate, as distill makes it, got NoneType": {"surrogate": None},
+        r"descent must be a ProjectedDescent, got dict: ProjectedDescent\(eps=0.03\)": {"descent": {"eps": 0.03}},
+        "threshold must be a number, got '5 %'": {"threshold": "5 %"},
+    }.items():
+        refused(message, attack, **changed, error=TypeError)
+    for message, changed in {
+        r"surrogate must return logits \(B,\), got shape \(4, 1\)": {"surrogate": torch.nn.Linear(4, 1)},
+        r"features must be \(B, 4\), as those that the surrogate was fitted to, got shape \(4, 5\)": {
+            "features": lambda network, x: F.pad(quadrants(network, x), (0, 1)),
+            "score": lambda z: score(z[:, :4]),
+        },
+        r"threshold must lie in \[0, 1\), as scores do, got 5": {"threshold": 5},
+        r"threshold must lie in \[0, 1\), as scores do, got nan": {"threshold": torch.nan},
+        "batch_size must be at least 1, got 0": {"batch_size": 0},
+        "start must hold successful adversarial images that are detected, got none": {
+            "start": start.subset(torch.zeros(4, dtype=torch.bool)),
+            "images": images[:0],
+        },
+    }.items():
+        refused(message, attack, **changed)
+
+
+@pytest.mark.parametrize("name", ["black box", "features", "surrogate"])
+def test_clean_images_of_others_are_refused_and_rounded_attacks_are_not(attacked, name):
+    start, images = attacked
+    message = (
+        "images must be the clean ones of start, in its order, got 4 of 4 farther from theirs than the attack went"
+    )
+    refused(message, attacks_on(victim())[name], start, images.roll(1, 0))
+    rounded = dataclasses.replace(start, images=(255 * start.images).round() / 255)
+    assert len(attacks_on(victim())[name](rounded, images).images) == 4
 
 
 def test_a_gradient_that_is_not_finite_is_no_attack(attacked):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from odenets.detection import distill
+from odenets.detection import Pipeline, distill
 from odenets.detection.isolation import seeded
-from tests.odenets.detection.victims import detection, digits, features_of, refused
+from tests.odenets.detection.victims import detection, digits, features_of, refused, victim
 
 
 def ring(z):
@@ -108,6 +108,10 @@ def test_arguments_are_checked():
     message = r"score must give one number for each of 36 features, got shape \(36, 2\)"
     refused(message, distill, lambda z: z, ones)
     refused("epochs must be at least 1, got 0", distill, ring, ones, epochs=0)
+    refused("score must be a function of features .* got Pipeline", distill, Pipeline(victim()), ones, error=TypeError)
+    refused(
+        r"features must be \(B, 2\), .* got shape \(3, 5\)", distill(ring, drawn(50, 0), epochs=1), torch.rand(3, 5)
+    )
     refused("copies must not be negative", distill, ring, ones, copies=-1)
     refused("batch_size must be at least 1", distill, ring, ones, batch_size=0)
     refused("hidden must be at least 1", distill, ring, ones, hidden=0)
