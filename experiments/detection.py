@@ -16,6 +16,7 @@ and the test have to themselves. Normalization is a layer of the attacked networ
 Networks that others trained have a study of their own, ``detection_pretrained.py``, which this script begins too:
 
     python experiments/detection.py --network resnet56 --weights FILE --folder DIR
+    python experiments/detection.py --network resnet56 --help
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from detection_setup import TRAJECTORY, Config, Job, attacked, foreign, jobs, ki
 from detection_tables import columns, details, figures, summarize, verdict
 
 from lab.experiment import Experiment, Report, Row, Run, command
+from lab.pretrained.resnets import DEPTHS
 from odenets import Network
 from odenets.detection import (
     LID,
@@ -185,12 +187,16 @@ EXPERIMENT = Experiment.of(
 )  # fmt: skip
 
 
+TRAINED = {f"resnet{depth}" for depth in DEPTHS}
+"""Networks that others trained."""
+
+
 def begun(arguments: Sequence[str]) -> tuple[Experiment[Any, Any], str | None]:
     """The experiment that arguments of the command line ask for: of a network with weights or of networks of its own.
 
     With what it says of itself.
     """
-    if any(each == "--weights" or each.startswith("--weights=") for each in arguments):
+    if any(each.startswith("--weights") or each.removeprefix("--network=") in TRAINED for each in arguments):
         import detection_pretrained
 
         return detection_pretrained.EXPERIMENT, detection_pretrained.__doc__

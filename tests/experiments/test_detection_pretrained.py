@@ -206,6 +206,8 @@ def test_the_first_script_begins_the_study_where_weights_are_given():
     experiment, words = detection.begun(["--network", "resnet56", "--weights", "FILE"])
     assert experiment is EXPERIMENT
     assert "trained ResNets" in words
+    for arguments in (["--weights=FILE"], ["--network", "resnet20", "--help"], ["--network=resnet44"]):
+        assert detection.begun(arguments)[0] is EXPERIMENT
     assert detection.begun(["--network", "resnet9"])[0] is detection.EXPERIMENT
 
 
