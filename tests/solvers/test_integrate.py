@@ -55,7 +55,7 @@ def exact():
 @pytest.mark.parametrize("solver", ["heun", "midpoint", "bs23", "dopri5"])
 def test_adaptive_solves_agree_with_scipy(solver, controller, exact):
     x0 = torch.tensor([[1.0, 1.0]], dtype=D)
-    tolerance = Tolerance(rtol=1e-6, atol=1e-8)
+    tolerance = Tolerance(rtol=1e-5, atol=1e-7) if solver in ("heun", "midpoint") else Tolerance(rtol=1e-6, atol=1e-8)
     ours = integrate(lotka, x0, 0.0, 3.0, solver=solver, tolerance=tolerance, controller=controller)
     np.testing.assert_allclose(ours.x1[0].numpy(), exact.y[:, -1], rtol=1e-3)
     assert ours.times[-1] == 3.0
