@@ -14,6 +14,11 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
+# to seed a device that is not there keeps the call and its stack for later: half a millisecond, many times in each test
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
+
 # neither minds how long anything takes: machines are slow, or busy
 settings.register_profile("same", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.register_profile("new", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -49,3 +54,12 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_collection_finish():
     """What is loaded by now stays: to look at it whenever `fit` collects garbage takes half a second each time."""
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """As does what the tests of a file have loaded."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()

@@ -17,11 +17,12 @@ from odenets.training.runs import read_metrics, read_summary
 TINY: dict[str, Any] = {
     "seeds": (0, 1),
     "epochs": 2,
-    "train_size": 100,
+    "train_size": 50,
+    "test_size": 50,
     "deep": 4,
     "workers": 1,
     "max_depth": 8,
-    "check_samples": 40,
+    "check_samples": 20,
 }
 TINY |= {"parts": ("depth", "long"), "rates": (0.02,), "weights": (1.0,)}
 
@@ -40,7 +41,7 @@ def test_the_run_folder_holds_everything(folder):
         trained = read_summary(folder / f"depth-adaptive-from-4-T1-seed{seed}")["results"]
         assert len(trained["h"]) == len(trained["errors"]) == depth <= TINY["max_depth"]
         assert sum(trained["h"]) == pytest.approx(1)  # the total time, however many blocks it is cut into
-    assert rows["depth", "fixed 4"]["evaluations"] == 2 * 80 * 12  # epochs, samples, evaluations per forward pass
+    assert rows["depth", "fixed 4"]["evaluations"] == 2 * 40 * 12  # epochs, samples, evaluations per forward pass
     euler = next(row for (_, network), row in rows.items() if network.startswith("euler"))
     assert euler["evaluations_per_forward"] == 3 * max(set(deep["final_depths"]), key=deep["final_depths"].count)
     text = (folder / "table.md").read_text()
@@ -55,7 +56,7 @@ def test_growing_networks_end_as_the_deepest_and_take_less(folder):
     for way in ("doubling", "stacking"):
         grown = rows[f"{way} to 4"]
         assert (
-            grown["evaluations"] == 2 * 80 * 3 * (1 + 2) / 2
+            grown["evaluations"] == 2 * 40 * 3 * (1 + 2) / 2
         )  # an epoch of each level; two epochs end before four blocks
         assert grown["evaluations"] < fixed["evaluations"]
         results = read_summary(folder / f"depth-{way}-to-4-T1-seed0")["results"]

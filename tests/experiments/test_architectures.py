@@ -11,7 +11,7 @@ from lab.experiment import Outcome, run
 from lab.training import parts_of
 from odenets.training.runs import read_summary
 
-TINY = Config(quick=True, workers=1)
+TINY = Config(seeds=(0,), epochs=1, train_size=100, test_size=50, rates=(0.1,), parameters=8000, workers=1)
 FEW = ("ResNet (Euler)", "LM-ResNet", "FractalNet")
 
 

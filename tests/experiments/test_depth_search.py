@@ -12,6 +12,7 @@ TINY: dict[str, Any] = {
     "tolerances": (3e-3, 1e-2),
     "epochs": 2,
     "train_size": 100,
+    "test_size": 50,
     "workers": 1,
 }
 

@@ -12,7 +12,7 @@ TINY = Config(workers=1, quick=True)
 
 
 def test_a_run_leaves_its_table_and_figures(tmp_path):
-    run(EXPERIMENT, replace(TINY, output=tmp_path / "run"))
+    run(EXPERIMENT, replace(TINY, validation_size=50, output=tmp_path / "run"))
     rows = read_summary(tmp_path / "run")["results"]["rows"]
     assert [(row["condition"], row["method"]) for row in rows] == [("few images", "VanGL"), ("few images", "TRGL")]
     for name in ("fig_18_few_images", "fig_43"):

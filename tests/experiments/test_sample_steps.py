@@ -10,7 +10,9 @@ from sample_steps_setup import EXITS, RULES, STEPS, Config, Job, build, measure,
 from lab.experiment import Outcome, run
 from odenets.training.runs import read_summary
 
-TINY = Config(quick=True, workers=1)
+TINY = Config(
+    epochs=1, train_size=100, test_size=50, depth=4, budgets=(2, 3), rounds=2, permutations=1, measured=20, workers=1
+)
 
 
 def test_a_run_leaves_its_table_and_figures(tmp_path, capsys):

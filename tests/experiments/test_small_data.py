@@ -18,7 +18,7 @@ TINY = Config(workers=1, quick=True)
 
 
 def test_a_run_leaves_its_table(tmp_path, capsys):
-    run(EXPERIMENT, replace(TINY, output=tmp_path))
+    run(EXPERIMENT, replace(TINY, validation_size=50, test_size=50, output=tmp_path))
     summary = read_summary(tmp_path)
     rows = summary["results"]["rows"]
     assert [row["method"] for row in rows] == [*METHODS, *METHODS, *PROTOCOL, *PROTOCOL, *PROTOCOL]

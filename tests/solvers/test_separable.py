@@ -330,9 +330,11 @@ def test_energies_make_a_field_that_keeps_them(method):
         assert (total - total[0]).abs().max() < 2e-4
         assert states.std() > 1  # it moves
         exact = Separable.of_energies(lambda p: p.square().sum(1) / 2, lambda q: -q.cos().sum(1))
-        rounding(integrate(exact, X0, 0.0, 1.0, **options).x1, integrate(pendulum(), X0, 0.0, 1.0, **options).x1)
+        few = {"solver": method, "steps": 100}
+        rounding(integrate(exact, X0, 0.0, 1.0, **few).x1, integrate(pendulum(), X0, 0.0, 1.0, **few).x1)
     with torch.inference_mode():
-        rounding(torch.cat(integrate(field, X0[:1], 0.0, 100.0, **options).states).clone(), states)
+        again = torch.cat(integrate(field, X0[:1], 0.0, 10.0, **few).states).clone()
+    rounding(again, states[:101])
 
 
 @each

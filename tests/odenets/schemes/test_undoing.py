@@ -76,7 +76,7 @@ class Counting(nn.Module):
 def peak(scheme, depth):
     torch.manual_seed(0)
     field = odenets.MLPField(32 if isinstance(scheme, CoupledHalves) else 64, hidden=256)
-    flow, x = odenets.Flow(field, solver=scheme, depth=depth, shared=True), torch.randn(256, 64)
+    flow, x = odenets.Flow(field, solver=scheme, depth=depth, shared=True), torch.randn(64, 64)
 
     def work():
         flow(x.clone().requires_grad_()).sum().backward()

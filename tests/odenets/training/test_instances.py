@@ -48,17 +48,17 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, 0.05, momentum=0.9)
 
 
-def together(objective, epochs=3, networks=None, optimizer=adam, **options):
+def together(objective, epochs=3, networks=None, optimizer=adam, size=50, **options):
     networks = networks or [network(i) for i in range(N)]
-    batches = [data.Batches(points(i), 8, seed=i) for i in range(N)]
+    batches = [data.Batches(points(i, size), 8, seed=i) for i in range(N)]
     return fit_instances(networks, batches, epochs=epochs, optimizer=optimizer, objective=objective, **options)
 
 
 OBJECTIVES = {
     "cross-entropy": CrossEntropy,
     "penalty": lambda: ActionPenalty(0.1, cost="norm"),
-    "before": lambda: LeastAction(lambda0=0.1, tau=0.1, every=5, cost="norm", weigh="multiply"),
-    "after": lambda: LeastAction(lambda0=0.1, tau=0.1, every=5, update="after"),
+    "before": lambda: LeastAction(lambda0=0.1, tau=0.1, every=2, cost="norm", weigh="multiply"),
+    "after": lambda: LeastAction(lambda0=0.1, tau=0.1, every=2, update="after"),
 }
 
 
@@ -69,10 +69,10 @@ def test_together_is_what_each_alone_is(name, norm, solver):
     # a bias before a batch norm has no gradient but rounding, which Adam would make a step of
     optimizer = sgd if norm == "batch" else adam
     networks = [network(i, norm, solver=solver) for i in range(N)]
-    result = together(OBJECTIVES[name], epochs=2, networks=networks, optimizer=optimizer)
+    result = together(OBJECTIVES[name], epochs=2, networks=networks, optimizer=optimizer, size=20)
     for i, both in enumerate(result.networks):
         alone, objective = network(i, norm, solver=solver), OBJECTIVES[name]()
-        batches = data.Batches(points(i), 8, seed=i)
+        batches = data.Batches(points(i, 20), 8, seed=i)
         training = fit(alone, batches, epochs=2, optimizer=optimizer, objective=objective)
         assert_same(alone, both, 1e-6, 1e-7)
         assert_same(objective, result.objectives[i], 1e-6, 1e-7)
