@@ -54,12 +54,3 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_collection_finish():
     """What is loaded by now stays: to look at it whenever `fit` collects garbage takes half a second each time."""
     gc.freeze()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item, nextitem):
-    """As does what the tests of a file have loaded."""
-    yield
-    if nextitem is None or nextitem.path != item.path:
-        gc.collect()
-        gc.freeze()
