@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from odenets.detection.attacks.cross_entropy import CrossEntropy
+from odenets.detection.attacks.log_odds import LogOdds
 from odenets.detection.network_state import treats_apart
 from odenets.errors import needs
 from odenets.modes import device_of
@@ -104,7 +104,7 @@ def gradient_attack(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # ART takes the current one
         estimator = art.estimators.classification.PyTorchClassifier(
             network,
-            loss=CrossEntropy() if exact else nn.CrossEntropyLoss(),
+            loss=LogOdds() if exact else nn.CrossEntropyLoss(),
             input_shape=images.shape[1:],
             nb_classes=classes,
             clip_values=(0.0, 1.0),
@@ -121,7 +121,7 @@ def gradient_attack(
             part.set_params(verbose=False, **{to: settings[setting] for setting, to in inner if setting in settings})
         for part in attack.attacks if name == "AA" else (attack,):
             if exact and getattr(part, "loss_type", None) == "cross_entropy":  # with an estimator of its own
-                part.estimator.loss.ce_loss = CrossEntropy("none")
+                part.estimator.loss.ce_loss = LogOdds("none")
         with _multiprocess():
             return attack.generate(images.copy(), np.eye(classes, dtype=np.float32)[labels])
 

@@ -189,7 +189,7 @@ def _batch_folder(
         "weights": fingerprint(network),
     }
     if attack.name in BY_CROSS_ENTROPY and dict(attack.settings).get("exact", True):
-        about["loss"] = "cross-entropy by direction"  # images that were made otherwise are others
+        about["loss"] = "log-odds"  # images that were made otherwise are others
     more = {"attributes": _attributes(network), "images": x, "labels": y} | _unsaved(network)
     kind = device_of(network).type
     if torch.is_autocast_enabled(kind):
