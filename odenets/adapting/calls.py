@@ -29,9 +29,10 @@ def inputs_and_measures(model: nn.Module, named: Mapping[str, Any]) -> tuple[dic
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except ValueError:  # of a script, which has none
-        parameters = inspect.signature(lambda **inputs: inputs).parameters.values()
-    takes = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    anything = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        takes, anything = [], True
+    else:
+        takes = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        anything = any(p.kind == p.VAR_KEYWORD for p in parameters)
     keywords, measures = {}, {}
     for name, value in named.items():
         if isinstance(value, Measure) or (callable(value) and name not in takes):
@@ -41,7 +42,7 @@ def inputs_and_measures(model: nn.Module, named: Mapping[str, Any]) -> tuple[dic
         else:
             inputs = ", ".join(takes) or "none by keyword"
             if isinstance(value, Tensor):
-                raise TypeError(f"the model takes no input named {name!r}, a tensor, but {inputs}")
+                raise TypeError(f"the model takes no input {name!r}, which is a tensor; its inputs are {inputs}")
             raise TypeError(
                 f"measure {name!r} must be a function Step -> (B,), got {type(value).__name__}, and the model takes no "
                 f"input of that name: {inputs}"

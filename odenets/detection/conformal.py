@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from odenets.detection.vectors import vector
 from odenets.errors import check_count, check_number, needs
 
 __all__ = ["check_rate", "conformal_p_values", "conformal_threshold", "false_positive_interval"]
@@ -44,7 +45,7 @@ def conformal_p_values(scores: Any, calibration: Any, *, ties: int | None = None
     >>> conformal_p_values([0.5, 2.5, 9.0], calibration=[1.0, 2.0, 3.0])
     array([1.  , 0.5 , 0.25])
     """
-    scores, calibration = _vector("scores", scores), np.sort(_vector("calibration", calibration))
+    scores, calibration = _scores("scores", scores), np.sort(_scores("calibration", calibration))
     n = len(calibration)
     if n == 0:
         raise ValueError("calibration must hold at least one score, got none")
@@ -68,7 +69,7 @@ def conformal_threshold(calibration: Any, false_positive_rate: float) -> float:
     >>> conformal_threshold(range(99), 0.05)
     94.0
     """
-    calibration = np.sort(_vector("calibration", calibration))
+    calibration = np.sort(_scores("calibration", calibration))
     return float(calibration[-_rank(len(calibration), false_positive_rate)])
 
 
@@ -128,15 +129,8 @@ def _rank(n: int, false_positive_rate: float) -> int:
     return k
 
 
-def _vector(name: str, values: Any) -> np.ndarray:
-    rule = f"{name} must hold scores (N,), one array of numbers"
-    try:
-        if np.iscomplexobj(values):
-            raise TypeError("complex")
-        values = np.asarray(values, dtype=float)
-    except (RuntimeError, TypeError, ValueError) as error:  # torch's of a tensor with gradients, or on a GPU
-        raise TypeError(f"{rule}, got {type(values).__name__} ({error})") from error
-    if values.ndim != 1 or np.isnan(values).any():
-        got = f"shape {values.shape}" if values.ndim != 1 else "NaN"
-        raise ValueError(f"{name} must hold scores (N,), none of them NaN, got {got}")
-    return values
+def _scores(name: str, values: Any) -> np.ndarray:
+    scores = vector(name, values)
+    if np.isnan(scores).any():
+        raise ValueError(f"{name} must hold scores (N,), none of them NaN, got NaN")
+    return scores

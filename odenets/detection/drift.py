@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from odenets.detection.conformal import check_rate
+from odenets.detection.vectors import vector
 from odenets.errors import check_count, needs
 from odenets.printing import shown
 
@@ -114,11 +115,7 @@ def drift_test(p_values: Any, calibration: Any, *, window: int = 200, level: flo
 
 
 def _p_values(name: str, values: Any) -> np.ndarray:
-    try:
-        values = np.asarray(values, dtype=float)
-    except (RuntimeError, TypeError, ValueError) as error:  # torch's of a tensor with gradients
-        rule = f"{name} must hold p-values (N,), such as monitor.p_values(images) or assessment.p_values"
-        raise TypeError(f"{rule}, got {type(values).__name__}") from error
-    if values.ndim != 1 or not ((values > 0) & (values <= 1)).all():
-        raise ValueError(f"{name} must hold p-values (N,) in (0, 1], got shape {values.shape}")
-    return values
+    p_values = vector(name, values, "p-values as of monitor.p_values(images)")
+    if not ((p_values > 0) & (p_values <= 1)).all():
+        raise ValueError(f"{name} must hold p-values (N,) in (0, 1], got shape {p_values.shape}")
+    return p_values

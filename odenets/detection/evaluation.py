@@ -14,6 +14,7 @@ from torch import Tensor
 
 from odenets.detection.detector import MODES, Detector
 from odenets.detection.estimators import roc_auc_score, roc_curve
+from odenets.detection.vectors import vector
 from odenets.printing import shown
 
 __all__ = [
@@ -185,8 +186,8 @@ def detection_rates(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
 
 
 def _finite(name: str, scores: Any) -> np.ndarray:
-    values = np.asarray(scores, dtype=float)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+    values = vector(name, scores)
+    if not len(values) or not np.isfinite(values).all():
         raise ValueError(f"{name} must hold finite scores (N,), at least one, got shape {values.shape}")
     return values
 

@@ -148,7 +148,8 @@ def check_shape(images: Any, shape: tuple[int, ...] | None, name: str) -> None:
     if (came := shape_of(images)) is None or shape in (None, came):
         return
     wanted, got = (" x ".join(map(str, dims)) for dims in (shape, came))
-    remedy = "resize them, as their paths depend on it" if shape[0] == came[0] else "their channels are others"
+    last = "channels come first, x.permute(0, 3, 1, 2)" if shape[0] == came[2] else "their channels are others"
+    remedy = "resize them, as their paths depend on it" if shape[0] == came[0] else last
     raise ValueError(f"{name} must have one shape, {wanted} as the first of fit, got {got}: {remedy}")
 
 

@@ -89,7 +89,7 @@ class OneClassGaussian(OutlierMixin, BaseEstimator):
         mean = z.mean(0)
         self.means_ = np.stack([*((each.sum(0) + self.prior * mean) / (len(each) + self.prior) for each in own), mean])
         centered = z - self._means_of(classes, len(z))
-        if not centered.any():
+        if np.abs(centered).max() <= SPREAD * np.abs(z).max():
             about = " of its predicted class" if self.conditional else ""
             raise ValueError(f"X must hold features that vary, got {len(X)} samples that are all at the mean{about}")
         covariance = LedoitWolf(assume_centered=True).fit(centered)

@@ -90,10 +90,11 @@ def stored_shape(shape: Any, path: Path) -> tuple[int, ...] | None:
     Raises:
         ValueError: it is none.
     """
-    try:
-        return None if shape is None else tuple(map(int, shape))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    if shape is None:
+        return None
+    if not isinstance(shape, list | tuple) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"{path} is damaged: the shape of an image must be (C, H, W), got {shape!r}")
+    return tuple(shape)
 
 
 def _skops() -> Any:

@@ -257,7 +257,7 @@ class Pipeline:
             ValueError: as :meth:`scores`.
         """
         mask = None if successful is None else torch.as_tensor(successful).cpu().numpy()
-        scores = (self._scores(images, name) for name, images in {"clean": clean, "adversarial": adversarial}.items())
+        scores = self._scores(clean, "clean"), self._scores(adversarial, "adversarial")
         return score(*scores, threshold=threshold, successful=mask)
 
     def _check_network(self, *, exactly: bool = False) -> None:

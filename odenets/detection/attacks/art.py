@@ -81,13 +81,13 @@ def check_squares(settings: Mapping[str, Any], height: int, width: int) -> None:
     Raises:
         ValueError: they are too narrow or too small.
     """
-    side = max(1, round((_SQUARE * height * width) ** 0.5))
+    side, enough = max(1, round((_SQUARE * height * width) ** 0.5)), 6
     if settings.get("norm", "inf") == 2:
-        side = max(3, side + 1 - side % 2)
+        side, enough = max(3, side + 1 - side % 2), 14
     if side >= min(height, width):
         raise ValueError(
             f"AA moves squares of {side} pixels about in images, got images of {height} x {width}: pad them to squares "
-            "of 6 pixels or more, or choose another attack"
+            f"of {enough} pixels or more, or choose another attack"
         )
 
 

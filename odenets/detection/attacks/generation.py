@@ -239,8 +239,8 @@ def _classes(logits: Logits, attack: Attack, images: Tensor, labels: Tensor) -> 
     classes = first.shape[1]
     if not torch.allclose(first, again, rtol=1e-3, atol=1e-5, equal_nan=True):
         warnings.warn(
-            "network seems to draw random numbers in eval mode: which images an attack fools is that of one draw, and "
-            "others are fooled in the next pass",
+            "network seems to draw random numbers in eval mode, so that success is that of one draw and others are "
+            "fooled in the next pass: switch off what is random",
             stacklevel=3,
         )
     if attack.name not in DECISION_BASED and bool((first >= 0).all()) and abs(first.sum().item() - 1) < 1e-4:

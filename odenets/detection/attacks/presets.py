@@ -133,8 +133,13 @@ def preset(name: str, **settings: Setting) -> Attack:
 
 
 def checked(attack: Attack) -> Attack:
-    """The attack, if ART's class knows its settings."""
+    """The attack, if ART's class knows its settings and has a step to take."""
     known = known_settings(attack.name)
     if unknown := [setting for setting, _ in attack.settings if setting not in known]:
         raise ValueError(f"{attack.name} has no setting {', '.join(unknown)}; known are {', '.join(known)}")
+    settings = dict(attack.settings)
+    if settings.get("minimal") and (step := float(settings.get("eps_step", 0.1))) > (
+        eps := float(settings.get("eps", 0.3))
+    ):
+        raise ValueError(f"eps_step of {attack.name} must be at most eps where it is minimal, got {step} and {eps}")
     return attack

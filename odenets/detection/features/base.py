@@ -112,6 +112,8 @@ def check_inputs(x: Any, name: str = "images", *, normalized: bool = False) -> A
     if samples_in(x, name) == 0:
         raise ValueError(f"{name} must not be empty, got no sample")
     for key, value in x.items():
+        if isinstance(value, Tensor):
+            check_data(value, f"{name} of {key!r}")
         if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{name} must be finite, got NaN or infinity in {key!r}")
     return plain(x)
@@ -146,7 +148,7 @@ def check_images(x: Tensor, name: str = "images", *, normalized: bool = False) -
         return x
     if low < 0 or high > 1:
         raise ValueError(
-            f"{name} must have pixels in [0, 1], got [{low:.3g}, {high:.3g}]: normalize inside the network "
+            f"{name} must have pixels in [0, 1], got [{low:.7g}, {high:.7g}]: normalize inside the network "
             "(models.Normalize), and divide what is in [0, 255] by 255"
         )
     return x

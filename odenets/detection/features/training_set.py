@@ -23,6 +23,7 @@ def check_training(x: Any, *, normalized: bool = False) -> None:
     check_positional(x)
     if not isinstance(x, Tensor) or x.ndim == 4:
         check_images(x, "x", normalized=normalized)
+        return
     check_data(x, "x")
     if x.is_floating_point() and not x.isfinite().all():
         raise ValueError("x must be finite, got NaN or infinity")

@@ -142,6 +142,7 @@ def test_errors():
     refused("one array of numbers, got Tensor .*detach", conformal_p_values, with_gradients, [1.0], error=TypeError)
     refused("p_values must hold p-values .* got Tensor", drift_test, with_gradients, [1.0], error=TypeError)
     refused("got list .complex", conformal_p_values, [1.0], [1j], error=TypeError)
+    refused("calibration must hold p-values .* got list .complex", drift_test, [1.0], [1j], error=TypeError)
     refused("calibration must hold at least one score, got none", conformal_p_values, [1.0], [])
     refused("with n = 9 calibration images, got 0.05: 19 of them have it", conformal_threshold, range(9), 0.05)
     refused(r"false_positive_rate must lie in \(0, 1\), got 1.5", conformal_threshold, range(9), 1.5)

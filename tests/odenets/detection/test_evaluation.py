@@ -67,6 +67,10 @@ def test_scores_of_both_kinds_are_needed(call):
     refused("clean must hold finite scores", call, [np.nan], [1, 1])
     refused("clean must hold finite scores", call, [], [1, 1])
     refused("adversarial must hold finite scores", call, [0, 0], [])
+    refused("adversarial must hold scores .* got list .complex", call, [0, 0], [1, 1j], error=TypeError)
+    with_gradients = torch.ones(2, requires_grad=True)
+    refused("clean must hold scores .* got Tensor", call, with_gradients, [1, 1], error=TypeError)
+    refused(r"clean must hold scores \(N,\), got shape \(1, 2\)", call, [[0, 0]], [1, 1])
 
 
 def test_scores_are_checked():

@@ -58,6 +58,11 @@ def test_features_and_classes_are_those_of_one_pass():
     [
         (Encoding({name: x[:5] for name, x in CLEAN.items()}), ValueError, "clean must hold at least 10 images, got 5"),
         (louder(CLEAN, torch.nan), ValueError, "clean must be finite, got NaN or infinity in 'scale'"),
+        (
+            louder(CLEAN, 1.0) | {"scale": torch.ones(300, device="meta")},
+            TypeError,
+            "clean of 'scale' must hold numbers",
+        ),
         (Encoding(text=["a"] * 20), TypeError, r"must be tensors \(B, ...\), got Encoding with \['text'\]"),
     ],
 )

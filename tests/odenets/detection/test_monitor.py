@@ -262,7 +262,7 @@ def test_errors():
     refused("clean must be dense, got a tensor of torch.sparse_coo", monitor.fit, CLEAN.to_sparse(), error=TypeError)
     without = Monitor(network().to("meta"))
     refused("network must have weights, got 'encoder.1.weight' on the meta device", without.fit, CLEAN)
-    message = "the model takes no input named 'image', a tensor, but input"
+    message = "the model takes no input 'image', which is a tensor; its inputs are input"
     refused(message, Monitor(nn.Sequential(network())).fit, [{"image": CLEAN}], error=TypeError)
     refused("clean must not be empty", monitor.fit, CLEAN[:0])
     refused("19; the smallest that they have is 0.0909", monitor.fit, CLEAN[:20])
@@ -281,7 +281,7 @@ def test_errors():
     refused("images must be a batch .* not empty, got shape \\(0, 1, 8, 8\\)", monitor.predict, [NEW, NEW[:0]])
     refused("p_values must hold p-values .* got Assessment", monitor.drift, monitor.check(NEW), error=TypeError)
     parts = [part.p_values for part in monitor.stream(NEW.split(30))]
-    refused("assessment.p_values, got list", monitor.drift, parts, error=TypeError)
+    refused("p-values as of monitor.p_values.* got list", monitor.drift, parts, error=TypeError)
     refused("images must be finite, got NaN", monitor.predict, torch.full((2, 1, 8, 8), torch.nan))
     refused(
         "images must have one shape, 1 x 8 x 8 as the first of fit, got 1 x 9 x 9",

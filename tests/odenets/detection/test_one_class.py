@@ -68,6 +68,10 @@ def test_features_that_never_vary_are_refused():
     refused("features that vary, got 60 samples that are all at the mean$", constant.fit, np.full((60, 2), 0.3))
     match = "features that vary, got 60 samples that are all at the mean of its predicted class$"
     refused(match, OneClassGaussian(prior=0).fit, CLASSES[:, None] / 3, predicted=CLASSES)
+    rounded = np.random.default_rng(0).normal(size=(CLASSES.max() + 1, 4))[
+        CLASSES
+    ]  # their means are other numbers in the last digit
+    refused(match, OneClassGaussian(prior=0).fit, rounded, predicted=CLASSES)
 
 
 def test_errors():

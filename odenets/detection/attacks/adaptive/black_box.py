@@ -68,7 +68,6 @@ def black_box(
     """
     hop_skip_jump = dict(preset("HSJ", **settings).settings)
     check_count("trials", trials, 1)
-    more = start.images[:0] if pool is None else checked_pool(pool, start)
     device = device_of(network)
     with frozen(network) as network:
         logits = Logits(network)
@@ -85,6 +84,7 @@ def black_box(
             return torch.cat(answers).numpy()
 
         images = starting_points(network, detector, start, images, batch_size)
+        more = start.images[:0] if pool is None else checked_pool(pool, start)
         final = start.images.clone()
         for i in with_progress(range(len(start)), progress, "image"):
             x, adversarial = start.images[i], partial(undetected_as, int(start.predicted[i]))

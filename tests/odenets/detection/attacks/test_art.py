@@ -53,6 +53,9 @@ def test_autoattack_is_refused_where_squares_do_not_fit_into_the_images(size):
         refused(r"AA moves squares of \d+ pixels about in images, got images of", art.check_squares, {}, *size)
     else:
         art.check_squares({}, *size)
+    refused("squares of 9 pixels .* pad them to squares of 14 pixels", art.check_squares, {"norm": 2}, 9, 9)
+    art.check_squares({"norm": 2}, 14, 14)
+    art.check_squares({}, 6, 6)
     refused("squares of 5 pixels", art.check_squares, {"norm": 2}, 5, 5)  # its sides are odd
 
 

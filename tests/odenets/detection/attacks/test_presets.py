@@ -40,6 +40,7 @@ def test_settings_out_of_range_are_refused():
     refused("eps of BIM must be at most 1", preset, "BIM", eps=1.5)
     refused("eps of AA must be at most 1", preset, "AA", eps=2)
     refused("eps of FGM must be finite and not negative, got -0.1", preset, "FGM", eps=-0.1)
+    refused("eps_step of FGM must be at most eps where it is minimal, got 0.1 and 0.03", preset, "FGM", minimal=True)
     refused("eps_step of APGD must be finite", preset, "APGD", eps_step=np.nan)
     refused("learning_rate of CW must be finite and not negative", preset, "CW", learning_rate=-1.0)
     refused("norm of FGM must be 'inf', 1 or 2, got 3", preset, "FGM", norm=3)

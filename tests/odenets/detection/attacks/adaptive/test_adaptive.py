@@ -130,6 +130,7 @@ def test_starts_and_detectors_are_checked(attacked):
         return black_box(victim(), detector, start, images, **options)
 
     refused(r"images must be the clean ones of start, \(4, 1, 8, 8\), got shape \(3", attack, images=images[:3])
+    refused("start must be Attacked, .* got Tensor", attack, start=images, error=TypeError)
     undetected = lambda x: torch.zeros(len(x))  # noqa: E731
     refused("start must hold detected images, got 4 that the detector does not tell", attack, detector=undetected)
     other = copy.deepcopy(victim())
