@@ -147,7 +147,7 @@ def test_inputs_of_a_model_without_a_signature_are_all_that_is_no_measure():
 
 def test_an_input_that_the_model_does_not_take_is_named():
     adapted = adapt(STYLES["nested"].network(), IMAGE)
-    with pytest.raises(TypeError, match="the model takes no input named 'image', a tensor, but x"):
+    with pytest.raises(TypeError, match="the model takes no input 'image', which is a tensor; its inputs are x"):
         adapted.record(image=IMAGE)
 
 
